@@ -1,0 +1,78 @@
+"""Write a bundle so that it is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from lfx.config import MANIFEST
+from lfx.errors import ExportError
+
+
+def check_target(output: Path) -> None:
+    """Raises: ExportError: `output` is there and is no bundle, or its parent is not a folder."""
+    if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / MANIFEST).is_file())):
+        raise ExportError(f"{output} exists and is no bundle; choose another place with --output")
+    if not output.absolute().parent.is_dir():
+        raise ExportError(f"the folder {output.absolute().parent} does not exist; make it, or choose another --output")
+
+
+def check_space(output: Path, needed_bytes: int) -> None:
+    """Raises: ExportError: the disk of `output` has less room than the bundle will take."""
+    free = shutil.disk_usage(output.absolute().parent).free
+    if free < needed_bytes:
+        raise ExportError(
+            f"no disk space: the bundle takes about {needed_bytes / 1e6:.0f} MB and {output.absolute().parent} "
+            f"has {free / 1e6:.0f} MB free; make room, or choose another --output"
+        )
+
+
+@contextlib.contextmanager
+def atomic_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its name on success and is removed on any failure.
+
+    Raises:
+        ExportError: the disk is full or the place cannot be written.
+    """
+    check_target(output)
+    output = output.absolute()
+    _remove_leftovers(output)
+    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir()
+        yield partial
+        if output.exists():
+            old = output.parent / f".{output.name}.old-{os.getpid()}"
+            output.rename(old)
+            partial.rename(output)
+            shutil.rmtree(old)
+        else:
+            partial.rename(output)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ExportError(f"no disk space left in {output.parent}; make room, or choose another --output") from error
+        raise ExportError(f"{output} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Partial folders of processes that were killed before they could clean up."""
+    for path in output.parent.glob(f".{output.name}.partial-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

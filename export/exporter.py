@@ -1,0 +1,326 @@
+"""`export`: a Longformer in, a verified ONNX bundle out."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+import transformers
+from torch import nn
+from torch.utils import _pytree as pytree
+from transformers.models.longformer import modeling_longformer as hf
+
+import lfx
+from lfx.config import (
+    GLOBAL_MODES,
+    GRAPH_INPUTS,
+    MODEL,
+    PRECISIONS,
+    TASKS,
+    WEIGHTS,
+    Manifest,
+    Signature,
+    TensorSpec,
+)
+from lfx.errors import ExportError, one_line
+from lfx.export.bundle import atomic_folder, check_space, check_target
+from lfx.export.graph import finish
+from lfx.export.load import load, quiet, weights_sha256
+from lfx.export.passes.opset import HIGHEST, LOWEST, TRACED
+from lfx.export.rewrite import GlobalTokens, Traceable, attention_windows, rewrite
+from lfx.export.runners import TORCH_DTYPES
+from lfx.export.validate import validate
+
+Progress = Callable[[str], None]
+_PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+
+def export(
+    model: str | Path | nn.Module,
+    output: str | Path | None = None,
+    *,
+    task: str = "auto",
+    opset: int = 17,
+    precision: str = "fp32",
+    global_attention: str = "mask",
+    max_global: int | None = None,
+    max_seqlen: int | None = None,
+    inline_functions: bool = False,
+    tokenizer: Any = None,
+    progress: Progress = lambda step: None,
+) -> Path:
+    """Export a Longformer to an ONNX bundle and validate it against PyTorch.
+
+    Args:
+        model: a checkpoint folder, a hub id, or an nn.Module that contains Hugging Face Longformer self-attention.
+            A module's forward takes input_ids and may take attention_mask and global_attention_mask, all
+            (batch, seqlen) int64. The module is not changed.
+        output: the bundle's folder; default: the model's name in the current folder. An older bundle there is
+            replaced, anything else is refused.
+        task: one of `lfx.config.TASKS`; "auto" reads it from the config, or from the module's class.
+        opset: 17 to 23.
+        precision: fp32, fp16 or bf16, of weights and arithmetic; softmax and layer norm sum in float32, and the
+            outputs are float32 in all three.
+        global_attention: "mask" makes global_attention_mask a graph input; "first" fixes the first token of every
+            row; "none" leaves the global half out.
+        max_global: a constant number of global slots; None = as many as each batch needs.
+        max_seqlen: longest sequence, tokens; default: what the position embeddings or the config allow.
+        inline_functions: write standard ops only, without the lfx domain.
+        tokenizer: saved into the bundle; default: the checkpoint's own, if it has one.
+        progress: called with the name of each step.
+    Returns:
+        The bundle's folder.
+    Raises:
+        ExportError: the model, an option or the place cannot be used; nothing is left behind.
+        ParityError: the exported numbers are not the model's; nothing is left behind.
+    """
+    _check_options(opset, precision, global_attention, max_global)
+    source = str(model) if isinstance(model, (str, Path)) else f"{type(model).__module__}.{type(model).__qualname__}"
+    target = _target(model, output)
+    check_target(target)
+    if isinstance(model, nn.Module):
+        module, task = model, _task_of_module(model, task)
+    else:
+        progress("loading the checkpoint")
+        module, task = load(source, task)
+        tokenizer = tokenizer if tokenizer is not None else _tokenizer(source)
+    windows = attention_windows(module)
+    if not windows:
+        raise ExportError(f"{source} contains no Longformer self-attention; lfx exports Longformer models only")
+    weight_bytes = sum(t.numel() for t in module.state_dict().values()) * TORCH_DTYPES[precision].itemsize
+    check_space(target, int(weight_bytes * 1.05) + 2_000_000)
+
+    progress("tracing")
+    tokens = GlobalTokens(mode=global_attention, max_slots=max_global)
+    program, inputs = _trace(module, task, precision, tokens)
+    signature = _signature(module, task, precision, tokens, program.model, inputs, max_seqlen)
+    progress("building the graph")
+    model_ir = finish(
+        program.model,
+        opset=opset,
+        parameter_names=_first_names(program, module),
+        prefix="model.",
+        dimensions={str(axis) for spec in signature.inputs for axis in spec.shape},
+        inline_functions=inline_functions,
+        metadata=signature.to_dict(),
+    )
+    manifest = Manifest(
+        signature=signature,
+        opset=opset,
+        inlined=inline_functions,
+        source={"model": source, "sha256": weights_sha256(module)},
+        versions={"lfx": lfx.__version__, **_versions()},
+    )
+    with atomic_folder(target) as folder, quiet():
+        progress("writing")
+        ir.save(model_ir, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=1024)
+        del program, model_ir
+        _check_file(folder / MODEL, opset)
+        config = getattr(module, "config", None)
+        if isinstance(config, transformers.PreTrainedConfig):
+            config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+        manifest.validation.update(validate(folder / MODEL, module, signature, progress))
+        manifest.write(folder)
+    return target
+
+
+def _check_options(opset: int, precision: str, global_attention: str, max_global: int | None) -> None:
+    if not LOWEST <= opset <= HIGHEST:
+        raise ExportError(f"opset {opset} is out of range; choose {LOWEST} to {HIGHEST}")
+    if precision not in PRECISIONS:
+        raise ExportError(f"precision {precision!r} is not known; choose one of: {', '.join(PRECISIONS)}")
+    if global_attention not in GLOBAL_MODES:
+        raise ExportError(f"global attention {global_attention!r} is not known; choose: {', '.join(GLOBAL_MODES)}")
+    if max_global is not None and (max_global < 1 or global_attention != "mask"):
+        raise ExportError(
+            f"max_global {max_global} with global attention {global_attention!r}: give 1 or more, with 'mask'"
+        )
+
+
+def _target(model: str | Path | nn.Module, output: str | Path | None) -> Path:
+    if output is not None:
+        return Path(output)
+    if isinstance(model, nn.Module):
+        raise ExportError("a module has no name to write to; give export(..., output=FOLDER)")
+    name = Path(model).resolve().name if Path(model).is_dir() else str(model).rstrip("/").rpartition("/")[2]
+    target = Path(name)
+    same = Path(model).is_dir() and target.resolve() == Path(model).resolve()
+    return Path(f"{name}-onnx") if same else target
+
+
+def _task_of_module(module: nn.Module, task: str) -> str:
+    if task != "auto" and task not in TASKS:
+        raise ExportError(f"task {task!r} is not known; choose one of: auto, {', '.join(TASKS)}")
+    if task != "auto":
+        return task
+    bases = {cls.__name__ for cls in type(module).__mro__}
+    return next((name for name, known in TASKS.items() if known.architecture in bases), "feature-extraction")
+
+
+def _tokenizer(source: str) -> Any:
+    """The checkpoint's tokenizer, or None where it has none."""
+    folder = Path(source)
+    vocabularies = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer_config.json")
+    if folder.is_dir() and not any((folder / name).is_file() for name in vocabularies):
+        return None
+    try:
+        with quiet():
+            return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        if folder.is_dir():
+            raise ExportError(f"the tokenizer of {source} cannot be loaded: {one_line(error)}") from error
+        return None
+
+
+def _trace(
+    module: nn.Module, task: str, precision: str, tokens: GlobalTokens
+) -> tuple[torch.onnx.ONNXProgram, list[str]]:
+    takes = inspect.signature(module.forward).parameters
+    if "input_ids" not in takes:
+        raise ExportError(f"{type(module).__name__}.forward takes no input_ids; lfx feeds it {', '.join(GRAPH_INPUTS)}")
+    wanted = GRAPH_INPUTS if tokens.mode == "mask" else GRAPH_INPUTS[:2]
+    inputs = [name for name in wanted if name in takes]
+    traceable = Traceable(
+        rewrite(module, tokens, TORCH_DTYPES[precision]), inputs, tokens, "global_attention_mask" in takes
+    ).eval()
+    batch, choices, sequence = (torch.export.Dim(name) for name in ("batch", "choices", "sequence"))
+    axes = {0: batch, 1: choices, 2: sequence} if task == "multiple-choice" else {0: batch, 1: sequence}
+    # An example of unequal, uncommon sizes, so that no axis is taken for a constant or for another.
+    length = 4 * max(attention_windows(module)) if _fixed_granularity(module) > 1 else 29
+    shape = (2, 3, length) if task == "multiple-choice" else (3, length)
+    example = {name: torch.ones(shape, dtype=torch.int64) for name in inputs}
+    example["input_ids"] = torch.arange(length).expand(shape) % 5 + 3
+    try:
+        with quiet(), _silent_torch():
+            program = torch.onnx.export(
+                traceable,
+                tuple(example[name] for name in inputs),
+                dynamo=True,
+                opset_version=TRACED,
+                input_names=inputs,
+                dynamic_shapes={"tensors": tuple(axes for _ in inputs)},
+                optimize=False,
+                verbose=False,
+            )
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(f"{type(module).__name__} cannot be traced: {_cause(error)}") from error
+    assert program is not None
+    assert program.exported_program is not None
+    outputs = pytree.tree_unflatten(list(program.model.graph.outputs), program.exported_program.call_spec.out_spec)
+    for name, value in outputs.items():
+        value.name = name
+    return program, inputs
+
+
+def _fixed_granularity(module: nn.Module) -> int:
+    """What lengths must be a multiple of in PyTorch; 1 where a LongformerModel does the padding."""
+    if any(isinstance(m, hf.LongformerModel) for m in module.modules()):
+        return 1
+    return 2 * max(attention_windows(module))
+
+
+def _silent_torch() -> warnings.catch_warnings:  # type: ignore[type-arg]
+    import logging
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    context = warnings.catch_warnings()
+    return context
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _first_names(program: torch.onnx.ONNXProgram, module: nn.Module) -> dict[int, str]:
+    """Data pointer -> the first name that a weight has in the module, for weights that are shared as they are."""
+    names: dict[int, str] = {}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        names.setdefault(tensor.data_ptr(), name)
+    return names
+
+
+def _signature(
+    module: nn.Module,
+    task: str,
+    precision: str,
+    tokens: GlobalTokens,
+    graph: ir.Model,
+    inputs: list[str],
+    max_seqlen: int | None,
+) -> Signature:
+    config = getattr(module, "config", None)
+    embeddings = next((m for m in module.modules() if isinstance(m, hf.LongformerEmbeddings)), None)
+    vocab_size = embeddings.word_embeddings.num_embeddings if embeddings is not None else None
+    pad = embeddings.padding_idx if embeddings is not None else getattr(config, "pad_token_id", None)
+    axes: tuple[str, ...] = ("batch", "choices", "sequence") if task == "multiple-choice" else ("batch", "sequence")
+    fixed = {"mask": TASKS[task].default_global, "first": "first", "none": "none"}[tokens.mode]
+    return Signature(
+        architecture=type(module).__name__,
+        task=task,
+        precision=precision,
+        inputs=tuple(TensorSpec(name, "int64", axes) for name in inputs),
+        outputs=tuple(_output_spec(value) for value in graph.graph.outputs),
+        attention_windows=tuple(attention_windows(module)),
+        default_global=fixed,
+        global_attention=tokens.mode,
+        max_seqlen=_limit(embeddings, config, max_seqlen),
+        vocab_size=vocab_size,
+        max_global=tokens.max_slots,
+        pad_token_id=pad if pad is not None else 1,
+        sep_token_id=getattr(config, "sep_token_id", None),
+        lfx_version=lfx.__version__,
+    )
+
+
+def _output_spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None and value.shape is not None and value.dtype is not None
+    axes = tuple(size if isinstance(size, int) else str(size.value or "?") for size in value.shape)
+    return TensorSpec(value.name, str(value.dtype.numpy()), axes)
+
+
+def _limit(embeddings: Any, config: Any, asked: int | None) -> int | None:
+    """Longest sequence: the position table less the rows up to the padding index, which no token uses."""
+    table = getattr(embeddings, "position_embeddings", None)
+    limit = None
+    if isinstance(table, nn.Embedding):
+        limit = table.num_embeddings - embeddings.padding_idx - 1
+    if asked is not None:
+        if asked < 1 or (limit is not None and asked > limit):
+            raise ExportError(f"max_seqlen {asked} is out of range; the position embeddings allow 1 to {limit}")
+        return asked
+    return limit
+
+
+def _check_file(path: Path, opset: int) -> None:
+    """The written file says the opset that was asked for and passes the checker with shape inference."""
+    header = onnx.load(path, load_external_data=False)
+    found = {entry.domain: entry.version for entry in header.opset_import}
+    if found.get("") != opset:
+        raise ExportError(f"asked for opset {opset}, the file says {found.get('')}: please report this")
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except Exception as error:
+        raise ExportError(f"the exported file does not pass onnx.checker: {one_line(error)}") from error
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

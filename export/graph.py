@@ -1,0 +1,91 @@
+"""From a traced ONNX graph to the one that is written: functions, weights, constants, opset, names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import onnxscript.optimizer
+import torch
+
+from lfx.export import functions
+from lfx.export.passes.names import name_after_modules, rename_dimensions
+from lfx.export.passes.opset import TRACED, set_opset
+from lfx.export.passes.weights import transpose_weights
+
+# Constants up to this many elements are computed at export; a weight never is.
+_FOLD_LIMIT = 256
+
+
+def finish(
+    model: ir.Model,
+    *,
+    opset: int,
+    parameter_names: Mapping[int, str],
+    prefix: str,
+    dimensions: set[str],
+    inline_functions: bool,
+    metadata: Mapping[str, Any],
+) -> ir.Model:
+    """Turn the graph that torch.onnx traced from `rewrite.Traceable` into the exported one, in place.
+
+    Args:
+        model: opset 18, with nodes of domain lfx and no function bodies.
+        opset: 17 to 23.
+        parameter_names: data pointer of a weight -> its first name in the caller's model.
+        prefix: the attribute path between the traced module and the caller's.
+        dimensions: names of the dynamic axes of the graph's inputs.
+        inline_functions: leave standard ops only.
+        metadata: what a file without its bundle must say of itself; stored under the key `lfx`.
+    """
+    _name_weights(model, parameter_names)
+    for helper in functions.HELPERS:
+        body = functions.function(helper, TRACED)
+        model.functions[body.identifier()] = body
+    helpers = {helper.name for helper in functions.HELPERS}
+    common.InlinePass(criteria=lambda function: function.name in helpers)(model)
+    transpose_weights(model)
+    _simplify(model)
+    set_opset(model, opset)
+    name_after_modules(model, prefix)
+    if any(node.domain == functions.DOMAIN for node in ir.traversal.RecursiveGraphIterator(model.graph)):
+        model.opset_imports[functions.DOMAIN] = functions.VERSION
+        for definition in functions.OPS:
+            body = functions.function(definition, opset)
+            model.functions[body.identifier()] = body
+    if inline_functions:
+        common.InlinePass()(model)
+        common.CommonSubexpressionEliminationPass()(model)
+        common.RemoveUnusedOpsetsPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)
+    rename_dimensions(model, dimensions, unknown="global_slots")
+    common.TopologicalSortPass()(model)
+    model.producer_name, model.producer_version = "lfx", str(metadata["lfx_version"])
+    model.graph.name = str(metadata["architecture"])
+    model.metadata_props["lfx"] = json.dumps(dict(metadata))
+    return model
+
+
+def _simplify(model: ir.Model) -> None:
+    onnxscript.optimizer.fold_constants(
+        model, onnx_shape_inference=True, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT
+    )
+    for clean in (
+        common.IdentityEliminationPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+    ):
+        clean(model)
+
+
+def _name_weights(model: ir.Model, names: Mapping[int, str]) -> None:
+    for value in list(model.graph.initializers.values()):
+        raw = getattr(value.const_value, "raw", None)
+        if isinstance(raw, torch.Tensor) and raw.data_ptr() in names:
+            value.name = names[raw.data_ptr()]

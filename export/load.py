@@ -1,0 +1,136 @@
+"""A checkpoint, from a folder or the hub, as a torch model; safetensors or weights_only, no remote code."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from lfx.config import TASKS
+from lfx.errors import ExportError, one_line
+
+_BY_ARCHITECTURE = {task.architecture: name for name, task in TASKS.items()}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' advice about loading and padding off the terminal."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def load(model: str, task: str = "auto") -> tuple[nn.Module, str]:
+    """Load a Longformer checkpoint in float32, in eval mode.
+
+    Args:
+        model: a folder with config.json and weights, or a model id of the hub.
+        task: one of `lfx.config.TASKS`, or "auto": by the architecture in the config.
+    Returns:
+        The model and the name of its task. A base model whose checkpoint has no pooler comes without one.
+    Raises:
+        ExportError: no such checkpoint, not a Longformer, broken or missing weights, other shapes than the config.
+    """
+    if task != "auto" and task not in TASKS:
+        raise ExportError(f"task {task!r} is not known; choose one of: auto, {', '.join(TASKS)}")
+    with quiet():
+        config = _config(model)
+        task = _task_of(config, model) if task == "auto" else task
+        loader = getattr(transformers, TASKS[task].auto_class)
+        try:
+            loaded, info = loader.from_pretrained(
+                model, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            )
+        except Exception as error:
+            raise ExportError(f"the weights of {model} cannot be loaded: {_why(error)}") from error
+    _refuse_missing(loaded, info, model, task)
+    return loaded.eval(), task
+
+
+def _config(model: str) -> Any:
+    folder = Path(model)
+    if not folder.is_dir() and (folder.is_absolute() or model.startswith(".") or model.count("/") > 1):
+        raise ExportError(f"{model} does not exist; give a folder with config.json and weights, or a hub id")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ExportError(f"{model} has no config.json; give a folder that save_pretrained wrote")
+    if folder.is_dir():
+        try:
+            declared = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        except (ValueError, AttributeError) as error:
+            raise ExportError(f"{folder / 'config.json'} is not a JSON object: {error}") from error
+        if declared != "longformer":
+            raise ExportError(_not_a_longformer(model, declared))
+    try:
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:
+        raise ExportError(f"{model} cannot be loaded: {_why(error)}") from error
+    if config.model_type != "longformer":
+        raise ExportError(_not_a_longformer(model, config.model_type))
+    return config
+
+
+def _not_a_longformer(model: str, found: str | None) -> str:
+    return f"{model} is a {found or 'model of no stated type'}, not a longformer; lfx exports Longformer models only"
+
+
+def _task_of(config: Any, model: str) -> str:
+    names = list(config.architectures or [])
+    if not names:
+        return "feature-extraction"
+    for name in names:
+        if name in _BY_ARCHITECTURE:
+            return _BY_ARCHITECTURE[name]
+    raise ExportError(f"{model} has architecture {', '.join(names)}; choose --task from: {', '.join(TASKS)}")
+
+
+def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, task: str) -> None:
+    mismatched = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get("mismatched_keys", ()))
+    if mismatched:
+        raise ExportError(f"{model}: weights of other shapes than the config's: {_some(mismatched)}")
+    missing = sorted(key for key in info.get("missing_keys", ()) if not key.endswith("position_ids"))
+    without_pooler = [key for key in missing if not key.startswith("pooler.")]
+    if missing and not without_pooler:
+        loaded.pooler = None  # type: ignore[assignment]
+        return
+    if without_pooler:
+        raise ExportError(
+            f"{model} has no weights for {_some(without_pooler)}: it was not trained for {task}; "
+            "choose the --task that it was trained for"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _why(error: BaseException) -> str:
+    text = one_line(error)
+    return text if isinstance(error, (OSError, ValueError, AssertionError)) else f"{type(error).__name__}: {text}"
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Digest of all weights by name, dtype, shape and bytes: the same model gives the same digest anywhere."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        plain = tensor.detach().contiguous().cpu()
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
+        if plain.numel():
+            digest.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()

@@ -1,0 +1,59 @@
+"""Names that a reader of the graph finds again in the model: `encoder.layer.0.attention.self.query/MatMul`."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+
+import onnx_ir as ir
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def name_after_modules(model: ir.Model, prefix: str) -> bool:
+    """Name nodes and their outputs after the module that they were traced from.
+
+    Args:
+        model: a graph from torch.onnx, its nodes carrying the module scopes as metadata. A node without them
+            (from an inlined helper) takes the scope of the node before it.
+        prefix: the attribute path to cut from the front of every scope, such as `model.`.
+    """
+    kept = {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
+    seen: Counter[str] = Counter()
+    scope = ""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        scopes = node.metadata_props.get(_SCOPES)
+        if scopes is not None:
+            module = ast.literal_eval(scopes)[-2:-1]
+            scope = (module[0] if module else "").removeprefix(prefix.rstrip(".")).removeprefix(".")
+        base = f"{scope}/{node.op_type}" if scope else node.op_type
+        node.name = base if seen[base] == 0 else f"{base}_{seen[base]}"
+        seen[base] += 1
+        for i, value in enumerate(node.outputs):
+            if value.name not in kept:
+                value.name = f"{node.name}_output" if i == 0 else f"{node.name}_output_{i}"
+        for key in [k for k in node.metadata_props if k.startswith("pkg.torch") or k == "namespace"]:
+            del node.metadata_props[key]
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+    return True
+
+
+def rename_dimensions(model: ir.Model, known: set[str], unknown: str) -> bool:
+    """Give every dimension that torch.onnx made up (`u0`, `s7`) the name `unknown`; expressions become anonymous."""
+    changed = False
+    for value in _values(model.graph):
+        if value.shape is None or value.shape.frozen:
+            continue
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, int) or size.value is None or size.value in known:
+                continue
+            made_up = size.value[:1] in "us" and size.value[1:].isdigit()
+            value.shape[axis] = ir.SymbolicDim(unknown if made_up else None)
+            changed = True
+    return changed
+
+
+def _values(graph: ir.Graph) -> list[ir.Value]:
+    nodes = ir.traversal.RecursiveGraphIterator(graph)
+    return [*graph.inputs, *(value for node in nodes for value in node.outputs)]

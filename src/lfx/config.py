@@ -1,0 +1,221 @@
+"""What export and runtime agree on: tasks, and `lfx.json`, the manifest of a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lfx.errors import ArtifactError
+
+FORMAT_VERSION = 1
+MANIFEST = "lfx.json"
+MODEL = "model.onnx"
+WEIGHTS = "model.onnx.data"
+PRECISIONS = ("fp32", "fp16", "bf16")
+GLOBAL_MODES = ("mask", "first", "none")
+GRAPH_INPUTS = ("input_ids", "attention_mask", "global_attention_mask")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of Hugging Face's.
+
+    Attributes:
+        auto_class: the transformers class that loads it.
+        architecture: the class name that a checkpoint's config carries.
+        default_global: which tokens attend globally when the caller gives no mask, as Hugging Face decides it:
+            "none", "first" (the first token), "question" (before the first separator) or "after_question"
+            (behind the second separator).
+    """
+
+    auto_class: str
+    architecture: str
+    default_global: str
+
+
+TASKS: dict[str, Task] = {
+    "feature-extraction": Task("AutoModel", "LongformerModel", "none"),
+    "fill-mask": Task("AutoModelForMaskedLM", "LongformerForMaskedLM", "none"),
+    "text-classification": Task(
+        "AutoModelForSequenceClassification", "LongformerForSequenceClassification", "first"
+    ),
+    "token-classification": Task("AutoModelForTokenClassification", "LongformerForTokenClassification", "none"),
+    "question-answering": Task("AutoModelForQuestionAnswering", "LongformerForQuestionAnswering", "question"),
+    "multiple-choice": Task("AutoModelForMultipleChoice", "LongformerForMultipleChoice", "after_question"),
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output: ONNX name, numpy dtype name, and axes as sizes or names."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a runtime must know of a model to feed it; stored in the bundle and in the ONNX file itself.
+
+    Attributes:
+        max_seqlen: longest sequence in tokens; None = no limit.
+        vocab_size: ids are 0 to vocab_size - 1; None = not checked.
+        max_global: most global tokens a row may have; None = no limit.
+        default_global: see `Task`; what happens when the caller gives no global_attention_mask.
+        attention_windows: one-sided window of each layer, tokens.
+    """
+
+    architecture: str
+    task: str
+    precision: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    attention_windows: tuple[int, ...]
+    default_global: str = "none"
+    global_attention: str = "mask"
+    max_seqlen: int | None = None
+    vocab_size: int | None = None
+    max_global: int | None = None
+    pad_token_id: int = 1
+    sep_token_id: int | None = None
+    lfx_version: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Signature:
+        """Raises: ArtifactError: a field is missing or of the wrong kind."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        try:
+            values = {key: value for key, value in data.items() if key in names}
+            for key in ("inputs", "outputs"):
+                values[key] = tuple(
+                    TensorSpec(str(t["name"]), str(t["dtype"]), tuple(t["shape"])) for t in values[key]
+                )
+            values["attention_windows"] = tuple(int(w) for w in values["attention_windows"])
+            for key in ("max_seqlen", "vocab_size", "max_global", "sep_token_id"):
+                if values.get(key) is not None:
+                    values[key] = int(values[key])
+            signature = cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"the model's signature is broken ({error!r}); export it again") from error
+        if signature.precision not in PRECISIONS or signature.global_attention not in GLOBAL_MODES:
+            raise ArtifactError(
+                f"precision {signature.precision!r} or global attention {signature.global_attention!r} "
+                "is not one that this version of lfx knows; export the model again"
+            )
+        return signature
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `lfx.json`.
+
+    Attributes:
+        source: {"model": id or path, "sha256": digest of the weights}.
+        versions: package name -> version, of the export.
+        validation: what the export measured against PyTorch; see `lfx.parity.Report.to_dict`.
+        files: name -> {"sha256", "bytes"}, of every other file of the bundle.
+    """
+
+    signature: Signature
+    opset: int
+    source: dict[str, Any]
+    versions: dict[str, str]
+    inlined: bool = False
+    validation: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON that `lfx.json` holds and `lfx inspect --json` prints."""
+        return {
+            "format_version": FORMAT_VERSION,
+            **self.signature.to_dict(),
+            "opset": self.opset,
+            "inlined": self.inlined,
+            "source": self.source,
+            "versions": self.versions,
+            "validation": self.validation,
+            "files": self.files,
+        }
+
+    def write(self, bundle: Path) -> None:
+        """Write `lfx.json` with the digest of every other file in `bundle`."""
+        files = {
+            str(path.relative_to(bundle)): {"sha256": sha256(path), "bytes": path.stat().st_size}
+            for path in sorted(bundle.rglob("*"))
+            if path.is_file() and path.name != MANIFEST
+        }
+        text = json.dumps(dataclasses.replace(self, files=files).to_dict(), indent=1)
+        (bundle / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, bundle: Path) -> Manifest:
+        """Read `lfx.json` of a bundle; the other files are not looked at.
+
+        Raises:
+            ArtifactError: no bundle, or a manifest that is cut, changed or of another format.
+        """
+        path = bundle / MANIFEST
+        if not bundle.exists():
+            raise ArtifactError(f"{bundle} does not exist; make a bundle with: lfx export --model MODEL")
+        if not path.is_file():
+            raise ArtifactError(f"{bundle} is no bundle: it has no {MANIFEST}; make one with: lfx export")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path} cannot be read ({error}); export the model again") from error
+        if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
+            found = data.get("format_version") if isinstance(data, dict) else None
+            raise ArtifactError(
+                f"{path} has format version {found!r}; this lfx reads {FORMAT_VERSION}: export the model again"
+            )
+        signature = Signature.from_dict(data)
+        try:
+            return cls(
+                signature=signature,
+                opset=int(data["opset"]),
+                source=dict(data["source"]),
+                versions=dict(data["versions"]),
+                inlined=bool(data["inlined"]),
+                validation=dict(data["validation"]),
+                files={str(name): dict(entry) for name, entry in data["files"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"{path} is broken ({error!r}); export the model again") from error
+
+    def verify(self, bundle: Path) -> None:
+        """Compare every file of the bundle with its digest.
+
+        Raises:
+            ArtifactError: a file is missing, cut or changed.
+        """
+        if MODEL not in self.files:
+            raise ArtifactError(f"{bundle / MANIFEST} lists no {MODEL}; export the model again")
+        for name, entry in self.files.items():
+            path = bundle / name
+            if not path.resolve().is_relative_to(bundle.resolve()):
+                raise ArtifactError(f"{bundle / MANIFEST} names {name!r}, which is outside the bundle")
+            if not path.is_file():
+                raise ArtifactError(f"{path} is missing; export the model again")
+            size = path.stat().st_size
+            if size != entry.get("bytes"):
+                raise ArtifactError(
+                    f"{path} has {size} bytes where {MANIFEST} says {entry.get('bytes')}; export the model again"
+                )
+            if sha256(path) != entry.get("sha256"):
+                raise ArtifactError(f"{path} was changed after the export (sha256 differs); export the model again")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,71 @@
+"""Every error that lfx raises on purpose. Each message says what came, what is allowed and what to do.
+
+LfxError
+├── ExportError      a model, a checkpoint or an option that cannot be exported
+├── BuildError       an engine that cannot be built
+├── PluginError      the plugin library is missing or does not fit
+├── InputError       ids, masks or text that the model cannot take
+├── ParityError      an artifact whose numbers are not the model's
+├── ArtifactError    a bundle or plan that is missing, cut, changed or of another format
+└── DependencyError  an extra that is not installed, or a backend that is not on this machine
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class LfxError(Exception):
+    """Base of all errors that lfx raises on purpose; the command line prints it as one line and exits 1."""
+
+
+class ExportError(LfxError):
+    """A model, a checkpoint or an option that cannot be exported."""
+
+
+class BuildError(LfxError):
+    """An engine that cannot be built."""
+
+
+class PluginError(LfxError):
+    """The plugin library is missing or does not fit."""
+
+
+class InputError(LfxError):
+    """Ids, masks or text that the model cannot take."""
+
+
+class ParityError(LfxError):
+    """An artifact whose numbers are not the model's."""
+
+
+class ArtifactError(LfxError):
+    """A bundle or plan that is missing, cut, changed or of another format."""
+
+
+class DependencyError(LfxError):
+    """An extra that is not installed, or a backend that is not on this machine."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import `module`, or say which extra brings it.
+
+    Raises:
+        DependencyError: the module is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] == module.split(".")[0]:
+            raise DependencyError(
+                f"{module} is not installed; install it with: pip install 'longformer-lfx[{extra}]'"
+            ) from error
+        raise
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The first meaningful line of another library's error, cut to `limit` characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,299 @@
+"""Are the numbers the model's? Cases, derived tolerance and verdict, for any two ways to run a model.
+
+Three runs of every case are compared: the dense float64 reference, which is right by definition; PyTorch in the
+precision at hand, the witness; and the candidate. Per output,
+
+    tolerance = 2 · (PyTorch's largest error against the reference) + band
+    band      = √n · u · max|reference|
+
+so a candidate may be at most twice as wrong as PyTorch, plus the rounding that n operations in a row leave behind
+(Higham & Mary 2019: the error of n roundings grows as √n · u), u being the unit roundoff of the precision. Errors
+are pooled over all cases, since the largest error of two numbers is luck and that of thousands is not. A witness
+that is more than `WITNESS_BANDS` bands off means that reference and PyTorch disagree, and fails too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfx.errors import ParityError
+
+Arrays = dict[str, NDArray[Any]]
+Runner = Callable[[Arrays], Arrays]
+
+UNIT_ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+# Rounded operations in a row: projection, scores, softmax, context, output projection, residual norm, two
+# feed-forward projections, activation, residual norm; and embedding sum, its norm and a head of two layers.
+OPS_PER_LAYER = 10
+OPS_AROUND = 4
+WITNESS_BANDS = 32.0
+
+GLOBALS = ("none", "first", "scattered", "adjacent", "all", "ragged")
+PADDINGS = ("none", "right", "left", "holes", "empty_row")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input shape and mask pattern.
+
+    Attributes:
+        globals: none, first, scattered (few, apart), adjacent (a run), all, or ragged (another count in each row).
+        padding: none, right, left, holes (masked tokens inside), or empty_row (the last row has no real token).
+    """
+
+    batch: int
+    seqlen: int
+    globals: str = "none"
+    padding: str = "none"
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, length {self.seqlen}, globals {self.globals}, padding {self.padding}"
+
+
+def quick_cases(window: int, max_seqlen: int | None, multiple_of: int = 1) -> list[Case]:
+    """The spread that every export is validated with: about five windows' worth of tokens.
+
+    Args:
+        window: widest one-sided window, tokens.
+        multiple_of: lengths are rounded up to this, for a torch model that takes no others.
+    """
+    wanted = [
+        Case(1, 1),
+        Case(2, 7, "first", "empty_row"),
+        Case(1, max(2, min(window - 1, 64)), "all", "left"),
+        Case(2, window + 1, "ragged", "right"),
+        Case(1, 2 * window + 3, "scattered", "holes"),
+    ]
+    return _fit(wanted, max_seqlen, multiple_of)
+
+
+def full_cases(window: int, max_seqlen: int | None, multiple_of: int = 1) -> list[Case]:
+    """Lengths around every boundary up to three windows, each with every global pattern; batch and padding cycle."""
+    total = 2 * window
+    lengths = sorted(
+        {1, 2, window - 1, window, window + 1, total - 1, total, total + 1, 2 * total - 1, 2 * total + 1, 3 * total}
+        - {0}
+    )
+    paddings = itertools.cycle(PADDINGS)
+    batches = itertools.cycle((1, 2, 3, 4, 2, 3))
+    wanted = [
+        Case(next(batches), length, pattern, next(paddings)) for length in lengths for pattern in GLOBALS
+    ]
+    return _fit(wanted, max_seqlen, multiple_of)
+
+
+def _fit(cases: Iterable[Case], max_seqlen: int | None, multiple_of: int) -> list[Case]:
+    fitted = []
+    for case in cases:
+        seqlen = -(-case.seqlen // multiple_of) * multiple_of
+        if max_seqlen is not None and seqlen > max_seqlen:
+            seqlen = max_seqlen // multiple_of * multiple_of
+        padding = "none" if case.batch == 1 and case.padding == "empty_row" else case.padding
+        fitted.append(Case(case.batch, max(seqlen, 1), case.globals, padding))
+    return list(dict.fromkeys(fitted))
+
+
+def inputs_of(
+    case: Case,
+    *,
+    vocab_size: int,
+    pad_token_id: int,
+    max_global: int | None = None,
+    choices: int | None = None,
+    seed: int = 0,
+) -> Arrays:
+    """Random ids and the masks of a case.
+
+    Args:
+        max_global: at most so many global tokens a row.
+        choices: for multiple choice, the second axis of all inputs.
+    Returns:
+        input_ids, attention_mask, global_attention_mask: (batch, seqlen) or (batch, choices, seqlen) int64.
+    """
+    rows = case.batch * (choices or 1)
+    random = np.random.default_rng([seed, case.seqlen, rows, GLOBALS.index(case.globals)])
+    ids = random.integers(0, max(vocab_size - 1, 1), (rows, case.seqlen))
+    ids[ids >= pad_token_id] += vocab_size > 1  # any id but the padding one
+    mask = np.ones_like(ids)
+    for row in range(rows):
+        _pad_row(mask[row], case.padding, row, last=row == rows - 1, random=random)
+    ids = np.where(mask == 1, ids, pad_token_id) if case.padding != "holes" else ids
+    marks = np.zeros_like(ids)
+    for row in range(rows):
+        for position in _global_positions(case.globals, row, case.seqlen, random)[:max_global]:
+            marks[row, position] = 1
+    shape = (case.batch, choices, case.seqlen) if choices else (case.batch, case.seqlen)
+    return {
+        "input_ids": ids.reshape(shape).astype(np.int64),
+        "attention_mask": mask.reshape(shape).astype(np.int64),
+        "global_attention_mask": marks.reshape(shape).astype(np.int64),
+    }
+
+
+def _pad_row(mask: NDArray[Any], padding: str, row: int, *, last: bool, random: np.random.Generator) -> None:
+    seqlen = len(mask)
+    amount = min(seqlen - 1, seqlen * (1 + row % 3) // 4)
+    if padding == "right" and amount:
+        mask[-amount:] = 0
+    elif padding == "left" and amount:
+        mask[:amount] = 0
+    elif padding == "holes":
+        mask[random.random(seqlen) < 0.2] = 0
+    elif padding == "empty_row" and last:
+        mask[:] = 0
+
+
+def _global_positions(pattern: str, row: int, seqlen: int, random: np.random.Generator) -> list[int]:
+    if pattern == "none":
+        return []
+    if pattern == "first":
+        return [0]
+    if pattern == "all":
+        return list(range(seqlen))
+    if pattern == "adjacent":
+        start = int(random.integers(0, max(seqlen - 4, 1)))
+        return list(range(start, min(start + 5, seqlen)))
+    count = min(4, seqlen) if pattern == "scattered" else min(3 * row, seqlen)
+    return sorted(int(p) for p in random.choice(seqlen, count, replace=False))
+
+
+@dataclass
+class OutputResult:
+    """Largest absolute errors of one output against the float64 reference, over all cases."""
+
+    error: float = 0.0
+    torch_error: float = 0.0
+    magnitude: float = 0.0
+    worst: Case | None = None
+
+
+@dataclass
+class Report:
+    """What a comparison measured.
+
+    Attributes:
+        rows: for each case, the candidate's largest absolute error per output.
+    """
+
+    precision: str
+    layers: int
+    outputs: dict[str, OutputResult] = field(default_factory=dict)
+    rows: list[tuple[Case, dict[str, float]]] = field(default_factory=list)
+
+    def band(self, output: str) -> float:
+        """Rounding that a chain of operations leaves; see the module's docstring."""
+        operations = OPS_PER_LAYER * self.layers + OPS_AROUND
+        return math.sqrt(operations) * UNIT_ROUNDOFF[self.precision] * self.outputs[output].magnitude
+
+    def tolerance(self, output: str) -> float:
+        """Largest error that passes."""
+        return 2.0 * self.outputs[output].torch_error + self.band(output)
+
+    def failures(self) -> list[str]:
+        """One line for each output that is out of tolerance; empty when all is well."""
+        lines = []
+        for name, result in self.outputs.items():
+            if not result.torch_error <= WITNESS_BANDS * self.band(name):
+                lines.append(
+                    f"{name}: PyTorch {self.precision} itself is {result.torch_error:.3g} from the float64 reference, "
+                    f"above {WITNESS_BANDS * self.band(name):.3g}: the two do not compute the same"
+                )
+            if not result.error <= self.tolerance(name):
+                lines.append(
+                    f"{name}: error {result.error:.3g} is above the tolerance {self.tolerance(name):.3g} "
+                    f"({self.precision}; PyTorch's own error is {result.torch_error:.3g}) at {result.worst}"
+                )
+        return lines
+
+    def require(self) -> None:
+        """Raises: ParityError: an output is out of tolerance; says which, in which case and how far."""
+        failures = self.failures()
+        if failures:
+            raise ParityError("; ".join(failures))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `lfx.json` and `lfx parity --json` hold."""
+        return {
+            "reference": "dense attention, float64",
+            "precision": self.precision,
+            "passed": not self.failures(),
+            "outputs": {
+                name: {
+                    "max_abs_error": result.error,
+                    "torch_max_abs_error": result.torch_error,
+                    "tolerance": self.tolerance(name),
+                    "max_abs_value": result.magnitude,
+                    "worst_case": str(result.worst),
+                }
+                for name, result in self.outputs.items()
+            },
+            "cases": [
+                {
+                    "batch": case.batch,
+                    "seqlen": case.seqlen,
+                    "globals": case.globals,
+                    "padding": case.padding,
+                    "max_abs_error": errors,
+                }
+                for case, errors in self.rows
+            ],
+        }
+
+
+def compare(
+    cases: Sequence[Case],
+    make_inputs: Callable[[Case], Arrays],
+    *,
+    reference: Runner,
+    witness: Runner,
+    candidate: Runner,
+    precision: str,
+    layers: int,
+    on_case: Callable[[Case], None] = lambda case: None,
+) -> Report:
+    """Run every case three times and collect the errors; the verdict is the report's.
+
+    Args:
+        reference, witness, candidate: take the graph inputs by name and return the outputs by name.
+        precision: fp32, fp16 or bf16, of the witness and the candidate.
+        layers: attention layers, for the rounding band.
+        on_case: called before each case, to show progress.
+    Raises:
+        ParityError: an output is missing or has another shape than the reference's.
+    """
+    report = Report(precision, layers)
+    for case in cases:
+        on_case(case)
+        inputs = make_inputs(case)
+        right, torch_side, ours = reference(inputs), witness(inputs), candidate(inputs)
+        if set(right) != set(ours):
+            raise ParityError(f"the model has outputs {sorted(right)}, the artifact {sorted(ours)}")
+        row = {}
+        for name, expected in right.items():
+            if ours[name].shape != expected.shape:
+                raise ParityError(
+                    f"{name} has shape {ours[name].shape} where the model's is {expected.shape}, at {case}"
+                )
+            result = report.outputs.setdefault(name, OutputResult())
+            row[name] = _largest(ours[name].astype(np.float64) - expected)
+            if result.worst is None or not row[name] <= result.error:
+                result.error, result.worst = row[name], case
+            result.torch_error = max(result.torch_error, _largest(torch_side[name].astype(np.float64) - expected))
+            result.magnitude = max(result.magnitude, _largest(expected))
+        report.rows.append((case, row))
+    return report
+
+
+def _largest(values: NDArray[Any]) -> float:
+    """Largest absolute value; infinite where any is not a number."""
+    if values.size == 0:
+        return 0.0
+    largest = float(np.abs(values).max())
+    return math.inf if math.isnan(largest) else largest
