@@ -12,6 +12,7 @@ import onnxscript.optimizer
 import torch
 
 from lfx.export import functions
+from lfx.export.passes.constants import share_constants
 from lfx.export.passes.names import name_after_modules, rename_dimensions
 from lfx.export.passes.opset import TRACED, set_opset
 from lfx.export.passes.weights import transpose_weights
@@ -48,7 +49,10 @@ def finish(
     helpers = {helper.name for helper in functions.HELPERS}
     common.InlinePass(criteria=lambda function: function.name in helpers)(model)
     transpose_weights(model)
+    weights = set(model.graph.initializers)
     _simplify(model)
+    share_constants(model, weights)
+    common.CommonSubexpressionEliminationPass()(model)
     set_opset(model, opset)
     name_after_modules(model, prefix)
     if any(node.domain == functions.DOMAIN for node in ir.traversal.RecursiveGraphIterator(model.graph)):
@@ -75,7 +79,6 @@ def _simplify(model: ir.Model) -> None:
     )
     for clean in (
         common.IdentityEliminationPass(),
-        common.CommonSubexpressionEliminationPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),
         common.RemoveUnusedNodesPass(),

@@ -39,19 +39,22 @@ class GlobalTokens:
     mode: str = "mask"
     max_slots: int | None = None
     _mask: torch.Tensor | None = field(default=None, repr=False)
-    _found: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
+    _found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
 
-    def find(self, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key mask and global index of a Hugging Face mask; computed once for all layers that get the same mask.
+    def find(self, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Key mask and global tokens of a Hugging Face mask; computed once for all layers that get the same mask.
 
         Args:
             attention_mask: (B, S), < 0 masked, 0 local, > 0 global.
         Returns:
-            key_mask (B, S) int32, 1 = real token; global_index (B, G) int32, unused slots -1.
+            key_mask (B, S) int32, 1 = real token; global_index (B, G) int32, unused slots -1; and the same index
+            for GatherND, (B, G, 1) int64, unused slots 0.
         """
         if self._mask is not attention_mask or self._found is None:
             key_mask = (attention_mask >= 0).to(torch.int32)
-            self._mask, self._found = attention_mask, (key_mask, self._index(attention_mask > 0))
+            index = self._index(attention_mask > 0)
+            gather_at = torch.clamp(index, min=0).to(torch.int64).unsqueeze(-1)
+            self._mask, self._found = attention_mask, (key_mask, index, gather_at)
         return self._found
 
     def _index(self, is_global: torch.Tensor) -> torch.Tensor:
@@ -95,17 +98,16 @@ class _SelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
             raise ExportError("attention weights are never computed in full; export without output_attentions")
         if attention_mask is None:
             raise ExportError("LongformerSelfAttention was called without attention_mask; pass (batch, seqlen)")
-        key_mask, index = self.lfx_globals.find(attention_mask)
+        key_mask, index, gather_at = self.lfx_globals.find(attention_mask)
         batch, slots = index.shape
         query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
         scale = self.head_dim**-0.5
         if self.lfx_globals.mode == "none":
             rows = hidden_states.new_zeros((batch, 1, self.embed_dim))
         else:
-            at = torch.clamp(index, min=0).to(torch.int64).unsqueeze(-1)
             chosen = ops.symbolic(
                 "GatherND",
-                (hidden_states, at),
+                (hidden_states, gather_at),
                 {"batch_dims": 1},
                 dtype=hidden_states.dtype,
                 shape=(batch, slots, hidden_states.shape[2]),

@@ -26,6 +26,7 @@ def name_after_modules(model: ir.Model, prefix: str) -> bool:
         if scopes is not None:
             module = ast.literal_eval(scopes)[-2:-1]
             scope = (module[0] if module else "").removeprefix(prefix.rstrip(".")).removeprefix(".")
+            scope = "" if scope.startswith("_empty_nn_module_stack") else scope
         base = f"{scope}/{node.op_type}" if scope else node.op_type
         node.name = base if seen[base] == 0 else f"{base}_{seen[base]}"
         seen[base] += 1
