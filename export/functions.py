@@ -66,8 +66,8 @@ def BandedAttention(  # noqa: N802, PLR0915
     step = op.Reshape(op.Constant(value_int=dilation), axis1)
     not_causal = op.Sub(axis1, op.Reshape(op.Constant(value_int=causal), axis1))
 
-    batch = op.Shape(query, start=0, end=1)
-    seqlen = op.Shape(query, start=1, end=2)
+    batch = op.Shape(key_mask, start=0, end=1)  # of the mask, not the query: the same value in every layer
+    seqlen = op.Shape(key_mask, start=1, end=2)
     width = op.Shape(query, start=2, end=3)
     slots = op.Shape(global_index, start=1, end=2)
     head_size = op.Div(width, heads)
@@ -176,7 +176,6 @@ def GlobalAttention(  # noqa: N802
     axis1 = op.Constant(value_ints=[1])
     axis12 = op.Constant(value_ints=[1, 2])
     keep = op.Constant(value_ints=[0])
-    rest = op.Constant(value_ints=[-1])
     heads = op.Reshape(op.Constant(value_int=num_heads), axis1)
     head_size = op.Div(op.Shape(query, start=2, end=3), heads)
     split = op.Concat(keep, keep, heads, head_size, axis=0)
@@ -184,12 +183,13 @@ def GlobalAttention(  # noqa: N802
     given = op.Constant(value_float=scale)
     factor = op.Where(op.Equal(given, op.Constant(value_float=0.0)), root, given)
     scaled = op.Mul(query, op.CastLike(factor, query))
-    q = op.Transpose(op.Reshape(scaled, split), perm=[0, 2, 1, 3])  # (B, H, G, D)
+    q = op.Transpose(op.Reshape(scaled, split), perm=[0, 2, 3, 1])  # (B, H, D, G)
     k = op.Transpose(op.Reshape(key, split), perm=[0, 2, 1, 3])  # (B, H, S, D)
     v = op.Transpose(op.Reshape(value, split), perm=[0, 2, 1, 3])
     visible = op.Unsqueeze(op.Cast(key_mask, to=9), axis12)  # (B, 1, 1, S)
     bias = op.Where(visible, op.Constant(value_float=0.0), op.Constant(value_float=HIDDEN))
-    scores = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]))  # (B, H, G, S)
+    # key · queryᵀ, then turned: G is small, and the keys are read as they lie.
+    scores = op.Transpose(op.MatMul(k, q), perm=[0, 1, 3, 2])  # (B, H, G, S)
     weights = op.Softmax(op.Add(op.Cast(scores, to=1), bias), axis=-1)
     weights = op.Where(visible, weights, op.Constant(value_float=0.0))  # a row without a real key is 0
     context = op.Transpose(op.MatMul(op.CastLike(weights, query), v), perm=[0, 2, 1, 3])

@@ -13,6 +13,7 @@ import torch
 
 from lfx.export import functions
 from lfx.export.passes.constants import share_constants
+from lfx.export.passes.gelu import reorder_gelu
 from lfx.export.passes.names import name_after_modules, rename_dimensions
 from lfx.export.passes.opset import TRACED, set_opset
 from lfx.export.passes.weights import transpose_weights
@@ -53,6 +54,7 @@ def finish(
     _simplify(model)
     share_constants(model, weights)
     common.CommonSubexpressionEliminationPass()(model)
+    reorder_gelu(model)
     set_opset(model, opset)
     name_after_modules(model, prefix)
     if any(node.domain == functions.DOMAIN for node in ir.traversal.RecursiveGraphIterator(model.graph)):
