@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,7 +34,7 @@ from lfx.export.load import load, quiet, weights_sha256
 from lfx.export.passes.opset import HIGHEST, LOWEST, TRACED
 from lfx.export.rewrite import GlobalTokens, Traceable, attention_windows, rewrite
 from lfx.export.runners import TORCH_DTYPES
-from lfx.export.validate import validate
+from lfx.export.validate import forward_inputs, granularity, validate
 
 Progress = Callable[[str], None]
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
@@ -184,23 +182,22 @@ def _tokenizer(source: str) -> Any:
 def _trace(
     module: nn.Module, task: str, precision: str, tokens: GlobalTokens
 ) -> tuple[torch.onnx.ONNXProgram, list[str]]:
-    takes = inspect.signature(module.forward).parameters
+    takes = forward_inputs(module)
     if "input_ids" not in takes:
         raise ExportError(f"{type(module).__name__}.forward takes no input_ids; lfx feeds it {', '.join(GRAPH_INPUTS)}")
-    wanted = GRAPH_INPUTS if tokens.mode == "mask" else GRAPH_INPUTS[:2]
-    inputs = [name for name in wanted if name in takes]
+    inputs = [name for name in takes if tokens.mode == "mask" or name != "global_attention_mask"]
     traceable = Traceable(
         rewrite(module, tokens, TORCH_DTYPES[precision]), inputs, tokens, "global_attention_mask" in takes
     ).eval()
     batch, choices, sequence = (torch.export.Dim(name) for name in ("batch", "choices", "sequence"))
     axes = {0: batch, 1: choices, 2: sequence} if task == "multiple-choice" else {0: batch, 1: sequence}
     # An example of unequal, uncommon sizes, so that no axis is taken for a constant or for another.
-    length = 4 * max(attention_windows(module)) if _fixed_granularity(module) > 1 else 29
+    length = 4 * max(attention_windows(module)) if granularity(module) > 1 else 29
     shape = (2, 3, length) if task == "multiple-choice" else (3, length)
     example = {name: torch.ones(shape, dtype=torch.int64) for name in inputs}
     example["input_ids"] = torch.arange(length).expand(shape) % 5 + 3
     try:
-        with quiet(), _silent_torch():
+        with quiet():
             program = torch.onnx.export(
                 traceable,
                 tuple(example[name] for name in inputs),
@@ -221,21 +218,6 @@ def _trace(
     for name, value in outputs.items():
         value.name = name
     return program, inputs
-
-
-def _fixed_granularity(module: nn.Module) -> int:
-    """What lengths must be a multiple of in PyTorch; 1 where a LongformerModel does the padding."""
-    if any(isinstance(m, hf.LongformerModel) for m in module.modules()):
-        return 1
-    return 2 * max(attention_windows(module))
-
-
-def _silent_torch() -> warnings.catch_warnings:  # type: ignore[type-arg]
-    import logging
-
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    context = warnings.catch_warnings()
-    return context
 
 
 def _cause(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +23,12 @@ _BY_ARCHITECTURE = {task.architecture: name for name, task in TASKS.items()}
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' advice about loading and padding off the terminal."""
+    """Keep the advice of transformers and torch about loading, padding and tracing off the terminal."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
+    exporter = logging.getLogger("torch.onnx")
+    exporter_level = exporter.level
+    exporter.setLevel(logging.ERROR)
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()
     try:
@@ -33,6 +37,7 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         transformers.logging.set_verbosity(level)
+        exporter.setLevel(exporter_level)
         if bars:
             transformers.logging.enable_progress_bar()
 

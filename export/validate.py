@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import numpy as np
 from torch import nn
 from transformers.models.longformer import modeling_longformer as hf
 
-from lfx.config import Signature
-from lfx.errors import ParityError, one_line, require
+from lfx.config import GRAPH_INPUTS, Signature
+from lfx.export.rewrite import attention_windows
 from lfx.export.runners import reference_runner, torch_runner
 from lfx.parity import Arrays, Case, Runner, compare, inputs_of, quick_cases
+from lfx.runtime import Engine
 
 # Ids of a model without a word embedding of Hugging Face's are drawn below this.
 _UNKNOWN_VOCABULARY = 100
@@ -30,34 +33,32 @@ def validate(
     Raises:
         ParityError: an output is out of tolerance; names output, case and distance.
     """
-    run, backend = _candidate(path, signature)
-    report = compare(
-        quick_cases(max(signature.attention_windows), signature.max_seqlen, granularity(module)),
-        lambda case: model_inputs(case, signature),
-        reference=reference_runner(module, forward_inputs(module)),
-        witness=torch_runner(module, signature.precision, forward_inputs(module)),
-        candidate=run,
-        precision=signature.precision,
-        layers=len(signature.attention_windows),
-        on_case=lambda case: progress(f"validating: {case}"),
-    )
-    report.require()
-    return {"backend": backend, "witness": f"torch {version('torch')}", **report.to_dict()}
+    progress("validating: loading the references")
+    module_inputs = forward_inputs(module)
+    with Engine(path, _backend(signature)) as engine:
+        report = compare(
+            quick_cases(max(signature.attention_windows), signature.max_seqlen, granularity(module)),
+            lambda case: model_inputs(case, signature),
+            reference=reference_runner(module, module_inputs),
+            witness=torch_runner(module, signature.precision, module_inputs),
+            candidate=engine_runner(engine),
+            precision=signature.precision,
+            layers=len(signature.attention_windows),
+            on_case=lambda case: progress(f"validating: {case}"),
+        )
+        report.require()
+        return {"backend": engine.backend, "witness": f"torch {version('torch')}", **report.to_dict()}
 
 
 def granularity(module: nn.Module) -> int:
     """What a sequence length must be a multiple of in PyTorch: 1 where a LongformerModel does the padding."""
     if any(isinstance(m, hf.LongformerModel) for m in module.modules()):
         return 1
-    return 2 * max(m.one_sided_attn_window_size for m in module.modules() if isinstance(m, hf.LongformerSelfAttention))
+    return 2 * max(attention_windows(module))
 
 
 def forward_inputs(module: nn.Module) -> tuple[str, ...]:
     """The graph inputs that `module.forward` takes."""
-    import inspect
-
-    from lfx.config import GRAPH_INPUTS
-
     takes = inspect.signature(module.forward).parameters
     return tuple(name for name in GRAPH_INPUTS if name in takes)
 
@@ -76,30 +77,19 @@ def model_inputs(case: Case, signature: Signature) -> Arrays:
     )
 
 
-def _candidate(path: Path, signature: Signature) -> tuple[Runner, str]:
-    """The file in ONNX Runtime, or, for bf16, which it has few CPU kernels for, in the ONNX reference evaluator."""
-    names = [spec.name for spec in signature.outputs]
-    fed = {spec.name for spec in signature.inputs}
-    if signature.precision == "bf16":
-        from onnx.reference import ReferenceEvaluator
+def _backend(signature: Signature) -> str:
+    """ONNX Runtime; for bf16, which it has few CPU kernels for, OpenVINO where installed, or onnx's own evaluator."""
+    if signature.precision != "bf16":
+        return "onnxruntime"
+    return "openvino" if find_spec("openvino") is not None else "reference"
 
-        evaluator = ReferenceEvaluator(str(path))
 
-        def evaluate(inputs: Arrays) -> Arrays:
-            found = evaluator.run(names, {k: v for k, v in inputs.items() if k in fed})
-            return dict(zip(names, (np.asarray(value) for value in found), strict=True))
-
-        return evaluate, f"onnx reference evaluator {version('onnx')}"
-    ort = require("onnxruntime", "export")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ParityError(f"ONNX Runtime cannot load the exported file: {one_line(error)}") from error
+def engine_runner(engine: Engine) -> Runner:
+    """An Engine as a function from graph inputs to outputs; inputs that its graph does not have are left out."""
+    names = {spec.name for spec in engine.signature.inputs}
 
     def run(inputs: Arrays) -> Arrays:
-        found = session.run(names, {k: v for k, v in inputs.items() if k in fed})
-        return dict(zip(names, found, strict=True))
+        masks = {name: inputs[name] for name in inputs if name in names and name != "input_ids"}
+        return {name: np.asarray(value) for name, value in engine.run(inputs["input_ids"], **masks).items()}
 
-    return run, f"onnxruntime {ort.__version__} CPUExecutionProvider"
+    return run

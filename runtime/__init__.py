@@ -1,0 +1,7 @@
+"""ONNX or plan → answers. Imports numpy and the backend in use, never torch."""
+
+from __future__ import annotations
+
+from lfx.runtime.engine import Engine
+
+__all__ = ["Engine"]

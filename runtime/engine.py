@@ -1,0 +1,126 @@
+"""`Engine`: a bundle or an ONNX file that answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfx.config import MANIFEST, MODEL, Manifest, Signature
+from lfx.errors import ArtifactError, InputError
+from lfx.runtime import backends
+from lfx.runtime.inputs import prepare
+
+Outputs = dict[str, NDArray[Any] | list[NDArray[Any]]]
+
+
+class Engine:
+    """A loaded Longformer. Thread-safe, and a context manager.
+
+    Args:
+        path: a bundle, or an ONNX file that `lfx export` wrote. A bundle's files are checked against its manifest.
+        backend: "onnxruntime", "openvino", "reference" (the onnx package's own evaluator, slow), or "auto":
+            ONNX Runtime, and OpenVINO for bf16, which ONNX Runtime has few CPU kernels for.
+        provider: of ONNX Runtime: "cpu", "cuda" or "tensorrt". What was asked for is used, or it is an error.
+        threads: of one run; default: the backend's own choice.
+    Attributes:
+        signature: inputs, outputs and limits of the model.
+        manifest: of the bundle; None for a lone ONNX file.
+        backend: name, version and device of what runs it.
+    Raises:
+        ArtifactError: a file is missing, cut, changed or no model.
+        DependencyError: the backend is not installed, or cannot run this model; says which can.
+    """
+
+    def __init__(
+        self, path: str | Path, backend: str = "auto", *, provider: str = "cpu", threads: int | None = None
+    ) -> None:
+        if threads is not None and threads < 1:
+            raise InputError(f"threads {threads} is out of range; give 1 or more")
+        path = Path(path)
+        self.manifest: Manifest | None = None
+        if path.is_file() and path.suffix == ".onnx":
+            model = path
+            if path.name == MODEL and (path.parent / MANIFEST).is_file():
+                path = path.parent
+        elif path.is_file():
+            raise ArtifactError(f"{path} is neither a bundle nor an .onnx file; make a bundle with: lfx export")
+        else:
+            model = path / MODEL
+        if path.suffix != ".onnx" or not path.is_file():
+            self.manifest = Manifest.read(path)
+            self.manifest.verify(path)
+        if backend == "auto":
+            bf16 = self.manifest is not None and self.manifest.signature.precision == "bf16"
+            backend = "openvino" if bf16 and provider == "cpu" else "onnxruntime"
+        self._backend: backends.Backend | None = backends.load(model, backend, provider, threads)
+        self.backend = self._backend.name
+        self.signature = self._signature(model, self._backend)
+
+    def _signature(self, model: Path, backend: backends.Backend) -> Signature:
+        if self.manifest is not None:
+            signature = self.manifest.signature
+        elif backend.metadata is None:
+            raise ArtifactError(f"{model} was not written by lfx: it carries no lfx metadata; export it with lfx")
+        else:
+            try:
+                data = json.loads(backend.metadata)
+            except ValueError as error:
+                raise ArtifactError(f"{model} has broken lfx metadata ({error}); export it again") from error
+            signature = Signature.from_dict(data)
+        declared = ([s.name for s in signature.inputs], [s.name for s in signature.outputs])
+        if (sorted(backend.input_names), backend.output_names) != (sorted(declared[0]), declared[1]):
+            raise ArtifactError(f"{model} has other inputs or outputs than its manifest; export it again")
+        return signature
+
+    def run(self, ids: Any, attention_mask: Any = None, global_attention_mask: Any = None) -> Outputs:
+        """Run one batch.
+
+        Args:
+            ids: one sequence of integers (a batch of one), a list of sequences, or an integer array
+                (batch, seqlen); any seqlen from 1 to the model's maximum, padded inside. For multiple choice:
+                (choices, seqlen) or (batch, choices, seqlen).
+            attention_mask: as ids; 1 = real token, 0 = padding. Default: all real.
+            global_attention_mask: as ids; 1 = attends globally. Default: the task's own rule,
+                `signature.default_global`.
+        Returns:
+            One entry per output name, always with the batch first. For one sequence, an array, or sequences of one
+            length: an array, such as last_hidden_state (batch, seqlen, hidden) float32. For sequences of different
+            lengths: a list of arrays for outputs per token, each cut to its own length; outputs per sequence are
+            stacked. All are owned by the caller.
+        Raises:
+            InputError: a length, shape, dtype, mask value or token id that the model cannot take.
+        Source: Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
+        """
+        batch = prepare(ids, attention_mask, global_attention_mask, self.signature)
+        if self._backend is None:
+            raise InputError("this Engine is closed; make a new one")
+        outputs = self._backend.infer(dict(batch.feeds))
+        if batch.lengths is None:
+            return dict(outputs)
+        return {spec.name: _cut(outputs[spec.name], spec.shape, batch.lengths) for spec in self.signature.outputs}
+
+    def close(self) -> None:
+        """Free the model. Calling it again does nothing."""
+        self._backend = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _cut(
+    output: NDArray[Any], axes: tuple[int | str, ...], lengths: tuple[int, ...]
+) -> NDArray[Any] | list[NDArray[Any]]:
+    if "sequence" not in axes:
+        return output
+    axis = axes.index("sequence") - 1
+    return [np.take(row, range(length), axis=axis) for row, length in zip(output, lengths, strict=True)]
