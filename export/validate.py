@@ -1,4 +1,4 @@
-"""Run a freshly written ONNX file against the PyTorch model that it came from."""
+"""Run an exported model against the PyTorch model that it came from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.models.longformer import modeling_longformer as hf
 from lfx.config import GRAPH_INPUTS, Signature
 from lfx.export.rewrite import attention_windows
 from lfx.export.runners import reference_runner, torch_runner
-from lfx.parity import Arrays, Case, Runner, compare, inputs_of, quick_cases
+from lfx.parity import Arrays, Case, Report, Runner, compare, inputs_of, quick_cases
 from lfx.runtime import Engine
 
 # Ids of a model without a word embedding of Hugging Face's are drawn below this.
@@ -33,21 +33,36 @@ def validate(
     Raises:
         ParityError: an output is out of tolerance; names output, case and distance.
     """
-    progress("validating: loading the references")
-    module_inputs = forward_inputs(module)
     with Engine(path, _backend(signature)) as engine:
-        report = compare(
-            quick_cases(max(signature.attention_windows), signature.max_seqlen, granularity(module)),
-            lambda case: model_inputs(case, signature),
-            reference=reference_runner(module, module_inputs),
-            witness=torch_runner(module, signature.precision, module_inputs),
-            candidate=engine_runner(engine),
-            precision=signature.precision,
-            layers=len(signature.attention_windows),
-            on_case=lambda case: progress(f"validating: {case}"),
-        )
+        report = compare_engine(engine, module, quick_cases, progress)
         report.require()
         return {"backend": engine.backend, "witness": f"torch {version('torch')}", **report.to_dict()}
+
+
+def compare_engine(
+    engine: Engine,
+    module: nn.Module,
+    cases: Callable[[int, int | None, int], list[Case]],
+    progress: Callable[[str], None],
+) -> Report:
+    """Run an Engine beside its PyTorch model over a list of cases.
+
+    Args:
+        module: the float32 model that the engine was exported from.
+        cases: from window, max_seqlen and the multiple that lengths must be, such as `parity.full_cases`.
+    """
+    progress("comparing: loading the references")
+    signature, inputs = engine.signature, forward_inputs(module)
+    return compare(
+        cases(max(signature.attention_windows), signature.max_seqlen, granularity(module)),
+        lambda case: model_inputs(case, signature),
+        reference=reference_runner(module, inputs),
+        witness=torch_runner(module, signature.precision, inputs),
+        candidate=engine_runner(engine),
+        precision=signature.precision,
+        layers=len(signature.attention_windows),
+        on_case=lambda case: progress(f"comparing: {case}"),
+    )
 
 
 def granularity(module: nn.Module) -> int:

@@ -1,0 +1,134 @@
+"""Text in and answers out, with the tokenizer and labels that a bundle carries."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfx.config import Signature
+from lfx.errors import ArtifactError, InputError
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One text as the model sees it: ids, and for each token its piece of the text."""
+
+    ids: list[int]
+    pieces: list[str]
+
+
+class Text:
+    """The tokenizer and the labels of a bundle.
+
+    Args:
+        bundle: the folder that `lfx export` wrote.
+    Raises:
+        ArtifactError: the bundle has no tokenizer, or a broken one.
+    """
+
+    def __init__(self, bundle: Path, signature: Signature) -> None:
+        from tokenizers import Tokenizer
+
+        path = bundle / TOKENIZER
+        if not path.is_file():
+            raise ArtifactError(
+                f"{bundle} has no {TOKENIZER}, since its checkpoint had no tokenizer; give ids to Engine.run instead, "
+                "or export a checkpoint that has one"
+            )
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise ArtifactError(f"{path} cannot be read: {error}; export the model again") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._signature = signature
+        config = bundle / "config.json"
+        self._config: dict[str, Any] = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+
+    def encode(self, text: str, pair: str | None = None) -> Encoded:
+        """Tokenize, with the special tokens of the model.
+
+        Raises:
+            InputError: more tokens than the model takes; nothing is cut in silence.
+        """
+        encoding = self._tokenizer.encode(text, pair)
+        limit = self._signature.max_seqlen
+        if limit is not None and len(encoding.ids) > limit:
+            raise InputError(
+                f"the text has {len(encoding.ids)} tokens, above the model's maximum {limit}; shorten or split it"
+            )
+        return Encoded(list(encoding.ids), list(encoding.tokens))
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of some ids."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def label(self, index: int) -> str:
+        """The name of a class, from the checkpoint's config."""
+        return str(self._config.get("id2label", {}).get(str(index), f"LABEL_{index}"))
+
+    def answers(self, encoded: Encoded, outputs: dict[str, NDArray[Any]]) -> list[dict[str, Any]]:
+        """What the outputs of one sequence mean for the task, best first; empty where the task has no reading.
+
+        Returns:
+            text-classification: {label, score} of each class. token-classification: {token, label, score} of each
+            token. fill-mask: {position, token, score} of the five best tokens of each mask. question-answering: the
+            best {answer, score}. multiple-choice: {choice, score} of each choice.
+        """
+        task = self._signature.task
+        if task == "question-answering":
+            return [self._best_span(encoded, outputs["start_logits"][0], outputs["end_logits"][0])]
+        if task not in ("text-classification", "token-classification", "fill-mask", "multiple-choice"):
+            return []
+        logits = outputs["logits"][0]
+        if task == "text-classification" and len(logits) == 1:
+            return [{"label": self.label(0), "score": float(logits[0])}]
+        if task == "text-classification" and self._config.get("problem_type") == "multi_label_classification":
+            scores = 1.0 / (1.0 + np.exp(-logits))
+        else:
+            scores = _softmax(logits)
+        if task == "text-classification":
+            return [{"label": self.label(int(i)), "score": float(scores[i])} for i in np.argsort(-scores)]
+        if task == "multiple-choice":
+            return [{"choice": int(i), "score": float(scores[i])} for i in np.argsort(-scores)]
+        if task == "token-classification":
+            best = scores.argmax(axis=-1)
+            return [
+                {"token": piece, "label": self.label(int(i)), "score": float(row[i])}
+                for piece, i, row in zip(encoded.pieces, best, scores, strict=True)
+            ]
+        return self._mask_fillers(encoded, scores)
+
+    def _mask_fillers(self, encoded: Encoded, scores: NDArray[Any]) -> list[dict[str, Any]]:
+        mask_id = self._tokenizer.token_to_id("<mask>")
+        found = []
+        for position in (i for i, token in enumerate(encoded.ids) if token == mask_id):
+            for token in np.argsort(-scores[position])[:5]:
+                text = self.decode([int(token)])
+                found.append({"position": position, "token": text, "score": float(scores[position][token])})
+        return found
+
+    def _best_span(self, encoded: Encoded, start: NDArray[Any], end: NDArray[Any], longest: int = 30) -> dict[str, Any]:
+        separators = [i for i, token in enumerate(encoded.ids) if token == self._signature.sep_token_id]
+        first = separators[1] + 1 if len(separators) > 1 else 0
+        begins, ends = _softmax(start[first:]), _softmax(end[first:])
+        best, score = (0, 0), -1.0
+        for i in np.argsort(-begins)[:20]:
+            window = ends[i : i + longest]
+            j = int(window.argmax())
+            if begins[i] * window[j] > score:
+                best, score = (int(i), int(i) + j), float(begins[i] * window[j])
+        ids = encoded.ids[first + best[0] : first + best[1] + 1]
+        return {"answer": self.decode(ids), "score": score}
+
+
+def _softmax(logits: NDArray[Any]) -> NDArray[Any]:
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))

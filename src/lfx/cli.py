@@ -1,0 +1,369 @@
+"""The command `lfx`. Every heavy import stands inside the command that needs it, so that --help is instant."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from lfx import __version__
+from lfx.config import GLOBAL_MODES, PRECISIONS, TASKS
+from lfx.errors import ArtifactError, InputError, LfxError, one_line
+
+if TYPE_CHECKING:
+    from lfx.config import Manifest
+    from lfx.parity import Report
+    from lfx.runtime import Engine
+
+_ENGINE_OPTIONS = (
+    click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, openvino or reference."),
+    click.option("--provider", default="cpu", show_default=True, help="Of ONNX Runtime: cpu, cuda or tensorrt."),
+    click.option("--threads", type=click.IntRange(min=1), help="Threads of one run.  [default: the backend's choice]"),
+)
+
+
+def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_ENGINE_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lfx")
+def cli() -> None:
+    """Longformer from PyTorch to ONNX and production."""
+
+
+@cli.command()
+@click.option("--model", required=True, help="A checkpoint folder, or a model id of the Hugging Face hub.")
+@click.option("--task", type=click.Choice(["auto", *TASKS]), default="auto", show_default=True)
+@click.option("--opset", type=int, default=17, show_default=True, help="17 to 23.")
+@click.option("--output", type=click.Path(path_type=Path), help="The bundle's folder.  [default: the model's name]")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
+@click.option(
+    "--global-attention",
+    type=click.Choice(GLOBAL_MODES),
+    default="mask",
+    show_default=True,
+    help="Global tokens: a graph input, the first token of every row, or none.",
+)
+@click.option("--max-global", type=int, help="A constant number of global slots.  [default: as many as needed]")
+@click.option("--inline-functions", is_flag=True, help="Write standard ops only, without the lfx domain.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest instead of a summary.")
+def export(
+    model: str,
+    task: str,
+    opset: int,
+    output: Path | None,
+    precision: str,
+    global_attention: str,
+    max_global: int | None,
+    inline_functions: bool,
+    as_json: bool,
+) -> None:
+    """Export a Longformer to an ONNX bundle and validate it against PyTorch."""
+    from lfx.config import Manifest
+
+    with _progress() as step:
+        step("importing torch")
+        from lfx.export import export as run_export
+
+        bundle = run_export(
+            model,
+            output,
+            task=task,
+            opset=opset,
+            precision=precision,
+            global_attention=global_attention,
+            max_global=max_global,
+            inline_functions=inline_functions,
+            progress=step,
+        )
+    manifest = Manifest.read(bundle)
+    if as_json:
+        click.echo(json.dumps(manifest.to_dict(), indent=1))
+        return
+    click.echo(f"{bundle}: {manifest.signature.task}, opset {manifest.opset}, {manifest.signature.precision}")
+    for name, result in manifest.validation["outputs"].items():
+        click.echo(
+            f"{name}: largest error {result['max_abs_error']:.2g} against float64, PyTorch's own "
+            f"{result['torch_max_abs_error']:.2g}, tolerance {result['tolerance']:.2g}"
+        )
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--text", help="The text; for question answering the question, for multiple choice the prompt.")
+@click.option("--pair", multiple=True, help="A second text: the document asked about, or one choice (repeat it).")
+@click.option("--input", "file", type=click.Path(path_type=Path), help="A text file, read as one document.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write all output arrays to this .npz file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; arrays per token only with --output.")
+@_engine_options
+def run(
+    model: Path,
+    text: str | None,
+    pair: tuple[str, ...],
+    file: Path | None,
+    output: Path | None,
+    as_json: bool,
+    backend: str,
+    provider: str,
+    threads: int | None,
+) -> None:
+    """Run a text through a bundle (a folder, or its .onnx file)."""
+    import numpy as np
+
+    from lfx.runtime import Engine
+    from lfx.runtime.text import Text
+
+    if (text is None) == (file is None):
+        raise click.UsageError("give either --text or --input")
+    text = text if text is not None else _read_text(file)
+    with Engine(model, backend, provider=provider, threads=threads) as engine:
+        reader = Text(model if model.is_dir() else model.parent, engine.signature)
+        choices = engine.signature.task == "multiple-choice"
+        if (engine.signature.task == "question-answering" and len(pair) != 1) or (choices and not pair):
+            raise InputError(f"{engine.signature.task} needs --text and --pair: " + _pair_help(choices))
+        encoded = [reader.encode(text, second) for second in (pair or (None,))]
+        if choices:
+            rows, masks = _rectangle([e.ids for e in encoded], engine.signature.pad_token_id)
+            outputs = engine.run(rows, masks)
+        else:
+            outputs = engine.run(encoded[0].ids)
+        arrays = {name: np.asarray(value) for name, value in outputs.items()}
+        answers = reader.answers(encoded[0], arrays)
+    if output is not None:
+        _save(output, arrays)
+    tokens = sum(len(e.ids) for e in encoded)
+    if as_json:
+        shapes = {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in arrays.items()}
+        per_token = {s.name for s in engine.signature.outputs if "sequence" in s.shape}
+        for name, array in arrays.items():
+            if name not in per_token:
+                shapes[name]["values"] = array.tolist()
+        click.echo(json.dumps({"tokens": tokens, "backend": engine.backend, "outputs": shapes, "answers": answers}))
+        return
+    click.echo(f"{tokens} tokens, {engine.backend}")
+    for name, array in arrays.items():
+        first = ", ".join(f"{x:.4f}" for x in array.reshape(-1)[:4])
+        click.echo(f"{name}: shape {tuple(array.shape)}, first values {first}")
+    if answers:
+        _table([list(answers[0])], [[_cell(v) for v in answer.values()] for answer in answers[:40]])
+
+
+def _pair_help(choices: bool) -> str:
+    return "the prompt, and one --pair for each choice" if choices else "the question, and the document as --pair"
+
+
+def _rectangle(rows: list[list[int]], pad: int) -> tuple[Any, Any]:
+    import numpy as np
+
+    width = max(len(row) for row in rows)
+    ids = np.full((len(rows), width), pad)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    return ids, mask
+
+
+def _read_text(file: Path | None) -> str:
+    assert file is not None
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from error
+
+
+def _save(output: Path, arrays: dict[str, Any]) -> None:
+    import numpy as np
+
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}.npz")
+    try:
+        np.savez(partial, **arrays)
+        partial.rename(output)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the whole manifest.")
+def inspect(model: Path, as_json: bool) -> None:
+    """Show what a bundle is: model, inputs, outputs, limits, and what its validation measured."""
+    manifest = _manifest(model)
+    if as_json:
+        click.echo(json.dumps(manifest.to_dict(), indent=1))
+        return
+    signature = manifest.signature
+    windows = sorted({2 * w for w in signature.attention_windows})
+    _table(
+        [["what", "value"]],
+        [
+            ["model", str(manifest.source.get("model"))],
+            ["architecture", f"{signature.architecture}, {len(signature.attention_windows)} layers"],
+            ["task", signature.task],
+            ["opset", f"{manifest.opset}{', functions inlined' if manifest.inlined else ''}"],
+            ["precision", signature.precision],
+            ["attention window", f"{', '.join(map(str, windows))} tokens in all"],
+            ["longest sequence", str(signature.max_seqlen or "no limit")],
+            ["vocabulary", str(signature.vocab_size or "not checked")],
+            ["global attention", _global_text(manifest)],
+            *[["input", f"{t.name} {_axes(t.shape)} {t.dtype}"] for t in signature.inputs],
+            *[["output", f"{t.name} {_axes(t.shape)} {t.dtype}"] for t in signature.outputs],
+            *[
+                ["validated", f"{name}: error {r['max_abs_error']:.2g}, tolerance {r['tolerance']:.2g}"]
+                for name, r in manifest.validation.get("outputs", {}).items()
+            ],
+            ["files", ", ".join(f"{name} ({entry['bytes']:,} bytes)" for name, entry in manifest.files.items())],
+            ["made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())],
+        ],
+    )
+
+
+def _axes(shape: tuple[int | str, ...]) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def _global_text(manifest: Manifest) -> str:
+    signature = manifest.signature
+    if signature.global_attention == "none":
+        return "none, fixed"
+    if signature.global_attention == "first":
+        return "the first token, fixed"
+    limit = "" if signature.max_global is None else f", at most {signature.max_global} a row"
+    return f"an input{limit}; without it: {signature.default_global.replace('_', ' ')}"
+
+
+def _manifest(model: Path) -> Manifest:
+    from lfx.config import MANIFEST, Manifest
+
+    bundle = model.parent if model.is_file() and (model.parent / MANIFEST).is_file() else model
+    if bundle.is_file():
+        raise ArtifactError(f"{bundle} is no bundle; give the folder that lfx export wrote")
+    manifest = Manifest.read(bundle)
+    manifest.verify(bundle)
+    return manifest
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--source", help="The checkpoint to compare with.  [default: the one that the bundle was made from]")
+@click.option("--cases", type=click.Choice(["quick", "full"]), default="quick", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@_engine_options
+def parity(
+    model: Path, source: str | None, cases: str, as_json: bool, backend: str, provider: str, threads: int | None
+) -> None:
+    """Compare a bundle with PyTorch, by length, batch, globals and padding; exit 1 when out of tolerance."""
+    from lfx.runtime import Engine
+
+    manifest = _manifest(model)
+    with _progress() as step, Engine(model, backend, provider=provider, threads=threads) as engine:
+        report = _parity(engine, manifest, source or str(manifest.source.get("model")), cases, step)
+        name = engine.backend
+    if as_json:
+        click.echo(json.dumps({"backend": name, **report.to_dict()}, indent=1))
+    else:
+        outputs = list(report.outputs)
+        header = ["batch", "length", "globals", "padding", *(f"{o} error" for o in outputs)]
+        rows = [
+            [str(c.batch), str(c.seqlen), c.globals, c.padding, *(f"{errors[o]:.2e}" for o in outputs)]
+            for c, errors in report.rows
+        ]
+        rows.append(["", "", "", "tolerance", *(f"{report.tolerance(o):.2e}" for o in outputs)])
+        rows.append(["", "", "", "PyTorch's own", *(f"{report.outputs[o].torch_error:.2e}" for o in outputs)])
+        _table([header], rows)
+        click.echo(f"{len(report.rows)} cases, {name}: {'out of tolerance' if report.failures() else 'in tolerance'}")
+    report.require()
+
+
+def _parity(engine: Engine, manifest: Manifest, source: str, cases: str, step: Callable[[str], None]) -> Report:
+    from lfx.parity import full_cases, quick_cases
+
+    step("importing torch")
+    from lfx.export.load import load, weights_sha256
+    from lfx.export.validate import compare_engine
+
+    step("loading the checkpoint")
+    module, _ = load(source, manifest.signature.task)
+    if weights_sha256(module) != manifest.source.get("sha256"):
+        raise ArtifactError(
+            f"{source} has other weights than the bundle was made from (sha256 differs); "
+            "give the right checkpoint with --source, or export again"
+        )
+    return compare_engine(engine, module, full_cases if cases == "full" else quick_cases, step)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _table(header: list[list[str]], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header[0], header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(soft_wrap=False)
+    if not console.is_terminal:
+        console = Console(width=max(160, console.width))
+    console.print(table)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A spinner with the current step on stderr; plain lines where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda step: click.echo(f"… {step}", err=True)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting")
+        yield lambda step: progress.update(task, description=step)
+
+
+def main() -> NoReturn:
+    """Run the command line: 0 done, 1 one line of error, 2 usage."""
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; nothing half-written was left")
+    except LfxError as error:
+        _fail(one_line(error, 2000))
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except MemoryError:
+        _fail("out of memory; use shorter or fewer sequences, or a smaller model")
+    except Exception as error:
+        if os.environ.get("LFX_DEBUG"):
+            raise
+        _fail(f"{type(error).__name__}: {one_line(error)} (LFX_DEBUG=1 shows where; please report it)")
+    sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
