@@ -5,7 +5,7 @@ uses its own kernel; any other inlines the body. The letters in the shapes:
 
     B batch            S sequence length          H heads        D head size
     G global slots     d dilation                 T = ceil(S / d), length of one interleaved subsequence
-    N query blocks     b block, queries a block   W = b + 2·reach, keys that a block can see
+    N query blocks     b block, queries a block   W = min(b + 2·window, T), keys that a block can see
     X = G + W          L = N·b ≥ T
 
 Block form: every block of queries gathers the keys that it can see, so that attention is two batched matrix
@@ -76,24 +76,22 @@ def BandedAttention(  # noqa: N802, PLR0915
     padded_len = op.Mul(sublen, step)  # T·d ≥ S
     block = op.Min(op.Constant(value_ints=[BLOCK]), sublen)  # b
     blocks = op.Div(op.Add(sublen, op.Sub(block, axis1)), block)  # N
-    reach = op.Min(window_1d, sublen)
-    span = op.Add(block, op.Add(reach, reach))  # W
+    span = op.Min(op.Add(block, op.Add(window_1d, window_1d)), sublen)  # W
 
-    # Where each block's queries and keys stand in their subsequence. Positions outside are clipped and hidden.
+    # Where each block's queries and keys stand in their subsequence. The keys of the first and last blocks are moved
+    # inside; queries behind the end repeat the last one, and are never read.
     block_at = op.Unsqueeze(op.Mul(op.Range(start, op.Squeeze(blocks), stride), block), axis1)  # (N, 1)
-    query_offset = op.Unsqueeze(op.Range(start, op.Squeeze(block), stride), axis0)  # (1, b)
-    key_offset = op.Unsqueeze(op.Sub(op.Range(start, op.Squeeze(span), stride), reach), axis0)  # (1, W)
-    last = op.Sub(sublen, axis1)
-    query_at = op.Min(op.Add(block_at, query_offset), last)  # (N, b)
-    key_wanted = op.Add(block_at, key_offset)  # (N, W)
-    key_at = op.Max(op.Min(key_wanted, last), axis0)
-    inside = op.Equal(key_at, key_wanted)
+    block_range = op.Unsqueeze(op.Range(start, op.Squeeze(block), stride), axis0)  # (1, b)
+    span_range = op.Unsqueeze(op.Range(start, op.Squeeze(span), stride), axis0)  # (1, W)
+    query_at = op.Min(op.Add(block_at, block_range), op.Sub(sublen, axis1))  # (N, b)
+    first_key = op.Max(op.Min(op.Sub(block_at, window_1d), op.Sub(sublen, span)), axis0)  # (N, 1)
+    key_at = op.Add(first_key, span_range)  # (N, W)
     slot_range = op.Range(start, op.Squeeze(slots), stride)  # (G)
     slot_at = op.Expand(op.Unsqueeze(slot_range, axis0), op.Concat(blocks, slots, axis=0))
     gather_at = op.Concat(slot_at, op.Add(key_at, slots), axis=1)  # (N, X): global slots stand first
 
     # Which of them a query may see.
-    distance = op.Sub(key_offset, op.Transpose(query_offset, perm=[1, 0]))  # (b, W)
+    distance = op.Sub(op.Unsqueeze(key_at, axis1), op.Unsqueeze(query_at, axis2))  # (N, b, W)
     in_band = op.And(
         op.GreaterOrEqual(distance, op.Neg(window_1d)),
         op.LessOrEqual(distance, op.Mul(window_1d, not_causal)),
@@ -109,7 +107,7 @@ def BandedAttention(  # noqa: N802, PLR0915
     local = op.Slice(local, axis0, padded_len, axis1)  # (B, T·d): real and not global
     local = op.Transpose(op.Reshape(local, op.Concat(batch, sublen, step, axis=0)), perm=[0, 2, 1])
     local = op.Reshape(local, op.Concat(lanes, sublen, axis=0))
-    key_seen = op.And(op.Cast(op.Gather(local, key_at, axis=1), to=9), inside)  # (B·d, N, W)
+    key_seen = op.Cast(op.Gather(local, key_at, axis=1), to=9)  # (B·d, N, W)
     seen = op.And(op.Unsqueeze(key_seen, axis2), in_band)  # (B·d, N, b, W)
     slot_seen = op.Expand(op.Unsqueeze(used, axis1), op.Concat(batch, step, slots, axis=0))
     slot_seen = op.Reshape(slot_seen, op.Concat(lanes, axis1, axis1, slots, axis=0))

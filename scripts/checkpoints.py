@@ -1,0 +1,68 @@
+"""Checkpoints of the base shape with seeded random weights, for machines that reach no model hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "examples" / "constitution.txt"
+BASE_MAX_SEQLEN = 4096
+
+
+def base_model(max_seqlen: int = BASE_MAX_SEQLEN, seed: int = 0) -> Any:
+    """A LongformerModel of the shape of allenai/longformer-base-4096, in eval mode."""
+    import torch
+    from transformers import LongformerConfig, LongformerModel
+
+    torch.manual_seed(seed)
+    config = LongformerConfig(
+        vocab_size=50265,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        attention_window=512,
+        max_position_embeddings=max_seqlen + 2,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+    )
+    return LongformerModel(config).eval()
+
+
+def trained_tokenizer(text: str, vocab_size: int = 4000) -> Any:
+    """A byte-level BPE trained on `text`, with the special tokens and ids of RoBERTa's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        cls_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        sep_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+    )
+
+
+def save_base_checkpoint(folder: Path) -> Path:
+    """The base shape with random weights, and a tokenizer trained on the example document."""
+    trained_tokenizer(DOCUMENT.read_text(encoding="utf-8")).save_pretrained(folder)
+    base_model().save_pretrained(folder)
+    return folder

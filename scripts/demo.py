@@ -1,0 +1,147 @@
+"""`make demo`: export a Longformer, run a real document, check parity, and compare its speed with PyTorch's."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from checkpoints import DOCUMENT, save_base_checkpoint
+from rich.console import Console
+from rich.table import Table
+
+from lfx import runtime
+from lfx.config import Manifest
+from lfx.errors import ExportError, LfxError
+from lfx.export import export
+from lfx.export.load import load, quiet
+from lfx.runtime.text import Text
+
+HUB_ID = "allenai/longformer-base-4096"
+LENGTHS = (1, 100, 512, 1000, 4096)
+# PyTorch and ONNX Runtime sum in different orders: 12 layers of float32 leave less than this between them.
+LARGEST_DIFFERENCE = 1e-4
+console = Console()
+
+
+def main() -> int:
+    """Run the demo; 1 when the numbers are not the model's."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("build/demo"), help="where checkpoint and bundle go")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.output.mkdir(parents=True, exist_ok=True)
+
+    source = _checkpoint(options.output)
+    bundle = options.output / "longformer-base-4096"
+    console.print(f"[bold]lfx export --model {source} --output {bundle}[/]")
+    started = time.perf_counter()
+    export(source, bundle, progress=lambda step: console.print(f"  {step}", highlight=False))
+    manifest = Manifest.read(bundle)
+    worst = max(r["max_abs_error"] for r in manifest.validation["outputs"].values())
+    console.print(f"  exported and validated in {time.perf_counter() - started:.0f} s; largest error {worst:.1e}")
+
+    model, _ = load(source)
+    with runtime.Engine(bundle, threads=options.threads) as engine:
+        ids = _document_ids(bundle, engine)
+        _run_document(engine, ids)
+        good = _check_parity(engine, model, ids)
+        _compare_speed(engine, model, ids, options.threads)
+    return 0 if good else 1
+
+
+def _checkpoint(output: Path) -> str:
+    try:
+        load(HUB_ID)
+    except ExportError as error:
+        folder = output / "random-longformer-base-4096"
+        console.print(f"[yellow]{HUB_ID} is out of reach ({error}).")
+        console.print("[yellow]Using the same architecture with seeded RANDOM weights: answers mean nothing, speed does.")
+        if not (folder / "model.safetensors").is_file():
+            save_base_checkpoint(folder)
+        return str(folder)
+    console.print(f"Using {HUB_ID} from the hub.")
+    return HUB_ID
+
+
+def _document_ids(bundle: Path, engine: runtime.Engine) -> list[int]:
+    """The ids of the whole document, without special tokens."""
+    from tokenizers import Tokenizer
+
+    text = DOCUMENT.read_text(encoding="utf-8")
+    Text(bundle, engine.signature)  # the bundle's tokenizer is there and whole
+    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    ids = [int(i) for i in tokenizer.encode(text, add_special_tokens=False).ids]
+    console.print(f"\n[bold]{DOCUMENT.name}[/]: {len(text):,} characters, {len(ids):,} tokens")
+    return ids
+
+
+def _run_document(engine: runtime.Engine, ids: list[int]) -> None:
+    limit = (engine.signature.max_seqlen or 4096) - 2
+    pieces = [[0, *ids[i : i + limit], 2] for i in range(0, len(ids), limit)]
+    started = time.perf_counter()
+    for i, piece in enumerate(pieces):
+        state = np.asarray(engine.run(piece)["last_hidden_state"])
+        console.print(f"  piece {i + 1} of {len(pieces)}: {len(piece)} tokens -> last_hidden_state {state.shape}")
+    seconds = time.perf_counter() - started
+    console.print(f"  the whole document in {seconds:.1f} s on {engine.backend}")
+
+
+def _check_parity(engine: runtime.Engine, model: Any, ids: list[int]) -> bool:
+    table = Table("tokens", "largest difference from PyTorch", "", title="\nParity with Hugging Face, fp32")
+    good = True
+    for length in LENGTHS:
+        piece = np.array([ids[:length]])
+        mine = np.asarray(engine.run(piece)["last_hidden_state"])
+        with torch.inference_mode(), quiet():
+            theirs = model(torch.from_numpy(piece)).last_hidden_state.numpy()
+        difference = float(np.abs(mine - theirs).max())
+        good &= difference <= LARGEST_DIFFERENCE
+        table.add_row(f"{length}", f"{difference:.1e}", "ok" if difference <= LARGEST_DIFFERENCE else "WRONG")
+    console.print(table)
+    return good
+
+
+def _compare_speed(engine: runtime.Engine, model: Any, ids: list[int], threads: int) -> None:
+    table = Table("tokens", "PyTorch eager", "lfx", "lfx is", title=f"\nTokens per second, batch 1, {threads} threads")
+    for length, rounds in ((512, 5), (4096, 3)):
+        piece = np.array([ids[:length]])
+
+        def pytorch(piece: Any = piece) -> None:
+            with torch.inference_mode(), quiet():
+                model(torch.from_numpy(piece))
+
+        def lfx(piece: Any = piece) -> None:
+            engine.run(piece)
+
+        eager, ours = _interleaved(pytorch, lfx, rounds)
+        table.add_row(f"{length}", f"{length / eager:,.0f}", f"{length / ours:,.0f}", f"{eager / ours:.2f} times as fast")
+    console.print(table)
+
+
+def _interleaved(a: Callable[[], None], b: Callable[[], None], rounds: int) -> tuple[float, float]:
+    """Median seconds of each, A B A B, after one warm-up of both."""
+    a()
+    b()
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for run, found in zip((a, b), times, strict=True):
+            started = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - started)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except LfxError as error:
+        console.print(f"[red]error: {error}")
+        sys.exit(1)

@@ -1,0 +1,29 @@
+"""Fixtures that several folders use; each export is made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lfx.export import export
+from tests.models import tiny_model, tiny_tokenizer
+
+MakeBundle = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
+    """bundle(task, **export options) -> the folder of a tiny exported model with a tokenizer; made once, shared."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def make(task: str = "feature-extraction", **options: Any) -> Path:
+        key = (task, *sorted(options.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("bundle") / task
+            made[key] = export(tiny_model(task), folder, tokenizer=tiny_tokenizer(), **options)
+        return made[key]
+
+    return make

@@ -1,0 +1,68 @@
+"""Tiny random Longformers, seeded: every test makes the checkpoint that it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import LongformerConfig
+
+from lfx.config import TASKS
+
+VOCAB_SIZE = 99
+WINDOW = 8  # one-sided, of the widest layer
+
+
+def tiny_config(**changes: Any) -> LongformerConfig:
+    """Two layers of different windows, hidden 32, two heads, 128 tokens at most."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 130,
+        "attention_window": [8, 2 * WINDOW],
+        "type_vocab_size": 1,
+        "initializer_range": 0.2,  # large enough that attention is far from uniform
+    }
+    return LongformerConfig(**{**settings, **changes})
+
+
+def tiny_model(task: str = "feature-extraction", seed: int = 0, **changes: Any) -> Any:
+    """A random model of a task's architecture, every parameter drawn (fresh biases would be zeros), in eval mode."""
+    torch.manual_seed(seed)
+    model = getattr(transformers, TASKS[task].architecture)(tiny_config(**changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0.0, 0.1)
+    return model
+
+
+def save_tiny_checkpoint(folder: Path, task: str = "feature-extraction", **changes: Any) -> Path:
+    """A checkpoint as `save_pretrained` writes it, without tokenizer."""
+    tiny_model(task, **changes).save_pretrained(folder)
+    return folder
+
+
+def tiny_tokenizer() -> Any:
+    """A byte-pair tokenizer of at most VOCAB_SIZE words, with the special ids of RoBERTa's."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    names = {"bos_token": "<s>", "cls_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "sep_token": "</s>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", mask_token="<mask>", **names
+    )
