@@ -287,5 +287,5 @@ def function(definition: object, opset: int) -> ir.Function:
     import onnx_ir as ir
 
     result = ir.serde.deserialize_function(definition.to_function_proto())  # type: ignore[attr-defined]
-    result.opset_imports[""] = opset
+    result.opset_imports.update({"": opset, DOMAIN: VERSION})  # onnxscript does not see calls inside an If
     return result

@@ -1,0 +1,108 @@
+"""The verdict: what passes, what fails, and that it can fail."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from lfx.errors import ParityError
+from lfx.parity import GLOBALS, PADDINGS, Arrays, Case, compare, full_cases, inputs_of, quick_cases
+
+NOISE = 1e-6
+
+
+def _report(shift: float = 0.0, witness_shift: float = 0.0, **options: object):
+    def right(inputs: Arrays) -> Arrays:
+        return {"logits": np.sin(inputs["input_ids"].astype(float))}
+
+    def off_by(amount: float):
+        return lambda inputs: {"logits": right(inputs)["logits"] + amount}
+
+    return compare(
+        [Case(2, 5), Case(1, 3)],
+        lambda case: inputs_of(case, vocab_size=50, pad_token_id=1),
+        reference=right,
+        witness=off_by(NOISE + witness_shift),
+        candidate=options.get("candidate", off_by(shift)),
+        precision="fp32",
+        layers=2,
+    )
+
+
+def test_twice_the_error_of_pytorch_passes() -> None:
+    _report(2 * NOISE).require()
+
+
+def test_an_error_above_the_tolerance_fails_and_says_where_and_how_far() -> None:
+    report = _report(1e-4)
+    with pytest.raises(ParityError, match=r"logits: error 0\.0001 .* batch 2, length 5"):
+        report.require()
+    assert report.to_dict()["passed"] is False
+
+
+def test_tolerance_is_the_documented_sum() -> None:
+    report = _report()
+    band = math.sqrt(24) * 2.0**-24 * report.outputs["logits"].magnitude
+    assert report.tolerance("logits") == pytest.approx(2 * NOISE + band, rel=1e-6)
+
+
+def test_nan_fails() -> None:
+    report = _report(candidate=lambda inputs: {"logits": np.full(inputs["input_ids"].shape, np.nan)})
+    with pytest.raises(ParityError, match="error inf"):
+        report.require()
+
+
+def test_a_witness_that_computes_something_else_fails() -> None:
+    with pytest.raises(ParityError, match="do not compute the same"):
+        _report(witness_shift=0.1).require()
+
+
+def test_missing_outputs_and_other_shapes_fail() -> None:
+    with pytest.raises(ParityError, match="has outputs"):
+        _report(candidate=lambda inputs: {"other": inputs["input_ids"]})
+    with pytest.raises(ParityError, match="shape"):
+        _report(candidate=lambda inputs: {"logits": inputs["input_ids"][:, :1]})
+
+
+def test_full_cases_cover_every_boundary_pattern_and_padding() -> None:
+    cases = full_cases(8, 128)
+    lengths = {case.seqlen for case in cases}
+    assert {1, 7, 8, 9, 15, 16, 17, 31, 33, 48} <= lengths
+    assert {case.batch for case in cases} == {1, 2, 3, 4}
+    assert {case.globals for case in cases} == set(GLOBALS)
+    assert {case.padding for case in cases} == set(PADDINGS)
+    for length in (7, 8, 9, 16, 17):
+        assert {c.globals for c in cases if c.seqlen == length} == set(GLOBALS)
+
+
+@pytest.mark.parametrize("cases", [quick_cases, full_cases])
+def test_cases_keep_within_the_model(cases) -> None:
+    assert max(case.seqlen for case in cases(256, 20)) == 20
+    assert all(case.seqlen % 16 == 0 for case in cases(8, None, 16))
+    assert len(set(cases(8, 128))) == len(cases(8, 128))
+
+
+def test_inputs_follow_their_case() -> None:
+    def make(globals_: str, padding: str) -> Arrays:
+        return inputs_of(Case(4, 20, globals_, padding), vocab_size=99, pad_token_id=1)
+
+    assert make("all", "none")["global_attention_mask"].all()
+    assert make("first", "none")["global_attention_mask"].sum(axis=1).tolist() == [1] * 4
+    assert len(set(make("ragged", "none")["global_attention_mask"].sum(axis=1))) == 4
+    marks = make("adjacent", "none")["global_attention_mask"]
+    assert all(np.diff(np.flatnonzero(row)).max() == 1 for row in marks)
+    left, right = make("none", "left")["attention_mask"], make("none", "right")["attention_mask"]
+    assert left[0, 0] == 0 and left[0, -1] == 1
+    assert right[0, 0] == 1 and right[0, -1] == 0
+    empty = make("none", "empty_row")["attention_mask"]
+    assert empty[:-1].all() and not empty[-1].any()
+    holes = make("none", "holes")
+    assert (holes["attention_mask"] == 0).any() and (holes["input_ids"] != 1).all()
+    padded = make("none", "right")
+    assert (padded["input_ids"][padded["attention_mask"] == 0] == 1).all()
+    ids = make("none", "none")["input_ids"]
+    assert ids.min() >= 0 and ids.max() < 99 and (ids != 1).all()
+    few = inputs_of(Case(2, 20, "all"), vocab_size=99, pad_token_id=1, max_global=3)
+    assert few["global_attention_mask"].sum(axis=1).tolist() == [3, 3]
