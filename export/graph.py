@@ -43,7 +43,7 @@ def finish(
         inline_functions: leave standard ops only.
         metadata: what a file without its bundle must say of itself; stored under the key `lfx`.
     """
-    _name_weights(model, parameter_names)
+    _name_weights(model, parameter_names, prefix)
     for helper in functions.HELPERS:
         body = functions.function(helper, TRACED)
         model.functions[body.identifier()] = body
@@ -89,8 +89,8 @@ def _simplify(model: ir.Model) -> None:
         clean(model)
 
 
-def _name_weights(model: ir.Model, names: Mapping[int, str]) -> None:
+def _name_weights(model: ir.Model, names: Mapping[int, str], prefix: str) -> None:
     for value in list(model.graph.initializers.values()):
         raw = getattr(value.const_value, "raw", None)
-        if isinstance(raw, torch.Tensor) and raw.data_ptr() in names:
-            value.name = names[raw.data_ptr()]
+        shared = isinstance(raw, torch.Tensor) and raw.data_ptr() in names
+        value.name = names[raw.data_ptr()] if shared else str(value.name).removeprefix(prefix)

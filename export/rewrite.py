@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -201,20 +202,47 @@ def attention_windows(model: nn.Module) -> list[int]:
 
 
 def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of `model` in eval mode that shares its tensors, those of another float type than `dtype` converted.
+    """A copy of `model` in eval mode: modules and buffers of its own, the same parameters.
 
-    Raises:
-        ExportError: the model cannot be copied.
+    Parameters of another float type than `dtype` are converted. Other attributes are copied one level deep, and not
+    with copy.deepcopy: users' modules hold what cannot be pickled (rotary_embedding_torch, for one).
     """
-    tensors: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.dtype != dtype:
-            converted = tensor.detach().to(dtype)
-            tensors[key] = nn.Parameter(converted, False) if isinstance(tensor, nn.Parameter) else converted
-    try:
-        return copy.deepcopy(model, tensors).eval()
-    except Exception as error:
-        raise ExportError(f"{type(model).__name__} cannot be copied for tracing (copy.deepcopy: {error})") from error
+    parameters: dict[int, nn.Parameter] = {}
+    modules: dict[int, nn.Module] = {}
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+
+    def parameter(original: nn.Parameter) -> nn.Parameter:
+        if id(original) not in parameters:
+            same = not original.is_floating_point() or original.dtype == dtype
+            parameters[id(original)] = original if same else nn.Parameter(convert(original), requires_grad=False)
+        return parameters[id(original)]
+
+    def module(original: nn.Module) -> nn.Module:
+        if id(original) in modules:
+            return modules[id(original)]
+        cls = type(original)
+        made: nn.Module = cls.__new__(cls)
+        modules[id(original)] = made
+        for name, value in vars(original).items():
+            made.__dict__[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
+        made.__dict__["training"] = False
+        for name, weight in original._parameters.items():
+            made._parameters[name] = None if weight is None else parameter(weight)
+        for name, buffer in original._buffers.items():
+            made._buffers[name] = None if buffer is None else convert(buffer).clone()
+        for name, child in original._modules.items():
+            made._modules[name] = None if child is None else module(child)
+        return made
+
+    copied = module(model)
+    for made in modules.values():
+        for name, value in vars(made).items():
+            # A method that was set on an instance goes with the copy of its instance.
+            if isinstance(value, MethodType) and id(value.__self__) in modules:
+                made.__dict__[name] = MethodType(value.__func__, modules[id(value.__self__)])
+    return copied
 
 
 def replace_attention(model: nn.Module, attention: type[hf.LongformerSelfAttention]) -> nn.Module:

@@ -1,0 +1,405 @@
+"""What callers may give as ids and masks, and what is refused; no model is run here."""
+
+from __future__ import annotations
+
+import array
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from transformers.models.longformer.modeling_longformer import _compute_global_attention_mask
+
+from lfx.config import GRAPH_INPUTS, Signature, TensorSpec
+from lfx.errors import InputError
+from lfx.runtime.inputs import default_global, prepare
+
+PAD, SEP, VOCAB, LONGEST = 1, 2, 20, 12
+
+
+def signature(**changes: Any) -> Signature:
+    """Of a model with ids below 20 and at most 12 tokens."""
+    axes = ("batch", "sequence")
+    plain = Signature(
+        architecture="LongformerModel",
+        task="feature-extraction",
+        precision="fp32",
+        inputs=tuple(TensorSpec(name, "int64", axes) for name in GRAPH_INPUTS),
+        outputs=(TensorSpec("last_hidden_state", "float32", (*axes, 32)),),
+        attention_windows=(2, 4),
+        max_seqlen=LONGEST,
+        vocab_size=VOCAB,
+        pad_token_id=PAD,
+        sep_token_id=SEP,
+    )
+    return replace(plain, **changes)
+
+
+CHOICES = signature(task="multiple-choice", default_global="after_question")
+QUESTION = signature(task="question-answering", default_global="question")
+FIXED_FIRST = signature(
+    inputs=tuple(TensorSpec(name, "int64", ("batch", "sequence")) for name in GRAPH_INPUTS[:2]),
+    global_attention="first",
+    default_global="first",
+)
+
+
+class ArrayLike:
+    """Stands for any library's tensor: numpy can read it, and it is no sequence."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.asarray(self.values, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [5, 6, 7],
+        (5, 6, 7),
+        range(5, 8),
+        array.array("i", [5, 6, 7]),
+        [np.int32(5), np.int64(6), np.uint8(7)],
+        np.array([5, 6, 7], dtype=np.int32),
+        np.array([5, 6, 7], dtype=np.uint8),
+        np.array([7, 6, 5], dtype=np.int16)[::-1],
+        ArrayLike([5, 6, 7]),
+        torch.tensor([5, 6, 7]),
+        [torch.tensor(5), torch.tensor(6), torch.tensor(7)],
+        [[5, 6, 7]],
+        ([5, 6, 7],),
+        [np.array([5, 6, 7])],
+        np.array([[5, 6, 7]]),
+    ],
+    ids=lambda value: f"{type(value).__name__}-{np.ndim(value)}",
+)
+def test_one_sequence_in_any_form_is_a_batch_of_one(ids: Any) -> None:
+    batch = prepare(ids, None, None, signature())
+    assert batch.lengths is None
+    assert list(batch.feeds) == list(GRAPH_INPUTS)
+    for name, expected in zip(GRAPH_INPUTS, ([5, 6, 7], [1, 1, 1], [0, 0, 0]), strict=True):
+        assert batch.feeds[name].dtype == np.int64
+        assert batch.feeds[name].tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [[3, 4], [5, 6], [7, 8]],
+        ((3, 4), (5, 6), (7, 8)),
+        np.array([[3, 4], [5, 6], [7, 8]], dtype=np.int32),
+        np.array([[3, 5, 7], [4, 6, 8]], order="F").T,
+        [np.array([3, 4]), [5, 6], (7, 8)],
+        [ArrayLike([3, 4]), ArrayLike([5, 6]), ArrayLike([7, 8])],
+        torch.tensor([[3, 4], [5, 6], [7, 8]]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_batch_in_any_form_keeps_its_rows(ids: Any) -> None:
+    batch = prepare(ids, None, None, signature())
+    assert batch.lengths is None
+    assert batch.feeds["input_ids"].tolist() == [[3, 4], [5, 6], [7, 8]]
+    assert batch.feeds["attention_mask"].tolist() == [[1, 1]] * 3
+
+
+def test_ragged_sequences_are_padded_with_the_pad_id_and_masked() -> None:
+    batch = prepare([[3], [4, 5, 6], [7, 8]], None, None, signature(pad_token_id=9))
+    assert batch.lengths == (1, 3, 2)
+    assert batch.feeds["input_ids"].tolist() == [[3, 9, 9], [4, 5, 6], [7, 8, 9]]
+    assert batch.feeds["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 0]]
+    assert batch.feeds["global_attention_mask"].tolist() == [[0, 0, 0]] * 3
+
+
+def test_ragged_masks_keep_their_values_and_get_zeros_behind() -> None:
+    batch = prepare([[3, 4], [5, 6, 7]], [[0, 1], [1, 1, 0]], [[1, 1], [0, 1, 0]], signature())
+    assert batch.feeds["attention_mask"].tolist() == [[0, 1, 0], [1, 1, 0]]
+    assert batch.feeds["global_attention_mask"].tolist() == [[1, 1, 0], [0, 1, 0]]
+
+
+@pytest.mark.parametrize("kind", [bool, np.int8, np.float32])
+def test_a_mask_of_any_number_type_becomes_int64(kind: Any) -> None:
+    mask = np.array([[1, 0, 1]], dtype=kind)
+    batch = prepare([3, 4, 5], mask, mask, signature())
+    for name in GRAPH_INPUTS[1:]:
+        assert batch.feeds[name].dtype == np.int64
+        assert batch.feeds[name].tolist() == [[1, 0, 1]]
+
+
+def test_feeds_are_copies() -> None:
+    ids, mask, marks = (np.array([[3, 4, 5]]), np.array([[1, 1, 0]]), np.array([[1, 0, 0]]))
+    batch = prepare(ids, mask, marks, signature())
+    for feed in batch.feeds.values():
+        feed[:] = 9
+    assert [ids.tolist(), mask.tolist(), marks.tolist()] == [[[3, 4, 5]], [[1, 1, 0]], [[1, 0, 0]]]
+
+
+def test_multiple_choice_takes_one_example_or_a_batch() -> None:
+    one = [[3, 2, 4, 2, 2], [3, 2, 2, 5, 2]]
+    assert prepare(one, None, None, CHOICES).feeds["input_ids"].shape == (1, 2, 5)
+    assert prepare([one, one, one], None, None, CHOICES).feeds["input_ids"].shape == (3, 2, 5)
+
+
+def test_multiple_choice_pads_examples_of_different_lengths() -> None:
+    batch = prepare([[[3, 4], [5, 6]], [[7], [8]]], None, None, replace(CHOICES, default_global="none"))
+    assert batch.lengths == (2, 1)
+    assert batch.feeds["input_ids"].tolist() == [[[3, 4], [5, 6]], [[7, PAD], [8, PAD]]]
+    assert batch.feeds["attention_mask"].tolist() == [[[1, 1], [1, 1]], [[1, 0], [1, 0]]]
+
+
+def test_default_globals_none_and_first() -> None:
+    ids = np.array([[3, 4, 5], [6, 7, 8]])
+    assert default_global(ids, signature(default_global="none")).tolist() == [[0, 0, 0], [0, 0, 0]]
+    assert default_global(ids, signature(default_global="first")).tolist() == [[1, 0, 0], [1, 0, 0]]
+
+
+@st.composite
+def pairs_of_texts(draw: st.DrawFn) -> list[list[int]]:
+    """Rows of one length: words, separator, separator, words, separator, padding."""
+    word = st.integers(3, VOCAB - 1)
+    rows = []
+    for _ in range(draw(st.integers(1, 4))):
+        question, text = draw(st.lists(word, max_size=6)), draw(st.lists(word, max_size=6))
+        rows.append([0, *question, SEP, SEP, *text, SEP])
+    width = max(len(row) for row in rows)
+    return [row + [PAD] * (width - len(row)) for row in rows]
+
+
+@pytest.mark.parametrize(("rule", "before"), [("question", True), ("after_question", False)])
+@given(rows=pairs_of_texts())
+def test_question_rules_are_those_of_transformers(rule: str, before: bool, rows: list[list[int]]) -> None:
+    ids = np.array(rows)
+    ours = default_global(ids, signature(default_global=rule))
+    theirs = _compute_global_attention_mask(torch.from_numpy(ids), SEP, before_sep_token=before)
+    assert ours.dtype == np.int64
+    assert ours.tolist() == theirs.long().tolist()
+
+
+def test_default_globals_of_choices_follow_each_choice() -> None:
+    ids = np.array([[[3, SEP, SEP, 4, 5, SEP], [3, 4, 5, SEP, SEP, SEP]]])
+    marks = default_global(ids, CHOICES)
+    for row in range(2):
+        theirs = _compute_global_attention_mask(torch.from_numpy(ids[0, row : row + 1]), SEP, before_sep_token=False)
+        assert marks[0, row].tolist() == theirs[0].long().tolist()
+
+
+def test_a_given_mask_replaces_the_default_globals() -> None:
+    first = signature(default_global="first")
+    assert prepare([3, 4], None, None, first).feeds["global_attention_mask"].tolist() == [[1, 0]]
+    assert prepare([3, 4], None, [0, 1], first).feeds["global_attention_mask"].tolist() == [[0, 1]]
+    marks = prepare([3, 4], None, [1, 0], QUESTION).feeds["global_attention_mask"]  # no separator is needed then
+    assert marks.tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("separators", [0, 2, 4])
+def test_question_rule_refuses_another_number_of_separators(separators: int) -> None:
+    rows = [[3, SEP, SEP, 4, 5, SEP], [3] * (6 - separators) + [SEP] * separators]
+    with pytest.raises(InputError, match=rf"three separators \(id 2\).*one has {separators}.*global_attention_mask"):
+        prepare(rows, None, None, QUESTION)
+
+
+BAD_IDS = {
+    "float ids": ([3.0, 4.0], "float64; give integers"),
+    "float array": (np.zeros((2, 3), dtype=np.float32), "float32; give integers"),
+    "bool ids": (np.array([True, False]), "bool; give integers"),
+    "timedeltas": (np.array([3, 4], dtype="m8[s]"), "input_ids"),
+    "records": (np.zeros(3, dtype=[("id", int)]), "input_ids"),
+    "bfloat16 tensor": (torch.ones(3, dtype=torch.bfloat16), "input_ids"),
+    "tensor without data": (torch.ones(3, dtype=torch.long, device="meta"), "input_ids"),
+    "negative id": ([3, -4, 5], "negative id -4; ids start at 0"),
+    "id of the vocabulary's size": ([3, VOCAB], "id 20, outside the vocabulary of 20"),
+    "bad id in the second row": ([[3, 4], [5, 77]], r"input_ids\[1\] has id 77"),
+    "id above 64 bits": ([2**70], "input_ids"),
+    "empty list": ([], "empty; give at least one"),
+    "empty tuple": ((), "empty; give at least one"),
+    "empty batch": (np.zeros((0, 5), dtype=int), "empty batch"),
+    "empty sequence": ([[]], "empty sequence"),
+    "empty array": (np.zeros(0, dtype=int), "empty sequence"),
+    "rows of nothing": (np.zeros((2, 0), dtype=int), "empty sequence"),
+    "one empty row": ([[3, 4], []], r"input_ids\[1\] is an empty sequence"),
+    "too long": ([3] * 13, "13 tokens, above the model's maximum 12"),
+    "one row too long": ([[3], [3] * 13], r"input_ids\[1\] has 13 tokens"),
+    "string": ("the fox", "str; give token ids"),
+    "bytes": (b"fox", "bytes; give token ids"),
+    "bytearray": (bytearray(b"\3\4"), "give"),
+    "strings": (["the", "fox"], "integers"),
+    "digits as strings": (["3", "4"], "integers"),
+    "rows of strings": ([["3", "4"]], "integers"),
+    "None": (None, "NoneType; give token ids"),
+    "None inside": ([3, None], "give one sequence"),
+    "number": (3, "int; give one sequence"),
+    "array without axes": (np.int64(3), r"shape \(\); give one sequence"),
+    "dictionary": ({"input_ids": [3]}, "dict; give one sequence"),
+    "set": ({3, 4}, "set; give one sequence"),
+    "generator": ((i for i in (3, 4)), "generator; give one sequence"),
+    "nested too deep": ([[[3, 4]]], "give one sequence"),
+    "array nested too deep": (np.full((1, 1, 2), 3), r"shape \(1, 1, 2\); give one sequence"),
+    "nested very deep": (eval("[" * 90 + "3" + "]" * 90), "input_ids"),
+    "number beside a sequence": ([[3, 4], 5], r"input_ids\[1\]"),
+    "sequence beside a number": ([3, [4, 5]], "ragged inside"),
+    "ragged third axis": ([[[3], [4, 5]]], "give one sequence"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IDS)
+def test_bad_ids_are_refused(name: str) -> None:
+    ids, message = BAD_IDS[name]
+    with pytest.raises(InputError, match=message):
+        prepare(ids, None, None, signature())
+
+
+def test_ids_at_every_limit_are_taken() -> None:
+    batch = prepare([[0] * LONGEST, [VOCAB - 1] * LONGEST], None, None, signature())
+    assert batch.feeds["input_ids"].tolist() == [[0] * LONGEST, [VOCAB - 1] * LONGEST]
+
+
+def test_without_a_limit_any_length_is_taken_and_ids_keep_their_value() -> None:
+    free = signature(max_seqlen=None, vocab_size=None)
+    assert prepare([10**12] * 5000, None, None, free).feeds["input_ids"].tolist() == [[10**12] * 5000]
+    with pytest.raises(InputError):
+        prepare([2**63 + 5], None, None, free)  # fits uint64, not the graph's int64
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([3, 4], "choices, seqlen"),
+        ([[3, 4], [5]], "choices, seqlen"),
+        ([[[3, 4], [5, 6]], [[3, 4]]], "different numbers of choices"),
+        ([[[[3, 4]]]], "choices, seqlen"),
+        (np.full((1, 1, 1, 2), 3), "choices, seqlen"),
+    ],
+)
+def test_bad_choices_are_refused(ids: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        prepare(ids, None, None, replace(CHOICES, default_global="none"))
+
+
+BAD_MASKS = {
+    "other length": ([1, 1], r"shape \(1, 2\) where input_ids has \(2, 3\)"),
+    "one row of two": ([[1, 1, 1]], r"shape \(1, 3\) where input_ids has \(2, 3\)"),
+    "row too many": ([[1, 1, 1]] * 3, r"shape \(3, 3\)"),
+    "ragged": ([[1, 1, 1], [1, 1]], r"lengths \[3, 2\]"),
+    "value 2": ([[1, 1, 1], [1, 2, 0]], "the value 2; masks hold 0 and 1 only"),
+    "negative": ([[1, 1, 1], [1, -1, 0]], "the value -1"),
+    "additive": (np.array([[0.0, 0.0, -np.inf]] * 2), "the value -inf"),
+    "half": (np.full((2, 3), 0.5), "the value 0.5"),
+    "not a number": (np.full((2, 3), np.nan), "the value nan"),
+    "digits as strings": ([["1", "1", "0"]] * 2, "{name}"),
+    "complex": (np.full((2, 3), 1 + 0j), "{name}"),
+    "timedeltas": (np.ones((2, 3), dtype="m8[s]"), "{name}"),
+    "dates": (np.ones((2, 3), dtype="M8[s]"), "{name}"),
+    "records": (np.zeros((2, 3), dtype=[("mask", int)]), "{name}"),
+    "bfloat16 tensor of twos": (torch.full((2, 3), 2, dtype=torch.bfloat16), "{name}"),
+    "None inside": ([[1, 1, None]] * 2, "{name}"),
+    "string": ("110110", "{name} is str"),
+    "number": (1, "{name} is int"),
+    "empty": ([], "{name} is empty"),
+    "nested too deep": ([[[1, 1, 1]], [[1, 1, 1]]], "{name}"),
+    "mixed nesting": ([[1, 1, 1], 1], "{name}"),
+}
+
+
+@pytest.mark.parametrize("which", GRAPH_INPUTS[1:])
+@pytest.mark.parametrize("name", BAD_MASKS)
+def test_bad_masks_are_refused(which: str, name: str) -> None:
+    mask, message = BAD_MASKS[name]
+    masks = {"attention_mask": None, "global_attention_mask": None, which: mask}
+    with pytest.raises(InputError, match=message.format(name=which)) as caught:
+        prepare([[3, 4, 5], [6, 7, 8]], *masks.values(), signature())
+    assert which in str(caught.value)
+
+
+def test_a_padded_rectangle_is_no_mask_for_ragged_ids() -> None:
+    with pytest.raises(InputError, match=r"attention_mask has shape \(2, 3\) where input_ids has lengths \[3, 2\]"):
+        prepare([[3, 4, 5], [6, 7]], [[1, 1, 1], [1, 1, 0]], None, signature())
+
+
+def test_too_many_globals_are_refused_and_masked_ones_do_not_count() -> None:
+    two = signature(max_global=2)
+    marks = prepare([[3, 4, 5], [6, 7, 8]], None, [[1, 0, 1], [0, 1, 1]], two).feeds["global_attention_mask"]
+    assert marks.tolist() == [[1, 0, 1], [0, 1, 1]]
+    with pytest.raises(InputError, match=r"3 global tokens in a row, above this model's maximum 2.*--max-global 3"):
+        prepare([[3, 4, 5], [6, 7, 8]], None, [[0, 0, 1], [1, 1, 1]], two)
+    prepare([3, 4, 5], [1, 1, 0], [1, 1, 1], two)
+
+
+def test_too_many_default_globals_are_refused() -> None:
+    question = [3, 4, 5, SEP, SEP, 6, SEP]
+    with pytest.raises(InputError, match="3 global tokens"):
+        prepare(question, None, None, replace(QUESTION, max_global=2))
+
+
+def test_too_many_globals_in_one_choice_are_refused() -> None:
+    with pytest.raises(InputError, match="2 global tokens"):
+        prepare([[3, 4], [5, 6]], None, [[0, 1], [1, 1]], replace(CHOICES, max_global=1))
+
+
+def test_a_model_with_fixed_globals_takes_no_global_mask() -> None:
+    assert list(prepare([3, 4], None, None, FIXED_FIRST).feeds) == ["input_ids", "attention_mask"]
+    with pytest.raises(InputError, match=r"fixed \(first\).*leave it out"):
+        prepare([3, 4], None, [1, 0], FIXED_FIRST)
+
+
+def test_a_model_without_attention_mask_takes_rectangles_only() -> None:
+    bare = signature(inputs=(TensorSpec("input_ids", "int64", ("batch", "sequence")),))
+    assert list(prepare([[3, 4], [5, 6]], [[1, 1], [1, 1]], None, bare).feeds) == ["input_ids"]
+    for ids, mask in (([[3, 4], [5]], None), ([3, 4], [1, 0])):
+        with pytest.raises(InputError, match="takes no attention_mask"):
+            prepare(ids, mask, None, bare)
+
+
+@given(st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=LONGEST), min_size=1, max_size=6))
+def test_every_list_of_sequences_within_the_limits_round_trips(rows: list[list[int]]) -> None:
+    batch = prepare(rows, None, None, signature())
+    lengths = [len(row) for row in rows]
+    ids, mask = batch.feeds["input_ids"], batch.feeds["attention_mask"]
+    assert batch.lengths == (tuple(lengths) if len(set(lengths)) > 1 else None)
+    assert ids.shape == mask.shape == batch.feeds["global_attention_mask"].shape == (len(rows), max(lengths))
+    for row, length, found, real in zip(rows, lengths, ids.tolist(), mask.tolist(), strict=True):
+        assert found == row + [PAD] * (max(lengths) - length)
+        assert real == [1] * length + [0] * (max(lengths) - length)
+
+
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 25)
+    | st.integers()
+    | st.floats()
+    | st.complex_numbers()
+    | st.text(max_size=3)
+    | st.binary(max_size=3)
+    | hnp.arrays(
+        hnp.scalar_dtypes() | hnp.array_dtypes(max_size=2) | st.just(np.dtype("O")),
+        hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3),
+    )
+)
+JUNK = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner) | st.dictionaries(st.text(max_size=1), inner, max_size=2),
+    max_leaves=8,
+)
+
+
+@pytest.mark.filterwarnings("ignore::numpy.exceptions.ComplexWarning")
+@settings(max_examples=300, deadline=None)
+@given(ids=st.just([3, 4]) | JUNK, mask=st.none() | JUNK, marks=st.none() | JUNK)
+def test_junk_is_refused_with_an_input_error_or_fits_the_graph(ids: Any, mask: Any, marks: Any) -> None:
+    try:
+        batch = prepare(ids, mask, marks, signature())
+    except InputError as error:
+        assert str(error)
+        return
+    for name in GRAPH_INPUTS:
+        feed = batch.feeds[name]
+        assert feed.dtype == np.int64
+        assert feed.ndim == 2
+        assert feed.size > 0
+        assert feed.min() >= 0
+        assert feed.max() < (VOCAB if name == "input_ids" else 2)
