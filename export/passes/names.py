@@ -44,15 +44,18 @@ def rename_dimensions(model: ir.Model, known: set[str], unknown: str) -> bool:
     """Give every dimension that torch.onnx made up (`u0`, `s7`) the name `unknown`; expressions become anonymous."""
     changed = False
     for value in _values(model.graph):
-        if value.shape is None or value.shape.frozen:
+        if value.shape is None:
             continue
-        for axis, size in enumerate(value.shape):
-            if isinstance(size, int) or size.value is None or size.value in known:
-                continue
-            made_up = size.value[:1] in "us" and size.value[1:].isdigit()
-            value.shape[axis] = ir.SymbolicDim(unknown if made_up else None)
+        axes: list[int | str | None] = [size if isinstance(size, int) else size.value for size in value.shape]
+        renamed = [axis if isinstance(axis, int) or axis in known else _rename(axis, unknown) for axis in axes]
+        if renamed != axes:
+            value.shape = ir.Shape(renamed)
             changed = True
     return changed
+
+
+def _rename(axis: str | None, unknown: str) -> str | None:
+    return unknown if axis is not None and axis[:1] in "us" and axis[1:].isdigit() else None
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:

@@ -1,0 +1,152 @@
+"""Checkpoints from a folder: what loads, and one clear line for what does not."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from lfx.config import TASKS
+from lfx.errors import ExportError
+from lfx.export import export
+from lfx.export.load import load, weights_sha256
+from tests.models import save_tiny_checkpoint, tiny_model
+
+
+def _edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is None:
+            config.pop(key, None)
+        else:
+            config[key] = value
+    path.write_text(json.dumps(config))
+
+
+def _refusal(folder: Path, **options: Any) -> str:
+    with pytest.raises(ExportError) as caught:
+        load(str(folder), **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_auto_reads_the_task_from_the_config(tmp_path: Path, task: str) -> None:
+    model, found = load(str(save_tiny_checkpoint(tmp_path / "c", task)))
+    assert found == task
+    assert type(model).__name__ == TASKS[task].architecture
+    assert not model.training
+    assert weights_sha256(model) == weights_sha256(tiny_model(task))
+
+
+def test_a_config_without_architecture_is_the_bare_model(tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path / "c")
+    _edit_config(folder, architectures=None)
+    assert load(str(folder))[1] == "feature-extraction"
+
+
+def test_the_bare_model_of_a_checkpoint_without_pooler_has_no_pooler_output(tmp_path: Path) -> None:
+    """A random pooler would be a wrong number in silence."""
+    from lfx.runtime import Engine
+
+    folder = save_tiny_checkpoint(tmp_path / "c", "fill-mask")
+    with Engine(export(folder, tmp_path / "out", task="feature-extraction")) as engine:
+        assert [spec.name for spec in engine.signature.outputs] == ["last_hidden_state"]
+
+
+def test_a_head_that_was_not_trained_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path / "c")
+    assert "not trained for text-classification" in _refusal(folder, task="text-classification")
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "bert"
+    BertModel(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)
+    ).save_pretrained(folder)
+    assert "is a bert, not a longformer" in _refusal(folder)
+
+
+def test_missing_folders_and_configs_are_refused(tmp_path: Path) -> None:
+    assert "does not exist" in _refusal(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "has no config.json" in _refusal(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text("{ not json")
+    assert "not a JSON object" in _refusal(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text("[]")
+    assert "not a JSON object" in _refusal(tmp_path / "empty")
+
+
+def test_missing_and_truncated_weights_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path / "c")
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    for size in (0, 7, 100, len(data) // 2, len(data) - 1):
+        weights.write_bytes(data[:size])
+        assert "weights" in _refusal(folder)
+    weights.unlink()
+    assert "weights" in _refusal(folder)
+
+
+def test_other_shapes_than_the_config_are_refused(tmp_path: Path) -> None:
+    for i, change in enumerate(({"vocab_size": 50}, {"max_position_embeddings": 60}, {"intermediate_size": 32})):
+        folder = save_tiny_checkpoint(tmp_path / f"c{i}")
+        _edit_config(folder, **change)
+        assert "weights" in _refusal(folder)
+
+
+def test_more_layers_than_the_weights_have_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path / "c")
+    _edit_config(folder, num_hidden_layers=3, attention_window=[8, 8, 8])
+    assert "no weights for encoder.layer.2" in _refusal(folder)
+
+
+@pytest.mark.parametrize("window", [7, 0, -2, [8, 7], [8]])
+def test_an_attention_window_that_hugging_face_refuses_is_refused(tmp_path: Path, window: Any) -> None:
+    folder = save_tiny_checkpoint(tmp_path / "c")
+    _edit_config(folder, attention_window=window)
+    assert "attention_window" in _refusal(folder)
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("exploded"),))
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = save_tiny_checkpoint(tmp_path / "c")
+    (folder / "model.safetensors").unlink()
+    with (folder / "pytorch_model.bin").open("wb") as file:
+        pickle.dump({"embeddings.word_embeddings.weight": _Bomb()}, file)
+    _refusal(folder)
+    assert not Path("exploded").exists()
+
+
+def test_plain_torch_weights_load(tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path / "c")
+    model = tiny_model()
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    assert weights_sha256(load(str(folder))[0]) == weights_sha256(model)
+
+
+def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path / "c")
+    (folder / "tokenizer.json").write_text("{ broken")
+    with pytest.raises(ExportError, match="tokenizer"):
+        export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_architecture_names_the_tasks(tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path / "c")
+    _edit_config(folder, architectures=["LongformerForDreams"])
+    assert "choose --task from: feature-extraction" in _refusal(folder)

@@ -1,0 +1,163 @@
+"""Graph passes in pairs: this changes, this stays."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from lfx.errors import ExportError
+from lfx.export.passes.constants import share_constants
+from lfx.export.passes.gelu import reorder_gelu
+from lfx.export.passes.names import name_after_modules, rename_dimensions
+from lfx.export.passes.opset import set_opset
+from lfx.export.passes.weights import transpose_weights
+
+
+def _model(text: str, opset: int = 18) -> ir.Model:
+    return ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : {opset}]>\n{text}')
+
+
+def _kinds(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph]
+
+
+def test_a_weight_that_is_only_transposed_is_stored_transposed() -> None:
+    model = _model("""
+        g (float[n, 2] x) => (float[n, 3] y) <float[3, 2] w = {1, 2, 3, 4, 5, 6}> {
+            t = Transpose<perm = [1, 0]>(w)
+            y = MatMul(x, t)
+        }""")
+    assert transpose_weights(model)
+    assert _kinds(model) == ["MatMul"]
+    stored = model.graph.initializers["w.T"]
+    assert stored.const_value is not None
+    assert stored.const_value.numpy().tolist() == [[1, 3, 5], [2, 4, 6]]
+    assert "w" not in model.graph.initializers
+
+
+def test_a_tied_weight_stays_one_tensor() -> None:
+    model = _model("""
+        g (float[n, 2] x, int64[k] i) => (float[n, 3] y, float[k, 2] e) <float[3, 2] w = {1, 2, 3, 4, 5, 6}> {
+            e = Gather(w, i)
+            t = Transpose<perm = [1, 0]>(w)
+            y = MatMul(x, t)
+        }""")
+    assert not transpose_weights(model)
+    assert list(model.graph.initializers) == ["w"]
+
+
+_GELU = """
+    g (float[n] x) => (float[n] y) <float r = {1.4142135}, float one = {1}, float half = {FACTOR}> {
+        a = Div(x, r)
+        b = Erf(a)
+        c = Add(b, one)
+        d = Mul(half, c)
+        y = Mul(x, d)
+    }"""
+
+
+def test_gelu_is_reordered() -> None:
+    model = _model(_GELU.replace("FACTOR", "0.5"))
+    assert reorder_gelu(model)
+    inner, outer = list(model.graph)[3:]
+    assert [value.name for value in inner.inputs if value] == ["x", "c"]
+    assert [value.name for value in outer.inputs if value] == ["d", "half"]
+
+
+def test_what_only_looks_like_gelu_stays() -> None:
+    assert not reorder_gelu(_model(_GELU.replace("FACTOR", "0.25")))
+    assert not reorder_gelu(_model("g (float[n] x) => (float[n] y) { a = Mul(x, x)  y = Mul(x, a) }"))
+
+
+def test_equal_constants_become_one_and_weights_stay() -> None:
+    model = _model("""
+        g (float[n] x) => (float[n] y) <float a = {2}, float b = {2}, float w = {2}, float[1] c = {2}> {
+            p = Mul(x, a)
+            q = Mul(p, b)
+            r = Mul(q, w)
+            y = Mul(r, c)
+        }""")
+    assert share_constants(model, {"w"})
+    assert set(model.graph.initializers) == {"constant/float_2", "constant/float[1]_2", "w"}
+
+
+def test_nodes_take_the_name_of_their_module() -> None:
+    model = _model("g (float[n] x) => (float[n] y) { a = Relu(x)  b = Relu(a)  y = Relu(b) }")
+    scopes = ["['', 'model', 'model.layer.0', 'relu']", None, "['', 'relu_2']"]
+    for node, scope in zip(model.graph, scopes, strict=True):
+        if scope is not None:
+            node.metadata_props["pkg.torch.onnx.name_scopes"] = scope
+    name_after_modules(model, "model.")
+    assert [node.name for node in model.graph] == ["layer.0/Relu", "layer.0/Relu_1", "Relu"]
+    assert [node.outputs[0].name for node in model.graph] == ["layer.0/Relu_output", "layer.0/Relu_1_output", "y"]
+    assert not any(node.metadata_props for node in model.graph)
+
+
+def test_made_up_dimensions_are_renamed_and_known_ones_stay() -> None:
+    model = _model("g (float[batch, u0] x) => (float[batch, u0] y) { y = Relu(x) }")
+    assert rename_dimensions(model, {"batch"}, "global_slots")
+    assert str(model.graph.inputs[0].shape) == "[batch,global_slots]"
+    model = _model("g (float[batch, 3] x) => (float[batch, 3] y) { y = Relu(x) }")
+    assert not rename_dimensions(model, {"batch"}, "global_slots")
+
+
+def test_reductions_of_opset_18_become_those_of_17() -> None:
+    model = _model("""
+        g (float[n, 2] x) => (float[n, 1] y) <int64[1] axes = {1}> { y = ReduceMax<keepdims = 1>(x, axes) }""")
+    assert set_opset(model, 17)
+    node = next(iter(model.graph))
+    assert len(node.inputs) == 1
+    assert list(node.attributes["axes"].as_ints()) == [1]
+    assert model.opset_imports[""] == 17
+
+
+def test_an_equal_split_loses_its_count_and_an_unequal_one_is_refused() -> None:
+    text = "g (float[n, SIZE] x) => (float[n, 2] y, float[n, k] z) { y, z = Split<axis = 1, num_outputs = 2>(x) }"
+    model = _model(text.replace("SIZE", "4"))
+    assert set_opset(model, 17)
+    assert "num_outputs" not in next(iter(model.graph)).attributes
+    with pytest.raises(ExportError, match="Split of 5 into 2"):
+        set_opset(_model(text.replace("SIZE", "5")), 17)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("g (float[n] x, int64[1] a) => (float[m] y) { y = ReduceMax(x, a) }", "computed axes"),
+        ("g (int64[n] x) => (int64[n] y) { y = BitwiseNot(x) }", "no form in opset 17"),
+        ("g (float[n] x) => (float[n] y) { y = ReduceMax<noop_with_empty_axes = 1>(x) }", "without axes"),
+        (
+            "g (float[n] x, int64[k] i, float[k] u) => (float[n] y) { y = ScatterElements<reduction = \"max\">(x, i, u) }",
+            "reduction max",
+        ),
+    ],
+)
+def test_what_opset_17_cannot_say_is_refused_with_the_cure(text: str, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        set_opset(_model(text), 17)
+
+
+def test_ops_that_did_not_change_are_left_alone() -> None:
+    model = _model("g (float[n] x) => (float[n] y) { y = Relu(x) }")
+    before = ir.to_proto(model.graph).SerializeToString()
+    set_opset(model, 17)
+    assert ir.to_proto(model.graph).SerializeToString() == before
+    assert not set_opset(_model("g (float[n] x) => (float[n] y) { y = Relu(x) }"), 18)
+
+
+def test_lowered_reductions_compute_the_same() -> None:
+    from onnx.reference import ReferenceEvaluator
+
+    text = """
+        g (float[n, 3] x) => (float[n] a, float[1, 3] b) <int64[1] one = {1}, int64[1] zero = {0}> {
+            a = ReduceMean<keepdims = 0>(x, one)
+            b = ReduceMin(x, zero)
+        }"""
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    before = ReferenceEvaluator(ir.to_proto(_model(text))).run(None, {"x": x})
+    lowered = _model(text)
+    set_opset(lowered, 17)
+    after = ReferenceEvaluator(ir.to_proto(lowered)).run(None, {"x": x})
+    for mine, theirs in zip(after, before, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
