@@ -1,0 +1,73 @@
+"""End to end: every task, opset and precision against PyTorch, over the whole case list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lfx.config import TASKS
+from lfx.export.validate import compare_engine
+from lfx.parity import Case, Report, full_cases
+from lfx.runtime import Engine
+from tests.conftest import MakeBundle
+from tests.models import WINDOW, tiny_model
+
+# The issue's own bound; what is measured is some hundred times less.
+LARGEST_FP32_ERROR = 1e-4
+
+
+def _compare(folder: Path, task: str, backend: str = "auto", **changes: object) -> Report:
+    with Engine(folder, backend) as engine:
+        return compare_engine(engine, tiny_model(task, **changes), full_cases, lambda step: None)
+
+
+@pytest.mark.parametrize("opset", [17, 21])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_pytorchs_numbers_in_fp32(bundle: MakeBundle, task: str, opset: int) -> None:
+    report = _compare(bundle(task, opset=opset), task)
+    assert not report.failures()
+    assert len(report.rows) >= 60
+    for name, result in report.outputs.items():
+        assert result.error <= LARGEST_FP32_ERROR, f"{name} at {result.worst}"
+
+
+@pytest.mark.parametrize("task", ["feature-extraction", "fill-mask", "text-classification"])
+def test_fp16_is_within_the_derived_tolerance(bundle: MakeBundle, task: str) -> None:
+    assert not _compare(bundle(task, precision="fp16"), task).failures()
+
+
+@pytest.mark.parametrize("backend", ["openvino", "reference"])
+def test_bf16_is_within_the_derived_tolerance(bundle: MakeBundle, backend: str) -> None:
+    report = _compare(bundle(precision="bf16"), "feature-extraction", backend)
+    assert not report.failures()
+
+
+@pytest.mark.parametrize("options", [{"max_global": 5}, {"global_attention": "first"}, {"inline_functions": True}])
+def test_every_mode_of_export_is_pytorchs_numbers(bundle: MakeBundle, options: dict[str, object]) -> None:
+    report = _compare(bundle(**options), "feature-extraction")
+    assert not report.failures()
+    assert max(result.error for result in report.outputs.values()) <= LARGEST_FP32_ERROR
+
+
+def test_the_case_list_is_what_is_promised() -> None:
+    cases = full_cases(WINDOW, 128)
+    lengths = {case.seqlen for case in cases}
+    window = 2 * WINDOW
+    for boundary in (WINDOW, window):
+        assert {boundary - 1, boundary, boundary + 1} <= lengths
+    assert {1, 2 * window + 1, 3 * window} <= lengths
+    assert Case(1, 1) in cases
+
+
+def test_a_longer_batch_does_not_change_its_rows(bundle: MakeBundle) -> None:
+    """What a row gets does not depend on its neighbours: batching in production is safe."""
+    random = np.random.default_rng(0)
+    rows = [random.integers(3, 99, size).tolist() for size in (1, 5, 16, 17, 40, 100)]
+    marks = [[int(i % 7 == 0) for i in range(len(row))] for row in rows]
+    with Engine(bundle(opset=17)) as engine:
+        together = engine.run(rows, global_attention_mask=marks)["last_hidden_state"]
+        for row, mark, found in zip(rows, marks, together, strict=True):
+            alone = engine.run(row, global_attention_mask=mark)["last_hidden_state"][0]
+            np.testing.assert_allclose(found, alone, atol=1e-5)

@@ -1,0 +1,503 @@
+"""`Engine` on tiny bundles: what comes out, and what is said about files and backends that do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from lfx.config import MANIFEST, MODEL, WEIGHTS
+from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
+from lfx.runtime import Engine, backends
+from tests.conftest import MakeBundle
+from tests.models import VOCAB_SIZE, tiny_model
+
+OUTPUTS = ["last_hidden_state", "pooler_output"]
+RAGGED = [[5, 6, 7, 8], list(range(3, 40)), [9], [11] * 17]
+HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+@pytest.fixture(scope="module")
+def engine(bundle: MakeBundle) -> Iterator[Engine]:
+    """The bare model, with ONNX Runtime."""
+    with Engine(bundle()) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def copy(bundle: MakeBundle, tmp_path: Path) -> Path:
+    """A bundle that a test may break."""
+    return Path(shutil.copytree(bundle(), tmp_path / "copy"))
+
+
+def random_ids(*shape: int, seed: int = 0) -> Any:
+    """Ids of real words."""
+    return np.random.default_rng(seed).integers(3, VOCAB_SIZE, shape)
+
+
+def assert_same(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """All outputs, lists included."""
+    assert list(found) == list(expected)
+    for name in expected:
+        assert len(found[name]) == len(expected[name])
+        for ours, theirs in zip(found[name], expected[name], strict=True):
+            assert ours.shape == theirs.shape
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance, err_msg=name)
+
+
+def differs(found: Any, other: Any) -> bool:
+    """Whether any output is more than rounding away."""
+    return any(float(np.abs(found[name] - other[name]).max()) > 1e-3 for name in found)
+
+
+@pytest.mark.parametrize(("batch", "seqlen"), [(1, 1), (2, 7), (3, 8), (1, 9), (2, 17), (2, 128)])
+def test_outputs_have_the_names_shapes_and_type_of_the_signature(
+    engine: Engine, batch: int, seqlen: int
+) -> None:
+    outputs = engine.run(random_ids(batch, seqlen))
+    assert list(outputs) == OUTPUTS == [spec.name for spec in engine.signature.outputs]
+    assert outputs["last_hidden_state"].shape == (batch, seqlen, 32)
+    assert outputs["pooler_output"].shape == (batch, 32)
+    for spec, output in zip(engine.signature.outputs, outputs.values(), strict=True):
+        assert output.dtype == np.dtype(spec.dtype) == np.float32
+        assert len(spec.shape) == output.ndim
+
+
+def test_every_argument_reaches_its_own_graph_input(engine: Engine) -> None:
+    ids, mask, marks = random_ids(2, 29), np.ones((2, 29), dtype=np.int64), np.zeros((2, 29), dtype=np.int64)
+    mask[0, 20:] = mask[1, 25:] = 0
+    marks[0, [0, 3]] = marks[1, 11] = 1
+    with torch.no_grad():
+        theirs = tiny_model()(*(torch.from_numpy(a) for a in (ids, mask, marks)))
+    ours = engine.run(ids, mask, marks)
+    np.testing.assert_allclose(ours["pooler_output"], theirs["pooler_output"].numpy(), rtol=0, atol=1e-5)
+    real = mask == 1
+    np.testing.assert_allclose(
+        ours["last_hidden_state"][real], theirs["last_hidden_state"].numpy()[real], rtol=0, atol=1e-4
+    )
+    for other in (engine.run(ids, None, marks), engine.run(ids, mask), engine.run(ids, marks, mask)):
+        assert differs(ours, other)
+
+
+def test_one_sequence_gives_a_batch_of_one(engine: Engine) -> None:
+    ids = random_ids(19).tolist()
+    one = engine.run(ids)
+    assert {name: output.shape for name, output in one.items()} == {
+        "last_hidden_state": (1, 19, 32),
+        "pooler_output": (1, 32),
+    }
+    for form in (np.array(ids), [ids], np.array([ids]), tuple(ids)):
+        assert_same(engine.run(form), one, tolerance=0)
+
+
+def test_sequences_of_one_length_give_arrays(engine: Engine) -> None:
+    rows = random_ids(3, 11)
+    listed = engine.run([row.tolist() for row in rows])
+    assert all(isinstance(output, np.ndarray) for output in listed.values())
+    assert_same(listed, engine.run(rows), tolerance=0)
+
+
+def test_ragged_sequences_give_what_each_gives_alone(engine: Engine) -> None:
+    outputs = engine.run(RAGGED)
+    assert isinstance(outputs["last_hidden_state"], list)
+    assert [row.shape for row in outputs["last_hidden_state"]] == [(len(ids), 32) for ids in RAGGED]
+    assert isinstance(outputs["pooler_output"], np.ndarray)
+    assert outputs["pooler_output"].shape == (4, 32)
+    for i, ids in enumerate(RAGGED):
+        alone = engine.run(ids)
+        np.testing.assert_allclose(
+            outputs["last_hidden_state"][i], alone["last_hidden_state"][0], rtol=0, atol=1e-5
+        )
+        np.testing.assert_allclose(outputs["pooler_output"][i], alone["pooler_output"][0], rtol=0, atol=1e-5)
+
+
+def test_ragged_masks_belong_to_their_sequences(engine: Engine) -> None:
+    masks = [[1, 1, 0, 1], [1] * 30 + [0] * 7, [1], [0] * 3 + [1] * 14]
+    marks = [[0, 0, 0, 1], [1, 0, 0, 1] + [0] * 33, [0], [0] * 5 + [1] + [0] * 11]
+    outputs = engine.run(RAGGED, masks, marks)
+    for i, ids in enumerate(RAGGED):
+        alone = engine.run(ids, masks[i], marks[i])
+        np.testing.assert_allclose(
+            outputs["last_hidden_state"][i], alone["last_hidden_state"][0], rtol=0, atol=1e-5
+        )
+
+
+def test_outputs_per_token_of_every_task_are_cut(bundle: MakeBundle) -> None:
+    rows = [[5, 2, 2, 6, 2], [7, 8, 2, 2, 9, 10, 11, 2]]
+    with Engine(bundle("question-answering")) as reader:
+        outputs = reader.run(rows)
+        alone = [reader.run(row) for row in rows]
+    assert list(outputs) == ["start_logits", "end_logits"]
+    for name, output in outputs.items():
+        assert [row.shape for row in output] == [(5,), (8,)]
+        for i in range(2):
+            np.testing.assert_allclose(output[i], alone[i][name][0], rtol=0, atol=1e-5)
+
+
+def test_outputs_per_sequence_are_stacked(bundle: MakeBundle) -> None:
+    with Engine(bundle("text-classification")) as classifier:
+        outputs = classifier.run(RAGGED)
+        assert isinstance(outputs["logits"], np.ndarray)
+        assert outputs["logits"].shape == (4, 2)
+        for i, ids in enumerate(RAGGED):
+            np.testing.assert_allclose(
+                outputs["logits"][i], classifier.run(ids)["logits"][0], rtol=0, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+def test_outputs_are_owned_by_the_caller(bundle: MakeBundle, backend: str) -> None:
+    with Engine(bundle(), backend) as loaded:
+        for ids in (RAGGED[1], RAGGED):
+            first, kept = loaded.run(ids), loaded.run(ids)
+            for output in first.values():
+                for row in output:
+                    row[...] = -99.0
+            assert_same(loaded.run(ids), kept, tolerance=0)
+            assert not any((row == -99.0).any() for output in kept.values() for row in output)
+
+
+def test_default_attention_mask_is_all_real(engine: Engine) -> None:
+    ids = random_ids(2, 21)
+    assert_same(engine.run(ids), engine.run(ids, np.ones_like(ids)), tolerance=0)
+
+
+@pytest.mark.parametrize(
+    ("task", "marks"),
+    [
+        ("feature-extraction", [0, 0, 0, 0, 0, 0, 0, 0]),
+        ("text-classification", [1, 0, 0, 0, 0, 0, 0, 0]),
+        ("question-answering", [1, 1, 1, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_default_globals_follow_the_task(bundle: MakeBundle, task: str, marks: list[int]) -> None:
+    ids = [0, 40, 41, 2, 2, 42, 43, 2]
+    others = [[0] * 8, [1] + [0] * 7, [1, 1, 1, 0, 0, 0, 0, 0], [0] * 5 + [1, 1, 1]]
+    with Engine(bundle(task)) as loaded:
+        default = loaded.run(ids)
+        assert_same(default, loaded.run(ids, None, marks), tolerance=0)
+        for other in others:
+            assert other == marks or differs(default, loaded.run(ids, None, other))
+
+
+def test_bad_input_leaves_the_engine_usable(engine: Engine) -> None:
+    before = engine.run([5, 6, 7])
+    for ids in ([VOCAB_SIZE], [3] * 129, [-1], []):
+        with pytest.raises(InputError):
+            engine.run(ids)
+    assert_same(engine.run([5, 6, 7]), before, tolerance=0)
+
+
+def test_a_closed_engine_says_so(bundle: MakeBundle) -> None:
+    with Engine(bundle()) as loaded:
+        assert loaded.run([5, 6])["pooler_output"].shape == (1, 32)
+    with pytest.raises(InputError, match="closed; make a new one"):
+        loaded.run([5, 6])
+    loaded.close()
+    with pytest.raises(InputError, match="closed"):
+        loaded.run([5, 6])
+
+
+def test_an_engine_closes_on_an_error_and_lets_it_through(bundle: MakeBundle) -> None:
+    with pytest.raises(KeyError, match="mine"), Engine(bundle()) as loaded:
+        raise KeyError("mine")
+    with pytest.raises(InputError, match="closed"):
+        loaded.run([5, 6])
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_two_threads_at_once_get_the_results_of_one(bundle: MakeBundle, backend: str) -> None:
+    batches = [
+        [random_ids(2, length, seed=length) for length in lengths] for lengths in ((5, 30, 64), (17, 9, 33))
+    ]
+    start = threading.Barrier(2)
+    with Engine(bundle(), backend) as loaded:
+        expected = [[loaded.run(ids) for ids in mine] for mine in batches]
+
+        def work(mine: list[Any]) -> list[Any]:
+            start.wait(timeout=60)
+            return [loaded.run(ids) for _ in range(10) for ids in mine]
+
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(work, batches))
+    for ours, theirs in zip(found, expected, strict=True):
+        for i, outputs in enumerate(ours):
+            assert_same(outputs, theirs[i % len(theirs)], tolerance=1e-6)
+
+
+def test_a_bundle_is_found_by_folder_by_text_and_by_its_model(bundle: MakeBundle) -> None:
+    folder = bundle()
+    for path in (folder, str(folder), folder / MODEL, str(folder / MODEL)):
+        with Engine(path) as loaded:
+            assert loaded.manifest is not None
+            assert loaded.manifest.signature == loaded.signature
+
+
+def test_a_lone_model_still_knows_its_limits(bundle: MakeBundle, engine: Engine, tmp_path: Path) -> None:
+    for name in (MODEL, WEIGHTS):
+        shutil.copy(bundle() / name, tmp_path / name)
+    with Engine(tmp_path / MODEL) as lone:
+        assert lone.manifest is None
+        assert lone.signature == engine.signature
+        assert_same(lone.run(RAGGED), engine.run(RAGGED), tolerance=0)
+        with pytest.raises(InputError, match="maximum 128"):
+            lone.run([3] * 129)
+        with pytest.raises(InputError, match="vocabulary of 99"):
+            lone.run([99])
+
+
+def test_a_lone_model_may_have_another_name(bundle: MakeBundle, engine: Engine, tmp_path: Path) -> None:
+    shutil.copy(bundle() / MODEL, tmp_path / "reader.onnx")
+    shutil.copy(bundle() / WEIGHTS, tmp_path / WEIGHTS)
+    with Engine(tmp_path / "reader.onnx") as lone:
+        assert_same(lone.run(RAGGED), engine.run(RAGGED), tolerance=0)
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _set(folder: Path, **changes: Any) -> None:
+    data = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**data, **changes}))
+
+
+def _name_outside(folder: Path) -> None:
+    secret = folder.parent / "secret"
+    secret.write_bytes(b"key")
+    data = json.loads((folder / MANIFEST).read_text())
+    _set(folder, files={**data["files"], "../secret": {"bytes": 3, "sha256": ""}})
+
+
+def _rename_output(folder: Path) -> None:
+    outputs = json.loads((folder / MANIFEST).read_text())["outputs"]
+    _set(folder, outputs=[{**outputs[0], "name": "logits"}, outputs[1]])
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no folder": (shutil.rmtree, r"copy does not exist; make a bundle with: lfx export"),
+    "no manifest": (lambda b: (b / MANIFEST).unlink(), rf"no bundle: it has no {MANIFEST}"),
+    "manifest cut": (lambda b: _cut(b / MANIFEST), rf"{MANIFEST} cannot be read"),
+    "other format": (lambda b: _set(b, format_version=2), r"format version 2; this lfx reads 1"),
+    "model changed": (lambda b: _flip(b / MODEL), rf"{MODEL} was changed after the export"),
+    "weights changed": (lambda b: _flip(b / WEIGHTS), rf"{WEIGHTS} was changed after the export"),
+    "weights cut": (lambda b: _cut(b / WEIGHTS), rf"{WEIGHTS} has \d+ bytes where {MANIFEST} says \d+"),
+    "weights gone": (lambda b: (b / WEIGHTS).unlink(), rf"{WEIGHTS} is missing"),
+    "model gone": (lambda b: (b / MODEL).unlink(), rf"{MODEL} is missing"),
+    "file outside": (_name_outside, "outside the bundle"),
+    "other outputs": (_rename_output, "other inputs or outputs than its manifest"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_bundle_is_one_clear_artifact_error(name: str, copy: Path) -> None:
+    change, message = BROKEN[name]
+    change(copy)
+    with pytest.raises(ArtifactError, match=message) as caught:
+        Engine(copy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model changed", "weights cut", "manifest cut"])
+def test_a_broken_bundle_is_found_by_its_model_too(name: str, copy: Path) -> None:
+    change, message = BROKEN[name]
+    change(copy)
+    with pytest.raises(ArtifactError, match=message):
+        Engine(copy / MODEL)
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("model.txt", b"fox\n"), ("fox.onnx", b"fox\n"), ("empty.onnx", b""), ("zeros.onnx", bytes(1000))],
+)
+def test_a_file_that_is_no_model_is_an_artifact_error(
+    name: str, content: bytes, backend: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ArtifactError, match=name) as caught:
+        Engine(tmp_path / name, backend)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("broken", ["weights cut", "weights gone", "model cut"])
+def test_a_broken_lone_model_is_an_artifact_error(broken: str, backend: str, copy: Path) -> None:
+    (copy / MANIFEST).unlink()
+    if broken == "weights gone":
+        (copy / WEIGHTS).unlink()
+    else:
+        _cut(copy / (MODEL if broken == "model cut" else WEIGHTS))
+    with pytest.raises(ArtifactError, match=rf"{MODEL} cannot be loaded") as caught:
+        Engine(copy / MODEL, backend)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+def test_a_model_of_another_exporter_is_refused(backend: str, tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> other (int64[b, s] input_ids) => (int64[b, s] logits)'
+        " { logits = Identity(input_ids) }"
+    )
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(ArtifactError, match=r"not written by lfx.*export it with lfx"):
+        Engine(tmp_path / "other.onnx", backend)
+
+
+@pytest.mark.parametrize(
+    "path", ["nowhere", "nowhere.onnx", "x" * 300, "a\0b", ""], ids=lambda path: path[:12]
+)
+def test_a_path_that_is_not_there_is_an_artifact_error(path: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="lfx export"):
+        Engine(path)
+
+
+def _mutate(data: bytes, random: np.random.Generator) -> bytes:
+    changed = bytearray(data)
+    for _ in range(random.integers(1, 4)):
+        place, byte = int(random.integers(len(changed))), int(random.integers(256))
+        action = random.integers(5)
+        if action == 0:
+            del changed[place : place + int(random.integers(1, 20))]
+        elif action == 1:
+            changed.insert(place, byte)
+        elif action == 2:
+            changed[place] = b'0123456789.-"[]{},:'[byte % 19]
+        else:
+            changed[place] = byte
+    return bytes(changed)
+
+
+def test_a_randomly_changed_manifest_loads_or_is_an_lfx_error(
+    copy: Path, engine: Engine, monkeypatch: Any
+) -> None:
+    # The model itself is loaded once: this is about the manifest.
+    monkeypatch.setattr(backends, "load", lambda *_: engine._backend)
+    random = np.random.default_rng(0)
+    original = (copy / MANIFEST).read_bytes()
+    found = {"loaded": 0, "refused": 0}
+    for _ in range(400):
+        text = _mutate(original, random)
+        (copy / MANIFEST).write_bytes(text)
+        try:
+            Engine(copy)
+            found["loaded"] += 1
+        except LfxError:
+            found["refused"] += 1
+        except Exception as error:
+            pytest.fail(f"{error!r} for {MANIFEST} = {text!r}")
+    assert found["loaded"] > 10
+    assert found["refused"] > 100
+
+
+@pytest.mark.parametrize(
+    "value", [None, "x", "", -1, 0.5, 1e999, True, [], {}, [None], {"x": 1}, 10**30], ids=repr
+)
+def test_any_other_value_in_the_manifest_loads_or_is_an_lfx_error(
+    value: Any, copy: Path, engine: Engine, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(backends, "load", lambda *_: engine._backend)
+    original = json.loads((copy / MANIFEST).read_text())
+    for key in original:
+        (copy / MANIFEST).write_text(json.dumps({**original, key: value}))
+        try:
+            Engine(copy)
+        except LfxError:
+            continue
+        except Exception as error:
+            pytest.fail(f"{error!r} for {key} = {value!r}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "tensorflow"}, r"backend 'tensorflow' is not known; choose one of: auto, onnxruntime"),
+        ({"provider": "tpu"}, r"provider 'tpu' is not known; choose one of: cpu, cuda, tensorrt"),
+        ({"backend": "openvino", "provider": "cuda"}, "backend 'openvino' runs on the CPU"),
+        ({"backend": "reference", "provider": "cuda"}, "backend 'reference' runs on the CPU"),
+        ({"backend": "ONNXRuntime"}, "is not known"),
+    ],
+)
+def test_unknown_backends_and_providers_name_the_known_ones(
+    bundle: MakeBundle, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(DependencyError, match=message):
+        Engine(bundle(), **options)
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_threads_start_at_one(bundle: MakeBundle, engine: Engine, threads: int) -> None:
+    with pytest.raises(InputError, match=rf"threads {threads} is out of range; give 1 or more"):
+        Engine(bundle(), threads=threads)
+    with Engine(bundle(), threads=1) as single:
+        assert_same(single.run(RAGGED), engine.run(RAGGED))
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="this onnxruntime has the CUDA provider")
+@pytest.mark.parametrize(("provider", "name"), [("cuda", "CUDA"), ("tensorrt", "Tensorrt")])
+def test_a_provider_that_is_not_here_is_an_error_naming_the_cure(
+    bundle: MakeBundle, provider: str, name: str
+) -> None:
+    with pytest.raises(
+        DependencyError, match=rf"no {name}ExecutionProvider.*longformer-lfx\[gpu\].*provider='cpu'"
+    ):
+        Engine(bundle(), provider=provider)
+
+
+@pytest.mark.parametrize("backend", ["openvino", "reference"])
+def test_other_backends_give_the_same_numbers(bundle: MakeBundle, engine: Engine, backend: str) -> None:
+    ids, mask, marks = random_ids(2, 29), np.ones((2, 29), dtype=int), np.zeros((2, 29), dtype=int)
+    mask[1, 20:] = 0
+    marks[0, [0, 7, 8]] = 1
+    with Engine(bundle(), backend) as other:
+        assert backend.split()[0] in other.backend
+        assert other.signature == engine.signature
+        assert_same(other.run(RAGGED), engine.run(RAGGED))
+        assert_same(other.run(ids, mask, marks), engine.run(ids, mask, marks))
+
+
+def test_backend_auto_is_onnxruntime_and_says_so(engine: Engine) -> None:
+    assert engine.backend == f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider"
+
+
+def test_bf16_on_onnxruntime_is_one_line_naming_openvino(bundle: MakeBundle) -> None:
+    with pytest.raises(
+        DependencyError, match=r"backend='openvino' \(pip install 'longformer-lfx\[openvino\]'\)"
+    ) as caught:
+        Engine(bundle(precision="bf16"), "onnxruntime")
+    assert "\n" not in str(caught.value)
+
+
+def test_backend_auto_runs_bf16_with_openvino(bundle: MakeBundle, engine: Engine) -> None:
+    folder = bundle(precision="bf16")
+    ids = random_ids(2, 21)
+    with Engine(folder) as auto, Engine(folder, "reference") as reference:
+        assert auto.backend.startswith("openvino")
+        assert auto.signature.precision == "bf16"
+        assert all(output.dtype == np.float32 for output in auto.run(ids).values())
+        assert_same(auto.run(ids), reference.run(ids), tolerance=0.15)
+        assert differs(auto.run(ids), engine.run(ids))  # it is the bf16 model that ran
+
+
+def test_backend_auto_runs_a_lone_bf16_model_with_openvino(bundle: MakeBundle, tmp_path: Path) -> None:
+    for name in (MODEL, WEIGHTS):
+        shutil.copy(bundle(precision="bf16") / name, tmp_path / name)
+    with Engine(tmp_path / MODEL) as lone:
+        assert lone.backend.startswith("openvino")

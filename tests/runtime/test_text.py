@@ -1,0 +1,247 @@
+"""Text in, answers out: the tokenizer and the labels of a bundle, without a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfx.config import GRAPH_INPUTS, Signature, TensorSpec
+from lfx.errors import ArtifactError, InputError
+from lfx.runtime.text import TOKENIZER, Encoded, Text
+from tests.models import tiny_tokenizer
+
+START, END, MASK = 0, 2, 4
+LONGEST = 12
+LABELS = {"0": "bad", "1": "good", "2": "so-so"}
+
+
+def signature(task: str) -> Signature:
+    """Of a model with at most 12 tokens."""
+    return Signature(
+        architecture="Longformer",
+        task=task,
+        precision="fp32",
+        inputs=tuple(TensorSpec(name, "int64", ("batch", "sequence")) for name in GRAPH_INPUTS),
+        outputs=(TensorSpec("logits", "float32", ("batch", 3)),),
+        attention_windows=(4,),
+        max_seqlen=LONGEST,
+        sep_token_id=END,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The part of a bundle that Text reads."""
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": LABELS}))
+    return tmp_path
+
+
+def answers(folder: Path, task: str, text: str = "the fox", **outputs: Any) -> list[dict[str, Any]]:
+    """The reading of some outputs, given without the batch axis."""
+    reader = Text(folder, signature(task))
+    arrays = {name: np.asarray([value], dtype=np.float32) for name, value in outputs.items()}
+    return reader.answers(reader.encode(text), arrays)
+
+
+def softmax(values: Any) -> Any:
+    """In float64, along the last axis."""
+    shifted = np.exp(np.asarray(values, dtype=np.float64) - np.max(values, axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def test_encode_is_the_tokenizer_of_transformers_with_its_special_tokens(folder: Path) -> None:
+    reader, theirs = Text(folder, signature("feature-extraction")), tiny_tokenizer()
+    for text, pair in (("the quick fox", None), ("the fox", "lazy dog"), ("", None), ("a <mask> b", None)):
+        encoded = reader.encode(text, pair)
+        assert encoded.ids == theirs(text, pair).input_ids
+        assert encoded.pieces == theirs.convert_ids_to_tokens(encoded.ids)
+    assert reader.encode("the fox").ids[0] == START
+    assert reader.encode("the fox", "dog").ids.count(END) == 3
+
+
+def test_encode_takes_the_longest_text_and_refuses_one_token_more(folder: Path) -> None:
+    reader = Text(folder, signature("feature-extraction"))
+    assert len(reader.encode("the " * (LONGEST - 2)).ids) == LONGEST
+    with pytest.raises(InputError, match=r"13 tokens, above the model's maximum 12; shorten or split it"):
+        reader.encode("the " * (LONGEST - 1))
+    with pytest.raises(InputError, match="13 tokens"):
+        reader.encode("the " * 4, "fox " * 5)
+
+
+def test_encode_without_a_limit_takes_any_length(folder: Path) -> None:
+    reader = Text(folder, replace(signature("feature-extraction"), max_seqlen=None))
+    assert len(reader.encode("the " * 5000).ids) == 5002
+
+
+def test_encode_neither_cuts_nor_pads_where_the_tokenizer_file_says_so(folder: Path) -> None:
+    settings = json.loads((folder / TOKENIZER).read_text())
+    settings["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    settings["padding"] = {
+        "strategy": {"Fixed": 11},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 1,
+        "pad_type_id": 0,
+        "pad_token": "<pad>",
+    }
+    (folder / TOKENIZER).write_text(json.dumps(settings))
+    assert len(Text(folder, signature("feature-extraction")).encode("the quick brown fox jumps").ids) == 7
+
+
+def test_decode_leaves_special_tokens_out(folder: Path) -> None:
+    reader = Text(folder, signature("feature-extraction"))
+    assert reader.decode(reader.encode("quick fox").ids) == "quick fox"
+
+
+def test_a_bundle_without_tokenizer_says_so(folder: Path) -> None:
+    (folder / TOKENIZER).unlink()
+    with pytest.raises(ArtifactError, match=rf"has no {TOKENIZER}.*give ids to Engine.run"):
+        Text(folder, signature("fill-mask"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "fox", "{}", "[1]"])
+def test_a_broken_tokenizer_is_an_artifact_error(folder: Path, text: str) -> None:
+    (folder / TOKENIZER).write_text(text)
+    with pytest.raises(ArtifactError, match=rf"{TOKENIZER} cannot be read"):
+        Text(folder, signature("fill-mask"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "fox", "[1]"])
+def test_a_broken_config_is_an_artifact_error(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"config\.json"):
+        Text(folder, signature("text-classification")).label(0)
+
+
+def test_labels_come_from_the_config_or_have_the_name_of_transformers(folder: Path) -> None:
+    reader = Text(folder, signature("text-classification"))
+    assert [reader.label(i) for i in (0, 2, 3)] == ["bad", "so-so", "LABEL_3"]
+    (folder / "config.json").unlink()
+    assert Text(folder, signature("text-classification")).label(0) == "LABEL_0"
+
+
+def test_the_bare_model_has_no_answers(folder: Path) -> None:
+    assert answers(folder, "feature-extraction", last_hidden_state=np.zeros((4, 8))) == []
+
+
+def test_text_classification_gives_every_label_best_first(folder: Path) -> None:
+    found = answers(folder, "text-classification", logits=[1.0, 3.0, -2.0])
+    assert [list(answer) for answer in found] == [["label", "score"]] * 3
+    assert [answer["label"] for answer in found] == ["good", "bad", "so-so"]
+    assert [answer["score"] for answer in found] == pytest.approx(softmax([3.0, 1.0, -2.0]), rel=1e-5)
+
+
+def test_scores_of_extreme_logits_are_numbers(folder: Path) -> None:
+    found = answers(folder, "text-classification", logits=[-1e30, 1e4, 1e4])
+    assert [answer["score"] for answer in found] == [0.5, 0.5, 0.0]
+
+
+def test_a_single_class_is_a_regression_with_the_raw_value(folder: Path) -> None:
+    assert answers(folder, "text-classification", logits=[-2.5]) == [{"label": "bad", "score": -2.5}]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_multi_label_model_has_independent_scores(folder: Path) -> None:
+    config = {"id2label": LABELS, "problem_type": "multi_label_classification"}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = answers(folder, "text-classification", logits=[2.0, -100.0, 2.5])
+    assert [answer["label"] for answer in found] == ["so-so", "bad", "good"]
+    expected = [1 / (1 + np.exp(-2.5)), 1 / (1 + np.exp(-2.0)), 0.0]
+    assert [answer["score"] for answer in found] == pytest.approx(expected, abs=1e-6)
+
+
+def test_token_classification_labels_every_token_in_order(folder: Path) -> None:
+    logits = [[0, 1, 0], [2, 0, 0], [0, 0, 5], [0, 3, 0]]
+    found = answers(folder, "token-classification", logits=logits)
+    assert [list(answer) for answer in found] == [["token", "label", "score"]] * 4
+    assert [answer["token"] for answer in found] == ["<s>", "the", "fox", "</s>"]
+    assert [answer["label"] for answer in found] == ["good", "bad", "so-so", "good"]
+    assert [answer["score"] for answer in found] == pytest.approx(softmax(logits).max(axis=-1), rel=1e-5)
+
+
+def test_fill_mask_gives_the_five_best_tokens_of_each_mask(folder: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    logits = np.random.default_rng(0).normal(size=(6, len(tokenizer)))
+    found = answers(folder, "fill-mask", "the <mask> <mask> fox", logits=logits)
+    assert [list(answer) for answer in found] == [["position", "token", "score"]] * 10
+    assert [answer["position"] for answer in found] == [2] * 5 + [3] * 5
+    for position, filled in ((2, found[:5]), (3, found[5:])):
+        scores = softmax(logits[position])
+        best = np.argsort(-scores)[:5]
+        assert [answer["score"] for answer in filled] == pytest.approx(scores[best], rel=1e-5)
+        assert [answer["token"] for answer in filled] == [
+            tokenizer.decode([i], skip_special_tokens=True).strip() for i in best
+        ]
+
+
+def test_fill_mask_without_a_mask_has_no_answers(folder: Path) -> None:
+    assert answers(folder, "fill-mask", "the fox", logits=np.zeros((4, 55))) == []
+
+
+def test_multiple_choice_gives_every_choice_best_first(folder: Path) -> None:
+    found = answers(folder, "multiple-choice", logits=[0.5, -1.0, 2.0, 0.0])
+    assert [list(answer) for answer in found] == [["choice", "score"]] * 4
+    assert [answer["choice"] for answer in found] == [2, 0, 3, 1]
+    assert [answer["score"] for answer in found] == pytest.approx(softmax([2.0, 0.5, 0.0, -1.0]), rel=1e-5)
+
+
+def ask(folder: Path, start: Any, end: Any) -> tuple[Encoded, dict[str, Any]]:
+    """The answer in "quick brown lazy dog" (tokens 5 to 8 of 10) to the question "the fox"."""
+    reader = Text(folder, signature("question-answering"))
+    encoded = reader.encode("the fox", "quick brown lazy dog")
+    outputs = {"start_logits": np.float32([start]), "end_logits": np.float32([end])}
+    found = reader.answers(encoded, outputs)
+    assert len(found) == 1
+    return encoded, found[0]
+
+
+def peak(*positions: int, of: int = 10) -> Any:
+    """Logits that are high at some positions, the first highest."""
+    logits = np.zeros(of)
+    for rank, position in enumerate(positions):
+        logits[position] = 20.0 - 3 * rank
+    return logits
+
+
+def test_question_answering_gives_the_text_between_start_and_end(folder: Path) -> None:
+    encoded, answer = ask(folder, peak(6), peak(7))
+    assert encoded.pieces[5:9] == ["quick", "brown", "lazy", "dog"]
+    assert list(answer) == ["answer", "score"]
+    assert answer["answer"] == "brown lazy"
+    assert answer["score"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_an_answer_may_be_one_token_at_either_end(folder: Path) -> None:
+    assert ask(folder, peak(5), peak(5))[1]["answer"] == "quick"
+    assert ask(folder, peak(8), peak(8))[1]["answer"] == "dog"
+
+
+def test_the_question_is_no_answer(folder: Path) -> None:
+    assert ask(folder, peak(1, 7), peak(2, 8))[1]["answer"] == "lazy dog"
+
+
+def test_the_final_separator_is_no_answer(folder: Path) -> None:
+    assert ask(folder, peak(9, 7), peak(9, 8))[1]["answer"] == "lazy dog"
+
+
+def test_an_answer_does_not_end_before_it_starts(folder: Path) -> None:
+    assert ask(folder, peak(8, 5), peak(6))[1]["answer"] == "quick brown"
+
+
+def test_the_best_span_is_that_of_all_pairs(folder: Path) -> None:
+    random = np.random.default_rng(1)
+    for _ in range(50):
+        start, end = random.normal(size=(2, 10)) * 2
+        start[9] = end[9] = -30.0
+        encoded, answer = ask(folder, start, end)
+        begins, ends = softmax(start[5:]), softmax(end[5:])
+        scores = {(i, j): begins[i] * ends[j] for i in range(5) for j in range(i, 5)}
+        first, last = max(scores, key=lambda span: scores[span])
+        assert answer["answer"] == " ".join(encoded.pieces[5 + first : 5 + last + 1])
+        assert answer["score"] == pytest.approx(scores[first, last], rel=1e-4)
