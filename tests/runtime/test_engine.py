@@ -467,7 +467,7 @@ def test_other_backends_give_the_same_numbers(bundle: MakeBundle, engine: Engine
     mask[1, 20:] = 0
     marks[0, [0, 7, 8]] = 1
     with Engine(bundle(), backend) as other:
-        assert backend.split()[0] in other.backend
+        assert backend in other.backend
         assert other.signature == engine.signature
         assert_same(other.run(RAGGED), engine.run(RAGGED))
         assert_same(other.run(ids, mask, marks), engine.run(ids, mask, marks))
@@ -492,7 +492,11 @@ def test_backend_auto_runs_bf16_with_openvino(bundle: MakeBundle, engine: Engine
         assert auto.backend.startswith("openvino")
         assert auto.signature.precision == "bf16"
         assert all(output.dtype == np.float32 for output in auto.run(ids).values())
-        assert_same(auto.run(ids), reference.run(ids), tolerance=0.15)
+        assert auto.manifest is not None
+        ours, theirs = auto.run(ids), reference.run(ids)
+        for name, measured in auto.manifest.validation["outputs"].items():
+            # Each is within its tolerance of the float64 reference.
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=2 * measured["tolerance"])
         assert differs(auto.run(ids), engine.run(ids))  # it is the bf16 model that ran
 
 

@@ -1,0 +1,202 @@
+"""Paired CPU benchmark: Hugging Face eager fp32 beside lfx in ONNX Runtime, base shape, and what an export costs.
+
+    python scripts/bench_cpu.py            # writes docs/records/cpu.jsonl and docs/records/export.jsonl
+
+Latency: both contenders live in one process and take turns (A B A B), after a warm-up of each, on the same ids.
+Memory: the highest resident set of a process of its own for each contender and length, interpreter and imports
+included. Export: a process of its own; seconds and memory are read before the validation starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import record
+from checkpoints import BASE_MAX_SEQLEN
+
+# Length -> rounds; lengths above 4,096 run on a model whose position table is long enough.
+ROUNDS = {512: 15, 1024: 11, 2048: 9, 4096: 7, 8192: 3, 16384: 3}
+LONG_MAX_SEQLEN = 16384
+
+
+def main() -> None:
+    """Run everything, or one of the child processes that it starts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], default=list(ROUNDS))
+    parser.add_argument("--child", choices=["export", "memory"], help=argparse.SUPPRESS)
+    parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child == "export":
+        _export_child(options.bundle)
+    elif options.child == "memory":
+        _memory_child(options.contender, options.lengths[0], options.bundle, options.threads)
+    else:
+        _parent(options.lengths, options.threads)
+
+
+def _parent(lengths: list[int], threads: int) -> None:
+    about = {**record.environment(), "shape": "longformer-base", "dtype": "fp32", "threads": threads, "batch": 1}
+    with tempfile.TemporaryDirectory(prefix="lfx-bench-") as folder:
+        bundles = {size: Path(folder) / f"base-{size}" for size in (BASE_MAX_SEQLEN, LONG_MAX_SEQLEN)}
+        needed = {_table_size(length) for length in lengths}
+        costs = [{**about, **_child("export", bundles[size], max_seqlen=size)} for size in sorted(needed)]
+        print(record.write("export", costs))
+        rows = []
+        for length in lengths:
+            bundle = bundles[_table_size(length)]
+            memory = {
+                contender: _child("memory", bundle, length, contender, threads)["peak_bytes"]
+                for contender in ("huggingface-eager", "lfx-onnxruntime")
+            }
+            for globals_ in (0, 1):
+                row = {**about, **_latency(bundle, length, globals_, threads)}
+                for contender, peak in memory.items():
+                    row["contenders"][contender]["peak_memory_bytes"] = peak
+                rows.append(row)
+                print(json.dumps({key: row[key] for key in ("seqlen", "globals", "speedup", "contenders")}), flush=True)
+        print(record.write("cpu", rows))
+
+
+def _table_size(length: int) -> int:
+    return BASE_MAX_SEQLEN if length <= BASE_MAX_SEQLEN else LONG_MAX_SEQLEN
+
+
+def _child(
+    kind: str, bundle: Path, length: int = 0, contender: str = "", threads: int = 2, max_seqlen: int = 0
+) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", kind, "--bundle", str(bundle), "--contender", contender]
+    command += ["--lengths", str(length or max_seqlen), "--threads", str(threads)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{found.stderr}")
+    result: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
+    return result
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _export_child(bundle: Path) -> None:
+    """Save a checkpoint, then load and export it; prints the cost up to the validation, and of the whole."""
+    size = int(bundle.name.rpartition("-")[2])
+    checkpoint = bundle.parent / f"checkpoint-{size}"
+    # In a process of its own, so that making the weights does not count.
+    maker = f"from checkpoints import base_model; base_model({size}).save_pretrained({str(checkpoint)!r})"
+    subprocess.run([sys.executable, "-c", maker], check=True, cwd=Path(__file__).parent, capture_output=True)
+    before_validation: dict[str, float] = {}
+
+    def note(step: str) -> None:
+        if step.startswith("comparing") and not before_validation:
+            before_validation.update(seconds=time.perf_counter() - started, peak_bytes=_peak_bytes())
+
+    started = time.perf_counter()
+    from lfx.config import Manifest
+    from lfx.export import export
+
+    export(checkpoint, bundle, progress=note)
+    whole = time.perf_counter() - started
+    manifest = Manifest.read(bundle)
+    result = {
+        "max_seqlen": size,
+        "export_seconds": before_validation["seconds"],
+        "export_peak_memory_bytes": before_validation["peak_bytes"],
+        "validation_seconds": whole - before_validation["seconds"],
+        "bundle_bytes": sum(entry["bytes"] for entry in manifest.files.values()),
+        "model_sha256": manifest.source["sha256"],
+        "max_abs_error": {name: r["max_abs_error"] for name, r in manifest.validation["outputs"].items()},
+    }
+    print(json.dumps(result))
+
+
+def _memory_child(contender: str, length: int, bundle: Path, threads: int) -> None:
+    run = _contender(contender, bundle, _table_size(length), threads)
+    for _ in range(2):
+        run(*_inputs(length, 1))
+    print(json.dumps({"peak_bytes": _peak_bytes()}))
+
+
+def _inputs(length: int, globals_: int) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.random.default_rng(length).integers(3, 50000, (1, length))
+    marks = np.zeros_like(ids)
+    marks[:, :globals_] = 1
+    return ids, marks
+
+
+def _contender(name: str, bundle: Path, table_size: int, threads: int) -> Callable[[np.ndarray, np.ndarray], Any]:
+    if name == "lfx-onnxruntime":
+        from lfx.runtime import Engine
+
+        engine = Engine(bundle, threads=threads)
+        return lambda ids, marks: np.asarray(engine.run(ids, global_attention_mask=marks)["last_hidden_state"])
+    import torch
+    from transformers import LongformerModel, logging
+
+    logging.set_verbosity_error()
+    torch.set_num_threads(threads)
+    model = LongformerModel.from_pretrained(bundle.parent / f"checkpoint-{table_size}").eval()
+
+    def run(ids: np.ndarray, marks: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            found = model(torch.from_numpy(ids), global_attention_mask=torch.from_numpy(marks))
+        return np.asarray(found.last_hidden_state)
+
+    return run
+
+
+_LOADED: dict[tuple[str, Path], Callable[[np.ndarray, np.ndarray], Any]] = {}
+
+
+def _latency(bundle: Path, length: int, globals_: int, threads: int) -> dict[str, Any]:
+    contenders = {}
+    for name in ("huggingface-eager", "lfx-onnxruntime"):
+        key = (name, bundle)
+        if key not in _LOADED:
+            _LOADED[key] = _contender(name, bundle, _table_size(length), threads)
+        contenders[name] = _LOADED[key]
+    ids, marks = _inputs(length, globals_)
+    first = {name: run(ids, marks) for name, run in contenders.items()}  # warm-up, and the check that both agree
+    difference = float(np.abs(first["lfx-onnxruntime"] - first["huggingface-eager"]).max())
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(ROUNDS[length]):
+        for name, run in contenders.items():
+            started = time.perf_counter()
+            run(ids, marks)
+            seconds[name].append(time.perf_counter() - started)
+    ratios = [a / b for a, b in zip(seconds["huggingface-eager"], seconds["lfx-onnxruntime"], strict=True)]
+    return {
+        "seqlen": length,
+        "globals": globals_,
+        "rounds": ROUNDS[length],
+        "max_difference": difference,
+        "speedup": statistics.median(ratios),
+        "contenders": {name: _summary(found, length) for name, found in seconds.items()},
+    }
+
+
+def _summary(seconds: list[float], length: int) -> dict[str, float]:
+    p5, p95 = np.percentile(seconds, [5, 95])
+    median = statistics.median(seconds)
+    return {
+        "median_ms": 1000 * median,
+        "p5_ms": 1000 * float(p5),
+        "p95_ms": 1000 * float(p95),
+        "tokens_per_second": length / median,
+    }
+
+
+if __name__ == "__main__":
+    main()

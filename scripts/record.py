@@ -1,0 +1,61 @@
+"""What every benchmark record carries, and how it is written to its JSONL file."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RECORDS = Path(__file__).resolve().parent.parent / "docs" / "records"
+_PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions and commit of this run."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--", "*.py") else ""),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> Path:
+    """Make `rows` the content of the file `name`.jsonl, and return its path."""
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    path = RECORDS / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """The records of a file, oldest first."""
+    lines = (RECORDS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _git(*arguments: str) -> str:
+    found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=RECORDS.parent)
+    return found.stdout.strip()
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    named = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = [flag for flag in ("avx2", "avx512f", "amx_bf16") if flag in named.get("flags", "").split()]
+    return f"{named.get('model name', platform.processor())} ({', '.join(flags) or 'no vector flags'})"

@@ -1,0 +1,154 @@
+"""What the production side imports, and what it says where an extra is missing; all in fresh processes."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MakeBundle
+
+EXPORT_SIDE = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
+
+LOADED = f"""
+import sys
+found = sorted(name for name in {EXPORT_SIDE} if name in sys.modules)
+assert not found, found
+"""
+COMMAND = """
+import sys
+for module in {blocked!r}:
+    sys.modules[module] = None  # as if it were not installed
+sys.argv = ["lfx", *{arguments!r}]
+from lfx.cli import main
+main()
+"""
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter."""
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def lfx_without(blocked: tuple[str, ...], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command where some modules cannot be imported."""
+    return python(COMMAND.format(blocked=blocked, arguments=arguments))
+
+
+@pytest.mark.parametrize(
+    "module", ["lfx", "lfx.runtime", "lfx.runtime.text", "lfx.config", "lfx.errors", "lfx.cli", "lfx.parity"]
+)
+def test_importing_the_production_side_loads_nothing_of_the_export_side(module: str) -> None:
+    done = python(f"import {module}{LOADED}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_check_itself_sees_an_import() -> None:
+    assert "['onnx']" in python(f"import onnx{LOADED}").stderr
+
+
+def test_importing_the_runtime_loads_no_backend() -> None:
+    code = "import sys, lfx.runtime; print({'onnxruntime', 'openvino', 'tokenizers', 'click'} & set(sys.modules))"
+    assert python(code).stdout.strip() == "set()"
+
+
+def test_running_an_engine_loads_nothing_of_the_export_side(bundle: MakeBundle) -> None:
+    code = """
+import sys
+from lfx import runtime
+from lfx.runtime.text import Text
+from pathlib import Path
+with runtime.Engine(sys.argv[1]) as engine:
+    ids = Text(Path(sys.argv[1]), engine.signature).encode("the fox").ids
+    print(engine.run([ids, ids[:2]])["pooler_output"].shape)
+"""
+    done = python(code + LOADED, str(bundle()))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "(2, 32)\n"
+
+
+def test_lfx_run_and_inspect_work_where_the_export_side_is_not_installed(bundle: MakeBundle) -> None:
+    folder = str(bundle())
+    for arguments in (["run", folder, "--text", "the fox", "--json"], ["inspect", folder]):
+        done = lfx_without(EXPORT_SIDE, *arguments)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_is_instant() -> None:
+    times = []
+    for _ in range(5):
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run([sys.executable, "-m", "lfx.cli", "--help"], check=True, capture_output=True)
+        wall_s = time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        times.append(max(wall_s, cpu_s))
+    assert min(times) < 0.3, times
+
+
+@pytest.mark.parametrize(
+    ("blocked", "arguments", "extra"),
+    [
+        ("onnxruntime", ["run", "{bundle}", "--text", "fox"], "cpu"),
+        ("openvino", ["run", "{bundle}", "--text", "fox", "--backend", "openvino"], "openvino"),
+        ("onnx", ["run", "{bundle}", "--text", "fox", "--backend", "openvino"], "openvino"),
+        ("onnx", ["run", "{bundle}", "--text", "fox", "--backend", "reference"], "export"),
+        ("onnxruntime", ["run", "{bundle}", "--text", "fox", "--provider", "cuda"], "gpu"),
+        ("openvino", ["run", "{bf16}", "--text", "fox"], "openvino"),
+        ("torch", ["parity", "{bundle}"], "export"),
+        ("torch", ["export", "--model", "nowhere"], "export"),
+        ("transformers", ["export", "--model", "nowhere"], "export"),
+        ("onnxscript", ["export", "--model", "nowhere"], "export"),
+        ("onnxruntime", ["export", "--model", "nowhere"], "export"),
+    ],
+)
+def test_a_missing_extra_is_one_line_naming_the_cure(
+    blocked: str, arguments: list[str], extra: str, bundle: MakeBundle, tmp_path: Path
+) -> None:
+    paths = {"bundle": str(bundle())}
+    if "{bf16}" in arguments:
+        paths["bf16"] = str(bundle(precision="bf16"))
+    done = lfx_without((blocked,), *(argument.format(**paths) for argument in arguments))
+    progress, errors = _split(done.stderr)
+    assert errors == [f"error: {blocked} is not installed; install it with: pip install 'longformer-lfx[{extra}]'"]
+    assert all(line.startswith("… ") for line in progress)
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+def _split(stderr: str) -> tuple[list[str], list[str]]:
+    lines = stderr.splitlines()
+    return [x for x in lines if not x.startswith("error:")], [x for x in lines if x.startswith("error:")]
+
+
+def test_the_runtime_raises_the_same_error(bundle: MakeBundle) -> None:
+    code = """
+import sys
+sys.modules["onnxruntime"] = None
+from lfx.errors import DependencyError
+from lfx.runtime import Engine
+try:
+    Engine(sys.argv[1])
+except DependencyError as error:
+    print(error)
+"""
+    assert "pip install 'longformer-lfx[cpu]'" in python(code, str(bundle())).stdout
+
+
+def test_a_backend_that_breaks_while_it_is_imported_is_one_line(bundle: MakeBundle, tmp_path: Path) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('libonnxruntime.so.1: cannot open shared object file')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})" + COMMAND.format(
+        blocked=(), arguments=("run", str(bundle()), "--text", "fox")
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=dict(os.environ)
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error:")
+    assert "libonnxruntime.so.1" in done.stderr
