@@ -54,7 +54,9 @@ def atomic_folder(output: Path) -> Iterator[Path]:
             partial.rename(output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ExportError(f"no disk space left in {output.parent}; make room, or choose another --output") from error
+            raise ExportError(
+                f"no disk space left in {output.parent}; make room, or choose another --output"
+            ) from error
         raise ExportError(f"{output} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

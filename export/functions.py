@@ -268,11 +268,27 @@ def GlobalRows(  # noqa: N802
     few = op.Less(op.Squeeze(op.Shape(query, start=1, end=2)), head_size)
     if few:
         rows = lfx.FoldedGlobalRows(
-            query, hidden, key_mask, key_weight, key_bias, value_weight, value_bias, num_heads=num_heads, scale=scale
+            query,
+            hidden,
+            key_mask,
+            key_weight,
+            key_bias,
+            value_weight,
+            value_bias,
+            num_heads=num_heads,
+            scale=scale,
         )
     else:
         rows = lfx.ProjectedGlobalRows(
-            query, hidden, key_mask, key_weight, key_bias, value_weight, value_bias, num_heads=num_heads, scale=scale
+            query,
+            hidden,
+            key_mask,
+            key_weight,
+            key_bias,
+            value_weight,
+            value_bias,
+            num_heads=num_heads,
+            scale=scale,
         )
     return rows
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 import onnxscript.optimizer
 import torch
+from onnx_ir.passes import common
 
 from lfx.export import functions
 from lfx.export.passes.constants import share_constants
@@ -66,7 +66,7 @@ def finish(
         common.InlinePass()(model)
         common.CommonSubexpressionEliminationPass()(model)
         common.RemoveUnusedOpsetsPass()(model)
-    common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     rename_dimensions(model, dimensions, unknown="global_slots")
     common.TopologicalSortPass()(model)
     model.producer_name, model.producer_version = "lfx", str(metadata["lfx_version"])
@@ -84,7 +84,7 @@ def _simplify(model: ir.Model) -> None:
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),
         common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
     ):
         clean(model)
 
@@ -92,5 +92,5 @@ def _simplify(model: ir.Model) -> None:
 def _name_weights(model: ir.Model, names: Mapping[int, str], prefix: str) -> None:
     for value in list(model.graph.initializers.values()):
         raw = getattr(value.const_value, "raw", None)
-        shared = isinstance(raw, torch.Tensor) and raw.data_ptr() in names
-        value.name = names[raw.data_ptr()] if shared else str(value.name).removeprefix(prefix)
+        own_name = str(value.name).removeprefix(prefix)
+        value.name = names.get(raw.data_ptr(), own_name) if isinstance(raw, torch.Tensor) else own_name

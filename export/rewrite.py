@@ -68,8 +68,8 @@ class GlobalTokens:
         flags = is_global.to(torch.int32)
         if self.max_slots is None:
             slots = torch.clamp(flags.sum(dim=1).max(), min=1).item()
-            torch._check(slots >= 1)
-            torch._check(slots <= seqlen)
+            torch._check(slots >= 1)  # type: ignore[no-untyped-call]
+            torch._check(slots <= seqlen)  # type: ignore[no-untyped-call]
         else:
             slots = self.max_slots
             flags = nn.functional.pad(flags, (0, slots))  # TopK takes no K above the length of its input
@@ -79,14 +79,14 @@ class GlobalTokens:
 
 def _op(name: str, inputs: list[torch.Tensor], shape: Any, **attributes: int | float) -> torch.Tensor:
     return ops.symbolic(
-        f"{DOMAIN}::{name}", inputs, attributes, dtype=inputs[0].dtype, shape=shape, version=VERSION
+        f"{DOMAIN}::{name}", inputs, {**attributes}, dtype=inputs[0].dtype, shape=shape, version=VERSION
     )
 
 
 class _SelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
     lfx_globals: GlobalTokens
 
-    def forward(  # noqa: D102
+    def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -117,7 +117,13 @@ class _SelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
             inputs = [self.query_global(chosen), hidden_states, key_mask]
             for projection in (self.key_global, self.value_global):
                 inputs += [projection.weight, projection.bias]
-            rows = _op(self._rows_form(), inputs, (batch, slots, self.embed_dim), num_heads=self.num_heads, scale=scale)
+            rows = _op(
+                self._rows_form(),
+                inputs,
+                (batch, slots, self.embed_dim),
+                num_heads=self.num_heads,
+                scale=scale,
+            )
         context = _op(
             "BandedAttention",
             [query, key, value, key_mask, index, rows],
@@ -138,7 +144,7 @@ class _SelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
 
 
 class _Encoder(hf.LongformerEncoder):  # type: ignore[misc]
-    def forward(  # noqa: D102
+    def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -157,7 +163,7 @@ class _Encoder(hf.LongformerEncoder):  # type: ignore[misc]
 
 
 class _Model(hf.LongformerModel):  # type: ignore[misc]
-    def forward(  # noqa: D102
+    def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -171,7 +177,10 @@ class _Model(hf.LongformerModel):  # type: ignore[misc]
         **kwargs: Any,
     ) -> Any:
         embedded = self.embeddings(
-            input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds
+            input_ids=input_ids,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
         )
         if attention_mask is None:
             attention_mask = torch.ones(embedded.shape[:2], dtype=torch.int64)
@@ -246,7 +255,7 @@ def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def replace_attention(model: nn.Module, attention: type[hf.LongformerSelfAttention]) -> nn.Module:
-    """Change the classes of the Longformer modules in `model`, in place; `attention` takes the self-attention's part."""
+    """Change the classes of the Longformer modules in `model`, in place; `attention` replaces the self-attention."""
     replacements: dict[type[nn.Module], type[nn.Module]] = {
         hf.LongformerSelfAttention: attention,
         hf.LongformerEncoder: _Encoder,
@@ -283,7 +292,7 @@ class Traceable(nn.Module):
         super().__init__()
         self.model, self.inputs, self.tokens, self.passes_global = model, inputs, tokens, passes_global
 
-    def forward(self, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:  # noqa: D102
+    def forward(self, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         arguments = dict(zip(self.inputs, tensors, strict=True))
         if self.passes_global and "global_attention_mask" not in arguments:
             # "first" and "none" are decided here, and not by the model's own default for its task.

@@ -19,7 +19,7 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 
 class _DenseSelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
-    def forward(  # noqa: D102
+    def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor]:
         mask = attention_mask.numpy()
@@ -38,7 +38,9 @@ class _DenseSelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
             num_heads=self.num_heads,
         )
         context = reference.banded_attention(
-            *(projection(hidden_states).numpy() for projection in (self.query, self.key, self.value)),
+            self.query(hidden_states).numpy(),
+            self.key(hidden_states).numpy(),
+            self.value(hidden_states).numpy(),
             key_mask,
             index,
             rows,

@@ -23,9 +23,7 @@ from lfx.runtime import Engine
 _UNKNOWN_VOCABULARY = 32
 
 
-def validate(
-    path: Path, module: nn.Module, signature: Signature, progress: Callable[[str], None]
-) -> dict[str, Any]:
+def validate(path: Path, module: nn.Module, signature: Signature, progress: Callable[[str], None]) -> dict[str, Any]:
     """Compare the file with PyTorch over `parity.quick_cases`.
 
     Returns:

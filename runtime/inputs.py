@@ -53,9 +53,7 @@ def prepare(ids: Any, attention_mask: Any, global_attention_mask: Any, signature
             "global_attention_mask; leave it out, or export again with --global-attention mask"
         )
     if "attention_mask" not in names and not mask.all():
-        raise InputError(
-            "this model takes no attention_mask, so no token can be masked; give sequences of one length"
-        )
+        raise InputError("this model takes no attention_mask, so no token can be masked; give sequences of one length")
     return Batch({name: feeds[name] for name in feeds if name in names}, tuple(lengths) if ragged else None)
 
 
@@ -153,9 +151,7 @@ def _check_ids(rows: list[NDArray[Any]], lengths: list[int], signature: Signatur
         raise InputError(f"input_ids have different numbers of choices; give {_shapes(signature)}")
 
 
-def _mask_rows(
-    value: Any, name: str, rows: list[NDArray[Any]], signature: Signature
-) -> list[NDArray[Any]] | None:
+def _mask_rows(value: Any, name: str, rows: list[NDArray[Any]], signature: Signature) -> list[NDArray[Any]] | None:
     if value is None:
         return None
     masks = _as_rows(value, name, signature)

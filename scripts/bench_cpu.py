@@ -48,7 +48,13 @@ def main() -> None:
 
 
 def _parent(lengths: list[int], threads: int) -> None:
-    about = {**record.environment(), "shape": "longformer-base", "dtype": "fp32", "threads": threads, "batch": 1}
+    about = {
+        **record.environment(),
+        "shape": "longformer-base",
+        "dtype": "fp32",
+        "threads": threads,
+        "batch": 1,
+    }
     with tempfile.TemporaryDirectory(prefix="lfx-bench-") as folder:
         bundles = {size: Path(folder) / f"base-{size}" for size in (BASE_MAX_SEQLEN, LONG_MAX_SEQLEN)}
         needed = {_table_size(length) for length in lengths}
@@ -66,7 +72,10 @@ def _parent(lengths: list[int], threads: int) -> None:
                 for contender, peak in memory.items():
                     row["contenders"][contender]["peak_memory_bytes"] = peak
                 rows.append(row)
-                print(json.dumps({key: row[key] for key in ("seqlen", "globals", "speedup", "contenders")}), flush=True)
+                print(
+                    json.dumps({key: row[key] for key in ("seqlen", "globals", "speedup", "contenders")}),
+                    flush=True,
+                )
         print(record.write("cpu", rows))
 
 

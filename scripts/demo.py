@@ -63,7 +63,9 @@ def _checkpoint(output: Path) -> str:
     except ExportError as error:
         folder = output / "random-longformer-base-4096"
         console.print(f"[yellow]{HUB_ID} is out of reach ({error}).")
-        console.print("[yellow]Using the same architecture with seeded RANDOM weights: answers mean nothing, speed does.")
+        console.print(
+            "[yellow]Using the same architecture with seeded RANDOM weights: answers mean nothing, speed does."
+        )
         if not (folder / "model.safetensors").is_file():
             save_base_checkpoint(folder)
         return str(folder)
@@ -122,7 +124,12 @@ def _compare_speed(engine: runtime.Engine, model: Any, ids: list[int], threads: 
             engine.run(piece)
 
         eager, ours = _interleaved(pytorch, lfx, rounds)
-        table.add_row(f"{length}", f"{length / eager:,.0f}", f"{length / ours:,.0f}", f"{eager / ours:.2f} times as fast")
+        table.add_row(
+            f"{length}",
+            f"{length / eager:,.0f}",
+            f"{length / ours:,.0f}",
+            f"{eager / ours:.2f} times as fast",
+        )
     console.print(table)
 
 

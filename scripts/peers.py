@@ -54,7 +54,13 @@ def main() -> None:
         for dynamic in (False, True):
             rows.append({**about, "tool": "transformers OnnxExporter", **_try_transformers(model, dynamic)})
         if options.optimum_python:
-            rows.append({**about, "tool": "optimum-onnx", **_run_optimum(options.optimum_python, model, cases, Path(folder))})
+            rows.append(
+                {
+                    **about,
+                    "tool": "optimum-onnx",
+                    **_run_optimum(options.optimum_python, model, cases, Path(folder)),
+                }
+            )
     print(record.write("peers", rows))
     for row in rows:
         print({key: row.get(key) for key in ("tool", "right", "crashed", "max_difference", "error")})
@@ -112,7 +118,9 @@ def _try_transformers(model: Any, dynamic: bool) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exporter = OnnxExporter()
-            exporter.export(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, OnnxConfig(dynamic=dynamic))
+            exporter.export(
+                model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, OnnxConfig(dynamic=dynamic)
+            )
     except Exception as error:
         return {"dynamic": dynamic, "right": 0, "error": f"{type(error).__name__}: {one_line(error)}"}
     return {"dynamic": dynamic, "right": None, "error": "exported; not checked"}

@@ -1,7 +1,7 @@
 """The optimum-onnx half of peers.py, for an environment of its own: optimum-onnx pins another transformers.
 
-    python -m venv V && V/bin/pip install torch==2.13.0 optimum-onnx==0.1.0 transformers==4.57.6
-    python scripts/peers.py --optimum-python V/bin/python
+python -m venv V && V/bin/pip install torch==2.13.0 optimum-onnx==0.1.0 transformers==4.57.6
+python scripts/peers.py --optimum-python V/bin/python
 """
 
 from __future__ import annotations

@@ -56,9 +56,7 @@ def test_banded_attention_is_the_definition_written_out(window: int, dilation: i
     found = banded_attention(
         q, k, v, mask, index, rows, num_heads=2, window=window, dilation=dilation, causal=causal, scale=0.3
     )
-    wanted = _literal(
-        q, k, v, mask, index, rows, heads=2, window=window, dilation=dilation, causal=causal, scale=0.3
-    )
+    wanted = _literal(q, k, v, mask, index, rows, heads=2, window=window, dilation=dilation, causal=causal, scale=0.3)
     np.testing.assert_allclose(found, wanted, atol=1e-13)
 
 

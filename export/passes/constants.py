@@ -27,7 +27,9 @@ def share_constants(model: ir.Model, weights: set[str]) -> bool:
             del initializers[name]
             continue
         first[key] = value
-        label = "_".join(f"{item:g}" for item in array.reshape(-1)) if array.size <= 4 else "x".join(map(str, array.shape))
+        label = (
+            "_".join(f"{item:g}" for item in array.reshape(-1)) if array.size <= 4 else "x".join(map(str, array.shape))
+        )
         rank = f"[{array.size}]" if array.ndim and array.size <= 4 else ""
         wanted = f"constant/{tensor.dtype.name.lower()}{rank}_{label}"
         value.name = wanted if wanted not in taken else f"{wanted}_{len(taken)}"

@@ -20,9 +20,9 @@ def transpose_weights(model: ir.Model) -> bool:
             continue
         if not all(use.node.op_type == "Transpose" and use.node.graph is model.graph for use in uses):
             continue
-        rows, columns = (int(size) for size in tensor.shape)
+        rows, columns = tensor.shape.numpy()
 
-        def evaluate(source: ir.TensorProtocol = tensor) -> ir.Tensor:
+        def evaluate(source: ir.TensorProtocol = tensor) -> ir.TensorProtocol:
             return ir.tensor(source.numpy().T.copy(), dtype=source.dtype)
 
         stored = ir.Value(

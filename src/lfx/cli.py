@@ -223,7 +223,10 @@ def inspect(model: Path, as_json: bool) -> None:
                 ["validated", f"{name}: error {r['max_abs_error']:.2g}, tolerance {r['tolerance']:.2g}"]
                 for name, r in manifest.validation.get("outputs", {}).items()
             ],
-            ["files", ", ".join(f"{name} ({entry['bytes']:,} bytes)" for name, entry in manifest.files.items())],
+            [
+                "files",
+                ", ".join(f"{name} ({entry['bytes']:,} bytes)" for name, entry in manifest.files.items()),
+            ],
             ["made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())],
         ],
     )
@@ -261,7 +264,13 @@ def _manifest(model: Path) -> Manifest:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @_engine_options
 def parity(
-    model: Path, source: str | None, cases: str, as_json: bool, backend: str, provider: str, threads: int | None
+    model: Path,
+    source: str | None,
+    cases: str,
+    as_json: bool,
+    backend: str,
+    provider: str,
+    threads: int | None,
 ) -> None:
     """Compare a bundle with PyTorch, by length, batch, globals and padding; exit 1 when out of tolerance."""
     from lfx.runtime import Engine

@@ -41,9 +41,7 @@ class Task:
 TASKS: dict[str, Task] = {
     "feature-extraction": Task("AutoModel", "LongformerModel", "none"),
     "fill-mask": Task("AutoModelForMaskedLM", "LongformerForMaskedLM", "none"),
-    "text-classification": Task(
-        "AutoModelForSequenceClassification", "LongformerForSequenceClassification", "first"
-    ),
+    "text-classification": Task("AutoModelForSequenceClassification", "LongformerForSequenceClassification", "first"),
     "token-classification": Task("AutoModelForTokenClassification", "LongformerForTokenClassification", "none"),
     "question-answering": Task("AutoModelForQuestionAnswering", "LongformerForQuestionAnswering", "question"),
     "multiple-choice": Task("AutoModelForMultipleChoice", "LongformerForMultipleChoice", "after_question"),
@@ -97,9 +95,7 @@ class Signature:
         try:
             values = {key: value for key, value in data.items() if key in names}
             for key in ("inputs", "outputs"):
-                values[key] = tuple(
-                    TensorSpec(str(t["name"]), str(t["dtype"]), tuple(t["shape"])) for t in values[key]
-                )
+                values[key] = tuple(TensorSpec(str(t["name"]), str(t["dtype"]), tuple(t["shape"])) for t in values[key])
             values["attention_windows"] = tuple(int(w) for w in values["attention_windows"])
             for key in ("max_seqlen", "vocab_size", "max_global", "sep_token_id"):
                 if values.get(key) is not None:

@@ -78,14 +78,24 @@ def full_cases(window: int, max_seqlen: int | None, multiple_of: int = 1) -> lis
     """Lengths around every boundary up to three windows, each with every global pattern; batch and padding cycle."""
     total = 2 * window
     lengths = sorted(
-        {1, 2, window - 1, window, window + 1, total - 1, total, total + 1, 2 * total - 1, 2 * total + 1, 3 * total}
+        {
+            1,
+            2,
+            window - 1,
+            window,
+            window + 1,
+            total - 1,
+            total,
+            total + 1,
+            2 * total - 1,
+            2 * total + 1,
+            3 * total,
+        }
         - {0}
     )
     paddings = itertools.cycle(PADDINGS)
     batches = itertools.cycle((1, 2, 3, 4, 2, 3))
-    wanted = [
-        Case(next(batches), length, pattern, next(paddings)) for length in lengths for pattern in GLOBALS
-    ]
+    wanted = [Case(next(batches), length, pattern, next(paddings)) for length in lengths for pattern in GLOBALS]
     return _fit(wanted, max_seqlen, multiple_of)
 
 

@@ -25,7 +25,7 @@ def test_success_takes_the_name(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "out") as folder:
         _write(folder)
         assert not (tmp_path / "out").exists()
-    assert os.listdir(tmp_path) == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
@@ -33,7 +33,7 @@ def test_any_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) 
     with pytest.raises(error), atomic_folder(tmp_path / "out") as folder:
         _write(folder)
         raise error
-    assert os.listdir(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == []
 
 
 def test_an_older_bundle_is_replaced_on_success_and_kept_on_failure(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_an_older_bundle_is_replaced_on_success_and_kept_on_failure(tmp_path: Pa
     with atomic_folder(tmp_path / "out") as folder:
         _write(folder)
     assert (tmp_path / "out" / "lfx.json").read_text() == "new"
-    assert os.listdir(tmp_path) == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_leftovers_of_killed_processes_are_removed_and_live_ones_kept(tmp_path: 
     (tmp_path / ".out.partial-1").mkdir()
     with atomic_folder(tmp_path / "out") as folder:
         _write(folder)
-    assert sorted(os.listdir(tmp_path)) == [".out.partial-1", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial-1", "out"]
 
 
 def test_a_disk_too_small_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_a_disk_too_small_is_refused_before_the_work(tmp_path: Path, monkeypatch
     monkeypatch.setattr(bundles.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ExportError, match="no disk space: the bundle takes about 2 MB"):
         export(tiny_model(), tmp_path / "out")
-    assert os.listdir(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == []
 
 
 def test_a_disk_that_fills_up_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,4 +87,4 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(exporter.ir, "save", full)
     with pytest.raises(ExportError, match="no disk space left"):
         export(tiny_model(), tmp_path / "out")
-    assert os.listdir(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == []

@@ -109,7 +109,11 @@ class _Subclass(LongformerModel):
 
 class _SubclassWithMask(_Subclass):
     def forward(  # the graph inputs are read from the signature
-        self, input_ids: torch.Tensor, attention_mask: Any = None, global_attention_mask: Any = None, **options: Any
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: Any = None,
+        global_attention_mask: Any = None,
+        **options: Any,
     ) -> torch.Tensor:
         return super().forward(
             input_ids, attention_mask=attention_mask, global_attention_mask=global_attention_mask, **options
@@ -137,13 +141,16 @@ class _Bare(nn.Module):
         x = self.embed(input_ids)
         merged = (attention_mask * (global_attention_mask + 1) - 1).to(x.dtype) * 10000.0
         for layer in self.attend:
-            x = x + layer(
-                x,
-                attention_mask=merged,
-                is_index_masked=merged < 0,
-                is_index_global_attn=merged > 0,
-                is_global_attn=(merged > 0).any().item(),
-            )[0]
+            x = (
+                x
+                + layer(
+                    x,
+                    attention_mask=merged,
+                    is_index_masked=merged < 0,
+                    is_index_global_attn=merged > 0,
+                    is_global_attn=(merged > 0).any().item(),
+                )[0]
+            )
         return x, x.mean(dim=1)
 
 

@@ -232,7 +232,13 @@ def test_the_manifest_says_what_was_done_and_measured(bundle: MakeBundle) -> Non
     validation = manifest.validation
     assert validation["passed"] is True
     assert len({case["seqlen"] for case in validation["cases"]}) >= 4
-    assert {case["globals"] for case in validation["cases"]} >= {"none", "first", "all", "ragged", "scattered"}
+    assert {case["globals"] for case in validation["cases"]} >= {
+        "none",
+        "first",
+        "all",
+        "ragged",
+        "scattered",
+    }
     result = validation["outputs"]["logits"]
     assert 0 < result["max_abs_error"] <= result["tolerance"] < 1e-4
     data = json.loads((folder / "lfx.json").read_text())

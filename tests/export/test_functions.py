@@ -34,7 +34,10 @@ def _model(op: str, inputs: dict[str, np.ndarray], opset: int = 17, bodies: Any 
     model = helper.make_model(
         helper.make_graph([node], op, [info(n, a) for n, a in inputs.items()], [output]),
         functions=protos,
-        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(functions.DOMAIN, functions.VERSION)],
+        opset_imports=[
+            helper.make_opsetid("", opset),
+            helper.make_opsetid(functions.DOMAIN, functions.VERSION),
+        ],
         ir_version=10,
     )
     return model.SerializeToString()
@@ -50,7 +53,13 @@ def _run(op: str, inputs: dict[str, np.ndarray], opset: int = 17, bodies: Any = 
 
 
 def _banded(
-    seqlen: int, heads: int = 2, size: int = 8, batch: int = 2, slots: int = 3, seed: int = 0, dtype: Any = np.float32
+    seqlen: int,
+    heads: int = 2,
+    size: int = 8,
+    batch: int = 2,
+    slots: int = 3,
+    seed: int = 0,
+    dtype: Any = np.float32,
 ) -> dict[str, np.ndarray]:
     """Random inputs: rows with no, some and all slots used, in any order; a mask with holes."""
     random = np.random.default_rng([seed, seqlen, heads, batch])
@@ -135,9 +144,7 @@ def test_bodies_run_in_half_precision(dtype: str) -> None:
     np.testing.assert_allclose(found, wanted, atol=TOLERANCE[dtype])
     glob = _global(20, 3, dtype=kind)
     found = _run("GlobalAttention", glob, num_heads=2, scale=8**-0.5).astype(np.float64)
-    np.testing.assert_allclose(
-        found, reference.global_attention(*_wide(glob), num_heads=2), atol=TOLERANCE[dtype]
-    )
+    np.testing.assert_allclose(found, reference.global_attention(*_wide(glob), num_heads=2), atol=TOLERANCE[dtype])
 
 
 def _global(seqlen: int, slots: int, size: int = 8, dtype: Any = np.float32) -> dict[str, np.ndarray]:

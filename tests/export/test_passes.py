@@ -90,7 +90,11 @@ def test_nodes_take_the_name_of_their_module() -> None:
             node.metadata_props["pkg.torch.onnx.name_scopes"] = scope
     name_after_modules(model, "model.")
     assert [node.name for node in model.graph] == ["layer.0/Relu", "layer.0/Relu_1", "Relu"]
-    assert [node.outputs[0].name for node in model.graph] == ["layer.0/Relu_output", "layer.0/Relu_1_output", "y"]
+    assert [node.outputs[0].name for node in model.graph] == [
+        "layer.0/Relu_output",
+        "layer.0/Relu_1_output",
+        "y",
+    ]
     assert not any(node.metadata_props for node in model.graph)
 
 
@@ -128,7 +132,8 @@ def test_an_equal_split_loses_its_count_and_an_unequal_one_is_refused() -> None:
         ("g (int64[n] x) => (int64[n] y) { y = BitwiseNot(x) }", "no form in opset 17"),
         ("g (float[n] x) => (float[n] y) { y = ReduceMax<noop_with_empty_axes = 1>(x) }", "without axes"),
         (
-            "g (float[n] x, int64[k] i, float[k] u) => (float[n] y) { y = ScatterElements<reduction = \"max\">(x, i, u) }",
+            "g (float[n] x, int64[k] i, float[k] u) => (float[n] y)"
+            ' { y = ScatterElements<reduction = "max">(x, i, u) }',
             "reduction max",
         ),
     ],

@@ -25,7 +25,11 @@ CASES = [Case(1, 4096, "scattered", "none"), Case(1, 4095, "none", "left"), Case
 def base_model() -> Any:
     torch.manual_seed(0)
     config = LongformerConfig(
-        vocab_size=50265, max_position_embeddings=4098, type_vocab_size=1, attention_window=512, layer_norm_eps=1e-5
+        vocab_size=50265,
+        max_position_embeddings=4098,
+        type_vocab_size=1,
+        attention_window=512,
+        layer_norm_eps=1e-5,
     )
     return LongformerModel(config).eval()
 

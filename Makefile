@@ -1,0 +1,40 @@
+# A fresh machine needs Python 3.11 (or later) and a C++ compiler; everything else is set up here.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test test-fast check bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lfx needs Python 3.11 or later; try: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	# torch first and pinned: an open range would pull a build with gigabytes of CUDA libraries.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,cpu,openvino,test]'
+	touch $@
+
+demo: install  ## Export, run a real document, check parity, compare speed with PyTorch's.
+	$(BIN)/python scripts/demo.py
+
+test: install  ## Everything, the full-size shape included.
+	$(BIN)/python -m pytest
+
+test-fast: install  ## Without the full-size shape.
+	$(BIN)/python -m pytest -m 'not slow'
+
+check: install  ## Lint, format and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install  ## The paired CPU benchmark; writes docs/records and the tables made from it.
+	$(BIN)/python scripts/bench_cpu.py
+	$(BIN)/python scripts/peers.py
+	$(BIN)/python scripts/tables.py
+
+clean:
+	rm -rf build dist $(VENV)

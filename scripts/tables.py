@@ -1,0 +1,123 @@
+"""Write the tables of README and docs from docs/records: `python scripts/tables.py [--check]`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written, and the exit status is
+1 where a table is not what the records say.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import record
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _rows(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _hardware(row: dict[str, Any]) -> str:
+    packages = ("torch", "transformers", "onnxruntime")
+    versions = ", ".join(f"{name} {row['versions'][name]}" for name in packages)
+    return f"{row['cpu']}, {row['cores']} cores; {versions}; {row['date']}"
+
+
+def cpu() -> str:
+    """Latency, speed-up and memory beside Hugging Face eager."""
+    found = record.read("cpu")
+    rows = []
+    for row in found:
+        eager, ours = row["contenders"]["huggingface-eager"], row["contenders"]["lfx-onnxruntime"]
+        rows.append(
+            [
+                f"{row['seqlen']:,}",
+                f"{row['globals']}",
+                f"{eager['median_ms'] / 1000:.2f} s",
+                f"{ours['median_ms'] / 1000:.2f} s",
+                f"**{row['speedup']:.2f}**",
+                f"{ours['tokens_per_second']:,.0f}",
+                f"{eager['peak_memory_bytes'] / 1e9:.2f} / {ours['peak_memory_bytes'] / 1e9:.2f} GB",
+                f"{row['max_difference']:.1e}",
+            ]
+        )
+    header = ["tokens", "globals", "Hugging Face eager", "lfx", "times as fast", "lfx tokens/s"]
+    header += ["peak memory, HF / lfx", "largest difference"]
+    note = f"\nBase shape, fp32, batch 1, {found[0]['threads']} threads. {_hardware(found[0])}.\n"
+    return _rows(header, rows) + note + _growth(found)
+
+
+def _growth(found: list[dict[str, Any]]) -> str:
+    times = {(r["seqlen"], r["globals"]): r["contenders"]["lfx-onnxruntime"]["median_ms"] for r in found}
+    if not {(4096, 1), (16384, 1)} <= set(times):
+        return ""
+    ratio = times[16384, 1] / times[4096, 1]
+    return f"From 4,096 to 16,384 tokens, four times as many, the time of lfx grows {ratio:.2f} times.\n"
+
+
+def export() -> str:
+    """What an export costs."""
+    rows = [
+        [
+            f"{row['max_seqlen']:,}",
+            f"{row['export_seconds']:.0f} s",
+            f"{row['export_peak_memory_bytes'] / 1e9:.2f} GB",
+            f"{row['validation_seconds']:.0f} s",
+            f"{row['bundle_bytes'] / 1e6:,.0f} MB",
+            f"{max(row['max_abs_error'].values()):.1e}",
+        ]
+        for row in record.read("export")
+    ]
+    header = ["longest sequence", "export", "peak memory", "validation", "bundle", "largest error against float64"]
+    return _rows(header, rows)
+
+
+def peers() -> str:
+    """Nine cases for every tool that could be run."""
+    found = record.read("peers")
+    by_tool: dict[str, dict[str, Any]] = {}
+    for row in found:
+        by_tool.setdefault(row["tool"], row)
+    rows = []
+    for tool, row in by_tool.items():
+        version = row["versions"].get(tool.split()[0], "")
+        if row.get("error"):
+            result = f"export fails: `{row['error'].split(':')[0]}`"
+        else:
+            crashed = f", {row['crashed']} crash" if row["crashed"] else ""
+            result = f"largest difference {row['max_difference']:.1e}{crashed}"
+        name = f"**{tool}**" if tool == "lfx" else f"{tool} {version}"
+        rows.append([name, f"{row['right']} of {row['cases']}", result])
+    note = f"\n{found[0]['cases']} cases of length, batch and global tokens on a two-layer random Longformer, right = "
+    note += f"within {found[0]['tolerance']:g} of Hugging Face eager fp32. {_hardware(found[0])}.\n"
+    return _rows(["tool", "right", "what happened"], rows) + note
+
+
+TABLES: dict[str, Callable[[], str]] = {"cpu": cpu, "export": export, "peers": peers}
+
+
+def main() -> int:
+    """Rewrite the pages, or check them."""
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        fresh = _BLOCK.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+        if fresh != text:
+            stale.append(page.name)
+            if "--check" not in sys.argv:
+                page.write_text(fresh, encoding="utf-8")
+    if "--check" in sys.argv and stale:
+        print(f"not what the records say: {', '.join(stale)}; run: python scripts/tables.py")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
