@@ -103,7 +103,7 @@ def export(
     model_ir = finish(
         program.model,
         opset=opset,
-        parameter_names=_first_names(program, module),
+        parameter_names=_first_names(module),
         prefix="model.",
         dimensions={str(axis) for spec in signature.inputs for axis in spec.shape},
         inline_functions=inline_functions,
@@ -226,7 +226,7 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-def _first_names(program: torch.onnx.ONNXProgram, module: nn.Module) -> dict[int, str]:
+def _first_names(module: nn.Module) -> dict[int, str]:
     """Data pointer -> the first name that a weight has in the module, for weights that are shared as they are."""
     names: dict[int, str] = {}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -258,7 +258,7 @@ def _signature(
         attention_windows=tuple(attention_windows(module)),
         default_global=fixed,
         global_attention=tokens.mode,
-        max_seqlen=_limit(embeddings, config, max_seqlen),
+        max_seqlen=_limit(embeddings, max_seqlen),
         vocab_size=vocab_size,
         max_global=tokens.max_slots,
         pad_token_id=pad if pad is not None else 1,
@@ -273,7 +273,7 @@ def _output_spec(value: ir.Value) -> TensorSpec:
     return TensorSpec(value.name, str(value.dtype.numpy()), axes)
 
 
-def _limit(embeddings: Any, config: Any, asked: int | None) -> int | None:
+def _limit(embeddings: Any, asked: int | None) -> int | None:
     """Longest sequence: the position table less the rows up to the padding index, which no token uses."""
     table = getattr(embeddings, "position_embeddings", None)
     limit = None

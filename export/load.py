@@ -71,6 +71,8 @@ def load(model: str, task: str = "auto") -> tuple[nn.Module, str]:
 
 def _config(model: str) -> Any:
     folder = Path(model)
+    if folder.is_file():
+        raise ExportError(f"{model} is a file; give the folder that holds config.json and the weights")
     if not folder.is_dir() and (folder.is_absolute() or model.startswith(".") or model.count("/") > 1):
         raise ExportError(f"{model} does not exist; give a folder with config.json and weights, or a hub id")
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -85,7 +87,8 @@ def _config(model: str) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
-        raise ExportError(f"{model} cannot be loaded: {_why(error)}") from error
+        where = "" if folder.is_dir() else ", and there is no folder of that name here"
+        raise ExportError(f"{model} cannot be loaded: {_why(error)}{where}") from error
     if config.model_type != "longformer":
         raise ExportError(_not_a_longformer(model, config.model_type))
     return config

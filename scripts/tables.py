@@ -1,7 +1,7 @@
 """Write the tables of README and docs from docs/records: `python scripts/tables.py [--check]`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written, and the exit status is
-1 where a table is not what the records say.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written, and the exit status
+is 1 where a table is not what the records say.
 """
 
 from __future__ import annotations

@@ -331,17 +331,17 @@ def _table(header: list[list[str]], rows: list[list[str]]) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """A spinner with the current step on stderr; plain lines where stderr is no terminal."""
+    """A bar with the current step on stderr; plain lines where stderr is no terminal."""
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda step: click.echo(f"… {step}", err=True)
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("starting")
+        task = progress.add_task("starting", total=None)
         yield lambda step: progress.update(task, description=step)
 
 
