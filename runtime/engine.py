@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.config import MANIFEST, MODEL, Manifest, Signature
-from lfx.errors import ArtifactError, InputError
+from lfx.config import Manifest, Signature, locate
+from lfx.errors import ArtifactError, DependencyError, InputError
 from lfx.runtime import backends
 from lfx.runtime.inputs import prepare
 
@@ -41,25 +41,27 @@ class Engine:
     ) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads {threads} is out of range; give 1 or more")
-        path = Path(path)
+        bundle, model = locate(Path(path))
         self.manifest: Manifest | None = None
-        if path.is_file() and path.suffix == ".onnx":
-            model = path
-            if path.name == MODEL and (path.parent / MANIFEST).is_file():
-                path = path.parent
-        elif path.is_file():
-            raise ArtifactError(f"{path} is neither a bundle nor an .onnx file; make a bundle with: lfx export")
-        else:
-            model = path / MODEL
-        if path.suffix != ".onnx" or not path.is_file():
-            self.manifest = Manifest.read(path)
-            self.manifest.verify(path)
-        if backend == "auto":
-            bf16 = self.manifest is not None and self.manifest.signature.precision == "bf16"
-            backend = "openvino" if bf16 and provider == "cpu" else "onnxruntime"
-        self._backend: backends.Backend | None = backends.load(model, backend, provider, threads)
+        if bundle is not None:
+            self.manifest = Manifest.read(bundle)
+            self.manifest.verify(bundle)
+        self._backend: backends.Backend | None = self._load(model, backend, provider, threads)
         self.backend = self._backend.name
         self.signature = self._signature(model, self._backend)
+
+    def _load(self, model: Path, backend: str, provider: str, threads: int | None) -> backends.Backend:
+        if backend != "auto":
+            return backends.load(model, backend, provider, threads)
+        if self.manifest is not None:
+            bf16 = self.manifest.signature.precision == "bf16" and provider == "cpu"
+            return backends.load(model, "openvino" if bf16 else "onnxruntime", provider, threads)
+        try:  # a lone file does not say its precision before it is loaded
+            return backends.load(model, "onnxruntime", provider, threads)
+        except DependencyError:
+            if provider != "cpu":
+                raise
+            return backends.load(model, "openvino", provider, threads)
 
     def _signature(self, model: Path, backend: backends.Backend) -> Signature:
         if self.manifest is not None:

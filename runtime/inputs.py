@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfx.config import Signature
-from lfx.errors import InputError
+from lfx.errors import InputError, one_line
 
 Int64 = NDArray[np.int64]
 
@@ -84,10 +84,10 @@ def default_global(input_ids: Int64, signature: Signature) -> Int64:
 def _as_rows(value: Any, name: str, signature: Signature) -> list[NDArray[Any]]:
     """A list of sequences: 1-D integer arrays, or (choices, seqlen) for multiple choice."""
     rank = 2 if signature.task == "multiple-choice" else 1
-    if isinstance(value, (str, bytes)) or value is None:
+    if isinstance(value, (str, bytes, bytearray, memoryview)) or value is None:
         raise InputError(f"{name} is {type(value).__name__}; give token ids: a list of integers or an integer array")
     if hasattr(value, "__array__"):
-        array = np.asarray(value)
+        array = _array(value, name, signature)
         items = [array] if array.ndim == rank else list(array) if array.ndim == rank + 1 else None
         if items is None:
             raise InputError(f"{name} has shape {array.shape}; give {_shapes(signature)}")
@@ -103,15 +103,21 @@ def _as_rows(value: Any, name: str, signature: Signature) -> list[NDArray[Any]]:
 
 
 def _as_row(item: Any, name: str, rank: int, signature: Signature) -> NDArray[Any]:
-    try:
-        row = np.asarray(item)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{name} is ragged inside; give {_shapes(signature)}") from error
+    row = _array(item, name, signature)
     if row.size == 0:
         raise InputError(f"{name} is an empty sequence; give at least one token")
     if row.ndim != rank or row.dtype == object:
         raise InputError(f"{name} has shape {row.shape}; give {_shapes(signature)}")
     return row
+
+
+def _array(value: Any, name: str, signature: Signature) -> NDArray[Any]:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise InputError(f"{name} is ragged inside; give {_shapes(signature)}") from error
+    except Exception as error:  # an object's own __array__ may raise anything: a tensor on a GPU, for one
+        raise InputError(f"{name} cannot be read as an array ({one_line(error)}); give {_shapes(signature)}") from error
 
 
 def _depth(value: Any) -> int:
@@ -133,13 +139,15 @@ def _shapes(signature: Signature) -> str:
 def _check_ids(rows: list[NDArray[Any]], lengths: list[int], signature: Signature) -> None:
     for i, row in enumerate(rows):
         name = f"input_ids[{i}]" if len(rows) > 1 else "input_ids"
-        if not np.issubdtype(row.dtype, np.integer):
+        if row.dtype.kind not in "iu":
             raise InputError(f"{name} has dtype {row.dtype}; give integers")
         if signature.max_seqlen is not None and lengths[i] > signature.max_seqlen:
             raise InputError(
                 f"{name} has {lengths[i]} tokens, above the model's maximum {signature.max_seqlen}; cut or split it"
             )
         low, high = int(row.min()), int(row.max())
+        if high > np.iinfo(np.int64).max:
+            raise InputError(f"{name} has id {high}, which does not fit 64 bits")
         if low < 0:
             raise InputError(f"{name} has the negative id {low}; ids start at 0")
         if signature.vocab_size is not None and high >= signature.vocab_size:
@@ -158,6 +166,8 @@ def _mask_rows(value: Any, name: str, rows: list[NDArray[Any]], signature: Signa
     if [m.shape for m in masks] != [r.shape for r in rows]:
         raise InputError(f"{name} has shape {_shape_of(masks)} where input_ids has {_shape_of(rows)}; make them equal")
     for mask in masks:
+        if mask.dtype.kind not in "biuf":
+            raise InputError(f"{name} has dtype {mask.dtype}; masks hold 0 and 1 only")
         if not np.isin(mask, (0, 1)).all():
             wrong = mask[~np.isin(mask, (0, 1))].flat[0]
             raise InputError(f"{name} has the value {wrong}; masks hold 0 and 1 only")

@@ -50,7 +50,10 @@ class Text:
         self._tokenizer.no_padding()
         self._signature = signature
         config = bundle / "config.json"
-        self._config: dict[str, Any] = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+        try:
+            self._config: dict[str, Any] = dict(json.loads(config.read_text("utf-8"))) if config.is_file() else {}
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"{config} is not a JSON object ({error}); export the model again") from error
 
     def encode(self, text: str, pair: str | None = None) -> Encoded:
         """Tokenize, with the special tokens of the model.
@@ -91,7 +94,7 @@ class Text:
         if task == "text-classification" and len(logits) == 1:
             return [{"label": self.label(0), "score": float(logits[0])}]
         if task == "text-classification" and self._config.get("problem_type") == "multi_label_classification":
-            scores = 1.0 / (1.0 + np.exp(-logits))
+            scores = 0.5 * (1.0 + np.tanh(0.5 * logits))  # the sigmoid, without overflow
         else:
             scores = _softmax(logits)
         if task == "text-classification":
@@ -118,7 +121,9 @@ class Text:
     def _best_span(self, encoded: Encoded, start: NDArray[Any], end: NDArray[Any], longest: int = 30) -> dict[str, Any]:
         separators = [i for i, token in enumerate(encoded.ids) if token == self._signature.sep_token_id]
         first = separators[1] + 1 if len(separators) > 1 else 0
-        begins, ends = _softmax(start[first:]), _softmax(end[first:])
+        if len(start) - first < 2:
+            return {"answer": "", "score": 0.0}
+        begins, ends = _softmax(start[first:-1]), _softmax(end[first:-1])  # the last token is a separator
         best, score = (0, 0), -1.0
         for i in np.argsort(-begins)[:20]:
             window = ends[i : i + longest]

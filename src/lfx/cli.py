@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,6 +130,8 @@ def run(
     with Engine(model, backend, provider=provider, threads=threads) as engine:
         reader = Text(model if model.is_dir() else model.parent, engine.signature)
         choices = engine.signature.task == "multiple-choice"
+        if len(pair) > 1 and not choices:
+            raise InputError(f"{engine.signature.task} takes one --pair, and {len(pair)} came; leave the others out")
         if (engine.signature.task == "question-answering" and len(pair) != 1) or (choices and not pair):
             raise InputError(f"{engine.signature.task} needs --text and --pair: " + _pair_help(choices))
         encoded = [reader.encode(text, second) for second in (pair or (None,))]
@@ -184,6 +187,8 @@ def _read_text(file: Path | None) -> str:
 def _save(output: Path, arrays: dict[str, Any]) -> None:
     import numpy as np
 
+    if output.is_dir():
+        raise InputError(f"{output} is a folder; give a file name, such as {output / 'outputs.npz'}")
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}.npz")
     try:
         np.savez(partial, **arrays)
@@ -247,11 +252,11 @@ def _global_text(manifest: Manifest) -> str:
 
 
 def _manifest(model: Path) -> Manifest:
-    from lfx.config import MANIFEST, Manifest
+    from lfx.config import Manifest, locate
 
-    bundle = model.parent if model.is_file() and (model.parent / MANIFEST).is_file() else model
-    if bundle.is_file():
-        raise ArtifactError(f"{bundle} is no bundle; give the folder that lfx export wrote")
+    bundle, _ = locate(model)
+    if bundle is None:
+        raise ArtifactError(f"{model} has no manifest beside it; give the bundle that lfx export wrote")
     manifest = Manifest.read(bundle)
     manifest.verify(bundle)
     return manifest
@@ -337,17 +342,44 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda step: click.echo(f"… {step}", err=True)
+        yield _unless_interrupted(lambda step: click.echo(f"… {step}", err=True))
         return
     columns = (SpinnerColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=None)
-        yield lambda step: progress.update(task, description=step)
+        yield _unless_interrupted(lambda step: progress.update(task, description=step))
+
+
+_interrupted = threading.Event()
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def _unless_interrupted(show: Callable[[str], None]) -> Callable[[str], None]:
+    """Stop at the next step: Python drops an interrupt that arrives inside a finalizer."""
+
+    def step(name: str) -> None:
+        if _interrupted.is_set():
+            raise KeyboardInterrupt
+        show(name)
+
+    return step
+
+
+def _dropped(error: Any) -> None:
+    """Print what a finalizer raised, but for the interrupts, which `_unless_interrupted` sees to."""
+    if not isinstance(error.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(error)
 
 
 def main() -> NoReturn:
     """Run the command line: 0 done, 1 one line of error, 2 usage."""
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    sys.unraisablehook = _dropped
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:

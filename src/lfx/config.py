@@ -100,15 +100,23 @@ class Signature:
             for key in ("max_seqlen", "vocab_size", "max_global", "sep_token_id"):
                 if values.get(key) is not None:
                     values[key] = int(values[key])
+            values["pad_token_id"] = int(values.get("pad_token_id", 1))
             signature = cls(**values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ArtifactError(f"the model's signature is broken ({error!r}); export it again") from error
-        if signature.precision not in PRECISIONS or signature.global_attention not in GLOBAL_MODES:
-            raise ArtifactError(
-                f"precision {signature.precision!r} or global attention {signature.global_attention!r} "
-                "is not one that this version of lfx knows; export the model again"
-            )
+        signature._check_choices()
         return signature
+
+    def _check_choices(self) -> None:
+        for name, allowed in (
+            ("task", TASKS),
+            ("precision", PRECISIONS),
+            ("global_attention", GLOBAL_MODES),
+            ("default_global", {task.default_global for task in TASKS.values()}),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in allowed:
+                raise ArtifactError(f"{name} {value!r} is not one that this lfx knows; export the model again")
 
 
 @dataclass(frozen=True)
@@ -161,13 +169,17 @@ class Manifest:
             ArtifactError: no bundle, or a manifest that is cut, changed or of another format.
         """
         path = bundle / MANIFEST
-        if not bundle.exists():
+        try:
+            exists, is_file = bundle.exists(), path.is_file()
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{bundle} cannot be opened: {error}") from error
+        if not exists:
             raise ArtifactError(f"{bundle} does not exist; make a bundle with: lfx export --model MODEL")
-        if not path.is_file():
+        if not is_file:
             raise ArtifactError(f"{bundle} is no bundle: it has no {MANIFEST}; make one with: lfx export")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ArtifactError(f"{path} cannot be read ({error}); export the model again") from error
         if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
             found = data.get("format_version") if isinstance(data, dict) else None
@@ -185,7 +197,7 @@ class Manifest:
                 validation=dict(data["validation"]),
                 files={str(name): dict(entry) for name, entry in data["files"].items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ArtifactError(f"{path} is broken ({error!r}); export the model again") from error
 
     def verify(self, bundle: Path) -> None:
@@ -198,9 +210,13 @@ class Manifest:
             raise ArtifactError(f"{bundle / MANIFEST} lists no {MODEL}; export the model again")
         for name, entry in self.files.items():
             path = bundle / name
-            if not path.resolve().is_relative_to(bundle.resolve()):
+            try:
+                inside, found = path.resolve().is_relative_to(bundle.resolve()), path.is_file()
+            except (OSError, ValueError) as error:
+                raise ArtifactError(f"{bundle / MANIFEST} names {name!r}, which is no file name: {error}") from error
+            if not inside:
                 raise ArtifactError(f"{bundle / MANIFEST} names {name!r}, which is outside the bundle")
-            if not path.is_file():
+            if not found:
                 raise ArtifactError(f"{path} is missing; export the model again")
             size = path.stat().st_size
             if size != entry.get("bytes"):
@@ -209,6 +225,28 @@ class Manifest:
                 )
             if sha256(path) != entry.get("sha256"):
                 raise ArtifactError(f"{path} was changed after the export (sha256 differs); export the model again")
+
+
+def locate(path: Path) -> tuple[Path | None, Path]:
+    """The bundle and the ONNX file that `path` stands for.
+
+    Args:
+        path: a bundle, or an .onnx file; the model.onnx of a bundle stands for the bundle.
+    Returns:
+        The bundle's folder, None for an ONNX file without one; and the ONNX file. A folder is not looked into.
+    Raises:
+        ArtifactError: another kind of file, or a path that cannot be looked at.
+    """
+    try:
+        is_file = path.is_file()
+        in_bundle = is_file and path.name == MODEL and (path.parent / MANIFEST).is_file()
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be opened: {error}; make a bundle with: lfx export") from error
+    if not is_file:
+        return path, path / MODEL
+    if path.suffix != ".onnx":
+        raise ArtifactError(f"{path} is neither a bundle nor an .onnx file; make a bundle with: lfx export")
+    return (path.parent if in_bundle else None), path
 
 
 def sha256(path: Path) -> str:

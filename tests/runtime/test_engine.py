@@ -61,9 +61,7 @@ def differs(found: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize(("batch", "seqlen"), [(1, 1), (2, 7), (3, 8), (1, 9), (2, 17), (2, 128)])
-def test_outputs_have_the_names_shapes_and_type_of_the_signature(
-    engine: Engine, batch: int, seqlen: int
-) -> None:
+def test_outputs_have_the_names_shapes_and_type_of_the_signature(engine: Engine, batch: int, seqlen: int) -> None:
     outputs = engine.run(random_ids(batch, seqlen))
     assert list(outputs) == OUTPUTS == [spec.name for spec in engine.signature.outputs]
     assert outputs["last_hidden_state"].shape == (batch, seqlen, 32)
@@ -115,9 +113,7 @@ def test_ragged_sequences_give_what_each_gives_alone(engine: Engine) -> None:
     assert outputs["pooler_output"].shape == (4, 32)
     for i, ids in enumerate(RAGGED):
         alone = engine.run(ids)
-        np.testing.assert_allclose(
-            outputs["last_hidden_state"][i], alone["last_hidden_state"][0], rtol=0, atol=1e-5
-        )
+        np.testing.assert_allclose(outputs["last_hidden_state"][i], alone["last_hidden_state"][0], rtol=0, atol=1e-5)
         np.testing.assert_allclose(outputs["pooler_output"][i], alone["pooler_output"][0], rtol=0, atol=1e-5)
 
 
@@ -127,9 +123,7 @@ def test_ragged_masks_belong_to_their_sequences(engine: Engine) -> None:
     outputs = engine.run(RAGGED, masks, marks)
     for i, ids in enumerate(RAGGED):
         alone = engine.run(ids, masks[i], marks[i])
-        np.testing.assert_allclose(
-            outputs["last_hidden_state"][i], alone["last_hidden_state"][0], rtol=0, atol=1e-5
-        )
+        np.testing.assert_allclose(outputs["last_hidden_state"][i], alone["last_hidden_state"][0], rtol=0, atol=1e-5)
 
 
 def test_outputs_per_token_of_every_task_are_cut(bundle: MakeBundle) -> None:
@@ -150,9 +144,7 @@ def test_outputs_per_sequence_are_stacked(bundle: MakeBundle) -> None:
         assert isinstance(outputs["logits"], np.ndarray)
         assert outputs["logits"].shape == (4, 2)
         for i, ids in enumerate(RAGGED):
-            np.testing.assert_allclose(
-                outputs["logits"][i], classifier.run(ids)["logits"][0], rtol=0, atol=1e-5
-            )
+            np.testing.assert_allclose(outputs["logits"][i], classifier.run(ids)["logits"][0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", backends.BACKENDS)
@@ -217,9 +209,7 @@ def test_an_engine_closes_on_an_error_and_lets_it_through(bundle: MakeBundle) ->
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_two_threads_at_once_get_the_results_of_one(bundle: MakeBundle, backend: str) -> None:
-    batches = [
-        [random_ids(2, length, seed=length) for length in lengths] for lengths in ((5, 30, 64), (17, 9, 33))
-    ]
+    batches = [[random_ids(2, length, seed=length) for length in lengths] for lengths in ((5, 30, 64), (17, 9, 33))]
     start = threading.Barrier(2)
     with Engine(bundle(), backend) as loaded:
         expected = [[loaded.run(ids) for ids in mine] for mine in batches]
@@ -327,9 +317,7 @@ def test_a_broken_bundle_is_found_by_its_model_too(name: str, copy: Path) -> Non
     ("name", "content"),
     [("model.txt", b"fox\n"), ("fox.onnx", b"fox\n"), ("empty.onnx", b""), ("zeros.onnx", bytes(1000))],
 )
-def test_a_file_that_is_no_model_is_an_artifact_error(
-    name: str, content: bytes, backend: str, tmp_path: Path
-) -> None:
+def test_a_file_that_is_no_model_is_an_artifact_error(name: str, content: bytes, backend: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ArtifactError, match=name) as caught:
         Engine(tmp_path / name, backend)
@@ -360,9 +348,7 @@ def test_a_model_of_another_exporter_is_refused(backend: str, tmp_path: Path) ->
         Engine(tmp_path / "other.onnx", backend)
 
 
-@pytest.mark.parametrize(
-    "path", ["nowhere", "nowhere.onnx", "x" * 300, "a\0b", ""], ids=lambda path: path[:12]
-)
+@pytest.mark.parametrize("path", ["nowhere", "nowhere.onnx", "x" * 300, "a\0b", ""], ids=lambda path: path[:12])
 def test_a_path_that_is_not_there_is_an_artifact_error(path: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArtifactError, match="lfx export"):
@@ -385,9 +371,7 @@ def _mutate(data: bytes, random: np.random.Generator) -> bytes:
     return bytes(changed)
 
 
-def test_a_randomly_changed_manifest_loads_or_is_an_lfx_error(
-    copy: Path, engine: Engine, monkeypatch: Any
-) -> None:
+def test_a_randomly_changed_manifest_loads_or_is_an_lfx_error(copy: Path, engine: Engine, monkeypatch: Any) -> None:
     # The model itself is loaded once: this is about the manifest.
     monkeypatch.setattr(backends, "load", lambda *_: engine._backend)
     random = np.random.default_rng(0)
@@ -407,9 +391,7 @@ def test_a_randomly_changed_manifest_loads_or_is_an_lfx_error(
     assert found["refused"] > 100
 
 
-@pytest.mark.parametrize(
-    "value", [None, "x", "", -1, 0.5, 1e999, True, [], {}, [None], {"x": 1}, 10**30], ids=repr
-)
+@pytest.mark.parametrize("value", [None, "x", "", -1, 0.5, 1e999, True, [], {}, [None], {"x": 1}, 10**30], ids=repr)
 def test_any_other_value_in_the_manifest_loads_or_is_an_lfx_error(
     value: Any, copy: Path, engine: Engine, monkeypatch: Any
 ) -> None:
@@ -452,12 +434,8 @@ def test_threads_start_at_one(bundle: MakeBundle, engine: Engine, threads: int) 
 
 @pytest.mark.skipif(HAS_CUDA, reason="this onnxruntime has the CUDA provider")
 @pytest.mark.parametrize(("provider", "name"), [("cuda", "CUDA"), ("tensorrt", "Tensorrt")])
-def test_a_provider_that_is_not_here_is_an_error_naming_the_cure(
-    bundle: MakeBundle, provider: str, name: str
-) -> None:
-    with pytest.raises(
-        DependencyError, match=rf"no {name}ExecutionProvider.*longformer-lfx\[gpu\].*provider='cpu'"
-    ):
+def test_a_provider_that_is_not_here_is_an_error_naming_the_cure(bundle: MakeBundle, provider: str, name: str) -> None:
+    with pytest.raises(DependencyError, match=rf"no {name}ExecutionProvider.*longformer-lfx\[gpu\].*provider='cpu'"):
         Engine(bundle(), provider=provider)
 
 

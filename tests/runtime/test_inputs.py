@@ -384,9 +384,7 @@ LEAVES = (
 
 def _nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return (
-        st.lists(inner, max_size=3)
-        | st.tuples(inner, inner)
-        | st.dictionaries(st.text(max_size=1), inner, max_size=2)
+        st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=1), inner, max_size=2)
     )
 
 

@@ -1,0 +1,584 @@
+"""The command itself, in processes of its own: results on stdout, progress on stderr, exit 0, 1 or 2."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lfx.config import MANIFEST, MODEL, WEIGHTS, Manifest
+from tests.conftest import MakeBundle
+from tests.models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
+
+LABELS = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+COMMANDS = ("export", "run", "inspect", "parity")
+# No look-up on the hub: every model here is a folder.
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
+# Processes that import torch are started two at a time.
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    def json(self) -> Any:
+        """The result: all of stdout, after success."""
+        assert self.code == 0, self.stderr
+        return json.loads(self.stdout)
+
+    def error(self) -> str:
+        """The one line of a refusal."""
+        assert self.code == 1, self.stderr
+        assert "Traceback" not in self.stderr
+        lines = self.stderr.splitlines()
+        (error,) = [line for line in lines if line.startswith("error:")]
+        assert lines[-1] == error
+        assert "please report" not in error  # that would be an error nobody thought of
+        return error
+
+
+def lfx(*arguments: str | Path, cwd: Path | None = None) -> Done:
+    """Run the command."""
+    return _done([sys.executable, "-m", "lfx.cli", *map(str, arguments)], cwd)
+
+
+def _done(command: list[str], cwd: Path | None) -> Done:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=300, check=False)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with the checkpoint `checkpoints/tiny-reviews`."""
+    place = tmp_path_factory.mktemp("cli")
+    folder = save_tiny_checkpoint(place / "checkpoints" / "tiny-reviews", "text-classification", **LABELS)
+    tiny_tokenizer().save_pretrained(folder)
+    return place
+
+
+@pytest.fixture(scope="module")
+def exported(place: Path) -> Done:
+    """The export of that checkpoint, with no option but --json."""
+    return lfx("export", "--model", "checkpoints/tiny-reviews", "--json", cwd=place)
+
+
+@pytest.fixture(scope="module")
+def reviews(exported: Done, place: Path) -> Path:
+    """The bundle that it wrote."""
+    assert exported.code == 0, exported.stderr
+    return place / "tiny-reviews"
+
+
+@pytest.fixture
+def copy(reviews: Path, tmp_path: Path) -> Path:
+    """A bundle that a test may break."""
+    return Path(shutil.copytree(reviews, tmp_path / "copy"))
+
+
+def test_the_command_is_installed() -> None:
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="lfx")
+    assert entry.value == "lfx.cli:main"
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_lists_every_command(option: str) -> None:
+    done = lfx(option)
+    assert (done.code, done.stderr) == (0, "")
+    assert all(f"\n  {command} " in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    done = lfx(command, "--help")
+    assert (done.code, done.stderr) == (0, "")
+    assert f" {command} [OPTIONS]" in done.stdout.splitlines()[0]
+    assert "--json" in done.stdout
+
+
+def test_version_is_that_of_the_package() -> None:
+    assert lfx("--version").stdout == f"lfx, version {importlib.metadata.version('longformer-lfx')}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fly"],
+        ["--fly"],
+        ["export"],
+        ["export", "--model", "x", "--precision", "fp8"],
+        ["export", "--model", "x", "--task", "translation"],
+        ["export", "--model", "x", "--opset", "seventeen"],
+        ["export", "--model", "x", "--global-attention", "last"],
+        ["run"],
+        ["run", "x"],
+        ["run", "x", "--text", "a", "--input", "b"],
+        ["run", "x", "--text", "a", "--threads", "0"],
+        ["inspect"],
+        ["inspect", "x", "y"],
+        ["parity", "x", "--cases", "many"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_2_with_usage_on_stderr(arguments: list[str]) -> None:
+    done = lfx(*arguments)
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr.startswith("Usage: ")
+    assert "\nError: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_export_writes_a_bundle_named_after_the_model(exported: Done, reviews: Path, place: Path) -> None:
+    assert exported.json() == json.loads((reviews / MANIFEST).read_text())
+    Manifest.read(reviews).verify(reviews)
+    assert sorted(path.name for path in place.iterdir()) == ["checkpoints", "tiny-reviews"]
+    assert {path.name for path in reviews.iterdir()} >= {MODEL, WEIGHTS, "config.json", "tokenizer.json"}
+    manifest = exported.json()
+    assert (manifest["task"], manifest["opset"], manifest["precision"]) == ("text-classification", 17, "fp32")
+    assert manifest["validation"]["passed"] is True
+
+
+def test_export_shows_its_steps_on_stderr(exported: Done) -> None:
+    lines = exported.stderr.splitlines()
+    assert all(line.startswith("… ") for line in lines), exported.stderr
+    assert [line for line in lines if "comparing: batch" not in line] == [
+        "… importing torch",
+        "… loading the checkpoint",
+        "… tracing",
+        "… building the graph",
+        "… writing",
+        "… comparing: loading the references",
+    ]
+
+
+def test_run_gives_the_logits_and_labels_of_the_model(reviews: Path) -> None:
+    done = lfx("run", reviews, "--text", "the lazy dog", "--json")
+    result = done.json()
+    assert done.stderr == ""
+    ids = tiny_tokenizer()("the lazy dog").input_ids
+    with torch.no_grad():
+        logits = tiny_model("text-classification", **LABELS)(torch.tensor([ids])).logits
+    assert result["tokens"] == len(ids) == 5
+    assert result["backend"].startswith("onnxruntime ")
+    assert result["outputs"]["logits"]["shape"] == [1, 2]
+    assert result["outputs"]["logits"]["dtype"] == "float32"
+    np.testing.assert_allclose(result["outputs"]["logits"]["values"], logits.numpy(), rtol=0, atol=1e-5)
+    scores = torch.softmax(logits[0], dim=-1)
+    best = int(scores.argmax())
+    assert [answer["label"] for answer in result["answers"]] == [["bad", "good"][best], ["bad", "good"][1 - best]]
+    assert result["answers"][0]["score"] == pytest.approx(float(scores[best]), abs=1e-5)
+
+
+def test_run_takes_a_file_a_backend_and_the_model_file(reviews: Path, tmp_path: Path) -> None:
+    (tmp_path / "review.txt").write_text("the lazy dog")
+    plain = lfx("run", reviews, "--text", "the lazy dog", "--json").json()
+    from_file = lfx("run", reviews / MODEL, "--input", tmp_path / "review.txt", "--json").json()
+    assert from_file == plain
+    other = lfx("run", reviews, "--text", "the lazy dog", "--json", "--backend", "openvino", "--threads", "1").json()
+    assert other["backend"].startswith("openvino ")
+    np.testing.assert_allclose(
+        other["outputs"]["logits"]["values"], plain["outputs"]["logits"]["values"], rtol=0, atol=1e-5
+    )
+
+
+def test_run_prints_answers_for_people_on_stdout(reviews: Path) -> None:
+    done = lfx("run", reviews, "--text", "the lazy dog")
+    assert (done.code, done.stderr) == (0, "")
+    assert done.stdout.startswith("5 tokens, onnxruntime ")
+    assert "logits: shape (1, 2), first values " in done.stdout
+    assert "good" in done.stdout
+    assert "bad" in done.stdout
+
+
+def test_run_writes_all_arrays_and_prints_none_per_token(bundle: MakeBundle, tmp_path: Path) -> None:
+    done = lfx("run", bundle(), "--text", "the fox", "--json", "--output", "out.npz", cwd=tmp_path)
+    result = done.json()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
+    with np.load(tmp_path / "out.npz") as arrays:
+        assert set(arrays) == set(result["outputs"]) == {"last_hidden_state", "pooler_output"}
+        for name, array in arrays.items():
+            shown = result["outputs"][name]
+            assert (list(array.shape), str(array.dtype)) == (shown["shape"], shown["dtype"])
+        assert arrays["last_hidden_state"].shape == (1, 4, 32)
+        np.testing.assert_allclose(arrays["pooler_output"], result["outputs"]["pooler_output"]["values"], rtol=1e-6)
+    assert "values" not in result["outputs"]["last_hidden_state"]
+    assert result["answers"] == []
+
+
+def test_run_keeps_the_name_of_the_output_and_replaces_an_older_one(reviews: Path, tmp_path: Path) -> None:
+    (tmp_path / "arrays.bin").write_text("older")
+    done = lfx("run", reviews, "--text", "the fox", "--output", tmp_path / "arrays.bin")
+    assert done.code == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["arrays.bin"]
+    assert np.load(tmp_path / "arrays.bin")["logits"].shape == (1, 2)
+
+
+def test_run_answers_a_question(bundle: MakeBundle) -> None:
+    reader = bundle("question-answering")
+    document = "quick brown lazy dog"
+    result = lfx("run", reader, "--text", "the fox", "--pair", document, "--json").json()
+    assert result["tokens"] == 10
+    (answer,) = result["answers"]
+    assert set(answer) == {"answer", "score"}
+    assert answer["answer"] in document
+    assert 0 < answer["score"] <= 1
+    assert "--pair" in lfx("run", reader, "--text", "the fox").error()
+
+
+def test_run_gives_a_score_for_each_choice(bundle: MakeBundle) -> None:
+    chooser = bundle("multiple-choice")
+    pairs = ("--pair", "lazy dog", "--pair", "quick", "--pair", "brown fox over")
+    result = lfx("run", chooser, "--text", "the fox", *pairs, "--json").json()
+    ids = [tiny_tokenizer()("the fox", text).input_ids for text in pairs[1::2]]
+    width = max(map(len, ids))
+    rows = torch.tensor([[row + [1] * (width - len(row)) for row in ids]])
+    marks = torch.stack([(torch.arange(width) > 4).long()] * 3)[None]  # behind the second separator
+    with torch.no_grad():
+        model = tiny_model("multiple-choice")
+        masks = {"attention_mask": (rows != 1).long(), "global_attention_mask": marks}
+        logits = model(input_ids=rows, **masks).logits
+    np.testing.assert_allclose(result["outputs"]["logits"]["values"], logits.numpy(), rtol=0, atol=1e-5)
+    assert [answer["choice"] for answer in result["answers"]] == logits[0].argsort(descending=True).tolist()
+    assert sum(answer["score"] for answer in result["answers"]) == pytest.approx(1.0)
+    assert "--pair" in lfx("run", chooser, "--text", "the fox").error()
+
+
+def test_run_refuses_a_second_pair_that_it_would_not_read(reviews: Path) -> None:
+    assert "--pair" in lfx("run", reviews, "--text", "the", "--pair", "fox", "--pair", "dog").error()
+
+
+def test_inspect_prints_the_manifest(reviews: Path) -> None:
+    for path in (reviews, reviews / MODEL):
+        done = lfx("inspect", path, "--json")
+        assert done.json() == json.loads((reviews / MANIFEST).read_text())
+        assert done.stderr == ""
+
+
+def test_inspect_shows_the_limits_to_people(reviews: Path) -> None:
+    done = lfx("inspect", reviews)
+    assert (done.code, done.stderr) == (0, "")
+    for text in (
+        "LongformerForSequenceClassification, 2 layers",
+        "8, 16 tokens in all",
+        "128",
+        "99",
+        "without it: first",
+        "input_ids (batch, sequence) int64",
+        "logits (batch, 2) float32",
+        "transformers ",
+    ):
+        assert text in done.stdout, text
+
+
+def test_a_reader_that_goes_away_is_no_crash(reviews: Path) -> None:
+    end, start = os.pipe()
+    os.close(end)
+    with os.fdopen(start, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "lfx.cli", "inspect", str(reviews), "--json"],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def _scale_the_weights(folder: Path) -> None:
+    """Other numbers in a bundle that still verifies."""
+    weights = np.fromfile(folder / WEIGHTS, dtype=np.float32)
+    (weights * np.float32(1.01)).tofile(folder / WEIGHTS)
+    Manifest.read(folder).write(folder)
+
+
+@pytest.fixture(scope="module")
+def parities(reviews: Path, place: Path) -> dict[str, Done]:
+    """`lfx parity` of a good bundle, of one with other numbers, and against another model."""
+    spoiled = Path(shutil.copytree(reviews, place / "spoiled"))
+    _scale_the_weights(spoiled)
+    save_tiny_checkpoint(place / "checkpoints" / "other", "text-classification", seed=1)
+    commands: dict[str, list[str | Path]] = {
+        "good": [reviews, "--json"],
+        "spoiled": [spoiled, "--json", "--backend", "openvino"],
+        "other": [reviews, "--source", "checkpoints/other", "--json"],
+        "table": [reviews, "--source", place / "checkpoints" / "tiny-reviews"],
+    }
+    with ThreadPoolExecutor(WORKERS) as pool:
+        done = pool.map(lambda arguments: lfx("parity", *arguments, cwd=place), commands.values())
+        return dict(zip(commands, done, strict=True))
+
+
+def test_parity_reports_what_the_export_measured(parities: dict[str, Done], exported: Done) -> None:
+    report, validation = parities["good"].json(), exported.json()["validation"]
+    assert report["passed"] is True
+    assert report["backend"] == validation["backend"]
+    assert [list(case.items())[:4] for case in report["cases"]] == [
+        list(case.items())[:4] for case in validation["cases"]
+    ]
+    measured = report["outputs"]["logits"]
+    assert measured["max_abs_error"] <= measured["tolerance"] < 1e-4
+    assert measured["max_abs_value"] == pytest.approx(validation["outputs"]["logits"]["max_abs_value"])
+
+
+def test_parity_prints_a_table_for_people(parities: dict[str, Done]) -> None:
+    done = parities["table"]
+    assert done.code == 0, done.stderr
+    assert "5 cases, onnxruntime " in done.stdout
+    assert "in tolerance" in done.stdout
+    assert "out of tolerance" not in done.stdout
+    assert "ragged" in done.stdout
+
+
+def test_parity_out_of_tolerance_exits_1_with_the_report_on_stdout(parities: dict[str, Done]) -> None:
+    done = parities["spoiled"]
+    error = done.error()
+    assert "logits: error" in error
+    assert "above the tolerance" in error
+    report = json.loads(done.stdout)
+    assert report["passed"] is False
+    assert report["backend"].startswith("openvino ")
+    assert report["outputs"]["logits"]["max_abs_error"] > report["outputs"]["logits"]["tolerance"]
+
+
+def test_parity_refuses_a_checkpoint_with_other_weights(parities: dict[str, Done]) -> None:
+    assert "other weights than the bundle was made from" in parities["other"].error()
+    assert parities["other"].stdout == ""
+
+
+@pytest.fixture(scope="module")
+def refused(place: Path) -> dict[str, Done]:
+    """Exports that cannot be, each in a folder of its own."""
+    good = place / "checkpoints" / "tiny-reviews"
+    other = place / "refused"
+    (other / "bert").mkdir(parents=True)
+    (other / "bert" / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    (other / "notes").mkdir()
+    (other / "notes" / "diary.txt").write_text("dear diary")
+    commands: dict[str, list[str | Path]] = {
+        "bert": ["--model", other / "bert"],
+        "missing": ["--model", other / "nowhere"],
+        "opset 16": ["--model", good, "--opset", "16"],
+        "opset 24": ["--model", good, "--opset", "24"],
+        "output": ["--model", good, "--output", other / "notes"],
+    }
+
+    def run(item: tuple[str, list[str | Path]]) -> Done:
+        folder = place / f"cwd {item[0]}"
+        folder.mkdir()
+        return lfx("export", *item[1], cwd=folder)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return dict(zip(commands, pool.map(run, commands.items()), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bert", "is a bert, not a longformer"),
+        ("missing", "nowhere does not exist; give a folder"),
+        ("opset 16", "opset 16 is out of range; choose 17 to 23"),
+        ("opset 24", "opset 24 is out of range; choose 17 to 23"),
+        ("output", "notes exists and is no bundle; choose another place with --output"),
+    ],
+)
+def test_export_refuses_in_one_line_and_writes_nothing(
+    name: str, message: str, refused: dict[str, Done], place: Path
+) -> None:
+    assert message in refused[name].error()
+    assert refused[name].stdout == ""
+    assert list((place / f"cwd {name}").iterdir()) == []
+    assert sorted(path.name for path in (place / "refused").iterdir()) == ["bert", "notes"]
+    assert (place / "refused" / "notes" / "diary.txt").read_text() == "dear diary"
+
+
+def _cut_manifest(folder: Path) -> None:
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text[: len(text) // 2])
+
+
+def _flip_weights(folder: Path) -> None:
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[1000] ^= 1
+    (folder / WEIGHTS).write_bytes(data)
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing": (shutil.rmtree, "copy does not exist"),
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), f"has no {MANIFEST}"),
+    "manifest cut": (_cut_manifest, f"{MANIFEST} cannot be read"),
+    "weights changed": (_flip_weights, f"{WEIGHTS} was changed after the export"),
+    "weights gone": (lambda folder: (folder / WEIGHTS).unlink(), f"{WEIGHTS} is missing"),
+}
+
+
+@pytest.mark.parametrize("command", [["run", "--text", "fox"], ["inspect"], ["parity"]], ids=lambda c: c[0])
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_bundle_is_one_line(name: str, command: list[str], copy: Path) -> None:
+    change, message = BROKEN[name]
+    change(copy)
+    done = lfx(command[0], copy, *command[1:], "--json")
+    assert message in done.error()
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "the " * 127], "129 tokens, above the model's maximum 128; shorten or split it"),
+        (["--text", "the", "--pair", "fox " * 124], "129 tokens"),
+        (["--input", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--input", "."], "cannot be read"),
+        (["--input", "latin.txt"], "latin.txt cannot be read as UTF-8 text"),
+        (["--text", "fox", "--backend", "tensorflow"], "backend 'tensorflow' is not known"),
+        (["--text", "fox", "--provider", "tpu"], "provider 'tpu' is not known"),
+        (["--text", "fox", "--output", "nowhere/out.npz"], "nowhere/out.npz cannot be written"),
+        (["--text", "fox", "--output", "."], "cannot be written"),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
+)
+def test_run_refuses_in_one_line(arguments: list[str], message: str, reviews: Path, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("größe".encode("latin-1"))
+    done = lfx("run", reviews, *arguments, "--json", cwd=tmp_path)
+    assert message in done.error()
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["latin.txt"]
+
+
+def test_the_longest_text_still_runs(reviews: Path) -> None:
+    assert lfx("run", reviews, "--text", "the " * 126, "--json").json()["tokens"] == 128
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "review.txt"])
+def test_a_path_that_is_no_bundle_is_one_line(path: str, tmp_path: Path) -> None:
+    (tmp_path / "review.txt").write_text("fox")
+    for command in (["run", path, "--text", "fox"], ["inspect", path], ["parity", path]):
+        assert "bundle" in lfx(*command, cwd=tmp_path).error()
+
+
+def test_a_bundle_without_tokenizer_says_what_to_do(copy: Path) -> None:
+    (copy / "tokenizer.json").unlink()
+    manifest = Manifest.read(copy)
+    manifest.write(copy)
+    assert "has no tokenizer.json" in lfx("run", copy, "--text", "fox").error()
+
+
+# A signal, the step of the export that it comes in, and the longest wait after that step began.
+INTERRUPTS = [
+    (signal.SIGINT, "importing torch", 1.0),
+    (signal.SIGTERM, "tracing", 0.8),
+    (signal.SIGINT, "writing", 0.05),
+    (signal.SIGTERM, "comparing: batch", 0.05),  # over an older bundle
+]
+STEPS = [f"{number.name} {step}" for number, step, _ in INTERRUPTS]
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """What an interrupted export left: its own outcome, and its folder."""
+
+    done: Done
+    folder: Path
+
+
+def _interrupt(model: Path, folder: Path, number: signal.Signals, step: str, wait_s: float) -> Interrupted:
+    command = [sys.executable, "-m", "lfx.cli", "export", "--model", str(model), "--output", "bundle"]
+    with subprocess.Popen(
+        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        seen = ""
+        for line in process.stderr:
+            seen += line
+            if step in line:
+                break
+        time.sleep(float(np.random.default_rng().uniform(0, wait_s)))
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=120)
+    return Interrupted(Done(process.returncode, stdout, seen + stderr), folder)
+
+
+@pytest.fixture(scope="module")
+def interrupted(place: Path, reviews: Path) -> dict[str, Interrupted]:
+    """Exports into an empty folder, the last one over an older bundle."""
+    model = place / "checkpoints" / "tiny-reviews"
+    with ThreadPoolExecutor(WORKERS) as pool:
+        jobs = {}
+        for name, interrupt in zip(STEPS, INTERRUPTS, strict=True):
+            folder = place / name
+            folder.mkdir()
+            if name == STEPS[-1]:
+                shutil.copytree(reviews, folder / "bundle")
+            jobs[name] = pool.submit(_interrupt, model, folder, *interrupt)
+        return {name: job.result() for name, job in jobs.items()}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_an_interrupted_export_says_so_and_exits_1(name: str, interrupted: dict[str, Interrupted]) -> None:
+    done = interrupted[name].done
+    assert done.error() == "error: interrupted; nothing half-written was left"
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("name", STEPS[:-1])
+def test_an_interrupted_export_leaves_nothing(name: str, interrupted: dict[str, Interrupted]) -> None:
+    assert list(interrupted[name].folder.iterdir()) == []
+
+
+def test_an_interrupted_export_keeps_the_older_bundle(interrupted: dict[str, Interrupted], reviews: Path) -> None:
+    folder = interrupted[STEPS[-1]].folder
+    assert [path.name for path in folder.iterdir()] == ["bundle"]
+    assert (folder / "bundle" / MANIFEST).read_text() == (reviews / MANIFEST).read_text()
+    Manifest.read(folder / "bundle").verify(folder / "bundle")
+
+
+SWALLOWED = """
+import os, pathlib, sys, time, types
+
+class Garbage:
+    def __del__(self):
+        os.kill(os.getpid(), {number})
+        time.sleep(0.05)  # the handler runs here, where Python ignores what it raises
+
+def export(model, output, *, progress, **options):
+    progress("tracing")
+    Garbage()
+    for _ in range(20):
+        time.sleep(0.1)
+    progress("writing")
+    pathlib.Path(output).mkdir()
+    return pathlib.Path(output)
+
+sys.modules["lfx.export"] = types.ModuleType("lfx.export")
+sys.modules["lfx.export"].export = export
+sys.argv = ["lfx", "export", "--model", "x", "--output", "bundle"]
+from lfx.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_arrives_in_a_finalizer_still_stops_the_export(number: signal.Signals, tmp_path: Path) -> None:
+    code = SWALLOWED.format(number=int(number))
+    done = _done([sys.executable, "-c", code], tmp_path)
+    assert done.error() == "error: interrupted; nothing half-written was left"
+    assert list(tmp_path.iterdir()) == []
