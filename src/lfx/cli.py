@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,6 +14,7 @@ import click
 from lfx import __version__
 from lfx.config import GLOBAL_MODES, PRECISIONS, TASKS
 from lfx.errors import ArtifactError, InputError, LfxError, one_line
+from lfx.terminal import catch_interrupts, progress, table
 
 if TYPE_CHECKING:
     from lfx.config import Manifest
@@ -72,7 +70,7 @@ def export(
     """Export a Longformer to an ONNX bundle and validate it against PyTorch."""
     from lfx.config import Manifest
 
-    with _progress() as step:
+    with progress() as step:
         step("importing torch")
         from lfx.export import export as run_export
 
@@ -158,7 +156,7 @@ def run(
         first = ", ".join(f"{x:.4f}" for x in array.reshape(-1)[:4])
         click.echo(f"{name}: shape {tuple(array.shape)}, first values {first}")
     if answers:
-        _table([list(answers[0])], [[_cell(v) for v in answer.values()] for answer in answers[:40]])
+        table(list(answers[0]), [[_cell(v) for v in answer.values()] for answer in answers[:40]])
 
 
 def _pair_help(choices: bool) -> str:
@@ -210,8 +208,8 @@ def inspect(model: Path, as_json: bool) -> None:
         return
     signature = manifest.signature
     windows = sorted({2 * w for w in signature.attention_windows})
-    _table(
-        [["what", "value"]],
+    table(
+        ["what", "value"],
         [
             ["model", str(manifest.source.get("model"))],
             ["architecture", f"{signature.architecture}, {len(signature.attention_windows)} layers"],
@@ -281,7 +279,7 @@ def parity(
     from lfx.runtime import Engine
 
     manifest = _manifest(model)
-    with _progress() as step, Engine(model, backend, provider=provider, threads=threads) as engine:
+    with progress() as step, Engine(model, backend, provider=provider, threads=threads) as engine:
         report = _parity(engine, manifest, source or str(manifest.source.get("model")), cases, step)
         name = engine.backend
     if as_json:
@@ -295,7 +293,7 @@ def parity(
         ]
         rows.append(["", "", "", "tolerance", *(f"{report.tolerance(o):.2e}" for o in outputs)])
         rows.append(["", "", "", "PyTorch's own", *(f"{report.outputs[o].torch_error:.2e}" for o in outputs)])
-        _table([header], rows)
+        table(header, rows)
         click.echo(f"{len(report.rows)} cases, {name}: {'out of tolerance' if report.failures() else 'in tolerance'}")
     report.require()
 
@@ -321,65 +319,9 @@ def _cell(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _table(header: list[list[str]], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header[0], header_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(soft_wrap=False)
-    if not console.is_terminal:
-        console = Console(width=max(160, console.width))
-    console.print(table)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """A bar with the current step on stderr; plain lines where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _unless_interrupted(lambda step: click.echo(f"… {step}", err=True))
-        return
-    columns = (SpinnerColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("starting", total=None)
-        yield _unless_interrupted(lambda step: progress.update(task, description=step))
-
-
-_interrupted = threading.Event()
-
-
-def _interrupt(*_: Any) -> NoReturn:
-    _interrupted.set()
-    raise KeyboardInterrupt
-
-
-def _unless_interrupted(show: Callable[[str], None]) -> Callable[[str], None]:
-    """Stop at the next step: Python drops an interrupt that arrives inside a finalizer."""
-
-    def step(name: str) -> None:
-        if _interrupted.is_set():
-            raise KeyboardInterrupt
-        show(name)
-
-    return step
-
-
-def _dropped(error: Any) -> None:
-    """Print what a finalizer raised, but for the interrupts, which `_unless_interrupted` sees to."""
-    if not isinstance(error.exc_value, KeyboardInterrupt):
-        sys.__unraisablehook__(error)
-
-
 def main() -> NoReturn:
     """Run the command line: 0 done, 1 one line of error, 2 usage."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
-    sys.unraisablehook = _dropped
+    catch_interrupts()
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:

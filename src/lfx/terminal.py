@@ -1,0 +1,73 @@
+"""What the command line shows and how it is stopped: tables, a progress bar, interrupts. rich is imported when used."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import click
+
+_interrupted = threading.Event()
+
+
+def catch_interrupts() -> None:
+    """Turn SIGINT and SIGTERM into KeyboardInterrupt, so that what is half-written is removed on the way out."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    sys.unraisablehook = _dropped
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def _unless_interrupted(show: Callable[[str], None]) -> Callable[[str], None]:
+    """Stop at the next step: Python drops an interrupt that arrives inside a finalizer."""
+
+    def step(name: str) -> None:
+        if _interrupted.is_set():
+            raise KeyboardInterrupt
+        show(name)
+
+    return step
+
+
+def _dropped(error: Any) -> None:
+    """Print what a finalizer raised, but for the interrupts, which `_unless_interrupted` sees to."""
+    if not isinstance(error.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(error)
+
+
+def table(header: list[str], rows: list[list[str]]) -> None:
+    """Print a table to stdout, wide enough not to wrap where stdout is no terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(*header, header_style="bold")
+    for row in rows:
+        drawn.add_row(*row)
+    console = Console(soft_wrap=False)
+    if not console.is_terminal:
+        console = Console(width=max(160, console.width))
+    console.print(drawn)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A bar with the current step on stderr; plain lines where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _unless_interrupted(lambda step: click.echo(f"… {step}", err=True))
+        return
+    columns = (SpinnerColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield _unless_interrupted(lambda step: bar.update(task, description=step))
