@@ -2,6 +2,8 @@
 
     python scripts/bench_cpu.py            # writes docs/records/cpu.jsonl and docs/records/export.jsonl
 
+Each row is written when it is measured, in the place of the older row of the same length and globals.
+
 Latency: both contenders live in one process and take turns (A B A B), after a warm-up of each, on the same ids.
 Memory: the highest resident set of a process of its own for each contender and length, interpreter and imports
 included. Export: a process of its own; seconds and memory are read before the validation starts.
@@ -35,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], default=list(ROUNDS))
+    parser.add_argument("--work", type=Path, help="keep checkpoints and bundles here, and use those that are there")
     parser.add_argument("--child", choices=["export", "memory"], help=argparse.SUPPRESS)
     parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
@@ -43,40 +46,32 @@ def main() -> None:
         _export_child(options.bundle)
     elif options.child == "memory":
         _memory_child(options.contender, options.lengths[0], options.bundle, options.threads)
+    elif options.work is not None:
+        options.work.mkdir(parents=True, exist_ok=True)
+        _parent(options.lengths, options.threads, options.work)
     else:
-        _parent(options.lengths, options.threads)
+        with tempfile.TemporaryDirectory(prefix="lfx-bench-") as folder:
+            _parent(options.lengths, options.threads, Path(folder))
 
 
-def _parent(lengths: list[int], threads: int) -> None:
-    about = {
-        **record.environment(),
-        "shape": "longformer-base",
-        "dtype": "fp32",
-        "threads": threads,
-        "batch": 1,
-    }
-    with tempfile.TemporaryDirectory(prefix="lfx-bench-") as folder:
-        bundles = {size: Path(folder) / f"base-{size}" for size in (BASE_MAX_SEQLEN, LONG_MAX_SEQLEN)}
-        needed = {_table_size(length) for length in lengths}
-        costs = [{**about, **_child("export", bundles[size], max_seqlen=size)} for size in sorted(needed)]
-        print(record.write("export", costs))
-        rows = []
-        for length in lengths:
-            bundle = bundles[_table_size(length)]
-            memory = {
-                contender: _child("memory", bundle, length, contender, threads)["peak_bytes"]
-                for contender in ("huggingface-eager", "lfx-onnxruntime")
-            }
-            for globals_ in (0, 1) if length in (512, 4096) else (1,):
-                row = {**about, **_latency(bundle, length, globals_, threads)}
-                for contender, peak in memory.items():
-                    row["contenders"][contender]["peak_memory_bytes"] = peak
-                rows.append(row)
-                print(
-                    json.dumps({key: row[key] for key in ("seqlen", "globals", "speedup", "contenders")}),
-                    flush=True,
-                )
-        print(record.write("cpu", rows))
+def _parent(lengths: list[int], threads: int, work: Path) -> None:
+    about = {**record.environment(), "shape": "longformer-base", "dtype": "fp32", "threads": threads, "batch": 1}
+    bundles = {size: work / f"base-{size}" for size in (BASE_MAX_SEQLEN, LONG_MAX_SEQLEN)}
+    for size in sorted({_table_size(length) for length in lengths}):
+        if not bundles[size].exists():
+            record.update("export", {**about, **_child("export", bundles[size], max_seqlen=size)}, ("max_seqlen",))
+    for length in lengths:
+        bundle = bundles[_table_size(length)]
+        memory = {
+            contender: _child("memory", bundle, length, contender, threads)["peak_bytes"]
+            for contender in ("huggingface-eager", "lfx-onnxruntime")
+        }
+        for globals_ in (0, 1) if length in (512, 4096) else (1,):
+            row = {**about, **_latency(bundle, length, globals_, threads)}
+            for contender, peak in memory.items():
+                row["contenders"][contender]["peak_memory_bytes"] = peak
+            record.update("cpu", row, ("seqlen", "globals"))
+            print(json.dumps({key: row[key] for key in ("seqlen", "globals", "speedup", "contenders")}), flush=True)
 
 
 def _table_size(length: int) -> int:

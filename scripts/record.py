@@ -41,6 +41,13 @@ def write(name: str, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def update(name: str, row: dict[str, Any], key: tuple[str, ...]) -> Path:
+    """Put `row` into the file `name`.jsonl, in the place of the row with the same values under `key`."""
+    old = read(name) if (RECORDS / f"{name}.jsonl").exists() else []
+    kept = [other for other in old if any(other.get(k) != row[k] for k in key)]
+    return write(name, sorted([*kept, row], key=lambda found: tuple(found[k] for k in key)))
+
+
 def read(name: str) -> list[dict[str, Any]]:
     """The records of a file, oldest first."""
     lines = (RECORDS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()

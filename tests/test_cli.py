@@ -451,7 +451,7 @@ def test_a_broken_bundle_is_one_line(name: str, command: list[str], copy: Path) 
         (["--text", "fox", "--backend", "tensorflow"], "backend 'tensorflow' is not known"),
         (["--text", "fox", "--provider", "tpu"], "provider 'tpu' is not known"),
         (["--text", "fox", "--output", "nowhere/out.npz"], "nowhere/out.npz cannot be written"),
-        (["--text", "fox", "--output", "."], "cannot be written"),
+        (["--text", "fox", "--output", "."], "folder"),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
 )
@@ -501,7 +501,10 @@ class Interrupted:
 
 
 def _interrupt(model: Path, folder: Path, number: signal.Signals, step: str, wait_s: float) -> Interrupted:
-    command = [sys.executable, "-m", "lfx.cli", "export", "--model", str(model), "--output", "bundle"]
+    # As the installed script starts it: under `python -m`, CPython itself exits with 130 where the interrupt
+    # went through exec() of a text, which torch does while tracing, even though it was caught.
+    start = "from lfx.cli import main; main()"
+    command = [sys.executable, "-c", start, "export", "--model", str(model), "--output", "bundle"]
     with subprocess.Popen(
         command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
