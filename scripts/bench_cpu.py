@@ -1,6 +1,6 @@
 """Paired CPU benchmark: Hugging Face eager fp32 beside lfx in ONNX Runtime, base shape, and what an export costs.
 
-    python scripts/bench_cpu.py            # writes docs/records/cpu.jsonl and docs/records/export.jsonl
+    python scripts/bench_cpu.py            # writes cpu.jsonl, memory.jsonl and export.jsonl in docs/records
 
 Each row is written when it is measured, in the place of the older row of the same length and globals.
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from checkpoints import BASE_MAX_SEQLEN
 # Length -> rounds; lengths above 4,096 run on a model whose position table is long enough.
 ROUNDS = {512: 9, 1024: 7, 2048: 5, 4096: 5, 8192: 2, 16384: 2}
 LONG_MAX_SEQLEN = 16384
+CONTENDERS = ("huggingface-eager", "lfx-onnxruntime")
 
 
 def main() -> None:
@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], default=list(ROUNDS))
+    parser.add_argument("--measures", type=lambda text: text.split(","), default=["latency", "memory"])
     parser.add_argument("--work", type=Path, help="keep checkpoints and bundles here, and use those that are there")
     parser.add_argument("--child", choices=["export", "memory"], help=argparse.SUPPRESS)
     parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)
@@ -48,13 +49,13 @@ def main() -> None:
         _memory_child(options.contender, options.lengths[0], options.bundle, options.threads)
     elif options.work is not None:
         options.work.mkdir(parents=True, exist_ok=True)
-        _parent(options.lengths, options.threads, options.work)
+        _parent(options.lengths, options.measures, options.threads, options.work)
     else:
         with tempfile.TemporaryDirectory(prefix="lfx-bench-") as folder:
-            _parent(options.lengths, options.threads, Path(folder))
+            _parent(options.lengths, options.measures, options.threads, Path(folder))
 
 
-def _parent(lengths: list[int], threads: int, work: Path) -> None:
+def _parent(lengths: list[int], measures: list[str], threads: int, work: Path) -> None:
     about = {**record.environment(), "shape": "longformer-base", "dtype": "fp32", "threads": threads, "batch": 1}
     bundles = {size: work / f"base-{size}" for size in (BASE_MAX_SEQLEN, LONG_MAX_SEQLEN)}
     for size in sorted({_table_size(length) for length in lengths}):
@@ -62,16 +63,15 @@ def _parent(lengths: list[int], threads: int, work: Path) -> None:
             record.update("export", {**about, **_child("export", bundles[size], max_seqlen=size)}, ("max_seqlen",))
     for length in lengths:
         bundle = bundles[_table_size(length)]
-        memory = {
-            contender: _child("memory", bundle, length, contender, threads)["peak_bytes"]
-            for contender in ("huggingface-eager", "lfx-onnxruntime")
-        }
+        for contender in CONTENDERS if "memory" in measures else ():
+            peak = _child("memory", bundle, length, contender, threads)
+            row = {**about, "seqlen": length, "contender": contender, **peak}
+            record.update("memory", row, ("seqlen", "contender"))
         for globals_ in (0, 1) if length in (512, 4096) else (1,):
-            row = {**about, **_latency(bundle, length, globals_, threads)}
-            for contender, peak in memory.items():
-                row["contenders"][contender]["peak_memory_bytes"] = peak
-            record.update("cpu", row, ("seqlen", "globals"))
-            print(json.dumps({key: row[key] for key in ("seqlen", "globals", "speedup", "contenders")}), flush=True)
+            if "latency" in measures:
+                row = {**about, **_latency(bundle, length, globals_, threads)}
+                record.update("cpu", row, ("seqlen", "globals"))
+                print(length, globals_, f"{row['speedup']:.2f}", row["contenders"], flush=True)
 
 
 def _table_size(length: int) -> int:
@@ -91,7 +91,9 @@ def _child(
 
 
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: its maximum is inherited from the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def _export_child(bundle: Path) -> None:
@@ -165,7 +167,7 @@ _LOADED: dict[tuple[str, Path], Callable[[np.ndarray, np.ndarray], Any]] = {}
 
 def _latency(bundle: Path, length: int, globals_: int, threads: int) -> dict[str, Any]:
     contenders = {}
-    for name in ("huggingface-eager", "lfx-onnxruntime"):
+    for name in CONTENDERS:
         key = (name, bundle)
         if key not in _LOADED:
             _LOADED[key] = _contender(name, bundle, _table_size(length), threads)
