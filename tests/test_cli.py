@@ -585,3 +585,31 @@ def test_a_signal_that_arrives_in_a_finalizer_still_stops_the_export(number: sig
     done = _done([sys.executable, "-c", code], tmp_path)
     assert done.error() == "error: interrupted; nothing half-written was left"
     assert list(tmp_path.iterdir()) == []
+
+
+CHANGED = """
+import os, sys, time, types
+
+def export(model, output, *, progress, **options):
+    try:
+        os.kill(os.getpid(), {number})
+        time.sleep(5)
+    except KeyboardInterrupt:
+        raise RecursionError("partially imported module")
+
+sys.modules["lfx.export"] = types.ModuleType("lfx.export")
+sys.modules["lfx.export"].export = export
+sys.argv = ["lfx", "export", "--model", "x", "--output", "bundle"]
+from lfx.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_a_library_turns_into_another_error_is_still_an_interrupt(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    # Seen while torch was being imported: the command ended with "RecursionError ... please report it".
+    done = _done([sys.executable, "-c", CHANGED.format(number=int(number))], tmp_path)
+    assert done.error() == "error: interrupted; nothing half-written was left"
+    assert list(tmp_path.iterdir()) == []

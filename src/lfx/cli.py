@@ -14,7 +14,7 @@ import click
 from lfx import __version__
 from lfx.config import GLOBAL_MODES, PRECISIONS, TASKS
 from lfx.errors import ArtifactError, InputError, LfxError, one_line
-from lfx.terminal import catch_interrupts, progress, table
+from lfx.terminal import catch_interrupts, interrupted, progress, table
 
 if TYPE_CHECKING:
     from lfx.config import Manifest
@@ -319,6 +319,9 @@ def _cell(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
+_INTERRUPTED = "interrupted; nothing half-written was left"
+
+
 def main() -> NoReturn:
     """Run the command line: 0 done, 1 one line of error, 2 usage."""
     catch_interrupts()
@@ -328,15 +331,17 @@ def main() -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; nothing half-written was left")
+        _fail(_INTERRUPTED)
     except LfxError as error:
-        _fail(one_line(error, 2000))
+        _fail(_INTERRUPTED if interrupted() else one_line(error, 2000))
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
     except MemoryError:
         _fail("out of memory; use shorter or fewer sequences, or a smaller model")
     except Exception as error:
+        if interrupted():
+            _fail(_INTERRUPTED)
         if os.environ.get("LFX_DEBUG"):
             raise
         _fail(f"{type(error).__name__}: {one_line(error)} (LFX_DEBUG=1 shows where; please report it)")

@@ -21,6 +21,11 @@ def catch_interrupts() -> None:
     sys.unraisablehook = _dropped
 
 
+def interrupted() -> bool:
+    """Whether a signal came; code that was stopped in the middle may have turned it into another error."""
+    return _interrupted.is_set()
+
+
 def _interrupt(*_: Any) -> NoReturn:
     _interrupted.set()
     raise KeyboardInterrupt
