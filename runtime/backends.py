@@ -109,6 +109,9 @@ class OpenVino:
                     _link_or_copy(data, Path(folder) / data.name)
                 core = openvino.Core()
                 config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+                if '"precision": "bf16"' not in (self.metadata or ""):
+                    # On a CPU with AMX the default computes float32 models in bfloat16, in silence.
+                    config["INFERENCE_PRECISION_HINT"] = "f32"
                 if threads is not None:
                     config["INFERENCE_NUM_THREADS"] = threads
                 self._compiled = core.compile_model(core.read_model(str(inlined)), "CPU", config)
