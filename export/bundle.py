@@ -40,7 +40,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     """
     check_target(output)
     output = output.absolute()
-    _remove_leftovers(output)
+    _mend(output)
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
     try:
         partial.mkdir()
@@ -48,7 +48,11 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         if output.exists():
             old = output.parent / f".{output.name}.old-{os.getpid()}"
             output.rename(old)
-            partial.rename(output)
+            try:
+                partial.rename(output)
+            except BaseException:
+                old.rename(output)
+                raise
             shutil.rmtree(old)
         else:
             partial.rename(output)
@@ -62,12 +66,17 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _remove_leftovers(output: Path) -> None:
-    """Partial folders of processes that were killed before they could clean up."""
-    for path in output.parent.glob(f".{output.name}.partial-*"):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+def _mend(output: Path) -> None:
+    """Clear up after processes that were killed: an older bundle gets its name back, partial folders go."""
+    for kind in ("old", "partial"):
+        for path in output.parent.glob(f".{output.name}.{kind}-*"):
+            pid = path.name.rpartition("-")[2]
+            if not pid.isdigit() or _alive(int(pid)):
+                continue
+            if kind == "old" and not output.exists():
+                path.rename(output)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,20 @@ from lfx.config import (
     GLOBAL_MODES,
     GRAPH_INPUTS,
     MODEL,
+    OPSETS,
     PRECISIONS,
     TASKS,
     WEIGHTS,
     Manifest,
     Signature,
     TensorSpec,
+    package_versions,
 )
 from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.export.graph import finish
 from lfx.export.load import load, quiet, weights_sha256
-from lfx.export.passes.opset import HIGHEST, LOWEST, TRACED
+from lfx.export.passes.opset import TRACED
 from lfx.export.rewrite import GlobalTokens, Traceable, attention_windows, rewrite
 from lfx.export.runners import TORCH_DTYPES
 from lfx.export.validate import forward_inputs, granularity, validate
@@ -80,7 +81,7 @@ def export(
         ParityError: the exported numbers are not the model's; nothing is left behind.
     """
     _check_options(opset, precision, global_attention, max_global)
-    source = str(model) if isinstance(model, (str, Path)) else f"{type(model).__module__}.{type(model).__qualname__}"
+    source, kind = _source(model)
     target = _target(model, output)
     check_target(target)
     if isinstance(model, nn.Module):
@@ -113,8 +114,8 @@ def export(
         signature=signature,
         opset=opset,
         inlined=inline_functions,
-        source={"model": source, "sha256": weights_sha256(module)},
-        versions={"lfx": lfx.__version__, **_versions()},
+        source={"model": source, "kind": kind, "sha256": weights_sha256(module)},
+        versions={"lfx": lfx.__version__, **package_versions(_PACKAGES)},
     )
     with atomic_folder(target) as folder, quiet():
         progress("writing")
@@ -132,8 +133,8 @@ def export(
 
 
 def _check_options(opset: int, precision: str, global_attention: str, max_global: int | None) -> None:
-    if not LOWEST <= opset <= HIGHEST:
-        raise ExportError(f"opset {opset} is out of range; choose {LOWEST} to {HIGHEST}")
+    if not OPSETS[0] <= opset <= OPSETS[1]:
+        raise ExportError(f"opset {opset} is out of range; choose {OPSETS[0]} to {OPSETS[1]}")
     if precision not in PRECISIONS:
         raise ExportError(f"precision {precision!r} is not known; choose one of: {', '.join(PRECISIONS)}")
     if global_attention not in GLOBAL_MODES:
@@ -142,6 +143,13 @@ def _check_options(opset: int, precision: str, global_attention: str, max_global
         raise ExportError(
             f"max_global {max_global} with global attention {global_attention!r}: give 1 or more, with 'mask'"
         )
+
+
+def _source(model: str | Path | nn.Module) -> tuple[str, str]:
+    """Where the weights come from, so that `lfx parity` finds them again from any folder; and which kind that is."""
+    if isinstance(model, nn.Module):
+        return f"{type(model).__module__}.{type(model).__qualname__}", "module"
+    return (str(Path(model).resolve()), "folder") if Path(model).is_dir() else (str(model), "hub")
 
 
 def _target(model: str | Path | nn.Module, output: str | Path | None) -> Path:
@@ -296,13 +304,3 @@ def _check_file(path: Path, opset: int) -> None:
         onnx.checker.check_model(path, full_check=True)
     except Exception as error:
         raise ExportError(f"the exported file does not pass onnx.checker: {one_line(error)}") from error
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions

@@ -99,9 +99,10 @@ class Engine:
         Source: Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
         """
         batch = prepare(ids, attention_mask, global_attention_mask, self.signature)
-        if self._backend is None:
+        backend = self._backend  # another thread may close the Engine while this one runs
+        if backend is None:
             raise InputError("this Engine is closed; make a new one")
-        outputs = self._backend.infer(dict(batch.feeds))
+        outputs = backend.infer(dict(batch.feeds))
         if batch.lengths is None:
             return dict(outputs)
         return {spec.name: _cut(outputs[spec.name], spec.shape, batch.lengths) for spec in self.signature.outputs}

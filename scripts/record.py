@@ -7,9 +7,10 @@ import json
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from lfx.config import package_versions
 
 RECORDS = Path(__file__).resolve().parent.parent / "docs" / "records"
 _PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "numpy")
@@ -17,19 +18,13 @@ _PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "numpy"
 
 def environment() -> dict[str, Any]:
     """Hardware, versions and commit of this run."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--", "*.py") else ""),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": package_versions(_PACKAGES),
     }
 
 

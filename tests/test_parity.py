@@ -13,7 +13,7 @@ from lfx.parity import GLOBALS, PADDINGS, Arrays, Case, compare, full_cases, inp
 NOISE = 1e-6
 
 
-def _report(shift: float = 0.0, witness_shift: float = 0.0, **options: object):
+def _report(shift: float = 0.0, witness_shift: float = 0.0, rows: int = 500, **options: object):
     def right(inputs: Arrays) -> Arrays:
         return {"logits": np.sin(inputs["input_ids"].astype(float))}
 
@@ -21,7 +21,7 @@ def _report(shift: float = 0.0, witness_shift: float = 0.0, **options: object):
         return lambda inputs: {"logits": right(inputs)["logits"] + amount}
 
     return compare(
-        [Case(2, 5), Case(1, 3)],
+        [Case(rows, 5), Case(1, 3)],
         lambda case: inputs_of(case, vocab_size=50, pad_token_id=1),
         reference=right,
         witness=off_by(NOISE + witness_shift),
@@ -37,7 +37,7 @@ def test_twice_the_error_of_pytorch_passes() -> None:
 
 def test_an_error_above_the_tolerance_fails_and_says_where_and_how_far() -> None:
     report = _report(1e-4)
-    with pytest.raises(ParityError, match=r"logits: error 0\.0001 .* batch 2, length 5"):
+    with pytest.raises(ParityError, match=r"logits: error 0\.0001 .* batch 500, length 5"):
         report.require()
     assert report.to_dict()["passed"] is False
 
@@ -46,6 +46,13 @@ def test_tolerance_is_the_documented_sum() -> None:
     report = _report()
     band = math.sqrt(24) * 2.0**-24 * report.outputs["logits"].magnitude
     assert report.tolerance("logits") == pytest.approx(2 * NOISE + band, rel=1e-6)
+
+
+def test_where_few_numbers_are_compared_the_rms_error_of_pytorch_counts() -> None:
+    few, many = _report(rows=2), _report()
+    band = few.band("logits")
+    assert few.tolerance("logits") == pytest.approx(2 * 3.5 * NOISE + band, rel=1e-6)
+    assert many.tolerance("logits") < few.tolerance("logits")
 
 
 def test_nan_fails() -> None:

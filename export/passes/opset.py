@@ -7,11 +7,10 @@ from collections.abc import Callable
 import onnx
 import onnx_ir as ir
 
+from lfx.config import OPSETS
 from lfx.errors import ExportError
 
 TRACED = 18
-LOWEST = 17
-HIGHEST = 23
 
 
 def set_opset(model: ir.Model, opset: int) -> bool:
@@ -50,7 +49,7 @@ def _lower(node: ir.Node) -> None:
     lower = _LOWER.get(node.op_type)
     if lower is None:
         raise ExportError(
-            f"{node.name}: {node.op_type} has no form in opset {LOWEST} that lfx can write; use --opset {TRACED}"
+            f"{node.name}: {node.op_type} has no form in opset {OPSETS[0]} that lfx can write; use --opset {TRACED}"
         )
     lower(node)
 

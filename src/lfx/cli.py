@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from lfx import __version__
-from lfx.config import GLOBAL_MODES, PRECISIONS, TASKS
+from lfx.config import GLOBAL_MODES, OPSETS, PRECISIONS, TASKS
 from lfx.errors import ArtifactError, InputError, LfxError, one_line
 from lfx.terminal import catch_interrupts, interrupted, progress, table
 
@@ -43,7 +43,7 @@ def cli() -> None:
 @cli.command()
 @click.option("--model", required=True, help="A checkpoint folder, or a model id of the Hugging Face hub.")
 @click.option("--task", type=click.Choice(["auto", *TASKS]), default="auto", show_default=True)
-@click.option("--opset", type=int, default=17, show_default=True, help="17 to 23.")
+@click.option("--opset", type=click.IntRange(*OPSETS), default=OPSETS[0], show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), help="The bundle's folder.  [default: the model's name]")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
 @click.option(
@@ -279,6 +279,11 @@ def parity(
     from lfx.runtime import Engine
 
     manifest = _manifest(model)
+    if source is None and manifest.source.get("kind") == "module":
+        raise InputError(
+            f"{model} was made from a module in memory ({manifest.source.get('model')}); "
+            "save it with save_pretrained and give that folder with --source"
+        )
     with progress() as step, Engine(model, backend, provider=provider, threads=threads) as engine:
         report = _parity(engine, manifest, source or str(manifest.source.get("model")), cases, step)
         name = engine.backend

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lfx.errors import ArtifactError
@@ -17,7 +18,10 @@ MANIFEST = "lfx.json"
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
 PRECISIONS = ("fp32", "fp16", "bf16")
+OPSETS = (17, 23)
 GLOBAL_MODES = ("mask", "first", "none")
+# The key under which the manifest carries the digest of all its other fields.
+_DIGEST = "manifest_sha256"
 GRAPH_INPUTS = ("input_ids", "attention_mask", "global_attention_mask")
 
 
@@ -124,7 +128,7 @@ class Manifest:
     """The content of `lfx.json`.
 
     Attributes:
-        source: {"model": id or path, "sha256": digest of the weights}.
+        source: {"model": hub id, folder or class name, "kind": "hub", "folder" or "module", "sha256": of the weights}.
         versions: package name -> version, of the export.
         validation: what the export measured against PyTorch; see `lfx.parity.Report.to_dict`.
         files: name -> {"sha256", "bytes"}, of every other file of the bundle.
@@ -140,16 +144,18 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON that `lfx.json` holds and `lfx inspect --json` prints."""
-        return {
-            "format_version": FORMAT_VERSION,
-            **self.signature.to_dict(),
-            "opset": self.opset,
-            "inlined": self.inlined,
-            "source": self.source,
-            "versions": self.versions,
-            "validation": self.validation,
-            "files": self.files,
-        }
+        return sealed(
+            {
+                "format_version": FORMAT_VERSION,
+                **self.signature.to_dict(),
+                "opset": self.opset,
+                "inlined": self.inlined,
+                "source": self.source,
+                "versions": self.versions,
+                "validation": self.validation,
+                "files": self.files,
+            }
+        )
 
     def write(self, bundle: Path) -> None:
         """Write `lfx.json` with the digest of every other file in `bundle`."""
@@ -187,6 +193,8 @@ class Manifest:
                 f"{path} has format version {found!r}; this lfx reads {FORMAT_VERSION}: export the model again"
             )
         signature = Signature.from_dict(data)
+        if data != sealed(data):
+            raise ArtifactError(f"{path} was changed after the export (its {_DIGEST} differs); export the model again")
         try:
             return cls(
                 signature=signature,
@@ -210,12 +218,12 @@ class Manifest:
             raise ArtifactError(f"{bundle / MANIFEST} lists no {MODEL}; export the model again")
         for name, entry in self.files.items():
             path = bundle / name
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ArtifactError(f"{bundle / MANIFEST} names {name!r}, which is outside the bundle")
             try:
-                inside, found = path.resolve().is_relative_to(bundle.resolve()), path.is_file()
+                found = path.is_file()
             except (OSError, ValueError) as error:
                 raise ArtifactError(f"{bundle / MANIFEST} names {name!r}, which is no file name: {error}") from error
-            if not inside:
-                raise ArtifactError(f"{bundle / MANIFEST} names {name!r}, which is outside the bundle")
             if not found:
                 raise ArtifactError(f"{path} is missing; export the model again")
             size = path.stat().st_size
@@ -247,6 +255,23 @@ def locate(path: Path) -> tuple[Path | None, Path]:
     if path.suffix != ".onnx":
         raise ArtifactError(f"{path} is neither a bundle nor an .onnx file; make a bundle with: lfx export")
     return (path.parent if in_bundle else None), path
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with a digest of all its fields but that one, whatever their order."""
+    fields = {key: value for key, value in data.items() if key != _DIGEST}
+    return {**fields, _DIGEST: hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()}
 
 
 def sha256(path: Path) -> str:

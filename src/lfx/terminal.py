@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -32,7 +33,7 @@ def _interrupt(*_: Any) -> NoReturn:
 
 
 def _unless_interrupted(show: Callable[[str], None]) -> Callable[[str], None]:
-    """Stop at the next step: Python drops an interrupt that arrives inside a finalizer."""
+    """Stop at the next step where a library swallowed the interrupt."""
 
     def step(name: str) -> None:
         if _interrupted.is_set():
@@ -43,9 +44,13 @@ def _unless_interrupted(show: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def _dropped(error: Any) -> None:
-    """Print what a finalizer raised, but for the interrupts, which `_unless_interrupted` sees to."""
+    """Print what a finalizer raised; send an interrupt again, since Python drops one that arrives inside it."""
     if not isinstance(error.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(error)
+        return
+    again = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    again.daemon = True
+    again.start()
 
 
 def table(header: list[str], rows: list[list[str]]) -> None:

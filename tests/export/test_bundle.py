@@ -71,6 +71,17 @@ def test_leftovers_of_killed_processes_are_removed_and_live_ones_kept(tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial-1", "out"]
 
 
+def test_a_bundle_that_a_killed_process_had_moved_aside_comes_back(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f".out.old-{dead.pid}").mkdir()
+    _write(tmp_path / f".out.old-{dead.pid}", "old")
+    with pytest.raises(ValueError, match="no"), atomic_folder(tmp_path / "out"):
+        raise ValueError("no")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "lfx.json").read_text() == "old"
+
+
 def test_a_disk_too_small_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(bundles.shutil, "disk_usage", lambda path: usage)
