@@ -101,7 +101,7 @@ def test_help_is_instant() -> None:
         ("onnx", ["run", "{bundle}", "--text", "fox", "--backend", "reference"], "export"),
         ("onnxruntime", ["run", "{bundle}", "--text", "fox", "--provider", "cuda"], "gpu"),
         ("openvino", ["run", "{bf16}", "--text", "fox"], "openvino"),
-        ("torch", ["parity", "{bundle}"], "export"),
+        ("torch", ["parity", "{bundle}", "--source", "nowhere"], "export"),
         ("torch", ["export", "--model", "nowhere"], "export"),
         ("transformers", ["export", "--model", "nowhere"], "export"),
         ("onnxscript", ["export", "--model", "nowhere"], "export"),
