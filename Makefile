@@ -1,20 +1,25 @@
-# A fresh machine needs Python 3.11 (or later) and a C++ compiler; everything else is set up here.
+# A fresh machine needs Python 3.11 (or later) and a C++ compiler; everything else is set up here. With nvcc on the PATH
+# the TensorRT plugin is built too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# TensorRT's headers, to compile the plugin with: a package that carries a copy of them. Nothing of it is installed.
+HEADERS := $(CURDIR)/build/headers
 
 .PHONY: install demo test test-fast check bench clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard plugins/*.cu plugins/*.cuh plugins/*.cpp plugins/*.h)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lfx needs Python 3.11 or later; try: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	# torch first and pinned: an open range would pull a build with gigabytes of CUDA libraries.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,cpu,openvino,test]'
+	$(BIN)/python -m pip install --quiet --no-deps --target $(HEADERS) --upgrade --constraint constraints.txt kernel-lens
+	CMAKE_ARGS="$(CMAKE_ARGS) -DTensorRT_INCLUDE_DIR=$(HEADERS)/kernel_lens/include/tensorrt" \
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,cpu,openvino,rtx,test]'
 	touch $@
 
 demo: install  ## Export, run a real document, check parity, compare speed with PyTorch's.

@@ -9,18 +9,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.config import GRAPH_INPUTS, Signature
 from lfx.export.rewrite import attention_windows
 from lfx.export.runners import reference_runner, torch_runner
-from lfx.parity import Arrays, Case, Report, Runner, compare, inputs_of, quick_cases
+from lfx.parity import Case, Report, compare, quick_cases
 from lfx.runtime import Engine
-
-# Ids of a model without a word embedding of Hugging Face's are drawn below this.
-_UNKNOWN_VOCABULARY = 32
+from lfx.runtime.conversion import engine_runner, model_inputs
 
 
 def validate(path: Path, module: nn.Module, signature: Signature, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -76,33 +73,8 @@ def forward_inputs(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in GRAPH_INPUTS if name in takes)
 
 
-def model_inputs(case: Case, signature: Signature) -> Arrays:
-    """The inputs of a case, with the global tokens that the exported model can have."""
-    if signature.global_attention != "mask":
-        pattern = "first" if signature.global_attention == "first" else "none"
-        case = Case(case.batch, case.seqlen, pattern, case.padding)
-    return inputs_of(
-        case,
-        vocab_size=signature.vocab_size or _UNKNOWN_VOCABULARY,
-        pad_token_id=signature.pad_token_id,
-        max_global=signature.max_global,
-        choices=2 if signature.task == "multiple-choice" else None,
-    )
-
-
 def _backend(signature: Signature) -> str:
     """ONNX Runtime; for bf16, which it has few CPU kernels for, OpenVINO where installed, or onnx's own evaluator."""
     if signature.precision != "bf16":
         return "onnxruntime"
     return "openvino" if find_spec("openvino") is not None else "reference"
-
-
-def engine_runner(engine: Engine) -> Runner:
-    """An Engine as a function from graph inputs to outputs; inputs that its graph does not have are left out."""
-    names = {spec.name for spec in engine.signature.inputs}
-
-    def run(inputs: Arrays) -> Arrays:
-        masks = {name: inputs[name] for name in inputs if name in names and name != "input_ids"}
-        return {name: np.asarray(value) for name, value in engine.run(inputs["input_ids"], **masks).items()}
-
-    return run

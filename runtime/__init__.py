@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lfx.runtime.builder import build_engine
 from lfx.runtime.engine import Engine
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "build_engine"]

@@ -134,7 +134,7 @@ class OpenVino:
 def _link_or_copy(source: Path, target: Path) -> None:
     """OpenVINO follows no symbolic link out of the model's folder; a hard link works within one file system."""
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
 
@@ -171,6 +171,8 @@ def load(model: Path, backend: str, provider: str, threads: int | None) -> Backe
         DependencyError: the backend is not known, not installed, or cannot run this model.
         ArtifactError: the file is no model that it can read.
     """
+    if backend == "tensorrt":
+        raise DependencyError(f"{model} is no plan, and TensorRT runs plans; build one with: lfx build-engine")
     if backend == "onnxruntime":
         return OnnxRuntime(model, provider, threads)
     if provider != "cpu":

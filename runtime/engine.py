@@ -1,4 +1,4 @@
-"""`Engine`: a bundle or an ONNX file that answers."""
+"""`Engine`: a bundle, an ONNX file or a plan that answers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lfx.config import Manifest, Signature, locate
 from lfx.errors import ArtifactError, DependencyError, InputError
 from lfx.runtime import backends
 from lfx.runtime.inputs import prepare
+from lfx.runtime.plan import SUFFIX, PlanManifest
 
 Outputs = dict[str, NDArray[Any] | list[NDArray[Any]]]
 
@@ -22,14 +23,16 @@ class Engine:
     """A loaded Longformer. Thread-safe, and a context manager.
 
     Args:
-        path: a bundle, or an ONNX file that `lfx export` wrote. A bundle's files are checked against its manifest.
-        backend: "onnxruntime", "openvino", "reference" (the onnx package's own evaluator, slow), or "auto":
-            ONNX Runtime, and OpenVINO for bf16, which ONNX Runtime has few CPU kernels for.
+        path: a bundle, an ONNX file that `lfx export` wrote, or a plan of `lfx build-engine`. The files of a bundle,
+            and a plan, are checked against their manifest.
+        backend: "onnxruntime", "openvino", "reference" (the onnx package's own evaluator, slow), "tensorrt" (plans,
+            and nothing else), or "auto": ONNX Runtime, and OpenVINO for bf16, which ONNX Runtime has few CPU kernels
+            for.
         provider: of ONNX Runtime: "cpu", "cuda" or "tensorrt". What was asked for is used, or it is an error.
         threads: of one run; default: the backend's own choice.
     Attributes:
         signature: inputs, outputs and limits of the model.
-        manifest: of the bundle; None for a lone ONNX file.
+        manifest: of the bundle or the plan; None for a lone ONNX file.
         backend: name, version and device of what runs it.
     Raises:
         ArtifactError: a file is missing, cut, changed or no model.
@@ -41,14 +44,28 @@ class Engine:
     ) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads {threads} is out of range; give 1 or more")
-        bundle, model = locate(Path(path))
-        self.manifest: Manifest | None = None
-        if bundle is not None:
-            self.manifest = Manifest.read(bundle)
-            self.manifest.verify(bundle)
-        self._backend: backends.Backend | None = self._load(model, backend, provider, threads)
+        self.manifest: Manifest | PlanManifest | None = None
+        model = Path(path)
+        if model.suffix == SUFFIX and not model.is_dir():
+            self._backend: backends.Backend | None = self._load_plan(model, backend, provider)
+        else:
+            bundle, model = locate(model)
+            if bundle is not None:
+                self.manifest = Manifest.read(bundle)
+                self.manifest.verify(bundle)
+            self._backend = self._load(model, backend, provider, threads)
         self.backend = self._backend.name
         self.signature = self._signature(model, self._backend)
+
+    def _load_plan(self, plan: Path, backend: str, provider: str) -> backends.Backend:
+        if backend not in ("auto", "tensorrt") or provider != "cpu":
+            asked = f"backend {backend!r}" if backend not in ("auto", "tensorrt") else f"provider {provider!r}"
+            raise DependencyError(f"{asked} cannot run {plan}: a plan is TensorRT's; leave both out")
+        self.manifest = PlanManifest.read(plan)
+        self.manifest.verify(plan)
+        from lfx.runtime.tensorrt import TensorRt
+
+        return TensorRt(plan, self.manifest)
 
     def _load(self, model: Path, backend: str, provider: str, threads: int | None) -> backends.Backend:
         if backend != "auto":

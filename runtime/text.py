@@ -40,7 +40,7 @@ class Text:
         if not path.is_file():
             raise ArtifactError(
                 f"{bundle} has no {TOKENIZER}, since its checkpoint had no tokenizer; give ids to Engine.run instead, "
-                "or export a checkpoint that has one"
+                "name a folder that has one with --tokenizer, or export a checkpoint that has one"
             )
         try:
             self._tokenizer = Tokenizer.from_file(str(path))

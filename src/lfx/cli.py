@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from lfx import __version__
-from lfx.config import GLOBAL_MODES, OPSETS, PRECISIONS, TASKS
+from lfx.config import GLOBAL_MODES, MANIFEST, OPSETS, PRECISIONS, TASKS
 from lfx.errors import ArtifactError, InputError, LfxError, one_line
 from lfx.terminal import catch_interrupts, interrupted, progress, table
 
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from lfx.config import Manifest
     from lfx.parity import Report
     from lfx.runtime import Engine
+    from lfx.runtime.plan import PlanManifest
 
 _ENGINE_OPTIONS = (
-    click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, openvino or reference."),
+    click.option(
+        "--backend", default="auto", show_default=True, help="auto, onnxruntime, openvino, reference or tensorrt."
+    ),
     click.option("--provider", default="cpu", show_default=True, help="Of ONNX Runtime: cpu, cuda or tensorrt."),
     click.option("--threads", type=click.IntRange(min=1), help="Threads of one run.  [default: the backend's choice]"),
 )
@@ -98,10 +101,97 @@ def export(
 
 
 @cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.option("--fp16", "precision", flag_value="fp16", help="Convert a float32 bundle to float16, strongly typed.")
+@click.option("--bf16", "precision", flag_value="bf16", help="The same to bfloat16.")
+@click.option("--batch", multiple=True, default=["1:1:8"], show_default=True, help="MIN:OPT:MAX, or one number.")
+@click.option("--seqlen", multiple=True, help="The same, in tokens.  [default: all that the model takes]")
+@click.option("--max-global", help="Global slots of a row.  [default: the bundle's, or 64]")
+@click.option("--flavor", type=click.Choice(["tensorrt", "tensorrt-rtx"]), help="[default: what is installed]")
+@click.option("--target", help="Compute capability to build for without a GPU, such as sm89; TensorRT-RTX only.")
+@click.option("--plugin/--no-plugin", default=True, show_default=True, help="Attention by the lfx plugin.")
+@click.option("--timing-cache", type=click.Path(path_type=Path), help="Read, and written after the build.")
+@click.option("--workspace", type=click.IntRange(min=1), metavar="MB", help="Most scratch memory of a layer.")
+@click.option("--optimization-level", type=click.IntRange(0, 5), help="[default: TensorRT's]")
+@click.option("--version-compatible", is_flag=True, help="The plan runs with later TensorRT versions too.")
+@click.option("--refit", is_flag=True, help="Weights can be exchanged in the plan.")
+@click.option("--output", type=click.Path(path_type=Path), help="The plan.  [default: the bundle's name with .plan]")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan's JSON instead of a summary.")
+def build_engine(
+    bundle: Path | None,
+    precision: str | None,
+    batch: tuple[str, ...],
+    seqlen: tuple[str, ...],
+    max_global: str | None,
+    flavor: str | None,
+    target: str | None,
+    plugin: bool,
+    timing_cache: Path | None,
+    workspace: int | None,
+    optimization_level: int | None,
+    version_compatible: bool,
+    refit: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Build a TensorRT plan from a bundle; without BUNDLE, from the only one in this folder.
+
+    Give --batch and --seqlen several times for several optimization profiles.
+    """
+    from lfx.runtime.builder import Options
+    from lfx.runtime.builder import build_engine as build
+    from lfx.runtime.plan import PlanManifest
+
+    options = Options(
+        timing_cache=timing_cache,
+        workspace_bytes=workspace * 1_000_000 if workspace is not None else None,
+        optimization_level=optimization_level,
+        version_compatible=version_compatible,
+        refit=refit,
+    )
+    with progress() as step:
+        plan = build(
+            bundle if bundle is not None else _only_bundle(),
+            output,
+            precision=precision,
+            batch=batch,
+            seqlen=seqlen or None,
+            max_global=max_global,
+            flavor=flavor,
+            target=target,
+            plugin=plugin,
+            options=options,
+            progress=step,
+            log=lambda line: click.echo(line, err=True),
+        )
+    manifest = PlanManifest.read(plan)
+    if as_json:
+        click.echo(json.dumps(manifest.to_dict(), indent=1))
+        return
+    signature = manifest.signature
+    click.echo(
+        f"{plan}: {manifest.flavor} {manifest.tensorrt_version}, {manifest.target}, {signature.precision}, "
+        f"{' and '.join(map(str, manifest.profiles))}, {manifest.plan['bytes']:,} bytes"
+    )
+    click.echo(f"{manifest.plugin_layers} of {manifest.attention_nodes} attention nodes are plugin layers")
+
+
+def _only_bundle() -> Path:
+    found = sorted(path.parent for path in Path().glob(f"*/{MANIFEST}"))
+    if Path(MANIFEST).is_file():
+        return Path()
+    if len(found) != 1:
+        names = f"{len(found)} bundles ({', '.join(map(str, found))})" if found else "no bundle"
+        raise InputError(f"this folder holds {names}; name the one to build: lfx build-engine BUNDLE")
+    return found[0]
+
+
+@cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--text", help="The text; for question answering the question, for multiple choice the prompt.")
 @click.option("--pair", multiple=True, help="A second text: the document asked about, or one choice (repeat it).")
 @click.option("--input", "file", type=click.Path(path_type=Path), help="A text file, read as one document.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="A folder with one.  [default: the bundle's]")
 @click.option("--output", type=click.Path(path_type=Path), help="Write all output arrays to this .npz file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; arrays per token only with --output.")
 @_engine_options
@@ -110,13 +200,14 @@ def run(
     text: str | None,
     pair: tuple[str, ...],
     file: Path | None,
+    tokenizer: Path | None,
     output: Path | None,
     as_json: bool,
     backend: str,
     provider: str,
     threads: int | None,
 ) -> None:
-    """Run a text through a bundle (a folder, or its .onnx file)."""
+    """Run a text through a bundle (a folder, or its .onnx file) or a plan."""
     import numpy as np
 
     from lfx.runtime import Engine
@@ -126,7 +217,7 @@ def run(
         raise click.UsageError("give either --text or --input")
     text = text if text is not None else _read_text(file)
     with Engine(model, backend, provider=provider, threads=threads) as engine:
-        reader = Text(model if model.is_dir() else model.parent, engine.signature)
+        reader = Text(tokenizer or _text_folder(model, engine), engine.signature)
         choices = engine.signature.task == "multiple-choice"
         if len(pair) > 1 and not choices:
             raise InputError(f"{engine.signature.task} takes one --pair, and {len(pair)} came; leave the others out")
@@ -157,6 +248,15 @@ def run(
         click.echo(f"{name}: shape {tuple(array.shape)}, first values {first}")
     if answers:
         table(list(answers[0]), [[_cell(v) for v in answer.values()] for answer in answers[:40]])
+
+
+def _text_folder(model: Path, engine: Engine) -> Path:
+    """Where the tokenizer is: in the bundle, which stands beside its plan unless one of them was moved."""
+    bundle = getattr(engine.manifest, "bundle", None)
+    beside = model.parent / str(bundle["name"]) if bundle else model.parent
+    if model.is_dir():
+        return model
+    return beside if beside.is_dir() else model.parent
 
 
 def _pair_help(choices: bool) -> str:
@@ -201,52 +301,24 @@ def _save(output: Path, arrays: dict[str, Any]) -> None:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the whole manifest.")
 def inspect(model: Path, as_json: bool) -> None:
-    """Show what a bundle is: model, inputs, outputs, limits, and what its validation measured."""
-    manifest = _manifest(model)
+    """Show what a bundle or a plan is: model, inputs, outputs, limits, and what its validation measured."""
+    manifest = _any_manifest(model)
     if as_json:
         click.echo(json.dumps(manifest.to_dict(), indent=1))
         return
-    signature = manifest.signature
-    windows = sorted({2 * w for w in signature.attention_windows})
-    table(
-        ["what", "value"],
-        [
-            ["model", str(manifest.source.get("model"))],
-            ["architecture", f"{signature.architecture}, {len(signature.attention_windows)} layers"],
-            ["task", signature.task],
-            ["opset", f"{manifest.opset}{', functions inlined' if manifest.inlined else ''}"],
-            ["precision", signature.precision],
-            ["attention window", f"{', '.join(map(str, windows))} tokens in all"],
-            ["longest sequence", str(signature.max_seqlen or "no limit")],
-            ["vocabulary", str(signature.vocab_size or "not checked")],
-            ["global attention", _global_text(manifest)],
-            *[["input", f"{t.name} {_axes(t.shape)} {t.dtype}"] for t in signature.inputs],
-            *[["output", f"{t.name} {_axes(t.shape)} {t.dtype}"] for t in signature.outputs],
-            *[
-                ["validated", f"{name}: error {r['max_abs_error']:.2g}, tolerance {r['tolerance']:.2g}"]
-                for name, r in manifest.validation.get("outputs", {}).items()
-            ],
-            [
-                "files",
-                ", ".join(f"{name} ({entry['bytes']:,} bytes)" for name, entry in manifest.files.items()),
-            ],
-            ["made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())],
-        ],
-    )
+    from lfx.summary import rows
+
+    table(["what", "value"], rows(manifest))
 
 
-def _axes(shape: tuple[int | str, ...]) -> str:
-    return f"({', '.join(map(str, shape))})"
+def _any_manifest(model: Path) -> Manifest | PlanManifest:
+    from lfx.runtime.plan import SUFFIX, PlanManifest
 
-
-def _global_text(manifest: Manifest) -> str:
-    signature = manifest.signature
-    if signature.global_attention == "none":
-        return "none, fixed"
-    if signature.global_attention == "first":
-        return "the first token, fixed"
-    limit = "" if signature.max_global is None else f", at most {signature.max_global} a row"
-    return f"an input{limit}; without it: {signature.default_global.replace('_', ' ')}"
+    if model.suffix != SUFFIX or model.is_dir():
+        return _manifest(model)
+    manifest = PlanManifest.read(model)
+    manifest.verify(model)
+    return manifest
 
 
 def _manifest(model: Path) -> Manifest:

@@ -252,6 +252,8 @@ def locate(path: Path) -> tuple[Path | None, Path]:
         raise ArtifactError(f"{path} cannot be opened: {error}; make a bundle with: lfx export") from error
     if not is_file:
         return path, path / MODEL
+    if path.suffix == ".plan":
+        raise ArtifactError(f"{path} is a plan; this needs the bundle that it was built from")
     if path.suffix != ".onnx":
         raise ArtifactError(f"{path} is neither a bundle nor an .onnx file; make a bundle with: lfx export")
     return (path.parent if in_bundle else None), path

@@ -1,0 +1,152 @@
+// The machine as the kernels see it: tensor-core products, fragment loads, asynchronous copies, number formats.
+// Source: PTX ISA, "mma.sync m16n8k16", "ldmatrix", "cp.async". Tests put another header in its place, which does the
+// same on the CPU (tests/plugins/emulated_device.h).
+#pragma once
+
+#ifdef LFX_EMULATED
+#include "emulated_device.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace lfx
+{
+
+using Half = __half;
+using Bf16 = __nv_bfloat16;
+
+template <typename T>
+__device__ __forceinline__ T fromFloat(float x);
+
+template <>
+__device__ __forceinline__ float fromFloat<float>(float x)
+{
+    return x;
+}
+
+template <>
+__device__ __forceinline__ Half fromFloat<Half>(float x)
+{
+    return __float2half_rn(x);
+}
+
+template <>
+__device__ __forceinline__ Bf16 fromFloat<Bf16>(float x)
+{
+    return __float2bfloat16_rn(x);
+}
+
+// Two numbers in one register, the first in the lower half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack<Half>(float low, float high)
+{
+    __half2 const pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<uint32_t const&>(pair);
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack<Bf16>(float low, float high)
+{
+    __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<uint32_t const&>(pair);
+}
+
+// c (16×8) += a (16×16) · b (16×8). With r = lane / 4 and t = lane % 4, a lane holds
+//   a: rows r, r + 8, r, r + 8 at columns 2t, 2t, 2t + 8, 2t + 8 (two neighbours each)
+//   b: rows 2t, 2t + 8 (two neighbours each) of column r        c: rows r, r, r + 8, r + 8 at columns 2t, 2t + 1 twice
+template <typename T>
+__device__ __forceinline__ void multiplyAdd(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ __forceinline__ void multiplyAdd<Half>(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ __forceinline__ void multiplyAdd<Bf16>(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ uint32_t sharedAddress(void const* pointer)
+{
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Four 8×8 matrices of 16-bit numbers; lanes 8i to 8i + 7 name the rows of matrix i, 16 bytes each. A lane gets, of each,
+// row lane / 4, columns 2·(lane % 4) and the next.
+__device__ __forceinline__ void loadMatrices(uint32_t (&r)[4], void const* row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(sharedAddress(row))
+                 : "memory");
+}
+
+// The same of the transposed matrices.
+__device__ __forceinline__ void loadMatricesTransposed(uint32_t (&r)[4], void const* row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(sharedAddress(row))
+                 : "memory");
+}
+
+// 16 bytes from global to shared memory, behind the program's back; zeros, and nothing read, where not valid.
+__device__ __forceinline__ void copyAsync(void* shared, void const* global, bool valid)
+{
+    int const bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(sharedAddress(shared)), "l"(global), "r"(bytes)
+                 : "memory");
+}
+
+// End a group of copies; wait until all groups but the newest `kPENDING` are there.
+__device__ __forceinline__ void endCopies()
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int kPENDING>
+__device__ __forceinline__ void waitForCopies()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPENDING) : "memory");
+}
+
+__device__ __forceinline__ void* sharedMemory()
+{
+    extern __shared__ __align__(16) uint8_t memory[];
+    return memory;
+}
+
+template <typename Params>
+int32_t launch(void (*kernel)(Params), dim3 grid, int32_t threads, size_t sharedBytes, Params const& params,
+    cudaStream_t stream) noexcept
+{
+    if (sharedBytes > 48U * 1024U)
+    {
+        cudaError_t const error
+            = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sharedBytes));
+        if (error != cudaSuccess)
+        {
+            return error;
+        }
+    }
+    kernel<<<grid, threads, sharedBytes, stream>>>(params);
+    return cudaPeekAtLastError();
+}
+
+} // namespace lfx
+
+#endif

@@ -1,0 +1,322 @@
+"""`build_engine`: an ONNX bundle in, a TensorRT plan out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lfx.config import MANIFEST, MODEL, Manifest, Signature, locate, package_versions, sha256
+from lfx.errors import BuildError, DependencyError, one_line, require
+from lfx.runtime import plugin as plugins
+from lfx.runtime.plan import SUFFIX, PlanManifest, json_path
+from lfx.runtime.profile import Profile, profiles
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Flavor:
+    """One of the two TensorRTs: its module, the extra that brings it, and the wheel folder of its libraries."""
+
+    module: str
+    extra: str
+
+
+FLAVORS = {"tensorrt": Flavor("tensorrt", "gpu"), "tensorrt-rtx": Flavor("tensorrt_rtx", "rtx")}
+MAX_SLOTS = 3840  # of TensorRT's TopK
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is passed to TensorRT as it is.
+
+    Attributes:
+        timing_cache: read if it is there, and written after the build.
+        workspace_bytes: most device memory that a layer may take for scratch; None = all there is.
+        optimization_level: 0 to 5; None = TensorRT's own default.
+        version_compatible: the plan runs with later TensorRT versions of the same major one.
+        refit: weights can be exchanged in the plan.
+    """
+
+    timing_cache: Path | None = None
+    workspace_bytes: int | None = None
+    optimization_level: int | None = None
+    version_compatible: bool = False
+    refit: bool = False
+
+    def flags(self) -> list[str]:
+        """Names of TensorRT's builder flags."""
+        return ["VERSION_COMPATIBLE"] * self.version_compatible + ["REFIT"] * self.refit
+
+
+def build_engine(
+    bundle: str | Path,
+    output: str | Path | None = None,
+    *,
+    precision: str | None = None,
+    batch: Sequence[str] = ("1:1:8",),
+    seqlen: Sequence[str] | None = None,
+    max_global: str | int | None = None,
+    flavor: str | None = None,
+    target: str | None = None,
+    plugin: bool = True,
+    options: Options | None = None,
+    progress: Progress = lambda step: None,
+    log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> Path:
+    """Build a TensorRT plan from an ONNX bundle.
+
+    Args:
+        bundle: the folder that `lfx export` wrote.
+        output: the plan; default: the bundle's name with .plan, in the current folder. Its JSON stands beside it.
+        precision: fp32, fp16 or bf16; default: the bundle's. A float32 bundle is converted, strongly typed, and the
+            conversion is checked against the bundle before anything is built.
+        batch, seqlen: MIN:OPT:MAX or one number; one optimization profile for each entry. seqlen defaults to all that
+            the model takes, tuned for the longest.
+        max_global: global slots of a row, the MAX where MIN:OPT:MAX is given; default: what the bundle was exported
+            with, or 64. TensorRT needs it constant; fewer slots are faster, and more global tokens are refused.
+        flavor: "tensorrt" or "tensorrt-rtx"; default: the one that is installed, "tensorrt" first.
+        target: compute capability to build for, such as "sm89", without a GPU; TensorRT-RTX only.
+        plugin: attention by the lfx plugin; False builds it from the ops' function bodies.
+        progress: called with the name of each step.
+        log: called with each warning and error of TensorRT's.
+    Returns:
+        The plan's path.
+    Raises:
+        ArtifactError: no bundle, or a broken one.
+        BuildError: an option that does not fit, a conversion that is not accurate, or TensorRT's own refusal.
+        PluginError: the plugin library is not installed, or cannot take this model.
+        DependencyError: no TensorRT is installed.
+    """
+    folder, _ = locate(Path(bundle))
+    if folder is None:
+        raise BuildError(f"{bundle} is a file without its bundle; give the folder that lfx export wrote")
+    manifest = Manifest.read(folder)
+    chosen = _flavor(flavor)
+    _check_target(chosen, target)
+    slots = _slots(max_global, manifest.signature)
+    lengths = seqlen if seqlen is not None else (_whole(manifest.signature),)
+    ranges = profiles(batch, lengths, manifest.signature)
+    library = plugins.library() if plugin else None
+    path = Path(output) if output is not None else Path(folder.resolve().name + SUFFIX)
+    _check_output(path)
+    signature = _signature(manifest.signature, precision, slots, ranges)
+    progress("checking the bundle")
+    manifest.verify(folder)
+    with tempfile.TemporaryDirectory(prefix="lfx-build-") as scratch:
+        model = Path(scratch) / MODEL
+        progress("preparing the graph")
+        nodes = _prepare(folder / MODEL, model, manifest, signature, slots, plugin)
+        conversion = {}
+        if signature.precision != manifest.signature.precision:
+            from lfx.runtime.conversion import check_conversion
+
+            conversion = check_conversion(folder, model, signature, progress, log)
+        options = options or Options()
+        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        job = {
+            "module": FLAVORS[chosen].module,
+            "extra": FLAVORS[chosen].extra,
+            "onnx": str(model),
+            "plan": str(partial),
+            "plugin": str(library) if library is not None else None,
+            "target": target,
+            "profiles": [{t.name: p.shapes(t) for t in signature.inputs} for p in ranges],
+            "workspace_bytes": options.workspace_bytes,
+            "optimization_level": options.optimization_level,
+            "timing_cache": str(options.timing_cache.absolute()) if options.timing_cache is not None else None,
+            "flags": options.flags(),
+        }
+        try:
+            built = _compile(job, Path(scratch), progress, log)
+            if plugin and built["plugin_layers"] != nodes:
+                raise BuildError(
+                    f"only {built['plugin_layers']} of {nodes} attention nodes became plugin layers; please report this"
+                )
+            PlanManifest(
+                signature=signature,
+                flavor=chosen,
+                tensorrt_version=built["tensorrt_version"],
+                target=target or _local_target(),
+                profiles=ranges,
+                plugin_version=plugins.VERSION if plugin else None,
+                attention_nodes=nodes,
+                plugin_layers=built["plugin_layers"],
+                bundle={"name": folder.resolve().name, "sha256": sha256(folder / MANIFEST)},
+                options={name: job[name] for name in ("workspace_bytes", "optimization_level", "flags")},
+                versions=package_versions(("onnx", "onnx-ir", "onnxruntime", "numpy")),
+                conversion=conversion,
+                plan={"sha256": sha256(partial), "bytes": partial.stat().st_size},
+            ).write(partial)
+            partial.rename(path)
+            json_path(partial).rename(json_path(path))
+        except OSError as error:
+            raise BuildError(f"{path} cannot be written: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+            json_path(partial).unlink(missing_ok=True)
+    return path
+
+
+def _flavor(asked: str | None) -> str:
+    if asked is not None:
+        if asked not in FLAVORS:
+            raise BuildError(f"flavor {asked!r} is not known; choose one of: {', '.join(FLAVORS)}")
+        require(FLAVORS[asked].module, FLAVORS[asked].extra)
+        return asked
+    for name, flavor in FLAVORS.items():
+        if find_spec(flavor.module) is not None:
+            return name
+    raise DependencyError(
+        "no TensorRT is installed; install one with: pip install 'longformer-lfx[gpu]' (TensorRT), or "
+        "pip install 'longformer-lfx[rtx]' (TensorRT-RTX)"
+    )
+
+
+def _check_target(flavor: str, target: str | None) -> None:
+    if target is None:
+        if not _local_target():
+            raise BuildError(
+                "this machine has no NVIDIA GPU to build for; build ahead of time with: "
+                "--flavor tensorrt-rtx --target sm89 (or another compute capability)"
+            )
+        return
+    if flavor != "tensorrt-rtx":
+        raise BuildError(f"--target {target} is TensorRT-RTX's; {flavor} builds for the GPU of this machine")
+    if not (target.startswith("sm") and target[2:].isdigit()):
+        raise BuildError(f"--target {target!r} is no compute capability; give one such as sm86, sm89 or sm120")
+
+
+def _local_target() -> str:
+    """Compute capability of the first GPU, such as "sm90"; empty where there is none."""
+    from lfx.runtime.device import compute_capability
+
+    return compute_capability() or ""
+
+
+def _slots(asked: str | int | None, signature: Signature) -> int:
+    fixed = 1 if signature.global_attention != "mask" else signature.max_global
+    if asked is None:
+        return fixed if fixed is not None else min(64, signature.max_seqlen or 64)
+    from lfx.runtime.profile import Range
+
+    slots = Range.parse(str(asked), "--max-global").max
+    if fixed is not None and slots != fixed:
+        raise BuildError(f"--max-global {asked} does not fit: the bundle was exported with {fixed}; leave it out")
+    if slots > MAX_SLOTS:
+        raise BuildError(f"--max-global {asked} is above TensorRT's {MAX_SLOTS}; give fewer")
+    return slots
+
+
+def _whole(signature: Signature) -> str:
+    longest = signature.max_seqlen or 4096
+    return f"1:{longest}:{longest}"
+
+
+def _check_output(path: Path) -> None:
+    if path.suffix != SUFFIX:
+        raise BuildError(f"{path} is no name for a plan; end it with {SUFFIX}")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise BuildError(
+            f"{path} cannot be written: it is a folder, or its folder does not exist; choose another --output"
+        )
+
+
+def _signature(source: Signature, precision: str | None, slots: int, ranges: Sequence[Profile]) -> Signature:
+    wanted = precision or source.precision
+    if source.precision not in (wanted, "fp32"):
+        raise BuildError(
+            f"the bundle is {source.precision}; {wanted} is converted from an fp32 bundle: export it again"
+        )
+    return replace(
+        source,
+        precision=wanted,
+        max_seqlen=max(p.seqlen.max for p in ranges),
+        max_global=slots if source.global_attention == "mask" else None,
+    )
+
+
+def _prepare(source: Path, target: Path, manifest: Manifest, signature: Signature, slots: int, plugin: bool) -> int:
+    """Write the graph that TensorRT gets; returns the number of its attention nodes."""
+    ir = require("onnx_ir", "rtx")
+    from lfx.runtime import freeze
+
+    model = ir.load(source)
+    freeze.freeze_slots(model, slots)
+    nodes = len(freeze.attention_nodes(model))
+    if plugin and nodes == 0:
+        raise BuildError("the bundle's functions are inlined, so it has no attention nodes; build with --no-plugin")
+    if plugin:
+        _check_heads(freeze.attention_nodes(model))
+    if signature.precision != manifest.signature.precision:
+        freeze.convert(model, signature.precision)
+    if plugin:
+        freeze.name_plugins(model)
+    else:
+        freeze.inline_functions(model)
+    model.metadata_props["lfx"] = json.dumps(signature.to_dict())
+    ir.save(model, target, external_data=target.name + ".data", size_threshold_bytes=1024)
+    return nodes
+
+
+def _check_heads(nodes: Sequence[Any]) -> None:
+    for node in nodes:
+        width = node.inputs[0].shape[2] if node.inputs[0].shape is not None else None
+        if isinstance(width, int):
+            head_size = width // node.attributes["num_heads"].as_int()
+            largest = 128 if node.op_type == "BandedAttention" else 1024
+            if head_size % plugins.HEAD_SIZE_MULTIPLE or head_size > largest:
+                raise BuildError(
+                    f"{node.name} has head size {head_size}; the plugin takes multiples of "
+                    f"{plugins.HEAD_SIZE_MULTIPLE} up to {largest}: build with --no-plugin"
+                )
+
+
+def _compile(job: dict[str, Any], scratch: Path, progress: Progress, log: Callable[[str], None]) -> dict[str, Any]:
+    """Run `compiler` on the job; returns its result."""
+    (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    environment = dict(os.environ)
+    if job["module"] == "tensorrt_rtx":
+        libraries = _named_library(scratch)
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [libraries, environment.get("LD_LIBRARY_PATH")]))
+    command = [sys.executable, "-m", "lfx.runtime.compiler", str(scratch / "job.json")]
+    errors: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment) as process:
+        try:
+            assert process.stdout is not None
+            for text in process.stdout:
+                line = json.loads(text)
+                if "result" in line:
+                    return dict(line["result"])
+                if "step" in line:
+                    progress(line["step"])
+                elif "error" in line:
+                    errors.append(line["error"])
+                else:
+                    log(f"TensorRT {line['severity']}: {line['log']}")
+                    if line["severity"] in ("error", "internal_error"):
+                        errors.append(line["log"])
+        except BaseException:
+            process.kill()
+            raise
+    reason = errors[0] if errors else f"it ended with exit status {process.returncode}"
+    raise BuildError(f"TensorRT built no engine: {one_line(Exception(reason), 600)}")
+
+
+def _named_library(scratch: Path) -> str:
+    """A folder with libtensorrt_rtx.so, which the wheel ships under its versioned name only."""
+    spec = find_spec("tensorrt_rtx_libs")
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        for library in sorted(Path(folder).glob("libtensorrt_rtx.so*")):
+            (scratch / "lib").mkdir(exist_ok=True)
+            (scratch / "lib" / "libtensorrt_rtx.so").symlink_to(library)
+            return str(scratch / "lib")
+    return ""

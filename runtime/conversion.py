@@ -1,0 +1,82 @@
+"""What a comparison needs of an Engine: inputs for each case, the Engine as a runner, and the check of a conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lfx.config import Signature
+from lfx.errors import BuildError
+from lfx.parity import WITNESS_BANDS, Arrays, Case, Runner, compare, inputs_of, quick_cases
+from lfx.runtime.engine import Engine
+
+# Ids of a model without a word embedding of Hugging Face's are drawn below this.
+_UNKNOWN_VOCABULARY = 32
+
+
+def model_inputs(case: Case, signature: Signature) -> Arrays:
+    """The inputs of a case, with the global tokens that the model can have."""
+    if signature.global_attention != "mask":
+        pattern = "first" if signature.global_attention == "first" else "none"
+        case = Case(case.batch, case.seqlen, pattern, case.padding)
+    return inputs_of(
+        case,
+        vocab_size=signature.vocab_size or _UNKNOWN_VOCABULARY,
+        pad_token_id=signature.pad_token_id,
+        max_global=signature.max_global,
+        choices=2 if signature.task == "multiple-choice" else None,
+    )
+
+
+def engine_runner(engine: Engine) -> Runner:
+    """An Engine as a function from graph inputs to outputs; inputs that its graph does not have are left out."""
+    names = {spec.name for spec in engine.signature.inputs}
+
+    def run(inputs: Arrays) -> Arrays:
+        masks = {name: inputs[name] for name in inputs if name in names and name != "input_ids"}
+        return {name: np.asarray(value) for name, value in engine.run(inputs["input_ids"], **masks).items()}
+
+    return run
+
+
+def check_conversion(
+    bundle: Path, model: Path, signature: Signature, progress: Callable[[str], None], log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Run a converted graph beside its float32 bundle, and require that rounding alone tells them apart.
+
+    The converted graph may be as far from the bundle as `parity` lets PyTorch itself be in that precision:
+    WITNESS_BANDS rounding bands. float16 runs in ONNX Runtime, bfloat16 in OpenVINO, where it is installed.
+
+    Raises:
+        BuildError: an output is further off.
+    """
+    backend = "onnxruntime" if signature.precision == "fp16" else "openvino"
+    if find_spec(backend) is None:
+        log(f"warning: {backend} is not installed, so the conversion to {signature.precision} was not checked")
+        return {"checked": False, "reason": f"{backend} is not installed"}
+    with Engine(bundle) as right, Engine(model, backend) as converted:
+        report = compare(
+            quick_cases(max(signature.attention_windows), signature.max_seqlen),
+            lambda case: model_inputs(case, signature),
+            reference=engine_runner(right),
+            witness=engine_runner(right),
+            candidate=engine_runner(converted),
+            precision=signature.precision,
+            layers=len(signature.attention_windows),
+            on_case=lambda case: progress(f"checking the conversion: {case}"),
+        )
+        name_of_backend = converted.backend
+    measured = {}
+    for name, result in report.outputs.items():
+        limit = WITNESS_BANDS * report.band(name)
+        measured[name] = {"max_abs_difference": result.error, "limit": limit}
+        if not result.error <= limit:
+            raise BuildError(
+                f"the {signature.precision} graph is not the bundle's model: {name} differs by {result.error:.3g}, "
+                f"which is more than rounding leaves ({limit:.3g}), at {result.worst}"
+            )
+    return {"checked": True, "backend": name_of_backend, "outputs": measured}

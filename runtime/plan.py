@@ -1,0 +1,112 @@
+"""A plan and its JSON: what was built, from what, for which machine, and whether the file is still that."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lfx.config import Signature, sealed, sha256
+from lfx.errors import ArtifactError
+from lfx.runtime.profile import Profile, Range
+
+PLAN_FORMAT_VERSION = 1
+SUFFIX = ".plan"
+
+
+@dataclass(frozen=True)
+class PlanManifest:
+    """The content of `MODEL.plan.json`.
+
+    Attributes:
+        signature: of the model as the plan takes it: its precision, its longest sequence, its global slots.
+        flavor: "tensorrt" or "tensorrt-rtx".
+        tensorrt_version: of the library that built the plan.
+        target: compute capability that it was built for, such as "sm89".
+        profiles: ranges of shapes, tuned for one each.
+        plugin_version: of the lfx plugin, None where the plan does not use it.
+        attention_nodes: attention nodes of the ONNX graph; plugin_layers: how many of them are plugin layers.
+        bundle: {"name", "sha256" of its lfx.json}.
+        conversion: what the check of the precision conversion measured; empty where nothing was converted.
+        plan: {"sha256", "bytes"} of the plan.
+    """
+
+    signature: Signature
+    flavor: str
+    tensorrt_version: str
+    target: str
+    profiles: tuple[Profile, ...]
+    plugin_version: str | None
+    attention_nodes: int
+    plugin_layers: int
+    bundle: dict[str, Any]
+    options: dict[str, Any]
+    versions: dict[str, str]
+    conversion: dict[str, Any]
+    plan: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON that stands beside the plan, and that `lfx inspect --json` prints."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "signature"}
+        fields["profiles"] = [{"batch": str(p.batch), "seqlen": str(p.seqlen)} for p in self.profiles]
+        return sealed({"plan_format_version": PLAN_FORMAT_VERSION, **self.signature.to_dict(), **fields})
+
+    def write(self, plan: Path) -> None:
+        """Write the JSON beside `plan`."""
+        json_path(plan).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, plan: Path) -> PlanManifest:
+        """Read the JSON beside a plan; the plan itself is not looked at.
+
+        Raises:
+            ArtifactError: no plan, no JSON, or one that is cut, changed or of another format.
+        """
+        path = json_path(plan)
+        again = "build it again with: lfx build-engine"
+        if not plan.is_file():
+            raise ArtifactError(f"{plan} does not exist; build it with: lfx build-engine BUNDLE")
+        if not path.is_file():
+            raise ArtifactError(f"{plan} has no {path.name} beside it, so nothing says what it is; {again}")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ArtifactError(f"{path} cannot be read ({error}); {again}") from error
+        if not isinstance(data, dict) or data.get("plan_format_version") != PLAN_FORMAT_VERSION:
+            found = data.get("plan_format_version") if isinstance(data, dict) else None
+            raise ArtifactError(f"{path} has format version {found!r}; this lfx reads {PLAN_FORMAT_VERSION}: {again}")
+        if data != sealed(data):
+            raise ArtifactError(f"{path} was changed after the build (its digest differs); {again}")
+        signature = Signature.from_dict(data)
+        try:
+            fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name != "signature"}
+            fields["profiles"] = tuple(
+                Profile(Range.parse(p["batch"], "batch"), Range.parse(p["seqlen"], "seqlen")) for p in data["profiles"]
+            )
+            return cls(signature=signature, **fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} is broken ({error!r}); {again}") from error
+
+    def verify(self, plan: Path) -> None:
+        """Compare the plan with its digest.
+
+        Raises:
+            ArtifactError: the plan was cut or changed, or is another one.
+        """
+        size = plan.stat().st_size
+        if size != self.plan.get("bytes"):
+            raise ArtifactError(
+                f"{plan} has {size} bytes where {json_path(plan).name} says {self.plan.get('bytes')}: "
+                "it is cut, or another plan; build it again with: lfx build-engine"
+            )
+        if sha256(plan) != self.plan.get("sha256"):
+            raise ArtifactError(
+                f"{plan} was changed after the build (sha256 differs); build it again with: lfx build-engine"
+            )
+
+
+def json_path(plan: Path) -> Path:
+    """Where the JSON of a plan stands."""
+    return plan.with_name(plan.name + ".json")

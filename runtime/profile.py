@@ -1,0 +1,102 @@
+"""Optimization profiles: the range of shapes that an engine takes, and the one that it is tuned for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lfx.config import Signature, TensorSpec
+from lfx.errors import BuildError
+
+# Choices of a multiple-choice model, which no option names.
+CHOICES = (1, 4, 16)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Smallest, best and largest size of an axis."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
+
+    @classmethod
+    def parse(cls, text: str, name: str) -> Range:
+        """Read MIN:OPT:MAX, or one number for all three.
+
+        Raises:
+            BuildError: another form, or sizes out of order.
+        """
+        parts = text.split(":")
+        if len(parts) not in (1, 3) or not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
+            raise BuildError(f"{name} {text!r} is no size; give MIN:OPT:MAX or one number, such as 1:1:8 or 8")
+        sizes = [int(part) for part in parts] * (3 if len(parts) == 1 else 1)
+        if not 1 <= sizes[0] <= sizes[1] <= sizes[2] < 2**31:
+            raise BuildError(f"{name} {text} is out of order; it must be 1 ≤ MIN ≤ OPT ≤ MAX")
+        return cls(*sizes)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One range for each dynamic axis of the graph's inputs."""
+
+    batch: Range
+    seqlen: Range
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, seqlen {self.seqlen}"
+
+    def shapes(self, tensor: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Smallest, best and largest shape of an input."""
+        axes = {"batch": self.batch, "sequence": self.seqlen, "choices": Range(*CHOICES)}
+        ranges = [axes[axis] if isinstance(axis, str) else Range(axis, axis, axis) for axis in tensor.shape]
+        return (
+            tuple(r.min for r in ranges),
+            tuple(r.opt for r in ranges),
+            tuple(r.max for r in ranges),
+        )
+
+    def takes(self, batch: int, seqlen: int) -> bool:
+        """Whether a batch of this shape is in the ranges."""
+        return self.batch.min <= batch <= self.batch.max and self.seqlen.min <= seqlen <= self.seqlen.max
+
+
+def profiles(batch: Sequence[str], seqlen: Sequence[str], signature: Signature) -> tuple[Profile, ...]:
+    """Profiles from the options of the command line.
+
+    Args:
+        batch, seqlen: one entry a profile; one entry alone goes with every entry of the other.
+    Raises:
+        BuildError: counts that do not match, or sequences longer than the model's.
+    """
+    batches = [Range.parse(text, "--batch") for text in batch]
+    lengths = [Range.parse(text, "--seqlen") for text in seqlen]
+    if len(batches) != len(lengths) and 1 not in (len(batches), len(lengths)):
+        raise BuildError(
+            f"{len(batches)} --batch and {len(lengths)} --seqlen make no profiles; give as many of each, or one of one"
+        )
+    limit = signature.max_seqlen
+    for length in lengths:
+        if limit is not None and length.max > limit:
+            raise BuildError(f"--seqlen {length} is above the model's maximum {limit}; give at most {limit}")
+    count = max(len(batches), len(lengths))
+    pairs = zip(_repeat(batches, count), _repeat(lengths, count), strict=True)
+    return tuple(Profile(*pair) for pair in pairs)
+
+
+def _repeat(ranges: list[Range], count: int) -> Iterable[Range]:
+    return ranges if len(ranges) == count else itertools.repeat(ranges[0], count)
+
+
+def choose(candidates: Sequence[Profile], batch: int, seqlen: int) -> int | None:
+    """The profile tuned for the shape nearest to this one, of those that take it; None where none does."""
+    fitting = [i for i, profile in enumerate(candidates) if profile.takes(batch, seqlen)]
+
+    def distance(i: int) -> int:
+        return abs(candidates[i].batch.opt * candidates[i].seqlen.opt - batch * seqlen)
+
+    return min(fitting, key=distance, default=None)

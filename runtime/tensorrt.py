@@ -1,0 +1,271 @@
+"""Plans on an NVIDIA GPU: TensorRT and TensorRT-RTX behind the same `infer(feeds) -> outputs` as the other backends."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfx.errors import ArtifactError, InputError, LfxError, PluginError, require
+from lfx.runtime import plugin as plugins
+from lfx.runtime.builder import FLAVORS
+from lfx.runtime.device import check, cudart, require_gpu
+from lfx.runtime.plan import PlanManifest
+from lfx.runtime.profile import choose
+
+Arrays = dict[str, NDArray[Any]]
+# CUDA graphs that a thread keeps: one for each shape that came more than once.
+MAX_GRAPHS = 16
+
+
+class TensorRt:
+    """A plan on the first GPU; every thread that runs it has a context, a stream and buffers of its own."""
+
+    def __init__(self, plan: Path, manifest: PlanManifest) -> None:
+        flavor = FLAVORS.get(manifest.flavor)
+        if flavor is None:
+            raise ArtifactError(
+                f"{plan} is of flavor {manifest.flavor!r}, which this lfx does not know; build it again"
+            )
+        trt = require(flavor.module, flavor.extra)
+        compatible = "VERSION_COMPATIBLE" in manifest.options.get("flags", [])
+        if trt.__version__ != manifest.tensorrt_version and not compatible:
+            raise ArtifactError(
+                f"{plan} was built by {manifest.flavor} {manifest.tensorrt_version}, and {trt.__version__} is here; "
+                "install that version, or build the plan again with: lfx build-engine"
+            )
+        library = plugins.library() if manifest.plugin_layers else None
+        found = require_gpu()
+        if found != manifest.target:
+            raise ArtifactError(
+                f"{plan} was built for {manifest.target}, and this GPU is {found}; build it again here with: "
+                "lfx build-engine"
+            )
+        self._cuda = cudart()
+        self._trt = trt
+        self._log = _Log()
+        logger = self._log.logger(trt)
+        if library is not None:
+            _load_plugins(trt, library)
+        self._runtime = trt.Runtime(logger)
+        if compatible:
+            self._runtime.engine_host_code_allowed = True
+        self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+        if self._engine is None:
+            raise ArtifactError(f"{plan} cannot be loaded by {manifest.flavor}: {self._log.last()}; build it again")
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        is_input = {name: self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
+        self.input_names = [name for name in names if is_input[name]]
+        self.output_names = [name for name in names if not is_input[name]]
+        self.metadata: str | None = None
+        self.name = f"{manifest.flavor} {trt.__version__} {found}"
+        self._profiles = manifest.profiles
+        self._workers = threading.local()
+
+    def infer(self, feeds: Arrays) -> Arrays:
+        """One batch, on this thread's own context and stream.
+
+        Raises:
+            InputError: no profile of the plan takes this shape.
+        """
+        shape = next(iter(feeds.values())).shape
+        profile = choose(self._profiles, shape[0], shape[-1])
+        if profile is None:
+            ranges = " or ".join(map(str, self._profiles))
+            raise InputError(
+                f"batch {shape[0]}, seqlen {shape[-1]} is outside what the plan was built for ({ranges}); split the "
+                "batch, or rebuild with other ranges: lfx build-engine --batch MIN:OPT:MAX --seqlen MIN:OPT:MAX"
+            )
+        worker = getattr(self._workers, "worker", None)
+        if worker is None:
+            context = self._engine.create_execution_context()
+            if context is None:
+                raise LfxError(f"TensorRT made no execution context: {self._log.last()}")
+            worker = self._workers.worker = _Worker(self._cuda, self._trt, self._engine, context, self._log.last)
+        return worker.run(feeds, profile, self.output_names)
+
+
+def _load_plugins(trt: Any, library: Path) -> None:
+    registry = trt.get_plugin_registry()
+    have = {creator.name for creator in registry.all_creators if creator.plugin_namespace == plugins.NAMESPACE}
+    if not have and registry.load_library(str(library)) is None:
+        raise PluginError(f"{trt.__name__} {trt.__version__} did not take {library}; install lfx again")
+
+
+class _Log:
+    """TensorRT's errors, for the message of what failed."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def last(self) -> str:
+        """The newest error."""
+        return self._lines[-1] if self._lines else "it gave no reason"
+
+    def logger(self, trt: Any) -> Any:
+        """An ILogger that collects errors."""
+        lines = self._lines
+
+        class Logger(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity <= trt.ILogger.ERROR:
+                    lines.append(" ".join(message.split()))
+
+        return Logger()
+
+
+class _Buffer:
+    """Device memory and page-locked host memory of one tensor; both grow and never shrink."""
+
+    def __init__(self, cuda: Any) -> None:
+        self._cuda = cuda
+        self.bytes = 0
+        self.device = 0
+        self.host = 0
+
+    def reserve(self, wanted: int) -> bool:
+        """Make room; returns whether the addresses changed."""
+        if wanted <= self.bytes:
+            return False
+        self.free()
+        self.device = int(check(self._cuda.cudaMalloc(wanted)))
+        self.host = int(check(self._cuda.cudaMallocHost(wanted)))
+        self.bytes = wanted
+        return True
+
+    def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """The host memory as an array."""
+        count = int(np.prod(shape, dtype=np.int64))
+        raw = (ctypes.c_char * (count * dtype.itemsize)).from_address(self.host)
+        return np.ndarray(shape, dtype, memoryview(raw))
+
+    def free(self) -> None:
+        """Give both back."""
+        if self.bytes:
+            self._cuda.cudaFree(self.device)
+            self._cuda.cudaFreeHost(self.host)
+            self.bytes = 0
+
+
+class _Worker:
+    """What one thread runs with. Not to be shared."""
+
+    def __init__(self, cuda: Any, trt: Any, engine: Any, context: Any, reason: Callable[[], str]) -> None:
+        self._cuda, self._trt, self._engine, self._context, self._reason = cuda, trt, engine, context, reason
+        self._stream = check(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
+        self._buffers: dict[str, _Buffer] = {}
+        self._profile: int | None = None
+        # Shape of a batch -> its CUDA graph; None after the first run of a shape, False where TensorRT cannot capture.
+        self._graphs: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+
+    def run(self, feeds: Arrays, profile: int, outputs: list[str]) -> Arrays:
+        """One batch; waits for the result."""
+        key = (profile, *(array.shape for array in feeds.values()))
+        moved = self._set_shapes(feeds, profile)
+        shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in outputs}
+        dtypes = {name: np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name))) for name in outputs}
+        sizes = {name: int(np.prod(shapes[name], dtype=np.int64)) * dtypes[name].itemsize for name in outputs}
+        for name in outputs:
+            moved |= self._buffer(name).reserve(max(sizes[name], 1))
+        if moved:
+            self._forget_graphs()  # they hold the old addresses
+        for name, buffer in self._buffers.items():
+            self._context.set_tensor_address(name, buffer.device)
+        for name, array in feeds.items():
+            self._buffer(name).array(array.shape, array.dtype)[...] = array
+        copies = ({name: array.nbytes for name, array in feeds.items()}, sizes)
+        self._launch(key, *copies)
+        check(self._cuda.cudaStreamSynchronize(self._stream))
+        return {name: self._buffer(name).array(shapes[name], dtypes[name]).copy() for name in outputs}
+
+    def _set_shapes(self, feeds: Arrays, profile: int) -> bool:
+        if profile != self._profile:
+            if not self._context.set_optimization_profile_async(profile, int(self._stream)):
+                raise LfxError(f"TensorRT did not take profile {profile}: {self._reason()}")
+            self._profile = profile
+        moved = False
+        for name, array in feeds.items():
+            if not self._context.set_input_shape(name, array.shape):
+                raise InputError(f"{name} of shape {array.shape} is outside the plan's profile: {self._reason()}")
+            moved |= self._buffer(name).reserve(max(array.nbytes, 1))
+        return moved
+
+    def _launch(self, key: tuple[Any, ...], inputs: dict[str, int], outputs: dict[str, int]) -> None:
+        """Enqueue; the second time a shape comes it is captured, and from then on its graph is replayed."""
+        graph = self._graphs.get(key)
+        if graph:
+            self._graphs.move_to_end(key)
+            check(self._cuda.cudaGraphLaunch(graph, self._stream))
+            return
+        if graph is None and key in self._graphs:
+            graph = self._capture(inputs, outputs)
+            self._graphs[key] = graph if graph is not None else False
+            if graph is not None:
+                check(self._cuda.cudaGraphLaunch(graph, self._stream))
+                return
+        self._enqueue(inputs, outputs)
+        if key not in self._graphs:
+            self._graphs[key] = None
+            while len(self._graphs) > MAX_GRAPHS:
+                _, oldest = self._graphs.popitem(last=False)
+                self._destroy(oldest)
+
+    def _enqueue(self, inputs: dict[str, int], outputs: dict[str, int]) -> None:
+        cuda = self._cuda
+        for name, size in inputs.items():
+            buffer = self._buffers[name]
+            kind = cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+            check(cuda.cudaMemcpyAsync(buffer.device, buffer.host, size, kind, self._stream))
+        if not self._context.execute_async_v3(int(self._stream)):
+            raise LfxError(f"TensorRT failed: {self._reason()}")
+        for name, size in outputs.items():
+            buffer = self._buffers[name]
+            kind = cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+            check(cuda.cudaMemcpyAsync(buffer.host, buffer.device, size, kind, self._stream))
+
+    def _capture(self, inputs: dict[str, int], outputs: dict[str, int]) -> Any:
+        """A graph of `_enqueue`, or None where some layer cannot be captured."""
+        cuda = self._cuda
+        check(cuda.cudaStreamBeginCapture(self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+        try:
+            self._enqueue(inputs, outputs)
+        except LfxError:
+            cuda.cudaStreamEndCapture(self._stream)
+            cuda.cudaGetLastError()
+            return None
+        error, graph = cuda.cudaStreamEndCapture(self._stream)
+        if int(error) != 0:
+            cuda.cudaGetLastError()
+            return None
+        executable = check(cuda.cudaGraphInstantiate(graph, 0))
+        check(cuda.cudaGraphDestroy(graph))
+        return executable
+
+    def _buffer(self, name: str) -> _Buffer:
+        if name not in self._buffers:
+            self._buffers[name] = _Buffer(self._cuda)
+        return self._buffers[name]
+
+    def _forget_graphs(self) -> None:
+        for graph in self._graphs.values():
+            self._destroy(graph)
+        self._graphs.clear()
+
+    def _destroy(self, graph: Any) -> None:
+        if graph:
+            self._cuda.cudaGraphExecDestroy(graph)
+
+    def __del__(self) -> None:
+        self._forget_graphs()
+        for buffer in self._buffers.values():
+            buffer.free()
+        self._cuda.cudaStreamDestroy(self._stream)

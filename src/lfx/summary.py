@@ -1,0 +1,68 @@
+"""What `lfx inspect` shows people of a bundle or a plan, as rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lfx.config import Manifest, Signature
+from lfx.runtime.plan import PlanManifest
+
+Rows = list[list[str]]
+
+
+def rows(manifest: Manifest | PlanManifest) -> Rows:
+    """Pairs of what and value."""
+    return list(_plan(manifest) if isinstance(manifest, PlanManifest) else _bundle(manifest))
+
+
+def _bundle(manifest: Manifest) -> Iterator[list[str]]:
+    yield ["model", str(manifest.source.get("model"))]
+    yield from _model(manifest.signature)
+    yield ["opset", f"{manifest.opset}{', functions inlined' if manifest.inlined else ''}"]
+    for name, result in manifest.validation.get("outputs", {}).items():
+        yield ["validated", f"{name}: error {result['max_abs_error']:.2g}, tolerance {result['tolerance']:.2g}"]
+    yield ["files", ", ".join(f"{name} ({entry['bytes']:,} bytes)" for name, entry in manifest.files.items())]
+    yield ["made with", _versions(manifest.versions)]
+
+
+def _plan(manifest: PlanManifest) -> Iterator[list[str]]:
+    yield ["built from", f"{manifest.bundle.get('name')} (lfx.json {str(manifest.bundle.get('sha256'))[:12]}…)"]
+    yield ["TensorRT", f"{manifest.flavor} {manifest.tensorrt_version}"]
+    yield ["target", manifest.target]
+    for profile in manifest.profiles:
+        yield ["profile", str(profile)]
+    plugin = f", plugin version {manifest.plugin_version}" if manifest.plugin_version else ""
+    yield ["attention", f"{manifest.plugin_layers} of {manifest.attention_nodes} nodes are plugin layers{plugin}"]
+    yield from _model(manifest.signature)
+    for name, result in manifest.conversion.get("outputs", {}).items():
+        difference, limit = result["max_abs_difference"], result["limit"]
+        yield ["converted", f"{name}: {difference:.2g} from the bundle's float32, at most {limit:.2g} allowed"]
+    yield ["size", f"{manifest.plan.get('bytes', 0):,} bytes"]
+    yield ["made with", _versions(manifest.versions)]
+
+
+def _model(signature: Signature) -> Iterator[list[str]]:
+    windows = sorted({2 * window for window in signature.attention_windows})
+    yield ["architecture", f"{signature.architecture}, {len(signature.attention_windows)} layers"]
+    yield ["task", signature.task]
+    yield ["precision", signature.precision]
+    yield ["attention window", f"{', '.join(map(str, windows))} tokens in all"]
+    yield ["longest sequence", str(signature.max_seqlen or "no limit")]
+    yield ["vocabulary", str(signature.vocab_size or "not checked")]
+    yield ["global attention", _global_text(signature)]
+    for kind, tensors in (("input", signature.inputs), ("output", signature.outputs)):
+        for tensor in tensors:
+            yield [kind, f"{tensor.name} ({', '.join(map(str, tensor.shape))}) {tensor.dtype}"]
+
+
+def _global_text(signature: Signature) -> str:
+    if signature.global_attention == "none":
+        return "none, fixed"
+    if signature.global_attention == "first":
+        return "the first token, fixed"
+    limit = "" if signature.max_global is None else f", at most {signature.max_global} a row"
+    return f"an input{limit}; without it: {signature.default_global.replace('_', ' ')}"
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())

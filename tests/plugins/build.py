@@ -1,0 +1,49 @@
+"""What the plugin's tests build with the C++ compiler alone: the host reference, and the kernels for the emulator."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGINS = ROOT / "plugins"
+EMULATED = ROOT / "tests" / "plugins"
+
+
+def compiler() -> str:
+    """The C++ compiler that the README asks for."""
+    found = shutil.which("c++") or shutil.which("g++")
+    assert found is not None, "a C++ compiler is needed, as the README says"
+    return found
+
+
+def build_library(folder: Path, name: str, sources: list[str], *flags: str) -> Path:
+    """Compile files of plugins/ into a shared library."""
+    objects = []
+
+    def compile_one(source: str) -> None:
+        language = ["-x", "c++"] if source.endswith(".cu") else []
+        command = [compiler(), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", *flags]
+        target = folder / f"{name}-{source}.o"
+        objects.append(target)
+        subprocess.run([*command, *language, "-c", str(PLUGINS / source), "-o", str(target)], check=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, sources))
+    library = folder / f"lib{name}.so"
+    subprocess.run([compiler(), "-shared", "-o", str(library), *map(str, objects)], check=True)
+    return library
+
+
+def reference_library(folder: Path) -> ctypes.CDLL:
+    """The host reference."""
+    return ctypes.CDLL(str(build_library(folder, "lfx_reference", ["reference.cpp", "limits.cpp"])))
+
+
+def emulated_library(folder: Path) -> Path:
+    """The kernels' own source on the emulated machine."""
+    flags = ("-DLFX_EMULATED", f"-I{EMULATED}")
+    return build_library(folder, "lfx_emulated", ["banded_attention.cu", "global_attention.cu", "limits.cpp"], *flags)

@@ -1,0 +1,593 @@
+// The CUDA machine on one CPU thread, as far as the attention kernels use it: the kernels' own source runs here.
+//
+// Every CUDA thread is a fiber. A fiber runs until it needs the others (a barrier, a shuffle, a tensor-core product) and
+// goes on when all of its warp, or block, have come; if they never do, the kernel's threads diverge, and the program
+// stops. Shared memory starts as NaN, ends at a page that cannot be touched, and receives an asynchronous copy only when
+// the thread waits for it: a kernel that reads too early, or too far, is found out.
+#pragma once
+
+#include <cmath>
+#include <csetjmp>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define threadIdx (lfx::emulated::current->index)
+#define blockIdx (lfx::emulated::blockIndex)
+
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+constexpr int cudaErrorInvalidValue = 1;
+
+struct dim3
+{
+    dim3(uint32_t x = 1, uint32_t y = 1, uint32_t z = 1)
+        : x(x)
+        , y(y)
+        , z(z)
+    {
+    }
+    uint32_t x, y, z;
+};
+
+struct Index
+{
+    int32_t x, y, z;
+};
+
+struct alignas(16) uint4
+{
+    uint32_t x, y, z, w;
+};
+
+struct alignas(16) float4
+{
+    float x, y, z, w;
+};
+
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w)
+{
+    return {x, y, z, w};
+}
+
+inline uint32_t __float_as_uint(float x)
+{
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+
+namespace lfx
+{
+namespace emulated
+{
+
+struct Copy
+{
+    void* to;
+    uint8_t bytes[16];
+};
+
+enum class State
+{
+    kRUNNING,
+    kAT_WARP,
+    kAT_BLOCK,
+    kDONE,
+};
+
+struct Fiber
+{
+    Index index;
+    State state;
+    char const* operation;
+    void* argument;
+    ucontext_t context;
+    jmp_buf place;
+    bool started;
+    std::vector<uint8_t> stack;
+    std::vector<Copy> open;              // copies since the last endCopies()
+    std::deque<std::vector<Copy>> groups; // closed, not yet waited for
+};
+
+inline Fiber* current = nullptr;
+inline Index blockIndex;
+inline uint8_t* shared = nullptr;
+inline std::vector<Fiber> fibers;
+inline jmp_buf scheduler;
+inline ucontext_t schedulerContext;
+inline std::function<void()> body;
+
+[[noreturn]] inline void fail(char const* reason)
+{
+    std::fprintf(stderr, "emulated kernel: %s (block %d %d %d, thread %d)\n", reason, blockIndex.x, blockIndex.y,
+        blockIndex.z, current != nullptr ? current->index.x : -1);
+    std::abort();
+}
+
+inline void yield(State state, char const* operation, void* argument)
+{
+    current->state = state;
+    current->operation = operation;
+    current->argument = argument;
+    if (_setjmp(current->place) == 0)
+    {
+        _longjmp(scheduler, 1);
+    }
+}
+
+inline void run()
+{
+    body();
+    current->state = State::kDONE;
+    _longjmp(scheduler, 1);
+}
+
+inline void resume(Fiber& fiber)
+{
+    current = &fiber;
+    fiber.state = State::kRUNNING;
+    if (_setjmp(scheduler) == 0)
+    {
+        if (fiber.started)
+        {
+            _longjmp(fiber.place, 1);
+        }
+        fiber.started = true;
+        swapcontext(&schedulerContext, &fiber.context);
+    }
+}
+
+// Whether the fibers from `first` all wait for the same operation, which then is done.
+template <typename Finish>
+bool together(size_t first, size_t count, State state, Finish finish)
+{
+    for (size_t i = first; i < first + count; ++i)
+    {
+        if (fibers[i].state != state)
+        {
+            return false;
+        }
+        if (std::strcmp(fibers[i].operation, fibers[first].operation) != 0)
+        {
+            fail("threads of a warp wait for different operations");
+        }
+    }
+    finish(first);
+    return true;
+}
+
+using WarpOperation = void (*)(void* const (&arguments)[32]);
+
+struct WarpCall
+{
+    WarpOperation operation;
+    void* argument;
+};
+
+inline void finishWarp(size_t first)
+{
+    void* arguments[32];
+    for (size_t i = 0; i < 32; ++i)
+    {
+        arguments[i] = static_cast<WarpCall*>(fibers[first + i].argument)->argument;
+    }
+    static_cast<WarpCall*>(fibers[first].argument)->operation(arguments);
+}
+
+inline void runBlock(size_t threads)
+{
+    for (size_t i = 0; i < threads; ++i)
+    {
+        Fiber& fiber = fibers[i];
+        fiber.index = {static_cast<int32_t>(i), 0, 0};
+        fiber.state = State::kRUNNING;
+        fiber.started = false;
+        fiber.open.clear();
+        fiber.groups.clear();
+        fiber.stack.resize(256 * 1024);
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, run, 0);
+    }
+    std::vector<bool> ready(threads, true);
+    for (;;)
+    {
+        bool progress = false;
+        for (size_t warp = 0; warp < threads; warp += 32)
+        {
+            for (size_t i = warp; i < warp + 32; ++i)
+            {
+                if (ready[i] && fibers[i].state == State::kRUNNING)
+                {
+                    ready[i] = false;
+                    resume(fibers[i]);
+                    progress = true;
+                }
+            }
+            if (together(warp, 32, State::kAT_WARP, finishWarp))
+            {
+                for (size_t i = warp; i < warp + 32; ++i)
+                {
+                    fibers[i].state = State::kRUNNING;
+                    ready[i] = true;
+                }
+                progress = true;
+            }
+        }
+        if (together(0, threads, State::kAT_BLOCK, [threads](size_t) {
+                bool any = false;
+                for (size_t i = 0; i < threads; ++i)
+                {
+                    any |= *static_cast<bool*>(fibers[i].argument);
+                }
+                for (size_t i = 0; i < threads; ++i)
+                {
+                    *static_cast<bool*>(fibers[i].argument) = any;
+                }
+            }))
+        {
+            for (size_t i = 0; i < threads; ++i)
+            {
+                fibers[i].state = State::kRUNNING;
+                ready[i] = true;
+            }
+            progress = true;
+        }
+        if (!progress)
+        {
+            break;
+        }
+    }
+    for (size_t i = 0; i < threads; ++i)
+    {
+        if (fibers[i].state != State::kDONE)
+        {
+            current = &fibers[i];
+            fail("threads wait for others that never come");
+        }
+    }
+    current = nullptr;
+}
+
+inline void warp(WarpOperation operation, char const* name, void* argument)
+{
+    WarpCall call{operation, argument};
+    yield(State::kAT_WARP, name, &call);
+}
+
+// Shared memory of exactly `bytes`: what follows is a page that cannot be touched.
+class SharedMemory
+{
+public:
+    explicit SharedMemory(size_t bytes)
+        : mBytes((bytes + 15) / 16 * 16)
+        , mPages((mBytes + 4095) / 4096 * 4096)
+    {
+        mStart = static_cast<uint8_t*>(
+            mmap(nullptr, mPages + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+        mprotect(mStart + mPages, 4096, PROT_NONE);
+        shared = mStart + mPages - mBytes;
+    }
+    ~SharedMemory()
+    {
+        munmap(mStart, mPages + 4096);
+    }
+    void poison()
+    {
+        std::memset(shared, 0xff, mBytes);
+    }
+
+private:
+    size_t mBytes;
+    size_t mPages;
+    uint8_t* mStart;
+};
+
+} // namespace emulated
+
+struct Half
+{
+    uint16_t bits;
+};
+
+struct Bf16
+{
+    uint16_t bits;
+};
+
+inline float toFloat(Half x)
+{
+    _Float16 value;
+    std::memcpy(&value, &x.bits, 2);
+    return static_cast<float>(value);
+}
+
+inline float toFloat(Bf16 x)
+{
+    uint32_t const bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+template <typename T>
+T fromFloat(float x);
+
+template <>
+inline float fromFloat<float>(float x)
+{
+    return x;
+}
+
+template <>
+inline Half fromFloat<Half>(float x)
+{
+    _Float16 const value = static_cast<_Float16>(x);
+    Half half;
+    std::memcpy(&half.bits, &value, 2);
+    return half;
+}
+
+template <>
+inline Bf16 fromFloat<Bf16>(float x)
+{
+    if (std::isnan(x))
+    {
+        return {0x7fff};
+    }
+    uint32_t const bits = __float_as_uint(x);
+    return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)}; // to nearest, ties to even
+}
+
+template <typename T>
+uint32_t pack(float low, float high)
+{
+    return fromFloat<T>(low).bits | static_cast<uint32_t>(fromFloat<T>(high).bits) << 16;
+}
+
+template <typename T>
+float unpack(uint32_t pair, int which)
+{
+    return toFloat(T{static_cast<uint16_t>(which == 0 ? pair & 0xffff : pair >> 16)});
+}
+
+struct Product
+{
+    float* c;
+    uint32_t const* a;
+    uint32_t b[2];
+};
+
+template <typename T>
+void multiplyAdd(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
+{
+    Product product{c, a, {b0, b1}};
+    emulated::warp(
+        [](void* const (&lanes)[32]) {
+            float a[16][16];
+            float b[16][8];
+            for (int lane = 0; lane < 32; ++lane)
+            {
+                Product const& p = *static_cast<Product*>(lanes[lane]);
+                for (int i = 0; i < 8; ++i) // PTX ISA, figures of mma.m16n8k16 with .f16 and .bf16
+                {
+                    a[lane / 4 + (i / 2 % 2) * 8][lane % 4 * 2 + i % 2 + (i / 4) * 8] = unpack<T>(p.a[i / 2], i % 2);
+                }
+                for (int i = 0; i < 4; ++i)
+                {
+                    b[lane % 4 * 2 + i % 2 + i / 2 * 8][lane / 4] = unpack<T>(p.b[i / 2], i % 2);
+                }
+            }
+            for (int lane = 0; lane < 32; ++lane)
+            {
+                for (int i = 0; i < 4; ++i)
+                {
+                    int const row = lane / 4 + i / 2 * 8;
+                    int const column = lane % 4 * 2 + i % 2;
+                    float sum = static_cast<Product*>(lanes[lane])->c[i];
+                    for (int k = 0; k < 16; ++k)
+                    {
+                        sum += a[row][k] * b[k][column];
+                    }
+                    static_cast<Product*>(lanes[lane])->c[i] = sum;
+                }
+            }
+        },
+        "mma", &product);
+}
+
+struct MatrixLoad
+{
+    uint32_t* registers;
+    uint16_t const* row;
+    bool transposed;
+};
+
+inline void loadMatrices(uint32_t (&r)[4], void const* row, bool transposed)
+{
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+    {
+        emulated::fail("ldmatrix of an address that is no multiple of 16");
+    }
+    MatrixLoad load{r, static_cast<uint16_t const*>(row), transposed};
+    emulated::warp(
+        [](void* const (&lanes)[32]) {
+            for (int lane = 0; lane < 32; ++lane)
+            {
+                MatrixLoad const& mine = *static_cast<MatrixLoad*>(lanes[lane]);
+                for (int m = 0; m < 4; ++m)
+                {
+                    uint32_t pair = 0;
+                    for (int i = 0; i < 2; ++i)
+                    {
+                        int const row = mine.transposed ? lane % 4 * 2 + i : lane / 4;
+                        int const column = mine.transposed ? lane / 4 : lane % 4 * 2 + i;
+                        uint32_t const found = static_cast<MatrixLoad*>(lanes[m * 8 + row])->row[column];
+                        pair |= found << 16 * i;
+                    }
+                    mine.registers[m] = pair;
+                }
+            }
+        },
+        transposed ? "ldmatrix.trans" : "ldmatrix", &load);
+}
+
+inline void loadMatrices(uint32_t (&r)[4], void const* row)
+{
+    loadMatrices(r, row, false);
+}
+
+inline void loadMatricesTransposed(uint32_t (&r)[4], void const* row)
+{
+    loadMatrices(r, row, true);
+}
+
+inline void copyAsync(void* to, void const* from, bool valid)
+{
+    if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    {
+        emulated::fail("cp.async of an address that is no multiple of 16");
+    }
+    emulated::Copy copy{to, {}};
+    if (valid)
+    {
+        std::memcpy(copy.bytes, from, 16);
+    }
+    emulated::current->open.push_back(copy);
+}
+
+inline void endCopies()
+{
+    emulated::current->groups.push_back(std::move(emulated::current->open));
+    emulated::current->open.clear();
+}
+
+template <int kPENDING>
+void waitForCopies()
+{
+    auto& groups = emulated::current->groups;
+    while (groups.size() > kPENDING)
+    {
+        for (emulated::Copy const& copy : groups.front())
+        {
+            std::memcpy(copy.to, copy.bytes, 16);
+        }
+        groups.pop_front();
+    }
+}
+
+inline void* sharedMemory()
+{
+    return emulated::shared;
+}
+
+template <typename Params>
+int32_t launch(
+    void (*kernel)(Params), dim3 grid, int32_t threads, size_t sharedBytes, Params const& params, cudaStream_t) noexcept
+{
+    if (sharedBytes > 101376) // of compute capability 8.6, 8.9 and 12.0, which have the least
+    {
+        return cudaErrorInvalidValue;
+    }
+    emulated::SharedMemory memory(sharedBytes);
+    if (emulated::fibers.size() < static_cast<size_t>(threads))
+    {
+        emulated::fibers = std::vector<emulated::Fiber>(threads);
+    }
+    emulated::body = [kernel, &params] { kernel(params); };
+    for (uint32_t z = 0; z < grid.z; ++z)
+    {
+        for (uint32_t y = 0; y < grid.y; ++y)
+        {
+            for (uint32_t x = 0; x < grid.x; ++x)
+            {
+                emulated::blockIndex
+                    = {static_cast<int32_t>(x), static_cast<int32_t>(y), static_cast<int32_t>(z)};
+                memory.poison();
+                emulated::runBlock(threads);
+            }
+        }
+    }
+    return 0;
+}
+
+} // namespace lfx
+
+inline void __syncthreads()
+{
+    bool value = false;
+    lfx::emulated::yield(lfx::emulated::State::kAT_BLOCK, "__syncthreads", &value);
+}
+
+inline int __syncthreads_or(int predicate)
+{
+    bool value = predicate != 0;
+    lfx::emulated::yield(lfx::emulated::State::kAT_BLOCK, "__syncthreads_or", &value);
+    return value ? 1 : 0;
+}
+
+inline void __syncwarp()
+{
+    lfx::emulated::warp([](void* const (&)[32]) {}, "__syncwarp", nullptr);
+}
+
+inline uint32_t __ballot_sync(uint32_t, bool predicate)
+{
+    struct Vote
+    {
+        bool predicate;
+        uint32_t bits;
+    } vote{predicate, 0};
+    lfx::emulated::warp(
+        [](void* const (&lanes)[32]) {
+            uint32_t bits = 0;
+            for (int lane = 0; lane < 32; ++lane)
+            {
+                bits |= static_cast<uint32_t>(static_cast<Vote*>(lanes[lane])->predicate) << lane;
+            }
+            for (void* lane : lanes)
+            {
+                static_cast<Vote*>(lane)->bits = bits;
+            }
+        },
+        "__ballot_sync", &vote);
+    return vote.bits;
+}
+
+inline float __shfl_xor_sync(uint32_t, float value, int mask)
+{
+    struct Shuffle
+    {
+        float value;
+        int mask;
+        float result;
+    } shuffle{value, mask, 0.0F};
+    lfx::emulated::warp(
+        [](void* const (&lanes)[32]) {
+            for (int lane = 0; lane < 32; ++lane)
+            {
+                Shuffle& mine = *static_cast<Shuffle*>(lanes[lane]);
+                mine.result = static_cast<Shuffle*>(lanes[lane ^ mine.mask])->value;
+            }
+        },
+        "__shfl_xor_sync", &shuffle);
+    return shuffle.result;
+}
+
+inline void atomicAnd(uint32_t* address, uint32_t value)
+{
+    *address &= value;
+}

@@ -1,0 +1,193 @@
+"""Random attention problems: what the dense definition says of them, and what a function of the C interface does."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from lfx import reference
+from lfx.parity import Case, inputs_of
+from lfx.runtime.plugin import TYPES, BandedParams, GlobalParams
+
+DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+UNIT_ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class Guarded:
+    """A copy of an array that ends where memory that cannot be touched begins."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        page = mmap.PAGESIZE
+        size = -(-array.nbytes // 16) * 16
+        pages = max(-(-size // page), 1) * page
+        self._map = mmap.mmap(-1, pages + page)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        assert _libc.mprotect(start + pages, page, mmap.PROT_NONE if hasattr(mmap, "PROT_NONE") else 0) == 0
+        self.address = start + pages - size
+        self.array = np.frombuffer(self._map, array.dtype, array.size, pages - size).reshape(array.shape)
+        self.array[...] = array
+
+
+@dataclass
+class Banded:
+    """One call of BandedAttention: inputs rounded to the type, and attributes."""
+
+    inputs: dict[str, NDArray[Any]]
+    num_heads: int
+    window: int
+    dilation: int = 1
+    causal: int = 0
+    precision: str = "fp32"
+
+    def dense(self) -> NDArray[np.float64]:
+        """By the dense definition."""
+        return reference.banded_attention(
+            **{name: np.asarray(array, np.float64) for name, array in self.inputs.items()},
+            num_heads=self.num_heads,
+            window=self.window,
+            dilation=self.dilation,
+            causal=bool(self.causal),
+        )
+
+    def run(self, function: Callable[..., Any], *rest: Any) -> NDArray[np.float64]:
+        """By a function of the C interface; the output starts as NaN."""
+        held = {name: Guarded(array) for name, array in self.inputs.items()}
+        batch, seqlen, width = self.inputs["query"].shape
+        context = Guarded(np.full((batch, seqlen, width), np.nan, DTYPES[self.precision]))
+        params = BandedParams(
+            **{name: memory.address for name, memory in held.items()},
+            context=context.address,
+            batch=batch,
+            seqlen=seqlen,
+            slots=self.inputs["global_index"].shape[1],
+            num_heads=self.num_heads,
+            head_size=width // self.num_heads,
+            window=self.window,
+            dilation=self.dilation,
+            causal=self.causal,
+            scale=(width // self.num_heads) ** -0.5,
+            type=TYPES[self.precision],
+        )
+        assert not function(ctypes.byref(params), *rest)
+        return context.array.astype(np.float64)
+
+    def tolerance(self) -> float:
+        """What rounding may do; see `rounding`."""
+        longest = self.inputs["query"].shape[1] + self.inputs["global_index"].shape[1]
+        return rounding(self.inputs, self.num_heads, longest, self.precision)
+
+
+def rounding(inputs: dict[str, NDArray[Any]], num_heads: int, keys: int, precision: str) -> float:
+    """What rounding leaves of the kernels' arithmetic.
+
+    Scores, exponentials and sums are float32: a score of D products is off by √D·u·Σ|q·k|·scale (Higham & Mary 2019),
+    which moves a weight by that share, and sums of `keys` weights, in numerator and denominator, by √keys·u each. In
+    float16 and bfloat16 every weight is rounded once (a share u of each, so at most u·max|v| of the sum), and the
+    result is.
+    """
+    query, key, value = (np.abs(np.asarray(inputs[name], np.float64)) for name in ("query", "key", "value"))
+    size = query.shape[2] // num_heads
+    by_head = [array.reshape(*array.shape[:2], num_heads, size) for array in (query, key)]
+    largest = np.einsum("bqhd,bkhd->bhqk", *by_head).max() * size**-0.5
+    in_float32 = (2 * size**0.5 * largest + 2 * keys**0.5 + 2) * UNIT_ROUNDOFF["fp32"]
+    stored = 0.0 if precision == "fp32" else 2 * UNIT_ROUNDOFF[precision]
+    return float((in_float32 + stored) * value.max())
+
+
+def masks(case: Case) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """key_mask and global_index of a case of the parity suite; unused slots stand among the used ones."""
+    arrays = inputs_of(case, vocab_size=9, pad_token_id=1)
+    flags = arrays["global_attention_mask"] > 0
+    slots = max(int(flags.sum(axis=1).max()), 1) + 1
+    index = np.full((case.batch, slots), -1, np.int32)
+    random = np.random.default_rng(case.seqlen)
+    for row, marks in enumerate(flags):
+        found = np.flatnonzero(marks)
+        places = random.permutation(slots)[: len(found)]
+        index[row, places] = found
+    return (arrays["attention_mask"] > 0).astype(np.int32), index
+
+
+def banded(
+    case: Case, num_heads: int, head_size: int, window: int, *, precision: str = "fp32", **attributes: int
+) -> Banded:
+    """A random problem with the masks of a case."""
+    random = np.random.default_rng([case.seqlen, case.batch, window, head_size])
+    key_mask, index = masks(case)
+    shape = (case.batch, case.seqlen, num_heads * head_size)
+
+    def draw(*sizes: int) -> NDArray[Any]:
+        return random.standard_normal(sizes).astype(DTYPES[precision])
+
+    inputs = {
+        "query": draw(*shape),
+        "key": draw(*shape),
+        "value": draw(*shape),
+        "key_mask": key_mask,
+        "global_index": index,
+        "global_context": draw(case.batch, index.shape[1], shape[2]),
+    }
+    return Banded(inputs, num_heads, window, precision=precision, **attributes)
+
+
+@dataclass
+class Global:
+    """One call of GlobalAttention."""
+
+    inputs: dict[str, NDArray[Any]]
+    num_heads: int
+    precision: str = "fp32"
+
+    def dense(self) -> NDArray[np.float64]:
+        """By the dense definition."""
+        arrays = {name: np.asarray(array, np.float64) for name, array in self.inputs.items()}
+        return reference.global_attention(**arrays, num_heads=self.num_heads)
+
+    def run(self, function: Callable[..., Any], workspace: Callable[..., int] | None = None) -> NDArray[np.float64]:
+        """By a function of the C interface; output and scratch start as NaN."""
+        held = {name: Guarded(array) for name, array in self.inputs.items()}
+        batch, queries, width = self.inputs["query"].shape
+        size = width // self.num_heads
+        context = Guarded(np.full((batch, queries, width), np.nan, DTYPES[self.precision]))
+        scratch_bytes = workspace(batch, queries, self.num_heads, size) if workspace is not None else 0
+        scratch = Guarded(np.full(scratch_bytes // 4, np.nan, np.float32))
+        params = GlobalParams(
+            **{name: memory.address for name, memory in held.items()},
+            context=context.address,
+            workspace=scratch.address,
+            batch=batch,
+            seqlen=self.inputs["key"].shape[1],
+            queries=queries,
+            num_heads=self.num_heads,
+            head_size=size,
+            scale=size**-0.5,
+            type=TYPES[self.precision],
+        )
+        assert not (function(ctypes.byref(params), None) if workspace is not None else function(ctypes.byref(params)))
+        return context.array.astype(np.float64)
+
+    def tolerance(self) -> float:
+        """What rounding may do."""
+        return rounding(self.inputs, self.num_heads, self.inputs["key"].shape[1], self.precision)
+
+
+def global_(case: Case, queries: int, num_heads: int, head_size: int, *, precision: str = "fp32") -> Global:
+    """A random problem with the key mask of a case."""
+    random = np.random.default_rng([case.seqlen, case.batch, queries, head_size])
+    key_mask, _ = masks(case)
+
+    def draw(rows: int) -> NDArray[Any]:
+        return random.standard_normal((case.batch, rows, num_heads * head_size)).astype(DTYPES[precision])
+
+    inputs = {"query": draw(queries), "key": draw(case.seqlen), "value": draw(case.seqlen), "key_mask": key_mask}
+    return Global(inputs, num_heads, precision)
