@@ -113,7 +113,7 @@ __device__ __forceinline__ bool fillTables(BandedParams const& p, Block const& b
 __device__ __forceinline__ bool isLocal(Block const& block, int32_t key)
 {
     int32_t const bit = key - block.keys.begin;
-    return key < block.keys.end && (block.local[bit / kWORD] >> (bit % kWORD) & 1U) != 0;
+    return (block.local[bit / kWORD] >> (bit % kWORD) & 1U) != 0; // none behind keys.end
 }
 
 // The position of key `column` of a tile, or -1 where there is none to read.
@@ -183,7 +183,18 @@ __device__ __forceinline__ void copyTile(
 template <typename T, int kD>
 struct WarpState
 {
-    uint32_t query[kD / 16][4];
+    // Fragments of the queries stay in registers where there is room for them, and are loaded for each tile otherwise.
+    static constexpr bool kKEEPS_QUERIES = kD <= 64;
+
+    __device__ __forceinline__ void loadQuery(uint32_t (&fragment)[4], int step) const
+    {
+        int32_t const lane = threadIdx.x % kWORD;
+        int32_t const row = threadIdx.x / kWORD * kWARP_QUERIES + lane % 16;
+        loadMatrices(fragment, queries + swizzled<kD>(row, step * 2 + lane / 16));
+    }
+
+    T const* queries;
+    uint32_t kept[kKEEPS_QUERIES ? kD / 16 : 1][4];
     float sum[kD / 8][4];
     float peak[2];  // of the scores so far, times scale · log2(e)
     float total[2]; // of this lane's weights
@@ -200,26 +211,39 @@ __device__ __forceinline__ void visitTile(WarpState<T, kD>& state, T const* keys
     float score[2 * kGROUPS][4];
     float highest[2] = {kNEVER, kNEVER};
 #pragma unroll
+    for (int i = 0; i < 8 * kGROUPS; ++i)
+    {
+        score[i / 4][i % 4] = 0.0F;
+    }
+#pragma unroll
+    for (int step = 0; step < kD / 16; ++step)
+    {
+        uint32_t loaded[4];
+        if (!WarpState<T, kD>::kKEEPS_QUERIES)
+        {
+            state.loadQuery(loaded, step);
+        }
+        uint32_t const(&query)[4] = WarpState<T, kD>::kKEEPS_QUERIES ? state.kept[WarpState<T, kD>::kKEEPS_QUERIES ? step : 0] : loaded;
+#pragma unroll
+        for (int group = 0; group < kGROUPS; ++group)
+        {
+            if (kMASKED && (group < firstGroup || group >= lastGroup))
+            {
+                continue;
+            }
+            uint32_t b[4];
+            loadMatrices(b,
+                keys + swizzled<kD>(group * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+            multiplyAdd<T>(score[2 * group], query, b[0], b[1]);
+            multiplyAdd<T>(score[2 * group + 1], query, b[2], b[3]);
+        }
+    }
+#pragma unroll
     for (int group = 0; group < kGROUPS; ++group)
     {
         if (kMASKED && (group < firstGroup || group >= lastGroup))
         {
             continue;
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-        {
-            score[2 * group][i] = 0.0F;
-            score[2 * group + 1][i] = 0.0F;
-        }
-#pragma unroll
-        for (int step = 0; step < kD / 16; ++step)
-        {
-            uint32_t b[4];
-            loadMatrices(b,
-                keys + swizzled<kD>(group * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
-            multiplyAdd<T>(score[2 * group], state.query[step], b[0], b[1]);
-            multiplyAdd<T>(score[2 * group + 1], state.query[step], b[2], b[3]);
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half)
@@ -408,6 +432,7 @@ __global__ void __launch_bounds__(kTHREADS) bandedAttentionTensorCores(BandedPar
         endCopies();
     };
     WarpState<T, kD> state;
+    state.queries = queries;
 #pragma unroll
     for (int n = 0; n < kD / 8; ++n)
     {
@@ -436,14 +461,12 @@ __global__ void __launch_bounds__(kTHREADS) bandedAttentionTensorCores(BandedPar
         {
             copyKeysAndValues(tile + 1);
         }
-        if (tile == 0)
+        if (tile == 0 && WarpState<T, kD>::kKEEPS_QUERIES)
         {
-            int32_t const lane = threadIdx.x % kWORD;
-            int32_t const row = threadIdx.x / kWORD * kWARP_QUERIES + lane % 16;
 #pragma unroll
             for (int step = 0; step < kD / 16; ++step)
             {
-                loadMatrices(state.query[step], queries + swizzled<kD>(row, step * 2 + lane / 16));
+                state.loadQuery(state.kept[WarpState<T, kD>::kKEEPS_QUERIES ? step : 0], step);
             }
         }
         T const* const k = keys + tile % 2 * kTILE;

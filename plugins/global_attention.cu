@@ -300,7 +300,7 @@ LFX_HOST_DEVICE size_t floatBytes(int32_t headSize)
     return 4 * static_cast<size_t>(kQUERIES * headSize + kQUERIES * kFLOAT_KEYS + kQUERIES);
 }
 
-__global__ void __launch_bounds__(kTHREADS) globalAttentionFloat(GlobalParams p)
+__global__ void __launch_bounds__(kTHREADS, 1) globalAttentionFloat(GlobalParams p)
 {
     float* const queries = static_cast<float*>(sharedMemory());
     float* const weights = queries + kQUERIES * p.headSize;

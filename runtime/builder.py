@@ -289,14 +289,26 @@ def _compile(job: dict[str, Any], scratch: Path, progress: Progress, log: Callab
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [libraries, environment.get("LD_LIBRARY_PATH")]))
     command = [sys.executable, "-m", "lfx.runtime.compiler", str(scratch / "job.json")]
     errors: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env=environment,
+    ) as process:
         try:
             assert process.stdout is not None
             for text in process.stdout:
-                line = json.loads(text)
-                if "result" in line:
+                line = _parse(text)
+                if line is None:
+                    log(text.rstrip())  # what a library printed
+                    if text.startswith("lfx::"):
+                        errors.append(text.rstrip())
+                elif "result" in line:
                     return dict(line["result"])
-                if "step" in line:
+                elif "step" in line:
                     progress(line["step"])
                 elif "error" in line:
                     errors.append(line["error"])
@@ -307,8 +319,18 @@ def _compile(job: dict[str, Any], scratch: Path, progress: Progress, log: Callab
         except BaseException:
             process.kill()
             raise
-    reason = errors[0] if errors else f"it ended with exit status {process.returncode}"
+    errors.append(f"it ended with exit status {process.returncode}")
+    reason = next((error for error in errors if error.startswith("lfx::")), errors[0])
     raise BuildError(f"TensorRT built no engine: {one_line(Exception(reason), 600)}")
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    """A line of `compiler`'s, or None where something else printed it."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
 
 
 def _named_library(scratch: Path) -> str:

@@ -153,9 +153,13 @@ class Global:
         arrays = {name: np.asarray(array, np.float64) for name, array in self.inputs.items()}
         return reference.global_attention(**arrays, num_heads=self.num_heads)
 
-    def run(self, function: Callable[..., Any], workspace: Callable[..., int] | None = None) -> NDArray[np.float64]:
+    def run(
+        self, function: Callable[..., Any], workspace: Callable[..., int] | None = None, share_values: bool = False
+    ) -> NDArray[np.float64]:
         """By a function of the C interface; output and scratch start as NaN."""
         held = {name: Guarded(array) for name, array in self.inputs.items()}
+        if share_values:
+            held["value"] = held["key"]
         batch, queries, width = self.inputs["query"].shape
         size = width // self.num_heads
         context = Guarded(np.full((batch, queries, width), np.nan, DTYPES[self.precision]))

@@ -1,0 +1,198 @@
+"""The kernels' own source, run on an emulated CUDA machine, computes what the dense definition says.
+
+Shared memory starts as NaN, outputs start as NaN, and every input and the shared memory end at memory that cannot be
+touched: what is read too early, or beyond the end, is found out.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lfx.parity import Case, full_cases
+from lfx.runtime.plugin import Kernels
+from tests.plugins.build import ROOT
+from tests.plugins.problems import Banded, Global, banded, global_
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+def check(problem: Banded, kernels: Kernels) -> None:
+    """The kernel is within what rounding leaves."""
+    error = np.abs(problem.run(kernels.banded, None) - problem.dense()).max()
+    assert error <= problem.tolerance()
+
+
+def check_global(problem: Global, kernels: Kernels) -> None:
+    """The same for GlobalAttention."""
+    error = np.abs(problem.run(kernels.global_, kernels.workspace_bytes) - problem.dense()).max()
+    assert error <= problem.tolerance()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_banded_attention_over_the_cases_of_the_parity_suite(emulated: Kernels, precision: str) -> None:
+    for case in full_cases(8, None):
+        check(banded(case, 2, 16, 8, precision=precision), emulated)
+
+
+@pytest.mark.parametrize(("precision", "dilation", "causal"), product(PRECISIONS, (1, 2, 3), (0, 1)))
+def test_dilation_and_causal(emulated: Kernels, precision: str, dilation: int, causal: int) -> None:
+    for case in (Case(1, 1), Case(2, 130, "ragged", "right"), Case(1, 200, "scattered", "holes"), Case(1, 65, "first")):
+        check(banded(case, 2, 32, 20, precision=precision, dilation=dilation, causal=causal), emulated)
+
+
+@pytest.mark.parametrize(("precision", "head_size"), product(PRECISIONS, (8, 24, 32, 40, 64, 72, 128)))
+def test_head_sizes(emulated: Kernels, precision: str, head_size: int) -> None:
+    for case in (Case(1, 150, "scattered", "left"), Case(2, 64, "none", "empty_row")):
+        check(banded(case, 3, head_size, 30, precision=precision), emulated)
+        check_global(global_(case, 4, 3, head_size, precision=precision), emulated)
+
+
+@pytest.mark.parametrize(("precision", "window"), product(PRECISIONS, (0, 1, 15, 16, 17, 63, 64, 65, 100, 2**31 - 1)))
+def test_windows_and_lengths_around_the_tiles(emulated: Kernels, precision: str, window: int) -> None:
+    for seqlen in (15, 16, 17, 63, 64, 65, 129):
+        check(banded(Case(1, seqlen, "first", "holes"), 1, 16, window, precision=precision), emulated)
+    check(banded(Case(1, 330), 1, 16, window, precision=precision), emulated)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_more_global_tokens_than_a_tile_holds(emulated: Kernels, precision: str) -> None:
+    for case in (Case(1, 150, "all"), Case(1, 150, "all", "left")):
+        problem = banded(case, 1, 16, 4, precision=precision)
+        check(problem, emulated)
+    # Queries that see 100 global tokens: every second token is one.
+    problem = banded(Case(2, 200, "none", "right"), 1, 16, 4, precision=precision)
+    problem.inputs["global_index"] = np.tile(np.arange(0, 200, 2, dtype=np.int32), (2, 1))
+    rows = np.random.default_rng(0).standard_normal((2, 100, 16))
+    problem.inputs["global_context"] = rows.astype(problem.inputs["query"].dtype)
+    check(problem, emulated)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_long_sequence_with_the_window_of_the_base_model(emulated: Kernels, precision: str) -> None:
+    check(banded(Case(1, 1100, "scattered", "right"), 1, 64, 256, precision=precision), emulated)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_large_scores_do_not_overflow(emulated: Kernels, precision: str) -> None:
+    problem = banded(Case(1, 100, "first"), 1, 32, 16, precision=precision)
+    for name in ("query", "key"):
+        problem.inputs[name] = (problem.inputs[name] * 20).astype(problem.inputs[name].dtype)
+    check(problem, emulated)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_global_attention_over_the_cases_of_the_parity_suite(emulated: Kernels, precision: str) -> None:
+    for case in full_cases(8, None)[::3]:
+        check_global(global_(case, 3, 2, 16, precision=precision), emulated)
+
+
+@pytest.mark.parametrize(
+    ("precision", "queries", "num_heads", "head_size"),
+    [
+        (precision, *sizes)
+        for precision in PRECISIONS
+        for sizes in ((1, 1, 136), (12, 1, 768), (17, 1, 256), (5, 1, 1024), (40, 2, 64), (16, 12, 64))
+    ],
+)
+def test_wide_heads_and_many_queries(
+    emulated: Kernels, precision: str, queries: int, num_heads: int, head_size: int
+) -> None:
+    for case in (Case(1, 31), Case(2, 100, "none", "left"), Case(1, 33, "none", "holes")):
+        check_global(global_(case, queries, num_heads, head_size, precision=precision), emulated)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_keys_in_many_parts_join_to_one_row(emulated: Kernels, precision: str) -> None:
+    check_global(global_(Case(1, 3000, "none", "right"), 2, 1, 16, precision=precision), emulated)
+
+
+def test_keys_and_values_may_be_one_tensor(emulated: Kernels) -> None:
+    problem = global_(Case(2, 100, "none", "right"), 3, 1, 256, precision="fp16")
+    problem.inputs["value"] = problem.inputs["key"]
+    right = problem.run(emulated.global_, emulated.workspace_bytes)
+    shared = problem.run(emulated.global_, emulated.workspace_bytes, share_values=True)
+    np.testing.assert_array_equal(shared, right)
+
+
+def test_masked_keys_are_never_read(emulated: Kernels) -> None:
+    for precision in PRECISIONS:
+        problem = banded(Case(1, 130, "none", "right"), 1, 32, 20, precision=precision)
+        right = problem.run(emulated.banded, None)
+        masked = problem.inputs["key_mask"][0] == 0
+        for name in ("key", "value"):
+            problem.inputs[name][0, masked] = np.nan
+        np.testing.assert_array_equal(problem.run(emulated.banded, None), right)
+
+
+def test_the_guard_behind_an_input_works() -> None:
+    code = (
+        "import ctypes, numpy as np\n"
+        "from tests.plugins.problems import Guarded\n"
+        "held = Guarded(np.zeros(100, np.float32))\n"
+        "print(ctypes.c_float.from_address(held.address + 396).value, flush=True)\n"
+        "ctypes.c_float.from_address(held.address + 400).value\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "0.0\n"
+    assert done.returncode < 0  # stopped by the signal
+
+
+# What is broken -> file, text, and what stands in its place.
+MUTATIONS = {
+    "a copy is not waited for": (
+        "banded_attention.cu",
+        "waitForCopies<0>();\n        __syncthreads(); // the tile is there",
+        "__syncthreads(); //",
+    ),
+    "a key behind the end": ("banded_attention.cu", "key < block.keys.end && mask", "mask"),
+    "a window too wide": (
+        "banded_attention.cu",
+        "inBand(firstQuery + row, firstKey + column, block.window",
+        "inBand(firstQuery + row, firstKey + column, block.window + 1",
+    ),
+    "a total not rescaled": ("banded_attention.cu", "state.total[i] *= keep[i];", ""),
+    "a fragment of the wrong column": (
+        "banded_attention.cu",
+        "lane / 8 % 2 * 8, n * 2 + lane / 16",
+        "lane / 8 % 2 * 8, n * 2 + lane / 8 % 2",
+    ),
+    "a masked key": ("global_attention.cu", "mask[first + column] != 0", "mask[first + column] >= 0"),
+    "parts not rescaled": ("global_attention.cu", "sum += weight * row[column];", "sum += row[column];"),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_suite_finds_a_broken_kernel(name: str, tmp_path: Path) -> None:
+    """Mutations of the kernels' source: each must make the checks fail, or they prove nothing."""
+    file, before, after = MUTATIONS[name]
+    script = (
+        "import sys; from pathlib import Path; import tests.plugins.build as build\n"
+        "build.PLUGINS = Path(sys.argv[1])\n"
+        "from lfx.runtime.plugin import Kernels; from lfx.parity import Case\n"
+        "from tests.plugins.test_kernels import check, check_global\n"
+        "from tests.plugins.problems import banded, global_\n"
+        "kernels = Kernels(build.emulated_library(Path(sys.argv[2])))\n"
+        "print('built', flush=True)\n"
+        "for case in (Case(2, 150, 'scattered', 'holes'), Case(1, 70, 'none', 'right')):\n"
+        "    check(banded(case, 2, 64, 20, precision='fp16'), kernels)\n"
+        "    check_global(global_(case, 3, 2, 64, precision='fp16'), kernels)\n"
+        "check_global(global_(Case(1, 700, 'none', 'left'), 3, 1, 64, precision='fp16'), kernels)\n"
+        "print('passed')\n"
+    )
+    mutant = tmp_path / "plugins"
+    mutant.mkdir()
+    for source in (ROOT / "plugins").iterdir():
+        text = source.read_text(encoding="utf-8")
+        if source.name == file:
+            assert text.count(before) == 1
+            text = text.replace(before, after)
+        (mutant / source.name).write_text(text, encoding="utf-8")
+    arguments = [sys.executable, "-c", script, str(mutant), str(tmp_path)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["built"], done.stderr

@@ -1,0 +1,196 @@
+"""The library that pip built: what it exports, what the compiler made of the kernels, and that TensorRT takes it."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from lfx.errors import BuildError
+from lfx.runtime.builder import _compile, _named_library
+
+pytestmark = pytest.mark.trt
+
+ARCHITECTURES = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
+
+
+@pytest.fixture(scope="session")
+def cuobjdump() -> Path:
+    """NVIDIA's disassembler, from the package nvidia-cuda-cuobjdump."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        for found in Path(folder).glob("*/bin/cuobjdump"):
+            return found
+    pytest.skip("nvidia-cuda-cuobjdump is not installed")
+
+
+@pytest.fixture(scope="session")
+def kernels(library: Path, cuobjdump: Path) -> dict[tuple[str, str], str]:
+    """(architecture, kernel) -> its machine code."""
+    # It calls nvdisasm, which a package of its own puts beside it.
+    environment = {**os.environ, "PATH": os.pathsep.join([str(cuobjdump.parent), os.environ["PATH"]])}
+    command = [cuobjdump, "-sass", library]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    found = {}
+    for section in re.split(r"\n\s*arch = ", text)[1:]:
+        for part in section.split("Function : ")[1:]:
+            found[section.split()[0], part.split()[0]] = part
+    return found
+
+
+def test_the_library_exports_what_is_documented_and_needs_no_tensorrt(library: Path) -> None:
+    exported = subprocess.run(["nm", "-D", "--defined-only", library], check=True, capture_output=True, text=True)
+    names = {line.split()[2] for line in exported.stdout.splitlines() if line.split()[1] == "T"}
+    assert names == {
+        "getCreators",
+        "setLoggerFinder",
+        "lfxBandedAttention",
+        "lfxGlobalAttention",
+        "lfxGlobalWorkspaceBytes",
+    }
+    needed = subprocess.run(["readelf", "-d", library], check=True, capture_output=True, text=True).stdout
+    assert not re.search(r"NEEDED.*(nvinfer|tensorrt|cudart)", needed)
+    ctypes.CDLL(str(library))  # loads without a GPU, a driver or TensorRT
+
+
+def test_there_is_code_for_every_architecture(kernels: dict[tuple[str, str], str]) -> None:
+    assert {arch for arch, _ in kernels} == ARCHITECTURES
+    names = {name for _, name in kernels}
+    assert len(names) == 9 + 5 + 3  # BandedAttention; GlobalAttention; the joining of its parts
+    for arch in ARCHITECTURES:
+        assert {name for found, name in kernels if found == arch} == names
+
+
+def test_float16_and_bfloat16_kernels_use_tensor_cores_and_float32_ones_do_not(
+    kernels: dict[tuple[str, str], str],
+) -> None:
+    seen = set()
+    for (arch, name), code in kernels.items():
+        if "TensorCores" in name:
+            wanted = "HMMA.16816.F32.BF16" if "bfloat16" in name else r"HMMA.16816.F32 "
+            assert re.search(wanted, code), (arch, name)
+            assert "LDSM" in code, (arch, name)  # fragments come by ldmatrix
+            assert "LDGSTS" in code, (arch, name)  # tiles come by cp.async
+            seen.add(name)
+        else:
+            assert "HMMA" not in code, (arch, name)
+    assert len(seen) == 10
+
+
+def test_no_kernel_spills_registers(kernels: dict[tuple[str, str], str]) -> None:
+    for (arch, name), code in kernels.items():
+        assert not re.search(r"\b(STL|LDL)\b", code), (arch, name)
+
+
+def _node_file(folder: Path, op: str, **attributes: Any) -> Path:
+    """An ONNX file with one attention node, which has no function behind it."""
+    names = ["query", "key", "value", "key_mask", "global_index", "global_context"][: 6 if op.startswith("B") else 4]
+    inputs = []
+    for name in names:
+        integer = name in ("key_mask", "global_index")
+        axes = ["b", "g" if name.startswith("global") or (name == "query" and len(names) == 4) else "s"]
+        shape = axes if integer else [*axes, 64]
+        inputs.append(helper.make_tensor_value_info(name, TensorProto.INT32 if integer else TensorProto.FLOAT, shape))
+    output = helper.make_tensor_value_info("context", TensorProto.FLOAT, None)
+    node = helper.make_node(
+        op, names, ["context"], "attention", domain="lfx", plugin_version="1", plugin_namespace="lfx"
+    )
+    for name, value in attributes.items():
+        node.attribute.append(helper.make_attribute(name, value))
+    graph = helper.make_graph([node], "one", inputs, [output])
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("lfx", 1)]
+    path = folder / "one.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=8), path)
+    return path
+
+
+def _build(
+    folder: Path, library: Path, op: str, log: Callable[[str], None] = print, **attributes: Any
+) -> dict[str, Any]:
+    """What `compiler` says of it; one shape of batch 2, 40 tokens, 3 slots."""
+    names = ["query", "key", "value", "key_mask", "global_index", "global_context"][: 6 if op.startswith("B") else 4]
+    shapes = {}
+    for name in names:
+        rows = 3 if name.startswith("global") or (name == "query" and len(names) == 4) else 40
+        shape = (2, rows) if name in ("key_mask", "global_index") else (2, rows, 64)
+        shapes[name] = (shape, shape, shape)
+    job = {
+        "module": "tensorrt_rtx",
+        "extra": "rtx",
+        "onnx": str(_node_file(folder, op, **attributes)),
+        "plan": str(folder / "one.plan"),
+        "plugin": str(library),
+        "target": "sm89",
+        "profiles": [shapes],
+        "workspace_bytes": None,
+        "optimization_level": None,
+        "timing_cache": None,
+        "flags": [],
+    }
+    return _compile(job, folder, lambda step: None, log)
+
+
+BANDED = {"num_heads": 2, "window": 8, "dilation": 1, "causal": 0, "scale": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes"),
+    [
+        ("BandedAttention", BANDED),
+        ("BandedAttention", {"num_heads": 1, "window": 0}),
+        ("GlobalAttention", {"num_heads": 4}),
+    ],
+    ids=["all attributes", "defaults", "global"],
+)
+def test_tensorrt_takes_the_plugin(op: str, attributes: dict[str, Any], library: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    assert _build(tmp_path, library, op, **attributes)["plugin_layers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "reason"),
+    [
+        ("BandedAttention", {"num_heads": 0}, "num_heads 0 is out of range; it must be 1 to 1024"),
+        ("BandedAttention", {"num_heads": None}, "num_heads 0 is out of range"),
+        ("BandedAttention", {"window": None}, "window -1 is out of range; it must be 0 or more"),
+        ("BandedAttention", {"window": -5}, "window -5 is out of range"),
+        ("BandedAttention", {"dilation": 0}, "dilation 0 is out of range; it must be 1 or more"),
+        ("BandedAttention", {"causal": 2}, "causal 2 is out of range; it must be 0 or 1"),
+        ("BandedAttention", {"scale": -1.0}, "scale -1.000000 is out of range"),
+        ("BandedAttention", {"num_heads": 3}, "query has width 64; it must be a multiple of num_heads 3"),
+        ("BandedAttention", {"num_heads": 16}, "the head size must be a multiple of 8"),
+        ("GlobalAttention", {"num_heads": -1}, "num_heads -1 is out of range"),
+        ("GlobalAttention", {"scale": float("inf")}, "scale inf is out of range"),
+    ],
+)
+def test_wrong_attributes_are_refused_by_name(
+    op: str, change: dict[str, Any], reason: str, library: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    attributes = {**(BANDED if op == "BandedAttention" else {"num_heads": 4}), **change}
+    logged: list[str] = []
+    given = {name: value for name, value in attributes.items() if value is not None}
+    with pytest.raises(BuildError):
+        _build(tmp_path, library, op, logged.append, **given)
+    assert any(reason in line for line in logged), logged
+
+
+def test_the_rtx_library_is_found_under_the_name_that_its_parser_opens(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    assert (Path(_named_library(tmp_path)) / "libtensorrt_rtx.so").exists()
+
+
+def test_the_compiler_says_what_is_wrong_with_a_library_that_is_none(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    (tmp_path / "broken.so").write_bytes(b"no library")
+    with pytest.raises(BuildError):
+        _build(tmp_path, tmp_path / "broken.so", "GlobalAttention", num_heads=4)
