@@ -1,0 +1,308 @@
+"""`build_engine` with TensorRT-RTX on a machine without a GPU: every task and precision, plugin and function body."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfx.config import MANIFEST, TASKS, sealed, sha256
+from lfx.errors import ArtifactError, BuildError, InputError, LfxError, PluginError
+from lfx.export import export
+from lfx.runtime import Engine, build_engine, device
+from lfx.runtime import plugin as plugins
+from lfx.runtime.builder import Options
+from lfx.runtime.plan import PlanManifest, json_path
+from tests.conftest import MakeBundle
+from tests.models import tiny_model
+
+pytestmark = pytest.mark.trt
+
+RTX = {"flavor": "tensorrt-rtx", "target": "sm89"}
+LAYERS = 2  # of tests.models.tiny_config
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _needs_tensorrt() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'longformer-lfx[rtx]'")
+    try:
+        plugins.library()
+    except PluginError as error:
+        pytest.skip(f"no plugin library: {error}")
+
+
+@pytest.fixture(scope="module")
+def plan(bundle: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plan of the base model; not to be changed."""
+    return build_engine(bundle(), tmp_path_factory.mktemp("plan") / "tiny.plan", **RTX, log=lambda line: None)
+
+
+@pytest.fixture
+def copy(plan: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    for path in (plan, json_path(plan)):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path / plan.name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_attention_node_of_every_task_becomes_a_plugin_layer(
+    task: str, precision: str, bundle: MakeBundle, tmp_path: Path
+) -> None:
+    built = build_engine(bundle(task), tmp_path / "one.plan", precision=precision, **RTX, log=lambda line: None)
+    manifest = PlanManifest.read(built)
+    manifest.verify(built)
+    assert (manifest.attention_nodes, manifest.plugin_layers) == (2 * LAYERS, 2 * LAYERS)
+    assert (manifest.signature.task, manifest.signature.precision) == (task, precision)
+    assert manifest.conversion.get("checked", False) is (precision != "fp32")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.plan", "one.plan.json"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_without_the_plugin_no_node_is_a_plugin_layer(precision: str, bundle: MakeBundle, tmp_path: Path) -> None:
+    built = build_engine(
+        bundle(), tmp_path / "one.plan", precision=precision, plugin=False, **RTX, log=lambda line: None
+    )
+    manifest = PlanManifest.read(built)
+    assert (manifest.attention_nodes, manifest.plugin_layers, manifest.plugin_version) == (2 * LAYERS, 0, None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_global": 4}, {"global_attention": "first"}, {"global_attention": "none"}, {"precision": "bf16"}],
+    ids=str,
+)
+def test_bundles_of_every_kind_build(options: dict[str, Any], bundle: MakeBundle, tmp_path: Path) -> None:
+    built = build_engine(bundle(**options), tmp_path / "one.plan", **RTX, log=lambda line: None)
+    manifest = PlanManifest.read(built)
+    assert manifest.plugin_layers == manifest.attention_nodes == (LAYERS if "none" in options.values() else 2 * LAYERS)
+
+
+def test_a_bundle_of_inlined_functions_builds_without_the_plugin_only(bundle: MakeBundle, tmp_path: Path) -> None:
+    inlined = bundle(inline_functions=True)
+    with pytest.raises(BuildError, match="functions are inlined, so it has no attention nodes; build with --no-plugin"):
+        build_engine(inlined, tmp_path / "one.plan", **RTX)
+    built = build_engine(inlined, tmp_path / "one.plan", plugin=False, **RTX, log=lambda line: None)
+    assert PlanManifest.read(built).plugin_layers == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_base_shape_builds_with_all_its_attention_in_the_plugin(precision: str, tmp_path: Path) -> None:
+    base = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+    model = tiny_model(
+        **base, vocab_size=50265, attention_window=[512] * 12, max_position_embeddings=4098, initializer_range=0.02
+    )
+    folder = export(model, tmp_path / "base")
+    built = build_engine(folder, tmp_path / "base.plan", precision=precision, **RTX, log=lambda line: None)
+    manifest = PlanManifest.read(built)
+    assert (manifest.attention_nodes, manifest.plugin_layers) == (24, 24)
+    without = build_engine(folder, tmp_path / "none.plan", precision=precision, plugin=False, **RTX, log=lambda _: None)
+    assert PlanManifest.read(without).plugin_layers == 0
+
+
+def test_the_json_says_what_the_plan_is(plan: Path, bundle: MakeBundle) -> None:
+    manifest = PlanManifest.read(plan)
+    assert (manifest.flavor, manifest.target) == ("tensorrt-rtx", "sm89")
+    assert [str(p) for p in manifest.profiles] == ["batch 1:1:8, seqlen 1:128:128"]
+    assert manifest.signature.max_global == 64
+    assert manifest.bundle == {"name": bundle().name, "sha256": sha256(bundle() / MANIFEST)}
+    assert manifest.plan == {"sha256": sha256(plan), "bytes": plan.stat().st_size}
+    assert json.loads(json.dumps(manifest.to_dict())) == json.loads(json_path(plan).read_text())
+
+
+def test_several_profiles_and_options_reach_tensorrt(bundle: MakeBundle, tmp_path: Path) -> None:
+    steps: list[str] = []
+    built = build_engine(
+        bundle(),
+        tmp_path / "one.plan",
+        batch=["1", "1:4:8"],
+        seqlen=["1:32:64", "65:128:128"],
+        max_global="1:2:3",
+        options=Options(workspace_bytes=2**28, optimization_level=3),
+        **RTX,
+        progress=steps.append,
+        log=lambda line: None,
+    )
+    manifest = PlanManifest.read(built)
+    assert [str(p.seqlen) for p in manifest.profiles] == ["1:32:64", "65:128:128"]
+    assert manifest.signature.max_global == 3
+    assert manifest.options == {"workspace_bytes": 2**28, "optimization_level": 3, "flags": []}
+    assert "TensorRT: building" in steps
+
+
+def test_an_older_plan_is_replaced(bundle: MakeBundle, copy: Path) -> None:
+    before = sha256(copy)
+    build_engine(bundle(), copy, max_global=2, **RTX, log=lambda line: None)
+    assert sha256(copy) != before
+    PlanManifest.read(copy).verify(copy)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no target": ({"target": None}, "no NVIDIA GPU to build for; build ahead of time with: --flavor tensorrt-rtx"),
+    "flavor": ({"flavor": "trt"}, "flavor 'trt' is not known; choose one of: tensorrt, tensorrt-rtx"),
+    "target": ({"target": "ada"}, "--target 'ada' is no compute capability"),
+    "unknown target": ({"target": "sm13"}, "target sm13 is not one that tensorrt_rtx .* builds for"),
+    "seqlen": ({"seqlen": ["1:64:129"]}, "above the model's maximum 128"),
+    "batch": ({"batch": ["x"]}, "--batch 'x' is no size"),
+    "slots": ({"max_global": 4000}, "--max-global 4000 is above TensorRT's 3840"),
+    "output": ({"output": "one.engine"}, r"one\.engine is no name for a plan; end it with \.plan"),
+    "folder": ({"output": "nowhere/one.plan"}, "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused_and_leaves_nothing(
+    name: str, bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    change, reason = REFUSED[name]
+    with pytest.raises(LfxError, match=reason):
+        build_engine(bundle(), **{"output": "one.plan", **RTX, **change}, log=lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_of_slots_that_the_bundle_does_not_have_is_refused(bundle: MakeBundle, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="--max-global 8 does not fit: the bundle was exported with 4; leave it out"):
+        build_engine(bundle(max_global=4), tmp_path / "one.plan", max_global=8, **RTX)
+
+
+def test_a_half_precision_bundle_is_not_converted_again(bundle: MakeBundle, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="the bundle is bf16; fp16 is converted from an fp32 bundle"):
+        build_engine(bundle(precision="bf16"), tmp_path / "one.plan", precision="fp16", **RTX)
+
+
+def test_a_changed_bundle_is_refused(bundle: MakeBundle, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    for path in bundle().iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    data = bytearray((folder / "model.onnx.data").read_bytes())
+    data[1000] ^= 1
+    (folder / "model.onnx.data").write_bytes(data)
+    with pytest.raises(ArtifactError, match="was changed after the export"):
+        build_engine(folder, tmp_path / "one.plan", **RTX)
+
+
+def test_heads_that_the_plugin_cannot_take_are_refused_by_name(tmp_path: Path) -> None:
+    folder = export(tiny_model(hidden_size=24), tmp_path / "odd")
+    with pytest.raises(BuildError, match=r"layer\.0.* has head size 12; the plugin takes multiples of 8 .*--no-plugin"):
+        build_engine(folder, tmp_path / "one.plan", **RTX)
+    built = build_engine(folder, tmp_path / "one.plan", plugin=False, **RTX, log=lambda line: None)
+    assert PlanManifest.read(built).plugin_layers == 0
+
+
+def test_a_plan_without_a_gpu_is_one_clear_line(plan: Path) -> None:
+    if device.compute_capability() is not None:
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(LfxError, match="no NVIDIA GPU, or no driver for it; run the plan where there is one"):
+        Engine(plan)
+
+
+def test_a_plan_runs_on_tensorrt_and_nothing_else(plan: Path, bundle: MakeBundle) -> None:
+    with pytest.raises(LfxError, match=r"backend 'onnxruntime' cannot run .* a plan is TensorRT's"):
+        Engine(plan, "onnxruntime")
+    with pytest.raises(LfxError, match="is no plan, and TensorRT runs plans; build one with: lfx build-engine"):
+        Engine(bundle(), "tensorrt")
+
+
+def _edit(plan: Path, **changes: Any) -> None:
+    data = json.loads(json_path(plan).read_text())
+    json_path(plan).write_text(json.dumps(sealed({**data, **changes})))
+
+
+FOREIGN: dict[str, tuple[Any, str]] = {
+    "no json": (lambda p: json_path(p).unlink(), r"has no tiny\.plan\.json beside it"),
+    "no plan": (lambda p: p.unlink(), "does not exist; build it with: lfx build-engine BUNDLE"),
+    "cut": (lambda p: p.write_bytes(p.read_bytes()[:1000]), "has 1000 bytes where tiny.plan.json says"),
+    "another plan": (lambda p: p.write_bytes(bytes(p.stat().st_size)), "sha256 differs"),
+    "a bundle's json": (lambda p: json_path(p).write_text('{"format_version": 1}'), "has format version None"),
+    "other version": (lambda p: _edit(p, tensorrt_version="1.0"), "was built by tensorrt-rtx 1.0, and .* is here"),
+    "other flavor": (lambda p: _edit(p, flavor="trt"), "flavor 'trt', which this lfx does not know"),
+    "no profiles": (lambda p: _edit(p, profiles=[{"batch": "x"}]), "is no size|is broken"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_plan_is_one_clear_line(name: str, copy: Path) -> None:
+    change, reason = FOREIGN[name]
+    change(copy)
+    with pytest.raises(LfxError, match=reason):
+        Engine(copy)
+
+
+def test_mutations_of_json_and_plan_are_refused(copy: Path) -> None:
+    random = np.random.default_rng(0)
+    refused = 0
+    originals = {path: path.read_bytes() for path in (copy, json_path(copy))}
+    for path, original in originals.items():
+        reach = 256 if path == copy else len(original)  # of the plan the header, and by its digest all the rest
+        for _ in range(200):
+            data = bytearray(original)
+            for _ in range(random.integers(1, 4)):
+                place = int(random.integers(reach))
+                if random.integers(3) == 0:
+                    del data[place : place + int(random.integers(1, 9))]
+                else:
+                    data[place] ^= int(random.integers(1, 256))
+            path.write_bytes(data)
+            try:
+                PlanManifest.read(copy).verify(copy)
+            except ArtifactError:
+                refused += 1
+            else:  # white space
+                assert json.loads(json_path(copy).read_text()) == json.loads(originals[json_path(copy)])
+                assert copy.read_bytes() == originals[copy]
+        path.write_bytes(original)
+    PlanManifest.read(copy).verify(copy)
+    assert refused > 350
+
+
+def test_a_missing_plugin_library_is_named(bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfx.__path__", [str(tmp_path)])
+    with pytest.raises(PluginError, match=r"liblfx_plugins\.so is not installed.*TensorRT_INCLUDE_DIR.*--no-plugin"):
+        build_engine(bundle(), tmp_path / "one.plan", **RTX)
+
+
+def test_a_model_with_more_global_tokens_than_slots_is_refused(plan: Path) -> None:
+    from lfx.runtime.inputs import prepare
+
+    signature = PlanManifest.read(plan).signature
+    with pytest.raises(InputError, match="64"):
+        prepare(np.full((1, 100), 5), None, np.ones((1, 100), np.int64), signature)
+
+
+def lfx(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command."""
+    command = [sys.executable, "-m", "lfx.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_the_command_finds_the_bundle_of_this_folder(bundle: MakeBundle, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(bundle())
+    done = lfx("build-engine", "--fp16", "--flavor", "tensorrt-rtx", "--target", "sm89", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert (shown["precision"], shown["plugin_layers"], shown["attention_nodes"]) == ("fp16", 4, 4)
+    built = next(tmp_path.glob("*.plan"))
+    assert json.loads(lfx("inspect", built, "--json", cwd=tmp_path).stdout) == shown
+    table = lfx("inspect", built, cwd=tmp_path).stdout
+    for part in ("4 of 4 nodes are plugin layers", "sm89", "batch 1:1:8, seqlen 1:128:128", "at most 64 a row"):
+        assert part in table
+    refused = lfx("run", built, "--text", "fox", cwd=tmp_path)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("error: this machine has no NVIDIA GPU")
+
+
+def test_the_command_asks_which_bundle(tmp_path: Path) -> None:
+    done = lfx("build-engine", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: this folder holds no bundle; name the one to build: lfx build-engine BUNDLE\n",
+    )

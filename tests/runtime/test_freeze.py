@@ -1,0 +1,132 @@
+"""The graph that TensorRT gets: constant slots, one form of the global rows, another precision, the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from lfx.config import MODEL, Manifest
+from lfx.errors import BuildError
+from lfx.parity import full_cases
+from lfx.runtime import Engine, freeze
+from lfx.runtime.conversion import engine_runner, model_inputs
+from tests.conftest import MakeBundle
+
+HEAD_SIZE = 16  # of tests.models.tiny_config
+
+
+def _save(model: ir.Model, folder: Path) -> Path:
+    path = folder / MODEL
+    ir.save(model, path, external_data=MODEL + ".data", size_threshold_bytes=1024)
+    return path
+
+
+def _load(bundle: Path) -> ir.Model:
+    return ir.load(bundle / MODEL)
+
+
+def _ops(model: ir.Model) -> list[str]:
+    return [node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph)]
+
+
+@pytest.mark.parametrize(("slots", "heads"), [(1, 1), (HEAD_SIZE - 1, 1), (HEAD_SIZE, 2), (40, 2)])
+def test_freezing_leaves_the_cheaper_form_of_the_global_rows_and_no_if(
+    slots: int, heads: int, bundle: MakeBundle
+) -> None:
+    model = _load(bundle())
+    freeze.freeze_slots(model, slots)
+    assert "If" not in _ops(model)
+    (topk,) = [node for node in model.graph if node.op_type == "TopK"]
+    assert ir.convenience.get_const_tensor(topk.inputs[1]).numpy().tolist() == [slots]
+    rows = [node for node in freeze.attention_nodes(model) if node.op_type == "GlobalAttention"]
+    assert [node.attributes["num_heads"].as_int() for node in rows] == [heads] * 2  # folded: one head as wide as all
+
+
+@pytest.mark.parametrize("slots", [1, 4, HEAD_SIZE, 40])
+def test_a_frozen_graph_gives_the_bundle_s_numbers(slots: int, bundle: MakeBundle, tmp_path: Path) -> None:
+    model = _load(bundle())
+    freeze.freeze_slots(model, slots)
+    freeze.name_plugins(model)
+    path = _save(model, tmp_path)
+    onnx.checker.check_model(path, full_check=True)
+    with Engine(bundle()) as right, Engine(path) as frozen:
+        limit = Manifest.read(bundle()).validation["outputs"]["last_hidden_state"]["tolerance"]
+        for case in full_cases(8, 128)[::3]:
+            inputs = model_inputs(case, right.signature)
+            if inputs["global_attention_mask"].sum(axis=1).max() <= slots:  # also fewer tokens than slots
+                ours, theirs = engine_runner(frozen)(inputs), engine_runner(right)(inputs)
+                for name in theirs:
+                    np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=2 * limit)
+
+
+@pytest.mark.parametrize("options", [{"max_global": 4}, {"global_attention": "first"}, {"global_attention": "none"}])
+def test_a_graph_of_constant_slots_stays_as_it_is(options: dict[str, Any], bundle: MakeBundle) -> None:
+    model = _load(bundle(**options))
+    before = _ops(model)
+    freeze.freeze_slots(model, 4)
+    assert _ops(model) == before
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_converted_graph_is_strongly_typed(precision: str, bundle: MakeBundle, tmp_path: Path) -> None:
+    model = _load(bundle())
+    freeze.freeze_slots(model, 4)
+    freeze.convert(model, precision)
+    path = _save(model, tmp_path)
+    onnx.checker.check_model(path, full_check=True)  # shape inference meets no contradiction of types
+    dtype = freeze.DTYPES[precision][0]
+    assert all(value.dtype != ir.DataType.FLOAT for value in model.graph.initializers.values())
+    assert {str(value.dtype) for value in model.graph.outputs} == {"FLOAT"}
+    norms = [node for node in model.graph if node.op_type == "LayerNormalization"]
+    assert norms
+    for node in norms:
+        assert node.outputs[0].dtype == dtype
+        assert node.attributes["stash_type"].as_int() == 1  # sums in float32
+
+
+def test_a_weight_that_the_type_cannot_hold_is_refused_by_name(bundle: MakeBundle) -> None:
+    model = _load(bundle())
+    weight = model.graph.initializers["encoder.layer.0.output.dense.bias"]
+    array = weight.const_value.numpy().copy()
+    array[3] = 1e6
+    weight.const_value = ir.tensor(array)
+    with pytest.raises(BuildError, match=r"encoder\.layer\.0\.output\.dense\.bias holds 1e\+06, which fp16 cannot"):
+        freeze.convert(model, "fp16")
+    model = _load(bundle())
+    model.graph.initializers["encoder.layer.0.output.dense.bias"].const_value = ir.tensor(array)
+    freeze.convert(model, "bf16")
+
+
+def test_plugins_are_named_on_nodes_and_declared_in_functions(bundle: MakeBundle) -> None:
+    model = _load(bundle(max_global=4))
+    freeze.name_plugins(model)
+    nodes = freeze.attention_nodes(model)
+    assert [node.op_type for node in nodes] == ["GlobalAttention", "BandedAttention"] * 2
+    for node in nodes:
+        assert node.attributes["plugin_version"].as_string() == "1"
+        assert node.attributes["plugin_namespace"].as_string() == "lfx"
+    for function in model.functions.values():
+        assert {"plugin_version", "plugin_namespace"} <= set(function.attributes)
+
+
+def test_inlined_functions_leave_standard_ops_under_names_of_their_own(bundle: MakeBundle) -> None:
+    model = _load(bundle(max_global=4))
+    freeze.inline_functions(model)
+    assert not freeze.attention_nodes(model)
+    names = [node.name for node in ir.traversal.RecursiveGraphIterator(model.graph)]
+    assert len(set(names)) == len(names)
+
+
+def test_an_if_that_asks_something_else_is_refused(bundle: MakeBundle) -> None:
+    model = _load(bundle())
+    node = next(node for node in model.graph if node.op_type == "If")
+    flag = ir.Value(name="flag", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+    model.graph.inputs.append(flag)
+    node.replace_input_with(0, flag)
+    with pytest.raises(BuildError, match="depends on the data, and TensorRT needs a graph that does not"):
+        freeze.freeze_slots(model, 4)

@@ -1,0 +1,83 @@
+"""Ranges and profiles: what the options say, what is refused, and which profile a batch takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lfx.config import GRAPH_INPUTS, Signature, TensorSpec
+from lfx.errors import BuildError
+from lfx.runtime.profile import CHOICES, Profile, Range, choose, profiles
+
+SIGNATURE = Signature(
+    architecture="LongformerModel",
+    task="feature-extraction",
+    precision="fp32",
+    inputs=tuple(TensorSpec(name, "int64", ("batch", "sequence")) for name in GRAPH_INPUTS),
+    outputs=(),
+    attention_windows=(8,),
+    max_seqlen=128,
+)
+
+
+@pytest.mark.parametrize(("text", "sizes"), [("4", (4, 4, 4)), ("1:2:3", (1, 2, 3)), ("7:7:7", (7, 7, 7))])
+def test_a_range_is_three_numbers_or_one(text: str, sizes: tuple[int, int, int]) -> None:
+    assert Range.parse(text, "--batch") == Range(*sizes)
+    assert Range.parse(str(Range(*sizes)), "--batch") == Range(*sizes)
+
+
+@pytest.mark.parametrize("text", ["", "a", "1:2", "1:2:3:4", "1::3", "-1", "1.5", "1:2:x", "²"])
+def test_what_is_no_range_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(BuildError, match=r"--batch .* is no size; give MIN:OPT:MAX or one number"):
+        Range.parse(text, "--batch")
+
+
+@pytest.mark.parametrize("text", ["0", "3:2:4", "1:5:4", "0:1:2", str(2**31)])
+def test_sizes_out_of_order_are_refused(text: str) -> None:
+    with pytest.raises(BuildError, match="is out of order; it must be 1 ≤ MIN ≤ OPT ≤ MAX"):
+        Range.parse(text, "--seqlen")
+
+
+def test_every_pair_of_options_is_a_profile_and_one_alone_goes_with_all() -> None:
+    two = profiles(["1", "8"], ["1:64:64", "65:128:128"], SIGNATURE)
+    assert [str(p) for p in two] == ["batch 1:1:1, seqlen 1:64:64", "batch 8:8:8, seqlen 65:128:128"]
+    assert [str(p.batch) for p in profiles(["2"], ["1:8:8", "9:16:16"], SIGNATURE)] == ["2:2:2", "2:2:2"]
+    assert len(profiles(["1", "2", "3"], ["8"], SIGNATURE)) == 3
+
+
+def test_counts_that_do_not_match_are_refused() -> None:
+    with pytest.raises(BuildError, match="2 --batch and 3 --seqlen make no profiles"):
+        profiles(["1", "2"], ["1", "2", "3"], SIGNATURE)
+
+
+def test_sequences_longer_than_the_model_takes_are_refused() -> None:
+    with pytest.raises(BuildError, match="--seqlen 1:64:129 is above the model's maximum 128"):
+        profiles(["1"], ["1:64:129"], SIGNATURE)
+    assert profiles(["1"], ["1:64:129"], replace(SIGNATURE, max_seqlen=None))[0].seqlen.max == 129
+
+
+@pytest.mark.parametrize(
+    ("axes", "smallest", "largest"),
+    [
+        (("batch", "sequence"), (1, 16), (8, 128)),
+        (("batch", "choices", "sequence"), (1, CHOICES[0], 16), (8, CHOICES[2], 128)),
+        (("batch", 3), (1, 3), (8, 3)),
+    ],
+)
+def test_shapes_follow_the_axes_of_the_input(axes: Any, smallest: Any, largest: Any) -> None:
+    shapes = Profile(Range(1, 2, 8), Range(16, 64, 128)).shapes(TensorSpec("input_ids", "int64", axes))
+    assert (shapes[0], shapes[2]) == (smallest, largest)
+    assert all(low <= best <= high for low, best, high in zip(*shapes, strict=True))
+
+
+def test_a_batch_takes_the_profile_tuned_for_the_nearest_shape() -> None:
+    short = Profile(Range(1, 1, 8), Range(1, 64, 512))
+    long = Profile(Range(1, 1, 2), Range(1, 4096, 4096))
+    assert choose((short, long), 1, 64) == 0
+    assert choose((short, long), 1, 500) == 0
+    assert choose((short, long), 1, 4000) == 1
+    assert choose((short, long), 8, 512) == 0
+    assert choose((short, long), 8, 513) is None
+    assert choose((), 1, 1) is None
