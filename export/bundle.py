@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,16 +16,35 @@ from lfx.errors import ExportError
 
 
 def check_target(output: Path) -> None:
-    """Raises: ExportError: `output` is there and is no bundle, or its parent is not a folder."""
-    if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / MANIFEST).is_file())):
-        raise ExportError(f"{output} exists and is no bundle; choose another place with --output")
-    if not output.absolute().parent.is_dir():
-        raise ExportError(f"the folder {output.absolute().parent} does not exist; make it, or choose another --output")
+    """Raises: ExportError: `output` is there and is no bundle, or holds more than one, or its parent is no folder."""
+    place = output.resolve()
+    if place.exists():
+        if not (place.is_dir() and (not any(place.iterdir()) or (place / MANIFEST).is_file())):
+            raise ExportError(f"{output} exists and is no bundle; choose another place with --output")
+        if strangers := _strangers(place):
+            raise ExportError(
+                f"{output} is a bundle that holds other files too ({', '.join(strangers[:3])}), which a new bundle "
+                "would remove; move them, or choose another place with --output"
+            )
+        if place == Path.cwd() or place in Path.cwd().parents:
+            raise ExportError(f"{output} is the current folder or above it; name a folder inside it with --output")
+    if not place.parent.is_dir():
+        raise ExportError(f"the folder {place.parent} does not exist; make it, or choose another --output")
+
+
+def _strangers(bundle: Path) -> list[str]:
+    """Files of a folder that its manifest does not list."""
+    try:
+        listed = set(json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        listed = set()
+    found = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if not path.is_dir()}
+    return sorted(found - listed - {MANIFEST})
 
 
 def check_space(output: Path, needed_bytes: int) -> None:
     """Raises: ExportError: the disk of `output` has less room than the bundle will take."""
-    free = shutil.disk_usage(output.absolute().parent).free
+    free = shutil.disk_usage(output.resolve().parent).free
     if free < needed_bytes:
         raise ExportError(
             f"no disk space: the bundle takes about {needed_bytes / 1e6:.0f} MB and {output.absolute().parent} "
@@ -39,7 +60,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         ExportError: the disk is full or the place cannot be written.
     """
     check_target(output)
-    output = output.absolute()
+    output = output.resolve()  # a link stays, and its target is replaced
     _mend(output)
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
     try:
@@ -69,10 +90,10 @@ def atomic_folder(output: Path) -> Iterator[Path]:
 def _mend(output: Path) -> None:
     """Clear up after processes that were killed: an older bundle gets its name back, partial folders go."""
     for kind in ("old", "partial"):
-        for path in output.parent.glob(f".{output.name}.{kind}-*"):
+        for path in output.parent.glob(f".{glob.escape(output.name)}.{kind}-*"):
             pid = path.name.rpartition("-")[2]
-            if not pid.isdigit() or _alive(int(pid)):
-                continue
+            if not pid.isdigit() or (int(pid) != os.getpid() and _alive(int(pid))):
+                continue  # another export is at work
             if kind == "old" and not output.exists():
                 path.rename(output)
             else:

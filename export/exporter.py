@@ -35,7 +35,7 @@ from lfx.export.load import load, quiet, weights_sha256
 from lfx.export.passes.opset import TRACED
 from lfx.export.rewrite import GlobalTokens, Traceable, attention_windows, rewrite
 from lfx.export.runners import TORCH_DTYPES
-from lfx.export.validate import forward_inputs, granularity, validate
+from lfx.export.validate import default_global_of, forward_inputs, granularity, validate
 
 Progress = Callable[[str], None]
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
@@ -70,7 +70,8 @@ def export(
         global_attention: "mask" makes global_attention_mask a graph input; "first" fixes the first token of every
             row; "none" leaves the global half out.
         max_global: a constant number of global slots; None = as many as each batch needs.
-        max_seqlen: longest sequence, tokens; default: what the position embeddings or the config allow.
+        max_seqlen: longest sequence, tokens; default: what Hugging Face's position embeddings allow, and no limit
+            where they were replaced.
         inline_functions: write standard ops only, without the lfx domain.
         tokenizer: saved into the bundle; default: the checkpoint's own, if it has one.
         progress: called with the name of each step.
@@ -93,13 +94,22 @@ def export(
     windows = attention_windows(module)
     if not windows:
         raise ExportError(f"{source} contains no Longformer self-attention; lfx exports Longformer models only")
-    weight_bytes = sum(t.numel() for t in module.state_dict().values()) * TORCH_DTYPES[precision].itemsize
+    if min(windows) < 2:
+        raise ExportError(
+            f"{source} has an attention_window of 2, which Hugging Face itself cannot run; give 4 or more"
+        )
+    _check_global_option(module, global_attention, max_global)
+    weights = [*module.parameters(), *module.buffers()]
+    weight_bytes = sum(t.numel() for t in weights) * TORCH_DTYPES[precision].itemsize
     check_space(target, int(weight_bytes * 1.05) + 2_000_000)
 
     progress("tracing")
     tokens = GlobalTokens(mode=global_attention, max_slots=max_global)
     program, inputs = _trace(module, task, precision, tokens)
     signature = _signature(module, task, precision, tokens, program.model, inputs, max_seqlen)
+    _check_ranges(program, signature, granularity(module))
+    if max_global is not None and max_global > (signature.max_seqlen or max_global):
+        raise ExportError(f"max_global {max_global} is above the longest sequence, {signature.max_seqlen} tokens")
     progress("building the graph")
     model_ir = finish(
         program.model,
@@ -150,6 +160,40 @@ def _source(model: str | Path | nn.Module) -> tuple[str, str]:
     if isinstance(model, nn.Module):
         return f"{type(model).__module__}.{type(model).__qualname__}", "module"
     return (str(Path(model).resolve()), "folder") if Path(model).is_dir() else (str(model), "hub")
+
+
+def _check_global_option(module: nn.Module, global_attention: str, max_global: int | None) -> None:
+    """Which tokens are global is the graph's to fix only where the model is told, and does not decide it itself."""
+    if "global_attention_mask" not in forward_inputs(module) and (global_attention != "mask" or max_global is not None):
+        option = f"max_global {max_global}" if max_global is not None else f"global_attention {global_attention!r}"
+        raise ExportError(
+            f"{option} cannot be had: {type(module).__name__}.forward takes no global_attention_mask, so it decides "
+            "itself which tokens are global; leave the option out"
+        )
+
+
+def _check_ranges(program: torch.onnx.ONNXProgram, signature: Signature, multiple_of: int) -> None:
+    """The traced graph is the model's at every size that it will be given.
+
+    Raises:
+        ExportError: the model takes another path at some size; torch.export found the bound.
+    """
+    assert program.exported_program is not None
+    ranges = program.exported_program.range_constraints
+    first = next(node for node in program.exported_program.graph.nodes if node.name.startswith("tensors"))
+    for axis, size in zip(signature.inputs[0].shape, first.meta["val"].shape, strict=True):
+        bounds = ranges.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+        if bounds is None:
+            continue
+        limit = signature.max_seqlen if axis == "sequence" else None
+        low = int(bounds.lower) if bounds.lower.is_Integer else 0
+        high = int(bounds.upper) if bounds.upper.is_Integer else None
+        if low > max(multiple_of, 2) or (high is not None and (limit is None or high < limit)):
+            cure = f"; export with max_seqlen={high}" if axis == "sequence" and high is not None and low < 2 else ""
+            raise ExportError(
+                f"{signature.architecture} takes another path outside {axis} {low} to {high or 'any'}, and a graph has "
+                f"one path for all sizes{cure or '; take the branch on the shape out of its forward'}"
+            )
 
 
 def _target(model: str | Path | nn.Module, output: str | Path | None) -> Path:
@@ -205,7 +249,7 @@ def _trace(
     example = {name: torch.ones(shape, dtype=torch.int64) for name in inputs}
     example["input_ids"] = torch.arange(length).expand(shape) % 5 + 3
     try:
-        with quiet():
+        with quiet(), torch.autocast("cpu", enabled=False):
             program = torch.onnx.export(
                 traceable,
                 tuple(example[name] for name in inputs),
@@ -223,9 +267,26 @@ def _trace(
     assert program is not None
     assert program.exported_program is not None
     outputs = pytree.tree_unflatten(list(program.model.graph.outputs), program.exported_program.call_spec.out_spec)
-    for name, value in outputs.items():
-        value.name = name
+    _name_outputs(outputs, inputs)
     return program, inputs
+
+
+def _name_outputs(outputs: dict[str, ir.Value], inputs: list[str]) -> None:
+    """Give every graph output its name.
+
+    Raises:
+        ExportError: an output that cannot stand beside the others or the inputs.
+    """
+    seen: dict[int, str] = {}
+    for name, value in outputs.items():
+        if value.is_graph_input() or name in inputs:
+            raise ExportError(
+                f"output {name!r} is an input handed back, or has an input's name; leave it out or rename it"
+            )
+        if id(value) in seen:
+            raise ExportError(f"outputs {seen[id(value)]!r} and {name!r} are one tensor; return it once")
+        seen[id(value)] = name
+        value.name = name
 
 
 def _cause(error: BaseException) -> str:
@@ -252,11 +313,14 @@ def _signature(
     max_seqlen: int | None,
 ) -> Signature:
     config = getattr(module, "config", None)
-    embeddings = next((m for m in module.modules() if isinstance(m, hf.LongformerEmbeddings)), None)
+    every = [m for m in module.modules() if isinstance(m, hf.LongformerEmbeddings)]
+    embeddings = every[0] if every else None
     vocab_size = embeddings.word_embeddings.num_embeddings if embeddings is not None else None
     pad = embeddings.padding_idx if embeddings is not None else getattr(config, "pad_token_id", None)
     axes: tuple[str, ...] = ("batch", "choices", "sequence") if task == "multiple-choice" else ("batch", "sequence")
     fixed = {"mask": TASKS[task].default_global, "first": "first", "none": "none"}[tokens.mode]
+    if tokens.mode == "mask" and "global_attention_mask" in inputs and not _is_hugging_face(module):
+        fixed = default_global_of(module, vocab_size, pad, getattr(config, "sep_token_id", None))
     return Signature(
         architecture=type(module).__name__,
         task=task,
@@ -266,7 +330,7 @@ def _signature(
         attention_windows=tuple(attention_windows(module)),
         default_global=fixed,
         global_attention=tokens.mode,
-        max_seqlen=_limit(embeddings, max_seqlen),
+        max_seqlen=_limit(every, max_seqlen),
         vocab_size=vocab_size,
         max_global=tokens.max_slots,
         pad_token_id=pad if pad is not None else 1,
@@ -275,18 +339,27 @@ def _signature(
     )
 
 
+def _is_hugging_face(module: nn.Module) -> bool:
+    """Whether it is one of transformers' own classes, whose default for the global tokens is known."""
+    return type(module).__name__ in {task.architecture for task in TASKS.values()}
+
+
 def _output_spec(value: ir.Value) -> TensorSpec:
     assert value.name is not None and value.shape is not None and value.dtype is not None
     axes = tuple(size if isinstance(size, int) else str(size.value or "?") for size in value.shape)
     return TensorSpec(value.name, str(value.dtype.numpy()), axes)
 
 
-def _limit(embeddings: Any, asked: int | None) -> int | None:
-    """Longest sequence: the position table less the rows up to the padding index, which no token uses."""
-    table = getattr(embeddings, "position_embeddings", None)
-    limit = None
-    if isinstance(table, nn.Embedding):
-        limit = table.num_embeddings - embeddings.padding_idx - 1
+def _limit(embeddings: list[Any], asked: int | None) -> int | None:
+    """Longest sequence: the shortest position table less the rows up to the padding index, which no token uses."""
+    limit = min(
+        (
+            e.position_embeddings.num_embeddings - e.padding_idx - 1
+            for e in embeddings
+            if isinstance(e.position_embeddings, nn.Embedding)
+        ),
+        default=None,
+    )
     if asked is not None:
         if asked < 1 or (limit is not None and asked > limit):
             raise ExportError(f"max_seqlen {asked} is out of range; the position embeddings allow 1 to {limit}")

@@ -93,4 +93,6 @@ def _name_weights(model: ir.Model, names: Mapping[int, str], prefix: str) -> Non
     for value in list(model.graph.initializers.values()):
         raw = getattr(value.const_value, "raw", None)
         own_name = str(value.name).removeprefix(prefix)
-        value.name = names.get(raw.data_ptr(), own_name) if isinstance(raw, torch.Tensor) else own_name
+        shared = names.get(raw.data_ptr(), own_name) if isinstance(raw, torch.Tensor) else own_name
+        # Two weights may begin at one address: a slice of another, say.
+        value.name = own_name if shared in model.graph.initializers else shared

@@ -66,6 +66,7 @@ def load(model: str, task: str = "auto") -> tuple[nn.Module, str]:
         except Exception as error:
             raise ExportError(f"the weights of {model} cannot be loaded: {_why(error)}") from error
     _refuse_missing(loaded, info, model, task)
+    loaded.config.return_dict = True  # outputs have their names
     return loaded.eval(), task
 
 

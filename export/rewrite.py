@@ -114,16 +114,16 @@ class _SelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
                 shape=(batch, slots, hidden_states.shape[2]),
                 version=13,
             )
-            inputs = [self.query_global(chosen), hidden_states, key_mask]
-            for projection in (self.key_global, self.value_global):
-                inputs += [projection.weight, projection.bias]
-            rows = _op(
-                self._rows_form(),
-                inputs,
-                (batch, slots, self.embed_dim),
-                num_heads=self.num_heads,
-                scale=scale,
-            )
+            query_rows = self.query_global(chosen)
+            projections = (self.key_global, self.value_global)
+            if all(map(_is_plain, projections)):
+                form = self._rows_form()
+                inputs = [query_rows, hidden_states, key_mask]
+                inputs += [tensor for p in projections for tensor in (p.weight, p.bias)]
+            else:  # a projection that is more than its weight and bias, as an adapter's, is called as it is
+                form = "GlobalAttention"
+                inputs = [query_rows, *(p(hidden_states) for p in projections), key_mask]
+            rows = _op(form, inputs, (batch, slots, self.embed_dim), num_heads=self.num_heads, scale=scale)
         context = _op(
             "BandedAttention",
             [query, key, value, key_mask, index, rows],
@@ -205,6 +205,12 @@ class _Model(hf.LongformerModel):  # type: ignore[misc]
         )
 
 
+def _is_plain(projection: nn.Module) -> bool:
+    """Whether a projection is its weight and bias, and nothing else."""
+    hooks = projection._forward_hooks or projection._forward_pre_hooks
+    return type(projection) is nn.Linear and projection.bias is not None and not hooks
+
+
 def attention_windows(model: nn.Module) -> list[int]:
     """One-sided windows of all Longformer self-attention modules, in module order."""
     return [m.one_sided_attn_window_size for m in model.modules() if isinstance(m, hf.LongformerSelfAttention)]
@@ -237,6 +243,8 @@ def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         for name, value in vars(original).items():
             made.__dict__[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
         made.__dict__["training"] = False
+        if "chunk_size_feed_forward" in made.__dict__:
+            made.__dict__["chunk_size_feed_forward"] = 0  # the same numbers, and no length that must be a multiple
         for name, weight in original._parameters.items():
             made._parameters[name] = None if weight is None else parameter(weight)
         for name, buffer in original._buffers.items():
@@ -315,4 +323,13 @@ def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
         named = {f"output_{i}": item for i, item in enumerate(outputs)}
     else:
         raise ExportError(f"the model returns {type(outputs).__name__}; return a tensor, a tuple or a dict of tensors")
-    return {name: item for name, item in named.items() if isinstance(item, torch.Tensor)}
+    if not isinstance(outputs, ModelOutput):  # of these, tuples such as hidden_states are left out
+        for name, item in named.items():
+            if not isinstance(name, str) or not name:
+                raise ExportError(f"the model names an output {name!r}; give every output a name of letters")
+            if item is not None and not isinstance(item, torch.Tensor):
+                raise ExportError(f"output {name} is {type(item).__name__}; return tensors, not nested")
+    found = {name: item for name, item in named.items() if isinstance(item, torch.Tensor)}
+    if not found:
+        raise ExportError("the model returns no tensor")
+    return found

@@ -64,7 +64,7 @@ def _runner(model: nn.Module, passes: tuple[str, ...] | None) -> Runner:
     def run(inputs: Arrays) -> Arrays:
         tensors = {k: torch.from_numpy(v) for k, v in inputs.items() if passes is None or k in passes}
         try:
-            with torch.inference_mode(), quiet():
+            with torch.inference_mode(), torch.autocast("cpu", enabled=False), quiet():
                 outputs = named_outputs(model(**tensors))
         except ExportError:
             raise

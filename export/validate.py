@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.config import GRAPH_INPUTS, Signature
+from lfx.errors import ExportError
 from lfx.export.rewrite import attention_windows
 from lfx.export.runners import reference_runner, torch_runner
 from lfx.parity import Case, Report, compare, quick_cases
 from lfx.runtime import Engine
 from lfx.runtime.conversion import engine_runner, model_inputs
+from lfx.runtime.inputs import default_global
+
+_NO_SIGNATURE = Signature("", "feature-extraction", "fp32", (), (), ())
 
 
 def validate(path: Path, module: nn.Module, signature: Signature, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -60,11 +67,38 @@ def compare_engine(
     )
 
 
+def default_global_of(module: nn.Module, vocab_size: int | None, pad: int | None, sep: int | None) -> str:
+    """Which of the known rules a module follows when it is called without global_attention_mask.
+
+    Returns:
+        A `default_global` of `lfx.config.Signature`; "required" where no known rule gives the module's numbers.
+    """
+    length = min(8 * granularity(module), 64) if granularity(module) == 1 else granularity(module)
+    separator = sep if sep is not None and (vocab_size is None or sep < vocab_size) else None
+    signature = replace(_NO_SIGNATURE, pad_token_id=pad if pad is not None else 1, vocab_size=vocab_size)
+    ids = model_inputs(Case(2, max(length, 12)), signature)["input_ids"]
+    if separator is not None:
+        ids[ids == separator] = (separator + 1) % (vocab_size or 8)
+        ids[:, [3, 4, -1]] = separator
+    run = torch_runner(module, "fp32")
+    try:
+        own = run({"input_ids": ids})
+    except ExportError:
+        return "none"  # it cannot be called without its masks, so it has no rule of its own
+    rules: tuple[str, ...] = ("none", "first", *(("question", "after_question") if separator is not None else ()))
+    for rule in rules:
+        marks = default_global(ids, replace(signature, default_global=rule, sep_token_id=separator))
+        told = run({"input_ids": ids, "global_attention_mask": marks})
+        if all(np.allclose(own[name], told[name], rtol=1e-4, atol=1e-5) for name in own):
+            return rule
+    return "required"
+
+
 def granularity(module: nn.Module) -> int:
     """What a sequence length must be a multiple of in PyTorch: 1 where a LongformerModel does the padding."""
     if any(isinstance(m, hf.LongformerModel) for m in module.modules()):
         return 1
-    return 2 * max(attention_windows(module))
+    return math.lcm(*(2 * window for window in attention_windows(module)))
 
 
 def forward_inputs(module: nn.Module) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from lfx.parity import WITNESS_BANDS, Arrays, Case, Runner, compare, inputs_of, 
 from lfx.runtime.engine import Engine
 
 # Ids of a model without a word embedding of Hugging Face's are drawn below this.
-_UNKNOWN_VOCABULARY = 32
+_UNKNOWN_VOCABULARY = 8
 
 
 def model_inputs(case: Case, signature: Signature) -> Arrays:

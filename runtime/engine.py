@@ -7,7 +7,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from lfx.config import Manifest, Signature, locate
@@ -16,6 +15,7 @@ from lfx.runtime import backends
 from lfx.runtime.inputs import prepare
 from lfx.runtime.plan import SUFFIX, PlanManifest
 
+MAX_THREADS = 1024
 Outputs = dict[str, NDArray[Any] | list[NDArray[Any]]]
 
 
@@ -42,8 +42,10 @@ class Engine:
     def __init__(
         self, path: str | Path, backend: str = "auto", *, provider: str = "cpu", threads: int | None = None
     ) -> None:
-        if threads is not None and threads < 1:
-            raise InputError(f"threads {threads} is out of range; give 1 or more")
+        if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
+            raise InputError(f"threads {threads!r} is out of range; give a whole number from 1 to {MAX_THREADS}")
+        if not isinstance(path, (str, Path)):
+            raise InputError(f"path is {type(path).__name__}; give the path of a bundle, an .onnx file or a plan")
         self.manifest: Manifest | PlanManifest | None = None
         model = Path(path)
         if model.suffix == SUFFIX and not model.is_dir():
@@ -116,6 +118,8 @@ class Engine:
         Source: Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
         """
         batch = prepare(ids, attention_mask, global_attention_mask, self.signature)
+        if batch.lengths is not None:
+            _check_cuttable(self.signature)
         backend = self._backend  # another thread may close the Engine while this one runs
         if backend is None:
             raise InputError("this Engine is closed; make a new one")
@@ -142,5 +146,18 @@ def _cut(
 ) -> NDArray[Any] | list[NDArray[Any]]:
     if "sequence" not in axes:
         return output
-    axis = axes.index("sequence") - 1
-    return [np.take(row, range(length), axis=axis) for row, length in zip(output, lengths, strict=True)]
+    cut = []
+    for row, length in zip(output, lengths, strict=True):
+        cut.append(row[tuple(slice(length) if axis == "sequence" else slice(None) for axis in axes[1:])].copy())
+    return cut
+
+
+def _check_cuttable(signature: Signature) -> None:
+    """Sequences of different lengths are padded and their outputs cut: that needs batch in front, and whole axes."""
+    for spec in signature.outputs:
+        others = [axis for axis in spec.shape[1:] if isinstance(axis, str) and axis not in ("sequence", "choices")]
+        if not spec.shape or spec.shape[0] != "batch" or others:
+            raise InputError(
+                f"output {spec.name} ({', '.join(map(str, spec.shape))}) cannot be cut to each sequence's length; "
+                "run sequences of different lengths one by one"
+            )

@@ -64,6 +64,10 @@ def default_global(input_ids: Int64, signature: Signature) -> Int64:
         InputError: the rule needs three separator tokens in every row, and a row has another number.
     """
     marks = np.zeros_like(input_ids)
+    if signature.default_global == "required":
+        raise InputError(
+            "this model marks its global tokens by a rule of its own when it gets no global_attention_mask; give one"
+        )
     if signature.default_global == "first":
         marks[..., 0] = 1
     elif signature.default_global in ("question", "after_question"):

@@ -49,11 +49,9 @@ class Text:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._signature = signature
-        config = bundle / "config.json"
-        try:
-            self._config: dict[str, Any] = dict(json.loads(config.read_text("utf-8"))) if config.is_file() else {}
-        except (TypeError, ValueError) as error:
-            raise ArtifactError(f"{config} is not a JSON object ({error}); export the model again") from error
+        self._config = _settings(bundle / "config.json")
+        mask = _settings(bundle / "tokenizer_config.json").get("mask_token") or "<mask>"
+        self._mask_token = str(mask["content"] if isinstance(mask, dict) else mask)
 
     def encode(self, text: str, pair: str | None = None) -> Encoded:
         """Tokenize, with the special tokens of the model.
@@ -61,6 +59,9 @@ class Text:
         Raises:
             InputError: more tokens than the model takes; nothing is cut in silence.
         """
+        for given in filter(None, (text, pair)):
+            if not given.isascii() and any("\ud800" <= letter <= "\udfff" for letter in given):
+                raise InputError("the text is not UTF-8; convert it first")
         encoding = self._tokenizer.encode(text, pair)
         limit = self._signature.max_seqlen
         if limit is not None and len(encoding.ids) > limit:
@@ -91,9 +92,10 @@ class Text:
         if task not in ("text-classification", "token-classification", "fill-mask", "multiple-choice"):
             return []
         logits = outputs["logits"][0]
-        if task == "text-classification" and len(logits) == 1:
-            return [{"label": self.label(0), "score": float(logits[0])}]
-        if task == "text-classification" and self._config.get("problem_type") == "multi_label_classification":
+        problem = self._config.get("problem_type")
+        if task == "text-classification" and (len(logits) == 1 or problem == "regression"):
+            return [{"label": self.label(i), "score": float(value)} for i, value in enumerate(logits)]
+        if task == "text-classification" and problem == "multi_label_classification":
             scores = 0.5 * (1.0 + np.tanh(0.5 * logits))  # the sigmoid, without overflow
         else:
             scores = _softmax(logits)
@@ -110,7 +112,7 @@ class Text:
         return self._mask_fillers(encoded, scores)
 
     def _mask_fillers(self, encoded: Encoded, scores: NDArray[Any]) -> list[dict[str, Any]]:
-        mask_id = self._tokenizer.token_to_id("<mask>")
+        mask_id = self._tokenizer.token_to_id(self._mask_token)
         found = []
         for position in (i for i, token in enumerate(encoded.ids) if token == mask_id):
             for token in np.argsort(-scores[position])[:5]:
@@ -132,6 +134,14 @@ class Text:
                 best, score = (int(i), int(i) + j), float(begins[i] * window[j])
         ids = encoded.ids[first + best[0] : first + best[1] + 1]
         return {"answer": self.decode(ids), "score": score}
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file."""
+    try:
+        return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} is not a JSON object ({error}); export the model again") from error
 
 
 def _softmax(logits: NDArray[Any]) -> NDArray[Any]:

@@ -27,7 +27,9 @@ _ENGINE_OPTIONS = (
         "--backend", default="auto", show_default=True, help="auto, onnxruntime, openvino, reference or tensorrt."
     ),
     click.option("--provider", default="cpu", show_default=True, help="Of ONNX Runtime: cpu, cuda or tensorrt."),
-    click.option("--threads", type=click.IntRange(min=1), help="Threads of one run.  [default: the backend's choice]"),
+    click.option(
+        "--threads", type=click.IntRange(1, 1024), help="Threads of one run.  [default: the backend's choice]"
+    ),
 )
 
 

@@ -69,7 +69,8 @@ class Signature:
         max_seqlen: longest sequence in tokens; None = no limit.
         vocab_size: ids are 0 to vocab_size - 1; None = not checked.
         max_global: most global tokens a row may have; None = no limit.
-        default_global: see `Task`; what happens when the caller gives no global_attention_mask.
+        default_global: what happens when the caller gives no global_attention_mask: see `Task`, or "required": it is
+            an error, since the model follows a rule of its own that lfx does not know.
         attention_windows: one-sided window of each layer, tokens.
     """
 
@@ -116,7 +117,7 @@ class Signature:
             ("task", TASKS),
             ("precision", PRECISIONS),
             ("global_attention", GLOBAL_MODES),
-            ("default_global", {task.default_global for task in TASKS.values()}),
+            ("default_global", {"required", *(task.default_global for task in TASKS.values())}),
         ):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in allowed:

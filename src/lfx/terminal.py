@@ -16,9 +16,10 @@ _interrupted = threading.Event()
 
 
 def catch_interrupts() -> None:
-    """Turn SIGINT and SIGTERM into KeyboardInterrupt, so that what is half-written is removed on the way out."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    """Turn SIGINT, SIGTERM and SIGHUP into KeyboardInterrupt, so that what is half-written is removed."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last is not on Windows
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _interrupt)
     sys.unraisablehook = _dropped
 
 

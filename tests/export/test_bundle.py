@@ -61,6 +61,44 @@ def test_what_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "folder" / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_bundle_with_other_files_in_it_is_never_replaced(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "out") as folder:
+        _write(folder, '{"files": {"model.onnx": {}}}')
+        (folder / "model.onnx").write_text("graph")
+    (tmp_path / "out" / "checkpoint").mkdir()
+    (tmp_path / "out" / "checkpoint" / "model.safetensors").write_text("weights")
+    with pytest.raises(ExportError, match=r"holds other files too \(checkpoint/model\.safetensors\)"):
+        atomic_folder(tmp_path / "out").__enter__()
+    assert (tmp_path / "out" / "checkpoint" / "model.safetensors").read_text() == "weights"
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    for name, target in (("link", "real"), ("dangling", "later")):
+        (tmp_path / name).symlink_to(target)
+        with atomic_folder(tmp_path / name) as folder:
+            _write(folder)
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / target / "lfx.json").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "later", "link", "real"]
+
+
+def test_the_current_folder_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for output in (Path(), tmp_path / "here"):
+        with pytest.raises(ExportError, match="is the current folder or above it; name a folder inside it"):
+            atomic_folder(output).__enter__()
+    assert Path.cwd().is_dir()
+
+
+def test_a_leftover_of_this_very_process_number_is_removed(tmp_path: Path) -> None:
+    (tmp_path / f".a[1].partial-{os.getpid()}").mkdir()
+    with atomic_folder(tmp_path / "a[1]") as folder:
+        _write(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["a[1]"]
+
+
 def test_leftovers_of_killed_processes_are_removed_and_live_ones_kept(tmp_path: Path) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()

@@ -195,3 +195,47 @@ def global_(case: Case, queries: int, num_heads: int, head_size: int, *, precisi
 
     inputs = {"query": draw(queries), "key": draw(case.seqlen), "value": draw(case.seqlen), "key_mask": key_mask}
     return Global(inputs, num_heads, precision)
+
+
+def enqueue_through_creator(
+    helper: ctypes.CDLL,
+    library: str,
+    problem: Banded | Global,
+    addresses: dict[str, int],
+    context: int,
+    workspace: tuple[int, int],
+    stream: int | None,
+) -> int:
+    """Run the plugin as TensorRT does; see tests/plugins/enqueue.cpp.
+
+    Args:
+        addresses: of the inputs; context: of the output; workspace: address and bytes.
+    Returns:
+        0, or the step that failed.
+    """
+    op = "BandedAttention" if isinstance(problem, Banded) else "GlobalAttention"
+    attributes = [problem.num_heads]
+    if isinstance(problem, Banded):
+        attributes += [problem.window, problem.dilation, problem.causal]
+    order = ("query", "key", "value", "key_mask", "global_index", "global_context")
+    names = [name for name in order if name in problem.inputs]
+    dims: list[int] = []
+    for name in (*names, "query"):  # the context has the shape of the query
+        shape = problem.inputs[name].shape
+        dims += [len(shape), *shape, *([0] * (3 - len(shape)))]
+    return int(
+        helper.enqueueThroughCreator(
+            library.encode(),
+            op.encode(),
+            (ctypes.c_int32 * len(attributes))(*attributes),
+            ctypes.c_float(0.0),
+            {"fp32": 0, "fp16": 1, "bf16": 7}[problem.precision],  # nvinfer1::DataType
+            len(names),
+            (ctypes.c_int32 * len(dims))(*dims),
+            (ctypes.c_void_p * len(names))(*(addresses[name] for name in names)),
+            ctypes.c_void_p(context),
+            ctypes.c_void_p(workspace[0]),
+            ctypes.c_size_t(workspace[1]),
+            ctypes.c_void_p(stream),
+        )
+    )

@@ -437,9 +437,9 @@ def test_unknown_backends_and_providers_name_the_known_ones(
         Engine(bundle(), **options)
 
 
-@pytest.mark.parametrize("threads", [0, -1])
-def test_threads_start_at_one(bundle: MakeBundle, engine: Engine, threads: int) -> None:
-    with pytest.raises(InputError, match=rf"threads {threads} is out of range; give 1 or more"):
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", 10**9])
+def test_threads_start_at_one(bundle: MakeBundle, engine: Engine, threads: Any) -> None:
+    with pytest.raises(InputError, match=rf"threads {threads!r} is out of range; give a whole number from 1 to 1024"):
         Engine(bundle(), threads=threads)
     with Engine(bundle(), threads=1) as single:
         assert_same(single.run(RAGGED), engine.run(RAGGED))

@@ -1,0 +1,218 @@
+"""Modules that are more than Hugging Face's: exported right, or refused with the reason, and never wrong in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lfx.errors import ExportError, InputError
+from lfx.export import export
+from lfx.export.load import load
+from lfx.runtime import Engine
+from tests.models import save_tiny_checkpoint, tiny_model
+
+IDS = torch.arange(40)[None] % 50 + 3
+
+
+class Wrapped(nn.Module):
+    """A base model, and what `change` makes of its hidden states."""
+
+    def __init__(self, change: Callable[..., Any] = lambda x, ids: x, **options: Any) -> None:
+        super().__init__()
+        self.inner, self.change = tiny_model(**options), change
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
+        return self.change(self.inner(input_ids, attention_mask=attention_mask)[0], input_ids)
+
+
+def same(module: nn.Module, folder: Path, ids: torch.Tensor = IDS, **masks: torch.Tensor) -> None:
+    """The bundle's first output is the module's."""
+    with torch.inference_mode():
+        found = module(ids, **masks)
+    right = found if isinstance(found, torch.Tensor) else next(iter(found.values()))
+    with Engine(folder) as engine:
+        ours = engine.run(ids.numpy(), **{name: mask.numpy() for name, mask in masks.items()})
+        np.testing.assert_allclose(next(iter(ours.values())), right.numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_branch_on_the_shape_is_refused(axis: int, tmp_path: Path) -> None:
+    module = Wrapped(lambda x, ids: x * 2 if ids.shape[axis] > 100 else x).eval()
+    with pytest.raises(ExportError, match=r"takes another path outside (batch|sequence) \d+ to 100"):
+        export(module, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_branch_beyond_the_longest_sequence_is_none(tmp_path: Path) -> None:
+    module = Wrapped(lambda x, ids: x * 2 if ids.shape[1] > 100 else x).eval()
+    same(module, export(module, tmp_path / "out", max_seqlen=100))
+
+
+class Rule(nn.Module):
+    """A module with its own rule for the global tokens."""
+
+    def __init__(self, rule: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+        super().__init__()
+        self.classifier, self.rule = tiny_model("text-classification"), rule
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+    ) -> Any:
+        if global_attention_mask is None and self.rule is not None:
+            global_attention_mask = self.rule(input_ids)
+        found = self.classifier(input_ids, attention_mask=attention_mask, global_attention_mask=global_attention_mask)
+        return {"logits": found.logits}
+
+
+@pytest.mark.parametrize(
+    ("rule", "found"),
+    [(None, "first"), (torch.zeros_like, "none"), (lambda ids: (ids % 3 == 0).long(), "required")],
+    ids=["hugging face's", "none", "its own"],
+)
+def test_a_module_keeps_its_default_for_the_global_tokens(rule: Any, found: str, tmp_path: Path) -> None:
+    module = Rule(rule).eval()
+    folder = export(module, tmp_path / "out")
+    with Engine(folder) as engine:
+        assert engine.signature.default_global == found
+        if found == "required":
+            with pytest.raises(InputError, match="a rule of its own when it gets no global_attention_mask; give one"):
+                engine.run(IDS.numpy())
+    marks = {"global_attention_mask": (IDS == 5).long()}
+    same(module, folder, **marks)
+    if found != "required":
+        same(module, folder)
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_global": 1}, {"global_attention": "first"}, {"global_attention": "none"}], ids=str
+)
+def test_global_tokens_that_the_module_decides_are_not_fixed(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"cannot be had: Wrapped\.forward takes no global_attention_mask"):
+        export(Wrapped().eval(), tmp_path / "out", **options)
+
+
+def test_more_slots_than_tokens_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="max_global 129 is above the longest sequence, 128 tokens"):
+        export(tiny_model(), tmp_path / "out", max_global=129)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x, ids: x[:, 1:], lambda x, ids: torch.cat([x[:, :1], x], 1), lambda x, ids: x.transpose(0, 1)],
+    ids=["shorter", "longer", "time in front"],
+)
+def test_outputs_that_cannot_be_cut_take_sequences_of_one_length(change: Any, tmp_path: Path) -> None:
+    module = Wrapped(change).eval()
+    folder = export(module, tmp_path / "out")
+    same(module, folder)
+    with Engine(folder) as engine, pytest.raises(InputError, match="cannot be cut to each sequence's length"):
+        engine.run([[5, 6, 7], [8]])
+
+
+def test_both_axes_of_a_token_by_token_output_are_cut(tmp_path: Path) -> None:
+    module = Wrapped(lambda x, ids: x @ x.transpose(1, 2)).eval()
+    with Engine(export(module, tmp_path / "out")) as engine:
+        assert [row.shape for row in engine.run([[5, 6, 7], [8]])["output"]] == [(3, 3), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, ids: {"a": x, "b": x}, "outputs 'a' and 'b' are one tensor; return it once"),
+        (lambda x, ids: {"a": x, "ids": ids}, "output 'ids' is an input handed back"),
+        (lambda x, ids: {"input_ids": x * 2}, "output 'input_ids' is an input handed back, or has an input's name"),
+        (lambda x, ids: {"": x}, "names an output ''"),
+        (lambda x, ids: {0: x}, "names an output 0"),
+        (lambda x, ids: {"a": x, "b": {"c": x}}, "output b is dict; return tensors, not nested"),
+        (lambda x, ids: {}, "returns no tensor"),
+        (lambda x, ids: "text", "the model returns str"),
+    ],
+)
+def test_outputs_that_no_graph_can_have_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=message):
+        export(Wrapped(change).eval(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+class _Adapted(nn.Linear):
+    """A linear layer with something added, as adapters do."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden) + 0.5 * hidden.roll(1, -1)
+
+
+@pytest.mark.parametrize("name", ["key_global", "value_global", "query_global", "key"])
+@pytest.mark.parametrize("kind", ["adapter", "no bias", "hook"])
+def test_projections_that_are_more_than_weight_and_bias(name: str, kind: str, tmp_path: Path) -> None:
+    module = tiny_model()
+    for layer in module.encoder.layer:
+        attention = layer.attention.self
+        if kind == "hook":
+            getattr(attention, name).register_forward_hook(lambda _, inputs, output: output * 1.5)
+        else:
+            new = _Adapted(32, 32) if kind == "adapter" else nn.Linear(32, 32, bias=False)
+            setattr(attention, name, new)
+    module.eval()
+    marks = {"global_attention_mask": (IDS % 7 == 0).long()}
+    same(module, export(module, tmp_path / "out"), **marks)
+
+
+def test_a_feed_forward_in_chunks_is_the_same_model(tmp_path: Path) -> None:
+    module = tiny_model(chunk_size_feed_forward=4)
+    same(tiny_model(), export(module, tmp_path / "out"), IDS[:, :29])
+    assert module.encoder.layer[0].chunk_size_feed_forward == 4
+
+
+def test_a_checkpoint_that_returns_tuples_keeps_the_names_of_its_outputs(tmp_path: Path) -> None:
+    module, _ = load(str(save_tiny_checkpoint(tmp_path / "it", "text-classification", return_dict=False)), "auto")
+    with Engine(export(module, tmp_path / "out")) as engine:
+        assert list(engine.run([5, 6])) == ["logits"]
+
+
+def test_weights_that_begin_at_one_address_keep_their_names(tmp_path: Path) -> None:
+    class Sliced(Wrapped):
+        def __init__(self) -> None:
+            super().__init__()
+            words = self.inner.embeddings.word_embeddings.weight
+            self.small = nn.Linear(32, 10, bias=False)
+            self.small.weight = nn.Parameter(words.detach()[:10])
+
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            return self.small(self.inner(input_ids)[0])
+
+    module = Sliced().eval()
+    same(module, export(module, tmp_path / "out"))
+
+
+def test_an_export_inside_autocast_is_a_float32_model(tmp_path: Path) -> None:
+    module = tiny_model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        folder = export(module, tmp_path / "out")
+    same(module, folder)
+
+
+def test_the_shorter_of_two_position_tables_is_the_limit(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.long, self.short = tiny_model(), tiny_model(max_position_embeddings=66)
+
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            return self.long(input_ids)[0] + self.short(input_ids)[0]
+
+    with Engine(export(Two().eval(), tmp_path / "out")) as engine:
+        assert engine.signature.max_seqlen == 64
+
+
+def test_a_window_that_hugging_face_cannot_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="attention_window of 2, which Hugging Face itself cannot run"):
+        export(tiny_model(attention_window=2), tmp_path / "out")
