@@ -1,0 +1,240 @@
+"""The host side of plans (memory, streams, graphs, profiles, threads), over a TensorRT made of host memory."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfx.config import GRAPH_INPUTS, Signature, TensorSpec, sha256
+from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
+from lfx.runtime import Engine, tensorrt
+from lfx.runtime.plan import PlanManifest
+from lfx.runtime.profile import Profile, Range
+from tests.runtime import fake_tensorrt
+
+WIDTH = 4
+SIGNATURE = Signature(
+    architecture="LongformerModel",
+    task="feature-extraction",
+    precision="fp16",
+    inputs=tuple(TensorSpec(name, "int64", ("batch", "sequence")) for name in GRAPH_INPUTS),
+    outputs=(
+        TensorSpec("last_hidden_state", "float32", ("batch", "sequence", WIDTH)),
+        TensorSpec("pooler_output", "float32", ("batch", WIDTH)),
+    ),
+    attention_windows=(8,),
+    max_seqlen=64,
+    vocab_size=99,
+)
+MANIFEST = PlanManifest(
+    signature=SIGNATURE,
+    flavor="tensorrt",
+    tensorrt_version="10.14.1",
+    target="sm90",
+    profiles=(Profile(Range(1, 1, 8), Range(1, 16, 32)), Profile(Range(1, 1, 2), Range(1, 64, 64))),
+    plugin_version="1",
+    attention_nodes=2,
+    plugin_layers=2,
+    bundle={"name": "bundle", "sha256": ""},
+    options={"flags": []},
+    versions={},
+    conversion={},
+    plan={},
+)
+
+
+def compute(feeds: dict[str, Any]) -> dict[str, Any]:
+    """A model that is easy to know."""
+    ids = feeds["input_ids"] * feeds["attention_mask"] + 1000 * feeds["global_attention_mask"]
+    hidden = ids[..., None] + np.arange(WIDTH)
+    return {"last_hidden_state": hidden, "pooler_output": hidden.sum(axis=1)}
+
+
+def shape_of(name: str, shapes: dict[str, Any]) -> tuple[int, ...]:
+    """Of an output."""
+    batch, seqlen = shapes["input_ids"]
+    return (batch, seqlen, WIDTH) if name == "last_hidden_state" else (batch, WIDTH)
+
+
+@pytest.fixture
+def cuda() -> fake_tensorrt.Cuda:
+    """The CUDA runtime."""
+    return fake_tensorrt.Cuda()
+
+
+@pytest.fixture
+def device_engine(cuda: fake_tensorrt.Cuda) -> fake_tensorrt.Engine:
+    """The engine that the plan becomes."""
+    outputs = [spec.name for spec in SIGNATURE.outputs]
+    return fake_tensorrt.Engine(cuda, list(GRAPH_INPUTS), outputs, shape_of, compute)
+
+
+def write_plan(folder: Path, manifest: PlanManifest = MANIFEST) -> Path:
+    """A plan of any bytes, with its JSON."""
+    plan = folder / "model.plan"
+    plan.write_bytes(b"plan")
+    replace(manifest, plan={"sha256": sha256(plan), "bytes": 4}).write(plan)
+    return plan
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, cuda: fake_tensorrt.Cuda, device_engine: Any, tmp_path: Path) -> Any:
+    """A machine with an H100, TensorRT 10.14.1 and the plugin."""
+    trt = fake_tensorrt.TensorRt("10.14.1", device_engine)
+    monkeypatch.setattr(tensorrt, "require", lambda module, extra: trt)
+    monkeypatch.setattr(tensorrt, "cudart", lambda: cuda)
+    monkeypatch.setattr(tensorrt, "require_gpu", lambda: "sm90")
+    monkeypatch.setattr(tensorrt.plugins, "library", lambda: tmp_path / "liblfx_plugins.so")
+    return trt
+
+
+IDS = np.arange(12).reshape(2, 6)
+
+
+def expected(ids: Any) -> dict[str, Any]:
+    """What the model says."""
+    ones = np.ones_like(ids)
+    return compute({"input_ids": ids, "attention_mask": ones, "global_attention_mask": 0 * ones})
+
+
+def test_a_plan_answers_like_any_other_backend(machine: Any, tmp_path: Path) -> None:
+    with Engine(write_plan(tmp_path)) as engine:
+        assert engine.backend == "tensorrt 10.14.1 sm90"
+        assert machine.loaded == [str(tmp_path / "liblfx_plugins.so")]
+        for name, array in expected(IDS).items():
+            np.testing.assert_array_equal(engine.run(IDS)[name], array)
+        ragged = engine.run([[5, 6, 7], [8]])
+        assert [row.shape for row in ragged["last_hidden_state"]] == [(3, WIDTH), (1, WIDTH)]
+
+
+def test_a_shape_that_comes_again_is_replayed_from_a_graph(machine: Any, cuda: Any, tmp_path: Path) -> None:
+    with Engine(write_plan(tmp_path)) as engine:
+        for turn in range(6):
+            ids = (IDS + turn) % 99
+            np.testing.assert_array_equal(engine.run(ids)["pooler_output"], expected(ids)["pooler_output"])
+        assert cuda.counts["graphs"] == 1
+        assert cuda.counts["launches"] == 5  # the first run is not captured
+        copies = cuda.counts["copies"]
+        engine.run(IDS)
+        assert cuda.counts["copies"] == copies  # they are in the graph
+
+
+def test_a_larger_batch_moves_the_buffers_and_forgets_the_graphs(machine: Any, cuda: Any, tmp_path: Path) -> None:
+    with Engine(write_plan(tmp_path)) as engine:
+        for _ in range(3):
+            engine.run(IDS)
+        larger = np.arange(40).reshape(2, 20)
+        for ids in (larger, IDS, IDS, larger, larger, IDS):
+            np.testing.assert_array_equal(engine.run(ids)["last_hidden_state"], expected(ids)["last_hidden_state"])
+        assert len(cuda.memory) == 2 * 5  # device and host, of three inputs and two outputs
+
+
+def test_only_so_many_graphs_are_kept(machine: Any, cuda: Any, tmp_path: Path) -> None:
+    with Engine(write_plan(tmp_path)) as engine:
+        for _ in range(2):
+            for length in range(32, 0, -1):
+                for _ in range(2):
+                    engine.run(np.ones((1, length), int))
+        assert 0 < cuda.counts["graphs"] <= tensorrt.MAX_GRAPHS
+
+
+def test_a_layer_that_cannot_be_captured_runs_without_a_graph(
+    machine: Any, cuda: Any, device_engine: Any, tmp_path: Path
+) -> None:
+    device_engine.uncapturable = True
+    with Engine(write_plan(tmp_path)) as engine:
+        for _ in range(4):
+            np.testing.assert_array_equal(engine.run(IDS)["pooler_output"], expected(IDS)["pooler_output"])
+    assert cuda.counts["launches"] == 0
+
+
+def test_every_thread_has_a_context_of_its_own(machine: Any, device_engine: Any, tmp_path: Path) -> None:
+    failures: list[Any] = []
+    with Engine(write_plan(tmp_path)) as engine:
+
+        def work(seed: int) -> None:
+            random = np.random.default_rng(seed)
+            for _ in range(50):
+                ids = random.integers(0, 99, (random.integers(1, 3), random.integers(1, 33)))
+                if not np.array_equal(engine.run(ids)["pooler_output"], expected(ids)["pooler_output"]):
+                    failures.append(ids)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+    assert device_engine.contexts == 4
+
+
+def test_closing_gives_all_memory_back(machine: Any, cuda: Any, tmp_path: Path) -> None:
+    engine = Engine(write_plan(tmp_path))
+    for _ in range(3):
+        engine.run(IDS)
+    assert cuda.memory
+    engine.close()
+    gc.collect()
+    assert (cuda.memory, cuda.counts["graphs"]) == ({}, 0)
+
+
+def test_the_profile_follows_the_shape(machine: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    taken: list[int] = []
+    original = fake_tensorrt.Context.set_optimization_profile_async
+    monkeypatch.setattr(
+        fake_tensorrt.Context,
+        "set_optimization_profile_async",
+        lambda self, profile, stream: taken.append(profile) or original(self, profile, stream),
+    )
+    with Engine(write_plan(tmp_path)) as engine:
+        for shape in ((1, 10), (8, 32), (1, 60), (2, 33), (1, 5)):
+            ids = np.ones(shape, int)
+            np.testing.assert_array_equal(engine.run(ids)["pooler_output"], expected(ids)["pooler_output"])
+        assert taken == [0, 1, 0]
+        with pytest.raises(
+            InputError, match=r"batch 3, seqlen 40 is outside what the plan was built for \(batch 1:1:8"
+        ):
+            engine.run(np.ones((3, 40), int))
+        with pytest.raises(InputError, match="9"):
+            engine.run(np.ones((9, 1), int))
+
+
+def test_what_does_not_fit_the_machine_is_one_clear_line(
+    machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ArtifactError, match=r"was built for sm89, and this GPU is sm90; build it again here"):
+        Engine(write_plan(tmp_path, replace(MANIFEST, target="sm89")))
+    with pytest.raises(ArtifactError, match=r"built by tensorrt 10\.13, and 10\.14\.1 is here"):
+        Engine(write_plan(tmp_path, replace(MANIFEST, tensorrt_version="10.13")))
+    compatible = replace(MANIFEST, tensorrt_version="10.13", options={"flags": ["VERSION_COMPATIBLE"]})
+    Engine(write_plan(tmp_path, compatible)).close()
+    machine.engine = None
+    with pytest.raises(ArtifactError, match="cannot be loaded by tensorrt: the plan is not for me"):
+        Engine(write_plan(tmp_path))
+    monkeypatch.setattr(tensorrt, "require_gpu", _no_gpu)
+    with pytest.raises(DependencyError, match="no NVIDIA GPU"):
+        Engine(write_plan(tmp_path))
+
+
+def _no_gpu() -> str:
+    raise DependencyError("this machine has no NVIDIA GPU")
+
+
+def test_a_cuda_error_is_named(machine: Any, cuda: Any, tmp_path: Path) -> None:
+    with Engine(write_plan(tmp_path)) as engine:
+        cuda.cudaStreamSynchronize = lambda stream: (fake_tensorrt.Error.cudaErrorInvalidValue,)
+        with pytest.raises(LfxError, match="CUDA failed: cudaErrorInvalidValue"):
+            engine.run(IDS)
+
+
+def test_a_plan_with_other_outputs_than_its_json_is_refused(machine: Any, device_engine: Any, tmp_path: Path) -> None:
+    device_engine.outputs = ["logits"]
+    device_engine.num_io_tensors = 4
+    with pytest.raises(ArtifactError, match="other inputs or outputs than its manifest"):
+        Engine(write_plan(tmp_path))
