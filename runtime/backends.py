@@ -43,8 +43,20 @@ class Backend(Protocol):
         """Run one batch; safe to call from several threads."""
         ...
 
+    def takes(self, batch: int, seqlen: int) -> bool:
+        """Whether it takes a batch of this shape."""
+        ...
 
-class OnnxRuntime:
+
+class _AnyShape:
+    """What every backend of ONNX files takes."""
+
+    def takes(self, batch: int, seqlen: int) -> bool:
+        """Any shape."""
+        return True
+
+
+class OnnxRuntime(_AnyShape):
     """ONNX Runtime on one execution provider."""
 
     def __init__(self, model: Path, provider: str, threads: int | None) -> None:
@@ -92,7 +104,7 @@ class OnnxRuntime:
         return dict(zip(self.output_names, found, strict=True))
 
 
-class OpenVino:
+class OpenVino(_AnyShape):
     """OpenVINO on the CPU, with the lfx functions inlined for it; it computes bf16 models, in float32 without AMX."""
 
     def __init__(self, model: Path, threads: int | None) -> None:
@@ -139,7 +151,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-class Reference:
+class Reference(_AnyShape):
     """The reference evaluator of the onnx package: every precision, plain numpy, slow."""
 
     def __init__(self, model: Path) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from lfx.config import Manifest, Signature, locate
 from lfx.errors import ArtifactError, DependencyError, InputError
 from lfx.runtime import backends
+from lfx.runtime.batching import TOKEN_BUDGET, batches
 from lfx.runtime.inputs import prepare
 from lfx.runtime.plan import SUFFIX, PlanManifest
 
 MAX_THREADS = 1024
+# Sequences that `Engine.stream` sorts by length together.
+AHEAD = 256
 Outputs = dict[str, NDArray[Any] | list[NDArray[Any]]]
 
 
@@ -30,6 +36,7 @@ class Engine:
             for.
         provider: of ONNX Runtime: "cpu", "cuda" or "tensorrt". What was asked for is used, or it is an error.
         threads: of one run; default: the backend's own choice.
+        token_budget: most tokens, padding included, that sequences of different lengths are put into one batch with.
     Attributes:
         signature: inputs, outputs and limits of the model.
         manifest: of the bundle or the plan; None for a lone ONNX file.
@@ -40,12 +47,21 @@ class Engine:
     """
 
     def __init__(
-        self, path: str | Path, backend: str = "auto", *, provider: str = "cpu", threads: int | None = None
+        self,
+        path: str | Path,
+        backend: str = "auto",
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+        token_budget: int = TOKEN_BUDGET,
     ) -> None:
         if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
             raise InputError(f"threads {threads!r} is out of range; give a whole number from 1 to {MAX_THREADS}")
         if not isinstance(path, (str, Path)):
             raise InputError(f"path is {type(path).__name__}; give the path of a bundle, an .onnx file or a plan")
+        if token_budget < 1:
+            raise InputError(f"token_budget {token_budget} is out of range; give 1 or more")
+        self.token_budget = token_budget
         self.manifest: Manifest | PlanManifest | None = None
         model = Path(path)
         if model.suffix == SUFFIX and not model.is_dir():
@@ -110,23 +126,63 @@ class Engine:
                 `signature.default_global`.
         Returns:
             One entry per output name, always with the batch first. For one sequence, an array, or sequences of one
-            length: an array, such as last_hidden_state (batch, seqlen, hidden) float32. For sequences of different
-            lengths: a list of arrays for outputs per token, each cut to its own length; outputs per sequence are
-            stacked. All are owned by the caller.
+            length: an array, such as last_hidden_state (batch, seqlen, hidden) float32. Sequences of different lengths
+            run in batches of neighbouring lengths (`token_budget`), and give a list of arrays for outputs per token,
+            each cut to its own length; outputs per sequence are stacked. All are owned by the caller.
         Raises:
             InputError: a length, shape, dtype, mask value or token id that the model cannot take.
         Source: Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
         """
         batch = prepare(ids, attention_mask, global_attention_mask, self.signature)
-        if batch.lengths is not None:
-            _check_cuttable(self.signature)
+        backend = self._open()
+        if batch.lengths is None:
+            return dict(backend.infer(dict(batch.feeds)))
+        rows = self._run_rows(backend, batch.feeds, batch.lengths)
+        per_token = {spec.name for spec in self.signature.outputs if "sequence" in spec.shape}
+        return {name: found if name in per_token else np.stack(found) for name, found in rows.items()}
+
+    def stream(self, documents: Iterable[Any], *, ahead: int = AHEAD) -> Iterator[dict[str, NDArray[Any]]]:
+        """Run more sequences than fit in memory, in batches of neighbouring lengths.
+
+        Args:
+            documents: one sequence of integers each, (seqlen,); for multiple choice (choices, seqlen).
+            ahead: sequences that are read and sorted by length together. The same documents in the same order give the
+                same batches, and so bit for bit the same results.
+        Yields:
+            For each document, in the order given, one array per output name, without the batch axis.
+        Raises:
+            InputError: a document that the model cannot take; none of its `ahead` neighbours is run then.
+        """
+        waiting = iter(documents)
+        while chunk := list(itertools.islice(waiting, ahead)):
+            batch = prepare(chunk, None, None, self.signature)
+            lengths = batch.lengths or (batch.feeds["input_ids"].shape[-1],) * len(chunk)
+            rows = self._run_rows(self._open(), batch.feeds, lengths)
+            for i in range(len(chunk)):
+                yield {name: found[i] for name, found in rows.items()}
+
+    def _open(self) -> backends.Backend:
         backend = self._backend  # another thread may close the Engine while this one runs
         if backend is None:
             raise InputError("this Engine is closed; make a new one")
-        outputs = backend.infer(dict(batch.feeds))
-        if batch.lengths is None:
-            return dict(outputs)
-        return {spec.name: _cut(outputs[spec.name], spec.shape, batch.lengths) for spec in self.signature.outputs}
+        return backend
+
+    def _run_rows(
+        self, backend: backends.Backend, feeds: dict[str, NDArray[np.int64]], lengths: Sequence[int]
+    ) -> dict[str, list[NDArray[Any]]]:
+        """Run padded rows in batches of neighbouring lengths; each output as one array a row, cut to its length."""
+        if len(set(lengths)) > 1:
+            _check_cuttable(self.signature)
+        shapes = {spec.name: spec.shape for spec in self.signature.outputs}
+        rows: dict[str, list[Any]] = {name: [None] * len(lengths) for name in shapes}
+        choices = feeds["input_ids"].shape[1] if feeds["input_ids"].ndim == 3 else 1
+        for members in batches(lengths, max(self.token_budget // choices, 1), backend.takes):
+            longest = max(lengths[i] for i in members)
+            outputs = backend.infer({name: array[members][..., :longest] for name, array in feeds.items()})
+            for name, array in outputs.items():
+                for place, i in enumerate(members):
+                    rows[name][i] = _cut(array[place], shapes[name], lengths[i])
+        return rows
 
     def close(self) -> None:
         """Free the model. Calling it again does nothing."""
@@ -141,15 +197,9 @@ class Engine:
         self.close()
 
 
-def _cut(
-    output: NDArray[Any], axes: tuple[int | str, ...], lengths: tuple[int, ...]
-) -> NDArray[Any] | list[NDArray[Any]]:
-    if "sequence" not in axes:
-        return output
-    cut = []
-    for row, length in zip(output, lengths, strict=True):
-        cut.append(row[tuple(slice(length) if axis == "sequence" else slice(None) for axis in axes[1:])].copy())
-    return cut
+def _cut(row: NDArray[Any], axes: tuple[int | str, ...], length: int) -> NDArray[Any]:
+    """One sequence's part of an output, without its padding."""
+    return row[tuple(slice(length) if axis == "sequence" else slice(None) for axis in axes[1:])].copy()
 
 
 def _check_cuttable(signature: Signature) -> None:

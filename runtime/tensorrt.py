@@ -68,6 +68,10 @@ class TensorRt:
         self._profiles = manifest.profiles
         self._workers = threading.local()
 
+    def takes(self, batch: int, seqlen: int) -> bool:
+        """Whether a profile of the plan does."""
+        return choose(self._profiles, batch, seqlen) is not None
+
     def infer(self, feeds: Arrays) -> Arrays:
         """One batch, on this thread's own context and stream.
 

@@ -66,9 +66,40 @@ class Text:
         limit = self._signature.max_seqlen
         if limit is not None and len(encoding.ids) > limit:
             raise InputError(
-                f"the text has {len(encoding.ids)} tokens, above the model's maximum {limit}; shorten or split it"
+                f"the text has {len(encoding.ids)} tokens, above the model's maximum {limit}; shorten or split it "
+                "(lfx run --stride cuts the documents of a .jsonl file)"
             )
         return Encoded(list(encoding.ids), list(encoding.tokens))
+
+    def windows(self, text: str, pair: str | None, stride: int) -> list[Encoded]:
+        """Tokenize a text of any length into windows that the model takes.
+
+        Args:
+            pair: the document, where `text` is a question; then the question stands before every window of it.
+            stride: tokens from the beginning of one window to that of the next.
+        Raises:
+            InputError: a stride with which tokens would be left out, or a question that leaves no room.
+        """
+        limit = self._signature.max_seqlen
+        whole = self._tokenizer.encode(text, pair)
+        if limit is None or len(whole.ids) <= limit:
+            return [Encoded(list(whole.ids), list(whole.tokens))]
+        fixed = self._tokenizer.num_special_tokens_to_add(pair is not None)
+        if pair is not None:
+            fixed += len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        room = limit - fixed
+        if not 1 <= stride <= room:
+            raise InputError(
+                f"stride {stride} does not fit: a window has room for {max(room, 0)} tokens of the document, so give 1 "
+                f"to {max(room, 1)}"
+            )
+        strategy = "only_first" if pair is None else "only_second"
+        self._tokenizer.enable_truncation(limit, stride=room - stride, strategy=strategy)
+        try:
+            first = self._tokenizer.encode(text, pair)
+        finally:
+            self._tokenizer.no_truncation()
+        return [Encoded(list(found.ids), list(found.tokens)) for found in (first, *first.overflowing)]
 
     def decode(self, ids: list[int]) -> str:
         """The text of some ids."""

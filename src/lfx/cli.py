@@ -192,9 +192,19 @@ def _only_bundle() -> Path:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--text", help="The text; for question answering the question, for multiple choice the prompt.")
 @click.option("--pair", multiple=True, help="A second text: the document asked about, or one choice (repeat it).")
-@click.option("--input", "file", type=click.Path(path_type=Path), help="A text file, read as one document.")
+@click.option(
+    "--input",
+    "file",
+    type=click.Path(path_type=Path),
+    help="A text file, read as one document; or documents: .jsonl or .parquet with a field text or input_ids.",
+)
+@click.option("--stride", type=click.IntRange(min=1), help="Cut long documents into windows that begin every N tokens.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="A folder with one.  [default: the bundle's]")
-@click.option("--output", type=click.Path(path_type=Path), help="Write all output arrays to this .npz file.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The arrays, as .npz; of documents the results, .jsonl or .parquet.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; arrays per token only with --output.")
 @_engine_options
 def run(
@@ -202,6 +212,7 @@ def run(
     text: str | None,
     pair: tuple[str, ...],
     file: Path | None,
+    stride: int | None,
     tokenizer: Path | None,
     output: Path | None,
     as_json: bool,
@@ -209,94 +220,26 @@ def run(
     provider: str,
     threads: int | None,
 ) -> None:
-    """Run a text through a bundle (a folder, or its .onnx file) or a plan."""
-    import numpy as np
+    """Run a text, or a file of documents, through a bundle (a folder, or its .onnx file) or a plan.
 
+    A run over documents that was stopped goes on where it was when the same command is given again.
+    """
+    from lfx.running import run_documents, run_text
     from lfx.runtime import Engine
-    from lfx.runtime.text import Text
+    from lfx.runtime.documents import SUFFIXES
 
     if (text is None) == (file is None):
         raise click.UsageError("give either --text or --input")
-    text = text if text is not None else _read_text(file)
+    documents = file if file is not None and file.suffix in SUFFIXES else None
+    if documents is not None and (output is None or pair):
+        raise click.UsageError("documents need --output FILE.jsonl or FILE.parquet, and no --pair")
+    if documents is None and stride is not None:
+        raise click.UsageError("--stride is for documents: --input FILE.jsonl or FILE.parquet")
     with Engine(model, backend, provider=provider, threads=threads) as engine:
-        reader = Text(tokenizer or _text_folder(model, engine), engine.signature)
-        choices = engine.signature.task == "multiple-choice"
-        if len(pair) > 1 and not choices:
-            raise InputError(f"{engine.signature.task} takes one --pair, and {len(pair)} came; leave the others out")
-        if (engine.signature.task == "question-answering" and len(pair) != 1) or (choices and not pair):
-            raise InputError(f"{engine.signature.task} needs --text and --pair: " + _pair_help(choices))
-        encoded = [reader.encode(text, second) for second in (pair or (None,))]
-        if choices:
-            rows, masks = _rectangle([e.ids for e in encoded], engine.signature.pad_token_id)
-            outputs = engine.run(rows, masks)
+        if documents is not None and output is not None:
+            run_documents(engine, model, documents, output, stride=stride, tokenizer=tokenizer, as_json=as_json)
         else:
-            outputs = engine.run(encoded[0].ids)
-        arrays = {name: np.asarray(value) for name, value in outputs.items()}
-        answers = reader.answers(encoded[0], arrays)
-    if output is not None:
-        _save(output, arrays)
-    tokens = sum(len(e.ids) for e in encoded)
-    if as_json:
-        shapes = {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in arrays.items()}
-        per_token = {s.name for s in engine.signature.outputs if "sequence" in s.shape}
-        for name, array in arrays.items():
-            if name not in per_token:
-                shapes[name]["values"] = array.tolist()
-        click.echo(json.dumps({"tokens": tokens, "backend": engine.backend, "outputs": shapes, "answers": answers}))
-        return
-    click.echo(f"{tokens} tokens, {engine.backend}")
-    for name, array in arrays.items():
-        first = ", ".join(f"{x:.4f}" for x in array.reshape(-1)[:4])
-        click.echo(f"{name}: shape {tuple(array.shape)}, first values {first}")
-    if answers:
-        table(list(answers[0]), [[_cell(v) for v in answer.values()] for answer in answers[:40]])
-
-
-def _text_folder(model: Path, engine: Engine) -> Path:
-    """Where the tokenizer is: in the bundle, which stands beside its plan unless one of them was moved."""
-    bundle = getattr(engine.manifest, "bundle", None)
-    beside = model.parent / str(bundle["name"]) if bundle else model.parent
-    if model.is_dir():
-        return model
-    return beside if beside.is_dir() else model.parent
-
-
-def _pair_help(choices: bool) -> str:
-    return "the prompt, and one --pair for each choice" if choices else "the question, and the document as --pair"
-
-
-def _rectangle(rows: list[list[int]], pad: int) -> tuple[Any, Any]:
-    import numpy as np
-
-    width = max(len(row) for row in rows)
-    ids = np.full((len(rows), width), pad)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    return ids, mask
-
-
-def _read_text(file: Path | None) -> str:
-    assert file is not None
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from error
-
-
-def _save(output: Path, arrays: dict[str, Any]) -> None:
-    import numpy as np
-
-    if output.is_dir():
-        raise InputError(f"{output} is a folder; give a file name, such as {output / 'outputs.npz'}")
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}.npz")
-    try:
-        np.savez(partial, **arrays)
-        partial.rename(output)
-    except OSError as error:
-        raise InputError(f"{output} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+            run_text(engine, model, text, pair, file, output, tokenizer=tokenizer, as_json=as_json)
 
 
 @cli.command()
@@ -392,10 +335,6 @@ def _parity(engine: Engine, manifest: Manifest, source: str, cases: str, step: C
             "give the right checkpoint with --source, or export again"
         )
     return compare_engine(engine, module, full_cases if cases == "full" else quick_cases, step)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 _INTERRUPTED = "interrupted; nothing half-written was left"

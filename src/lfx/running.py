@@ -1,0 +1,155 @@
+"""What `lfx run` does with a text or a file of documents, and how it shows the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from lfx.errors import InputError
+from lfx.runtime import Engine, documents
+from lfx.runtime.text import TOKENIZER, Text
+from lfx.terminal import progress, table
+
+
+def run_text(
+    engine: Engine,
+    model: Path,
+    text: str | None,
+    pair: tuple[str, ...],
+    file: Path | None,
+    output: Path | None,
+    *,
+    tokenizer: Path | None,
+    as_json: bool,
+) -> None:
+    """Run one text, given or in a file; print what the outputs say."""
+    text = text if text is not None else _read_text(file)
+    reader = Text(tokenizer or _text_folder(model, engine), engine.signature)
+    choices = engine.signature.task == "multiple-choice"
+    if len(pair) > 1 and not choices:
+        raise InputError(f"{engine.signature.task} takes one --pair, and {len(pair)} came; leave the others out")
+    if (engine.signature.task == "question-answering" and len(pair) != 1) or (choices and not pair):
+        raise InputError(f"{engine.signature.task} needs --text and --pair: " + _pair_help(choices))
+    encoded = [reader.encode(text, second) for second in (pair or (None,))]
+    if choices:
+        rows, masks = _rectangle([e.ids for e in encoded], engine.signature.pad_token_id)
+        outputs = engine.run(rows, masks)
+    else:
+        outputs = engine.run(encoded[0].ids)
+    arrays = {name: np.asarray(value) for name, value in outputs.items()}
+    answers = reader.answers(encoded[0], arrays)
+    if output is not None:
+        _save(output, arrays)
+    tokens = sum(len(e.ids) for e in encoded)
+    if as_json:
+        shapes: dict[str, Any] = {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in arrays.items()}
+        per_token = {s.name for s in engine.signature.outputs if "sequence" in s.shape}
+        for name, array in arrays.items():
+            if name not in per_token:
+                shapes[name]["values"] = array.tolist()
+        click.echo(json.dumps({"tokens": tokens, "backend": engine.backend, "outputs": shapes, "answers": answers}))
+        return
+    click.echo(f"{tokens} tokens, {engine.backend}")
+    for name, array in arrays.items():
+        first = ", ".join(f"{x:.4f}" for x in array.reshape(-1)[:4])
+        click.echo(f"{name}: shape {tuple(array.shape)}, first values {first}")
+    if answers:
+        table(list(answers[0]), [[_cell(v) for v in answer.values()] for answer in answers[:40]])
+
+
+def run_documents(
+    engine: Engine,
+    model: Path,
+    source: Path,
+    output: Path,
+    *,
+    stride: int | None,
+    tokenizer: Path | None,
+    as_json: bool,
+) -> None:
+    """Run a file of documents; print what was done.
+
+    Raises:
+        InputError: some documents were refused; the others are done.
+    """
+    folder = tokenizer or _text_folder(model, engine)
+    reader = Text(folder, engine.signature) if tokenizer or (folder / TOKENIZER).is_file() else None
+    start = time.perf_counter()
+    try:
+        with progress() as step:
+            done = documents.run_documents(
+                engine,
+                reader,
+                source,
+                output,
+                stride=stride,
+                progress=step,
+                report=lambda line: click.echo(line, err=True),
+            )
+    except KeyboardInterrupt:
+        click.echo("what is done is kept; the same command goes on from there", err=True)
+        raise
+    seconds = time.perf_counter() - start
+    if as_json:
+        click.echo(json.dumps({**dataclasses.asdict(done), "seconds": seconds, "backend": engine.backend}))
+    else:
+        went_on = f" (the first {done.resumed_at:,} in an earlier run)" if done.resumed_at else ""
+        click.echo(f"{output}: {done.documents:,} documents{went_on}, {done.refused:,} refused, {engine.backend}")
+        click.echo(f"{done.tokens:,} tokens in {seconds:.1f} s, {done.tokens / seconds:,.0f} tokens/s")
+    if done.refused:
+        raise InputError(f"{done.refused} of {done.documents} documents were refused; {output} says which and why")
+
+
+def _text_folder(model: Path, engine: Engine) -> Path:
+    """Where the tokenizer is: in the bundle, which stands beside its plan unless one of them was moved."""
+    bundle = getattr(engine.manifest, "bundle", None)
+    beside = model.parent / str(bundle["name"]) if bundle else model.parent
+    if model.is_dir():
+        return model
+    return beside if beside.is_dir() else model.parent
+
+
+def _pair_help(choices: bool) -> str:
+    return "the prompt, and one --pair for each choice" if choices else "the question, and the document as --pair"
+
+
+def _rectangle(rows: list[list[int]], pad: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    width = max(len(row) for row in rows)
+    ids = np.full((len(rows), width), pad)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    return ids, mask
+
+
+def _read_text(file: Path | None) -> str:
+    assert file is not None
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from error
+
+
+def _save(output: Path, arrays: dict[str, Any]) -> None:
+    if output.is_dir():
+        raise InputError(f"{output} is a folder; give a file name, such as {output / 'outputs.npz'}")
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}.npz")
+    try:
+        np.savez(partial, **arrays)
+        partial.rename(output)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

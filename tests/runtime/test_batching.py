@@ -1,0 +1,113 @@
+"""Which documents run together: every one once, within the budget, and with little computed for padding."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lfx.errors import InputError
+from lfx.runtime import Engine
+from lfx.runtime.batching import BATCH_COST, batches
+from tests.conftest import MakeBundle
+
+BUDGET = 1000
+
+
+def cost(lengths: list[int], found: list[list[int]]) -> int:
+    """Tokens computed, starts of batches included."""
+    return sum(BATCH_COST + len(members) * max(lengths[i] for i in members) for members in found)
+
+
+@given(st.lists(st.integers(1, 1500), max_size=60))
+def test_every_document_once_and_no_batch_above_the_budget(lengths: list[int]) -> None:
+    found = batches(lengths, BUDGET)
+    assert sorted(itertools.chain.from_iterable(found)) == list(range(len(lengths)))
+    for members in found:
+        assert len(members) == 1 or len(members) * max(lengths[i] for i in members) <= BUDGET
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=6))
+def test_no_other_way_computes_less(lengths: list[int]) -> None:
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    ways = []
+    for cuts in itertools.product((False, True), repeat=len(order) - 1):
+        way = [[order[0]]]
+        for i, cut in zip(order[1:], cuts, strict=True):
+            if cut:
+                way.append([])
+            way[-1].append(i)
+        if all(len(m) == 1 or len(m) * max(lengths[i] for i in m) <= BUDGET for m in way):
+            ways.append(cost(lengths, way))
+    assert cost(lengths, batches(lengths, BUDGET)) == min(ways)
+
+
+def test_little_is_padded_away_in_documents_of_every_length() -> None:
+    random = np.random.default_rng(0)
+    lengths = [int(n) for n in np.clip(random.lognormal(6.5, 1.0, 200), 50, 4096)]
+    found = batches(lengths, 8192)
+    padded = sum(len(members) * max(lengths[i] for i in members) for members in found)
+    assert padded <= 1.1 * sum(lengths)
+
+
+def test_the_backend_s_limit_is_kept() -> None:
+    found = batches([5] * 10, BUDGET, lambda batch, seqlen: batch <= 3)
+    assert max(map(len, found)) == 3
+
+
+SEQUENCES = [[5 + i % 40 for i in range(n)] for n in (3, 90, 1, 17, 90, 40, 2, 128)]
+
+
+def test_a_list_gives_what_its_sequences_give_one_by_one(bundle: MakeBundle) -> None:
+    with Engine(bundle(), token_budget=200) as engine:
+        together = engine.run(SEQUENCES)
+        for i, sequence in enumerate(SEQUENCES):
+            alone = engine.run(sequence)
+            np.testing.assert_allclose(
+                together["last_hidden_state"][i], alone["last_hidden_state"][0], rtol=0, atol=1e-5
+            )
+            np.testing.assert_allclose(together["pooler_output"][i], alone["pooler_output"][0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 100])
+def test_a_stream_gives_results_in_the_order_of_the_documents(ahead: int, bundle: MakeBundle) -> None:
+    with Engine(bundle(), token_budget=200) as engine:
+        read: list[int] = []
+
+        def documents():
+            for i, sequence in enumerate(SEQUENCES):
+                read.append(i)
+                yield sequence
+
+        for i, found in enumerate(engine.stream(documents(), ahead=ahead)):
+            assert len(read) <= (i // ahead + 1) * ahead  # no further ahead than it may
+            alone = engine.run(SEQUENCES[i])
+            for name, array in alone.items():
+                np.testing.assert_allclose(found[name], array[0], rtol=0, atol=1e-5)
+        assert len(read) == len(SEQUENCES)
+
+
+def test_the_same_stream_is_bit_for_bit_the_same(bundle: MakeBundle) -> None:
+    with Engine(bundle()) as engine:
+        first, second = (list(engine.stream(SEQUENCES)) for _ in range(2))
+        for one, other in zip(first, second, strict=True):
+            for name in one:
+                np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_a_stream_of_choices(bundle: MakeBundle) -> None:
+    documents = [np.full((2, n), 7) for n in (3, 30, 9)]
+    with Engine(bundle("multiple-choice")) as engine:
+        marks = [np.zeros_like(d) for d in documents]
+        with pytest.raises(InputError, match="three separators"):
+            list(engine.stream(documents))
+        assert engine.run(documents, None, marks)["logits"].shape == (3, 2)
+
+
+@pytest.mark.parametrize("budget", [0, -1])
+def test_a_budget_starts_at_one(budget: int, bundle: MakeBundle) -> None:
+    with pytest.raises(InputError, match=rf"token_budget {budget} is out of range"):
+        Engine(bundle(), token_budget=budget)

@@ -1,0 +1,297 @@
+"""Files of documents: every line gets its row, bad ones the reason, and a stopped run goes on to the same file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfx.errors import InputError
+from lfx.runtime import Engine, documents
+from lfx.runtime.documents import run_documents
+from lfx.runtime.text import Text
+from tests.conftest import MakeBundle
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
+CLASSIFIER = "text-classification"
+
+
+def texts(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Documents of 1 to 60 words."""
+    random = np.random.default_rng(seed)
+    return [{"id": f"d{i}", "text": " ".join(random.choice(WORDS, random.integers(1, 61)))} for i in range(count)]
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    """JSONL; a string is a line as it is."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """Of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def engine(bundle: MakeBundle) -> Any:
+    """A classifier."""
+    with Engine(bundle(CLASSIFIER)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def reader(bundle: MakeBundle, engine: Engine) -> Text:
+    """Its tokenizer."""
+    return Text(bundle(CLASSIFIER), engine.signature)
+
+
+def test_every_document_gets_the_row_that_it_gets_alone(engine: Engine, reader: Text, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", texts(40))
+    summary = run_documents(engine, reader, source, tmp_path / "out.jsonl")
+    found = rows(tmp_path / "out.jsonl")
+    assert (summary.documents, summary.refused, summary.windows) == (40, 0, 40)
+    assert [row["line"] for row in found] == list(range(1, 41))
+    for row, document in zip(found, texts(40), strict=True):
+        ids = reader.encode(document["text"]).ids
+        assert (row["id"], row["tokens"]) == (document["id"], len(ids))
+        logits = engine.run(ids)["logits"]
+        np.testing.assert_allclose(row["outputs"]["logits"], logits[0], rtol=0, atol=1e-5)
+        assert row["answers"][0]["label"] == f"LABEL_{int(logits[0].argmax())}"
+    assert summary.tokens == sum(row["tokens"] for row in found)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "broken": ('{"text": "fox"', "broken JSON"),
+    "empty": ("", "empty line"),
+    "a list": ([1], "list where an object with text or input_ids should be"),
+    "a wrong field": ({"body": "fox"}, "fields body; give either text or input_ids"),
+    "nothing": ({}, "fields none; give either text or input_ids"),
+    "both": ({"text": "fox", "input_ids": [5]}, "give either text or input_ids"),
+    "no string": ({"text": 5}, "text .* must be a string"),
+    "blank": ({"text": "  "}, "text not empty"),
+    "too long": ({"text": "fox " * 500}, r"above the model's maximum 128"),
+    "an id too large": ({"input_ids": [5, 99]}, "99"),
+    "ids that are none": ({"input_ids": [1.5]}, "input_ids is no list of whole numbers"),
+    "no ids": ({"input_ids": []}, "input_ids is no list of whole numbers, one at least"),
+    "deep": ("[" * 100000, "broken JSON"),
+}
+
+
+def test_bad_lines_are_reported_by_file_and_line_and_the_rest_is_done(
+    engine: Engine, reader: Text, tmp_path: Path
+) -> None:
+    lines: list[Any] = []
+    for bad, _ in BAD.values():
+        lines += [{"text": "the fox"}, bad]
+    source = write(tmp_path / "in.jsonl", lines)
+    reported: list[str] = []
+    summary = run_documents(engine, reader, source, tmp_path / "out.jsonl", report=reported.append)
+    found = rows(tmp_path / "out.jsonl")
+    assert (summary.documents, summary.refused) == (2 * len(BAD), len(BAD))
+    for i, (_, reason) in enumerate(BAD.values()):
+        good, bad = found[2 * i], found[2 * i + 1]
+        assert "error" not in good and good["outputs"]["logits"] == found[0]["outputs"]["logits"]
+        assert set(bad) == {"line", "error"}
+        assert reported[i] == f"{source}:{2 * i + 2}: {bad['error']}"
+        with pytest.raises(AssertionError, match=reason):
+            raise AssertionError(bad["error"])
+
+
+def test_bytes_that_are_no_utf8_are_one_bad_line(engine: Engine, reader: Text, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b'{"text": "\xff"}\n{"text": "fox"}\n')
+    assert run_documents(engine, reader, tmp_path / "in.jsonl", tmp_path / "out.jsonl").refused == 1
+    assert [row.get("error") for row in rows(tmp_path / "out.jsonl")] == ["not UTF-8", None]
+
+
+@pytest.mark.parametrize("stride", [1, 50, 126])
+def test_long_documents_are_cut_into_windows_and_nothing_is_left_out(
+    stride: int, engine: Engine, reader: Text, tmp_path: Path
+) -> None:
+    text = " ".join(np.random.default_rng(0).choice(WORDS, 150))
+    whole = reader._tokenizer.encode(text, add_special_tokens=False).ids
+    windows = reader.windows(text, None, stride)
+    for number, window in enumerate(windows):
+        start = number * stride
+        assert window.ids[1:-1] == whole[start : start + 126]  # between the special tokens
+    assert (len(windows) - 1) * stride + len(windows[-1].ids) - 2 == len(whole)
+    source = write(tmp_path / "in.jsonl", [{"text": text}, {"text": "fox"}])
+    run_documents(engine, reader, source, tmp_path / "out.jsonl", stride=stride)
+    found = rows(tmp_path / "out.jsonl")
+    assert [(row["line"], row["window"]) for row in found] == [*((1, k) for k in range(len(windows))), (2, 0)]
+    assert len(reader.encode("the fox").ids) == 4  # the tokenizer is as it was
+
+
+def test_a_stride_that_would_leave_tokens_out_is_refused(engine: Engine, reader: Text) -> None:
+    with pytest.raises(InputError, match=r"stride 127 does not fit: a window has room for 126 tokens .* give 1 to 126"):
+        reader.windows("fox " * 200, None, 127)
+
+
+def test_a_question_stands_before_every_window_of_its_document(bundle: MakeBundle, tmp_path: Path) -> None:
+    with Engine(bundle("question-answering")) as engine:
+        reader = Text(bundle("question-answering"), engine.signature)
+        question, document = "the quick fox", "the lazy dog jumps over " * 40
+        windows = reader.windows(question, document, 60)
+        start = reader.encode(question, "dog").ids[:5]
+        assert len(windows) > 2
+        assert all(window.ids[:5] == start for window in windows)
+        source = write(tmp_path / "in.jsonl", [{"text": question, "pair": document}, {"text": question}])
+        summary = run_documents(engine, reader, source, tmp_path / "out.jsonl", stride=60)
+        assert (summary.refused, summary.windows) == (1, len(windows))
+        assert all("answer" in row["answers"][0] for row in rows(tmp_path / "out.jsonl")[:-1])
+
+
+def test_documents_of_ids_need_no_tokenizer(engine: Engine, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [{"input_ids": [0, 5, 6, 2]}, {"text": "fox"}])
+    assert run_documents(engine, None, source, tmp_path / "out.jsonl").refused == 1
+    first, second = rows(tmp_path / "out.jsonl")
+    np.testing.assert_allclose(first["outputs"]["logits"], engine.run([0, 5, 6, 2])["logits"][0], atol=1e-5)
+    assert "no tokenizer" in second["error"]
+
+
+def test_parquet_in_and_out(engine: Engine, reader: Text, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": [d["text"] for d in texts(20)] + [None], "id": list(range(21))})
+    parquet.write_table(table, tmp_path / "in.parquet")
+    write(tmp_path / "in.jsonl", [*({**d, "id": i} for i, d in enumerate(texts(20))), {"id": 20}])
+    for name in ("in.parquet", "in.jsonl"):
+        for out in (f"{name}.parquet", f"{name}.jsonl"):
+            assert run_documents(engine, reader, tmp_path / name, tmp_path / out).refused == 1
+    right = rows(tmp_path / "in.jsonl.jsonl")
+    assert [r.get("outputs") for r in rows(tmp_path / "in.parquet.jsonl")] == [r.get("outputs") for r in right]
+    columns = parquet.read_table(tmp_path / "in.parquet.parquet").to_pylist()
+    assert [row["id"] for row in columns] == list(range(21))
+    assert columns[3]["outputs"]["logits"] == right[3]["outputs"]["logits"]
+    assert columns[20]["outputs"] is None and columns[20]["error"]
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "reason"),
+    [
+        ("in.txt", "out.jsonl", r"neither \.jsonl nor \.parquet"),
+        ("in.jsonl", "out.csv", r"neither \.jsonl nor \.parquet"),
+        ("none.jsonl", "out.jsonl", "does not exist"),
+        ("in.jsonl", "in.jsonl", "it is a folder or the input"),
+        ("in.jsonl", "no/out.jsonl", "its folder does not exist"),
+        ("in.parquet", "out.jsonl", "cannot be read as Parquet"),
+    ],
+)
+def test_files_that_cannot_be_are_refused(
+    source: str, output: str, reason: str, engine: Engine, reader: Text, tmp_path: Path
+) -> None:
+    pytest.importorskip("pyarrow")
+    for name in ("in.jsonl", "in.txt", "in.parquet"):
+        write(tmp_path / name, texts(1))
+    with pytest.raises(InputError, match=reason):
+        run_documents(engine, reader, tmp_path / source, tmp_path / output)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 200, 4000, 20000])
+def test_a_run_that_was_cut_anywhere_goes_on_to_the_same_file(
+    cut: int, engine: Engine, reader: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "CHUNK", 16)
+    source = write(tmp_path / "in.jsonl", [*texts(50), "broken", *texts(20, seed=1)])
+    run_documents(engine, reader, source, tmp_path / "right.jsonl")
+    right = (tmp_path / "right.jsonl").read_bytes()
+
+    def stop(step: str) -> None:
+        if step.startswith("64"):
+            raise KeyboardInterrupt
+
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run_documents(engine, reader, source, output, progress=stop)
+    assert not output.exists()
+    partial = tmp_path / ".out.jsonl.partial"
+    partial.write_bytes(partial.read_bytes()[:-cut])  # what a killed process may leave
+    summary = run_documents(engine, reader, source, output)
+    assert summary.resumed_at in range(0, 64, 16)
+    assert (summary.documents, summary.refused) == (71, 1)
+    assert output.read_bytes() == right
+    assert not partial.exists()
+
+
+def test_what_is_left_of_another_input_or_stride_is_not_gone_on_with(
+    engine: Engine, reader: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "CHUNK", 4)
+
+    def stop(step: str) -> None:
+        raise KeyboardInterrupt
+
+    for change in ("input", "stride"):
+        source = write(tmp_path / "in.jsonl", texts(9))
+        with pytest.raises(KeyboardInterrupt):
+            run_documents(engine, reader, source, tmp_path / "out.jsonl", progress=stop)
+        if change == "input":
+            write(source, texts(9, seed=5))
+        stride = 50 if change == "stride" else None
+        assert run_documents(engine, reader, source, tmp_path / "out.jsonl", stride=stride).resumed_at == 0
+
+
+def command(bundle: Path, folder: Path, *options: str) -> list[str]:
+    """`lfx run` over documents."""
+    arguments = ["run", str(bundle), "--input", str(folder / "in.jsonl"), "--output", str(folder / "out.jsonl")]
+    return [sys.executable, "-m", "lfx.cli", *arguments, *options]
+
+
+def test_the_command_killed_at_random_points_ends_with_the_same_file(bundle: MakeBundle, tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", texts(800))
+    subprocess.run(command(bundle(CLASSIFIER), tmp_path), check=True, capture_output=True)
+    right = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl").unlink()
+    random = np.random.default_rng(0)
+    kills = 0
+    for _ in range(50):
+        process = subprocess.Popen(
+            command(bundle(CLASSIFIER), tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(random.uniform(0.6, 1.6))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        if (tmp_path / "out.jsonl").exists():
+            break
+    else:
+        pytest.fail("never came to its end")
+    assert (tmp_path / "out.jsonl").read_bytes() == right
+    assert kills > 0 or os.environ.get("CI")
+
+
+def test_the_command_says_what_it_did_and_exits_1_where_lines_were_refused(bundle: MakeBundle, tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", texts(5))
+    done = subprocess.run(command(bundle(CLASSIFIER), tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "5 documents, 0 refused" in done.stdout
+    assert "tokens/s" in done.stdout
+    write(tmp_path / "in.jsonl", [*texts(5), {"text": ""}])
+    done = subprocess.run(command(bundle(CLASSIFIER), tmp_path, "--json"), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["refused"] == 1
+    assert f"{tmp_path / 'in.jsonl'}:6: text" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: 1 of 6 documents were refused; ")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--input", "in.jsonl"], "documents need --output FILE.jsonl or FILE.parquet"),
+        (["--input", "in.jsonl", "--output", "o.jsonl", "--pair", "x"], "and no --pair"),
+        (["--text", "fox", "--stride", "5"], "--stride is for documents"),
+    ],
+)
+def test_options_that_do_not_fit_are_usage(options: list[str], reason: str, bundle: MakeBundle) -> None:
+    arguments = [sys.executable, "-m", "lfx.cli", "run", str(bundle(CLASSIFIER)), *options]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert reason in " ".join(done.stderr.split())
