@@ -337,6 +337,55 @@ def _parity(engine: Engine, manifest: Manifest, source: str, cases: str, step: C
     return compare_engine(engine, module, full_cases if cases == "full" else quick_cases, step)
 
 
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--length", "lengths", type=click.IntRange(min=1), multiple=True, help="[default: 512 to 4096]")
+@click.option("--batch", "batch_sizes", type=click.IntRange(min=1), multiple=True, default=[1], show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="After one warm-up.")
+@click.option(
+    "--against",
+    type=click.Choice(["pytorch", "pytorch-bf16", "pytorch-compile"]),
+    multiple=True,
+    help="Measure PyTorch too, in turns, in the same process.",
+)
+@click.option("--source", help="The checkpoint to compare with.  [default: the one that the bundle was made from]")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the rows to this .jsonl file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw tokens per second over length into this .png file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON lines.")
+@_engine_options
+def bench(
+    model: Path,
+    lengths: tuple[int, ...],
+    batch_sizes: tuple[int, ...],
+    rounds: int,
+    against: tuple[str, ...],
+    source: str | None,
+    output: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    backend: str,
+    provider: str,
+    threads: int | None,
+) -> None:
+    """Measure a bundle or a plan: latency, tokens per second, peak memory, by length and batch."""
+    from lfx.benching import run_bench
+
+    run_bench(
+        model,
+        lengths=lengths,
+        batch_sizes=batch_sizes,
+        rounds=rounds,
+        against=against,
+        source=source,
+        output=output,
+        plot=plot,
+        as_json=as_json,
+        backend=backend,
+        provider=provider,
+        threads=threads,
+    )
+
+
 _INTERRUPTED = "interrupted; nothing half-written was left"
 
 

@@ -1,0 +1,113 @@
+"""How fast an Engine is, alone or beside others: interleaved runs on the same ids, in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfx.errors import InputError, require
+
+Run = Callable[[NDArray[np.int64]], Any]
+
+
+def measure(
+    contenders: Mapping[str, Run],
+    lengths: Sequence[int],
+    batch_sizes: Sequence[int],
+    *,
+    rounds: int = 5,
+    vocab_size: int = 32,
+    progress: Callable[[str], None] = lambda step: None,
+) -> list[dict[str, Any]]:
+    """Time every contender at every length and batch.
+
+    All contenders get the same random ids and take turns (A B A B …) after one warm-up of each, so that a machine that
+    slows down slows all of them.
+
+    Args:
+        contenders: name -> a function of ids (batch, seqlen); the first is what the others are compared with.
+    Returns:
+        One row for each contender, length and batch: contender, seqlen, batch, rounds, p50_ms, p5_ms, p95_ms,
+        tokens_per_second (at p50), and times_the_first, the median of the ratios of neighbouring runs: above 1 where
+        the first contender is faster.
+    """
+    rows = []
+    first = next(iter(contenders))
+    for batch in batch_sizes:
+        for length in lengths:
+            ids = np.random.default_rng([batch, length]).integers(3, max(vocab_size, 4), (batch, length))
+            for name, run in contenders.items():
+                progress(f"batch {batch}, {length} tokens: {name}, warming up")
+                run(ids)
+            seconds: dict[str, list[float]] = {name: [] for name in contenders}
+            for i in range(rounds):
+                progress(f"batch {batch}, {length} tokens: round {i + 1} of {rounds}")
+                for name, run in contenders.items():
+                    start = time.perf_counter()
+                    run(ids)
+                    seconds[name].append(time.perf_counter() - start)
+            for name, found in seconds.items():
+                p5, p50, p95 = (1000 * float(p) for p in np.percentile(found, [5, 50, 95]))
+                ratios = [a / b for a, b in zip(found, seconds[first], strict=True)]
+                rows.append(
+                    {
+                        "contender": name,
+                        "seqlen": length,
+                        "batch": batch,
+                        "rounds": rounds,
+                        "p50_ms": p50,
+                        "p5_ms": p5,
+                        "p95_ms": p95,
+                        "tokens_per_second": batch * length / p50 * 1000,
+                        "times_the_first": statistics.median(ratios),
+                    }
+                )
+    return rows
+
+
+def peak_memory_bytes() -> int | None:
+    """Largest resident set of this process so far, imports included; None where the system does not say."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw tokens per second over length, log axes, one line for each contender and batch.
+
+    Raises:
+        DependencyError: matplotlib is not installed. InputError: the file cannot be written.
+    """
+    matplotlib = require("matplotlib", "report")
+    matplotlib.use("Agg")
+    pyplot = require("matplotlib.pyplot", "report")
+    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    for contender, batch in dict.fromkeys((row["contender"], row["batch"]) for row in rows):
+        points = [r for r in rows if (r["contender"], r["batch"]) == (contender, batch)]
+        points.sort(key=lambda r: r["seqlen"])
+        lengths, rates = [r["seqlen"] for r in points], [r["tokens_per_second"] for r in points]
+        axes.plot(lengths, rates, marker="o", label=f"{contender}, batch {batch}")
+    ticks = sorted({row["seqlen"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.yaxis.set_minor_locator(require("matplotlib.ticker", "report").LogLocator(subs=(2, 5)))
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set(xlabel="sequence length, tokens", ylabel="tokens per second", title="Throughput over length")
+    axes.grid(visible=True, which="both", alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
+    finally:
+        pyplot.close(figure)

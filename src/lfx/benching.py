@@ -1,0 +1,151 @@
+"""What `lfx bench` does: an Engine beside PyTorch, rows as a table and as JSONL."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lfx.config import Manifest, package_versions
+from lfx.errors import ArtifactError, InputError
+from lfx.runtime import Engine, bench
+from lfx.terminal import progress, table
+
+_LENGTHS = (512, 1024, 2048, 4096)
+_PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "numpy")
+
+
+def run_bench(
+    model: Path,
+    *,
+    lengths: tuple[int, ...],
+    batch_sizes: tuple[int, ...],
+    rounds: int,
+    against: tuple[str, ...],
+    source: str | None,
+    output: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    backend: str,
+    provider: str,
+    threads: int | None,
+) -> None:
+    """Measure and show."""
+    for path in (output, plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"{path} cannot be written: its folder does not exist")
+    with progress() as step, Engine(model, backend, provider=provider, threads=threads) as engine:
+        signature = engine.signature
+        if signature.task == "multiple-choice":
+            raise InputError("multiple-choice is not measured: its batches have a third axis")
+        limit = signature.max_seqlen
+        wanted = lengths or tuple(n for n in _LENGTHS if limit is None or n <= limit) or (limit or 512,)
+        for length in wanted:
+            if limit is not None and length > limit:
+                raise InputError(f"length {length} is above the model's maximum {limit}")
+        marks = {} if signature.default_global in ("none", "first") else {"global_attention_mask": 0}
+        contenders: dict[str, bench.Run] = {
+            engine.backend: lambda ids: engine.run(ids, **{name: ids * value for name, value in marks.items()})
+        }
+        contenders |= _torch_contenders(engine, against, source, marks, threads, step)
+        about = {
+            "model": engine.manifest.to_dict().get("manifest_sha256") if engine.manifest is not None else None,
+            "architecture": signature.architecture,
+            "precision": signature.precision,
+            "threads": threads,
+            "cores": os.cpu_count(),
+            "cpu": _cpu(),
+            "versions": package_versions(_PACKAGES),
+        }
+        rows = bench.measure(
+            contenders, wanted, batch_sizes, rounds=rounds, vocab_size=signature.vocab_size or 32, progress=step
+        )
+        for row in rows:
+            row.update(about)
+            if not against:  # with others in the process, its memory is not the Engine's
+                row["peak_memory_bytes"] = bench.peak_memory_bytes()
+    if output is not None:
+        _write(output, rows)
+    if plot is not None:
+        bench.plot(rows, plot)
+    if as_json:
+        click.echo("".join(json.dumps(row) + "\n" for row in rows), nl=False)
+        return
+    header = ["contender", "batch", "tokens", "p50 ms", "p95 ms", "tokens/s", "time, first = 1"]
+    table(
+        header,
+        [
+            [
+                row["contender"],
+                str(row["batch"]),
+                str(row["seqlen"]),
+                f"{row['p50_ms']:.1f}",
+                f"{row['p95_ms']:.1f}",
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['times_the_first']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+    if not against:
+        click.echo(f"peak memory of the process: {(rows[-1]['peak_memory_bytes'] or 0) / 1e9:.2f} GB")
+
+
+def _torch_contenders(
+    engine: Engine,
+    against: tuple[str, ...],
+    source: str | None,
+    marks: dict[str, int],
+    threads: int | None,
+    step: Callable[[str], None],
+) -> dict[str, bench.Run]:
+    if not against:
+        return {}
+    if not isinstance(engine.manifest, Manifest) and source is None:
+        raise InputError("what to compare with is not known here; give the checkpoint with --source")
+    step("importing torch")
+    import torch
+
+    from lfx.export.load import load
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    checkpoint = source or str(engine.manifest.source.get("model") if isinstance(engine.manifest, Manifest) else "")
+    step("loading the checkpoint")
+    found: dict[str, bench.Run] = {}
+    for name in dict.fromkeys(against):
+        module, _ = load(checkpoint, engine.signature.task)
+        run: Any = module.to(torch.bfloat16) if name == "pytorch-bf16" else module
+        run = torch.compile(run) if name == "pytorch-compile" else run
+        found[name] = _torch_run(run, marks)
+    return found
+
+
+def _torch_run(module: Any, marks: dict[str, int]) -> bench.Run:
+    import torch
+
+    def run(ids: Any) -> Any:
+        tensor = torch.from_numpy(ids)
+        with torch.inference_mode():
+            return module(tensor, **{name: tensor * value for name, value in marks.items()})
+
+    return run
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _write(output: Path, rows: Iterable[dict[str, Any]]) -> None:
+    try:
+        output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"{output} cannot be written: {error}") from error

@@ -1,0 +1,101 @@
+"""`lfx bench`: the arithmetic of the rows, fairness by turns, and the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfx.errors import InputError
+from lfx.export import export
+from lfx.runtime import bench
+from tests.conftest import MakeBundle
+from tests.models import save_tiny_checkpoint
+
+
+def test_contenders_take_turns_on_the_same_ids_after_a_warm_up() -> None:
+    seen: list[tuple[str, Any]] = []
+    contenders = {name: (lambda ids, name=name: seen.append((name, ids.copy()))) for name in "ab"}
+    rows = bench.measure(contenders, [8], [2], rounds=3, vocab_size=50)
+    assert "".join(name for name, _ in seen) == "ab" * 4
+    assert all(np.array_equal(ids, seen[0][1]) and ids.shape == (2, 8) for _, ids in seen)
+    assert [row["contender"] for row in rows] == ["a", "b"]
+
+
+def test_rows_say_what_the_clock_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+
+    def takes(seconds: float) -> bench.Run:
+        def run(ids: Any) -> None:
+            clock[0] += seconds
+
+        return run
+
+    one, other = bench.measure({"one": takes(0.5), "other": takes(1.5)}, [100], [4], rounds=5)
+    assert (one["p50_ms"], one["p95_ms"], one["tokens_per_second"]) == pytest.approx((500, 500, 800))
+    assert (one["times_the_first"], other["times_the_first"]) == pytest.approx((1, 3))
+
+
+def test_a_plot_is_written_and_a_place_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"contender": name, "batch": batch, "seqlen": n, "tokens_per_second": 100.0 * n}
+        for name in "ab"
+        for batch in (1, 8)
+        for n in (512, 64)
+    ]
+    bench.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="cannot be written"):
+        bench.plot(rows, tmp_path / "no" / "plot.png")
+
+
+def lfx(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command."""
+    command = [sys.executable, "-m", "lfx.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_measures_beside_pytorch_and_writes_its_rows(tmp_path: Path) -> None:
+    bundle = export(save_tiny_checkpoint(tmp_path / "checkpoint", "text-classification"), tmp_path / "bundle")
+    options = ["--length", "16", "--length", "40", "--batch", "2", "--rounds", "2", "--against", "pytorch", "--json"]
+    done = lfx("bench", bundle, *options, "--output", tmp_path / "rows.jsonl", "--plot", tmp_path / "plot.png")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["seqlen"], row["contender"].split()[0]) for row in rows] == [
+        (16, "onnxruntime"),
+        (16, "pytorch"),
+        (40, "onnxruntime"),
+        (40, "pytorch"),
+    ]
+    assert all(row["tokens_per_second"] > 0 and row["cpu"] and row["versions"]["torch"] for row in rows)
+    assert (tmp_path / "rows.jsonl").read_text() == done.stdout
+    assert (tmp_path / "plot.png").is_file()
+
+
+def test_the_command_alone_shows_the_memory_of_its_process(bundle: MakeBundle) -> None:
+    done = lfx("bench", bundle(), "--length", "30", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stdout
+    assert float(done.stdout.splitlines()[-1].split()[-2]) > 0.03
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--length", "129"], "length 129 is above the model's maximum 128"),
+        (["--output", "/nowhere/rows.jsonl"], "its folder does not exist"),
+        (["--against", "pytorch"], "give the checkpoint with --source|cannot be loaded|does not exist"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(options: list[str], reason: str, bundle: MakeBundle) -> None:
+    done = lfx("bench", bundle(), *options)
+    assert (done.returncode, done.stdout) == (1, "")
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(done.stderr.splitlines()[-1])
