@@ -68,10 +68,10 @@ def test_the_command_measures_beside_pytorch_and_writes_its_rows(tmp_path: Path)
     done = lfx("bench", bundle, *options, "--output", tmp_path / "rows.jsonl", "--plot", tmp_path / "plot.png")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(row["seqlen"], row["contender"].split()[0]) for row in rows] == [
-        (16, "onnxruntime"),
+    assert [(row["seqlen"], row["contender"]) for row in rows] == [
+        (16, "lfx onnxruntime"),
         (16, "pytorch"),
-        (40, "onnxruntime"),
+        (40, "lfx onnxruntime"),
         (40, "pytorch"),
     ]
     assert all(row["tokens_per_second"] > 0 and row["cpu"] and row["versions"]["torch"] for row in rows)

@@ -48,14 +48,17 @@ def run_bench(
             if limit is not None and length > limit:
                 raise InputError(f"length {length} is above the model's maximum {limit}")
         marks = {} if signature.default_global in ("none", "first") else {"global_attention_mask": 0}
-        contenders: dict[str, bench.Run] = {
-            engine.backend: lambda ids: engine.run(ids, **{name: ids * value for name, value in marks.items()})
-        }
+
+        def run(ids: Any) -> Any:
+            return engine.run(ids, **{name: ids * value for name, value in marks.items()})
+
+        contenders: dict[str, bench.Run] = {f"lfx {engine.backend.split()[0]}": run}
         contenders |= _torch_contenders(engine, against, source, marks, threads, step)
         about = {
             "model": engine.manifest.to_dict().get("manifest_sha256") if engine.manifest is not None else None,
             "architecture": signature.architecture,
             "precision": signature.precision,
+            "backend": engine.backend,
             "threads": threads,
             "cores": os.cpu_count(),
             "cpu": _cpu(),
