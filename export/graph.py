@@ -11,6 +11,7 @@ import onnxscript.optimizer
 import torch
 from onnx_ir.passes import common
 
+from lfx.config import GLOBAL_ROWS, GLOBAL_SLOTS
 from lfx.export import functions
 from lfx.export.passes.constants import share_constants
 from lfx.export.passes.gelu import reorder_gelu
@@ -57,6 +58,7 @@ def finish(
     reorder_gelu(model)
     set_opset(model, opset)
     name_after_modules(model, prefix)
+    _mark_global_nodes(model)
     if any(node.domain == functions.DOMAIN for node in ir.traversal.RecursiveGraphIterator(model.graph)):
         model.opset_imports[functions.DOMAIN] = functions.VERSION
         for definition in functions.OPS:
@@ -73,6 +75,29 @@ def finish(
     model.graph.name = str(metadata["architecture"])
     model.metadata_props["lfx"] = json.dumps(dict(metadata))
     return model
+
+
+def _mark_global_nodes(model: ir.Model) -> None:
+    """Name the TopK that lists the global tokens and the If that chooses the form of their rows.
+
+    `build-engine` gives the graph a constant number of slots, and has to know these two from a user's own.
+    """
+    for node in model.graph:
+        if node.op_type == "If" and any(inner.domain == functions.DOMAIN for inner in _inside(node)):
+            node.name = f"{node.name}{GLOBAL_ROWS}"
+        if node.domain == functions.DOMAIN and node.op_type == "BandedAttention":
+            index = node.inputs[4]
+            while index is not None and (producer := index.producer()) is not None:
+                if producer.op_type == "TopK":
+                    if not str(producer.name).endswith(GLOBAL_SLOTS):
+                        producer.name = f"{producer.name}{GLOBAL_SLOTS}"
+                    break
+                index = producer.inputs[1] if producer.op_type == "Where" else producer.inputs[0]
+
+
+def _inside(node: ir.Node) -> list[ir.Node]:
+    branches = (node.attributes["then_branch"], node.attributes["else_branch"])
+    return [inner for branch in branches for inner in branch.as_graph()]
 
 
 def _simplify(model: ir.Model) -> None:

@@ -64,6 +64,7 @@ constexpr int32_t kMAX_BANDED_HEAD_SIZE = 128;
 constexpr int32_t kMAX_GLOBAL_HEAD_SIZE = 1024;
 constexpr int32_t kHEAD_SIZE_MULTIPLE = 8; // rows of a head are read 16 bytes at a time
 constexpr int32_t kMAX_SEQLEN = 1 << 18;
+constexpr int32_t kMAX_REACH = 1 << 17; // keys that 64 queries meet: one bit each, in shared memory
 
 // The reason why the kernels cannot take these sizes and attributes; nullptr when they can. Pointers are not looked at.
 char const* whyNot(BandedParams const& params) noexcept;

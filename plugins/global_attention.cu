@@ -75,18 +75,19 @@ struct Layout
     int32_t stride;
 };
 
-// Starts the copy of rows of a head into shared memory; rows from `valid` on, and columns behind the head, are zeros.
+// Starts the copy of rows of a head into shared memory; rows from `valid` on, masked ones, and columns behind the head
+// are zeros.
 template <typename T>
 __device__ __forceinline__ void copyRows(
     T* tile, int32_t stride, int32_t columns, T const* source, size_t sourceStride, int32_t rows, int32_t valid,
-    int32_t headSize)
+    int32_t headSize, int32_t const* mask)
 {
     int32_t const chunks = columns / 8;
     for (int32_t i = threadIdx.x; i < rows * chunks; i += kTHREADS)
     {
         int32_t const row = i / chunks;
         int32_t const column = i % chunks * 8;
-        bool const inside = row < valid && column < headSize;
+        bool const inside = row < valid && column < headSize && (mask == nullptr || mask[row] != 0);
         T const* const from = inside ? source + row * sourceStride + column : source;
         copyAsync(tile + row * stride + column, from, inside);
     }
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(kTHREADS) globalAttentionTensorCores(GlobalPar
         static_cast<T const*>(p.query)
             + (static_cast<size_t>(batch) * p.queries + firstQuery) * rowStride
             + static_cast<size_t>(head) * p.headSize,
-        rowStride, kQUERIES, smaller(p.queries - firstQuery, kQUERIES), p.headSize);
+        rowStride, kQUERIES, smaller(p.queries - firstQuery, kQUERIES), p.headSize, nullptr);
 
     float sum[kPAIRS][2][4];
 #pragma unroll
@@ -137,7 +138,8 @@ __global__ void __launch_bounds__(kTHREADS) globalAttentionTensorCores(GlobalPar
     {
         int32_t const found = smaller(endKey - first, kKEYS);
         __syncthreads(); // the values of the tile before are used up
-        copyRows(tile, shared.stride, shared.width, keys + first * rowStride, rowStride, kKEYS, found, p.headSize);
+        copyRows(tile, shared.stride, shared.width, keys + first * rowStride, rowStride, kKEYS, found, p.headSize,
+            mask + first);
         endCopies();
         waitForCopies<0>();
         __syncthreads();
@@ -177,7 +179,8 @@ __global__ void __launch_bounds__(kTHREADS) globalAttentionTensorCores(GlobalPar
         if (keys != values)
         {
             copyRows(
-                tile, shared.stride, shared.width, values + first * rowStride, rowStride, kKEYS, found, p.headSize);
+                tile, shared.stride, shared.width, values + first * rowStride, rowStride, kKEYS, found,
+                p.headSize, mask + first);
             endCopies();
         }
 

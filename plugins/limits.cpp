@@ -65,6 +65,11 @@ char const* whyNot(BandedParams const& params) noexcept
     {
         return "dilation must be 1 or more, and dilation * num_heads at most 65535";
     }
+    int64_t const reach = 64 + 2 * static_cast<int64_t>(params.window);
+    if (reach > kMAX_REACH && params.seqlen / params.dilation > kMAX_REACH)
+    {
+        return "64 + 2 * window must be at most 131072 for sequences longer than 131072 * dilation";
+    }
     if (params.causal != 0 && params.causal != 1)
     {
         return "causal must be 0 or 1";

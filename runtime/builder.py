@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -32,6 +33,7 @@ class Flavor:
 
 FLAVORS = {"tensorrt": Flavor("tensorrt", "gpu"), "tensorrt-rtx": Flavor("tensorrt_rtx", "rtx")}
 MAX_SLOTS = 3840  # of TensorRT's TopK
+OLDEST_PLUGIN_TARGET = 80
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,19 @@ def build_engine(
         raise BuildError(f"{bundle} is a file without its bundle; give the folder that lfx export wrote")
     manifest = Manifest.read(folder)
     chosen = _flavor(flavor)
-    _check_target(chosen, target)
+    options = options or Options()
+    _check_target(chosen, target, plugin)
+    _check_options(chosen, options)
     slots = _slots(max_global, manifest.signature)
-    lengths = seqlen if seqlen is not None else (_whole(manifest.signature),)
+    # The function body scatters the slots into the sequence, which TensorRT does not do with fewer tokens than slots.
+    shortest = 1 if plugin else max(slots - 1, 1)
+    lengths = seqlen if seqlen is not None else (_whole(manifest.signature, shortest),)
     ranges = profiles(batch, lengths, manifest.signature)
+    if any(p.seqlen.min < shortest for p in ranges):
+        raise BuildError(
+            f"without the plugin, {slots} global slots need sequences of {shortest} tokens at least; give "
+            "--seqlen from there, or a smaller --max-global"
+        )
     library = plugins.library() if plugin else None
     path = Path(output) if output is not None else Path(folder.resolve().name + SUFFIX)
     _check_output(path)
@@ -115,12 +126,9 @@ def build_engine(
         model = Path(scratch) / MODEL
         progress("preparing the graph")
         nodes = _prepare(folder / MODEL, model, manifest, signature, slots, plugin)
-        conversion = {}
-        if signature.precision != manifest.signature.precision:
-            from lfx.runtime.conversion import check_conversion
+        from lfx.runtime.conversion import check_conversion
 
-            conversion = check_conversion(folder, model, signature, progress, log)
-        options = options or Options()
+        conversion = check_conversion(folder, manifest, model, signature, progress, log)
         partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
         job = {
             "module": FLAVORS[chosen].module,
@@ -161,8 +169,9 @@ def build_engine(
         except OSError as error:
             raise BuildError(f"{path} cannot be written: {error}") from error
         finally:
-            partial.unlink(missing_ok=True)
-            json_path(partial).unlink(missing_ok=True)
+            for leftover in (partial, json_path(partial)):
+                with contextlib.suppress(OSError):
+                    leftover.unlink(missing_ok=True)
     return path
 
 
@@ -181,7 +190,7 @@ def _flavor(asked: str | None) -> str:
     )
 
 
-def _check_target(flavor: str, target: str | None) -> None:
+def _check_target(flavor: str, target: str | None, plugin: bool) -> None:
     if target is None:
         if not _local_target():
             raise BuildError(
@@ -193,6 +202,11 @@ def _check_target(flavor: str, target: str | None) -> None:
         raise BuildError(f"--target {target} is TensorRT-RTX's; {flavor} builds for the GPU of this machine")
     if not (target.startswith("sm") and target[2:].isdigit()):
         raise BuildError(f"--target {target!r} is no compute capability; give one such as sm86, sm89 or sm120")
+    if plugin and int(target[2:]) < OLDEST_PLUGIN_TARGET:
+        raise BuildError(
+            f"--target {target} is older than the plugin's kernels, which begin at sm{OLDEST_PLUGIN_TARGET}; build "
+            "with --no-plugin"
+        )
 
 
 def _local_target() -> str:
@@ -211,14 +225,28 @@ def _slots(asked: str | int | None, signature: Signature) -> int:
     slots = Range.parse(str(asked), "--max-global").max
     if fixed is not None and slots != fixed:
         raise BuildError(f"--max-global {asked} does not fit: the bundle was exported with {fixed}; leave it out")
-    if slots > MAX_SLOTS:
-        raise BuildError(f"--max-global {asked} is above TensorRT's {MAX_SLOTS}; give fewer")
+    most = min(MAX_SLOTS, signature.max_seqlen or MAX_SLOTS)
+    if slots > most:
+        raise BuildError(
+            f"--max-global {asked} is above {most}, the most that this model and TensorRT take; give fewer"
+        )
     return slots
 
 
-def _whole(signature: Signature) -> str:
+def _whole(signature: Signature, shortest: int) -> str:
     longest = signature.max_seqlen or 4096
-    return f"1:{longest}:{longest}"
+    return f"{min(shortest, longest)}:{longest}:{longest}"
+
+
+def _check_options(flavor: str, options: Options) -> None:
+    """TensorRT-RTX has its own names for these two, and ignores the one and fails over the other."""
+    if flavor == "tensorrt-rtx" and (options.timing_cache is not None or options.version_compatible):
+        asked = "--timing-cache" if options.timing_cache is not None else "--version-compatible"
+        raise BuildError(f"{asked} is TensorRT's; TensorRT-RTX has no such thing: leave it out")
+    if options.timing_cache is not None:
+        place = options.timing_cache.absolute()
+        if place.is_dir() or not place.parent.is_dir():
+            raise BuildError(f"--timing-cache {place} cannot be written: it is a folder, or its folder does not exist")
 
 
 def _check_output(path: Path) -> None:
@@ -263,7 +291,10 @@ def _prepare(source: Path, target: Path, manifest: Manifest, signature: Signatur
     else:
         freeze.inline_functions(model)
     model.metadata_props["lfx"] = json.dumps(signature.to_dict())
-    ir.save(model, target, external_data=target.name + ".data", size_threshold_bytes=1024)
+    try:
+        ir.save(model, target, external_data=target.name + ".data", size_threshold_bytes=1024)
+    except OSError as error:
+        raise BuildError(f"{target.parent} cannot be written: {error}; set TMPDIR to a folder with room") from error
     return nodes
 
 
@@ -287,7 +318,8 @@ def _compile(job: dict[str, Any], scratch: Path, progress: Progress, log: Callab
     if job["module"] == "tensorrt_rtx":
         libraries = _named_library(scratch)
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [libraries, environment.get("LD_LIBRARY_PATH")]))
-    command = [sys.executable, "-m", "lfx.runtime.compiler", str(scratch / "job.json")]
+    # -P: modules come from the installation, not from the folder that the user is in.
+    command = [sys.executable, "-P", "-m", "lfx.runtime.compiler", str(scratch / "job.json")]
     errors: list[str] = []
     with subprocess.Popen(
         command,

@@ -31,6 +31,8 @@ def main(job_path: str) -> None:
         result = _build(job, say)
     except _RefusedError as error:
         say(error=str(error))
+    except Exception as error:
+        say(error=f"{type(error).__name__}: {error}")
     else:
         say(result=result)
 
@@ -110,8 +112,6 @@ def _config(trt: Any, builder: Any, job: dict[str, Any], say: Any) -> Any:
             raise _RefusedError(f"{trt.__name__} {trt.__version__} has no option {name.lower()}")
         config.set_flag(flag)
     if job["timing_cache"] is not None:
-        if not hasattr(config, "create_timing_cache"):
-            raise _RefusedError(f"{trt.__name__} {trt.__version__} has no timing cache; leave --timing-cache out")
         path = Path(job["timing_cache"])
         config.set_timing_cache(config.create_timing_cache(path.read_bytes() if path.is_file() else b""), False)
     for shapes in job["profiles"]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lfx.config import Signature
+from lfx.config import Manifest, Signature
 from lfx.errors import BuildError
-from lfx.parity import WITNESS_BANDS, Arrays, Case, Runner, compare, inputs_of, quick_cases
+from lfx.parity import UNIT_ROUNDOFF, Arrays, Case, Runner, compare, inputs_of, quick_cases
 from lfx.runtime.engine import Engine
 
 # Ids of a model without a word embedding of Hugging Face's are drawn below this.
@@ -44,19 +44,26 @@ def engine_runner(engine: Engine) -> Runner:
 
 
 def check_conversion(
-    bundle: Path, model: Path, signature: Signature, progress: Callable[[str], None], log: Callable[[str], None]
+    bundle: Path,
+    manifest: Manifest,
+    model: Path,
+    signature: Signature,
+    progress: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Run a converted graph beside its float32 bundle, and require that rounding alone tells them apart.
+    """Run the graph that TensorRT gets beside its bundle, and require that rounding alone tells them apart.
 
-    The converted graph may be as far from the bundle as `parity` lets PyTorch itself be in that precision:
-    WITNESS_BANDS rounding bands. float16 runs in ONNX Runtime, bfloat16 in OpenVINO, where it is installed.
+    How much a model makes of its rounding errors is known from the export: PyTorch's own error there, e, over the unit
+    roundoff u of the bundle's precision. In a precision of unit roundoff u' the same model errs by e · u'/u, so the
+    tolerance of `parity` is 2 · e · u'/u + band. float32 and float16 run in ONNX Runtime, bfloat16 in OpenVINO, where
+    it is installed.
 
     Raises:
         BuildError: an output is further off.
     """
-    backend = "onnxruntime" if signature.precision == "fp16" else "openvino"
+    backend = "openvino" if signature.precision == "bf16" else "onnxruntime"
     if find_spec(backend) is None:
-        log(f"warning: {backend} is not installed, so the conversion to {signature.precision} was not checked")
+        log(f"warning: {backend} is not installed, so the {signature.precision} graph was not checked")
         return {"checked": False, "reason": f"{backend} is not installed"}
     with Engine(bundle) as right, Engine(model, backend) as converted:
         report = compare(
@@ -67,16 +74,18 @@ def check_conversion(
             candidate=engine_runner(converted),
             precision=signature.precision,
             layers=len(signature.attention_windows),
-            on_case=lambda case: progress(f"checking the conversion: {case}"),
+            on_case=lambda case: progress(f"checking the graph: {case}"),
         )
         name_of_backend = converted.backend
     measured = {}
     for name, result in report.outputs.items():
-        limit = WITNESS_BANDS * report.band(name)
+        exported = manifest.validation["outputs"][name]["torch_max_abs_error"]
+        growth = UNIT_ROUNDOFF[signature.precision] / UNIT_ROUNDOFF[manifest.signature.precision]
+        limit = 2 * exported * growth + report.band(name)
         measured[name] = {"max_abs_difference": result.error, "limit": limit}
         if not result.error <= limit:
             raise BuildError(
-                f"the {signature.precision} graph is not the bundle's model: {name} differs by {result.error:.3g}, "
-                f"which is more than rounding leaves ({limit:.3g}), at {result.worst}"
+                f"the {signature.precision} graph for TensorRT is not the bundle's model: {name} differs by "
+                f"{result.error:.3g}, which is more than rounding leaves ({limit:.3g}), at {result.worst}"
             )
     return {"checked": True, "backend": name_of_backend, "outputs": measured}

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from lfx.config import GLOBAL_ROWS, GLOBAL_SLOTS
 from lfx.errors import BuildError
 from lfx.runtime.plugin import NAMESPACE, VERSION
 
@@ -18,6 +19,7 @@ DTYPES: dict[str, tuple[ir.DataType, Any]] = {
     "fp16": (ir.DataType.FLOAT16, np.float16),
     "bf16": (ir.DataType.BFLOAT16, ml_dtypes.bfloat16),
 }
+HIDES = 3.4e38
 LARGEST = {"fp16": 65504.0, "bf16": 2.0**127 * (2 - 2.0**-7)}
 
 
@@ -32,7 +34,8 @@ def freeze_slots(model: ir.Model, slots: int) -> None:
     TensorRT sizes tensors before it sees data, so K of the TopK that lists the global tokens cannot come from the mask.
     A graph that was exported with a constant number is left as it is.
     """
-    counted = [node for node in model.graph if node.op_type == "TopK" and _constant(node.inputs[1]) is None]
+    listing = [node for node in model.graph if str(node.name).endswith(GLOBAL_SLOTS)]
+    counted = [node for node in listing if _constant(node.inputs[1]) is None]
     for node in counted:
         flags = node.inputs[0]
         assert flags is not None and flags.dtype is not None
@@ -44,7 +47,7 @@ def freeze_slots(model: ir.Model, slots: int) -> None:
         model.graph.insert_before(node, padded)
         node.replace_input_with(0, padded.outputs[0])
         node.replace_input_with(1, _add_constant(model, f"{node.name}/slots", np.array([slots], np.int64)))
-    for node in [node for node in model.graph if node.op_type == "If"]:
+    for node in [node for node in model.graph if str(node.name).endswith(GLOBAL_ROWS)]:
         _inline_branch(model, node, slots)
     common.RemoveUnusedNodesPass()(model)
     for value in _values(model):
@@ -54,7 +57,7 @@ def freeze_slots(model: ir.Model, slots: int) -> None:
 
 
 def _inline_branch(model: ir.Model, node: ir.Node, slots: int) -> None:
-    """The exporter's only `If` asks whether there are fewer slots than a head has columns."""
+    """The exporter's own `If` asks whether there are fewer slots than a head has columns."""
     condition = node.inputs[0].producer() if node.inputs[0] is not None else None
     limit = _constant(condition.inputs[1]) if condition is not None and condition.op_type == "Less" else None
     if limit is None:
@@ -83,24 +86,38 @@ def convert(model: ir.Model, precision: str) -> None:
     for value in list(model.graph.initializers.values()):
         if value.dtype == ir.DataType.FLOAT and value.const_value is not None:
             array = value.const_value.numpy()
-            if array.size > 1 and array.dtype == np.float32 and not np.abs(array).max(initial=0) <= LARGEST[precision]:
-                raise BuildError(f"the weight {value.name} holds {np.abs(array).max():.3g}, which {precision} cannot")
+            size = np.abs(array)
+            # The lowest float32 hides a score, and may be the lowest number of the type; no other may change so much.
+            too_large = size[(size > LARGEST[precision]) & (size < HIDES)]
+            if too_large.size:
+                raise BuildError(f"the weight {value.name} holds {too_large.max():.3g}, which {precision} cannot")
             small = np.clip(array, -LARGEST[precision], LARGEST[precision]).astype(numpy_dtype)
             value.const_value = ir.tensor(small, dtype=dtype, name=value.name)
     outputs = set(model.graph.outputs)
     for node in _all_nodes(model):
         if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT:
             node.attributes["to"] = ir.AttrInt64("to", int(dtype))
-        if node.op_type in ("Constant", "ConstantOfShape") and "value" in node.attributes:
-            tensor = node.attributes["value"].as_tensor()
-            if tensor.dtype == ir.DataType.FLOAT:
-                node.attributes["value"] = ir.AttrTensor("value", ir.tensor(tensor.numpy().astype(numpy_dtype)))
+        if node.op_type in ("Constant", "ConstantOfShape"):
+            tensor = _value_of(node)
+            if tensor is not None and tensor.dtype == np.float32:
+                node.attributes.clear()
+                node.attributes["value"] = ir.AttrTensor("value", ir.tensor(tensor.astype(numpy_dtype), dtype=dtype))
     for value in _values(model):
         if value.dtype == ir.DataType.FLOAT:
             value.dtype = dtype
     for i, output in enumerate(list(model.graph.outputs)):
         if output in outputs and output.dtype == dtype:
             model.graph.outputs[i] = _cast_to_float(model, output)
+
+
+def _value_of(node: ir.Node) -> np.ndarray | None:
+    """The value of a Constant or ConstantOfShape, whose default is one float32 zero."""
+    for name, attribute in node.attributes.items():
+        if name == "value":
+            return attribute.as_tensor().numpy()
+        if name in ("value_float", "value_floats"):
+            return np.array(attribute.value, np.float32)
+    return np.zeros(1, np.float32) if node.op_type == "ConstantOfShape" else None
 
 
 def _cast_to_float(model: ir.Model, output: ir.Value) -> ir.Value:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lfx.config import Signature, sealed, sha256
-from lfx.errors import ArtifactError
+from lfx.errors import ArtifactError, BuildError
 from lfx.runtime.profile import Profile, Range
 
 PLAN_FORMAT_VERSION = 1
@@ -86,7 +86,16 @@ class PlanManifest:
                 Profile(Range.parse(p["batch"], "batch"), Range.parse(p["seqlen"], "seqlen")) for p in data["profiles"]
             )
             return cls(signature=signature, **fields)
-        except (KeyError, TypeError, ValueError) as error:
+            for name, kind in (
+                ("plan", dict),
+                ("options", dict),
+                ("bundle", dict),
+                ("conversion", dict),
+                ("flavor", str),
+            ):
+                if not isinstance(fields[name], kind):
+                    raise TypeError(name)
+        except (KeyError, TypeError, ValueError, AttributeError, BuildError) as error:
             raise ArtifactError(f"{path} is broken ({error!r}); {again}") from error
 
     def verify(self, plan: Path) -> None:

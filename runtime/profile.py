@@ -32,12 +32,16 @@ class Range:
             BuildError: another form, or sizes out of order.
         """
         parts = text.split(":")
-        if len(parts) not in (1, 3) or not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
+        if len(parts) not in (1, 3) or not all(_is_size(part) for part in parts):
             raise BuildError(f"{name} {text!r} is no size; give MIN:OPT:MAX or one number, such as 1:1:8 or 8")
         sizes = [int(part) for part in parts] * (3 if len(parts) == 1 else 1)
         if not 1 <= sizes[0] <= sizes[1] <= sizes[2] < 2**31:
             raise BuildError(f"{name} {text} is out of order; it must be 1 ≤ MIN ≤ OPT ≤ MAX")
         return cls(*sizes)
+
+
+def _is_size(text: str) -> bool:
+    return text.strip().isascii() and text.strip().isdigit() and len(text) < 20
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from lfx.runtime.plan import PlanManifest
 from lfx.runtime.profile import choose
 
 Arrays = dict[str, NDArray[Any]]
-# CUDA graphs that a thread keeps: one for each shape that came more than once.
-MAX_GRAPHS = 16
+DEVICE = 0
 
 
 class TensorRt:
@@ -48,6 +46,7 @@ class TensorRt:
                 "lfx build-engine"
             )
         self._cuda = cudart()
+        check(self._cuda.cudaSetDevice(DEVICE))
         self._trt = trt
         self._log = _Log()
         logger = self._log.logger(trt)
@@ -88,6 +87,7 @@ class TensorRt:
             )
         worker = getattr(self._workers, "worker", None)
         if worker is None:
+            check(self._cuda.cudaSetDevice(DEVICE))  # every thread has a current device of its own
             context = self._engine.create_execution_context()
             if context is None:
                 raise LfxError(f"TensorRT made no execution context: {self._log.last()}")
@@ -142,7 +142,11 @@ class _Buffer:
             return False
         self.free()
         self.device = int(check(self._cuda.cudaMalloc(wanted)))
-        self.host = int(check(self._cuda.cudaMallocHost(wanted)))
+        try:
+            self.host = int(check(self._cuda.cudaMallocHost(wanted)))
+        except LfxError:
+            self._cuda.cudaFree(self.device)
+            raise
         self.bytes = wanted
         return True
 
@@ -161,67 +165,67 @@ class _Buffer:
 
 
 class _Worker:
-    """What one thread runs with. Not to be shared."""
+    """What one thread runs with. Not to be shared.
+
+    A batch of the same shape as the one before it is replayed from a CUDA graph. There is one graph at a time: changing
+    a context's shapes makes what was captured from it undefined.
+    """
 
     def __init__(self, cuda: Any, trt: Any, engine: Any, context: Any, reason: Callable[[], str]) -> None:
         self._cuda, self._trt, self._engine, self._context, self._reason = cuda, trt, engine, context, reason
-        self._stream = check(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
         self._buffers: dict[str, _Buffer] = {}
-        self._profile: int | None = None
-        # Shape of a batch -> its CUDA graph; None after the first run of a shape, False where TensorRT cannot capture.
-        self._graphs: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self._profile = 0  # which a new context has
+        self._shapes: dict[str, tuple[int, ...]] | None = None
+        self._graph: Any = None
+        self._can_capture = True
+        self._stream = check(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
 
     def run(self, feeds: Arrays, profile: int, outputs: list[str]) -> Arrays:
         """One batch; waits for the result."""
-        key = (profile, *(array.shape for array in feeds.values()))
-        moved = self._set_shapes(feeds, profile)
-        shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in outputs}
-        dtypes = {name: np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name))) for name in outputs}
-        sizes = {name: int(np.prod(shapes[name], dtype=np.int64)) * dtypes[name].itemsize for name in outputs}
-        for name in outputs:
-            moved |= self._buffer(name).reserve(max(sizes[name], 1))
-        if moved:
-            self._forget_graphs()  # they hold the old addresses
-        for name, buffer in self._buffers.items():
-            self._context.set_tensor_address(name, buffer.device)
+        shapes = {name: array.shape for name, array in feeds.items()}
+        again = shapes == self._shapes
+        if not again:
+            self._prepare(feeds, profile, outputs)
         for name, array in feeds.items():
-            self._buffer(name).array(array.shape, array.dtype)[...] = array
-        copies = ({name: array.nbytes for name, array in feeds.items()}, sizes)
-        self._launch(key, *copies)
+            self._buffers[name].array(array.shape, array.dtype)[...] = array
+        found = {name: self._output(name) for name in outputs}
+        copies = (
+            {name: array.nbytes for name, array in feeds.items()},
+            {name: int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for name, (shape, dtype) in found.items()},
+        )
+        if again and self._graph is None and self._can_capture:
+            self._graph = self._capture(*copies)
+        if self._graph is not None:
+            check(self._cuda.cudaGraphLaunch(self._graph, self._stream))
+        else:
+            self._enqueue(*copies)
         check(self._cuda.cudaStreamSynchronize(self._stream))
-        return {name: self._buffer(name).array(shapes[name], dtypes[name]).copy() for name in outputs}
+        self._shapes = shapes
+        return {name: self._buffers[name].array(*found[name]).copy() for name in outputs}
 
-    def _set_shapes(self, feeds: Arrays, profile: int) -> bool:
+    def _prepare(self, feeds: Arrays, profile: int, outputs: list[str]) -> None:
+        """Shapes, memory and addresses of a batch that differs from the one before it."""
+        self._forget_graph()
+        self._shapes = None  # until all is in place
         if profile != self._profile:
             if not self._context.set_optimization_profile_async(profile, int(self._stream)):
                 raise LfxError(f"TensorRT did not take profile {profile}: {self._reason()}")
             self._profile = profile
-        moved = False
         for name, array in feeds.items():
             if not self._context.set_input_shape(name, array.shape):
                 raise InputError(f"{name} of shape {array.shape} is outside the plan's profile: {self._reason()}")
-            moved |= self._buffer(name).reserve(max(array.nbytes, 1))
-        return moved
+            self._buffers.setdefault(name, _Buffer(self._cuda)).reserve(max(array.nbytes, 1))
+        for name in outputs:
+            shape, dtype = self._output(name)
+            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            self._buffers.setdefault(name, _Buffer(self._cuda)).reserve(max(size, 1))
+        for name, buffer in self._buffers.items():
+            self._context.set_tensor_address(name, buffer.device)
 
-    def _launch(self, key: tuple[Any, ...], inputs: dict[str, int], outputs: dict[str, int]) -> None:
-        """Enqueue; the second time a shape comes it is captured, and from then on its graph is replayed."""
-        graph = self._graphs.get(key)
-        if graph:
-            self._graphs.move_to_end(key)
-            check(self._cuda.cudaGraphLaunch(graph, self._stream))
-            return
-        if graph is None and key in self._graphs:
-            graph = self._capture(inputs, outputs)
-            self._graphs[key] = graph if graph is not None else False
-            if graph is not None:
-                check(self._cuda.cudaGraphLaunch(graph, self._stream))
-                return
-        self._enqueue(inputs, outputs)
-        if key not in self._graphs:
-            self._graphs[key] = None
-            while len(self._graphs) > MAX_GRAPHS:
-                _, oldest = self._graphs.popitem(last=False)
-                self._destroy(oldest)
+    def _output(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Shape and type of an output, for the shapes that are set."""
+        dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
+        return tuple(self._context.get_tensor_shape(name)), dtype
 
     def _enqueue(self, inputs: dict[str, int], outputs: dict[str, int]) -> None:
         cuda = self._cuda
@@ -237,8 +241,12 @@ class _Worker:
             check(cuda.cudaMemcpyAsync(buffer.host, buffer.device, size, kind, self._stream))
 
     def _capture(self, inputs: dict[str, int], outputs: dict[str, int]) -> Any:
-        """A graph of `_enqueue`, or None where some layer cannot be captured."""
+        """A graph of `_enqueue`, or None, and never again, where some layer cannot be captured."""
         cuda = self._cuda
+        self._can_capture = False
+        asks = getattr(self._context, "is_stream_capturable", None)  # of TensorRT-RTX
+        if asks is not None and not asks(int(self._stream)):
+            return None
         check(cuda.cudaStreamBeginCapture(self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
         try:
             self._enqueue(inputs, outputs)
@@ -250,26 +258,22 @@ class _Worker:
         if int(error) != 0:
             cuda.cudaGetLastError()
             return None
-        executable = check(cuda.cudaGraphInstantiate(graph, 0))
-        check(cuda.cudaGraphDestroy(graph))
+        try:
+            executable = check(cuda.cudaGraphInstantiate(graph, 0))
+        finally:
+            cuda.cudaGraphDestroy(graph)
+        self._can_capture = True
         return executable
 
-    def _buffer(self, name: str) -> _Buffer:
-        if name not in self._buffers:
-            self._buffers[name] = _Buffer(self._cuda)
-        return self._buffers[name]
-
-    def _forget_graphs(self) -> None:
-        for graph in self._graphs.values():
-            self._destroy(graph)
-        self._graphs.clear()
-
-    def _destroy(self, graph: Any) -> None:
-        if graph:
-            self._cuda.cudaGraphExecDestroy(graph)
+    def _forget_graph(self) -> None:
+        if self._graph is not None:
+            self._cuda.cudaGraphExecDestroy(self._graph)
+            self._graph = None
 
     def __del__(self) -> None:
-        self._forget_graphs()
+        if not hasattr(self, "_stream"):  # it never came to be
+            return
+        self._forget_graph()
         for buffer in self._buffers.values():
             buffer.free()
         self._cuda.cudaStreamDestroy(self._stream)

@@ -20,6 +20,8 @@ WEIGHTS = "model.onnx.data"
 PRECISIONS = ("fp32", "fp16", "bf16")
 OPSETS = (17, 23)
 GLOBAL_MODES = ("mask", "first", "none")
+# How the exporter ends the names of two kinds of node; see `export.graph` and `runtime.freeze`.
+GLOBAL_SLOTS, GLOBAL_ROWS = "#global_slots", "#global_rows"
 # The key under which the manifest carries the digest of all its other fields.
 _DIGEST = "manifest_sha256"
 GRAPH_INPUTS = ("input_ids", "attention_mask", "global_attention_mask")

@@ -120,6 +120,15 @@ def test_keys_and_values_may_be_one_tensor(emulated: Kernels) -> None:
     np.testing.assert_array_equal(shared, right)
 
 
+def test_masked_keys_of_global_attention_are_never_read(emulated: Kernels) -> None:
+    for precision, width in ((p, w) for p in PRECISIONS for w in (32, 256)):
+        problem = global_(Case(1, 130, "none", "right"), 3, 1, width, precision=precision)
+        right = problem.run(emulated.global_, emulated.workspace_bytes)
+        for name in ("key", "value"):
+            problem.inputs[name][0, problem.inputs["key_mask"][0] == 0] = np.nan
+        np.testing.assert_array_equal(problem.run(emulated.global_, emulated.workspace_bytes), right)
+
+
 def test_masked_keys_are_never_read(emulated: Kernels) -> None:
     for precision in PRECISIONS:
         problem = banded(Case(1, 130, "none", "right"), 1, 32, 20, precision=precision)

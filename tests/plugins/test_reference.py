@@ -84,6 +84,7 @@ def test_sizes_out_of_range_are_refused_by_name(host_reference: Any, change: dic
         ({"causal": 2}, "causal must be 0 or 1"),
         ({"slots": 0}, "the number of global tokens must be"),
         ({"head_size": 136}, "the head size must be at most 128"),
+        ({"window": 70000, "seqlen": 2**18}, "64 + 2 * window must be at most 131072 for sequences longer than"),
     ],
 )
 def test_attributes_out_of_range_are_refused_by_name(host_reference: Any, change: dict[str, Any], reason: str) -> None:

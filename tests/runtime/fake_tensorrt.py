@@ -45,6 +45,10 @@ class Cuda:
 
     cudaMalloc = cudaMallocHost = allocate
 
+    def cudaSetDevice(self, device: int) -> tuple[Error]:
+        assert device == 0
+        return (Error(0),)
+
     def free(self, address: int) -> tuple[Error]:
         del self.memory[address]
         self.counts["frees"] += 1

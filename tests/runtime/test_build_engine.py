@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from lfx.config import MANIFEST, TASKS, sealed, sha256
 from lfx.errors import ArtifactError, BuildError, InputError, LfxError, PluginError
 from lfx.export import export
-from lfx.runtime import Engine, build_engine, device
+from lfx.runtime import Engine, build_engine, device, freeze
 from lfx.runtime import plugin as plugins
 from lfx.runtime.builder import Options
 from lfx.runtime.plan import PlanManifest, json_path
@@ -60,7 +61,7 @@ def test_every_attention_node_of_every_task_becomes_a_plugin_layer(
     manifest.verify(built)
     assert (manifest.attention_nodes, manifest.plugin_layers) == (2 * LAYERS, 2 * LAYERS)
     assert (manifest.signature.task, manifest.signature.precision) == (task, precision)
-    assert manifest.conversion.get("checked", False) is (precision != "fp32")
+    assert manifest.conversion["checked"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.plan", "one.plan.json"]
 
 
@@ -74,12 +75,19 @@ def test_without_the_plugin_no_node_is_a_plugin_layer(precision: str, bundle: Ma
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"max_global": 4}, {"global_attention": "first"}, {"global_attention": "none"}, {"precision": "bf16"}],
+    ("options", "precision"),
+    [
+        ({"max_global": 4}, "bf16"),
+        ({"global_attention": "first"}, "fp16"),
+        ({"global_attention": "none"}, "fp16"),
+        ({"precision": "bf16"}, None),
+    ],
     ids=str,
 )
-def test_bundles_of_every_kind_build(options: dict[str, Any], bundle: MakeBundle, tmp_path: Path) -> None:
-    built = build_engine(bundle(**options), tmp_path / "one.plan", **RTX, log=lambda line: None)
+def test_bundles_of_every_kind_build(
+    options: dict[str, Any], precision: str | None, bundle: MakeBundle, tmp_path: Path
+) -> None:
+    built = build_engine(bundle(**options), tmp_path / "one.plan", precision=precision, **RTX, log=lambda line: None)
     manifest = PlanManifest.read(built)
     assert manifest.plugin_layers == manifest.attention_nodes == (LAYERS if "none" in options.values() else 2 * LAYERS)
 
@@ -148,10 +156,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no target": ({"target": None}, "no NVIDIA GPU to build for; build ahead of time with: --flavor tensorrt-rtx"),
     "flavor": ({"flavor": "trt"}, "flavor 'trt' is not known; choose one of: tensorrt, tensorrt-rtx"),
     "target": ({"target": "ada"}, "--target 'ada' is no compute capability"),
-    "unknown target": ({"target": "sm13"}, "target sm13 is not one that tensorrt_rtx .* builds for"),
+    "unknown target": ({"target": "sm99"}, "target sm99 is not one that tensorrt_rtx .* builds for"),
     "seqlen": ({"seqlen": ["1:64:129"]}, "above the model's maximum 128"),
     "batch": ({"batch": ["x"]}, "--batch 'x' is no size"),
-    "slots": ({"max_global": 4000}, "--max-global 4000 is above TensorRT's 3840"),
+    "slots": ({"max_global": 4000}, "--max-global 4000 is above 128, the most that this model"),
+    "old target": ({"target": "sm75"}, "--target sm75 is older than the plugin's kernels, which begin at sm80"),
+    "cache": ({"options": Options(timing_cache=Path("cache"))}, "--timing-cache is TensorRT's"),
+    "compatible": ({"options": Options(version_compatible=True)}, "--version-compatible is TensorRT's"),
+    "digits": ({"batch": ["9" * 5000]}, "is no size"),
+    "short": ({"plugin": False, "seqlen": ["1:64:128"]}, "64 global slots need sequences of 63 tokens at least"),
+    "long name": ({"output": "x" * 245 + ".plan"}, "File name too long"),
     "output": ({"output": "one.engine"}, r"one\.engine is no name for a plan; end it with \.plan"),
     "folder": ({"output": "nowhere/one.plan"}, "cannot be written"),
 }
@@ -262,6 +276,31 @@ def test_mutations_of_json_and_plan_are_refused(copy: Path) -> None:
         path.write_bytes(original)
     PlanManifest.read(copy).verify(copy)
     assert refused > 350
+
+
+def test_modules_come_from_the_installation_and_not_from_the_current_folder(
+    bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inspect.py").write_text("raise SystemExit('not mine')")
+    assert build_engine(bundle(), "one.plan", **RTX, log=lambda line: None).is_file()
+
+
+def test_a_graph_that_is_not_the_bundle_s_is_refused(
+    bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = freeze.freeze_slots
+
+    def breaks(model: Any, slots: int) -> None:
+        original(model, slots)
+        value = model.graph.initializers["encoder.layer.1.output.LayerNorm.bias"]
+        value.const_value = ir.tensor(value.const_value.numpy() + 0.5)
+
+    monkeypatch.setattr(freeze, "freeze_slots", breaks)
+    for precision in ("fp32", "fp16", "bf16"):
+        with pytest.raises(BuildError, match=f"the {precision} graph for TensorRT is not the bundle's model"):
+            build_engine(bundle(), tmp_path / "one.plan", precision=precision, **RTX, log=lambda line: None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_plugin_library_is_named(bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,16 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 
 from lfx.config import MODEL, Manifest
 from lfx.errors import BuildError
+from lfx.export import export
 from lfx.parity import full_cases
 from lfx.runtime import Engine, freeze
 from lfx.runtime.conversion import engine_runner, model_inputs
 from tests.conftest import MakeBundle
+from tests.models import tiny_model
 
 HEAD_SIZE = 16  # of tests.models.tiny_config
 
@@ -120,6 +123,46 @@ def test_inlined_functions_leave_standard_ops_under_names_of_their_own(bundle: M
     assert not freeze.attention_nodes(model)
     names = [node.name for node in ir.traversal.RecursiveGraphIterator(model.graph)]
     assert len(set(names)) == len(names)
+
+
+class _Own(torch.nn.Module):
+    """A module with a TopK, or an If, of its own."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.inner, self.kind = tiny_model(), kind
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        global_attention_mask: torch.Tensor | None = None,
+    ) -> Any:
+        hidden = self.inner(input_ids, attention_mask=attention_mask, global_attention_mask=global_attention_mask)[0]
+        if self.kind == "TopK":
+            return torch.sort(hidden[..., 0], dim=1, descending=True)[0]
+        few = attention_mask.float().mean() < 0.75
+        return torch.cond(few, lambda x: x * 2, lambda x: x * 3, (hidden,))
+
+
+@pytest.mark.parametrize(("kind", "options"), [("TopK", {}), ("If", {"max_global": 4})])
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_topk_and_an_if_of_the_user_s_own_stay_as_they_are(
+    kind: str, options: dict[str, Any], inline: bool, tmp_path: Path
+) -> None:
+    bundle = export(_Own(kind).eval(), tmp_path / "own", inline_functions=inline, **options)
+    model = _load(bundle)
+    freeze.freeze_slots(model, 4)
+    assert _ops(model).count("TopK") == (2 if kind == "TopK" else 1)
+    assert _ops(model).count("If") == (0 if kind == "TopK" else 1)
+    path = _save(model, tmp_path)
+    with Engine(bundle) as right, Engine(path) as frozen:
+        for length in (1, 3, 20):
+            ids = np.arange(length)[None] + 5
+            for mask in (np.ones_like(ids), (ids < 7).astype(np.int64)):
+                np.testing.assert_allclose(
+                    frozen.run(ids, mask)["output"], right.run(ids, mask)["output"], rtol=0, atol=1e-5
+                )
 
 
 def test_an_if_that_asks_something_else_is_refused(bundle: MakeBundle) -> None:

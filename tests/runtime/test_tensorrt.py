@@ -125,23 +125,57 @@ def test_a_shape_that_comes_again_is_replayed_from_a_graph(machine: Any, cuda: A
         assert cuda.counts["copies"] == copies  # they are in the graph
 
 
-def test_a_larger_batch_moves_the_buffers_and_forgets_the_graphs(machine: Any, cuda: Any, tmp_path: Path) -> None:
+def test_another_shape_is_prepared_anew_and_its_graph_is_the_only_one(machine: Any, cuda: Any, tmp_path: Path) -> None:
+    larger = np.arange(40).reshape(2, 20)
     with Engine(write_plan(tmp_path)) as engine:
-        for _ in range(3):
-            engine.run(IDS)
-        larger = np.arange(40).reshape(2, 20)
-        for ids in (larger, IDS, IDS, larger, larger, IDS):
+        for ids in (IDS, IDS, IDS, larger, IDS, IDS, larger, larger, larger, IDS):
             np.testing.assert_array_equal(engine.run(ids)["last_hidden_state"], expected(ids)["last_hidden_state"])
+            assert cuda.counts["graphs"] <= 1
+        assert cuda.counts["launches"] == 2 + 1 + 2  # each second and later run of a shape in a row
         assert len(cuda.memory) == 2 * 5  # device and host, of three inputs and two outputs
 
 
-def test_only_so_many_graphs_are_kept(machine: Any, cuda: Any, tmp_path: Path) -> None:
+def test_nothing_is_set_on_a_context_between_capture_and_replay(
+    machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("set_input_shape", "set_tensor_address", "set_optimization_profile_async", "execute_async_v3"):
+        original = getattr(fake_tensorrt.Context, name)
+        monkeypatch.setattr(
+            fake_tensorrt.Context,
+            name,
+            lambda self, *args, name=name, original=original: calls.append(name) or original(self, *args),
+        )
     with Engine(write_plan(tmp_path)) as engine:
-        for _ in range(2):
-            for length in range(32, 0, -1):
-                for _ in range(2):
-                    engine.run(np.ones((1, length), int))
-        assert 0 < cuda.counts["graphs"] <= tensorrt.MAX_GRAPHS
+        engine.run(IDS)
+        assert "set_input_shape" in calls and calls[-1] == "execute_async_v3"  # shapes are flushed by a plain run
+        calls.clear()
+        engine.run(IDS)
+        assert calls == ["execute_async_v3"]  # the capture
+        engine.run(IDS)
+        assert calls == ["execute_async_v3"]
+
+
+def test_a_stream_that_tensorrt_rtx_will_not_have_captured_is_not(
+    machine: Any, cuda: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_tensorrt.Context, "is_stream_capturable", lambda self, stream: False, raising=False)
+    with Engine(write_plan(tmp_path)) as engine:
+        for _ in range(4):
+            np.testing.assert_array_equal(engine.run(IDS)["pooler_output"], expected(IDS)["pooler_output"])
+    assert cuda.counts["launches"] == 0
+
+
+def test_memory_that_cannot_be_had_leaks_nothing(machine: Any, cuda: Any, tmp_path: Path) -> None:
+    engine = Engine(write_plan(tmp_path))
+    original = cuda.cudaMallocHost
+    cuda.cudaMallocHost = lambda size: (fake_tensorrt.Error.cudaErrorInvalidValue, 0)
+    for _ in range(3):
+        with pytest.raises(LfxError, match="CUDA failed"):
+            engine.run(IDS)
+    assert cuda.memory == {}
+    cuda.cudaMallocHost = original
+    np.testing.assert_array_equal(engine.run(IDS)["pooler_output"], expected(IDS)["pooler_output"])
 
 
 def test_a_layer_that_cannot_be_captured_runs_without_a_graph(
@@ -196,7 +230,7 @@ def test_the_profile_follows_the_shape(machine: Any, tmp_path: Path, monkeypatch
         for shape in ((1, 10), (8, 32), (1, 60), (2, 33), (1, 5)):
             ids = np.ones(shape, int)
             np.testing.assert_array_equal(engine.run(ids)["pooler_output"], expected(ids)["pooler_output"])
-        assert taken == [0, 1, 0]
+        assert taken == [1, 0]  # a new context has the first
         with pytest.raises(
             InputError, match=r"batch 3, seqlen 40 is outside what the plan was built for \(batch 1:1:8"
         ):
