@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 # TensorRT's headers, to compile the plugin with: a package that carries a copy of them. Nothing of it is installed.
 HEADERS := $(CURDIR)/build/headers
 
+# Two processes of one thread each: most of the tests trace and load, which one thread does.
+FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
 .PHONY: install demo test test-fast check bench clean
 
 install: $(STAMP)
@@ -26,10 +29,11 @@ demo: install  ## Export, run a real document, check parity, compare speed with 
 	$(BIN)/python scripts/demo.py
 
 test: install  ## Everything, the full-size shape included.
-	$(BIN)/python -m pytest
+	$(FAST)
+	$(BIN)/python -m pytest -m slow
 
 test-fast: install  ## Without the full-size shape.
-	$(BIN)/python -m pytest -m 'not slow'
+	$(FAST)
 
 check: install  ## Lint, format and types.
 	$(BIN)/ruff check .

@@ -101,7 +101,31 @@ def peers() -> str:
     return _rows(["tool", "right", "what happened"], rows) + note
 
 
-TABLES: dict[str, Callable[[], str]] = {"cpu": cpu, "export": export, "peers": peers}
+def documents() -> str:
+    """Mixed lengths, and many threads; what has been measured of them."""
+    lines = []
+    for row in record.read("mixed") if (record.RECORDS / "mixed.jsonl").exists() else []:
+        rates = row["tokens_per_second"]
+        lines.append(
+            f"{row['documents']} documents of {row['shortest']} to {row['longest']:,} tokens, base shape, "
+            f"{row['threads']} threads: {rates['mixed']:.0f} tokens/s, {row['mixed_over_uniform']:.2f} times as many "
+            f"as with documents that all have {row['uniform_length']:,} tokens ({rates['uniform']:.0f} tokens/s, in "
+            f"turns). Largest difference from running {row['one_by_one']['documents']} of them one by one: "
+            f"{row['one_by_one']['largest_difference']:.1e}. {_hardware(row)}."
+        )
+    for row in record.read("soak") if (record.RECORDS / "soak.jsonl").exists() else []:
+        grown = (row["resident_bytes_end"] - row["resident_bytes_warm"]) / 1e6
+        same = "all bit-identical to a single thread's" if row["bit_identical"] else "NOT all the same"
+        warm = row["resident_bytes_warm"] / 1e6
+        lines.append(
+            f"{row['threads']} threads on one Engine for {row['minutes']:g} minutes: {row['requests']:,} answers, "
+            f"{same}; resident memory {warm:.0f} MB after half a minute, {grown:+.0f} MB at the end. "
+            f"{_hardware(row)}."
+        )
+    return "\n\n".join(lines) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {"cpu": cpu, "export": export, "peers": peers, "documents": documents}
 
 
 def main() -> int:

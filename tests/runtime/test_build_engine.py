@@ -101,18 +101,17 @@ def test_a_bundle_of_inlined_functions_builds_without_the_plugin_only(bundle: Ma
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_base_shape_builds_with_all_its_attention_in_the_plugin(precision: str, tmp_path: Path) -> None:
+def test_the_base_shape_builds_with_all_its_attention_in_the_plugin(tmp_path: Path) -> None:
     base = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
     model = tiny_model(
         **base, vocab_size=50265, attention_window=[512] * 12, max_position_embeddings=4098, initializer_range=0.02
     )
     folder = export(model, tmp_path / "base")
-    built = build_engine(folder, tmp_path / "base.plan", precision=precision, **RTX, log=lambda line: None)
-    manifest = PlanManifest.read(built)
-    assert (manifest.attention_nodes, manifest.plugin_layers) == (24, 24)
-    without = build_engine(folder, tmp_path / "none.plan", precision=precision, plugin=False, **RTX, log=lambda _: None)
-    assert PlanManifest.read(without).plugin_layers == 0
+    for precision, plugin, layers in (("fp32", True, 24), ("fp16", True, 24), ("bf16", True, 24), ("fp16", False, 0)):
+        plan = tmp_path / "base.plan"
+        build_engine(folder, plan, precision=precision, plugin=plugin, **RTX, log=lambda line: None)
+        manifest = PlanManifest.read(plan)
+        assert (manifest.attention_nodes, manifest.plugin_layers) == (24, layers)
 
 
 def test_the_json_says_what_the_plan_is(plan: Path, bundle: MakeBundle) -> None:
