@@ -107,7 +107,7 @@ def test_the_base_shape_builds_with_all_its_attention_in_the_plugin(tmp_path: Pa
         **base, vocab_size=50265, attention_window=[512] * 12, max_position_embeddings=4098, initializer_range=0.02
     )
     folder = export(model, tmp_path / "base")
-    for precision, plugin, layers in (("fp32", True, 24), ("fp16", True, 24), ("fp16", False, 0)):
+    for precision, plugin, layers in (("fp32", True, 24), ("fp16", True, 24), ("bf16", True, 24), ("fp16", False, 0)):
         plan = tmp_path / "base.plan"
         build_engine(folder, plan, precision=precision, plugin=plugin, **RTX, log=lambda line: None)
         manifest = PlanManifest.read(plan)
