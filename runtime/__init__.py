@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from lfx.runtime.batcher import Batcher
 from lfx.runtime.builder import build_engine
 from lfx.runtime.engine import Engine
 
-__all__ = ["Engine", "build_engine"]
+__all__ = ["Batcher", "Engine", "build_engine"]

@@ -18,6 +18,7 @@ from lfx.errors import ArtifactError, DependencyError, LfxError, one_line, requi
 
 Arrays = dict[str, NDArray[Any]]
 
+_OPENVINO_TYPES = {"fp32": "f32", "bf16": "bf16"}
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -107,7 +108,11 @@ class OnnxRuntime(_AnyShape):
 class OpenVino(_AnyShape):
     """OpenVINO on the CPU, with the lfx functions inlined for it; it computes bf16 models, in float32 without AMX."""
 
-    def __init__(self, model: Path, threads: int | None) -> None:
+    def __init__(self, model: Path, threads: int | None, precision: str | None) -> None:
+        if precision is not None and precision not in _OPENVINO_TYPES:
+            raise DependencyError(
+                f"precision {precision!r} is not known to OpenVINO here; choose one of: {', '.join(_OPENVINO_TYPES)}"
+            )
         openvino = require("openvino", "openvino")
         onnx = require("onnx", "openvino")
         inliner = require("onnx.inliner", "openvino")
@@ -118,15 +123,24 @@ class OpenVino(_AnyShape):
                 inlined = Path(folder) / model.name
                 onnx.save(inliner.inline_local_functions(graph), str(inlined))
                 for data in model.parent.glob(f"{model.name}.*"):
-                    _link_or_copy(data, Path(folder) / data.name)
+                    link_or_copy(data, Path(folder) / data.name)
                 core = openvino.Core()
                 config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-                if '"precision": "bf16"' not in (self.metadata or ""):
+                if precision is not None:
+                    config["INFERENCE_PRECISION_HINT"] = _OPENVINO_TYPES[precision]
+                elif '"precision": "bf16"' not in (self.metadata or ""):
                     # On a CPU with AMX the default computes float32 models in bfloat16, in silence.
                     config["INFERENCE_PRECISION_HINT"] = "f32"
                 if threads is not None:
                     config["INFERENCE_NUM_THREADS"] = threads
+                if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+                    raise DependencyError(
+                        "this CPU has no bfloat16 arithmetic (AMX, or AVX-512 with bf16), so OpenVINO would compute in "
+                        "float32; leave precision out"
+                    )
                 self._compiled = core.compile_model(core.read_model(str(inlined)), "CPU", config)
+        except DependencyError:
+            raise
         except Exception as error:
             raise ArtifactError(f"{model} cannot be loaded by OpenVINO: {one_line(error)}") from error
         self.name = f"openvino {openvino.__version__.split('-')[0]} CPU"
@@ -143,8 +157,8 @@ class OpenVino(_AnyShape):
         return {name: np.array(found[i]) for i, name in enumerate(self.output_names)}
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    """OpenVINO follows no symbolic link out of the model's folder; a hard link works within one file system."""
+def link_or_copy(source: Path, target: Path) -> None:
+    """Put a file into another folder: by a hard link, since OpenVINO follows no symbolic link out of that folder."""
     try:
         os.link(source.resolve(), target)
     except OSError:
@@ -176,7 +190,7 @@ class Reference(_AnyShape):
 BACKENDS = ("onnxruntime", "openvino", "reference")
 
 
-def load(model: Path, backend: str, provider: str, threads: int | None) -> Backend:
+def load(model: Path, backend: str, provider: str, threads: int | None, precision: str | None = None) -> Backend:
     """Open an ONNX file.
 
     Raises:
@@ -185,12 +199,16 @@ def load(model: Path, backend: str, provider: str, threads: int | None) -> Backe
     """
     if backend == "tensorrt":
         raise DependencyError(f"{model} is no plan, and TensorRT runs plans; build one with: lfx build-engine")
+    if precision is not None and backend != "openvino":
+        raise DependencyError(
+            f"precision {precision!r} is OpenVINO's; give backend='openvino', or export or build the model in it"
+        )
     if backend == "onnxruntime":
         return OnnxRuntime(model, provider, threads)
     if provider != "cpu":
         raise DependencyError(f"provider {provider!r} is ONNX Runtime's; backend {backend!r} runs on the CPU")
     if backend == "openvino":
-        return OpenVino(model, threads)
+        return OpenVino(model, threads, precision)
     if backend == "reference":
         return Reference(model)
     raise DependencyError(f"backend {backend!r} is not known; choose one of: auto, {', '.join(BACKENDS)}")

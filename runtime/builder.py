@@ -159,6 +159,7 @@ def build_engine(
                 attention_nodes=nodes,
                 plugin_layers=built["plugin_layers"],
                 bundle={"name": folder.resolve().name, "sha256": sha256(folder / MANIFEST)},
+                source=manifest.source,
                 options={name: job[name] for name in ("workspace_bytes", "optimization_level", "flags")},
                 versions=package_versions(("onnx", "onnx-ir", "onnxruntime", "numpy")),
                 conversion=conversion,

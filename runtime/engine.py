@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +18,8 @@ from lfx.config import Manifest, Signature, locate
 from lfx.errors import ArtifactError, DependencyError, InputError
 from lfx.runtime import backends
 from lfx.runtime.batching import TOKEN_BUDGET, batches
-from lfx.runtime.inputs import prepare
+from lfx.runtime.inputs import Batch, join, prepare
+from lfx.runtime.metrics import Metrics
 from lfx.runtime.plan import SUFFIX, PlanManifest
 
 MAX_THREADS = 1024
@@ -36,11 +39,16 @@ class Engine:
             for.
         provider: of ONNX Runtime: "cpu", "cuda" or "tensorrt". What was asked for is used, or it is an error.
         threads: of one run; default: the backend's own choice.
+        precision: of OpenVINO's arithmetic, "fp32" or "bf16", whatever the bundle's is; default: the bundle's. bf16
+            needs a CPU that has it (AMX, or AVX-512 with bf16).
         token_budget: most tokens, padding included, that sequences of different lengths are put into one batch with.
     Attributes:
         signature: inputs, outputs and limits of the model.
         manifest: of the bundle or the plan; None for a lone ONNX file.
         backend: name, version and device of what runs it.
+        precision: of the arithmetic, where `precision` was given; else the bundle's.
+        threads: as given.
+        metrics: what it has done so far; see `lfx.runtime.metrics`.
     Raises:
         ArtifactError: a file is missing, cut, changed or no model.
         DependencyError: the backend is not installed, or cannot run this model; says which can.
@@ -53,6 +61,7 @@ class Engine:
         *,
         provider: str = "cpu",
         threads: int | None = None,
+        precision: str | None = None,
         token_budget: int = TOKEN_BUDGET,
     ) -> None:
         if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
@@ -62,18 +71,23 @@ class Engine:
         if token_budget < 1:
             raise InputError(f"token_budget {token_budget} is out of range; give 1 or more")
         self.token_budget = token_budget
+        self.threads = threads
+        self.metrics = Metrics()
         self.manifest: Manifest | PlanManifest | None = None
         model = Path(path)
         if model.suffix == SUFFIX and not model.is_dir():
+            if precision is not None:
+                raise DependencyError(f"{model} is a plan, whose precision is fixed; leave precision out")
             self._backend: backends.Backend | None = self._load_plan(model, backend, provider)
         else:
             bundle, model = locate(model)
             if bundle is not None:
                 self.manifest = Manifest.read(bundle)
                 self.manifest.verify(bundle)
-            self._backend = self._load(model, backend, provider, threads)
+            self._backend = self._load(model, backend, provider, threads, precision)
         self.backend = self._backend.name
         self.signature = self._signature(model, self._backend)
+        self.precision = precision or self.signature.precision
 
     def _load_plan(self, plan: Path, backend: str, provider: str) -> backends.Backend:
         if backend not in ("auto", "tensorrt") or provider != "cpu":
@@ -85,16 +99,18 @@ class Engine:
 
         return TensorRt(plan, self.manifest)
 
-    def _load(self, model: Path, backend: str, provider: str, threads: int | None) -> backends.Backend:
+    def _load(
+        self, model: Path, backend: str, provider: str, threads: int | None, precision: str | None
+    ) -> backends.Backend:
         if backend != "auto":
-            return backends.load(model, backend, provider, threads)
+            return backends.load(model, backend, provider, threads, precision)
         if self.manifest is not None:
             bf16 = self.manifest.signature.precision == "bf16" and provider == "cpu"
-            return backends.load(model, "openvino" if bf16 else "onnxruntime", provider, threads)
+            return backends.load(model, "openvino" if bf16 else "onnxruntime", provider, threads, precision)
         try:  # a lone file does not say its precision before it is loaded
-            return backends.load(model, "onnxruntime", provider, threads)
+            return backends.load(model, "onnxruntime", provider, threads, precision)
         except DependencyError:
-            if provider != "cpu":
+            if provider != "cpu" or precision is not None:
                 raise
             return backends.load(model, "openvino", provider, threads)
 
@@ -133,13 +149,66 @@ class Engine:
             InputError: a length, shape, dtype, mask value or token id that the model cannot take.
         Source: Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
         """
-        batch = prepare(ids, attention_mask, global_attention_mask, self.signature)
+        start = time.perf_counter()
+        try:
+            batch = prepare(ids, attention_mask, global_attention_mask, self.signature)
+            outputs = self._run_batch(batch)
+        except BaseException:
+            self.metrics.failed()
+            raise
+        self.metrics.answered(time.perf_counter() - start)
+        return outputs
+
+    async def run_async(self, ids: Any, attention_mask: Any = None, global_attention_mask: Any = None) -> Outputs:
+        """`run` for asyncio: it runs in a thread, and the event loop goes on. See `lfx.runtime.Batcher` for many."""
+        return await asyncio.to_thread(self.run, ids, attention_mask, global_attention_mask)
+
+    def run_together(self, requests: Sequence[Batch]) -> list[Outputs]:
+        """Run prepared sequences, one a request, in batches of neighbouring lengths; see `lfx.runtime.Batcher`.
+
+        Returns:
+            For each request what `run` gives for it alone.
+        """
+        feeds, lengths = join(requests, self.signature.pad_token_id)
+        rows = self._run_rows(self._open(), feeds, lengths)
+        return [{name: found[i][None] for name, found in rows.items()} for i in range(len(requests))]
+
+    def takes(self, batch: int, seqlen: int) -> bool:
+        """Whether a batch of this shape can be run: any within the model's limits, or a profile of the plan."""
+        longest = self.signature.max_seqlen
+        return (longest is None or seqlen <= longest) and self._open().takes(batch, seqlen)
+
+    def warm_up(self, shapes: Iterable[tuple[int, int]] | None = None) -> None:
+        """Run made-up batches, so that the first real one finds memory, kernels and CUDA graphs ready.
+
+        Args:
+            shapes: (batch, seqlen) of each; default: one sequence of one token, and one of the longest (of 4,096
+                tokens where the model has no limit). The metrics do not count them.
+        Raises:
+            InputError: a shape that the model cannot take.
+        """
+        longest = self.signature.max_seqlen or 4096
+        takes_marks = any(spec.name == "global_attention_mask" for spec in self.signature.inputs)
+        for batch, seqlen in shapes if shapes is not None else [(1, 1), (1, longest)]:
+            shape = (batch, 2, seqlen) if self.signature.task == "multiple-choice" else (batch, seqlen)
+            ids = np.full(shape, self.signature.pad_token_id, dtype=np.int64)
+            marks = np.zeros_like(ids) if takes_marks else None
+            self._open().infer(dict(prepare(ids, None, marks, self.signature).feeds))
+
+    def _run_batch(self, batch: Batch) -> Outputs:
         backend = self._open()
         if batch.lengths is None:
-            return dict(backend.infer(dict(batch.feeds)))
+            return dict(self._infer(backend, dict(batch.feeds)))
         rows = self._run_rows(backend, batch.feeds, batch.lengths)
         per_token = {spec.name for spec in self.signature.outputs if "sequence" in spec.shape}
         return {name: found if name in per_token else np.stack(found) for name, found in rows.items()}
+
+    def _infer(self, backend: backends.Backend, feeds: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
+        outputs = backend.infer(feeds)
+        ids = feeds["input_ids"]
+        real = int(feeds["attention_mask"].sum()) if "attention_mask" in feeds else ids.size
+        self.metrics.computed(len(ids), real, ids.size - real)
+        return outputs
 
     def stream(self, documents: Iterable[Any], *, ahead: int = AHEAD) -> Iterator[dict[str, NDArray[Any]]]:
         """Run more sequences than fit in memory, in batches of neighbouring lengths.
@@ -172,13 +241,13 @@ class Engine:
     ) -> dict[str, list[NDArray[Any]]]:
         """Run padded rows in batches of neighbouring lengths; each output as one array a row, cut to its length."""
         if len(set(lengths)) > 1:
-            _check_cuttable(self.signature)
+            check_cuttable(self.signature)
         shapes = {spec.name: spec.shape for spec in self.signature.outputs}
         rows: dict[str, list[Any]] = {name: [None] * len(lengths) for name in shapes}
         choices = feeds["input_ids"].shape[1] if feeds["input_ids"].ndim == 3 else 1
         for members in batches(lengths, max(self.token_budget // choices, 1), backend.takes):
             longest = max(lengths[i] for i in members)
-            outputs = backend.infer({name: array[members][..., :longest] for name, array in feeds.items()})
+            outputs = self._infer(backend, {name: array[members][..., :longest] for name, array in feeds.items()})
             for name, array in outputs.items():
                 for place, i in enumerate(members):
                     rows[name][i] = _cut(array[place], shapes[name], lengths[i])
@@ -202,7 +271,7 @@ def _cut(row: NDArray[Any], axes: tuple[int | str, ...], length: int) -> NDArray
     return row[tuple(slice(length) if axis == "sequence" else slice(None) for axis in axes[1:])].copy()
 
 
-def _check_cuttable(signature: Signature) -> None:
+def check_cuttable(signature: Signature) -> None:
     """Sequences of different lengths are padded and their outputs cut: that needs batch in front, and whole axes."""
     for spec in signature.outputs:
         others = [axis for axis in spec.shape[1:] if isinstance(axis, str) and axis not in ("sequence", "choices")]

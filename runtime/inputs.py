@@ -57,6 +57,20 @@ def prepare(ids: Any, attention_mask: Any, global_attention_mask: Any, signature
     return Batch({name: feeds[name] for name in feeds if name in names}, tuple(lengths) if ragged else None)
 
 
+def join(requests: Sequence[Batch], pad_token_id: int) -> tuple[dict[str, Int64], list[int]]:
+    """Prepared sequences, one a request, as the rows of one batch; and their lengths.
+
+    Args:
+        requests: each with feeds (1, seqlen), or (1, choices, seqlen) of as many choices each.
+    """
+    lengths = [request.feeds["input_ids"].shape[-1] for request in requests]
+    feeds = {
+        name: _stack([r.feeds[name][0] for r in requests], max(lengths), pad_token_id if name == "input_ids" else 0)
+        for name in requests[0].feeds
+    }
+    return feeds, lengths
+
+
 def default_global(input_ids: Int64, signature: Signature) -> Int64:
     """The global tokens that Hugging Face gives this task when the caller names none.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfx.config import Signature, sealed, sha256
+from lfx.config import Signature, read_sealed, sealed, sha256
 from lfx.errors import ArtifactError, BuildError
 from lfx.runtime.profile import Profile, Range
 
@@ -28,7 +28,7 @@ class PlanManifest:
         profiles: ranges of shapes, tuned for one each.
         plugin_version: of the lfx plugin, None where the plan does not use it.
         attention_nodes: attention nodes of the ONNX graph; plugin_layers: how many of them are plugin layers.
-        bundle: {"name", "sha256" of its lfx.json}.
+        bundle: {"name", "sha256" of its lfx.json}. source: that bundle's, so that `lfx parity` finds the checkpoint.
         conversion: what the check of the precision conversion measured; empty where nothing was converted.
         plan: {"sha256", "bytes"} of the plan.
     """
@@ -42,6 +42,7 @@ class PlanManifest:
     attention_nodes: int
     plugin_layers: int
     bundle: dict[str, Any]
+    source: dict[str, Any]
     options: dict[str, Any]
     versions: dict[str, str]
     conversion: dict[str, Any]
@@ -70,31 +71,16 @@ class PlanManifest:
             raise ArtifactError(f"{plan} does not exist; build it with: lfx build-engine BUNDLE")
         if not path.is_file():
             raise ArtifactError(f"{plan} has no {path.name} beside it, so nothing says what it is; {again}")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ArtifactError(f"{path} cannot be read ({error}); {again}") from error
-        if not isinstance(data, dict) or data.get("plan_format_version") != PLAN_FORMAT_VERSION:
-            found = data.get("plan_format_version") if isinstance(data, dict) else None
-            raise ArtifactError(f"{path} has format version {found!r}; this lfx reads {PLAN_FORMAT_VERSION}: {again}")
-        if data != sealed(data):
-            raise ArtifactError(f"{path} was changed after the build (its digest differs); {again}")
+        data = read_sealed(path, "plan_format_version", PLAN_FORMAT_VERSION, again)
         signature = Signature.from_dict(data)
         try:
             fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name != "signature"}
             fields["profiles"] = tuple(
                 Profile(Range.parse(p["batch"], "batch"), Range.parse(p["seqlen"], "seqlen")) for p in data["profiles"]
             )
+            for name in ("bundle", "source", "options", "versions", "conversion", "plan"):
+                fields[name] = dict(fields[name])
             return cls(signature=signature, **fields)
-            for name, kind in (
-                ("plan", dict),
-                ("options", dict),
-                ("bundle", dict),
-                ("conversion", dict),
-                ("flavor", str),
-            ):
-                if not isinstance(fields[name], kind):
-                    raise TypeError(name)
         except (KeyError, TypeError, ValueError, AttributeError, BuildError) as error:
             raise ArtifactError(f"{path} is broken ({error!r}); {again}") from error
 

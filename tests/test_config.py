@@ -226,7 +226,7 @@ def test_a_manifest_that_was_edited_is_refused(old: str, new: str, bundle_folder
     text = (bundle_folder / MANIFEST).read_text()
     assert text.count(old) >= 1
     (bundle_folder / MANIFEST).write_text(text.replace(old, new, 1))
-    with pytest.raises(ArtifactError, match=r"lfx\.json was changed after the export"):
+    with pytest.raises(ArtifactError, match=r"lfx\.json was changed after it was written"):
         Manifest.read(bundle_folder)
 
 

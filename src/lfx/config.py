@@ -186,21 +186,10 @@ class Manifest:
             raise ArtifactError(f"{bundle} does not exist; make a bundle with: lfx export --model MODEL")
         if not is_file:
             raise ArtifactError(f"{bundle} is no bundle: it has no {MANIFEST}; make one with: lfx export")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ArtifactError(f"{path} cannot be read ({error}); export the model again") from error
-        if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
-            found = data.get("format_version") if isinstance(data, dict) else None
-            raise ArtifactError(
-                f"{path} has format version {found!r}; this lfx reads {FORMAT_VERSION}: export the model again"
-            )
-        signature = Signature.from_dict(data)
-        if data != sealed(data):
-            raise ArtifactError(f"{path} was changed after the export (its {_DIGEST} differs); export the model again")
+        data = read_sealed(path, "format_version", FORMAT_VERSION, "export the model again")
         try:
             return cls(
-                signature=signature,
+                signature=Signature.from_dict(data),
                 opset=int(data["opset"]),
                 source=dict(data["source"]),
                 versions=dict(data["versions"]),
@@ -277,6 +266,24 @@ def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with a digest of all its fields but that one, whatever their order."""
     fields = {key: value for key, value in data.items() if key != _DIGEST}
     return {**fields, _DIGEST: hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()}
+
+
+def read_sealed(path: Path, version_key: str, version: int, cure: str) -> dict[str, Any]:
+    """Read a JSON object that `sealed` made.
+
+    Raises:
+        ArtifactError: it cannot be read, is of another format version, or was changed since; ends with `cure`.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); {cure}") from error
+    found = data.get(version_key) if isinstance(data, dict) else None
+    if not isinstance(data, dict) or found != version:
+        raise ArtifactError(f"{path} has format version {found!r}; this lfx reads {version}: {cure}")
+    if data != sealed(data):
+        raise ArtifactError(f"{path} was changed after it was written (its {_DIGEST} differs); {cure}")
+    return data
 
 
 def sha256(path: Path) -> str:

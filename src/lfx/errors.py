@@ -7,6 +7,7 @@ LfxError
 ├── InputError       ids, masks or text that the model cannot take
 ├── ParityError      an artifact whose numbers are not the model's
 ├── ArtifactError    a bundle or plan that is missing, cut, changed or of another format
+├── OverloadError    more requests than a Batcher was told to keep waiting
 └── DependencyError  an extra that is not installed, or a backend that is not on this machine
 """
 
@@ -42,6 +43,10 @@ class ParityError(LfxError):
 
 class ArtifactError(LfxError):
     """A bundle or plan that is missing, cut, changed or of another format."""
+
+
+class OverloadError(LfxError):
+    """More requests than a Batcher was told to keep waiting, or a closed Batcher: a server answers 503."""
 
 
 class DependencyError(LfxError):

@@ -42,6 +42,7 @@ MANIFEST = PlanManifest(
     attention_nodes=2,
     plugin_layers=2,
     bundle={"name": "bundle", "sha256": ""},
+    source={},
     options={"flags": []},
     versions={},
     conversion={},

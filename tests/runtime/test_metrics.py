@@ -1,0 +1,104 @@
+"""What an Engine counts, and how Prometheus sees it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from lfx.errors import DependencyError, InputError
+from lfx.runtime import Batcher, Engine
+from lfx.runtime.metrics import LATENCY_BUCKETS, Metrics
+from tests.conftest import MakeBundle
+
+
+def test_what_is_counted(bundle: MakeBundle) -> None:
+    with Engine(bundle(), threads=1) as engine:
+        engine.run([[3, 4, 5], [3, 4, 5]])
+        engine.run([[3] * 10, [3] * 8])  # one batch, two tokens padded
+        engine.run([3, 4, 5, 6], attention_mask=[1, 1, 1, 0])
+        with pytest.raises(InputError):
+            engine.run([])
+        found = engine.metrics.snapshot()
+    assert (found.requests, found.failed, found.sequences, found.batches) == (3, 1, 5, 3)
+    assert (found.tokens, found.padding_tokens) == (6 + 18 + 3, 2 + 1)
+    assert found.padding_share == pytest.approx(3 / 30)
+    assert sum(found.latency_counts) == 3
+    assert found.latency_seconds > 0
+
+
+def test_streams_count_tokens_and_batchers_count_requests(bundle: MakeBundle) -> None:
+    with Engine(bundle(), threads=1) as engine:
+        list(engine.stream([[3, 4], [3, 4, 5]]))
+        assert engine.metrics.snapshot().requests == 0
+        assert engine.metrics.snapshot().tokens == 5
+        with Batcher(engine) as batcher:
+            batcher.submit([3, 4]).result()
+        assert engine.metrics.snapshot().requests == 1
+        assert engine.metrics.snapshot().tokens == 7
+
+
+def test_warming_up_counts_nothing(bundle: MakeBundle) -> None:
+    for task in ("feature-extraction", "question-answering", "multiple-choice"):
+        with Engine(bundle(task), threads=1) as engine:
+            engine.warm_up()
+            engine.warm_up([(2, 7)])
+            assert engine.metrics.snapshot() == Metrics().snapshot()
+
+
+def test_no_count_is_lost_between_threads() -> None:
+    metrics = Metrics()
+
+    def count() -> None:
+        for _ in range(2000):
+            metrics.answered(0.02)
+            metrics.computed(1, 2, 3)
+
+    threads = [threading.Thread(target=count) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = metrics.snapshot()
+    assert (found.requests, found.batches, found.tokens, found.padding_tokens) == (16000, 16000, 32000, 48000)
+    assert found.latency_counts[LATENCY_BUCKETS.index(0.025)] == 16000
+
+
+def test_prometheus_reads_its_own_format_back() -> None:
+    parser = pytest.importorskip("prometheus_client.parser")
+    metrics = Metrics()
+    metrics.answered(0.003)
+    metrics.answered(1000.0)
+    metrics.computed(2, 30, 4)
+    metrics.failed()
+    samples = {
+        (sample.name, sample.labels.get("le")): sample.value
+        for family in parser.text_string_to_metric_families(metrics.prometheus())
+        for sample in family.samples
+    }
+    assert samples["lfx_requests_total", None] == 2
+    assert samples["lfx_failed_total", None] == 1
+    assert samples["lfx_sequences_total", None] == 2
+    assert samples["lfx_tokens_total", None] == 30
+    assert samples["lfx_padding_tokens_total", None] == 4
+    assert samples["lfx_latency_seconds_count", None] == 2
+    assert samples["lfx_latency_seconds_sum", None] == pytest.approx(1000.003)
+    assert samples["lfx_latency_seconds_bucket", "0.0025"] == 0
+    assert samples["lfx_latency_seconds_bucket", "0.005"] == 1
+    assert samples["lfx_latency_seconds_bucket", "60.0"] == 1
+    assert samples["lfx_latency_seconds_bucket", "+Inf"] == 2
+
+
+def test_without_prometheus_client_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with pytest.raises(DependencyError, match=r"longformer-lfx\[metrics\]"):
+        Metrics().prometheus()
+
+
+def test_a_plain_engine_needs_no_prometheus_client(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with Engine(bundle(), threads=1) as engine:
+        engine.run(np.arange(3, 9))
+        assert engine.metrics.snapshot().requests == 1
