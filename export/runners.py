@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch import nn
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx import reference
-from lfx.errors import ExportError, one_line
+from lfx.errors import ArtifactError, ExportError, one_line
+from lfx.export.layers import layer_name
 from lfx.export.load import quiet
 from lfx.export.rewrite import clone, named_outputs, replace_attention
 from lfx.parity import Arrays, Runner
@@ -50,18 +52,65 @@ class _DenseSelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
         return (torch.from_numpy(context),)
 
 
-def torch_runner(model: nn.Module, precision: str = "fp32", passes: tuple[str, ...] | None = None) -> Runner:
-    """The model itself, in `precision`; `passes` names the inputs that its forward takes (None = all given)."""
-    return _runner(clone(model, TORCH_DTYPES[precision]), passes)
+def torch_runner(
+    model: nn.Module, precision: str = "fp32", passes: tuple[str, ...] | None = None, *, by_layer: bool = False
+) -> Runner:
+    """The model itself, in `precision`.
+
+    Args:
+        passes: the inputs that its forward takes; None = all that are given.
+        by_layer: the output of every self-attention is one more output, named by `layer_name`.
+    """
+    return _runner(clone(model, TORCH_DTYPES[precision]), passes, by_layer)
 
 
-def reference_runner(model: nn.Module, passes: tuple[str, ...] | None = None) -> Runner:
+def reference_runner(model: nn.Module, passes: tuple[str, ...] | None = None, *, by_layer: bool = False) -> Runner:
     """The model in float64 with dense attention: right by definition."""
-    return _runner(replace_attention(clone(model, torch.float64), _DenseSelfAttention), passes)
+    return _runner(replace_attention(clone(model, torch.float64), _DenseSelfAttention), passes, by_layer)
 
 
-def _runner(model: nn.Module, passes: tuple[str, ...] | None) -> Runner:
+def int8_runner(
+    model: nn.Module, quantization: Mapping[str, Any], passes: tuple[str, ...] | None = None, *, by_layer: bool = False
+) -> Runner:
+    """The model in float32, inputs and weights of its linear layers rounded as `lfx quantize` did.
+
+    Args:
+        quantization: of the int8 bundle's manifest.
+    Raises:
+        ArtifactError: it names a layer that the model does not have.
+    """
+    copied = clone(model, torch.float32)
+    low, high = (0, 255) if quantization["activations"] == "uint8" else (-128, 127)
+    top = 127 if quantization["weight_bits"] == 8 else 64
+    modules = dict(copied.named_modules())
+    for name, steps in quantization["layers"].items():
+        layer = modules.get(name)
+        if not isinstance(layer, nn.Linear):
+            raise ArtifactError(f"the bundle has an int8 layer {name!r}, which this model does not have")
+        weight = layer.weight.detach()
+        scales = (weight.abs().amax(dim=1) / top).clamp(min=torch.finfo(torch.float32).tiny)
+        zeros = torch.zeros(len(scales), dtype=torch.int32)
+        rounded = torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -top, min(top, 127))
+        layer.weight = nn.Parameter(rounded, requires_grad=False)
+        layer.register_forward_pre_hook(_rounder(float(steps["scale"]), int(steps["zero_point"]), low, high))
+    return _runner(copied, passes, by_layer)
+
+
+def _rounder(scale: float, zero_point: int, low: int, high: int) -> Callable[..., Any]:
+    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (torch.fake_quantize_per_tensor_affine(inputs[0], scale, zero_point, low, high), *inputs[1:])
+
+    return hook
+
+
+def _runner(model: nn.Module, passes: tuple[str, ...] | None, by_layer: bool) -> Runner:
+    contexts: list[torch.Tensor] = []
+    for module in model.modules() if by_layer else ():
+        if isinstance(module, hf.LongformerSelfAttention):
+            module.register_forward_hook(lambda _, __, found: contexts.append(found[0]))
+
     def run(inputs: Arrays) -> Arrays:
+        contexts.clear()
         tensors = {k: torch.from_numpy(v) for k, v in inputs.items() if passes is None or k in passes}
         try:
             with torch.inference_mode(), torch.autocast("cpu", enabled=False), quiet():
@@ -71,6 +120,8 @@ def _runner(model: nn.Module, passes: tuple[str, ...] | None) -> Runner:
         except Exception as error:
             shape = tuple(inputs["input_ids"].shape)
             raise ExportError(f"the PyTorch model itself fails on ids of shape {shape}: {one_line(error)}") from error
+        seqlen = inputs["input_ids"].shape[-1]  # Hugging Face pads inside to a multiple of the window
+        outputs = {**{layer_name(i): c[:, :seqlen] for i, c in enumerate(contexts)}, **outputs}
         return {name: (out.double() if out.is_floating_point() else out).numpy() for name, out in outputs.items()}
 
     return run

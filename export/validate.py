@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,9 +16,10 @@ from torch import nn
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.config import GRAPH_INPUTS, Signature
-from lfx.errors import ExportError
+from lfx.errors import ExportError, InputError
+from lfx.export.layers import layer_name
 from lfx.export.rewrite import attention_windows
-from lfx.export.runners import reference_runner, torch_runner
+from lfx.export.runners import int8_runner, reference_runner, torch_runner
 from lfx.parity import Case, Report, compare, quick_cases
 from lfx.runtime import Engine
 from lfx.runtime.conversion import engine_runner, model_inputs
@@ -46,23 +47,41 @@ def compare_engine(
     module: nn.Module,
     cases: Callable[[int, int | None, int], list[Case]],
     progress: Callable[[str], None],
+    *,
+    quantization: Mapping[str, Any] | None = None,
+    by_layer: bool = False,
 ) -> Report:
     """Run an Engine beside its PyTorch model over a list of cases.
 
     Args:
         module: the float32 model that the engine was exported from.
-        cases: from window, max_seqlen and the multiple that lengths must be, such as `parity.full_cases`.
+        cases: from window, max_seqlen and the multiple that lengths must be, such as `parity.full_cases`. Those that
+            a plan was not built for are left out.
+        quantization: of the manifest, for an int8 model.
+        by_layer: the engine is of a file that `layers.expose_layers` made; compare every attention layer too.
+    Raises:
+        InputError: a plan that was built for none of the cases.
     """
     progress("comparing: loading the references")
     signature, inputs = engine.signature, forward_inputs(module)
+    layers = len(signature.attention_windows)
+    wanted = cases(max(signature.attention_windows), signature.max_seqlen, granularity(module))
+    fitting = [case for case in wanted if engine.takes(case.batch, case.seqlen)]
+    if not fitting:
+        raise InputError("the plan was built for none of the lengths and batches that are compared; give --cases full")
+    if quantization:
+        witness = int8_runner(module, quantization, inputs, by_layer=by_layer)
+    else:
+        witness = torch_runner(module, engine.precision, inputs, by_layer=by_layer)
     return compare(
-        cases(max(signature.attention_windows), signature.max_seqlen, granularity(module)),
+        fitting,
         lambda case: model_inputs(case, signature),
-        reference=reference_runner(module, inputs),
-        witness=torch_runner(module, signature.precision, inputs),
+        reference=reference_runner(module, inputs, by_layer=by_layer),
+        witness=witness,
         candidate=engine_runner(engine),
-        precision=signature.precision,
-        layers=len(signature.attention_windows),
+        precision=engine.precision,
+        layers=layers,
+        depth={layer_name(i): i + 1 for i in range(layers)},
         on_case=lambda case: progress(f"comparing: {case}"),
     )
 

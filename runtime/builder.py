@@ -120,6 +120,11 @@ def build_engine(
     path = Path(output) if output is not None else Path(folder.resolve().name + SUFFIX)
     _check_output(path)
     signature = _signature(manifest.signature, precision, slots, ranges)
+    if manifest.quantization.get("activations", "int8") != "int8":
+        raise BuildError(
+            f"{bundle} has {manifest.quantization['activations']} activations, and TensorRT takes int8; make it again "
+            "with: lfx quantize --activations int8"
+        )
     progress("checking the bundle")
     manifest.verify(folder)
     with tempfile.TemporaryDirectory(prefix="lfx-build-") as scratch:
@@ -160,6 +165,7 @@ def build_engine(
                 plugin_layers=built["plugin_layers"],
                 bundle={"name": folder.resolve().name, "sha256": sha256(folder / MANIFEST)},
                 source=manifest.source,
+                quantization=manifest.quantization,
                 options={name: job[name] for name in ("workspace_bytes", "optimization_level", "flags")},
                 versions=package_versions(("onnx", "onnx-ir", "onnxruntime", "numpy")),
                 conversion=conversion,

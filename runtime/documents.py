@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.config import sha256
+from lfx.config import Signature, sha256
 from lfx.errors import ArtifactError, InputError, one_line, require
 from lfx.runtime.engine import Engine
 from lfx.runtime.inputs import prepare
-from lfx.runtime.text import Encoded, Text
+from lfx.runtime.text import END_TO_END, TOKENIZER, Encoded, Text
 
 SUFFIXES = (".jsonl", ".parquet")
 # Documents whose results are written together. Batches are formed within a chunk, so that a run that was stopped and
@@ -99,7 +99,7 @@ def run_documents(
     try:
         with partial.open("a", encoding="utf-8") as file:
             for chunk in _chunks(itertools.islice(_lines(source), summary.documents, None)):
-                items = [_encode(number, found, engine, reader, stride) for number, found in chunk]
+                items = [_encode(number, found, engine.signature, reader, stride) for number, found in chunk]
                 for item in items:
                     if item.error is not None:
                         report(f"{source}:{item.line}: {item.error}")
@@ -117,6 +117,32 @@ def run_documents(
             f"{output} cannot be written: {error}; what is done is kept, and goes on from there"
         ) from error
     return summary
+
+
+def encoded(source: Path, signature: Signature, folder: Path) -> Iterator[Encoded]:
+    """Every document of a file, long ones in windows that lie end to end.
+
+    Args:
+        source: .jsonl or .parquet, as `run_documents` takes, or a text file, read as one document.
+        folder: holds the tokenizer, where texts are to be read.
+    Raises:
+        InputError: the file or a document cannot be read; says which line.
+    """
+    if not source.is_file():
+        raise InputError(f"{source} does not exist, or is no file")
+    reader = Text(folder, signature) if (folder / TOKENIZER).is_file() else None
+    if source.suffix in SUFFIXES:
+        lines = _lines(source)
+    else:
+        try:
+            lines = iter([(1, {"text": source.read_text(encoding="utf-8")})])
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{source} cannot be read as UTF-8 text: {error}") from error
+    for number, found in lines:
+        item = _encode(number, found, signature, reader, END_TO_END)
+        if item.error is not None:
+            raise InputError(f"{source}:{number}: {item.error}")
+        yield from item.windows
 
 
 def _resume(partial: Path, header: dict[str, Any]) -> Summary:
@@ -174,7 +200,7 @@ def _chunks(lines: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]
         yield chunk
 
 
-def _encode(line: int, found: Any, engine: Engine, reader: Text | None, stride: int | None) -> _Item:
+def _encode(line: int, found: Any, signature: Signature, reader: Text | None, stride: int | None) -> _Item:
     item = _Item(line)
     try:
         if isinstance(found, InputError):
@@ -182,15 +208,15 @@ def _encode(line: int, found: Any, engine: Engine, reader: Text | None, stride: 
         if not isinstance(found, dict):
             raise InputError(f"{type(found).__name__} where an object with text or input_ids should be")
         item.id = found.get("id")
-        item.windows = _windows(found, engine, reader, stride)
+        item.windows = _windows(found, signature, reader, stride)
         for window in item.windows:
-            prepare([window.ids], None, None, engine.signature)  # ids and lengths
+            prepare([window.ids], None, None, signature)  # ids and lengths
     except InputError as error:
         item.error, item.windows = one_line(error), []
     return item
 
 
-def _windows(found: dict[str, Any], engine: Engine, reader: Text | None, stride: int | None) -> list[Encoded]:
+def _windows(found: dict[str, Any], signature: Signature, reader: Text | None, stride: int | None) -> list[Encoded]:
     text, pair, ids = found.get("text"), found.get("pair"), found.get("input_ids")
     if (text is None) == (ids is None):
         raise InputError(f"fields {', '.join(sorted(map(str, found))) or 'none'}; give either text or input_ids")
@@ -200,7 +226,7 @@ def _windows(found: dict[str, Any], engine: Engine, reader: Text | None, stride:
         return [Encoded(ids, [str(i) for i in ids])]
     if not isinstance(text, str) or not text.strip() or not isinstance(pair, str | None):
         raise InputError("text (and pair, if any) must be a string, and text not empty")
-    if engine.signature.task == "question-answering" and pair is None:
+    if signature.task == "question-answering" and pair is None:
         raise InputError("question-answering needs the question as text and the document as pair")
     if reader is None:
         raise InputError("the model has no tokenizer, so documents must have input_ids")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lfx.config import Manifest, Signature, locate
 from lfx.errors import ArtifactError, DependencyError, InputError
 from lfx.runtime import backends
+from lfx.runtime.backends import int8_overflows
 from lfx.runtime.batching import TOKEN_BUDGET, batches
 from lfx.runtime.inputs import Batch, join, prepare
 from lfx.runtime.metrics import Metrics
@@ -84,6 +85,11 @@ class Engine:
             if bundle is not None:
                 self.manifest = Manifest.read(bundle)
                 self.manifest.verify(bundle)
+                if self.manifest.quantization.get("weight_bits") == 8 and provider == "cpu" and int8_overflows():
+                    raise DependencyError(
+                        f"{path} has int8 weights of 8 bits, which overflow on this CPU without VNNI; make it again "
+                        "without --full-range"
+                    )
             self._backend = self._load(model, backend, provider, threads, precision)
         self.backend = self._backend.name
         self.signature = self._signature(model, self._backend)

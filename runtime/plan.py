@@ -29,6 +29,7 @@ class PlanManifest:
         plugin_version: of the lfx plugin, None where the plan does not use it.
         attention_nodes: attention nodes of the ONNX graph; plugin_layers: how many of them are plugin layers.
         bundle: {"name", "sha256" of its lfx.json}. source: that bundle's, so that `lfx parity` finds the checkpoint.
+        quantization: of the bundle, where it is int8; else empty.
         conversion: what the check of the precision conversion measured; empty where nothing was converted.
         plan: {"sha256", "bytes"} of the plan.
     """
@@ -43,6 +44,7 @@ class PlanManifest:
     plugin_layers: int
     bundle: dict[str, Any]
     source: dict[str, Any]
+    quantization: dict[str, Any]
     options: dict[str, Any]
     versions: dict[str, str]
     conversion: dict[str, Any]
@@ -78,7 +80,7 @@ class PlanManifest:
             fields["profiles"] = tuple(
                 Profile(Range.parse(p["batch"], "batch"), Range.parse(p["seqlen"], "seqlen")) for p in data["profiles"]
             )
-            for name in ("bundle", "source", "options", "versions", "conversion", "plan"):
+            for name in ("bundle", "source", "quantization", "options", "versions", "conversion", "plan"):
                 fields[name] = dict(fields[name])
             return cls(signature=signature, **fields)
         except (KeyError, TypeError, ValueError, AttributeError, BuildError) as error:

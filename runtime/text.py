@@ -14,6 +14,7 @@ from lfx.config import Signature
 from lfx.errors import ArtifactError, InputError
 
 TOKENIZER = "tokenizer.json"
+END_TO_END = 0  # a stride: each window begins where the one before it ends
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Text:
 
         Args:
             pair: the document, where `text` is a question; then the question stands before every window of it.
-            stride: tokens from the beginning of one window to that of the next.
+            stride: tokens from the beginning of one window to that of the next; END_TO_END for as many as fit.
         Raises:
             InputError: a stride with which tokens would be left out, or a question that leaves no room.
         """
@@ -88,6 +89,7 @@ class Text:
         if pair is not None:
             fixed += len(self._tokenizer.encode(text, add_special_tokens=False).ids)
         room = limit - fixed
+        stride = room if stride == END_TO_END else stride
         if not 1 <= stride <= room:
             raise InputError(
                 f"stride {stride} does not fit: a window has room for {max(room, 0)} tokens of the document, so give 1 "

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from lfx.config import Manifest, package_versions
+from lfx.config import package_versions
 from lfx.errors import ArtifactError, InputError
 from lfx.runtime import Engine, bench
 from lfx.terminal import progress, table
@@ -21,6 +21,7 @@ _PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "numpy")
 
 def run_bench(
     model: Path,
+    open_engine: Callable[[Path], Engine],
     *,
     lengths: tuple[int, ...],
     batch_sizes: tuple[int, ...],
@@ -30,15 +31,12 @@ def run_bench(
     output: Path | None,
     plot: Path | None,
     as_json: bool,
-    backend: str,
-    provider: str,
-    threads: int | None,
 ) -> None:
     """Measure and show."""
     for path in (output, plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"{path} cannot be written: its folder does not exist")
-    with progress() as step, Engine(model, backend, provider=provider, threads=threads) as engine:
+    with progress() as step, open_engine(model) as engine:
         signature = engine.signature
         if signature.task == "multiple-choice":
             raise InputError("multiple-choice is not measured: its batches have a third axis")
@@ -53,13 +51,13 @@ def run_bench(
             return engine.run(ids, **{name: ids * value for name, value in marks.items()})
 
         contenders: dict[str, bench.Run] = {f"lfx {engine.backend.split()[0]}": run}
-        contenders |= _torch_contenders(engine, against, source, marks, threads, step)
+        contenders |= _torch_contenders(engine, against, source, marks, step)
         about = {
             "model": engine.manifest.to_dict().get("manifest_sha256") if engine.manifest is not None else None,
             "architecture": signature.architecture,
-            "precision": signature.precision,
+            "precision": engine.precision,
             "backend": engine.backend,
-            "threads": threads,
+            "threads": engine.threads,
             "cores": os.cpu_count(),
             "cpu": _cpu(),
             "versions": package_versions(_PACKAGES),
@@ -103,21 +101,21 @@ def _torch_contenders(
     against: tuple[str, ...],
     source: str | None,
     marks: dict[str, int],
-    threads: int | None,
     step: Callable[[str], None],
 ) -> dict[str, bench.Run]:
     if not against:
         return {}
-    if not isinstance(engine.manifest, Manifest) and source is None:
+    known = engine.manifest.source if engine.manifest is not None else {}
+    if source is None and known.get("kind") not in ("hub", "folder"):
         raise InputError("what to compare with is not known here; give the checkpoint with --source")
     step("importing torch")
     import torch
 
     from lfx.export.load import load
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    checkpoint = source or str(engine.manifest.source.get("model") if isinstance(engine.manifest, Manifest) else "")
+    if engine.threads is not None:
+        torch.set_num_threads(engine.threads)
+    checkpoint = source or str(known["model"])
     step("loading the checkpoint")
     found: dict[str, bench.Run] = {}
     for name in dict.fromkeys(against):

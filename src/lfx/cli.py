@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -18,9 +19,10 @@ from lfx.terminal import catch_interrupts, interrupted, progress, table
 
 if TYPE_CHECKING:
     from lfx.config import Manifest
-    from lfx.parity import Report
     from lfx.runtime import Engine
     from lfx.runtime.plan import PlanManifest
+
+    OpenEngine = Callable[[Path], Engine]
 
 _ENGINE_OPTIONS = (
     click.option(
@@ -30,13 +32,28 @@ _ENGINE_OPTIONS = (
     click.option(
         "--threads", type=click.IntRange(1, 1024), help="Threads of one run.  [default: the backend's choice]"
     ),
+    click.option(
+        "--precision", help="Of OpenVINO's arithmetic, whatever the bundle's is: fp32 or bf16.  [default: the bundle's]"
+    ),
 )
 
 
 def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of an Engine, as one argument `open_engine`: a function of the model's path."""
+
+    @functools.wraps(command)
+    def with_engine(*, backend: str, provider: str, threads: int | None, precision: str | None, **others: Any) -> Any:
+        def open_engine(model: Path) -> Engine:
+            from lfx.runtime import Engine
+
+            return Engine(model, backend, provider=provider, threads=threads, precision=precision)
+
+        return command(open_engine=open_engine, **others)
+
+    found: Callable[..., Any] = with_engine
     for option in reversed(_ENGINE_OPTIONS):
-        command = option(command)
-    return command
+        found = option(found)
+    return found
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -99,6 +116,55 @@ def export(
         click.echo(
             f"{name}: largest error {result['max_abs_error']:.2g} against float64, PyTorch's own "
             f"{result['torch_max_abs_error']:.2g}, tolerance {result['tolerance']:.2g}"
+        )
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Your text: a text file, or .jsonl or .parquet with a field text or input_ids.",
+)
+@click.option("--samples", type=click.IntRange(min=2), default=32, show_default=True, help="Windows of text to use.")
+@click.option(
+    "--activations",
+    type=click.Choice(["uint8", "int8"]),
+    default="uint8",
+    show_default=True,
+    help="uint8 is the fastest on CPUs; TensorRT takes int8 only.",
+)
+@click.option("--full-range", is_flag=True, help="8 bits of weight, not 7: for CPUs with VNNI or AMX, and for GPUs.")
+@click.option(
+    "--keep-float", multiple=True, metavar="PATTERN", help='Layers to leave as they are: "encoder.layer.11.*".'
+)
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="A folder with one.  [default: the bundle's]")
+@click.option("--output", type=click.Path(path_type=Path), help="The new bundle.  [default: NAME-int8]")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest instead of a summary.")
+def quantize(bundle: Path, output: Path | None, as_json: bool, **options: Any) -> None:
+    """Quantize the linear layers of a bundle to int8, calibrated on your text, and say what it cost."""
+    from lfx.config import Manifest
+
+    with progress() as step:
+        step("importing torch")
+        from lfx.export.quantize import quantize as run_quantize
+
+        made = run_quantize(bundle, output, progress=step, **options)
+    manifest = Manifest.read(made)
+    if as_json:
+        click.echo(json.dumps(manifest.to_dict(), indent=1))
+        return
+    found = manifest.quantization
+    size = sum(entry["bytes"] for entry in manifest.files.values())
+    click.echo(f"{made}: {len(found['layers'])} linear layers in int8, {size / 1e6:,.0f} MB")
+    click.echo(f"beside {found['accuracy']['reference']}:")
+    for name, result in found["accuracy"]["outputs"].items():
+        agreement = result.get("label_agreement")
+        labels = "" if agreement is None else f", {agreement:.1%} of the labels agree"
+        click.echo(
+            f"{name}: cosine {result['cosine']:.5f}, largest error {result['max_abs_error']:.2g} where values reach "
+            f"{result['max_abs_value']:.2g}{labels}"
         )
 
 
@@ -216,16 +282,13 @@ def run(
     tokenizer: Path | None,
     output: Path | None,
     as_json: bool,
-    backend: str,
-    provider: str,
-    threads: int | None,
+    open_engine: OpenEngine,
 ) -> None:
     """Run a text, or a file of documents, through a bundle (a folder, or its .onnx file) or a plan.
 
     A run over documents that was stopped goes on where it was when the same command is given again.
     """
     from lfx.running import run_documents, run_text
-    from lfx.runtime import Engine
     from lfx.runtime.documents import SUFFIXES
 
     if (text is None) == (file is None):
@@ -235,7 +298,7 @@ def run(
         raise click.UsageError("documents need --output FILE.jsonl or FILE.parquet, and no --pair")
     if documents is None and stride is not None:
         raise click.UsageError("--stride is for documents: --input FILE.jsonl or FILE.parquet")
-    with Engine(model, backend, provider=provider, threads=threads) as engine:
+    with open_engine(model) as engine:
         if documents is not None and output is not None:
             run_documents(engine, model, documents, output, stride=stride, tokenizer=tokenizer, as_json=as_json)
         else:
@@ -281,60 +344,15 @@ def _manifest(model: Path) -> Manifest:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--source", help="The checkpoint to compare with.  [default: the one that the bundle was made from]")
 @click.option("--cases", type=click.Choice(["quick", "full"]), default="quick", show_default=True)
+@click.option("--by-layer", is_flag=True, help="Compare every attention layer too, and name the first that differs.")
+@click.option("--report", type=click.Path(path_type=Path), help="Write a page with tables and plots: FILE.html.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @_engine_options
-def parity(
-    model: Path,
-    source: str | None,
-    cases: str,
-    as_json: bool,
-    backend: str,
-    provider: str,
-    threads: int | None,
-) -> None:
-    """Compare a bundle with PyTorch, by length, batch, globals and padding; exit 1 when out of tolerance."""
-    from lfx.runtime import Engine
+def parity(model: Path, open_engine: OpenEngine, **options: Any) -> None:
+    """Compare a bundle or a plan with PyTorch, by length, batch, globals and padding; exit 1 when out of tolerance."""
+    from lfx.comparing import run_parity
 
-    manifest = _manifest(model)
-    if source is None and manifest.source.get("kind") == "module":
-        raise InputError(
-            f"{model} was made from a module in memory ({manifest.source.get('model')}); "
-            "save it with save_pretrained and give that folder with --source"
-        )
-    with progress() as step, Engine(model, backend, provider=provider, threads=threads) as engine:
-        report = _parity(engine, manifest, source or str(manifest.source.get("model")), cases, step)
-        name = engine.backend
-    if as_json:
-        click.echo(json.dumps({"backend": name, **report.to_dict()}, indent=1))
-    else:
-        outputs = list(report.outputs)
-        header = ["batch", "length", "globals", "padding", *(f"{o} error" for o in outputs)]
-        rows = [
-            [str(c.batch), str(c.seqlen), c.globals, c.padding, *(f"{errors[o]:.2e}" for o in outputs)]
-            for c, errors in report.rows
-        ]
-        rows.append(["", "", "", "tolerance", *(f"{report.tolerance(o):.2e}" for o in outputs)])
-        rows.append(["", "", "", "PyTorch's own", *(f"{report.outputs[o].torch_error:.2e}" for o in outputs)])
-        table(header, rows)
-        click.echo(f"{len(report.rows)} cases, {name}: {'out of tolerance' if report.failures() else 'in tolerance'}")
-    report.require()
-
-
-def _parity(engine: Engine, manifest: Manifest, source: str, cases: str, step: Callable[[str], None]) -> Report:
-    from lfx.parity import full_cases, quick_cases
-
-    step("importing torch")
-    from lfx.export.load import load, weights_sha256
-    from lfx.export.validate import compare_engine
-
-    step("loading the checkpoint")
-    module, _ = load(source, manifest.signature.task)
-    if weights_sha256(module) != manifest.source.get("sha256"):
-        raise ArtifactError(
-            f"{source} has other weights than the bundle was made from (sha256 differs); "
-            "give the right checkpoint with --source, or export again"
-        )
-    return compare_engine(engine, module, full_cases if cases == "full" else quick_cases, step)
+    run_parity(model, _any_manifest(model), open_engine, **options)
 
 
 @cli.command()
@@ -353,37 +371,11 @@ def _parity(engine: Engine, manifest: Manifest, source: str, cases: str, step: C
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw tokens per second over length into this .png file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON lines.")
 @_engine_options
-def bench(
-    model: Path,
-    lengths: tuple[int, ...],
-    batch_sizes: tuple[int, ...],
-    rounds: int,
-    against: tuple[str, ...],
-    source: str | None,
-    output: Path | None,
-    plot: Path | None,
-    as_json: bool,
-    backend: str,
-    provider: str,
-    threads: int | None,
-) -> None:
+def bench(model: Path, open_engine: OpenEngine, **options: Any) -> None:
     """Measure a bundle or a plan: latency, tokens per second, peak memory, by length and batch."""
     from lfx.benching import run_bench
 
-    run_bench(
-        model,
-        lengths=lengths,
-        batch_sizes=batch_sizes,
-        rounds=rounds,
-        against=against,
-        source=source,
-        output=output,
-        plot=plot,
-        as_json=as_json,
-        backend=backend,
-        provider=provider,
-        threads=threads,
-    )
+    run_bench(model, open_engine, **options)
 
 
 _INTERRUPTED = "interrupted; nothing half-written was left"

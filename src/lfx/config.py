@@ -18,6 +18,7 @@ MANIFEST = "lfx.json"
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
 PRECISIONS = ("fp32", "fp16", "bf16")
+QUANTIZED = "int8"  # what `lfx quantize` makes of an fp32 bundle
 OPSETS = (17, 23)
 GLOBAL_MODES = ("mask", "first", "none")
 # How the exporter ends the names of two kinds of node; see `export.graph` and `runtime.freeze`.
@@ -117,7 +118,7 @@ class Signature:
     def _check_choices(self) -> None:
         for name, allowed in (
             ("task", TASKS),
-            ("precision", PRECISIONS),
+            ("precision", (*PRECISIONS, QUANTIZED)),
             ("global_attention", GLOBAL_MODES),
             ("default_global", {"required", *(task.default_global for task in TASKS.values())}),
         ):
@@ -135,6 +136,7 @@ class Manifest:
         versions: package name -> version, of the export.
         validation: what the export measured against PyTorch; see `lfx.parity.Report.to_dict`.
         files: name -> {"sha256", "bytes"}, of every other file of the bundle.
+        quantization: of an int8 bundle what `lfx quantize` did and measured: see `lfx.export.quantize`; else empty.
     """
 
     signature: Signature
@@ -144,6 +146,7 @@ class Manifest:
     inlined: bool = False
     validation: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    quantization: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON that `lfx.json` holds and `lfx inspect --json` prints."""
@@ -156,6 +159,7 @@ class Manifest:
                 "source": self.source,
                 "versions": self.versions,
                 "validation": self.validation,
+                **({"quantization": self.quantization} if self.quantization else {}),
                 "files": self.files,
             }
         )
@@ -196,6 +200,7 @@ class Manifest:
                 inlined=bool(data["inlined"]),
                 validation=dict(data["validation"]),
                 files={str(name): dict(entry) for name, entry in data["files"].items()},
+                quantization=dict(data.get("quantization", {})),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ArtifactError(f"{path} is broken ({error!r}); export the model again") from error

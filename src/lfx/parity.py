@@ -12,13 +12,17 @@ are pooled over all cases, since the largest error of two numbers is luck and th
 fewer than 2,000 numbers (the logits of a classifier) is too small for that: PyTorch's largest error is then taken to
 be at least 3.5 times its root mean square, which a normal error exceeds once in 2,000. A witness that is more than
 `WITNESS_BANDS` bands off means that reference and PyTorch disagree, and fails too.
+
+In int8 the witness is PyTorch with the same linear layers rounded to the same steps, and u is half a step of the
+weights' range. What rounding to int8 costs is a fact of the model and not an error of the artifact: the verdict says
+whether the artifact computes what int8 should, and cosine and label agreement say what that is worth.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,13 +34,18 @@ from lfx.errors import ParityError
 Arrays = dict[str, NDArray[Any]]
 Runner = Callable[[Arrays], Arrays]
 
-UNIT_ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+UNIT_ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8, "int8": 2.0**-8}
 # Rounded operations in a row: projection, scores, softmax, context, output projection, residual norm, two
 # feed-forward projections, activation, residual norm; and embedding sum, its norm and a head of two layers.
 OPS_PER_LAYER = 10
 OPS_AROUND = 4
 WITNESS_BANDS = 32.0
 SMALL_POOL, TAIL = 2000, 3.5  # a normal error exceeds 3.5 standard deviations once in 2,000
+
+# Decades of the error histograms, four bars each: below a float32's last bit to as large as anything.
+HISTOGRAM_EDGES = np.logspace(-12, 4, 65)
+# Outputs whose largest entry along the last axis is the answer.
+LABEL_OUTPUTS = ("logits", "start_logits", "end_logits")
 
 GLOBALS = ("none", "first", "scattered", "adjacent", "all", "ragged")
 PADDINGS = ("none", "right", "left", "holes", "empty_row")
@@ -177,9 +186,26 @@ def _global_positions(pattern: str, row: int, seqlen: int, random: np.random.Gen
     return sorted(int(p) for p in random.choice(seqlen, count, replace=False))
 
 
+@dataclass(frozen=True)
+class Errors:
+    """Largest absolute errors of one output in one case: the candidate's and PyTorch's."""
+
+    error: float
+    torch_error: float
+
+
 @dataclass
 class OutputResult:
-    """Errors of one output against the float64 reference, over all cases: largest, and PyTorch's squares too."""
+    """One output over all cases, against the float64 reference.
+
+    Attributes:
+        error, torch_error: largest absolute error, of the candidate and of PyTorch. worst: where the former is.
+        magnitude: largest absolute value of the reference.
+        torch_squares: sum of PyTorch's squared errors, over `count` numbers.
+        products: sums of candidate · reference, candidate² and reference².
+        labels, agreeing: rows of a head's output, and those whose largest entry is the reference's.
+        histogram, torch_histogram: absolute errors that are not 0, counted between HISTOGRAM_EDGES.
+    """
 
     error: float = 0.0
     torch_error: float = 0.0
@@ -187,6 +213,42 @@ class OutputResult:
     worst: Case | None = None
     count: int = 0
     torch_squares: float = 0.0
+    products: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
+    labels: int = 0
+    agreeing: int = 0
+    histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64))
+    torch_histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64))
+
+    def add(self, case: Case, right: NDArray[Any], witness: NDArray[Any], ours: NDArray[Any]) -> Errors:
+        """Take in one case; returns its largest errors."""
+        errors, torch_errors = ours.astype(np.float64) - right, witness.astype(np.float64) - right
+        found = Errors(_largest(errors), _largest(torch_errors))
+        if self.worst is None or not found.error <= self.error:
+            self.error, self.worst = found.error, case
+        self.torch_error = max(self.torch_error, found.torch_error)
+        self.torch_squares += float(np.square(torch_errors).sum())
+        self.count += torch_errors.size
+        self.magnitude = max(self.magnitude, _largest(right))
+        exact = np.nan_to_num(ours.astype(np.float64))
+        self.products += [float((exact * right).sum()), float((exact**2).sum()), float((right**2).sum())]
+        self.histogram += np.histogram(np.abs(errors), HISTOGRAM_EDGES)[0]
+        self.torch_histogram += np.histogram(np.abs(torch_errors), HISTOGRAM_EDGES)[0]
+        return found
+
+    def add_labels(self, right: NDArray[Any], ours: NDArray[Any]) -> None:
+        """Count the rows whose largest entry is at the same place."""
+        same = right.argmax(axis=-1) == ours.argmax(axis=-1)
+        self.labels += same.size
+        self.agreeing += int(same.sum())
+
+    def cosine(self) -> float:
+        """Of candidate and reference, all numbers as one vector; 1 where both are zero."""
+        both, ours, right = self.products
+        return float(both / math.sqrt(ours * right)) if ours * right > 0 else float(ours == right)
+
+    def label_agreement(self) -> float | None:
+        """Share of rows with the reference's answer, 0 to 1; None for an output that is no head's."""
+        return self.agreeing / self.labels if self.labels else None
 
     def likely_torch_error(self) -> float:
         """PyTorch's largest error, or what it might as well have been where few numbers were compared."""
@@ -200,25 +262,37 @@ class Report:
     """What a comparison measured.
 
     Attributes:
-        rows: for each case, the candidate's largest absolute error per output.
+        rows: for each case, the errors of each output.
+        depth: attention layers in front of an output, where they are not all `layers`.
     """
 
     precision: str
     layers: int
     outputs: dict[str, OutputResult] = field(default_factory=dict)
-    rows: list[tuple[Case, dict[str, float]]] = field(default_factory=list)
+    rows: list[tuple[Case, dict[str, Errors]]] = field(default_factory=list)
+    depth: dict[str, int] = field(default_factory=dict)
 
     def band(self, output: str) -> float:
         """Rounding that a chain of operations leaves; see the module's docstring."""
-        operations = OPS_PER_LAYER * self.layers + OPS_AROUND
+        operations = OPS_PER_LAYER * self.depth.get(output, self.layers) + OPS_AROUND
         return math.sqrt(operations) * UNIT_ROUNDOFF[self.precision] * self.outputs[output].magnitude
 
     def tolerance(self, output: str) -> float:
         """Largest error that passes."""
         return 2.0 * self.outputs[output].likely_torch_error() + self.band(output)
 
+    def passes(self, output: str) -> bool:
+        """Whether an output is in tolerance, and its witness near the reference."""
+        result = self.outputs[output]
+        near = result.torch_error <= WITNESS_BANDS * self.band(output)
+        return near and result.error <= self.tolerance(output)
+
+    def first_failure(self) -> str | None:
+        """The first output that does not pass; by layer, where the two models part."""
+        return next((name for name in self.outputs if not self.passes(name)), None)
+
     def failures(self) -> list[str]:
-        """One line for each output that is out of tolerance; empty when all is well."""
+        """One line for each output that is out of tolerance, in their order; empty when all is well."""
         lines = []
         for name, result in self.outputs.items():
             if not result.torch_error <= WITNESS_BANDS * self.band(name):
@@ -251,6 +325,8 @@ class Report:
                     "torch_max_abs_error": result.torch_error,
                     "tolerance": self.tolerance(name),
                     "max_abs_value": result.magnitude,
+                    "cosine": result.cosine(),
+                    **({"label_agreement": result.label_agreement()} if result.labels else {}),
                     "worst_case": str(result.worst),
                 }
                 for name, result in self.outputs.items()
@@ -261,7 +337,7 @@ class Report:
                     "seqlen": case.seqlen,
                     "globals": case.globals,
                     "padding": case.padding,
-                    "max_abs_error": errors,
+                    "max_abs_error": {name: found.error for name, found in errors.items()},
                 }
                 for case, errors in self.rows
             ],
@@ -273,27 +349,30 @@ def compare(
     make_inputs: Callable[[Case], Arrays],
     *,
     reference: Runner,
-    witness: Runner,
+    witness: Runner | None,
     candidate: Runner,
     precision: str,
     layers: int,
+    depth: Mapping[str, int] | None = None,
     on_case: Callable[[Case], None] = lambda case: None,
 ) -> Report:
     """Run every case three times and collect the errors; the verdict is the report's.
 
     Args:
-        reference, witness, candidate: take the graph inputs by name and return the outputs by name.
-        precision: fp32, fp16 or bf16, of the witness and the candidate.
-        layers: attention layers, for the rounding band.
+        reference, witness, candidate: take the graph inputs by name and return the outputs by name. witness None: the
+            reference is its own witness, and errs by nothing.
+        precision: fp32, fp16, bf16 or int8, of the witness and the candidate.
+        layers: attention layers, for the rounding band; depth: those in front of an output that has fewer.
         on_case: called before each case, to show progress.
     Raises:
         ParityError: an output is missing or has another shape than the reference's.
     """
-    report = Report(precision, layers)
+    report = Report(precision, layers, depth=dict(depth or {}))
     for case in cases:
         on_case(case)
         inputs = make_inputs(case)
-        right, torch_side, ours = reference(inputs), witness(inputs), candidate(inputs)
+        right = reference(inputs)
+        torch_side, ours = witness(inputs) if witness is not None else right, candidate(inputs)
         if set(right) != set(ours):
             raise ParityError(f"the model has outputs {sorted(right)}, the artifact {sorted(ours)}")
         row = {}
@@ -303,14 +382,9 @@ def compare(
                     f"{name} has shape {ours[name].shape} where the model's is {expected.shape}, at {case}"
                 )
             result = report.outputs.setdefault(name, OutputResult())
-            row[name] = _largest(ours[name].astype(np.float64) - expected)
-            if result.worst is None or not row[name] <= result.error:
-                result.error, result.worst = row[name], case
-            torch_errors = torch_side[name].astype(np.float64) - expected
-            result.torch_error = max(result.torch_error, _largest(torch_errors))
-            result.torch_squares += float(np.square(torch_errors).sum())
-            result.count += torch_errors.size
-            result.magnitude = max(result.magnitude, _largest(expected))
+            row[name] = result.add(case, expected, torch_side[name], ours[name])
+            if name in LABEL_OUTPUTS:
+                result.add_labels(expected, ours[name])
         report.rows.append((case, row))
     return report
 

@@ -43,6 +43,7 @@ MANIFEST = PlanManifest(
     plugin_layers=2,
     bundle={"name": "bundle", "sha256": ""},
     source={},
+    quantization={},
     options={"flags": []},
     versions={},
     conversion={},

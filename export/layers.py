@@ -1,0 +1,53 @@
+"""Every attention layer as one more output, to find the first layer at which two models part."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper
+
+from lfx.config import MODEL, Signature, TensorSpec
+from lfx.errors import ArtifactError
+from lfx.export.functions import DOMAIN
+from lfx.runtime.backends import link_or_copy
+
+
+def layer_name(index: int) -> str:
+    """The name of the output that is the context of the attention layer `index`, from 0."""
+    return f"attention_{index}"
+
+
+def expose_layers(bundle: Path, signature: Signature, folder: Path) -> Path:
+    """Write the bundle's graph into `folder` with the context of every attention layer as an output.
+
+    Returns:
+        The ONNX file; its weights are linked. Layer outputs come first, float32 (rows, sequence, hidden).
+    Raises:
+        ArtifactError: the graph has no attention nodes, since its functions are inlined.
+    """
+    model = onnx.load(str(bundle / MODEL), load_external_data=False)
+    nodes = [n for n in model.graph.node if (n.domain, n.op_type) == (DOMAIN, "BandedAttention")]
+    if not nodes:
+        raise ArtifactError(
+            f"{bundle} has its functions inlined, so its layers are not to be seen; export it without "
+            "--inline-functions to compare it by layer"
+        )
+    shape = ("rows", "sequence", "hidden")
+    specs = [TensorSpec(layer_name(i), "float32", shape) for i in range(len(nodes))]
+    infos = [helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, shape) for spec in specs]
+    for node, spec in zip(nodes, specs, strict=True):
+        cast = helper.make_node("Cast", [node.output[0]], [spec.name], spec.name, to=TensorProto.FLOAT)
+        model.graph.node.append(cast)
+    outputs = [*infos, *model.graph.output]
+    del model.graph.output[:]
+    model.graph.output.extend(outputs)
+    exposed = dataclasses.replace(signature, outputs=(*specs, *signature.outputs))
+    del model.metadata_props[:]
+    helper.set_model_props(model, {"lfx": json.dumps(exposed.to_dict())})
+    onnx.save(model, str(folder / MODEL))
+    for data in bundle.glob(f"{MODEL}.*"):
+        link_or_copy(data, folder / data.name)
+    return folder / MODEL

@@ -1,0 +1,250 @@
+"""`quantize`: the linear layers of a float32 bundle in int8, calibrated on the user's text, in QDQ form.
+
+ONNX Runtime's quantizer puts a QuantizeLinear and a DequantizeLinear in front of each chosen MatMul, and stores its
+weight as int8, one scale for each output channel. Attention, layer norms, softmax and the global tokens' own
+projections stay float32. A runtime that knows the pattern (ONNX Runtime, OpenVINO, TensorRT) multiplies integers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnxruntime import quantization as ortq
+
+from lfx.config import MANIFEST, MODEL, Manifest, Signature, package_versions, sha256
+from lfx.errors import ExportError, one_line
+from lfx.export.bundle import atomic_folder, check_space, check_target
+from lfx.parity import Case, Report, compare
+from lfx.runtime import Engine
+from lfx.runtime.backends import OnnxRuntime, int8_overflows
+from lfx.runtime.conversion import engine_runner
+from lfx.runtime.documents import SUFFIXES, encoded
+from lfx.runtime.inputs import prepare
+
+ACTIVATIONS = ("uint8", "int8")
+SAMPLES = 32
+SHORTEST = 64  # tokens of a window that a short text is cut into
+# Rows of these are few: the global tokens' own queries.
+_FEW_ROWS = "*query_global"
+
+Feeds = dict[str, NDArray[np.int64]]
+Progress = Callable[[str], None]
+
+
+def quantize(
+    bundle: str | Path,
+    output: str | Path | None = None,
+    *,
+    calibration: str | Path,
+    samples: int = SAMPLES,
+    activations: str = "uint8",
+    full_range: bool = False,
+    keep_float: Sequence[str] = (),
+    tokenizer: str | Path | None = None,
+    progress: Progress = lambda step: None,
+) -> Path:
+    """Quantize the linear layers of a bundle to int8, and measure what it cost.
+
+    Args:
+        bundle: float32, with the ops of domain lfx or inlined.
+        output: the new bundle's folder; default: the bundle's name with -int8, in the current folder.
+        calibration: a text file, or .jsonl or .parquet with a field text or input_ids. Long texts are cut into windows
+            as long as the model takes. Every second window calibrates, the others tell what the int8 model is worth.
+        samples: windows that are used, spread evenly over the file; 2 or more.
+        activations: "uint8", asymmetric, the fastest on CPUs; or "int8", symmetric, which TensorRT takes.
+        full_range: 8 bits of weight instead of 7: more exact, and refused on x86 CPUs without VNNI, which overflow.
+        keep_float: patterns of layer names, such as "encoder.layer.11.*", that stay float32.
+        tokenizer: a folder with one; default: the bundle's.
+    Returns:
+        The new bundle's folder; its manifest's `quantization` holds options, scales, and the accuracy on held-out text.
+    Raises:
+        ArtifactError: no bundle, or a broken one.
+        ExportError: not float32, an option out of range, or nothing to quantize.
+        InputError: the calibration file cannot be read, or a document in it cannot be taken.
+        ParityError: the integer kernels of this machine do not compute what the quantized graph says.
+    """
+    folder = Path(bundle)
+    manifest = Manifest.read(folder)
+    _check(manifest.signature, samples, activations, folder)
+    if full_range and int8_overflows():
+        raise ExportError(
+            "full_range cannot be checked here: this CPU has no VNNI, so it overflows on 8 bits of weight; leave it "
+            "out, or quantize where the model will run"
+        )
+    target = Path(output) if output is not None else Path(f"{folder.resolve().name}-int8")
+    check_target(target)
+    progress("checking the bundle")
+    manifest.verify(folder)
+    check_space(target, sum(entry["bytes"] for entry in manifest.files.values()))
+    feeds, found_in = _read(Path(calibration), manifest.signature, Path(tokenizer or folder), samples)
+    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    layers = _linear_layers(model, keep_float)
+    if not layers:
+        raise ExportError(
+            f"{bundle} has no linear layer to quantize; keep_float keeps {', '.join(keep_float) or 'none'}"
+        )
+    with atomic_folder(target) as made:
+        progress(f"calibrating on {len(feeds[::2])} windows")
+        with _quiet_quantizer():
+            ortq.quantize_static(
+                str(folder / MODEL),
+                str(made / MODEL),
+                _Reader(feeds[::2]),
+                quant_format=ortq.QuantFormat.QDQ,
+                per_channel=True,
+                reduce_range=not full_range,
+                activation_type=ortq.QuantType.QUInt8 if activations == "uint8" else ortq.QuantType.QInt8,
+                weight_type=ortq.QuantType.QInt8,
+                nodes_to_quantize=list(layers),
+                use_external_data_format=True,
+                calibrate_method=ortq.CalibrationMethod.MinMax,
+                extra_options={
+                    "ActivationSymmetric": activations == "int8",
+                    "WeightSymmetric": True,
+                    "OpTypesToExcludeOutputQuantization": ["MatMul"],  # sums stay float32
+                },
+            )
+        signature = dataclasses.replace(manifest.signature, precision="int8")
+        scales = _finish(made / MODEL, signature, layers)
+        for path in folder.iterdir():
+            if path.is_file() and path.name in manifest.files and not path.name.startswith(MODEL):
+                shutil.copyfile(path, made / path.name)
+        report = _accuracy(folder, made / MODEL, feeds[1::2], signature, progress)
+        report.require()
+        quantization = {
+            "bundle_sha256": sha256(folder / MANIFEST),
+            "calibration": found_in,
+            "activations": activations,
+            "weight_bits": 8 if full_range else 7,
+            "layers": scales,
+            "accuracy": _summary(report),
+        }
+        dataclasses.replace(
+            manifest,
+            signature=signature,
+            versions={**manifest.versions, **package_versions(("onnx", "onnxruntime", "numpy"))},
+            quantization=quantization,
+        ).write(made)
+    return target
+
+
+def _check(signature: Signature, samples: int, activations: str, folder: Path) -> None:
+    if signature.precision != "fp32":
+        raise ExportError(f"{folder} is {signature.precision}; int8 is made from an fp32 bundle: export it again")
+    if signature.task == "multiple-choice":
+        raise ExportError("multiple-choice cannot be calibrated: its documents have a third axis")
+    if activations not in ACTIVATIONS:
+        raise ExportError(f"activations {activations!r} is not known; choose one of: {', '.join(ACTIVATIONS)}")
+    if samples < 2:
+        raise ExportError(f"samples {samples} is too few; give 2 or more, half to calibrate and half to judge")
+
+
+def _read(source: Path, signature: Signature, folder: Path, samples: int) -> tuple[list[Feeds], dict[str, Any]]:
+    """The windows of a calibration file as graph inputs, and what they were."""
+    every = [window.ids for window in encoded(source, signature, folder)]
+    if len(every) < samples and source.suffix not in SUFFIXES:  # of a short text, more windows and shorter ones
+        shorter = max(sum(map(len, every)) // samples, SHORTEST)
+        limited = dataclasses.replace(signature, max_seqlen=min(shorter, signature.max_seqlen or shorter))
+        every = [window.ids for window in encoded(source, limited, folder)]
+    if len(every) < 2:
+        raise ExportError(
+            f"{source} gives {len(every)} windows of text; 2 are needed at least, to calibrate and to judge"
+        )
+    chosen = [every[int(i)] for i in np.unique(np.linspace(0, len(every) - 1, samples).astype(int))]
+    feeds = [dict(prepare(ids, None, None, signature).feeds) for ids in chosen]
+    about = {"file": source.name, "sha256": sha256(source), "windows": len(chosen), "tokens": sum(map(len, chosen))}
+    return feeds, about
+
+
+def _linear_layers(model: onnx.ModelProto, keep_float: Sequence[str]) -> dict[str, str]:
+    """Node name -> module name, of every MatMul of the graph by a constant weight that is not to stay float32."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        name = node.name.rpartition("/")[0] or node.name
+        kept = any(fnmatch(name, pattern) for pattern in (_FEW_ROWS, *keep_float))
+        if node.op_type == "MatMul" and node.input[1] in constants and not kept:
+            found[node.name] = name
+    return found
+
+
+class _Reader(ortq.CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self, feeds: Sequence[Feeds]) -> None:
+        self._feeds = iter(feeds)
+
+    def get_next(self) -> Feeds | None:
+        return next(self._feeds, None)
+
+
+@contextlib.contextmanager
+def _quiet_quantizer() -> Iterator[None]:
+    """Keep the quantizer's advice about pre-processing, which our graphs have behind them, off the terminal."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime's quantizer failed: {type(error).__name__}: {one_line(error)}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _finish(path: Path, signature: Signature, layers: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Write the signature into the file; returns scale and zero point of each layer's input."""
+    model = onnx.load(str(path), load_external_data=False)
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {"lfx": json.dumps(signature.to_dict())})
+    onnx.save(model, str(path))
+    values = {t.name: t for t in model.graph.initializer}
+    producers = {name: node for node in model.graph.node for name in node.output}
+    scales = {}
+    for node in model.graph.node:
+        if node.name in layers:
+            source, weight = producers.get(node.input[0]), producers.get(node.input[1])
+            if source is None or weight is None or {source.op_type, weight.op_type} != {"DequantizeLinear"}:
+                raise ExportError(f"ONNX Runtime's quantizer left {layers[node.name]} as it was; please report this")
+            scale, zero = (onnx.numpy_helper.to_array(values[name]) for name in source.input[1:3])
+            scales[layers[node.name]] = {"scale": float(scale), "zero_point": int(zero)}
+    return scales
+
+
+def _summary(report: Report) -> dict[str, Any]:
+    outputs = {}
+    for name, result in report.outputs.items():
+        agreement = {"label_agreement": result.label_agreement()} if result.labels else {}
+        outputs[name] = {
+            "max_abs_error": result.error,
+            "unfused_max_abs_error": result.torch_error,
+            "tolerance": report.tolerance(name),
+            "max_abs_value": result.magnitude,
+            "cosine": result.cosine(),
+            **agreement,
+        }
+    return {"reference": "the float32 bundle, on text held out of the calibration", "outputs": outputs}
+
+
+def _accuracy(bundle: Path, model: Path, held_out: list[Feeds], signature: Signature, progress: Progress) -> Report:
+    """The int8 model beside the float32 bundle; the witness is the same graph with its integers computed in float32."""
+    cases = iter(held_out)
+    unfused = OnnxRuntime(model, "cpu", None, fused=False)
+    with Engine(bundle, "onnxruntime") as right, Engine(model, "onnxruntime") as quantized:
+        return compare(
+            [Case(1, feeds["input_ids"].shape[1], "the task's") for feeds in held_out],
+            lambda case: next(cases),
+            reference=engine_runner(right),
+            witness=unfused.infer,
+            candidate=engine_runner(quantized),
+            precision="int8",
+            layers=len(signature.attention_windows),
+            on_case=lambda case: progress(f"measuring accuracy: {case}"),
+        )

@@ -1,0 +1,299 @@
+"""Draw the figures of docs/chunking.md from the code that they explain: `python scripts/figures.py [FOLDER]`.
+
+No window and no chunk is computed here. What lfx does comes out of the function bodies, run by ONNX's reference
+evaluator, which hands out any value inside them; what Hugging Face does, out of the operands of its own products.
+Letters in the shapes as in export/functions.py; w = one-sided window. Each figure uses one batch row and one head.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import matplotlib as mpl
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.patches import Patch, PathPatch, Rectangle
+from numpy.typing import NDArray
+from onnx import helper
+from onnx.reference import ReferenceEvaluator
+from transformers import LongformerConfig
+from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+
+from lfx.export.functions import BLOCK, DOMAIN, VERSION, BandedAttention, GlobalAttention, function
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "figures"
+Array = NDArray[Any]
+Places = tuple[int, ...]
+Products = list[tuple[Array, Array]]  # query positions and columns of each product
+
+# Okabe and Ito's colours, which colour-blind readers tell apart, and paler ones to print on.
+BLUE, NAVY, ORANGE, PURPLE = "#0072B2", "#003A5D", "#E69F00", "#CC79A7"
+PALE_BLUE, PALE_ORANGE, PALE_PURPLE, GREY = "#CCE3F2", "#FBE0A6", "#F1D3E4", "#D8D8D8"
+WHITE, LINE, INK = "#FFFFFF", "#888888", "#222222"
+STYLE = {"svg.hashsalt": "lfx", "figure.constrained_layout.use": True, "font.size": 12, "axes.titlesize": 11}
+
+# What is drawn. `block` takes the place of functions.BLOCK, so that the numbers can be read.
+MASKS: dict[str, dict[str, Any]] = {
+    "sliding window": {"window": 3},
+    "dilated": {"window": 3, "dilation": 2},
+    "global tokens": {"window": 3, "global_at": (0, 9)},
+    "causal": {"window": 6, "causal": 1},
+}
+CHUNKS: dict[str, Any] = {"seqlen": 12, "window": 2, "block": 4, "global_at": (5,)}
+SKEW = {"seqlen": 8, "window": 2}
+BLOCKS: dict[str, Any] = {"seqlen": 96, "window": 16, "block": 8, "global_at": (0, 1, 2, 40)}
+BACK: dict[str, Any] = {"seqlen": 10, "window": 2, "block": 4, "global_at": (0, 5), "masked": (8, 9)}
+
+
+def run(op: Any, inputs: dict[str, Array], *keep: str, block: int = BLOCK, **given: int) -> list[Any]:
+    """The result of an op with one head, then the values inside its body that `keep` names as the body does.
+
+    Args:
+        block: queries a block, in place of functions.BLOCK.
+        given: attributes other than the defaults, which the reference evaluator does not fill in.
+    """
+    body = ir.to_proto(function(op, opset=17))
+    for attribute in (a for node in body.node for a in node.attribute if list(a.ints) == [BLOCK]):
+        attribute.ints[:] = [block]
+    given = {a.name: helper.get_attribute_value(a) for a in body.attribute_proto} | {"num_heads": 1, **given}
+    names = [name for node in body.node for name in node.output]
+    for wanted in keep:  # a name that is assigned again carries a number: the last one is meant
+        body.output.append([name for name in names if name.rstrip("0123456789").rstrip("_") == wanted][-1])
+    node = helper.make_node(body.name, list(inputs), list(body.output), domain=DOMAIN, **given)
+    ends = [[onnx.ValueInfoProto(name=name) for name in side] for side in (inputs, body.output)]
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, VERSION)]
+    model = helper.make_model(helper.make_graph([node], "figure", *ends), functions=[body], opset_imports=opsets)
+    return list(ReferenceEvaluator(model).run(None, inputs))
+
+
+def op_inputs(seqlen: int, global_at: Places = (), masked: Places = ()) -> dict[str, Array]:
+    """Inputs of BandedAttention whose result says who was seen: scores 0, value j the unit vector j, D = S."""
+    zeros, slots = np.zeros((1, seqlen, seqlen), np.float32), global_at or (-1,)
+    key_mask = np.ones((1, seqlen), np.int32)
+    key_mask[0, list(masked)] = 0
+    tokens = {"key": zeros, "value": np.eye(seqlen, dtype=np.float32)[None], "key_mask": key_mask}
+    (rows,) = run(GlobalAttention, {"query": zeros[:, : len(slots)], **tokens})
+    return {"query": zeros, **tokens, "global_index": np.array([slots], np.int32), "global_context": rows}
+
+
+def mask_panel(global_at: Places = (), seqlen: int = 24, block: int = 8, **given: int) -> Array:
+    """(S, S) bool: which key each query sees, read off the op's result."""
+    (rows,) = run(BandedAttention, op_inputs(seqlen, global_at), block=block, **given)
+    return np.asarray(rows[0] > 0)
+
+
+def gathered(seqlen: int, window: int, block: int, global_at: Places) -> tuple[Array, Array]:
+    """(N, b) and (N, X): the tokens that each block takes as queries, and as keys, global slots first."""
+    inputs = op_inputs(seqlen, global_at)
+    found = run(BandedAttention, inputs, "query_at", "gather_at", block=block, window=window)
+    return found[1], np.concatenate([global_at, np.arange(seqlen)])[found[2]]
+
+
+def pool_rows(seqlen: int, window: int, block: int, **masks: Places) -> tuple[Array, Array]:
+    """(S): each position's place in the pool; and (N·b): the query of each computed row."""
+    found = run(BandedAttention, op_inputs(seqlen, **masks), "row_at", "query_at", block=block, window=window)
+    return found[1][0], found[2].ravel()
+
+
+def score_products(seqlen: int, window: int, block: int, global_at: Places) -> tuple[Array, dict[str, Products]]:
+    """What is seen, and what the two ways to compute the band compute. Columns are G global slots, then S keys.
+
+    Returns:
+        (S, G + S) bool, from the block form's mask; and for each way its products.
+    """
+    inputs, slots = op_inputs(seqlen, global_at), len(global_at)
+    keep = ("query_at", "gather_at", "visible")
+    _, query_at, gather_at, visible = run(BandedAttention, inputs, *keep, block=block, window=window)
+    seen = np.zeros((seqlen, slots + seqlen), bool)
+    for queries, columns, mask in zip(query_at, gather_at, visible[0, 0], strict=True):
+        np.logical_or.at(seen, np.ix_(queries, columns), mask)
+    found = hugging_face(seqlen, window, global_at)
+    chunks = [(q, k + slots) for q, k in zip(found["queries"], found["keys"], strict=True)]
+    chunks.append((found["global_queries"], np.arange(slots)))
+    return seen, {"block form": list(zip(query_at, gather_at, strict=True)), "Hugging Face": chunks}
+
+
+def pair_of(scores: torch.Tensor, seqlen: int) -> Array:
+    """(…, 2): the query and key of each score that `hugging_face` makes; -1 where it is nobody's."""
+    codes = np.nan_to_num(scores.numpy(), neginf=0.0).astype(np.int64)
+    return np.where(codes[..., None] > 0, np.stack(np.divmod(codes - 1, seqlen), axis=-1), -1)
+
+
+def hugging_face(seqlen: int, window: int, global_at: Places = (0,)) -> dict[str, Array]:
+    """Hugging Face's own chunks: the tokens in them, and what becomes of their scores.
+
+    Query i is (i·S, 1) and key j is (1, j + 1): each score i·S + j + 1 says whose it is.
+
+    Returns:
+        queries, keys (chunks, 2w); values (chunks + 1, 3w); global_queries (S): tokens, -1 = padding.
+        scores (chunks, 2w, 2w, 2), skewed (chunks, 2w, 2w + 1, 2), band (S, 2w + 1, 2): as `pair_of`.
+    """
+    config = LongformerConfig(attention_window=[2 * window], num_hidden_layers=1, num_attention_heads=1, hidden_size=2)
+    attention = LongformerSelfAttention(config, layer_id=0)
+    token = torch.arange(seqlen, dtype=torch.float32)[None, :, None, None]  # (B, S, H, 1)
+    query = torch.cat([token * seqlen, torch.ones_like(token)], dim=-1)
+    key = torch.cat([torch.ones_like(token), token + 1], dim=-1)
+    is_global = torch.isin(token[..., 0, 0], torch.tensor(global_at))
+    with mock.patch.object(torch, "einsum", wraps=torch.einsum) as einsum, torch.inference_mode():
+        band = attention._sliding_chunks_query_key_matmul(query, key, window)
+        attention._sliding_chunks_matmul_attn_probs_value(torch.zeros_like(band), token, window)
+        attention._concat_with_global_key_attn_probs(key, query, *attention._get_global_attn_indices(is_global))
+    (queries, keys), (_, values), (global_queries, _) = (call.args[1] for call in einsum.call_args_list)
+    scores = queries @ keys.transpose(-1, -2)
+    skewed = attention._pad_and_transpose_last_two_dims(scores, padding=(0, 0, 0, 1))
+    tokens = {"queries": queries[0, ..., 0] / seqlen, "keys": keys[0, ..., 1] - 1, "values": values[0, ..., 0]}
+    tokens |= {"global_queries": global_queries[0, :, 0, 0] / seqlen}
+    pairs = {"scores": scores[0], "skewed": skewed[0], "band": band[0, :, 0]}
+    found = {name: tensor.numpy().astype(np.int64) for name, tensor in tokens.items()}
+    return found | {name: pair_of(tensor, seqlen) for name, tensor in pairs.items()}
+
+
+def _cells(axes: Any, kinds: Array, colours: dict[int, str]) -> None:
+    """Fill the cells of each kind with one path, which has no seams inside; query positions run down."""
+    for kind, colour in colours.items():
+        edges = np.diff(np.pad((kinds == kind).astype(int), ((0, 0), (1, 1))), axis=1)
+        runs = zip(*np.nonzero(edges == 1), np.nonzero(edges == -1)[1], strict=True)
+        boxes = [[(a, row), (b, row), (b, row + 1), (a, row + 1)] for row, a, b in runs]
+        outline = mpl.path.Path.make_compound_path_from_polys(np.reshape(boxes, (-1, 4, 2)))
+        axes.add_patch(PathPatch(outline, facecolor=colour, linewidth=0))
+    axes.set(xlim=(0, kinds.shape[1]), ylim=(kinds.shape[0], 0), aspect="equal", xlabel="key position")
+
+
+def _table(axes: Any, texts: Array, colours: Array, left: float = 0, top: float = 0, size: float = 12) -> None:
+    """A table of coloured cells, a short text in each; the axes show all tables drawn so far."""
+    for (row, column), text in np.ndenumerate(texts):
+        x, y = column + left, row + top
+        axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colours[row, column], edgecolor=LINE, linewidth=0.6))
+        axes.text(x + 0.5, y + 0.52, str(text), ha="center", va="center", fontsize=size, color=INK)
+    right, bottom = max(axes.get_xlim()[1], left + texts.shape[1]), max(axes.get_ylim()[0], top + texts.shape[0])
+    axes.set(xlim=(-0.05, right + 0.05), ylim=(bottom + 0.05, -0.05), aspect="equal", xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def _legend(figure: Any, colours: dict[str, str], columns: int, title: str = "") -> None:
+    patches = [Patch(facecolor=colour, edgecolor=LINE, label=text) for text, colour in colours.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False, title=title)
+
+
+def masks() -> Any:
+    """Which query sees which key: sliding window, dilated, with global tokens, causal."""
+    figure, grid = plt.subplots(2, 2, figsize=(6, 7.3))
+    for axes, (name, given) in zip(grid.flat, MASKS.items(), strict=True):
+        seen, global_at = mask_panel(**given), list(given.get("global_at", ()))
+        kinds = seen.astype(int)
+        kinds[:, global_at] *= 2
+        kinds[global_at] = 3 * seen[global_at]
+        _cells(axes, kinds, {1: BLUE, 2: ORANGE, 3: PURPLE})
+        axes.hlines(range(len(seen)), 0, len(seen), WHITE, linewidth=0.6)
+        axes.vlines(range(len(seen)), 0, len(seen), WHITE, linewidth=0.6)
+        axes.set(title=name, ylabel="query position", facecolor="#EEEEEE")
+        axes.set_xticks(np.arange(0, len(seen), 8) + 0.5, range(0, len(seen), 8))
+        axes.set_yticks(np.arange(0, len(seen), 8) + 0.5, range(0, len(seen), 8))
+    names = {"seen, in the window": BLUE, "not seen": "#EEEEEE"}
+    _legend(figure, {**names, "global token, seen by all": ORANGE, "row of a global token": PURPLE}, 2)
+    return figure
+
+
+def _copies(tokens: Array) -> Array:
+    """Colours of a table of tokens: where one stands for the first time, where once more, where padding is."""
+    first = np.isin(np.arange(tokens.size), np.unique(tokens, return_index=True)[1]).reshape(tokens.shape)
+    return np.where(tokens < 0, GREY, np.where(first, PALE_BLUE, PALE_ORANGE))
+
+
+def as_strided() -> Any:
+    """Hugging Face's overlapping chunks, and the gather in their place."""
+    found, seqlen = hugging_face(CHUNKS["seqlen"], CHUNKS["window"]), CHUNKS["seqlen"]
+    panels = [["keys", "values"], ["gather", "gather"]]
+    figure, grid = plt.subplot_mosaic(panels, figsize=(6, 5.9), width_ratios=[4, 6], height_ratios=[6, 3])
+    for name, whose in (("keys", "queries and keys"), ("values", "values")):
+        tokens = found[name]
+        _table(grid[name], np.where(tokens < 0, "", tokens.astype(str)), _copies(tokens))
+        title = f"as_strided: {whose}\n{(tokens >= 0).sum() / seqlen:.2f} copies of a token"
+        grid[name].set(title=title, ylabel="chunk", ylim=(len(found["values"]) + 0.05, -0.05))  # cells of one size
+    (queries, keys), slots, axes = gathered(**CHUNKS), len(CHUNKS["global_at"]), grid["gather"]
+    _table(axes, queries, np.full(queries.shape, WHITE))
+    colours = np.hstack([np.full((len(keys), slots), PALE_PURPLE), _copies(keys[:, slots:])])
+    _table(axes, keys, colours, left=queries.shape[1] + 0.7)
+    title = f"gather: queries, and keys (values likewise)\n{keys[:, slots:].size / seqlen:.2f} copies of a key"
+    axes.set(title=title, ylabel="block")
+    names = {"first time": PALE_BLUE, "once more": PALE_ORANGE, "global slot": PALE_PURPLE}
+    _legend(figure, {**names, "query": WHITE, "padding": GREY}, 3)
+    return figure
+
+
+def skew() -> Any:
+    """How Hugging Face turns diagonals into columns: a chunk's scores, the same memory read wider, the band."""
+    found, window = hugging_face(**SKEW), SKEW["window"]
+    tables = {"one chunk": found["scores"][1], "read one wider": found["skewed"][1], "the band": found["band"]}
+    figure, grid = plt.subplots(1, 3, figsize=(6, 4.8), width_ratios=[t.shape[1] for t in tables.values()])
+    ramp = [mpl.colors.to_hex(c) for c in mpl.colormaps["PuOr"](np.linspace(0.28, 0.72, 2 * window + 1))]
+    for axes, (title, pairs) in zip(grid, tables.items(), strict=True):
+        place = np.where(pairs[..., 0] < 0, -1, pairs[..., 1] - pairs[..., 0] + window)
+        colours = np.array([*ramp, GREY])[np.where((place < 0) | (place > 2 * window), -1, place)]
+        texts = ["" if query < 0 else f"{query},{key}" for query, key in pairs.reshape(-1, 2)]
+        _table(axes, np.reshape(texts, place.shape), colours, size=10.5)
+        axes.set(title=title)
+    names = {str(offset): colour for offset, colour in zip(range(-window, window + 1), ramp, strict=True)}
+    _legend(figure, {**names, "outside": GREY}, 3, title="key position - query position")
+    return figure
+
+
+def blocks() -> Any:
+    """Which scores are computed and which of them are seen: the block form, and Hugging Face's chunks."""
+    (seen, ways), seqlen, slots = score_products(**BLOCKS), BLOCKS["seqlen"], len(BLOCKS["global_at"])
+    figure, grid = plt.subplots(1, 2, figsize=(6, 4.2), sharey=True)
+    ticks = range(0, seqlen + 1, 32)
+    for axes, (name, products) in zip(grid, ways.items(), strict=True):
+        computed = np.zeros(seen.shape, np.int64)
+        for queries, columns in products:
+            np.add.at(computed, np.ix_(queries, columns), 1)
+            keys, rows = columns[columns >= slots], np.unique(queries)  # none in the product with the global keys
+            corner = (keys[0] if keys.size else 0, rows[0])
+            axes.add_patch(Rectangle(corner, keys.size, rows.size, fill=False, edgecolor=INK, linewidth=0.7, zorder=2))
+        kinds = np.where(seen, 1 + computed, computed > 0)
+        kinds[:, :slots] = 4
+        _cells(axes, kinds, {1: PALE_ORANGE, 2: BLUE, 3: NAVY, 4: PURPLE})
+        title = f"{name}\n{seen.sum() / computed.sum():.0%} of its scores are seen"
+        axes.set(title=title, yticks=ticks, ylabel="query position" if axes is grid[0] else "")
+        axes.set_xticks([tick + slots for tick in ticks], ticks)
+    names = {"seen": BLUE, "seen, computed twice": NAVY, "computed, not seen": PALE_ORANGE, "global columns": PURPLE}
+    _legend(figure, names, 2)
+    return figure
+
+
+def gather_back() -> Any:
+    """The last gather: every position takes its row from the pool."""
+    (rows, queries), slots = pool_rows(**BACK), len(BACK["global_at"])
+    kinds = np.array([PALE_BLUE] * len(queries) + [PALE_PURPLE] * slots + [GREY])
+    pool = np.array([*queries.astype(str), *(f"g{slot}" for slot in range(slots)), ""])
+    left = (len(pool) - len(rows)) / 2
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    _table(axes, pool[None], np.where(np.isin(np.arange(len(pool)), rows), kinds, PALE_ORANGE)[None])
+    _table(axes, np.arange(len(rows))[None], kinds[rows][None], left, top=4)
+    for position, row in enumerate(rows):
+        axes.plot([row + 0.5, position + left + 0.5], [1.05, 3.95], color=INK, linewidth=1)
+    axes.set(title="the pool: rows of all blocks, global rows, a zero row", xlabel="the result, by position")
+    names = {"computed": PALE_BLUE, "computed, not read": PALE_ORANGE}
+    _legend(figure, {**names, "global row": PALE_PURPLE, "zero row": GREY}, 2)
+    return figure
+
+
+def main(folder: Path = FOLDER) -> None:
+    """Draw all figures into a folder; the same bytes in every run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for draw in (masks, as_strided, skew, blocks, gather_back):
+        with mpl.rc_context(STYLE):
+            figure = draw()
+            figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})
+            plt.close(figure)
+
+
+if __name__ == "__main__":
+    mpl.use("Agg")
+    main(*map(Path, sys.argv[1:2]))

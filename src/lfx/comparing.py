@@ -1,0 +1,155 @@
+"""What `lfx parity` does: a bundle or a plan beside PyTorch, shown as a table, as JSON or as a page."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lfx.config import QUANTIZED, Manifest, locate
+from lfx.errors import ArtifactError, InputError
+from lfx.parity import Report, full_cases, quick_cases
+from lfx.runtime import Engine
+from lfx.runtime.plan import PlanManifest
+from lfx.terminal import progress, table
+
+OpenEngine = Callable[[Path], Engine]
+Step = Callable[[str], None]
+
+
+def run_parity(
+    model: Path,
+    manifest: Manifest | PlanManifest,
+    open_engine: OpenEngine,
+    *,
+    source: str | None,
+    cases: str,
+    by_layer: bool,
+    report: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare and show.
+
+    Args:
+        by_layer: compare every attention layer too, over the quick cases, in a copy of the graph that hands them out.
+        report: the page to write; it has the layers too, where the artifact shows them.
+    Raises:
+        ParityError: an output is out of tolerance; the table, the JSON and the page are there all the same.
+    """
+    checkpoint = _source(model, manifest, source)
+    if report is not None and (report.is_dir() or not report.absolute().parent.is_dir()):
+        raise InputError(f"{report} cannot be written: it is a folder, or its folder does not exist")
+    if by_layer and isinstance(manifest, PlanManifest):
+        raise InputError(f"{model} is a plan, whose layers TensorRT has merged; compare the bundle by layer")
+    layers = None
+    with progress() as step:
+        with open_engine(model) as engine:
+            module = _load(manifest, checkpoint, step)
+            found = _compare(engine, module, manifest, cases, step)
+            facts = _facts(model, manifest, engine, checkpoint)
+        if by_layer or (report is not None and isinstance(manifest, Manifest) and not manifest.inlined):
+            layers = _compare_layers(model, open_engine, module, manifest, step)
+    if report is not None:
+        from lfx.report import write
+
+        write(report, facts, found, layers)
+    if as_json:
+        more = {"by_layer": layers.to_dict()} if layers is not None else {}
+        click.echo(json.dumps({"backend": facts["backend"], **found.to_dict(), **more}, indent=1))
+    else:
+        _show(found, facts)
+        if by_layer and layers is not None:
+            _show_layers(layers)
+    found.require()
+    if layers is not None:
+        layers.require()
+
+
+def _source(model: Path, manifest: Manifest | PlanManifest, source: str | None) -> str:
+    if source is None and manifest.source.get("kind") == "module":
+        raise InputError(
+            f"{model} was made from a module in memory ({manifest.source.get('model')}); "
+            "save it with save_pretrained and give that folder with --source"
+        )
+    return source or str(manifest.source.get("model"))
+
+
+def _load(manifest: Manifest | PlanManifest, source: str, step: Step) -> Any:
+    step("importing torch")
+    from lfx.export.load import load, weights_sha256
+
+    step("loading the checkpoint")
+    module, _ = load(source, manifest.signature.task)
+    if weights_sha256(module) != manifest.source.get("sha256"):
+        raise ArtifactError(
+            f"{source} has other weights than the bundle was made from (sha256 differs); "
+            "give the right checkpoint with --source, or export again"
+        )
+    return module
+
+
+def _compare(engine: Engine, module: Any, manifest: Manifest | PlanManifest, cases: str, step: Step) -> Report:
+    from lfx.export.validate import compare_engine
+
+    wanted = full_cases if cases == "full" else quick_cases
+    return compare_engine(engine, module, wanted, step, quantization=manifest.quantization)
+
+
+def _compare_layers(
+    model: Path, open_engine: OpenEngine, module: Any, manifest: Manifest | PlanManifest, step: Step
+) -> Report:
+    from lfx.export.layers import expose_layers
+    from lfx.export.validate import compare_engine
+
+    bundle, _ = locate(model)
+    assert bundle is not None
+    with (
+        tempfile.TemporaryDirectory(prefix="lfx-parity-") as scratch,
+        open_engine(expose_layers(bundle, manifest.signature, Path(scratch))) as engine,
+    ):
+        return compare_engine(engine, module, quick_cases, step, quantization=manifest.quantization, by_layer=True)
+
+
+def _facts(model: Path, manifest: Manifest | PlanManifest, engine: Engine, source: str) -> dict[str, str]:
+    signature = manifest.signature
+    return {
+        "artifact": str(model),
+        "kind": f"ONNX bundle, opset {manifest.opset}" if isinstance(manifest, Manifest) else f"{manifest.flavor} plan",
+        "backend": engine.backend,
+        "model": f"{signature.architecture}, {signature.task}, {len(signature.attention_windows)} attention layers",
+        "precision": engine.precision,
+        "compared with": source,
+        "weights": str(manifest.source.get("sha256")),
+    }
+
+
+def _show(report: Report, facts: dict[str, str]) -> None:
+    names = list(report.outputs)
+    header = ["batch", "length", "globals", "padding", *(f"{o} error" for o in names)]
+    rows = [
+        [str(c.batch), str(c.seqlen), c.globals, c.padding, *(f"{errors[o].error:.2e}" for o in names)]
+        for c, errors in report.rows
+    ]
+    rows.append(["", "", "", "tolerance", *(f"{report.tolerance(o):.2e}" for o in names)])
+    rows.append(["", "", "", "PyTorch's own", *(f"{report.outputs[o].torch_error:.2e}" for o in names)])
+    table(header, rows)
+    for name in names if report.precision == QUANTIZED else ():
+        result = report.outputs[name]
+        agreement = f", {result.agreeing} of {result.labels} labels agree" if result.labels else ""
+        click.echo(f"{name}: cosine {result.cosine():.5f} with the float64 reference{agreement}")
+    verdict = "out of tolerance" if report.failures() else "in tolerance"
+    click.echo(f"{len(report.rows)} cases, {facts['backend']}, {report.precision}: {verdict}")
+
+
+def _show_layers(report: Report) -> None:
+    rows = []
+    for name, result in report.outputs.items():
+        errors = [f"{x:.2e}" for x in (result.error, result.torch_error, report.tolerance(name))]
+        rows.append([name, *errors, "ok" if report.passes(name) else "out of tolerance"])
+    table(["layer", "error", "PyTorch's own", "tolerance", "verdict"], rows)
+    parted = report.first_failure()
+    click.echo(f"the two part at {parted}" if parted else "the two part at no layer")

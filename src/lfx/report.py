@@ -1,0 +1,196 @@
+"""The page of `lfx parity --report`: verdict, tables and plots in one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import datetime
+import html
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lfx import __version__
+from lfx.errors import InputError, require
+from lfx.parity import HISTOGRAM_EDGES, Report
+
+# Told apart by colour-blind readers too; from Okabe and Ito.
+_OURS, _TORCH, _LIMIT = "#0072b2", "#e69f00", "#d55e00"
+_STYLE = """
+:root { color-scheme: light }
+body { margin: 0 auto; max-width: 60rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif }
+body { color: #1a1a1a; background: #fff }
+h1 { font-size: 1.4rem; margin: .5rem 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
+.verdict { padding: .8rem 1rem; border-left: .5rem solid; font-size: 1.1rem }
+.pass { border-color: #00703c; background: #eaf6ef } .fail { border-color: #b3261e; background: #fceeed }
+.verdict p { margin: .3rem 0 0; font-size: 1rem; overflow-wrap: anywhere }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+th { background: #f4f4f4 } th:first-child, td:first-child { text-align: left }
+td.bad { color: #b3261e; font-weight: 600 }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0 } dt { color: #555 }
+dd { margin: 0; overflow-wrap: anywhere } figure { margin: 0 0 1rem } svg { width: 100%; height: auto }
+figcaption, .note { color: #555; font-size: .9rem } summary { cursor: pointer; font-weight: 600 }
+"""
+
+
+def write(path: Path, facts: Mapping[str, str], report: Report, layers: Report | None) -> None:
+    """Write the page.
+
+    Args:
+        facts: what was compared, by name, for people.
+        layers: the comparison by layer; None where the artifact does not show its layers.
+    Raises:
+        InputError: the file cannot be written. DependencyError: matplotlib is not installed.
+    """
+    failures = report.failures() + (layers.failures() if layers is not None else [])
+    parts = [
+        _verdict(report, failures),
+        "<h2>What was compared</h2>",
+        _facts({**facts, "written by": f"lfx {__version__}, {datetime.date.today():%Y-%m-%d}"}),
+        "<h2>Outputs</h2>",
+        _outputs(report),
+        '<p class="note">Errors are the largest absolute ones against the dense float64 reference, over all cases. '
+        "The tolerance is twice PyTorch's own error in the same precision, plus what rounding leaves. "
+        f"{_int8_note(report)}</p>",
+        "<h2>Error over length</h2>",
+        _figure(lambda axes: _over_length(axes, report), "Largest error of each case; the line is the tolerance."),
+        "<h2>How large the errors are</h2>",
+        _figure(lambda axes: _histogram(axes, report), "All numbers of all outputs and cases that are not exact."),
+    ]
+    if layers is not None:
+        parts += ["<h2>Error by layer</h2>", _figure(lambda axes: _by_layer(axes, layers), _parted(layers))]
+        parts.append(f"<details><summary>The layers as a table</summary>{_outputs(layers)}</details>")
+    parts += ["<h2>Cases</h2>", f"<details><summary>All {len(report.rows)}</summary>{_cases(report)}</details>"]
+    title = f"Parity of {html.escape(Path(facts['artifact']).name)}"
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
+        f"<body><h1>{title}</h1>{''.join(parts)}</body></html>\n"
+    )
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
+
+
+def _verdict(report: Report, failures: list[str]) -> str:
+    name, text = ("fail", "Out of tolerance") if failures else ("pass", "In tolerance")
+    reasons = "".join(f"<p>{html.escape(line)}</p>" for line in failures)
+    detail = f"{len(report.rows)} cases, {len(report.outputs)} outputs, {report.precision}"
+    return f'<div class="verdict {name}"><strong>{text}</strong>: {detail}.{reasons}</div>'
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    items = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
+    return f"<dl>{''.join(items)}</dl>"
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Cells are HTML; one that begins with "!" is marked as bad."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    return f'<td class="bad">{text[1:]}</td>' if text.startswith("!") else f"<td>{text}</td>"
+
+
+def _outputs(report: Report) -> str:
+    labels = any(result.labels for result in report.outputs.values())
+    header = ["output", "error", "PyTorch's own", "tolerance", "largest value", "cosine"]
+    rows = []
+    for name, result in report.outputs.items():
+        mark = "" if report.passes(name) else "!"
+        row = [html.escape(name), f"{mark}{result.error:.2e}", f"{result.torch_error:.2e}"]
+        row += [f"{report.tolerance(name):.2e}", f"{result.magnitude:.3g}", f"{result.cosine():.6f}"]
+        rows.append(row + ([f"{result.agreeing} of {result.labels}" if result.labels else ""] if labels else []))
+    return _table([*header, *(["labels that agree"] if labels else [])], rows)
+
+
+def _int8_note(report: Report) -> str:
+    if report.precision != "int8":
+        return ""
+    return (
+        "PyTorch's own int8 is the model with its linear layers rounded to the same steps: the verdict says that the "
+        "artifact computes what int8 should, and cosine and labels say what int8 costs."
+    )
+
+
+def _cases(report: Report) -> str:
+    header = ["batch", "length", "globals", "padding", *report.outputs]
+    rows = []
+    for case, errors in report.rows:
+        row = [str(case.batch), f"{case.seqlen:,}", case.globals, case.padding]
+        for name in report.outputs:
+            bad = errors[name].error > report.tolerance(name)
+            row.append(f"{'!' if bad else ''}{errors[name].error:.2e}")
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _figure(draw: Callable[[Any], None], caption: str) -> str:
+    matplotlib = require("matplotlib", "report")
+    matplotlib.use("Agg")
+    pyplot = require("matplotlib.pyplot", "report")
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11}):
+        figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+        draw(axes)
+        axes.grid(visible=True, alpha=0.25)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+    svg = re.sub(r"^.*?(?=<svg)", "", text.getvalue(), count=1, flags=re.DOTALL)
+    return f'<figure role="img" aria-label="{html.escape(caption)}">{svg}<figcaption>{caption}</figcaption></figure>'
+
+
+def _over_length(axes: Any, report: Report) -> None:
+    markers = "osD^vPX*"
+    for i, name in enumerate(report.outputs):
+        lengths = [case.seqlen for case, _ in report.rows]
+        marker = markers[i % len(markers)]
+        for label, colour, values in (
+            ("PyTorch", _TORCH, [errors[name].torch_error for _, errors in report.rows]),
+            ("artifact", _OURS, [errors[name].error for _, errors in report.rows]),
+        ):
+            shown = np.maximum(values, HISTOGRAM_EDGES[0])  # an exact result has no place on a log axis
+            axes.scatter(lengths, shown, s=22, marker=marker, color=colour, alpha=0.7, label=f"{label}, {name}")
+        axes.axhline(
+            report.tolerance(name), color=_LIMIT, lw=1.2, ls=("--", "-.", ":")[i % 3], label=f"tolerance, {name}"
+        )
+    axes.set(xlabel="sequence length, tokens", ylabel="largest absolute error", xscale="log", yscale="log")
+
+
+def _histogram(axes: Any, report: Report) -> None:
+    for label, colour, attribute in (("PyTorch", _TORCH, "torch_histogram"), ("artifact", _OURS, "histogram")):
+        counts = np.sum([getattr(result, attribute) for result in report.outputs.values()], axis=0)
+        axes.stairs(counts, HISTOGRAM_EDGES, label=label, color=colour, lw=1.6, fill=label == "PyTorch", alpha=0.75)
+    filled = np.flatnonzero(counts)
+    if filled.size:
+        axes.set_xlim(HISTOGRAM_EDGES[max(filled[0] - 2, 0)], HISTOGRAM_EDGES[min(filled[-1] + 3, len(counts))])
+    axes.set(xlabel="absolute error", ylabel="numbers", xscale="log")
+
+
+def _by_layer(axes: Any, layers: Report) -> None:
+    names = list(layers.outputs)
+    places = range(len(names))
+    for label, colour, values, line in (
+        ("tolerance", _LIMIT, [layers.tolerance(name) for name in names], "--"),
+        ("PyTorch", _TORCH, [layers.outputs[name].torch_error for name in names], "-"),
+        ("artifact", _OURS, [layers.outputs[name].error for name in names], "-"),
+    ):
+        shown = np.maximum(values, HISTOGRAM_EDGES[0])
+        axes.plot(places, shown, line, marker="o", markersize=4, color=colour, label=label)
+    axes.set_xticks(places, [name.replace("attention_", "") for name in names])
+    for tick in axes.get_xticklabels()[sum(name in layers.depth for name in names) :]:
+        tick.set(rotation=30, ha="right")
+    axes.set(xlabel="attention layer, then outputs", ylabel="largest absolute error", yscale="log")
+
+
+def _parted(layers: Report) -> str:
+    first = layers.first_failure()
+    return f"The two part at {html.escape(first)}." if first else "The two part at no layer."

@@ -1,0 +1,218 @@
+"""int8: which layers, which scales, what it costs, and that the verdict finds what computes something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from lfx.config import MODEL, Manifest
+from lfx.errors import ArtifactError, DependencyError, ExportError, InputError, ParityError
+from lfx.export.quantize import quantize
+from lfx.export.runners import int8_runner
+from lfx.export.validate import compare_engine
+from lfx.parity import full_cases
+from lfx.runtime import Engine
+from lfx.runtime.backends import int8_overflows
+from tests.conftest import MakeBundle
+from tests.models import VOCAB_SIZE, tiny_model
+
+LAYERS = [
+    f"encoder.layer.{layer}.{name}"
+    for layer in (0, 1)
+    for name in (
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    random = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("text") / "documents.jsonl"
+    lengths = random.integers(10, 120, 24)
+    rows = [{"input_ids": random.integers(3, VOCAB_SIZE, int(n)).tolist()} for n in lengths]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def int8(bundle: MakeBundle, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """int8(task, **options) -> the quantized bundle; made once."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def make(task: str = "feature-extraction", opset: int = 17, **options: Any) -> Path:
+        key = (task, opset, *sorted(options.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("int8") / task
+            made[key] = quantize(bundle(task, opset=opset), folder, calibration=text, **options)
+        return made[key]
+
+    return make
+
+
+def test_the_linear_layers_and_no_others_are_int8(int8: Any) -> None:
+    graph = onnx.load(str(int8() / MODEL)).graph
+    found = {t.name: numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8}
+    weights = {name: array for name, array in found.items() if array.ndim == 2}
+    assert sorted(name.removesuffix(".weight.T_quantized") for name in weights) == sorted(LAYERS)
+    assert max(int(np.abs(array.astype(int)).max()) for array in weights.values()) <= 64  # seven bits
+    assert sorted(Manifest.read(int8()).quantization["layers"]) == sorted(LAYERS)
+    assert sum(node.op_type == "BandedAttention" for node in graph.node) == 2
+
+
+def test_eight_bits_are_for_cpus_that_can_add_them(
+    bundle: MakeBundle, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not int8_overflows():
+        made = quantize(bundle(), tmp_path / "made", calibration=text, full_range=True)
+        arrays = [numpy_helper.to_array(t) for t in onnx.load(str(made / MODEL)).graph.initializer]
+        assert max(int(np.abs(a.astype(int)).max()) for a in arrays if a.dtype == np.int8 and a.ndim == 2) == 127
+    monkeypatch.setattr("lfx.export.quantize.int8_overflows", lambda: True)
+    with pytest.raises(ExportError, match="no VNNI"):
+        quantize(bundle(), tmp_path / "refused", calibration=text, full_range=True)
+
+
+def test_a_bundle_of_eight_bits_is_not_run_where_it_overflows(
+    int8: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(int8(), tmp_path / "eight")
+    manifest = Manifest.read(folder)
+    dataclasses.replace(manifest, quantization={**manifest.quantization, "weight_bits": 8}).write(folder)
+    monkeypatch.setattr("lfx.runtime.engine.int8_overflows", lambda: True)
+    with pytest.raises(DependencyError, match="without --full-range"):
+        Engine(folder)
+    monkeypatch.setattr("lfx.runtime.engine.int8_overflows", lambda: False)
+    Engine(folder).close()
+
+
+@pytest.mark.parametrize("activations", ["uint8", "int8"])
+@pytest.mark.parametrize("opset", [17, 21])
+@pytest.mark.parametrize("task", ["feature-extraction", "text-classification", "token-classification", "fill-mask"])
+def test_it_computes_what_int8_should(int8: Any, task: str, opset: int, activations: str) -> None:
+    folder = int8(task, opset, activations=activations)
+    with Engine(folder) as engine:
+        quantization = Manifest.read(folder).quantization
+        report = compare_engine(engine, tiny_model(task), full_cases, lambda step: None, quantization=quantization)
+    assert report.precision == "int8"
+    assert not report.failures()
+    for result in report.outputs.values():
+        assert result.cosine() > 0.98
+        assert result.error > 1e-4  # it is not the float32 model
+
+
+def test_the_witness_rounds_to_the_steps_of_the_file(int8: Any) -> None:
+    """One layer of PyTorch's witness beside the dequantized weight and scale that the file holds."""
+    folder = int8()
+    graph = onnx.load(str(folder / MODEL)).graph
+    values = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    name = "encoder.layer.0.attention.self.query"
+    steps = values[f"{name}.weight.T_scale"]
+    stored = values[f"{name}.weight.T_quantized"].astype(np.float32) * steps
+    model = tiny_model()
+    seen: list[torch.Tensor] = []
+    layer = model.get_submodule(name)
+    layer.register_forward_hook(lambda module, _, __: seen.append(module.weight))
+    int8_runner(model, Manifest.read(folder).quantization)({"input_ids": np.arange(3, 20)[None]})
+    assert np.abs(seen[0].detach().numpy().T - stored).max() <= 1e-6
+    assert np.abs(layer.weight.detach().numpy().T - stored).max() > 1e-4  # and the caller's model is as it was
+
+
+def test_wrong_scales_are_found(int8: Any, tmp_path: Path) -> None:
+    """A layer whose input is rounded with a third of its scale cuts off what is large."""
+    folder = shutil.copytree(int8(), tmp_path / "wrong")
+    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    node = next(n for n in model.graph.node if n.op_type == "QuantizeLinear")
+    for tensor in model.graph.initializer:
+        if tensor.name == node.input[1]:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) / 3, tensor.name))
+    onnx.save(model, str(folder / MODEL))
+    quantization = Manifest.read(folder).quantization
+    with Engine(_alone(folder)) as engine:
+        report = compare_engine(engine, tiny_model(), full_cases, lambda step: None, quantization=quantization)
+    with pytest.raises(ParityError, match="above the tolerance"):
+        report.require()
+
+
+def _alone(folder: Path) -> Path:
+    """The ONNX file without the manifest, which would refuse it as changed."""
+    (folder / "lfx.json").unlink()
+    return folder / MODEL
+
+
+def test_layers_that_are_kept_stay_float32(int8: Any) -> None:
+    found = Manifest.read(int8(keep_float=("encoder.layer.0.*", "*.key"))).quantization["layers"]
+    assert sorted(found) == sorted(n for n in LAYERS if "layer.1" in n and not n.endswith(".key"))
+
+
+def test_accuracy_is_measured_on_text_that_did_not_calibrate(int8: Any, text: Path) -> None:
+    manifest = Manifest.read(int8("text-classification", samples=10))
+    assert manifest.quantization["calibration"]["windows"] == 10
+    result = manifest.quantization["accuracy"]["outputs"]["logits"]
+    assert result["cosine"] > 0.9
+    assert 0.0 <= result["label_agreement"] <= 1.0
+    assert manifest.signature.precision == "int8"
+    assert manifest.validation  # of the float32 export
+
+
+def test_a_text_file_is_cut_into_windows(bundle: MakeBundle, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog " * 40)
+    made = quantize(bundle(), tmp_path / "int8", calibration=path, samples=6)
+    calibration = Manifest.read(made).quantization["calibration"]
+    assert calibration["windows"] >= 6
+    with Engine(made, "openvino") as engine, Engine(bundle()) as right:
+        ids = np.arange(3, 40)
+        a, b = engine.run(ids)["last_hidden_state"], right.run(ids)["last_hidden_state"]
+    assert np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b) > 0.98
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no file": ({"calibration": "none.txt"}, InputError, "does not exist"),
+    "a bad line": ({"calibration": "bad.jsonl"}, InputError, r"bad\.jsonl:2: broken JSON"),
+    "one document": ({"calibration": "one.jsonl"}, ExportError, "2 are needed"),
+    "activations": ({"activations": "int4"}, ExportError, "uint8, int8"),
+    "samples": ({"samples": 1}, ExportError, "2 or more"),
+    "nothing": ({"keep_float": ("*",)}, ExportError, "no linear layer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_refused_and_leaves_nothing(
+    bundle: MakeBundle, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.jsonl").write_text('{"input_ids": [3, 4]}\n{"input\n')
+    Path("one.jsonl").write_text('{"input_ids": [3, 4]}\n')
+    options, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        quantize(bundle(), "made", **{"calibration": text, **options})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "one.jsonl"]
+
+
+def test_only_float32_bundles_are_taken(bundle: MakeBundle, int8: Any, text: Path, tmp_path: Path) -> None:
+    for folder in (bundle(precision="fp16"), int8()):
+        with pytest.raises(ExportError, match="int8 is made from an fp32 bundle"):
+            quantize(folder, tmp_path / "made", calibration=text)
+    with pytest.raises(ArtifactError, match="does not exist"):
+        quantize(tmp_path / "none", tmp_path / "made", calibration=text)
+
+
+def test_another_models_bundle_is_refused_by_name(int8: Any) -> None:
+    quantization = Manifest.read(int8()).quantization
+    wrong = {**quantization, "layers": {"encoder.layer.9.output.dense": {"scale": 1.0, "zero_point": 0}}}
+    with pytest.raises(ArtifactError, match=r"encoder\.layer\.9\.output\.dense"):
+        int8_runner(tiny_model(), wrong)
