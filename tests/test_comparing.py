@@ -1,0 +1,246 @@
+"""`lfx parity`: by layer, as a page, of plans and of int8."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+from onnx import external_data_helper, numpy_helper
+
+from lfx.cli import cli
+from lfx.comparing import run_parity
+from lfx.config import MODEL, TASKS, WEIGHTS, Manifest
+from lfx.errors import ArtifactError, InputError
+from lfx.export import export
+from lfx.export.quantize import quantize
+from lfx.runtime import Engine
+from lfx.runtime.plan import PlanManifest
+from lfx.runtime.profile import Profile, Range
+from tests.models import VOCAB_SIZE, save_tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """bundles(task) -> a bundle whose checkpoint is a folder, so that parity finds it; made once."""
+    made: dict[str, Path] = {}
+
+    def make(task: str = "feature-extraction", **options: Any) -> Path:
+        key = f"{task} {options}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp("parity")
+            made[key] = export(save_tiny_checkpoint(folder / "checkpoint", task), folder / "bundle", **options)
+        return made[key]
+
+    return make
+
+
+def lfx(*arguments: Any) -> Result:
+    return CliRunner().invoke(cli, [str(a) for a in arguments])
+
+
+def spoiled(bundle: Path, folder: Path, weight: str, change: float) -> Path:
+    """A copy whose `weight` is off, under a manifest that does not know."""
+    copy = shutil.copytree(bundle, folder)
+    model = onnx.load(str(copy / MODEL))
+    tensor = next(t for t in model.graph.initializer if t.name == weight)
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * (1 + change), weight))
+    external_data_helper.convert_model_to_external_data(model, location=WEIGHTS)
+    (copy / WEIGHTS).unlink()
+    onnx.save(model, str(copy / MODEL))
+    Manifest.read(copy).write(copy)
+    return copy
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_right_bundle_parts_at_no_layer(bundles: Callable[..., Path], task: str) -> None:
+    found = lfx("parity", bundles(task), "--by-layer")
+    assert found.exit_code == 0, found.output
+    assert "the two part at no layer" in found.stdout
+    assert re.findall(r"attention_\d", found.stdout) == ["attention_0", "attention_1"]
+
+
+@pytest.mark.parametrize(
+    ("weight", "first"),
+    [
+        ("encoder.layer.0.attention.self.key.weight.T", "attention_0"),
+        ("encoder.layer.0.output.dense.weight.T", "attention_1"),
+        ("encoder.layer.1.output.dense.weight.T", "last_hidden_state"),
+        ("pooler.dense.weight", "pooler_output"),
+    ],
+)
+def test_the_first_layer_that_differs_is_named(
+    bundles: Callable[..., Path], tmp_path: Path, weight: str, first: str
+) -> None:
+    found = lfx("parity", spoiled(bundles(), tmp_path / "spoiled", weight, 1e-3), "--by-layer")
+    assert found.exit_code == 1
+    assert f"the two part at {first}\n" in found.stdout
+    assert isinstance(found.exception, Exception)
+
+
+def test_json_has_the_layers_too(bundles: Callable[..., Path]) -> None:
+    found = json.loads(lfx("parity", bundles(), "--by-layer", "--json").stdout)
+    assert list(found["by_layer"]["outputs"]) == ["attention_0", "attention_1", "last_hidden_state", "pooler_output"]
+    assert list(found["outputs"]) == ["last_hidden_state", "pooler_output"]
+    tolerances = [out["tolerance"] for out in found["by_layer"]["outputs"].values()]
+    assert tolerances[0] < tolerances[1]  # of one layer's roundings, and of two
+
+
+def test_half_precision_by_layer(bundles: Callable[..., Path]) -> None:
+    found = lfx("parity", bundles(precision="fp16"), "--by-layer")
+    assert "the two part at no layer" in found.stdout, found.output
+
+
+def test_an_inlined_bundle_shows_no_layers(bundles: Callable[..., Path], tmp_path: Path) -> None:
+    folder = bundles(inline_functions=True)
+    with pytest.raises(ArtifactError, match="functions inlined"):
+        lfx_raising("parity", folder, "--by-layer")
+    found = lfx("parity", folder, "--report", tmp_path / "page.html")
+    assert found.exit_code == 0, found.output
+    assert "Error by layer" not in (tmp_path / "page.html").read_text()
+
+
+def lfx_raising(*arguments: Any) -> None:
+    found = lfx(*arguments)
+    assert found.exception is not None
+    raise found.exception
+
+
+class Page(HTMLParser):
+    """What a page is made of."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        self.links += [
+            v or "" for k, v in attrs if k in ("src", "href", "xlink:href") and not (v or "").startswith("#")
+        ]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_stands_alone_with_the_verdict_first(bundles: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    found = lfx("parity", bundles("text-classification"), "--report", path)
+    assert found.exit_code == 0, found.output
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert page.links == []
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert page.tags.count("svg") == 3
+    assert text.index("In tolerance") < text.index("<table")
+    assert "5 cases, 1 outputs, fp32" in text
+
+
+def test_a_failed_comparison_has_its_page_and_exits_1(bundles: Callable[..., Path], tmp_path: Path) -> None:
+    folder = spoiled(bundles(), tmp_path / "spoiled", "encoder.layer.0.output.dense.weight.T", 1e-3)
+    found = lfx("parity", folder, "--report", tmp_path / "page.html")
+    assert found.exit_code == 1
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Out of tolerance" in text
+    assert "The two part at attention_1." in text
+    assert 'class="bad"' in text
+
+
+def test_names_in_the_page_are_text_and_not_markup(bundles: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(bundles(), tmp_path / "<b>&bundle")
+    found = lfx("parity", folder, "--report", tmp_path / "page.html")
+    assert found.exit_code == 0, found.output
+    assert "&lt;b&gt;&amp;bundle" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert Page((tmp_path / "page.html").read_text(encoding="utf-8")).open == []
+
+
+@pytest.mark.parametrize("place", ["", "none/page.html"])
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(
+    bundles: Callable[..., Path], tmp_path: Path, place: str
+) -> None:
+    with pytest.raises(InputError, match="cannot be written"):
+        lfx_raising("parity", bundles(), "--report", tmp_path / place)
+
+
+def test_int8_says_what_it_costs(bundles: Callable[..., Path], tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    text = tmp_path / "documents.jsonl"
+    rows = [{"input_ids": random.integers(3, VOCAB_SIZE, int(n)).tolist()} for n in random.integers(10, 120, 12)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = quantize(bundles("text-classification"), tmp_path / "int8", calibration=text)
+    found = lfx("parity", folder, "--by-layer", "--report", tmp_path / "page.html")
+    assert found.exit_code == 0, found.output
+    assert re.search(r"logits: cosine 0\.\d+ with the float64 reference, \d of 7 labels agree", found.stdout)
+    assert "int8: in tolerance" in found.stdout
+    assert "what int8 costs" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def _plan(manifest: Manifest, **changes: Any) -> PlanManifest:
+    fields: dict[str, Any] = {
+        "signature": manifest.signature,
+        "flavor": "tensorrt",
+        "tensorrt_version": "10",
+        "target": "sm90",
+        "profiles": (Profile(Range(1, 1, 1), Range(1, 128, 128)),),
+        "plugin_version": "1",
+        "attention_nodes": 2,
+        "plugin_layers": 2,
+        "bundle": {},
+        "source": manifest.source,
+        "quantization": {},
+        "options": {},
+        "versions": {},
+        "conversion": {},
+        "plan": {},
+    }
+    return PlanManifest(**{**fields, **changes})
+
+
+def run_plan(bundle: Path, manifest: PlanManifest, takes: Callable[[int, int], bool], **options: Any) -> None:
+    """Parity of a plan, whose engine is the bundle's with the plan's limits."""
+
+    def open_engine(_: Path) -> Engine:
+        engine = Engine(bundle)
+        engine.takes = takes  # type: ignore[method-assign]
+        return engine
+
+    settings: dict[str, Any] = {"source": None, "cases": "quick", "by_layer": False, "report": None, "as_json": True}
+    run_parity(Path("model.plan"), manifest, open_engine, **{**settings, **options})
+
+
+def test_a_plan_is_compared_in_the_shapes_that_it_was_built_for(
+    bundles: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = bundles()
+    run_plan(folder, _plan(Manifest.read(folder)), lambda batch, seqlen: batch == 1)
+    cases = json.loads(capsys.readouterr().out)["cases"]
+    assert cases
+    assert {case["batch"] for case in cases} == {1}
+
+
+def test_what_a_plan_does_not_show_is_refused(bundles: Callable[..., Path]) -> None:
+    folder = bundles()
+    manifest = _plan(Manifest.read(folder))
+    with pytest.raises(InputError, match="none of the lengths"):
+        run_plan(folder, manifest, lambda batch, seqlen: False)
+    with pytest.raises(InputError, match="compare the bundle by layer"):
+        run_plan(folder, manifest, lambda batch, seqlen: True, by_layer=True)
