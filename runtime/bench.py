@@ -22,13 +22,14 @@ def measure(
     batch_sizes: Sequence[int],
     *,
     rounds: int = 5,
+    warm_up: bool = True,
     vocab_size: int = 32,
     progress: Callable[[str], None] = lambda step: None,
 ) -> list[dict[str, Any]]:
     """Time every contender at every length and batch.
 
     All contenders get the same random ids and take turns (A B A B …) after one warm-up of each, so that a machine that
-    slows down slows all of them.
+    slows down slows all of them. warm_up False leaves that out, where they have run before and one run takes minutes.
 
     Args:
         contenders: name -> a function of ids (batch, seqlen); the first is what the others are compared with.
@@ -42,7 +43,7 @@ def measure(
     for batch in batch_sizes:
         for length in lengths:
             ids = np.random.default_rng([batch, length]).integers(3, max(vocab_size, 4), (batch, length))
-            for name, run in contenders.items():
+            for name, run in contenders.items() if warm_up else ():
                 progress(f"batch {batch}, {length} tokens: {name}, warming up")
                 run(ids)
             seconds: dict[str, list[float]] = {name: [] for name in contenders}

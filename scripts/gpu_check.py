@@ -18,12 +18,9 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
 import importlib.util
 import json
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,14 +28,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+import gpu  # first: it makes lfx and tests importable from a clone
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from lfx.parity import Case, full_cases  # noqa: E402
-from lfx.runtime.plugin import TYPES, BandedParams, GlobalParams, Kernels  # noqa: E402
-from tests.plugins.problems import Banded, Global, banded, enqueue_through_creator, global_  # noqa: E402
+from lfx.parity import Case, full_cases
+from lfx.runtime.plugin import TYPES, BandedParams, GlobalParams, Kernels
+from tests.plugins.problems import Banded, Global, banded, enqueue_through_creator, global_
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 Problem = Banded | Global
@@ -48,13 +43,13 @@ def main() -> None:
     """Build, check, write the record; exit 1 when anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--headers", type=Path, help="the folder of NvInfer.h")
-    parser.add_argument("--record", type=Path, default=ROOT / "docs" / "records" / "gpu.jsonl")
+    parser.add_argument("--record", type=Path, default=gpu.ROOT / "docs" / "records" / "gpu.jsonl")
     parser.add_argument("--quick", action="store_true", help="every tenth case, for compute-sanitizer")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     problems = list(cases())[:: 10 if options.quick else 1]
     with tempfile.TemporaryDirectory(prefix="lfx-gpu-") as scratch:
-        library = build(Path(scratch), options.headers)
+        library = gpu.build(Path(scratch), options.headers)
         print(f"{len(problems)} kernel cases in {', '.join(PRECISIONS)}; library: {library.name}", flush=True)
         if options.dry_run:
             print("dry run: nothing was run on a GPU")
@@ -88,32 +83,12 @@ def cases() -> Iterator[tuple[str, Problem]]:
                 yield precision, global_(case, queries, heads, size, precision=precision)
 
 
-def build(folder: Path, headers: Path | None) -> Path:
-    """The library for this GPU (for sm_80 and later where there is none to ask); without headers the kernels alone."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        sys.exit("nvcc is not on the PATH; install the CUDA toolkit")
-    target = "native" if shutil.which("nvidia-smi") else "sm_80"
-    sources = ["banded_attention.cu", "global_attention.cu", "limits.cpp"]
-    flags = []
-    if headers is not None:
-        sources.append("plugin.cpp")
-        flags.append(f"-I{headers}")
-        test = [nvcc, "-std=c++17", "-shared", "-Xcompiler", "-fPIC", *flags, "-o", str(folder / "libenqueue.so")]
-        subprocess.run([*test, str(ROOT / "tests" / "plugins" / "enqueue.cpp"), "-ldl"], check=True)
-    command = [nvcc, "-std=c++17", "-O3", f"-arch={target}", "-lineinfo", "-shared", "-Xcompiler", "-fPIC", *flags]
-    library = folder / "liblfx_plugins.so"
-    paths = [str(ROOT / "plugins" / source) for source in sources]
-    subprocess.run([*command, "-o", str(library), *paths], check=True)
-    return library
-
-
 def check(library: Path, problems: list[tuple[str, Problem]], through_creator: bool) -> list[dict[str, Any]]:
     """Run every problem; a row for each kernel and precision, and for each that fails."""
     import torch
 
     kernels = Kernels(library)
-    about = environment(torch)
+    about = gpu.environment(torch)
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for i, (precision, problem) in enumerate(problems):
         ways = ["launch"]
@@ -242,21 +217,6 @@ def _installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
-
-
-def environment(torch: Any) -> dict[str, Any]:
-    """What the record says of the machine."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    found = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().splitlines()
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-        "gpu": found[0] if found else torch.cuda.get_device_name(),
-        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-    }
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def test_the_page_stands_alone_with_the_verdict_first(bundles: Callable[..., Pat
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert page.tags.count("svg") == 3
     assert text.index("In tolerance") < text.index("<table")
-    assert "5 cases, 1 outputs, fp32" in text
+    assert "logits; 5 cases, fp32" in text
 
 
 def test_a_failed_comparison_has_its_page_and_exits_1(bundles: Callable[..., Path], tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd
 th { background: #f4f4f4 } th:first-child, td:first-child { text-align: left }
 td.bad { color: #b3261e; font-weight: 600 }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0 } dt { color: #555 }
-dd { margin: 0; overflow-wrap: anywhere } figure { margin: 0 0 1rem } svg { width: 100%; height: auto }
+dd { margin: 0; overflow-wrap: anywhere } figure { margin: 0 0 1rem }
+svg { width: 100%; max-width: 42rem; height: auto }
 figcaption, .note { color: #555; font-size: .9rem } summary { cursor: pointer; font-weight: 600 }
 """
 
@@ -79,7 +80,7 @@ def write(path: Path, facts: Mapping[str, str], report: Report, layers: Report |
 def _verdict(report: Report, failures: list[str]) -> str:
     name, text = ("fail", "Out of tolerance") if failures else ("pass", "In tolerance")
     reasons = "".join(f"<p>{html.escape(line)}</p>" for line in failures)
-    detail = f"{len(report.rows)} cases, {len(report.outputs)} outputs, {report.precision}"
+    detail = f"{', '.join(map(html.escape, report.outputs))}; {len(report.rows)} cases, {report.precision}"
     return f'<div class="verdict {name}"><strong>{text}</strong>: {detail}.{reasons}</div>'
 
 
@@ -163,15 +164,20 @@ def _over_length(axes: Any, report: Report) -> None:
             report.tolerance(name), color=_LIMIT, lw=1.2, ls=("--", "-.", ":")[i % 3], label=f"tolerance, {name}"
         )
     axes.set(xlabel="sequence length, tokens", ylabel="largest absolute error", xscale="log", yscale="log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
 def _histogram(axes: Any, report: Report) -> None:
+    seen = np.zeros(len(HISTOGRAM_EDGES) - 1)
     for label, colour, attribute in (("PyTorch", _TORCH, "torch_histogram"), ("artifact", _OURS, "histogram")):
         counts = np.sum([getattr(result, attribute) for result in report.outputs.values()], axis=0)
+        seen = np.maximum(seen, counts)
         axes.stairs(counts, HISTOGRAM_EDGES, label=label, color=colour, lw=1.6, fill=label == "PyTorch", alpha=0.75)
-    filled = np.flatnonzero(counts)
-    if filled.size:
-        axes.set_xlim(HISTOGRAM_EDGES[max(filled[0] - 2, 0)], HISTOGRAM_EDGES[min(filled[-1] + 3, len(counts))])
+    filled, tall = np.flatnonzero(seen), np.flatnonzero(seen > seen.max() / 1000)
+    if filled.size:  # from where bars are to be seen, to the largest error
+        axes.set_xlim(HISTOGRAM_EDGES[max(tall[0] - 1, 0)], HISTOGRAM_EDGES[min(filled[-1] + 2, len(seen))])
+    axes.yaxis.set_major_locator(require("matplotlib.ticker", "report").MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set(xlabel="absolute error", ylabel="numbers", xscale="log")
 
 

@@ -33,18 +33,29 @@ def cuobjdump() -> Path:
     pytest.skip("nvidia-cuda-cuobjdump is not installed")
 
 
+def _by_kernel(cuobjdump: Path, library: Path, option: str, start: str) -> dict[tuple[str, str], str]:
+    """(architecture, kernel) -> what cuobjdump says of it; `start` stands before each kernel's name."""
+    # It calls nvdisasm, which a package of its own puts beside it.
+    environment = {**os.environ, "PATH": os.pathsep.join([str(cuobjdump.parent), os.environ["PATH"]])}
+    text = subprocess.run([cuobjdump, option, library], check=True, capture_output=True, text=True, env=environment)
+    found = {}
+    for section in re.split(r"\n\s*arch = ", text.stdout)[1:]:
+        for part in section.split(start)[1:]:
+            found[section.split()[0], part.split()[0].rstrip(":")] = part
+    return found
+
+
 @pytest.fixture(scope="session")
 def kernels(library: Path, cuobjdump: Path) -> dict[tuple[str, str], str]:
     """(architecture, kernel) -> its machine code."""
-    # It calls nvdisasm, which a package of its own puts beside it.
-    environment = {**os.environ, "PATH": os.pathsep.join([str(cuobjdump.parent), os.environ["PATH"]])}
-    command = [cuobjdump, "-sass", library]
-    text = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-    found = {}
-    for section in re.split(r"\n\s*arch = ", text)[1:]:
-        for part in section.split("Function : ")[1:]:
-            found[section.split()[0], part.split()[0]] = part
-    return found
+    return _by_kernel(cuobjdump, library, "-sass", "Function : ")
+
+
+@pytest.fixture(scope="session")
+def resources(library: Path, cuobjdump: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """(architecture, kernel) -> REG, STACK, SHARED and LOCAL; shared memory that is asked for at launch not counted."""
+    found = _by_kernel(cuobjdump, library, "--dump-resource-usage", "Function ")
+    return {key: {name: int(n) for name, n in re.findall(r"([A-Z]+):(\d+)", text)} for key, text in found.items()}
 
 
 def test_the_library_exports_what_is_documented_and_needs_no_tensorrt(library: Path) -> None:
@@ -89,6 +100,67 @@ def test_float16_and_bfloat16_kernels_use_tensor_cores_and_float32_ones_do_not(
 def test_no_kernel_spills_registers(kernels: dict[tuple[str, str], str]) -> None:
     for (arch, name), code in kernels.items():
         assert not re.search(r"\b(STL|LDL)\b", code), (arch, name)
+
+
+def test_no_kernel_has_local_memory_or_a_stack(resources: dict[tuple[str, str], dict[str, int]]) -> None:
+    assert len(resources) == len(ARCHITECTURES) * 17
+    for key, found in resources.items():
+        assert found["LOCAL"] == found["STACK"] == 0, key
+
+
+# Of a multiprocessor: 65,536 registers, given to warps in units of 256, and this much shared memory; a block costs
+# 1 KiB of it more than it asks for. Source: CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability".
+SHARED_KB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
+
+
+def _resident(arch: str, registers: int, threads: int, shared_bytes: int) -> int:
+    """Blocks that a multiprocessor holds at a time."""
+    by_registers = 65536 // (threads // 32 * (-(-registers * 32 // 256) * 256))
+    return min(by_registers, SHARED_KB[arch] * 1024 // (shared_bytes + 1024))
+
+
+@pytest.mark.parametrize(("head_size", "large", "small"), [(32, 3, 3), (64, 3, 2), (128, 1, 1)])
+def test_as_many_blocks_of_banded_attention_are_resident_as_the_notes_say(
+    head_size: int, large: int, small: int, resources: dict[tuple[str, str], dict[str, int]]
+) -> None:
+    shared = 2 * (64 + 4 * 64) * head_size + 4 * (64 + 2 * 9)  # queries, two tiles of keys and values; the two tables
+    for (arch, name), found in resources.items():
+        if re.search(rf"bandedAttentionTensorCores.*Li{head_size}E", name):
+            wanted = small if SHARED_KB[arch] == 100 else large
+            assert _resident(arch, found["REG"], 128, shared) >= wanted, (arch, name)
+
+
+def test_two_blocks_of_folded_global_rows_are_resident_where_264_are_started_for(
+    resources: dict[tuple[str, str], dict[str, int]],
+) -> None:
+    shared = 2 * (16 + 32) * (768 + 8) + 4 * 16 * (32 + 4)  # one head as wide as the base model
+    for (arch, name), found in resources.items():
+        if "globalAttentionTensorCores" in name and "Li32E" in name:
+            assert _resident(arch, found["REG"], 256, shared) >= (1 if SHARED_KB[arch] == 100 else 2), (arch, name)
+
+
+@pytest.mark.parametrize("head_size", [32, 64, 128])
+def test_a_tile_takes_the_products_of_its_arithmetic_and_one_load_for_two_of_them(
+    head_size: int, kernels: dict[tuple[str, str], str]
+) -> None:
+    # 16 queries by 64 keys, scores and context, in products of 16 by 8 by 16; three kinds of tiles: wholly seen, at the
+    # edge of the band, and of global tokens. Fragments of the queries are kept in registers up to a head size of 64.
+    products = 2 * (64 // 8) * (head_size // 16)
+    query_loads = head_size // 16 * (1 if head_size <= 64 else 3)
+    seen = 0
+    for (arch, name), code in kernels.items():
+        if re.search(rf"bandedAttentionTensorCores.*Li{head_size}E", name):
+            assert len(re.findall(r"\bHMMA\.", code)) == 3 * products, (arch, name)
+            assert len(re.findall(r"\bLDSM\.", code)) == 3 * products // 2 + query_loads, (arch, name)
+            seen += 1
+    assert seen == 2 * len(ARCHITECTURES)
+
+
+def test_every_asynchronous_copy_is_of_16_bytes(kernels: dict[tuple[str, str], str]) -> None:
+    for key, code in kernels.items():
+        copies = re.findall(r"LDGSTS[.\w]*", code)
+        assert all(".128" in copy for copy in copies), (key, set(copies))
 
 
 def _node_file(folder: Path, op: str, **attributes: Any) -> Path:

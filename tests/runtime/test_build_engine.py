@@ -12,15 +12,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from lfx.config import MANIFEST, TASKS, sealed, sha256
+from lfx.config import MANIFEST, TASKS, Manifest, sealed, sha256
 from lfx.errors import ArtifactError, BuildError, InputError, LfxError, PluginError
 from lfx.export import export
+from lfx.export.quantize import quantize
 from lfx.runtime import Engine, build_engine, device, freeze
 from lfx.runtime import plugin as plugins
 from lfx.runtime.builder import Options
 from lfx.runtime.plan import PlanManifest, json_path
 from tests.conftest import MakeBundle
-from tests.models import tiny_model
+from tests.models import VOCAB_SIZE, tiny_model
 
 pytestmark = pytest.mark.trt
 
@@ -344,3 +345,38 @@ def test_the_command_asks_which_bundle(tmp_path: Path) -> None:
         1,
         "error: this folder holds no bundle; name the one to build: lfx build-engine BUNDLE\n",
     )
+
+
+@pytest.fixture(scope="module")
+def int8(bundle: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """int8(activations) -> a quantized bundle."""
+    folder = tmp_path_factory.mktemp("int8")
+    random = np.random.default_rng(0)
+    rows = [{"input_ids": random.integers(3, VOCAB_SIZE, int(n)).tolist()} for n in random.integers(10, 120, 12)]
+    (folder / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    made: dict[str, Path] = {}
+
+    def make(activations: str) -> Path:
+        if activations not in made:
+            text = folder / "documents.jsonl"
+            made[activations] = quantize(bundle(), folder / activations, calibration=text, activations=activations)
+        return made[activations]
+
+    return make
+
+
+def test_an_int8_bundle_is_built_with_its_integers(int8: Any, tmp_path: Path) -> None:
+    plan = build_engine(int8("int8"), tmp_path / "one.plan", **RTX, log=lambda line: None)
+    manifest = PlanManifest.read(plan)
+    assert (manifest.signature.precision, manifest.plugin_layers) == ("int8", 2 * LAYERS)
+    assert len(manifest.quantization["layers"]) == 6 * LAYERS
+    assert manifest.conversion["checked"]
+    assert manifest.source == Manifest.read(int8("int8")).source
+
+
+def test_int8_that_tensorrt_does_not_take_is_refused(int8: Any, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="lfx quantize --activations int8"):
+        build_engine(int8("uint8"), tmp_path / "one.plan", **RTX)
+    with pytest.raises(BuildError, match="the bundle is int8"):
+        build_engine(int8("int8"), tmp_path / "one.plan", precision="fp16", **RTX)

@@ -1,0 +1,508 @@
+"""The GPU benchmarks, as far as they go without a GPU: cases, work, contenders' numbers, tables, verdicts, dry runs.
+
+Every contender and the model around our ops run here on the CPU: the kernels as their own source on the emulated
+machine, through the very custom ops that the benchmark captures.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from lfx import reference
+from lfx.runtime.plugin import Kernels
+from tests.models import VOCAB_SIZE, tiny_model
+from tests.plugins.build import ROOT
+
+sys.path.append(str(ROOT / "scripts"))
+import bench_kernels as bench
+import bench_model_gpu as whole
+import gpu
+
+SMALL = bench.Case(seqlen=64, window=8, globals=2, batch=2, heads=2, precision="fp32", head_size=16)
+CASES = [SMALL, replace(SMALL, globals=0), replace(SMALL, globals=20, seqlen=80), replace(SMALL, seqlen=16)]
+
+
+def visible_of_the_reference(case: bench.Case) -> np.ndarray:
+    """Which keys each query sees, read off lfx.reference: values are one-hot, so a context row is its weights."""
+    size = case.seqlen
+    index = np.arange(case.globals)[None] if case.globals else np.full((1, 1), -1)
+    flat = np.zeros((1, size, size))
+    found = reference.banded_attention(
+        flat,
+        flat,
+        np.eye(size)[None],
+        np.ones((1, size)),
+        index,
+        np.zeros((1, index.shape[1], size)),
+        num_heads=1,
+        window=case.window,
+    )
+    return found[0] > 0  # rows of global tokens are empty: they are given
+
+
+def drawn(case: bench.Case, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
+    """One buffer set of the benchmark."""
+    torch.manual_seed(case.seqlen)
+    return bench.buffer_sets(case, 0, "cpu", dtype)[0]
+
+
+def dense(case: bench.Case, s: SimpleNamespace) -> torch.Tensor:
+    """The local rows by lfx.reference, (batch, length - globals, width) float64."""
+    slots = max(case.globals, 1)
+    index = np.arange(slots) if case.globals else np.array([-1])
+    arrays = [x.double().numpy() for x in (s.q, s.k, s.v)]
+    found = reference.banded_attention(
+        *arrays,
+        np.ones((case.batch, case.seqlen)),
+        np.tile(index, (case.batch, 1)),
+        np.zeros((case.batch, slots, arrays[0].shape[2])),
+        num_heads=case.heads,
+        window=case.window,
+    )
+    return torch.from_numpy(found)[:, case.globals :]
+
+
+def test_cases_are_those_of_the_claims_first_and_then_every_combination() -> None:
+    every, quick = bench.cases(), bench.cases(quick=True)
+    assert len(every) == len(set(every)) == 7 * 2 * 2 * 3 * 2 * 2
+    assert every[: len(quick)] == quick
+    assert all(case.required for case in quick)
+    assert len(quick) == 4 * 2 * 2 * 2
+    assert {case.seqlen for case in quick} == {4096, 8192, 16384, 32768}
+    assert not any(case.required for case in every[len(quick) :])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_useful_work_is_the_count_of_the_references_visible_pairs(case: bench.Case) -> None:
+    pairs = int(visible_of_the_reference(case).sum())
+    assert bench.useful_pairs(case) == pairs
+    assert bench.useful_flops(case) == 4 * 16 * pairs * 2 * 2
+
+
+def test_a_query_in_the_middle_sees_513_keys_and_the_global_one() -> None:
+    case = bench.Case(4096, 256, 0, 1, 1, "fp16")
+    assert bench.useful_pairs(case) == 4096 * 513 - 256 * 257
+    assert bench.useful_pairs(replace(case, globals=1)) == 4096 * 513 - 256 * 257 - 257 + (4096 - 257)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_mask_function_is_the_references_visible_mask(case: bench.Case) -> None:
+    at = torch.arange(case.seqlen)
+    found = bench.visible(case, at, at)[case.globals :]
+    assert np.array_equal(found.numpy(), visible_of_the_reference(case)[case.globals :])
+
+
+def test_kernel_costs_are_those_of_the_readme() -> None:
+    case = bench.Case(32768, 256, 1, 1, 12, "fp16")
+    computed = bench.kernel_costs(case)["computed_over_useful"] * bench.useful_pairs(case)
+    assert computed / case.seqlen == pytest.approx(544, rel=0.01)
+
+
+def test_floors_follow_the_published_rates() -> None:
+    case = bench.Case(4096, 256, 1, 8, 12, "fp16")
+    found = bench.floors(case, bench.Peaks(1e15, 1e12, 1e12, 1e13))
+    assert found["arithmetic_us"] == pytest.approx(bench.useful_flops(case) / 1e9)
+    assert found["bytes_us"] == pytest.approx(bench.least_bytes(case) / 1e6)
+    assert bench.least_bytes(case) == pytest.approx(4 * 8 * 4096 * 768 * 2, rel=0.01)
+    assert found["exponentials_us"] == pytest.approx(found["arithmetic_us"] * 1000 / 256)
+
+
+def test_the_floors_in_the_notes_are_those_of_the_function() -> None:
+    notes = (ROOT / "plugins" / "NOTES.md").read_text()
+    peaks = bench.PEAKS["NVIDIA H100 80GB HBM3"]
+    rows = re.findall(r"^\| (8|1) \| ([\d,]+) \| (.*) \|$", notes, re.MULTILINE)
+    assert len(rows) == 4
+    for batch, tokens, figures in rows:
+        found = bench.floors(bench.Case(int(tokens.replace(",", "")), 256, 1, int(batch), 12, "fp16"), peaks)
+        assert figures == " | ".join(f"{value:.1f}" for value in found.values())
+
+
+# ---- the contenders' numbers --------------------------------------------------------------------------------------
+
+
+def contender(name: str, case: bench.Case, kernels: Kernels) -> Any:
+    """run(s) of a contender, on the CPU."""
+    return {
+        "plain": lambda: lambda s: bench.plain(case, s.q, s.k, s.v, block=32),
+        "lfx": lambda: bench.lfx(case, kernels, "cpu", torch.float32)[0],
+        "flex": lambda: bench.flex(case, "cpu"),
+        "sdpa": lambda: bench.sdpa(case, "cpu", torch.float32),
+        "huggingface": lambda: bench.huggingface(case, "cpu"),
+    }[name]()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("name", ["plain", "lfx", "flex", "sdpa", "huggingface"])
+def test_every_contender_computes_the_references_local_rows(name: str, case: bench.Case, emulated: Kernels) -> None:
+    s = drawn(case)
+    with torch.no_grad():
+        found = bench.flattened(contender(name, case, emulated)(s))
+    assert found.shape == s.q.shape
+    assert bench._error(found, torch.cat([found[:, : case.globals].double(), dense(case, s)], 1), slice(0, None)) < 1e-5
+
+
+def test_ours_keeps_the_given_global_rows_and_sees_two_precisions(emulated: Kernels) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        s = drawn(SMALL, dtype)
+        run, given = bench.lfx(SMALL, emulated, "cpu", dtype)
+        out = run(s)
+        assert torch.equal(out[:, : SMALL.globals], given)
+        exact = bench.plain(SMALL, s.q.double(), s.k.double(), s.v.double())
+        local = slice(SMALL.globals, None)
+        witness = bench._error(bench.plain(SMALL, s.q, s.k, s.v), exact, local)
+        assert bench._error(out, exact, local) <= 2 * witness
+
+
+def test_an_error_that_is_no_number_is_infinite() -> None:
+    assert bench._error(torch.full((1, 2, 3), float("nan")), torch.zeros(1, 2, 3), slice(0, None)) == float("inf")
+
+
+def test_a_tensor_that_is_not_contiguous_is_refused(emulated: Kernels) -> None:
+    s = drawn(SMALL)
+    run, _ = bench.lfx(SMALL, emulated, "cpu", torch.float32)
+    s.k = s.k.transpose(0, 1).contiguous().transpose(0, 1)
+    with pytest.raises(ValueError, match="key is not contiguous"):
+        run(s)
+
+
+# ---- the model around our attention --------------------------------------------------------------------------------
+
+
+def model_inputs(model: Any, globals_: int, padded: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids and masks, (2, 48): `globals_` tokens in front."""
+    torch.manual_seed(globals_)
+    ids = torch.randint(3, VOCAB_SIZE, (2, 48))
+    mask, marks = torch.ones_like(ids), torch.zeros_like(ids)
+    marks[:, :globals_] = 1
+    if padded:
+        mask[1, 30:] = 0
+        ids[1, 30:] = model.config.pad_token_id
+    return ids, mask, marks
+
+
+@pytest.mark.parametrize(("globals_", "padded"), [(1, False), (3, False), (1, True), (0, True)])
+def test_the_model_around_our_ops_gives_hugging_faces_numbers(globals_: int, padded: bool, emulated: Kernels) -> None:
+    gpu.register(emulated)
+    model = tiny_model()
+    ids, mask, marks = model_inputs(model, globals_, padded)
+    with torch.no_grad():
+        wanted = whole.eager(model, ids, mask, marks)
+        found = whole.Whole(model, whole.KernelAttention, max(globals_, 1))(ids, mask, marks)
+    real = mask.bool()
+    assert (found[0] - wanted[0])[real].abs().max() < 1e-5
+    assert (found[1] - wanted[1]).abs().max() < 1e-5
+    assert type(model.encoder.layer[0].attention.self) is not whole.KernelAttention  # a copy was changed
+
+
+def test_the_model_around_our_ops_keeps_to_the_tolerance_in_float16(emulated: Kernels) -> None:
+    gpu.register(emulated)
+    model = tiny_model()
+    inputs = model_inputs(model, 1, False)
+    half = tiny_model().half()
+    with torch.no_grad():
+        wanted = whole.by_row(model, inputs)
+        witness = (whole.by_row(half, inputs).float() - wanted).abs().max()
+        found = whole.Whole(half, whole.KernelAttention, 1)(*inputs)[0]
+    assert (found.float() - wanted).abs().max() <= 2 * witness
+
+
+def test_the_model_around_flex_attention_gives_hugging_faces_numbers() -> None:
+    model = tiny_model()
+    inputs = model_inputs(model, 2, False)
+    masks = {
+        window: create_block_mask(gpu.band_or_global(window, 2), None, None, 48, 48, device="cpu") for window in (4, 8)
+    }
+    with torch.no_grad():
+        wanted = whole.eager(model, *inputs)
+        found = whole.Whole(model, whole.FlexAttention, 2, block_masks=masks)(*inputs)
+    assert (found[0] - wanted[0]).abs().max() < 1e-5
+
+
+def test_compiled_layers_keep_our_ops_whole_and_share_one_compilation(emulated: Kernels) -> None:
+    gpu.register(emulated)
+    model = tiny_model(attention_window=[16, 16])
+    inputs = model_inputs(model, 1, False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        wanted = whole.eager(model, *inputs)[0]
+        compiled = whole.compile_layers(whole.Whole(model, whole.KernelAttention, 1), backend="aot_eager")
+        found = compiled(*inputs)[0]
+    assert (found - wanted).abs().max() < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+# ---- timing, tables and verdicts -----------------------------------------------------------------------------------
+
+
+def test_contenders_take_turns_with_the_cache_emptied_before_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 0.5  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    racing = {name: gpu.Contender(lambda name=name: done.append(name), calls=5) for name in "ab"}
+    found = gpu.interleaved(racing, 2, lambda: done.append("flush"))
+    assert done == ["flush", "event", "a", "event", "flush", "event", "b", "event"] * 2
+    assert found == {"a": [100.0, 100.0], "b": [100.0, 100.0]}
+    on_host = gpu.interleaved({"c": gpu.Contender(lambda: None, on_host=True)}, 3, lambda: None)
+    assert len(on_host["c"]) == 3
+    assert all(0 < t < 1e6 for t in on_host["c"])
+
+
+def invented(case: bench.Case, us: float, flex: float, error: float = 1e-4) -> dict[str, Any]:
+    """A row as `measure` makes it, the product at 800 TFLOP/s and the copy at 3 TB/s."""
+
+    def timed(median: float, **more: Any) -> dict[str, Any]:
+        spread = {"median_us": median, "p5_us": median, "p95_us": median}
+        return {"max_error": error, **spread, "times_slower": median / us, **more}
+
+    contenders = {
+        "lfx": timed(us, global_rows_kept=True, all_written=True),
+        "flex": timed(flex),
+        "flex-64": timed(2 * flex),
+        "sdpa": {"skipped": "too large"},
+        "huggingface": {"failed": "OutOfMemoryError"},
+        "matmul": timed(2 * 8192**3 / 800e12 * 1e6),
+        "copy": timed(2 * bench.COPY_BYTES / 3e12 * 1e6),
+    }
+    return {**bench.asdict(case), "witness_error": 1e-4, "contenders": contenders}
+
+
+REQUIRED = bench.Case(4096, 256, 1, 8, 12, "fp16")
+
+
+def test_rates_and_table_say_what_the_rows_say() -> None:
+    row = invented(REQUIRED, us=100.0, flex=140.0)
+    found = bench.rates(row)
+    assert found["tflops"] == pytest.approx(bench.useful_flops(REQUIRED) / 1e-4 / 1e12)
+    assert found["of_matmul"] == pytest.approx(found["tflops"] / 800)
+    assert found["of_copy"] == pytest.approx(bench.least_bytes(REQUIRED) / 1e-4 / 3e12)
+    assert found["of_ceiling"] == max(found["of_matmul"], found["of_copy"])
+    assert found["band_of_matmul"] < found["of_matmul"]  # no credit for the global key
+    header, rule, line = bench.table([row]).splitlines()
+    assert header.count("|") == rule.count("|") == line.count("|")
+    assert "| yes | 100.0 (100.0-100.0) |" in line
+    assert "| 1.40x | 2.80x | skipped | failed |" in line
+
+
+def test_verdicts_hold_fail_and_stay_open() -> None:
+    good = invented(REQUIRED, us=100.0, flex=140.0)
+    assert [v["holds"] for v in bench.verdicts([good])] == [True, True, True]
+    slow = invented(replace(REQUIRED, seqlen=8192), us=300.0, flex=350.0)
+    right, flex, share = bench.verdicts([good, slow])
+    assert right["holds"]
+    assert not flex["holds"]
+    assert flex["figure"].startswith("1.17 times")
+    assert flex["worst"] == share["worst"] == str(replace(REQUIRED, seqlen=8192))
+    assert not share["holds"]
+    others = [invented(replace(REQUIRED, window=64), us=100.0, flex=100.0)]
+    assert [v["holds"] for v in bench.verdicts(others)] == [True, None, None]
+    assert [v["holds"] for v in bench.verdicts([])] == [None, None, None]
+
+
+def test_a_wrong_an_unwritten_and_a_failed_result_are_told() -> None:
+    wrong = invented(REQUIRED, us=100.0, flex=140.0, error=2.1e-4)
+    unwritten = invented(REQUIRED, us=100.0, flex=140.0)
+    unwritten["contenders"]["lfx"]["all_written"] = False
+    failed = invented(REQUIRED, us=100.0, flex=140.0)
+    failed["contenders"]["lfx"] = {"failed": "RuntimeError: the launch failed"}
+    for row in (wrong, unwritten, failed):
+        assert not bench.passed(row)
+        assert bench.verdicts([row])[0]["holds"] is False
+        assert "| NO |" in bench.table([row])
+
+
+def test_contenders_are_skipped_by_stated_bytes() -> None:
+    assert set(bench.skipped(bench.Case(512, 256, 1, 1, 12, "fp16"))) == {"flex-64"}
+    assert "huggingface" in bench.skipped(bench.Case(16384, 256, 1, 8, 12, "fp16"))
+    assert "2.1 GB" in bench.skipped(bench.Case(32768, 256, 1, 1, 12, "fp16"))["sdpa"]
+
+
+def model_row(seqlen: int, milliseconds: dict[str, float], error: float = 1e-3) -> dict[str, Any]:
+    """A row of the model's benchmark."""
+    timed = {
+        name: {"max_error": error, "median_us": 1e3 * ms, "p5_us": 1e3 * ms, "p95_us": 1e3 * ms}
+        for name, ms in milliseconds.items()
+    }
+    return {"seqlen": seqlen, "batch": 1, "witness_error": 1e-3, "contenders": timed}
+
+
+def test_the_models_verdicts_take_the_fastest_of_ours_that_is_right() -> None:
+    row = model_row(4096, {"lfx": 2.9, "lfx-eager": 3.5, "huggingface": 20.0})
+    right, at_4096, at_16384 = whole.verdicts([row])
+    assert right["holds"]
+    assert at_4096["holds"]
+    assert at_4096["figure"] == "2.90 ms (lfx)"
+    assert at_16384["holds"] is None
+    row["contenders"]["lfx"]["max_error"] = 1.0
+    right, at_4096, _ = whole.verdicts([row])
+    assert right["holds"] is False
+    assert at_4096["figure"] == "3.50 ms (lfx-eager)"
+    assert at_4096["holds"] is False
+    assert "2.90 (2.90-2.90) WRONG" in whole.table([row])
+
+
+def test_the_models_shapes_are_those_of_the_claims_first() -> None:
+    assert whole.SHAPES[:2] == [(4096, 1), (16384, 1)]
+    assert len(whole.SHAPES) == len(set(whole.SHAPES)) == 12
+
+
+def test_straight_runs_and_innermost_loops_of_machine_code() -> None:
+    lines = ["MOV R1, R2", "LDS R3, [R1]", "@P0 BRA 0x10", "HMMA.16816.F32 R0, R1, R2, R3", "@!P1 BRA 0x0", "EXIT"]
+    code = "".join(f"        /*{16 * i:04x}*/    {line} ;  /* 0x0 */\n" for i, line in enumerate(lines))
+    assert gpu.straight_runs(code) == [["MOV"], ["LDS", "BRA"], ["HMMA", "BRA"], ["EXIT"]]
+    assert gpu.innermost_loops(code) == [["LDS", "BRA"]]
+
+
+# ---- both scripts from end to end, but for the GPU -----------------------------------------------------------------
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, emulated: Kernels) -> Path:
+    """Both scripts run as on a GPU, on the CPU: graphs are functions called again, events a clock that stands still."""
+
+    def capture(run: Any, sets: Any) -> tuple[Any, list[Any]]:
+        sets = list(sets)
+        outputs = [run(one) for one in sets]
+
+        def replay() -> None:
+            for out, one in zip(outputs, sets, strict=True):
+                for old, new in zip(*((x if isinstance(x, tuple) else (x,)) for x in (out, run(one))), strict=True):
+                    old.copy_(new)
+
+        return SimpleNamespace(replay=replay), outputs
+
+    event = SimpleNamespace(record=lambda: None, elapsed_time=lambda end: 1.0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu, "require", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(gpu, "capture", capture)
+    monkeypatch.setattr(gpu, "environment", lambda torch: {"gpu": "NVIDIA H200, 1.0"})
+    for module in (bench, whole):
+        monkeypatch.setattr(module, "Kernels", lambda path: emulated)
+        monkeypatch.setattr(module, "MOST_ROUNDS", 5)
+    monkeypatch.setattr(bench, "MATMUL", 32)
+    monkeypatch.setattr(bench, "COPY_BYTES", 64)
+    return tmp_path / "records" / "record.jsonl"
+
+
+def test_the_kernels_benchmark_from_its_cases_to_its_record(no_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = [replace(case, precision=p) for case in CASES[:3] for p in ("fp16", "bf16")]
+    # flex-64 runs only where a claim is about the case; the tiny ones get its reason instead.
+    rows = bench.run(Path("none"), small, time.monotonic() + 600, no_gpu)
+    assert [bench.case_of(row) for row in rows] == small
+    assert all(map(bench.passed, rows)), bench.table(rows)
+    for row in rows:
+        for name in ("lfx", "flex", "sdpa", "huggingface", "matmul", "copy"):
+            assert row["contenders"][name].get("median_us", 0) > 0, (name, row["contenders"][name])
+        assert row["contenders"]["lfx"]["times_slower"] == 1.0
+        assert row["floors"]["bytes_us"] > 0
+    written = [json.loads(line) for line in no_gpu.read_text().splitlines()]
+    assert written == json.loads(json.dumps(rows + bench.verdicts(rows)))
+    assert bench.table(rows).count("| yes |") == len(rows)
+    assert bench.run(Path("none"), small, time.monotonic() - 1, no_gpu) == []  # the time is over
+
+
+def test_a_contender_that_fails_does_not_end_the_run(no_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no kernel of this name")
+
+    monkeypatch.setattr(bench, "flex", fails)
+    (row,) = bench.run(Path("none"), [replace(SMALL, precision="fp16")], time.monotonic() + 600, no_gpu)
+    assert row["contenders"]["flex"] == {"failed": "RuntimeError: no kernel of this name"}
+    assert row["passed"]
+    monkeypatch.setattr(bench, "lfx", lambda *_: (fails, torch.zeros(2, 2, 32)))
+    (row,) = bench.run(Path("none"), [replace(SMALL, precision="fp16")], time.monotonic() + 600, no_gpu)
+    assert not row["passed"]
+    assert "| NO | RuntimeError: no kernel of this name |" in bench.table([row])
+
+
+def test_the_models_benchmark_from_its_shapes_to_its_record(no_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole, "base_model", lambda max_seqlen: tiny_model(attention_window=[16, 16]))
+    monkeypatch.setattr(whole, "WINDOW", 8)
+    monkeypatch.setattr(whole, "inputs_of", tiny_inputs)
+    monkeypatch.setattr(whole, "compile_layers", lambda made: made)
+    monkeypatch.setattr(whole, "LIMITS_MS", {(48, 2): 3.0})
+    monkeypatch.setattr(whole, "compile_model", lambda model: model)
+    monkeypatch.setattr(whole, "compile_flex", lambda: flex_attention)
+    monkeypatch.setattr(whole.importlib.util, "find_spec", lambda name: None)  # no TensorRT
+    rows = whole.run(Path("none"), [(48, 2), (32, 1)], time.monotonic() + 600, no_gpu, False, no_gpu.parent)
+    for row in rows:
+        for name in ("lfx", "lfx-eager", "flex", "flex-eager", "huggingface"):
+            assert row["contenders"][name].get("median_us", 0) > 0, (name, row["contenders"][name])
+            assert whole.right(row, name)
+    assert rows[0]["contenders"]["huggingface-compiled"]["median_us"] > 0
+    assert rows[1]["contenders"]["huggingface-compiled"]["skipped"]
+    assert [verdict["holds"] for verdict in whole.verdicts(rows)] == [True, True]
+    assert len(no_gpu.read_text().splitlines()) == 2 + 2
+    assert "WRONG" not in whole.table(rows)
+
+
+def tiny_inputs(seqlen: int, batch: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids that the tiny model has, with one global token in front."""
+    ids = torch.randint(3, VOCAB_SIZE, (batch, seqlen))
+    marks = torch.zeros_like(ids)
+    marks[:, :1] = 1
+    return ids, torch.ones_like(ids), marks
+
+
+# ---- dry runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library, as the scripts build it."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on the PATH")
+    return gpu.build(tmp_path_factory.mktemp("library"), None, "sm_90")
+
+
+@pytest.mark.parametrize("script", ["bench_kernels.py", "bench_model_gpu.py"])
+def test_a_dry_run_lists_everything_and_stops(script: str, built: Path, tmp_path: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    command = [sys.executable, str(ROOT / "scripts" / script), "--dry-run", "--library", str(built)]
+    found = subprocess.run([*command, "--record", str(record)], check=True, capture_output=True, text=True)
+    last = found.stdout.strip().splitlines()[-1]
+    count = len(bench.cases()) if script == "bench_kernels.py" else len(whole.SHAPES)
+    assert last.startswith(f"dry run: {count} ")
+    assert last.endswith("nothing was run on a GPU")
+    assert not record.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("script", ["bench_kernels.py", "bench_model_gpu.py"])
+def test_without_a_gpu_and_without_dry_run_they_say_so(script: str, built: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / script), "--library", str(built)]
+    command += ["--record", str(tmp_path / "record.jsonl")]
+    found = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert "PyTorch sees no NVIDIA GPU; --dry-run shows" in found.stderr
+    assert list(tmp_path.iterdir()) == []
