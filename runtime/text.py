@@ -58,8 +58,10 @@ class Text:
         """Tokenize, with the special tokens of the model.
 
         Raises:
-            InputError: more tokens than the model takes; nothing is cut in silence.
+            InputError: no text, or more tokens than the model takes; nothing is cut in silence.
         """
+        if not isinstance(text, str) or not isinstance(pair, str | None):
+            raise InputError(f"text and pair are {type(text).__name__} and {type(pair).__name__}; give strings")
         for given in filter(None, (text, pair)):
             if not given.isascii() and any("\ud800" <= letter <= "\udfff" for letter in given):
                 raise InputError("the text is not UTF-8; convert it first")
