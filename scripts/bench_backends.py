@@ -1,11 +1,13 @@
 """The backends of the CPU beside PyTorch: base shape, in turns, in one process.
 
-    python scripts/bench_backends.py                      # batch 1 and 8: half an hour
-    python scripts/bench_backends.py --batch 1 --lengths 512
+    python scripts/bench_backends.py                      # everything: half an hour
+    python scripts/bench_backends.py --measures latency --batch 1 --lengths 512
 
-Writes docs/records/backends.jsonl, a row for each contender, length and batch as soon as it is measured. The int8 model
-is calibrated on the example document. A precision that this CPU has no arithmetic for is not measured in lfx, which
-refuses it; Hugging Face's bfloat16 runs everywhere.
+latency: docs/records/backends.jsonl, a row for each contender, length and batch as soon as it is measured. The int8
+model is calibrated on the example document. A precision that this CPU has no arithmetic for is not measured in lfx,
+which refuses it. Hugging Face's bfloat16 is measured at batch 1 only: without such arithmetic it takes minutes a run.
+blocks: docs/records/blocks.jsonl, the time of one sequence by the number of queries in a block of the attention.
+profile: docs/records/profile.jsonl, OpenVINO's own counters, by kind of layer.
 """
 
 from __future__ import annotations
@@ -17,19 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import openvino
 import record
 import torch
 from checkpoints import DOCUMENT, save_base_checkpoint
+from onnx.inliner import inline_local_functions
 from transformers import LongformerModel, logging
 
+from lfx.config import MODEL
 from lfx.errors import DependencyError
 from lfx.export import export
+from lfx.export.functions import BLOCK
 from lfx.export.quantize import quantize
 from lfx.runtime import Engine
+from lfx.runtime.backends import link_or_copy
 from lfx.runtime.bench import Run, measure
 
 LENGTHS = (512, 1024, 2048, 4096)
-ROUNDS = {1: 3, 8: 1}  # at batch 8 one run of all contenders takes minutes
+ROUNDS = {1: 2, 8: 1}  # at batch 8 one run of all contenders takes minutes
+BLOCKS = (64, 96, 128, 192, 256)
 EAGER, EAGER_BF16 = "Hugging Face eager fp32", "Hugging Face eager bf16"
 
 
@@ -37,32 +46,98 @@ def main() -> None:
     """Measure, and write each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--measures", type=lambda text: text.split(","), default=["latency", "blocks", "profile"])
     parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], default=list(LENGTHS))
     parser.add_argument("--batch", type=lambda text: [int(n) for n in text.split(",")], default=list(ROUNDS))
-    parser.add_argument("--skip", action="append", default=[], help="a contender to leave out")
     options = parser.parse_args()
     about = {**record.environment(), "shape": "longformer-base", "threads": options.threads}
     with tempfile.TemporaryDirectory(prefix="lfx-bench-") as folder:
-        runs = contenders(Path(folder), options.threads)
-        for name in options.skip:
-            del runs[name]
-        for batch in options.batch:
-            for length in options.lengths:
-                rounds = ROUNDS.get(batch, 1)
-                differences = _differences(runs, length) if batch == 1 else {}
-                rows = measure(runs, [length], [batch], rounds=rounds, warm_up=False, vocab_size=50000)
-                for row in rows:
-                    row["max_difference"] = differences.get(row["contender"])
-                    record.update("backends", {**about, **row}, ("batch", "seqlen", "contender"))
-                    print(batch, length, row["contender"], f"{row['p50_ms']:.0f} ms", f"{row['times_the_first']:.3f}")
+        checkpoint = save_base_checkpoint(Path(folder) / "checkpoint")
+        bundle = export(checkpoint, Path(folder) / "fp32")
+        if "profile" in options.measures:
+            record.write("profile", [{**about, **profile(bundle, options.lengths[-1], options.threads)}])
+        if "blocks" in options.measures:
+            rows = blocks(bundle, Path(folder), options.lengths[-1], options.threads)
+            record.write("blocks", [{**about, **row} for row in rows])
+        if "latency" in options.measures:
+            latency(
+                contenders(checkpoint, bundle, Path(folder), options.threads), options.lengths, options.batch, about
+            )
 
 
-def contenders(folder: Path, threads: int) -> dict[str, Run]:
+def latency(runs: dict[str, Run], lengths: list[int], batches: list[int], about: dict[str, Any]) -> None:
+    """Time everything; each row goes to the record at once."""
+    for batch in batches:
+        chosen = {name: run for name, run in runs.items() if batch == 1 or name != EAGER_BF16}
+        for length in lengths:
+            differences = _differences(chosen, length) if batch == 1 else {}
+            rounds = ROUNDS.get(batch, 1)
+            for row in measure(chosen, [length], [batch], rounds=rounds, warm_up=False, vocab_size=50000):
+                row["max_difference"] = differences.get(row["contender"])
+                record.update("backends", {**about, **row}, ("batch", "seqlen", "contender"))
+                print(
+                    batch,
+                    length,
+                    row["contender"],
+                    f"{row['p50_ms']:.0f} ms",
+                    f"{row['times_the_first']:.3f}",
+                    flush=True,
+                )
+
+
+def blocks(bundle: Path, folder: Path, length: int, threads: int) -> list[dict[str, Any]]:
+    """The same graph with other block sizes, in both backends, in turns."""
+    runs: dict[str, Run] = {}
+    for size in BLOCKS:
+        target = folder / f"block-{size}"
+        target.mkdir()
+        model = onnx.load(str(bundle / MODEL), load_external_data=False)
+        (body,) = (function for function in model.functions if function.name == "BandedAttention")
+        (constant,) = (
+            a for node in body.node for a in node.attribute if a.name == "value_ints" and list(a.ints) == [BLOCK]
+        )
+        constant.ints[:] = [size]
+        onnx.save(model, str(target / MODEL))
+        for data in bundle.glob(f"{MODEL}.*"):
+            link_or_copy(data, target / data.name)
+        for backend in ("onnxruntime", "openvino"):
+            runs[f"{backend} {size}"] = _engine_run(Engine(target / MODEL, backend, threads=threads))
+    rows = measure(runs, [length], [1], rounds=3, vocab_size=50000)
+    for row in rows:
+        backend, _, size = row.pop("contender").partition(" ")
+        row.update(backend=backend, block=int(size))
+        print(row["backend"], row["block"], f"{row['p50_ms']:.0f} ms", flush=True)
+    return rows
+
+
+def profile(bundle: Path, length: int, threads: int) -> dict[str, Any]:
+    """Where OpenVINO's time goes: its own counters, summed by kind of layer."""
+    with tempfile.TemporaryDirectory() as folder:
+        inlined = Path(folder) / MODEL
+        onnx.save(inline_local_functions(onnx.load(str(bundle / MODEL), load_external_data=False)), str(inlined))
+        for data in bundle.glob(f"{MODEL}.*"):
+            link_or_copy(data, Path(folder) / data.name)
+        settings = {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+        core = openvino.Core()
+        request = core.compile_model(core.read_model(str(inlined)), "CPU", settings).create_infer_request()
+        ids = np.random.default_rng(0).integers(3, 50000, (1, length))
+        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "global_attention_mask": np.zeros_like(ids)}
+        for _ in range(2):
+            request.infer(feeds)
+        seconds: dict[str, float] = {}
+        for layer in request.get_profiling_info():
+            kind = f"{layer.node_type} ({layer.exec_type})"
+            seconds[kind] = seconds.get(kind, 0.0) + layer.real_time.total_seconds()
+    total = sum(seconds.values())
+    shares = {kind: found / total for kind, found in sorted(seconds.items(), key=lambda item: -item[1])}
+    print({kind: f"{share:.1%}" for kind, share in list(shares.items())[:8]}, flush=True)
+    return {"seqlen": length, "seconds": total, "shares": shares}
+
+
+def contenders(checkpoint: Path, fp32: Path, folder: Path, threads: int) -> dict[str, Run]:
     """Name -> a run of ids; the first is what the others are compared with."""
     logging.set_verbosity_error()
     torch.set_num_threads(threads)
-    checkpoint = save_base_checkpoint(folder / "checkpoint")
-    fp32 = export(checkpoint, folder / "fp32")
     int8 = quantize(fp32, folder / "int8", calibration=DOCUMENT)
     runs: dict[str, Run] = {
         EAGER: _torch_run(checkpoint, torch.float32),

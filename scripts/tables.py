@@ -114,12 +114,11 @@ def documents() -> str:
             f"{row['one_by_one']['largest_difference']:.1e}. {_hardware(row)}."
         )
     for row in record.read("soak") if (record.RECORDS / "soak.jsonl").exists() else []:
-        grown = (row["resident_bytes_end"] - row["resident_bytes_warm"]) / 1e6
+        resident = [size / 1e6 for size in row["resident_bytes"]]
         same = "all bit-identical to a single thread's" if row["bit_identical"] else "NOT all the same"
-        warm = row["resident_bytes_warm"] / 1e6
         lines.append(
             f"{row['threads']} threads on one Engine for {row['minutes']:g} minutes: {row['requests']:,} answers, "
-            f"{same}; resident memory {warm:.0f} MB after half a minute, {grown:+.0f} MB at the end. "
+            f"{same}; resident memory after each tenth of the time: {', '.join(f'{size:.0f}' for size in resident)} MB. "
             f"{_hardware(row)}."
         )
     return "\n\n".join(lines) + "\n"
