@@ -10,7 +10,7 @@ HEADERS := $(CURDIR)/build/headers
 # Two processes of one thread each: most of the tests trace and load, which one thread does.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
-.PHONY: install demo test test-fast check bench clean
+.PHONY: install demo test test-fast check bench figures clean
 
 install: $(STAMP)
 
@@ -40,10 +40,15 @@ check: install  ## Lint, format and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## The paired CPU benchmark; writes docs/records and the tables made from it.
+bench: install  ## All CPU benchmarks, more than an hour; writes docs/records and the tables made from it.
 	$(BIN)/python scripts/bench_cpu.py
+	$(BIN)/python scripts/bench_backends.py
+	$(BIN)/python scripts/bench_runtime.py
 	$(BIN)/python scripts/peers.py
 	$(BIN)/python scripts/tables.py
+
+figures: install  ## Draw docs/figures from the running code.
+	$(BIN)/python scripts/figures.py
 
 clean:
 	rm -rf build dist $(VENV)

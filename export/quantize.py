@@ -12,6 +12,8 @@ import dataclasses
 import json
 import logging
 import shutil
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -22,7 +24,7 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime import quantization as ortq
 
-from lfx.config import MANIFEST, MODEL, Manifest, Signature, package_versions, sha256
+from lfx.config import MANIFEST, MODEL, WEIGHTS, Manifest, Signature, package_versions, sha256
 from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.parity import Case, Report, compare
@@ -94,11 +96,11 @@ def quantize(
         raise ExportError(
             f"{bundle} has no linear layer to quantize; keep_float keeps {', '.join(keep_float) or 'none'}"
         )
-    with atomic_folder(target) as made:
+    with atomic_folder(target) as made, tempfile.TemporaryDirectory(prefix="lfx-quantize-") as scratch:
         progress(f"calibrating on {len(feeds[::2])} windows")
         with _quiet_quantizer():
             ortq.quantize_static(
-                str(folder / MODEL),
+                str(_unlinked(folder, Path(scratch)) / MODEL),
                 str(made / MODEL),
                 _Reader(feeds[::2]),
                 quant_format=ortq.QuantFormat.QDQ,
@@ -167,16 +169,31 @@ def _read(source: Path, signature: Signature, folder: Path, samples: int) -> tup
     return feeds, about
 
 
+def _unlinked(bundle: Path, scratch: Path) -> Path:
+    """The bundle, or a copy where its weights are a link: the onnx package reads no linked ones."""
+    weights = bundle / WEIGHTS
+    if not weights.is_file() or (weights.stat().st_nlink == 1 and not weights.is_symlink()):
+        return bundle
+    for name in (MODEL, WEIGHTS):
+        shutil.copyfile(bundle / name, scratch / name)
+    return scratch
+
+
 def _linear_layers(model: onnx.ModelProto, keep_float: Sequence[str]) -> dict[str, str]:
-    """Node name -> module name, of every MatMul of the graph by a constant weight that is not to stay float32."""
+    """Node name -> module name, of every torch.nn.Linear that is called once and is not to stay float32.
+
+    The exporter names the node MODULE/MatMul and the weight MODULE.weight.T; a weight that is tied to an embedding has
+    the embedding's name, and stays. A module that is called several times has inputs of several ranges.
+    """
     constants = {tensor.name for tensor in model.graph.initializer}
-    found = {}
+    found = []
     for node in model.graph.node:
-        name = node.name.rpartition("/")[0] or node.name
+        name = node.name.rpartition("/")[0]
         kept = any(fnmatch(name, pattern) for pattern in (_FEW_ROWS, *keep_float))
-        if node.op_type == "MatMul" and node.input[1] in constants and not kept:
-            found[node.name] = name
-    return found
+        if node.op_type == "MatMul" and node.input[1] == f"{name}.weight.T" and node.input[1] in constants and not kept:
+            found.append((node.name, name))
+    calls = Counter(name for _, name in found)
+    return {node: name for node, name in found if calls[name] == 1}
 
 
 class _Reader(ortq.CalibrationDataReader):  # type: ignore[misc]

@@ -57,7 +57,8 @@ def main() -> None:
         if "profile" in options.measures:
             record.write("profile", [{**about, **profile(bundle, options.lengths[-1], options.threads)}])
         if "blocks" in options.measures:
-            rows = blocks(bundle, Path(folder), options.lengths[-1], options.threads)
+            with tempfile.TemporaryDirectory(prefix="lfx-bench-") as scratch:
+                rows = blocks(bundle, Path(scratch), options.lengths[-1], options.threads)
             record.write("blocks", [{**about, **row} for row in rows])
         if "latency" in options.measures:
             latency(

@@ -1,4 +1,4 @@
-"""Write the tables of README and docs from docs/records: `python scripts/tables.py [--check]`.
+"""Write the tables and the chart of README and docs from docs/records: `python scripts/tables.py [--check]`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written, and the exit status
 is 1 where a table is not what the records say.
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import record
+
+from lfx.runtime.bench import plot
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -104,7 +106,7 @@ def peers() -> str:
 def documents() -> str:
     """Mixed lengths, and many threads; what has been measured of them."""
     lines = []
-    for row in record.read("mixed") if (record.RECORDS / "mixed.jsonl").exists() else []:
+    for row in record.read("mixed"):
         rates = row["tokens_per_second"]
         lines.append(
             f"{row['documents']} documents of {row['shortest']} to {row['longest']:,} tokens, base shape, "
@@ -113,22 +115,76 @@ def documents() -> str:
             f"turns). Largest difference from running {row['one_by_one']['documents']} of them one by one: "
             f"{row['one_by_one']['largest_difference']:.1e}. {_hardware(row)}."
         )
-    for row in record.read("soak") if (record.RECORDS / "soak.jsonl").exists() else []:
-        resident = [size / 1e6 for size in row["resident_bytes"]]
+    for row in record.read("soak"):
+        resident = [f"{size / 1e6:.0f}" for size in row["resident_bytes"]]
         same = "all bit-identical to a single thread's" if row["bit_identical"] else "NOT all the same"
         lines.append(
             f"{row['threads']} threads on one Engine for {row['minutes']:g} minutes: {row['requests']:,} answers, "
-            f"{same}; resident memory after each tenth of the time: {', '.join(f'{size:.0f}' for size in resident)} MB. "
-            f"{_hardware(row)}."
+            f"{same}; resident memory after each tenth of the time: {', '.join(resident)} MB. {_hardware(row)}."
         )
     return "\n\n".join(lines) + "\n"
 
 
-TABLES: dict[str, Callable[[], str]] = {"cpu": cpu, "export": export, "peers": peers, "documents": documents}
+def backends() -> str:
+    """Seconds of every contender, and how many times as fast as the first it is."""
+    found = record.read("backends")
+    names = list(dict.fromkeys(row["contender"] for row in found))
+    names.sort(key=lambda name: (name.startswith("lfx"), name.rpartition(" ")[2] != "fp32", name))
+    by_place = {(row["batch"], row["seqlen"], row["contender"]): row for row in found}
+    rows = []
+    for batch, seqlen in sorted({(row["batch"], row["seqlen"]) for row in found}):
+        cells = [f"{batch}", f"{seqlen:,}"]
+        for name in names:
+            row = by_place.get((batch, seqlen, name))
+            cells.append(f"{row['p50_ms'] / 1000:.2f} s, {1 / row['times_the_first']:.2f}" if row else "")
+        rows.append(cells)
+    rounds = sorted({(row["batch"], row["rounds"]) for row in found})
+    turns = ", ".join(f"{count} at batch {batch}" for batch, count in rounds)
+    note = f"\nBase shape, {found[0]['threads']} threads, no global tokens. Seconds, and how many times as fast as {names[0]}; "
+    note += f"medians of turns ({turns}). {_hardware(found[0])}, OpenVINO {found[0]['versions']['openvino']}.\n"
+    return _rows(["batch", "tokens", *names], rows) + note
+
+
+def blocks() -> str:
+    """Time by the number of queries in a block."""
+    found = record.read("blocks")
+    sizes = sorted({row["block"] for row in found})
+    times = {(row["backend"], row["block"]): row["p50_ms"] / 1000 for row in found}
+    rows = []
+    for backend in dict.fromkeys(row["backend"] for row in found):
+        rows.append([backend, *(f"{times[backend, size]:.2f} s" for size in sizes)])
+    note = f"\nOne sequence of {found[0]['seqlen']:,} tokens, medians of {found[0]['rounds']} turns. {_hardware(found[0])}.\n"
+    return _rows(["queries in a block", *map(str, sizes)], rows) + note
+
+
+def profile() -> str:
+    """Where OpenVINO's time goes."""
+    (found,) = record.read("profile")
+    rows = [[kind, f"{share:.1%}"] for kind, share in found["shares"].items() if share >= 0.01]
+    note = f"\n{found['seqlen']:,} tokens, float32, {found['threads']} threads; kinds of layer with 1 % or more.\n"
+    return _rows(["layers", "share of the time"], rows) + note
+
+
+def chart() -> None:
+    """Draw tokens per second over length, of every contender."""
+    plot(record.read("backends"), ROOT / "docs" / "figures" / "throughput.png")
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "cpu": cpu,
+    "export": export,
+    "peers": peers,
+    "documents": documents,
+    "backends": backends,
+    "blocks": blocks,
+    "profile": profile,
+}
 
 
 def main() -> int:
-    """Rewrite the pages, or check them."""
+    """Rewrite the pages and the chart, or check the pages."""
+    if "--check" not in sys.argv:
+        chart()
     stale = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

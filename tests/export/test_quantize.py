@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from onnx import numpy_helper
 
 from lfx.config import MODEL, Manifest
 from lfx.errors import ArtifactError, DependencyError, ExportError, InputError, ParityError
+from lfx.export import export
 from lfx.export.quantize import quantize
 from lfx.export.runners import int8_runner
 from lfx.export.validate import compare_engine
@@ -158,6 +160,30 @@ def test_layers_that_are_kept_stay_float32(int8: Any) -> None:
     assert sorted(found) == sorted(n for n in LAYERS if "layer.1" in n and not n.endswith(".key"))
 
 
+class Shared(torch.nn.Module):
+    """One Longformer layer's projection called twice, and a product that is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_model()
+        self.twice = torch.nn.Linear(32, 32)
+        self.matrix = torch.nn.Parameter(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) * 0.1)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.model(input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.twice(torch.tanh(self.twice(hidden))) @ self.matrix
+
+
+def test_what_is_no_linear_layer_with_one_input_stays_float32(text: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Shared().eval()
+    folder = quantize(export(model, tmp_path / "fp32"), tmp_path / "int8", calibration=text)
+    quantization = Manifest.read(folder).quantization
+    assert sorted(quantization["layers"]) == sorted(f"model.{name}" for name in LAYERS)
+    with Engine(folder) as engine:
+        assert not compare_engine(engine, model, full_cases, lambda step: None, quantization=quantization).failures()
+
+
 def test_accuracy_is_measured_on_text_that_did_not_calibrate(int8: Any, text: Path) -> None:
     manifest = Manifest.read(int8("text-classification", samples=10))
     assert manifest.quantization["calibration"]["windows"] == 10
@@ -178,6 +204,19 @@ def test_a_text_file_is_cut_into_windows(bundle: MakeBundle, tmp_path: Path) -> 
         ids = np.arange(3, 40)
         a, b = engine.run(ids)["last_hidden_state"], right.run(ids)["last_hidden_state"]
     assert np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b) > 0.98
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_bundle_of_links_is_quantized_too(bundle: MakeBundle, text: Path, tmp_path: Path, link: Any) -> None:
+    folder = tmp_path / "linked"
+    folder.mkdir()
+    for path in bundle().iterdir():
+        link(path, folder / path.name)
+    try:
+        made = quantize(folder, tmp_path / "int8", calibration=text)
+    finally:
+        shutil.rmtree(folder)
+    assert len(Manifest.read(made).quantization["layers"]) == len(LAYERS)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

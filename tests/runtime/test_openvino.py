@@ -1,0 +1,57 @@
+"""OpenVINO in a precision of its own, whatever the bundle's is: given, or refused, and never another in silence."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lfx.errors import DependencyError
+from lfx.export.validate import compare_engine
+from lfx.parity import full_cases
+from lfx.runtime import Engine
+from tests.conftest import MakeBundle
+from tests.models import tiny_model
+
+openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'longformer-lfx[openvino]'")
+
+
+def test_bfloat16_is_bfloat16_or_an_error(bundle: MakeBundle) -> None:
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(DependencyError, match="this CPU has no bfloat16 arithmetic"):
+            Engine(bundle(), "openvino", precision="bf16")
+        return
+    with Engine(bundle(), "openvino", precision="bf16") as engine:
+        report = compare_engine(engine, tiny_model(), full_cases, lambda step: None)
+    assert (engine.precision, report.precision) == ("bf16", "bf16")
+    assert not report.failures()
+    assert max(result.error for result in report.outputs.values()) > 1e-4  # it is not float32
+
+
+def test_a_cpu_without_bfloat16_refuses_it(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"])
+    with pytest.raises(DependencyError, match="leave precision out"):
+        Engine(bundle(), "openvino", precision="bf16")
+
+
+def test_a_bfloat16_bundle_is_computed_in_float32_where_that_is_asked_for(bundle: MakeBundle) -> None:
+    ids = np.arange(3, 40)
+    with Engine(bundle(precision="bf16"), "openvino", precision="fp32") as wide, Engine(bundle()) as right:
+        assert wide.precision == "fp32"
+        found, wanted = wide.run(ids)["last_hidden_state"], right.run(ids)["last_hidden_state"]
+    assert np.allclose(found, wanted, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "message"),
+    [
+        ("onnxruntime", "bf16", "is OpenVINO's"),
+        ("auto", "bf16", "is OpenVINO's"),
+        ("reference", "fp32", "is OpenVINO's"),
+        ("openvino", "fp8", "choose one of: fp32, bf16"),
+    ],
+)
+def test_a_precision_that_cannot_be_had_is_refused(
+    bundle: MakeBundle, backend: str, precision: str, message: str
+) -> None:
+    with pytest.raises(DependencyError, match=message):
+        Engine(bundle(), backend, precision=precision)
