@@ -140,8 +140,10 @@ def backends() -> str:
         rows.append(cells)
     rounds = sorted({(row["batch"], row["rounds"]) for row in found})
     turns = ", ".join(f"{count} at batch {batch}" for batch, count in rounds)
-    note = f"\nBase shape, {found[0]['threads']} threads, no global tokens. Seconds, and how many times as fast as {names[0]}; "
-    note += f"medians of turns ({turns}). {_hardware(found[0])}, OpenVINO {found[0]['versions']['openvino']}.\n"
+    note = f"\nBase shape, {found[0]['threads']} threads, no global tokens. Seconds, and how many times as fast as "
+    note += (
+        f"{names[0]}; medians of turns ({turns}). {_hardware(found[0])}, OpenVINO {found[0]['versions']['openvino']}.\n"
+    )
     return _rows(["batch", "tokens", *names], rows) + note
 
 
@@ -153,7 +155,8 @@ def blocks() -> str:
     rows = []
     for backend in dict.fromkeys(row["backend"] for row in found):
         rows.append([backend, *(f"{times[backend, size]:.2f} s" for size in sizes)])
-    note = f"\nOne sequence of {found[0]['seqlen']:,} tokens, medians of {found[0]['rounds']} turns. {_hardware(found[0])}.\n"
+    note = f"\nOne sequence of {found[0]['seqlen']:,} tokens, medians of {found[0]['rounds']} turns. "
+    note += f"{_hardware(found[0])}.\n"
     return _rows(["queries in a block", *map(str, sizes)], rows) + note
 
 
