@@ -91,11 +91,15 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     pyplot = require("matplotlib.pyplot", "report")
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    sizes = sorted({row["batch"] for row in rows})
     for contender, batch in dict.fromkeys((row["contender"], row["batch"]) for row in rows):
         points = [r for r in rows if (r["contender"], r["batch"]) == (contender, batch)]
         points.sort(key=lambda r: r["seqlen"])
         lengths, rates = [r["seqlen"] for r in points], [r["tokens_per_second"] for r in points]
-        axes.plot(lengths, rates, marker="o", label=f"{contender}, batch {batch}")
+        place, style = contenders.index(contender), ("-", "--", ":", "-.")[sizes.index(batch) % 4]
+        label = f"{contender}, batch {batch}"
+        axes.plot(lengths, rates, style, color=f"C{place}", marker="osD^vPX*"[place % 8], label=label)
     ticks = sorted({row["seqlen"] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
