@@ -58,14 +58,6 @@ LFX_HOST_DEVICE bool inBand(int32_t query, int32_t key, int32_t window, bool cau
     return key >= query - window && key <= query + (causal ? 0 : window);
 }
 
-// Whether every query of [firstQuery, firstQuery + queries) has all of [firstKey, firstKey + keys) in its band.
-LFX_HOST_DEVICE bool allInBand(
-    int32_t firstQuery, int32_t queries, int32_t firstKey, int32_t keys, int32_t window, bool causal)
-{
-    return inBand(firstQuery + queries - 1, firstKey, window, causal)
-        && inBand(firstQuery, firstKey + keys - 1, window, causal);
-}
-
 // A slot of global_index that names a token; -1 and what lies outside the sequence are unused.
 LFX_HOST_DEVICE bool isUsed(int32_t index, int32_t seqlen)
 {

@@ -20,7 +20,7 @@ constexpr int kWORD = 32;
 constexpr float kLOG2E = 1.4426950408889634F;
 constexpr float kNEVER = -INFINITY;
 
-// The block's part of the problem, and the two tables that it keeps in shared memory.
+// The block's part of the problem, and the tables that it keeps in shared memory.
 struct Block
 {
     int32_t lane;       // of the dilation
@@ -32,16 +32,17 @@ struct Block
     int32_t window;
     bool causal;
     int32_t* slots;     // [kQUERIES] -1 padding or behind the end, 0 local, g + 1 global
+    int32_t* usedSlots; // [1] slots up to the last one in use
     uint32_t* local;    // one bit a key of `keys`: real and not global
     size_t row;         // of the batch row's first token in (B, S)
 };
 
-// Keys of the widest tile, in 64s: what the bits of `Block::local` must hold.
-LFX_HOST_DEVICE int32_t localWords(BandedParams const& p)
+// The tables of the block with the most keys; `Block::local` has bits for keys in 64s.
+LFX_HOST_DEVICE size_t tableBytes(BandedParams const& p)
 {
     int32_t const window = smaller(p.window, p.seqlen);
     int32_t const widest = smaller(kQUERIES + 2 * window, ceilDiv(p.seqlen, p.dilation));
-    return 2 * ceilDiv(widest, 64);
+    return sizeof(int32_t) * (kQUERIES + 1 + 2 * static_cast<size_t>(ceilDiv(widest, 64)));
 }
 
 __device__ __forceinline__ Block findBlock(BandedParams const& p, void* tables)
@@ -56,20 +57,25 @@ __device__ __forceinline__ Block findBlock(BandedParams const& p, void* tables)
     block.causal = p.causal != 0;
     block.keys = keysOfTile(block.firstQuery, kQUERIES, block.window, block.causal, block.length);
     block.slots = static_cast<int32_t*>(tables);
-    block.local = reinterpret_cast<uint32_t*>(block.slots + kQUERIES);
+    block.usedSlots = block.slots + kQUERIES;
+    block.local = reinterpret_cast<uint32_t*>(block.usedSlots + 1);
     block.row = static_cast<size_t>(block.batch) * p.seqlen;
     return block;
 }
 
-// Fills both tables; returns whether any query of the block is local. All threads call it.
+// Fills the tables; returns whether any query of the block is local. All threads call it.
 __device__ __forceinline__ bool fillTables(BandedParams const& p, Block const& block)
 {
     int32_t const* const mask = p.keyMask + block.row;
-    for (int32_t i = threadIdx.x; i < kQUERIES; i += kTHREADS)
+    if (threadIdx.x < kQUERIES)
     {
-        int32_t const query = block.firstQuery + i;
+        int32_t const query = block.firstQuery + threadIdx.x;
         bool const real = query < block.length && mask[positionOf(query, p.dilation, block.lane)] != 0;
-        block.slots[i] = real ? 0 : -1;
+        block.slots[threadIdx.x] = real ? 0 : -1;
+    }
+    if (threadIdx.x == 0)
+    {
+        *block.usedSlots = 0;
     }
     int32_t const words = 2 * ceilDiv(block.keys.end - block.keys.begin, 64);
     for (int32_t word = threadIdx.x / kWORD; word < words; word += kTHREADS / kWORD)
@@ -87,7 +93,12 @@ __device__ __forceinline__ bool fillTables(BandedParams const& p, Block const& b
     for (int32_t g = threadIdx.x; g < p.slots; g += kTHREADS)
     {
         int32_t const at = index[g];
-        if (isUsed(at, p.seqlen) && at % p.dilation == block.lane)
+        if (!isUsed(at, p.seqlen))
+        {
+            continue;
+        }
+        atomicMax(block.usedSlots, g + 1);
+        if (at % p.dilation == block.lane)
         {
             int32_t const i = at / p.dilation;
             if (i >= block.firstQuery && i < block.firstQuery + kQUERIES)
@@ -102,12 +113,7 @@ __device__ __forceinline__ bool fillTables(BandedParams const& p, Block const& b
         }
     }
     __syncthreads();
-    bool any = false;
-    for (int32_t i = threadIdx.x; i < kQUERIES; i += kTHREADS)
-    {
-        any |= block.slots[i] == 0;
-    }
-    return __syncthreads_or(any) != 0;
+    return __syncthreads_or(threadIdx.x < kQUERIES && block.slots[threadIdx.x] == 0) != 0;
 }
 
 __device__ __forceinline__ bool isLocal(Block const& block, int32_t key)
@@ -130,6 +136,12 @@ __device__ __forceinline__ int32_t slotPosition(BandedParams const& p, Block con
     }
     int32_t const at = p.globalIndex[static_cast<size_t>(block.batch) * p.slots + slot];
     return isUsed(at, p.seqlen) ? at : -1;
+}
+
+// Offset in (B, S, H·D) of the block's head of a token.
+__device__ __forceinline__ size_t offsetOf(BandedParams const& p, Block const& block, int32_t position)
+{
+    return ((block.row + position) * p.numHeads + block.head) * p.headSize;
 }
 
 // Copies to the context what is no result of attention: rows of global tokens, and zeros. `chunk` counts 16 bytes.
@@ -159,23 +171,98 @@ LFX_HOST_DEVICE int32_t swizzled(int32_t row, int32_t chunk)
     return row * kD + ((chunk ^ turn) << 3);
 }
 
-// Starts the copy of 64 rows of a head into a tile. `positionOfRow` gives the token of each row, -1 for a row of zeros.
-template <typename T, int kD, typename Position>
-__device__ __forceinline__ void copyTile(
-    BandedParams const& p, Block const& block, T* tile, void const* tensor, Position positionOfRow)
+// What a thread copies of a tile of 64 rows: one chunk of 16 bytes of every kROWS-th row.
+template <int kD>
+struct Chunk
 {
-    constexpr int kCHUNKS = kD / 8;
-    T const* const source = static_cast<T const*>(tensor) + static_cast<size_t>(block.head) * p.headSize;
-    size_t const width = static_cast<size_t>(p.numHeads) * p.headSize;
-#pragma unroll
-    for (int32_t i = threadIdx.x; i < 64 * kCHUNKS; i += kTHREADS)
+    static constexpr int kCHUNKS = kD / 8; // of a row
+    static constexpr int kROWS = kTHREADS / kCHUNKS;
+    static constexpr int kSTEPS = kKEYS / kROWS;
+    static_assert(kROWS % 8 == 0 && kWORD % kROWS == 0, "all its rows are turned alike, and words end with a step");
+
+    __device__ __forceinline__ explicit Chunk(BandedParams const& p)
+        : row(threadIdx.x / kCHUNKS)
+        , column(threadIdx.x % kCHUNKS * 8)
+        , bit(column < p.headSize ? 1U << row : 0U)
+        , stride(kROWS * p.dilation * p.numHeads * p.headSize)
+        , place(swizzled<kD>(row, column / 8))
     {
-        int32_t const row = i / kCHUNKS;
-        int32_t const chunk = i % kCHUNKS;
-        int32_t const position = positionOfRow(row);
-        bool const valid = position >= 0 && chunk * 8 < p.headSize;
-        T const* const from = valid ? source + (block.row + position) * width + chunk * 8 : source;
-        copyAsync(tile + swizzled<kD>(row, chunk), from, valid);
+    }
+
+    int32_t row;
+    int32_t column;
+    uint32_t bit;   // of the row in a word; none where the column is behind the head
+    int32_t stride; // from a row to the next in a tensor; below 2^26, as kROWS · D and dilation · H are limited
+    int32_t place;  // of the first row's chunk in a tile
+};
+
+// A row of keys and the same of values, where a thread's chunk begins.
+template <typename T>
+struct Source
+{
+    __device__ __forceinline__ Source(BandedParams const& p, Block const& block, int32_t position, int32_t column)
+        : key(static_cast<T const*>(p.key) + offsetOf(p, block, position) + column)
+        , value(static_cast<T const*>(p.value) + offsetOf(p, block, position) + column)
+    {
+    }
+
+    T const* key;
+    T const* value;
+};
+
+// Each starts the copies of a tile, where rows that nobody may read become zeros: their addresses may be anywhere.
+template <typename T, int kD>
+__device__ __forceinline__ void copyQueries(BandedParams const& p, Block const& block, Chunk<kD> const& mine, T* tile)
+{
+    int32_t const query = block.firstQuery + mine.row;
+    T const* const from = static_cast<T const*>(p.query)
+        + offsetOf(p, block, positionOf(query, p.dilation, block.lane)) + mine.column;
+#pragma unroll
+    for (int step = 0; step < Chunk<kD>::kSTEPS; ++step)
+    {
+        int const row = step * Chunk<kD>::kROWS;
+        copyAsync(tile + mine.place + row * kD, from + step * mine.stride, mine.bit != 0 && query + row < block.length);
+    }
+}
+
+// Of the band.
+template <typename T, int kD>
+__device__ __forceinline__ void copyKeys(
+    BandedParams const& p, Block const& block, Chunk<kD> const& mine, T* keys, T* values, int32_t firstKey)
+{
+    Source<T> from(p, block, positionOf(firstKey + mine.row, p.dilation, block.lane), mine.column);
+    uint32_t const* const local = block.local + (firstKey - block.keys.begin) / kWORD;
+    uint32_t const words[2] = {local[0], local[1]};
+#pragma unroll
+    for (int step = 0; step < Chunk<kD>::kSTEPS; ++step)
+    {
+        int const row = step * Chunk<kD>::kROWS;
+        bool const valid = (words[row / kWORD] & mine.bit << row % kWORD) != 0;
+        copyAsync(keys + mine.place + row * kD, from.key, valid);
+        copyAsync(values + mine.place + row * kD, from.value, valid);
+        from.key += mine.stride;
+        from.value += mine.stride;
+    }
+}
+
+// Of the global tokens; groups of 16 slots behind the last one in use are left as they are.
+template <typename T, int kD>
+__device__ __forceinline__ void copyGlobals(BandedParams const& p, Block const& block, Chunk<kD> const& mine, T* keys,
+    T* values, int32_t firstSlot, int32_t groups)
+{
+#pragma unroll
+    for (int step = 0; step < Chunk<kD>::kSTEPS; ++step)
+    {
+        int const row = step * Chunk<kD>::kROWS;
+        if (row >= groups * 16)
+        {
+            break;
+        }
+        int32_t const position = slotPosition(p, block, firstSlot + row + mine.row);
+        bool const valid = mine.bit != 0 && position >= 0;
+        Source<T> const from(p, block, position, mine.column);
+        copyAsync(keys + mine.place + row * kD, from.key, valid);
+        copyAsync(values + mine.place + row * kD, from.value, valid);
     }
 }
 
@@ -200,16 +287,56 @@ struct WarpState
     float total[2]; // of this lane's weights
 };
 
-// One tile of keys for one warp. `visible(row, column)`, rows 0 to 15, is asked only if kMASKED, and only for the groups
-// of 16 columns from `firstGroup` to before `lastGroup`: the others are known to be hidden, and are left out.
-template <bool kMASKED, typename T, int kD, typename Visible>
-__device__ __forceinline__ void visitTile(WarpState<T, kD>& state, T const* keys, T const* values, float scaleLog2,
-    int32_t firstGroup, int32_t lastGroup, Visible visible)
+// What the queries of a warp see of 64 keys.
+struct Visible
 {
-    constexpr int kGROUPS = kKEYS / 16;
+    uint64_t keys;    // one bit each: real and not global
+    Range groups;     // of 16 keys: the others are outside the band of every query
+    int32_t distance; // from where the first query's band begins to the first key
+    uint32_t last;    // key of a query's band, counted from 0
+    bool whole;       // all see all
+
+    // The same from a group on.
+    __device__ __forceinline__ Visible from(int32_t group) const
+    {
+        return {keys >> group * 16, groups, distance + group * 16, last, whole};
+    }
+};
+
+__device__ __forceinline__ Visible visibleGlobals(
+    BandedParams const& p, Block const& block, int32_t firstSlot, int32_t groups)
+{
+    uint32_t used[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+    {
+        int32_t const slot = firstSlot + i * kWORD + threadIdx.x % kWORD;
+        used[i] = __ballot_sync(0xffffffffU, slotPosition(p, block, slot) >= 0);
+    }
+    uint64_t const keys = used[0] | static_cast<uint64_t>(used[1]) << kWORD;
+    return {keys, {0, groups}, 0, UINT32_MAX, false};
+}
+
+__device__ __forceinline__ Visible visibleKeys(Block const& block, int32_t firstKey)
+{
+    int32_t const firstQuery = block.firstQuery + threadIdx.x / kWORD * kWARP_QUERIES;
+    uint32_t const* const local = block.local + (firstKey - block.keys.begin) / kWORD;
+    uint64_t const keys = local[0] | static_cast<uint64_t>(local[1]) << kWORD;
+    int32_t const last = block.window + (block.causal ? 0 : block.window);
+    int32_t const distance = firstKey - (firstQuery - block.window);
+    int32_t const firstGroup = larger(-distance, 0) / 16;
+    int32_t const lastGroup = smaller(ceilDiv(larger(last + kWARP_QUERIES - distance, 0), 16), kKEYS / 16);
+    bool const whole = keys == UINT64_MAX && distance >= kWARP_QUERIES - 1 && distance + kKEYS - 1 <= last;
+    return {keys, {firstGroup, lastGroup}, distance, static_cast<uint32_t>(last), whole};
+}
+
+// kGROUPS times 16 keys for one warp; `visible` is of them, and is asked only if kMASKED.
+template <int kGROUPS, bool kMASKED, typename T, int kD>
+__device__ __forceinline__ void visitGroups(
+    WarpState<T, kD>& state, T const* keys, T const* values, float scaleLog2, Visible const& visible)
+{
     int32_t const lane = threadIdx.x % kWORD;
     float score[2 * kGROUPS][4];
-    float highest[2] = {kNEVER, kNEVER};
 #pragma unroll
     for (int i = 0; i < 8 * kGROUPS; ++i)
     {
@@ -219,18 +346,15 @@ __device__ __forceinline__ void visitTile(WarpState<T, kD>& state, T const* keys
     for (int step = 0; step < kD / 16; ++step)
     {
         uint32_t loaded[4];
-        if (!WarpState<T, kD>::kKEEPS_QUERIES)
+        constexpr bool kKEPT = WarpState<T, kD>::kKEEPS_QUERIES;
+        if (!kKEPT)
         {
             state.loadQuery(loaded, step);
         }
-        uint32_t const(&query)[4] = WarpState<T, kD>::kKEEPS_QUERIES ? state.kept[WarpState<T, kD>::kKEEPS_QUERIES ? step : 0] : loaded;
+        uint32_t const(&query)[4] = kKEPT ? state.kept[kKEPT ? step : 0] : loaded;
 #pragma unroll
         for (int group = 0; group < kGROUPS; ++group)
         {
-            if (kMASKED && (group < firstGroup || group >= lastGroup))
-            {
-                continue;
-            }
             uint32_t b[4];
             loadMatrices(b,
                 keys + swizzled<kD>(group * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
@@ -238,25 +362,21 @@ __device__ __forceinline__ void visitTile(WarpState<T, kD>& state, T const* keys
             multiplyAdd<T>(score[2 * group + 1], query, b[2], b[3]);
         }
     }
+    uint32_t const mine = static_cast<uint32_t>(visible.keys) >> lane % 4 * 2;
+    int32_t const distance = visible.distance + lane % 4 * 2 - lane / 4;
+    float highest[2] = {kNEVER, kNEVER};
 #pragma unroll
-    for (int group = 0; group < kGROUPS; ++group)
+    for (int n = 0; n < 2 * kGROUPS; ++n)
     {
-        if (kMASKED && (group < firstGroup || group >= lastGroup))
-        {
-            continue;
-        }
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
+        for (int i = 0; i < 4; ++i)
         {
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-            {
-                float& s = score[2 * group + half][i];
-                int32_t const column = group * 16 + half * 8 + lane % 4 * 2 + i % 2;
-                bool const seen = !kMASKED || visible(lane / 4 + i / 2 * 8, column);
-                s = seen ? s * scaleLog2 : kNEVER;
-                highest[i / 2] = fmaxf(highest[i / 2], s);
-            }
+            int const column = n * 8 + i % 2;
+            bool const seen = !kMASKED
+                || ((mine >> column & 1U) != 0
+                    && static_cast<uint32_t>(distance + column - i / 2 * 8) <= visible.last);
+            score[n][i] = seen ? score[n][i] : kNEVER;
+            highest[i / 2] = fmaxf(highest[i / 2], score[n][i]);
         }
     }
     float keep[2];
@@ -266,9 +386,9 @@ __device__ __forceinline__ void visitTile(WarpState<T, kD>& state, T const* keys
     {
         highest[i] = fmaxf(highest[i], __shfl_xor_sync(0xffffffffU, highest[i], 1));
         highest[i] = fmaxf(highest[i], __shfl_xor_sync(0xffffffffU, highest[i], 2));
-        float const peak = fmaxf(state.peak[i], highest[i]);
+        float const peak = fmaxf(state.peak[i], highest[i] * scaleLog2);
         base[i] = peak == kNEVER ? 0.0F : peak; // -inf less -inf would be no number
-        keep[i] = exp2f(state.peak[i] - base[i]);
+        keep[i] = exp2Flushed(state.peak[i] - base[i]);
         state.peak[i] = peak;
         state.total[i] *= keep[i];
     }
@@ -284,10 +404,6 @@ __device__ __forceinline__ void visitTile(WarpState<T, kD>& state, T const* keys
 #pragma unroll
     for (int group = 0; group < kGROUPS; ++group)
     {
-        if (kMASKED && (group < firstGroup || group >= lastGroup))
-        {
-            continue;
-        }
         uint32_t weights[4];
 #pragma unroll
         for (int half = 0; half < 2; ++half)
@@ -296,7 +412,7 @@ __device__ __forceinline__ void visitTile(WarpState<T, kD>& state, T const* keys
 #pragma unroll
             for (int i = 0; i < 4; ++i)
             {
-                w[i] = exp2f(score[2 * group + half][i] - base[i / 2]);
+                w[i] = exp2Flushed(fmaf(score[2 * group + half][i], scaleLog2, -base[i / 2]));
                 state.total[i / 2] += w[i];
             }
             weights[2 * half] = pack<T>(w[0], w[1]);
@@ -314,40 +430,25 @@ __device__ __forceinline__ void visitTile(WarpState<T, kD>& state, T const* keys
     }
 }
 
+// A tile that is wholly seen goes at once, others by the groups of 16 keys of which something is seen.
 template <typename T, int kD>
-__device__ __forceinline__ void visitGlobalTile(BandedParams const& p, Block const& block, WarpState<T, kD>& state,
-    T const* keys, T const* values, int32_t firstSlot, float scaleLog2)
+__device__ __forceinline__ void visitTile(
+    WarpState<T, kD>& state, T const* keys, T const* values, float scaleLog2, Visible const& visible)
 {
-    int32_t const groups = smaller(ceilDiv(p.slots - firstSlot, 16), kKEYS / 16);
-    visitTile<true>(state, keys, values, scaleLog2, 0, groups,
-        [&](int32_t, int32_t column) { return slotPosition(p, block, firstSlot + column) >= 0; });
-}
-
-template <typename T, int kD>
-__device__ __forceinline__ void visitBandTile(Block const& block, WarpState<T, kD>& state, T const* keys,
-    T const* values, int32_t firstKey, float scaleLog2)
-{
-    int32_t const warp = threadIdx.x / kWORD;
-    int32_t const firstQuery = block.firstQuery + warp * kWARP_QUERIES;
-    int32_t const word = (firstKey - block.keys.begin) / kWORD;
-    bool const allLocal = (block.local[word] & block.local[word + 1]) == 0xffffffffU;
-    if (allLocal && allInBand(firstQuery, kWARP_QUERIES, firstKey, kKEYS, block.window, block.causal))
+    if (visible.whole)
     {
-        visitTile<false>(
-            state, keys, values, scaleLog2, 0, kKEYS / 16, [](int32_t, int32_t) { return true; });
+        visitGroups<kKEYS / 16, false>(state, keys, values, scaleLog2, visible);
         return;
     }
-    Range const reach = keysOfTile(firstQuery, kWARP_QUERIES, block.window, block.causal, block.length);
-    int32_t const firstGroup = larger(reach.begin - firstKey, 0) / 16;
-    int32_t const lastGroup = smaller(ceilDiv(larger(reach.end - firstKey, 0), 16), kKEYS / 16);
-    if (firstGroup >= lastGroup)
+#pragma unroll 1
+    for (int32_t group = visible.groups.begin; group < visible.groups.end; ++group)
     {
-        return;
+        Visible const rest = visible.from(group);
+        if ((rest.keys & 0xffffU) != 0)
+        {
+            visitGroups<1, true>(state, keys + group * 16 * kD, values + group * 16 * kD, scaleLog2, rest);
+        }
     }
-    visitTile<true>(state, keys, values, scaleLog2, firstGroup, lastGroup, [&](int32_t row, int32_t column) {
-        return inBand(firstQuery + row, firstKey + column, block.window, block.causal)
-            && isLocal(block, firstKey + column);
-    });
 }
 
 // Sums to the context: through the warp's own 16 rows of the query tile, so that whole 16-byte chunks are written.
@@ -390,15 +491,24 @@ __device__ __forceinline__ void writeContext(
             int32_t const slot = block.slots[row];
             uint4 const found = slot == 0 ? *reinterpret_cast<uint4 const*>(tile + swizzled<kD>(row, chunk))
                                           : fixedRow<T>(p, block, slot, chunk);
-            size_t const at = block.row + positionOf(query, p.dilation, block.lane);
-            T* const to = static_cast<T*>(p.context) + (at * p.numHeads + block.head) * p.headSize + chunk * 8;
+            int32_t const position = positionOf(query, p.dilation, block.lane);
+            T* const to = static_cast<T*>(p.context) + offsetOf(p, block, position) + chunk * 8;
             *reinterpret_cast<uint4*>(to) = found;
         }
     }
 }
 
+// Blocks of head size 64 that a multiprocessor is to hold. For 4 the compiler spills on sm_80, sm_100 and sm_120; on
+// compute capability 8 and 12 there is no shared memory for a fourth.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kBLOCKS = 4;
+#else
+constexpr int kBLOCKS = 3;
+#endif
+
 template <typename T, int kD>
-__global__ void __launch_bounds__(kTHREADS) bandedAttentionTensorCores(BandedParams p)
+__global__ void __launch_bounds__(kTHREADS, kD <= 32 ? 4 : kD <= 64 ? kBLOCKS : 1)
+    bandedAttentionTensorCores(BandedParams p)
 {
     constexpr int kTILE = kKEYS * kD;
     T* const queries = static_cast<T*>(sharedMemory());
@@ -410,24 +520,24 @@ __global__ void __launch_bounds__(kTHREADS) bandedAttentionTensorCores(BandedPar
         return;
     }
     bool const anyLocal = fillTables(p, block);
-    int32_t const globalTiles = ceilDiv(p.slots, kKEYS);
+    int32_t const usedSlots = *block.usedSlots;
+    int32_t const globalTiles = ceilDiv(usedSlots, kKEYS);
     int32_t const tiles
         = anyLocal ? globalTiles + ceilDiv(block.keys.end - block.keys.begin, kKEYS) : 0;
+    auto const firstKey = [&](int32_t tile) { return block.keys.begin + (tile - globalTiles) * kKEYS; };
+    auto const globalGroups
+        = [&](int32_t tile) { return smaller(ceilDiv(usedSlots - tile * kKEYS, 16), kKEYS / 16); };
+    Chunk<kD> const mine(p);
     auto const copyKeysAndValues = [&](int32_t tile) {
         T* const k = keys + tile % 2 * kTILE;
         T* const v = values + tile % 2 * kTILE;
         if (tile < globalTiles)
         {
-            auto const at = [&](int32_t row) { return slotPosition(p, block, tile * kKEYS + row); };
-            copyTile<T, kD>(p, block, k, p.key, at);
-            copyTile<T, kD>(p, block, v, p.value, at);
+            copyGlobals<T, kD>(p, block, mine, k, v, tile * kKEYS, globalGroups(tile));
         }
         else
         {
-            int32_t const firstKey = block.keys.begin + (tile - globalTiles) * kKEYS;
-            auto const at = [&](int32_t row) { return keyPosition(p, block, firstKey + row); };
-            copyTile<T, kD>(p, block, k, p.key, at);
-            copyTile<T, kD>(p, block, v, p.value, at);
+            copyKeys<T, kD>(p, block, mine, k, v, firstKey(tile));
         }
         endCopies();
     };
@@ -447,10 +557,7 @@ __global__ void __launch_bounds__(kTHREADS) bandedAttentionTensorCores(BandedPar
     float const scaleLog2 = p.scale * kLOG2E;
     if (tiles > 0)
     {
-        copyTile<T, kD>(p, block, queries, p.query, [&](int32_t row) {
-            int32_t const query = block.firstQuery + row;
-            return query < block.length ? positionOf(query, p.dilation, block.lane) : -1;
-        });
+        copyQueries<T, kD>(p, block, mine, queries);
         copyKeysAndValues(0); // one group with the queries
     }
     for (int32_t tile = 0; tile < tiles; ++tile)
@@ -469,17 +576,10 @@ __global__ void __launch_bounds__(kTHREADS) bandedAttentionTensorCores(BandedPar
                 state.loadQuery(state.kept[WarpState<T, kD>::kKEEPS_QUERIES ? step : 0], step);
             }
         }
-        T const* const k = keys + tile % 2 * kTILE;
-        T const* const v = values + tile % 2 * kTILE;
-        if (tile < globalTiles)
-        {
-            visitGlobalTile<T, kD>(p, block, state, k, v, tile * kKEYS, scaleLog2);
-        }
-        else
-        {
-            visitBandTile<T, kD>(
-                block, state, k, v, block.keys.begin + (tile - globalTiles) * kKEYS, scaleLog2);
-        }
+        Visible const visible = tile < globalTiles
+            ? visibleGlobals(p, block, tile * kKEYS, globalGroups(tile))
+            : visibleKeys(block, firstKey(tile));
+        visitTile<T, kD>(state, keys + tile % 2 * kTILE, values + tile % 2 * kTILE, scaleLog2, visible);
     }
     writeContext<T, kD>(p, block, state, queries);
 }
@@ -529,7 +629,7 @@ __global__ void __launch_bounds__(kTHREADS) bandedAttentionFloat(BandedParams p)
         return;
     }
     bool const anyLocal = fillTables(p, block);
-    int32_t const globalTiles = ceilDiv(p.slots, kFLOAT_KEYS);
+    int32_t const globalTiles = ceilDiv(*block.usedSlots, kFLOAT_KEYS);
     int32_t const tiles
         = anyLocal ? globalTiles + ceilDiv(block.keys.end - block.keys.begin, kFLOAT_KEYS) : 0;
     int32_t const row = threadIdx.x / 8 * 4;
@@ -652,8 +752,8 @@ __global__ void __launch_bounds__(kTHREADS) bandedAttentionFloat(BandedParams p)
             continue;
         }
         int32_t const slot = block.slots[row + i];
-        size_t const at = block.row + positionOf(query, p.dilation, block.lane);
-        float* const to = static_cast<float*>(p.context) + (at * p.numHeads + block.head) * p.headSize;
+        float* const to
+            = static_cast<float*>(p.context) + offsetOf(p, block, positionOf(query, p.dilation, block.lane));
 #pragma unroll
         for (int c = 0; c < kD / 32; ++c)
         {
@@ -684,7 +784,7 @@ template <int kD>
 int32_t launchSized(BandedParams const& p, CUstream_st* stream)
 {
     dim3 const grid(ceilDiv(ceilDiv(p.seqlen, p.dilation), kQUERIES), p.numHeads * p.dilation, p.batch);
-    size_t const tables = 4 * (kQUERIES + static_cast<size_t>(localWords(p)));
+    size_t const tables = tableBytes(p);
     size_t const tiles = 2 * static_cast<size_t>(kQUERIES + 4 * kKEYS) * kD;
     switch (p.type)
     {

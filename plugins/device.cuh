@@ -1,6 +1,6 @@
 // The machine as the kernels see it: tensor-core products, fragment loads, asynchronous copies, number formats.
-// Source: PTX ISA, "mma.sync m16n8k16", "ldmatrix", "cp.async". Tests put another header in its place, which does the
-// same on the CPU (tests/plugins/emulated_device.h).
+// Source: PTX ISA, "mma.sync m16n8k16", "ldmatrix", "cp.async", "ex2". Tests put another header in its place, which does
+// the same on the CPU (tests/plugins/emulated_device.h).
 #pragma once
 
 #ifdef LFX_EMULATED
@@ -58,6 +58,14 @@ __device__ __forceinline__ uint32_t pack<Bf16>(float low, float high)
 {
     __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
     return reinterpret_cast<uint32_t const&>(pair);
+}
+
+// 2 to the power of x, off by 2^-22 of it at most; 0 where that would be below the smallest normal number.
+__device__ __forceinline__ float exp2Flushed(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 // c (16×8) += a (16×16) · b (16×8). With r = lane / 4 and t = lane % 4, a lane holds

@@ -75,21 +75,20 @@ struct Layout
     int32_t stride;
 };
 
-// Starts the copy of rows of a head into shared memory; rows from `valid` on, masked ones, and columns behind the head
-// are zeros.
-template <typename T>
+// Starts the copy of rows of a head into shared memory, kLANES threads a row; rows from `valid` on, masked ones, and
+// columns behind the head are zeros.
+template <int kLANES, typename T>
 __device__ __forceinline__ void copyRows(
     T* tile, int32_t stride, int32_t columns, T const* source, size_t sourceStride, int32_t rows, int32_t valid,
     int32_t headSize, int32_t const* mask)
 {
-    int32_t const chunks = columns / 8;
-    for (int32_t i = threadIdx.x; i < rows * chunks; i += kTHREADS)
+    for (int32_t row = threadIdx.x / kLANES; row < rows; row += kTHREADS / kLANES)
     {
-        int32_t const row = i / chunks;
-        int32_t const column = i % chunks * 8;
-        bool const inside = row < valid && column < headSize && (mask == nullptr || mask[row] != 0);
-        T const* const from = inside ? source + row * sourceStride + column : source;
-        copyAsync(tile + row * stride + column, from, inside);
+        bool const real = row < valid && (mask == nullptr || mask[row] != 0);
+        for (int32_t column = threadIdx.x % kLANES * 8; column < columns; column += kLANES * 8)
+        {
+            copyAsync(tile + row * stride + column, source + row * sourceStride + column, real && column < headSize);
+        }
     }
 }
 
@@ -98,6 +97,7 @@ template <typename T, int kKEYS, int kPAIRS>
 __global__ void __launch_bounds__(kTHREADS) globalAttentionTensorCores(GlobalParams p)
 {
     using Shared = Layout<kKEYS>;
+    constexpr int kLANES = kKEYS == 64 ? kNARROW / 8 : 32; // that copy a row: enough for a narrow head
     Shared const shared(p.headSize);
     T* const queries = static_cast<T*>(sharedMemory());
     T* const tile = queries + kQUERIES * shared.stride;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kTHREADS) globalAttentionTensorCores(GlobalPar
     int32_t const* const mask = p.keyMask + static_cast<size_t>(batch) * p.seqlen;
     float const scaleLog2 = p.scale * kLOG2E;
 
-    copyRows(queries, shared.stride, shared.width,
+    copyRows<kLANES>(queries, shared.stride, shared.width,
         static_cast<T const*>(p.query)
             + (static_cast<size_t>(batch) * p.queries + firstQuery) * rowStride
             + static_cast<size_t>(head) * p.headSize,
@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(kTHREADS) globalAttentionTensorCores(GlobalPar
     {
         int32_t const found = smaller(endKey - first, kKEYS);
         __syncthreads(); // the values of the tile before are used up
-        copyRows(tile, shared.stride, shared.width, keys + first * rowStride, rowStride, kKEYS, found, p.headSize,
-            mask + first);
+        copyRows<kLANES>(tile, shared.stride, shared.width, keys + first * rowStride, rowStride, kKEYS, found,
+            p.headSize, mask + first);
         endCopies();
         waitForCopies<0>();
         __syncthreads();
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kTHREADS) globalAttentionTensorCores(GlobalPar
         }
         if (keys != values)
         {
-            copyRows(
+            copyRows<kLANES>(
                 tile, shared.stride, shared.width, values + first * rowStride, rowStride, kKEYS, found,
                 p.headSize, mask + first);
             endCopies();
@@ -448,36 +448,63 @@ __global__ void __launch_bounds__(kTHREADS, 1) globalAttentionFloat(GlobalParams
 
 // ---- joining the parts ----------------------------------------------------------------------------------------------
 
-// One block a row: the parts' sums, each brought to the highest peak, over their total.
+constexpr int kJOINED = 32; // columns of a block: one a lane, while each warp has every eighth part
+
+LFX_HOST_DEVICE constexpr size_t joinBytes()
+{
+    return sizeof(float) * kWARPS * (kJOINED + 1);
+}
+
+// Some columns of a row: the parts' sums, each brought to the highest peak, over their total.
 template <typename T>
 __global__ void __launch_bounds__(kTHREADS) joinParts(GlobalParams p)
 {
-    int32_t const query = blockIdx.x;
-    int32_t const headRow = blockIdx.z;
+    float* const sums = static_cast<float*>(sharedMemory()); // (kWARPS, kJOINED)
+    float* const totals = sums + kWARPS * kJOINED;           // (kWARPS)
+    int32_t const lane = threadIdx.x % 32;
+    int32_t const warp = threadIdx.x / 32;
+    int32_t const column = blockIdx.y * kJOINED + lane;
     int32_t const parts = splitKeys(p.batch, p.queries, p.seqlen, p.numHeads, p.headSize).parts;
+    float const* const first = p.workspace + partialRow(p, 0, blockIdx.z, blockIdx.x);
+    size_t const stride = partialRow(p, 1, 0, 0); // from part to part
     float highest = kNEVER;
-    for (int32_t part = 0; part < parts; ++part)
+    for (int32_t part = lane; part < parts; part += 32)
     {
-        highest = fmaxf(highest, p.workspace[partialRow(p, part, headRow, query) + p.headSize]);
+        highest = fmaxf(highest, first[part * stride + p.headSize]);
+    }
+#pragma unroll
+    for (int other = 1; other < 32; other *= 2)
+    {
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffU, highest, other));
     }
     float const base = highest == kNEVER ? 0.0F : highest;
-    int32_t const batch = headRow / p.numHeads;
-    int32_t const head = headRow % p.numHeads;
-    T* const out = static_cast<T*>(p.context)
-        + ((static_cast<size_t>(batch) * p.queries + query) * p.numHeads + head) * p.headSize;
-    for (int32_t column = threadIdx.x; column < p.headSize; column += kTHREADS)
+    float sum = 0.0F;
+    float total = 0.0F;
+#pragma unroll 8
+    for (int32_t part = warp; part < parts; part += kWARPS)
     {
-        float sum = 0.0F;
-        float total = 0.0F;
-        for (int32_t part = 0; part < parts; ++part)
-        {
-            float const* const row = p.workspace + partialRow(p, part, headRow, query);
-            float const weight = exp2f(row[p.headSize] - base);
-            sum += weight * row[column];
-            total += weight * row[p.headSize + 1];
-        }
-        out[column] = fromFloat<T>(total > 0.0F ? sum / total : 0.0F);
+        float const* const row = first + part * stride;
+        float const weight = exp2f(row[p.headSize] - base);
+        sum += weight * (column < p.headSize ? row[column] : 0.0F);
+        total += weight * row[p.headSize + 1];
     }
+    sums[warp * kJOINED + lane] = sum;
+    totals[warp] = total; // the same in every lane
+    __syncthreads();
+    if (warp != 0 || column >= p.headSize)
+    {
+        return;
+    }
+#pragma unroll
+    for (int other = 1; other < kWARPS; ++other)
+    {
+        sum += sums[other * kJOINED + lane];
+        total += totals[other];
+    }
+    int32_t const batch = blockIdx.z / p.numHeads;
+    int32_t const head = blockIdx.z % p.numHeads;
+    size_t const row = (static_cast<size_t>(batch) * p.queries + blockIdx.x) * p.numHeads + head;
+    static_cast<T*>(p.context)[row * p.headSize + column] = fromFloat<T>(total > 0.0F ? sum / total : 0.0F);
 }
 
 // ---- launch -----------------------------------------------------------------------------------------------------------
@@ -513,7 +540,7 @@ int32_t launchGlobalAttention(GlobalParams const& p, CUstream_st* stream) noexce
     }
     Split const split = splitKeys(p.batch, p.queries, p.seqlen, p.numHeads, p.headSize);
     dim3 const grid(split.parts, ceilDiv(p.queries, kQUERIES), p.batch * p.numHeads);
-    dim3 const rows(p.queries, 1, p.batch * p.numHeads);
+    dim3 const rows(p.queries, ceilDiv(p.headSize, kJOINED), p.batch * p.numHeads);
     int32_t error = 0;
     switch (p.type)
     {
@@ -527,9 +554,9 @@ int32_t launchGlobalAttention(GlobalParams const& p, CUstream_st* stream) noexce
     }
     switch (p.type)
     {
-    case Type::kFLOAT: return launch(joinParts<float>, rows, kTHREADS, 0, p, stream);
-    case Type::kHALF: return launch(joinParts<Half>, rows, kTHREADS, 0, p, stream);
-    default: return launch(joinParts<Bf16>, rows, kTHREADS, 0, p, stream);
+    case Type::kFLOAT: return launch(joinParts<float>, rows, kTHREADS, joinBytes(), p, stream);
+    case Type::kHALF: return launch(joinParts<Half>, rows, kTHREADS, joinBytes(), p, stream);
+    default: return launch(joinParts<Bf16>, rows, kTHREADS, joinBytes(), p, stream);
     }
 }
 

@@ -138,25 +138,26 @@ def kernel_costs(case: Case) -> dict[str, float]:
     """What the kernel as it is does beyond the useful work; follows plugins/banded_attention.cu.
 
     Returns:
-        computed_over_useful: pairs that its groups of 16 keys compute, over the useful pairs.
+        computed_over_useful: pairs that its groups of 16 keys compute, over the useful pairs; groups of global tokens
+            alone are left out of the band.
         l2_bytes: key, value, query and context rows that blocks of 64 queries move.
         shared_bytes: that ldmatrix reads and cp.async writes.
     """
-    size, slots = case.head_size, max(case.globals, 1)
+    size, global_groups = case.head_size, -(-case.globals // 16)
     first = np.arange(0, case.seqlen, 64)
     begin = np.maximum(first - case.window, 0)
     end = np.minimum(np.minimum(first + 64, case.seqlen) + case.window, case.seqlen)
-    tiles = -(-(end - begin) // 64) + -(-slots // 64)
+    copied = 64 * -(-(end - begin) // 64) + 16 * global_groups
     warp = np.arange(0, case.seqlen, 16)
-    start = np.maximum(warp - case.window, 0) - begin[warp // 64]
+    start = np.maximum(np.maximum(warp - case.window, 0), case.globals) - begin[warp // 64]
     stop = np.minimum(np.minimum(warp + 16, case.seqlen) + case.window, case.seqlen) - begin[warp // 64]
-    groups = (-(-stop // 16) - start // 16 + -(-slots // 16)).sum()
+    groups = (np.maximum(-(-stop // 16) - start // 16, 0) + global_groups).sum()
     heads = case.batch * case.heads
     rows = 2 * ((end - begin).sum() + case.globals * len(first)) + 2 * case.seqlen
     return {
         "computed_over_useful": float(groups) * 256 / useful_pairs(case),
         "l2_bytes": float(heads * rows * 2 * size),
-        "shared_bytes": float(heads * (groups * 64 * size + tiles.sum() * 256 * size)),
+        "shared_bytes": float(heads * (groups * 64 * size + copied.sum() * 4 * size)),
     }
 
 
@@ -573,15 +574,20 @@ def code_report(library: Path) -> str:
         return "machine code: not read, cuobjdump is not installed"
     code = next(code for name, code in codes.items() if "bandedAttentionTensorCoresI6__halfLi64" in name)
     registers = int(code.split("REG:")[1].split()[0])
-    loops = [loop for loop in gpu.innermost_loops(code) if loop.count("LDGSTS") == 4]
-    tile = max(gpu.straight_runs(code), key=lambda run: (run.count("HMMA"), -len(run)))
-    names = ", ".join(f"{count} {name}" for name, count in Counter(tile).most_common(10))
+    runs = gpu.straight_runs(code)
+    products = sorted((run for run in runs if "HMMA" in run), key=lambda run: run.count("HMMA"))
+    copies = [len(run) for run in runs if run.count("LDGSTS") == 8]
+
+    def described(run: list[str]) -> str:
+        names = ", ".join(f"{count} {name}" for name, count in Counter(run).most_common(10))
+        return f"{len(run)} instructions: {names}"
+
     return (
         f"machine code, head size 64, float16: {code.splitlines()[0].split(' CONSTANT')[0]}; "
         f"{65536 // (128 * (-(-registers // 8) * 8))} blocks of 128 threads a multiprocessor by registers\n"
-        f"  a tile of 64 keys wholly seen, a warp: {len(tile)} instructions: {names}\n"
-        f"  a loop of 4 asynchronous copies: {min(map(len, loops), default=0)} to {max(map(len, loops), default=0)} "
-        "instructions; key and value tile take two such loops\n"
+        f"  a tile of 64 keys wholly seen, a warp: {described(products[-1])}\n"
+        f"  a group of 16 keys of another tile: {described(products[0])}\n"
+        f"  the 8 asynchronous copies of a tile of the band, a thread: {min(copies)} to {max(copies)} instructions\n"
     )
 
 

@@ -119,14 +119,6 @@ def straight_runs(code: str) -> list[list[str]]:
     return [run for run in runs if run]
 
 
-def innermost_loops(code: str) -> list[list[str]]:
-    """The opcodes of each loop that holds no other; a loop is what a branch backwards jumps over."""
-    instructions, jumps = _instructions(code)
-    spans = [(to, at) for at, to in jumps if to < at]
-    inner = [s for s in spans if not any(s != o and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    return [[name for at, name in instructions if begin <= at <= end] for begin, end in inner]
-
-
 def require() -> None:
     """Ends the script where there is no GPU."""
     if not _torch().cuda.is_available():

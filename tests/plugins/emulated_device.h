@@ -14,6 +14,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <limits>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <vector>
@@ -364,6 +365,12 @@ float unpack(uint32_t pair, int which)
     return toFloat(T{static_cast<uint16_t>(which == 0 ? pair & 0xffff : pair >> 16)});
 }
 
+inline float exp2Flushed(float x)
+{
+    float const y = std::exp2(x);
+    return y < std::numeric_limits<float>::min() ? 0.0F : y;
+}
+
 struct Product
 {
     float* c;
@@ -590,4 +597,9 @@ inline float __shfl_xor_sync(uint32_t, float value, int mask)
 inline void atomicAnd(uint32_t* address, uint32_t value)
 {
     *address &= value;
+}
+
+inline void atomicMax(int32_t* address, int32_t value)
+{
+    *address = *address > value ? *address : value;
 }

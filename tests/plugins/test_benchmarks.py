@@ -372,11 +372,10 @@ def test_the_models_shapes_are_those_of_the_claims_first() -> None:
     assert len(whole.SHAPES) == len(set(whole.SHAPES)) == 12
 
 
-def test_straight_runs_and_innermost_loops_of_machine_code() -> None:
+def test_straight_runs_of_machine_code() -> None:
     lines = ["MOV R1, R2", "LDS R3, [R1]", "@P0 BRA 0x10", "HMMA.16816.F32 R0, R1, R2, R3", "@!P1 BRA 0x0", "EXIT"]
     code = "".join(f"        /*{16 * i:04x}*/    {line} ;  /* 0x0 */\n" for i, line in enumerate(lines))
     assert gpu.straight_runs(code) == [["MOV"], ["LDS", "BRA"], ["HMMA", "BRA"], ["EXIT"]]
-    assert gpu.innermost_loops(code) == [["LDS", "BRA"]]
 
 
 # ---- both scripts from end to end, but for the GPU -----------------------------------------------------------------

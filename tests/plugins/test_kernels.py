@@ -34,6 +34,26 @@ def check_global(problem: Global, kernels: Kernels) -> None:
     assert error <= problem.tolerance()
 
 
+def one_key_masked(key: int, precision: str) -> Banded:
+    """Tiles that are wholly seen but for one key; scores are negative: a row of zeros would outweigh the rest."""
+    problem = banded(Case(1, 330), 1, 64, 100, precision=precision)
+    problem.inputs["key_mask"][0, key] = 0
+    problem.inputs["key"] = np.abs(problem.inputs["key"])
+    problem.inputs["query"] = -np.abs(problem.inputs["query"])
+    return problem
+
+
+def some_slots_used(used: list[int], slots: int, precision: str) -> Banded:
+    """Global tokens in given slots; what marks the others as unused differs from slot to slot."""
+    problem = banded(Case(1, 150), 1, 16, 20, precision=precision)
+    index = np.where(np.arange(slots) % 2, -1, -150).astype(np.int32)
+    index[used] = 7 + 3 * np.arange(len(used))
+    problem.inputs["global_index"] = index[None]
+    rows = np.random.default_rng(slots).standard_normal((1, slots, 16))
+    problem.inputs["global_context"] = rows.astype(problem.inputs["query"].dtype)
+    return problem
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_banded_attention_over_the_cases_of_the_parity_suite(emulated: Kernels, precision: str) -> None:
     for case in full_cases(8, None):
@@ -71,6 +91,18 @@ def test_more_global_tokens_than_a_tile_holds(emulated: Kernels, precision: str)
     rows = np.random.default_rng(0).standard_normal((2, 100, 16))
     problem.inputs["global_context"] = rows.astype(problem.inputs["query"].dtype)
     check(problem, emulated)
+
+
+@pytest.mark.parametrize(("precision", "key"), product(PRECISIONS, (0, 63, 64, 100, 127, 170, 200, 329)))
+def test_one_masked_key_in_a_tile_that_is_else_wholly_seen(emulated: Kernels, precision: str, key: int) -> None:
+    check(one_key_masked(key, precision), emulated)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_used_slots_among_unused_ones(emulated: Kernels, precision: str) -> None:
+    cases: list[tuple[int, list[int]]] = [(1, []), (80, []), (1, [0]), (80, [0]), (80, [15, 16]), (80, [40])]
+    for slots, used in [*cases, (80, [64]), (140, [3, 139])]:
+        check(some_slots_used(used, slots, precision), emulated)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -162,9 +194,33 @@ MUTATIONS = {
     "a key behind the end": ("banded_attention.cu", "key < block.keys.end && mask", "mask"),
     "a window too wide": (
         "banded_attention.cu",
-        "inBand(firstQuery + row, firstKey + column, block.window",
-        "inBand(firstQuery + row, firstKey + column, block.window + 1",
+        "last = block.window + (",
+        "last = 1 + block.window + (",
     ),
+    "a masked key among visible ones": ("banded_attention.cu", "keys == UINT64_MAX && distance", "distance"),
+    "a tile at the edge taken for one inside": (
+        "banded_attention.cu",
+        "distance >= kWARP_QUERIES - 1",
+        "distance >= 0",
+    ),
+    "a tile at the other edge taken for one inside": (
+        "banded_attention.cu",
+        "distance + kKEYS - 1 <= last",
+        "distance + kKEYS - 1 <= last + kWARP_QUERIES - 1",
+    ),
+    "a group too few at the edge": ("banded_attention.cu", "last + kWARP_QUERIES - distance", "last - distance"),
+    "a row of values that does not go on": ("banded_attention.cu", "from.value += mine.stride;", ""),
+    "the last used slot forgotten": (
+        "banded_attention.cu",
+        "atomicMax(block.usedSlots, g + 1)",
+        "atomicMax(block.usedSlots, g)",
+    ),
+    "a group of unused slots that is not copied": (
+        "banded_attention.cu",
+        "if (row >= groups * 16)",
+        "if (row >= groups * 16 - 16)",
+    ),
+    "a peak without its scale": ("banded_attention.cu", "highest[i] * scaleLog2", "highest[i]"),
     "a total not rescaled": ("banded_attention.cu", "state.total[i] *= keep[i];", ""),
     "a fragment of the wrong column": (
         "banded_attention.cu",
@@ -172,7 +228,9 @@ MUTATIONS = {
         "lane / 8 % 2 * 8, n * 2 + lane / 8 % 2",
     ),
     "a masked key": ("global_attention.cu", "mask[first + column] != 0", "mask[first + column] >= 0"),
-    "parts not rescaled": ("global_attention.cu", "sum += weight * row[column];", "sum += row[column];"),
+    "parts not rescaled": ("global_attention.cu", "sum += weight * (column", "sum += (column"),
+    "a part not joined": ("global_attention.cu", "other < kWARPS; ++other", "other < kWARPS - 1; ++other"),
+    "a column not copied": ("global_attention.cu", "threadIdx.x % kLANES * 8", "8 + threadIdx.x % kLANES * 8"),
 }
 
 
@@ -184,7 +242,7 @@ def test_the_suite_finds_a_broken_kernel(name: str, tmp_path: Path) -> None:
         "import sys; from pathlib import Path; import tests.plugins.build as build\n"
         "build.PLUGINS = Path(sys.argv[1])\n"
         "from lfx.runtime.plugin import Kernels; from lfx.parity import Case\n"
-        "from tests.plugins.test_kernels import check, check_global\n"
+        "from tests.plugins.test_kernels import check, check_global, one_key_masked, some_slots_used\n"
         "from tests.plugins.problems import banded, global_\n"
         "kernels = Kernels(build.emulated_library(Path(sys.argv[2])))\n"
         "print('built', flush=True)\n"
@@ -192,6 +250,8 @@ def test_the_suite_finds_a_broken_kernel(name: str, tmp_path: Path) -> None:
         "    check(banded(case, 2, 64, 20, precision='fp16'), kernels)\n"
         "    check_global(global_(case, 3, 2, 64, precision='fp16'), kernels)\n"
         "check_global(global_(Case(1, 700, 'none', 'left'), 3, 1, 64, precision='fp16'), kernels)\n"
+        "check(one_key_masked(200, 'fp16'), kernels)\n"
+        "check(some_slots_used([64], 80, 'fp16'), kernels)\n"
         "print('passed')\n"
     )
     mutant = tmp_path / "plugins"
