@@ -10,12 +10,13 @@ Requests that arrive together run together. A bad request gets 400 and the reaso
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from lfx.errors import InputError, OverloadError
+from lfx.errors import InputError, LfxError, OverloadError
 from lfx.runtime import Batcher, Engine
 from lfx.runtime.text import Text
 
@@ -37,16 +38,19 @@ def make_server(bundle: Path, port: int = 8000, max_delay_ms: float = 5.0) -> Th
                 self._reply(200 if self.path == "/health" else 404, "{}")
 
         def do_POST(self) -> None:
-            size = int(self.headers.get("Content-Length", 0))
-            if self.path != "/run" or size > LARGEST_BODY:
-                self._reply(404 if self.path != "/run" else 413, "{}")
+            length = self.headers.get("Content-Length", "")
+            size = int(length) if length.isascii() and length.isdigit() else -1
+            if self.path != "/run" or not 0 <= size <= LARGEST_BODY:
+                self._reply(404 if self.path != "/run" else 413 if size > 0 else 411, "{}")
                 return
             try:
                 self._reply(200, json.dumps(self._run(self.rfile.read(size))))
             except OverloadError as error:
                 self._reply(503, json.dumps({"error": str(error)}))
-            except (InputError, ValueError, TypeError, KeyError) as error:
+            except (InputError, ValueError, TypeError, KeyError, RecursionError) as error:
                 self._reply(400, json.dumps({"error": str(error)}))
+            except LfxError as error:
+                self._reply(500, json.dumps({"error": str(error)}))
 
         def _run(self, body: bytes) -> dict[str, Any]:
             request = json.loads(body)
@@ -73,4 +77,5 @@ if __name__ == "__main__":
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args()
-    make_server(options.bundle, options.port).serve_forever()
+    with contextlib.suppress(KeyboardInterrupt):
+        make_server(options.bundle, options.port).serve_forever()

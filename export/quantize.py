@@ -92,6 +92,10 @@ def quantize(
     feeds, found_in = _read(Path(calibration), manifest.signature, Path(tokenizer or folder), samples)
     model = onnx.load(str(folder / MODEL), load_external_data=False)
     layers = _linear_layers(model, keep_float)
+    every = _linear_layers(model, ()).values()
+    for pattern in keep_float:
+        if not any(fnmatch(name, pattern) for name in every):
+            raise ExportError(f"keep_float {pattern!r} is the name of no linear layer; they are {', '.join(every)}")
     if not layers:
         raise ExportError(
             f"{bundle} has no linear layer to quantize; keep_float keeps {', '.join(keep_float) or 'none'}"
@@ -219,6 +223,7 @@ def _quiet_quantizer() -> Iterator[None]:
 def _finish(path: Path, signature: Signature, layers: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Write the signature into the file; returns scale and zero point of each layer's input."""
     model = onnx.load(str(path), load_external_data=False)
+    _round_for_products_only(model, layers)
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, {"lfx": json.dumps(signature.to_dict())})
     onnx.save(model, str(path))
@@ -233,6 +238,45 @@ def _finish(path: Path, signature: Signature, layers: dict[str, str]) -> dict[st
             scale, zero = (onnx.numpy_helper.to_array(values[name]) for name in source.input[1:3])
             scales[layers[node.name]] = {"scale": float(scale), "zero_point": int(zero)}
     return scales
+
+
+def _round_for_products_only(model: onnx.ModelProto, layers: dict[str, str]) -> None:
+    """Give residuals, global rows and outputs the tensor in front of its rounding.
+
+    The quantizer puts QuantizeLinear and DequantizeLinear on a tensor for everything that reads it.
+    """
+    producers = {name: node for node in model.graph.node for name in node.output}
+    rounded: dict[str, str] = {}
+    for node in model.graph.node:
+        source = producers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if source is not None and source.op_type == "QuantizeLinear":
+            rounded[node.output[0]] = source.input[0]
+    outputs = {output.name for output in model.graph.output}
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear" or node.name in layers:
+            continue
+        _rename_inputs_of(node, rounded)
+    for name in outputs & rounded.keys():  # the quantizer gave the output's name to the rounded tensor
+        exact, inner = rounded[name], f"{name}/rounded"
+        renamed = {name: inner, exact: name}
+        for node in model.graph.node:
+            for i, found in enumerate(node.output):
+                node.output[i] = renamed.get(found, found)
+        _rename_inputs(model.graph, renamed)
+
+
+def _rename_inputs(graph: onnx.GraphProto, names: dict[str, str]) -> None:
+    for node in graph.node:
+        _rename_inputs_of(node, names)
+
+
+def _rename_inputs_of(node: onnx.NodeProto, names: dict[str, str]) -> None:
+    """Of the branches of an If too, which read the tensors around them."""
+    for i, name in enumerate(node.input):
+        node.input[i] = names.get(name, name)
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            _rename_inputs(attribute.g, names)
 
 
 def _summary(report: Report) -> dict[str, Any]:

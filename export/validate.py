@@ -15,12 +15,12 @@ import numpy as np
 from torch import nn
 from transformers.models.longformer import modeling_longformer as hf
 
-from lfx.config import GRAPH_INPUTS, Signature
+from lfx.config import GRAPH_INPUTS, QUANTIZED, Signature
 from lfx.errors import ExportError, InputError
 from lfx.export.layers import layer_name
 from lfx.export.rewrite import attention_windows
 from lfx.export.runners import int8_runner, reference_runner, torch_runner
-from lfx.parity import Case, Report, compare, quick_cases
+from lfx.parity import UNIT_ROUNDOFF, Case, Report, compare, quick_cases
 from lfx.runtime import Engine
 from lfx.runtime.conversion import engine_runner, model_inputs
 from lfx.runtime.inputs import default_global
@@ -69,17 +69,20 @@ def compare_engine(
     fitting = [case for case in wanted if engine.takes(case.batch, case.seqlen)]
     if not fitting:
         raise InputError("the plan was built for none of the lengths and batches that are compared; give --cases full")
+    # Of the bundle's precision and the arithmetic's, the coarser one; integers stay what they are.
+    precision = max(signature.precision, engine.precision, key=UNIT_ROUNDOFF.__getitem__)
     if quantization:
+        precision = QUANTIZED
         witness = int8_runner(module, quantization, inputs, by_layer=by_layer)
     else:
-        witness = torch_runner(module, engine.precision, inputs, by_layer=by_layer)
+        witness = torch_runner(module, precision, inputs, by_layer=by_layer)
     return compare(
         fitting,
         lambda case: model_inputs(case, signature),
         reference=reference_runner(module, inputs, by_layer=by_layer),
         witness=witness,
         candidate=engine_runner(engine),
-        precision=engine.precision,
+        precision=precision,
         layers=layers,
         depth={layer_name(i): i + 1 for i in range(layers)},
         on_case=lambda case: progress(f"comparing: {case}"),

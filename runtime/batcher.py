@@ -22,9 +22,24 @@ from lfx.runtime.inputs import Batch, prepare
 @dataclass(frozen=True)
 class _Request:
     batch: Batch
-    length: int  # tokens
     arrived: float  # time.monotonic
     future: Future[Outputs]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence, or of each choice."""
+        return int(self.batch.feeds["input_ids"].shape[-1])
+
+    @property
+    def size(self) -> int:
+        """Tokens, of all choices."""
+        return int(self.batch.feeds["input_ids"].size)
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """What must be equal to run together: choices, and the length where no mask can hide padding."""
+        shape = self.batch.feeds["input_ids"].shape
+        return shape[:-1] if "attention_mask" in self.batch.feeds else shape
 
 
 class Batcher:
@@ -82,10 +97,12 @@ class Batcher:
             shape = batch.feeds["input_ids"].shape
             if shape[0] != 1:
                 raise InputError(f"{shape[0]} sequences came; submit them one by one, and they run together")
-            request = _Request(batch, shape[-1], arrived, Future())
+            request = _Request(batch, arrived, Future())
             with self._changed:
                 if self._closed:
                     raise OverloadError("this Batcher is closed; make a new one")
+                if len(self._waiting) >= self._max_pending:
+                    self._waiting = deque(r for r in self._waiting if not r.future.cancelled())
                 if len(self._waiting) >= self._max_pending:
                     raise OverloadError(f"{self._max_pending} requests are waiting already; try again later")
                 self._waiting.append(request)
@@ -108,56 +125,66 @@ class Batcher:
             worker.join()
 
     def _work(self) -> None:
-        while group := self._next_group():
-            running = [request for request in group if request.future.set_running_or_notify_cancel()]
-            if not running:
+        while True:
+            failure: BaseException | None = None
+            with self._changed:
+                self._wait_until_due()
+                if not self._waiting:
+                    return
+                try:
+                    group = self._take()
+                except BaseException as error:  # the Engine was closed: nobody is left waiting for an answer
+                    group, failure = list(self._waiting), error
+                    self._waiting.clear()
+            if failure is None:
+                self._run(group)
+            else:
+                self._fail(group, failure)
+
+    def _wait_until_due(self) -> None:
+        """Wait until the oldest request has waited long enough, or a whole batch is there, or all is done."""
+        while True:
+            if not self._waiting:
+                if self._closed:
+                    return
+                self._changed.wait()
                 continue
-            try:
-                results = self._engine.run_together([request.batch for request in running])
-            except BaseException as error:
-                self._fail(running, error)
-                continue
-            now = time.monotonic()
-            for request, result in zip(running, results, strict=True):
-                self._engine.metrics.answered(now - request.arrived)
-                request.future.set_result(result)
+            left = self._waiting[0].arrived + self._delay - time.monotonic()
+            if self._closed or left <= 0 or sum(request.size for request in self._waiting) >= self._budget:
+                return
+            self._changed.wait(left)
+
+    def _take(self) -> list[_Request]:
+        """The batch that the oldest request is in."""
+        oldest = self._waiting[0]
+        alike = [r for r in itertools.islice(self._waiting, AHEAD) if r.kind == oldest.kind]
+        choices = max(oldest.size // oldest.length, 1)
+        groups = batches([r.length for r in alike], max(self._budget // choices, 1), self._engine.takes)
+        group = next([alike[i] for i in found] for found in groups if any(alike[i] is oldest for i in found))
+        chosen = set(map(id, group))
+        self._waiting = deque(r for r in self._waiting if id(r) not in chosen)
+        self._changed.notify()  # another worker may take the next
+        return group
+
+    def _run(self, group: list[_Request]) -> None:
+        running = [request for request in group if request.future.set_running_or_notify_cancel()]
+        if not running:
+            return
+        try:
+            results = self._engine.run_together([request.batch for request in running])
+        except BaseException as error:
+            self._fail(running, error)
+            return
+        now = time.monotonic()
+        for request, result in zip(running, results, strict=True):
+            self._engine.metrics.answered(now - request.arrived)
+            request.future.set_result(result)
 
     def _fail(self, requests: Iterable[_Request], error: BaseException) -> None:
         for request in requests:
             if request.future.running() or request.future.set_running_or_notify_cancel():
                 self._engine.metrics.failed()
                 request.future.set_exception(error)
-
-    def _next_group(self) -> list[_Request]:
-        """Wait until a group is due; the batch that the oldest request is in. Empty when all is done."""
-        with self._changed:
-            while True:
-                if not self._waiting:
-                    if self._closed:
-                        return []
-                    self._changed.wait()
-                    continue
-                left = self._waiting[0].arrived + self._delay - time.monotonic()
-                if self._closed or left <= 0 or sum(r.length for r in self._waiting) >= self._budget:
-                    try:
-                        return self._take()
-                    except BaseException as error:  # the Engine was closed: nobody is left waiting for an answer
-                        self._fail(self._waiting, error)
-                        self._waiting.clear()
-                self._changed.wait(left)
-
-    def _take(self) -> list[_Request]:
-        shapes: dict[tuple[int, ...], list[_Request]] = {}
-        for request in itertools.islice(self._waiting, AHEAD):  # choices, of multiple choice, must be as many
-            shapes.setdefault(request.batch.feeds["input_ids"].shape[:-1], []).append(request)
-        oldest = self._waiting[0]
-        alike = shapes[oldest.batch.feeds["input_ids"].shape[:-1]]
-        groups = batches([r.length for r in alike], self._budget, self._engine.takes)
-        group = next([alike[i] for i in found] for found in groups if any(alike[i] is oldest for i in found))
-        chosen = set(map(id, group))
-        self._waiting = deque(r for r in self._waiting if id(r) not in chosen)
-        self._changed.notify()  # another worker may take the next
-        return group
 
     def __enter__(self) -> Batcher:
         return self

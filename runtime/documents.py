@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,15 +90,18 @@ def run_documents(
     partial = output.with_name(f".{output.name}.partial")
     header = {
         "input": sha256(source),
-        "model": engine.manifest.to_dict().get("manifest_sha256") if engine.manifest is not None else None,
+        "model": engine.identity,
+        "tokenizer": reader.sha256 if reader is not None else None,
         "backend": engine.backend,
+        "precision": engine.precision,
         "stride": stride,
         "token_budget": engine.token_budget,
     }
-    summary = _resume(partial, header)
-    summary.resumed_at = summary.documents
     try:
         with partial.open("a", encoding="utf-8") as file:
+            _lock(file, output)
+            summary = _resume(partial, header)
+            summary.resumed_at = summary.documents
             for chunk in _chunks(itertools.islice(_lines(source), summary.documents, None)):
                 items = [_encode(number, found, engine.signature, reader, stride) for number, found in chunk]
                 for item in items:
@@ -111,12 +115,27 @@ def run_documents(
                 summary.documents += marker["done"]
                 summary.refused += marker["refused"]
                 progress(f"{summary.documents:,} documents")
-        _finish(partial, output)
+            _finish(partial, output)
     except OSError as error:
         raise InputError(
             f"{output} cannot be written: {error}; what is done is kept, and goes on from there"
         ) from error
     return summary
+
+
+def _lock(file: IO[str], output: Path) -> None:
+    """Keep a second run away from this output for as long as the file is open."""
+    try:
+        fcntl = importlib.import_module("fcntl")
+    except ModuleNotFoundError:
+        return  # no such lock on Windows
+    busy = f"another run is writing {output}; wait for it, or give another --output"
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(busy) from error
+    if not Path(file.name).exists() or not os.path.samestat(os.fstat(file.fileno()), Path(file.name).stat()):
+        raise InputError(busy)  # it ended, and took the file away, between opening and locking
 
 
 def encoded(source: Path, signature: Signature, folder: Path) -> Iterator[Encoded]:
@@ -207,7 +226,7 @@ def _encode(line: int, found: Any, signature: Signature, reader: Text | None, st
             raise found
         if not isinstance(found, dict):
             raise InputError(f"{type(found).__name__} where an object with text or input_ids should be")
-        item.id = found.get("id")
+        item.id = _checked_id(found.get("id"))
         item.windows = _windows(found, signature, reader, stride)
         for window in item.windows:
             prepare([window.ids], None, None, signature)  # ids and lengths
@@ -216,10 +235,21 @@ def _encode(line: int, found: Any, signature: Signature, reader: Text | None, st
     return item
 
 
+def _checked_id(value: Any) -> Any:
+    """Raises: InputError: JSON cannot hold it."""
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"id is {type(value).__name__}, which JSON cannot hold: {one_line(error, 80)}") from error
+    return value
+
+
 def _windows(found: dict[str, Any], signature: Signature, reader: Text | None, stride: int | None) -> list[Encoded]:
     text, pair, ids = found.get("text"), found.get("pair"), found.get("input_ids")
     if (text is None) == (ids is None):
-        raise InputError(f"fields {', '.join(sorted(map(str, found))) or 'none'}; give either text or input_ids")
+        names = (str(name).encode("ascii", "backslashreplace").decode() for name in found)
+        fields = ", ".join(sorted(names)) or "none"
+        raise InputError(f"fields {fields}; give either text or input_ids")
     if ids is not None:
         if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
             raise InputError("input_ids is no list of whole numbers, one at least")
@@ -295,6 +325,10 @@ def _write_parquet(rows: Iterator[str], target: Path) -> None:
     pyarrow, parquet = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
     found = [json.loads(row) for row in rows]
     names = dict.fromkeys(name for row in found for name in row)
+    if len({type(row["id"]) for row in found if "id" in row}) > 1:  # a column has one type
+        for row in found:
+            if "id" in row:
+                row["id"] = str(row["id"])
     if not found:
         raise ArtifactError("no documents, so there is nothing to write as Parquet; use .jsonl")
     parquet.write_table(pyarrow.table({name: [row.get(name) for row in found] for name in names}), target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import glob
 import itertools
 import json
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.config import Manifest, Signature, locate
+from lfx.config import Manifest, Signature, locate, sha256
 from lfx.errors import ArtifactError, DependencyError, InputError
 from lfx.runtime import backends
 from lfx.runtime.backends import int8_overflows
@@ -37,7 +38,7 @@ class Engine:
             and a plan, are checked against their manifest.
         backend: "onnxruntime", "openvino", "reference" (the onnx package's own evaluator, slow), "tensorrt" (plans,
             and nothing else), or "auto": ONNX Runtime, and OpenVINO for bf16, which ONNX Runtime has few CPU kernels
-            for.
+            for, and where `precision` is given.
         provider: of ONNX Runtime: "cpu", "cuda" or "tensorrt". What was asked for is used, or it is an error.
         threads: of one run; default: the backend's own choice.
         precision: of OpenVINO's arithmetic, "fp32" or "bf16", whatever the bundle's is; default: the bundle's. bf16
@@ -82,6 +83,7 @@ class Engine:
             self._backend: backends.Backend | None = self._load_plan(model, backend, provider)
         else:
             bundle, model = locate(model)
+            self._path = model
             if bundle is not None:
                 self.manifest = Manifest.read(bundle)
                 self.manifest.verify(bundle)
@@ -108,15 +110,17 @@ class Engine:
     def _load(
         self, model: Path, backend: str, provider: str, threads: int | None, precision: str | None
     ) -> backends.Backend:
+        if backend == "auto" and precision is not None:
+            backend = "openvino"  # the only one that has a choice
         if backend != "auto":
             return backends.load(model, backend, provider, threads, precision)
         if self.manifest is not None:
             bf16 = self.manifest.signature.precision == "bf16" and provider == "cpu"
-            return backends.load(model, "openvino" if bf16 else "onnxruntime", provider, threads, precision)
+            return backends.load(model, "openvino" if bf16 else "onnxruntime", provider, threads)
         try:  # a lone file does not say its precision before it is loaded
-            return backends.load(model, "onnxruntime", provider, threads, precision)
+            return backends.load(model, "onnxruntime", provider, threads)
         except DependencyError:
-            if provider != "cpu" or precision is not None:
+            if provider != "cpu":
                 raise
             return backends.load(model, "openvino", provider, threads)
 
@@ -179,6 +183,14 @@ class Engine:
         rows = self._run_rows(self._open(), feeds, lengths)
         return [{name: found[i][None] for name, found in rows.items()} for i in range(len(requests))]
 
+    @property
+    def identity(self) -> str:
+        """A digest of the model: of its manifest, or of a lone ONNX file and its weights."""
+        if self.manifest is not None:
+            return str(self.manifest.to_dict()["manifest_sha256"])
+        files = (self._path, *sorted(self._path.parent.glob(f"{glob.escape(self._path.name)}.*")))
+        return " ".join(sha256(path) for path in files)
+
     def takes(self, batch: int, seqlen: int) -> bool:
         """Whether a batch of this shape can be run: any within the model's limits, or a profile of the plan."""
         longest = self.signature.max_seqlen
@@ -189,7 +201,7 @@ class Engine:
 
         Args:
             shapes: (batch, seqlen) of each; default: one sequence of one token, and one of the longest (of 4,096
-                tokens where the model has no limit). The metrics do not count them.
+                tokens where the model has no limit), where a plan takes them. The metrics do not count them.
         Raises:
             InputError: a shape that the model cannot take.
         """
@@ -197,6 +209,8 @@ class Engine:
         takes_marks = any(spec.name == "global_attention_mask" for spec in self.signature.inputs)
         for batch, seqlen in shapes if shapes is not None else [(1, 1), (1, longest)]:
             shape = (batch, 2, seqlen) if self.signature.task == "multiple-choice" else (batch, seqlen)
+            if shapes is None and not self.takes(batch, seqlen):
+                continue  # a plan that was built for other lengths
             ids = np.full(shape, self.signature.pad_token_id, dtype=np.int64)
             marks = np.zeros_like(ids) if takes_marks else None
             self._open().infer(dict(prepare(ids, None, marks, self.signature).feeds))
@@ -248,6 +262,10 @@ class Engine:
         """Run padded rows in batches of neighbouring lengths; each output as one array a row, cut to its length."""
         if len(set(lengths)) > 1:
             check_cuttable(self.signature)
+            if "attention_mask" not in feeds:
+                raise InputError(
+                    "this model takes no attention_mask, so no token can be masked; give sequences of one length"
+                )
         shapes = {spec.name: spec.shape for spec in self.signature.outputs}
         rows: dict[str, list[Any]] = {name: [None] * len(lengths) for name in shapes}
         choices = feeds["input_ids"].shape[1] if feeds["input_ids"].ndim == 3 else 1

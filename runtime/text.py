@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.config import Signature
+from lfx.config import Signature, sha256
 from lfx.errors import ArtifactError, InputError
 
 TOKENIZER = "tokenizer.json"
@@ -30,6 +30,8 @@ class Text:
 
     Args:
         bundle: the folder that `lfx export` wrote.
+    Attributes:
+        sha256: of the tokenizer's file.
     Raises:
         ArtifactError: the bundle has no tokenizer, or a broken one.
     """
@@ -47,6 +49,7 @@ class Text:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:
             raise ArtifactError(f"{path} cannot be read: {error}; export the model again") from error
+        self.sha256 = sha256(path)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._signature = signature
@@ -60,11 +63,7 @@ class Text:
         Raises:
             InputError: no text, or more tokens than the model takes; nothing is cut in silence.
         """
-        if not isinstance(text, str) or not isinstance(pair, str | None):
-            raise InputError(f"text and pair are {type(text).__name__} and {type(pair).__name__}; give strings")
-        for given in filter(None, (text, pair)):
-            if not given.isascii() and any("\ud800" <= letter <= "\udfff" for letter in given):
-                raise InputError("the text is not UTF-8; convert it first")
+        _check_text(text, pair)
         encoding = self._tokenizer.encode(text, pair)
         limit = self._signature.max_seqlen
         if limit is not None and len(encoding.ids) > limit:
@@ -83,6 +82,7 @@ class Text:
         Raises:
             InputError: a stride with which tokens would be left out, or a question that leaves no room.
         """
+        _check_text(text, pair)
         limit = self._signature.max_seqlen
         whole = self._tokenizer.encode(text, pair)
         if limit is None or len(whole.ids) <= limit:
@@ -169,6 +169,14 @@ class Text:
                 best, score = (int(i), int(i) + j), float(begins[i] * window[j])
         ids = encoded.ids[first + best[0] : first + best[1] + 1]
         return {"answer": self.decode(ids), "score": score}
+
+
+def _check_text(text: Any, pair: Any) -> None:
+    if not isinstance(text, str) or not isinstance(pair, str | None):
+        raise InputError(f"text and pair are {type(text).__name__} and {type(pair).__name__}; give strings")
+    for given in filter(None, (text, pair)):
+        if not given.isascii() and any("\ud800" <= letter <= "\udfff" for letter in given):
+            raise InputError("the text is not UTF-8; convert it first")
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from onnx import external_data_helper, numpy_helper
 from lfx.cli import cli
 from lfx.comparing import run_parity
 from lfx.config import MODEL, TASKS, WEIGHTS, Manifest
-from lfx.errors import ArtifactError, InputError
+from lfx.errors import InputError
 from lfx.export import export
 from lfx.export.quantize import quantize
 from lfx.runtime import Engine
@@ -101,7 +101,7 @@ def test_half_precision_by_layer(bundles: Callable[..., Path]) -> None:
 
 def test_an_inlined_bundle_shows_no_layers(bundles: Callable[..., Path], tmp_path: Path) -> None:
     folder = bundles(inline_functions=True)
-    with pytest.raises(ArtifactError, match="functions inlined"):
+    with pytest.raises(InputError, match="functions inlined"):
         lfx_raising("parity", folder, "--by-layer")
     found = lfx("parity", folder, "--report", tmp_path / "page.html")
     assert found.exit_code == 0, found.output

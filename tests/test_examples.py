@@ -64,7 +64,16 @@ def test_many_at_once_get_their_own_answers(address: str, bundle: MakeBundle) ->
             assert np.allclose([a["score"] for a in reply["answers"]], [a["score"] for a in right], atol=1e-5)
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b"{}", b'{"text": 5}', json.dumps({"text": "fox " * 500}).encode()])
+@pytest.mark.parametrize("length", ["-1", "abc", "99999999999"])
+def test_a_body_of_no_known_or_too_great_a_length_is_refused(address: str, length: str) -> None:
+    request = urllib.request.Request(f"{address}/run", b"{}", {"Content-Length": length})
+    with pytest.raises(urllib.error.HTTPError, match=r"41[13]"):
+        urllib.request.urlopen(request, timeout=20)
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b"{", b"[]", b"{}", b'{"text": 5}', json.dumps({"text": "fox " * 500}).encode()]
+)
 def test_bad_requests_are_told_why(address: str, body: bytes) -> None:
     status, reply = post(address, body)
     assert status == 400

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from lfx.config import QUANTIZED, Manifest, locate
-from lfx.errors import ArtifactError, InputError
+from lfx.errors import ArtifactError, InputError, require
 from lfx.parity import Report, full_cases, quick_cases
 from lfx.runtime import Engine
 from lfx.runtime.plan import PlanManifest
@@ -45,6 +45,12 @@ def run_parity(
         raise InputError(f"{report} cannot be written: it is a folder, or its folder does not exist")
     if by_layer and isinstance(manifest, PlanManifest):
         raise InputError(f"{model} is a plan, whose layers TensorRT has merged; compare the bundle by layer")
+    if by_layer and isinstance(manifest, Manifest) and manifest.inlined:
+        raise InputError(
+            f"{model} has its functions inlined, so its layers are not to be seen; export it without --inline-functions"
+        )
+    if report is not None:
+        require("matplotlib", "report")
     layers = None
     with progress() as step:
         with open_engine(model) as engine:
@@ -53,10 +59,6 @@ def run_parity(
             facts = _facts(model, manifest, engine, checkpoint)
         if by_layer or (report is not None and isinstance(manifest, Manifest) and not manifest.inlined):
             layers = _compare_layers(model, open_engine, module, manifest, step)
-    if report is not None:
-        from lfx.report import write
-
-        write(report, facts, found, layers)
     if as_json:
         more = {"by_layer": layers.to_dict()} if layers is not None else {}
         click.echo(json.dumps({"backend": facts["backend"], **found.to_dict(), **more}, indent=1))
@@ -64,6 +66,10 @@ def run_parity(
         _show(found, facts)
         if by_layer and layers is not None:
             _show_layers(layers)
+    if report is not None:
+        from lfx.report import write
+
+        write(report, facts, found, layers)
     found.require()
     if layers is not None:
         layers.require()

@@ -20,7 +20,12 @@ def _bundle(manifest: Manifest) -> Iterator[list[str]]:
     yield from _model(manifest.signature)
     yield ["opset", f"{manifest.opset}{', functions inlined' if manifest.inlined else ''}"]
     for name, result in manifest.validation.get("outputs", {}).items():
-        yield ["validated", f"{name}: error {result['max_abs_error']:.2g}, tolerance {result['tolerance']:.2g}"]
+        what = "float32 validated" if manifest.quantization else "validated"
+        yield [what, f"{name}: error {result['max_abs_error']:.2g}, tolerance {result['tolerance']:.2g}"]
+    for name, result in manifest.quantization.get("accuracy", {}).get("outputs", {}).items():
+        agreement = f", labels agree {result['label_agreement']:.1%}" if "label_agreement" in result else ""
+        text = f"{name}: cosine {result['cosine']:.5f} with float32, error {result['max_abs_error']:.2g}{agreement}"
+        yield ["int8 measured", text]
     yield ["files", ", ".join(f"{name} ({entry['bytes']:,} bytes)" for name, entry in manifest.files.items())]
     yield ["made with", _versions(manifest.versions)]
 
@@ -36,7 +41,7 @@ def _plan(manifest: PlanManifest) -> Iterator[list[str]]:
     yield from _model(manifest.signature)
     for name, result in manifest.conversion.get("outputs", {}).items():
         difference, limit = result["max_abs_difference"], result["limit"]
-        yield ["converted", f"{name}: {difference:.2g} from the bundle's float32, at most {limit:.2g} allowed"]
+        yield ["converted", f"{name}: {difference:.2g} from the bundle's, at most {limit:.2g} allowed"]
     yield ["size", f"{manifest.plan.get('bytes', 0):,} bytes"]
     yield ["made with", _versions(manifest.versions)]
 

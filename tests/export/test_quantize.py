@@ -76,6 +76,36 @@ def test_the_linear_layers_and_no_others_are_int8(int8: Any) -> None:
     assert sum(node.op_type == "BandedAttention" for node in graph.node) == 2
 
 
+class Both(torch.nn.Module):
+    """A tensor that is an output, and the input of a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_model()
+        self.head = torch.nn.Linear(32, 5)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.model(input_ids, attention_mask=attention_mask).last_hidden_state
+        return {"hidden": hidden, "logits": self.head(hidden)}
+
+
+def test_only_what_a_product_reads_is_rounded(int8: Any, text: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    both = quantize(export(Both().eval(), tmp_path / "fp32"), tmp_path / "int8", calibration=text)
+    for folder in (int8(), both):
+        graph = onnx.load(str(folder / MODEL)).graph
+        constants = {t.name for t in graph.initializer}
+        rounded = {n.output[0] for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] not in constants}
+        readers = {node.op_type for node in graph.node if rounded & set(node.input)}
+        assert rounded
+        assert readers == {"MatMul"}
+        assert not rounded & {output.name for output in graph.output}
+    with Engine(both) as engine:
+        found = engine.run(np.arange(3, 80))
+    assert len(np.unique(found["hidden"])) > 2000  # eight bits would be 256 values
+    assert "head" in Manifest.read(both).quantization["layers"]
+
+
 def test_eight_bits_are_for_cpus_that_can_add_them(
     bundle: MakeBundle, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +263,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "one document": ({"calibration": "one.jsonl"}, ExportError, "2 are needed"),
     "activations": ({"activations": "int4"}, ExportError, "uint8, int8"),
     "samples": ({"samples": 1}, ExportError, "2 or more"),
+    "a layer that is not there": ({"keep_float": ("encoder.layer.9.*",)}, ExportError, "the name of no linear layer"),
     "nothing": ({"keep_float": ("*",)}, ExportError, "no linear layer"),
 }
 

@@ -7,15 +7,18 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lfx.errors import InputError, LfxError, OverloadError
+from lfx.export import export
 from lfx.runtime import Batcher, Engine
 from tests.conftest import MakeBundle
-from tests.models import VOCAB_SIZE
+from tests.models import VOCAB_SIZE, tiny_model
 
 LONG = 60.0  # seconds; no test waits so long unless something hangs
 
@@ -177,6 +180,68 @@ def test_nobody_hangs_when_the_engine_is_closed_first(bundle: MakeBundle) -> Non
             lost.result(LONG)
         with pytest.raises(InputError, match="closed"):
             batcher.submit([3, 4]).result(LONG)
+
+
+def test_a_callback_may_submit_again_when_the_engine_is_gone(bundle: MakeBundle) -> None:
+    engine = Engine(bundle(), threads=1)
+    again: list[Future[Any]] = []
+    with Batcher(engine, max_delay_ms=200) as batcher:
+        lost = [batcher.submit([3, 4]) for _ in range(2)]
+        lost[0].add_done_callback(lambda _: again.append(batcher.submit([3, 4])))
+        engine.close()
+        for future in lost:
+            with pytest.raises(InputError, match="closed"):
+                future.result(LONG)
+        with pytest.raises(InputError, match="closed"):
+            again[0].result(LONG)
+
+
+def test_closing_does_not_wait_for_the_delay_when_the_engine_is_gone(bundle: MakeBundle) -> None:
+    engine = Engine(bundle(), threads=1)
+    batcher = Batcher(engine, max_delay_ms=3_000_000)
+    lost = [batcher.submit([3, 4]) for _ in range(3)]
+    engine.close()
+    batcher.close()
+    assert all(isinstance(future.exception(LONG), InputError) for future in lost)
+
+
+def test_cancelled_requests_take_no_place(engine: Engine) -> None:
+    with Batcher(engine, max_delay_ms=3_000_000, max_pending=2) as batcher:
+        for _ in range(6):
+            assert batcher.submit([3, 4]).cancel()
+        wanted = batcher.submit([3, 4])
+    assert wanted.result(LONG)
+
+
+class Unmasked(torch.nn.Module):
+    """A model that takes no attention_mask, so that no padding can be hidden from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_model()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids).last_hidden_state
+
+
+def test_without_a_mask_only_equal_lengths_run_together(tmp_path: Path) -> None:
+    wanted = [np.arange(3, 3 + n) for n in (20, 23, 20, 23)]
+    with Engine(export(Unmasked().eval(), tmp_path / "bundle"), threads=1) as engine:
+        with Batcher(engine, max_delay_ms=200) as batcher:
+            futures = [batcher.submit(ids) for ids in wanted]
+            for ids, future in zip(wanted, futures, strict=True):
+                assert answers_alike(future.result(LONG), engine.run(ids))
+        with pytest.raises(InputError, match="no token can be masked"):
+            list(engine.stream(wanted))
+
+
+def test_the_budget_counts_every_choice(bundle: MakeBundle) -> None:
+    with Engine(bundle("multiple-choice"), threads=1) as engine:
+        recorded = Recorded(engine)
+        ids, zero = np.full((4, 20), 5), np.zeros((4, 20), int)
+        with Batcher(recorded, max_delay_ms=200, token_budget=160) as batcher:  # type: ignore[arg-type]
+            [future.result(LONG) for future in [batcher.submit(ids, None, zero) for _ in range(4)]]
+    assert max(recorded.groups) <= 2
 
 
 def test_closing_answers_what_waits_and_refuses_what_comes(engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from lfx.errors import InputError
@@ -291,3 +293,79 @@ def test_options_that_do_not_fit_are_usage(options: list[str], reason: str, bund
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert reason in " ".join(done.stderr.split())
+
+
+ODD: dict[str, tuple[str, str]] = {
+    "a surrogate as id": (r'{"id": "\ud800", "input_ids": [3, 4]}', "id is str, which JSON cannot hold"),
+    "a surrogate as field": (r'{"\ud800": 1}', r"fields \\ud800"),
+    "a surrogate as text": (r'{"text": "a \ud800 b"}', "the text is not UTF-8"),
+    "not a number as id": ('{"id": NaN, "input_ids": [3, 4]}', "id is float, which JSON cannot hold"),
+}
+
+
+@pytest.mark.parametrize("stride", [None, 8])
+@pytest.mark.parametrize("name", ODD)
+def test_no_odd_document_stops_a_run(bundle: MakeBundle, tmp_path: Path, name: str, stride: int | None) -> None:
+    line, reason = ODD[name]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"id": 1, "input_ids": [3, 4]}\n' + line + '\n{"id": "a", "input_ids": [3, 4]}\n')
+    folder = bundle("text-classification")
+    with Engine(folder, threads=1) as engine:
+        done = run_documents(engine, Text(folder, engine.signature), source, output, stride=stride)
+    rows = [json.loads(row) for row in output.read_text().splitlines()]
+    assert (done.documents, done.refused, len(rows)) == (3, 1, 3)
+    assert re.search(reason, rows[1]["error"])
+
+
+def test_ids_of_two_kinds_go_to_parquet_as_text(bundle: MakeBundle, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    source.write_text('{"id": 1, "input_ids": [3, 4]}\n{"id": "a", "input_ids": [3, 4]}\n')
+    with Engine(bundle("text-classification"), threads=1) as engine:
+        run_documents(engine, None, source, output)
+    assert parquet.read_table(output).column("id").to_pylist() == ["1", "a"]
+
+
+def test_a_second_run_of_the_same_output_is_refused(bundle: MakeBundle, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"input_ids": [3, 4]}\n' * 300)
+    second: list[str] = []
+
+    def again(_: str) -> None:
+        with (
+            Engine(bundle("text-classification"), threads=1) as other,
+            pytest.raises(InputError, match="another run is writing"),
+        ):
+            run_documents(other, None, source, output)
+        second.append("refused")
+
+    with Engine(bundle("text-classification"), threads=1) as engine:
+        run_documents(engine, None, source, output, progress=again)
+    assert second
+    assert len(output.read_text().splitlines()) == 300
+
+
+def test_another_model_or_tokenizer_starts_again(bundle: MakeBundle, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"text": "the fox"}\n' * 300)
+    folder = bundle("text-classification")
+    other = tmp_path / "tokenizer"
+    other.mkdir()
+    (other / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
+
+    def stop(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with Engine(folder, threads=1) as engine:
+        with pytest.raises(KeyboardInterrupt):
+            run_documents(engine, Text(folder, engine.signature), source, output, progress=stop)
+        assert run_documents(engine, Text(other, engine.signature), source, output).resumed_at == 0
+        with pytest.raises(KeyboardInterrupt):
+            run_documents(engine, Text(folder, engine.signature), source, output, progress=stop)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    model = onnx.load(str(folder / "model.onnx"))
+    model.doc_string = "another"
+    onnx.save(model, str(copy / "model.onnx"), save_as_external_data=True, location="model.onnx.data")
+    with Engine(copy / "model.onnx", threads=1) as engine:
+        assert run_documents(engine, Text(folder, engine.signature), source, output).resumed_at == 0

@@ -45,7 +45,7 @@ def test_a_bfloat16_bundle_is_computed_in_float32_where_that_is_asked_for(bundle
     ("backend", "precision", "message"),
     [
         ("onnxruntime", "bf16", "is OpenVINO's"),
-        ("auto", "bf16", "is OpenVINO's"),
+        ("auto", "fp8", "choose one of: fp32, bf16"),
         ("reference", "fp32", "is OpenVINO's"),
         ("openvino", "fp8", "choose one of: fp32, bf16"),
     ],
