@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import external_data_helper, numpy_helper
 
 from lfx.config import MODEL, Manifest
 from lfx.errors import ArtifactError, DependencyError, ExportError, InputError, ParityError
@@ -184,6 +184,22 @@ def test_wrong_scales_are_found(int8: Any, tmp_path: Path) -> None:
     with Engine(_alone(folder)) as engine:
         report = compare_engine(engine, tiny_model(), full_cases, lambda step: None, quantization=quantization)
     with pytest.raises(ParityError, match="above the tolerance"):
+        report.require()
+
+
+@pytest.mark.parametrize("name", ["0.attention.self.query", "1.attention.self.key", "1.intermediate.dense"])
+def test_a_layer_with_half_its_weights_is_found(int8: Any, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(int8(), tmp_path / "half")
+    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    (scale,) = (t for t in model.graph.initializer if t.name == f"encoder.layer.{name}.weight.T_scale")
+    if scale.external_data:
+        external_data_helper.load_external_data_for_tensor(scale, str(folder))
+    scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) / 2, scale.name))
+    onnx.save(model, str(folder / MODEL))
+    quantization = Manifest.read(folder).quantization
+    with Engine(_alone(folder)) as engine:
+        report = compare_engine(engine, tiny_model(), full_cases, lambda step: None, quantization=quantization)
+    with pytest.raises(ParityError, match="root mean square"):
         report.require()
 
 
