@@ -141,9 +141,8 @@ def backends() -> str:
     rounds = sorted({(row["batch"], row["rounds"]) for row in found})
     turns = ", ".join(f"{count} at batch {batch}" for batch, count in rounds)
     note = f"\nBase shape, {found[0]['threads']} threads, no global tokens. Seconds, and how many times as fast as "
-    note += (
-        f"{names[0]}; medians of turns ({turns}). {_hardware(found[0])}, OpenVINO {found[0]['versions']['openvino']}.\n"
-    )
+    note += f"{names[0]} in the same run, not the same for all cells; medians of turns ({turns}). "
+    note += f"{_hardware(found[0])}, OpenVINO {found[0]['versions']['openvino']}.\n"
     return _rows(["batch", "tokens", *names], rows) + note
 
 
