@@ -9,8 +9,10 @@ uses its own kernel; any other inlines the body. The letters in the shapes:
     X = G + W          L = N·b ≥ T
 
 Block form: every block of queries gathers the keys that it can see, so that attention is two batched matrix
-products over (B·d, H, N): no diagonal skewing, no loop. Nothing is scattered: global rows and the zero rows of
-masked queries are put in their places by one gather from the pool (computed rows, global rows, a zero row).
+products over (B·d·N, H): no diagonal skewing, no loop, no padding. Queries, keys and values are gathered head by head
+from where the projections left them, (B, S·H, D), so nothing is transposed; and they are attention as everyone writes
+it, of rank 4, which OpenVINO computes in one fused layer. Nothing is scattered: global rows and the zero rows of masked
+queries are put in their places by one gather from the pool (computed rows, global rows, a zero row).
 
 All index and mask nodes depend on the mask and the shape alone. They are the same in every layer of one window,
 and a runtime that shares common subexpressions (ONNX Runtime does) computes them once.
@@ -59,6 +61,7 @@ def BandedAttention(  # noqa: N802, PLR0915
     axis0 = op.Constant(value_ints=[0])
     axis1 = op.Constant(value_ints=[1])
     axis2 = op.Constant(value_ints=[2])
+    rest = op.Constant(value_ints=[-1])
     start = op.Constant(value_int=0)
     stride = op.Constant(value_int=1)
     heads = op.Reshape(op.Constant(value_int=num_heads), axis1)
@@ -71,24 +74,28 @@ def BandedAttention(  # noqa: N802, PLR0915
     width = op.Shape(query, start=2, end=3)
     slots = op.Shape(global_index, start=1, end=2)
     head_size = op.Div(width, heads)
-    lanes = op.Mul(batch, step)  # B·d: each subsequence is a batch row of its own
     sublen = op.Div(op.Add(seqlen, op.Sub(step, axis1)), step)  # T
-    padded_len = op.Mul(sublen, step)  # T·d ≥ S
     block = op.Min(op.Constant(value_ints=[BLOCK]), sublen)  # b
     blocks = op.Div(op.Add(sublen, op.Sub(block, axis1)), block)  # N
     span = op.Min(op.Add(block, op.Add(window_1d, window_1d)), sublen)  # W
+    keys = op.Add(slots, span)  # X
 
     # Where each block's queries and keys stand in their subsequence. The keys of the first and last blocks are moved
-    # inside; queries behind the end repeat the last one, and are never read.
+    # inside; queries behind the end are never read.
     block_at = op.Unsqueeze(op.Mul(op.Range(start, op.Squeeze(blocks), stride), block), axis1)  # (N, 1)
-    block_range = op.Unsqueeze(op.Range(start, op.Squeeze(block), stride), axis0)  # (1, b)
-    span_range = op.Unsqueeze(op.Range(start, op.Squeeze(span), stride), axis0)  # (1, W)
-    query_at = op.Min(op.Add(block_at, block_range), op.Sub(sublen, axis1))  # (N, b)
+    query_at = op.Add(block_at, op.Unsqueeze(op.Range(start, op.Squeeze(block), stride), axis0))  # (N, b)
     first_key = op.Max(op.Min(op.Sub(block_at, window_1d), op.Sub(sublen, span)), axis0)  # (N, 1)
-    key_at = op.Add(first_key, span_range)  # (N, W)
+    key_at = op.Add(first_key, op.Unsqueeze(op.Range(start, op.Squeeze(span), stride), axis0))  # (N, W)
+
+    # Where in the sequence: subsequence r has the tokens r, r + d, r + 2d, ... Behind the end the last one stands in.
+    lane = op.Reshape(op.Range(start, op.Squeeze(step), stride), op.Constant(value_ints=[-1, 1, 1]))  # (d, 1, 1)
+    last = op.Sub(seqlen, axis1)
+    query_token = op.Min(op.Add(op.Mul(query_at, step), lane), last)  # (d, N, b)
+    key_position = op.Add(op.Mul(key_at, step), lane)  # (d, N, W)
+    key_token = op.Min(key_position, last)
     slot_range = op.Range(start, op.Squeeze(slots), stride)  # (G)
-    slot_at = op.Expand(op.Unsqueeze(slot_range, axis0), op.Concat(blocks, slots, axis=0))
-    gather_at = op.Concat(slot_at, op.Add(key_at, slots), axis=1)  # (N, X): global slots stand first
+    slot_at = op.Expand(slot_range, op.Concat(step, blocks, slots, axis=0))
+    gather_at = op.Concat(slot_at, op.Add(key_token, slots), axis=2)  # (d, N, X): global slots stand first
 
     # Which of them a query may see.
     distance = op.Sub(op.Unsqueeze(key_at, axis1), op.Unsqueeze(query_at, axis2))  # (N, b, W)
@@ -100,56 +107,48 @@ def BandedAttention(  # noqa: N802, PLR0915
     used = op.GreaterOrEqual(index, axis0)
     index_or_end = op.Where(used, index, seqlen)  # unused slots write behind the sequence
     real = op.Cast(key_mask, to=7)
-    tail = op.Expand(axis0, op.Concat(batch, op.Sub(op.Add(padded_len, axis1), seqlen), axis=0))
+    tail = op.Expand(axis0, op.Concat(batch, step, axis=0))  # nothing behind the end is real
     local = op.ScatterElements(
         op.Concat(real, tail, axis=1), index_or_end, op.Expand(axis0, op.Shape(index_or_end)), axis=1
-    )
-    local = op.Slice(local, axis0, padded_len, axis1)  # (B, T·d): real and not global
-    local = op.Transpose(op.Reshape(local, op.Concat(batch, sublen, step, axis=0)), perm=[0, 2, 1])
-    local = op.Reshape(local, op.Concat(lanes, sublen, axis=0))
-    key_seen = op.Cast(op.Gather(local, key_at, axis=1), to=9)  # (B·d, N, W)
-    seen = op.And(op.Unsqueeze(key_seen, axis2), in_band)  # (B·d, N, b, W)
-    slot_seen = op.Expand(op.Unsqueeze(used, axis1), op.Concat(batch, step, slots, axis=0))
-    slot_seen = op.Reshape(slot_seen, op.Concat(lanes, axis1, axis1, slots, axis=0))
-    slot_seen = op.Expand(slot_seen, op.Concat(lanes, blocks, block, slots, axis=0))
-    visible = op.Unsqueeze(op.Concat(slot_seen, seen, axis=3), axis1)  # (B·d, 1, N, b, X)
+    )  # (B, S + d): real and not global
+    key_seen = op.Cast(op.Gather(local, key_position, axis=1), to=9)  # (B, d, N, W)
+    seen = op.And(op.Unsqueeze(key_seen, op.Constant(value_ints=[3])), in_band)  # (B, d, N, b, W)
+    slot_seen = op.Unsqueeze(used, op.Constant(value_ints=[1, 2, 3]))
+    slot_seen = op.Expand(slot_seen, op.Concat(batch, step, blocks, block, slots, axis=0))
+    visible = op.Concat(slot_seen, seen, axis=4)
+    visible = op.Reshape(visible, op.Concat(rest, axis1, block, keys, axis=0))  # (B·d·N, 1, b, X)
     bias = op.Where(visible, op.Constant(value_float=0.0), op.Constant(value_float=HIDDEN))
 
-    # Heads and subsequences to the front.
     root = op.Reciprocal(op.Sqrt(op.Cast(head_size, to=1)))
     given = op.Constant(value_float=scale)
     factor = op.Where(op.Equal(given, op.Constant(value_float=0.0)), root, given)
     scaled = op.Mul(query, op.CastLike(factor, query))
-    pads = op.Concat(axis0, axis0, axis0, axis0, op.Sub(padded_len, seqlen), axis0, axis=0)
-    split = op.Concat(batch, sublen, step, heads, head_size, axis=0)
-    rows = op.Concat(lanes, heads, sublen, head_size, axis=0)
-    q = op.Reshape(op.Transpose(op.Reshape(op.Pad(scaled, pads), split), perm=[0, 2, 3, 1, 4]), rows)
-    k = op.Reshape(op.Transpose(op.Reshape(op.Pad(key, pads), split), perm=[0, 2, 3, 1, 4]), rows)
-    v = op.Reshape(op.Transpose(op.Reshape(op.Pad(value, pads), split), perm=[0, 2, 3, 1, 4]), rows)
 
-    # The keys and values of the global tokens, in front of every subsequence.
+    # The keys and values of the global tokens, in front of the sequence.
     slot_index = op.Unsqueeze(op.Max(index, axis0), axis2)  # (B, G, 1)
-    slot_split = op.Concat(batch, slots, axis1, heads, head_size, axis=0)
-    slot_tile = op.Concat(batch, step, heads, slots, head_size, axis=0)
-    slot_rows = op.Concat(lanes, heads, slots, head_size, axis=0)
-    k_slot = op.Reshape(op.GatherND(key, slot_index, batch_dims=1), slot_split)
-    v_slot = op.Reshape(op.GatherND(value, slot_index, batch_dims=1), slot_split)
-    k_slot = op.Reshape(op.Expand(op.Transpose(k_slot, perm=[0, 2, 3, 1, 4]), slot_tile), slot_rows)
-    v_slot = op.Reshape(op.Expand(op.Transpose(v_slot, perm=[0, 2, 3, 1, 4]), slot_tile), slot_rows)
+    k = op.Concat(op.GatherND(key, slot_index, batch_dims=1), key, axis=1)  # (B, G + S, H·D)
+    v = op.Concat(op.GatherND(value, slot_index, batch_dims=1), value, axis=1)
+
+    # Each block's rows of each head: token t's head h is row t·H + h.
+    head = op.Unsqueeze(op.Range(start, op.Squeeze(heads), stride), axis1)  # (H, 1)
+    query_row = op.Add(op.Mul(op.Unsqueeze(query_token, axis2), heads), head)  # (d, N, H, b)
+    key_row = op.Add(op.Mul(op.Unsqueeze(gather_at, axis2), heads), head)  # (d, N, H, X)
+    rows = op.Concat(batch, rest, head_size, axis=0)
+    queries_of = op.Concat(rest, heads, block, head_size, axis=0)
+    keys_of = op.Concat(rest, heads, keys, head_size, axis=0)
+    q_block = op.Reshape(op.Gather(op.Reshape(scaled, rows), query_row, axis=1), queries_of)  # (B·d·N, H, b, D)
+    k_block = op.Reshape(op.Gather(op.Reshape(k, rows), key_row, axis=1), keys_of)  # (B·d·N, H, X, D)
+    v_block = op.Reshape(op.Gather(op.Reshape(v, rows), key_row, axis=1), keys_of)
 
     # Attention of each block; softmax in float32.
-    q_block = op.Gather(q, query_at, axis=2)  # (B·d, H, N, b, D)
-    k_block = op.Gather(op.Concat(k_slot, k, axis=2), gather_at, axis=2)  # (B·d, H, N, X, D)
-    v_block = op.Gather(op.Concat(v_slot, v, axis=2), gather_at, axis=2)
-    scores = op.MatMul(q_block, op.Transpose(k_block, perm=[0, 1, 2, 4, 3]))  # (B·d, H, N, b, X)
+    scores = op.MatMul(q_block, op.Transpose(k_block, perm=[0, 1, 3, 2]))  # (B·d·N, H, b, X)
     weights = op.Softmax(op.Add(op.Cast(scores, to=1), bias), axis=-1)
-    attended = op.MatMul(op.CastLike(weights, query), v_block)  # (B·d, H, N, b, D)
+    attended = op.MatMul(op.CastLike(weights, query), v_block)  # (B·d·N, H, b, D)
 
     # Back to (B, S, H·D): every position takes its row from the pool.
-    length = op.Mul(blocks, block)  # L
-    attended = op.Reshape(attended, op.Concat(batch, step, heads, length, head_size, axis=0))
-    attended = op.Transpose(attended, perm=[0, 3, 1, 2, 4])
-    computed = op.Mul(length, step)  # L·d
+    by_lane = op.Concat(batch, step, blocks, heads, block, head_size, axis=0)
+    attended = op.Transpose(op.Reshape(attended, by_lane), perm=[0, 2, 4, 1, 3, 5])  # (B, N, b, d, H, D)
+    computed = op.Mul(op.Mul(blocks, block), step)  # L·d
     attended = op.Reshape(attended, op.Concat(batch, computed, width, axis=0))
     zero_row = op.Expand(op.CastLike(op.Constant(value_float=0.0), query), op.Concat(batch, axis1, width, axis=0))
     pool = op.Concat(attended, global_context, zero_row, axis=1)  # (B, L·d + G + 1, H·D)

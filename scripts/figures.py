@@ -91,13 +91,13 @@ def mask_panel(global_at: Places = (), seqlen: int = 24, block: int = 8, **given
 def gathered(seqlen: int, window: int, block: int, global_at: Places) -> tuple[Array, Array]:
     """(N, b) and (N, X): the tokens that each block takes as queries, and as keys, global slots first."""
     inputs = op_inputs(seqlen, global_at)
-    found = run(BandedAttention, inputs, "query_at", "gather_at", block=block, window=window)
-    return found[1], np.concatenate([global_at, np.arange(seqlen)])[found[2]]
+    _, (queries,), (keys,) = run(BandedAttention, inputs, "query_token", "gather_at", block=block, window=window)
+    return queries, np.concatenate([global_at, np.arange(seqlen)])[keys]
 
 
 def pool_rows(seqlen: int, window: int, block: int, **masks: Places) -> tuple[Array, Array]:
     """(S): each position's place in the pool; and (N·b): the query of each computed row."""
-    found = run(BandedAttention, op_inputs(seqlen, **masks), "row_at", "query_at", block=block, window=window)
+    found = run(BandedAttention, op_inputs(seqlen, **masks), "row_at", "query_token", block=block, window=window)
     return found[1][0], found[2].ravel()
 
 
@@ -108,15 +108,15 @@ def score_products(seqlen: int, window: int, block: int, global_at: Places) -> t
         (S, G + S) bool, from the block form's mask; and for each way its products.
     """
     inputs, slots = op_inputs(seqlen, global_at), len(global_at)
-    keep = ("query_at", "gather_at", "visible")
-    _, query_at, gather_at, visible = run(BandedAttention, inputs, *keep, block=block, window=window)
+    keep = ("query_token", "gather_at", "visible")
+    _, (queries_of,), (keys_of,), visible = run(BandedAttention, inputs, *keep, block=block, window=window)
     seen = np.zeros((seqlen, slots + seqlen), bool)
-    for queries, columns, mask in zip(query_at, gather_at, visible[0, 0], strict=True):
+    for queries, columns, mask in zip(queries_of, keys_of, visible[:, 0], strict=True):
         np.logical_or.at(seen, np.ix_(queries, columns), mask)
     found = hugging_face(seqlen, window, global_at)
     chunks = [(q, k + slots) for q, k in zip(found["queries"], found["keys"], strict=True)]
     chunks.append((found["global_queries"], np.arange(slots)))
-    return seen, {"block form": list(zip(query_at, gather_at, strict=True)), "Hugging Face": chunks}
+    return seen, {"block form": list(zip(queries_of, keys_of, strict=True)), "Hugging Face": chunks}
 
 
 def pair_of(scores: torch.Tensor, seqlen: int) -> Array:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -25,6 +28,15 @@ def test_bfloat16_is_bfloat16_or_an_error(bundle: MakeBundle) -> None:
     assert (engine.precision, report.precision) == ("bf16", "bf16")
     assert not report.failures()
     assert max(result.error for result in report.outputs.values()) > 1e-4  # it is not float32
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="OpenVINO fuses attention on x86 alone")
+def test_attention_is_one_fused_layer(bundle: MakeBundle) -> None:
+    with Engine(bundle(), "openvino") as engine:
+        layers = engine._backend._compiled.get_runtime_model().get_ops()  # type: ignore[attr-defined]
+    kinds = Counter(layer.get_rt_info()["layerType"].astype(str) for layer in layers)
+    assert kinds["Subgraph"] == tiny_model().config.num_hidden_layers
+    assert not {"MatMul", "Softmax"} & set(kinds)  # nothing of it is left outside
 
 
 def test_a_cpu_without_bfloat16_refuses_it(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
