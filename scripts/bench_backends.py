@@ -7,12 +7,14 @@ latency: docs/records/backends.jsonl, a row for each contender, length and batch
 model is calibrated on the example document. A precision that this CPU has no arithmetic for is not measured in lfx,
 which refuses it. Hugging Face's bfloat16 is measured at batch 1 only: without such arithmetic it takes minutes a run.
 blocks: docs/records/blocks.jsonl, the time of one sequence by the number of queries in a block of the attention.
-profile: docs/records/profile.jsonl, OpenVINO's own counters, by kind of layer.
+profile: docs/records/profile.jsonl, where the time of one sequence goes, by the backends' own counters.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import openvino
 import record
 import torch
@@ -33,12 +36,14 @@ from lfx.export import export
 from lfx.export.functions import BLOCK
 from lfx.export.quantize import quantize
 from lfx.runtime import Engine
-from lfx.runtime.backends import link_or_copy
+from lfx.runtime.backends import SLOWER_ON_CPU, link_or_copy
 from lfx.runtime.bench import Run, measure
 
 LENGTHS = (512, 1024, 2048, 4096)
-ROUNDS = {1: 2, 8: 1}  # at batch 8 one run of all contenders takes minutes
+ROUNDS = {1: 5, 8: 1}  # at batch 8 one run of all contenders takes minutes
 BLOCKS = (64, 96, 128, 192, 256)
+Feeds = dict[str, np.ndarray]
+Counted = list[tuple[str, str, float]]  # name, kind and seconds of each node of one run
 EAGER, EAGER_BF16 = "Hugging Face eager fp32", "Hugging Face eager bf16"
 
 
@@ -58,7 +63,12 @@ def main() -> None:
         checkpoint = save_base_checkpoint(Path(folder) / "checkpoint")
         bundle = export(checkpoint, Path(folder) / "fp32")
         if "profile" in options.measures:
-            record.write("profile", [{**about, **profile(bundle, options.lengths[-1], options.threads)}])
+            rows = [
+                {**about, "backend": backend, **profile(counters, bundle, length, options.threads)}
+                for length in (options.lengths[0], options.lengths[-1])
+                for backend, counters in (("onnxruntime", onnxruntime_counters), ("openvino", openvino_counters))
+            ]
+            record.write("profile", rows)
         if "blocks" in options.measures:
             with tempfile.TemporaryDirectory(prefix="lfx-bench-") as scratch:
                 rows = blocks(bundle, Path(scratch), options.lengths[-1], options.threads)
@@ -115,8 +125,46 @@ def blocks(bundle: Path, folder: Path, length: int, threads: int) -> list[dict[s
     return rows
 
 
-def profile(bundle: Path, length: int, threads: int) -> dict[str, Any]:
-    """Where OpenVINO's time goes: its own counters, summed by kind of layer."""
+def profile(counters: Callable[..., list[Counted]], bundle: Path, length: int, threads: int) -> dict[str, Any]:
+    """Where a backend's time goes: its own counters of the fastest of five runs, by part of the model."""
+    ids = np.random.default_rng(0).integers(3, 50000, (1, length))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "global_attention_mask": np.zeros_like(ids)}
+    run = min(counters(bundle, feeds, threads), key=lambda nodes: sum(seconds for _, _, seconds in nodes))
+    parts = {"linear layers": 0.0, "attention": 0.0, "the rest": 0.0}
+    for name, kind, seconds in run:
+        # Nodes of a function's body carry the inliner's names; the model's own carry their modules'.
+        if re.match(r"_inlfunc_|n\d+__\d+|.*#global_rows", name):
+            parts["attention"] += seconds
+        else:
+            parts["linear layers" if kind in ("MatMul", "Gemm", "FullyConnected") else "the rest"] += seconds
+    total = sum(parts.values())
+    shares = {part: seconds / total for part, seconds in parts.items()}
+    print({part: f"{share:.1%}" for part, share in shares.items()}, flush=True)
+    return {"seqlen": length, "seconds": total, "shares": shares}
+
+
+def onnxruntime_counters(bundle: Path, feeds: Feeds, threads: int) -> list[Counted]:
+    """Name, operator and seconds of every node, for each of five runs."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.enable_profiling = threads, True
+    with tempfile.TemporaryDirectory() as folder:
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = onnxruntime.InferenceSession(str(bundle / MODEL), options, disabled_optimizers=SLOWER_ON_CPU)
+        for _ in range(5):
+            session.run(None, feeds)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    runs: list[Counted] = []
+    for event in sorted(events, key=lambda event: event["ts"]):
+        if event["name"] == "model_run":
+            runs.append([])
+        elif event["name"].endswith("_kernel_time") and event["args"]["op_name"] != "If":  # its nodes are counted
+            name = event["name"].removesuffix("_kernel_time")
+            runs[-1].append((name, event["args"]["op_name"], event["dur"] / 1e6))
+    return runs
+
+
+def openvino_counters(bundle: Path, feeds: Feeds, threads: int) -> list[Counted]:
+    """Name, kind and seconds of every layer, for each of five runs."""
     with tempfile.TemporaryDirectory() as folder:
         inlined = Path(folder) / MODEL
         onnx.save(inline_local_functions(onnx.load(str(bundle / MODEL), load_external_data=False)), str(inlined))
@@ -125,18 +173,12 @@ def profile(bundle: Path, length: int, threads: int) -> dict[str, Any]:
         settings = {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
         core = openvino.Core()
         request = core.compile_model(core.read_model(str(inlined)), "CPU", settings).create_infer_request()
-        ids = np.random.default_rng(0).integers(3, 50000, (1, length))
-        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "global_attention_mask": np.zeros_like(ids)}
-        for _ in range(2):
-            request.infer(feeds)
-        seconds: dict[str, float] = {}
-        for layer in request.get_profiling_info():
-            kind = f"{layer.node_type} ({layer.exec_type})"
-            seconds[kind] = seconds.get(kind, 0.0) + layer.real_time.total_seconds()
-    total = sum(seconds.values())
-    shares = {kind: found / total for kind, found in sorted(seconds.items(), key=lambda item: -item[1])}
-    print({kind: f"{share:.1%}" for kind, share in list(shares.items())[:8]}, flush=True)
-    return {"seqlen": length, "seconds": total, "shares": shares}
+    runs: list[Counted] = []
+    for _ in range(5):
+        request.infer(feeds)
+        layers = request.get_profiling_info()
+        runs.append([(layer.node_name, layer.node_type, layer.real_time.total_seconds()) for layer in layers])
+    return runs
 
 
 def contenders(checkpoint: Path, fp32: Path, folder: Path, threads: int) -> dict[str, Run]:

@@ -28,13 +28,9 @@ that gets no credit.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import gc
 import itertools
-import json
 import math
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -500,13 +496,7 @@ def verdicts(rows: Rows) -> Rows:
 
 def main() -> None:
     """Build, check, time, write the record; exit 1 when a result is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="only the cases that a claim is about")
-    parser.add_argument("--minutes", type=float, default=9.0, help="start no case after this; default %(default)s")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--library", type=Path, help="a library that is already built")
-    parser.add_argument("--record", type=Path, default=gpu.ROOT / "docs" / "records" / "gpu_kernels.jsonl")
-    options = parser.parse_args()
+    options = gpu.parser(__doc__, "gpu_kernels").parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lfx-bench-") as folder:
         library = options.library or gpu.build(Path(folder), None, "sm_90")
@@ -515,41 +505,31 @@ def main() -> None:
             dry_run(library, cases(options.quick))
             return
         rows = run(library, cases(options.quick), started + 60 * options.minutes, options.record)
-    print(table(rows))
-    for verdict in verdicts(rows):
-        word = {True: "HOLDS", False: "FAILS", None: "OPEN "}[verdict["holds"]]
-        print(f"{word} {verdict['claim']}: {verdict['figure']}")
-    sys.exit(0 if rows and all(map(passed, rows)) else 1)
+    gpu.conclude(table(rows), verdicts(rows))
 
 
 def run(library: Path, wanted: list[Case], deadline: float, record: Path) -> Rows:
-    """Every case until `deadline` (of time.monotonic); the record is written after each."""
+    """Every case, as gpu.measure_all does it."""
     import torch
 
     gpu.require()
     kernels, about = Kernels(library), gpu.environment(torch)
     l2_bytes = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
     peaks = next((peaks for name, peaks in PEAKS.items() if name in about["gpu"]), None)
-    rows: Rows = []
     made: dict[str, dict[str, Contender]] = {}
-    record.parent.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
-        for case in wanted:
-            if time.monotonic() > deadline:
-                print(f"time is over: {len(wanted) - len(rows)} cases were not started", flush=True)
-                break
-            if case.precision not in made:
-                made = {case.precision: ceilings(dtype_of(case.precision))}
-            row = {**about, **measure(case, kernels, made[case.precision], l2_bytes), **kernel_costs(case)}
-            row |= {"useful_flops": useful_flops(case), "least_bytes": least_bytes(case), "passed": passed(row)}
-            row |= {"floors": floors(case, peaks)} if peaks is not None else {}
-            row |= {"rates": rates(row)} if "median_us" in row["contenders"]["lfx"] else {}
-            rows.append(row)
-            record.write_text("".join(json.dumps(row) + "\n" for row in rows + verdicts(rows)), encoding="utf-8")
-            print(" | ".join(table_row(row)), flush=True)
-            gc.collect()
-            torch.cuda.empty_cache()
-    return rows
+
+    def one(case: Case) -> dict[str, Any]:
+        if case.precision not in made:
+            made.clear()  # the other type's ceilings hold memory
+            made[case.precision] = ceilings(dtype_of(case.precision))
+        row = {**about, **measure(case, kernels, made[case.precision], l2_bytes), **kernel_costs(case)}
+        row |= {"useful_flops": useful_flops(case), "least_bytes": least_bytes(case), "passed": passed(row)}
+        row |= {"floors": floors(case, peaks)} if peaks is not None else {}
+        row |= {"rates": rates(row)} if "median_us" in row["contenders"]["lfx"] else {}
+        print(" | ".join(table_row(row)), flush=True)
+        return row
+
+    return gpu.measure_all(wanted, one, verdicts, deadline, record)
 
 
 def dry_run(library: Path, wanted: list[Case]) -> None:

@@ -23,12 +23,8 @@ float64 here: its own error is three orders of magnitude below those that are co
 
 from __future__ import annotations
 
-import argparse
 import copy
-import gc
 import importlib.util
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -369,15 +365,10 @@ def verdicts(rows: Rows) -> Rows:
 
 def main() -> None:
     """Build, check, time, write the record; exit 1 when a result is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="only the shapes that a claim is about")
-    parser.add_argument("--minutes", type=float, default=9.0, help="start no shape after this; default %(default)s")
+    parser = gpu.parser(__doc__, "gpu_model")
     parser.add_argument(
         "--compile-all", action="store_true", help="torch.compile of Hugging Face's model at every shape"
     )
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--library", type=Path, help="a library that is already built")
-    parser.add_argument("--record", type=Path, default=gpu.ROOT / "docs" / "records" / "gpu_model.jsonl")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
     shapes = list(LIMITS_MS) if options.quick else SHAPES
@@ -388,33 +379,22 @@ def main() -> None:
             dry_run(shapes)
             return
         rows = run(library, shapes, deadline, options.record, options.compile_all, Path(folder))
-    print(table(rows))
-    for verdict in verdicts(rows):
-        word = {True: "HOLDS", False: "FAILS", None: "OPEN "}[verdict["holds"]]
-        print(f"{word} {verdict['claim']}: {verdict['figure']}")
-    sys.exit(0 if verdicts(rows)[0]["holds"] else 1)
+    gpu.conclude(table(rows), verdicts(rows))
 
 
 def run(
     library: Path, shapes: list[tuple[int, int]], deadline: float, record: Path, compile_all: bool, folder: Path
 ) -> Rows:
-    """Every shape until `deadline` (of time.monotonic); the record is written after each."""
+    """Every shape, as gpu.measure_all does it."""
     gpu.require()
     kernels, about = Kernels(library), gpu.environment(torch)
     exact = base_model(MAX_SEQLEN).to(gpu.DEVICE)
     half = copy.deepcopy(exact).half()
-    rows: Rows = []
-    record.parent.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
-        for shape in shapes:
-            if time.monotonic() > deadline:
-                print(f"time is over: {len(shapes) - len(rows)} shapes were not started", flush=True)
-                break
-            rows.append({**about, **measure(shape, exact, half, kernels, folder, compile_all), "gflop": work(shape)})
-            record.write_text("".join(json.dumps(row) + "\n" for row in rows + verdicts(rows)), encoding="utf-8")
-            gc.collect()
-            torch.cuda.empty_cache()
-    return rows
+
+    def one(shape: tuple[int, int]) -> dict[str, Any]:
+        return {**about, **measure(shape, exact, half, kernels, folder, compile_all), "gflop": work(shape)}
+
+    return gpu.measure_all(shapes, one, verdicts, deadline, record)
 
 
 def dry_run(shapes: list[tuple[int, int]]) -> None:

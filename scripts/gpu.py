@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import datetime
 import functools
+import gc
+import json
 import os
 import re
 import shutil
@@ -12,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -350,3 +353,52 @@ def summary(microseconds: list[float]) -> dict[str, float]:
 def ratio(theirs: list[float], ours: list[float]) -> float:
     """How many times as fast ours is: the median of the rounds' ratios."""
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
+# ---- a benchmark's command ----------------------------------------------------------------------------------------
+
+
+def parser(doc: str | None, record: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has; the record is `record`.jsonl."""
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--quick", action="store_true", help="only what a claim is about")
+    found.add_argument("--minutes", type=float, default=9.0, help="begin nothing after this; default %(default)s")
+    found.add_argument("--dry-run", action="store_true")
+    found.add_argument("--library", type=Path, help="a library that is already built")
+    found.add_argument("--record", type=Path, default=ROOT / "docs" / "records" / f"{record}.jsonl")
+    return found
+
+
+def measure_all(
+    wanted: Sequence[Any],
+    measure: Callable[[Any], dict[str, Any]],
+    verdicts: Callable[[Rows], Rows],
+    deadline: float,
+    record: Path,
+) -> Rows:
+    """A row for each of `wanted` until `deadline` (of time.monotonic).
+
+    After each row the record is written: all rows so far, and their verdicts.
+    """
+    torch = _torch()
+    rows: Rows = []
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        for one in wanted:
+            if time.monotonic() > deadline:
+                print(f"time is over: {len(wanted) - len(rows)} of {len(wanted)} were not started", flush=True)
+                break
+            rows.append(measure(one))
+            record.write_text("".join(json.dumps(row) + "\n" for row in rows + verdicts(rows)), encoding="utf-8")
+            gc.collect()
+            torch.cuda.empty_cache()
+    return rows
+
+
+def conclude(table: str, verdicts: Rows) -> None:
+    """Print both; the exit status is 1 unless the first verdict, that the numbers are right, holds."""
+    print(table)
+    for verdict in verdicts:
+        word = {True: "HOLDS", False: "FAILS", None: "OPEN "}[verdict["holds"]]
+        print(f"{word} {verdict['claim']}: {verdict['figure']}")
+    sys.exit(0 if verdicts[0]["holds"] else 1)

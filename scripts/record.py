@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from lfx.config import package_versions
+from lfx.config import cpu_name, package_versions
 
 RECORDS = Path(__file__).resolve().parent.parent / "docs" / "records"
 _PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "numpy")
@@ -21,7 +21,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--", "*.py") else ""),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": package_versions(_PACKAGES),
@@ -52,12 +52,3 @@ def read(name: str) -> list[dict[str, Any]]:
 def _git(*arguments: str) -> str:
     found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=RECORDS.parent)
     return found.stdout.strip()
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    named = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = [flag for flag in ("avx2", "avx512f", "amx_bf16") if flag in named.get("flags", "").split()]
-    return f"{named.get('model name', platform.processor())} ({', '.join(flags) or 'no vector flags'})"

@@ -160,11 +160,13 @@ def blocks() -> str:
 
 
 def profile() -> str:
-    """Where OpenVINO's time goes."""
-    (found,) = record.read("profile")
-    rows = [[kind, f"{share:.1%}"] for kind, share in found["shares"].items() if share >= 0.01]
-    note = f"\n{found['seqlen']:,} tokens, float32, {found['threads']} threads; kinds of layer with 1 % or more.\n"
-    return _rows(["layers", "share of the time"], rows) + note
+    """Where the time goes, and what that leaves to gain."""
+    found = record.read("profile")
+    parts = list(found[0]["shares"])
+    rows = [[f"{row['seqlen']:,}", row["backend"], *(f"{row['shares'][part]:.0%}" for part in parts)] for row in found]
+    note = f"\nOne sequence, float32, {found[0]['threads']} threads. {_hardware(found[0])}, "
+    note += f"OpenVINO {found[0]['versions']['openvino']}.\n"
+    return _rows(["tokens", "backend", *parts], rows) + note
 
 
 def chart() -> None:

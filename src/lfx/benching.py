@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from lfx.config import package_versions
+from lfx.config import cpu_name, package_versions
 from lfx.errors import ArtifactError, InputError
 from lfx.runtime import Engine, bench
 from lfx.terminal import progress, table
@@ -59,7 +59,7 @@ def run_bench(
             "backend": engine.backend,
             "threads": engine.threads,
             "cores": os.cpu_count(),
-            "cpu": _cpu(),
+            "cpu": cpu_name(),
             "versions": package_versions(_PACKAGES),
         }
         rows = bench.measure(
@@ -135,14 +135,6 @@ def _torch_run(module: Any, marks: dict[str, int]) -> bench.Run:
             return module(tensor, **{name: tensor * value for name, value in marks.items()})
 
     return run
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _write(output: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -265,6 +266,23 @@ def package_versions(packages: Iterable[str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def cpu_fields() -> dict[str, str]:
+    """What Linux says of the CPU, by /proc/cpuinfo's names; empty where there is no such file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in lines)
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def cpu_name() -> str:
+    """The CPU of this machine and the vector instructions that decide its speed, for records."""
+    fields = cpu_fields()
+    flags = [flag for flag in ("avx2", "avx512f", "amx_bf16") if flag in fields.get("flags", "").split()]
+    return fields.get("model name", platform.processor() or "unknown") + (f" ({', '.join(flags)})" if flags else "")
 
 
 def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
