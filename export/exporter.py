@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from lfx.export.load import load, quiet, weights_sha256
 from lfx.export.passes.opset import TRACED
 from lfx.export.rewrite import GlobalTokens, Traceable, attention_windows, rewrite
 from lfx.export.runners import TORCH_DTYPES
-from lfx.export.validate import default_global_of, forward_inputs, granularity, validate
+from lfx.export.validate import default_global_of, forward_inputs, granularity, ignores_padding, validate
 
 Progress = Callable[[str], None]
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
@@ -108,6 +109,7 @@ def export(
     program, inputs = _trace(module, task, precision, tokens)
     signature = _signature(module, task, precision, tokens, program.model, inputs, max_seqlen)
     _check_ranges(program, signature, granularity(module))
+    signature = dataclasses.replace(signature, ignores_padding=ignores_padding(module, signature))
     if max_global is not None and max_global > (signature.max_seqlen or max_global):
         raise ExportError(f"max_global {max_global} is above the longest sequence, {signature.max_seqlen} tokens")
     progress("building the graph")
@@ -341,7 +343,8 @@ def _signature(
 
 def _is_hugging_face(module: nn.Module) -> bool:
     """Whether it is one of transformers' own classes, whose default for the global tokens is known."""
-    return type(module).__name__ in {task.architecture for task in TASKS.values()}
+    own = type(module).__module__ == hf.__name__
+    return own and type(module).__name__ in {task.architecture for task in TASKS.values()}
 
 
 def _output_spec(value: ir.Value) -> TensorSpec:

@@ -9,10 +9,11 @@ uses its own kernel; any other inlines the body. The letters in the shapes:
     X = G + W          L = N·b ≥ T
 
 Block form: every block of queries gathers the keys that it can see, so that attention is two batched matrix
-products over (B·d·N, H): no diagonal skewing, no loop, no padding. Queries, keys and values are gathered head by head
-from where the projections left them, (B, S·H, D), so nothing is transposed; and they are attention as everyone writes
-it, of rank 4, which OpenVINO computes in one fused layer. Nothing is scattered: global rows and the zero rows of masked
-queries are put in their places by one gather from the pool (computed rows, global rows, a zero row).
+products over (B·d·N, H): no diagonal skewing, no loop, no padding to a multiple. Queries, keys and values are gathered
+head by head from where the projections left them, (B, S·H, D), with nothing rearranged before. It is attention as
+everyone writes it, of rank 4, which OpenVINO computes in one fused layer. Nothing is scattered: global rows and the
+zero rows of masked queries are put in their places by one gather from the pool (computed rows, global rows, a zero
+row).
 
 All index and mask nodes depend on the mask and the shape alone. They are the same in every layer of one window,
 and a runtime that shares common subexpressions (ONNX Runtime does) computes them once.
@@ -35,7 +36,7 @@ DOMAIN = "lfx"
 VERSION = 1
 lfx = Opset(DOMAIN, VERSION)
 
-# Queries a block. 96 to 128 was the fastest of 64 to 384 in ONNX Runtime for base-4096 (window 256, head size 64):
+# Queries a block. 96 and 128 were the fastest of 64 to 256 in ONNX Runtime for base-4096 (window 256, head size 64):
 # smaller blocks score fewer masked pairs but gather each key more often.
 BLOCK = 128
 # Added to the score of a key that must not be seen. The lowest finite float32, as Hugging Face has it: with -inf a

@@ -24,15 +24,16 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime import quantization as ortq
 
-from lfx.config import MANIFEST, MODEL, WEIGHTS, Manifest, Signature, package_versions, sha256
+from lfx.config import MANIFEST, MODEL, WEIGHTS, Manifest, Signature, is_multi_label, package_versions, sha256
 from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.parity import Case, Report, compare
 from lfx.runtime import Engine
 from lfx.runtime.backends import OnnxRuntime, int8_overflows
 from lfx.runtime.conversion import engine_runner
-from lfx.runtime.documents import SUFFIXES, encoded
+from lfx.runtime.documents import encoded, is_documents
 from lfx.runtime.inputs import prepare
+from lfx.runtime.text import settings
 
 ACTIVATIONS = ("uint8", "int8")
 SAMPLES = 32
@@ -86,6 +87,8 @@ def quantize(
         )
     target = Path(output) if output is not None else Path(f"{folder.resolve().name}-int8")
     check_target(target)
+    if target.resolve() == folder.resolve():
+        raise ExportError(f"{target} is the bundle that is quantized, which would be lost; give another output")
     progress("checking the bundle")
     manifest.verify(folder)
     check_space(target, sum(entry["bytes"] for entry in manifest.files.values()))
@@ -159,7 +162,7 @@ def _check(signature: Signature, samples: int, activations: str, folder: Path) -
 def _read(source: Path, signature: Signature, folder: Path, samples: int) -> tuple[list[Feeds], dict[str, Any]]:
     """The windows of a calibration file as graph inputs, and what they were."""
     every = [window.ids for window in encoded(source, signature, folder)]
-    if len(every) < samples and source.suffix not in SUFFIXES:  # of a short text, more windows and shorter ones
+    if len(every) < samples and not is_documents(source):  # of a short text, more windows and shorter ones
         shorter = max(sum(map(len, every)) // samples, SHORTEST)
         limited = dataclasses.replace(signature, max_seqlen=min(shorter, signature.max_seqlen or shorter))
         every = [window.ids for window in encoded(source, limited, folder)]
@@ -211,13 +214,14 @@ class _Reader(ortq.CalibrationDataReader):  # type: ignore[misc]
 @contextlib.contextmanager
 def _quiet_quantizer() -> Iterator[None]:
     """Keep the quantizer's advice about pre-processing, which our graphs have behind them, off the terminal."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         yield
     except Exception as error:
         raise ExportError(f"ONNX Runtime's quantizer failed: {type(error).__name__}: {one_line(error)}") from error
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def _finish(path: Path, signature: Signature, layers: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -307,5 +311,7 @@ def _accuracy(bundle: Path, model: Path, held_out: list[Feeds], signature: Signa
             candidate=engine_runner(quantized),
             precision="int8",
             layers=len(signature.attention_windows),
+            names=("the float32 bundle", "the same graph with its integers in float32"),
+            multi_label=is_multi_label(signature, settings(bundle / "config.json").get("problem_type")),
             on_case=lambda case: progress(f"measuring accuracy: {case}"),
         )

@@ -15,14 +15,15 @@ import numpy as np
 from torch import nn
 from transformers.models.longformer import modeling_longformer as hf
 
-from lfx.config import GRAPH_INPUTS, QUANTIZED, Signature
+from lfx.config import GRAPH_INPUTS, QUANTIZED, Signature, is_multi_label
 from lfx.errors import ExportError, InputError
 from lfx.export.layers import layer_name
 from lfx.export.rewrite import attention_windows
 from lfx.export.runners import int8_runner, reference_runner, torch_runner
-from lfx.parity import UNIT_ROUNDOFF, Case, Report, compare, quick_cases
+from lfx.parity import UNIT_ROUNDOFF, Case, OutputResult, Report, compare, quick_cases
 from lfx.runtime import Engine
 from lfx.runtime.conversion import engine_runner, model_inputs
+from lfx.runtime.engine import check_cuttable, cut
 from lfx.runtime.inputs import default_global
 
 _NO_SIGNATURE = Signature("", "feature-extraction", "fp32", (), (), ())
@@ -85,6 +86,7 @@ def compare_engine(
         precision=precision,
         layers=layers,
         depth={layer_name(i): i + 1 for i in range(layers)},
+        multi_label=is_multi_label(signature, getattr(getattr(module, "config", None), "problem_type", None)),
         on_case=lambda case: progress(f"comparing: {case}"),
     )
 
@@ -114,6 +116,36 @@ def default_global_of(module: nn.Module, vocab_size: int | None, pad: int | None
         if all(np.allclose(own[name], told[name], rtol=1e-4, atol=1e-5) for name in own):
             return rule
     return "required"
+
+
+def ignores_padding(module: nn.Module, signature: Signature) -> bool:
+    """Whether padding behind a sequence leaves its outputs what they are, which a mean over all positions does not.
+
+    True also where lfx never pads: nothing can be masked, or the outputs cannot be cut. False where it cannot be tried,
+    since the module takes a single length.
+    """
+    names, step, longest = forward_inputs(module), granularity(module), signature.max_seqlen or math.inf
+    try:
+        check_cuttable(signature)
+    except InputError:
+        return True
+    short, long = (step, 2 * step) if step > 1 else (12, 19) if longest >= 19 else (1, 2)
+    if "attention_mask" not in names or longest == 1:
+        return True
+    if long > longest:
+        return False
+    padded = model_inputs(Case(1, long), signature)
+    padded["input_ids"][..., short:] = signature.pad_token_id
+    padded["attention_mask"][..., short:] = 0
+    run = torch_runner(module, "fp32", names)
+    alone, among = run({name: array[..., :short] for name, array in padded.items()}), run(padded)
+    for spec in signature.outputs:
+        wanted, found = alone[spec.name][0], cut(among[spec.name][0], spec.shape, short)
+        result = OutputResult()
+        result.add(Case(1, short), wanted, wanted, found)
+        if result.error > (1e-3 * result.magnitude if wanted.dtype.kind == "f" else 0.0):
+            return False
+    return True
 
 
 def granularity(module: nn.Module) -> int:

@@ -117,12 +117,16 @@ class Batcher:
         return await asyncio.wrap_future(self.submit(ids, attention_mask, global_attention_mask))
 
     def close(self) -> None:
-        """Run what is waiting, and stop. Calling it again does nothing."""
+        """Run what is waiting, and stop. Calling it again does nothing.
+
+        From a future's callback it returns at once, and what is waiting is run after it.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for worker in self._workers:
-            worker.join()
+        if threading.current_thread() not in self._workers:
+            for worker in self._workers:
+                worker.join()
 
     def _work(self) -> None:
         while True:
@@ -159,7 +163,8 @@ class Batcher:
         oldest = self._waiting[0]
         alike = [r for r in itertools.islice(self._waiting, AHEAD) if r.kind == oldest.kind]
         choices = max(oldest.size // oldest.length, 1)
-        groups = batches([r.length for r in alike], max(self._budget // choices, 1), self._engine.takes)
+        lengths, budget = [r.length for r in alike], max(self._budget // choices, 1)
+        groups = batches(lengths, budget, self._engine.takes, pad=self._engine.signature.ignores_padding)
         group = next([alike[i] for i in found] for found in groups if any(alike[i] is oldest for i in found))
         chosen = set(map(id, group))
         self._waiting = deque(r for r in self._waiting if id(r) not in chosen)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 # Padded tokens of a batch: enough to fill two CPU threads many times over, 1 GB of activations in the base shape.
 TOKEN_BUDGET = 8192
 # What starting one more batch costs, in tokens' worth of computing.
@@ -11,7 +13,11 @@ BATCH_COST = 64
 
 
 def batches(
-    lengths: Sequence[int], budget: int, takes: Callable[[int, int], bool] = lambda batch, seqlen: True
+    lengths: Sequence[int],
+    budget: int,
+    takes: Callable[[int, int], bool] = lambda batch, seqlen: True,
+    *,
+    pad: bool = True,
 ) -> list[list[int]]:
     """Put sequences together so that the least is computed in all, padding and starts of batches included.
 
@@ -19,25 +25,27 @@ def batches(
         lengths: of the sequences, tokens.
         budget: most tokens of a batch, padding included; a sequence longer than that is a batch of its own.
         takes: whether the backend takes a batch of so many sequences of so many tokens.
+        pad: whether sequences of different lengths may run together.
     Returns:
         Indices into `lengths`, each once, the shortest sequences first. The same lengths give the same batches.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    # best[n]: the least cost of the n shortest sequences, and where the last batch of them begins.
-    best: list[tuple[int, int]] = [(0, 0)]
-    for n in range(1, len(order) + 1):
-        longest = lengths[order[n - 1]]
-        candidates = []
-        for first in range(n - 1, -1, -1):
-            count = n - first
-            if count > 1 and (count * longest > budget or not takes(count, longest)):
-                break
-            candidates.append((best[first][0] + BATCH_COST + count * longest, first))
-        best.append(min(candidates))
+    # cost[n]: the least cost of the n shortest sequences. first[n]: where the last batch of them begins.
+    cost, first = np.zeros(len(order) + 1), np.zeros(len(order) + 1, int)
+    most: dict[int, int] = {}  # sequences of a batch with this longest one
+    equal = 0
+    for n, longest in enumerate((lengths[i] for i in order), 1):
+        equal = equal + 1 if n > 1 and lengths[order[n - 2]] == longest else 1
+        if longest not in most:
+            by_budget = max(min(budget // longest, len(order)), 1)
+            most[longest] = next((m for m in range(1, by_budget) if not takes(m + 1, longest)), by_budget)
+        lowest = n - min(most[longest], n if pad else equal)
+        costs = cost[lowest:n] + BATCH_COST + longest * np.arange(n - lowest, 0, -1)
+        first[n] = lowest + int(costs.argmin())
+        cost[n] = costs[first[n] - lowest]
     found: list[list[int]] = []
     end = len(order)
     while end > 0:
-        first = best[end][1]
-        found.append(order[first:end])
-        end = first
+        found.append(order[first[end] : end])
+        end = int(first[end])
     return found[::-1]

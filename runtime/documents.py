@@ -20,7 +20,7 @@ from lfx.runtime.engine import Engine
 from lfx.runtime.inputs import prepare
 from lfx.runtime.text import END_TO_END, TOKENIZER, Encoded, Text
 
-SUFFIXES = (".jsonl", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".parquet")  # in any case
 # Documents whose results are written together. Batches are formed within a chunk, so that a run that was stopped and
 # goes on has the same batches, and the same numbers, as one that was left alone.
 CHUNK = 256
@@ -71,7 +71,7 @@ def run_documents(
 
     Args:
         reader: the tokenizer; None where every document has input_ids.
-        source, output: .jsonl or .parquet, each.
+        source, output: .jsonl (or .ndjson) or .parquet, each.
         stride: documents longer than the model takes are cut into windows that begin every `stride` tokens; None
             refuses them.
         progress: called after each chunk. report: called with a line for each refused document.
@@ -81,8 +81,8 @@ def run_documents(
     if engine.signature.task == "multiple-choice":
         raise InputError("files of documents are not run for multiple-choice; use Engine.run")
     for path in (source, output):
-        if path.suffix not in SUFFIXES:
-            raise InputError(f"{path} is neither {' nor '.join(SUFFIXES)}; results are written in one of these formats")
+        if not is_documents(path):
+            raise InputError(f"{path} is none of {', '.join(SUFFIXES)}; results are written in one of these formats")
     if not source.is_file():
         raise InputError(f"{source} does not exist, or is no file")
     if output.is_dir() or not output.absolute().parent.is_dir() or output.resolve() == source.resolve():
@@ -123,6 +123,15 @@ def run_documents(
     return summary
 
 
+def is_documents(path: Path) -> bool:
+    """Whether a file is one of documents, by its name; others are one text."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
+
+
 def _lock(file: IO[str], output: Path) -> None:
     """Keep a second run away from this output for as long as the file is open."""
     try:
@@ -150,7 +159,7 @@ def encoded(source: Path, signature: Signature, folder: Path) -> Iterator[Encode
     if not source.is_file():
         raise InputError(f"{source} does not exist, or is no file")
     reader = Text(folder, signature) if (folder / TOKENIZER).is_file() else None
-    if source.suffix in SUFFIXES:
+    if is_documents(source):
         lines = _lines(source)
     else:
         try:
@@ -194,7 +203,7 @@ def _resume(partial: Path, header: dict[str, Any]) -> Summary:
 
 def _lines(source: Path) -> Iterator[tuple[int, Any]]:
     """(number, document or InputError), from 1."""
-    if source.suffix == ".parquet":
+    if _is_parquet(source):
         parquet = require("pyarrow.parquet", "parquet")
         try:
             tables = parquet.ParquetFile(source).iter_batches(CHUNK)
@@ -310,11 +319,11 @@ def _finish(partial: Path, output: Path) -> None:
         with partial.open(encoding="utf-8") as file:
             next(file)
             rows = (line for line in file if not line.startswith('{"chunk":'))
-            if output.suffix == ".jsonl":
+            if _is_parquet(output):
+                _write_parquet(rows, ready)
+            else:
                 with ready.open("w", encoding="utf-8") as target:
                     target.writelines(rows)
-            else:
-                _write_parquet(rows, ready)
         ready.replace(output)
     finally:
         ready.unlink(missing_ok=True)

@@ -269,12 +269,13 @@ class Engine:
         shapes = {spec.name: spec.shape for spec in self.signature.outputs}
         rows: dict[str, list[Any]] = {name: [None] * len(lengths) for name in shapes}
         choices = feeds["input_ids"].shape[1] if feeds["input_ids"].ndim == 3 else 1
-        for members in batches(lengths, max(self.token_budget // choices, 1), backend.takes):
+        budget, pad = max(self.token_budget // choices, 1), self.signature.ignores_padding
+        for members in batches(lengths, budget, backend.takes, pad=pad):
             longest = max(lengths[i] for i in members)
             outputs = self._infer(backend, {name: array[members][..., :longest] for name, array in feeds.items()})
             for name, array in outputs.items():
                 for place, i in enumerate(members):
-                    rows[name][i] = _cut(array[place], shapes[name], lengths[i])
+                    rows[name][i] = cut(array[place], shapes[name], lengths[i])
         return rows
 
     def close(self) -> None:
@@ -290,7 +291,7 @@ class Engine:
         self.close()
 
 
-def _cut(row: NDArray[Any], axes: tuple[int | str, ...], length: int) -> NDArray[Any]:
+def cut(row: NDArray[Any], axes: tuple[int | str, ...], length: int) -> NDArray[Any]:
     """One sequence's part of an output, without its padding."""
     return row[tuple(slice(length) if axis == "sequence" else slice(None) for axis in axes[1:])].copy()
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.config import Signature, sha256
+from lfx.config import Signature, is_multi_label, sha256
 from lfx.errors import ArtifactError, InputError
 
 TOKENIZER = "tokenizer.json"
@@ -53,8 +53,8 @@ class Text:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._signature = signature
-        self._config = _settings(bundle / "config.json")
-        mask = _settings(bundle / "tokenizer_config.json").get("mask_token") or "<mask>"
+        self._config = settings(bundle / "config.json")
+        mask = settings(bundle / "tokenizer_config.json").get("mask_token") or "<mask>"
         self._mask_token = str(mask["content"] if isinstance(mask, dict) else mask)
 
     def encode(self, text: str, pair: str | None = None) -> Encoded:
@@ -130,7 +130,7 @@ class Text:
         problem = self._config.get("problem_type")
         if task == "text-classification" and (len(logits) == 1 or problem == "regression"):
             return [{"label": self.label(i), "score": float(value)} for i, value in enumerate(logits)]
-        if task == "text-classification" and problem == "multi_label_classification":
+        if is_multi_label(self._signature, problem):
             scores = 0.5 * (1.0 + np.tanh(0.5 * logits))  # the sigmoid, without overflow
         else:
             scores = _softmax(logits)
@@ -179,7 +179,7 @@ def _check_text(text: Any, pair: Any) -> None:
             raise InputError("the text is not UTF-8; convert it first")
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def settings(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
     try:
         return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}

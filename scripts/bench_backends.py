@@ -1,12 +1,14 @@
 """The backends of the CPU beside PyTorch: base shape, in turns, in one process.
 
-    python scripts/bench_backends.py                      # everything: half an hour
-    python scripts/bench_backends.py --measures latency --batch 1 --lengths 512
+    python scripts/bench_backends.py                      # everything: an hour and more, and 24 GB
+    python scripts/bench_backends.py --measures latency --batch 8 --lengths 4096 --only "Hugging Face eager fp32" \\
+        --only "lfx, ONNX Runtime fp32" --only "lfx, ONNX Runtime int8"                                # in less memory
 
 latency: docs/records/backends.jsonl, a row for each contender, length and batch as soon as it is measured. The int8
 model is calibrated on the example document. A precision that this CPU has no arithmetic for is not measured in lfx,
 which refuses it. Hugging Face's bfloat16 is measured at batch 1 only: without such arithmetic it takes minutes a run.
 blocks: docs/records/blocks.jsonl, the time of one sequence by the number of queries in a block of the attention.
+attention: docs/records/attention.jsonl, ONNX Runtime's fused Attention beside the nodes that the graph has instead.
 profile: docs/records/profile.jsonl, where the time of one sequence goes, by the backends' own counters.
 """
 
@@ -33,7 +35,7 @@ from transformers import LongformerModel, logging
 from lfx.config import MODEL
 from lfx.errors import DependencyError
 from lfx.export import export
-from lfx.export.functions import BLOCK
+from lfx.export.functions import BLOCK, HIDDEN
 from lfx.export.quantize import quantize
 from lfx.runtime import Engine
 from lfx.runtime.backends import SLOWER_ON_CPU, link_or_copy
@@ -41,6 +43,7 @@ from lfx.runtime.bench import Run, measure
 
 LENGTHS = (512, 1024, 2048, 4096)
 ROUNDS = {1: 5, 8: 1}  # at batch 8 one run of all contenders takes minutes
+MEASURES = ("latency", "blocks", "attention", "profile")
 BLOCKS = (64, 96, 128, 192, 256)
 Feeds = dict[str, np.ndarray]
 Counted = list[tuple[str, str, float]]  # name, kind and seconds of each node of one run
@@ -51,13 +54,15 @@ def main() -> None:
     """Measure, and write each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--measures", type=lambda text: text.split(","), default=["latency", "blocks", "profile"])
+    parser.add_argument("--measures", type=lambda text: text.split(","), default=list(MEASURES))
     parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], default=list(LENGTHS))
     parser.add_argument("--batch", type=lambda text: [int(n) for n in text.split(",")], default=list(ROUNDS))
     parser.add_argument(
         "--only", action="append", help="a contender; all of them at batch 8 and 4,096 tokens take 24 GB"
     )
     options = parser.parse_args()
+    if options.only is not None and EAGER not in options.only:
+        parser.error(f"every contender is compared with {EAGER!r}; give it with --only too")
     about = {**record.environment(), "shape": "longformer-base", "threads": options.threads}
     with tempfile.TemporaryDirectory(prefix="lfx-bench-") as folder:
         checkpoint = save_base_checkpoint(Path(folder) / "checkpoint")
@@ -65,10 +70,12 @@ def main() -> None:
         if "profile" in options.measures:
             rows = [
                 {**about, "backend": backend, **profile(counters, bundle, length, options.threads)}
-                for length in (options.lengths[0], options.lengths[-1])
+                for length in dict.fromkeys((options.lengths[0], options.lengths[-1]))
                 for backend, counters in (("onnxruntime", onnxruntime_counters), ("openvino", openvino_counters))
             ]
             record.write("profile", rows)
+        if "attention" in options.measures:
+            record.write("attention", [{**about, **row} for row in attention(options.lengths[-1], options.threads)])
         if "blocks" in options.measures:
             with tempfile.TemporaryDirectory(prefix="lfx-bench-") as scratch:
                 rows = blocks(bundle, Path(scratch), options.lengths[-1], options.threads)
@@ -125,6 +132,37 @@ def blocks(bundle: Path, folder: Path, length: int, threads: int) -> list[dict[s
     return rows
 
 
+def attention(length: int, threads: int) -> list[dict[str, Any]]:
+    """One layer's blocks, gathered and masked: the graph's own nodes, and the operator that opset 23 has for them."""
+    count, keys = -(-length // BLOCK), BLOCK + 512 + 1  # one-sided window 256, one global slot
+    inputs = f"float[{count},12,{BLOCK},64] q, float[{count},12,{keys},64] k, float[{count},12,{keys},64] v"
+    given = f"({inputs}, float[{count},1,{BLOCK},{keys}] bias) => (float[{count},12,{BLOCK},64] out)"
+    forms = {
+        "MatMul, Add, Softmax, MatMul": "kt = Transpose <perm = [0, 1, 3, 2]> (k) s = MatMul (q, kt) a = Add (s, bias) "
+        "p = Softmax <axis = -1> (a) out = MatMul (p, v)",
+        "Attention (opset 23)": "out = Attention <scale = 1.0> (q, k, v, bias)",
+    }
+    random = np.random.default_rng(0)
+    feeds = {
+        name: random.standard_normal((count, heads, rows, columns), dtype=np.float32)
+        for name, heads, rows, columns in (("q", 12, BLOCK, 64), ("k", 12, keys, 64), ("v", 12, keys, 64))
+    }
+    feeds["bias"] = np.where(random.random((count, 1, BLOCK, keys)) < 0.2, HIDDEN, 0).astype(np.float32)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    runs: dict[str, Run] = {}
+    for name, nodes in forms.items():
+        text = f'<ir_version: 10, opset_import: ["" : 23]> g {given} {{ {nodes} }}'
+        session = onnxruntime.InferenceSession(onnx.parser.parse_model(text).SerializeToString(), options)
+        runs[name] = lambda _, session=session: session.run(None, feeds)[0]
+    first, second = (np.asarray(run(np.zeros(0))) for run in runs.values())
+    rows = measure(runs, [length], [1], rounds=15, vocab_size=50000)
+    for row in rows:
+        row["max_difference"] = float(np.abs(first - second).max())
+        print(row["contender"], f"{row['p50_ms']:.0f} ms", flush=True)
+    return rows
+
+
 def profile(counters: Callable[..., list[Counted]], bundle: Path, length: int, threads: int) -> dict[str, Any]:
     """Where a backend's time goes: its own counters of the fastest of five runs, by part of the model."""
     ids = np.random.default_rng(0).integers(3, 50000, (1, length))
@@ -133,7 +171,7 @@ def profile(counters: Callable[..., list[Counted]], bundle: Path, length: int, t
     parts = {"linear layers": 0.0, "attention": 0.0, "the rest": 0.0}
     for name, kind, seconds in run:
         # Nodes of a function's body carry the inliner's names; the model's own carry their modules'.
-        if re.match(r"_inlfunc_|n\d+__\d+|.*#global_rows", name):
+        if re.match(r"_inlfunc_|n\d+__\d+|.*#global_rows|.*attention\.self/", name):
             parts["attention"] += seconds
         else:
             parts["linear layers" if kind in ("MatMul", "Gemm", "FullyConnected") else "the rest"] += seconds

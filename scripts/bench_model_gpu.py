@@ -34,7 +34,7 @@ from typing import Any
 import gpu
 import numpy as np
 import torch
-from bench_kernels import PEAKS, Case, useful_flops
+from band_cases import PEAKS, Case, useful_flops
 from checkpoints import base_model
 from gpu import Contender, Rows
 from torch import nn

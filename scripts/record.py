@@ -12,7 +12,8 @@ from typing import Any
 
 from lfx.config import cpu_name, package_versions
 
-RECORDS = Path(__file__).resolve().parent.parent / "docs" / "records"
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "docs" / "records"
 _PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "numpy")
 
 
@@ -50,5 +51,5 @@ def read(name: str) -> list[dict[str, Any]]:
 
 
 def _git(*arguments: str) -> str:
-    found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=RECORDS.parent)
+    found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT)
     return found.stdout.strip()

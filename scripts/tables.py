@@ -159,14 +159,50 @@ def blocks() -> str:
     return _rows(["queries in a block", *map(str, sizes)], rows) + note
 
 
+def attention() -> str:
+    """One layer's attention, as nodes and as one operator."""
+    found = record.read("attention")
+    rows = [[row["contender"], f"{row['p50_ms']:.0f} ms ({row['p5_ms']:.0f} to {row['p95_ms']:.0f})"] for row in found]
+    note = (
+        f"\nMedian (5th to 95th percentile) of {found[0]['rounds']} turns; {found[0]['seqlen']:,} tokens of the base "
+    )
+    note += f"shape, {found[0]['threads']} threads. {_hardware(found[0])}.\n"
+    return _rows(["attention of one layer", "ONNX Runtime"], rows) + note
+
+
+def quantizers() -> str:
+    """What two quantizers cost and gain."""
+    found = record.read("quantizers")
+    rows = [
+        [row["contender"], f"{row['cosine']:.5f}", f"{row['max_abs_error']:.3f}", f"{row['p50_ms']:.0f} ms"]
+        for row in found
+    ]
+    half, seqlen = found[0]["windows"] // 2, found[0]["seqlen"]
+    note = f"\nBase shape, random weights; {half} windows of {seqlen} tokens calibrate, and {half} others are compared "
+    note += f"with float32. {_hardware(found[0])}, OpenVINO {found[0]['versions']['openvino']}, "
+    note += f"NNCF {found[0]['nncf']}.\n"
+    return _rows(["", "cosine", "largest error", "one window"], rows) + note
+
+
 def profile() -> str:
     """Where the time goes, and what that leaves to gain."""
     found = record.read("profile")
+    contenders = {"onnxruntime": "lfx, ONNX Runtime fp32", "openvino": "lfx, OpenVINO fp32"}
+    ratios = {
+        (r["seqlen"], r["contender"]): 1 / r["times_the_first"] for r in record.read("backends") if r["batch"] == 1
+    }
     parts = list(found[0]["shares"])
-    rows = [[f"{row['seqlen']:,}", row["backend"], *(f"{row['shares'][part]:.0%}" for part in parts)] for row in found]
-    note = f"\nOne sequence, float32, {found[0]['threads']} threads. {_hardware(found[0])}, "
+    rows = []
+    for row in found:
+        ratio = ratios[row["seqlen"], contenders[row["backend"]]]
+        shares = [f"{row['shares'][part]:.0%}" for part in parts]
+        limit = f"{ratio / row['shares']['linear layers']:.2f}"
+        rows.append([f"{row['seqlen']:,}", row["backend"], *shares, f"{ratio:.2f}", limit])
+    note = f"\nOne sequence, float32, {found[0]['threads']} threads; the ratios are of the table above. "
+    note += f"{_hardware(found[0])}, "
     note += f"OpenVINO {found[0]['versions']['openvino']}.\n"
-    return _rows(["tokens", "backend", *parts], rows) + note
+    header = ["tokens", "backend", *parts, "times as fast as Hugging Face", "if the linear layers were all"]
+    return _rows(header, rows) + note
 
 
 def chart() -> None:
@@ -181,6 +217,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "documents": documents,
     "backends": backends,
     "blocks": blocks,
+    "attention": attention,
+    "quantizers": quantizers,
     "profile": profile,
 }
 

@@ -80,16 +80,19 @@ def test_a_right_bundle_parts_at_no_layer(bundles: Callable[..., Path], task: st
 def test_the_first_layer_that_differs_is_named(
     bundles: Callable[..., Path], tmp_path: Path, weight: str, first: str
 ) -> None:
-    found = lfx("parity", spoiled(bundles(), tmp_path / "spoiled", weight, 1e-3), "--by-layer")
+    folder = spoiled(bundles(), tmp_path / "spoiled", weight, 1e-3)
+    found = lfx("parity", folder, "--by-layer")
     assert found.exit_code == 1
     assert f"the two part at {first}\n" in found.stdout
     assert isinstance(found.exception, Exception)
+    assert json.loads(lfx("parity", folder, "--by-layer", "--json").stdout)["passed"] is False
 
 
 def test_json_has_the_layers_too(bundles: Callable[..., Path]) -> None:
     found = json.loads(lfx("parity", bundles(), "--by-layer", "--json").stdout)
     assert list(found["by_layer"]["outputs"]) == ["attention_0", "attention_1", "last_hidden_state", "pooler_output"]
     assert list(found["outputs"]) == ["last_hidden_state", "pooler_output"]
+    assert found["passed"] is True
     tolerances = [out["tolerance"] for out in found["by_layer"]["outputs"].values()]
     assert tolerances[0] < tolerances[1]  # of one layer's roundings, and of two
 

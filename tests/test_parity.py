@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 
 from lfx.errors import ParityError
-from lfx.parity import GLOBALS, PADDINGS, Arrays, Case, compare, full_cases, inputs_of, quick_cases
+from lfx.parity import (
+    GLOBALS,
+    PADDINGS,
+    Arrays,
+    Case,
+    OutputResult,
+    Report,
+    compare,
+    full_cases,
+    inputs_of,
+    quick_cases,
+)
 
 NOISE = 1e-6
 
@@ -59,6 +71,47 @@ def test_nan_fails() -> None:
     report = _report(candidate=lambda inputs: {"logits": np.full(inputs["input_ids"].shape, np.nan)})
     with pytest.raises(ParityError, match="error inf"):
         report.require()
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))  # JSON has no infinity
+    assert (data["passed"], data["outputs"]["logits"]["max_abs_error"]) == (False, None)
+
+
+@pytest.mark.parametrize("fill", [-np.inf, np.finfo(np.float64).min, float(np.finfo(np.float32).min)])
+def test_what_a_model_fills_in_loosens_nothing(fill: float) -> None:
+    def filled(by: float, amount: float):
+        def run(inputs: Arrays) -> Arrays:
+            logits = np.sin(inputs["input_ids"].astype(float)) + amount
+            logits[:, 0] = by
+            return {"logits": logits}
+
+        return run
+
+    def report(candidate) -> Report:
+        return compare(
+            [Case(500, 5)],
+            lambda case: inputs_of(case, vocab_size=50, pad_token_id=1),
+            reference=filled(fill, 0.0),
+            witness=filled(-np.inf, NOISE),
+            candidate=candidate,
+            precision="fp32",
+            layers=2,
+        )
+
+    report(filled(float(np.finfo(np.float32).min), NOISE)).require()
+    assert report(filled(-np.inf, 0.0)).tolerance("logits") < 1e-4
+    for wrong in (filled(-np.inf, 1e-3), filled(0.0, 0.0), filled(np.inf, 0.0), filled(np.nan, 0.0)):
+        with pytest.raises(ParityError, match="above the tolerance"):
+            report(wrong).require()
+
+
+def test_a_label_is_the_largest_entry_and_of_many_labels_each_a_decision() -> None:
+    right, ours = np.array([[3.0, 1.0, -2.0], [-1.0, -3.0, -2.0]]), np.array([[3.0, -1.0, -2.0], [-3.0, -1.0, 2.0]])
+    one, many = OutputResult(), OutputResult()
+    one.add_labels(right, ours, multi_label=False)
+    many.add_labels(right, ours, multi_label=True)
+    assert (one.agreeing, one.labels) == (1, 2)
+    assert (many.agreeing, many.labels) == (4, 6)
+    many.add_labels(right[:, :1], ours[:, :1], multi_label=True)
+    assert many.labels == 6  # a single entry is no choice
 
 
 def test_a_witness_that_computes_something_else_fails() -> None:

@@ -125,7 +125,7 @@ def export(
     "--calibration",
     type=click.Path(path_type=Path),
     required=True,
-    help="Your text: a text file, or .jsonl or .parquet with a field text or input_ids.",
+    help="Your text: a text file, or .jsonl (.ndjson) or .parquet with a field text or input_ids.",
 )
 @click.option("--samples", type=click.IntRange(min=2), default=32, show_default=True, help="Windows of text to use.")
 @click.option(
@@ -262,7 +262,7 @@ def _only_bundle() -> Path:
     "--input",
     "file",
     type=click.Path(path_type=Path),
-    help="A text file, read as one document; or documents: .jsonl or .parquet with a field text or input_ids.",
+    help="A text file, one document; or documents: .jsonl (.ndjson) or .parquet, with a field text or input_ids.",
 )
 @click.option("--stride", type=click.IntRange(min=1), help="Cut long documents into windows that begin every N tokens.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="A folder with one.  [default: the bundle's]")
@@ -289,11 +289,11 @@ def run(
     A run over documents that was stopped goes on where it was when the same command is given again.
     """
     from lfx.running import run_documents, run_text
-    from lfx.runtime.documents import SUFFIXES
+    from lfx.runtime.documents import is_documents
 
     if (text is None) == (file is None):
         raise click.UsageError("give either --text or --input")
-    documents = file if file is not None and file.suffix in SUFFIXES else None
+    documents = file if file is not None and is_documents(file) else None
     if documents is not None and (output is None or pair):
         raise click.UsageError("documents need --output FILE.jsonl or FILE.parquet, and no --pair")
     if documents is None and stride is not None:

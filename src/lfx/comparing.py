@@ -60,8 +60,10 @@ def run_parity(
         if by_layer or (report is not None and isinstance(manifest, Manifest) and not manifest.inlined):
             layers = _compare_layers(model, open_engine, module, manifest, step)
     if as_json:
-        more = {"by_layer": layers.to_dict()} if layers is not None else {}
-        click.echo(json.dumps({"backend": facts["backend"], **found.to_dict(), **more}, indent=1))
+        data = {"backend": facts["backend"], **found.to_dict()}
+        if layers is not None:
+            data |= {"passed": data["passed"] and not layers.failures(), "by_layer": layers.to_dict()}
+        click.echo(json.dumps(data, indent=1))
     else:
         _show(found, facts)
         if by_layer and layers is not None:

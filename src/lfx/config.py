@@ -76,6 +76,8 @@ class Signature:
         default_global: what happens when the caller gives no global_attention_mask: see `Task`, or "required": it is
             an error, since the model follows a rule of its own that lfx does not know.
         attention_windows: one-sided window of each layer, tokens.
+        ignores_padding: whether padding behind a sequence leaves its outputs what they are. Where it does not, only
+            sequences of one length run together.
     """
 
     architecture: str
@@ -91,6 +93,7 @@ class Signature:
     max_global: int | None = None
     pad_token_id: int = 1
     sep_token_id: int | None = None
+    ignores_padding: bool = True
     lfx_version: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,6 +113,7 @@ class Signature:
                 if values.get(key) is not None:
                     values[key] = int(values[key])
             values["pad_token_id"] = int(values.get("pad_token_id", 1))
+            values["ignores_padding"] = bool(values.get("ignores_padding", True))
             signature = cls(**values)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ArtifactError(f"the model's signature is broken ({error!r}); export it again") from error
@@ -126,6 +130,11 @@ class Signature:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in allowed:
                 raise ArtifactError(f"{name} {value!r} is not one that this lfx knows; export the model again")
+
+
+def is_multi_label(signature: Signature, problem_type: Any) -> bool:
+    """Whether each class of a head is a decision of its own; `problem_type` of the checkpoint's config."""
+    return signature.task == "text-classification" and problem_type == "multi_label_classification"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,9 @@ WITNESS_BANDS = 32.0
 INT8_RMS = 1.25
 SMALL_POOL, TAIL = 2000, 3.5  # a normal error exceeds 3.5 standard deviations once in 2,000
 
+# No number of a model is as large as the first; what a model fills hidden places with is, in float64: an infinity or
+# finfo.min. In float16 that is at least the second.
+FILL, LEAST_FILL = 1e30, 65504.0
 # Decades of the error histograms, four bars each: below a float32's last bit to as large as anything.
 HISTOGRAM_EDGES = np.logspace(-12, 4, 65)
 # Outputs whose largest entry along the last axis is the answer.
@@ -207,7 +211,7 @@ class OutputResult:
         magnitude: largest absolute value of the reference.
         squares, torch_squares: sums of squared errors, of the candidate and of PyTorch, over `count` numbers.
         products: sums of candidate · reference, candidate² and reference².
-        labels, agreeing: rows of a head's output, and those whose largest entry is the reference's.
+        labels, agreeing: decisions of a head, and those that are the reference's.
         histogram, torch_histogram: absolute errors that are not 0, counted between HISTOGRAM_EDGES.
     """
 
@@ -225,8 +229,14 @@ class OutputResult:
     torch_histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64))
 
     def add(self, case: Case, right: NDArray[Any], witness: NDArray[Any], ours: NDArray[Any]) -> Errors:
-        """Take in one case; returns its largest errors."""
-        errors, torch_errors = ours.astype(np.float64) - right, witness.astype(np.float64) - right
+        """Take in one case; returns its largest errors.
+
+        Where the reference is infinite, a fill value such as finfo.min or not a number, the others must be so too: it
+        counts as an error of 0, or an infinite one, and adds to no magnitude.
+        """
+        right, ours = right.astype(np.float64), ours.astype(np.float64)
+        filled = ~(np.abs(right) < FILL)
+        errors, torch_errors = (_errors(found, right, filled) for found in (ours, witness.astype(np.float64)))
         found = Errors(_largest(errors), _largest(torch_errors))
         if self.worst is None or not found.error <= self.error:
             self.error, self.worst = found.error, case
@@ -234,18 +244,21 @@ class OutputResult:
         self.squares += float(np.square(errors).sum())
         self.torch_squares += float(np.square(torch_errors).sum())
         self.count += torch_errors.size
+        right, ours = np.where(filled, 0.0, right), np.where(filled, 0.0, np.nan_to_num(ours))
         self.magnitude = max(self.magnitude, _largest(right))
-        exact = np.nan_to_num(ours.astype(np.float64))
-        self.products += [float((exact * right).sum()), float((exact**2).sum()), float((right**2).sum())]
+        self.products += [float((ours * right).sum()), float((ours**2).sum()), float((right**2).sum())]
         self.histogram += np.histogram(np.abs(errors), HISTOGRAM_EDGES)[0]
         self.torch_histogram += np.histogram(np.abs(torch_errors), HISTOGRAM_EDGES)[0]
         return found
 
-    def add_labels(self, right: NDArray[Any], ours: NDArray[Any]) -> None:
-        """Count the rows whose largest entry is at the same place; a single entry is no choice."""
+    def add_labels(self, right: NDArray[Any], ours: NDArray[Any], *, multi_label: bool) -> None:
+        """Count the rows whose largest entry is at the same place, or with `multi_label` the entries of one sign.
+
+        A single entry is no choice.
+        """
         if right.shape[-1] < 2:
             return
-        same = right.argmax(axis=-1) == ours.argmax(axis=-1)
+        same = (right > 0) == (ours > 0) if multi_label else right.argmax(axis=-1) == ours.argmax(axis=-1)
         self.labels += same.size
         self.agreeing += int(same.sum())
 
@@ -255,7 +268,7 @@ class OutputResult:
         return float(both / math.sqrt(ours * right)) if ours * right > 0 else float(ours == right)
 
     def label_agreement(self) -> float | None:
-        """Share of rows with the reference's answer, 0 to 1; None for an output that is no head's."""
+        """Share of decisions that are the reference's, 0 to 1; None for an output that is no head's."""
         return self.agreeing / self.labels if self.labels else None
 
     def likely_torch_error(self) -> float:
@@ -272,6 +285,7 @@ class Report:
     Attributes:
         rows: for each case, the errors of each output.
         depth: attention layers in front of an output, where they are not all `layers`.
+        names: of the reference and of the witness, for people.
     """
 
     precision: str
@@ -279,6 +293,7 @@ class Report:
     outputs: dict[str, OutputResult] = field(default_factory=dict)
     rows: list[tuple[Case, dict[str, Errors]]] = field(default_factory=list)
     depth: dict[str, int] = field(default_factory=dict)
+    names: tuple[str, str] = ("the dense float64 reference", "PyTorch")
 
     def band(self, output: str) -> float:
         """Rounding that a chain of operations leaves; see the module's docstring."""
@@ -302,24 +317,25 @@ class Report:
         return [line for name in self.outputs for line in self._reasons(name)]
 
     def _reasons(self, name: str) -> list[str]:
-        result, lines = self.outputs[name], []
+        result, lines, (right, witness) = self.outputs[name], [], self.names
         # What int8 costs is the model's; how far PyTorch's int8 is off says nothing of the artifact.
-        if self.precision != QUANTIZED and not result.torch_error <= WITNESS_BANDS * self.band(name):
+        limit = WITNESS_BANDS * self.band(name) if self.precision != QUANTIZED else sys.float_info.max
+        if not result.torch_error <= limit:
             lines.append(
-                f"{name}: PyTorch {self.precision} itself is {result.torch_error:.3g} from the float64 reference, "
-                f"above {WITNESS_BANDS * self.band(name):.3g}: the two do not compute the same"
+                f"{name}: {witness} itself is, in {self.precision}, {result.torch_error:.3g} from {right}, "
+                f"above {limit:.3g}: the two do not compute the same"
             )
         if not result.error <= self.tolerance(name):
             lines.append(
                 f"{name}: error {result.error:.3g} is above the tolerance {self.tolerance(name):.3g} "
-                f"({self.precision}; PyTorch's own error is {result.torch_error:.3g}) at {result.worst}"
+                f"({self.precision}; {witness} errs by {result.torch_error:.3g}) at {result.worst}"
             )
         # Rounding to int8 errs everywhere, so that the largest error alone would hide a layer that is wrong.
         rms, torch_rms = (math.sqrt(x / max(result.count, 1)) for x in (result.squares, result.torch_squares))
         if self.precision == QUANTIZED and result.count >= SMALL_POOL and not rms <= INT8_RMS * torch_rms:
             lines.append(
-                f"{name}: root mean square error {rms:.3g} is above {INT8_RMS} times that of PyTorch's int8, "
-                f"{torch_rms:.3g}"
+                f"{name}: root mean square error {rms:.3g} is above {INT8_RMS} times {torch_rms:.3g}, which "
+                f"{witness} has in int8"
             )
         return lines
 
@@ -332,16 +348,16 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """What `lfx.json` and `lfx parity --json` hold."""
         return {
-            "reference": "dense attention, float64",
+            "reference": self.names[0],
             "precision": self.precision,
             "passed": not self.failures(),
             "outputs": {
                 name: {
-                    "max_abs_error": result.error,
-                    "torch_max_abs_error": result.torch_error,
-                    "tolerance": self.tolerance(name),
-                    "max_abs_value": result.magnitude,
-                    "cosine": result.cosine(),
+                    "max_abs_error": _json(result.error),
+                    "torch_max_abs_error": _json(result.torch_error),
+                    "tolerance": _json(self.tolerance(name)),
+                    "max_abs_value": _json(result.magnitude),
+                    "cosine": _json(result.cosine()),
                     **({"label_agreement": result.label_agreement()} if result.labels else {}),
                     "worst_case": str(result.worst),
                 }
@@ -353,7 +369,7 @@ class Report:
                     "seqlen": case.seqlen,
                     "globals": case.globals,
                     "padding": case.padding,
-                    "max_abs_error": {name: found.error for name, found in errors.items()},
+                    "max_abs_error": {name: _json(found.error) for name, found in errors.items()},
                 }
                 for case, errors in self.rows
             ],
@@ -370,6 +386,8 @@ def compare(
     precision: str,
     layers: int,
     depth: Mapping[str, int] | None = None,
+    names: tuple[str, str] | None = None,
+    multi_label: bool = False,
     on_case: Callable[[Case], None] = lambda case: None,
 ) -> Report:
     """Run every case three times and collect the errors; the verdict is the report's.
@@ -379,11 +397,13 @@ def compare(
             reference is its own witness, and errs by nothing.
         precision: fp32, fp16, bf16 or int8, of the witness and the candidate.
         layers: attention layers, for the rounding band; depth: those in front of an output that has fewer.
+        names: of reference and witness, for people; default: `Report`'s.
+        multi_label: each entry of the logits is a decision of its own.
         on_case: called before each case, to show progress.
     Raises:
         ParityError: an output is missing or has another shape than the reference's.
     """
-    report = Report(precision, layers, depth=dict(depth or {}))
+    report = Report(precision, layers, depth=dict(depth or {}), names=names or Report.names)
     for case in cases:
         on_case(case)
         inputs = make_inputs(case)
@@ -400,9 +420,16 @@ def compare(
             result = report.outputs.setdefault(name, OutputResult())
             row[name] = result.add(case, expected, torch_side[name], ours[name])
             if name in LABEL_OUTPUTS:
-                result.add_labels(expected, ours[name])
+                result.add_labels(expected, ours[name], multi_label=multi_label)
         report.rows.append((case, row))
     return report
+
+
+def _errors(found: NDArray[np.float64], right: NDArray[np.float64], filled: NDArray[np.bool_]) -> NDArray[np.float64]:
+    both_nan = np.isnan(found) & np.isnan(right)
+    same = both_nan | ((np.abs(found) >= LEAST_FILL) & (np.sign(found) == np.sign(right)))
+    with np.errstate(invalid="ignore"):
+        return np.where(filled, np.where(same, 0.0, np.inf), found - right)
 
 
 def _largest(values: NDArray[Any]) -> float:
@@ -411,3 +438,8 @@ def _largest(values: NDArray[Any]) -> float:
         return 0.0
     largest = float(np.abs(values).max())
     return math.inf if math.isnan(largest) else largest
+
+
+def _json(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None

@@ -113,6 +113,15 @@ def test_a_window_beyond_the_sequence_and_blocks_beyond_one() -> None:
         np.testing.assert_allclose(found, wanted, atol=TOLERANCE["float32"])
 
 
+@pytest.mark.parametrize("opset", [17, 23])
+@pytest.mark.parametrize(("seqlen", "dilation", "causal"), [(300, 2, 0), (700, 3, 1), (270, 1, 1), (9, 40, 0)])
+def test_many_blocks_of_many_lanes_heads_and_rows(seqlen: int, dilation: int, causal: int, opset: int) -> None:
+    inputs = _banded(seqlen, heads=3, batch=3, slots=5)
+    options = {"num_heads": 3, "window": 10, "dilation": dilation, "causal": causal}
+    found = _run("BandedAttention", inputs, opset, **options)
+    np.testing.assert_allclose(found, reference.banded_attention(*_wide(inputs), **options), atol=TOLERANCE["float32"])
+
+
 def test_masked_keys_of_any_value_do_not_leak() -> None:
     inputs = _banded(50)
     clean = _run("BandedAttention", inputs, num_heads=2, window=4)
@@ -141,6 +150,11 @@ def test_bodies_run_in_half_precision(dtype: str) -> None:
     options = {"num_heads": 2, "window": 5, "dilation": 1, "causal": 0, "scale": 32**-0.5}
     found = _run("BandedAttention", inputs, **options).astype(np.float64)
     wanted = reference.banded_attention(*_wide(inputs), num_heads=2, window=5)
+    np.testing.assert_allclose(found, wanted, atol=TOLERANCE[dtype])
+    inputs = _banded(300, 2, 8, dtype=kind)  # of several blocks
+    options |= {"scale": 8**-0.5, "causal": 1}
+    found = _run("BandedAttention", inputs, **options).astype(np.float64)
+    wanted = reference.banded_attention(*_wide(inputs), num_heads=2, window=5, causal=1)
     np.testing.assert_allclose(found, wanted, atol=TOLERANCE[dtype])
     glob = _global(20, 3, dtype=kind)
     found = _run("GlobalAttention", glob, num_heads=2, scale=8**-0.5).astype(np.float64)

@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import LongformerForMultipleChoice
 
 from lfx.errors import ExportError, InputError
 from lfx.export import export
 from lfx.export.load import load
-from lfx.runtime import Engine
+from lfx.runtime import Batcher, Engine
 from tests.models import save_tiny_checkpoint, tiny_model
 
 IDS = torch.arange(40)[None] % 50 + 3
+
+
+FILLED = torch.finfo(torch.float32).min
 
 
 class Wrapped(nn.Module):
@@ -52,6 +56,63 @@ def test_a_branch_on_the_shape_is_refused(axis: int, tmp_path: Path) -> None:
 def test_a_branch_beyond_the_longest_sequence_is_none(tmp_path: Path) -> None:
     module = Wrapped(lambda x, ids: x * 2 if ids.shape[1] > 100 else x).eval()
     same(module, export(module, tmp_path / "out", max_seqlen=100))
+
+
+@pytest.mark.parametrize(
+    ("change", "ignores"),
+    [
+        (lambda x, ids: x, True),
+        (lambda x, ids: x[:, 0], True),
+        (lambda x, ids: x.mean(dim=1), False),
+        (lambda x, ids: x - x.mean(dim=1, keepdim=True), False),
+        (lambda x, ids: torch.cat([x - x.mean(1, keepdim=True), torch.full_like(x, FILLED)], 2), False),
+        (lambda x, ids: torch.cat([x, torch.full_like(x, -torch.inf)], 2), True),
+    ],
+    ids=["tokens", "the first", "a mean", "less a mean", "less a mean, and filled", "infinite"],
+)
+def test_a_module_that_reads_padding_never_gets_any(change: Callable[..., Any], ignores: bool, tmp_path: Path) -> None:
+    documents = [list(range(3, 3 + length)) for length in (30, 9, 30, 17)]
+    with Engine(export(Wrapped(change).eval(), tmp_path / "out")) as engine:
+        assert engine.signature.ignores_padding is ignores
+        (together,) = engine.run(documents).values()
+        computed = engine.metrics.snapshot()
+        with Batcher(engine, max_delay_ms=50) as batcher:
+            futures = [batcher.submit(ids) for ids in documents]
+        for i, ids in enumerate(documents):
+            (alone,) = engine.run(ids).values()
+            np.testing.assert_allclose(together[i], alone[0], rtol=0, atol=1e-5)
+            np.testing.assert_allclose(next(iter(futures[i].result().values())), alone, rtol=0, atol=1e-5)
+    assert (computed.padding_share == 0) is not ignores
+
+
+class Mean(nn.Module):
+    """A classification head that reads every position."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.mean(dim=1)[:, :2]
+
+
+class MeanChoice(LongformerForMultipleChoice):  # type: ignore[misc]
+    """Scores a choice by the mean of all its positions."""
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, global_attention_mask: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        masks = {"attention_mask": attention_mask, "global_attention_mask": global_attention_mask}
+        flat = {name: mask.flatten(0, 1) for name, mask in masks.items()}
+        hidden = self.longformer(input_ids.flatten(0, 1), **flat)[0]
+        return {"logits": self.classifier(hidden.mean(dim=1)).unflatten(0, input_ids.shape[:2]).squeeze(-1)}
+
+
+@pytest.mark.parametrize("task", ["text-classification", "multiple-choice"])
+def test_a_head_of_ones_own_in_a_known_class_is_tried_too(task: str, tmp_path: Path) -> None:
+    module = tiny_model(task)
+    assert Engine(export(module, tmp_path / "as it is")).signature.ignores_padding
+    if task == "text-classification":
+        module.classifier = Mean()
+    else:
+        module.__class__ = MeanChoice
+    assert not Engine(export(module, tmp_path / "changed", task=task)).signature.ignores_padding
 
 
 class Rule(nn.Module):

@@ -297,6 +297,13 @@ def test_what_cannot_be_done_is_refused_and_leaves_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "one.jsonl"]
 
 
+def test_the_bundle_itself_is_no_output(bundle: MakeBundle, text: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle(), tmp_path / "bundle")
+    with pytest.raises(ExportError, match="would be lost"):
+        quantize(folder, folder, calibration=text)
+    assert Manifest.read(folder).signature.precision == "fp32"
+
+
 def test_only_float32_bundles_are_taken(bundle: MakeBundle, int8: Any, text: Path, tmp_path: Path) -> None:
     for folder in (bundle(precision="fp16"), int8()):
         with pytest.raises(ExportError, match="int8 is made from an fp32 bundle"):

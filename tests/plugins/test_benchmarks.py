@@ -28,15 +28,16 @@ from tests.models import VOCAB_SIZE, tiny_model
 from tests.plugins.build import ROOT
 
 sys.path.append(str(ROOT / "scripts"))
+import band_cases
 import bench_kernels as bench
 import bench_model_gpu as whole
 import gpu
 
-SMALL = bench.Case(seqlen=64, window=8, globals=2, batch=2, heads=2, precision="fp32", head_size=16)
+SMALL = band_cases.Case(seqlen=64, window=8, globals=2, batch=2, heads=2, precision="fp32", head_size=16)
 CASES = [SMALL, replace(SMALL, globals=0), replace(SMALL, globals=20, seqlen=80), replace(SMALL, seqlen=16)]
 
 
-def visible_of_the_reference(case: bench.Case) -> np.ndarray:
+def visible_of_the_reference(case: band_cases.Case) -> np.ndarray:
     """Which keys each query sees, read off lfx.reference: values are one-hot, so a context row is its weights."""
     size = case.seqlen
     index = np.arange(case.globals)[None] if case.globals else np.full((1, 1), -1)
@@ -54,13 +55,13 @@ def visible_of_the_reference(case: bench.Case) -> np.ndarray:
     return found[0] > 0  # rows of global tokens are empty: they are given
 
 
-def drawn(case: bench.Case, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
+def drawn(case: band_cases.Case, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
     """One buffer set of the benchmark."""
     torch.manual_seed(case.seqlen)
     return bench.buffer_sets(case, 0, "cpu", dtype)[0]
 
 
-def dense(case: bench.Case, s: SimpleNamespace) -> torch.Tensor:
+def dense(case: band_cases.Case, s: SimpleNamespace) -> torch.Tensor:
     """The local rows by lfx.reference, (batch, length - globals, width) float64."""
     slots = max(case.globals, 1)
     index = np.arange(slots) if case.globals else np.array([-1])
@@ -77,7 +78,7 @@ def dense(case: bench.Case, s: SimpleNamespace) -> torch.Tensor:
 
 
 def test_cases_are_those_of_the_claims_first_and_then_every_combination() -> None:
-    every, quick = bench.cases(), bench.cases(quick=True)
+    every, quick = band_cases.cases(), band_cases.cases(quick=True)
     assert len(every) == len(set(every)) == 7 * 2 * 2 * 3 * 2 * 2
     assert every[: len(quick)] == quick
     assert all(case.required for case in quick)
@@ -87,54 +88,54 @@ def test_cases_are_those_of_the_claims_first_and_then_every_combination() -> Non
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_useful_work_is_the_count_of_the_references_visible_pairs(case: bench.Case) -> None:
+def test_useful_work_is_the_count_of_the_references_visible_pairs(case: band_cases.Case) -> None:
     pairs = int(visible_of_the_reference(case).sum())
-    assert bench.useful_pairs(case) == pairs
-    assert bench.useful_flops(case) == 4 * 16 * pairs * 2 * 2
+    assert band_cases.useful_pairs(case) == pairs
+    assert band_cases.useful_flops(case) == 4 * 16 * pairs * 2 * 2
 
 
 def test_a_query_in_the_middle_sees_513_keys_and_the_global_one() -> None:
-    case = bench.Case(4096, 256, 0, 1, 1, "fp16")
-    assert bench.useful_pairs(case) == 4096 * 513 - 256 * 257
-    assert bench.useful_pairs(replace(case, globals=1)) == 4096 * 513 - 256 * 257 - 257 + (4096 - 257)
+    case = band_cases.Case(4096, 256, 0, 1, 1, "fp16")
+    assert band_cases.useful_pairs(case) == 4096 * 513 - 256 * 257
+    assert band_cases.useful_pairs(replace(case, globals=1)) == 4096 * 513 - 256 * 257 - 257 + (4096 - 257)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_mask_function_is_the_references_visible_mask(case: bench.Case) -> None:
+def test_the_mask_function_is_the_references_visible_mask(case: band_cases.Case) -> None:
     at = torch.arange(case.seqlen)
     found = bench.visible(case, at, at)[case.globals :]
     assert np.array_equal(found.numpy(), visible_of_the_reference(case)[case.globals :])
 
 
 def test_kernel_costs_are_those_of_the_readme() -> None:
-    case = bench.Case(32768, 256, 1, 1, 12, "fp16")
-    computed = bench.kernel_costs(case)["computed_over_useful"] * bench.useful_pairs(case)
+    case = band_cases.Case(32768, 256, 1, 1, 12, "fp16")
+    computed = band_cases.kernel_costs(case)["computed_over_useful"] * band_cases.useful_pairs(case)
     assert computed / case.seqlen == pytest.approx(544, rel=0.01)
 
 
 def test_floors_follow_the_published_rates() -> None:
-    case = bench.Case(4096, 256, 1, 8, 12, "fp16")
-    found = bench.floors(case, bench.Peaks(1e15, 1e12, 1e12, 1e13))
-    assert found["arithmetic_us"] == pytest.approx(bench.useful_flops(case) / 1e9)
-    assert found["bytes_us"] == pytest.approx(bench.least_bytes(case) / 1e6)
-    assert bench.least_bytes(case) == pytest.approx(4 * 8 * 4096 * 768 * 2, rel=0.01)
+    case = band_cases.Case(4096, 256, 1, 8, 12, "fp16")
+    found = band_cases.floors(case, band_cases.Peaks(1e15, 1e12, 1e12, 1e13))
+    assert found["arithmetic_us"] == pytest.approx(band_cases.useful_flops(case) / 1e9)
+    assert found["bytes_us"] == pytest.approx(band_cases.least_bytes(case) / 1e6)
+    assert band_cases.least_bytes(case) == pytest.approx(4 * 8 * 4096 * 768 * 2, rel=0.01)
     assert found["exponentials_us"] == pytest.approx(found["arithmetic_us"] * 1000 / 256)
 
 
 def test_the_floors_in_the_notes_are_those_of_the_function() -> None:
     notes = (ROOT / "plugins" / "NOTES.md").read_text()
-    peaks = bench.PEAKS["NVIDIA H100 80GB HBM3"]
+    peaks = band_cases.PEAKS["NVIDIA H100 80GB HBM3"]
     rows = re.findall(r"^\| (8|1) \| ([\d,]+) \| (.*) \|$", notes, re.MULTILINE)
     assert len(rows) == 4
     for batch, tokens, figures in rows:
-        found = bench.floors(bench.Case(int(tokens.replace(",", "")), 256, 1, int(batch), 12, "fp16"), peaks)
+        found = band_cases.floors(band_cases.Case(int(tokens.replace(",", "")), 256, 1, int(batch), 12, "fp16"), peaks)
         assert figures == " | ".join(f"{value:.1f}" for value in found.values())
 
 
 # ---- the contenders' numbers --------------------------------------------------------------------------------------
 
 
-def contender(name: str, case: bench.Case, kernels: Kernels) -> Any:
+def contender(name: str, case: band_cases.Case, kernels: Kernels) -> Any:
     """run(s) of a contender, on the CPU."""
     return {
         "plain": lambda: lambda s: bench.plain(case, s.q, s.k, s.v, block=32),
@@ -147,7 +148,7 @@ def contender(name: str, case: bench.Case, kernels: Kernels) -> Any:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", ["plain", "lfx", "flex", "sdpa", "huggingface"])
-def test_every_contender_computes_the_references_local_rows(name: str, case: bench.Case, emulated: Kernels) -> None:
+def test_every_contender_computes_the_references_rows(name: str, case: band_cases.Case, emulated: Kernels) -> None:
     s = drawn(case)
     with torch.no_grad():
         found = bench.flattened(contender(name, case, emulated)(s))
@@ -274,7 +275,7 @@ def test_contenders_take_turns_with_the_cache_emptied_before_each(monkeypatch: p
     assert all(0 < t < 1e6 for t in on_host["c"])
 
 
-def invented(case: bench.Case, us: float, flex: float, error: float = 1e-4) -> dict[str, Any]:
+def invented(case: band_cases.Case, us: float, flex: float, error: float = 1e-4) -> dict[str, Any]:
     """A row as `measure` makes it, the product at 800 TFLOP/s and the copy at 3 TB/s."""
 
     def timed(median: float, **more: Any) -> dict[str, Any]:
@@ -293,15 +294,15 @@ def invented(case: bench.Case, us: float, flex: float, error: float = 1e-4) -> d
     return {**bench.asdict(case), "witness_error": 1e-4, "contenders": contenders}
 
 
-REQUIRED = bench.Case(4096, 256, 1, 8, 12, "fp16")
+REQUIRED = band_cases.Case(4096, 256, 1, 8, 12, "fp16")
 
 
 def test_rates_and_table_say_what_the_rows_say() -> None:
     row = invented(REQUIRED, us=100.0, flex=140.0)
     found = bench.rates(row)
-    assert found["tflops"] == pytest.approx(bench.useful_flops(REQUIRED) / 1e-4 / 1e12)
+    assert found["tflops"] == pytest.approx(band_cases.useful_flops(REQUIRED) / 1e-4 / 1e12)
     assert found["of_matmul"] == pytest.approx(found["tflops"] / 800)
-    assert found["of_copy"] == pytest.approx(bench.least_bytes(REQUIRED) / 1e-4 / 3e12)
+    assert found["of_copy"] == pytest.approx(band_cases.least_bytes(REQUIRED) / 1e-4 / 3e12)
     assert found["of_ceiling"] == max(found["of_matmul"], found["of_copy"])
     assert found["band_of_matmul"] < found["of_matmul"]  # no credit for the global key
     header, rule, line = bench.table([row]).splitlines()
@@ -338,9 +339,9 @@ def test_a_wrong_an_unwritten_and_a_failed_result_are_told() -> None:
 
 
 def test_contenders_are_skipped_by_stated_bytes() -> None:
-    assert set(bench.skipped(bench.Case(512, 256, 1, 1, 12, "fp16"))) == {"flex-64"}
-    assert "huggingface" in bench.skipped(bench.Case(16384, 256, 1, 8, 12, "fp16"))
-    assert "2.1 GB" in bench.skipped(bench.Case(32768, 256, 1, 1, 12, "fp16"))["sdpa"]
+    assert set(bench.skipped(band_cases.Case(512, 256, 1, 1, 12, "fp16"))) == {"flex-64"}
+    assert "huggingface" in bench.skipped(band_cases.Case(16384, 256, 1, 8, 12, "fp16"))
+    assert "2.1 GB" in bench.skipped(band_cases.Case(32768, 256, 1, 1, 12, "fp16"))["sdpa"]
 
 
 def model_row(seqlen: int, milliseconds: dict[str, float], error: float = 1e-3) -> dict[str, Any]:
@@ -490,7 +491,7 @@ def test_a_dry_run_lists_everything_and_stops(script: str, built: Path, tmp_path
     command = [sys.executable, str(ROOT / "scripts" / script), "--dry-run", "--library", str(built)]
     found = subprocess.run([*command, "--record", str(record)], check=True, capture_output=True, text=True)
     last = found.stdout.strip().splitlines()[-1]
-    count = len(bench.cases()) if script == "bench_kernels.py" else len(whole.SHAPES)
+    count = len(band_cases.cases()) if script == "bench_kernels.py" else len(whole.SHAPES)
     assert last.startswith(f"dry run: {count} ")
     assert last.endswith("nothing was run on a GPU")
     assert not record.exists()

@@ -196,6 +196,20 @@ def test_a_callback_may_submit_again_when_the_engine_is_gone(bundle: MakeBundle)
             again[0].result(LONG)
 
 
+def test_callbacks_may_close_it(engine: Engine) -> None:
+    recorded, closed = Recorded(engine), [threading.Event() for _ in range(4)]
+    recorded.gate.clear()
+    batcher = Batcher(recorded, max_delay_ms=0, token_budget=2, workers=2)  # type: ignore[arg-type]
+    futures = [batcher.submit([3, 4]) for _ in closed]
+    for future, event in zip(futures, closed, strict=True):
+        future.add_done_callback(lambda _, event=event: (batcher.close(), event.set()))  # type: ignore[misc]
+    recorded.gate.set()
+    assert all(future.result(LONG) for future in futures)  # those that waited too
+    assert all(event.wait(LONG) for event in closed)
+    with pytest.raises(OverloadError, match="closed"):
+        batcher.submit([3, 4])
+
+
 def test_closing_does_not_wait_for_the_delay_when_the_engine_is_gone(bundle: MakeBundle) -> None:
     engine = Engine(bundle(), threads=1)
     batcher = Batcher(engine, max_delay_ms=3_000_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -51,6 +52,22 @@ def test_little_is_padded_away_in_documents_of_every_length() -> None:
     found = batches(lengths, 8192)
     padded = sum(len(members) * max(lengths[i] for i in members) for members in found)
     assert padded <= 1.1 * sum(lengths)
+
+
+@given(st.lists(st.integers(1, 5), max_size=40))
+def test_without_padding_only_equal_lengths_run_together(lengths: list[int]) -> None:
+    found = batches(lengths, BUDGET, pad=False)
+    assert sorted(itertools.chain.from_iterable(found)) == list(range(len(lengths)))
+    assert len(found) == len(set(lengths))
+    assert all(len({lengths[i] for i in members}) == 1 for members in found)
+    few = batches(lengths, 12, lambda batch, seqlen: batch <= 3, pad=False)
+    assert sorted(itertools.chain.from_iterable(few)) == list(range(len(lengths)))
+    for members in few:
+        assert len({lengths[i] for i in members}) == 1
+        assert len(members) <= max(1, min(3, 12 // lengths[members[0]]))
+    for length, count in Counter(lengths).items():  # and no batch more than it takes
+        most = min(3, 12 // length)
+        assert sum(lengths[members[0]] == length for members in few) == -(-count // most)
 
 
 def test_the_backend_s_limit_is_kept() -> None:

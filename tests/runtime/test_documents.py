@@ -179,8 +179,8 @@ def test_parquet_in_and_out(engine: Engine, reader: Text, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("source", "output", "reason"),
     [
-        ("in.txt", "out.jsonl", r"neither \.jsonl nor \.parquet"),
-        ("in.jsonl", "out.csv", r"neither \.jsonl nor \.parquet"),
+        ("in.txt", "out.jsonl", r"none of \.jsonl, \.ndjson, \.parquet"),
+        ("in.jsonl", "out.csv", r"none of \.jsonl, \.ndjson, \.parquet"),
         ("none.jsonl", "out.jsonl", "does not exist"),
         ("in.jsonl", "in.jsonl", "it is a folder or the input"),
         ("in.jsonl", "no/out.jsonl", "its folder does not exist"),
@@ -195,6 +195,13 @@ def test_files_that_cannot_be_are_refused(
         write(tmp_path / name, texts(1))
     with pytest.raises(InputError, match=reason):
         run_documents(engine, reader, tmp_path / source, tmp_path / output)
+
+
+@pytest.mark.parametrize("name", ["in.JSONL", "in.ndjson"])
+def test_other_names_of_the_formats(name: str, engine: Engine, reader: Text, tmp_path: Path) -> None:
+    source = write(tmp_path / name, texts(3))
+    assert run_documents(engine, reader, source, tmp_path / "out.NDJSON").documents == 3
+    assert [row["line"] for row in rows(tmp_path / "out.NDJSON")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("cut", [1, 7, 200, 4000, 20000])

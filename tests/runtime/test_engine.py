@@ -496,3 +496,27 @@ def test_backend_auto_runs_a_lone_bf16_model_with_openvino(bundle: MakeBundle, t
         shutil.copy(bundle(precision="bf16") / name, tmp_path / name)
     with Engine(tmp_path / MODEL) as lone:
         assert lone.backend.startswith("openvino")
+
+
+def test_the_fusion_that_is_slower_on_cpus_is_left_out(bundle: MakeBundle, tmp_path: Path) -> None:
+    kinds = {}
+    for name, disabled in (("with", []), ("without", backends.SLOWER_ON_CPU)):
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / f"{name}.onnx")
+        onnxruntime.InferenceSession(str(bundle() / MODEL), options, disabled_optimizers=disabled)
+        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+        kinds[name] = {node.op_type for node in graph.node}
+    assert "SkipLayerNormalization" in kinds["with"]  # or ONNX Runtime has renamed it
+    assert "SkipLayerNormalization" not in kinds["without"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "overflows"),
+    [("fpu avx2", True), ("fpu avx2 avx_vnni", False), ("avx512f avx512_vnni", False), (None, False)],
+)
+def test_which_cpus_overflow_on_eight_bits(flags: str | None, overflows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(backends, "cpu_fields", lambda: {"flags": flags} if flags is not None else {})
+    assert backends.int8_overflows() is overflows
+    monkeypatch.setattr(backends.platform, "machine", lambda: "aarch64")
+    assert not backends.int8_overflows()

@@ -1,0 +1,120 @@
+"""The problems of the GPU benchmarks: shapes, the work that each is, and the least time that it can take."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Published rates of a GPU, a second: 16-bit tensor products, device memory, exponentials, shared memory."""
+
+    flops: float
+    bytes: float
+    exponentials: float
+    shared_bytes: float
+
+
+# Source: NVIDIA's H100 and H200 datasheets (SXM, dense: half of the figure with sparsity); exponentials: Shah et al.
+# 2024, arXiv:2407.08608, section 3.1; shared memory: 32 banks of 4 bytes a clock (CUDA programming guide), at the
+# 1.83 GHz and 132 multiprocessors that the exponentials' figure is made of.
+HOPPER = {"exponentials": 3.9e12, "shared_bytes": 132 * 128 * 1.83e9}
+PEAKS = {
+    "NVIDIA H100 80GB HBM3": Peaks(989.4e12, 3.35e12, **HOPPER),
+    "NVIDIA H200": Peaks(989.4e12, 4.8e12, **HOPPER),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: `globals` tokens at the front of each row, one-sided `window`."""
+
+    seqlen: int
+    window: int
+    globals: int
+    batch: int
+    heads: int
+    precision: str
+    head_size: int = 64
+
+    @property
+    def required(self) -> bool:
+        """Whether a claim is about it."""
+        return self.seqlen >= 4096 and self.window == 256 and self.globals == 1
+
+    def __str__(self) -> str:
+        return f"{self.precision} {self.batch}x{self.heads}x{self.seqlen} window {self.window} globals {self.globals}"
+
+
+def cases(quick: bool = False) -> list[Case]:
+    """All cases, those with a claim first: fp16 of the base model, then bf16, then 16 heads."""
+    every = [
+        Case(seqlen, window, globals_, batch, heads, precision)
+        for heads, precision, batch, globals_, window, seqlen in itertools.product(
+            (12, 16), ("fp16", "bf16"), (8, 1), (1, 0, 64), (256, 64), LENGTHS
+        )
+    ]
+    return [c for c in every if c.required] + [c for c in every if not c.required and not quick]
+
+
+def useful_pairs(case: Case) -> int:
+    """Pairs of a local query and a key that it sees, of one head and one batch row: its window, and global keys."""
+    query = np.arange(case.globals, case.seqlen)
+    first = np.maximum(query - case.window, case.globals)
+    last = np.minimum(query + case.window, case.seqlen - 1)
+    return int((case.globals + last - first + 1).sum())
+
+
+def useful_flops(case: Case) -> int:
+    """Floating-point operations of the two products over the useful pairs."""
+    return 4 * case.head_size * useful_pairs(case) * case.heads * case.batch
+
+
+def least_bytes(case: Case) -> int:
+    """Device memory traffic with every input read once and the context written once."""
+    row = 2 * case.heads * case.head_size
+    slots = max(case.globals, 1)
+    return case.batch * (4 * case.seqlen * row + 4 * case.seqlen + slots * (4 + row))
+
+
+def kernel_costs(case: Case) -> dict[str, float]:
+    """What the kernel as it is does beyond the useful work; follows plugins/banded_attention.cu.
+
+    Returns:
+        computed_over_useful: pairs that its groups of 16 keys compute, over the useful pairs; groups of global tokens
+            alone are left out of the band.
+        l2_bytes: key, value, query and context rows that blocks of 64 queries move.
+        shared_bytes: that ldmatrix reads and cp.async writes.
+    """
+    size, global_groups = case.head_size, -(-case.globals // 16)
+    first = np.arange(0, case.seqlen, 64)
+    begin = np.maximum(first - case.window, 0)
+    end = np.minimum(np.minimum(first + 64, case.seqlen) + case.window, case.seqlen)
+    copied = 64 * -(-(end - begin) // 64) + 16 * global_groups
+    warp = np.arange(0, case.seqlen, 16)
+    start = np.maximum(np.maximum(warp - case.window, 0), case.globals) - begin[warp // 64]
+    stop = np.minimum(np.minimum(warp + 16, case.seqlen) + case.window, case.seqlen) - begin[warp // 64]
+    groups = (np.maximum(-(-stop // 16) - start // 16, 0) + global_groups).sum()
+    heads = case.batch * case.heads
+    rows = 2 * ((end - begin).sum() + case.globals * len(first)) + 2 * case.seqlen
+    return {
+        "computed_over_useful": float(groups) * 256 / useful_pairs(case),
+        "l2_bytes": float(heads * rows * 2 * size),
+        "shared_bytes": float(heads * (groups * 64 * size + copied.sum() * 4 * size)),
+    }
+
+
+def floors(case: Case, peaks: Peaks) -> dict[str, float]:
+    """Microseconds that no version beats (the first three), and that this kernel's tiles cannot beat (the last)."""
+    pairs = useful_pairs(case) * case.heads * case.batch
+    return {
+        "arithmetic_us": 1e6 * useful_flops(case) / peaks.flops,
+        "bytes_us": 1e6 * least_bytes(case) / peaks.bytes,
+        "exponentials_us": 1e6 * pairs / peaks.exponentials,
+        "shared_memory_us": 1e6 * kernel_costs(case)["shared_bytes"] / peaks.shared_bytes,
+    }

@@ -1,0 +1,120 @@
+"""`lfx quantize`, by ONNX Runtime's quantizer, beside NNCF's: base shape, the same text, error and time.
+
+    pip install nncf
+    python scripts/quantizers.py        # docs/records/quantizers.jsonl, ten minutes
+
+Each calibrates on every second window of the example document and is judged on the others, beside the float32 model.
+NNCF is run as its documentation has it for transformers, which rounds attention too, and with the nodes of attention
+left out. All weights are kept within 7 bits, since 8 overflow on CPUs without VNNI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+from pathlib import Path
+
+import nncf
+import numpy as np
+import onnx
+import openvino
+import record
+from checkpoints import DOCUMENT, save_base_checkpoint
+from onnx.inliner import inline_local_functions
+
+from lfx.config import MODEL
+from lfx.export import export
+from lfx.export.quantize import quantize
+from lfx.runtime import Engine
+from lfx.runtime.backends import link_or_copy
+from lfx.runtime.bench import Run, measure
+from lfx.runtime.inputs import prepare
+from lfx.runtime.text import Text
+
+LENGTH, WINDOWS, ROUNDS = 512, 16, 7
+OUTPUT = "last_hidden_state"
+# The inliner's names for the nodes of a function's body, which is where attention is.
+ATTENTION = r"n\d+__\d+"
+
+
+def main() -> None:
+    """Quantize, judge, time, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    threads = parser.parse_args().threads
+    with tempfile.TemporaryDirectory(prefix="lfx-quantizers-") as name:
+        folder = Path(name)
+        fp32 = export(save_base_checkpoint(folder / "checkpoint"), folder / "fp32")
+        exact = Engine(fp32, threads=threads)
+        windows = text_windows(fp32, exact)
+        runs = contenders(fp32, windows[::2], folder, threads)
+        rows = measure(runs, [LENGTH], [1], rounds=ROUNDS, vocab_size=50000)
+        about = {**record.environment(), "nncf": nncf.__version__, "shape": "longformer-base", "threads": threads}
+        right = np.concatenate([exact.run(ids)[OUTPUT].ravel() for ids in windows[1::2]])
+        for row in rows:
+            found = np.concatenate([runs[row["contender"]](ids).ravel() for ids in windows[1::2]])
+            row["cosine"] = float(found @ right / np.sqrt((found @ found) * (right @ right)))
+            row["max_abs_error"] = float(np.abs(found - right).max())
+            print(
+                row["contender"], f"{row['cosine']:.5f} {row['max_abs_error']:.3f} {row['p50_ms']:.0f} ms", flush=True
+            )
+        record.write("quantizers", [{**about, "windows": len(windows), **row} for row in rows])
+
+
+def text_windows(bundle: Path, engine: Engine) -> list[np.ndarray]:
+    """Windows of the example document, (1, LENGTH) each."""
+    ids = [
+        token
+        for line in DOCUMENT.read_text(encoding="utf-8").splitlines()
+        if line.strip()
+        for token in Text(bundle, engine.signature).encode(line).ids
+    ]
+    return [np.array([ids[at * LENGTH : (at + 1) * LENGTH]]) for at in range(WINDOWS)]
+
+
+def contenders(fp32: Path, calibration: list[np.ndarray], folder: Path, threads: int) -> dict[str, Run]:
+    """Name -> last_hidden_state of ids; the first is what the times are compared with."""
+    text = folder / "windows.jsonl"  # `lfx quantize` calibrates on every second line
+    lines = itertools.chain.from_iterable((ids, ids) for ids in calibration)
+    text.write_text("".join(json.dumps({"input_ids": ids[0].tolist()}) + "\n" for ids in lines), encoding="utf-8")
+    int8 = quantize(fp32, folder / "int8", calibration=text, samples=2 * len(calibration))
+    signature = Engine(fp32, threads=threads).signature
+    feeds = [dict(prepare(ids, None, None, signature).feeds) for ids in calibration]
+    inlined = folder / "inlined" / MODEL
+    inlined.parent.mkdir()
+    onnx.save(inline_local_functions(onnx.load(str(fp32 / MODEL), load_external_data=False)), str(inlined))
+    for data in fp32.glob(f"{MODEL}.*"):
+        link_or_copy(data, inlined.parent / data.name)
+    runs = {
+        "float32, OpenVINO": _engine_run(Engine(fp32, "openvino", threads=threads)),
+        "lfx quantize, OpenVINO": _engine_run(Engine(int8, "openvino", threads=threads)),
+        "lfx quantize, ONNX Runtime": _engine_run(Engine(int8, threads=threads)),
+    }
+    for name, scope in (
+        ("NNCF, OpenVINO", nncf.IgnoredScope()),
+        ("NNCF without attention, OpenVINO", nncf.IgnoredScope(patterns=[ATTENTION])),
+    ):
+        model = nncf.quantize(
+            openvino.Core().read_model(str(inlined)),
+            nncf.Dataset(feeds),
+            subset_size=len(feeds),
+            model_type=nncf.ModelType.TRANSFORMER,
+            ignored_scope=scope,
+            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
+        )
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+        request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+        runs[name] = lambda ids, request=request: np.array(
+            request.infer(dict(prepare(ids, None, None, signature).feeds))[0]
+        )
+    return runs
+
+
+def _engine_run(engine: Engine) -> Run:
+    return lambda ids: engine.run(ids)[OUTPUT]
+
+
+if __name__ == "__main__":
+    main()
