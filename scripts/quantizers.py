@@ -19,16 +19,14 @@ from pathlib import Path
 import nncf
 import numpy as np
 import onnx
-import openvino
 import record
 from checkpoints import DOCUMENT, save_base_checkpoint
 from onnx.inliner import inline_local_functions
 
-from lfx.config import MODEL
+from lfx.config import MODEL, WEIGHTS
 from lfx.export import export
 from lfx.export.quantize import quantize
 from lfx.runtime import Engine
-from lfx.runtime.backends import link_or_copy
 from lfx.runtime.bench import Run, measure
 from lfx.runtime.inputs import prepare
 from lfx.runtime.text import Text
@@ -82,33 +80,29 @@ def contenders(fp32: Path, calibration: list[np.ndarray], folder: Path, threads:
     int8 = quantize(fp32, folder / "int8", calibration=text, samples=2 * len(calibration))
     signature = Engine(fp32, threads=threads).signature
     feeds = [dict(prepare(ids, None, None, signature).feeds) for ids in calibration]
-    inlined = folder / "inlined" / MODEL
-    inlined.parent.mkdir()
-    onnx.save(inline_local_functions(onnx.load(str(fp32 / MODEL), load_external_data=False)), str(inlined))
-    for data in fp32.glob(f"{MODEL}.*"):
-        link_or_copy(data, inlined.parent / data.name)
     runs = {
+        "float32, ONNX Runtime": _engine_run(Engine(fp32, threads=threads)),
         "float32, OpenVINO": _engine_run(Engine(fp32, "openvino", threads=threads)),
-        "lfx quantize, OpenVINO": _engine_run(Engine(int8, "openvino", threads=threads)),
         "lfx quantize, ONNX Runtime": _engine_run(Engine(int8, threads=threads)),
+        "lfx quantize, OpenVINO": _engine_run(Engine(int8, "openvino", threads=threads)),
     }
     for name, scope in (
-        ("NNCF, OpenVINO", nncf.IgnoredScope()),
-        ("NNCF without attention, OpenVINO", nncf.IgnoredScope(patterns=[ATTENTION])),
+        ("NNCF", nncf.IgnoredScope()),
+        ("NNCF without attention", nncf.IgnoredScope(patterns=[ATTENTION])),
     ):
         model = nncf.quantize(
-            openvino.Core().read_model(str(inlined)),
+            inline_local_functions(onnx.load(str(fp32 / MODEL))),
             nncf.Dataset(feeds),
             subset_size=len(feeds),
             model_type=nncf.ModelType.TRANSFORMER,
             ignored_scope=scope,
             advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
         )
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-        request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
-        runs[name] = lambda ids, request=request: np.array(
-            request.infer(dict(prepare(ids, None, None, signature).feeds))[0]
-        )
+        path = folder / name / MODEL
+        path.parent.mkdir()
+        onnx.save(model, str(path), save_as_external_data=True, location=WEIGHTS)
+        for backend, label in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
+            runs[f"{name}, {label}"] = _engine_run(Engine(path, backend, threads=threads))
     return runs
 
 

@@ -138,8 +138,10 @@ def backends() -> str:
             row = by_place.get((batch, seqlen, name))
             cells.append(f"{row['p50_ms'] / 1000:.2f} s, {1 / row['times_the_first']:.2f}" if row else "")
         rows.append(cells)
-    rounds = sorted({(row["batch"], row["rounds"]) for row in found})
-    turns = ", ".join(f"{count} at batch {batch}" for batch, count in rounds)
+    rounds = {
+        batch: sorted({r["rounds"] for r in found if r["batch"] == batch}) for batch in (r["batch"] for r in found)
+    }
+    turns = ", ".join(f"{' or '.join(map(str, counts))} at batch {batch}" for batch, counts in rounds.items())
     note = f"\nBase shape, {found[0]['threads']} threads, no global tokens. Seconds, and how many times as fast as "
     note += f"{names[0]} in the same run, not the same for all cells; medians of turns ({turns}). "
     note += f"{_hardware(found[0])}, OpenVINO {found[0]['versions']['openvino']}.\n"
