@@ -64,6 +64,31 @@ def torch_runner(
     return _runner(clone(model, TORCH_DTYPES[precision]), passes, by_layer)
 
 
+def disturbed_runner(model: nn.Module, passes: tuple[str, ...], behind: int, amount: float) -> Runner:
+    """The model in float32, with noise for what it makes of the tokens from `behind` on.
+
+    The hidden states of every LongformerModel are overwritten there, or of every self-attention where there is none.
+
+    Args:
+        amount: standard deviation of the noise; its negative gives the opposite noise.
+    """
+
+    def overwrite(_: nn.Module, __: Any, outputs: Any) -> Any:
+        hidden = outputs[0]
+        noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)) * amount
+        changed = torch.cat([hidden[:, :behind], noise[:, behind:]], dim=1)
+        if isinstance(outputs, tuple):
+            return (changed, *outputs[1:])
+        outputs["last_hidden_state"] = changed
+        return outputs
+
+    copied = clone(model, torch.float32)
+    whole = [m for m in copied.modules() if isinstance(m, hf.LongformerModel)]
+    for module in whole or [m for m in copied.modules() if isinstance(m, hf.LongformerSelfAttention)]:
+        module.register_forward_hook(overwrite)
+    return _runner(copied, passes, by_layer=False)
+
+
 def reference_runner(model: nn.Module, passes: tuple[str, ...] | None = None, *, by_layer: bool = False) -> Runner:
     """The model in float64 with dense attention: right by definition."""
     return _runner(replace_attention(clone(model, torch.float64), _DenseSelfAttention), passes, by_layer)

@@ -55,6 +55,8 @@ def _model(signature: Signature) -> Iterator[list[str]]:
     yield ["longest sequence", str(signature.max_seqlen or "no limit")]
     yield ["vocabulary", str(signature.vocab_size or "not checked")]
     yield ["global attention", _global_text(signature)]
+    if not signature.ignores_padding:
+        yield ["padding", "changes the outputs, so only sequences of one length run together"]
     for kind, tensors in (("input", signature.inputs), ("output", signature.outputs)):
         for tensor in tensors:
             yield [kind, f"{tensor.name} ({', '.join(map(str, tensor.shape))}) {tensor.dtype}"]
