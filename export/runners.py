@@ -67,24 +67,26 @@ def torch_runner(
 def disturbed_runner(model: nn.Module, passes: tuple[str, ...], behind: int, amount: float) -> Runner:
     """The model in float32, with noise for what it makes of the tokens from `behind` on.
 
-    The hidden states of every LongformerModel are overwritten there, or of every self-attention where there is none.
+    The hidden states of every LongformerEncoder are overwritten there, or of every self-attention where there is none.
 
     Args:
         amount: standard deviation of the noise; its negative gives the opposite noise.
     """
 
     def overwrite(_: nn.Module, __: Any, outputs: Any) -> Any:
-        hidden = outputs[0]
+        hidden = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
         noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)) * amount
         changed = torch.cat([hidden[:, :behind], noise[:, behind:]], dim=1)
+        if isinstance(outputs, torch.Tensor):
+            return changed
         if isinstance(outputs, tuple):
             return (changed, *outputs[1:])
         outputs["last_hidden_state"] = changed
         return outputs
 
     copied = clone(model, torch.float32)
-    whole = [m for m in copied.modules() if isinstance(m, hf.LongformerModel)]
-    for module in whole or [m for m in copied.modules() if isinstance(m, hf.LongformerSelfAttention)]:
+    encoders = [m for m in copied.modules() if isinstance(m, hf.LongformerEncoder)]
+    for module in encoders or [m for m in copied.modules() if isinstance(m, hf.LongformerSelfAttention)]:
         module.register_forward_hook(overwrite)
     return _runner(copied, passes, by_layer=False)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import LongformerForMultipleChoice
+from transformers import LongformerForMultipleChoice, LongformerModel
 
 from lfx.errors import ExportError, InputError
 from lfx.export import export
@@ -132,6 +132,20 @@ def test_a_head_of_ones_own_in_a_known_class_is_tried_too(task: str, tmp_path: P
     else:
         module.__class__ = MeanChoice
     assert not Engine(export(module, tmp_path / "changed", task=task)).signature.ignores_padding
+
+
+class LargestOf(LongformerModel):  # type: ignore[misc]
+    """A LongformerModel that returns the largest number of all positions."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
+        hidden = super().forward(input_ids, attention_mask=attention_mask, **options).last_hidden_state
+        return hidden.amax(dim=1)[:, :1]
+
+
+def test_a_model_that_reads_padding_in_its_own_forward_is_found(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.__class__ = LargestOf
+    assert not Engine(export(model, tmp_path / "out")).signature.ignores_padding
 
 
 class Rule(nn.Module):
