@@ -37,9 +37,8 @@ class _Request:
 
     @property
     def kind(self) -> tuple[int, ...]:
-        """What must be equal to run together: choices, and the length where no mask can hide padding."""
-        shape = self.batch.feeds["input_ids"].shape
-        return shape[:-1] if "attention_mask" in self.batch.feeds else shape
+        """What must be equal to run together: the number of choices."""
+        return self.batch.feeds["input_ids"].shape[:-1]
 
 
 class Batcher:
@@ -164,7 +163,7 @@ class Batcher:
         alike = [r for r in itertools.islice(self._waiting, AHEAD) if r.kind == oldest.kind]
         choices = max(oldest.size // oldest.length, 1)
         lengths, budget = [r.length for r in alike], max(self._budget // choices, 1)
-        groups = batches(lengths, budget, self._engine.takes, pad=self._engine.signature.ignores_padding)
+        groups = batches(lengths, budget, self._engine.takes, pad=self._engine.signature.may_pad)
         group = next([alike[i] for i in found] for found in groups if any(alike[i] is oldest for i in found))
         chosen = set(map(id, group))
         self._waiting = deque(r for r in self._waiting if id(r) not in chosen)

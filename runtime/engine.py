@@ -269,7 +269,7 @@ class Engine:
         shapes = {spec.name: spec.shape for spec in self.signature.outputs}
         rows: dict[str, list[Any]] = {name: [None] * len(lengths) for name in shapes}
         choices = feeds["input_ids"].shape[1] if feeds["input_ids"].ndim == 3 else 1
-        budget, pad = max(self.token_budget // choices, 1), self.signature.ignores_padding
+        budget, pad = max(self.token_budget // choices, 1), self.signature.may_pad
         for members in batches(lengths, budget, backend.takes, pad=pad):
             longest = max(lengths[i] for i in members)
             outputs = self._infer(backend, {name: array[members][..., :longest] for name, array in feeds.items()})

@@ -96,6 +96,11 @@ class Signature:
     ignores_padding: bool = True
     lfx_version: str = ""
 
+    @property
+    def may_pad(self) -> bool:
+        """Whether sequences of different lengths may be padded into one batch: masked, and without being looked at."""
+        return self.ignores_padding and any(spec.name == "attention_mask" for spec in self.inputs)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return dataclasses.asdict(self)
