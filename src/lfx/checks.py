@@ -1,0 +1,116 @@
+"""Checks of what comes from outside: numbers and paths of options, JSON. Each failure is one of lfx's own errors."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lfx.errors import InputError, LfxError
+
+
+def whole_number(value: Any, name: str, low: int, high: int | None = None, error: type[LfxError] = InputError) -> int:
+    """An option that must be a whole number from `low` to `high` (None: no limit); numpy's integers will do.
+
+    Raises:
+        LfxError: of the type `error`, where it is another type or out of range.
+    """
+    allowed = f"a whole number from {low} to {high}" if high is not None else f"a whole number, {low} or more"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise error(f"{name} is {_shown(value)}; give {allowed}")
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        raise error(f"{name} {_shown(number)} is out of range; give {allowed}")
+    return number
+
+
+def real_number(value: Any, name: str, low: float, high: float, error: type[LfxError] = InputError) -> float:
+    """An option that must be a number from `low` to `high`.
+
+    Raises:
+        LfxError: of the type `error`, where it is another type or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise error(f"{name} is {_shown(value)}; give a number from {low:g} to {high:g}")
+    if not low <= float(value) <= high:
+        raise error(f"{name} {_shown(value)} is out of range; give a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def one_of(value: Any, name: str, allowed: Any, error: type[LfxError] = InputError) -> str:
+    """An option that must be one of some strings.
+
+    Raises:
+        LfxError: of the type `error`, where it is not.
+    """
+    if not isinstance(value, str) or value not in allowed:
+        raise error(f"{name} {_shown(value)} is not known; choose one of: {', '.join(allowed)}")
+    return value
+
+
+def file_path(value: Any, name: str, error: type[LfxError] = InputError) -> Path:
+    """An option that must be a path which the system can look up, whether or not something is there.
+
+    Raises:
+        LfxError: of the type `error`, where it is another type, too long, or holds a NUL.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise error(f"{name} is {_shown(value)}; give a path")
+    try:
+        path = Path(value)
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, ValueError, TypeError) as problem:
+        reason = problem.strerror if isinstance(problem, OSError) else str(problem)
+        raise error(f"{name} {_shown(os.fspath(value))} cannot be opened: {reason}; give another path") from problem
+    return path
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON as its standard has it: without NaN or infinities, and with each key of an object once.
+
+    Raises:
+        ValueError: the text is no such JSON, not UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """JSON of plain types, with null in the place of NaN and infinities, which JSON does not have."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return found
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: its own form, cut, or its type where that is no short line."""
+    try:
+        text = repr(value)
+    except Exception:
+        return type(value).__name__
+    return text if len(text) <= 80 and text.isprintable() else f"a {type(value).__name__}"
