@@ -12,7 +12,6 @@ import dataclasses
 import json
 import logging
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
@@ -24,11 +23,12 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime import quantization as ortq
 
-from lfx.config import MANIFEST, MODEL, WEIGHTS, Manifest, Signature, is_multi_label, package_versions, sha256
+from lfx.config import MANIFEST, MODEL, Manifest, Signature, is_multi_label, package_versions, sha256
 from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.parity import Case, Report, compare
 from lfx.runtime import Engine
+from lfx.runtime.artifact import check_bundle
 from lfx.runtime.backends import OnnxRuntime, int8_overflows
 from lfx.runtime.conversion import engine_runner
 from lfx.runtime.documents import encoded, is_documents
@@ -90,7 +90,7 @@ def quantize(
     if target.resolve() == folder.resolve():
         raise ExportError(f"{target} is the bundle that is quantized, which would be lost; give another output")
     progress("checking the bundle")
-    manifest.verify(folder)
+    artifact = check_bundle(folder, manifest)
     check_space(target, sum(entry["bytes"] for entry in manifest.files.values()))
     feeds, found_in = _read(Path(calibration), manifest.signature, Path(tokenizer or folder), samples)
     model = onnx.load(str(folder / MODEL), load_external_data=False)
@@ -103,11 +103,12 @@ def quantize(
         raise ExportError(
             f"{bundle} has no linear layer to quantize; keep_float keeps {', '.join(keep_float) or 'none'}"
         )
-    with atomic_folder(target) as made, tempfile.TemporaryDirectory(prefix="lfx-quantize-") as scratch:
+    # The onnx package, which the quantizer reads with, refuses files with a second name.
+    with atomic_folder(target) as made, artifact.plain_files(unshared=True) as source:
         progress(f"calibrating on {len(feeds[::2])} windows")
         with _quiet_quantizer():
             ortq.quantize_static(
-                str(_unlinked(folder, Path(scratch)) / MODEL),
+                str(source),
                 str(made / MODEL),
                 _Reader(feeds[::2]),
                 quant_format=ortq.QuantFormat.QDQ,
@@ -174,16 +175,6 @@ def _read(source: Path, signature: Signature, folder: Path, samples: int) -> tup
     feeds = [dict(prepare(ids, None, None, signature).feeds) for ids in chosen]
     about = {"file": source.name, "sha256": sha256(source), "windows": len(chosen), "tokens": sum(map(len, chosen))}
     return feeds, about
-
-
-def _unlinked(bundle: Path, scratch: Path) -> Path:
-    """The bundle, or a copy where its weights are a link: the onnx package reads no linked ones."""
-    weights = bundle / WEIGHTS
-    if not weights.is_file() or (weights.stat().st_nlink == 1 and not weights.is_symlink()):
-        return bundle
-    for name in (MODEL, WEIGHTS):
-        shutil.copyfile(bundle / name, scratch / name)
-    return scratch
 
 
 def _linear_layers(model: onnx.ModelProto, keep_float: Sequence[str]) -> dict[str, str]:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from lfx.errors import LfxError
+
 _LOCK = "lock"
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
@@ -58,6 +60,23 @@ def replacing(target: Path) -> Iterator[Path]:
         path = folder / target.name
         yield path
         path.replace(target)
+
+
+@contextlib.contextmanager
+def temporary_folder(purpose: str) -> Iterator[Path]:
+    """`private_folder` where the system keeps temporary files.
+
+    Raises:
+        LfxError: there is no such folder, or no room in it; says how to name another.
+    """
+    try:
+        with private_folder(Path(tempfile.gettempdir()), purpose) as folder:
+            yield folder
+    except OSError as error:
+        if not is_disk_full(error) and tempfile.tempdir is not None:
+            raise
+        place = tempfile.tempdir or "the folders for temporary files"
+        raise LfxError(f"{place}: {error.strerror}; set TMPDIR to a folder with room") from error
 
 
 def open_journal(path: Path) -> IO[bytes]:
@@ -117,6 +136,19 @@ def exchange(first: Path, second: Path) -> bool:
     if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
     raise OSError(number, os.strerror(number), str(first))
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, by a hard link; copy it where the file system cannot."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        copy(source, target)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file's bytes to a new file; its mode follows the umask."""
+    shutil.copyfile(source, target)
 
 
 def is_disk_full(error: OSError) -> bool:
