@@ -84,25 +84,6 @@ def test_what_is_no_onnx_file_is_refused(content: bytes, tmp_path: Path) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_graphs_nested_without_end_are_refused(tmp_path: Path) -> None:
-    data = b""
-    for _ in range(2000):  # graph > node > attribute > graph …
-        for tag in (0x32, 0x2A, 0x0A):
-            size, varint = len(data), bytearray()
-            while size >= 0x80:
-                varint.append(size & 0x7F | 0x80)
-                size >>= 7
-            data = bytes((tag, *varint, size)) + data
-    # the outermost field is a node of a graph: wrap it as the model's graph
-    size, varint = len(data), bytearray()
-    while size >= 0x80:
-        varint.append(size & 0x7F | 0x80)
-        size >>= 7
-    (tmp_path / "m.onnx").write_bytes(bytes((0x3A, *varint, size)) + data)
-    with pytest.raises(ArtifactError, match="nested too deeply"):
-        read_header(tmp_path / "m.onnx")
-
-
 def test_a_cut_or_changed_file_is_read_or_refused(bundle: MakeBundle, tmp_path: Path) -> None:
     original = (bundle() / MODEL).read_bytes()
     random = np.random.default_rng(0)
