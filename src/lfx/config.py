@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from types import NoneType
 from typing import Any
 
-from lfx.checks import check_shape, parse_json
+from lfx.checks import check_shape, parse_json, shown
 from lfx.errors import ArtifactError
 
 FORMAT_VERSION = 1
@@ -31,7 +31,7 @@ _DIGEST = "manifest_sha256"
 GRAPH_INPUTS = ("input_ids", "attention_mask", "global_attention_mask")
 _LARGEST = 2**63 - 1
 _LARGEST_JSON = 64_000_000  # bytes
-_NUMBER, _COUNT = (int, float), (int, NoneType)
+NUMBER, _COUNT = (int, float), (int, NoneType)
 _TENSORS = [{"name": str, "dtype": str, "shape": [(int, str)]}]
 # What the JSON of a signature and of a manifest holds; see `lfx.checks.check_shape`.
 _SIGNATURE: dict[str, Any] = {
@@ -52,26 +52,25 @@ _SIGNATURE: dict[str, Any] = {
     "lfx_version?": str,
 }
 # Errors that are no numbers are null; those that passed are numbers.
-_MEASURED = {"max_abs_error": _NUMBER, "tolerance": _NUMBER}
-_QUANTIZATION: dict[str, Any] = {
+_MEASURED = {"max_abs_error": NUMBER, "tolerance": NUMBER}
+QUANTIZATION: dict[str, Any] = {
     "activations?": str,
     "weight_bits?": int,
-    "layers?": {"*": {"scale": _NUMBER, "zero_point": int}},
+    "layers?": {"*": {"scale": NUMBER, "zero_point": int}},
     "accuracy?": {
         "reference": str,
-        "outputs": {
-            "*": {**_MEASURED, "unfused_max_abs_error": _NUMBER, "cosine": _NUMBER, "label_agreement?": _NUMBER}
-        },
+        "outputs": {"*": {**_MEASURED, "unfused_max_abs_error": NUMBER, "cosine": NUMBER, "label_agreement?": NUMBER}},
     },
 }
+FILE = {"sha256": str, "bytes": int}
 _MANIFEST: dict[str, Any] = {
     "opset": int,
     "inlined": bool,
     "source": dict,
     "versions": dict,
-    "validation": {"outputs?": {"*": {**_MEASURED, "torch_max_abs_error": _NUMBER}}},
-    "quantization?": _QUANTIZATION,
-    "files": {"*": {"sha256?": str, "bytes?": int}},
+    "validation": {"outputs?": {"*": {**_MEASURED, "torch_max_abs_error": NUMBER}}},
+    "quantization?": QUANTIZATION,
+    "files": {"*": FILE},
 }
 
 
@@ -264,7 +263,18 @@ class Manifest:
             raise ArtifactError(f"{bundle} does not exist; make a bundle with: lfx export --model MODEL")
         if not is_file:
             raise ArtifactError(f"{bundle} is no bundle: it has no {MANIFEST}; make one with: lfx export")
-        data = read_sealed(path, "format_version", FORMAT_VERSION, "export the model again")
+        return cls.parse(read_json_file(path, "export the model again"), path)
+
+    @classmethod
+    def parse(cls, content: bytes, path: Path) -> Manifest:
+        """A manifest from the bytes of its file.
+
+        Args:
+            path: of the file, for messages.
+        Raises:
+            ArtifactError: it is cut, changed or of another format.
+        """
+        data = parse_sealed(content, path, "format_version", FORMAT_VERSION, "export the model again")
         signature = Signature.from_dict(data)
         try:
             check_shape(data, _MANIFEST, str(path))
@@ -299,11 +309,11 @@ class Manifest:
         if folder != path.parent:
             raise ArtifactError(f"{path.parent} is a link; a bundle's files may be links, and its folders may not")
         size = file.stat().st_size
-        if size != entry.get("bytes"):
+        if size != entry["bytes"]:
             raise ArtifactError(
-                f"{path} has {size} bytes where {MANIFEST} says {entry.get('bytes')}; export the model again"
+                f"{path} has {size} bytes where {MANIFEST} says {entry['bytes']}; export the model again"
             )
-        if sha256(file) != entry.get("sha256"):
+        if sha256(file) != entry["sha256"]:
             raise ArtifactError(f"{path} was changed after the export (sha256 differs); export the model again")
         return file
 
@@ -366,23 +376,37 @@ def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, _DIGEST: hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()}
 
 
-def read_sealed(path: Path, version_key: str, version: int, cure: str) -> dict[str, Any]:
-    """Read a JSON object that `sealed` made.
+def read_json_file(path: Path, cure: str) -> bytes:
+    """The bytes of a JSON file of ours.
 
     Raises:
-        ArtifactError: it cannot be read, is of another format version, or was changed since; ends with `cure`.
+        ArtifactError: it cannot be read, or is too large to be one; ends with `cure`.
     """
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST_JSON + 1)
-        if len(content) > _LARGEST_JSON:
-            raise ValueError(f"more than {_LARGEST_JSON:,} bytes")
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}; {cure}") from error
+    if len(content) > _LARGEST_JSON:
+        raise ArtifactError(f"{path} has more than {_LARGEST_JSON:,} bytes; {cure}")
+    return content
+
+
+def parse_sealed(content: bytes, path: Path, version_key: str, version: int, cure: str) -> dict[str, Any]:
+    """Parse a JSON object that `sealed` made.
+
+    Args:
+        path: of its file, for messages.
+    Raises:
+        ArtifactError: it is no JSON, of another format version, or was changed since; ends with `cure`.
+    """
+    try:
         data = parse_json(content)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ArtifactError(f"{path} cannot be read ({error}); {cure}") from error
     found = data.get(version_key) if isinstance(data, dict) else None
     if not isinstance(data, dict) or found != version:
-        raise ArtifactError(f"{path} has format version {found!r}; this lfx reads {version}: {cure}")
+        raise ArtifactError(f"{path} has format version {shown(found)}; this lfx reads {version}: {cure}")
     if data != sealed(data):
         raise ArtifactError(f"{path} was changed after it was written (its {_DIGEST} differs); {cure}")
     return data
