@@ -10,9 +10,9 @@ length, so that a machine that slows down slows both. Some are run again one by 
 soak: 16 threads on one Engine of a small model, each answer compared bit for bit with a single thread's; the resident
 memory after each tenth of the time.
 
-storm: 8 threads on Batchers over one Engine, while requests are cancelled, Batchers are closed and replaced, and the process
-forks. Every request ends: with a single thread's answer, cancelled, or refused by a closed Batcher; every forked child is
-refused at once.
+storm: 8 threads on Batchers over one Engine, while requests are cancelled, Batchers are closed and replaced, and the
+process forks. Every request ends: with a single thread's answer, cancelled, or refused by a closed Batcher; every forked
+child is refused at once.
 """
 
 from __future__ import annotations

@@ -3,19 +3,19 @@
     python scripts/fuzz.py --minutes 60
 
 In turns: the property tests (tests/**/test_*_properties.py) with a new seed and ten times the examples of `make test`,
-and every target of scripts/fuzz_targets.py (manifests, plans, metadata, ONNX files) for a minute, on a corpus that grows
-in build/fuzz. It stops at the first failure, prints it, and exits with 1.
+and every target of scripts/fuzz_targets.py (manifests, plans, metadata, ONNX files) for a minute, on a corpus that
+grows in build/fuzz. It stops at the first failure, prints it, and exits with 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import record
@@ -95,8 +95,6 @@ def _seed_corpora() -> None:
     if not folder.is_dir():
         CORPUS.mkdir(parents=True, exist_ok=True)
         export(tiny_model(), folder)
-    import json
-
     seeds = {
         "manifest": (folder / MANIFEST).read_bytes(),
         "plan": json.dumps(PLAN_DATA).encode(),
@@ -105,7 +103,7 @@ def _seed_corpora() -> None:
     }
     for target, content in seeds.items():
         (CORPUS / target).mkdir(exist_ok=True)
-        (Path(CORPUS) / target / "seed").write_bytes(content)
+        (CORPUS / target / "seed").write_bytes(content)
 
 
 if __name__ == "__main__":
