@@ -11,8 +11,8 @@ soak: 16 threads on one Engine of a small model, each answer compared bit for bi
 memory after each tenth of the time.
 
 storm: 8 threads on Batchers over one Engine, while requests are cancelled, Batchers are closed and replaced, and the
-process forks. Every request ends: with a single thread's answer, cancelled, or refused by a closed Batcher; every forked
-child is refused at once.
+process forks. Every request ends: with a single thread's answer, cancelled, or refused by a closed Batcher; every
+forked child is refused at once.
 """
 
 from __future__ import annotations
