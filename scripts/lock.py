@@ -4,8 +4,8 @@
     make lock OPTIONS=--upgrade              # takes the newest; or: OPTIONS='--upgrade-package numpy'
 
 Versions and hashes are PyPI's, except torch's on Linux: PyPI's build requires gigabytes of CUDA libraries, so the lock
-holds PyTorch's CPU build, which only PyTorch's own index has. For another version of torch, copy its hashes from there to
-TORCH_CPU, and what its metadata requires and its version to [tool.uv] in pyproject.toml.
+holds PyTorch's CPU build, which only PyTorch's own index has. To change the version of torch, copy its hashes from there
+to TORCH_CPU, and its version and requirements to [tool.uv] in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def with_torch_cpu(lock: str) -> str:
     """The lock with PyTorch's CPU build for Linux, and PyPI's, which is one too, for other systems."""
     entry = re.search(r"^torch==(\S+) \\\n((?: +--hash=\S+(?: \\)?\n)+)", lock, re.MULTILINE)
     if entry is None or entry[1] != TORCH_VERSION:
-        sys.exit(f"scripts/lock.py has the hashes of torch {TORCH_VERSION}, which is not in the lock; see there what to do")
+        sys.exit(
+            f"the lock has not torch {TORCH_VERSION}, whose hashes scripts/lock.py has; its first lines say what to do"
+        )
     hashes = " \\\n".join(f"    --hash=sha256:{digest}" for digest in TORCH_CPU.values())
     linux = f"torch=={TORCH_VERSION}+cpu ; sys_platform == 'linux' \\\n{hashes}\n"
     others = f"torch=={TORCH_VERSION} ; sys_platform != 'linux' \\\n{entry[2]}"
