@@ -6,23 +6,50 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # TensorRT's headers, to compile the plugin with: a package that carries a copy of them. Nothing of it is installed.
 HEADERS := $(CURDIR)/build/headers
+# Where pip looks for PyTorch's CPU build, beside the places that it is configured with.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Every extra but gpu, whose onnxruntime-gpu takes the place of onnxruntime.
+EXTRAS := export,cpu,rtx,openvino,report,parquet,metrics,fuzz,test
 
 # Two processes of one thread each: most of the tests trace and load, which one thread does.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
-.PHONY: install demo test test-fast check bench figures clean
+# The lock's entries of these packages (NAME or NAME|NAME), with their hashes; and all but these.
+locked = sed -En '/^($(1))==/,/[^\\]$$/p' requirements.lock
+locked_without = sed -E '/^($(1))==/,/[^\\]$$/d' requirements.lock
+# $(call install,VENV,OPTIONS): installs what it reads, if its hashes are the lock's.
+install = $(1)/bin/python -m pip install --quiet --require-hashes $(2) --requirement /dev/stdin
+
+define PREFLIGHT
+import platform, sys
+if sys.version_info < (3, 11):
+    sys.exit("lfx needs Python 3.11 or later, this is %s; try: make PYTHON=python3.11" % platform.python_version())
+if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+    sys.exit("make install is for Linux on x86_64, this is %s on %s; install with: pip install '.[export,cpu]'"
+             % (platform.system(), platform.machine()))
+endef
+export PREFLIGHT
+# $(call venv,VENV): makes a virtual environment, or says why not.
+define venv
+@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found; try: make PYTHON=python3.11" >&2; exit 1; }
+@$(PYTHON) -c "$$PREFLIGHT"
+$(PYTHON) -m venv $(1)
+endef
+
+.PHONY: install demo test test-fast test-lowest check lock bench figures clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard plugins/*.cu plugins/*.cuh plugins/*.cpp plugins/*.h)
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lfx needs Python 3.11 or later; try: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	# torch first and pinned: an open range would pull a build with gigabytes of CUDA libraries.
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --no-deps --target $(HEADERS) --upgrade --constraint constraints.txt kernel-lens
+$(STAMP): pyproject.toml requirements.lock CMakeLists.txt $(wildcard plugins/*.cu plugins/*.cuh plugins/*.cpp plugins/*.h)
+	$(call venv,$(VENV))
+	# setuptools builds packages of the lock. One request to TORCH_INDEX, since it may not be reached.
+	$(call locked,pip|setuptools) | $(call install,$(VENV))
+	$(call locked,torch) | $(call install,$(VENV),--no-deps --extra-index-url $(TORCH_INDEX) --retries 1) || { echo \
+	"PyTorch's CPU build was not found at $(TORCH_INDEX); name another index: make TORCH_INDEX=URL" >&2; exit 1; }
+	$(call locked,kernel-lens) | $(call install,$(VENV),--no-deps --upgrade --target $(HEADERS))
+	$(call locked_without,kernel-lens|uv) | $(call install,$(VENV),--no-build-isolation)
 	CMAKE_ARGS="$(CMAKE_ARGS) -DTensorRT_INCLUDE_DIR=$(HEADERS)/kernel_lens/include/tensorrt" \
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,cpu,openvino,rtx,parquet,report,metrics,test]'
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 demo: install  ## Export, run a real document, check parity, compare speed with PyTorch's.
@@ -35,10 +62,29 @@ test: install  ## Everything, the full-size shape included.
 test-fast: install  ## Without the full-size shape.
 	$(FAST)
 
+test-lowest: .venv-lowest/.installed  ## Without the full-size shape, on the lowest versions that pyproject.toml allows.
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+.venv-lowest/.installed: pyproject.toml constraints-lowest.txt requirements.lock
+	rm -rf .venv-lowest
+	$(call venv,.venv-lowest)
+	$(call locked,pip|setuptools) | $(call install,.venv-lowest)
+	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt \
+		--extra-index-url $(TORCH_INDEX) --retries 1 --no-deps torch
+	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --group build
+	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --no-build-isolation \
+		--editable '.[$(EXTRAS)]'
+	touch $@
+
 check: install  ## Lint, format and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lock:  ## Write requirements.lock again from pyproject.toml; OPTIONS=--upgrade takes the newest versions.
+	$(call venv,.venv-lock)
+	$(call locked,uv) | $(call install,.venv-lock)
+	.venv-lock/bin/python scripts/lock.py $(OPTIONS)
 
 bench: install  ## All CPU benchmarks, more than an hour; writes docs/records and the tables made from it.
 	$(BIN)/python scripts/bench_cpu.py
@@ -51,4 +97,4 @@ figures: install  ## Draw docs/figures from the running code.
 	$(BIN)/python scripts/figures.py
 
 clean:
-	rm -rf build dist $(VENV)
+	rm -rf build dist $(VENV) .venv-lowest .venv-lock

@@ -1,0 +1,67 @@
+"""Write requirements.lock: every package that `make install` installs, pinned, with its sha256 hashes.
+
+    make lock                                # keeps the versions of the lock that is there, where they still fit
+    make lock OPTIONS=--upgrade              # takes the newest; or: OPTIONS='--upgrade-package numpy'
+
+Versions and hashes are PyPI's, except torch's on Linux: PyPI's build requires gigabytes of CUDA libraries, so the lock
+holds PyTorch's CPU build, which only PyTorch's own index has. To change the version of torch, copy its hashes from there
+to TORCH_CPU, and its version and requirements to [tool.uv] in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = ROOT / "requirements.lock"
+# Not in the lock: onnxruntime-gpu and onnxruntime are two packages with the same module.
+LEFT_OUT = {"gpu"}
+TORCH_VERSION = "2.13.0"
+# sha256 of the wheels for Linux on x86-64, as https://download.pytorch.org/whl/cpu/torch/ lists them.
+TORCH_CPU = {
+    "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl": (
+        "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"
+    ),
+    "torch-2.13.0+cpu-cp312-cp312-manylinux_2_28_x86_64.whl": (
+        "4ca4a9394b0c771238a4f73590fdbbc4debad85ed0fa63d026ae1b085da7d6e2"
+    ),
+    "torch-2.13.0+cpu-cp313-cp313-manylinux_2_28_x86_64.whl": (
+        "3fbf9c9d1f3c10c2d59d04aca426dee9ccc6ceb32d255c61e93acc3b4f75fae6"
+    ),
+    "torch-2.13.0+cpu-cp314-cp314-manylinux_2_28_x86_64.whl": (
+        "d20fa53ee744502fa4c69818a720b05ca0d37abd055d4f6e66cae155114bc691"
+    ),
+}
+
+
+def main() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = [f"--extra={name}" for name in project["project"]["optional-dependencies"] if name not in LEFT_OUT]
+    wanted += [f"--group={name}" for name in project["dependency-groups"]]
+    command = [sys.executable, "-m", "uv", "--quiet", "pip", "compile", "pyproject.toml", *wanted]
+    command += ["--universal", "--python-version=3.11", "--generate-hashes", "--custom-compile-command=make lock"]
+    status = subprocess.run([*command, f"--output-file={LOCK.name}", *sys.argv[1:]], cwd=ROOT, check=False).returncode
+    if status:
+        sys.exit(status)
+    LOCK.write_text(with_torch_cpu(LOCK.read_text()))
+
+
+def with_torch_cpu(lock: str) -> str:
+    """The lock with PyTorch's CPU build for Linux, and PyPI's, which is one too, for other systems."""
+    entry = re.search(r"^torch==(\S+) \\\n((?: +--hash=\S+(?: \\)?\n)+)", lock, re.MULTILINE)
+    if entry is None or entry[1] != TORCH_VERSION:
+        sys.exit(
+            f"the lock has not torch {TORCH_VERSION}, whose hashes scripts/lock.py has; its first lines say what to do"
+        )
+    hashes = " \\\n".join(f"    --hash=sha256:{digest}" for digest in TORCH_CPU.values())
+    linux = f"torch=={TORCH_VERSION}+cpu ; sys_platform == 'linux' \\\n{hashes}\n"
+    others = f"torch=={TORCH_VERSION} ; sys_platform != 'linux' \\\n{entry[2]}"
+    return lock[: entry.start()] + linux + others + lock[entry.end() :]
+
+
+if __name__ == "__main__":
+    main()

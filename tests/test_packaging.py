@@ -1,0 +1,164 @@
+"""What lfx is installed with: the bounds in pyproject.toml, the lowest versions, the lock, and what CI runs."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from scripts import lock
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+DEPENDENCIES = {
+    "dependencies": PROJECT["project"]["dependencies"],
+    "build-system": PROJECT["build-system"]["requires"],
+    "build": PROJECT["dependency-groups"]["build"],
+    **EXTRAS,
+}
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def requirements(name: str) -> list[Requirement]:
+    return [Requirement(text) for text in DEPENDENCIES[name]]
+
+
+def lowest_pins() -> dict[str, str]:
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def lock_entries() -> list[tuple[Requirement, list[str]]]:
+    """Each entry of the lock: what it pins, and its hashes."""
+    text = re.sub(r"^ *#.*\n", "", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE)
+    entries = []
+    for line in text.replace("\\\n", "").splitlines():
+        requirement, *hashes = line.split("--hash=")
+        entries.append((Requirement(requirement), [digest.strip() for digest in hashes]))
+    return entries
+
+
+@pytest.mark.parametrize("name", DEPENDENCIES)
+def test_every_dependency_has_a_lower_bound_and_the_lowest_set_pins_it(name: str) -> None:
+    pins = lowest_pins()
+    for requirement in requirements(name):
+        assert str(requirement.specifier) == f">={pins[requirement.name]}", requirement
+
+
+def test_the_lowest_set_pins_nothing_else() -> None:
+    assert set(lowest_pins()) == {requirement.name for name in DEPENDENCIES for requirement in requirements(name)}
+
+
+def test_make_test_lowest_installs_every_extra_but_the_one_that_needs_a_gpu() -> None:
+    listed = re.search(r"^EXTRAS := (.*)$", MAKEFILE, re.MULTILINE)
+    assert listed is not None
+    assert set(listed[1].split(",")) == set(EXTRAS) - {"gpu"}
+
+
+def test_every_package_that_lfx_imports_is_a_dependency() -> None:
+    distributions = importlib.metadata.packages_distributions()
+    declared = {canonicalize_name(requirement.name) for name in DEPENDENCIES for requirement in requirements(name)}
+    for folder in ("src/lfx", "export", "runtime"):
+        for file in (ROOT / folder).glob("*.py"):
+            for module in imported(ast.parse(file.read_text())):
+                owners = {canonicalize_name(owner) for owner in distributions.get(module, [])}
+                assert not owners or owners & (declared | {"longformer-lfx"}), f"{file}: {module}"
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """The top-level modules that a file imports, those inside functions too."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_every_package_of_the_lock_is_pinned_with_sha256_hashes() -> None:
+    for requirement, hashes in lock_entries():
+        assert re.fullmatch(r"==[^,*]+", str(requirement.specifier)), requirement
+        assert hashes, requirement
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", digest) for digest in hashes), requirement
+
+
+@pytest.mark.parametrize("name", [name for name in DEPENDENCIES if name not in lock.LEFT_OUT])
+def test_the_lock_has_every_dependency_within_its_bounds(name: str) -> None:
+    """Where it fails, `make lock` is to be run."""
+    for requirement in requirements(name):
+        pins = [pin.specifier for pin, _ in lock_entries() if pin.name == canonicalize_name(requirement.name)]
+        assert pins, requirement
+        for pin in pins:
+            assert Version(str(pin).removeprefix("==")) in requirement.specifier, requirement
+
+
+def test_every_package_that_the_makefile_names_is_in_the_lock() -> None:
+    named = "|".join(re.findall(r"\(call locked(?:_without)?,([^)]+)\)", MAKEFILE)).split("|")
+    assert {"pip", "torch", "kernel-lens", "uv"} <= set(named)
+    assert set(named) <= {requirement.name for requirement, _ in lock_entries()}
+
+
+def test_the_lock_has_pytorchs_cpu_build_for_linux() -> None:
+    found = {str(pin.marker): (str(pin.specifier), hashes) for pin, hashes in lock_entries() if pin.name == "torch"}
+    assert found['sys_platform == "linux"'] == (
+        f"=={lock.TORCH_VERSION}+cpu",
+        [f"sha256:{digest}" for digest in lock.TORCH_CPU.values()],
+    )
+    assert found['sys_platform != "linux"'][0] == f"=={lock.TORCH_VERSION}"
+    assert not {"triton", "nvidia-cublas", "nvidia-cudnn-cu13"} & {pin.name for pin, _ in lock_entries()}
+
+
+def test_a_lock_with_a_torch_whose_hashes_are_not_known_is_refused() -> None:
+    with pytest.raises(SystemExit, match="the lock has not torch"):
+        lock.with_torch_cpu("torch==9.9.9 \\\n    --hash=sha256:00\n    # via longformer-lfx\n")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("pretence", "message"),
+    [
+        ("sys.version_info = (3, 10, 1)", "lfx needs Python 3.11 or later"),
+        ("platform.system = lambda: 'Darwin'", "make install is for Linux on x86_64, this is Darwin on"),
+        ("platform.machine = lambda: 'riscv64'", "make install is for Linux on x86_64, this is Linux on riscv64"),
+    ],
+    ids=["old-python", "other-system", "other-machine"],
+)
+def test_make_says_where_it_cannot_install(pretence: str, message: str, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    code = f"import platform, sys; platform.system = lambda: 'Linux'; {pretence}; exec(sys.argv[2])"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
+    python.chmod(0o755)
+    found = subprocess.run(["make", "lock", f"PYTHON={python}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode != 0
+    assert found.stderr.startswith(message)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_says_that_there_is_no_such_python() -> None:
+    found = subprocess.run(["make", "lock", "PYTHON=no-python"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode != 0
+    assert found.stderr.startswith("no-python was not found; try: make PYTHON=python3.11")
+
+
+def test_ci_runs_make_targets_with_pinned_actions_and_may_only_read() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    runs = [step["run"] for step in steps if "run" in step]
+    assert set(runs) >= {"make check", "make test", "make test-lowest"}
+    assert {run.removeprefix("make ") for run in runs} <= targets
+    assert all(re.search(r"@[0-9a-f]{40}$", step["uses"]) for step in steps if "uses" in step)
