@@ -61,9 +61,11 @@ class PlanManifest:
         json_path(plan).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, plan: Path) -> PlanManifest:
+    def read(cls, plan: Path, content: bytes | None = None) -> PlanManifest:
         """Read the JSON beside a plan; the plan itself is not looked at.
 
+        Args:
+            content: of the JSON, where it was read already.
         Raises:
             ArtifactError: no plan, no JSON, or one that is cut, changed or of another format.
         """
@@ -73,7 +75,7 @@ class PlanManifest:
             raise ArtifactError(f"{plan} does not exist; build it with: lfx build-engine BUNDLE")
         if not path.is_file():
             raise ArtifactError(f"{plan} has no {path.name} beside it, so nothing says what it is; {again}")
-        data = read_sealed(path, "plan_format_version", PLAN_FORMAT_VERSION, again)
+        data = read_sealed(path, "plan_format_version", PLAN_FORMAT_VERSION, again, content)
         signature = Signature.from_dict(data)
         try:
             fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name != "signature"}

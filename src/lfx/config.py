@@ -190,9 +190,11 @@ class Manifest:
         (bundle / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, bundle: Path) -> Manifest:
+    def read(cls, bundle: Path, content: bytes | None = None) -> Manifest:
         """Read `lfx.json` of a bundle; the other files are not looked at.
 
+        Args:
+            content: of `lfx.json`, where it was read already.
         Raises:
             ArtifactError: no bundle, or a manifest that is cut, changed or of another format.
         """
@@ -205,7 +207,7 @@ class Manifest:
             raise ArtifactError(f"{bundle} does not exist; make a bundle with: lfx export --model MODEL")
         if not is_file:
             raise ArtifactError(f"{bundle} is no bundle: it has no {MANIFEST}; make one with: lfx export")
-        data = read_sealed(path, "format_version", FORMAT_VERSION, "export the model again")
+        data = read_sealed(path, "format_version", FORMAT_VERSION, "export the model again", content)
         try:
             return cls(
                 signature=Signature.from_dict(data),
@@ -305,14 +307,16 @@ def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, _DIGEST: hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()}
 
 
-def read_sealed(path: Path, version_key: str, version: int, cure: str) -> dict[str, Any]:
+def read_sealed(path: Path, version_key: str, version: int, cure: str, content: bytes | None = None) -> dict[str, Any]:
     """Read a JSON object that `sealed` made.
 
+    Args:
+        content: of the file, where it was read already.
     Raises:
         ArtifactError: it cannot be read, is of another format version, or was changed since; ends with `cure`.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads((content if content is not None else path.read_bytes()).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); {cure}") from error
     found = data.get(version_key) if isinstance(data, dict) else None

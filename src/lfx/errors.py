@@ -74,3 +74,26 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+# What libraries and systems say, in lower case, and what helps.
+_CURES = (
+    (
+        ("bad_alloc", "out of memory", "out_of_memory", "failed to allocate", "unable to allocate", "cannot allocate"),
+        "use shorter or fewer sequences, or a machine with more memory",
+    ),
+    (("no space left", "quota exceeded"), "make room, or choose another place"),
+    (("no such file", "could not open", "cannot open", "file not found"), "check the path, or make the file again"),
+)
+
+
+def with_cure(error: BaseException, limit: int = 300) -> str:
+    """`one_line`, and what to do where memory or disk ran out, or a file is missing."""
+    text = one_line(error, limit)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        text = f"out of memory ({text})" if str(error) else "out of memory"
+    said = f"{error} {text}".lower()
+    cure = next((cure for signs, cure in _CURES if any(sign in said for sign in signs)), None)
+    return text if cure is None else f"{text}; {cure}"
