@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard plugins/*.cu 
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --no-deps --target $(HEADERS) --upgrade --constraint constraints.txt kernel-lens
 	CMAKE_ARGS="$(CMAKE_ARGS) -DTensorRT_INCLUDE_DIR=$(HEADERS)/kernel_lens/include/tensorrt" \
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,cpu,openvino,rtx,parquet,report,metrics,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,cpu,openvino,rtx,parquet,report,metrics,verify,test]'
 	touch $@
 
 demo: install  ## Export, run a real document, check parity, compare speed with PyTorch's.

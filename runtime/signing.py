@@ -70,12 +70,13 @@ def verify(path: str | Path, key: str | Path | None = None, signature: str | Pat
     is_plan = model.suffix == SUFFIX and not model.is_dir()
     bundle = model if is_plan else _bundle(model)
     manifest_path = json_path(model) if is_plan else bundle / MANIFEST
-    content = _read(manifest_path, _MOST_MANIFEST_BYTES, f"{model} has no manifest; give a bundle or a plan of lfx's")
+    missing = f"has no {manifest_path.name}" if model.exists() else "does not exist"
+    content = _read(manifest_path, _MOST_MANIFEST_BYTES, f"{model} {missing}; give a bundle or a plan that lfx wrote")
     key_id = comment = None
     if key is not None:
         place = manifest_path.with_name(manifest_path.name + SIGNATURE_SUFFIX)
         signature = file_path(signature, "signature") if signature is not None else place
-        key_id, comment = _check_signature(content, manifest_path, key, signature)
+        key_id, comment = check_signature(content, manifest_path, key, signature)
     if is_plan:
         PlanManifest.read(model, content).verify(model)
         return Verified(manifest_path, (model.name,), key_id, comment)
@@ -107,8 +108,19 @@ def _refuse_unlisted(bundle: Path, manifest: Manifest) -> None:
             raise ArtifactError(f"{path} is not listed in {MANIFEST}, so nothing says what it is; remove it")
 
 
-def _check_signature(content: bytes, manifest: Path, key: str | Path, place: Path) -> tuple[str, str]:
-    """Raises: ArtifactError: the signature is not of this content, or not of this key. Returns its id and comment."""
+def check_signature(content: bytes, manifest: Path, key: str | Path, place: Path) -> tuple[str, str]:
+    """Check a signature of minisign's.
+
+    Args:
+        content: what must have been signed, and `manifest`, where it was read.
+        key: as `verify` takes it. place: the file of the signature.
+    Returns:
+        The key's id and the trusted comment.
+    Raises:
+        ArtifactError: the key or the signature is broken, or they and the content do not belong together.
+        DependencyError: the extra [verify] is not installed.
+    """
+    require("cryptography", "verify")
     algorithm, key_id, public_key = _fields(_key_line(key), _KEY_BYTES, "the key")
     if algorithm != _PLAIN:
         raise ArtifactError(f"the key is of the unknown algorithm {algorithm!r}; give a public key of minisign's")
@@ -135,7 +147,6 @@ def _check_signature(content: bytes, manifest: Path, key: str | Path, place: Pat
 
 def _fits(public_key: bytes, signature: bytes, content: bytes) -> bool:
     """Whether this key made this Ed25519 signature of this content."""
-    require("cryptography", "verify")
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 

@@ -81,7 +81,7 @@ def cli() -> None:
 )
 @click.option("--task", type=click.Choice(["auto", *TASKS]), default="auto", show_default=True)
 @click.option("--opset", type=click.IntRange(*OPSETS), default=OPSETS[0], show_default=True)
-@click.option("--output", type=OutputPath(), help="The bundle's folder.  [default: the model's name]")
+@click.option("--output", type=OutputPath(folder=True), help="The bundle's folder.  [default: the model's name]")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
 @click.option(
     "--global-attention",
@@ -161,7 +161,7 @@ def export(
     "--keep-float", multiple=True, metavar="PATTERN", help='Layers to leave as they are: "encoder.layer.11.*".'
 )
 @click.option("--tokenizer", type=FilePath(), help="A folder with one.  [default: the bundle's]")
-@click.option("--output", type=OutputPath(), help="The new bundle.  [default: NAME-int8]")
+@click.option("--output", type=OutputPath(folder=True), help="The new bundle.  [default: NAME-int8]")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest instead of a summary.")
 def quantize(bundle: Path, output: Path | None, as_json: bool, **options: Any) -> None:
     """Quantize the linear layers of a bundle to int8, calibrated on your text, and say what it cost."""
@@ -431,6 +431,8 @@ def parity(model: Path, open_engine: OpenEngine, **options: Any) -> None:
 @_engine_options
 def bench(model: Path, open_engine: OpenEngine, **options: Any) -> None:
     """Measure a bundle or a plan: latency, tokens per second, peak memory, by length and batch."""
+    if options["source"] is not None and not options["against"]:
+        raise click.UsageError("--source is what --against measures; give both")
     from lfx.benching import run_bench
 
     run_bench(model, open_engine, **options)
@@ -469,7 +471,8 @@ def main() -> NoReturn:
 
 def _show_usage(error: click.ClickException) -> None:
     """Print what click has to say of wrong usage, which quotes the arguments."""
-    error.message = printable(error.message)  # type: ignore[misc]  # no other way to the text around it
+    if type(error).__name__ != "NoArgsIsHelpError":  # whose message is the help; click has it since 8.2
+        error.message = printable(error.message)  # type: ignore[misc]  # no other way to the text around it
     text = io.StringIO()
     error.show(text)
     write(text.getvalue(), err=True)

@@ -38,15 +38,29 @@ class FilePath(FilledText):
 
 
 class OutputPath(FilePath):
-    """A path that a result is written to: a new one, or a file or a folder that is there."""
+    """A path that a result is written to: a new one, or a file (or with `folder`, a folder) to replace."""
+
+    def __init__(self, *, folder: bool = False) -> None:
+        super().__init__()
+        self._folder = folder
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """As `FilePath`. Raises: InputError: a device or a pipe is there, whose place a result would take."""
+        """As `FilePath`. Raises: InputError: something else is there, or no folder to write to."""
         path = super().convert(value, param, ctx)
-        # Of /dev nothing: /dev/stdout is a link, which would be replaced too.
-        if path.absolute().parent == Path("/dev") or (path.exists() and not path.is_file() and not path.is_dir()):
-            raise InputError(f"{_label(param)} {path} is a device or a pipe; give the name of a file")
+        reason = self._reason(path)
+        if reason:
+            raise InputError(f"{_label(param)} {path} cannot be written: {reason}")
         return path
+
+    def _reason(self, path: Path) -> str:
+        # Of /dev nothing: even /dev/stdout is a link, which would be replaced.
+        if path.absolute().parent == Path("/dev") or (path.exists() and not path.is_file() and not path.is_dir()):
+            return "it is a device or a pipe; give the name of a file"
+        if path.is_dir() and not self._folder:
+            return f"it is a folder; give the name of a file, such as {path / 'result'}"
+        if not path.absolute().parent.is_dir():
+            return "its folder does not exist; make it first"
+        return ""
 
 
 class Command(click.Command):
