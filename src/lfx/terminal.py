@@ -13,8 +13,8 @@ import sys
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TextIO
 
 from lfx.checks import json_text
 from lfx.errors import LfxError, with_cure
@@ -58,19 +58,27 @@ def echo_json(value: Any, *, indent: int | None = None) -> None:
 
 
 def write(text: str, *, err: bool = False) -> None:
-    """Write text that is printable already. What cannot be said on stderr is dropped: nobody could be told."""
-    stream = sys.stderr if err else sys.stdout
+    """Write text that is printable already. Raises as `echo` does; what stderr does not take is dropped."""
+    if not err:
+        with _stdout() as stream:
+            stream.write(text)
+            stream.flush()
+    elif sys.stderr is not None:
+        with suppress(OSError):  # nobody could be told
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+@contextmanager
+def _stdout() -> Iterator[TextIO]:
+    if sys.stdout is None:
+        raise LfxError("stdout cannot be written: it is closed")
     try:
-        if stream is None:
-            raise OSError("it is closed")
-        stream.write(text)
-        stream.flush()
+        yield sys.stdout
     except BrokenPipeError:
-        if not err:
-            raise
+        raise
     except OSError as error:
-        if not err:
-            raise LfxError(f"stdout cannot be written: {with_cure(error)}") from error
+        raise LfxError(f"stdout cannot be written: {with_cure(error)}") from error
 
 
 def prepare_streams() -> None:
@@ -144,9 +152,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console = Console(soft_wrap=False)
     if not console.is_terminal:
         console = Console(width=max(160, console.width))
-    with console.capture() as capture:
+    with _stdout():
         console.print(drawn)
-    write(capture.get())
 
 
 @contextmanager
