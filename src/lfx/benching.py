@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import click
-
 from lfx.config import cpu_name, package_versions
 from lfx.errors import ArtifactError, InputError
 from lfx.runtime import Engine, bench
-from lfx.terminal import progress, table
+from lfx.terminal import echo, echo_json, progress, table
 
 _LENGTHS = (512, 1024, 2048, 4096)
 _PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "numpy")
@@ -74,7 +72,8 @@ def run_bench(
     if plot is not None:
         bench.plot(rows, plot)
     if as_json:
-        click.echo("".join(json.dumps(row) + "\n" for row in rows), nl=False)
+        for row in rows:
+            echo_json(row)
         return
     header = ["contender", "batch", "tokens", "p50 ms", "p95 ms", "tokens/s", "time, first = 1"]
     table(
@@ -93,7 +92,7 @@ def run_bench(
         ],
     )
     if not against:
-        click.echo(f"peak memory of the process: {(rows[-1]['peak_memory_bytes'] or 0) / 1e9:.2f} GB")
+        echo(f"peak memory of the process: {(rows[-1]['peak_memory_bytes'] or 0) / 1e9:.2f} GB")
 
 
 def _torch_contenders(

@@ -145,7 +145,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def shown(value: Any) -> str:
     """A value for a message: its own form, cut, or its type where that is no short line."""
     try:
-        text = repr(value)
+        text = repr(f"{value[:60]}…" if isinstance(value, str) and len(value) > 70 else value)
     except Exception:
         return type(value).__name__
     return text if len(text) <= 80 and text.isprintable() else f"a {type(value).__name__}"

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import click
 
 from lfx.config import QUANTIZED, Manifest, locate
 from lfx.errors import ArtifactError, InputError, require
 from lfx.parity import Report, full_cases, quick_cases
 from lfx.runtime import Engine
 from lfx.runtime.plan import PlanManifest
-from lfx.terminal import progress, table
+from lfx.terminal import echo, echo_json, progress, table
 
 OpenEngine = Callable[[Path], Engine]
 Step = Callable[[str], None]
@@ -63,7 +60,7 @@ def run_parity(
         data = {"backend": facts["backend"], **found.to_dict()}
         if layers is not None:
             data |= {"passed": data["passed"] and not layers.failures(), "by_layer": layers.to_dict()}
-        click.echo(json.dumps(data, indent=1))
+        echo_json(data, indent=1)
     else:
         _show(found, facts)
         if by_layer and layers is not None:
@@ -148,9 +145,9 @@ def _show(report: Report, facts: dict[str, str]) -> None:
     for name in names if report.precision == QUANTIZED else ():
         result = report.outputs[name]
         agreement = f", {result.agreeing} of {result.labels} labels agree" if result.labels else ""
-        click.echo(f"{name}: cosine {result.cosine():.5f} with the float64 reference{agreement}")
+        echo(f"{name}: cosine {result.cosine():.5f} with the float64 reference{agreement}")
     verdict = "out of tolerance" if report.failures() else "in tolerance"
-    click.echo(f"{len(report.rows)} cases, {facts['backend']}, {report.precision}: {verdict}")
+    echo(f"{len(report.rows)} cases, {facts['backend']}, {report.precision}: {verdict}")
 
 
 def _show_layers(report: Report) -> None:
@@ -160,4 +157,4 @@ def _show_layers(report: Report) -> None:
         rows.append([name, *errors, "ok" if report.passes(name) else "out of tolerance"])
     table(["layer", "error", "PyTorch's own", "tolerance", "verdict"], rows)
     parted = report.first_failure()
-    click.echo(f"the two part at {parted}" if parted else "the two part at no layer")
+    echo(f"the two part at {parted}" if parted else "the two part at no layer")

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 from numpy.typing import NDArray
 
 from lfx.errors import InputError
 from lfx.runtime import Engine, documents
 from lfx.runtime.text import TOKENIZER, Text
-from lfx.terminal import progress, table
+from lfx.terminal import echo, echo_json, progress, table
 
 
 def run_text(
@@ -55,12 +53,12 @@ def run_text(
         for name, array in arrays.items():
             if name not in per_token:
                 shapes[name]["values"] = array.tolist()
-        click.echo(json.dumps({"tokens": tokens, "backend": engine.backend, "outputs": shapes, "answers": answers}))
+        echo_json({"tokens": tokens, "backend": engine.backend, "outputs": shapes, "answers": answers})
         return
-    click.echo(f"{tokens} tokens, {engine.backend}")
+    echo(f"{tokens} tokens, {engine.backend}")
     for name, array in arrays.items():
         first = ", ".join(f"{x:.4f}" for x in array.reshape(-1)[:4])
-        click.echo(f"{name}: shape {tuple(array.shape)}, first values {first}")
+        echo(f"{name}: shape {tuple(array.shape)}, first values {first}")
     if answers:
         table(list(answers[0]), [[_cell(v) for v in answer.values()] for answer in answers[:40]])
 
@@ -92,18 +90,18 @@ def run_documents(
                 output,
                 stride=stride,
                 progress=step,
-                report=lambda line: click.echo(line, err=True),
+                report=lambda line: echo(line, err=True),
             )
     except KeyboardInterrupt:
-        click.echo("what is done is kept; the same command goes on from there", err=True)
+        echo("what is done is kept; the same command goes on from there", err=True)
         raise
     seconds = time.perf_counter() - start
     if as_json:
-        click.echo(json.dumps({**dataclasses.asdict(done), "seconds": seconds, "backend": engine.backend}))
+        echo_json({**dataclasses.asdict(done), "seconds": seconds, "backend": engine.backend})
     else:
         went_on = f" (the first {done.resumed_at:,} in an earlier run)" if done.resumed_at else ""
-        click.echo(f"{output}: {done.documents:,} documents{went_on}, {done.refused:,} refused, {engine.backend}")
-        click.echo(f"{done.tokens:,} tokens in {seconds:.1f} s, {done.tokens / seconds:,.0f} tokens/s")
+        echo(f"{output}: {done.documents:,} documents{went_on}, {done.refused:,} refused, {engine.backend}")
+        echo(f"{done.tokens:,} tokens in {seconds:.1f} s, {done.tokens / seconds:,.0f} tokens/s")
     if done.refused:
         raise InputError(f"{done.refused} of {done.documents} documents were refused; {output} says which and why")
 
