@@ -31,7 +31,8 @@ from lfx.runtime import Engine
 from lfx.runtime.artifact import check_bundle
 from lfx.runtime.backends import OnnxRuntime, int8_overflows
 from lfx.runtime.conversion import engine_runner
-from lfx.runtime.documents import encoded, is_documents
+from lfx.runtime.documents import encoded
+from lfx.runtime.formats import is_documents
 from lfx.runtime.inputs import prepare
 from lfx.runtime.text import settings
 
@@ -162,16 +163,19 @@ def _check(signature: Signature, samples: int, activations: str, folder: Path) -
 
 def _read(source: Path, signature: Signature, folder: Path, samples: int) -> tuple[list[Feeds], dict[str, Any]]:
     """The windows of a calibration file as graph inputs, and what they were."""
-    every = [window.ids for window in encoded(source, signature, folder)]
-    if len(every) < samples and not is_documents(source):  # of a short text, more windows and shorter ones
-        shorter = max(sum(map(len, every)) // samples, SHORTEST)
+    limited = signature
+    lengths = [len(window.ids) for window in encoded(source, limited, folder)]
+    if len(lengths) < samples and not is_documents(source):  # of a short text, more windows and shorter ones
+        shorter = max(sum(lengths) // samples, SHORTEST)
         limited = dataclasses.replace(signature, max_seqlen=min(shorter, signature.max_seqlen or shorter))
-        every = [window.ids for window in encoded(source, limited, folder)]
-    if len(every) < 2:
+        lengths = [len(window.ids) for window in encoded(source, limited, folder)]
+    if len(lengths) < 2:
         raise ExportError(
-            f"{source} gives {len(every)} windows of text; 2 are needed at least, to calibrate and to judge"
+            f"{source} gives {len(lengths)} windows of text; 2 are needed at least, to calibrate and to judge"
         )
-    chosen = [every[int(i)] for i in np.unique(np.linspace(0, len(every) - 1, samples).astype(int))]
+    # Read again, so that only the chosen windows are kept.
+    wanted = set(np.linspace(0, len(lengths) - 1, samples).astype(int).tolist())
+    chosen = [window.ids for i, window in enumerate(encoded(source, limited, folder)) if i in wanted]
     feeds = [dict(prepare(ids, None, None, signature).feeds) for ids in chosen]
     about = {"file": source.name, "sha256": sha256(source), "windows": len(chosen), "tokens": sum(map(len, chosen))}
     return feeds, about

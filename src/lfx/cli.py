@@ -286,7 +286,16 @@ def _only_bundle() -> Path:
     help="A text file, one document; or documents: .jsonl (.ndjson) or .parquet, with a field text or input_ids.",
 )
 @click.option(
-    "--stride", type=click.IntRange(1, _MOST_TOKENS), help="Cut long documents into windows that begin every N tokens."
+    "--stride",
+    type=click.IntRange(1, _MOST_TOKENS),
+    metavar="N",
+    help="Cut long documents into windows that begin every N tokens.",
+)
+@click.option(
+    "--max-windows",
+    type=click.IntRange(1, _MOST_TOKENS),
+    metavar="N",
+    help="With --stride: refuse a document that gives more windows.  [default: 4096]",
 )
 @click.option("--tokenizer", type=FilePath(), help="A folder with one.  [default: the bundle's]")
 @click.option(
@@ -302,6 +311,7 @@ def run(
     pair: tuple[str, ...],
     file: Path | None,
     stride: int | None,
+    max_windows: int | None,
     tokenizer: Path | None,
     output: Path | None,
     as_json: bool,
@@ -312,7 +322,7 @@ def run(
     A run over documents that was stopped goes on where it was when the same command is given again.
     """
     from lfx.running import run_documents, run_text
-    from lfx.runtime.documents import is_documents
+    from lfx.runtime.formats import is_documents
 
     if (text is None) == (file is None):
         raise click.UsageError("give either --text or --input")
@@ -321,9 +331,20 @@ def run(
         raise click.UsageError("documents need --output FILE.jsonl or FILE.parquet, and no --pair")
     if documents is None and stride is not None:
         raise click.UsageError("--stride is for documents: --input FILE.jsonl or FILE.parquet")
+    if stride is None and max_windows is not None:
+        raise click.UsageError("--max-windows needs --stride, which cuts documents into windows")
     with open_engine(model) as engine:
         if documents is not None and output is not None:
-            run_documents(engine, model, documents, output, stride=stride, tokenizer=tokenizer, as_json=as_json)
+            run_documents(
+                engine,
+                model,
+                documents,
+                output,
+                stride=stride,
+                max_windows=max_windows,
+                tokenizer=tokenizer,
+                as_json=as_json,
+            )
         else:
             run_text(engine, model, text, pair, file, output, tokenizer=tokenizer, as_json=as_json)
 

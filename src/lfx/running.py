@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lfx.checks import file_path
 from lfx.errors import InputError
 from lfx.runtime import Engine, documents
 from lfx.runtime.text import TOKENIZER, Text
@@ -70,16 +71,20 @@ def run_documents(
     output: Path,
     *,
     stride: int | None,
+    max_windows: int | None,
     tokenizer: Path | None,
     as_json: bool,
 ) -> None:
     """Run a file of documents; print what was done.
 
+    Args:
+        max_windows: None for `lfx.runtime.documents.MAX_WINDOWS`.
+
     Raises:
         InputError: some documents were refused; the others are done.
     """
     folder = tokenizer or _text_folder(model, engine)
-    reader = Text(folder, engine.signature) if tokenizer or (folder / TOKENIZER).is_file() else None
+    reader = Text(folder, engine.signature) if tokenizer or (folder / TOKENIZER).exists() else None
     start = time.perf_counter()
     try:
         with progress() as step:
@@ -89,6 +94,7 @@ def run_documents(
                 source,
                 output,
                 stride=stride,
+                max_windows=documents.MAX_WINDOWS if max_windows is None else max_windows,
                 progress=step,
                 report=lambda line: echo(line, err=True),
             )
@@ -109,7 +115,9 @@ def run_documents(
 def _text_folder(model: Path, engine: Engine) -> Path:
     """Where the tokenizer is: in the bundle, which stands beside its plan unless one of them was moved."""
     bundle = getattr(engine.manifest, "bundle", None)
-    beside = model.parent / str(bundle["name"]) if bundle else model.parent
+    beside = model.parent
+    if bundle:
+        beside = file_path(model.parent / Path(str(bundle.get("name", ""))).name, "the bundle that the plan names")
     if model.is_dir():
         return model
     return beside if beside.is_dir() else model.parent
@@ -130,6 +138,7 @@ def _rectangle(rows: list[list[int]], pad: int) -> tuple[NDArray[Any], NDArray[A
 
 def _read_text(file: Path | None) -> str:
     assert file is not None
+    file_path(file, "--input")
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
