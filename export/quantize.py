@@ -12,7 +12,6 @@ import dataclasses
 import json
 import logging
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
@@ -24,9 +23,11 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime import quantization as ortq
 
+from lfx.checks import file_path
 from lfx.config import MANIFEST, MODEL, WEIGHTS, Manifest, Signature, is_multi_label, package_versions, sha256
 from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
+from lfx.files import scratch_folder
 from lfx.parity import Case, Report, compare
 from lfx.runtime import Engine
 from lfx.runtime.backends import OnnxRuntime, int8_overflows
@@ -85,7 +86,8 @@ def quantize(
             "full_range cannot be checked here: this CPU has no VNNI, so it overflows on 8 bits of weight; leave it "
             "out, or quantize where the model will run"
         )
-    target = Path(output) if output is not None else Path(f"{folder.resolve().name}-int8")
+    name = f"{folder.resolve().name}-int8"
+    target = file_path(output if output is not None else name, "output", ExportError)
     check_target(target)
     if target.resolve() == folder.resolve():
         raise ExportError(f"{target} is the bundle that is quantized, which would be lost; give another output")
@@ -103,11 +105,11 @@ def quantize(
         raise ExportError(
             f"{bundle} has no linear layer to quantize; keep_float keeps {', '.join(keep_float) or 'none'}"
         )
-    with atomic_folder(target) as made, tempfile.TemporaryDirectory(prefix="lfx-quantize-") as scratch:
+    with atomic_folder(target) as made, scratch_folder("quantize") as scratch:
         progress(f"calibrating on {len(feeds[::2])} windows")
         with _quiet_quantizer():
             ortq.quantize_static(
-                str(_unlinked(folder, Path(scratch)) / MODEL),
+                str(_copy(folder, scratch) / MODEL),
                 str(made / MODEL),
                 _Reader(feeds[::2]),
                 quant_format=ortq.QuantFormat.QDQ,
@@ -176,13 +178,11 @@ def _read(source: Path, signature: Signature, folder: Path, samples: int) -> tup
     return feeds, about
 
 
-def _unlinked(bundle: Path, scratch: Path) -> Path:
-    """The bundle, or a copy where its weights are a link: the onnx package reads no linked ones."""
-    weights = bundle / WEIGHTS
-    if not weights.is_file() or (weights.stat().st_nlink == 1 and not weights.is_symlink()):
-        return bundle
+def _copy(bundle: Path, scratch: Path) -> Path:
+    """Copy the graph and its weights: the quantizer writes beside the graph, and reads no weights that are links."""
     for name in (MODEL, WEIGHTS):
-        shutil.copyfile(bundle / name, scratch / name)
+        if (bundle / name).is_file():
+            shutil.copyfile(bundle / name, scratch / name)
     return scratch
 
 
