@@ -10,8 +10,10 @@ from typing import Any
 
 import click
 
+from lfx.checks import output_file
 from lfx.config import cpu_name, package_versions
-from lfx.errors import ArtifactError, InputError
+from lfx.errors import InputError, require
+from lfx.files import replacing, why_unwritten
 from lfx.runtime import Engine, bench
 from lfx.terminal import progress, table
 
@@ -33,9 +35,11 @@ def run_bench(
     as_json: bool,
 ) -> None:
     """Measure and show."""
-    for path in (output, plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InputError(f"{path} cannot be written: its folder does not exist")
+    for path, name in ((output, "--output"), (plot, "--plot")):
+        if path is not None:
+            output_file(path, name)
+    if plot is not None:
+        require("matplotlib", "report")  # before the minutes of measuring
     with progress() as step, open_engine(model) as engine:
         signature = engine.signature
         if signature.task == "multiple-choice":
@@ -139,6 +143,7 @@ def _torch_run(module: Any, marks: dict[str, int]) -> bench.Run:
 
 def _write(output: Path, rows: Iterable[dict[str, Any]]) -> None:
     try:
-        output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        with replacing(output) as path:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     except OSError as error:
-        raise ArtifactError(f"{output} cannot be written: {error}") from error
+        raise InputError(why_unwritten(output, error, "choose another --output")) from error

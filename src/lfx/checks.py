@@ -20,10 +20,10 @@ def whole_number(value: Any, name: str, low: int, high: int | None = None, error
     """
     allowed = f"a whole number from {low} to {high}" if high is not None else f"a whole number, {low} or more"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise error(f"{name} is {_shown(value)}; give {allowed}")
+        raise error(f"{name} is {shown(value)}; give {allowed}")
     number = int(value)
     if number < low or (high is not None and number > high):
-        raise error(f"{name} {_shown(number)} is out of range; give {allowed}")
+        raise error(f"{name} {shown(number)} is out of range; give {allowed}")
     return number
 
 
@@ -34,9 +34,9 @@ def real_number(value: Any, name: str, low: float, high: float, error: type[LfxE
         LfxError: of the type `error`, where it is another type or out of range.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise error(f"{name} is {_shown(value)}; give a number from {low:g} to {high:g}")
+        raise error(f"{name} is {shown(value)}; give a number from {low:g} to {high:g}")
     if not low <= float(value) <= high:
-        raise error(f"{name} {_shown(value)} is out of range; give a number from {low:g} to {high:g}")
+        raise error(f"{name} {shown(value)} is out of range; give a number from {low:g} to {high:g}")
     return float(value)
 
 
@@ -47,7 +47,18 @@ def one_of(value: Any, name: str, allowed: Any, error: type[LfxError] = InputErr
         LfxError: of the type `error`, where it is not.
     """
     if not isinstance(value, str) or value not in allowed:
-        raise error(f"{name} {_shown(value)} is not known; choose one of: {', '.join(allowed)}")
+        raise error(f"{name} {shown(value)} is not known; choose one of: {', '.join(allowed)}")
+    return value
+
+
+def flag(value: Any, name: str, error: type[LfxError] = InputError) -> bool:
+    """An option that must be True or False.
+
+    Raises:
+        LfxError: of the type `error`, where it is not.
+    """
+    if not isinstance(value, bool):
+        raise error(f"{name} is {shown(value)}; give True or False")
     return value
 
 
@@ -58,7 +69,7 @@ def file_path(value: Any, name: str, error: type[LfxError] = InputError) -> Path
         LfxError: of the type `error`, where it is another type, too long, or holds a NUL.
     """
     if not isinstance(value, str | os.PathLike):
-        raise error(f"{name} is {_shown(value)}; give a path")
+        raise error(f"{name} is {shown(value)}; give a path")
     try:
         path = Path(value)
         os.lstat(path)
@@ -66,7 +77,23 @@ def file_path(value: Any, name: str, error: type[LfxError] = InputError) -> Path
         return path
     except (OSError, ValueError, TypeError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else str(problem)
-        raise error(f"{name} {_shown(os.fspath(value))} cannot be opened: {reason}; give another path") from problem
+        raise error(f"{name} {shown(os.fspath(value))} cannot be opened: {reason}; give another path") from problem
+    return path
+
+
+def output_file(value: Any, name: str, error: type[LfxError] = InputError) -> Path:
+    """An option that must be a path where a file can be: no folder, in a folder that is there.
+
+    Raises:
+        LfxError: of the type `error`, where it is none.
+    """
+    path = file_path(value, name, error)
+    try:
+        fits = not path.is_dir() and path.absolute().parent.is_dir()
+    except OSError as problem:
+        raise error(f"{path} cannot be written: {problem.strerror}; choose another {name}") from problem
+    if not fits:
+        raise error(f"{path} cannot be written: it is a folder, or its folder does not exist; choose another {name}")
     return path
 
 
@@ -107,7 +134,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value for a message: its own form, cut, or its type where that is no short line."""
     try:
         text = repr(value)

@@ -179,6 +179,11 @@ def why_unwritten(target: Path, error: BaseException, cure: str) -> str:
     return f"{target} cannot be written: {reason}; {cure}"
 
 
+def why_unscratched(error: BaseException) -> str:
+    """The message for a scratch folder, or something in it, that could not be written."""
+    return why_unwritten(Path(os.environ.get("TMPDIR") or "/tmp"), error, "set TMPDIR to a folder with room")
+
+
 def _hidden_name(purpose: str) -> str:
     """The start of the names of what belongs to `purpose`: a digest, since that name may be of any length."""
     return f".lfx-{hashlib.sha256(os.fsencode(purpose)).hexdigest()[:12]}"
