@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from onnxruntime import quantization as ortq
 
 from lfx.checks import file_path
-from lfx.config import MANIFEST, MODEL, WEIGHTS, Manifest, Signature, is_multi_label, package_versions, sha256
+from lfx.config import MANIFEST, MODEL, Manifest, Signature, is_multi_label, package_versions, sha256
 from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
-from lfx.files import scratch_folder
+from lfx.files import copy, temporary_folder
 from lfx.parity import Case, Report, compare
 from lfx.runtime import Engine
+from lfx.runtime.artifact import check_bundle
 from lfx.runtime.backends import OnnxRuntime, int8_overflows
 from lfx.runtime.conversion import engine_runner
 from lfx.runtime.documents import encoded, is_documents
@@ -92,7 +93,7 @@ def quantize(
     if target.resolve() == folder.resolve():
         raise ExportError(f"{target} is the bundle that is quantized, which would be lost; give another output")
     progress("checking the bundle")
-    manifest.verify(folder)
+    artifact = check_bundle(folder, manifest)
     check_space(target, sum(entry["bytes"] for entry in manifest.files.values()))
     feeds, found_in = _read(Path(calibration), manifest.signature, Path(tokenizer or folder), samples)
     model = onnx.load(str(folder / MODEL), load_external_data=False)
@@ -105,11 +106,14 @@ def quantize(
         raise ExportError(
             f"{bundle} has no linear layer to quantize; keep_float keeps {', '.join(keep_float) or 'none'}"
         )
-    with atomic_folder(target) as made, scratch_folder("quantize") as scratch:
+    with atomic_folder(target) as made, temporary_folder("quantize") as scratch:
+        # The quantizer writes beside what it reads, and reads no weights that are links.
+        for name, file in artifact.files.items():
+            copy(file, scratch / name)
         progress(f"calibrating on {len(feeds[::2])} windows")
         with _quiet_quantizer():
             ortq.quantize_static(
-                str(_copy(folder, scratch) / MODEL),
+                str(scratch / MODEL),
                 str(made / MODEL),
                 _Reader(feeds[::2]),
                 quant_format=ortq.QuantFormat.QDQ,
@@ -176,14 +180,6 @@ def _read(source: Path, signature: Signature, folder: Path, samples: int) -> tup
     feeds = [dict(prepare(ids, None, None, signature).feeds) for ids in chosen]
     about = {"file": source.name, "sha256": sha256(source), "windows": len(chosen), "tokens": sum(map(len, chosen))}
     return feeds, about
-
-
-def _copy(bundle: Path, scratch: Path) -> Path:
-    """Copy the graph and its weights: the quantizer writes beside the graph, and reads no weights that are links."""
-    for name in (MODEL, WEIGHTS):
-        if (bundle / name).is_file():
-            shutil.copyfile(bundle / name, scratch / name)
-    return scratch
 
 
 def _linear_layers(model: onnx.ModelProto, keep_float: Sequence[str]) -> dict[str, str]:

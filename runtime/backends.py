@@ -5,10 +5,7 @@ A backend that was asked for by name is that one or an error: none falls back to
 
 from __future__ import annotations
 
-import os
 import platform
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +14,8 @@ from numpy.typing import NDArray
 
 from lfx.config import cpu_fields
 from lfx.errors import ArtifactError, DependencyError, LfxError, one_line, require
+from lfx.files import link_or_copy, temporary_folder
+from lfx.onnx_file import read_header
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -36,13 +35,11 @@ class Backend(Protocol):
     Attributes:
         name: library, version and device, for people.
         input_names, output_names: of the graph, in its order.
-        metadata: the text stored under the key `lfx` in the ONNX file, or None.
     """
 
     name: str
     input_names: list[str]
     output_names: list[str]
-    metadata: str | None
 
     def infer(self, feeds: Arrays) -> Arrays:
         """Run one batch; safe to call from several threads."""
@@ -113,7 +110,6 @@ class OnnxRuntime(_AnyShape):
         self.name = f"onnxruntime {ort.__version__} {wanted}"
         self.input_names = [item.name for item in self._session.get_inputs()]
         self.output_names = [item.name for item in self._session.get_outputs()]
-        self.metadata: str | None = self._session.get_modelmeta().custom_metadata_map.get("lfx")
 
     def infer(self, feeds: Arrays) -> Arrays:
         """One batch."""
@@ -127,7 +123,8 @@ class OnnxRuntime(_AnyShape):
 class OpenVino(_AnyShape):
     """OpenVINO on the CPU, with the lfx functions inlined for it; it computes bf16 models, in float32 without AMX."""
 
-    def __init__(self, model: Path, threads: int | None, precision: str | None) -> None:
+    def __init__(self, model: Path, threads: int | None, precision: str | None, stored: str) -> None:
+        """`precision` of the arithmetic, None for that of the file, which is `stored`."""
         if precision is not None and precision not in _OPENVINO_TYPES:
             raise DependencyError(
                 f"precision {precision!r} is not known to OpenVINO here; choose one of: {', '.join(_OPENVINO_TYPES)}"
@@ -137,17 +134,16 @@ class OpenVino(_AnyShape):
         inliner = require("onnx.inliner", "openvino")
         try:
             graph = onnx.load(str(model), load_external_data=False)
-            self.metadata: str | None = next((p.value for p in graph.metadata_props if p.key == "lfx"), None)
-            with tempfile.TemporaryDirectory(prefix="lfx-") as folder:
-                inlined = Path(folder) / model.name
+            with temporary_folder("openvino") as folder:
+                inlined = folder / model.name
                 onnx.save(inliner.inline_local_functions(graph), str(inlined))
-                for data in model.parent.glob(f"{model.name}.*"):
-                    link_or_copy(data, Path(folder) / data.name)
+                for name in read_header(model).weights:
+                    link_or_copy(model.parent / name, folder / name)
                 core = openvino.Core()
                 config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
                 if precision is not None:
                     config["INFERENCE_PRECISION_HINT"] = _OPENVINO_TYPES[precision]
-                elif '"precision": "bf16"' not in (self.metadata or ""):
+                elif stored != "bf16":
                     # On a CPU with AMX the default computes float32 models in bfloat16, in silence.
                     config["INFERENCE_PRECISION_HINT"] = "f32"
                 if threads is not None:
@@ -158,7 +154,7 @@ class OpenVino(_AnyShape):
                         "float32; leave precision out"
                     )
                 self._compiled = core.compile_model(core.read_model(str(inlined)), "CPU", config)
-        except DependencyError:
+        except LfxError:
             raise
         except Exception as error:
             raise ArtifactError(f"{model} cannot be loaded by OpenVINO: {one_line(error)}") from error
@@ -176,14 +172,6 @@ class OpenVino(_AnyShape):
         return {name: np.array(found[i]) for i, name in enumerate(self.output_names)}
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Put a file into another folder: by a hard link, since OpenVINO follows no symbolic link out of that folder."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 class Reference(_AnyShape):
     """The reference evaluator of the onnx package: every precision, plain numpy, slow."""
 
@@ -197,8 +185,6 @@ class Reference(_AnyShape):
         self.name = f"onnx {onnx.__version__} reference evaluator"
         self.input_names = list(self._evaluator.input_names)
         self.output_names = list(self._evaluator.output_names)
-        graph = onnx.load(str(model), load_external_data=False)
-        self.metadata: str | None = next((p.value for p in graph.metadata_props if p.key == "lfx"), None)
 
     def infer(self, feeds: Arrays) -> Arrays:
         """One batch."""
@@ -209,9 +195,13 @@ class Reference(_AnyShape):
 BACKENDS = ("onnxruntime", "openvino", "reference")
 
 
-def load(model: Path, backend: str, provider: str, threads: int | None, precision: str | None = None) -> Backend:
-    """Open an ONNX file.
+def load(
+    model: Path, backend: str, provider: str, threads: int | None, precision: str | None, stored_precision: str
+) -> Backend:
+    """Open an ONNX file whose weights are plain files beside it.
 
+    Args:
+        precision: of the arithmetic; None for that of the file, which is `stored_precision`.
     Raises:
         DependencyError: the backend is not known, not installed, or cannot run this model.
         ArtifactError: the file is no model that it can read.
@@ -227,7 +217,7 @@ def load(model: Path, backend: str, provider: str, threads: int | None, precisio
     if provider != "cpu":
         raise DependencyError(f"provider {provider!r} is ONNX Runtime's; backend {backend!r} runs on the CPU")
     if backend == "openvino":
-        return OpenVino(model, threads, precision)
+        return OpenVino(model, threads, precision, stored_precision)
     if backend == "reference":
         return Reference(model)
     raise DependencyError(f"backend {backend!r} is not known; choose one of: auto, {', '.join(BACKENDS)}")

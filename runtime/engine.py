@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import glob
 import itertools
-import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.config import Manifest, Signature, locate, sha256
+from lfx.config import Manifest, Signature, sha256
 from lfx.errors import ArtifactError, DependencyError, InputError
 from lfx.runtime import backends
+from lfx.runtime.artifact import open_artifact
 from lfx.runtime.backends import int8_overflows
 from lfx.runtime.batching import TOKEN_BUDGET, batches
 from lfx.runtime.inputs import Batch, join, prepare
@@ -82,19 +81,20 @@ class Engine:
                 raise DependencyError(f"{model} is a plan, whose precision is fixed; leave precision out")
             self._backend: backends.Backend | None = self._load_plan(model, backend, provider)
         else:
-            bundle, model = locate(model)
-            self._path = model
-            if bundle is not None:
-                self.manifest = Manifest.read(bundle)
-                self.manifest.verify(bundle)
-                if self.manifest.quantization.get("weight_bits") == 8 and provider == "cpu" and int8_overflows():
-                    raise DependencyError(
-                        f"{path} has int8 weights of 8 bits, which overflow on this CPU without VNNI; make it again "
-                        "without --full-range"
-                    )
-            self._backend = self._load(model, backend, provider, threads, precision)
+            self._artifact = open_artifact(model)
+            self.manifest = self._artifact.manifest
+            weight_bits = self.manifest.quantization.get("weight_bits") if self.manifest is not None else None
+            if weight_bits == 8 and provider == "cpu" and int8_overflows():
+                raise DependencyError(
+                    f"{path} has int8 weights of 8 bits, which overflow on this CPU without VNNI; make it again "
+                    "without --full-range"
+                )
+            self._backend = self._load(backend, provider, threads, precision)
+            self.signature = self._artifact.signature
         self.backend = self._backend.name
-        self.signature = self._signature(model, self._backend)
+        declared = ([s.name for s in self.signature.inputs], [s.name for s in self.signature.outputs])
+        if (sorted(self._backend.input_names), self._backend.output_names) != (sorted(declared[0]), declared[1]):
+            raise ArtifactError(f"{model} has other inputs or outputs than its manifest; export it again")
         self.precision = precision or self.signature.precision
 
     def _load_plan(self, plan: Path, backend: str, provider: str) -> backends.Backend:
@@ -103,42 +103,19 @@ class Engine:
             raise DependencyError(f"{asked} cannot run {plan}: a plan is TensorRT's; leave both out")
         self.manifest = PlanManifest.read(plan)
         self.manifest.verify(plan)
+        self.signature = self.manifest.signature
         from lfx.runtime.tensorrt import TensorRt
 
         return TensorRt(plan, self.manifest)
 
-    def _load(
-        self, model: Path, backend: str, provider: str, threads: int | None, precision: str | None
-    ) -> backends.Backend:
-        if backend == "auto" and precision is not None:
-            backend = "openvino"  # the only one that has a choice
-        if backend != "auto":
-            return backends.load(model, backend, provider, threads, precision)
-        if self.manifest is not None:
-            bf16 = self.manifest.signature.precision == "bf16" and provider == "cpu"
-            return backends.load(model, "openvino" if bf16 else "onnxruntime", provider, threads)
-        try:  # a lone file does not say its precision before it is loaded
-            return backends.load(model, "onnxruntime", provider, threads)
-        except DependencyError:
-            if provider != "cpu":
-                raise
-            return backends.load(model, "openvino", provider, threads)
-
-    def _signature(self, model: Path, backend: backends.Backend) -> Signature:
-        if self.manifest is not None:
-            signature = self.manifest.signature
-        elif backend.metadata is None:
-            raise ArtifactError(f"{model} was not written by lfx: it carries no lfx metadata; export it with lfx")
-        else:
-            try:
-                data = json.loads(backend.metadata)
-            except ValueError as error:
-                raise ArtifactError(f"{model} has broken lfx metadata ({error}); export it again") from error
-            signature = Signature.from_dict(data)
-        declared = ([s.name for s in signature.inputs], [s.name for s in signature.outputs])
-        if (sorted(backend.input_names), backend.output_names) != (sorted(declared[0]), declared[1]):
-            raise ArtifactError(f"{model} has other inputs or outputs than its manifest; export it again")
-        return signature
+    def _load(self, backend: str, provider: str, threads: int | None, precision: str | None) -> backends.Backend:
+        stored = self._artifact.signature.precision
+        if backend == "auto" and (precision is not None or (stored == "bf16" and provider == "cpu")):
+            backend = "openvino"  # the only one with a choice, and with bfloat16 on the CPU
+        backend = "onnxruntime" if backend == "auto" else backend
+        # The onnx package, which the reference is, refuses files with a second name.
+        with self._artifact.plain_files(unshared=backend == "reference") as model:
+            return backends.load(model, backend, provider, threads, precision, stored)
 
     def run(self, ids: Any, attention_mask: Any = None, global_attention_mask: Any = None) -> Outputs:
         """Run one batch.
@@ -188,8 +165,7 @@ class Engine:
         """A digest of the model: of its manifest, or of a lone ONNX file and its weights."""
         if self.manifest is not None:
             return str(self.manifest.to_dict()["manifest_sha256"])
-        files = (self._path, *sorted(self._path.parent.glob(f"{glob.escape(self._path.name)}.*")))
-        return " ".join(sha256(path) for path in files)
+        return " ".join(sha256(file) for file in self._artifact.files.values())
 
     def takes(self, batch: int, seqlen: int) -> bool:
         """Whether a batch of this shape can be run: any within the model's limits, or a profile of the plan."""

@@ -62,7 +62,6 @@ class TensorRt:
         is_input = {name: self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
         self.input_names = [name for name in names if is_input[name]]
         self.output_names = [name for name in names if not is_input[name]]
-        self.metadata: str | None = None
         self.name = f"{manifest.flavor} {trt.__version__} {found}"
         self._profiles = manifest.profiles
         self._workers = threading.local()

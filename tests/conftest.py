@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from lfx.export import export
 from tests.models import tiny_model, tiny_tokenizer
 
 MakeBundle = Callable[..., Path]
+
+# `make fuzz` raises the number of examples. No deadline: a test does not fail by the clock.
+settings.register_profile("lfx", max_examples=int(os.environ.get("LFX_FUZZ_EXAMPLES", "200")), deadline=None)
+settings.load_profile("lfx")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import math
 import numbers
 import os
 from pathlib import Path
+from types import NoneType
 from typing import Any, NoReturn
 
 from lfx.errors import InputError, LfxError
@@ -107,6 +108,40 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def check_shape(value: Any, shape: Any, name: str) -> None:
+    """Check that a JSON value has the types that it should have.
+
+    Args:
+        shape: a type, or a tuple of types; [shape] for a list; {key: shape} for an object that has these keys, and may
+            have others. A key that ends with "?" may be missing; "*" stands for every key of the object.
+        name: what the value is, for the message.
+    Raises:
+        ValueError: a value of another type, or a key that is missing; says where.
+    """
+    if isinstance(shape, dict):
+        _require_type(value, (dict,), name)
+        for key, inner in shape.items():
+            if key == "*":
+                for found in value:
+                    check_shape(value[found], inner, f"{name}: {found[:80]}")
+            elif key.removesuffix("?") in value:
+                check_shape(value[key.removesuffix("?")], inner, f"{name}: {key.removesuffix('?')}")
+            elif not key.endswith("?"):
+                raise ValueError(f"{name} is broken: it has no {key}")
+    elif isinstance(shape, list):
+        _require_type(value, (list, tuple), name)
+        for i, item in enumerate(value):
+            check_shape(item, shape[0], f"{name}[{i}]")
+    else:
+        _require_type(value, shape if isinstance(shape, tuple) else (shape,), name)
+
+
+def _require_type(value: Any, types: tuple[type, ...], name: str) -> None:
+    if type(value) not in types:  # a bool is no int here
+        names = " or ".join("null" if found is NoneType else found.__name__ for found in types)
+        raise ValueError(f"{name} is broken: {type(value).__name__} where {names} should be")
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:

@@ -12,7 +12,7 @@ import click
 from lfx.checks import output_file
 from lfx.config import QUANTIZED, Manifest, locate
 from lfx.errors import ArtifactError, InputError, require
-from lfx.files import scratch_folder, why_unscratched
+from lfx.files import temporary_folder
 from lfx.parity import Report, full_cases, quick_cases
 from lfx.runtime import Engine
 from lfx.runtime.plan import PlanManifest
@@ -116,14 +116,11 @@ def _compare_layers(
 
     bundle, _ = locate(model)
     assert bundle is not None
-    try:
-        with (
-            scratch_folder("parity") as scratch,
-            open_engine(expose_layers(bundle, manifest.signature, scratch)) as engine,
-        ):
-            return compare_engine(engine, module, quick_cases, step, quantization=manifest.quantization, by_layer=True)
-    except OSError as error:
-        raise InputError(why_unscratched(error)) from error
+    with (
+        temporary_folder("parity") as scratch,
+        open_engine(expose_layers(bundle, manifest.signature, scratch)) as engine,
+    ):
+        return compare_engine(engine, module, quick_cases, step, quantization=manifest.quantization, by_layer=True)
 
 
 def _facts(model: Path, manifest: Manifest | PlanManifest, engine: Engine, source: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from lfx.errors import one_line
+from lfx.errors import LfxError, one_line
 
 _LOCK = "lock"
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
@@ -48,17 +48,6 @@ def private_folder(parent: Path, purpose: str, salvage: Callable[[Path], Any] = 
     finally:
         _remove(folder)
         os.close(lock)
-
-
-@contextlib.contextmanager
-def scratch_folder(purpose: str) -> Iterator[Path]:
-    """A private folder in the system's temporary folder, which the environment variable TMPDIR names.
-
-    Raises:
-        OSError: there is no temporary folder, or it cannot be written.
-    """
-    with private_folder(Path(tempfile.gettempdir()), f"scratch of {purpose}") as folder:
-        yield folder
 
 
 @contextlib.contextmanager
@@ -94,6 +83,25 @@ def locked(target: Path) -> Iterator[None]:
             finally:
                 path.unlink(missing_ok=True)
             return
+
+
+@contextlib.contextmanager
+def temporary_folder(purpose: str) -> Iterator[Path]:
+    """`private_folder` where the system keeps temporary files.
+
+    Raises:
+        LfxError: there is no such folder, or no room in it; says how to name another.
+    """
+    made = False
+    try:
+        with private_folder(Path(tempfile.gettempdir()), purpose) as folder:
+            made = True
+            yield folder
+    except OSError as error:
+        if made and not is_disk_full(error):
+            raise
+        place = Path(tempfile.tempdir or "a folder for temporary files")
+        raise LfxError(why_unwritten(place, error, "set TMPDIR to a folder with room")) from error
 
 
 def open_journal(path: Path) -> IO[bytes]:
@@ -155,6 +163,19 @@ def exchange(first: Path, second: Path) -> bool:
     raise OSError(number, os.strerror(number), str(first))
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, by a hard link; copy it where the file system cannot."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        copy(source, target)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file's bytes to a new file; its mode follows the umask."""
+    shutil.copyfile(source, target)
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether a write failed for want of room or of quota; a library may wrap the system's error, or quote it."""
     cause: BaseException | None = error
@@ -177,11 +198,6 @@ def why_unwritten(target: Path, error: BaseException, cure: str) -> str:
         return f"{target} cannot be written: no disk space left; make room, or {cure}"
     reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
     return f"{target} cannot be written: {reason}; {cure}"
-
-
-def why_unscratched(error: BaseException) -> str:
-    """The message for a scratch folder, or something in it, that could not be written."""
-    return why_unwritten(Path(os.environ.get("TMPDIR") or "/tmp"), error, "set TMPDIR to a folder with room")
 
 
 def _hidden_name(purpose: str) -> str:

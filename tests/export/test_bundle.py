@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lfx.config import MANIFEST, MODEL, Manifest, Signature
+from lfx.config import MANIFEST, MODEL, Manifest, Signature, TensorSpec
 from lfx.errors import ExportError
 from lfx.export import bundle as bundles
 from lfx.export import export, exporter
@@ -23,7 +23,8 @@ from lfx.export.bundle import atomic_folder
 from tests.conftest import MakeBundle
 from tests.models import tiny_model
 
-SIGNATURE = Signature("LongformerModel", "feature-extraction", "fp32", (), (), (8,))
+IDS = (TensorSpec("input_ids", "int64", ("batch", "sequence")),)
+SIGNATURE = Signature("LongformerModel", "feature-extraction", "fp32", IDS, (TensorSpec("out", "float32", ()),), (8,))
 
 
 def _write(folder: Path, text: str = "new") -> None:
