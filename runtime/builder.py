@@ -134,7 +134,7 @@ def build_engine(
     artifact = check_bundle(folder, manifest)
     try:
         with (
-            artifact.plain_files() as source,
+            artifact.plain_files(unshared=True) as source,  # the onnx-ir package refuses hard links
             temporary_folder("build-engine") as scratch,
             private_folder(path.absolute().parent, path.name) as private,
         ):

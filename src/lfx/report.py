@@ -73,8 +73,8 @@ def write(path: Path, facts: Mapping[str, str], report: Report, layers: Report |
         f"<body><h1>{title}</h1>{''.join(parts)}</body></html>\n"
     )
     try:
-        with replacing(path) as written:  # names of files may hold bytes that are no UTF-8
-            written.write_text(page, encoding="utf-8", errors="backslashreplace")
+        with replacing(path) as written:
+            written.write_text(page, encoding="utf-8")
     except OSError as error:
         raise InputError(why_unwritten(path, error, "choose another --report")) from error
 
