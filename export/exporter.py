@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from transformers.models.longformer import modeling_longformer as hf
 
 import lfx
+from lfx.checks import file_path
 from lfx.config import (
     GLOBAL_MODES,
     GRAPH_INPUTS,
@@ -200,7 +201,7 @@ def _check_ranges(program: torch.onnx.ONNXProgram, signature: Signature, multipl
 
 def _target(model: str | Path | nn.Module, output: str | Path | None) -> Path:
     if output is not None:
-        return Path(output)
+        return file_path(output, "output", ExportError)
     if isinstance(model, nn.Module):
         raise ExportError("a module has no name to write to; give export(..., output=FOLDER)")
     name = Path(model).resolve().name if Path(model).is_dir() else str(model).rstrip("/").rpartition("/")[2]

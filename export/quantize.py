@@ -23,9 +23,11 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime import quantization as ortq
 
+from lfx.checks import file_path
 from lfx.config import MANIFEST, MODEL, Manifest, Signature, is_multi_label, package_versions, sha256
 from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
+from lfx.files import copy, temporary_folder
 from lfx.parity import Case, Report, compare
 from lfx.runtime import Engine
 from lfx.runtime.artifact import check_bundle
@@ -86,7 +88,8 @@ def quantize(
             "full_range cannot be checked here: this CPU has no VNNI, so it overflows on 8 bits of weight; leave it "
             "out, or quantize where the model will run"
         )
-    target = Path(output) if output is not None else Path(f"{folder.resolve().name}-int8")
+    name = f"{folder.resolve().name}-int8"
+    target = file_path(output if output is not None else name, "output", ExportError)
     check_target(target)
     if target.resolve() == folder.resolve():
         raise ExportError(f"{target} is the bundle that is quantized, which would be lost; give another output")
@@ -104,12 +107,14 @@ def quantize(
         raise ExportError(
             f"{bundle} has no linear layer to quantize; keep_float keeps {', '.join(keep_float) or 'none'}"
         )
-    # The onnx package, which the quantizer reads with, refuses files with a second name.
-    with atomic_folder(target) as made, artifact.plain_files(unshared=True) as source:
+    with atomic_folder(target) as made, temporary_folder("quantize") as scratch:
+        # The quantizer writes beside what it reads, and reads no weights that are links.
+        for name, file in artifact.files.items():
+            copy(file, scratch / name)
         progress(f"calibrating on {len(feeds[::2])} windows")
         with _quiet_quantizer():
             ortq.quantize_static(
-                str(source),
+                str(scratch / MODEL),
                 str(made / MODEL),
                 _Reader(feeds[::2]),
                 quant_format=ortq.QuantFormat.QDQ,

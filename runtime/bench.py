@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfx.errors import InputError, require
+from lfx.files import replacing, why_unwritten
 
 Run = Callable[[NDArray[np.int64]], Any]
 
@@ -84,6 +85,8 @@ def peak_memory_bytes() -> int | None:
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw tokens per second over length, log axes, one line for each contender and batch.
 
+    The format follows from the end of the file's name; PNG where it has none.
+
     Raises:
         DependencyError: matplotlib is not installed. InputError: the file cannot be written.
     """
@@ -111,8 +114,9 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.grid(visible=True, which="both", alpha=0.25)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     try:
-        figure.savefig(path, dpi=150)
+        with replacing(path) as drawn, drawn.open("wb") as file:
+            figure.savefig(file, dpi=150, format=path.suffix[1:] or "png")
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be written: {error}") from error
+        raise InputError(why_unwritten(path, error, "choose another --plot, such as plot.png")) from error
     finally:
         pyplot.close(figure)

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from lfx.checks import check_shape
-from lfx.config import FILE, NUMBER, QUANTIZATION, Signature, parse_sealed, read_json_file, sealed, sha256
+from lfx.checks import check_shape, file_path, shown
+from lfx.config import COUNT, FILE, NUMBER, QUANTIZATION, Signature, parse_sealed, read_json_file, sealed, sha256
 from lfx.errors import ArtifactError, BuildError
+from lfx.files import locked
 from lfx.runtime.profile import Profile, Range
 
 PLAN_FORMAT_VERSION = 1
@@ -26,11 +27,11 @@ _PLAN: dict[str, Any] = {
     "plugin_version": (str, NoneType),
     "attention_nodes": int,
     "plugin_layers": int,
-    "bundle": dict,
+    "bundle": {"name": str, "sha256": str},
     "source": dict,
     "quantization": QUANTIZATION,
-    "options": {"flags?": [str]},
-    "versions": dict,
+    "options": {"workspace_bytes?": COUNT, "optimization_level?": COUNT, "flags?": [str]},
+    "versions": {"*": str},
     "conversion": {"outputs?": {"*": {"max_abs_difference": NUMBER, "limit": NUMBER}}},
     "plan": FILE,
 }
@@ -88,6 +89,7 @@ class PlanManifest:
             ArtifactError: no plan, no JSON, or one that is cut, changed or of another format.
         """
         path = json_path(plan)
+        file_path(path, "plan", ArtifactError)
         if not plan.is_file():
             raise ArtifactError(f"{plan} does not exist; build it with: lfx build-engine BUNDLE")
         if not path.is_file():
@@ -110,8 +112,15 @@ class PlanManifest:
             profiles = tuple(
                 Profile(Range.parse(p["batch"], "batch"), Range.parse(p["seqlen"], "seqlen")) for p in data["profiles"]
             )
-        except (ValueError, BuildError) as error:
+        except ValueError as error:
             raise ArtifactError(f"{error}; {_AGAIN}") from error
+        except BuildError as error:
+            raise ArtifactError(f"{path} is broken: {error}") from error
+        if not profiles:
+            raise ArtifactError(f"{path} is broken: it has no profile; {_AGAIN}")
+        name = data["bundle"]["name"]  # a tokenizer is read from the folder of this name
+        if Path(name).name != name or name == "..":
+            raise ArtifactError(f"{path} is broken: the bundle {shown(name)} is no name of a folder; {_AGAIN}")
         fields = {f.name: data[f.name] for f in dataclasses.fields(cls)[1:]}
         return cls(signature, **{**fields, "profiles": profiles})
 
@@ -121,7 +130,10 @@ class PlanManifest:
         Raises:
             ArtifactError: the plan was cut or changed, or is another one.
         """
-        size = plan.stat().st_size
+        try:
+            size = plan.stat().st_size
+        except OSError as error:
+            raise ArtifactError(f"{plan} cannot be read: {error.strerror}; {_AGAIN}") from error
         if size != self.plan["bytes"]:
             raise ArtifactError(
                 f"{plan} has {size} bytes where {json_path(plan).name} says {self.plan['bytes']}: "
@@ -131,6 +143,17 @@ class PlanManifest:
             raise ArtifactError(
                 f"{plan} was changed after the build (sha256 differs); build it again with: lfx build-engine"
             )
+
+
+def publish(built: Path, plan: Path) -> None:
+    """Give a plan and its JSON their names; of several processes that do so at once, one gives both.
+
+    Raises:
+        OSError: they cannot be renamed.
+    """
+    with locked(plan):
+        built.replace(plan)
+        json_path(built).replace(json_path(plan))
 
 
 def json_path(plan: Path) -> Path:

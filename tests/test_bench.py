@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lfx import benching
 from lfx.errors import InputError
 from lfx.export import export
 from lfx.runtime import bench
-from tests.conftest import MakeBundle
+from tests.conftest import MakeBundle, SmallDisk
 from tests.models import save_tiny_checkpoint
 
 
@@ -54,6 +55,41 @@ def test_a_plot_is_written_and_a_place_that_cannot_be_is_refused(tmp_path: Path)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="cannot be written"):
         bench.plot(rows, tmp_path / "no" / "plot.png")
+
+
+def test_a_plot_on_a_full_disk_says_what_to_do(small_disk: SmallDisk) -> None:
+    pytest.importorskip("matplotlib")
+    folder = small_disk()
+    (folder / "ballast").write_bytes(bytes(110_000))
+    rows = [{"contender": "a", "batch": 1, "seqlen": n, "tokens_per_second": 100.0 * n} for n in (64, 512)]
+    with pytest.raises(
+        InputError, match=r"plot\.png cannot be written: no disk space left; make room, or choose another"
+    ):
+        bench.plot(rows, folder / "plot.png")
+    assert [path.name for path in folder.iterdir()] == ["ballast"]
+
+
+@pytest.mark.parametrize("name", ["plot.svg", "plot.PNG", "plot"])
+def test_a_plot_has_the_name_that_was_asked_for(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    bench.plot([{"contender": "a", "batch": 1, "seqlen": 64, "tokens_per_second": 1.0}], tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_plot_in_a_format_that_is_none_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [{"contender": "a", "batch": 1, "seqlen": 64, "tokens_per_second": 1.0}]
+    with pytest.raises(InputError, match=r"plot\.xyz cannot be written: .*choose another --plot, such as plot\.png"):
+        bench.plot(rows, tmp_path / "plot.xyz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_on_a_full_disk_say_what_to_do(small_disk: SmallDisk) -> None:
+    folder = small_disk()
+    rows = [{"model": "x" * 1000}] * 200
+    with pytest.raises(InputError, match=r"rows\.jsonl cannot be written: no disk space left; make room, or choose"):
+        benching._write(folder / "rows.jsonl", rows)
+    assert list(folder.iterdir()) == []
 
 
 def lfx(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

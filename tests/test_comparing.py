@@ -25,6 +25,7 @@ from lfx.export.quantize import quantize
 from lfx.runtime import Engine
 from lfx.runtime.plan import PlanManifest
 from lfx.runtime.profile import Profile, Range
+from tests.conftest import SmallDisk
 from tests.models import VOCAB_SIZE, save_tiny_checkpoint
 
 
@@ -182,6 +183,14 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     with pytest.raises(InputError, match="cannot be written"):
         lfx_raising("parity", bundles(), "--report", tmp_path / place)
+
+
+def test_a_page_on_a_full_disk_says_what_to_do(bundles: Callable[..., Path], small_disk: SmallDisk) -> None:
+    folder = small_disk()
+    (folder / "ballast").write_bytes(bytes(110_000))
+    with pytest.raises(InputError, match=r"page\.html cannot be written: no disk space left; make room, or choose"):
+        lfx_raising("parity", bundles(), "--report", folder / "page.html")
+    assert [path.name for path in folder.iterdir()] == ["ballast"]
 
 
 def test_int8_says_what_it_costs(bundles: Callable[..., Path], tmp_path: Path) -> None:

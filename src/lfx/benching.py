@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from lfx.checks import output_file
 from lfx.config import cpu_name, package_versions
-from lfx.errors import ArtifactError, InputError
+from lfx.errors import InputError, require
+from lfx.files import replacing, why_unwritten
 from lfx.runtime import Engine, bench
 from lfx.terminal import echo, echo_json, progress, table
 
@@ -31,9 +33,7 @@ def run_bench(
     as_json: bool,
 ) -> None:
     """Measure and show."""
-    for path in (output, plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InputError(f"{path} cannot be written: its folder does not exist")
+    _check_outputs(output, plot)
     with progress() as step, open_engine(model) as engine:
         signature = engine.signature
         if signature.task == "multiple-choice":
@@ -95,6 +95,15 @@ def run_bench(
         echo(f"peak memory of the process: {(rows[-1]['peak_memory_bytes'] or 0) / 1e9:.2f} GB")
 
 
+def _check_outputs(output: Path | None, plot: Path | None) -> None:
+    """Before the minutes of measuring."""
+    for path, name in ((output, "--output"), (plot, "--plot")):
+        if path is not None:
+            output_file(path, name)
+    if plot is not None:
+        require("matplotlib", "report")
+
+
 def _torch_contenders(
     engine: Engine,
     against: tuple[str, ...],
@@ -138,6 +147,7 @@ def _torch_run(module: Any, marks: dict[str, int]) -> bench.Run:
 
 def _write(output: Path, rows: Iterable[dict[str, Any]]) -> None:
     try:
-        output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        with replacing(output) as path:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     except OSError as error:
-        raise ArtifactError(f"{output} cannot be written: {error}") from error
+        raise InputError(why_unwritten(output, error, "choose another --output")) from error

@@ -52,6 +52,17 @@ def one_of(value: Any, name: str, allowed: Any, error: type[LfxError] = InputErr
     return value
 
 
+def flag(value: Any, name: str, error: type[LfxError] = InputError) -> bool:
+    """An option that must be True or False.
+
+    Raises:
+        LfxError: of the type `error`, where it is not.
+    """
+    if not isinstance(value, bool):
+        raise error(f"{name} is {shown(value)}; give True or False")
+    return value
+
+
 def file_path(value: Any, name: str, error: type[LfxError] = InputError) -> Path:
     """An option that must be a path which the system can look up, whether or not something is there.
 
@@ -68,6 +79,22 @@ def file_path(value: Any, name: str, error: type[LfxError] = InputError) -> Path
     except (OSError, ValueError, TypeError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else str(problem)
         raise error(f"{name} {shown(os.fspath(value))} cannot be opened: {reason}; give another path") from problem
+    return path
+
+
+def output_file(value: Any, name: str, error: type[LfxError] = InputError) -> Path:
+    """An option that must be a path where a file can be: no folder, in a folder that is there.
+
+    Raises:
+        LfxError: of the type `error`, where it is none.
+    """
+    path = file_path(value, name, error)
+    try:
+        fits = not path.is_dir() and path.absolute().parent.is_dir()
+    except OSError as problem:
+        raise error(f"{path} cannot be written: {problem.strerror}; choose another {name}") from problem
+    if not fits:
+        raise error(f"{path} cannot be written: it is a folder, or its folder does not exist; choose another {name}")
     return path
 
 

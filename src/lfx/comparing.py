@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lfx.checks import output_file
 from lfx.config import QUANTIZED, Manifest, locate
 from lfx.errors import ArtifactError, InputError, require
+from lfx.files import temporary_folder
 from lfx.parity import Report, full_cases, quick_cases
 from lfx.runtime import Engine
 from lfx.runtime.plan import PlanManifest
@@ -38,8 +39,8 @@ def run_parity(
         ParityError: an output is out of tolerance; the table, the JSON and the page are there all the same.
     """
     checkpoint = _source(model, manifest, source)
-    if report is not None and (report.is_dir() or not report.absolute().parent.is_dir()):
-        raise InputError(f"{report} cannot be written: it is a folder, or its folder does not exist")
+    if report is not None:
+        output_file(report, "--report")
     if by_layer and isinstance(manifest, PlanManifest):
         raise InputError(f"{model} is a plan, whose layers TensorRT has merged; compare the bundle by layer")
     if by_layer and isinstance(manifest, Manifest) and manifest.inlined:
@@ -113,8 +114,8 @@ def _compare_layers(
     bundle, _ = locate(model)
     assert bundle is not None
     with (
-        tempfile.TemporaryDirectory(prefix="lfx-parity-") as scratch,
-        open_engine(expose_layers(bundle, manifest.signature, Path(scratch))) as engine,
+        temporary_folder("parity") as scratch,
+        open_engine(expose_layers(bundle, manifest.signature, scratch)) as engine,
     ):
         return compare_engine(engine, module, quick_cases, step, quantization=manifest.quantization, by_layer=True)
 

@@ -31,7 +31,7 @@ _DIGEST = "manifest_sha256"
 GRAPH_INPUTS = ("input_ids", "attention_mask", "global_attention_mask")
 _LARGEST = 2**63 - 1
 _LARGEST_JSON = 64_000_000  # bytes
-NUMBER, _COUNT = (int, float), (int, NoneType)
+NUMBER, COUNT = (int, float), (int, NoneType)
 _TENSORS = [{"name": str, "dtype": str, "shape": [(int, str)]}]
 # What the JSON of a signature and of a manifest holds; see `lfx.checks.check_shape`.
 _SIGNATURE: dict[str, Any] = {
@@ -43,11 +43,11 @@ _SIGNATURE: dict[str, Any] = {
     "attention_windows": [int],
     "default_global?": str,
     "global_attention?": str,
-    "max_seqlen?": _COUNT,
-    "vocab_size?": _COUNT,
-    "max_global?": _COUNT,
+    "max_seqlen?": COUNT,
+    "vocab_size?": COUNT,
+    "max_global?": COUNT,
     "pad_token_id?": int,
-    "sep_token_id?": _COUNT,
+    "sep_token_id?": COUNT,
     "ignores_padding?": bool,
     "lfx_version?": str,
 }

@@ -14,6 +14,7 @@ import numpy as np
 
 from lfx import __version__
 from lfx.errors import InputError, require
+from lfx.files import replacing, why_unwritten
 from lfx.parity import HISTOGRAM_EDGES, Report
 
 # Told apart by colour-blind readers too; from Okabe and Ito.
@@ -72,9 +73,10 @@ def write(path: Path, facts: Mapping[str, str], report: Report, layers: Report |
         f"<body><h1>{title}</h1>{''.join(parts)}</body></html>\n"
     )
     try:
-        path.write_text(page, encoding="utf-8")
+        with replacing(path) as written:
+            written.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error}") from error
+        raise InputError(why_unwritten(path, error, "choose another --report")) from error
 
 
 def _verdict(report: Report, failures: list[str]) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.checks import file_path
+from lfx.checks import file_path, output_file
 from lfx.errors import InputError
+from lfx.files import replacing, why_unwritten
 from lfx.runtime import Engine, documents
 from lfx.runtime.text import TOKENIZER, Text
 from lfx.terminal import echo, echo_json, progress, table
@@ -30,6 +31,8 @@ def run_text(
     as_json: bool,
 ) -> None:
     """Run one text, given or in a file; print what the outputs say."""
+    if output is not None:
+        output_file(output, "--output")
     text = text if text is not None else _read_text(file)
     reader = Text(tokenizer or _text_folder(model, engine), engine.signature)
     choices = engine.signature.task == "multiple-choice"
@@ -145,17 +148,15 @@ def _read_text(file: Path | None) -> str:
         raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from error
 
 
-def _save(output: Path, arrays: dict[str, Any]) -> None:
-    if output.is_dir():
-        raise InputError(f"{output} is a folder; give a file name, such as {output / 'outputs.npz'}")
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}.npz")
+def _save(output: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    """Write an .npz file; `numpy.savez` has no room for outputs that are called as its own arguments."""
     try:
-        np.savez(partial, **arrays)
-        partial.rename(output)
+        with replacing(output) as path, zipfile.ZipFile(path, "w", allowZip64=True) as file:
+            for name, array in arrays.items():
+                with file.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, array, allow_pickle=False)
     except OSError as error:
-        raise InputError(f"{output} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise InputError(why_unwritten(output, error, "choose another --output")) from error
 
 
 def _cell(value: Any) -> str:

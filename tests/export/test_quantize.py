@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from onnx import external_data_helper, numpy_helper
 from lfx.config import MODEL, Manifest
 from lfx.errors import ArtifactError, DependencyError, ExportError, InputError, ParityError
 from lfx.export import export
+from lfx.export import quantize as quantizing
 from lfx.export.quantize import quantize
 from lfx.export.runners import int8_runner
 from lfx.export.validate import compare_engine
 from lfx.parity import Report, full_cases
 from lfx.runtime import Engine
 from lfx.runtime.backends import int8_overflows
-from tests.conftest import MakeBundle
+from tests.conftest import MakeBundle, SmallDisk
 from tests.models import VOCAB_SIZE, tiny_model
 
 LAYERS = [
@@ -74,6 +76,39 @@ def test_the_linear_layers_and_no_others_are_int8(int8: Any) -> None:
     assert max(int(np.abs(array.astype(int)).max()) for array in weights.values()) <= 64  # seven bits
     assert sorted(Manifest.read(int8()).quantization["layers"]) == sorted(LAYERS)
     assert sum(node.op_type == "BandedAttention" for node in graph.node) == 2
+
+
+def test_nothing_is_written_into_the_bundle_and_modes_follow_the_umask(
+    bundle: MakeBundle, text: Path, tmp_path: Path
+) -> None:
+    before = bundle().stat().st_mtime_ns
+    umask = os.umask(0o022)
+    try:
+        made = quantize(bundle(), tmp_path / "int8", calibration=text)
+    finally:
+        os.umask(umask)
+    assert bundle().stat().st_mtime_ns == before
+    assert {stat.S_IMODE(path.stat().st_mode) for path in made.iterdir()} == {0o644}
+    assert [path.name for path in tmp_path.iterdir()] == ["int8"]
+
+
+def test_a_full_disk_says_what_to_do(bundle: MakeBundle, text: Path, small_disk: SmallDisk) -> None:
+    folder = small_disk()
+    with pytest.raises(
+        ExportError, match=r"int8 cannot be written: no disk space left|no disk space: the bundle takes"
+    ):
+        quantize(bundle(), folder / "int8", calibration=text)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_says_what_to_do(
+    bundle: MakeBundle, text: Path, small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = small_disk()
+    monkeypatch.setattr(quantizing, "check_space", lambda output, needed: None)
+    with pytest.raises(ExportError, match="int8 cannot be written: no disk space left; make room, or choose another"):
+        quantize(bundle(), folder / "int8", calibration=text)
+    assert list(folder.iterdir()) == []
 
 
 class Both(torch.nn.Module):
