@@ -36,7 +36,7 @@ def real_number(value: Any, name: str, low: float, high: float, error: type[LfxE
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise error(f"{name} is {shown(value)}; give a number from {low:g} to {high:g}")
-    if not low <= float(value) <= high:
+    if not low <= value <= high:  # an int may be too large for a float
         raise error(f"{name} {shown(value)} is out of range; give a number from {low:g} to {high:g}")
     return float(value)
 
