@@ -115,6 +115,10 @@ class Metrics:
                 "engine.metrics.register(prometheus_client.CollectorRegistry())"
             ) from error
 
+    def describe(self) -> Iterable[Any]:
+        """The names, which a registry compares with those that it has."""
+        return self.collect()
+
     def collect(self) -> Iterable[Any]:
         """What prometheus_client asks of a collector; see `register`."""
         core = require("prometheus_client.core", "metrics")

@@ -457,7 +457,7 @@ def test_a_closed_engine_says_so_whatever_it_is_asked(bundle: MakeBundle) -> Non
         lambda: next(stream),
         lambda: engine.stream([[5, 6]]),
         lambda: engine.run([5, 6]),
-        lambda: engine.warm_up(),
+        engine.warm_up,
         lambda: engine.warm_up([]),
         lambda: engine.takes(1, 1),
         lambda: pickle.dumps(engine),
@@ -475,7 +475,8 @@ def test_an_engine_is_reopened_by_another_process(
         (tmp_path / "engine").write_bytes(pickle.dumps(loaded))
     code = (
         "import pickle, pathlib; engine = pickle.loads(pathlib.Path('engine').read_bytes());"
-        "print(engine.backend.split()[0], engine.threads, engine.token_budget, engine.run([5, 6])['pooler_output'][0, 0])"
+        "print(engine.backend.split()[0], engine.threads, engine.token_budget);"
+        "print(engine.run([5, 6])['pooler_output'][0, 0])"
     )
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300, cwd=tmp_path
