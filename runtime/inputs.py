@@ -184,7 +184,7 @@ def _read(value: Any, name: str, rank: int, values: _Values, signature: Signatur
 
 
 def _depth(value: Any, limit: int) -> int:
-    """The number of axes of nested sequences, by their first items; no more than `limit`: a list may hold itself."""
+    """The number of axes of nested sequences, by their first items; it stops at `limit`, as a list may hold itself."""
     for depth in range(limit):
         if hasattr(value, "__array__"):
             return depth + int(np.ndim(value))
@@ -226,16 +226,16 @@ def _array_of(items: list[Any], name: str, values: _Values, signature: Signature
         except OverflowError as error:
             raise InputError(f"{name} has a number that does not fit 64 bits; {values.rule}") from error
     for i, item in enumerate(items):
-        if isinstance(item, bool | np.bool_) and "b" not in values.dtypes:
-            raise InputError(f"{name} has dtype bool at {i}; {values.rule}")
         if isinstance(item, Sequence) and not _is_text(item):
             raise InputError(f"{name} is ragged inside; give {_shapes(signature)}")
-        if hasattr(item, "__array__"):
-            items[i] = _array(item, f"{name}[{i}]")[()]
+        if hasattr(item, "__array__") and not isinstance(item, np.generic):
+            items[i] = _array(item, f"{name}[{i}]")[()]  # of no axes: its number
         if not isinstance(items[i], numbers.Number | np.generic):
             raise InputError(
                 f"{name} holds {type(item).__name__} where single integers should be; give {_shapes(signature)}"
             )
+        if isinstance(items[i], bool | np.bool_) and "b" not in values.dtypes:
+            raise InputError(f"{name} has dtype bool at {i}; {values.rule}")
     return np.array(items)
 
 

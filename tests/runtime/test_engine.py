@@ -162,6 +162,10 @@ def test_outputs_are_owned_by_the_caller(bundle: MakeBundle, backend: str) -> No
             assert not any((row == -99.0).any() for output in kept.values() for row in output)
 
 
+def test_no_requests_together_give_no_answers(engine: Engine) -> None:
+    assert engine.run_together([]) == []
+
+
 def test_default_attention_mask_is_all_real(engine: Engine) -> None:
     ids = random_ids(2, 21)
     assert_same(engine.run(ids), engine.run(ids, np.ones_like(ids)), tolerance=0)

@@ -387,6 +387,7 @@ BAD_IDS = {
     "masked array in a list": ([[3, 4], MASKED], r"input_ids\[1\] is a masked array"),
     "masked array in disguise": (NoArray(MASKED), "masked array"),
     "masked id": ([3, np.ma.masked], r"input_ids\[1\] is a masked array"),
+    "bool tensor beside ids": ([3, torch.tensor(True)], "dtype bool at 1; give integers"),
     "bool beside ids": ([3, True], "dtype bool at 1; give integers"),
     "id of 64 bits without sign": (np.array([2**63 + 5], dtype=np.uint64), "does not fit 64 bits"),
     "float beside ids": ([3, 4.0], "float64; give integers"),
