@@ -68,12 +68,17 @@ class _Answer(Future[Outputs]):
             pass
 
     def abandon(self, error: BaseException) -> None:
-        """Give an error in a child process, where another thread may hold the lock for ever; callbacks stay uncalled.
-
-        They belong to the parent, which calls them with the answer.
-        """
-        Future.__init__(self)  # a lock of its own, and nobody who waits
-        self.set_exception(error)
+        """In a child process: give an error where there is no answer; callbacks belong to the parent."""
+        self._condition = threading.Condition()  # another thread may have held it, and would for ever
+        answered, cancelled = self.done(), self.cancelled()
+        if answered and not cancelled:
+            return
+        Future.__init__(self)  # without those who wait for it in the parent
+        if cancelled:
+            self.cancel()
+            self.begin()
+        else:
+            self.set_exception(error)
 
 
 @dataclass(frozen=True, eq=False)

@@ -151,13 +151,25 @@ def test_a_batcher_of_the_parent_answers_in_the_parent_only(engine: Engine) -> N
     assert len(called) == 2
 
 
-def test_a_callback_may_fork(engine: Engine) -> None:
+def test_a_callback_may_fork_and_its_child_has_the_answer(engine: Engine) -> None:
     found: list[Any] = []
-    with Batcher(engine, max_delay_ms=50) as batcher:
-        futures = [batcher.submit([5, 6]) for _ in range(2)]
-        futures[0].add_done_callback(lambda _: found.append(in_child(lambda: str(futures[1].exception(LONG)))))
-        assert all(future.result(LONG) for future in futures)
-    assert found[0].startswith("this Batcher was made before a fork")
+
+    def fork(future: Any) -> None:
+        found.append(in_child(lambda: (str(other.exception(LONG)), future.result(LONG)["pooler_output"])))
+
+    with Batcher(engine, max_delay_ms=3_000_000) as batcher:
+        asked, other = (batcher.submit([5, 6]) for _ in range(2))
+        asked.add_done_callback(fork)
+    other_s, own = found[0]
+    assert other_s.startswith("this Batcher was made before a fork")
+    np.testing.assert_array_equal(own, asked.result(LONG)["pooler_output"])
+
+
+def test_a_cancelled_request_is_cancelled_in_the_child(engine: Engine) -> None:
+    with Batcher(engine, max_delay_ms=3_000_000) as batcher:
+        unwanted = batcher.submit([5, 6])
+        assert unwanted.cancel()
+        assert in_child(lambda: not wait([unwanted], LONG).not_done and unwanted.cancelled())
 
 
 def test_metrics_can_be_read_in_the_child() -> None:
