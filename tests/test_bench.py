@@ -43,6 +43,34 @@ def test_rows_say_what_the_clock_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (one["times_the_first"], other["times_the_first"]) == pytest.approx((1, 3))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"rounds": 0}, "rounds 0 is out of range; give a whole number, 1 or more"),
+        ({"rounds": "3"}, "rounds is '3'; give a whole number"),
+        ({"rounds": True}, "rounds is True"),
+        ({"lengths": []}, r"lengths is \[\]; give a list of at least one"),
+        ({"lengths": 5}, "lengths is 5; give a list"),
+        ({"lengths": "64"}, "lengths is '64'; give a list"),
+        ({"lengths": [0]}, "lengths 0 is out of range"),
+        ({"lengths": [64, None]}, "lengths is None; give a whole number"),
+        ({"batch_sizes": []}, "batch_sizes is"),
+        ({"batch_sizes": [1.5]}, "batch_sizes is 1.5; give a whole number"),
+        ({"vocab_size": 0}, "vocab_size 0 is out of range"),
+        ({"vocab_size": 10**30}, "vocab_size 10+ is out of range"),
+        ({"contenders": {}}, "contenders is {}; give at least one"),
+        ({"contenders": None}, "contenders is None"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_measured_is_refused_before_anything_runs(wrong: dict[str, Any], message: str) -> None:
+    def never(ids: Any) -> None:
+        raise AssertionError("it ran")
+
+    with pytest.raises(InputError, match=message):
+        bench.measure(**{"contenders": {"a": never}, "lengths": [8], "batch_sizes": [1], **wrong})
+
+
 def test_a_plot_is_written_and_a_place_that_cannot_be_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [

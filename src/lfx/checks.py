@@ -36,9 +36,13 @@ def real_number(value: Any, name: str, low: float, high: float, error: type[LfxE
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise error(f"{name} is {shown(value)}; give a number from {low:g} to {high:g}")
-    if not low <= float(value) <= high:
+    try:
+        number = float(value)
+    except OverflowError:  # an int may be too large for a float
+        number = math.inf
+    if not low <= number <= high:
         raise error(f"{name} {shown(value)} is out of range; give a number from {low:g} to {high:g}")
-    return float(value)
+    return number
 
 
 def one_of(value: Any, name: str, allowed: Any, error: type[LfxError] = InputError) -> str:
