@@ -52,7 +52,7 @@ def finish(
     common.InlinePass(criteria=lambda function: function.name in helpers)(model)
     transpose_weights(model)
     weights = set(model.graph.initializers)
-    _simplify(model)
+    _simplify(model, weights)
     share_constants(model, weights)
     common.CommonSubexpressionEliminationPass()(model)
     reorder_gelu(model)
@@ -100,9 +100,17 @@ def _inside(node: ir.Node) -> list[ir.Node]:
     return [inner for branch in branches for inner in branch.as_graph()]
 
 
-def _simplify(model: ir.Model) -> None:
+def _simplify(model: ir.Model, weights: set[str]) -> None:
+    def reads_weight(node: ir.Node) -> bool:
+        return any(value is not None and value.is_initializer() and value.name in weights for value in node.inputs)
+
     onnxscript.optimizer.fold_constants(
-        model, onnx_shape_inference=True, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT
+        model,
+        onnx_shape_inference=True,
+        input_size_limit=_FOLD_LIMIT,
+        output_size_limit=_FOLD_LIMIT,
+        # The layout of a weight is the same whatever its size.
+        should_fold=lambda node: False if reads_weight(node) else None,
     )
     for clean in (
         common.IdentityEliminationPass(),

@@ -105,6 +105,16 @@ def test_the_graph_is_small_and_named_after_the_modules(bundle: MakeBundle) -> N
     assert not made_up
 
 
+@pytest.mark.parametrize(("hidden", "heads"), [(2, 1), (3, 3), (4, 2), (8, 4), (16, 2), (32, 1)])
+def test_the_layout_of_weights_does_not_depend_on_their_size(hidden: int, heads: int, tmp_path: Path) -> None:
+    model = tiny_model(hidden_size=hidden, num_attention_heads=heads, intermediate_size=2 * hidden)
+    constants = {tensor.name for tensor in _graph(export(model, tmp_path / "out")).graph.initializer}
+    assert {name for name, _ in model.named_parameters()} == {
+        name.removesuffix(".T") for name in constants if not name.startswith("constant/")
+    }
+    assert not any("x" in name for name in constants if name.startswith("constant/"))
+
+
 def test_weights_are_the_largest_constants_and_lie_outside_the_file(bundle: MakeBundle) -> None:
     folder = bundle(opset=17)
     parameters = {name for name, _ in tiny_model().named_parameters()}
