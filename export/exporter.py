@@ -32,7 +32,7 @@ from lfx.config import (
 from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.export.graph import finish
-from lfx.export.load import load, quiet, weights_sha256
+from lfx.export.load import load, load_tokenizer, quiet, weights_sha256
 from lfx.export.passes.opset import TRACED
 from lfx.export.rewrite import GlobalTokens, Traceable, attention_windows, rewrite
 from lfx.export.runners import TORCH_DTYPES
@@ -91,7 +91,7 @@ def export(
     else:
         progress("loading the checkpoint")
         module, task = load(source, task)
-        tokenizer = tokenizer if tokenizer is not None else _tokenizer(source)
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(source)
     windows = attention_windows(module)
     if not windows:
         raise ExportError(f"{source} contains no Longformer self-attention; lfx exports Longformer models only")
@@ -216,21 +216,6 @@ def _task_of_module(module: nn.Module, task: str) -> str:
         return task
     bases = {cls.__name__ for cls in type(module).__mro__}
     return next((name for name, known in TASKS.items() if known.architecture in bases), "feature-extraction")
-
-
-def _tokenizer(source: str) -> Any:
-    """The checkpoint's tokenizer, or None where it has none."""
-    folder = Path(source)
-    vocabularies = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer_config.json")
-    if folder.is_dir() and not any((folder / name).is_file() for name in vocabularies):
-        return None
-    try:
-        with quiet():
-            return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:
-        if folder.is_dir():
-            raise ExportError(f"the tokenizer of {source} cannot be loaded: {one_line(error)}") from error
-        return None
 
 
 def _trace(
