@@ -64,6 +64,7 @@ _WEIGHTS = (
 )
 _FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 _DTYPES = ("auto", "float64", "float32", "float16", "bfloat16")
+_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @dataclass(frozen=True)
@@ -270,6 +271,8 @@ def _check_settings(values: dict[str, Any], path: Path) -> None:
     for name in ("dtype", "torch_dtype"):
         if values.get(name) is not None:
             one_of(values[name], f"{path}: {name}", _DTYPES, ExportError)
+    if values["problem_type"] is not None:
+        one_of(values["problem_type"], f"{path}: problem_type", _PROBLEMS, ExportError)
     _check_labels(values, path)
 
 
@@ -312,9 +315,10 @@ def _weights(fetch: Fetch, model: str) -> tuple[Path, ...]:
 
 
 def _shard_names(index: Path, suffix: str) -> list[str]:
-    names = read_object(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise ExportError(f"{index} has no weight_map; save the model again")
+    data = read_object(index)
+    names = data.get("weight_map")
+    if not isinstance(names, dict) or not names or not isinstance(data.get("metadata"), dict):
+        raise ExportError(f"{index} has no weight_map or no metadata; save the model again")
     for name in names.values():
         # A name in the folder may be a link, as all are in the hub's cache; a path out of it is not the checkpoint's.
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+", name) or not name.endswith(suffix):
@@ -341,8 +345,8 @@ def _check_size(settings: dict[str, Any], weights: tuple[Path, ...], path: Path)
     numbers, stored = rows * hidden + values["num_hidden_layers"] * layer, sum(f.stat().st_size for f in weights)
     if numbers > stored:
         raise ExportError(
-            f"{path} describes a model of {numbers:,} weights or more, and its weights are {stored:,} bytes; "
-            "give the config that belongs to them"
+            f"{path} describes a model of {numbers:,} weights or more, and its files of weights have {stored:,} bytes; "
+            "fetch them again, or give the config that belongs to them"
         )
 
 

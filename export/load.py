@@ -59,15 +59,20 @@ def load(model: str, task: str = "auto") -> tuple[nn.Module, str]:
     with quiet():
         found = checkpoint.find(model)
         task = _task_of(found) if task == "auto" else task
+        try:
+            # Eager, whatever the checkpoint says: other implementations may be code of the hub.
+            config = transformers.LongformerConfig(**found.settings, attn_implementation="eager")
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ExportError(f"{found.folder / 'config.json'} is no config of a Longformer: {reason}") from error
         loader = getattr(transformers, TASKS[task].auto_class)
         try:
-            # Without attn_implementation, transformers below 5.3 fetched a kernel that a config named.
-            config = transformers.LongformerConfig(**found.settings, attn_implementation="eager")
             loaded, info = loader.from_pretrained(
                 found.folder,
                 config=config,
                 dtype=torch.float32,
                 attn_implementation="eager",
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 use_safetensors=found.is_safetensors,
                 weights_only=True,
                 local_files_only=True,
@@ -132,12 +137,38 @@ def _why(error: BaseException) -> str:
     return text if isinstance(error, (OSError, ValueError, AssertionError)) else f"{type(error).__name__}: {text}"
 
 
+def check_weights(module: nn.Module) -> None:
+    """No number of the model is NaN, and no parameter is infinite; a buffer, such as a mask, may be.
+
+    Raises:
+        ExportError: says which tensor, and how many of its values.
+    """
+    parameters = {name: tensor.detach() for name, tensor in module.named_parameters()}
+    buffers = {
+        name: tensor
+        for name, tensor in module.state_dict().items()
+        if name not in parameters and isinstance(tensor, torch.Tensor)
+    }
+    for name, tensor in {**parameters, **buffers}.items():
+        if tensor.is_meta:
+            raise ExportError(f"{name} is on the device meta, without values; load the weights first")
+        values = tensor.float()  # the dtype that the model is compared in
+        nans, infinities = int(values.isnan().sum()), int(values.isinf().sum())
+        if nans or (infinities and name in parameters):
+            what, count = ("NaN", nans) if nans else ("an infinity", infinities)
+            raise ExportError(
+                f"{name} holds {what} in {count:,} of {tensor.numel():,} values; export a checkpoint that is whole"
+            )
+
+
 def weights_sha256(model: nn.Module) -> str:
     """Digest of all weights by name, dtype, shape and bytes: the same model gives the same digest anywhere."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue  # a module's extra state
         plain = tensor.detach().contiguous().cpu()
         digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
         if plain.numel():
-            digest.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
