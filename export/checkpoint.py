@@ -238,14 +238,13 @@ def _settings(path: Path, model: str) -> dict[str, Any]:
         )
     plain = transformers.LongformerConfig()
     known = {*plain.to_dict(), "num_labels", "output_attentions", "torch_dtype"} - {"model_type"}
-    # A key that the class has, and that is no setting, would take the place of a method or of a table of its own.
-    settings = {
-        key: without_code(value)
-        for key, value in data.items()
-        if not _names_code(key)
-        and not key.startswith("_")
-        and (key in known or not hasattr(transformers.LongformerConfig, key))
-    }
+    settings = {}
+    for key, value in data.items():
+        if _names_code(key) or key.startswith("_") or key in ("model_type", "transformers_version"):
+            continue
+        if key not in known and hasattr(plain, key):  # it would take the place of a method or of a table
+            raise ExportError(f"{path} has the key {key[:80]!r}, which is no setting of a Longformer; remove it")
+        settings[key] = without_code(value)
     _check_settings({**plain.to_dict(), **settings}, path)
     # The weights are loaded in float32, whatever they were stored in.
     return {key: value for key, value in settings.items() if key not in ("dtype", "torch_dtype")}

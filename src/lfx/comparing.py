@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from lfx.checks import file_path, json_text, one_of
 from lfx.config import QUANTIZED, Manifest, locate
 from lfx.errors import ArtifactError, InputError, require
 from lfx.parity import Report, full_cases, quick_cases
@@ -38,10 +39,13 @@ def run_parity(
         by_layer: compare every attention layer too, over the quick cases, in a copy of the graph that hands them out.
         report: the page to write; it has the layers too, where the artifact shows them.
     Raises:
+        InputError: the checkpoint is not known, or an option cannot be had.
+        ArtifactError: the checkpoint has other weights than the artifact was made from.
         ParityError: an output is out of tolerance; the table, the JSON and the page are there all the same.
     """
-    checkpoint = _source(model, manifest, source)
-    if report is not None and (report.is_dir() or not report.absolute().parent.is_dir()):
+    one_of(cases, "cases", ("quick", "full"))
+    checkpoint = checkpoint_of(model, manifest.source, source, "lfx parity {} --source {}")
+    if report is not None and (file_path(report, "report").is_dir() or not report.absolute().parent.is_dir()):
         raise InputError(f"{report} cannot be written: it is a folder, or its folder does not exist")
     if by_layer and isinstance(manifest, PlanManifest):
         raise InputError(f"{model} is a plan, whose layers TensorRT has merged; compare the bundle by layer")
@@ -54,7 +58,7 @@ def run_parity(
     layers = None
     with progress() as step:
         with open_engine(model) as engine:
-            module = _load(manifest, checkpoint, step)
+            module = load_checkpoint(checkpoint, manifest.signature.task, manifest.source, step)
             found = _compare(engine, module, manifest, cases, step)
             facts = _facts(model, manifest, engine, checkpoint)
         if by_layer or (report is not None and isinstance(manifest, Manifest) and not manifest.inlined):
@@ -63,7 +67,7 @@ def run_parity(
         data = {"backend": facts["backend"], **found.to_dict()}
         if layers is not None:
             data |= {"passed": data["passed"] and not layers.failures(), "by_layer": layers.to_dict()}
-        click.echo(json.dumps(data, indent=1))
+        click.echo(json_text(data, indent=1))
     else:
         _show(found, facts)
         if by_layer and layers is not None:
@@ -77,22 +81,51 @@ def run_parity(
         layers.require()
 
 
-def _source(model: Path, manifest: Manifest | PlanManifest, source: str | None) -> str:
-    if source is None and manifest.source.get("kind") == "module":
-        raise InputError(
-            f"{model} was made from a module in memory ({manifest.source.get('model')}); "
-            "save it with save_pretrained and give that folder with --source"
-        )
-    return source or str(manifest.source.get("model"))
+def checkpoint_of(model: Path, known: Mapping[str, Any] | None, source: str | None, command: str) -> str:
+    """The checkpoint that an artifact is compared with.
+
+    A manifest may come from a stranger, so it decides only where it names a folder of this machine.
+
+    Args:
+        known: the manifest's `source`; None where there is no manifest.
+        source: what the caller named; it comes first.
+        command: the command to give where it is not known, with {} for the artifact and {} for the checkpoint.
+    Raises:
+        InputError: it is not known, or is to be fetched and was not named by the caller.
+    """
+    if source is not None:
+        if not isinstance(source, str) or not source:
+            raise InputError(f"source is {source!r}; give a checkpoint folder or a hub id")
+        return source
+    name, kind = (known.get("model"), known.get("kind")) if known is not None else (None, None)
+    named = isinstance(name, str) and bool(name) and name.isprintable()
+    if kind == "folder" and named and Path(str(name)).is_absolute() and file_path(name, "source").is_dir():
+        return str(name)
+    reason, place = "does not say which checkpoint it was made from", "CHECKPOINT"
+    if kind == "hub" and named:
+        reason, place = f"says it was made from {name} of the hub, which is loaded only when you ask for it", str(name)
+    elif kind == "folder" and named:
+        reason = f"was made from the folder {name}, which is not here"
+    elif kind == "module":
+        reason = "was made from a module in memory; save that with save_pretrained"
+    raise InputError(f"{model} {reason}; give: {command.format(shlex.quote(str(model)), shlex.quote(place))}")
 
 
-def _load(manifest: Manifest | PlanManifest, source: str, step: Step) -> Any:
+def load_checkpoint(source: str, task: str, known: Mapping[str, Any] | None, step: Step) -> Any:
+    """Load the model that an artifact is compared with.
+
+    Args:
+        known: the manifest's `source`; None where there is no manifest, and so no digest to compare.
+    Raises:
+        ExportError: it cannot be loaded.
+        ArtifactError: its weights are not those that the artifact was made from.
+    """
     step("importing torch")
     from lfx.export.load import load, weights_sha256
 
     step("loading the checkpoint")
-    module, _ = load(source, manifest.signature.task)
-    if weights_sha256(module) != manifest.source.get("sha256"):
+    module, _ = load(source, task)
+    if known is not None and weights_sha256(module) != known.get("sha256"):
         raise ArtifactError(
             f"{source} has other weights than the bundle was made from (sha256 differs); "
             "give the right checkpoint with --source, or export again"
