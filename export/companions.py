@@ -10,7 +10,7 @@ import transformers
 
 from lfx.checks import json_text
 from lfx.errors import ExportError, one_line
-from lfx.export.checkpoint import without_code
+from lfx.export.checkpoint import read_object, without_code
 
 _KINDS = (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
 
@@ -47,18 +47,27 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """
     if tokenizer is None:
         return
-    before = set(folder.iterdir())
     try:
         tokenizer.save_pretrained(str(folder))
     except OSError:
         raise  # the disk: the bundle's writer says what to do
     except Exception as error:
         raise ExportError(f"the tokenizer cannot be saved: {one_line(error)}") from error
-    for path in set(folder.rglob("*")) - before:
-        if path.suffix == ".py":
-            path.unlink()  # the source of a registered class
-        elif path.name.endswith("_config.json"):
-            _write(path, json.loads(path.read_text(encoding="utf-8")))
+    for path in folder.rglob("*.py"):
+        path.unlink()  # the source of a registered class
+    drop_code(folder)
+
+
+def drop_code(folder: Path) -> None:
+    """Take what names code out of the config files of a folder.
+
+    Raises:
+        ExportError: one of them is no JSON object.
+    """
+    for path in folder.glob("*config.json"):
+        settings = read_object(path)
+        if (plain := without_code(settings)) != settings:
+            _write(path, plain)
 
 
 def _write(path: Path, settings: Any) -> None:
