@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import re
 import shutil
 import stat
@@ -376,6 +377,11 @@ def _readable(file: Path) -> Iterator[None]:
         yield
     except ExportError:
         raise
+    except pickle.UnpicklingError as error:
+        raise ExportError(
+            f"the weights of {os.fspath(file)} are no pickle of tensors alone, and others can run code; save the model "
+            "again, as safetensors"
+        ) from error
     except Exception as error:
         raise ExportError(
             f"the weights of {os.fspath(file)} cannot be read: {one_line(error)}; fetch or save them again"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import onnx
 from onnx import TensorProto, helper
 
-from lfx.checks import json_text
 from lfx.config import MODEL, Signature, TensorSpec
 from lfx.errors import ArtifactError
 from lfx.export.functions import DOMAIN
@@ -46,7 +46,7 @@ def expose_layers(bundle: Path, signature: Signature, folder: Path) -> Path:
     model.graph.output.extend(outputs)
     exposed = dataclasses.replace(signature, outputs=(*specs, *signature.outputs))
     del model.metadata_props[:]
-    helper.set_model_props(model, {"lfx": json_text(exposed.to_dict())})
+    helper.set_model_props(model, {"lfx": json.dumps(exposed.to_dict())})
     onnx.save(model, str(folder / MODEL))
     for data in bundle.glob(f"{MODEL}.*"):
         link_or_copy(data, folder / data.name)

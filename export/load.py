@@ -63,8 +63,7 @@ def load(model: str, task: str = "auto") -> tuple[nn.Module, str]:
             # Eager, whatever the checkpoint says: other implementations may be code of the hub.
             config = transformers.LongformerConfig(**found.settings, attn_implementation="eager")
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ExportError(f"{found.folder / 'config.json'} is no config of a Longformer: {reason}") from error
+            raise ExportError(f"{found.folder / 'config.json'} is no config of a Longformer: {_flat(error)}") from error
         loader = getattr(transformers, TASKS[task].auto_class)
         try:
             loaded, info = loader.from_pretrained(
@@ -98,7 +97,7 @@ def load_tokenizer(model: str) -> Any:
         try:
             return transformers.AutoTokenizer.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
         except Exception as error:
-            raise ExportError(f"the tokenizer of {model} cannot be loaded: {_why(error)}") from error
+            raise ExportError(f"the tokenizer of {model} cannot be loaded: {_flat(error)}") from error
 
 
 def _task_of(found: checkpoint.Checkpoint) -> str:
@@ -159,6 +158,11 @@ def check_weights(module: nn.Module) -> None:
             raise ExportError(
                 f"{name} holds {what} in {count:,} of {tensor.numel():,} values; export a checkpoint that is whole"
             )
+
+
+def _flat(error: BaseException) -> str:
+    """A message of several lines as one, cut: the reason may stand in the second."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime import quantization as ortq
 
-from lfx.checks import file_path, json_text, one_of, whole_number
+from lfx.checks import file_path, one_of, whole_number
 from lfx.config import MANIFEST, MODEL, WEIGHTS, Manifest, Signature, is_multi_label, package_versions, sha256
 from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
@@ -244,7 +245,7 @@ def _finish(path: Path, signature: Signature, layers: dict[str, str]) -> dict[st
     model = onnx.load(str(path), load_external_data=False)
     _round_for_products_only(model, layers)
     del model.metadata_props[:]
-    onnx.helper.set_model_props(model, {"lfx": json_text(signature.to_dict())})
+    onnx.helper.set_model_props(model, {"lfx": json.dumps(signature.to_dict())})
     onnx.save(model, str(path))
     values = {t.name: t for t in model.graph.initializer}
     producers = {name: node for node in model.graph.node for name in node.output}

@@ -71,6 +71,7 @@ def write(path: Path, facts: Mapping[str, str], report: Report, layers: Report |
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
         f"<body><h1>{title}</h1>{''.join(parts)}</body></html>\n"
     )
+    page = page.encode("utf-8", "backslashreplace").decode("utf-8")  # a file name may hold bytes that are no text
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
