@@ -26,6 +26,7 @@ from transformers.activations import ACT2FN
 from lfx.checks import file_path, json_text, one_of, parse_json, real_number, whole_number
 from lfx.errors import ExportError, one_line
 
+CONFIG = "config.json"
 Fetch = Callable[[str], Path | None]
 
 # Keys that make transformers fetch or import code, or load another model.
@@ -97,7 +98,7 @@ def find(model: str) -> Checkpoint:
         ExportError: no such checkpoint, not a Longformer, a broken file, or one that names code or foreign files.
     """
     fetch = fetcher(model)
-    path = fetch("config.json")
+    path = fetch(CONFIG)
     if path is None:
         raise ExportError(f"{model} has no config.json; give a folder that save_pretrained wrote")
     settings = _settings(path, model)
@@ -137,12 +138,22 @@ def _hub(model: str) -> Fetch:
         nonlocal revision
         try:
             found = transformers.utils.cached_file(
-                model, name, revision=revision, _raise_exceptions_for_missing_entries=False
+                model,
+                name,
+                revision=revision,
+                _raise_exceptions_for_missing_entries=False,
+                # Offline, a file that the cache does not have is one that the checkpoint does not have.
+                _raise_exceptions_for_connection_errors=name == CONFIG,
             )
         except Exception as error:
             raise ExportError(
                 f"{model} cannot be loaded: {one_line(error)}, and there is no folder of that name here"
             ) from error
+        if found is None and name == CONFIG:
+            raise ExportError(
+                f"{model} cannot be loaded: the hub is out of reach, or has no config.json of that name, and there is "
+                "no folder of that name here"
+            )
         if found is None:
             return None
         revision = Path(found).parent.name  # the commit: all files are of one, even if the branch moves on
@@ -187,7 +198,7 @@ def copy_tokenizer(model: str, folder: Path) -> bool:
             raise ExportError(f"{path} has {path.stat().st_size:,} bytes; at most {_TOKENIZER_BYTES:,} are read")
         else:
             shutil.copyfile(path, folder / name)
-    (folder / "config.json").write_text('{"model_type": "longformer"}', encoding="utf-8")
+    (folder / CONFIG).write_text('{"model_type": "longformer"}', encoding="utf-8")
     return True
 
 
