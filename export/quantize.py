@@ -23,10 +23,11 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime import quantization as ortq
 
-from lfx.checks import file_path
+from lfx.checks import file_path, one_of, whole_number
 from lfx.config import MANIFEST, MODEL, Manifest, Signature, is_multi_label, package_versions, sha256
 from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
+from lfx.export.companions import drop_code
 from lfx.files import copy, temporary_folder
 from lfx.parity import Case, Report, compare
 from lfx.runtime import Engine
@@ -80,9 +81,13 @@ def quantize(
         InputError: the calibration file cannot be read, or a document in it cannot be taken.
         ParityError: the integer kernels of this machine do not compute what the quantized graph says.
     """
-    folder = Path(bundle)
+    folder = file_path(bundle, "bundle", ExportError)
+    calibration = file_path(calibration, "calibration", ExportError)
+    samples = whole_number(samples, "samples", 2, error=ExportError)  # half to calibrate, half to judge
+    one_of(activations, "activations", ACTIVATIONS, ExportError)
+    _check_types(full_range, keep_float, tokenizer, progress)
     manifest = Manifest.read(folder)
-    _check(manifest.signature, samples, activations, folder)
+    _check(manifest.signature, folder)
     if full_range and int8_overflows():
         raise ExportError(
             "full_range cannot be checked here: this CPU has no VNNI, so it overflows on 8 bits of weight; leave it "
@@ -96,7 +101,7 @@ def quantize(
     progress("checking the bundle")
     artifact = check_bundle(folder, manifest)
     check_space(target, sum(entry["bytes"] for entry in manifest.files.values()))
-    feeds, found_in = _read(Path(calibration), manifest.signature, Path(tokenizer or folder), samples)
+    feeds, found_in = _read(calibration, manifest.signature, Path(tokenizer or folder), samples)
     model = onnx.load(str(folder / MODEL), load_external_data=False)
     layers = _linear_layers(model, keep_float)
     every = _linear_layers(model, ()).values()
@@ -136,6 +141,7 @@ def quantize(
         for path in folder.iterdir():
             if path.is_file() and path.name in manifest.files and not path.name.startswith(MODEL):
                 shutil.copyfile(path, made / path.name)
+        drop_code(made)
         report = _accuracy(folder, made / MODEL, feeds[1::2], signature, progress)
         report.require()
         quantization = {
@@ -155,15 +161,24 @@ def quantize(
     return target
 
 
-def _check(signature: Signature, samples: int, activations: str, folder: Path) -> None:
+def _check_types(full_range: Any, keep_float: Any, tokenizer: Any, progress: Any) -> None:
+    if not isinstance(full_range, bool):
+        raise ExportError(f"full_range is {type(full_range).__name__}; give True or False")
+    if not isinstance(keep_float, Sequence) or isinstance(keep_float, str | bytes):
+        raise ExportError(f"keep_float is {type(keep_float).__name__}; give a list of patterns")
+    if not all(isinstance(pattern, str) for pattern in keep_float):
+        raise ExportError('keep_float has a pattern that is no text; give such as "encoder.layer.11.*"')
+    if tokenizer is not None:
+        file_path(tokenizer, "tokenizer", ExportError)
+    if not callable(progress):
+        raise ExportError(f"progress is {type(progress).__name__}; give a function of one text, or leave it out")
+
+
+def _check(signature: Signature, folder: Path) -> None:
     if signature.precision != "fp32":
         raise ExportError(f"{folder} is {signature.precision}; int8 is made from an fp32 bundle: export it again")
     if signature.task == "multiple-choice":
         raise ExportError("multiple-choice cannot be calibrated: its documents have a third axis")
-    if activations not in ACTIVATIONS:
-        raise ExportError(f"activations {activations!r} is not known; choose one of: {', '.join(ACTIVATIONS)}")
-    if samples < 2:
-        raise ExportError(f"samples {samples} is too few; give 2 or more, half to calibrate and half to judge")
 
 
 def _read(source: Path, signature: Signature, folder: Path, samples: int) -> tuple[list[Feeds], dict[str, Any]]:
@@ -179,7 +194,7 @@ def _read(source: Path, signature: Signature, folder: Path, samples: int) -> tup
             f"{source} gives {len(lengths)} windows of text; 2 are needed at least, to calibrate and to judge"
         )
     # Read again, so that only the chosen windows are kept.
-    wanted = set(np.linspace(0, len(lengths) - 1, samples).astype(int).tolist())
+    wanted = set(np.linspace(0, len(lengths) - 1, min(samples, len(lengths))).astype(int).tolist())
     chosen = [window.ids for i, window in enumerate(encoded(source, limited, folder)) if i in wanted]
     feeds = [dict(prepare(ids, None, None, signature).feeds) for ids in chosen]
     about = {"file": source.name, "sha256": sha256(source), "windows": len(chosen), "tokens": sum(map(len, chosen))}

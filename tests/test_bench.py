@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from lfx import benching
+from lfx.benching import run_bench
 from lfx.errors import InputError
 from lfx.export import export
-from lfx.runtime import bench
+from lfx.runtime import Engine, bench
 from tests.conftest import MakeBundle, SmallDisk
 from tests.models import save_tiny_checkpoint
 
@@ -143,6 +144,33 @@ def test_the_command_measures_beside_pytorch_and_writes_its_rows(tmp_path: Path)
     assert (tmp_path / "plot.png").is_file()
 
 
+def test_a_checkpoint_with_other_weights_is_not_measured(tmp_path: Path) -> None:
+    bundle = export(save_tiny_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle")
+    other = save_tiny_checkpoint(tmp_path / "other", seed=1)
+    done = lfx("bench", bundle, "--length", "8", "--against", "pytorch", "--source", other)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "other weights than the bundle was made from" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"rounds": 0}, "rounds 0"),
+        ({"rounds": True}, "rounds is True"),
+        ({"lengths": ("8",)}, "length is '8'"),
+        ({"batch_sizes": (1.5,)}, "batch is 1.5"),
+        ({"against": ("tensorflow",)}, "against 'tensorflow' is not known"),
+        ({"against": ("pytorch",), "source": 5}, "source is 5"),
+        ({"output": 5}, "output is 5"),
+        ({"plot": "a\0b"}, "cannot be opened"),
+    ],
+)
+def test_options_of_other_types_are_one_line(options: dict[str, Any], reason: str, bundle: MakeBundle) -> None:
+    settings = {"lengths": (8,), "batch_sizes": (1,), "rounds": 1, "against": (), "source": None, "output": None}
+    with pytest.raises(InputError, match=reason):
+        run_bench(bundle(), Engine, **{**settings, "plot": None, "as_json": True, **options})
+
+
 def test_the_command_alone_shows_the_memory_of_its_process(bundle: MakeBundle) -> None:
     done = lfx("bench", bundle(), "--length", "30", "--rounds", "1")
     assert done.returncode == 0, done.stderr
@@ -155,7 +183,7 @@ def test_the_command_alone_shows_the_memory_of_its_process(bundle: MakeBundle) -
     [
         (["--length", "129"], "length 129 is above the model's maximum 128"),
         (["--output", "/nowhere/rows.jsonl"], "its folder does not exist"),
-        (["--against", "pytorch"], "give the checkpoint with --source|cannot be loaded|does not exist"),
+        (["--against", "pytorch"], r"made from a module in memory.*give: lfx bench \S+ --against pytorch --source"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(options: list[str], reason: str, bundle: MakeBundle) -> None:

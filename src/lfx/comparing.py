@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lfx.checks import output_file
+from lfx.checks import file_path, one_of, output_file
 from lfx.config import QUANTIZED, Manifest, locate
 from lfx.errors import ArtifactError, InputError, require
 from lfx.files import temporary_folder
@@ -36,9 +37,12 @@ def run_parity(
         by_layer: compare every attention layer too, over the quick cases, in a copy of the graph that hands them out.
         report: the page to write; it has the layers too, where the artifact shows them.
     Raises:
+        InputError: the checkpoint is not known, or an option cannot be had.
+        ArtifactError: the checkpoint has other weights than the artifact was made from.
         ParityError: an output is out of tolerance; the table, the JSON and the page are there all the same.
     """
-    checkpoint = _source(model, manifest, source)
+    one_of(cases, "cases", ("quick", "full"))
+    checkpoint = checkpoint_of(model, manifest.source, source, "lfx parity {} --source {}")
     if report is not None:
         output_file(report, "--report")
     if by_layer and isinstance(manifest, PlanManifest):
@@ -52,7 +56,7 @@ def run_parity(
     layers = None
     with progress() as step:
         with open_engine(model) as engine:
-            module = _load(manifest, checkpoint, step)
+            module = load_checkpoint(checkpoint, manifest.signature.task, manifest.source, step)
             found = _compare(engine, module, manifest, cases, step)
             facts = _facts(model, manifest, engine, checkpoint)
         if by_layer or (report is not None and isinstance(manifest, Manifest) and not manifest.inlined):
@@ -75,22 +79,51 @@ def run_parity(
         layers.require()
 
 
-def _source(model: Path, manifest: Manifest | PlanManifest, source: str | None) -> str:
-    if source is None and manifest.source.get("kind") == "module":
-        raise InputError(
-            f"{model} was made from a module in memory ({manifest.source.get('model')}); "
-            "save it with save_pretrained and give that folder with --source"
-        )
-    return source or str(manifest.source.get("model"))
+def checkpoint_of(model: Path, known: Mapping[str, Any] | None, source: str | None, command: str) -> str:
+    """The checkpoint that an artifact is compared with.
+
+    A manifest may come from a stranger, so it decides only where it names a folder of this machine.
+
+    Args:
+        known: the manifest's `source`; None where there is no manifest.
+        source: what the caller named; it comes first.
+        command: the command to give where it is not known, with {} for the artifact and {} for the checkpoint.
+    Raises:
+        InputError: it is not known, or is to be fetched and was not named by the caller.
+    """
+    if source is not None:
+        if not isinstance(source, str) or not source:
+            raise InputError(f"source is {source!r}; give a checkpoint folder or a hub id")
+        return source
+    name, kind = (known.get("model"), known.get("kind")) if known is not None else (None, None)
+    named = isinstance(name, str) and bool(name) and name.isprintable()
+    if kind == "folder" and named and Path(str(name)).is_absolute() and file_path(name, "source").is_dir():
+        return str(name)
+    reason, place = "does not say which checkpoint it was made from", "CHECKPOINT"
+    if kind == "hub" and named:
+        reason, place = f"says it was made from {name} of the hub, which is loaded only when you ask for it", str(name)
+    elif kind == "folder" and named:
+        reason = f"was made from the folder {name}, which is not here"
+    elif kind == "module":
+        reason = "was made from a module in memory; save that with save_pretrained"
+    raise InputError(f"{model} {reason}; give: {command.format(shlex.quote(str(model)), shlex.quote(place))}")
 
 
-def _load(manifest: Manifest | PlanManifest, source: str, step: Step) -> Any:
+def load_checkpoint(source: str, task: str, known: Mapping[str, Any] | None, step: Step) -> Any:
+    """Load the model that an artifact is compared with.
+
+    Args:
+        known: the manifest's `source`; None where there is no manifest, and so no digest to compare.
+    Raises:
+        ExportError: it cannot be loaded.
+        ArtifactError: its weights are not those that the artifact was made from.
+    """
     step("importing torch")
     from lfx.export.load import load, weights_sha256
 
     step("loading the checkpoint")
-    module, _ = load(source, manifest.signature.task)
-    if weights_sha256(module) != manifest.source.get("sha256"):
+    module, _ = load(source, task)
+    if known is not None and weights_sha256(module) != known.get("sha256"):
         raise ArtifactError(
             f"{source} has other weights than the bundle was made from (sha256 differs); "
             "give the right checkpoint with --source, or export again"

@@ -315,6 +315,17 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "activations": ({"activations": "int4"}, ExportError, "uint8, int8"),
     "samples": ({"samples": 1}, ExportError, "2 or more"),
     "a layer that is not there": ({"keep_float": ("encoder.layer.9.*",)}, ExportError, "the name of no linear layer"),
+    "samples of another type": ({"samples": "32"}, ExportError, "samples is '32'"),
+    "half a sample": ({"samples": 2.5}, ExportError, "samples is 2.5"),
+    "activations of another type": ({"activations": None}, ExportError, "activations None"),
+    "a calibration of another type": ({"calibration": 5}, ExportError, "calibration is 5"),
+    "a calibration with a NUL": ({"calibration": "a\0b"}, ExportError, "calibration .* cannot be opened"),
+    "a text for a list": ({"keep_float": "*"}, ExportError, "keep_float is str; give a list of patterns"),
+    "a number for a pattern": ({"keep_float": [5]}, ExportError, "a pattern that is no text"),
+    "a number for a list": ({"keep_float": 5}, ExportError, "keep_float is int"),
+    "full_range": ({"full_range": 1}, ExportError, "full_range is int"),
+    "tokenizer": ({"tokenizer": 5}, ExportError, "tokenizer is 5"),
+    "progress": ({"progress": None}, ExportError, "progress is NoneType"),
     "nothing": ({"keep_float": ("*",)}, ExportError, "no linear layer"),
 }
 
@@ -352,3 +363,29 @@ def test_another_models_bundle_is_refused_by_name(int8: Any) -> None:
     wrong = {**quantization, "layers": {"encoder.layer.9.output.dense": {"scale": 1.0, "zero_point": 0}}}
     with pytest.raises(ArtifactError, match=r"encoder\.layer\.9\.output\.dense"):
         int8_runner(tiny_model(), wrong)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": 5},
+        {"layers": {"encoder.layer.0.output.dense": {}}},
+        {"layers": {"encoder.layer.0.output.dense": {"scale": "x", "zero_point": 0}}},
+        {"layers": {"encoder.layer.0.output.dense": {"scale": 0.0, "zero_point": 0}}},
+        {"layers": {"encoder.layer.0.output.dense": {"scale": 1e400, "zero_point": 0}}},
+        {"layers": {"encoder.layer.0.output.dense": {"scale": 1.0, "zero_point": 10**30}}},
+    ],
+)
+def test_broken_steps_of_a_manifest_are_refused(int8: Any, change: dict[str, Any]) -> None:
+    quantization = Manifest.read(int8()).quantization
+    with pytest.raises(ArtifactError, match="quantize the model again"):
+        int8_runner(tiny_model(), {**quantization, **change})
+    with pytest.raises(ArtifactError, match="quantize the model again"):
+        int8_runner(tiny_model(), {})
+
+
+def test_more_samples_than_windows_take_them_all(bundle: MakeBundle, tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": [5 + i, 6, 7]}) + "\n" for i in range(4)))
+    made = quantize(bundle(), tmp_path / "int8", calibration=path, samples=10**12)
+    assert Manifest.read(made).quantization["calibration"]["windows"] == 4
