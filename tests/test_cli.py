@@ -692,13 +692,23 @@ def test_names_that_the_locale_does_not_know_are_printed(locale: dict[str, str],
         assert shown in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("arguments", ["inspect {}", "inspect {} --json", "verify {}", "--help"])
-@pytest.mark.parametrize(("stream", "message"), [(">/dev/full", "No space left on device"), (">&-", "it is closed")])
+FULL, CLOSED = (">/dev/full", "No space left on device"), (">&-", "stdout cannot be written: it is closed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stream", "message"),
+    [
+        ("--help", *FULL),
+        *(
+            (arguments, *how)
+            for arguments in ("inspect {}", "inspect {} --json", "verify {}")
+            for how in (FULL, CLOSED)
+        ),
+    ],
+)
 def test_a_result_that_stdout_does_not_take_is_one_line(
     arguments: str, stream: str, message: str, reviews: Path
 ) -> None:
-    if (arguments, stream) == ("--help", ">&-"):
-        pytest.skip("click prints no help where stdout is closed")
     command = [sys.executable, "-m", "lfx.cli", *arguments.format(reviews).split()]
     done = _done(["sh", "-c", f'exec "$@" {stream}', "sh", *command], None)
     assert message in done.error()
