@@ -638,12 +638,12 @@ def _rename_labels(folder: Path) -> None:
 
 def test_labels_and_paths_are_shown_as_they_are(copy: Path, tmp_path: Path) -> None:
     _rename_labels(copy)
-    (tmp_path / "[/b]\x1b[7m.jsonl").write_text("5\n")
+    (tmp_path / "[b]\x1b[7m.jsonl").write_text("5\n")
     plain = lfx("run", copy, "--text", "the fox")
-    documents = lfx("run", copy, "--input", "[/b]\x1b[7m.jsonl", "--output", "[u]\x1b[7m.jsonl", cwd=tmp_path)
+    documents = lfx("run", copy, "--input", "[b]\x1b[7m.jsonl", "--output", "[u]\x1b[7m.jsonl", cwd=tmp_path)
     assert all(name in plain.stdout for name in NAMES_SHOWN)
     assert r"[u]\x1b[7m.jsonl: 1 documents" in documents.stdout
-    assert r"[/b]\x1b[7m.jsonl:1: " in documents.stderr
+    assert r"[b]\x1b[7m.jsonl:1: " in documents.stderr
     assert r"[u]\x1b[7m.jsonl says which" in documents.error()
     assert not {"\x1b", "\u202e"} & set(plain.stdout + documents.stdout + documents.stderr)
 
