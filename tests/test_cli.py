@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lfx.cli import cli
 from lfx.config import MANIFEST, MODEL, WEIGHTS, Manifest
-from lfx.errors import ArtifactError
+from lfx.errors import ArtifactError, BuildError
 from tests.conftest import MakeBundle
 from tests.models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from tests.runtime.test_signing import Signer
@@ -638,13 +638,27 @@ def _rename_labels(folder: Path) -> None:
 
 def test_labels_and_paths_are_shown_as_they_are(copy: Path, tmp_path: Path) -> None:
     _rename_labels(copy)
-    (tmp_path / "in.jsonl").write_text("5\n")
+    (tmp_path / "[b]\x1b[7m.jsonl").write_text("5\n")
     plain = lfx("run", copy, "--text", "the fox")
-    documents = lfx("run", copy, "--input", "in.jsonl", "--output", "[u]\x1b[7m.jsonl", cwd=tmp_path)
+    documents = lfx("run", copy, "--input", "[b]\x1b[7m.jsonl", "--output", "[u]\x1b[7m.jsonl", cwd=tmp_path)
     assert all(name in plain.stdout for name in NAMES_SHOWN)
     assert r"[u]\x1b[7m.jsonl: 1 documents" in documents.stdout
+    assert r"[b]\x1b[7m.jsonl:1: " in documents.stderr
     assert r"[u]\x1b[7m.jsonl says which" in documents.error()
     assert not {"\x1b", "\u202e"} & set(plain.stdout + documents.stdout + documents.stderr)
+
+
+def test_log_lines_of_tensorrt_are_shown_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(*_: Any, log: Callable[[str], None], **options: Any) -> Path:
+        log("TensorRT warning: [/b]\x1b[2J")
+        raise BuildError("no engine")
+
+    monkeypatch.setattr("lfx.runtime.builder.build_engine", build)
+    with pytest.raises(BuildError):
+        cli.main(["build-engine", "x"], standalone_mode=False)
+    assert capsys.readouterr().err == "TensorRT warning: [/b]\\x1b[2J\n"
 
 
 def test_json_has_null_where_a_model_gives_nan(copy: Path) -> None:
@@ -692,13 +706,23 @@ def test_names_that_the_locale_does_not_know_are_printed(locale: dict[str, str],
         assert shown in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("arguments", ["inspect {}", "inspect {} --json", "verify {}", "--help"])
-@pytest.mark.parametrize(("stream", "message"), [(">/dev/full", "No space left on device"), (">&-", "it is closed")])
+FULL, CLOSED = (">/dev/full", "No space left on device"), (">&-", "stdout cannot be written: it is closed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stream", "message"),
+    [
+        ("--help", *FULL),
+        *(
+            (arguments, *how)
+            for arguments in ("inspect {}", "inspect {} --json", "verify {}")
+            for how in (FULL, CLOSED)
+        ),
+    ],
+)
 def test_a_result_that_stdout_does_not_take_is_one_line(
     arguments: str, stream: str, message: str, reviews: Path
 ) -> None:
-    if (arguments, stream) == ("--help", ">&-"):
-        pytest.skip("click prints no help where stdout is closed")
     command = [sys.executable, "-m", "lfx.cli", *arguments.format(reviews).split()]
     done = _done(["sh", "-c", f'exec "$@" {stream}', "sh", *command], None)
     assert message in done.error()

@@ -17,6 +17,19 @@ import importlib
 import re
 from types import ModuleType
 
+# OpenVINO begins its errors with the places in its source that they went through.
+_OPENVINO_PLACE = re.compile(r"(Exception from|Check '.*' failed at) src/.*:\d+:$")
+# What libraries and systems say, in lower case, and what helps.
+_CURES = {
+    ("bad_alloc", "out of memory", "out_of_memory", "failed to allocate", "unable to allocate", "cannot allocate"): (
+        "use shorter or fewer sequences, or a smaller model"
+    ),
+    ("no space left", "quota exceeded"): "make room, or choose another place",
+    ("no such file", "could not open", "path does not exist", "externally stored data"): (
+        "a file is missing: check the path, or make the bundle again"
+    ),
+}
+
 
 class LfxError(Exception):
     """Base of all errors that lfx raises on purpose; the command line prints it as one line and exits 1."""
@@ -87,17 +100,3 @@ def with_cure(error: BaseException, limit: int = 300) -> str:
     said = f"{text} {error}".lower()
     cures = [cure for signs, cure in _CURES.items() if any(sign in said for sign in signs)]
     return "; ".join([text, *cures[:1]])
-
-
-# OpenVINO begins its errors with the places in its source that they went through.
-_OPENVINO_PLACE = re.compile(r"(Exception from|Check '.*' failed at) src/.*:\d+:$")
-# What libraries and systems say, in lower case, and what helps.
-_CURES = {
-    ("bad_alloc", "out of memory", "out_of_memory", "failed to allocate", "unable to allocate", "cannot allocate"): (
-        "use shorter or fewer sequences, or a smaller model"
-    ),
-    ("no space left", "quota exceeded"): "make room, or choose another place",
-    ("no such file", "could not open", "path does not exist", "externally stored data"): (
-        "a file is missing: check the path, or make the bundle again"
-    ),
-}
