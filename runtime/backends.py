@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfx.config import cpu_fields
-from lfx.errors import ArtifactError, DependencyError, LfxError, one_line, require
+from lfx.errors import ArtifactError, DependencyError, LfxError, one_line, require, with_cure
 from lfx.files import link_or_copy, temporary_folder
 from lfx.onnx_file import read_header
 
@@ -101,7 +101,7 @@ class OnnxRuntime(_AnyShape):
                     f"ONNX Runtime has no {provider} kernel for this model ({one_line(error, 160)}); run it with "
                     "backend='openvino' (pip install 'longformer-lfx[openvino]'), or export it with --precision fp32"
                 ) from error
-            raise ArtifactError(f"{model} cannot be loaded by ONNX Runtime: {one_line(error)}") from error
+            raise ArtifactError(f"{model} cannot be loaded by ONNX Runtime: {with_cure(error)}") from error
         if self._session.get_providers()[0] != wanted:
             raise DependencyError(
                 f"ONNX Runtime could not start {wanted} and offers {self._session.get_providers()[0]} instead; "
@@ -116,7 +116,7 @@ class OnnxRuntime(_AnyShape):
         try:
             found = self._session.run(self.output_names, feeds)
         except Exception as error:
-            raise LfxError(f"ONNX Runtime failed: {one_line(error)}") from error
+            raise LfxError(f"ONNX Runtime failed: {with_cure(error)}") from error
         return dict(zip(self.output_names, found, strict=True))
 
 
@@ -157,7 +157,7 @@ class OpenVino(_AnyShape):
         except LfxError:
             raise
         except Exception as error:
-            raise ArtifactError(f"{model} cannot be loaded by OpenVINO: {one_line(error)}") from error
+            raise ArtifactError(f"{model} cannot be loaded by OpenVINO: {with_cure(error)}") from error
         self.name = f"openvino {openvino.__version__.split('-')[0]} CPU"
         # A port may have several names; the graph's own order tells which output is which.
         self.input_names = [item.name for item in graph.graph.input]
@@ -168,7 +168,7 @@ class OpenVino(_AnyShape):
         try:
             found = self._compiled.create_infer_request().infer(feeds)
         except Exception as error:
-            raise LfxError(f"OpenVINO failed: {one_line(error)}") from error
+            raise LfxError(f"OpenVINO failed: {with_cure(error)}") from error
         return {name: np.array(found[i]) for i, name in enumerate(self.output_names)}
 
 
@@ -181,14 +181,17 @@ class Reference(_AnyShape):
         try:
             self._evaluator = evaluator.ReferenceEvaluator(str(model))
         except Exception as error:
-            raise ArtifactError(f"{model} cannot be loaded by onnx: {one_line(error)}") from error
+            raise ArtifactError(f"{model} cannot be loaded by onnx: {with_cure(error)}") from error
         self.name = f"onnx {onnx.__version__} reference evaluator"
         self.input_names = list(self._evaluator.input_names)
         self.output_names = list(self._evaluator.output_names)
 
     def infer(self, feeds: Arrays) -> Arrays:
         """One batch."""
-        found = self._evaluator.run(self.output_names, feeds)
+        try:
+            found = self._evaluator.run(self.output_names, feeds)
+        except Exception as error:
+            raise LfxError(f"the reference evaluator failed: {with_cure(error)}") from error
         return dict(zip(self.output_names, (np.asarray(value) for value in found), strict=True))
 
 
@@ -218,6 +221,8 @@ def load(
         raise DependencyError(f"provider {provider!r} is ONNX Runtime's; backend {backend!r} runs on the CPU")
     if backend == "openvino":
         return OpenVino(model, threads, precision, stored_precision)
+    if backend == "reference" and threads is not None:
+        raise DependencyError(f"threads {threads} cannot be had: the reference evaluator has one; leave threads out")
     if backend == "reference":
         return Reference(model)
     raise DependencyError(f"backend {backend!r} is not known; choose one of: auto, {', '.join(BACKENDS)}")

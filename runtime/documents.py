@@ -91,7 +91,7 @@ def run_documents(
     runner = Runner(engine, reader, stride, max_windows, summary)
     try:
         with Journal(output, header, CHUNK) as journal:
-            if journal.documents > count_documents(source):
+            if journal.documents and journal.documents > count_documents(source):
                 journal.restart()
             summary.documents = summary.resumed_at = journal.documents
             summary.refused = journal.refused

@@ -91,6 +91,8 @@ class Engine:
         if model.suffix == SUFFIX and not model.is_dir():
             if precision is not None:
                 raise DependencyError(f"{model} is a plan, whose precision is fixed; leave precision out")
+            if threads is not None:
+                raise DependencyError(f"{model} is a plan, which runs on the GPU; leave threads out")
             self._backend: backends.Backend | None = self._load_plan(model, backend, provider)
         else:
             self._artifact = open_artifact(model)

@@ -18,6 +18,8 @@ from lfx.runtime import Engine, documents
 from lfx.runtime.text import TOKENIZER, Text
 from lfx.terminal import echo, echo_json, progress, table
 
+_LARGEST_TEXT = 100_000_000  # letters of a file that is one text
+
 
 def run_text(
     engine: Engine,
@@ -143,9 +145,13 @@ def _read_text(file: Path | None) -> str:
     assert file is not None
     file_path(file, "--input")
     try:
-        return file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8") as source:  # may be a device, which does not end
+            text = source.read(_LARGEST_TEXT + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from error
+    if len(text) > _LARGEST_TEXT:
+        raise InputError(f"{file} has more than {_LARGEST_TEXT:,} letters; split it into documents: a .jsonl file")
+    return text
 
 
 def _save(output: Path, arrays: dict[str, NDArray[Any]]) -> None:
