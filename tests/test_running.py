@@ -71,3 +71,11 @@ def test_the_bundle_of_a_plan_is_looked_for_beside_it_alone(tmp_path: Path) -> N
     (tmp_path / "elsewhere").mkdir()
     engine: Any = SimpleNamespace(manifest=SimpleNamespace(bundle={"name": "../elsewhere"}))
     assert _text_folder(tmp_path / "plans" / "a.plan", engine) == tmp_path / "plans"
+
+
+def test_a_text_without_end_is_refused(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("lfx.running._LARGEST_TEXT", 10)
+    (tmp_path / "text.txt").write_text("the fox " * 2)
+    folder = bundle("text-classification")
+    with Engine(folder, threads=1) as engine, pytest.raises(InputError, match=r"more than 10 letters.*\.jsonl file"):
+        run_text(engine, folder, None, (), tmp_path / "text.txt", None, tokenizer=None, as_json=True)

@@ -559,6 +559,11 @@ def test_unknown_backends_and_providers_name_the_known_ones(
         Engine(bundle(), **options)
 
 
+def test_threads_are_used_or_refused(bundle: MakeBundle) -> None:
+    with pytest.raises(DependencyError, match=r"threads 2 cannot be had: the reference evaluator has one"):
+        Engine(bundle(), "reference", threads=2)
+
+
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2", 10**9])
 def test_threads_start_at_one(bundle: MakeBundle, engine: Engine, threads: Any) -> None:
     with pytest.raises(InputError, match=rf"threads .*{threads!r}.*; give a whole number from 1 to 1024"):
