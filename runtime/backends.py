@@ -16,6 +16,7 @@ from lfx.config import cpu_fields
 from lfx.errors import ArtifactError, DependencyError, LfxError, one_line, require, with_cure
 from lfx.files import link_or_copy, temporary_folder
 from lfx.onnx_file import read_header
+from lfx.runtime import forks
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -123,6 +124,10 @@ class OnnxRuntime(_AnyShape):
 class OpenVino(_AnyShape):
     """OpenVINO on the CPU, with the lfx functions inlined for it; it computes bf16 models, in float32 without AMX."""
 
+    # Where OpenVINO first loaded a model. Its models share threads: in a child of that process, loading another one may
+    # wait for the parent's threads, for ever.
+    _generation: int | None = None
+
     def __init__(self, model: Path, threads: int | None, precision: str | None, stored: str) -> None:
         """`precision` of the arithmetic, None for that of the file, which is `stored`."""
         if precision is not None and precision not in _OPENVINO_TYPES:
@@ -132,6 +137,12 @@ class OpenVino(_AnyShape):
         openvino = require("openvino", "openvino")
         onnx = require("onnx", "openvino")
         inliner = require("onnx.inliner", "openvino")
+        if OpenVino._generation not in (None, forks.generation()):
+            raise DependencyError(
+                "OpenVINO was used before this process was forked, and may hang here; open the first Engine after the "
+                "fork, start processes with spawn, or use backend='onnxruntime'"
+            )
+        OpenVino._generation = forks.generation()
         try:
             graph = onnx.load(str(model), load_external_data=False)
             with temporary_folder("openvino") as folder:

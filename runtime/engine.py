@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import functools
 import itertools
 import sys
@@ -302,7 +301,7 @@ class Engine:
         """In a child process: keep the model for ever, since freeing it may wait for threads that are not there."""
         self._forked = True
         if self._backend is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._backend))
+            forks.keep(self._backend)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._backend is None:

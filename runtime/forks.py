@@ -7,6 +7,7 @@ backends: an Engine and a Batcher work in the process that made them, and say so
 
 from __future__ import annotations
 
+import ctypes
 import os
 import weakref
 from typing import Protocol
@@ -20,6 +21,7 @@ class Watched(Protocol):
         ...
 
 
+_generation = [0]
 _watched: weakref.WeakSet[Watched] = weakref.WeakSet()
 
 
@@ -28,12 +30,23 @@ def watch(thing: Watched) -> None:
     _watched.add(thing)
 
 
+def generation() -> int:
+    """The number of forks between the first process and this one, as far as this module saw them."""
+    return _generation[0]
+
+
+def keep(thing: object) -> None:
+    """Never free an object, in a child process where freeing it may wait for threads that are not there."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
 def made_before(name: str) -> str:
     """What an Engine or a Batcher says in a child process."""
     return f"this {name} was made before a fork, and works in its own process only; make a new one in each process"
 
 
 def _tell_all() -> None:
+    _generation[0] += 1
     for thing in list(_watched):
         thing.forked()
 

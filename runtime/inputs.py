@@ -236,7 +236,9 @@ def _array_of(items: list[Any], name: str, values: _Values, signature: Signature
             )
         if isinstance(items[i], bool | np.bool_) and "b" not in values.dtypes:
             raise InputError(f"{name} has dtype bool at {i}; {values.rule}")
-    return np.array(items)
+    # Numpy makes floats of signed and unsigned 64-bit integers beside each other.
+    whole = all(isinstance(item, numbers.Integral) and not isinstance(item, bool) for item in items)
+    return _array_of([int(item) for item in items], name, values, signature) if whole else np.array(items)
 
 
 def _shapes(signature: Signature) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfx.errors import ArtifactError, InputError, LfxError, PluginError, require
+from lfx.runtime import forks
 from lfx.runtime import plugin as plugins
 from lfx.runtime.builder import FLAVORS
 from lfx.runtime.device import check, cudart, require_gpu
@@ -177,6 +178,7 @@ class _Worker:
         self._shapes: dict[str, tuple[int, ...]] | None = None
         self._graph: Any = None
         self._can_capture = True
+        self._generation = forks.generation()
         self._stream = check(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
 
     def run(self, feeds: Arrays, profile: int, outputs: list[str]) -> Arrays:
@@ -271,6 +273,9 @@ class _Worker:
 
     def __del__(self) -> None:
         if not hasattr(self, "_stream"):  # it never came to be
+            return
+        if self._generation != forks.generation():  # of a thread of the parent's; CUDA does not work in this child
+            forks.keep(self)
             return
         self._forget_graph()
         for buffer in self._buffers.values():

@@ -7,6 +7,8 @@ import os
 import pickle
 import select
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
@@ -100,8 +102,9 @@ def test_closing_in_the_child_does_not_wait_for_the_backend_s_threads(bundle: Ma
         np.testing.assert_array_equal(engine.run([5, 6])["pooler_output"], before)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_a_new_engine_in_the_child_works_beside_the_parent_s(bundle: MakeBundle, backend: str) -> None:
+def test_a_new_engine_in_the_child_works_beside_the_parent_s(bundle: MakeBundle) -> None:
+    backend = "onnxruntime"
+
     def ask() -> Any:
         new = Engine(bundle(), backend, threads=2)
         with Batcher(new) as batcher:
@@ -111,6 +114,42 @@ def test_a_new_engine_in_the_child_works_beside_the_parent_s(bundle: MakeBundle,
         expected = engine.run([5, 6])["pooler_output"]
         for found in in_child(ask):
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_openvino_is_refused_in_a_child_of_a_process_that_used_it(bundle: MakeBundle) -> None:
+    with Engine(bundle(), "openvino", threads=2):
+        said = in_child(lambda: Engine(bundle(), "openvino"))
+    assert said.startswith("OpenVINO was used before this process was forked")
+
+
+ENDING = """
+import os, signal, sys
+from lfx.runtime import Engine
+
+path, backend, before = sys.argv[1], sys.argv[2], sys.argv[3] == "before"
+if before:
+    engine = Engine(path, backend, threads=4)
+    engine.run([3, 4, 5])
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    if not before:
+        engine = Engine(path, backend, threads=4)
+        engine.run([3, 4, 5])
+    sys.exit(7)
+_, status = os.waitpid(child, 0)
+code = os.waitstatus_to_exitcode(status)
+sys.exit(0 if code == 7 else f"the child ended with {code}")
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_child_ends_when_it_exits(bundle: MakeBundle, backend: str, when: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    command = [sys.executable, "-c", ENDING, str(bundle()), backend, when]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_engine_of_the_parent_can_be_pickled_and_opened_in_the_child(engine: Engine) -> None:
