@@ -131,7 +131,7 @@ class PlanManifest:
             ArtifactError: the plan was cut or changed, or is another one.
         """
         try:
-            size = plan.stat().st_size
+            size, digest = plan.stat().st_size, sha256(plan)
         except OSError as error:
             raise ArtifactError(f"{plan} cannot be read: {error.strerror}; {_AGAIN}") from error
         if size != self.plan["bytes"]:
@@ -139,7 +139,7 @@ class PlanManifest:
                 f"{plan} has {size} bytes where {json_path(plan).name} says {self.plan['bytes']}: "
                 "it is cut, or another plan; build it again with: lfx build-engine"
             )
-        if sha256(plan) != self.plan["sha256"]:
+        if digest != self.plan["sha256"]:
             raise ArtifactError(
                 f"{plan} was changed after the build (sha256 differs); build it again with: lfx build-engine"
             )

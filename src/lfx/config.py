@@ -313,7 +313,11 @@ class Manifest:
             raise ArtifactError(
                 f"{path} has {size} bytes where {MANIFEST} says {entry['bytes']}; export the model again"
             )
-        if sha256(file) != entry["sha256"]:
+        try:
+            digest = sha256(file)
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read: {error.strerror}; make it readable") from error
+        if digest != entry["sha256"]:
             raise ArtifactError(f"{path} was changed after the export (sha256 differs); export the model again")
         return file
 
@@ -413,13 +417,6 @@ def parse_sealed(content: bytes, path: Path, version_key: str, version: int, cur
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file.
-
-    Raises:
-        ArtifactError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}; make it readable") from error
+    """Hex digest of a file. Raises: OSError: it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
