@@ -10,7 +10,7 @@ import transformers
 
 from lfx.checks import json_text
 from lfx.errors import ExportError, one_line
-from lfx.export.checkpoint import read_object, without_code
+from lfx.export.settings import read_object, without_code
 
 _KINDS = (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
 

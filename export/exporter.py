@@ -106,6 +106,8 @@ def export(
         raise ExportError(
             f"{source} has an attention_window of 2, which Hugging Face itself cannot run; give 4 or more"
         )
+    if any(m.padding_idx is None for m in module.modules() if isinstance(m, hf.LongformerEmbeddings)):
+        raise ExportError(f"{source} has no pad_token_id, without which Hugging Face itself cannot count positions")
     _check_global_option(module, global_attention, max_global)
     check_weights(module)
     weights = [*module.parameters(), *module.buffers()]

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from lfx.errors import ExportError
-from lfx.export.checkpoint import fetcher, find, without_code
+from lfx.export.checkpoint import fetcher, find
 from lfx.export.load import load, load_tokenizer, weights_sha256
 from tests.models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
@@ -47,59 +47,6 @@ def refusal(folder: Path) -> str:
     return message
 
 
-WRONG: list[tuple[str, list[Any]]] = [
-    ("architectures", [5, {}, [5], "LongformerModel"]),
-    ("pad_token_id", [10**30, -1, "x", None, 99, 1.5, True]),
-    ("sep_token_id", [10**30, -1, "x", 99]),
-    ("vocab_size", [0, -5, "x", None, 10**12]),
-    ("attention_window", [7, 0, "x", None, {}, [], [8], [8, 7], [8, [8]], 10**12]),
-    ("max_position_embeddings", [0, 1, 2, "x", 10**12]),
-    ("num_hidden_layers", [0, "x", None, 10**9]),
-    ("num_attention_heads", [0, 3, "x", 10**9]),
-    ("hidden_size", [0, "x", 10**9]),
-    ("intermediate_size", [0, "x", 10**12]),
-    ("type_vocab_size", [0, "x"]),
-    ("hidden_act", ["none", [], {}]),
-    ("layer_norm_eps", ["x", 2]),
-    ("hidden_dropout_prob", [7]),
-    ("dtype", ["float99", "int8", 5]),
-    ("torch_dtype", ["float8_e4m3fn", []]),
-    ("problem_type", [5, "x"]),
-    ("id2label", [5, [], {"x": "y"}, {"0": 5, "1": "b"}, {"0": "a", "5": "b"}, {"0": "a", "1": "b", "2": "c"}]),
-    ("label2id", [[5]]),
-    ("num_labels", [0, "x", 10**10]),
-    ("quantization_config", [{"quant_method": "bitsandbytes"}, 5]),
-    ("transformers_weights", ["../x.safetensors", "x.safetensors", 5]),
-    ("to_dict", [5]),
-    ("attribute_map", [{"hidden_size": "other"}]),
-    ("sub_configs", [{}]),
-    ("model_type", [5, "bert", ["longformer"]]),
-]
-
-
-@pytest.mark.parametrize(("key", "values"), WRONG, ids=[key for key, _ in WRONG])
-def test_a_config_with_a_wrong_value_is_refused(folder: Path, key: str, values: list[Any]) -> None:
-    good = (folder / "config.json").read_text()
-    for value in values:
-        edit(folder, **{key: value})
-        assert str(folder) in refusal(folder), value
-        (folder / "config.json").write_text(good)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("architectures", None), ("sep_token_id", None), ("quantization_config", None), ("dtype", "float16")],
-)
-def test_a_config_with_an_unusual_value_is_taken(folder: Path, key: str, value: Any) -> None:
-    edit(folder, **{key: value})
-    assert weights_sha256(load(str(folder), TASK)[0]) == weights_sha256(tiny_model(TASK))
-
-
-def test_what_names_code_is_left_out_at_any_depth() -> None:
-    config = {"auto_map": {"A": "b"}, "_attn_implementation": "x/y", "kept": [{"custom_pipelines": 1, "a": 2}], "b": 3}
-    assert without_code(config) == {"kept": [{"a": 2}], "b": 3}
-
-
 def test_a_kernel_of_the_hub_is_not_attended_with(folder: Path) -> None:
     edit(folder, _attn_implementation="someone/kernel", attn_implementation={"": "someone/kernel"})
     assert load(str(folder))[0].config._attn_implementation == "eager"
@@ -111,25 +58,6 @@ def test_files_of_other_kinds_are_refused(folder: Path, name: str, make: Callabl
     (folder / name).unlink(missing_ok=True)
     make(folder / name)
     assert f"{folder / name} is " in refusal(folder)
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"[" * 10**6, "nested too deeply"),
-        (b"\xff\xfe\xff", "decode"),
-        (b'{"a": 1, "a": 2}', "stands twice"),
-        (b"5", "int"),
-    ],
-)
-def test_a_config_that_is_no_json_object_is_refused(folder: Path, content: bytes, reason: str) -> None:
-    (folder / "config.json").write_bytes(content)
-    assert reason in refusal(folder)
-
-
-def test_a_huge_config_is_not_read(folder: Path) -> None:
-    os.truncate(folder / "config.json", 10**11)
-    assert "at most 16,000,000 are read" in refusal(folder)
 
 
 def _shard(folder: Path, name: Any) -> None:

@@ -364,6 +364,11 @@ def test_a_token_of_a_module_that_is_none_is_refused(tmp_path: Path, name: str, 
         export(Own(), tmp_path / "out")
 
 
+def test_a_model_without_a_padding_token_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="has no pad_token_id"):
+        export(tiny_model(pad_token_id=None), tmp_path / "out")
+
+
 def test_a_module_that_is_no_longformer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="contains no Longformer self-attention"):
         export(nn.Linear(2, 2), tmp_path / "out")
