@@ -414,7 +414,7 @@ def _manifest(model: Path) -> Manifest:
 @click.option(
     "--source",
     type=FilledText(),
-    help="The checkpoint to compare with.  [default: the one that the bundle was made from]",
+    help="The checkpoint to compare with.  [default: the folder that the bundle was made from]",
 )
 @click.option("--cases", type=click.Choice(["quick", "full"]), default="quick", show_default=True)
 @click.option("--by-layer", is_flag=True, help="Compare every attention layer too, and name the first that differs.")
@@ -444,7 +444,7 @@ def parity(model: Path, open_engine: OpenEngine, **options: Any) -> None:
 @click.option(
     "--source",
     type=FilledText(),
-    help="The checkpoint to compare with.  [default: the one that the bundle was made from]",
+    help="The checkpoint to compare with.  [default: the folder that the bundle was made from]",
 )
 @click.option("--output", type=OutputPath(), help="Write the rows to this .jsonl file.")
 @click.option("--plot", type=OutputPath(), help="Draw tokens per second over length into this .png file.")
