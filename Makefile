@@ -9,7 +9,7 @@ HEADERS := $(CURDIR)/build/headers
 # Where pip looks for PyTorch's CPU build, beside the places that it is configured with.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Every extra but gpu, whose onnxruntime-gpu takes the place of onnxruntime.
-EXTRAS := export,cpu,rtx,openvino,report,parquet,metrics,fuzz,test
+EXTRAS := export,cpu,rtx,openvino,report,parquet,metrics,verify,fuzz,test
 
 # Two processes of one thread each: most of the tests trace and load, which one thread does.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
@@ -36,7 +36,7 @@ define venv
 $(PYTHON) -m venv $(1)
 endef
 
-.PHONY: install demo test test-fast test-lowest check lock bench figures clean
+.PHONY: install demo test test-fast test-lowest check lock fuzz bench figures clean
 
 install: $(STAMP)
 
@@ -85,6 +85,9 @@ lock:  ## Write requirements.lock again from pyproject.toml; OPTIONS=--upgrade t
 	$(call venv,.venv-lock)
 	$(call locked,uv) | $(call install,.venv-lock)
 	.venv-lock/bin/python scripts/lock.py $(OPTIONS)
+
+fuzz: install  ## Fuzz inputs, documents, manifests and ONNX files for MINUTES; writes docs/records/fuzz.jsonl.
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz.py --minutes $(or $(MINUTES),10)
 
 bench: install  ## All CPU benchmarks, more than an hour; writes docs/records and the tables made from it.
 	$(BIN)/python scripts/bench_cpu.py

@@ -4,72 +4,172 @@
     curl -d '{"text": "A long document …"}' localhost:8000/run
     curl localhost:8000/metrics
 
-Requests that arrive together run together. A bad request gets 400 and the reason, an overload 503.
+Requests that arrive together run together. A bad request gets 400 and the reason, a body that is longer than any text
+that the model takes 413, an overload 503; a client that is too slow is hung up on.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import socket
+import sys
+import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from lfx.checks import json_text, parse_json
 from lfx.errors import InputError, LfxError, OverloadError
 from lfx.runtime import Batcher, Engine
 from lfx.runtime.text import Text
 
-LARGEST_BODY = 4_000_000  # bytes
+# Bytes of a body for each token of the model's longest sequence. English has 4 to 5 and Chinese 3 in UTF-8; a letter
+# that JSON escapes has 6.
+BYTES_PER_TOKEN = 16
+OTHER_BYTES = 1024  # of a body: what is no text
+NO_LIMIT_TOKENS = 16_384  # longest sequence that is served of a model without a limit
 
 
-def make_server(bundle: Path, port: int = 8000, max_delay_ms: float = 5.0) -> ThreadingHTTPServer:
-    """A server that is ready to run: `make_server(…).serve_forever()`."""
-    engine = Engine(bundle)
-    engine.warm_up()
-    text = Text(bundle, engine.signature)
-    batcher = Batcher(engine, max_delay_ms=max_delay_ms)
+class Server(ThreadingHTTPServer):
+    """One thread for each connection.
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path == "/metrics":
-                self._reply(200, engine.metrics.prometheus(), "text/plain; version=0.0.4")
-            else:
-                self._reply(200 if self.path == "/health" else 404, "{}")
+    Args:
+        max_requests: most requests that are tokenized or computed, or wait for it; one more gets 503.
+        client_seconds: a client has so long to send its request, and as long again to take each part of the reply.
+    """
 
-        def do_POST(self) -> None:
-            length = self.headers.get("Content-Length", "")
-            size = int(length) if length.isascii() and length.isdigit() else -1
-            if self.path != "/run" or not 0 <= size <= LARGEST_BODY:
-                self._reply(404 if self.path != "/run" else 413 if size > 0 else 411, "{}")
-                return
-            try:
-                self._reply(200, json.dumps(self._run(self.rfile.read(size))))
-            except OverloadError as error:
-                self._reply(503, json.dumps({"error": str(error)}))
-            except (InputError, ValueError, TypeError, KeyError, RecursionError) as error:
-                self._reply(400, json.dumps({"error": str(error)}))
-            except LfxError as error:
-                self._reply(500, json.dumps({"error": str(error)}))
+    def __init__(self, bundle: Path, port: int, max_delay_ms: float, max_requests: int, client_seconds: float) -> None:
+        self.engine = Engine(bundle)
+        self.engine.warm_up()
+        self.text = Text(bundle, self.engine.signature)
+        self.batcher = Batcher(self.engine, max_delay_ms=max_delay_ms)
+        self.tokenizing = threading.Lock()  # one text at a time: its encoding is many times as large
+        self.largest_body = (self.engine.signature.max_seqlen or NO_LIMIT_TOKENS) * BYTES_PER_TOKEN + OTHER_BYTES
+        self.client_seconds = client_seconds
+        self._slots = threading.BoundedSemaphore(max_requests)
+        super().__init__(("127.0.0.1", port), Handler)
 
-        def _run(self, body: bytes) -> dict[str, Any]:
-            request = json.loads(body)
-            encoded = text.encode(request["text"], request.get("pair"))
-            outputs = batcher.submit(encoded.ids).result()
-            return {"tokens": len(encoded.ids), "answers": text.answers(encoded, outputs)}
+    @contextlib.contextmanager
+    def slot(self) -> Iterator[None]:
+        """A place among `max_requests`.
 
-        def _reply(self, status: int, body: str, kind: str = "application/json") -> None:
-            data = body.encode()
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+        Raises:
+            OverloadError: all are taken.
+        """
+        if not self._slots.acquire(blocking=False):
+            raise OverloadError("too many requests are in work; try again later")
+        try:
+            yield
+        finally:
+            self._slots.release()
 
-        def log_message(self, *_: Any) -> None:
-            """The metrics say what happened."""
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hung up is no error of the server's."""
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+            super().handle_error(request, client_address)
 
-    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one request."""
+
+    server: Server
+
+    def setup(self) -> None:
+        """Give the client its time: each wait is bounded by a timeout, and all of the request by a timer."""
+        self.timeout = self.server.client_seconds
+        super().setup()
+        self._timer = threading.Timer(self.server.client_seconds, self._stop_reading)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def finish(self) -> None:
+        """The timer ends with the connection."""
+        self._timer.cancel()
+        super().finish()
+
+    def _stop_reading(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RD)
+
+    def do_GET(self) -> None:
+        """Metrics, and a check of health."""
+        if self.path == "/metrics":
+            self._reply(200, self.server.engine.metrics.prometheus(), "text/plain; version=0.0.4")
+        else:
+            self._reply(200 if self.path == "/health" else 404, "{}")
+
+    def do_POST(self) -> None:
+        """Run a text."""
+        length = self.headers.get("Content-Length", "")
+        if self.path != "/run":
+            self._reply(404, "{}")
+        elif not (length.isascii() and length.isdigit()):
+            self._reply(411, "{}")
+        elif len(length) > 9 or int(length) > self.server.largest_body:
+            reason = f"the body is above {self.server.largest_body:,} bytes, which no text that the model takes needs"
+            self._reply(413, json_text({"error": reason}))
+            self._discard(int(length[:12]))
+        else:
+            status, answer = self._answer(int(length))
+            self._reply(status, json_text(answer))
+
+    def _discard(self, size: int) -> None:
+        """Take in a refused body, for as long as a client has: closing before that resets the reply away."""
+        while size > 0 and (part := self.rfile.read1(65_536)):
+            size -= len(part)
+
+    def _answer(self, size: int) -> tuple[int, dict[str, Any]]:
+        """Status and body of the reply."""
+        body = self.rfile.read(size)
+        self._timer.cancel()
+        if len(body) < size:
+            return 408, {"error": f"the body has {len(body)} bytes where Content-Length says {size}"}
+        try:
+            with self.server.slot():
+                return 200, self._run(parse_json(body))
+        except OverloadError as error:
+            return 503, {"error": str(error)}
+        except (InputError, ValueError) as error:
+            return 400, {"error": str(error)}
+        except LfxError as error:
+            return 500, {"error": str(error)}
+
+    def _run(self, request: Any) -> dict[str, Any]:
+        if not isinstance(request, dict) or "text" not in request:
+            raise InputError(
+                'the body must be a JSON object with the field "text", and "pair" where the task takes one'
+            )
+        server = self.server
+        with server.tokenizing:
+            encoded = server.text.encode(request["text"], request.get("pair"))
+        outputs = server.batcher.submit(encoded.ids).result()
+        return {"tokens": len(encoded.ids), "answers": server.text.answers(encoded, outputs)}
+
+    def _reply(self, status: int, body: str, kind: str = "application/json") -> None:
+        data = body.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        if status == 503:
+            self.send_header("Retry-After", "1")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        """The metrics say what happened."""
+
+
+def make_server(
+    bundle: Path,
+    port: int = 8000,
+    max_delay_ms: float = 5.0,
+    max_requests: int = 64,
+    client_seconds: float = 10.0,
+) -> Server:
+    """A server that is ready to run: `make_server(…).serve_forever()`; arguments as `Batcher`'s and `Server`'s."""
+    return Server(bundle, port, max_delay_ms, max_requests, client_seconds)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,16 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-import transformers
 from torch import nn
 from torch.utils import _pytree as pytree
 from transformers.models.longformer import modeling_longformer as hf
 
 import lfx
+from lfx.checks import file_path, whole_number
 from lfx.config import (
-    GLOBAL_MODES,
     GRAPH_INPUTS,
     MODEL,
     OPSETS,
-    PRECISIONS,
     TASKS,
     WEIGHTS,
     Manifest,
@@ -31,8 +30,10 @@ from lfx.config import (
 )
 from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
+from lfx.export.companions import check_tokenizer, write_config, write_tokenizer
 from lfx.export.graph import finish
-from lfx.export.load import load, quiet, weights_sha256
+from lfx.export.load import check_weights, load, load_tokenizer, quiet, weights_sha256
+from lfx.export.options import at_least_1, check_choices, model_name
 from lfx.export.passes.opset import TRACED
 from lfx.export.rewrite import GlobalTokens, Traceable, attention_windows, rewrite
 from lfx.export.runners import TORCH_DTYPES
@@ -82,7 +83,13 @@ def export(
         ExportError: the model, an option or the place cannot be used; nothing is left behind.
         ParityError: the exported numbers are not the model's; nothing is left behind.
     """
-    _check_options(opset, precision, global_attention, max_global)
+    check_choices(task, precision, global_attention, inline_functions, progress)
+    opset = whole_number(opset, "opset", *OPSETS, ExportError)
+    max_global, max_seqlen = at_least_1(max_global, "max_global"), at_least_1(max_seqlen, "max_seqlen")
+    if max_global is not None and global_attention != "mask":
+        raise ExportError(f"max_global {max_global} needs global_attention 'mask'; leave one of the two out")
+    check_tokenizer(tokenizer)
+    model = model if isinstance(model, nn.Module) else model_name(model)
     source, kind = _source(model)
     target = _target(model, output)
     check_target(target)
@@ -91,7 +98,7 @@ def export(
     else:
         progress("loading the checkpoint")
         module, task = load(source, task)
-        tokenizer = tokenizer if tokenizer is not None else _tokenizer(source)
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(source)
     windows = attention_windows(module)
     if not windows:
         raise ExportError(f"{source} contains no Longformer self-attention; lfx exports Longformer models only")
@@ -100,6 +107,7 @@ def export(
             f"{source} has an attention_window of 2, which Hugging Face itself cannot run; give 4 or more"
         )
     _check_global_option(module, global_attention, max_global)
+    check_weights(module)
     weights = [*module.parameters(), *module.buffers()]
     weight_bytes = sum(t.numel() for t in weights) * TORCH_DTYPES[precision].itemsize
     check_space(target, int(weight_bytes * 1.05) + 2_000_000)
@@ -134,34 +142,18 @@ def export(
         ir.save(model_ir, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=1024)
         del program, model_ir
         _check_file(folder / MODEL, opset)
-        config = getattr(module, "config", None)
-        if isinstance(config, transformers.PreTrainedConfig):
-            config.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder))
+        write_config(getattr(module, "config", None), folder)
+        write_tokenizer(tokenizer, folder)
         manifest.validation.update(validate(folder / MODEL, module, signature, progress))
         manifest.write(folder)
     return target
 
 
-def _check_options(opset: int, precision: str, global_attention: str, max_global: int | None) -> None:
-    if not OPSETS[0] <= opset <= OPSETS[1]:
-        raise ExportError(f"opset {opset} is out of range; choose {OPSETS[0]} to {OPSETS[1]}")
-    if precision not in PRECISIONS:
-        raise ExportError(f"precision {precision!r} is not known; choose one of: {', '.join(PRECISIONS)}")
-    if global_attention not in GLOBAL_MODES:
-        raise ExportError(f"global attention {global_attention!r} is not known; choose: {', '.join(GLOBAL_MODES)}")
-    if max_global is not None and (max_global < 1 or global_attention != "mask"):
-        raise ExportError(
-            f"max_global {max_global} with global attention {global_attention!r}: give 1 or more, with 'mask'"
-        )
-
-
-def _source(model: str | Path | nn.Module) -> tuple[str, str]:
+def _source(model: str | nn.Module) -> tuple[str, str]:
     """Where the weights come from, so that `lfx parity` finds them again from any folder; and which kind that is."""
     if isinstance(model, nn.Module):
         return f"{type(model).__module__}.{type(model).__qualname__}", "module"
-    return (str(Path(model).resolve()), "folder") if Path(model).is_dir() else (str(model), "hub")
+    return (str(Path(model).resolve()), "folder") if Path(model).is_dir() else (model, "hub")
 
 
 def _check_global_option(module: nn.Module, global_attention: str, max_global: int | None) -> None:
@@ -198,39 +190,22 @@ def _check_ranges(program: torch.onnx.ONNXProgram, signature: Signature, multipl
             )
 
 
-def _target(model: str | Path | nn.Module, output: str | Path | None) -> Path:
+def _target(model: str | nn.Module, output: str | Path | None) -> Path:
     if output is not None:
-        return Path(output)
+        return file_path(output, "output", ExportError)
     if isinstance(model, nn.Module):
         raise ExportError("a module has no name to write to; give export(..., output=FOLDER)")
-    name = Path(model).resolve().name if Path(model).is_dir() else str(model).rstrip("/").rpartition("/")[2]
+    name = Path(model).resolve().name if Path(model).is_dir() else model.rstrip("/").rpartition("/")[2]
     target = Path(name)
     same = Path(model).is_dir() and target.resolve() == Path(model).resolve()
     return Path(f"{name}-onnx") if same else target
 
 
 def _task_of_module(module: nn.Module, task: str) -> str:
-    if task != "auto" and task not in TASKS:
-        raise ExportError(f"task {task!r} is not known; choose one of: auto, {', '.join(TASKS)}")
     if task != "auto":
         return task
     bases = {cls.__name__ for cls in type(module).__mro__}
     return next((name for name, known in TASKS.items() if known.architecture in bases), "feature-extraction")
-
-
-def _tokenizer(source: str) -> Any:
-    """The checkpoint's tokenizer, or None where it has none."""
-    folder = Path(source)
-    vocabularies = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer_config.json")
-    if folder.is_dir() and not any((folder / name).is_file() for name in vocabularies):
-        return None
-    try:
-        with quiet():
-            return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:
-        if folder.is_dir():
-            raise ExportError(f"the tokenizer of {source} cannot be loaded: {one_line(error)}") from error
-        return None
 
 
 def _trace(
@@ -262,28 +237,38 @@ def _trace(
                 optimize=False,
                 verbose=False,
             )
-    except ExportError:
-        raise
     except Exception as error:
-        raise ExportError(f"{type(module).__name__} cannot be traced: {_cause(error)}") from error
+        cause = _cause(error)
+        if isinstance(cause, ExportError):
+            raise cause from None
+        reason = f"{type(cause).__name__}: {one_line(cause)}"
+        raise ExportError(f"{type(module).__name__} cannot be traced: {reason}") from error
     assert program is not None
     assert program.exported_program is not None
     outputs = pytree.tree_unflatten(list(program.model.graph.outputs), program.exported_program.call_spec.out_spec)
-    _name_outputs(outputs, inputs)
+    _name_outputs(outputs, {*inputs, *(name for name, _ in module.named_parameters())})
     return program, inputs
 
 
-def _name_outputs(outputs: dict[str, ir.Value], inputs: list[str]) -> None:
+def _name_outputs(outputs: dict[str, ir.Value], taken: set[str]) -> None:
     """Give every graph output its name.
 
+    Args:
+        taken: names of the inputs and of the parameters.
     Raises:
         ExportError: an output that cannot stand beside the others or the inputs.
     """
     seen: dict[int, str] = {}
     for name, value in outputs.items():
-        if value.is_graph_input() or name in inputs:
+        if not re.fullmatch(r"[\w.-]{1,100}", name, re.ASCII):
             raise ExportError(
-                f"output {name!r} is an input handed back, or has an input's name; leave it out or rename it"
+                f"output {name[:100]!r} has a name that no file can have; rename it: at most 100 letters, digits, "
+                "'_', '.' and '-'"
+            )
+        if value.is_graph_input() or name in taken:
+            raise ExportError(
+                f"output {name!r} is an input handed back, or has the name of an input or a parameter; leave it out or "
+                "rename it"
             )
         if id(value) in seen:
             raise ExportError(f"outputs {seen[id(value)]!r} and {name!r} are one tensor; return it once")
@@ -291,10 +276,10 @@ def _name_outputs(outputs: dict[str, ir.Value], inputs: list[str]) -> None:
         value.name = name
 
 
-def _cause(error: BaseException) -> str:
+def _cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {one_line(error)}"
+    return error
 
 
 def _first_names(module: nn.Module) -> dict[int, str]:
@@ -318,11 +303,12 @@ def _signature(
     every = [m for m in module.modules() if isinstance(m, hf.LongformerEmbeddings)]
     embeddings = every[0] if every else None
     vocab_size = embeddings.word_embeddings.num_embeddings if embeddings is not None else None
-    pad = embeddings.padding_idx if embeddings is not None else getattr(config, "pad_token_id", None)
+    pad = embeddings.padding_idx if embeddings is not None else _token_id(config, "pad_token_id", None)
+    sep = _token_id(config, "sep_token_id", vocab_size)
     axes: tuple[str, ...] = ("batch", "choices", "sequence") if task == "multiple-choice" else ("batch", "sequence")
     fixed = {"mask": TASKS[task].default_global, "first": "first", "none": "none"}[tokens.mode]
     if tokens.mode == "mask" and "global_attention_mask" in inputs and not _is_hugging_face(module):
-        fixed = default_global_of(module, vocab_size, pad, getattr(config, "sep_token_id", None))
+        fixed = default_global_of(module, vocab_size, pad, sep)
     return Signature(
         architecture=type(module).__name__,
         task=task,
@@ -336,9 +322,14 @@ def _signature(
         vocab_size=vocab_size,
         max_global=tokens.max_slots,
         pad_token_id=pad if pad is not None else 1,
-        sep_token_id=getattr(config, "sep_token_id", None),
+        sep_token_id=sep,
         lfx_version=lfx.__version__,
     )
+
+
+def _token_id(config: Any, name: str, vocab_size: int | None) -> int | None:
+    value = getattr(config, name, None)
+    return None if value is None else whole_number(value, name, 0, (vocab_size or 2**31) - 1, ExportError)
 
 
 def _is_hugging_face(module: nn.Module) -> bool:
@@ -363,8 +354,10 @@ def _limit(embeddings: list[Any], asked: int | None) -> int | None:
         ),
         default=None,
     )
+    if limit is not None and limit < 1:
+        raise ExportError("the position embeddings have no row for a token; give more max_position_embeddings")
     if asked is not None:
-        if asked < 1 or (limit is not None and asked > limit):
+        if limit is not None and asked > limit:
             raise ExportError(f"max_seqlen {asked} is out of range; the position embeddings allow 1 to {limit}")
         return asked
     return limit

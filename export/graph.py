@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,9 @@ import onnxscript.optimizer
 import torch
 from onnx_ir.passes import common
 
+from lfx.checks import json_text
 from lfx.config import GLOBAL_ROWS, GLOBAL_SLOTS
+from lfx.errors import ExportError
 from lfx.export import functions
 from lfx.export.passes.constants import share_constants
 from lfx.export.passes.gelu import reorder_gelu
@@ -43,6 +44,8 @@ def finish(
         dimensions: names of the dynamic axes of the graph's inputs.
         inline_functions: leave standard ops only.
         metadata: what a file without its bundle must say of itself; stored under the key `lfx`.
+    Raises:
+        ExportError: an output that is a constant, or an op that the opset does not have.
     """
     _name_weights(model, parameter_names, prefix)
     for helper in functions.HELPERS:
@@ -52,7 +55,10 @@ def finish(
     common.InlinePass(criteria=lambda function: function.name in helpers)(model)
     transpose_weights(model)
     weights = set(model.graph.initializers)
-    _simplify(model)
+    _simplify(model, weights)
+    for value in model.graph.outputs:
+        if value.is_initializer():
+            raise ExportError(f"output {value.name!r} is the same whatever the input; leave it out")
     share_constants(model, weights)
     common.CommonSubexpressionEliminationPass()(model)
     reorder_gelu(model)
@@ -73,7 +79,7 @@ def finish(
     common.TopologicalSortPass()(model)
     model.producer_name, model.producer_version = "lfx", str(metadata["lfx_version"])
     model.graph.name = str(metadata["architecture"])
-    model.metadata_props["lfx"] = json.dumps(dict(metadata))
+    model.metadata_props["lfx"] = json_text(dict(metadata))
     return model
 
 
@@ -100,9 +106,17 @@ def _inside(node: ir.Node) -> list[ir.Node]:
     return [inner for branch in branches for inner in branch.as_graph()]
 
 
-def _simplify(model: ir.Model) -> None:
+def _simplify(model: ir.Model, weights: set[str]) -> None:
+    def reads_weight(node: ir.Node) -> bool:
+        return any(value is not None and value.is_initializer() and value.name in weights for value in node.inputs)
+
     onnxscript.optimizer.fold_constants(
-        model, onnx_shape_inference=True, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT
+        model,
+        onnx_shape_inference=True,
+        input_size_limit=_FOLD_LIMIT,
+        output_size_limit=_FOLD_LIMIT,
+        # The layout of a weight is the same whatever its size.
+        should_fold=lambda node: False if reads_weight(node) else None,
     )
     for clean in (
         common.IdentityEliminationPass(),

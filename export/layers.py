@@ -12,7 +12,8 @@ from onnx import TensorProto, helper
 from lfx.config import MODEL, Signature, TensorSpec
 from lfx.errors import ArtifactError
 from lfx.export.functions import DOMAIN
-from lfx.runtime.backends import link_or_copy
+from lfx.files import link_or_copy
+from lfx.onnx_file import read_header
 
 
 def layer_name(index: int) -> str:
@@ -48,6 +49,6 @@ def expose_layers(bundle: Path, signature: Signature, folder: Path) -> Path:
     del model.metadata_props[:]
     helper.set_model_props(model, {"lfx": json.dumps(exposed.to_dict())})
     onnx.save(model, str(folder / MODEL))
-    for data in bundle.glob(f"{MODEL}.*"):
-        link_or_copy(data, folder / data.name)
+    for name in read_header(bundle / MODEL).weights:
+        link_or_copy(bundle / name, folder / name)
     return folder / MODEL

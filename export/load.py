@@ -1,11 +1,11 @@
-"""A checkpoint, from a folder or the hub, as a torch model; safetensors or weights_only, no remote code."""
+"""A checkpoint, from a folder or the hub, as a torch model and a tokenizer; no code of it is run."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +15,10 @@ import torch
 import transformers
 from torch import nn
 
+from lfx.checks import one_of
 from lfx.config import TASKS
 from lfx.errors import ExportError, one_line
+from lfx.export import checkpoint
 
 _BY_ARCHITECTURE = {task.architecture: name for name, task in TASKS.items()}
 
@@ -43,7 +45,7 @@ def quiet() -> Iterator[None]:
 
 
 def load(model: str, task: str = "auto") -> tuple[nn.Module, str]:
-    """Load a Longformer checkpoint in float32, in eval mode.
+    """Load a Longformer checkpoint in float32, in eval mode. Nothing in it is run: see `lfx.export.checkpoint`.
 
     Args:
         model: a folder with config.json and weights, or a model id of the hub.
@@ -53,15 +55,28 @@ def load(model: str, task: str = "auto") -> tuple[nn.Module, str]:
     Raises:
         ExportError: no such checkpoint, not a Longformer, broken or missing weights, other shapes than the config.
     """
-    if task != "auto" and task not in TASKS:
-        raise ExportError(f"task {task!r} is not known; choose one of: auto, {', '.join(TASKS)}")
+    one_of(task, "task", ("auto", *TASKS), ExportError)
     with quiet():
-        config = _config(model)
-        task = _task_of(config, model) if task == "auto" else task
+        found = checkpoint.find(model)
+        task = _task_of(found) if task == "auto" else task
+        try:
+            # Eager, whatever the checkpoint says: other implementations may be code of the hub.
+            config = transformers.LongformerConfig(**found.settings, attn_implementation="eager")
+        except Exception as error:
+            raise ExportError(f"{found.folder / 'config.json'} is no config of a Longformer: {_flat(error)}") from error
         loader = getattr(transformers, TASKS[task].auto_class)
         try:
             loaded, info = loader.from_pretrained(
-                model, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+                found.folder,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                use_safetensors=found.is_safetensors,
+                weights_only=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
         except Exception as error:
             raise ExportError(f"the weights of {model} cannot be loaded: {_why(error)}") from error
@@ -70,43 +85,30 @@ def load(model: str, task: str = "auto") -> tuple[nn.Module, str]:
     return loaded.eval(), task
 
 
-def _config(model: str) -> Any:
-    folder = Path(model)
-    if folder.is_file():
-        raise ExportError(f"{model} is a file; give the folder that holds config.json and the weights")
-    if not folder.is_dir() and (folder.is_absolute() or model.startswith(".") or model.count("/") > 1):
-        raise ExportError(f"{model} does not exist; give a folder with config.json and weights, or a hub id")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ExportError(f"{model} has no config.json; give a folder that save_pretrained wrote")
-    if folder.is_dir():
+def load_tokenizer(model: str) -> Any:
+    """A checkpoint's tokenizer, or None where it has none.
+
+    Raises:
+        ExportError: it has one that cannot be loaded.
+    """
+    with quiet(), tempfile.TemporaryDirectory(prefix="lfx-tokenizer-") as scratch:
+        if not checkpoint.copy_tokenizer(model, Path(scratch)):
+            return None
         try:
-            declared = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        except (ValueError, AttributeError) as error:
-            raise ExportError(f"{folder / 'config.json'} is not a JSON object: {error}") from error
-        if declared != "longformer":
-            raise ExportError(_not_a_longformer(model, declared))
-    try:
-        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:
-        where = "" if folder.is_dir() else ", and there is no folder of that name here"
-        raise ExportError(f"{model} cannot be loaded: {_why(error)}{where}") from error
-    if config.model_type != "longformer":
-        raise ExportError(_not_a_longformer(model, config.model_type))
-    return config
+            return transformers.AutoTokenizer.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            raise ExportError(f"the tokenizer of {model} cannot be loaded: {_flat(error)}") from error
 
 
-def _not_a_longformer(model: str, found: str | None) -> str:
-    return f"{model} is a {found or 'model of no stated type'}, not a longformer; lfx exports Longformer models only"
-
-
-def _task_of(config: Any, model: str) -> str:
-    names = list(config.architectures or [])
+def _task_of(found: checkpoint.Checkpoint) -> str:
+    names = found.settings.get("architectures") or []
     if not names:
         return "feature-extraction"
     for name in names:
         if name in _BY_ARCHITECTURE:
             return _BY_ARCHITECTURE[name]
-    raise ExportError(f"{model} has architecture {', '.join(names)}; choose --task from: {', '.join(TASKS)}")
+    shown = ", ".join(names)[:200]
+    raise ExportError(f"{found.name} has architecture {shown}; choose --task from: {', '.join(TASKS)}")
 
 
 def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, task: str) -> None:
@@ -134,12 +136,43 @@ def _why(error: BaseException) -> str:
     return text if isinstance(error, (OSError, ValueError, AssertionError)) else f"{type(error).__name__}: {text}"
 
 
+def check_weights(module: nn.Module) -> None:
+    """No number of the model is NaN, and no parameter is infinite; a buffer, such as a mask, may be.
+
+    Raises:
+        ExportError: says which tensor, and how many of its values.
+    """
+    parameters = {name: tensor.detach() for name, tensor in module.named_parameters()}
+    buffers = {
+        name: tensor
+        for name, tensor in module.state_dict().items()
+        if name not in parameters and isinstance(tensor, torch.Tensor)
+    }
+    for name, tensor in {**parameters, **buffers}.items():
+        if tensor.is_meta:
+            raise ExportError(f"{name} is on the device meta, without values; load the weights first")
+        values = tensor.float()  # the dtype that the model is compared in
+        nans, infinities = int(values.isnan().sum()), int(values.isinf().sum())
+        if nans or (infinities and name in parameters):
+            what, count = ("NaN", nans) if nans else ("an infinity", infinities)
+            raise ExportError(
+                f"{name} holds {what} in {count:,} of {tensor.numel():,} values; export a checkpoint that is whole"
+            )
+
+
+def _flat(error: BaseException) -> str:
+    """A message of several lines as one, cut: the reason may stand in the second."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def weights_sha256(model: nn.Module) -> str:
     """Digest of all weights by name, dtype, shape and bytes: the same model gives the same digest anywhere."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue  # a module's extra state
         plain = tensor.detach().contiguous().cpu()
         digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
         if plain.numel():
-            digest.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import logging
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
@@ -24,14 +23,19 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime import quantization as ortq
 
-from lfx.config import MANIFEST, MODEL, WEIGHTS, Manifest, Signature, is_multi_label, package_versions, sha256
+from lfx.checks import file_path, one_of, whole_number
+from lfx.config import MANIFEST, MODEL, Manifest, Signature, is_multi_label, package_versions, sha256
 from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
+from lfx.export.companions import drop_code
+from lfx.files import copy, temporary_folder
 from lfx.parity import Case, Report, compare
 from lfx.runtime import Engine
+from lfx.runtime.artifact import check_bundle
 from lfx.runtime.backends import OnnxRuntime, int8_overflows
 from lfx.runtime.conversion import engine_runner
-from lfx.runtime.documents import encoded, is_documents
+from lfx.runtime.documents import encoded
+from lfx.runtime.formats import is_documents
 from lfx.runtime.inputs import prepare
 from lfx.runtime.text import settings
 
@@ -77,22 +81,27 @@ def quantize(
         InputError: the calibration file cannot be read, or a document in it cannot be taken.
         ParityError: the integer kernels of this machine do not compute what the quantized graph says.
     """
-    folder = Path(bundle)
+    folder = file_path(bundle, "bundle", ExportError)
+    calibration = file_path(calibration, "calibration", ExportError)
+    samples = whole_number(samples, "samples", 2, error=ExportError)  # half to calibrate, half to judge
+    one_of(activations, "activations", ACTIVATIONS, ExportError)
+    _check_types(full_range, keep_float, tokenizer, progress)
     manifest = Manifest.read(folder)
-    _check(manifest.signature, samples, activations, folder)
+    _check(manifest.signature, folder)
     if full_range and int8_overflows():
         raise ExportError(
             "full_range cannot be checked here: this CPU has no VNNI, so it overflows on 8 bits of weight; leave it "
             "out, or quantize where the model will run"
         )
-    target = Path(output) if output is not None else Path(f"{folder.resolve().name}-int8")
+    name = f"{folder.resolve().name}-int8"
+    target = file_path(output if output is not None else name, "output", ExportError)
     check_target(target)
     if target.resolve() == folder.resolve():
         raise ExportError(f"{target} is the bundle that is quantized, which would be lost; give another output")
     progress("checking the bundle")
-    manifest.verify(folder)
+    artifact = check_bundle(folder, manifest)
     check_space(target, sum(entry["bytes"] for entry in manifest.files.values()))
-    feeds, found_in = _read(Path(calibration), manifest.signature, Path(tokenizer or folder), samples)
+    feeds, found_in = _read(calibration, manifest.signature, Path(tokenizer or folder), samples)
     model = onnx.load(str(folder / MODEL), load_external_data=False)
     layers = _linear_layers(model, keep_float)
     every = _linear_layers(model, ()).values()
@@ -103,11 +112,14 @@ def quantize(
         raise ExportError(
             f"{bundle} has no linear layer to quantize; keep_float keeps {', '.join(keep_float) or 'none'}"
         )
-    with atomic_folder(target) as made, tempfile.TemporaryDirectory(prefix="lfx-quantize-") as scratch:
+    with atomic_folder(target) as made, temporary_folder("quantize") as scratch:
+        # The quantizer writes beside what it reads, and reads no weights that are links.
+        for name, file in artifact.files.items():
+            copy(file, scratch / name)
         progress(f"calibrating on {len(feeds[::2])} windows")
         with _quiet_quantizer():
             ortq.quantize_static(
-                str(_unlinked(folder, Path(scratch)) / MODEL),
+                str(scratch / MODEL),
                 str(made / MODEL),
                 _Reader(feeds[::2]),
                 quant_format=ortq.QuantFormat.QDQ,
@@ -129,6 +141,7 @@ def quantize(
         for path in folder.iterdir():
             if path.is_file() and path.name in manifest.files and not path.name.startswith(MODEL):
                 shutil.copyfile(path, made / path.name)
+        drop_code(made)
         report = _accuracy(folder, made / MODEL, feeds[1::2], signature, progress)
         report.require()
         quantization = {
@@ -148,42 +161,44 @@ def quantize(
     return target
 
 
-def _check(signature: Signature, samples: int, activations: str, folder: Path) -> None:
+def _check_types(full_range: Any, keep_float: Any, tokenizer: Any, progress: Any) -> None:
+    if not isinstance(full_range, bool):
+        raise ExportError(f"full_range is {type(full_range).__name__}; give True or False")
+    if not isinstance(keep_float, Sequence) or isinstance(keep_float, str | bytes):
+        raise ExportError(f"keep_float is {type(keep_float).__name__}; give a list of patterns")
+    if not all(isinstance(pattern, str) for pattern in keep_float):
+        raise ExportError('keep_float has a pattern that is no text; give such as "encoder.layer.11.*"')
+    if tokenizer is not None:
+        file_path(tokenizer, "tokenizer", ExportError)
+    if not callable(progress):
+        raise ExportError(f"progress is {type(progress).__name__}; give a function of one text, or leave it out")
+
+
+def _check(signature: Signature, folder: Path) -> None:
     if signature.precision != "fp32":
         raise ExportError(f"{folder} is {signature.precision}; int8 is made from an fp32 bundle: export it again")
     if signature.task == "multiple-choice":
         raise ExportError("multiple-choice cannot be calibrated: its documents have a third axis")
-    if activations not in ACTIVATIONS:
-        raise ExportError(f"activations {activations!r} is not known; choose one of: {', '.join(ACTIVATIONS)}")
-    if samples < 2:
-        raise ExportError(f"samples {samples} is too few; give 2 or more, half to calibrate and half to judge")
 
 
 def _read(source: Path, signature: Signature, folder: Path, samples: int) -> tuple[list[Feeds], dict[str, Any]]:
     """The windows of a calibration file as graph inputs, and what they were."""
-    every = [window.ids for window in encoded(source, signature, folder)]
-    if len(every) < samples and not is_documents(source):  # of a short text, more windows and shorter ones
-        shorter = max(sum(map(len, every)) // samples, SHORTEST)
+    limited = signature
+    lengths = [len(window.ids) for window in encoded(source, limited, folder)]
+    if len(lengths) < samples and not is_documents(source):  # of a short text, more windows and shorter ones
+        shorter = max(sum(lengths) // samples, SHORTEST)
         limited = dataclasses.replace(signature, max_seqlen=min(shorter, signature.max_seqlen or shorter))
-        every = [window.ids for window in encoded(source, limited, folder)]
-    if len(every) < 2:
+        lengths = [len(window.ids) for window in encoded(source, limited, folder)]
+    if len(lengths) < 2:
         raise ExportError(
-            f"{source} gives {len(every)} windows of text; 2 are needed at least, to calibrate and to judge"
+            f"{source} gives {len(lengths)} windows of text; 2 are needed at least, to calibrate and to judge"
         )
-    chosen = [every[int(i)] for i in np.unique(np.linspace(0, len(every) - 1, samples).astype(int))]
+    # Read again, so that only the chosen windows are kept.
+    wanted = set(np.linspace(0, len(lengths) - 1, min(samples, len(lengths))).astype(int).tolist())
+    chosen = [window.ids for i, window in enumerate(encoded(source, limited, folder)) if i in wanted]
     feeds = [dict(prepare(ids, None, None, signature).feeds) for ids in chosen]
     about = {"file": source.name, "sha256": sha256(source), "windows": len(chosen), "tokens": sum(map(len, chosen))}
     return feeds, about
-
-
-def _unlinked(bundle: Path, scratch: Path) -> Path:
-    """The bundle, or a copy where its weights are a link: the onnx package reads no linked ones."""
-    weights = bundle / WEIGHTS
-    if not weights.is_file() or (weights.stat().st_nlink == 1 and not weights.is_symlink()):
-        return bundle
-    for name in (MODEL, WEIGHTS):
-        shutil.copyfile(bundle / name, scratch / name)
-    return scratch
 
 
 def _linear_layers(model: onnx.ModelProto, keep_float: Sequence[str]) -> dict[str, str]:

@@ -316,8 +316,8 @@ class Traceable(nn.Module):
 def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
     """A model's outputs by name: those of a ModelOutput or dict, `output` for one tensor, `output_i` for a tuple."""
     if isinstance(outputs, torch.Tensor):
-        return {"output": outputs}
-    if isinstance(outputs, (ModelOutput, Mapping)):
+        named = {"output": outputs}
+    elif isinstance(outputs, (ModelOutput, Mapping)):
         named = dict(outputs.items())
     elif isinstance(outputs, (tuple, list)):
         named = {f"output_{i}": item for i, item in enumerate(outputs)}
@@ -332,4 +332,7 @@ def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
     found = {name: item for name, item in named.items() if isinstance(item, torch.Tensor)}
     if not found:
         raise ExportError("the model returns no tensor")
+    for name, item in found.items():
+        if item.is_complex():
+            raise ExportError(f"output {name} is {item.dtype}, which no runtime has; return torch.view_as_real of it")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -104,22 +105,29 @@ def int8_runner(
     Args:
         quantization: of the int8 bundle's manifest.
     Raises:
-        ArtifactError: it names a layer that the model does not have.
+        ArtifactError: it is broken, or names a layer that the model does not have.
     """
     copied = clone(model, torch.float32)
-    low, high = (0, 255) if quantization["activations"] == "uint8" else (-128, 127)
-    top = 127 if quantization["weight_bits"] == 8 else 64
     modules = dict(copied.named_modules())
-    for name, steps in quantization["layers"].items():
+    try:
+        activations, bits = quantization["activations"], quantization["weight_bits"]
+        steps = {name: (float(step["scale"]), int(step["zero_point"])) for name, step in quantization["layers"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ArtifactError(f"the bundle's quantization is broken ({error!r}); quantize the model again") from error
+    low, high = (0, 255) if activations == "uint8" else (-128, 127)
+    top = 127 if bits == 8 else 64
+    for name, (scale, zero_point) in steps.items():
         layer = modules.get(name)
         if not isinstance(layer, nn.Linear):
             raise ArtifactError(f"the bundle has an int8 layer {name!r}, which this model does not have")
+        if not (0.0 < scale < math.inf and low <= zero_point <= high):
+            raise ArtifactError(f"the bundle's int8 layer {name!r} has broken steps; quantize the model again")
         weight = layer.weight.detach()
         scales = (weight.abs().amax(dim=1) / top).clamp(min=torch.finfo(torch.float32).tiny)
         zeros = torch.zeros(len(scales), dtype=torch.int32)
         rounded = torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -top, min(top, 127))
         layer.weight = nn.Parameter(rounded, requires_grad=False)
-        layer.register_forward_pre_hook(_rounder(float(steps["scale"]), int(steps["zero_point"]), low, high))
+        layer.register_forward_pre_hook(_rounder(scale, zero_point, low, high))
     return _runner(copied, passes, by_layer)
 
 

@@ -5,5 +5,6 @@ from __future__ import annotations
 from lfx.runtime.batcher import Batcher
 from lfx.runtime.builder import build_engine
 from lfx.runtime.engine import Engine
+from lfx.runtime.signing import Verified, verify
 
-__all__ = ["Batcher", "Engine", "build_engine"]
+__all__ = ["Batcher", "Engine", "Verified", "build_engine", "verify"]

@@ -5,10 +5,7 @@ A backend that was asked for by name is that one or an error: none falls back to
 
 from __future__ import annotations
 
-import os
 import platform
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfx.config import cpu_fields
-from lfx.errors import ArtifactError, DependencyError, LfxError, one_line, require
+from lfx.errors import ArtifactError, DependencyError, LfxError, one_line, require, with_cure
+from lfx.files import link_or_copy, temporary_folder
+from lfx.onnx_file import read_header
+from lfx.runtime import forks
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -36,13 +36,11 @@ class Backend(Protocol):
     Attributes:
         name: library, version and device, for people.
         input_names, output_names: of the graph, in its order.
-        metadata: the text stored under the key `lfx` in the ONNX file, or None.
     """
 
     name: str
     input_names: list[str]
     output_names: list[str]
-    metadata: str | None
 
     def infer(self, feeds: Arrays) -> Arrays:
         """Run one batch; safe to call from several threads."""
@@ -104,7 +102,7 @@ class OnnxRuntime(_AnyShape):
                     f"ONNX Runtime has no {provider} kernel for this model ({one_line(error, 160)}); run it with "
                     "backend='openvino' (pip install 'longformer-lfx[openvino]'), or export it with --precision fp32"
                 ) from error
-            raise ArtifactError(f"{model} cannot be loaded by ONNX Runtime: {one_line(error)}") from error
+            raise ArtifactError(f"{model} cannot be loaded by ONNX Runtime: {with_cure(error)}") from error
         if self._session.get_providers()[0] != wanted:
             raise DependencyError(
                 f"ONNX Runtime could not start {wanted} and offers {self._session.get_providers()[0]} instead; "
@@ -113,21 +111,25 @@ class OnnxRuntime(_AnyShape):
         self.name = f"onnxruntime {ort.__version__} {wanted}"
         self.input_names = [item.name for item in self._session.get_inputs()]
         self.output_names = [item.name for item in self._session.get_outputs()]
-        self.metadata: str | None = self._session.get_modelmeta().custom_metadata_map.get("lfx")
 
     def infer(self, feeds: Arrays) -> Arrays:
         """One batch."""
         try:
             found = self._session.run(self.output_names, feeds)
         except Exception as error:
-            raise LfxError(f"ONNX Runtime failed: {one_line(error)}") from error
+            raise LfxError(f"ONNX Runtime failed: {with_cure(error)}") from error
         return dict(zip(self.output_names, found, strict=True))
 
 
 class OpenVino(_AnyShape):
     """OpenVINO on the CPU, with the lfx functions inlined for it; it computes bf16 models, in float32 without AMX."""
 
-    def __init__(self, model: Path, threads: int | None, precision: str | None) -> None:
+    # Where OpenVINO first loaded a model. Its models share threads: in a child of that process, loading another one may
+    # wait for the parent's threads, for ever.
+    _generation: int | None = None
+
+    def __init__(self, model: Path, threads: int | None, precision: str | None, stored: str) -> None:
+        """`precision` of the arithmetic, None for that of the file, which is `stored`."""
         if precision is not None and precision not in _OPENVINO_TYPES:
             raise DependencyError(
                 f"precision {precision!r} is not known to OpenVINO here; choose one of: {', '.join(_OPENVINO_TYPES)}"
@@ -135,19 +137,24 @@ class OpenVino(_AnyShape):
         openvino = require("openvino", "openvino")
         onnx = require("onnx", "openvino")
         inliner = require("onnx.inliner", "openvino")
+        if OpenVino._generation not in (None, forks.generation()):
+            raise DependencyError(
+                "OpenVINO was used before this process was forked, and may hang here; open the first Engine after the "
+                "fork, start processes with spawn, or use backend='onnxruntime'"
+            )
+        OpenVino._generation = forks.generation()
         try:
             graph = onnx.load(str(model), load_external_data=False)
-            self.metadata: str | None = next((p.value for p in graph.metadata_props if p.key == "lfx"), None)
-            with tempfile.TemporaryDirectory(prefix="lfx-") as folder:
-                inlined = Path(folder) / model.name
+            with temporary_folder("openvino") as folder:
+                inlined = folder / model.name
                 onnx.save(inliner.inline_local_functions(graph), str(inlined))
-                for data in model.parent.glob(f"{model.name}.*"):
-                    link_or_copy(data, Path(folder) / data.name)
+                for name in read_header(model).weights:
+                    link_or_copy(model.parent / name, folder / name)
                 core = openvino.Core()
                 config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
                 if precision is not None:
                     config["INFERENCE_PRECISION_HINT"] = _OPENVINO_TYPES[precision]
-                elif '"precision": "bf16"' not in (self.metadata or ""):
+                elif stored != "bf16":
                     # On a CPU with AMX the default computes float32 models in bfloat16, in silence.
                     config["INFERENCE_PRECISION_HINT"] = "f32"
                 if threads is not None:
@@ -158,10 +165,10 @@ class OpenVino(_AnyShape):
                         "float32; leave precision out"
                     )
                 self._compiled = core.compile_model(core.read_model(str(inlined)), "CPU", config)
-        except DependencyError:
+        except LfxError:
             raise
         except Exception as error:
-            raise ArtifactError(f"{model} cannot be loaded by OpenVINO: {one_line(error)}") from error
+            raise ArtifactError(f"{model} cannot be loaded by OpenVINO: {with_cure(error)}") from error
         self.name = f"openvino {openvino.__version__.split('-')[0]} CPU"
         # A port may have several names; the graph's own order tells which output is which.
         self.input_names = [item.name for item in graph.graph.input]
@@ -172,16 +179,8 @@ class OpenVino(_AnyShape):
         try:
             found = self._compiled.create_infer_request().infer(feeds)
         except Exception as error:
-            raise LfxError(f"OpenVINO failed: {one_line(error)}") from error
+            raise LfxError(f"OpenVINO failed: {with_cure(error)}") from error
         return {name: np.array(found[i]) for i, name in enumerate(self.output_names)}
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Put a file into another folder: by a hard link, since OpenVINO follows no symbolic link out of that folder."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 class Reference(_AnyShape):
@@ -193,25 +192,30 @@ class Reference(_AnyShape):
         try:
             self._evaluator = evaluator.ReferenceEvaluator(str(model))
         except Exception as error:
-            raise ArtifactError(f"{model} cannot be loaded by onnx: {one_line(error)}") from error
+            raise ArtifactError(f"{model} cannot be loaded by onnx: {with_cure(error)}") from error
         self.name = f"onnx {onnx.__version__} reference evaluator"
         self.input_names = list(self._evaluator.input_names)
         self.output_names = list(self._evaluator.output_names)
-        graph = onnx.load(str(model), load_external_data=False)
-        self.metadata: str | None = next((p.value for p in graph.metadata_props if p.key == "lfx"), None)
 
     def infer(self, feeds: Arrays) -> Arrays:
         """One batch."""
-        found = self._evaluator.run(self.output_names, feeds)
+        try:
+            found = self._evaluator.run(self.output_names, feeds)
+        except Exception as error:
+            raise LfxError(f"the reference evaluator failed: {with_cure(error)}") from error
         return dict(zip(self.output_names, (np.asarray(value) for value in found), strict=True))
 
 
 BACKENDS = ("onnxruntime", "openvino", "reference")
 
 
-def load(model: Path, backend: str, provider: str, threads: int | None, precision: str | None = None) -> Backend:
-    """Open an ONNX file.
+def load(
+    model: Path, backend: str, provider: str, threads: int | None, precision: str | None, stored_precision: str
+) -> Backend:
+    """Open an ONNX file whose weights are plain files beside it.
 
+    Args:
+        precision: of the arithmetic; None for that of the file, which is `stored_precision`.
     Raises:
         DependencyError: the backend is not known, not installed, or cannot run this model.
         ArtifactError: the file is no model that it can read.
@@ -227,7 +231,9 @@ def load(model: Path, backend: str, provider: str, threads: int | None, precisio
     if provider != "cpu":
         raise DependencyError(f"provider {provider!r} is ONNX Runtime's; backend {backend!r} runs on the CPU")
     if backend == "openvino":
-        return OpenVino(model, threads, precision)
+        return OpenVino(model, threads, precision, stored_precision)
+    if backend == "reference" and threads is not None:
+        raise DependencyError(f"threads {threads} cannot be had: the reference evaluator has one; leave threads out")
     if backend == "reference":
         return Reference(model)
     raise DependencyError(f"backend {backend!r} is not known; choose one of: auto, {', '.join(BACKENDS)}")

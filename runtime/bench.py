@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lfx.checks import shown, whole_number
 from lfx.errors import InputError, require
+from lfx.files import replacing, why_unwritten
 
 Run = Callable[[NDArray[np.int64]], Any]
 
@@ -33,11 +35,26 @@ def measure(
 
     Args:
         contenders: name -> a function of ids (batch, seqlen); the first is what the others are compared with.
+        lengths: of the sequences, tokens; 1 or more each.
+        batch_sizes: 1 or more each.
+        rounds: timed runs of each contender, 1 or more.
+        vocab_size: ids are below it, or are 3.
     Returns:
         One row for each contender, length and batch: contender, seqlen, batch, rounds, p50_ms, p5_ms, p95_ms,
         tokens_per_second (at p50), and times_the_first, the median of the ratios of neighbouring runs: above 1 where
         the first contender is faster.
+    Raises:
+        InputError: a number of another type or out of range, or nothing to measure.
     """
+    rounds = whole_number(rounds, "rounds", low=1)
+    vocab_size = whole_number(vocab_size, "vocab_size", 1, np.iinfo(np.int64).max)
+    for name, numbers in (("lengths", lengths), ("batch_sizes", batch_sizes)):
+        if not isinstance(numbers, Sequence) or isinstance(numbers, str | bytes) or len(numbers) == 0:
+            raise InputError(f"{name} is {shown(numbers)}; give a list of at least one whole number")
+        for number in numbers:
+            whole_number(number, name, low=1)
+    if not isinstance(contenders, Mapping) or len(contenders) == 0:
+        raise InputError(f"contenders is {shown(contenders)}; give at least one name and its function")
     rows = []
     first = next(iter(contenders))
     for batch in batch_sizes:
@@ -84,6 +101,8 @@ def peak_memory_bytes() -> int | None:
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw tokens per second over length, log axes, one line for each contender and batch.
 
+    The format follows from the end of the file's name; PNG where it has none.
+
     Raises:
         DependencyError: matplotlib is not installed. InputError: the file cannot be written.
     """
@@ -111,8 +130,9 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.grid(visible=True, which="both", alpha=0.25)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     try:
-        figure.savefig(path, dpi=150)
+        with replacing(path) as drawn, drawn.open("wb") as file:
+            figure.savefig(file, dpi=150, format=path.suffix[1:] or "png")
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be written: {error}") from error
+        raise InputError(why_unwritten(path, error, "choose another --plot, such as plot.png")) from error
     finally:
         pyplot.close(figure)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
 import os
+import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lfx.config import MANIFEST, MODEL, Manifest, Signature, locate, package_versions, sha256
-from lfx.errors import BuildError, DependencyError, one_line, require
+from lfx.checks import file_path, flag, one_of, output_file, shown, whole_number
+from lfx.config import MANIFEST, MODEL, PRECISIONS, Manifest, Signature, locate, package_versions, sha256
+from lfx.errors import ArtifactError, BuildError, DependencyError, LfxError, one_line, require
+from lfx.files import is_disk_full, private_folder, temporary_folder, why_unwritten
 from lfx.runtime import plugin as plugins
-from lfx.runtime.plan import SUFFIX, PlanManifest, json_path
-from lfx.runtime.profile import Profile, profiles
+from lfx.runtime.artifact import check_bundle
+from lfx.runtime.plan import SUFFIX, PlanManifest, json_path, publish
+from lfx.runtime.profile import Profile, Range, profiles
 
 Progress = Callable[[str], None]
 
@@ -34,6 +37,7 @@ class Flavor:
 FLAVORS = {"tensorrt": Flavor("tensorrt", "gpu"), "tensorrt-rtx": Flavor("tensorrt_rtx", "rtx")}
 MAX_SLOTS = 3840  # of TensorRT's TopK
 OLDEST_PLUGIN_TARGET = 80
+_CURE = "choose another --output"
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,8 @@ def build_engine(
     output: str | Path | None = None,
     *,
     precision: str | None = None,
-    batch: Sequence[str] = ("1:1:8",),
-    seqlen: Sequence[str] | None = None,
+    batch: Sequence[str | int] = ("1:1:8",),
+    seqlen: Sequence[str | int] | None = None,
     max_global: str | int | None = None,
     flavor: str | None = None,
     target: str | None = None,
@@ -94,17 +98,19 @@ def build_engine(
         The plan's path.
     Raises:
         ArtifactError: no bundle, or a broken one.
-        BuildError: an option that does not fit, a conversion that is not accurate, or TensorRT's own refusal.
+        BuildError: an option that does not fit, a conversion that is not accurate, TensorRT's own refusal, or a place
+            that cannot be written.
         PluginError: the plugin library is not installed, or cannot take this model.
         DependencyError: no TensorRT is installed.
+        LfxError: there is no temporary folder.
     """
-    folder, _ = locate(Path(bundle))
+    folder, _ = locate(file_path(bundle, "bundle", BuildError))
     if folder is None:
         raise BuildError(f"{bundle} is a file without its bundle; give the folder that lfx export wrote")
     manifest = Manifest.read(folder)
     chosen = _flavor(flavor)
-    options = options or Options()
-    _check_target(chosen, target, plugin)
+    options = options if options is not None else Options()
+    _check_target(chosen, target, flag(plugin, "plugin", BuildError))
     _check_options(chosen, options)
     slots = _slots(max_global, manifest.signature)
     # The function body scatters the slots into the sequence, which TensorRT does not do with fewer tokens than slots.
@@ -117,8 +123,7 @@ def build_engine(
             "--seqlen from there, or a smaller --max-global"
         )
     library = plugins.library() if plugin else None
-    path = Path(output) if output is not None else Path(folder.resolve().name + SUFFIX)
-    _check_output(path)
+    path = _output(output if output is not None else folder.resolve().name + SUFFIX)
     signature = _signature(manifest.signature, precision, slots, ranges)
     if manifest.quantization.get("activations", "int8") != "int8":
         raise BuildError(
@@ -126,66 +131,68 @@ def build_engine(
             "with: lfx quantize --activations int8"
         )
     progress("checking the bundle")
-    manifest.verify(folder)
-    with tempfile.TemporaryDirectory(prefix="lfx-build-") as scratch:
-        model = Path(scratch) / MODEL
-        progress("preparing the graph")
-        nodes = _prepare(folder / MODEL, model, manifest, signature, slots, plugin)
-        from lfx.runtime.conversion import check_conversion
+    artifact = check_bundle(folder, manifest)
+    try:
+        with (
+            artifact.plain_files(unshared=True) as source,  # the onnx-ir package refuses hard links
+            temporary_folder("build-engine") as scratch,
+            private_folder(path.absolute().parent, path.name) as private,
+        ):
+            model, built = scratch / MODEL, private / path.name
+            progress("preparing the graph")
+            nodes = _prepare(source, model, manifest, signature, slots, plugin)
+            from lfx.runtime.conversion import check_conversion
 
-        conversion = check_conversion(folder, manifest, model, signature, progress, log)
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        job = {
-            "module": FLAVORS[chosen].module,
-            "extra": FLAVORS[chosen].extra,
-            "onnx": str(model),
-            "plan": str(partial),
-            "plugin": str(library) if library is not None else None,
-            "target": target,
-            "profiles": [{t.name: p.shapes(t) for t in signature.inputs} for p in ranges],
-            "workspace_bytes": options.workspace_bytes,
-            "optimization_level": options.optimization_level,
-            "timing_cache": str(options.timing_cache.absolute()) if options.timing_cache is not None else None,
-            "flags": options.flags(),
-        }
-        try:
-            built = _compile(job, Path(scratch), progress, log)
-            if plugin and built["plugin_layers"] != nodes:
+            conversion = check_conversion(folder, manifest, model, signature, progress, log)
+            job = {
+                "module": FLAVORS[chosen].module,
+                "extra": FLAVORS[chosen].extra,
+                "onnx": str(model),
+                "plan": str(built),
+                "plugin": str(library) if library is not None else None,
+                "target": target,
+                "profiles": [{t.name: p.shapes(t) for t in signature.inputs} for p in ranges],
+                "workspace_bytes": options.workspace_bytes,
+                "optimization_level": options.optimization_level,
+                "timing_cache": str(Path(options.timing_cache).absolute()) if options.timing_cache else None,
+                "flags": options.flags(),
+            }
+            result = _compile(job, scratch, progress, log)
+            if plugin and result["plugin_layers"] != nodes:
                 raise BuildError(
-                    f"only {built['plugin_layers']} of {nodes} attention nodes became plugin layers; please report this"
+                    f"only {result['plugin_layers']} of {nodes} attention nodes became plugin layers; please report "
+                    "this"
                 )
             PlanManifest(
                 signature=signature,
                 flavor=chosen,
-                tensorrt_version=built["tensorrt_version"],
+                tensorrt_version=result["tensorrt_version"],
                 target=target or _local_target(),
                 profiles=ranges,
                 plugin_version=plugins.VERSION if plugin else None,
                 attention_nodes=nodes,
-                plugin_layers=built["plugin_layers"],
+                plugin_layers=result["plugin_layers"],
                 bundle={"name": folder.resolve().name, "sha256": sha256(folder / MANIFEST)},
                 source=manifest.source,
                 quantization=manifest.quantization,
                 options={name: job[name] for name in ("workspace_bytes", "optimization_level", "flags")},
                 versions=package_versions(("onnx", "onnx-ir", "onnxruntime", "numpy")),
                 conversion=conversion,
-                plan={"sha256": sha256(partial), "bytes": partial.stat().st_size},
-            ).write(partial)
-            partial.rename(path)
-            json_path(partial).rename(json_path(path))
-        except OSError as error:
-            raise BuildError(f"{path} cannot be written: {error}") from error
-        finally:
-            for leftover in (partial, json_path(partial)):
-                with contextlib.suppress(OSError):
-                    leftover.unlink(missing_ok=True)
+                plan={"sha256": sha256(built), "bytes": built.stat().st_size},
+            ).write(built)
+            publish(built, path)
+    except OSError as error:
+        raise BuildError(why_unwritten(path, error, _CURE)) from error
+    except LfxError as error:
+        if not is_disk_full(error):
+            raise
+        raise BuildError(why_unwritten(path, error, f"{_CURE}, or a temporary folder with room by TMPDIR")) from error
     return path
 
 
 def _flavor(asked: str | None) -> str:
     if asked is not None:
-        if asked not in FLAVORS:
-            raise BuildError(f"flavor {asked!r} is not known; choose one of: {', '.join(FLAVORS)}")
+        one_of(asked, "flavor", FLAVORS, BuildError)
         require(FLAVORS[asked].module, FLAVORS[asked].extra)
         return asked
     for name, flavor in FLAVORS.items():
@@ -206,9 +213,9 @@ def _check_target(flavor: str, target: str | None, plugin: bool) -> None:
             )
         return
     if flavor != "tensorrt-rtx":
-        raise BuildError(f"--target {target} is TensorRT-RTX's; {flavor} builds for the GPU of this machine")
-    if not (target.startswith("sm") and target[2:].isdigit()):
-        raise BuildError(f"--target {target!r} is no compute capability; give one such as sm86, sm89 or sm120")
+        raise BuildError(f"--target {shown(target)} is TensorRT-RTX's; {flavor} builds for the GPU of this machine")
+    if not isinstance(target, str) or not re.fullmatch("sm[0-9]{1,4}", target):
+        raise BuildError(f"--target {shown(target)} is no compute capability; give one such as sm86, sm89 or sm120")
     if plugin and int(target[2:]) < OLDEST_PLUGIN_TARGET:
         raise BuildError(
             f"--target {target} is older than the plugin's kernels, which begin at sm{OLDEST_PLUGIN_TARGET}; build "
@@ -227,9 +234,7 @@ def _slots(asked: str | int | None, signature: Signature) -> int:
     fixed = 1 if signature.global_attention != "mask" else signature.max_global
     if asked is None:
         return fixed if fixed is not None else min(64, signature.max_seqlen or 64)
-    from lfx.runtime.profile import Range
-
-    slots = Range.parse(str(asked), "--max-global").max
+    slots = Range.parse(asked, "--max-global").max
     if fixed is not None and slots != fixed:
         raise BuildError(f"--max-global {asked} does not fit: the bundle was exported with {fixed}; leave it out")
     most = min(MAX_SLOTS, signature.max_seqlen or MAX_SLOTS)
@@ -246,27 +251,32 @@ def _whole(signature: Signature, shortest: int) -> str:
 
 
 def _check_options(flavor: str, options: Options) -> None:
-    """TensorRT-RTX has its own names for these two, and ignores the one and fails over the other."""
+    """Check their types; TensorRT-RTX has its own names for two, and ignores the one and fails over the other."""
+    if not isinstance(options, Options):
+        raise BuildError(f"options is {shown(options)}; give lfx.runtime.builder.Options")
+    flag(options.version_compatible, "version_compatible", BuildError)
+    flag(options.refit, "refit", BuildError)
+    if options.workspace_bytes is not None:
+        whole_number(options.workspace_bytes, "workspace_bytes", 1, 2**63 - 1, BuildError)
+    if options.optimization_level is not None:
+        whole_number(options.optimization_level, "optimization_level", 0, 5, BuildError)
     if flavor == "tensorrt-rtx" and (options.timing_cache is not None or options.version_compatible):
         asked = "--timing-cache" if options.timing_cache is not None else "--version-compatible"
         raise BuildError(f"{asked} is TensorRT's; TensorRT-RTX has no such thing: leave it out")
     if options.timing_cache is not None:
-        place = options.timing_cache.absolute()
-        if place.is_dir() or not place.parent.is_dir():
-            raise BuildError(f"--timing-cache {place} cannot be written: it is a folder, or its folder does not exist")
+        output_file(options.timing_cache, "--timing-cache", BuildError)
 
 
-def _check_output(path: Path) -> None:
+def _output(asked: str | Path) -> Path:
+    path = output_file(asked, "--output", BuildError)
     if path.suffix != SUFFIX:
         raise BuildError(f"{path} is no name for a plan; end it with {SUFFIX}")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise BuildError(
-            f"{path} cannot be written: it is a folder, or its folder does not exist; choose another --output"
-        )
+    output_file(json_path(path), "--output", BuildError)
+    return path
 
 
 def _signature(source: Signature, precision: str | None, slots: int, ranges: Sequence[Profile]) -> Signature:
-    wanted = precision or source.precision
+    wanted = one_of(precision, "precision", PRECISIONS, BuildError) if precision is not None else source.precision
     if source.precision not in (wanted, "fp32"):
         raise BuildError(
             f"the bundle is {source.precision}; {wanted} is converted from an fp32 bundle: export it again"
@@ -284,7 +294,10 @@ def _prepare(source: Path, target: Path, manifest: Manifest, signature: Signatur
     ir = require("onnx_ir", "rtx")
     from lfx.runtime import freeze
 
-    model = ir.load(source)
+    try:
+        model = ir.load(source)
+    except Exception as error:
+        raise ArtifactError(f"{source} cannot be read: {one_line(error)}; export the model again") from error
     freeze.freeze_slots(model, slots)
     nodes = len(freeze.attention_nodes(model))
     if plugin and nodes == 0:
@@ -298,10 +311,7 @@ def _prepare(source: Path, target: Path, manifest: Manifest, signature: Signatur
     else:
         freeze.inline_functions(model)
     model.metadata_props["lfx"] = json.dumps(signature.to_dict())
-    try:
-        ir.save(model, target, external_data=target.name + ".data", size_threshold_bytes=1024)
-    except OSError as error:
-        raise BuildError(f"{target.parent} cannot be written: {error}; set TMPDIR to a folder with room") from error
+    ir.save(model, target, external_data=target.name + ".data", size_threshold_bytes=1024)
     return nodes
 
 
@@ -330,6 +340,7 @@ def _compile(job: dict[str, Any], scratch: Path, progress: Progress, log: Callab
     errors: list[str] = []
     with subprocess.Popen(
         command,
+        stdin=subprocess.PIPE,  # it ends when this end is closed, by a kill too
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -350,6 +361,8 @@ def _compile(job: dict[str, Any], scratch: Path, progress: Progress, log: Callab
                 elif "step" in line:
                     progress(line["step"])
                 elif "error" in line:
+                    if line.get("disk_full"):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     errors.append(line["error"])
                 else:
                     log(f"TensorRT {line['severity']}: {line['log']}")
@@ -369,7 +382,8 @@ def _parse(text: str) -> dict[str, Any] | None:
         line = json.loads(text)
     except ValueError:
         return None
-    return line if isinstance(line, dict) else None
+    ours = ({"result"}, {"step"}, {"error"}, {"error", "disk_full"}, {"log", "severity"})
+    return line if isinstance(line, dict) and set(line) in ours else None
 
 
 def _named_library(scratch: Path) -> str:

@@ -4,7 +4,8 @@ A process of its own, for two reasons. TensorRT-RTX's parser opens `libtensorrt_
 a plugin; its wheel has no file of that name, and the library path is read only when a process starts. And where
 TensorRT aborts, what asked for the engine goes on.
 
-Every line on stdout is a JSON object: {"step": text}, {"log": text, "severity": name} or, at the end, {"result": {…}}.
+Every line on stdout is a JSON object: {"step": text}, {"log": text, "severity": name} or, at the end, {"result": {…}}
+or {"error": text}, with "disk_full" true where that is why. The process ends when its stdin is closed.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 from lfx.errors import require
+from lfx.files import is_disk_full, replacing
 
 
 def main(job_path: str) -> None:
     """Build what the job says and write the plan to its place."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # what TensorRT itself prints to stdout goes to stderr
@@ -32,9 +36,15 @@ def main(job_path: str) -> None:
     except _RefusedError as error:
         say(error=str(error))
     except Exception as error:
-        say(error=f"{type(error).__name__}: {error}")
+        say(error=f"{type(error).__name__}: {error}", disk_full=is_disk_full(error))
     else:
         say(result=result)
+
+
+def _end_with_parent() -> None:
+    """End this process when stdin does: its other end is the parent's, which closes it however the parent ends."""
+    os.read(0, 1)
+    os._exit(1)
 
 
 class _RefusedError(Exception):
@@ -71,7 +81,8 @@ def _build(job: dict[str, Any], say: Any) -> dict[str, Any]:
         raise _RefusedError("TensorRT built no engine; its own errors are above")
     Path(job["plan"]).write_bytes(memoryview(plan))
     if job["timing_cache"] is not None:
-        Path(job["timing_cache"]).write_bytes(memoryview(config.get_timing_cache().serialize()))
+        with replacing(Path(job["timing_cache"])) as cache:
+            cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
     return {
         "tensorrt_version": trt.__version__,
         "network_layers": len(layers),

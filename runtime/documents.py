@@ -2,54 +2,35 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from lfx import __version__
+from lfx.checks import file_path, whole_number
 from lfx.config import Signature, sha256
-from lfx.errors import ArtifactError, InputError, one_line, require
-from lfx.runtime.engine import Engine
-from lfx.runtime.inputs import prepare
+from lfx.errors import InputError, one_line, require
+from lfx.files import is_disk_full
+from lfx.runtime.engine import AHEAD, Engine
+from lfx.runtime.formats import (
+    SUFFIXES,
+    check_source,
+    count_documents,
+    is_documents,
+    is_parquet,
+    read_documents,
+    write_rows,
+)
+from lfx.runtime.journal import Journal, journal_path
+from lfx.runtime.rows import OUTPUT_BYTES, Runner, Summary, outputs_per_sequence, windows_of
 from lfx.runtime.text import END_TO_END, TOKENIZER, Encoded, Text
 
-SUFFIXES = (".jsonl", ".ndjson", ".parquet")  # in any case
-# Documents whose results are written together. Batches are formed within a chunk, so that a run that was stopped and
-# goes on has the same batches, and the same numbers, as one that was left alone.
+# Documents whose rows count together: a run that was stopped goes on behind its last whole chunk. Batches are formed
+# within a chunk, so that such a run has the same batches, and the same numbers, as one that was left alone.
 CHUNK = 256
-
-
-@dataclass
-class Summary:
-    """What a run did, this time.
-
-    Attributes:
-        documents: of the input, those of an earlier run included. refused: of these, with a reason in their row.
-        tokens: computed this time.
-    """
-
-    documents: int = 0
-    refused: int = 0
-    windows: int = 0
-    tokens: int = 0
-    resumed_at: int = 0
-
-
-@dataclass
-class _Item:
-    """One line of the input: its windows, or why it has none."""
-
-    line: int
-    id: Any = None
-    windows: list[Encoded] = field(default_factory=list)
-    error: str | None = None
+MAX_WINDOWS = 4096
 
 
 def run_documents(
@@ -59,6 +40,7 @@ def run_documents(
     output: Path,
     *,
     stride: int | None = None,
+    max_windows: int = MAX_WINDOWS,
     progress: Callable[[str], None] = lambda step: None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Summary:
@@ -67,88 +49,73 @@ def run_documents(
     A document is an object with `text`, and `pair` where the task takes one, or with `input_ids`; its `id` is handed
     on, other fields are not looked at. A row has `line` (of the input, from 1), `id`, `tokens`, `answers` where the
     task has a reading, and `outputs`, the outputs per sequence; with a stride also `window` (from 0); and `error` in
-    place of these where the document was refused.
+    place of these where the document was refused, or failed in the engine. In Parquet an id that is no string is
+    written as JSON text where no column type holds all ids.
+
+    A batch that fails in the engine is run again sequence by sequence, and those that fail alone get an `error`; the
+    run stops where the engine fails on every input.
 
     Args:
         reader: the tokenizer; None where every document has input_ids.
         source, output: .jsonl (or .ndjson) or .parquet, each.
-        stride: documents longer than the model takes are cut into windows that begin every `stride` tokens; None
-            refuses them.
+        stride: documents longer than the model takes are cut into windows that begin every `stride` tokens, 1 or more;
+            None refuses them.
+        max_windows: most windows of one document, 1 or more; a document with more is refused.
         progress: called after each chunk. report: called with a line for each refused document.
     Raises:
-        InputError: the files cannot be read or written, or are of another kind.
+        InputError: the files cannot be read or written, are of another kind, or the input was changed during the run.
+        DependencyError: one of the files is Parquet, and pyarrow is not installed.
+        LfxError: the engine fails on every input. What is done is kept.
     """
-    if engine.signature.task == "multiple-choice":
-        raise InputError("files of documents are not run for multiple-choice; use Engine.run")
-    for path in (source, output):
-        if not is_documents(path):
-            raise InputError(f"{path} is none of {', '.join(SUFFIXES)}; results are written in one of these formats")
-    if not source.is_file():
-        raise InputError(f"{source} does not exist, or is no file")
-    if output.is_dir() or not output.absolute().parent.is_dir() or output.resolve() == source.resolve():
-        raise InputError(f"{output} cannot be written: it is a folder or the input, or its folder does not exist")
-    partial = output.with_name(f".{output.name}.partial")
+    stride = None if stride is None else whole_number(stride, "stride", 1)
+    max_windows = whole_number(max_windows, "max_windows", 1)
+    source, output = _check_files(engine, source, output)
+    try:
+        stamp, digest = _stamp(source), sha256(source)
+    except OSError as error:
+        raise InputError(f"{source} cannot be read: {one_line(error)}") from error
     header = {
-        "input": sha256(source),
+        "journal": 2,
+        "lfx": __version__,
+        "input": digest,
         "model": engine.identity,
         "tokenizer": reader.sha256 if reader is not None else None,
         "backend": engine.backend,
         "precision": engine.precision,
         "stride": stride,
+        "max_windows": max_windows,
         "token_budget": engine.token_budget,
+        "groups": [CHUNK, AHEAD, OUTPUT_BYTES],
     }
+    summary = Summary()
+    runner = Runner(engine, reader, stride, max_windows, summary)
     try:
-        with partial.open("a", encoding="utf-8") as file:
-            _lock(file, output)
-            summary = _resume(partial, header)
-            summary.resumed_at = summary.documents
-            for chunk in _chunks(itertools.islice(_lines(source), summary.documents, None)):
-                items = [_encode(number, found, engine.signature, reader, stride) for number, found in chunk]
-                for item in items:
-                    if item.error is not None:
-                        report(f"{source}:{item.line}: {item.error}")
-                rows = list(_rows(engine, reader, items, stride, summary))
-                marker = {"done": len(items), "refused": sum(item.error is not None for item in items)}
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in (*rows, {"chunk": marker}))
-                file.flush()
-                os.fsync(file.fileno())
-                summary.documents += marker["done"]
-                summary.refused += marker["refused"]
+        with Journal(output, header, CHUNK) as journal:
+            if journal.documents and journal.documents > count_documents(source):
+                journal.restart()
+            summary.documents = summary.resumed_at = journal.documents
+            summary.refused = journal.refused
+            for chunk in _chunks(read_documents(source, journal.documents)):
+                done, refused = _run_chunk(runner, chunk, journal, lambda text: report(f"{source}:{text}"))
+                if stamp != (stamp := _stamp(source)):
+                    _check_unchanged(source, digest, journal)
+                journal.end_chunk(done, refused)
+                summary.documents, summary.refused = journal.documents, journal.refused
                 progress(f"{summary.documents:,} documents")
-            _finish(partial, output)
+            _check_unchanged(source, digest, journal)
+            _write_output(journal, output, engine.signature)
+            journal.remove()
     except OSError as error:
+        cure = "make room on its disk" if is_disk_full(error) else "mend that"
         raise InputError(
-            f"{output} cannot be written: {error}; what is done is kept, and goes on from there"
+            f"{output} cannot be written: {one_line(error)}; {cure}, and give the same command again: what is done is "
+            "kept, and it goes on from there"
         ) from error
     return summary
 
 
-def is_documents(path: Path) -> bool:
-    """Whether a file is one of documents, by its name; others are one text."""
-    return path.suffix.lower() in SUFFIXES
-
-
-def _is_parquet(path: Path) -> bool:
-    return path.suffix.lower() == ".parquet"
-
-
-def _lock(file: IO[str], output: Path) -> None:
-    """Keep a second run away from this output for as long as the file is open."""
-    try:
-        fcntl = importlib.import_module("fcntl")
-    except ModuleNotFoundError:
-        return  # no such lock on Windows
-    busy = f"another run is writing {output}; wait for it, or give another --output"
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(busy) from error
-    if not Path(file.name).exists() or not os.path.samestat(os.fstat(file.fileno()), Path(file.name).stat()):
-        raise InputError(busy)  # it ended, and took the file away, between opening and locking
-
-
 def encoded(source: Path, signature: Signature, folder: Path) -> Iterator[Encoded]:
-    """Every document of a file, long ones in windows that lie end to end.
+    """Every document of a file, long ones in windows that lie end to end; one document is in memory at a time.
 
     Args:
         source: .jsonl or .parquet, as `run_documents` takes, or a text file, read as one document.
@@ -156,188 +123,88 @@ def encoded(source: Path, signature: Signature, folder: Path) -> Iterator[Encode
     Raises:
         InputError: the file or a document cannot be read; says which line.
     """
-    if not source.is_file():
-        raise InputError(f"{source} does not exist, or is no file")
-    reader = Text(folder, signature) if (folder / TOKENIZER).is_file() else None
+    source, folder = file_path(source, "the file of documents"), file_path(folder, "the tokenizer's folder")
+    check_source(source)
+    reader = Text(folder, signature) if (folder / TOKENIZER).exists() else None
     if is_documents(source):
-        lines = _lines(source)
+        documents = read_documents(source)
     else:
         try:
-            lines = iter([(1, {"text": source.read_text(encoding="utf-8")})])
+            documents = iter([(1, {"text": source.read_text(encoding="utf-8")})])
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{source} cannot be read as UTF-8 text: {error}") from error
-    for number, found in lines:
-        item = _encode(number, found, signature, reader, END_TO_END)
-        if item.error is not None:
-            raise InputError(f"{source}:{number}: {item.error}")
-        yield from item.windows
-
-
-def _resume(partial: Path, header: dict[str, Any]) -> Summary:
-    """Cut an earlier run's file behind its last whole chunk; start a new one where it is of something else."""
-    summary = Summary()
-    keep = 0
-    try:
-        with partial.open("rb") as file:
-            first = file.readline()
-            if first.endswith(b"\n") and json.loads(first) == header:
-                place = keep = len(first)
-                for line in file:
-                    place += len(line)
-                    row = json.loads(line)
-                    if "chunk" in row and line.endswith(b"\n"):
-                        summary.documents += row["chunk"]["done"]
-                        summary.refused += row["chunk"]["refused"]
-                        keep = place
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # none there, or its last line was not written whole
-    try:
-        if keep:
-            os.truncate(partial, keep)
-        else:
-            partial.write_text(json.dumps(header) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{partial} cannot be written: {error}") from error
-    return summary
-
-
-def _lines(source: Path) -> Iterator[tuple[int, Any]]:
-    """(number, document or InputError), from 1."""
-    if _is_parquet(source):
-        parquet = require("pyarrow.parquet", "parquet")
+    for line, document in documents:
         try:
-            tables = parquet.ParquetFile(source).iter_batches(CHUNK)
-            rows: Iterable[Any] = itertools.chain.from_iterable(table.to_pylist() for table in tables)
-            yield from enumerate(rows, 1)
-        except Exception as error:
-            raise InputError(f"{source} cannot be read as Parquet: {one_line(error)}") from error
-        return
-    with source.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield number, json.loads(line)
-            except UnicodeDecodeError:
-                yield number, InputError("not UTF-8")
-            except (ValueError, RecursionError) as error:
-                reason = f"broken JSON: {one_line(error)}" if line.strip() else "empty line"
-                yield number, InputError(reason)
+            windows = windows_of(document, signature, reader, END_TO_END)
+        except InputError as error:
+            raise InputError(f"{source}:{line}: {error}") from error
+        yield from windows
 
 
-def _chunks(lines: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
-    while chunk := list(itertools.islice(lines, CHUNK)):
-        yield chunk
+def _check_files(engine: Engine, source: Path, output: Path) -> tuple[Path, Path]:
+    if engine.signature.task == "multiple-choice":
+        raise InputError("files of documents are not run for multiple-choice; use Engine.run")
+    source, output = file_path(source, "the input"), file_path(output, "the output")
+    for path in (source, output):
+        if not is_documents(path):
+            raise InputError(f"{path} is none of {', '.join(SUFFIXES)}; results are written in one of these formats")
+    if is_parquet(source) or is_parquet(output):
+        require("pyarrow.parquet", "parquet")
+    check_source(source)
+    same = os.path.realpath(output) == os.path.realpath(source)
+    if output.is_dir() or not output.absolute().parent.is_dir() or same:
+        raise InputError(f"{output} cannot be written: it is a folder or the input, or its folder does not exist")
+    return source, output
 
 
-def _encode(line: int, found: Any, signature: Signature, reader: Text | None, stride: int | None) -> _Item:
-    item = _Item(line)
+def _chunks(documents: Iterator[tuple[int, Any]]) -> Iterator[Iterator[tuple[int, Any]]]:
+    """CHUNK documents each, read as they are taken; each chunk is to be taken to its end before the next."""
+    for first in documents:
+        yield itertools.chain([first], itertools.islice(documents, CHUNK - 1))
+
+
+def _run_chunk(
+    runner: Runner, chunk: Iterable[tuple[int, Any]], journal: Journal, report: Callable[[str], None]
+) -> tuple[int, int]:
+    """Write the rows of a chunk as they are computed; returns the numbers of its documents and of those refused."""
+    lines, refused = set(), set()
+    for row in runner.rows(chunk):
+        journal.write(row)
+        lines.add(row["line"])
+        if "error" in row:
+            refused.add(row["line"])
+            report(f"{row['line']}: {row['error']}")
+    return len(lines), len(refused)
+
+
+def _stamp(source: Path) -> tuple[int, ...] | None:
+    """Changes when the file is written or replaced; None where it is gone."""
     try:
-        if isinstance(found, InputError):
-            raise found
-        if not isinstance(found, dict):
-            raise InputError(f"{type(found).__name__} where an object with text or input_ids should be")
-        item.id = _checked_id(found.get("id"))
-        item.windows = _windows(found, signature, reader, stride)
-        for window in item.windows:
-            prepare([window.ids], None, None, signature)  # ids and lengths
+        status = source.stat()
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _check_unchanged(source: Path, digest: str, journal: Journal) -> None:
+    try:
+        unchanged = sha256(source) == digest
+    except OSError:
+        unchanged = False
+    if not unchanged:
+        journal.remove()
+        raise InputError(
+            f"{source} was changed or removed during the run, so the rows mix two versions of it; they are dropped: "
+            "run again, and leave the file as it is until the end"
+        )
+
+
+def _write_output(journal: Journal, output: Path, signature: Signature) -> None:
+    try:
+        write_rows(journal.rows, output, outputs_per_sequence(signature))
     except InputError as error:
-        item.error, item.windows = one_line(error), []
-    return item
-
-
-def _checked_id(value: Any) -> Any:
-    """Raises: InputError: JSON cannot hold it."""
-    try:
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"id is {type(value).__name__}, which JSON cannot hold: {one_line(error, 80)}") from error
-    return value
-
-
-def _windows(found: dict[str, Any], signature: Signature, reader: Text | None, stride: int | None) -> list[Encoded]:
-    text, pair, ids = found.get("text"), found.get("pair"), found.get("input_ids")
-    if (text is None) == (ids is None):
-        names = (str(name).encode("ascii", "backslashreplace").decode() for name in found)
-        fields = ", ".join(sorted(names)) or "none"
-        raise InputError(f"fields {fields}; give either text or input_ids")
-    if ids is not None:
-        if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
-            raise InputError("input_ids is no list of whole numbers, one at least")
-        return [Encoded(ids, [str(i) for i in ids])]
-    if not isinstance(text, str) or not text.strip() or not isinstance(pair, str | None):
-        raise InputError("text (and pair, if any) must be a string, and text not empty")
-    if signature.task == "question-answering" and pair is None:
-        raise InputError("question-answering needs the question as text and the document as pair")
-    if reader is None:
-        raise InputError("the model has no tokenizer, so documents must have input_ids")
-    return [reader.encode(text, pair)] if stride is None else reader.windows(text, pair, stride)
-
-
-def _rows(
-    engine: Engine, reader: Text | None, items: list[_Item], stride: int | None, summary: Summary
-) -> Iterator[dict[str, Any]]:
-    """The rows of a chunk, in the order of its lines."""
-    encoded = [window for item in items for window in item.windows]
-    results = engine.stream((window.ids for window in encoded), ahead=max(len(encoded), 1))
-    summary.windows += len(encoded)
-    summary.tokens += sum(len(window.ids) for window in encoded)
-    per_token = {spec.name for spec in engine.signature.outputs if "sequence" in spec.shape}
-    for item in items:
-        about = {"line": item.line} | ({"id": item.id} if item.id is not None else {})
-        if item.error is not None:
-            yield {**about, "error": item.error}
-        for number, window in enumerate(item.windows):
-            found = next(results)
-            row = {**about, **({"window": number} if stride is not None else {}), "tokens": len(window.ids)}
-            answers = _answers(reader, window, found)
-            if answers:
-                row["answers"] = answers
-            yield {**row, "outputs": {name: _plain(a) for name, a in found.items() if name not in per_token}}
-
-
-def _answers(reader: Text | None, window: Encoded, found: dict[str, NDArray[Any]]) -> list[dict[str, Any]]:
-    if reader is None:
-        return []
-    answers = reader.answers(window, {name: array[None] for name, array in found.items()})
-    return [{key: _short(v) if isinstance(v, float) else v for key, v in answer.items()} for answer in answers]
-
-
-def _plain(array: NDArray[Any]) -> Any:
-    """Nested lists, every float with the nine digits that a float32 has."""
-    if array.dtype.kind != "f":
-        return array.tolist()
-    return [_plain(part) for part in array] if array.ndim else _short(float(array))
-
-
-def _short(value: float) -> float | None:
-    return float(f"{value:.9g}") if np.isfinite(value) else None  # JSON knows no infinity
-
-
-def _finish(partial: Path, output: Path) -> None:
-    """Rows without the header and the markers, under the name that was asked for."""
-    ready = output.with_name(f".{output.name}.ready")
-    try:
-        with partial.open(encoding="utf-8") as file:
-            next(file)
-            rows = (line for line in file if not line.startswith('{"chunk":'))
-            if _is_parquet(output):
-                _write_parquet(rows, ready)
-            else:
-                with ready.open("w", encoding="utf-8") as target:
-                    target.writelines(rows)
-        ready.replace(output)
-    finally:
-        ready.unlink(missing_ok=True)
-    partial.unlink()
-
-
-def _write_parquet(rows: Iterator[str], target: Path) -> None:
-    pyarrow, parquet = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
-    found = [json.loads(row) for row in rows]
-    names = dict.fromkeys(name for row in found for name in row)
-    if len({type(row["id"]) for row in found if "id" in row}) > 1:  # a column has one type
-        for row in found:
-            if "id" in row:
-                row["id"] = str(row["id"])
-    if not found:
-        raise ArtifactError("no documents, so there is nothing to write as Parquet; use .jsonl")
-    parquet.write_table(pyarrow.table({name: [row.get(name) for row in found] for name in names}), target)
+        other = output.with_suffix(".jsonl")
+        raise InputError(
+            f"{output} cannot be written as Parquet: {error}; nothing is lost: rename {journal.path} to "
+            f"{journal_path(other)} and give --output {other}, which writes the rows as JSON without computing again"
+        ) from error

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import glob
+import functools
 import itertools
-import json
+import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import UserString
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.config import Manifest, Signature, locate, sha256
-from lfx.errors import ArtifactError, DependencyError, InputError
-from lfx.runtime import backends
+from lfx.checks import file_path, one_of, shown, whole_number
+from lfx.config import Manifest, Signature, sha256
+from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
+from lfx.runtime import backends, forks
+from lfx.runtime.artifact import open_artifact
 from lfx.runtime.backends import int8_overflows
 from lfx.runtime.batching import TOKEN_BUDGET, batches
 from lfx.runtime.inputs import Batch, join, prepare
@@ -27,11 +30,15 @@ from lfx.runtime.plan import SUFFIX, PlanManifest
 MAX_THREADS = 1024
 # Sequences that `Engine.stream` sorts by length together.
 AHEAD = 256
+PRECISIONS = ("fp32", "bf16")
 Outputs = dict[str, NDArray[Any] | list[NDArray[Any]]]
 
 
 class Engine:
     """A loaded Longformer. Thread-safe, and a context manager.
+
+    It works in the process that made it: after a fork, every run in the child is an LfxError; make a new Engine there.
+    It can be pickled, for processes that are spawned: the other process opens the same path with the same options.
 
     Args:
         path: a bundle, an ONNX file that `lfx export` wrote, or a plan of `lfx build-engine`. The files of a bundle,
@@ -40,10 +47,11 @@ class Engine:
             and nothing else), or "auto": ONNX Runtime, and OpenVINO for bf16, which ONNX Runtime has few CPU kernels
             for, and where `precision` is given.
         provider: of ONNX Runtime: "cpu", "cuda" or "tensorrt". What was asked for is used, or it is an error.
-        threads: of one run; default: the backend's own choice.
+        threads: of one run, 1 to 1,024; default: the backend's own choice.
         precision: of OpenVINO's arithmetic, "fp32" or "bf16", whatever the bundle's is; default: the bundle's. bf16
             needs a CPU that has it (AMX, or AVX-512 with bf16).
-        token_budget: most tokens, padding included, that sequences of different lengths are put into one batch with.
+        token_budget: most tokens, padding included, that sequences of different lengths are put into one batch with; 1
+            or more.
     Attributes:
         signature: inputs, outputs and limits of the model.
         manifest: of the bundle or the plan; None for a lone ONNX file.
@@ -52,8 +60,9 @@ class Engine:
         threads: as given.
         metrics: what it has done so far; see `lfx.runtime.metrics`.
     Raises:
+        InputError: an argument of another type or out of range.
         ArtifactError: a file is missing, cut, changed or no model.
-        DependencyError: the backend is not installed, or cannot run this model; says which can.
+        DependencyError: the backend is not known, not installed, or cannot run this model; says which can.
     """
 
     def __init__(
@@ -66,36 +75,50 @@ class Engine:
         precision: str | None = None,
         token_budget: int = TOKEN_BUDGET,
     ) -> None:
-        if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
-            raise InputError(f"threads {threads!r} is out of range; give a whole number from 1 to {MAX_THREADS}")
-        if not isinstance(path, (str, Path)):
-            raise InputError(f"path is {type(path).__name__}; give the path of a bundle, an .onnx file or a plan")
-        if token_budget < 1:
-            raise InputError(f"token_budget {token_budget} is out of range; give 1 or more")
-        self.token_budget = token_budget
+        if threads is not None:
+            threads = whole_number(threads, "threads", 1, MAX_THREADS)
+        self.token_budget = whole_number(token_budget, "token_budget", low=1)
+        one_of(backend, "backend", ("auto", *backends.BACKENDS, "tensorrt"), DependencyError)
+        one_of(provider, "provider", backends.PROVIDERS, DependencyError)
+        if precision is not None:
+            one_of(precision, "precision", PRECISIONS, DependencyError)
+        model = _checked_path(path)
         self.threads = threads
         self.metrics = Metrics()
+        self._forked = False
         self.manifest: Manifest | PlanManifest | None = None
-        model = Path(path)
         if model.suffix == SUFFIX and not model.is_dir():
             if precision is not None:
                 raise DependencyError(f"{model} is a plan, whose precision is fixed; leave precision out")
+            if threads is not None:
+                raise DependencyError(f"{model} is a plan, which runs on the GPU; leave threads out")
             self._backend: backends.Backend | None = self._load_plan(model, backend, provider)
         else:
-            bundle, model = locate(model)
-            self._path = model
-            if bundle is not None:
-                self.manifest = Manifest.read(bundle)
-                self.manifest.verify(bundle)
-                if self.manifest.quantization.get("weight_bits") == 8 and provider == "cpu" and int8_overflows():
-                    raise DependencyError(
-                        f"{path} has int8 weights of 8 bits, which overflow on this CPU without VNNI; make it again "
-                        "without --full-range"
-                    )
-            self._backend = self._load(model, backend, provider, threads, precision)
+            self._artifact = open_artifact(model)
+            self.manifest = self._artifact.manifest
+            weight_bits = self.manifest.quantization.get("weight_bits") if self.manifest is not None else None
+            if weight_bits == 8 and provider == "cpu" and int8_overflows():
+                raise DependencyError(
+                    f"{path} has int8 weights of 8 bits, which overflow on this CPU without VNNI; make it again "
+                    "without --full-range"
+                )
+            self._backend = self._load(backend, provider, threads, precision)
+            self.signature = self._artifact.signature
         self.backend = self._backend.name
-        self.signature = self._signature(model, self._backend)
+        declared = ([s.name for s in self.signature.inputs], [s.name for s in self.signature.outputs])
+        if (sorted(self._backend.input_names), self._backend.output_names) != (sorted(declared[0]), declared[1]):
+            raise ArtifactError(f"{model} has other inputs or outputs than its manifest; export it again")
         self.precision = precision or self.signature.precision
+        self._reopen = functools.partial(
+            type(self),
+            model.absolute(),
+            backend,
+            provider=provider,
+            threads=threads,
+            precision=precision,
+            token_budget=self.token_budget,
+        )
+        forks.watch(self)
 
     def _load_plan(self, plan: Path, backend: str, provider: str) -> backends.Backend:
         if backend not in ("auto", "tensorrt") or provider != "cpu":
@@ -103,42 +126,19 @@ class Engine:
             raise DependencyError(f"{asked} cannot run {plan}: a plan is TensorRT's; leave both out")
         self.manifest = PlanManifest.read(plan)
         self.manifest.verify(plan)
+        self.signature = self.manifest.signature
         from lfx.runtime.tensorrt import TensorRt
 
         return TensorRt(plan, self.manifest)
 
-    def _load(
-        self, model: Path, backend: str, provider: str, threads: int | None, precision: str | None
-    ) -> backends.Backend:
-        if backend == "auto" and precision is not None:
-            backend = "openvino"  # the only one that has a choice
-        if backend != "auto":
-            return backends.load(model, backend, provider, threads, precision)
-        if self.manifest is not None:
-            bf16 = self.manifest.signature.precision == "bf16" and provider == "cpu"
-            return backends.load(model, "openvino" if bf16 else "onnxruntime", provider, threads)
-        try:  # a lone file does not say its precision before it is loaded
-            return backends.load(model, "onnxruntime", provider, threads)
-        except DependencyError:
-            if provider != "cpu":
-                raise
-            return backends.load(model, "openvino", provider, threads)
-
-    def _signature(self, model: Path, backend: backends.Backend) -> Signature:
-        if self.manifest is not None:
-            signature = self.manifest.signature
-        elif backend.metadata is None:
-            raise ArtifactError(f"{model} was not written by lfx: it carries no lfx metadata; export it with lfx")
-        else:
-            try:
-                data = json.loads(backend.metadata)
-            except ValueError as error:
-                raise ArtifactError(f"{model} has broken lfx metadata ({error}); export it again") from error
-            signature = Signature.from_dict(data)
-        declared = ([s.name for s in signature.inputs], [s.name for s in signature.outputs])
-        if (sorted(backend.input_names), backend.output_names) != (sorted(declared[0]), declared[1]):
-            raise ArtifactError(f"{model} has other inputs or outputs than its manifest; export it again")
-        return signature
+    def _load(self, backend: str, provider: str, threads: int | None, precision: str | None) -> backends.Backend:
+        stored = self._artifact.signature.precision
+        if backend == "auto" and (precision is not None or (stored == "bf16" and provider == "cpu")):
+            backend = "openvino"  # the only one with a choice, and with bfloat16 on the CPU
+        backend = "onnxruntime" if backend == "auto" else backend
+        # The onnx package, which the reference is, refuses files with a second name.
+        with self._artifact.plain_files(unshared=backend == "reference") as model:
+            return backends.load(model, backend, provider, threads, precision, stored)
 
     def run(self, ids: Any, attention_mask: Any = None, global_attention_mask: Any = None) -> Outputs:
         """Run one batch.
@@ -156,7 +156,8 @@ class Engine:
             run in batches of neighbouring lengths (`token_budget`), and give a list of arrays for outputs per token,
             each cut to its own length; outputs per sequence are stacked. All are owned by the caller.
         Raises:
-            InputError: a length, shape, dtype, mask value or token id that the model cannot take.
+            InputError: a length, shape, dtype, mask value or token id that the model cannot take; a closed Engine.
+            LfxError: the Engine was made before a fork, or the backend failed.
         Source: Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
         """
         start = time.perf_counter()
@@ -178,7 +179,11 @@ class Engine:
 
         Returns:
             For each request what `run` gives for it alone.
+        Raises:
+            InputError: they have different numbers of choices.
         """
+        if len(requests) == 0:
+            return []
         feeds, lengths = join(requests, self.signature.pad_token_id)
         rows = self._run_rows(self._open(), feeds, lengths)
         return [{name: found[i][None] for name, found in rows.items()} for i in range(len(requests))]
@@ -188,8 +193,7 @@ class Engine:
         """A digest of the model: of its manifest, or of a lone ONNX file and its weights."""
         if self.manifest is not None:
             return str(self.manifest.to_dict()["manifest_sha256"])
-        files = (self._path, *sorted(self._path.parent.glob(f"{glob.escape(self._path.name)}.*")))
-        return " ".join(sha256(path) for path in files)
+        return " ".join(sha256(file) for file in self._artifact.files.values())
 
     def takes(self, batch: int, seqlen: int) -> bool:
         """Whether a batch of this shape can be run: any within the model's limits, or a profile of the plan."""
@@ -200,18 +204,24 @@ class Engine:
         """Run made-up batches, so that the first real one finds memory, kernels and CUDA graphs ready.
 
         Args:
-            shapes: (batch, seqlen) of each; default: one sequence of one token, and one of the longest (of 4,096
-                tokens where the model has no limit), where a plan takes them. The metrics do not count them.
+            shapes: (batch, seqlen) of each, both 1 or more; default: one sequence of one token, and one of the longest
+                (of 4,096 tokens where the model has no limit), where a plan takes them. The metrics do not count them.
         Raises:
-            InputError: a shape that the model cannot take.
+            InputError: a shape that the model or this machine's memory cannot take.
         """
+        self.check_usable()
         longest = self.signature.max_seqlen or 4096
         takes_marks = any(spec.name == "global_attention_mask" for spec in self.signature.inputs)
-        for batch, seqlen in shapes if shapes is not None else [(1, 1), (1, longest)]:
+        if shapes is None:  # a plan may have been built for other lengths
+            checked = [shape for shape in ((1, 1), (1, longest)) if self.takes(*shape)]
+        else:
+            checked = _checked_shapes(shapes, self.signature.max_seqlen)
+        for batch, seqlen in checked:
             shape = (batch, 2, seqlen) if self.signature.task == "multiple-choice" else (batch, seqlen)
-            if shapes is None and not self.takes(batch, seqlen):
-                continue  # a plan that was built for other lengths
-            ids = np.full(shape, self.signature.pad_token_id, dtype=np.int64)
+            try:
+                ids = np.full(shape, self.signature.pad_token_id, dtype=np.int64)
+            except (MemoryError, ValueError) as error:
+                raise InputError(f"a batch of {batch} sequences of {seqlen} tokens does not fit in memory") from error
             marks = np.zeros_like(ids) if takes_marks else None
             self._open().infer(dict(prepare(ids, None, marks, self.signature).feeds))
 
@@ -235,26 +245,68 @@ class Engine:
 
         Args:
             documents: one sequence of integers each, (seqlen,); for multiple choice (choices, seqlen).
-            ahead: sequences that are read and sorted by length together. The same documents in the same order give the
-                same batches, and so bit for bit the same results.
+            ahead: sequences that are read and sorted by length together, 1 or more. The same documents in the same
+                order give the same batches, and so bit for bit the same results.
         Yields:
             For each document, in the order given, one array per output name, without the batch axis.
         Raises:
-            InputError: a document that the model cannot take; none of its `ahead` neighbours is run then.
+            InputError: `ahead` is out of range, or `documents` cannot be iterated, or the Engine is closed: at once.
+                A document that the model cannot take, by its number from 0: when its turn comes; none of its `ahead`
+                neighbours is run then. What `documents` itself raises goes on to the caller.
         """
-        waiting = iter(documents)
-        while chunk := list(itertools.islice(waiting, ahead)):
-            batch = prepare(chunk, None, None, self.signature)
-            lengths = batch.lengths or (batch.feeds["input_ids"].shape[-1],) * len(chunk)
-            rows = self._run_rows(self._open(), batch.feeds, lengths)
+        ahead = whole_number(ahead, "ahead", 1, sys.maxsize)
+        self.check_usable()
+        if isinstance(documents, str | bytes | bytearray | memoryview | UserString | Mapping):
+            raise InputError(f"documents is {type(documents).__name__}; give an iterable of sequences of integers")
+        try:
+            waiting = iter(documents)
+        except TypeError as error:
+            raise InputError(
+                f"documents is {type(documents).__name__}; give an iterable of sequences of integers"
+            ) from error
+        return self._stream(waiting, ahead)
+
+    def _stream(self, documents: Iterator[Any], ahead: int) -> Iterator[dict[str, NDArray[Any]]]:
+        number = 0
+        while chunk := list(itertools.islice(documents, ahead)):
+            requests = [self._prepare_document(document, number + i) for i, document in enumerate(chunk)]
+            number += len(chunk)
+            feeds, lengths = join(requests, self.signature.pad_token_id)
+            rows = self._run_rows(self._open(), feeds, lengths)
             for i in range(len(chunk)):
                 yield {name: found[i] for name, found in rows.items()}
 
+    def _prepare_document(self, document: Any, number: int) -> Batch:
+        try:
+            batch = prepare(document, None, None, self.signature)
+        except InputError as error:
+            raise InputError(f"document {number}: {error}") from error
+        if (count := len(batch.feeds["input_ids"])) != 1:
+            raise InputError(f"document {number} has {count} sequences; give each as a document of its own")
+        return batch
+
+    def check_usable(self) -> None:
+        """Raises: InputError: the Engine is closed. LfxError: it was made before a fork."""
+        self._open()
+
     def _open(self) -> backends.Backend:
+        if self._forked:
+            raise LfxError(forks.made_before("Engine"))
         backend = self._backend  # another thread may close the Engine while this one runs
         if backend is None:
             raise InputError("this Engine is closed; make a new one")
         return backend
+
+    def forked(self) -> None:
+        """In a child process: keep the model for ever, since freeing it may wait for threads that are not there."""
+        self._forked = True
+        if self._backend is not None:
+            forks.keep(self._backend)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._backend is None:
+            raise InputError("this Engine is closed, and cannot be pickled or copied; make a new one")
+        return self._reopen, ()
 
     def _run_rows(
         self, backend: backends.Backend, feeds: dict[str, NDArray[np.int64]], lengths: Sequence[int]
@@ -289,6 +341,24 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _checked_path(path: Any) -> Path:
+    if not isinstance(path, str | Path):
+        raise InputError(f"path is {type(path).__name__}; give the path of a bundle, an .onnx file or a plan")
+    if path == "":
+        raise ArtifactError("path is empty; give the path of a bundle, made with: lfx export")
+    return file_path(path, "path", ArtifactError)
+
+
+def _checked_shapes(shapes: Any, longest: int | None) -> list[tuple[int, int]]:
+    checked = []
+    try:
+        for batch, seqlen in shapes:
+            checked.append((whole_number(batch, "batch", 1), whole_number(seqlen, "seqlen", 1, longest)))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"shapes is {shown(shapes)}; give a list of pairs (batch, seqlen)") from error
+    return checked
 
 
 def cut(row: NDArray[Any], axes: tuple[int | str, ...], length: int) -> NDArray[Any]:

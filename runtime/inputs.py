@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import numbers
+from collections import UserString
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +33,10 @@ class Batch:
 
 def prepare(ids: Any, attention_mask: Any, global_attention_mask: Any, signature: Signature) -> Batch:
     """Check and pad; see `Engine.run` for what may come and what is refused."""
-    rows = _as_rows(ids, "input_ids", signature)
+    rows = _as_rows(ids, "input_ids", _IDS, signature)
+    if len({row.shape[:-1] for row in rows}) > 1:
+        raise InputError(f"input_ids have different numbers of choices; give {_shapes(signature)}")
     lengths = [row.shape[-1] for row in rows]
-    _check_ids(rows, lengths, signature)
     ragged = len(set(lengths)) > 1
     width = max(lengths)
     input_ids = _stack(rows, width, signature.pad_token_id)
@@ -62,7 +66,11 @@ def join(requests: Sequence[Batch], pad_token_id: int) -> tuple[dict[str, Int64]
 
     Args:
         requests: each with feeds (1, seqlen), or (1, choices, seqlen) of as many choices each.
+    Raises:
+        InputError: they have different numbers of choices.
     """
+    if len({request.feeds["input_ids"].shape[:-1] for request in requests}) > 1:
+        raise InputError("the sequences have different numbers of choices; run them one by one")
     lengths = [request.feeds["input_ids"].shape[-1] for request in requests]
     feeds = {
         name: _stack([r.feeds[name][0] for r in requests], max(lengths), pad_token_id if name == "input_ids" else 0)
@@ -99,53 +107,138 @@ def default_global(input_ids: Int64, signature: Signature) -> Int64:
     return marks
 
 
-def _as_rows(value: Any, name: str, signature: Signature) -> list[NDArray[Any]]:
-    """A list of sequences: 1-D integer arrays, or (choices, seqlen) for multiple choice."""
-    rank = 2 if signature.task == "multiple-choice" else 1
-    if isinstance(value, (str, bytes, bytearray, memoryview)) or value is None:
+@dataclass(frozen=True)
+class _Values:
+    """What an array of ids, or of marks, may hold.
+
+    Attributes:
+        dtypes: numpy's letters of the kinds of dtype that it may have.
+        rule: what to give, for messages.
+        check: raises InputError for a value that it may not hold.
+    """
+
+    dtypes: str
+    rule: str
+    check: Callable[[NDArray[Any], str, Signature], None]
+
+
+def _as_rows(value: Any, name: str, values: _Values, signature: Signature) -> list[Int64]:
+    """A list of sequences: 1-D arrays, or (choices, seqlen) for multiple choice."""
+    if value is None or _is_text(value):
         raise InputError(f"{name} is {type(value).__name__}; give token ids: a list of integers or an integer array")
-    if hasattr(value, "__array__"):
-        array = _array(value, name, signature)
-        items = [array] if array.ndim == rank else list(array) if array.ndim == rank + 1 else None
-        if items is None:
-            raise InputError(f"{name} has shape {array.shape}; give {_shapes(signature)}")
-    else:
-        if not isinstance(value, Sequence):
-            raise InputError(f"{name} is {type(value).__name__}; give {_shapes(signature)}")
-        if len(value) == 0:
-            raise InputError(f"{name} is empty; give at least one sequence of at least one token")
-        items = [value] if _depth(value) == rank else list(value)
-    if len(items) == 0:
-        raise InputError(f"{name} is an empty batch; give at least one sequence of at least one token")
-    return [_as_row(item, f"{name}[{i}]" if len(items) > 1 else name, rank, signature) for i, item in enumerate(items)]
-
-
-def _as_row(item: Any, name: str, rank: int, signature: Signature) -> NDArray[Any]:
-    row = _array(item, name, signature)
-    if row.size == 0:
-        raise InputError(f"{name} is an empty sequence; give at least one token")
-    if row.ndim != rank or row.dtype == object:
-        raise InputError(f"{name} has shape {row.shape}; give {_shapes(signature)}")
-    return row
-
-
-def _array(value: Any, name: str, signature: Signature) -> NDArray[Any]:
     try:
-        return np.asarray(value)
-    except ValueError as error:
-        raise InputError(f"{name} is ragged inside; give {_shapes(signature)}") from error
-    except Exception as error:  # an object's own __array__ may raise anything: a tensor on a GPU, for one
+        return _read_batch(value, name, values, signature)
+    except InputError:
+        raise
+    except Exception as error:  # a caller's object may raise anything: a tensor on a GPU, for one
         raise InputError(f"{name} cannot be read as an array ({one_line(error)}); give {_shapes(signature)}") from error
 
 
-def _depth(value: Any) -> int:
-    depth = 0
-    while isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        depth += 1
+def _read_batch(value: Any, name: str, values: _Values, signature: Signature) -> list[Int64]:
+    rank = 2 if signature.task == "multiple-choice" else 1
+    items: Sequence[Any] | NDArray[Any]
+    if hasattr(value, "__array__"):
+        array = _array(value, name)
+        if array.ndim not in (rank, rank + 1):
+            raise InputError(f"{name} has shape {array.shape}; give {_shapes(signature)}")
+        items = [array] if array.ndim == rank else array
+    elif not isinstance(value, Sequence):
+        raise InputError(f"{name} is {type(value).__name__}; give {_shapes(signature)}")
+    elif len(value) == 0:
+        raise InputError(f"{name} is empty; give at least one sequence of at least one token")
+    else:
+        depth = _depth(value, rank + 2)
+        if depth > rank + 1:
+            raise InputError(f"{name} is nested too deeply; give {_shapes(signature)}")
+        items = [value] if depth <= rank else _items(value, name)
+    if len(items) == 0:
+        raise InputError(f"{name} is an empty batch; give at least one sequence of at least one token")
+    several = len(items) > 1
+    return [_read(item, f"{name}[{i}]" if several else name, rank, values, signature) for i, item in enumerate(items)]
+
+
+def _read(value: Any, name: str, rank: int, values: _Values, signature: Signature) -> Int64:
+    """One sequence, or its choices where `rank` is 2. Its length is checked before anything is copied."""
+    if hasattr(value, "__array__"):
+        array = _array(value, name)
+        if array.ndim != rank:
+            raise InputError(f"{name} has shape {array.shape}; give {_shapes(signature)}")
+        _check_length(array.shape[-1], name, signature)
+    elif _is_text(value) or not isinstance(value, Sequence):
+        raise InputError(f"{name} is {type(value).__name__}; give {_shapes(signature)}")
+    elif rank == 2:
+        items = _items(value, name)
+        choices = [_read(item, f"{name}[{i}]", 1, values, signature) for i, item in enumerate(items)]
+        if len({len(choice) for choice in choices}) > 1:
+            raise InputError(f"{name} is ragged inside; give {_shapes(signature)}")
+        array = np.stack(choices) if choices else np.zeros(0)
+    else:
+        _check_length(len(value), name, signature)
+        array = _array_of(_items(value, name), name, values, signature)
+    if array.size == 0:
+        raise InputError(f"{name} is an empty sequence; give at least one token")
+    if array.dtype.kind not in values.dtypes:
+        raise InputError(f"{name} has dtype {array.dtype}; {values.rule}")
+    values.check(array, name, signature)
+    return array.astype(np.int64)
+
+
+def _depth(value: Any, limit: int) -> int:
+    """The number of axes of nested sequences, by their first items; it stops at `limit`, as a list may hold itself."""
+    for depth in range(limit):
+        if hasattr(value, "__array__"):
+            return depth + int(np.ndim(value))
+        if _is_text(value) or not isinstance(value, Sequence):
+            return depth
         if len(value) == 0:
-            break
+            return depth + 1
         value = value[0]
-    return depth + int(np.ndim(value)) if hasattr(value, "__array__") and not np.isscalar(value) else depth
+    return limit
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | bytes | bytearray | memoryview | UserString)
+
+
+def _items(value: Sequence[Any], name: str) -> list[Any]:
+    """The items of a sequence, which may be of a class that says another length than it has."""
+    length = len(value)
+    items = list(itertools.islice(value, length + 1))
+    if len(items) != length:
+        raise InputError(f"{name} says that it has {length} items, and gives another number of them; give a list")
+    return items
+
+
+def _array(value: Any, name: str) -> NDArray[Any]:
+    array = np.asanyarray(value)
+    if isinstance(array, np.ma.MaskedArray):
+        raise InputError(
+            f"{name} is a masked array, whose mask would be lost; give its data, and what it masks as attention_mask"
+        )
+    return np.asarray(array)
+
+
+def _array_of(items: list[Any], name: str, values: _Values, signature: Signature) -> NDArray[Any]:
+    """A 1-D array of single numbers."""
+    if all(type(item) is int for item in items):
+        try:
+            return np.array(items, dtype=np.int64)
+        except OverflowError as error:
+            raise InputError(f"{name} has a number that does not fit 64 bits; {values.rule}") from error
+    for i, item in enumerate(items):
+        if isinstance(item, Sequence) and not _is_text(item):
+            raise InputError(f"{name} is ragged inside; give {_shapes(signature)}")
+        if hasattr(item, "__array__") and not isinstance(item, np.generic):
+            items[i] = _array(item, f"{name}[{i}]")[()]  # of no axes: its number
+        if not isinstance(items[i], numbers.Number | np.generic):
+            raise InputError(
+                f"{name} holds {type(item).__name__} where single integers should be; give {_shapes(signature)}"
+            )
+        if isinstance(items[i], bool | np.bool_) and "b" not in values.dtypes:
+            raise InputError(f"{name} has dtype bool at {i}; {values.rule}")
+    # Numpy makes floats of signed and unsigned 64-bit integers beside each other.
+    whole = all(isinstance(item, numbers.Integral) and not isinstance(item, bool) for item in items)
+    return _array_of([int(item) for item in items], name, values, signature) if whole else np.array(items)
 
 
 def _shapes(signature: Signature) -> str:
@@ -154,41 +247,42 @@ def _shapes(signature: Signature) -> str:
     return "one sequence of integers, a list of sequences, or an integer array (batch, seqlen)"
 
 
-def _check_ids(rows: list[NDArray[Any]], lengths: list[int], signature: Signature) -> None:
-    for i, row in enumerate(rows):
-        name = f"input_ids[{i}]" if len(rows) > 1 else "input_ids"
-        if row.dtype.kind not in "iu":
-            raise InputError(f"{name} has dtype {row.dtype}; give integers")
-        if signature.max_seqlen is not None and lengths[i] > signature.max_seqlen:
-            raise InputError(
-                f"{name} has {lengths[i]} tokens, above the model's maximum {signature.max_seqlen}; cut or split it"
-            )
-        low, high = int(row.min()), int(row.max())
-        if high > np.iinfo(np.int64).max:
-            raise InputError(f"{name} has id {high}, which does not fit 64 bits")
-        if low < 0:
-            raise InputError(f"{name} has the negative id {low}; ids start at 0")
-        if signature.vocab_size is not None and high >= signature.vocab_size:
-            raise InputError(
-                f"{name} has id {high}, outside the vocabulary of {signature.vocab_size}; "
-                "use the tokenizer that belongs to this model"
-            )
-    if len({row.shape[:-1] for row in rows}) > 1:
-        raise InputError(f"input_ids have different numbers of choices; give {_shapes(signature)}")
+def _check_length(length: int, name: str, signature: Signature) -> None:
+    if signature.max_seqlen is not None and length > signature.max_seqlen:
+        raise InputError(
+            f"{name} has {length} tokens, above the model's maximum {signature.max_seqlen}; cut or split it"
+        )
 
 
-def _mask_rows(value: Any, name: str, rows: list[NDArray[Any]], signature: Signature) -> list[NDArray[Any]] | None:
+def _check_ids(ids: NDArray[Any], name: str, signature: Signature) -> None:
+    low, high = int(ids.min()), int(ids.max())
+    if high > np.iinfo(np.int64).max:
+        raise InputError(f"{name} has id {high}, which does not fit 64 bits")
+    if low < 0:
+        raise InputError(f"{name} has the negative id {low}; ids start at 0")
+    if signature.vocab_size is not None and high >= signature.vocab_size:
+        raise InputError(
+            f"{name} has id {high}, outside the vocabulary of {signature.vocab_size}; "
+            "use the tokenizer that belongs to this model"
+        )
+
+
+def _check_marks(marks: NDArray[Any], name: str, signature: Signature) -> None:
+    wrong = marks[(marks != 0) & (marks != 1)]
+    if wrong.size > 0:
+        raise InputError(f"{name} has the value {wrong.flat[0]}; masks hold 0 and 1 only")
+
+
+_IDS = _Values("iu", "give integers", _check_ids)
+_MARKS = _Values("biuf", "masks hold 0 and 1 only", _check_marks)
+
+
+def _mask_rows(value: Any, name: str, rows: list[Int64], signature: Signature) -> list[Int64] | None:
     if value is None:
         return None
-    masks = _as_rows(value, name, signature)
+    masks = _as_rows(value, name, _MARKS, signature)
     if [m.shape for m in masks] != [r.shape for r in rows]:
         raise InputError(f"{name} has shape {_shape_of(masks)} where input_ids has {_shape_of(rows)}; make them equal")
-    for mask in masks:
-        if mask.dtype.kind not in "biuf":
-            raise InputError(f"{name} has dtype {mask.dtype}; masks hold 0 and 1 only")
-        if not np.isin(mask, (0, 1)).all():
-            wrong = mask[~np.isin(mask, (0, 1))].flat[0]
-            raise InputError(f"{name} has the value {wrong}; masks hold 0 and 1 only")
     return masks
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lfx.errors import require
+from lfx.errors import InputError, require
+from lfx.runtime import forks
 
 # Upper edges of the latency histogram, seconds: a tiny model on a GPU to a long document on a laptop.
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
@@ -51,6 +52,11 @@ class Metrics:
         self._counts = dict.fromkeys(("requests", "failed", "sequences", "batches", "tokens", "padding_tokens"), 0)
         self._latency_counts = [0] * (len(LATENCY_BUCKETS) + 1)
         self._latency_seconds = 0.0
+        forks.watch(self)
+
+    def forked(self) -> None:
+        """In a child process: another thread may have held the lock."""
+        self._lock = threading.Lock()
 
     def answered(self, seconds: float) -> None:
         """One call was answered after `seconds`."""
@@ -91,8 +97,30 @@ class Metrics:
         registry.register(self)
         return str(client.generate_latest(registry).decode())
 
+    def register(self, registry: Any = None) -> None:
+        """Have a registry collect the counters; it takes those of one Engine, since their names are the same.
+
+        Args:
+            registry: default: `prometheus_client.REGISTRY`.
+        Raises:
+            DependencyError: prometheus_client is not installed.
+            InputError: the registry has the counters of an Engine already.
+        """
+        client = require("prometheus_client", "metrics")
+        try:
+            (client.REGISTRY if registry is None else registry).register(self)
+        except ValueError as error:
+            raise InputError(
+                "this registry has the metrics of an Engine already; give each Engine a registry of its own: "
+                "engine.metrics.register(prometheus_client.CollectorRegistry())"
+            ) from error
+
+    def describe(self) -> Iterable[Any]:
+        """The names, which a registry compares with those that it has."""
+        return self.collect()
+
     def collect(self) -> Iterable[Any]:
-        """What prometheus_client asks of a collector: `prometheus_client.REGISTRY.register(engine.metrics)`."""
+        """What prometheus_client asks of a collector; see `register`."""
         core = require("prometheus_client.core", "metrics")
         now = self.snapshot()
         for name, help_text in (

@@ -6,14 +6,35 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from lfx.config import Signature, read_sealed, sealed, sha256
+from lfx.checks import check_shape, file_path, shown
+from lfx.config import COUNT, FILE, NUMBER, QUANTIZATION, Signature, parse_sealed, read_json_file, sealed, sha256
 from lfx.errors import ArtifactError, BuildError
+from lfx.files import locked
 from lfx.runtime.profile import Profile, Range
 
 PLAN_FORMAT_VERSION = 1
 SUFFIX = ".plan"
+_AGAIN = "build it again with: lfx build-engine"
+# What the JSON holds beside the signature; see `lfx.checks.check_shape`.
+_PLAN: dict[str, Any] = {
+    "flavor": str,
+    "tensorrt_version": str,
+    "target": str,
+    "profiles": [{"batch": str, "seqlen": str}],
+    "plugin_version": (str, NoneType),
+    "attention_nodes": int,
+    "plugin_layers": int,
+    "bundle": {"name": str, "sha256": str},
+    "source": dict,
+    "quantization": QUANTIZATION,
+    "options": {"workspace_bytes?": COUNT, "optimization_level?": COUNT, "flags?": [str]},
+    "versions": {"*": str},
+    "conversion": {"outputs?": {"*": {"max_abs_difference": NUMBER, "limit": NUMBER}}},
+    "plan": FILE,
+}
 
 
 @dataclass(frozen=True)
@@ -68,23 +89,40 @@ class PlanManifest:
             ArtifactError: no plan, no JSON, or one that is cut, changed or of another format.
         """
         path = json_path(plan)
-        again = "build it again with: lfx build-engine"
+        file_path(path, "plan", ArtifactError)
         if not plan.is_file():
             raise ArtifactError(f"{plan} does not exist; build it with: lfx build-engine BUNDLE")
         if not path.is_file():
-            raise ArtifactError(f"{plan} has no {path.name} beside it, so nothing says what it is; {again}")
-        data = read_sealed(path, "plan_format_version", PLAN_FORMAT_VERSION, again)
+            raise ArtifactError(f"{plan} has no {path.name} beside it, so nothing says what it is; {_AGAIN}")
+        return cls.parse(read_json_file(path, _AGAIN), path)
+
+    @classmethod
+    def parse(cls, content: bytes, path: Path) -> PlanManifest:
+        """The JSON of a plan from the bytes of its file.
+
+        Args:
+            path: of the file, for messages.
+        Raises:
+            ArtifactError: it is cut, changed or of another format.
+        """
+        data = parse_sealed(content, path, "plan_format_version", PLAN_FORMAT_VERSION, _AGAIN)
         signature = Signature.from_dict(data)
         try:
-            fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name != "signature"}
-            fields["profiles"] = tuple(
+            check_shape(data, _PLAN, str(path))
+            profiles = tuple(
                 Profile(Range.parse(p["batch"], "batch"), Range.parse(p["seqlen"], "seqlen")) for p in data["profiles"]
             )
-            for name in ("bundle", "source", "quantization", "options", "versions", "conversion", "plan"):
-                fields[name] = dict(fields[name])
-            return cls(signature=signature, **fields)
-        except (KeyError, TypeError, ValueError, AttributeError, BuildError) as error:
-            raise ArtifactError(f"{path} is broken ({error!r}); {again}") from error
+        except ValueError as error:
+            raise ArtifactError(f"{error}; {_AGAIN}") from error
+        except BuildError as error:
+            raise ArtifactError(f"{path} is broken: {error}") from error
+        if not profiles:
+            raise ArtifactError(f"{path} is broken: it has no profile; {_AGAIN}")
+        name = data["bundle"]["name"]  # a tokenizer is read from the folder of this name
+        if Path(name).name != name or name == "..":
+            raise ArtifactError(f"{path} is broken: the bundle {shown(name)} is no name of a folder; {_AGAIN}")
+        fields = {f.name: data[f.name] for f in dataclasses.fields(cls)[1:]}
+        return cls(signature, **{**fields, "profiles": profiles})
 
     def verify(self, plan: Path) -> None:
         """Compare the plan with its digest.
@@ -92,16 +130,30 @@ class PlanManifest:
         Raises:
             ArtifactError: the plan was cut or changed, or is another one.
         """
-        size = plan.stat().st_size
-        if size != self.plan.get("bytes"):
+        try:
+            size = plan.stat().st_size
+        except OSError as error:
+            raise ArtifactError(f"{plan} cannot be read: {error.strerror}; {_AGAIN}") from error
+        if size != self.plan["bytes"]:
             raise ArtifactError(
-                f"{plan} has {size} bytes where {json_path(plan).name} says {self.plan.get('bytes')}: "
+                f"{plan} has {size} bytes where {json_path(plan).name} says {self.plan['bytes']}: "
                 "it is cut, or another plan; build it again with: lfx build-engine"
             )
-        if sha256(plan) != self.plan.get("sha256"):
+        if sha256(plan) != self.plan["sha256"]:
             raise ArtifactError(
                 f"{plan} was changed after the build (sha256 differs); build it again with: lfx build-engine"
             )
+
+
+def publish(built: Path, plan: Path) -> None:
+    """Give a plan and its JSON their names; of several processes that do so at once, one gives both.
+
+    Raises:
+        OSError: they cannot be renamed.
+    """
+    with locked(plan):
+        built.replace(plan)
+        json_path(built).replace(json_path(plan))
 
 
 def json_path(plan: Path) -> Path:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lfx.checks import shown
 from lfx.config import Signature, TensorSpec
 from lfx.errors import BuildError
 
@@ -25,18 +27,20 @@ class Range:
         return f"{self.min}:{self.opt}:{self.max}"
 
     @classmethod
-    def parse(cls, text: str, name: str) -> Range:
+    def parse(cls, text: str | int, name: str) -> Range:
         """Read MIN:OPT:MAX, or one number for all three.
 
         Raises:
             BuildError: another form, or sizes out of order.
         """
-        parts = text.split(":")
+        if isinstance(text, numbers.Integral) and not isinstance(text, bool):
+            text = str(text)
+        parts = text.split(":") if isinstance(text, str) else []
         if len(parts) not in (1, 3) or not all(_is_size(part) for part in parts):
-            raise BuildError(f"{name} {text!r} is no size; give MIN:OPT:MAX or one number, such as 1:1:8 or 8")
+            raise BuildError(f"{name} {shown(text)} is no size; give MIN:OPT:MAX or one number, such as 1:1:8 or 8")
         sizes = [int(part) for part in parts] * (3 if len(parts) == 1 else 1)
         if not 1 <= sizes[0] <= sizes[1] <= sizes[2] < 2**31:
-            raise BuildError(f"{name} {text} is out of order; it must be 1 ≤ MIN ≤ OPT ≤ MAX")
+            raise BuildError(f"{name} {text} is out of order; it must be 1 ≤ MIN ≤ OPT ≤ MAX < 2^31")
         return cls(*sizes)
 
 
@@ -69,16 +73,15 @@ class Profile:
         return self.batch.min <= batch <= self.batch.max and self.seqlen.min <= seqlen <= self.seqlen.max
 
 
-def profiles(batch: Sequence[str], seqlen: Sequence[str], signature: Signature) -> tuple[Profile, ...]:
+def profiles(batch: Sequence[str | int], seqlen: Sequence[str | int], signature: Signature) -> tuple[Profile, ...]:
     """Profiles from the options of the command line.
 
     Args:
         batch, seqlen: one entry a profile; one entry alone goes with every entry of the other.
     Raises:
-        BuildError: counts that do not match, or sequences longer than the model's.
+        BuildError: no lists, counts that do not match, or sequences longer than the model's.
     """
-    batches = [Range.parse(text, "--batch") for text in batch]
-    lengths = [Range.parse(text, "--seqlen") for text in seqlen]
+    batches, lengths = _ranges(batch, "--batch"), _ranges(seqlen, "--seqlen")
     if len(batches) != len(lengths) and 1 not in (len(batches), len(lengths)):
         raise BuildError(
             f"{len(batches)} --batch and {len(lengths)} --seqlen make no profiles; give as many of each, or one of one"
@@ -90,6 +93,12 @@ def profiles(batch: Sequence[str], seqlen: Sequence[str], signature: Signature) 
     count = max(len(batches), len(lengths))
     pairs = zip(_repeat(batches, count), _repeat(lengths, count), strict=True)
     return tuple(Profile(*pair) for pair in pairs)
+
+
+def _ranges(texts: Sequence[str | int], name: str) -> list[Range]:
+    if isinstance(texts, str | bytes) or not isinstance(texts, Sequence) or not texts:
+        raise BuildError(f"{name} is {shown(texts)}; give a list of MIN:OPT:MAX or numbers, one for each profile")
+    return [Range.parse(text, name) for text in texts]
 
 
 def _repeat(ranges: list[Range], count: int) -> Iterable[Range]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfx.errors import ArtifactError, InputError, LfxError, PluginError, require
+from lfx.runtime import forks
 from lfx.runtime import plugin as plugins
 from lfx.runtime.builder import FLAVORS
 from lfx.runtime.device import check, cudart, require_gpu
@@ -62,7 +63,6 @@ class TensorRt:
         is_input = {name: self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
         self.input_names = [name for name in names if is_input[name]]
         self.output_names = [name for name in names if not is_input[name]]
-        self.metadata: str | None = None
         self.name = f"{manifest.flavor} {trt.__version__} {found}"
         self._profiles = manifest.profiles
         self._workers = threading.local()
@@ -178,6 +178,7 @@ class _Worker:
         self._shapes: dict[str, tuple[int, ...]] | None = None
         self._graph: Any = None
         self._can_capture = True
+        self._generation = forks.generation()
         self._stream = check(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
 
     def run(self, feeds: Arrays, profile: int, outputs: list[str]) -> Arrays:
@@ -272,6 +273,9 @@ class _Worker:
 
     def __del__(self) -> None:
         if not hasattr(self, "_stream"):  # it never came to be
+            return
+        if self._generation != forks.generation():  # of a thread of the parent's; CUDA does not work in this child
+            forks.keep(self)
             return
         self._forget_graph()
         for buffer in self._buffers.values():

@@ -37,8 +37,9 @@ from lfx.errors import DependencyError
 from lfx.export import export
 from lfx.export.functions import BLOCK, HIDDEN
 from lfx.export.quantize import quantize
+from lfx.files import link_or_copy
 from lfx.runtime import Engine
-from lfx.runtime.backends import SLOWER_ON_CPU, link_or_copy
+from lfx.runtime.backends import SLOWER_ON_CPU
 from lfx.runtime.bench import Run, measure
 
 LENGTHS = (512, 1024, 2048, 4096)

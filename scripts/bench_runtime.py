@@ -2,20 +2,28 @@
 
     python scripts/bench_runtime.py --measures mixed        # docs/records/mixed.jsonl, about ten minutes
     python scripts/bench_runtime.py --measures soak         # docs/records/soak.jsonl, five minutes
+    python scripts/bench_runtime.py --measures storm        # docs/records/storm.jsonl, ten minutes
 
 mixed: documents of log-normal length, 50 to 4,096 tokens, base shape; in turns with as many tokens in documents of one
 length, so that a machine that slows down slows both. Some are run again one by one, and compared.
 
 soak: 16 threads on one Engine of a small model, each answer compared bit for bit with a single thread's; the resident
 memory after each tenth of the time.
+
+storm: 8 threads on Batchers over one Engine, while requests are cancelled, Batchers are closed and replaced, and the
+process forks. Every request ends: with a single thread's answer, cancelled, or refused by a closed Batcher; every
+forked child is refused at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import threading
 import time
+from collections import Counter
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +32,9 @@ import record
 from checkpoints import base_model
 from transformers import LongformerConfig, LongformerModel
 
+from lfx.errors import LfxError, OverloadError
 from lfx.export import export
-from lfx.runtime import Engine
+from lfx.runtime import Batcher, Engine
 
 DOCUMENTS, PARTS, ONE_BY_ONE = 200, 4, 12
 
@@ -33,20 +42,23 @@ DOCUMENTS, PARTS, ONE_BY_ONE = 200, 4, 12
 def main() -> None:
     """Run what was asked for; each writes its record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measures", type=lambda text: text.split(","), default=["mixed", "soak"])
+    parser.add_argument("--measures", type=lambda text: text.split(","), default=["mixed", "soak", "storm"])
     parser.add_argument("--documents", type=int, default=DOCUMENTS)
     parser.add_argument("--threads", type=int, default=2, help="of one run, for mixed")
-    parser.add_argument("--minutes", type=float, default=5.0, help="of the soak")
+    parser.add_argument("--minutes", type=float, help="of the soak (5 when not given) and of the storm (10)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lfx-bench-") as folder:
         if "mixed" in options.measures:
             bundle = export(base_model(), Path(folder) / "base")
             record.write("mixed", [{**record.environment(), **mixed(bundle, options.documents, options.threads)}])
-        if "soak" in options.measures:
+        if {"soak", "storm"} & set(options.measures):
             shape = {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 512}
             config = LongformerConfig(vocab_size=1000, attention_window=64, max_position_embeddings=1026, **shape)
             bundle = export(LongformerModel(config).eval(), Path(folder) / "small")
-            record.write("soak", [{**record.environment(), **soak(bundle, options.minutes)}])
+            if "soak" in options.measures:
+                record.write("soak", [{**record.environment(), **soak(bundle, options.minutes or 5.0)}])
+            if "storm" in options.measures:
+                record.write("storm", [{**record.environment(), **storm(bundle, options.minutes or 10.0)}])
 
 
 def mixed(bundle: Path, count: int, threads: int) -> dict[str, Any]:
@@ -136,6 +148,87 @@ def soak(bundle: Path, minutes: float, workers: int = 16) -> dict[str, Any]:
         "bit_identical": not failures,
         "resident_bytes": resident,
     }
+
+
+def storm(bundle: Path, minutes: float, workers: int = 8) -> dict[str, Any]:
+    """Cancels, closes and forks around requests that must all end."""
+    random = np.random.default_rng(0)
+    requests = [random.integers(3, 1000, n) for n in (3, 7, 40, 64, 130, 333)]
+    counts: Counter[str] = Counter()
+    failures: list[str] = []
+    stop = threading.Event()
+    with Engine(bundle, threads=1) as engine:
+        right = [engine.run(ids) for ids in requests]
+        current = [Batcher(engine, max_delay_ms=1.0)]
+
+        def work(worker: int) -> None:
+            mine = np.random.default_rng(worker)
+            while not stop.is_set():
+                which = int(mine.integers(len(requests)))
+                try:
+                    future = current[0].submit(requests[which])
+                    if mine.random() < 0.2:
+                        future.cancel()
+                    found = future.result(timeout=120)
+                    same = all(np.allclose(found[name], right[which][name], rtol=0, atol=1e-4) for name in found)
+                    counts["answered" if same else "wrong"] += 1
+                except CancelledError:
+                    counts["cancelled"] += 1
+                except OverloadError:
+                    counts["refused by a closed Batcher"] += 1
+                except Exception as error:
+                    failures.append(f"thread {worker}: {error!r}")
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(workers)]
+        for thread in threads:
+            thread.start()
+        resident = []
+        for _ in range(10):
+            end = time.monotonic() + minutes * 6
+            while time.monotonic() < end:
+                time.sleep(0.5)
+                if _child_is_refused(current[0]):
+                    counts["forked children refused"] += 1
+                else:
+                    failures.append("a forked child was not refused")
+                old, current[0] = current[0], Batcher(engine, max_delay_ms=1.0)
+                old.close()
+                counts["closes"] += 1
+            resident.append(_resident_bytes())
+        stop.set()
+        for thread in threads:
+            thread.join(timeout=300)
+            if thread.is_alive():
+                failures.append("a request never ended")
+        current[0].close()
+    return {
+        "shape": "4 layers, hidden 128",
+        "threads": workers,
+        "minutes": minutes,
+        **{name: counts[name] for name in sorted({*counts, "wrong"})},
+        "failures": failures[:20],
+        "resident_bytes": resident,
+    }
+
+
+def _child_is_refused(batcher: Batcher) -> bool:
+    """Fork, and ask the Batcher in the child, which has none of its threads."""
+    child = os.fork()
+    if child == 0:
+        try:
+            batcher.submit([5, 6])
+        except LfxError:
+            os._exit(0)
+        finally:
+            os._exit(1)
+    for _ in range(600):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status) == 0
+        time.sleep(0.05)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return False
 
 
 def _resident_bytes() -> int:

@@ -4,8 +4,8 @@
     make lock OPTIONS=--upgrade              # takes the newest; or: OPTIONS='--upgrade-package numpy'
 
 Versions and hashes are PyPI's, except torch's on Linux: PyPI's build requires gigabytes of CUDA libraries, so the lock
-holds PyTorch's CPU build, which only PyTorch's own index has. To change the version of torch, copy its hashes
-from there to TORCH_CPU, and its version and requirements to [tool.uv] in pyproject.toml.
+holds PyTorch's CPU build, which only PyTorch's own index has. To change the version of torch, copy its hashes from
+there to TORCH_CPU, and its version and requirements to [tool.uv] in pyproject.toml.
 """
 
 from __future__ import annotations

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from lfx.export import export
 from tests.models import tiny_model, tiny_tokenizer
 
 MakeBundle = Callable[..., Path]
+SmallDisk = Callable[[], Path]
+
+# `make fuzz` raises the number of examples. No deadline: a test does not fail by the clock.
+settings.register_profile("lfx", max_examples=int(os.environ.get("LFX_FUZZ_EXAMPLES", "200")), deadline=None)
+settings.load_profile("lfx")
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +35,24 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """small_disk() -> an empty folder on a disk of 128 KiB of its own."""
+    mounted = []
+
+    def mount() -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", folder], capture_output=True, check=False
+        )
+        if done.returncode != 0:
+            pytest.skip("only root can mount a small disk")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lfx import benching
+from lfx.benching import run_bench
 from lfx.errors import InputError
 from lfx.export import export
-from lfx.runtime import bench
-from tests.conftest import MakeBundle
+from lfx.runtime import Engine, bench
+from tests.conftest import MakeBundle, SmallDisk
 from tests.models import save_tiny_checkpoint
 
 
@@ -42,6 +44,34 @@ def test_rows_say_what_the_clock_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (one["times_the_first"], other["times_the_first"]) == pytest.approx((1, 3))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"rounds": 0}, "rounds 0 is out of range; give a whole number, 1 or more"),
+        ({"rounds": "3"}, "rounds is '3'; give a whole number"),
+        ({"rounds": True}, "rounds is True"),
+        ({"lengths": []}, r"lengths is \[\]; give a list of at least one"),
+        ({"lengths": 5}, "lengths is 5; give a list"),
+        ({"lengths": "64"}, "lengths is '64'; give a list"),
+        ({"lengths": [0]}, "lengths 0 is out of range"),
+        ({"lengths": [64, None]}, "lengths is None; give a whole number"),
+        ({"batch_sizes": []}, "batch_sizes is"),
+        ({"batch_sizes": [1.5]}, "batch_sizes is 1.5; give a whole number"),
+        ({"vocab_size": 0}, "vocab_size 0 is out of range"),
+        ({"vocab_size": 10**30}, "vocab_size 10+ is out of range"),
+        ({"contenders": {}}, "contenders is {}; give at least one"),
+        ({"contenders": None}, "contenders is None"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_measured_is_refused_before_anything_runs(wrong: dict[str, Any], message: str) -> None:
+    def never(ids: Any) -> None:
+        raise AssertionError("it ran")
+
+    with pytest.raises(InputError, match=message):
+        bench.measure(**{"contenders": {"a": never}, "lengths": [8], "batch_sizes": [1], **wrong})
+
+
 def test_a_plot_is_written_and_a_place_that_cannot_be_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [
@@ -54,6 +84,41 @@ def test_a_plot_is_written_and_a_place_that_cannot_be_is_refused(tmp_path: Path)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="cannot be written"):
         bench.plot(rows, tmp_path / "no" / "plot.png")
+
+
+def test_a_plot_on_a_full_disk_says_what_to_do(small_disk: SmallDisk) -> None:
+    pytest.importorskip("matplotlib")
+    folder = small_disk()
+    (folder / "ballast").write_bytes(bytes(110_000))
+    rows = [{"contender": "a", "batch": 1, "seqlen": n, "tokens_per_second": 100.0 * n} for n in (64, 512)]
+    with pytest.raises(
+        InputError, match=r"plot\.png cannot be written: no disk space left; make room, or choose another"
+    ):
+        bench.plot(rows, folder / "plot.png")
+    assert [path.name for path in folder.iterdir()] == ["ballast"]
+
+
+@pytest.mark.parametrize("name", ["plot.svg", "plot.PNG", "plot"])
+def test_a_plot_has_the_name_that_was_asked_for(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    bench.plot([{"contender": "a", "batch": 1, "seqlen": 64, "tokens_per_second": 1.0}], tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_plot_in_a_format_that_is_none_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [{"contender": "a", "batch": 1, "seqlen": 64, "tokens_per_second": 1.0}]
+    with pytest.raises(InputError, match=r"plot\.xyz cannot be written: .*choose another --plot, such as plot\.png"):
+        bench.plot(rows, tmp_path / "plot.xyz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_on_a_full_disk_say_what_to_do(small_disk: SmallDisk) -> None:
+    folder = small_disk()
+    rows = [{"model": "x" * 1000}] * 200
+    with pytest.raises(InputError, match=r"rows\.jsonl cannot be written: no disk space left; make room, or choose"):
+        benching._write(folder / "rows.jsonl", rows)
+    assert list(folder.iterdir()) == []
 
 
 def lfx(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -79,6 +144,33 @@ def test_the_command_measures_beside_pytorch_and_writes_its_rows(tmp_path: Path)
     assert (tmp_path / "plot.png").is_file()
 
 
+def test_a_checkpoint_with_other_weights_is_not_measured(tmp_path: Path) -> None:
+    bundle = export(save_tiny_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle")
+    other = save_tiny_checkpoint(tmp_path / "other", seed=1)
+    done = lfx("bench", bundle, "--length", "8", "--against", "pytorch", "--source", other)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "other weights than the bundle was made from" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"rounds": 0}, "rounds 0"),
+        ({"rounds": True}, "rounds is True"),
+        ({"lengths": ("8",)}, "length is '8'"),
+        ({"batch_sizes": (1.5,)}, "batch is 1.5"),
+        ({"against": ("tensorflow",)}, "against 'tensorflow' is not known"),
+        ({"against": ("pytorch",), "source": 5}, "source is 5"),
+        ({"output": 5}, "output is 5"),
+        ({"plot": "a\0b"}, "cannot be opened"),
+    ],
+)
+def test_options_of_other_types_are_one_line(options: dict[str, Any], reason: str, bundle: MakeBundle) -> None:
+    settings = {"lengths": (8,), "batch_sizes": (1,), "rounds": 1, "against": (), "source": None, "output": None}
+    with pytest.raises(InputError, match=reason):
+        run_bench(bundle(), Engine, **{**settings, "plot": None, "as_json": True, **options})
+
+
 def test_the_command_alone_shows_the_memory_of_its_process(bundle: MakeBundle) -> None:
     done = lfx("bench", bundle(), "--length", "30", "--rounds", "1")
     assert done.returncode == 0, done.stderr
@@ -91,7 +183,7 @@ def test_the_command_alone_shows_the_memory_of_its_process(bundle: MakeBundle) -
     [
         (["--length", "129"], "length 129 is above the model's maximum 128"),
         (["--output", "/nowhere/rows.jsonl"], "its folder does not exist"),
-        (["--against", "pytorch"], "give the checkpoint with --source|cannot be loaded|does not exist"),
+        (["--against", "pytorch"], r"made from a module in memory.*give: lfx bench \S+ --against pytorch --source"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(options: list[str], reason: str, bundle: MakeBundle) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -19,13 +20,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from lfx.cli import cli
 from lfx.config import MANIFEST, MODEL, WEIGHTS, Manifest
+from lfx.errors import ArtifactError, BuildError
 from tests.conftest import MakeBundle
 from tests.models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from tests.runtime.test_signing import Signer
 
 LABELS = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
-COMMANDS = ("export", "run", "inspect", "parity")
+COMMANDS = tuple(cli.commands)
 # No look-up on the hub: every model here is a folder.
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 # Processes that import torch are started two at a time.
@@ -110,7 +115,9 @@ def test_help_lists_every_command(option: str) -> None:
 def test_every_command_has_help(command: str) -> None:
     done = lfx(command, "--help")
     assert (done.code, done.stderr) == (0, "")
-    assert f" {command} [OPTIONS]" in done.stdout.splitlines()[0]
+    usage, _, first_line = done.stdout.splitlines()[:3]
+    assert f" {command} [OPTIONS]" in usage
+    assert first_line.strip()
     assert "--json" in done.stdout
 
 
@@ -617,3 +624,213 @@ def test_an_interrupt_that_a_library_turns_into_another_error_is_still_an_interr
     done = _done([sys.executable, "-c", CHANGED.format(number=int(number))], tmp_path)
     assert done.error() == "error: interrupted; nothing half-written was left"
     assert list(tmp_path.iterdir()) == []
+
+
+NAMES = {"0": "[u]ax", "1": "[/b]\x1b[31m\u202e"}
+NAMES_SHOWN = ("[u]ax", r"[/b]\x1b[31m\u202e")
+
+
+def _rename_labels(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "id2label": NAMES}))
+    Manifest.read(folder).write(folder)
+
+
+def test_labels_and_paths_are_shown_as_they_are(copy: Path, tmp_path: Path) -> None:
+    _rename_labels(copy)
+    (tmp_path / "[b]\x1b[7m.jsonl").write_text("5\n")
+    plain = lfx("run", copy, "--text", "the fox")
+    documents = lfx("run", copy, "--input", "[b]\x1b[7m.jsonl", "--output", "[u]\x1b[7m.jsonl", cwd=tmp_path)
+    assert all(name in plain.stdout for name in NAMES_SHOWN)
+    assert r"[u]\x1b[7m.jsonl: 1 documents" in documents.stdout
+    assert r"[b]\x1b[7m.jsonl:1: " in documents.stderr
+    assert r"[u]\x1b[7m.jsonl says which" in documents.error()
+    assert not {"\x1b", "\u202e"} & set(plain.stdout + documents.stdout + documents.stderr)
+
+
+def test_log_lines_of_tensorrt_are_shown_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(*_: Any, log: Callable[[str], None], **options: Any) -> Path:
+        log("TensorRT warning: [/b]\x1b[2J")
+        raise BuildError("no engine")
+
+    monkeypatch.setattr("lfx.runtime.builder.build_engine", build)
+    with pytest.raises(BuildError):
+        cli.main(["build-engine", "x"], standalone_mode=False)
+    assert capsys.readouterr().err == "TensorRT warning: [/b]\\x1b[2J\n"
+
+
+def test_json_has_null_where_a_model_gives_nan(copy: Path) -> None:
+    np.full((copy / WEIGHTS).stat().st_size // 4, np.nan, dtype=np.float32).tofile(copy / WEIGHTS)
+    Manifest.read(copy).write(copy)
+    done = lfx("run", copy, "--text", "fox", "--json")
+    assert done.code == 0, done.stderr
+    result = json.loads(done.stdout, parse_constant=pytest.fail)
+    assert result["outputs"]["logits"]["values"] == [[None, None]]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["\x1b[31m"], ["inspect", "--\x1b[31m"], ["inspect", "a", "b\x1b[31m\nerror: c"]]
+)
+def test_wrong_usage_shows_control_characters_as_escapes(arguments: list[str]) -> None:
+    done = lfx(*arguments)
+    assert done.code == 2
+    assert r"\x1b[31m" in done.stderr
+    assert "\x1b" not in done.stderr
+    assert "\nerror:" not in done.stderr
+
+
+LOCALES = (
+    {"LC_ALL": "C.UTF-8"},
+    {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
+    {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+)
+
+
+@pytest.mark.parametrize("locale", LOCALES, ids=lambda locale: " ".join(locale.values()))
+def test_names_that_the_locale_does_not_know_are_printed(locale: dict[str, str], copy: Path) -> None:
+    _rename_labels(copy)
+    folder = os.fsencode(copy)
+    odd = folder + b"\xff"
+    Path(os.fsdecode(odd)).symlink_to(copy)
+    for arguments, code, shown in (
+        ([b"run", folder, b"--text", b"fox"], 0, rb"[/b]\x1b[31m\u202e"),
+        ([b"verify", odd], 0, rb"copy\udcff: "),
+        ([b"inspect", b"nowhere\xff\x1b"], 1, rb"error: nowhere\udcff\x1b does not exist"),
+        ([b"inspect", folder, b"\xff\x1b"], 2, rb"unexpected extra argument (\udcff\x1b)"),
+    ):
+        command = [sys.executable.encode(), b"-m", b"lfx.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, env={**ENVIRONMENT, **locale}, check=False)
+        assert (done.returncode, b"Traceback" in done.stderr) == (code, False)
+        assert shown in done.stdout + done.stderr
+
+
+FULL, CLOSED = (">/dev/full", "No space left on device"), (">&-", "stdout cannot be written: it is closed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stream", "message"),
+    [
+        ("--help", *FULL),
+        *(
+            (arguments, *how)
+            for arguments in ("inspect {}", "inspect {} --json", "verify {}")
+            for how in (FULL, CLOSED)
+        ),
+    ],
+)
+def test_a_result_that_stdout_does_not_take_is_one_line(
+    arguments: str, stream: str, message: str, reviews: Path
+) -> None:
+    command = [sys.executable, "-m", "lfx.cli", *arguments.format(reviews).split()]
+    done = _done(["sh", "-c", f'exec "$@" {stream}', "sh", *command], None)
+    assert message in done.error()
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_nothing_that_is_opened_takes_the_place_of_a_closed_stream(reviews: Path, tmp_path: Path) -> None:
+    """Else what a library prints would land in the file."""
+    code = f"""
+import os, sys
+from lfx.cli import main
+sys.argv = ["lfx", "inspect", {str(tmp_path)!r}]
+try:
+    main()
+except SystemExit as end:
+    file = open({str(tmp_path / "numbers")!r}, "w")
+    print(file.fileno(), end.code, file=file)
+"""
+    subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code], check=False)
+    number, exit_code = map(int, (tmp_path / "numbers").read_text().split())
+    assert number > 2
+    assert exit_code == 1
+
+
+def test_a_closed_stderr_changes_nothing(reviews: Path) -> None:
+    command = [sys.executable, "-m", "lfx.cli", "inspect", str(reviews), "--json"]
+    done = _done(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], None)
+    assert done.json()["task"] == "text-classification"
+
+
+ODD_FILES: dict[str, Callable[[Path], Any]] = {
+    "binary": lambda path: path.write_bytes(bytes(range(256))),
+    "empty": lambda path: path.touch(),
+    "empty.onnx": lambda path: path.touch(),
+    "binary.plan": lambda path: (path.write_bytes(b"\xff"), path.with_name("binary.plan.json").write_bytes(b"\xff")),
+    "folder.plan": lambda path: path.mkdir(),
+    "folder.onnx": lambda path: path.mkdir(),
+    "loop": lambda path: path.symlink_to(path),
+    "pipe": os.mkfifo,
+    "pipe.onnx": os.mkfifo,
+    "pipe.plan": os.mkfifo,
+    "pipe inside": lambda path: (path.mkdir(), os.mkfifo(path / MANIFEST)),
+    "folder inside": lambda path: (path / MANIFEST).mkdir(parents=True),
+}
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_file_that_is_no_artifact_is_one_line(command: str, tmp_path: Path) -> None:
+    for name, make in ODD_FILES.items():
+        make(tmp_path / name)
+        with pytest.raises(ArtifactError, match=name):
+            cli.main([command, str(tmp_path / name)], standalone_mode=False)
+    for name in ("/dev/null", "/dev/zero", "/proc/self/mem"):
+        with pytest.raises(ArtifactError, match=name):
+            cli.main([command, name], standalone_mode=False)
+
+
+def test_inspect_of_a_manifest_that_lacks_a_number_is_one_line(copy: Path) -> None:
+    manifest = Manifest.read(copy)
+    for result in ({}, {"max_abs_error": None, "tolerance": 1}, {"max_abs_error": "1", "tolerance": 1}, 5):
+        dataclasses.replace(manifest, validation={"outputs": {"logits": result}}).write(copy)
+        with pytest.raises(ArtifactError, match="manifest is broken"):
+            cli.main(["inspect", str(copy)], standalone_mode=False)
+
+
+def test_verify_says_who_signed(reviews: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["verify", str(reviews)], standalone_mode=False)
+    assert "files are what lfx.json says; no signature was checked" in capsys.readouterr().out
+    signer = Signer(Ed25519PrivateKey.generate())
+    text = signer.sign((copy / MANIFEST).read_bytes(), comment="[b]release\t1\u202e")
+    (copy / f"{MANIFEST}.minisig").write_text(text, encoding="utf-8")
+    cli.main(["verify", str(copy), "--key", signer.public()], standalone_mode=False)
+    assert capsys.readouterr().out.endswith("key 0706050403020100, trusted comment: [b]release\\t1\\u202e\n")
+    cli.main(["verify", str(copy), "--key", signer.public(), "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["trusted_comment"] == "[b]release\t1\u202e"
+
+
+def test_verify_exits_1_in_one_line(copy: Path) -> None:
+    key = Signer(Ed25519PrivateKey.generate()).public()
+    assert "lfx.json.minisig is no file, so there is no signature" in lfx("verify", copy, "--key", key).error()
+    _flip_weights(copy)
+    assert f"{WEIGHTS} was changed after the export" in lfx("verify", copy).error()
+
+
+REFUSED = """
+import sys, types
+
+def export(model, output, *, progress, **options):
+    raise {error}
+
+sys.modules["lfx.export"] = types.ModuleType("lfx.export")
+sys.modules["lfx.export"].export = export
+sys.argv = ["lfx", "export", "--model", "x"]
+from lfx.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("OSError(28, 'No space left on device', 'a\\x1b')", r"error: a\x1b: No space left on device; make room"),
+        ("PermissionError(13, 'Permission denied', 'a')", "error: a: Permission denied"),
+        ("MemoryError()", "error: out of memory; use shorter or fewer sequences"),
+        ("__import__('lfx.errors').errors.LfxError('a' * 5000 + '; do this')", "aaa; do this"),
+    ],
+)
+def test_what_the_system_refuses_is_no_error_of_ours(error: str, message: str, tmp_path: Path) -> None:
+    done = _done([sys.executable, "-c", REFUSED.format(error=error)], tmp_path)
+    assert message in done.error()
+    assert len(done.stderr) < 2000

@@ -16,8 +16,9 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import external_data_helper, numpy_helper
 
+from lfx.checks import parse_json
 from lfx.cli import cli
-from lfx.comparing import run_parity
+from lfx.comparing import checkpoint_of, run_parity
 from lfx.config import MODEL, TASKS, WEIGHTS, Manifest
 from lfx.errors import InputError
 from lfx.export import export
@@ -25,6 +26,7 @@ from lfx.export.quantize import quantize
 from lfx.runtime import Engine
 from lfx.runtime.plan import PlanManifest
 from lfx.runtime.profile import Profile, Range
+from tests.conftest import SmallDisk
 from tests.models import VOCAB_SIZE, save_tiny_checkpoint
 
 
@@ -85,11 +87,11 @@ def test_the_first_layer_that_differs_is_named(
     assert found.exit_code == 1
     assert f"the two part at {first}\n" in found.stdout
     assert isinstance(found.exception, Exception)
-    assert json.loads(lfx("parity", folder, "--by-layer", "--json").stdout)["passed"] is False
+    assert parse_json(lfx("parity", folder, "--by-layer", "--json").stdout)["passed"] is False
 
 
 def test_json_has_the_layers_too(bundles: Callable[..., Path]) -> None:
-    found = json.loads(lfx("parity", bundles(), "--by-layer", "--json").stdout)
+    found = parse_json(lfx("parity", bundles(), "--by-layer", "--json").stdout)
     assert list(found["by_layer"]["outputs"]) == ["attention_0", "attention_1", "last_hidden_state", "pooler_output"]
     assert list(found["outputs"]) == ["last_hidden_state", "pooler_output"]
     assert found["passed"] is True
@@ -184,6 +186,14 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(
         lfx_raising("parity", bundles(), "--report", tmp_path / place)
 
 
+def test_a_page_on_a_full_disk_says_what_to_do(bundles: Callable[..., Path], small_disk: SmallDisk) -> None:
+    folder = small_disk()
+    (folder / "ballast").write_bytes(bytes(110_000))
+    with pytest.raises(InputError, match=r"page\.html cannot be written: no disk space left; make room, or choose"):
+        lfx_raising("parity", bundles(), "--report", folder / "page.html")
+    assert [path.name for path in folder.iterdir()] == ["ballast"]
+
+
 def test_int8_says_what_it_costs(bundles: Callable[..., Path], tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     text = tmp_path / "documents.jsonl"
@@ -235,7 +245,7 @@ def test_a_plan_is_compared_in_the_shapes_that_it_was_built_for(
 ) -> None:
     folder = bundles()
     run_plan(folder, _plan(Manifest.read(folder)), lambda batch, seqlen: batch == 1)
-    cases = json.loads(capsys.readouterr().out)["cases"]
+    cases = parse_json(capsys.readouterr().out)["cases"]
     assert cases
     assert {case["batch"] for case in cases} == {1}
 
@@ -247,3 +257,45 @@ def test_what_a_plan_does_not_show_is_refused(bundles: Callable[..., Path]) -> N
         run_plan(folder, manifest, lambda batch, seqlen: False)
     with pytest.raises(InputError, match="compare the bundle by layer"):
         run_plan(folder, manifest, lambda batch, seqlen: True, by_layer=True)
+
+
+COMMAND = "lfx parity {} --source {}"
+
+
+def test_a_folder_that_made_the_bundle_is_compared_with_and_a_named_source_comes_first(tmp_path: Path) -> None:
+    known = {"kind": "folder", "model": str(tmp_path)}
+    assert checkpoint_of(Path("b"), known, None, COMMAND) == str(tmp_path)
+    for manifest in (known, {"kind": "hub", "model": "someone/model"}, {}, None):
+        assert checkpoint_of(Path("b"), manifest, "org/mine", COMMAND) == "org/mine"
+
+
+@pytest.mark.parametrize(
+    ("known", "reason", "place"),
+    [
+        ({"kind": "hub", "model": "someone/model"}, "someone/model of the hub", "someone/model"),
+        ({"kind": "hub", "model": "a b"}, "of the hub", "'a b'"),
+        ({"kind": "hub", "model": "a\nb"}, "does not say which", "CHECKPOINT"),
+        ({"kind": "hub", "model": 5}, "does not say which", "CHECKPOINT"),
+        ({"kind": "folder", "model": "someone/model"}, "which is not here", "CHECKPOINT"),
+        ({"kind": "folder", "model": "/no/such/folder"}, "which is not here", "CHECKPOINT"),
+        ({"kind": "module", "model": "m.C"}, "made from a module in memory", "CHECKPOINT"),
+        ({}, "does not say which", "CHECKPOINT"),
+        (None, "does not say which", "CHECKPOINT"),
+    ],
+)
+def test_a_manifest_that_names_no_folder_here_is_not_followed(
+    known: Any, reason: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "someone" / "model").mkdir(parents=True)  # a relative name is no folder that made a bundle
+    with pytest.raises(InputError, match=reason) as caught:
+        checkpoint_of(Path("my bundle"), known, None, COMMAND)
+    assert str(caught.value).endswith(f"; give: lfx parity 'my bundle' --source {place}")
+
+
+def test_options_of_other_types_are_refused(bundles: Callable[..., Path]) -> None:
+    manifest = Manifest.read(bundles())
+    settings: dict[str, Any] = {"source": None, "cases": "quick", "by_layer": False, "report": None, "as_json": True}
+    for change in ({"cases": "some"}, {"cases": None}, {"source": 5}, {"source": ""}, {"report": 5}):
+        with pytest.raises(InputError, match=next(iter(change))):
+            run_parity(bundles(), manifest, Engine, **{**settings, **change})

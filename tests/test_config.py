@@ -51,7 +51,10 @@ MANIFEST_VALUE = Manifest(
     source={"model": "models/größe", "sha256": "ab"},
     versions={"lfx": "9.8.7", "torch": "3.0"},
     inlined=True,
-    validation={"passed": True, "outputs": {"start_logits": {"tolerance": 1e-6}}},
+    validation={
+        "passed": True,
+        "outputs": {"start_logits": {"max_abs_error": 2e-7, "torch_max_abs_error": 3e-7, "tolerance": 1e-6}},
+    },
 )
 
 
@@ -186,8 +189,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights gone": (lambda b: (b / WEIGHTS).unlink(), rf"{WEIGHTS} is missing"),
     "weights a folder": (lambda b: [(b / WEIGHTS).unlink(), (b / WEIGHTS).mkdir()], rf"{WEIGHTS} is missing"),
     "no model listed": (lambda b: edit(b, files={}), rf"lists no {MODEL}"),
-    "no digest": (lambda b: edit(b, files={MODEL: {"bytes": 500}}), "changed"),
-    "no size": (lambda b: edit(b, files={MODEL: {}}), "500 bytes"),
+    "another size": (lambda b: edit(b, files={MODEL: {"bytes": 5, "sha256": ""}}), "has 500 bytes where"),
 }
 
 
@@ -302,6 +304,11 @@ def test_read_refuses_a_manifest_without_a_field(key: str, bundle_folder: Path) 
         ("files", [MODEL]),
         ("files", {MODEL: None}),
         ("files", {MODEL: 5}),
+        ("files", {MODEL: {"bytes": 500}}),
+        ("files", {MODEL: {"sha256": ""}}),
+        ("files", {MODEL: {"sha256": "", "bytes": True}}),
+        ("validation", {"outputs": {"logits": {"max_abs_error": "small"}}}),
+        ("quantization", {"layers": []}),
         ("precision", "int4"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -73,6 +74,25 @@ def test_nan_fails() -> None:
         report.require()
     data = json.loads(json.dumps(report.to_dict(), allow_nan=False))  # JSON has no infinity
     assert (data["passed"], data["outputs"]["logits"]["max_abs_error"]) == (False, None)
+
+
+@pytest.mark.parametrize("whose", ["reference", "witness"])
+def test_a_model_that_gives_nan_is_refused_with_output_and_case(whose: str) -> None:
+    def run(inputs: Arrays, **changes: float) -> Arrays:
+        logits = np.sin(inputs["input_ids"].astype(float))
+        logits[0, 0] = changes.get("first", 0.0)
+        return {"logits": logits}
+
+    runs = {"reference": run, "witness": run, "candidate": partial(run, first=np.nan)}
+    runs[whose] = partial(run, first=np.nan)
+
+    def report(case: Case) -> Report:
+        make = partial(inputs_of, vocab_size=50, pad_token_id=1)
+        return compare([case], make, precision="fp32", layers=2, **runs)
+
+    with pytest.raises(ParityError, match=r"logits of .* is NaN in 1 of 10 values, at batch 2, length 5"):
+        report(Case(2, 5))
+    report(Case(2, 5, padding="empty_row"))  # a mean over no token is NaN by definition
 
 
 @pytest.mark.parametrize("fill", [-np.inf, np.finfo(np.float64).min, float(np.finfo(np.float32).min)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import onnx_ir as ir
 
 
@@ -13,7 +15,7 @@ def share_constants(model: ir.Model, weights: set[str]) -> bool:
     """
     initializers = model.graph.initializers
     first: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
-    taken: set[str] = set()
+    taken = set(weights)
     changed = False
     for name, value in list(initializers.items()):
         tensor = value.const_value
@@ -28,13 +30,20 @@ def share_constants(model: ir.Model, weights: set[str]) -> bool:
             continue
         first[key] = value
         label = (
-            # float: a bfloat16 itself takes no format.
+            # float, since a bfloat16 of ml_dtypes before 0.6 takes no format.
             "_".join(f"{float(item):g}" for item in array.reshape(-1))
             if array.size <= 4
             else "x".join(map(str, array.shape))
         )
         rank = f"[{array.size}]" if array.ndim and array.size <= 4 else ""
         wanted = f"constant/{tensor.dtype.name.lower()}{rank}_{label}"
-        value.name = wanted if wanted not in taken else f"{wanted}_{len(taken)}"
-        taken.add(wanted)
+        value.name = _free(wanted, taken)
+        taken.add(value.name)
     return changed
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """The name, or with a number after it the first that is not taken."""
+    if name not in taken:
+        return name
+    return next(numbered for i in itertools.count(1) if (numbered := f"{name}_{i}") not in taken)

@@ -18,7 +18,7 @@ def name_after_modules(model: ir.Model, prefix: str) -> bool:
             (from an inlined helper) takes the scope of the node before it.
         prefix: the attribute path to cut from the front of every scope, such as `model.`.
     """
-    kept = {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
+    kept = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
     seen: Counter[str] = Counter()
     scope = ""
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
@@ -31,7 +31,7 @@ def name_after_modules(model: ir.Model, prefix: str) -> bool:
         node.name = base if seen[base] == 0 else f"{base}_{seen[base]}"
         seen[base] += 1
         for i, value in enumerate(node.outputs):
-            if value.name not in kept:
+            if id(value) not in kept:
                 value.name = f"{node.name}_output" if i == 0 else f"{node.name}_output_{i}"
         for key in [k for k in node.metadata_props if k.startswith("pkg.torch") or k == "namespace"]:
             del node.metadata_props[key]

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import click
-
+from lfx.checks import one_of, output_file, whole_number
+from lfx.comparing import checkpoint_of, load_checkpoint
 from lfx.config import cpu_name, package_versions
-from lfx.errors import ArtifactError, InputError
+from lfx.errors import InputError, require
+from lfx.files import replacing, why_unwritten
 from lfx.runtime import Engine, bench
-from lfx.terminal import progress, table
+from lfx.terminal import echo, echo_json, progress, table
 
+AGAINST = ("pytorch", "pytorch-bf16", "pytorch-compile")
 _LENGTHS = (512, 1024, 2048, 4096)
 _PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "numpy")
 
@@ -32,10 +34,18 @@ def run_bench(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure and show."""
-    for path in (output, plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InputError(f"{path} cannot be written: its folder does not exist")
+    """Measure and show.
+
+    Raises:
+        InputError: an option that cannot be had, or a checkpoint that is not known.
+        ArtifactError: the checkpoint has other weights than the artifact was made from.
+    """
+    rounds = whole_number(rounds, "rounds", 1)
+    lengths = tuple(whole_number(length, "length", 1) for length in lengths)
+    batch_sizes = tuple(whole_number(batch, "batch", 1) for batch in batch_sizes)
+    for name in against:
+        one_of(name, "against", AGAINST)
+    _check_outputs(output, plot)
     with progress() as step, open_engine(model) as engine:
         signature = engine.signature
         if signature.task == "multiple-choice":
@@ -51,7 +61,7 @@ def run_bench(
             return engine.run(ids, **{name: ids * value for name, value in marks.items()})
 
         contenders: dict[str, bench.Run] = {f"lfx {engine.backend.split()[0]}": run}
-        contenders |= _torch_contenders(engine, against, source, marks, step)
+        contenders |= _torch_contenders(model, engine, against, source, marks, step)
         about = {
             "model": engine.manifest.to_dict().get("manifest_sha256") if engine.manifest is not None else None,
             "architecture": signature.architecture,
@@ -74,7 +84,8 @@ def run_bench(
     if plot is not None:
         bench.plot(rows, plot)
     if as_json:
-        click.echo("".join(json.dumps(row) + "\n" for row in rows), nl=False)
+        for row in rows:
+            echo_json(row)
         return
     header = ["contender", "batch", "tokens", "p50 ms", "p95 ms", "tokens/s", "time, first = 1"]
     table(
@@ -93,10 +104,20 @@ def run_bench(
         ],
     )
     if not against:
-        click.echo(f"peak memory of the process: {(rows[-1]['peak_memory_bytes'] or 0) / 1e9:.2f} GB")
+        echo(f"peak memory of the process: {(rows[-1]['peak_memory_bytes'] or 0) / 1e9:.2f} GB")
+
+
+def _check_outputs(output: Path | None, plot: Path | None) -> None:
+    """Before the minutes of measuring."""
+    for path, name in ((output, "--output"), (plot, "--plot")):
+        if path is not None:
+            output_file(path, name)
+    if plot is not None:
+        require("matplotlib", "report")
 
 
 def _torch_contenders(
+    model: Path,
     engine: Engine,
     against: tuple[str, ...],
     source: str | None,
@@ -105,21 +126,16 @@ def _torch_contenders(
 ) -> dict[str, bench.Run]:
     if not against:
         return {}
-    known = engine.manifest.source if engine.manifest is not None else {}
-    if source is None and known.get("kind") not in ("hub", "folder"):
-        raise InputError("what to compare with is not known here; give the checkpoint with --source")
+    known = engine.manifest.source if engine.manifest is not None else None
+    checkpoint = checkpoint_of(model, known, source, f"lfx bench {{}} --against {against[0]} --source {{}}")
     step("importing torch")
     import torch
 
-    from lfx.export.load import load
-
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
-    checkpoint = source or str(known["model"])
-    step("loading the checkpoint")
     found: dict[str, bench.Run] = {}
     for name in dict.fromkeys(against):
-        module, _ = load(checkpoint, engine.signature.task)
+        module = load_checkpoint(checkpoint, engine.signature.task, known, step)
         run: Any = module.to(torch.bfloat16) if name == "pytorch-bf16" else module
         run = torch.compile(run) if name == "pytorch-compile" else run
         found[name] = _torch_run(run, marks)
@@ -139,6 +155,7 @@ def _torch_run(module: Any, marks: dict[str, int]) -> bench.Run:
 
 def _write(output: Path, rows: Iterable[dict[str, Any]]) -> None:
     try:
-        output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        with replacing(output) as path:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     except OSError as error:
-        raise ArtifactError(f"{output} cannot be written: {error}") from error
+        raise InputError(why_unwritten(output, error, "choose another --output")) from error

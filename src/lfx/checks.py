@@ -7,6 +7,7 @@ import math
 import numbers
 import os
 from pathlib import Path
+from types import NoneType
 from typing import Any, NoReturn
 
 from lfx.errors import InputError, LfxError
@@ -20,10 +21,10 @@ def whole_number(value: Any, name: str, low: int, high: int | None = None, error
     """
     allowed = f"a whole number from {low} to {high}" if high is not None else f"a whole number, {low} or more"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise error(f"{name} is {_shown(value)}; give {allowed}")
+        raise error(f"{name} is {shown(value)}; give {allowed}")
     number = int(value)
     if number < low or (high is not None and number > high):
-        raise error(f"{name} {_shown(number)} is out of range; give {allowed}")
+        raise error(f"{name} {shown(number)} is out of range; give {allowed}")
     return number
 
 
@@ -34,10 +35,14 @@ def real_number(value: Any, name: str, low: float, high: float, error: type[LfxE
         LfxError: of the type `error`, where it is another type or out of range.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise error(f"{name} is {_shown(value)}; give a number from {low:g} to {high:g}")
-    if not low <= float(value) <= high:
-        raise error(f"{name} {_shown(value)} is out of range; give a number from {low:g} to {high:g}")
-    return float(value)
+        raise error(f"{name} is {shown(value)}; give a number from {low:g} to {high:g}")
+    try:
+        number = float(value)
+    except OverflowError:  # an int may be too large for a float
+        number = math.inf
+    if not low <= number <= high:
+        raise error(f"{name} {shown(value)} is out of range; give a number from {low:g} to {high:g}")
+    return number
 
 
 def one_of(value: Any, name: str, allowed: Any, error: type[LfxError] = InputError) -> str:
@@ -47,7 +52,18 @@ def one_of(value: Any, name: str, allowed: Any, error: type[LfxError] = InputErr
         LfxError: of the type `error`, where it is not.
     """
     if not isinstance(value, str) or value not in allowed:
-        raise error(f"{name} {_shown(value)} is not known; choose one of: {', '.join(allowed)}")
+        raise error(f"{name} {shown(value)} is not known; choose one of: {', '.join(allowed)}")
+    return value
+
+
+def flag(value: Any, name: str, error: type[LfxError] = InputError) -> bool:
+    """An option that must be True or False.
+
+    Raises:
+        LfxError: of the type `error`, where it is not.
+    """
+    if not isinstance(value, bool):
+        raise error(f"{name} is {shown(value)}; give True or False")
     return value
 
 
@@ -58,7 +74,7 @@ def file_path(value: Any, name: str, error: type[LfxError] = InputError) -> Path
         LfxError: of the type `error`, where it is another type, too long, or holds a NUL.
     """
     if not isinstance(value, str | os.PathLike):
-        raise error(f"{name} is {_shown(value)}; give a path")
+        raise error(f"{name} is {shown(value)}; give a path")
     try:
         path = Path(value)
         os.lstat(path)
@@ -66,7 +82,23 @@ def file_path(value: Any, name: str, error: type[LfxError] = InputError) -> Path
         return path
     except (OSError, ValueError, TypeError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else str(problem)
-        raise error(f"{name} {_shown(os.fspath(value))} cannot be opened: {reason}; give another path") from problem
+        raise error(f"{name} {shown(os.fspath(value))} cannot be opened: {reason}; give another path") from problem
+    return path
+
+
+def output_file(value: Any, name: str, error: type[LfxError] = InputError) -> Path:
+    """An option that must be a path where a file can be: no folder, in a folder that is there.
+
+    Raises:
+        LfxError: of the type `error`, where it is none.
+    """
+    path = file_path(value, name, error)
+    try:
+        fits = not path.is_dir() and path.absolute().parent.is_dir()
+    except OSError as problem:
+        raise error(f"{path} cannot be written: {problem.strerror}; choose another {name}") from problem
+    if not fits:
+        raise error(f"{path} cannot be written: it is a folder, or its folder does not exist; choose another {name}")
     return path
 
 
@@ -80,6 +112,40 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def check_shape(value: Any, shape: Any, name: str) -> None:
+    """Check that a JSON value has the types that it should have.
+
+    Args:
+        shape: a type, or a tuple of types; [shape] for a list; {key: shape} for an object that has these keys, and may
+            have others. A key that ends with "?" may be missing; "*" stands for every key of the object.
+        name: what the value is, for the message.
+    Raises:
+        ValueError: a value of another type, or a key that is missing; says where.
+    """
+    if isinstance(shape, dict):
+        _require_type(value, (dict,), name)
+        for key, inner in shape.items():
+            if key == "*":
+                for found in value:
+                    check_shape(value[found], inner, f"{name}: {found[:80]}")
+            elif key.removesuffix("?") in value:
+                check_shape(value[key.removesuffix("?")], inner, f"{name}: {key.removesuffix('?')}")
+            elif not key.endswith("?"):
+                raise ValueError(f"{name} is broken: it has no {key}")
+    elif isinstance(shape, list):
+        _require_type(value, (list, tuple), name)
+        for i, item in enumerate(value):
+            check_shape(item, shape[0], f"{name}[{i}]")
+    else:
+        _require_type(value, shape if isinstance(shape, tuple) else (shape,), name)
+
+
+def _require_type(value: Any, types: tuple[type, ...], name: str) -> None:
+    if type(value) not in types:  # a bool is no int here
+        names = " or ".join("null" if found is NoneType else found.__name__ for found in types)
+        raise ValueError(f"{name} is broken: {type(value).__name__} where {names} should be")
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
@@ -107,10 +173,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value for a message: its own form, cut, or its type where that is no short line."""
     try:
-        text = repr(value)
+        text = repr(f"{value[:60]}…" if isinstance(value, str) and len(value) > 70 else value)
     except Exception:
         return type(value).__name__
     return text if len(text) <= 80 and text.isprintable() else f"a {type(value).__name__}"

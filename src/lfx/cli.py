@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -14,8 +14,20 @@ import click
 
 from lfx import __version__
 from lfx.config import GLOBAL_MODES, MANIFEST, OPSETS, PRECISIONS, TASKS
-from lfx.errors import ArtifactError, InputError, LfxError, one_line
-from lfx.terminal import catch_interrupts, interrupted, progress, table
+from lfx.errors import ArtifactError, InputError, LfxError, one_line, with_cure
+from lfx.options import FilePath, FilledText, Group, OutputPath
+from lfx.terminal import (
+    catch_interrupts,
+    drop_stdout,
+    echo,
+    echo_json,
+    interrupted,
+    prepare_streams,
+    printable,
+    progress,
+    table,
+    write,
+)
 
 if TYPE_CHECKING:
     from lfx.config import Manifest
@@ -24,6 +36,7 @@ if TYPE_CHECKING:
 
     OpenEngine = Callable[[Path], Engine]
 
+_MOST_TOKENS = 2**31 - 1
 _ENGINE_OPTIONS = (
     click.option(
         "--backend", default="auto", show_default=True, help="auto, onnxruntime, openvino, reference or tensorrt."
@@ -56,17 +69,19 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return found
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lfx")
 def cli() -> None:
     """Longformer from PyTorch to ONNX and production."""
 
 
 @cli.command()
-@click.option("--model", required=True, help="A checkpoint folder, or a model id of the Hugging Face hub.")
+@click.option(
+    "--model", type=FilledText(), required=True, help="A checkpoint folder, or a model id of the Hugging Face hub."
+)
 @click.option("--task", type=click.Choice(["auto", *TASKS]), default="auto", show_default=True)
 @click.option("--opset", type=click.IntRange(*OPSETS), default=OPSETS[0], show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), help="The bundle's folder.  [default: the model's name]")
+@click.option("--output", type=OutputPath(folder=True), help="The bundle's folder.  [default: the model's name]")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
 @click.option(
     "--global-attention",
@@ -75,7 +90,11 @@ def cli() -> None:
     show_default=True,
     help="Global tokens: a graph input, the first token of every row, or none.",
 )
-@click.option("--max-global", type=int, help="A constant number of global slots.  [default: as many as needed]")
+@click.option(
+    "--max-global",
+    type=click.IntRange(1, _MOST_TOKENS),
+    help="A constant number of global slots.  [default: as many as needed]",
+)
 @click.option("--inline-functions", is_flag=True, help="Write standard ops only, without the lfx domain.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest instead of a summary.")
 def export(
@@ -109,25 +128,27 @@ def export(
         )
     manifest = Manifest.read(bundle)
     if as_json:
-        click.echo(json.dumps(manifest.to_dict(), indent=1))
+        echo_json(manifest.to_dict(), indent=1)
         return
-    click.echo(f"{bundle}: {manifest.signature.task}, opset {manifest.opset}, {manifest.signature.precision}")
+    echo(f"{bundle}: {manifest.signature.task}, opset {manifest.opset}, {manifest.signature.precision}")
     for name, result in manifest.validation["outputs"].items():
-        click.echo(
+        echo(
             f"{name}: largest error {result['max_abs_error']:.2g} against float64, PyTorch's own "
             f"{result['torch_max_abs_error']:.2g}, tolerance {result['tolerance']:.2g}"
         )
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=FilePath("a bundle"))
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     required=True,
     help="Your text: a text file, or .jsonl (.ndjson) or .parquet with a field text or input_ids.",
 )
-@click.option("--samples", type=click.IntRange(min=2), default=32, show_default=True, help="Windows of text to use.")
+@click.option(
+    "--samples", type=click.IntRange(2, 1_000_000), default=32, show_default=True, help="Windows of text to use."
+)
 @click.option(
     "--activations",
     type=click.Choice(["uint8", "int8"]),
@@ -139,8 +160,8 @@ def export(
 @click.option(
     "--keep-float", multiple=True, metavar="PATTERN", help='Layers to leave as they are: "encoder.layer.11.*".'
 )
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="A folder with one.  [default: the bundle's]")
-@click.option("--output", type=click.Path(path_type=Path), help="The new bundle.  [default: NAME-int8]")
+@click.option("--tokenizer", type=FilePath(), help="A folder with one.  [default: the bundle's]")
+@click.option("--output", type=OutputPath(folder=True), help="The new bundle.  [default: NAME-int8]")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest instead of a summary.")
 def quantize(bundle: Path, output: Path | None, as_json: bool, **options: Any) -> None:
     """Quantize the linear layers of a bundle to int8, calibrated on your text, and say what it cost."""
@@ -153,23 +174,23 @@ def quantize(bundle: Path, output: Path | None, as_json: bool, **options: Any) -
         made = run_quantize(bundle, output, progress=step, **options)
     manifest = Manifest.read(made)
     if as_json:
-        click.echo(json.dumps(manifest.to_dict(), indent=1))
+        echo_json(manifest.to_dict(), indent=1)
         return
     found = manifest.quantization
     size = sum(entry["bytes"] for entry in manifest.files.values())
-    click.echo(f"{made}: {len(found['layers'])} linear layers in int8, {size / 1e6:,.0f} MB")
-    click.echo(f"beside {found['accuracy']['reference']}:")
+    echo(f"{made}: {len(found['layers'])} linear layers in int8, {size / 1e6:,.0f} MB")
+    echo(f"beside {found['accuracy']['reference']}:")
     for name, result in found["accuracy"]["outputs"].items():
         agreement = result.get("label_agreement")
         labels = "" if agreement is None else f", {agreement:.1%} of the labels agree"
-        click.echo(
+        echo(
             f"{name}: cosine {result['cosine']:.5f}, largest error {result['max_abs_error']:.2g} where values reach "
             f"{result['max_abs_value']:.2g}{labels}"
         )
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.argument("bundle", type=FilePath("a bundle"), required=False)
 @click.option("--fp16", "precision", flag_value="fp16", help="Convert a float32 bundle to float16, strongly typed.")
 @click.option("--bf16", "precision", flag_value="bf16", help="The same to bfloat16.")
 @click.option("--batch", multiple=True, default=["1:1:8"], show_default=True, help="MIN:OPT:MAX, or one number.")
@@ -178,12 +199,12 @@ def quantize(bundle: Path, output: Path | None, as_json: bool, **options: Any) -
 @click.option("--flavor", type=click.Choice(["tensorrt", "tensorrt-rtx"]), help="[default: what is installed]")
 @click.option("--target", help="Compute capability to build for without a GPU, such as sm89; TensorRT-RTX only.")
 @click.option("--plugin/--no-plugin", default=True, show_default=True, help="Attention by the lfx plugin.")
-@click.option("--timing-cache", type=click.Path(path_type=Path), help="Read, and written after the build.")
-@click.option("--workspace", type=click.IntRange(min=1), metavar="MB", help="Most scratch memory of a layer.")
+@click.option("--timing-cache", type=OutputPath(), help="Read, and written after the build.")
+@click.option("--workspace", type=click.IntRange(1, 10_000_000), metavar="MB", help="Most scratch memory of a layer.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="[default: TensorRT's]")
 @click.option("--version-compatible", is_flag=True, help="The plan runs with later TensorRT versions too.")
 @click.option("--refit", is_flag=True, help="Weights can be exchanged in the plan.")
-@click.option("--output", type=click.Path(path_type=Path), help="The plan.  [default: the bundle's name with .plan]")
+@click.option("--output", type=OutputPath(), help="The plan.  [default: the bundle's name with .plan]")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan's JSON instead of a summary.")
 def build_engine(
     bundle: Path | None,
@@ -230,18 +251,18 @@ def build_engine(
             plugin=plugin,
             options=options,
             progress=step,
-            log=lambda line: click.echo(line, err=True),
+            log=lambda line: echo(line, err=True),
         )
     manifest = PlanManifest.read(plan)
     if as_json:
-        click.echo(json.dumps(manifest.to_dict(), indent=1))
+        echo_json(manifest.to_dict(), indent=1)
         return
     signature = manifest.signature
-    click.echo(
+    echo(
         f"{plan}: {manifest.flavor} {manifest.tensorrt_version}, {manifest.target}, {signature.precision}, "
         f"{' and '.join(map(str, manifest.profiles))}, {manifest.plan['bytes']:,} bytes"
     )
-    click.echo(f"{manifest.plugin_layers} of {manifest.attention_nodes} attention nodes are plugin layers")
+    echo(f"{manifest.plugin_layers} of {manifest.attention_nodes} attention nodes are plugin layers")
 
 
 def _only_bundle() -> Path:
@@ -255,20 +276,31 @@ def _only_bundle() -> Path:
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=FilePath("a bundle or a plan"))
 @click.option("--text", help="The text; for question answering the question, for multiple choice the prompt.")
 @click.option("--pair", multiple=True, help="A second text: the document asked about, or one choice (repeat it).")
 @click.option(
     "--input",
     "file",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="A text file, one document; or documents: .jsonl (.ndjson) or .parquet, with a field text or input_ids.",
 )
-@click.option("--stride", type=click.IntRange(min=1), help="Cut long documents into windows that begin every N tokens.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="A folder with one.  [default: the bundle's]")
+@click.option(
+    "--stride",
+    type=click.IntRange(1, _MOST_TOKENS),
+    metavar="N",
+    help="Cut long documents into windows that begin every N tokens.",
+)
+@click.option(
+    "--max-windows",
+    type=click.IntRange(1, _MOST_TOKENS),
+    metavar="N",
+    help="With --stride: refuse a document that gives more windows.  [default: 4096]",
+)
+@click.option("--tokenizer", type=FilePath(), help="A folder with one.  [default: the bundle's]")
 @click.option(
     "--output",
-    type=click.Path(path_type=Path),
+    type=OutputPath(),
     help="The arrays, as .npz; of documents the results, .jsonl or .parquet.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; arrays per token only with --output.")
@@ -279,6 +311,7 @@ def run(
     pair: tuple[str, ...],
     file: Path | None,
     stride: int | None,
+    max_windows: int | None,
     tokenizer: Path | None,
     output: Path | None,
     as_json: bool,
@@ -289,7 +322,7 @@ def run(
     A run over documents that was stopped goes on where it was when the same command is given again.
     """
     from lfx.running import run_documents, run_text
-    from lfx.runtime.documents import is_documents
+    from lfx.runtime.formats import is_documents
 
     if (text is None) == (file is None):
         raise click.UsageError("give either --text or --input")
@@ -298,25 +331,61 @@ def run(
         raise click.UsageError("documents need --output FILE.jsonl or FILE.parquet, and no --pair")
     if documents is None and stride is not None:
         raise click.UsageError("--stride is for documents: --input FILE.jsonl or FILE.parquet")
+    if stride is None and max_windows is not None:
+        raise click.UsageError("--max-windows needs --stride, which cuts documents into windows")
     with open_engine(model) as engine:
         if documents is not None and output is not None:
-            run_documents(engine, model, documents, output, stride=stride, tokenizer=tokenizer, as_json=as_json)
+            run_documents(
+                engine,
+                model,
+                documents,
+                output,
+                stride=stride,
+                max_windows=max_windows,
+                tokenizer=tokenizer,
+                as_json=as_json,
+            )
         else:
             run_text(engine, model, text, pair, file, output, tokenizer=tokenizer, as_json=as_json)
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=FilePath("a bundle or a plan"))
 @click.option("--json", "as_json", is_flag=True, help="Print the whole manifest.")
 def inspect(model: Path, as_json: bool) -> None:
     """Show what a bundle or a plan is: model, inputs, outputs, limits, and what its validation measured."""
     manifest = _any_manifest(model)
     if as_json:
-        click.echo(json.dumps(manifest.to_dict(), indent=1))
+        echo_json(manifest.to_dict(), indent=1)
         return
     from lfx.summary import rows
 
     table(["what", "value"], rows(manifest))
+
+
+@cli.command()
+@click.argument("model", type=FilePath("a bundle or a plan"))
+@click.option("--key", type=FilledText(), help="Minisign's public key of who signed: a file, or the key itself.")
+@click.option("--signature", type=FilePath(), help="[default: the manifest's name with .minisig, beside it]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(model: Path, key: str | None, signature: Path | None, as_json: bool) -> None:
+    """Check all files of a bundle, or a plan, against the manifest, and with --key who signed that.
+
+    Sign with minisign: minisign -Sm lfx.json, or of a plan minisign -Sm NAME.plan.json.
+    """
+    if key is None and signature is not None:
+        raise click.UsageError("--signature needs --key, the public key of who signed")
+    from lfx.runtime.signing import verify as run_verify
+
+    found = run_verify(model, key, signature)
+    if as_json:
+        signer = {"key_id": found.key_id, "trusted_comment": found.trusted_comment}
+        echo_json({"manifest": str(found.manifest), "files": found.files, **signer})
+        return
+    signed = "no signature was checked (--key)"
+    if found.key_id is not None:
+        signed = f"signed by the key {found.key_id}, trusted comment: {found.trusted_comment}"
+    echo(f"{model}: {len(found.files)} files are what {found.manifest.name} says; {signed}")
 
 
 def _any_manifest(model: Path) -> Manifest | PlanManifest:
@@ -341,11 +410,15 @@ def _manifest(model: Path) -> Manifest:
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--source", help="The checkpoint to compare with.  [default: the one that the bundle was made from]")
+@click.argument("model", type=FilePath("a bundle or a plan"))
+@click.option(
+    "--source",
+    type=FilledText(),
+    help="The checkpoint to compare with.  [default: the one that the bundle was made from]",
+)
 @click.option("--cases", type=click.Choice(["quick", "full"]), default="quick", show_default=True)
 @click.option("--by-layer", is_flag=True, help="Compare every attention layer too, and name the first that differs.")
-@click.option("--report", type=click.Path(path_type=Path), help="Write a page with tables and plots: FILE.html.")
+@click.option("--report", type=OutputPath(), help="Write a page with tables and plots: FILE.html.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @_engine_options
 def parity(model: Path, open_engine: OpenEngine, **options: Any) -> None:
@@ -356,60 +429,85 @@ def parity(model: Path, open_engine: OpenEngine, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--length", "lengths", type=click.IntRange(min=1), multiple=True, help="[default: 512 to 4096]")
-@click.option("--batch", "batch_sizes", type=click.IntRange(min=1), multiple=True, default=[1], show_default=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="After one warm-up.")
+@click.argument("model", type=FilePath("a bundle or a plan"))
+@click.option("--length", "lengths", type=click.IntRange(1, _MOST_TOKENS), multiple=True, help="[default: 512 to 4096]")
+@click.option(
+    "--batch", "batch_sizes", type=click.IntRange(1, 1_000_000), multiple=True, default=[1], show_default=True
+)
+@click.option("--rounds", type=click.IntRange(1, 1_000_000), default=5, show_default=True, help="After one warm-up.")
 @click.option(
     "--against",
     type=click.Choice(["pytorch", "pytorch-bf16", "pytorch-compile"]),
     multiple=True,
     help="Measure PyTorch too, in turns, in the same process.",
 )
-@click.option("--source", help="The checkpoint to compare with.  [default: the one that the bundle was made from]")
-@click.option("--output", type=click.Path(path_type=Path), help="Write the rows to this .jsonl file.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw tokens per second over length into this .png file.")
+@click.option(
+    "--source",
+    type=FilledText(),
+    help="The checkpoint to compare with.  [default: the one that the bundle was made from]",
+)
+@click.option("--output", type=OutputPath(), help="Write the rows to this .jsonl file.")
+@click.option("--plot", type=OutputPath(), help="Draw tokens per second over length into this .png file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON lines.")
 @_engine_options
 def bench(model: Path, open_engine: OpenEngine, **options: Any) -> None:
     """Measure a bundle or a plan: latency, tokens per second, peak memory, by length and batch."""
+    if options["source"] is not None and not options["against"]:
+        raise click.UsageError("--source is what --against measures; give both")
     from lfx.benching import run_bench
 
     run_bench(model, open_engine, **options)
 
 
+_LONGEST_MESSAGE = 2000
 _INTERRUPTED = "interrupted; nothing half-written was left"
 
 
 def main() -> NoReturn:
     """Run the command line: 0 done, 1 one line of error, 2 usage."""
+    prepare_streams()
     catch_interrupts()
     try:
         cli(standalone_mode=False)
+        write("")  # what others printed to stdout must have got there too
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        _show_usage(error)
+        _exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail(_INTERRUPTED)
     except LfxError as error:
-        _fail(_INTERRUPTED if interrupted() else one_line(error, 2000))
+        _fail(_INTERRUPTED if interrupted() else str(error))
     except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
-    except MemoryError:
-        _fail("out of memory; use shorter or fewer sequences, or a smaller model")
+        _exit(1)
+    except (MemoryError, OSError) as error:  # of the system, which may refuse at any place
+        _fail(_INTERRUPTED if interrupted() else with_cure(error))
     except Exception as error:
         if interrupted():
             _fail(_INTERRUPTED)
         if os.environ.get("LFX_DEBUG"):
             raise
         _fail(f"{type(error).__name__}: {one_line(error)} (LFX_DEBUG=1 shows where; please report it)")
-    sys.exit(0)
+    _exit(0)
+
+
+def _show_usage(error: click.ClickException) -> None:
+    """Print what click has to say of wrong usage, which quotes the arguments."""
+    if type(error).__name__ != "NoArgsIsHelpError":  # whose message is the help; click has it since 8.2
+        error.message = printable(error.message)  # type: ignore[misc]  # no other way to the text around it
+    text = io.StringIO()
+    error.show(text)
+    write(text.getvalue(), err=True)
 
 
 def _fail(message: str) -> NoReturn:
-    click.echo(f"error: {message}", err=True)
-    sys.exit(1)
+    long = len(message) > _LONGEST_MESSAGE  # its end says what to do
+    echo(f"error: {f'{message[:800]} … {message[-800:]}' if long else message}", err=True)
+    _exit(1)
+
+
+def _exit(code: int) -> NoReturn:
+    drop_stdout()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import click
-
+from lfx.checks import file_path, one_of, output_file
 from lfx.config import QUANTIZED, Manifest, locate
 from lfx.errors import ArtifactError, InputError, require
+from lfx.files import temporary_folder
 from lfx.parity import Report, full_cases, quick_cases
 from lfx.runtime import Engine
 from lfx.runtime.plan import PlanManifest
-from lfx.terminal import progress, table
+from lfx.terminal import echo, echo_json, progress, table
 
 OpenEngine = Callable[[Path], Engine]
 Step = Callable[[str], None]
@@ -38,11 +37,14 @@ def run_parity(
         by_layer: compare every attention layer too, over the quick cases, in a copy of the graph that hands them out.
         report: the page to write; it has the layers too, where the artifact shows them.
     Raises:
+        InputError: the checkpoint is not known, or an option cannot be had.
+        ArtifactError: the checkpoint has other weights than the artifact was made from.
         ParityError: an output is out of tolerance; the table, the JSON and the page are there all the same.
     """
-    checkpoint = _source(model, manifest, source)
-    if report is not None and (report.is_dir() or not report.absolute().parent.is_dir()):
-        raise InputError(f"{report} cannot be written: it is a folder, or its folder does not exist")
+    one_of(cases, "cases", ("quick", "full"))
+    checkpoint = checkpoint_of(model, manifest.source, source, "lfx parity {} --source {}")
+    if report is not None:
+        output_file(report, "--report")
     if by_layer and isinstance(manifest, PlanManifest):
         raise InputError(f"{model} is a plan, whose layers TensorRT has merged; compare the bundle by layer")
     if by_layer and isinstance(manifest, Manifest) and manifest.inlined:
@@ -54,7 +56,7 @@ def run_parity(
     layers = None
     with progress() as step:
         with open_engine(model) as engine:
-            module = _load(manifest, checkpoint, step)
+            module = load_checkpoint(checkpoint, manifest.signature.task, manifest.source, step)
             found = _compare(engine, module, manifest, cases, step)
             facts = _facts(model, manifest, engine, checkpoint)
         if by_layer or (report is not None and isinstance(manifest, Manifest) and not manifest.inlined):
@@ -63,7 +65,7 @@ def run_parity(
         data = {"backend": facts["backend"], **found.to_dict()}
         if layers is not None:
             data |= {"passed": data["passed"] and not layers.failures(), "by_layer": layers.to_dict()}
-        click.echo(json.dumps(data, indent=1))
+        echo_json(data, indent=1)
     else:
         _show(found, facts)
         if by_layer and layers is not None:
@@ -77,22 +79,51 @@ def run_parity(
         layers.require()
 
 
-def _source(model: Path, manifest: Manifest | PlanManifest, source: str | None) -> str:
-    if source is None and manifest.source.get("kind") == "module":
-        raise InputError(
-            f"{model} was made from a module in memory ({manifest.source.get('model')}); "
-            "save it with save_pretrained and give that folder with --source"
-        )
-    return source or str(manifest.source.get("model"))
+def checkpoint_of(model: Path, known: Mapping[str, Any] | None, source: str | None, command: str) -> str:
+    """The checkpoint that an artifact is compared with.
+
+    A manifest may come from a stranger, so it decides only where it names a folder of this machine.
+
+    Args:
+        known: the manifest's `source`; None where there is no manifest.
+        source: what the caller named; it comes first.
+        command: the command to give where it is not known, with {} for the artifact and {} for the checkpoint.
+    Raises:
+        InputError: it is not known, or is to be fetched and was not named by the caller.
+    """
+    if source is not None:
+        if not isinstance(source, str) or not source:
+            raise InputError(f"source is {source!r}; give a checkpoint folder or a hub id")
+        return source
+    name, kind = (known.get("model"), known.get("kind")) if known is not None else (None, None)
+    named = isinstance(name, str) and bool(name) and name.isprintable()
+    if kind == "folder" and named and Path(str(name)).is_absolute() and file_path(name, "source").is_dir():
+        return str(name)
+    reason, place = "does not say which checkpoint it was made from", "CHECKPOINT"
+    if kind == "hub" and named:
+        reason, place = f"says it was made from {name} of the hub, which is loaded only when you ask for it", str(name)
+    elif kind == "folder" and named:
+        reason = f"was made from the folder {name}, which is not here"
+    elif kind == "module":
+        reason = "was made from a module in memory; save that with save_pretrained"
+    raise InputError(f"{model} {reason}; give: {command.format(shlex.quote(str(model)), shlex.quote(place))}")
 
 
-def _load(manifest: Manifest | PlanManifest, source: str, step: Step) -> Any:
+def load_checkpoint(source: str, task: str, known: Mapping[str, Any] | None, step: Step) -> Any:
+    """Load the model that an artifact is compared with.
+
+    Args:
+        known: the manifest's `source`; None where there is no manifest, and so no digest to compare.
+    Raises:
+        ExportError: it cannot be loaded.
+        ArtifactError: its weights are not those that the artifact was made from.
+    """
     step("importing torch")
     from lfx.export.load import load, weights_sha256
 
     step("loading the checkpoint")
-    module, _ = load(source, manifest.signature.task)
-    if weights_sha256(module) != manifest.source.get("sha256"):
+    module, _ = load(source, task)
+    if known is not None and weights_sha256(module) != known.get("sha256"):
         raise ArtifactError(
             f"{source} has other weights than the bundle was made from (sha256 differs); "
             "give the right checkpoint with --source, or export again"
@@ -116,8 +147,8 @@ def _compare_layers(
     bundle, _ = locate(model)
     assert bundle is not None
     with (
-        tempfile.TemporaryDirectory(prefix="lfx-parity-") as scratch,
-        open_engine(expose_layers(bundle, manifest.signature, Path(scratch))) as engine,
+        temporary_folder("parity") as scratch,
+        open_engine(expose_layers(bundle, manifest.signature, scratch)) as engine,
     ):
         return compare_engine(engine, module, quick_cases, step, quantization=manifest.quantization, by_layer=True)
 
@@ -148,9 +179,9 @@ def _show(report: Report, facts: dict[str, str]) -> None:
     for name in names if report.precision == QUANTIZED else ():
         result = report.outputs[name]
         agreement = f", {result.agreeing} of {result.labels} labels agree" if result.labels else ""
-        click.echo(f"{name}: cosine {result.cosine():.5f} with the float64 reference{agreement}")
+        echo(f"{name}: cosine {result.cosine():.5f} with the float64 reference{agreement}")
     verdict = "out of tolerance" if report.failures() else "in tolerance"
-    click.echo(f"{len(report.rows)} cases, {facts['backend']}, {report.precision}: {verdict}")
+    echo(f"{len(report.rows)} cases, {facts['backend']}, {report.precision}: {verdict}")
 
 
 def _show_layers(report: Report) -> None:
@@ -160,4 +191,4 @@ def _show_layers(report: Report) -> None:
         rows.append([name, *errors, "ok" if report.passes(name) else "out of tolerance"])
     table(["layer", "error", "PyTorch's own", "tolerance", "verdict"], rows)
     parted = report.first_failure()
-    click.echo(f"the two part at {parted}" if parted else "the two part at no layer")
+    echo(f"the two part at {parted}" if parted else "the two part at no layer")

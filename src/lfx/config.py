@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
+from types import NoneType
 from typing import Any
 
+from lfx.checks import check_shape, parse_json, shown
 from lfx.errors import ArtifactError
 
 FORMAT_VERSION = 1
@@ -27,6 +29,49 @@ GLOBAL_SLOTS, GLOBAL_ROWS = "#global_slots", "#global_rows"
 # The key under which the manifest carries the digest of all its other fields.
 _DIGEST = "manifest_sha256"
 GRAPH_INPUTS = ("input_ids", "attention_mask", "global_attention_mask")
+_LARGEST = 2**63 - 1
+_LARGEST_JSON = 64_000_000  # bytes
+NUMBER, COUNT = (int, float), (int, NoneType)
+_TENSORS = [{"name": str, "dtype": str, "shape": [(int, str)]}]
+# What the JSON of a signature and of a manifest holds; see `lfx.checks.check_shape`.
+_SIGNATURE: dict[str, Any] = {
+    "architecture": str,
+    "task": str,
+    "precision": str,
+    "inputs": _TENSORS,
+    "outputs": _TENSORS,
+    "attention_windows": [int],
+    "default_global?": str,
+    "global_attention?": str,
+    "max_seqlen?": COUNT,
+    "vocab_size?": COUNT,
+    "max_global?": COUNT,
+    "pad_token_id?": int,
+    "sep_token_id?": COUNT,
+    "ignores_padding?": bool,
+    "lfx_version?": str,
+}
+# Errors that are no numbers are null; those that passed are numbers.
+_MEASURED = {"max_abs_error": NUMBER, "tolerance": NUMBER}
+QUANTIZATION: dict[str, Any] = {
+    "activations?": str,
+    "weight_bits?": int,
+    "layers?": {"*": {"scale": NUMBER, "zero_point": int}},
+    "accuracy?": {
+        "reference": str,
+        "outputs": {"*": {**_MEASURED, "unfused_max_abs_error": NUMBER, "cosine": NUMBER, "label_agreement?": NUMBER}},
+    },
+}
+FILE = {"sha256": str, "bytes": int}
+_MANIFEST: dict[str, Any] = {
+    "opset": int,
+    "inlined": bool,
+    "source": dict,
+    "versions": dict,
+    "validation": {"outputs?": {"*": {**_MEASURED, "torch_max_abs_error": NUMBER}}},
+    "quantization?": QUANTIZATION,
+    "files": {"*": FILE},
+}
 
 
 @dataclass(frozen=True)
@@ -106,23 +151,20 @@ class Signature:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Signature:
-        """Raises: ArtifactError: a field is missing or of the wrong kind."""
-        names = {f.name for f in dataclasses.fields(cls)}
+    def from_dict(cls, data: Any) -> Signature:
+        """Raises: ArtifactError: a field is missing, of another type or out of range."""
         try:
-            values = {key: value for key, value in data.items() if key in names}
-            for key in ("inputs", "outputs"):
-                values[key] = tuple(TensorSpec(str(t["name"]), str(t["dtype"]), tuple(t["shape"])) for t in values[key])
-            values["attention_windows"] = tuple(int(w) for w in values["attention_windows"])
-            for key in ("max_seqlen", "vocab_size", "max_global", "sep_token_id"):
-                if values.get(key) is not None:
-                    values[key] = int(values[key])
-            values["pad_token_id"] = int(values.get("pad_token_id", 1))
-            values["ignores_padding"] = bool(values.get("ignores_padding", True))
-            signature = cls(**values)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ArtifactError(f"the model's signature is broken ({error!r}); export it again") from error
+            check_shape(data, _SIGNATURE, "the model's signature")
+        except ValueError as error:
+            raise ArtifactError(f"{error}; export the model again") from error
+        names = {f.name for f in dataclasses.fields(cls)}
+        values = {key: value for key, value in data.items() if key in names}
+        for key in ("inputs", "outputs"):
+            values[key] = tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in values[key])
+        values["attention_windows"] = tuple(values["attention_windows"])
+        signature = cls(**values)
         signature._check_choices()
+        signature._check_ranges()
         return signature
 
     def _check_choices(self) -> None:
@@ -133,8 +175,24 @@ class Signature:
             ("default_global", {"required", *(task.default_global for task in TASKS.values())}),
         ):
             value = getattr(self, name)
-            if not isinstance(value, str) or value not in allowed:
+            if value not in allowed:
                 raise ArtifactError(f"{name} {value!r} is not one that this lfx knows; export the model again")
+
+    def _check_ranges(self) -> None:
+        ids = self.vocab_size if self.vocab_size is not None else _LARGEST
+        for name, value, low, high in (
+            *(("attention_windows", window, 1, _LARGEST) for window in self.attention_windows),
+            ("max_seqlen", self.max_seqlen, 1, _LARGEST),
+            ("vocab_size", self.vocab_size, 1, _LARGEST),
+            ("max_global", self.max_global, 1, _LARGEST),
+            ("pad_token_id", self.pad_token_id, 0, ids - 1),
+            ("sep_token_id", self.sep_token_id, -_LARGEST, _LARGEST),
+        ):
+            if value is not None and not low <= value <= high:
+                raise ArtifactError(f"{name} {value} is out of range, {low} to {high}; export the model again")
+        for group in (self.inputs, self.outputs):
+            if not group or len({spec.name for spec in group}) < len(group):
+                raise ArtifactError("the model's inputs or outputs are none, or named twice; export the model again")
 
 
 def is_multi_label(signature: Signature, problem_type: Any) -> bool:
@@ -205,46 +263,59 @@ class Manifest:
             raise ArtifactError(f"{bundle} does not exist; make a bundle with: lfx export --model MODEL")
         if not is_file:
             raise ArtifactError(f"{bundle} is no bundle: it has no {MANIFEST}; make one with: lfx export")
-        data = read_sealed(path, "format_version", FORMAT_VERSION, "export the model again")
-        try:
-            return cls(
-                signature=Signature.from_dict(data),
-                opset=int(data["opset"]),
-                source=dict(data["source"]),
-                versions=dict(data["versions"]),
-                inlined=bool(data["inlined"]),
-                validation=dict(data["validation"]),
-                files={str(name): dict(entry) for name, entry in data["files"].items()},
-                quantization=dict(data.get("quantization", {})),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise ArtifactError(f"{path} is broken ({error!r}); export the model again") from error
+        return cls.parse(read_json_file(path, "export the model again"), path)
 
-    def verify(self, bundle: Path) -> None:
+    @classmethod
+    def parse(cls, content: bytes, path: Path) -> Manifest:
+        """A manifest from the bytes of its file.
+
+        Args:
+            path: of the file, for messages.
+        Raises:
+            ArtifactError: it is cut, changed or of another format.
+        """
+        data = parse_sealed(content, path, "format_version", FORMAT_VERSION, "export the model again")
+        signature = Signature.from_dict(data)
+        try:
+            check_shape(data, _MANIFEST, str(path))
+        except ValueError as error:
+            raise ArtifactError(f"{error}; export the model again") from error
+        fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
+        return cls(signature=signature, **fields)
+
+    def verify(self, bundle: Path) -> dict[str, Path]:
         """Compare every file of the bundle with its digest.
 
+        Returns:
+            Name -> the plain file that was compared, which a link of that name leads to.
         Raises:
-            ArtifactError: a file is missing, cut or changed.
+            ArtifactError: a file is missing, cut or changed, or outside the bundle.
         """
         if MODEL not in self.files:
             raise ArtifactError(f"{bundle / MANIFEST} lists no {MODEL}; export the model again")
-        for name, entry in self.files.items():
-            path = bundle / name
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ArtifactError(f"{bundle / MANIFEST} names {name!r}, which is outside the bundle")
-            try:
-                found = path.is_file()
-            except (OSError, ValueError) as error:
-                raise ArtifactError(f"{bundle / MANIFEST} names {name!r}, which is no file name: {error}") from error
-            if not found:
-                raise ArtifactError(f"{path} is missing; export the model again")
-            size = path.stat().st_size
-            if size != entry.get("bytes"):
-                raise ArtifactError(
-                    f"{path} has {size} bytes where {MANIFEST} says {entry.get('bytes')}; export the model again"
-                )
-            if sha256(path) != entry.get("sha256"):
-                raise ArtifactError(f"{path} was changed after the export (sha256 differs); export the model again")
+        return {name: self._verified(bundle.resolve(), name, entry) for name, entry in self.files.items()}
+
+    def _verified(self, bundle: Path, name: str, entry: Mapping[str, Any]) -> Path:
+        path = bundle / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ArtifactError(f"{bundle / MANIFEST} names {name!r}, which is outside the bundle")
+        try:
+            folder, file = path.parent.resolve(), path.resolve()
+            is_file = file.is_file()
+        except (OSError, ValueError, RuntimeError) as error:  # the last for links in a circle
+            raise ArtifactError(f"{bundle / MANIFEST} names {name!r}, which cannot be opened: {error}") from error
+        if not is_file:
+            raise ArtifactError(f"{path} is missing; export the model again")
+        if folder != path.parent:
+            raise ArtifactError(f"{path.parent} is a link; a bundle's files may be links, and its folders may not")
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            raise ArtifactError(
+                f"{path} has {size} bytes where {MANIFEST} says {entry['bytes']}; export the model again"
+            )
+        if sha256(file) != entry["sha256"]:
+            raise ArtifactError(f"{path} was changed after the export (sha256 differs); export the model again")
+        return file
 
 
 def locate(path: Path) -> tuple[Path | None, Path]:
@@ -305,25 +376,50 @@ def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, _DIGEST: hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()}
 
 
-def read_sealed(path: Path, version_key: str, version: int, cure: str) -> dict[str, Any]:
-    """Read a JSON object that `sealed` made.
+def read_json_file(path: Path, cure: str) -> bytes:
+    """The bytes of a JSON file of ours.
 
     Raises:
-        ArtifactError: it cannot be read, is of another format version, or was changed since; ends with `cure`.
+        ArtifactError: it cannot be read, or is too large to be one; ends with `cure`.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_JSON + 1)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}; {cure}") from error
+    if len(content) > _LARGEST_JSON:
+        raise ArtifactError(f"{path} has more than {_LARGEST_JSON:,} bytes; {cure}")
+    return content
+
+
+def parse_sealed(content: bytes, path: Path, version_key: str, version: int, cure: str) -> dict[str, Any]:
+    """Parse a JSON object that `sealed` made.
+
+    Args:
+        path: of its file, for messages.
+    Raises:
+        ArtifactError: it is no JSON, of another format version, or was changed since; ends with `cure`.
+    """
+    try:
+        data = parse_json(content)
+    except ValueError as error:
         raise ArtifactError(f"{path} cannot be read ({error}); {cure}") from error
     found = data.get(version_key) if isinstance(data, dict) else None
     if not isinstance(data, dict) or found != version:
-        raise ArtifactError(f"{path} has format version {found!r}; this lfx reads {version}: {cure}")
+        raise ArtifactError(f"{path} has format version {shown(found)}; this lfx reads {version}: {cure}")
     if data != sealed(data):
         raise ArtifactError(f"{path} was changed after it was written (its {_DIGEST} differs); {cure}")
     return data
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hex digest of a file.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}; make it readable") from error

@@ -14,7 +14,21 @@ LfxError
 from __future__ import annotations
 
 import importlib
+import re
 from types import ModuleType
+
+# OpenVINO begins its errors with the places in its source that they went through.
+_OPENVINO_PLACE = re.compile(r"(Exception from|Check '.*' failed at) src/.*:\d+:$")
+# What libraries and systems say, in lower case, and what helps.
+_CURES = {
+    ("bad_alloc", "out of memory", "out_of_memory", "failed to allocate", "unable to allocate", "cannot allocate"): (
+        "use shorter or fewer sequences, or a smaller model"
+    ),
+    ("no space left", "quota exceeded"): "make room, or choose another place",
+    ("no such file", "could not open", "path does not exist", "externally stored data"): (
+        "a file is missing: check the path, or make the bundle again"
+    ),
+}
 
 
 class LfxError(Exception):
@@ -71,6 +85,18 @@ def require(module: str, extra: str) -> ModuleType:
 
 def one_line(error: BaseException, limit: int = 300) -> str:
     """The first meaningful line of another library's error, cut to `limit` characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not _OPENVINO_PLACE.match(line)]
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def with_cure(error: BaseException, limit: int = 300) -> str:
+    """`one_line`, or the words of the system, and what to do where memory or disk ran out, or a file is missing."""
+    text = one_line(error, limit)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        text = f"out of memory: {text}" if str(error) else "out of memory"
+    said = f"{text} {error}".lower()
+    cures = [cure for signs, cure in _CURES.items() if any(sign in said for sign in signs)]
+    return "; ".join([text, *cures[:1]])

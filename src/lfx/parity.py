@@ -401,7 +401,7 @@ def compare(
         multi_label: each entry of the logits is a decision of its own.
         on_case: called before each case, to show progress.
     Raises:
-        ParityError: an output is missing or has another shape than the reference's.
+        ParityError: an output is missing, has another shape than the reference's, or is NaN in reference or witness.
     """
     report = Report(precision, layers, depth=dict(depth or {}), names=names or Report.names)
     for case in cases:
@@ -409,6 +409,8 @@ def compare(
         inputs = make_inputs(case)
         right = reference(inputs)
         torch_side, ours = witness(inputs) if witness is not None else right, candidate(inputs)
+        for outputs, whose in ((right, report.names[0]), (torch_side, f"{report.names[1]} in {precision}")):
+            _refuse_nan(outputs, whose, case)
         if set(right) != set(ours):
             raise ParityError(f"the model has outputs {sorted(right)}, the artifact {sorted(ours)}")
         row = {}
@@ -423,6 +425,17 @@ def compare(
                 result.add_labels(expected, ours[name], multi_label=multi_label)
         report.rows.append((case, row))
     return report
+
+
+def _refuse_nan(outputs: Arrays, whose: str, case: Case) -> None:
+    if case.padding == "empty_row":
+        return  # a mean over no token is 0 / 0 by definition
+    for name, array in outputs.items():
+        if nans := int(np.isnan(array).sum()):
+            raise ParityError(
+                f"{name} of {whose} is NaN in {nans:,} of {array.size:,} values, at {case}: the model overflows, "
+                "and no artifact of it can be right"
+            )
 
 
 def _errors(found: NDArray[np.float64], right: NDArray[np.float64], filled: NDArray[np.bool_]) -> NDArray[np.float64]:

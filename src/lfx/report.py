@@ -14,6 +14,7 @@ import numpy as np
 
 from lfx import __version__
 from lfx.errors import InputError, require
+from lfx.files import replacing, why_unwritten
 from lfx.parity import HISTOGRAM_EDGES, Report
 
 # Told apart by colour-blind readers too; from Okabe and Ito.
@@ -71,10 +72,12 @@ def write(path: Path, facts: Mapping[str, str], report: Report, layers: Report |
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
         f"<body><h1>{title}</h1>{''.join(parts)}</body></html>\n"
     )
+    page = page.encode("utf-8", "backslashreplace").decode("utf-8")  # a file name may hold bytes that are no text
     try:
-        path.write_text(page, encoding="utf-8")
+        with replacing(path) as written:
+            written.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error}") from error
+        raise InputError(why_unwritten(path, error, "choose another --report")) from error
 
 
 def _verdict(report: Report, failures: list[str]) -> str:
@@ -89,15 +92,20 @@ def _facts(facts: Mapping[str, str]) -> str:
     return f"<dl>{''.join(items)}</dl>"
 
 
+class _Bad(str):
+    """The text of a cell that is marked as bad."""
+
+
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Cells are HTML; one that begins with "!" is marked as bad."""
+    """Header and cells are plain text."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _cell(text: str) -> str:
-    return f'<td class="bad">{text[1:]}</td>' if text.startswith("!") else f"<td>{text}</td>"
+    tag = '<td class="bad">' if isinstance(text, _Bad) else "<td>"
+    return f"{tag}{html.escape(text)}</td>"
 
 
 def _outputs(report: Report) -> str:
@@ -105,8 +113,8 @@ def _outputs(report: Report) -> str:
     header = ["output", "error", "PyTorch's own", "tolerance", "largest value", "cosine"]
     rows = []
     for name, result in report.outputs.items():
-        mark = "" if report.passes(name) else "!"
-        row = [html.escape(name), f"{mark}{result.error:.2e}", f"{result.torch_error:.2e}"]
+        error = f"{result.error:.2e}"
+        row = [name, error if report.passes(name) else _Bad(error), f"{result.torch_error:.2e}"]
         row += [f"{report.tolerance(name):.2e}", f"{result.magnitude:.3g}", f"{result.cosine():.6f}"]
         rows.append(row + ([f"{result.agreeing} of {result.labels}" if result.labels else ""] if labels else []))
     return _table([*header, *(["labels that agree"] if labels else [])], rows)
@@ -127,26 +135,29 @@ def _cases(report: Report) -> str:
     for case, errors in report.rows:
         row = [str(case.batch), f"{case.seqlen:,}", case.globals, case.padding]
         for name in report.outputs:
-            bad = errors[name].error > report.tolerance(name)
-            row.append(f"{'!' if bad else ''}{errors[name].error:.2e}")
+            error = f"{errors[name].error:.2e}"
+            row.append(error if errors[name].error <= report.tolerance(name) else _Bad(error))
         rows.append(row)
     return _table(header, rows)
 
 
 def _figure(draw: Callable[[Any], None], caption: str) -> str:
+    """A drawing as SVG. Caption and labels are plain text."""
     matplotlib = require("matplotlib", "report")
     matplotlib.use("Agg")
     pyplot = require("matplotlib.pyplot", "report")
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11}):
+    style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "text.parse_math": False}
+    with matplotlib.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
         draw(axes)
         axes.grid(visible=True, alpha=0.25)
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
         pyplot.close(figure)
-    svg = re.sub(r"^.*?(?=<svg)", "", text.getvalue(), count=1, flags=re.DOTALL)
-    return f'<figure role="img" aria-label="{html.escape(caption)}">{svg}<figcaption>{caption}</figcaption></figure>'
+    svg = re.sub(r"^.*?(?=<svg)", "", drawn.getvalue(), count=1, flags=re.DOTALL)
+    text = html.escape(caption)
+    return f'<figure role="img" aria-label="{text}">{svg}<figcaption>{text}</figcaption></figure>'
 
 
 def _over_length(axes: Any, report: Report) -> None:
@@ -199,4 +210,4 @@ def _by_layer(axes: Any, layers: Report) -> None:
 
 def _parted(layers: Report) -> str:
     first = layers.first_failure()
-    return f"The two part at {html.escape(first)}." if first else "The two part at no layer."
+    return f"The two part at {first}." if first else "The two part at no layer."

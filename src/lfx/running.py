@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 from numpy.typing import NDArray
 
+from lfx.checks import file_path, output_file
 from lfx.errors import InputError
+from lfx.files import replacing, why_unwritten
 from lfx.runtime import Engine, documents
 from lfx.runtime.text import TOKENIZER, Text
-from lfx.terminal import progress, table
+from lfx.terminal import echo, echo_json, progress, table
+
+_LARGEST_TEXT = 100_000_000  # letters of a file that is one text
 
 
 def run_text(
@@ -31,6 +33,8 @@ def run_text(
     as_json: bool,
 ) -> None:
     """Run one text, given or in a file; print what the outputs say."""
+    if output is not None:
+        output_file(output, "--output")
     text = text if text is not None else _read_text(file)
     reader = Text(tokenizer or _text_folder(model, engine), engine.signature)
     choices = engine.signature.task == "multiple-choice"
@@ -55,12 +59,12 @@ def run_text(
         for name, array in arrays.items():
             if name not in per_token:
                 shapes[name]["values"] = array.tolist()
-        click.echo(json.dumps({"tokens": tokens, "backend": engine.backend, "outputs": shapes, "answers": answers}))
+        echo_json({"tokens": tokens, "backend": engine.backend, "outputs": shapes, "answers": answers})
         return
-    click.echo(f"{tokens} tokens, {engine.backend}")
+    echo(f"{tokens} tokens, {engine.backend}")
     for name, array in arrays.items():
         first = ", ".join(f"{x:.4f}" for x in array.reshape(-1)[:4])
-        click.echo(f"{name}: shape {tuple(array.shape)}, first values {first}")
+        echo(f"{name}: shape {tuple(array.shape)}, first values {first}")
     if answers:
         table(list(answers[0]), [[_cell(v) for v in answer.values()] for answer in answers[:40]])
 
@@ -72,16 +76,20 @@ def run_documents(
     output: Path,
     *,
     stride: int | None,
+    max_windows: int | None,
     tokenizer: Path | None,
     as_json: bool,
 ) -> None:
     """Run a file of documents; print what was done.
 
+    Args:
+        max_windows: None for `lfx.runtime.documents.MAX_WINDOWS`.
+
     Raises:
         InputError: some documents were refused; the others are done.
     """
     folder = tokenizer or _text_folder(model, engine)
-    reader = Text(folder, engine.signature) if tokenizer or (folder / TOKENIZER).is_file() else None
+    reader = Text(folder, engine.signature) if tokenizer or (folder / TOKENIZER).exists() else None
     start = time.perf_counter()
     try:
         with progress() as step:
@@ -91,19 +99,20 @@ def run_documents(
                 source,
                 output,
                 stride=stride,
+                max_windows=documents.MAX_WINDOWS if max_windows is None else max_windows,
                 progress=step,
-                report=lambda line: click.echo(line, err=True),
+                report=lambda line: echo(line, err=True),
             )
     except KeyboardInterrupt:
-        click.echo("what is done is kept; the same command goes on from there", err=True)
+        echo("what is done is kept; the same command goes on from there", err=True)
         raise
     seconds = time.perf_counter() - start
     if as_json:
-        click.echo(json.dumps({**dataclasses.asdict(done), "seconds": seconds, "backend": engine.backend}))
+        echo_json({**dataclasses.asdict(done), "seconds": seconds, "backend": engine.backend})
     else:
         went_on = f" (the first {done.resumed_at:,} in an earlier run)" if done.resumed_at else ""
-        click.echo(f"{output}: {done.documents:,} documents{went_on}, {done.refused:,} refused, {engine.backend}")
-        click.echo(f"{done.tokens:,} tokens in {seconds:.1f} s, {done.tokens / seconds:,.0f} tokens/s")
+        echo(f"{output}: {done.documents:,} documents{went_on}, {done.refused:,} refused, {engine.backend}")
+        echo(f"{done.tokens:,} tokens in {seconds:.1f} s, {done.tokens / seconds:,.0f} tokens/s")
     if done.refused:
         raise InputError(f"{done.refused} of {done.documents} documents were refused; {output} says which and why")
 
@@ -111,7 +120,9 @@ def run_documents(
 def _text_folder(model: Path, engine: Engine) -> Path:
     """Where the tokenizer is: in the bundle, which stands beside its plan unless one of them was moved."""
     bundle = getattr(engine.manifest, "bundle", None)
-    beside = model.parent / str(bundle["name"]) if bundle else model.parent
+    beside = model.parent
+    if bundle:
+        beside = file_path(model.parent / Path(str(bundle.get("name", ""))).name, "the bundle that the plan names")
     if model.is_dir():
         return model
     return beside if beside.is_dir() else model.parent
@@ -132,23 +143,26 @@ def _rectangle(rows: list[list[int]], pad: int) -> tuple[NDArray[Any], NDArray[A
 
 def _read_text(file: Path | None) -> str:
     assert file is not None
+    file_path(file, "--input")
     try:
-        return file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8") as source:  # may be a device, which does not end
+            text = source.read(_LARGEST_TEXT + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from error
+    if len(text) > _LARGEST_TEXT:
+        raise InputError(f"{file} has more than {_LARGEST_TEXT:,} letters; split it into documents: a .jsonl file")
+    return text
 
 
-def _save(output: Path, arrays: dict[str, Any]) -> None:
-    if output.is_dir():
-        raise InputError(f"{output} is a folder; give a file name, such as {output / 'outputs.npz'}")
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}.npz")
+def _save(output: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    """Write an .npz file; `numpy.savez` has no room for outputs that are called as its own arguments."""
     try:
-        np.savez(partial, **arrays)
-        partial.rename(output)
+        with replacing(output) as path, zipfile.ZipFile(path, "w", allowZip64=True) as file:
+            for name, array in arrays.items():
+                with file.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, array, allow_pickle=False)
     except OSError as error:
-        raise InputError(f"{output} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise InputError(why_unwritten(output, error, "choose another --output")) from error
 
 
 def _cell(value: Any) -> str:

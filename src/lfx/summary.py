@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lfx.config import Manifest, Signature
+from lfx.errors import ArtifactError
 from lfx.runtime.plan import PlanManifest
 
 Rows = list[list[str]]
 
 
 def rows(manifest: Manifest | PlanManifest) -> Rows:
-    """Pairs of what and value."""
-    return list(_plan(manifest) if isinstance(manifest, PlanManifest) else _bundle(manifest))
+    """Pairs of what and value.
+
+    Raises:
+        ArtifactError: the manifest lacks something, or has it as another type.
+    """
+    try:
+        return list(_plan(manifest) if isinstance(manifest, PlanManifest) else _bundle(manifest))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ArtifactError(f"the manifest is broken ({error!r}); --json shows it; make the artifact again") from error
 
 
 def _bundle(manifest: Manifest) -> Iterator[list[str]]:

@@ -1,18 +1,102 @@
-"""What the command line shows and how it is stopped: tables, a progress bar, interrupts. rich is imported when used."""
+"""What the command line shows, and how it is stopped: text, tables, progress, interrupts. rich is imported when used.
+
+All text that lfx prints goes through `printable`: labels, answers, paths and messages of other libraries come from
+files that anybody may have written, and a terminal obeys what stands in them.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TextIO
 
-import click
+from lfx.checks import json_text
+from lfx.errors import LfxError, with_cure
 
 _interrupted = threading.Event()
+
+# Control, format and surrogate characters, and the two separators of lines that are none of ASCII's. Format
+# characters reorder a line (U+202E, U+2066) or are not to be seen (U+200B), so that two names look the same.
+_SHOWN_AS_ESCAPES = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+# Format characters too, but they belong to the spelling of Persian and Hindi and to emoji, and move nothing.
+_JOINERS = "\u200c\u200d"
+
+
+def printable(text: str) -> str:
+    r"""One line that a terminal shows as it is: control characters become escapes such as `\x1b`, `\n` or `\u202e`.
+
+    A backslash stays one, so that paths can be read: the escapes are for people, and JSON is for programs.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        letter.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(letter) in _SHOWN_AS_ESCAPES and letter not in _JOINERS
+        else letter
+        for letter in text
+    )
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Print one line to stdout, or to stderr.
+
+    Raises:
+        LfxError: stdout cannot be written. BrokenPipeError: its reader has gone.
+    """
+    write(f"{printable(text)}\n", err=err)
+
+
+def echo_json(value: Any, *, indent: int | None = None) -> None:
+    """Print JSON to stdout; it is ASCII, and has null in the place of NaN. Raises as `echo` does."""
+    write(json_text(value, indent=indent) + "\n")
+
+
+def write(text: str, *, err: bool = False) -> None:
+    """Write text that is printable already. Raises as `echo` does; what stderr does not take is dropped."""
+    if not err:
+        with _stdout() as stream:
+            stream.write(text)
+            stream.flush()
+    elif sys.stderr is not None:
+        with suppress(OSError):  # nobody could be told
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+@contextmanager
+def _stdout() -> Iterator[TextIO]:
+    if sys.stdout is None:
+        raise LfxError("stdout cannot be written: it is closed")
+    try:
+        yield sys.stdout
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise LfxError(f"stdout cannot be written: {with_cure(error)}") from error
+
+
+def prepare_streams() -> None:
+    """Make stdout and stderr take every character, and keep the numbers of closed ones from files that are opened."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number, which is this one
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def drop_stdout() -> None:
+    """Send what stdout still buffers nowhere, so that Python does not fail on it once more when it ends."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def catch_interrupts() -> None:
@@ -54,18 +138,22 @@ def _dropped(error: Any) -> None:
     again.start()
 
 
-def table(header: list[str], rows: list[list[str]]) -> None:
-    """Print a table to stdout, wide enough not to wrap where stdout is no terminal."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table to stdout, wide enough not to wrap where stdout is no terminal. Raises as `echo` does."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    drawn = Table(*header, header_style="bold")
+    drawn = Table(header_style="bold")
+    for name in header:
+        drawn.add_column(Text(printable(name)))
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*(Text(printable(cell)) for cell in row))
     console = Console(soft_wrap=False)
     if not console.is_terminal:
         console = Console(width=max(160, console.width))
-    console.print(drawn)
+    with _stdout():
+        console.print(drawn)
 
 
 @contextmanager
@@ -76,9 +164,9 @@ def progress() -> Iterator[Callable[[str], None]]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _unless_interrupted(lambda step: click.echo(f"… {step}", err=True))
+        yield _unless_interrupted(lambda step: echo(f"… {step}", err=True))
         return
-    columns = (SpinnerColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (SpinnerColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None)
-        yield _unless_interrupted(lambda step: bar.update(task, description=step))
+        yield _unless_interrupted(lambda step: bar.update(task, description=printable(step)))

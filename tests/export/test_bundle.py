@@ -1,31 +1,86 @@
-"""A bundle is there whole or not at all."""
+"""A bundle is there whole or not at all, whatever other processes do and wherever this one is killed."""
 
 from __future__ import annotations
 
 import errno
 import os
-import subprocess
+import shutil
+import signal
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lfx.config import MANIFEST, MODEL, Manifest, Signature, TensorSpec
 from lfx.errors import ExportError
 from lfx.export import bundle as bundles
 from lfx.export import export, exporter
 from lfx.export.bundle import atomic_folder
+from tests.conftest import MakeBundle
 from tests.models import tiny_model
+
+IDS = (TensorSpec("input_ids", "int64", ("batch", "sequence")),)
+SIGNATURE = Signature("LongformerModel", "feature-extraction", "fp32", IDS, (TensorSpec("out", "float32", ()),), (8,))
 
 
 def _write(folder: Path, text: str = "new") -> None:
-    (folder / "lfx.json").write_text(text)
+    """A bundle of three files, whose graph is `text`."""
+    (folder / MODEL).write_text(text)
+    (folder / "sub").mkdir(exist_ok=True)
+    (folder / "sub" / "vocab.txt").write_text(text)
+    Manifest(SIGNATURE, 17, {}, {}).write(folder)
+
+
+def _export(output: Path, text: str = "new") -> None:
+    with atomic_folder(output) as folder:
+        _write(folder, text)
+
+
+def _text(output: Path) -> str:
+    """The graph of a bundle, which is whole."""
+    Manifest.read(output).verify(output)
+    assert (output / "sub" / "vocab.txt").read_text() == (output / MODEL).read_text()
+    return (output / MODEL).read_text()
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _in_child(work: Callable[[], Any]) -> int:
+    """Start a process that does `work`, quietly; returns its id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return child
+
+
+def _ended(child: int) -> int:
+    """Wait for a process; its exit status, or the negative number of the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the system call that exchanges two names, and without."""
+    if request.param == "two renames":
+        monkeypatch.setattr(bundles, "exchange", lambda first, second: False)
+    return str(request.param)
 
 
 def test_success_takes_the_name(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "out") as folder:
         _write(folder)
         assert not (tmp_path / "out").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert _names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
@@ -33,20 +88,24 @@ def test_any_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) 
     with pytest.raises(error), atomic_folder(tmp_path / "out") as folder:
         _write(folder)
         raise error
-    assert [path.name for path in tmp_path.iterdir()] == []
+    assert _names(tmp_path) == []
 
 
-def test_an_older_bundle_is_replaced_on_success_and_kept_on_failure(tmp_path: Path) -> None:
-    with atomic_folder(tmp_path / "out") as folder:
-        _write(folder, "old")
+def test_an_older_bundle_is_replaced_on_success_and_kept_on_failure(tmp_path: Path, either_way: str) -> None:
+    _export(tmp_path / "out", "old")
     with pytest.raises(ValueError, match="no"), atomic_folder(tmp_path / "out") as folder:
         _write(folder)
         raise ValueError("no")
-    assert (tmp_path / "out" / "lfx.json").read_text() == "old"
-    with atomic_folder(tmp_path / "out") as folder:
-        _write(folder)
-    assert (tmp_path / "out" / "lfx.json").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert _text(tmp_path / "out") == "old"
+    _export(tmp_path / "out", "new")
+    assert _text(tmp_path / "out") == "new"
+    assert _names(tmp_path) == ["out"]
+
+
+def test_an_empty_folder_is_replaced(tmp_path: Path, either_way: str) -> None:
+    (tmp_path / "out").mkdir()
+    _export(tmp_path / "out")
+    assert _names(tmp_path) == ["out"]
 
 
 def test_what_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
@@ -61,26 +120,95 @@ def test_what_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "folder" / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_bundle_with_other_files_in_it_is_never_replaced(tmp_path: Path) -> None:
-    with atomic_folder(tmp_path / "out") as folder:
-        _write(folder, '{"files": {"model.onnx": {}}}')
-        (folder / "model.onnx").write_text("graph")
-    (tmp_path / "out" / "checkpoint").mkdir()
-    (tmp_path / "out" / "checkpoint" / "model.safetensors").write_text("weights")
-    with pytest.raises(ExportError, match=r"holds other files too \(checkpoint/model\.safetensors\)"):
-        atomic_folder(tmp_path / "out").__enter__()
-    assert (tmp_path / "out" / "checkpoint" / "model.safetensors").read_text() == "weights"
+@pytest.mark.parametrize("stranger", ["checkpoint/model.safetensors", "notes.txt", "link"])
+def test_a_bundle_with_other_files_in_it_is_never_replaced(tmp_path: Path, stranger: str) -> None:
+    _export(tmp_path / "out")
+    (tmp_path / "out" / stranger).parent.mkdir(exist_ok=True)
+    if stranger == "link":
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "out" / stranger).symlink_to(tmp_path / "elsewhere")
+    else:
+        (tmp_path / "out" / stranger).write_text("weights")
+    with pytest.raises(ExportError, match=rf"holds other files too \({stranger}\)"):
+        _export(tmp_path / "out")
+    assert os.path.lexists(tmp_path / "out" / stranger)
 
 
-def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ['{"files": {"thesis.txt": {}}}', "{", "[]", ""])
+def test_a_manifest_without_a_right_seal_gives_no_leave_to_remove_what_it_names(tmp_path: Path, text: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / MANIFEST).write_text(text)
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(
+        ExportError, match=r"holds an lfx\.json that was changed .*; remove the folder, or choose another"
+    ):
+        _export(tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_signature_beside_the_manifest_goes_with_its_bundle(tmp_path: Path, either_way: str) -> None:
+    _export(tmp_path / "out", "old")
+    (tmp_path / "out" / f"{MANIFEST}.minisig").write_text("signed")
+    _export(tmp_path / "out")
+    assert _names(tmp_path / "out") == [MANIFEST, MODEL, "sub"]
+
+
+def test_links_in_an_older_bundle_go_and_their_targets_stay(tmp_path: Path, either_way: str) -> None:
+    _export(tmp_path / "out", "old")
+    shutil.move(tmp_path / "out" / MODEL, tmp_path / "stored")
+    shutil.move(tmp_path / "out" / "sub" / "vocab.txt", tmp_path / "vocabulary")
+    (tmp_path / "out" / MODEL).symlink_to(tmp_path / "stored")
+    (tmp_path / "out" / "sub" / "vocab.txt").symlink_to(tmp_path / "vocabulary")
+    _export(tmp_path / "out")
+    assert _text(tmp_path / "out") == "new"
+    assert [(tmp_path / name).read_text() for name in ("stored", "vocabulary")] == ["old", "old"]
+    assert _names(tmp_path) == ["out", "stored", "vocabulary"]
+
+
+def test_a_file_that_comes_into_the_older_bundle_during_the_export_stays(tmp_path: Path, either_way: str) -> None:
+    _export(tmp_path / "out", "old")
+    with (
+        pytest.raises(ExportError, match=r"holds other files too \(thesis.txt\)"),
+        atomic_folder(tmp_path / "out") as new,
+    ):
+        _write(new)
+        (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    assert _text(tmp_path / "out") == "old"
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+    assert _names(tmp_path) == ["out"]
+
+
+def test_a_file_that_comes_into_the_older_bundle_at_the_very_end_is_kept(
+    tmp_path: Path, either_way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _export(tmp_path / "out", "old")
+    folder = os.open(tmp_path / "out", os.O_RDONLY)
+    discard = bundles._discard
+
+    def late(bundle: Path) -> Path | None:
+        os.close(os.open("thesis.txt", os.O_CREAT | os.O_WRONLY, dir_fd=folder))
+        return discard(bundle)
+
+    monkeypatch.setattr(bundles, "_discard", late)
+    with pytest.raises(
+        ExportError, match=r"is the new bundle; the older one could not be removed whole, .* is in .*lfx-kept"
+    ):
+        _export(tmp_path / "out")
+    os.close(folder)
+    assert _text(tmp_path / "out") == "new"
+    kept = next(tmp_path.glob("lfx-kept-*"))
+    assert "thesis.txt" in _names(kept)
+    assert _names(tmp_path) == [kept.name, "out"]
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path, either_way: str) -> None:
     (tmp_path / "real").mkdir()
     for name, target in (("link", "real"), ("dangling", "later")):
         (tmp_path / name).symlink_to(target)
-        with atomic_folder(tmp_path / name) as folder:
-            _write(folder)
+        _export(tmp_path / name)
         assert (tmp_path / name).is_symlink()
-        assert (tmp_path / target / "lfx.json").read_text() == "new"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "later", "link", "real"]
+        assert _text(tmp_path / target) == "new"
+    assert _names(tmp_path) == ["dangling", "later", "link", "real"]
 
 
 def test_the_current_folder_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,32 +220,135 @@ def test_the_current_folder_is_never_replaced(tmp_path: Path, monkeypatch: pytes
     assert Path.cwd().is_dir()
 
 
-def test_a_leftover_of_this_very_process_number_is_removed(tmp_path: Path) -> None:
-    (tmp_path / f".a[1].partial-{os.getpid()}").mkdir()
-    with atomic_folder(tmp_path / "a[1]") as folder:
-        _write(folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["a[1]"]
+def _export_killed_at(step: int, output: Path) -> None:
+    """Export, and be killed before the system call number `step` that changes or opens something."""
+    calls = 0
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal calls
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "fcntl.flock"):
+            calls += 1
+            if calls == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    _export(output)
 
 
-def test_leftovers_of_killed_processes_are_removed_and_live_ones_kept(tmp_path: Path) -> None:
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    (tmp_path / f".out.partial-{dead.pid}").mkdir()
-    (tmp_path / ".out.partial-1").mkdir()
-    with atomic_folder(tmp_path / "out") as folder:
-        _write(folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial-1", "out"]
+def _steps(output: Path, before: Callable[[], None]) -> Iterator[int]:
+    """Kill an export at every step, from the first until one comes through."""
+    for step in range(1, 200):
+        before()
+        status = _ended(_in_child(lambda step=step: _export_killed_at(step, output)))
+        yield step
+        if status == 0:
+            assert step > 20
+            return
+        assert status == -signal.SIGKILL
+    raise AssertionError("it never came through")
 
 
-def test_a_bundle_that_a_killed_process_had_moved_aside_comes_back(tmp_path: Path) -> None:
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    (tmp_path / f".out.old-{dead.pid}").mkdir()
-    _write(tmp_path / f".out.old-{dead.pid}", "old")
-    with pytest.raises(ValueError, match="no"), atomic_folder(tmp_path / "out"):
-        raise ValueError("no")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out" / "lfx.json").read_text() == "old"
+def test_a_kill_at_any_step_leaves_a_whole_bundle_and_the_next_export_clears_up(
+    tmp_path: Path, either_way: str
+) -> None:
+    out = tmp_path / "out"
+    seen = set()
+    for _ in _steps(out, lambda: _export(out, "old")):
+        if either_way == "exchange" or out.exists():
+            seen.add(_text(out))
+        with pytest.raises(ValueError, match="no"), atomic_folder(out):
+            raise ValueError("no")
+        assert _text(out) in ("old", "new")  # where it was moved aside, it is back
+        _export(out)
+        assert _names(tmp_path) == ["out"]
+    assert seen == {"old", "new"}
+
+
+def test_a_kill_of_the_first_export_leaves_nothing_or_all(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for _ in _steps(out, lambda: shutil.rmtree(out, ignore_errors=True)):
+        assert not out.exists() or _text(out) == "new"
+        _export(out)
+        assert _names(tmp_path) == ["out"]
+
+
+def test_exports_at_once_in_processes_of_one_number_leave_one_bundle_whole(
+    tmp_path: Path, bundle: MakeBundle, either_way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # as in two containers
+    models = [bundle("feature-extraction"), bundle("text-classification")]
+
+    def export_often(model: Path) -> None:
+        for _ in range(15):
+            with atomic_folder(tmp_path / "out") as folder:
+                shutil.copytree(model, folder, dirs_exist_ok=True)
+
+    children = [_in_child(lambda model=model: export_often(model)) for model in models * 2]
+    assert [_ended(child) for child in children] == [0] * len(children)
+    manifest = Manifest.read(tmp_path / "out")
+    manifest.verify(tmp_path / "out")
+    assert manifest.to_dict() in [Manifest.read(model).to_dict() for model in models]
+    assert set(_names(tmp_path / "out")) == {MANIFEST, *manifest.files}
+    assert _names(tmp_path) == ["out"]
+
+
+def test_a_live_export_is_left_alone_by_another(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "out") as first:
+        _write(first, "first")
+        _export(tmp_path / "out", "second")
+        assert _text(tmp_path / "out") == "second"
+    assert _text(tmp_path / "out") == "first"
+    assert _names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("x" * 300, "File name too long"),
+        ("a/" * 2500, "File name too long"),
+        ("a\0b", "null"),
+        (5, "output is 5; give a path"),
+    ],
+)
+def test_a_path_that_cannot_be_is_one_line(output: Any, reason: str) -> None:
+    with pytest.raises(ExportError, match=reason):
+        export(tiny_model(), output)
+
+
+def test_a_link_to_itself_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(ExportError, match=r"out cannot be written: .*loop"):
+        export(tiny_model(), tmp_path / "out")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_folders_that_may_not_be_read_or_written_are_one_line() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        closed = Path(name) / "closed"
+        closed.mkdir(mode=0o700)
+        os.seteuid(65534)
+        try:
+            for output in (Path(name) / "out", closed / "out"):
+                with pytest.raises(ExportError, match=r"Permission denied; (choose|give) another"):
+                    _export(output)
+        finally:
+            os.seteuid(0)
+
+
+def test_modes_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with atomic_folder(tmp_path / "out") as folder:
+            _write(folder)
+            (folder / MODEL).chmod(0o600)
+    finally:
+        os.umask(before)
+    modes = {
+        path.name: stat.filemode(path.stat().st_mode) for path in [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+    }
+    assert modes.pop("out") == modes.pop("sub") == "drwxr-x---"
+    assert set(modes.values()) == {"-rw-r-----"}
 
 
 def test_a_disk_too_small_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,12 +359,41 @@ def test_a_disk_too_small_is_refused_before_the_work(tmp_path: Path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == []
 
 
-def test_a_disk_that_fills_up_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any, **options: Any) -> None:
-        (tmp_path / f".out.partial-{os.getpid()}" / "model.onnx").write_bytes(b"half")
+class RustError(Exception):
+    """What a tokenizer raises; the system's error is in its text only."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RustError("No space left on device (os error 28)"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_disk_that_fills_up_is_one_line(tmp_path: Path, error: Exception) -> None:
+    full = "out cannot be written: no disk space left; make room, or choose another --output"
+    with pytest.raises(ExportError, match=full), atomic_folder(tmp_path / "out") as folder:
+        (folder / MODEL).write_bytes(b"half")
+        raise error
+    assert _names(tmp_path) == []
+
+
+def test_an_export_on_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(model: Any, path: Path, **options: Any) -> None:
+        path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(exporter.ir, "save", full)
     with pytest.raises(ExportError, match="no disk space left"):
         export(tiny_model(), tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == []
+    assert _names(tmp_path) == []
+
+
+def test_an_error_that_only_follows_a_full_disk_is_full_disk_too(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no disk space left"), atomic_folder(tmp_path / "out"):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise ExportError("the quantizer failed") from error

@@ -6,6 +6,7 @@ import copy
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,16 @@ def test_the_graph_is_small_and_named_after_the_modules(bundle: MakeBundle) -> N
     assert by_name["encoder.layer.1.attention.self/BandedAttention"].op_type == "BandedAttention"
     made_up = [n for n in (*names, *(o for node in graph.node for o in node.output)) if n.startswith(("val_", "node_"))]
     assert not made_up
+
+
+@pytest.mark.parametrize(("hidden", "heads"), [(2, 1), (3, 3), (4, 2), (8, 4), (16, 2), (32, 1)])
+def test_the_layout_of_weights_does_not_depend_on_their_size(hidden: int, heads: int, tmp_path: Path) -> None:
+    model = tiny_model(hidden_size=hidden, num_attention_heads=heads, intermediate_size=2 * hidden)
+    constants = {tensor.name for tensor in _graph(export(model, tmp_path / "out")).graph.initializer}
+    assert {name for name, _ in model.named_parameters()} == {
+        name.removesuffix(".T") for name in constants if not name.startswith("constant/")
+    }
+    assert not any("x" in name for name in constants if name.startswith("constant/"))
 
 
 def test_weights_are_the_largest_constants_and_lie_outside_the_file(bundle: MakeBundle) -> None:
@@ -253,20 +264,104 @@ def test_same_model_same_digest(bundle: MakeBundle) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"opset": 16}, "opset 16 is out of range; choose 17 to 23"),
+        ({"opset": 16}, "opset 16 is out of range; give a whole number from 17 to 23"),
         ({"opset": 24}, "opset 24 is out of range"),
         ({"precision": "fp8"}, "precision 'fp8'"),
         ({"task": "translation"}, "task 'translation'"),
-        ({"global_attention": "last"}, "global attention 'last'"),
+        ({"global_attention": "last"}, "global_attention 'last'"),
         ({"max_global": 0}, "max_global 0"),
         ({"max_global": 4, "global_attention": "none"}, "max_global 4"),
         ({"max_seqlen": 500}, "max_seqlen 500 is out of range"),
+        ({"task": None}, "task None"),
+        ({"opset": "17"}, "opset is '17'"),
+        ({"opset": True}, "opset is True"),
+        ({"precision": None}, "precision None"),
+        ({"global_attention": ["mask"]}, "global_attention "),
+        ({"max_global": 1.5}, "max_global is 1.5"),
+        ({"max_seqlen": "x"}, "max_seqlen is 'x'"),
+        ({"max_seqlen": 0}, "max_seqlen 0"),
+        ({"inline_functions": "no"}, "inline_functions is str"),
+        ({"progress": None}, "progress is NoneType"),
+        ({"tokenizer": 5}, "tokenizer is int"),
+        ({"output": 5}, "output is 5"),
+        ({"output": "a\0b"}, "output .* cannot be opened"),
     ],
 )
 def test_options_out_of_range_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ExportError, match=message):
-        export(tiny_model(), tmp_path / "out", **options)
+        export(tiny_model(), **{"output": tmp_path / "out", **options})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", [5, None, [], b"x", "", "x" * 5000, Path("x" * 5000), "a\0b", nn.Linear])
+def test_what_is_no_model_is_refused(tmp_path: Path, model: Any) -> None:
+    with pytest.raises(ExportError, match=r"^model "):
+        export(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def _spoil(model: nn.Module, name: str, value: float) -> nn.Module:
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[:3] = value
+    return model
+
+
+BIAS = "encoder.layer.1.output.dense.bias"
+
+
+@pytest.mark.parametrize(("value", "what"), [(float("nan"), "NaN"), (float("inf"), "an infinity")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, value: float, what: str) -> None:
+    with pytest.raises(ExportError, match=f"{BIAS} holds {what} in 3 of 32 values"):
+        export(_spoil(tiny_model(), BIAS, value), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_buffer_may_be_infinite_and_not_nan(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.inner = tiny_model()
+            self.register_buffer("fill", torch.tensor([value, 0.0]))
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.inner(input_ids).last_hidden_state[..., :2] + self.fill
+
+    export(Masked(float("-inf")), tmp_path / "out")
+    with pytest.raises(ExportError, match="fill holds NaN in 1 of 2 values"):
+        export(Masked(float("nan")), tmp_path / "other")
+
+
+def test_a_model_without_values_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="on the device meta, without values"):
+        export(tiny_model().to("meta"), tmp_path / "out")
+
+
+def test_a_model_that_overflows_is_refused_with_the_output_and_the_case(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        for weight in model.encoder.layer[0].attention.self.parameters():
+            weight.mul_(1e30)
+    with pytest.raises(ParityError, match=r"last_hidden_state of PyTorch in fp32 is NaN in .* at batch 1, length 1,"):
+        export(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["pad_token_id", "sep_token_id"])
+@pytest.mark.parametrize("value", [10**30, -1])
+def test_a_token_of_a_module_that_is_none_is_refused(tmp_path: Path, name: str, value: int) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            inner = tiny_model()
+            self.config = SimpleNamespace(pad_token_id=1, sep_token_id=2)
+            setattr(self.config, name, value)
+            self.embed, self.attend = inner.embeddings.word_embeddings, inner.encoder.layer[0].attention.self
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.attend(self.embed(input_ids), attention_mask=(attention_mask - 1).float())[0]
+
+    with pytest.raises(ExportError, match=f"{name} .* is out of range"):
+        export(Own(), tmp_path / "out")
 
 
 def test_a_module_that_is_no_longformer_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -223,18 +224,38 @@ def test_both_axes_of_a_token_by_token_output_are_cut(tmp_path: Path) -> None:
     [
         (lambda x, ids: {"a": x, "b": x}, "outputs 'a' and 'b' are one tensor; return it once"),
         (lambda x, ids: {"a": x, "ids": ids}, "output 'ids' is an input handed back"),
-        (lambda x, ids: {"input_ids": x * 2}, "output 'input_ids' is an input handed back, or has an input's name"),
+        (lambda x, ids: {"input_ids": x * 2}, "output 'input_ids' .* has the name of an input"),
         (lambda x, ids: {"": x}, "names an output ''"),
         (lambda x, ids: {0: x}, "names an output 0"),
         (lambda x, ids: {"a": x, "b": {"c": x}}, "output b is dict; return tensors, not nested"),
         (lambda x, ids: {}, "returns no tensor"),
         (lambda x, ids: "text", "the model returns str"),
+        (lambda x, ids: None, "the model returns NoneType"),
+        (lambda x, ids: 5, "the model returns int"),
+        (lambda x, ids: ["a", "b"], "output output_0 is str"),
+        (lambda x, ids: (x * 2, 5), "output output_1 is int"),
+        (lambda x, ids: x.to(torch.complex64), "output output is torch.complex64"),
+        (lambda x, ids: {"a": x * 2, "b": torch.ones(3)}, "output 'b' is the same whatever the input"),
+        (lambda x, ids: {"a" * 300: x * 2}, "rename it: at most 100 letters"),
+        (lambda x, ids: {"a/b": x * 2}, "rename it: at most 100 letters"),
+        (lambda x, ids: {"ü": x * 2}, "rename it: at most 100 letters"),
+        (lambda x, ids: {"inner.pooler.dense.bias": x * 2}, "has the name of an input or a parameter"),
     ],
 )
 def test_outputs_that_no_graph_can_have_are_refused(change: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=message):
         export(Wrapped(change).eval(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_may_have_the_names_of_inner_values(tmp_path: Path) -> None:
+    names = ("linear", "add", "val_0", "embedding")
+    module = Wrapped(lambda x, ids: {name: x * (i + 2.0) for i, name in enumerate(names)}).eval()
+    folder = export(module, tmp_path / "out")
+    same(module, folder)
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    made = [value for node in model.graph.node for value in node.output]
+    assert len(set(made)) == len(made)
 
 
 class _Adapted(nn.Linear):

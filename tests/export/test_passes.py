@@ -82,6 +82,14 @@ def test_equal_constants_become_one_and_weights_stay() -> None:
     assert set(model.graph.initializers) == {"constant/float_2", "constant/float[1]_2", "w"}
 
 
+def test_constants_of_one_shape_get_names_of_their_own() -> None:
+    shape, values = "float[5]", ("{1, 2, 3, 4, 5}", "{2, 3, 4, 5, 6}", "{3, 4, 5, 6, 7}")
+    constants = ", ".join(f"{shape} {name} = {value}" for name, value in zip("abc", values, strict=True))
+    model = _model(f"g (float[5] x) => (float[5] y) <{constants}> {{ p = Mul(x, a) q = Mul(p, b) y = Mul(q, c) }}")
+    assert share_constants(model, set())
+    assert list(model.graph.initializers) == ["constant/float_5", "constant/float_5_1", "constant/float_5_2"]
+
+
 def test_nodes_take_the_name_of_their_module() -> None:
     model = _model("g (float[n] x) => (float[n] y) { a = Relu(x)  b = Relu(a)  y = Relu(b) }")
     scopes = ["['', 'model', 'model.layer.0', 'relu']", None, "['', 'relu_2']"]

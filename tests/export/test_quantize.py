@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from onnx import external_data_helper, numpy_helper
 from lfx.config import MODEL, Manifest
 from lfx.errors import ArtifactError, DependencyError, ExportError, InputError, ParityError
 from lfx.export import export
+from lfx.export import quantize as quantizing
 from lfx.export.quantize import quantize
 from lfx.export.runners import int8_runner
 from lfx.export.validate import compare_engine
 from lfx.parity import Report, full_cases
 from lfx.runtime import Engine
 from lfx.runtime.backends import int8_overflows
-from tests.conftest import MakeBundle
+from tests.conftest import MakeBundle, SmallDisk
 from tests.models import VOCAB_SIZE, tiny_model
 
 LAYERS = [
@@ -74,6 +76,39 @@ def test_the_linear_layers_and_no_others_are_int8(int8: Any) -> None:
     assert max(int(np.abs(array.astype(int)).max()) for array in weights.values()) <= 64  # seven bits
     assert sorted(Manifest.read(int8()).quantization["layers"]) == sorted(LAYERS)
     assert sum(node.op_type == "BandedAttention" for node in graph.node) == 2
+
+
+def test_nothing_is_written_into_the_bundle_and_modes_follow_the_umask(
+    bundle: MakeBundle, text: Path, tmp_path: Path
+) -> None:
+    before = bundle().stat().st_mtime_ns
+    umask = os.umask(0o022)
+    try:
+        made = quantize(bundle(), tmp_path / "int8", calibration=text)
+    finally:
+        os.umask(umask)
+    assert bundle().stat().st_mtime_ns == before
+    assert {stat.S_IMODE(path.stat().st_mode) for path in made.iterdir()} == {0o644}
+    assert [path.name for path in tmp_path.iterdir()] == ["int8"]
+
+
+def test_a_full_disk_says_what_to_do(bundle: MakeBundle, text: Path, small_disk: SmallDisk) -> None:
+    folder = small_disk()
+    with pytest.raises(
+        ExportError, match=r"int8 cannot be written: no disk space left|no disk space: the bundle takes"
+    ):
+        quantize(bundle(), folder / "int8", calibration=text)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_says_what_to_do(
+    bundle: MakeBundle, text: Path, small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = small_disk()
+    monkeypatch.setattr(quantizing, "check_space", lambda output, needed: None)
+    with pytest.raises(ExportError, match="int8 cannot be written: no disk space left; make room, or choose another"):
+        quantize(bundle(), folder / "int8", calibration=text)
+    assert list(folder.iterdir()) == []
 
 
 class Both(torch.nn.Module):
@@ -280,6 +315,17 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "activations": ({"activations": "int4"}, ExportError, "uint8, int8"),
     "samples": ({"samples": 1}, ExportError, "2 or more"),
     "a layer that is not there": ({"keep_float": ("encoder.layer.9.*",)}, ExportError, "the name of no linear layer"),
+    "samples of another type": ({"samples": "32"}, ExportError, "samples is '32'"),
+    "half a sample": ({"samples": 2.5}, ExportError, "samples is 2.5"),
+    "activations of another type": ({"activations": None}, ExportError, "activations None"),
+    "a calibration of another type": ({"calibration": 5}, ExportError, "calibration is 5"),
+    "a calibration with a NUL": ({"calibration": "a\0b"}, ExportError, "calibration .* cannot be opened"),
+    "a text for a list": ({"keep_float": "*"}, ExportError, "keep_float is str; give a list of patterns"),
+    "a number for a pattern": ({"keep_float": [5]}, ExportError, "a pattern that is no text"),
+    "a number for a list": ({"keep_float": 5}, ExportError, "keep_float is int"),
+    "full_range": ({"full_range": 1}, ExportError, "full_range is int"),
+    "tokenizer": ({"tokenizer": 5}, ExportError, "tokenizer is 5"),
+    "progress": ({"progress": None}, ExportError, "progress is NoneType"),
     "nothing": ({"keep_float": ("*",)}, ExportError, "no linear layer"),
 }
 
@@ -317,3 +363,29 @@ def test_another_models_bundle_is_refused_by_name(int8: Any) -> None:
     wrong = {**quantization, "layers": {"encoder.layer.9.output.dense": {"scale": 1.0, "zero_point": 0}}}
     with pytest.raises(ArtifactError, match=r"encoder\.layer\.9\.output\.dense"):
         int8_runner(tiny_model(), wrong)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": 5},
+        {"layers": {"encoder.layer.0.output.dense": {}}},
+        {"layers": {"encoder.layer.0.output.dense": {"scale": "x", "zero_point": 0}}},
+        {"layers": {"encoder.layer.0.output.dense": {"scale": 0.0, "zero_point": 0}}},
+        {"layers": {"encoder.layer.0.output.dense": {"scale": 1e400, "zero_point": 0}}},
+        {"layers": {"encoder.layer.0.output.dense": {"scale": 1.0, "zero_point": 10**30}}},
+    ],
+)
+def test_broken_steps_of_a_manifest_are_refused(int8: Any, change: dict[str, Any]) -> None:
+    quantization = Manifest.read(int8()).quantization
+    with pytest.raises(ArtifactError, match="quantize the model again"):
+        int8_runner(tiny_model(), {**quantization, **change})
+    with pytest.raises(ArtifactError, match="quantize the model again"):
+        int8_runner(tiny_model(), {})
+
+
+def test_more_samples_than_windows_take_them_all(bundle: MakeBundle, tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": [5 + i, 6, 7]}) + "\n" for i in range(4)))
+    made = quantize(bundle(), tmp_path / "int8", calibration=path, samples=10**12)
+    assert Manifest.read(made).quantization["calibration"]["windows"] == 4

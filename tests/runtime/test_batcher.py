@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -292,10 +293,160 @@ def test_multiple_choice_groups_equal_numbers_of_choices(bundle: MakeBundle) -> 
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"max_delay_ms": -1}, {"token_budget": 0}, {"max_pending": 0}, {"workers": 0}],
-    ids=lambda w: next(iter(w)),
+    ("wrong", "message"),
+    [
+        ({"max_delay_ms": -1}, "max_delay_ms -1 is out of range"),
+        ({"max_delay_ms": float("nan")}, "max_delay_ms nan is out of range"),
+        ({"max_delay_ms": 10**400}, "max_delay_ms a int is out of range"),
+        ({"max_delay_ms": "5"}, "max_delay_ms is '5'; give a number"),
+        ({"max_delay_ms": None}, "max_delay_ms is None; give a number"),
+        ({"max_delay_ms": True}, "max_delay_ms is True; give a number"),
+        ({"token_budget": 0}, "token_budget 0 is out of range"),
+        ({"token_budget": "x"}, "token_budget is 'x'; give a whole number"),
+        ({"token_budget": float("nan")}, "token_budget is nan"),
+        ({"max_pending": 0}, "max_pending 0 is out of range"),
+        ({"max_pending": 2.5}, "max_pending is 2.5; give a whole number"),
+        ({"workers": 0}, "workers 0 is out of range; give a whole number from 1 to 1024"),
+        ({"workers": 1025}, "workers 1025 is out of range"),
+        ({"workers": "2"}, "workers is '2'; give a whole number"),
+        ({"engine": None}, "engine is NoneType; give an Engine"),
+        ({"engine": "my-bundle"}, "engine is str; give an Engine"),
+    ],
+    ids=str,
 )
-def test_arguments_out_of_range_are_refused(engine: Engine, wrong: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="must be"):
-        Batcher(engine, **wrong)
+def test_arguments_of_another_type_or_out_of_range_are_refused(
+    engine: Engine, wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        Batcher(**{"engine": engine, **wrong})
+
+
+def test_a_batcher_is_not_pickled(engine: Engine) -> None:
+    with Batcher(engine) as batcher, pytest.raises(InputError, match="cannot be pickled or copied"):
+        pickle.dumps(batcher)
+
+
+def exits(_: Any) -> None:
+    """A callback that would end its thread."""
+    raise SystemExit("mine")
+
+
+def test_what_callbacks_raise_is_logged_and_every_other_request_is_answered(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorded = Recorded(engine)
+    called = threading.Event()
+    with Batcher(recorded, max_delay_ms=0) as batcher:  # type: ignore[arg-type]
+        for fails in (None, LfxError("out of memory")):
+            recorded.fails = fails
+            recorded.gate.clear()
+            first = batcher.submit([3, 4])
+            for callback in (exits, lambda _: 1 / 0, lambda _: called.set()):
+                first.add_done_callback(callback)
+            recorded.gate.set()
+            assert first.exception(LONG) is fails
+            assert called.wait(LONG)  # a callback after the two that raised
+            called.clear()
+        recorded.fails = None
+        assert batcher.submit([3, 4]).result(LONG)
+    logged = [record for record in caplog.records if record.name == "lfx"]
+    assert [str(record.exc_info[0].__name__) for record in logged if record.exc_info and record.exc_info[0]] == [
+        "SystemExit",
+        "ZeroDivisionError",
+    ] * 2
+
+
+def test_a_callback_that_ends_the_caller_s_own_thread_does_so(engine: Engine) -> None:
+    with Batcher(engine) as batcher:
+        done = batcher.submit([3, 4])
+        done.result(LONG)
+        with pytest.raises(SystemExit):
+            done.add_done_callback(exits)
+
+
+def test_a_worker_that_dies_fails_what_waits_and_refuses_what_comes(engine: Engine, monkeypatch: Any) -> None:
+    batcher = Batcher(engine, max_delay_ms=3_000_000)
+    waiting = [batcher.submit([3, 4]) for _ in range(3)]
+    monkeypatch.setattr(batcher, "_run", lambda group: 1 / 0)
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    for future in waiting:
+        assert isinstance(future.exception(LONG), LfxError)
+    closing.join(LONG)
+    assert not closing.is_alive()
+    with pytest.raises(LfxError, match=r"a worker of this Batcher died \(division by zero\); make a new one"):
+        batcher.submit([3, 4])
+    batcher.close()
+
+
+def test_an_answer_that_the_caller_gave_itself_stops_nobody_else(engine: Engine) -> None:
+    with Batcher(engine, max_delay_ms=50) as batcher:
+        own, other = batcher.submit([3, 4]), batcher.submit([3, 4])
+        own.set_result({})
+        assert other.result(LONG)
+        assert batcher.submit([3, 4]).result(LONG)
+
+
+def test_those_who_wait_for_cancelled_requests_are_told_in_an_overload(engine: Engine) -> None:
+    with Batcher(engine, max_delay_ms=3_000_000, max_pending=2) as batcher:
+        unwanted = [batcher.submit([3, 4]) for _ in range(2)]
+        assert all(future.cancel() for future in unwanted)
+        batcher.submit([3, 4])
+        assert not wait(unwanted, LONG).not_done
+
+
+def test_cancels_closes_and_overload_at_any_moment_leave_nobody_waiting(engine: Engine) -> None:
+    random = np.random.default_rng(0)
+    for round_number in range(8):
+        batcher = Batcher(engine, max_delay_ms=1, max_pending=8, workers=2, token_budget=64)
+        futures: list[Future[Any]] = []
+        start = threading.Barrier(6)
+
+        def ask(seed: int, batcher: Batcher = batcher, futures: Any = futures, start: Any = start) -> None:
+            mine = np.random.default_rng(seed)
+            start.wait(LONG)
+            for _ in range(30):
+                try:
+                    future = batcher.submit(mine.integers(3, VOCAB_SIZE, int(mine.integers(1, 30))))
+                except OverloadError:
+                    continue
+                futures.append(future)
+                if mine.random() < 0.3:
+                    future.cancel()
+                elif mine.random() < 0.1:
+                    future.add_done_callback(exits)
+                elif mine.random() < 0.02:
+                    future.add_done_callback(lambda _: batcher.close())
+
+        def close(batcher: Batcher = batcher, start: Any = start, delay: float = float(random.random())) -> None:
+            start.wait(LONG)
+            time.sleep(delay / 20)
+            batcher.close()
+
+        threads = [threading.Thread(target=ask, args=(4 * round_number + i,)) for i in range(4)]
+        threads += [threading.Thread(target=close) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LONG)
+            assert not thread.is_alive()
+        assert not wait(futures, LONG).not_done
+
+
+def test_batchers_that_close_each_other_from_callbacks_both_stop(engine: Engine) -> None:
+    pair = [Batcher(engine, max_delay_ms=3_000_000) for _ in range(2)]
+    closed = [threading.Event() for _ in pair]
+    start = threading.Barrier(2)
+    for batcher, other, event in zip(pair, reversed(pair), closed, strict=True):
+
+        def close(_: Any, other: Batcher = other, event: threading.Event = event) -> None:
+            start.wait(LONG)
+            other.close()
+            event.set()
+
+        batcher.submit([3, 4]).add_done_callback(close)
+    for batcher in pair:
+        batcher._delay = 0
+        with batcher._changed:
+            batcher._changed.notify_all()
+    assert all(event.wait(LONG) for event in closed)

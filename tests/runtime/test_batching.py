@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, UserString
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,3 +130,57 @@ def test_a_stream_of_choices(bundle: MakeBundle) -> None:
 def test_a_budget_starts_at_one(budget: int, bundle: MakeBundle) -> None:
     with pytest.raises(InputError, match=rf"token_budget {budget} is out of range"):
         Engine(bundle(), token_budget=budget)
+
+
+@pytest.mark.parametrize("ahead", [0, -1, 1.5, True, None, "3", float("nan"), 10**30])
+def test_ahead_is_checked_when_stream_is_called(ahead: Any, bundle: MakeBundle) -> None:
+    with Engine(bundle()) as engine, pytest.raises(InputError, match=r"ahead .*give a whole number from 1 to"):
+        engine.stream(SEQUENCES, ahead=ahead)
+
+
+@pytest.mark.parametrize(
+    "documents", [5, None, "the fox", b"fox", {"ids": [5]}, UserString("fox"), np.array(5)], ids=repr
+)
+def test_what_is_no_iterable_of_sequences_is_refused_when_stream_is_called(documents: Any, bundle: MakeBundle) -> None:
+    with Engine(bundle()) as engine, pytest.raises(InputError, match=r"documents is \w+; give an iterable"):
+        engine.stream(documents)
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ([5, 6, 7], "document 0: input_ids is int; give one sequence"),
+        ([[5], [6], 7], "document 2: input_ids is int"),
+        (np.array([5, 6]), r"document 0: input_ids has shape \(\)"),
+        ([[5], "fox"], "document 1: input_ids is str"),
+        ([[5], [6], [7], [200]], "document 3: input_ids has id 200"),
+        ([[[5], [6]]], "document 0 has 2 sequences"),
+        ([[5], []], "document 1: input_ids is empty"),
+        ([np.ma.masked_array([5, 6])], "document 0: input_ids is a masked array"),
+    ],
+)
+@pytest.mark.parametrize("ahead", [1, 256])
+def test_the_document_that_is_wrong_is_named(documents: Any, message: str, ahead: int, bundle: MakeBundle) -> None:
+    with Engine(bundle()) as engine, pytest.raises(InputError, match=message):
+        list(engine.stream(documents, ahead=ahead))
+
+
+def test_what_the_documents_raise_goes_on_to_the_caller(bundle: MakeBundle) -> None:
+    def documents() -> Iterator[list[int]]:
+        yield [5, 6]
+        raise KeyError("mine")
+
+    with Engine(bundle()) as engine:
+        stream = engine.stream(documents(), ahead=1)
+        assert next(stream)
+        with pytest.raises(KeyError, match="mine"):
+            next(stream)
+
+
+def test_choices_of_different_numbers_do_not_run_together(bundle: MakeBundle) -> None:
+    ids = [[0, 5, 2, 2, 6, 2]]
+    with (
+        Engine(bundle("multiple-choice")) as engine,
+        pytest.raises(InputError, match="different numbers of choices"),
+    ):
+        list(engine.stream([ids * 2, ids * 3]))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ from lfx.runtime import Engine, build_engine, device, freeze
 from lfx.runtime import plugin as plugins
 from lfx.runtime.builder import Options
 from lfx.runtime.plan import PlanManifest, json_path
-from tests.conftest import MakeBundle
+from tests.conftest import MakeBundle, SmallDisk
 from tests.models import VOCAB_SIZE, tiny_model
 
 pytestmark = pytest.mark.trt
@@ -165,7 +169,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "compatible": ({"options": Options(version_compatible=True)}, "--version-compatible is TensorRT's"),
     "digits": ({"batch": ["9" * 5000]}, "is no size"),
     "short": ({"plugin": False, "seqlen": ["1:64:128"]}, "64 global slots need sequences of 63 tokens at least"),
-    "long name": ({"output": "x" * 245 + ".plan"}, "File name too long"),
+    "long name": ({"output": "x" * 246 + ".plan"}, "File name too long"),
+    "long path": ({"output": "x/" * 2500 + "one.plan"}, "File name too long"),
+    "nul": ({"output": "a\0b.plan"}, "null"),
+    "output type": ({"output": 5}, "--output is 5; give a path"),
+    "flavor type": ({"flavor": []}, r"flavor \[\] is not known; choose one of: tensorrt, tensorrt-rtx"),
+    "superscript": ({"target": "sm²"}, "--target 'sm²' is no compute capability"),
+    "target type": ({"target": 89}, "--target 89 is no compute capability"),
+    "long target": ({"target": "sm" + "9" * 5000}, "is no compute capability"),
+    "batch type": ({"batch": 5}, "--batch is 5; give a list of MIN:OPT:MAX or numbers"),
+    "seqlen type": ({"seqlen": "8"}, "--seqlen is '8'; give a list of MIN:OPT:MAX or numbers"),
+    "no batch": ({"batch": []}, r"--batch is \[\]; give a list"),
+    "half a slot": ({"max_global": 1.5}, r"--max-global 1\.5 is no size"),
+    "true slots": ({"max_global": True}, "--max-global True is no size"),
+    "precision": ({"precision": "int8"}, "precision 'int8' is not known; choose one of: fp32, fp16, bf16"),
+    "precision type": ({"precision": []}, r"precision \[\] is not known"),
+    "plugin type": ({"plugin": "no"}, "plugin is 'no'; give True or False"),
+    "options type": ({"options": {}}, r"options is \{\}; give lfx\.runtime\.builder\.Options"),
+    "workspace": ({"options": Options(workspace_bytes="8")}, "workspace_bytes is '8'; give a whole number"),  # type: ignore[arg-type]
+    "level": ({"options": Options(optimization_level=6)}, "optimization_level 6 is out of range"),
+    "refit": ({"options": Options(refit=1)}, "refit is 1; give True or False"),  # type: ignore[arg-type]
+    "json folder": ({"output": "folder/one.plan"}, r"one\.plan\.json cannot be written: it is a folder"),
     "output": ({"output": "one.engine"}, r"one\.engine is no name for a plan; end it with \.plan"),
     "folder": ({"output": "nowhere/one.plan"}, "cannot be written"),
 }
@@ -177,9 +201,126 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     change, reason = REFUSED[name]
+    (tmp_path / "folder" / "one.plan.json").mkdir(parents=True)
     with pytest.raises(LfxError, match=reason):
         build_engine(bundle(), **{"output": "one.plan", **RTX, **change}, log=lambda line: None)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "one.plan.json"]
+
+
+@pytest.mark.parametrize("path", [5, None, "x" * 300, "a/" * 2500, "a\0b"], ids=lambda path: str(path)[:5])
+def test_what_can_be_no_bundle_is_refused(path: Any, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"bundle .*(give a path|give another path)"):
+        build_engine(path, tmp_path / "one.plan", **RTX)
+
+
+def test_a_bundle_of_links_builds(bundle: MakeBundle, tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    for path in bundle().iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    built = build_engine(tmp_path / "links", tmp_path / "one.plan", **RTX, log=lambda line: None)
+    PlanManifest.read(built).verify(built)
+
+
+def test_a_disk_that_is_full_says_what_to_do(bundle: MakeBundle, small_disk: SmallDisk) -> None:
+    folder = small_disk()
+    full = r"one\.plan cannot be written: no disk space left; make room, or choose another --output"
+    with pytest.raises(BuildError, match=full):
+        build_engine(bundle(), folder / "one.plan", **RTX, log=lambda line: None)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_temporary_folder_without_room_says_what_to_do(
+    bundle: MakeBundle, small_disk: SmallDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = small_disk()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with pytest.raises(
+        BuildError, match=r"no disk space left; make room, or .* a temporary folder with room by TMPDIR"
+    ):
+        build_engine(bundle(), tmp_path / "one.plan", **RTX, log=lambda line: None)
+    assert list(folder.iterdir()) == []
+    assert not (tmp_path / "one.plan").exists()
+
+
+# A TensorRT that says which process it runs in, and then never ends.
+HANGING = """
+import os, time
+
+class ILogger:
+    WARNING = 1
+    def __init__(self): pass
+
+def Builder(logger):
+    print(f"builds in {os.getpid()}", flush=True)
+    time.sleep(10_000)
+"""
+BUILD = """
+import sys
+from lfx.runtime import builder
+
+builder.FLAVORS["tensorrt-rtx"] = builder.Flavor("hanging", "rtx")
+options = {"flavor": "tensorrt-rtx", "target": "sm89", "plugin": False}
+builder.build_engine(*sys.argv[1:], **options, log=lambda line: print(line, flush=True))
+"""
+
+
+def test_a_killed_build_takes_its_compiler_along_and_the_next_build_clears_up(
+    bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hanging.py").write_text(HANGING)
+    temporary, plans = tmp_path / "temporary", tmp_path / "plans"
+    temporary.mkdir()
+    plans.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", BUILD, str(bundle()), str(plans / "one.plan")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        assert parent.stdout is not None
+        line = next(line for line in parent.stdout if line.startswith("builds in"))
+        parent.kill()
+        parent.wait()
+        child = int(line.split()[-1])
+    assert list(plans.iterdir())  # what a kill leaves
+    assert list(temporary.glob(".lfx-*"))
+    for _ in range(600):
+        if not _runs(child):
+            break
+        time.sleep(0.1)
+    assert not _runs(child)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    build_engine(bundle(), plans / "one.plan", **RTX, log=lambda line: None)
+    assert sorted(path.name for path in plans.iterdir()) == ["one.plan", "one.plan.json"]
+    assert list(temporary.glob(".lfx-*")) == []
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_builds_at_once_leave_one_plan_with_its_own_json(bundle: MakeBundle, tmp_path: Path) -> None:
+    failed: list[BaseException] = []
+
+    def build(slots: int) -> None:
+        try:
+            build_engine(bundle(), tmp_path / "one.plan", max_global=slots, **RTX, log=lambda line: None)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=build, args=(slots,)) for slots in (2, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    manifest = PlanManifest.read(tmp_path / "one.plan")
+    manifest.verify(tmp_path / "one.plan")
+    assert manifest.signature.max_global in (2, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.plan", "one.plan.json"]
 
 
 def test_a_number_of_slots_that_the_bundle_does_not_have_is_refused(bundle: MakeBundle, tmp_path: Path) -> None:

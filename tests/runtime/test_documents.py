@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +188,11 @@ def test_parquet_in_and_out(engine: Engine, reader: Text, tmp_path: Path) -> Non
         ("in.jsonl", "in.jsonl", "it is a folder or the input"),
         ("in.jsonl", "no/out.jsonl", "its folder does not exist"),
         ("in.parquet", "out.jsonl", "cannot be read as Parquet"),
+        ("x" * 5000, "out.jsonl", "the input .* cannot be opened: File name too long"),
+        ("in.jsonl", "x" * 5000 + ".jsonl", "the output .* cannot be opened: File name too long"),
+        ("in.jsonl", "x" * 244 + ".jsonl", "the journal of this run, cannot be opened: .*File name too long"),
+        ("a\0.jsonl", "out.jsonl", "the input .* cannot be opened: embedded null byte"),
+        ("in.jsonl", "a\0.jsonl", "the output .* cannot be opened: embedded null byte"),
     ],
 )
 def test_files_that_cannot_be_are_refused(
@@ -293,6 +301,7 @@ def test_the_command_says_what_it_did_and_exits_1_where_lines_were_refused(bundl
         (["--input", "in.jsonl"], "documents need --output FILE.jsonl or FILE.parquet"),
         (["--input", "in.jsonl", "--output", "o.jsonl", "--pair", "x"], "and no --pair"),
         (["--text", "fox", "--stride", "5"], "--stride is for documents"),
+        (["--text", "fox", "--max-windows", "5"], "--max-windows needs --stride"),
     ],
 )
 def test_options_that_do_not_fit_are_usage(options: list[str], reason: str, bundle: MakeBundle) -> None:
@@ -306,7 +315,7 @@ ODD: dict[str, tuple[str, str]] = {
     "a surrogate as id": (r'{"id": "\ud800", "input_ids": [3, 4]}', "id is str, which JSON cannot hold"),
     "a surrogate as field": (r'{"\ud800": 1}', r"fields \\ud800"),
     "a surrogate as text": (r'{"text": "a \ud800 b"}', "the text is not UTF-8"),
-    "not a number as id": ('{"id": NaN, "input_ids": [3, 4]}', "id is float, which JSON cannot hold"),
+    "an infinite id": ('{"id": 1e999, "input_ids": [3, 4]}', "id is float, which JSON cannot hold"),
 }
 
 
@@ -376,3 +385,104 @@ def test_another_model_or_tokenizer_starts_again(bundle: MakeBundle, tmp_path: P
     onnx.save(model, str(copy / "model.onnx"), save_as_external_data=True, location="model.onnx.data")
     with Engine(copy / "model.onnx", threads=1) as engine:
         assert run_documents(engine, Text(folder, engine.signature), source, output).resumed_at == 0
+
+
+@pytest.mark.parametrize("options", [{"stride": 0}, {"stride": True}, {"stride": "x"}, {"stride": 1.5}, {"stride": -1}])
+@pytest.mark.parametrize("name", ["stride", "max_windows"])
+def test_numbers_that_are_none_are_refused(
+    options: dict[str, Any], name: str, engine: Engine, reader: Text, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "in.jsonl", texts(1))
+    wrong: Any = {"stride": 5, name: options["stride"]}
+    with pytest.raises(InputError, match=rf"{name} .*give a whole number, 1 or more"):
+        run_documents(engine, reader, source, tmp_path / "out.jsonl", **wrong)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_document_of_too_many_windows_is_refused_by_number(engine: Engine, reader: Text, tmp_path: Path) -> None:
+    documents_of = {"text": "the " * 140}, {"text": "the " * 141}
+    source = write(tmp_path / "in.jsonl", list(documents_of))
+    summary = run_documents(engine, reader, source, tmp_path / "out.jsonl", stride=1, max_windows=15)
+    assert (summary.refused, summary.windows) == (1, 15)
+    reason = "the document gives 16 windows, above the 15 allowed; give a larger --stride, or --max-windows 16"
+    assert rows(tmp_path / "out.jsonl")[-1] == {"line": 2, "error": reason}
+    run_documents(engine, reader, source, tmp_path / "out.jsonl", stride=126)
+    assert documents.MAX_WINDOWS == 4096
+
+
+def test_the_command_bounds_windows(bundle: MakeBundle, tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", [{"text": "the " * 200}])
+    arguments = command(bundle(CLASSIFIER), tmp_path, "--stride", "1", "--max-windows", "3")
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "in.jsonl:1: the document gives 75 windows, above the 3 allowed" in done.stderr
+
+
+def rewrite(source: Path) -> None:
+    """Other documents, of the same size and time."""
+    status = source.stat()
+    source.write_text(source.read_text().replace("the", "fox"))
+    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def replaced(source: Path) -> None:
+    """Another file of the same name."""
+    other = source.with_name("other")
+    other.write_text(source.read_text() + "{}\n")
+    other.replace(source)
+
+
+@pytest.mark.parametrize("change", [rewrite, replaced, Path.unlink])
+def test_an_input_that_is_changed_during_a_run_is_said_and_its_rows_dropped(
+    change: Callable[[Path], None], engine: Engine, reader: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "CHUNK", 4)
+    source, output = write(tmp_path / "in.jsonl", texts(12)), tmp_path / "out.jsonl"
+
+    def between_chunks(step: str) -> None:
+        if step.startswith("4 "):
+            change(source)
+
+    with pytest.raises(
+        InputError, match=r"in\.jsonl was changed or removed during the run, .* two versions .* run again"
+    ):
+        run_documents(engine, reader, source, output, progress=between_chunks)
+    assert not output.exists()
+    assert not (tmp_path / ".out.jsonl.partial").exists()
+
+
+def test_a_change_is_found_at_the_chunk_that_it_is_in(
+    engine: Engine, reader: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "CHUNK", 4)
+    source, steps = write(tmp_path / "in.jsonl", texts(40)), []
+
+    def between_chunks(step: str) -> None:
+        steps.append(step)
+        replaced(source)
+
+    with pytest.raises(InputError, match="changed or removed"):
+        run_documents(engine, reader, source, tmp_path / "out.jsonl", progress=between_chunks)
+    assert steps == ["4 documents"]
+
+
+def test_a_disk_that_is_full_keeps_what_is_done(
+    engine: Engine, reader: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = write(tmp_path / "in.jsonl", texts(3)), tmp_path / "out.jsonl"
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="make room on its disk, and give the same"):
+        patched.setattr(documents, "write_rows", full)
+        run_documents(engine, reader, source, output)
+    assert run_documents(engine, reader, source, output).resumed_at == 3
+
+
+def test_documents_for_calibration_are_read_one_by_one(engine: Engine, tmp_path: Path, bundle: MakeBundle) -> None:
+    source = write(tmp_path / "in.jsonl", [{"text": "the " * 300}, {"input_ids": [5]}, {"text": ""}])
+    found = documents.encoded(source, engine.signature, bundle(CLASSIFIER))
+    assert [len(next(found).ids) for _ in range(4)] == [128, 128, 50, 1]
+    with pytest.raises(InputError, match=r"in\.jsonl:3: text"):
+        next(found)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +21,7 @@ import torch
 
 from lfx.config import MANIFEST, MODEL, WEIGHTS, sealed
 from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
-from lfx.runtime import Engine, backends
+from lfx.runtime import Batcher, Engine, backends
 from tests.conftest import MakeBundle
 from tests.models import VOCAB_SIZE, tiny_model
 
@@ -157,6 +160,10 @@ def test_outputs_are_owned_by_the_caller(bundle: MakeBundle, backend: str) -> No
                     row[...] = -99.0
             assert_same(loaded.run(ids), kept, tolerance=0)
             assert not any((row == -99.0).any() for output in kept.values() for row in output)
+
+
+def test_no_requests_together_give_no_answers(engine: Engine) -> None:
+    assert engine.run_together([]) == []
 
 
 def test_default_attention_mask_is_all_real(engine: Engine) -> None:
@@ -303,7 +310,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights gone": (lambda b: (b / WEIGHTS).unlink(), rf"{WEIGHTS} is missing"),
     "model gone": (lambda b: (b / MODEL).unlink(), rf"{MODEL} is missing"),
     "file outside": (_name_outside, "outside the bundle"),
-    "other outputs": (_rename_output, "other inputs or outputs than its manifest"),
+    "other outputs": (_rename_output, rf"{MANIFEST} says outputs .* where {MODEL} says"),
 }
 
 
@@ -337,14 +344,21 @@ def test_a_file_that_is_no_model_is_an_artifact_error(name: str, content: bytes,
 
 
 @pytest.mark.parametrize("backend", backends.BACKENDS)
-@pytest.mark.parametrize("broken", ["weights cut", "weights gone", "model cut"])
-def test_a_broken_lone_model_is_an_artifact_error(broken: str, backend: str, copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("weights cut", rf"{MODEL} cannot be loaded"),
+        ("weights gone", rf"{MODEL} has weights in '{WEIGHTS}'.* is no file"),
+        ("model cut", rf"{MODEL} is no ONNX file \(it is cut\)"),
+    ],
+)
+def test_a_broken_lone_model_is_an_artifact_error(broken: str, message: str, backend: str, copy: Path) -> None:
     (copy / MANIFEST).unlink()
     if broken == "weights gone":
         (copy / WEIGHTS).unlink()
     else:
         _cut(copy / (MODEL if broken == "model cut" else WEIGHTS))
-    with pytest.raises(ArtifactError, match=rf"{MODEL} cannot be loaded") as caught:
+    with pytest.raises(ArtifactError, match=message) as caught:
         Engine(copy / MODEL, backend)
     assert "\n" not in str(caught.value)
 
@@ -360,11 +374,119 @@ def test_a_model_of_another_exporter_is_refused(backend: str, tmp_path: Path) ->
         Engine(tmp_path / "other.onnx", backend)
 
 
-@pytest.mark.parametrize("path", ["nowhere", "nowhere.onnx", "x" * 300, "a\0b", ""], ids=lambda path: path[:12])
-def test_a_path_that_is_not_there_is_an_artifact_error(path: str, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere", "does not exist; make a bundle with: lfx export"),
+        ("nowhere.onnx", "does not exist; make a bundle with: lfx export"),
+        ("x" * 300, "File name too long; give another path"),
+        ("x" * 5000, "a str cannot be opened: File name too long; give another path"),
+        ("x" * 5000 + ".plan", "File name too long; give another path"),
+        ("a\0b", "null byte; give another path"),
+        ("", "path is empty; give the path of a bundle, made with: lfx export"),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_a_path_that_is_not_there_is_an_artifact_error(
+    path: str, message: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ArtifactError, match="lfx export"):
+    with pytest.raises(ArtifactError, match=message) as caught:
         Engine(path)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"path": b"bundle"}, InputError, "path is bytes; give the path of a bundle"),
+        ({"path": None}, InputError, "path is NoneType; give"),
+        ({"path": 5}, InputError, "path is int; give"),
+        ({"backend": None}, DependencyError, "backend None is not known; choose one of: auto, onnxruntime"),
+        ({"backend": []}, DependencyError, r"backend \[\] is not known"),
+        ({"provider": {}}, DependencyError, r"provider \{\} is not known; choose one of: cpu"),
+        ({"provider": b"cpu"}, DependencyError, "provider b'cpu' is not known"),
+        ({"precision": 32}, DependencyError, "precision 32 is not known; choose one of: fp32, bf16"),
+        ({"precision": ["fp32"]}, DependencyError, "is not known; choose one of: fp32, bf16"),
+        ({"threads": True}, InputError, "threads is True; give a whole number from 1 to 1024"),
+        ({"threads": float("nan")}, InputError, "threads is nan; give a whole number"),
+        ({"token_budget": "x"}, InputError, "token_budget is 'x'; give a whole number, 1 or more"),
+        ({"token_budget": float("nan")}, InputError, "token_budget is nan; give a whole number"),
+        ({"token_budget": True}, InputError, "token_budget is True; give a whole number"),
+        ({"token_budget": None}, InputError, "token_budget is None; give a whole number"),
+        ({"token_budget": -(10**30)}, InputError, "token_budget -10+ is out of range"),
+    ],
+    ids=str,
+)
+def test_an_argument_of_another_type_is_one_clear_line(
+    bundle: MakeBundle, arguments: dict[str, Any], error: type[LfxError], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        Engine(**{"path": bundle(), **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_budget_without_end_and_numpy_s_numbers_are_taken(bundle: MakeBundle, engine: Engine) -> None:
+    with Engine(bundle(), threads=np.int64(1), token_budget=10**30) as loaded:  # type: ignore[arg-type]
+        assert_same(loaded.run(RAGGED), engine.run(RAGGED))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (5, "shapes is 5; give a list of pairs"),
+        ([5], "give a list of pairs"),
+        ([(1, 2, 3)], "give a list of pairs"),
+        ("ab", "give a list of pairs"),
+        (["ab"], "batch is 'a'; give a whole number"),
+        ([(0, 1)], "batch 0 is out of range; give a whole number, 1 or more"),
+        ([(1, 0)], "seqlen 0 is out of range; give a whole number from 1 to 128"),
+        ([(1, 129)], "seqlen 129 is out of range"),
+        ([(1.0, 5)], "batch is 1.0; give a whole number"),
+        ([(True, 5)], "batch is True; give a whole number"),
+        ([(10**30, 5)], "does not fit in memory"),
+    ],
+)
+def test_warm_up_refuses_what_is_no_shape(engine: Engine, shapes: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        engine.warm_up(shapes)
+
+
+def test_a_closed_engine_says_so_whatever_it_is_asked(bundle: MakeBundle) -> None:
+    engine = Engine(bundle())
+    stream = engine.stream([[5, 6], [7, 8]], ahead=1)
+    assert next(stream)["pooler_output"].shape == (32,)
+    engine.close()
+    for ask in (
+        lambda: next(stream),
+        lambda: engine.stream([[5, 6]]),
+        lambda: engine.run([5, 6]),
+        engine.warm_up,
+        lambda: engine.warm_up([]),
+        lambda: engine.takes(1, 1),
+        lambda: pickle.dumps(engine),
+        lambda: Batcher(engine),
+    ):
+        with pytest.raises(InputError, match="this Engine is closed"):
+            ask()
+
+
+def test_an_engine_is_reopened_by_another_process(
+    bundle: MakeBundle, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundle().parent)
+    with Engine(bundle().name, "openvino", threads=1, token_budget=99) as loaded:
+        (tmp_path / "engine").write_bytes(pickle.dumps(loaded))
+    code = (
+        "import pickle, pathlib; engine = pickle.loads(pathlib.Path('engine').read_bytes());"
+        "print(engine.backend.split()[0], engine.threads, engine.token_budget);"
+        "print(engine.run([5, 6])['pooler_output'][0, 0])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300, cwd=tmp_path
+    ).stdout.split()
+    assert found[:3] == ["openvino", "1", "99"]
+    assert float(found[3]) == pytest.approx(float(engine.run([5, 6])["pooler_output"][0, 0]), abs=1e-5)
 
 
 def _mutate(data: bytes, random: np.random.Generator) -> bytes:
@@ -437,9 +559,14 @@ def test_unknown_backends_and_providers_name_the_known_ones(
         Engine(bundle(), **options)
 
 
+def test_threads_are_used_or_refused(bundle: MakeBundle) -> None:
+    with pytest.raises(DependencyError, match=r"threads 2 cannot be had: the reference evaluator has one"):
+        Engine(bundle(), "reference", threads=2)
+
+
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2", 10**9])
 def test_threads_start_at_one(bundle: MakeBundle, engine: Engine, threads: Any) -> None:
-    with pytest.raises(InputError, match=rf"threads {threads!r} is out of range; give a whole number from 1 to 1024"):
+    with pytest.raises(InputError, match=rf"threads .*{threads!r}.*; give a whole number from 1 to 1024"):
         Engine(bundle(), threads=threads)
     with Engine(bundle(), threads=1) as single:
         assert_same(single.run(RAGGED), engine.run(RAGGED))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import array
+from collections import UserList, UserString, deque
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,11 +61,77 @@ class ArrayLike:
         return np.asarray(self.values, dtype=dtype)
 
 
+class Items(Sequence[Any]):
+    """A sequence of a class of its own, whose length and items may be anything, an exception too."""
+
+    def __init__(self, length: Any, item: Any) -> None:
+        self.length, self.item = length, item
+
+    def __len__(self) -> int:
+        if isinstance(self.length, BaseException):
+            raise self.length
+        return self.length
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(self.item, BaseException):
+            raise self.item
+        return self.item[index] if isinstance(self.item, list) else self.item
+
+
+class Itself(Sequence[Any]):
+    """A sequence that numpy, which does not count the axes of its items, would read for ever."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: Any) -> Any:
+        return self
+
+
+class OnlyIndexed:
+    """No Sequence for Python, and one for numpy."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Any:
+        return self
+
+
+class NoArray:
+    """Its array is none."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        if isinstance(self.value, BaseException):
+            raise self.value
+        return self.value
+
+
+def circle() -> list[Any]:
+    """A list that holds itself."""
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
+MASKED = np.ma.masked_array([3, 4], mask=[0, 1])
+
+
 @pytest.mark.parametrize(
     "ids",
     [
         [5, 6, 7],
         (5, 6, 7),
+        deque([5, 6, 7]),
+        UserList([5, 6, 7]),
+        Items(3, [5, 6, 7]),
+        np.array([5, 6, 7], dtype=">i4"),
+        np.array([5, 6, 7], dtype=np.uint64),
+        np.array([5, 0, 6, 0, 7])[::2],
+        np.broadcast_to(np.array([5, 6, 7]), (1, 3)),
         range(5, 8),
         array.array("i", [5, 6, 7]),
         [np.int32(5), np.int64(6), np.uint8(7)],
@@ -143,6 +212,51 @@ def test_multiple_choice_takes_one_example_or_a_batch() -> None:
     one = [[3, 2, 4, 2, 2], [3, 2, 2, 5, 2]]
     assert prepare(one, None, None, CHOICES).feeds["input_ids"].shape == (1, 2, 5)
     assert prepare([one, one, one], None, None, CHOICES).feeds["input_ids"].shape == (3, 2, 5)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [[3, 4], [5, 6]],
+        ((3, 4), (5, 6)),
+        deque([deque([3, 4]), deque([5, 6])]),
+        np.array([[3, 4], [5, 6]], dtype=">i2"),
+        np.array([[3, 5], [4, 6]]).T,
+        torch.tensor([[3, 4], [5, 6]]),
+        [np.array([3, 4], dtype=np.uint64), [5, 6]],
+        [[[3, 4], [5, 6]]],
+        [torch.tensor([[3, 4], [5, 6]])],
+        np.array([[[3, 4], [5, 6]]]),
+    ],
+    ids=lambda value: f"{type(value).__name__}-{np.ndim(value)}",
+)
+def test_choices_in_any_form_are_a_batch_of_one(ids: Any) -> None:
+    batch = prepare(ids, [[1, 0], [1, 1]], None, replace(CHOICES, default_global="none"))
+    assert batch.feeds["input_ids"].tolist() == [[[3, 4], [5, 6]]]
+    assert batch.feeds["attention_mask"].tolist() == [[[1, 0], [1, 1]]]
+
+
+BAD_CHOICE_MASKS = {
+    "one choice": ([[1, 1]], r"shape \(1, 1, 2\) where input_ids has \(1, 2, 2\)"),
+    "one axis": ([1, 1], "{name}"),
+    "other length": (np.ones((2, 3)), r"shape \(1, 2, 3\)"),
+    "value 2": ([[1, 1], [1, 2]], "the value 2"),
+    "not a number": ([[1, 1], [1, float("nan")]], "the value nan"),
+    "None inside": ([[1, 1], [1, None]], "{name}"),
+    "strings": ([["1", "1"], ["1", "1"]], "{name}"),
+    "masked array": (np.ma.masked_array(np.ones((2, 2))), "masked array"),
+    "objects": (np.ones((2, 2), dtype=object), "dtype object"),
+}
+
+
+@pytest.mark.parametrize("which", GRAPH_INPUTS[1:])
+@pytest.mark.parametrize("name", BAD_CHOICE_MASKS)
+def test_bad_masks_of_choices_are_refused(which: str, name: str) -> None:
+    mask, message = BAD_CHOICE_MASKS[name]
+    masks = {"attention_mask": None, "global_attention_mask": None, which: mask}
+    with pytest.raises(InputError, match=message.format(name=which)) as caught:
+        prepare([[3, 4], [5, 6]], *masks.values(), replace(CHOICES, default_global="none"))
+    assert which in str(caught.value)
 
 
 def test_multiple_choice_pads_examples_of_different_lengths() -> None:
@@ -244,6 +358,41 @@ BAD_IDS = {
     "number beside a sequence": ([[3, 4], 5], r"input_ids\[1\]"),
     "sequence beside a number": ([3, [4, 5]], "ragged inside"),
     "ragged third axis": ([[[3], [4, 5]]], "give one sequence"),
+    "list that holds itself": (circle(), "input_ids is nested too deeply; give one sequence"),
+    "list beside itself": ([[3, 4], circle()], r"input_ids\[1\] is ragged inside"),
+    "sequence of itself": (Itself(), "nested too deeply"),
+    "row of what only numpy reads": ([OnlyIndexed(), OnlyIndexed()], "holds OnlyIndexed where single integers"),
+    "what only numpy reads": (OnlyIndexed(), "OnlyIndexed; give one sequence"),
+    "UserString": (UserString("fox"), "UserString; give token ids"),
+    "UserStrings": ([UserString("fox")], "holds UserString where single integers"),
+    "sequence of letters": (Items(3, list("fox")), "holds str where single integers"),
+    "bytes in a batch": ([bytearray(b"\3"), bytearray(b"\4")], "give one sequence"),
+    "range without end": (range(2 * 10**12), "2000000000000 tokens, above the model's maximum 12"),
+    "range without end in a batch": ([[3], range(2 * 10**12)], r"input_ids\[1\] has 2000000000000 tokens"),
+    "view without end": (np.broadcast_to(np.array(3), (2 * 10**12,)), "2000000000000 tokens"),
+    "views without end": (np.broadcast_to(np.array(3), (2 * 10**6, 2 * 10**6)), "2000000 tokens"),
+    "length that is too short": (Items(2, [3, 4, 5]), "says that it has 2 items"),
+    "length that is too long": (Items(4, [3, 4, 5]), "says that it has 4 items"),
+    "length that is negative": (Items(-4, [3, 4, 5]), "cannot be read"),
+    "length that raises": (Items(KeyError("mine"), [3]), "cannot be read as an array .*mine"),
+    "item that raises": (Items(2, OSError("mine")), "cannot be read as an array .*mine"),
+    "recursion": (Items(RecursionError("mine"), 3), "cannot be read as an array .*mine"),
+    "array that raises": (NoArray(ZeroDivisionError("mine")), "cannot be read as an array .*mine"),
+    "array that is none": (NoArray("fox"), "cannot be read as an array"),
+    "array that is a number": (NoArray(np.array(3)), r"shape \(\); give"),
+    "array of strings": (NoArray(np.array(["fox"])), "dtype <U3; give integers"),
+    "array of objects": (np.array([3, 4], dtype=object), "dtype object; give integers"),
+    "array of lists": (np.array([[3, 4], [5]], dtype=object), "dtype object; give integers"),
+    "masked array": (MASKED, "input_ids is a masked array, whose mask would be lost; give its data"),
+    "masked array in a list": ([[3, 4], MASKED], r"input_ids\[1\] is a masked array"),
+    "masked array in disguise": (NoArray(MASKED), "masked array"),
+    "masked id": ([3, np.ma.masked], r"input_ids\[1\] is a masked array"),
+    "bool tensor beside ids": ([3, torch.tensor(True)], "dtype bool at 1; give integers"),
+    "bool beside ids": ([3, True], "dtype bool at 1; give integers"),
+    "id of 64 bits without sign": (np.array([2**63 + 5], dtype=np.uint64), "does not fit 64 bits"),
+    "float beside ids": ([3, 4.0], "float64; give integers"),
+    "array as an id": ([3, np.array([4])], "holds ndarray where single integers"),
+    "dictionary as an id": ([3, {}], "holds dict where single integers"),
 }
 
 
@@ -252,6 +401,19 @@ def test_bad_ids_are_refused(name: str) -> None:
     ids, message = BAD_IDS[name]
     with pytest.raises(InputError, match=message):
         prepare(ids, None, None, signature())
+
+
+def test_ids_of_a_file_that_cannot_be_written_are_read(tmp_path: Path) -> None:
+    np.array([[3, 4], [5, 6]]).tofile(tmp_path / "ids")
+    ids = np.memmap(tmp_path / "ids", dtype=np.int64, mode="r", shape=(2, 2))
+    batch = prepare(ids, None, None, signature())
+    batch.feeds["input_ids"][:] = 9  # its own memory
+    assert ids.tolist() == [[3, 4], [5, 6]]
+
+
+def test_a_mask_may_mix_booleans_and_numbers() -> None:
+    mask = [True, 0, 1.0]
+    assert prepare([3, 4, 5], mask, None, signature()).feeds["attention_mask"].tolist() == [[1, 0, 1]]
 
 
 def test_ids_at_every_limit_are_taken() -> None:
@@ -274,6 +436,29 @@ def test_without_a_limit_any_length_is_taken_and_ids_keep_their_value() -> None:
         ([[[3, 4], [5, 6]], [[3, 4]]], "different numbers of choices"),
         ([[[[3, 4]]]], "choices, seqlen"),
         (np.full((1, 1, 1, 2), 3), "choices, seqlen"),
+        ([[3, True], [4, 5]], r"input_ids\[0\] has dtype bool"),
+        ([[3.0, 4.0], [4, 5]], r"input_ids\[0\] has dtype float64; give integers"),
+        ([[3, 4], [5, VOCAB]], r"input_ids\[1\] has id 20"),
+        ([[3, -4], [5, 6]], "negative id -4"),
+        ([[3] * 13, [3] * 13], r"input_ids\[0\] has 13 tokens"),
+        (np.full((2, 13), 3), "13 tokens"),
+        ([range(2 * 10**12)] * 2, "2000000000000 tokens"),
+        ([[], []], "empty sequence"),
+        ([[[3, 4]], []], r"input_ids\[1\] is an empty sequence"),
+        (np.zeros((2, 0, 3), dtype=int), "empty sequence"),
+        (circle(), "nested too deeply"),
+        ([circle(), circle()], "nested too deeply"),
+        (Itself(), "nested too deeply"),
+        ("the fox", "str; give token ids"),
+        (["the", "fox"], "str; give an integer array"),
+        ([UserString("fox")], "UserString; give"),
+        ([[3, None], [4, 5]], "holds NoneType"),
+        ([None, [4, 5]], "input_ids"),
+        ({0: [3]}, "dict; give an integer array"),
+        ([[3, 4], Items(2, OSError("mine"))], "cannot be read as an array .*mine"),
+        ([np.ma.masked_array([3, 4]), [4, 5]], "masked array"),
+        (np.array([[3, 4], [5, 6]], dtype=object), "dtype object"),
+        ([[2**70, 3], [4, 5]], "does not fit 64 bits"),
     ],
 )
 def test_bad_choices_are_refused(ids: Any, message: str) -> None:
@@ -302,6 +487,14 @@ BAD_MASKS = {
     "number": (1, "{name} is int"),
     "empty": ([], "{name} is empty"),
     "nested too deep": ([[[1, 1, 1]], [[1, 1, 1]]], "{name}"),
+    "list that holds itself": (circle(), "{name} is nested too deeply"),
+    "range without end": ([range(2 * 10**12)] * 2, r"{name}\[0\] has 2000000000000 tokens"),
+    "masked array": (np.ma.masked_array(np.ones((2, 3)), mask=np.eye(2, 3)), "{name} is a masked array"),
+    "not a number in a list": ([[1, 1, float("nan")]] * 2, "the value nan"),
+    "strings among numbers": ([[1, 1, "0"]] * 2, "holds str where"),
+    "objects": (np.ones((2, 3), dtype=object), "dtype object; masks hold 0 and 1 only"),
+    "above 64 bits": ([[1, 1, 2**70]] * 2, "does not fit 64 bits; masks hold 0 and 1 only"),
+    "item that raises": ([Items(3, OSError("mine"))] * 2, "{name} cannot be read as an array .*mine"),
     "mixed nesting": ([[1, 1, 1], 1], "{name}"),
 }
 

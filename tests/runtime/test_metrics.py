@@ -91,10 +91,23 @@ def test_prometheus_reads_its_own_format_back() -> None:
     assert samples["lfx_latency_seconds_bucket", "+Inf"] == 2
 
 
+def test_a_registry_takes_one_engine_and_says_so() -> None:
+    client = pytest.importorskip("prometheus_client")
+    registry = client.CollectorRegistry()
+    first, second = Metrics(), Metrics()
+    first.register(registry)
+    with pytest.raises(InputError, match=r"metrics of an Engine already; give each Engine a registry of its own"):
+        second.register(registry)
+    second.register(client.CollectorRegistry())
+    assert registry.get_sample_value("lfx_requests_total") == 0
+
+
 def test_without_prometheus_client_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(DependencyError, match=r"longformer-lfx\[metrics\]"):
         Metrics().prometheus()
+    with pytest.raises(DependencyError, match=r"longformer-lfx\[metrics\]"):
+        Metrics().register()
 
 
 def test_a_plain_engine_needs_no_prometheus_client(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lfx.config import GRAPH_INPUTS, Signature, TensorSpec
@@ -28,8 +29,14 @@ def test_a_range_is_three_numbers_or_one(text: str, sizes: tuple[int, int, int])
     assert Range.parse(str(Range(*sizes)), "--batch") == Range(*sizes)
 
 
-@pytest.mark.parametrize("text", ["", "a", "1:2", "1:2:3:4", "1::3", "-1", "1.5", "1:2:x", "²"])
-def test_what_is_no_range_is_refused_with_an_example(text: str) -> None:
+def test_a_whole_number_is_a_range_too() -> None:
+    assert Range.parse(4, "--batch") == Range.parse(np.int64(4), "--batch") == Range(4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "text", [1.5, True, None, [], b"8", "", "a", "1:2", "1:2:3:4", "1::3", "-1", "1.5", "1:2:x", "²"]
+)
+def test_what_is_no_range_is_refused_with_an_example(text: Any) -> None:
     with pytest.raises(BuildError, match=r"--batch .* is no size; give MIN:OPT:MAX or one number"):
         Range.parse(text, "--batch")
 
@@ -45,6 +52,13 @@ def test_every_pair_of_options_is_a_profile_and_one_alone_goes_with_all() -> Non
     assert [str(p) for p in two] == ["batch 1:1:1, seqlen 1:64:64", "batch 8:8:8, seqlen 65:128:128"]
     assert [str(p.batch) for p in profiles(["2"], ["1:8:8", "9:16:16"], SIGNATURE)] == ["2:2:2", "2:2:2"]
     assert len(profiles(["1", "2", "3"], ["8"], SIGNATURE)) == 3
+
+
+@pytest.mark.parametrize("ranges", [5, "8", "1:64:128", None, [], {"8": 1}, b"8"], ids=str)
+def test_profiles_that_are_no_list_are_refused(ranges: Any) -> None:
+    for batch, seqlen in ((ranges, ["8"]), (["1"], ranges)):
+        with pytest.raises(BuildError, match=r"give a list of MIN:OPT:MAX or numbers, one for each profile"):
+            profiles(batch, seqlen, SIGNATURE)
 
 
 def test_counts_that_do_not_match_are_refused() -> None:

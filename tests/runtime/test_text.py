@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from lfx.config import GRAPH_INPUTS, Signature, TensorSpec
 from lfx.errors import ArtifactError, InputError
-from lfx.runtime.text import TOKENIZER, Encoded, Text
+from lfx.runtime.text import LARGEST_FILE, TOKENIZER, Encoded, Text
 from tests.models import tiny_tokenizer
 
 START, END, MASK = 0, 2, 4
@@ -245,3 +247,209 @@ def test_the_best_span_is_that_of_all_pairs(folder: Path) -> None:
         first, last = max(scores, key=lambda span: scores[span])
         assert answer["answer"] == " ".join(encoded.pieces[5 + first : 5 + last + 1])
         assert answer["score"] == pytest.approx(scores[first, last], rel=1e-4)
+
+
+POST_PROCESSORS: dict[str, dict[str, Any] | None] = {
+    "template": None,  # the tiny tokenizer's own
+    "roberta": {
+        "type": "RobertaProcessing",
+        "sep": ["</s>", END],
+        "cls": ["<s>", START],
+        "trim_offsets": True,
+        "add_prefix_space": False,
+    },
+    "bert": {"type": "BertProcessing", "sep": ["</s>", END], "cls": ["<s>", START]},
+}
+
+
+def change_tokenizer(folder: Path, **changes: Any) -> None:
+    """Other parts in tokenizer.json."""
+    data = json.loads((folder / TOKENIZER).read_text())
+    (folder / TOKENIZER).write_text(json.dumps({**data, **changes}))
+
+
+@pytest.mark.parametrize("stride", [1, 3, 5])
+@pytest.mark.parametrize("pair", [False, True], ids=["one text", "a pair"])
+@pytest.mark.parametrize("name", POST_PROCESSORS)
+def test_windows_are_those_of_the_librarys_own_truncation(folder: Path, name: str, pair: bool, stride: int) -> None:
+    if POST_PROCESSORS[name]:
+        change_tokenizer(folder, post_processor=POST_PROCESSORS[name])
+    reader = Text(folder, signature("feature-extraction"))
+    theirs = Tokenizer.from_file(str(folder / TOKENIZER))
+    question = "fox </s>"  # special tokens in a text are tokens of the text
+    for document in ("the <mask> dog </s> </s> lazy <s> " * 5, "the quick " * 40, "fox " * 12, "fox " * 13):
+        texts = (question, document) if pair else (document, None)
+        theirs.no_truncation()
+        fixed = theirs.num_special_tokens_to_add(pair) + (2 if pair else 0)
+        strategy = "only_second" if pair else "only_first"
+        theirs.enable_truncation(LONGEST, stride=LONGEST - fixed - stride, strategy=strategy)
+        first = theirs.encode(*texts)
+        right = [Encoded(list(e.ids), list(e.tokens)) for e in (first, *first.overflowing)]
+        windows = reader.windows(*texts, stride)
+        assert len(windows) == len(right) > 1
+        assert list(windows) == right
+        assert (windows[-1], windows[1:3]) == (right[-1], right[1:3])
+
+
+def test_windows_are_slices_of_one_encoding_and_leave_the_tokenizer_as_it_is(folder: Path) -> None:
+    reader = Text(folder, signature("feature-extraction"))
+
+    class Counted:
+        calls: ClassVar[list[str]] = []
+
+        def __getattr__(self, name: str) -> Any:
+            self.calls.append(name)
+            return getattr(tokenizer, name)
+
+    tokenizer, reader._tokenizer = reader._tokenizer, Counted()  # type: ignore[assignment]
+    windows = reader.windows("the " * 5000, None, 1)
+    assert len(windows) == 4991
+    assert not isinstance(windows, list)
+    assert Counted.calls.count("encode") == 1
+    assert not {"enable_truncation", "no_truncation", "enable_padding", "no_padding"} & set(Counted.calls)
+
+
+@pytest.mark.parametrize("stride", [True, "x", 1.5, -1, 2**70])
+def test_windows_of_no_stride_are_refused(folder: Path, stride: Any) -> None:
+    with pytest.raises(InputError, match="stride"):
+        Text(folder, signature("feature-extraction")).windows("the " * 50, None, stride)
+
+
+def test_a_question_that_leaves_no_room_is_refused(folder: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"13 tokens, which leave no room for the document .* 12; shorten the question"
+    ):
+        Text(folder, signature("feature-extraction")).windows("fox " * 9, "the dog", 1)
+
+
+def test_a_post_processor_that_repeats_the_text_is_refused(folder: Path) -> None:
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    template = {"type": "TemplateProcessing", "single": [sequence, sequence], "pair": [sequence], "special_tokens": {}}
+    change_tokenizer(folder, post_processor=template)
+    with pytest.raises(InputError, match="repeats the text"):
+        Text(folder, signature("feature-extraction")).windows("fox " * 50, None, 1)
+
+
+def test_a_text_without_tokens_is_refused(folder: Path) -> None:
+    change_tokenizer(folder, post_processor=None)
+    with pytest.raises(InputError, match="no tokens for this text"):
+        Text(folder, signature("feature-extraction")).encode("  ")
+
+
+def panicking_template() -> dict[str, Any]:
+    """A post-processor whose special token is not defined: the library's Rust code panics."""
+    special = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    return {"type": "TemplateProcessing", "single": [special], "pair": [special], "special_tokens": {}}
+
+
+def test_what_the_tokenizer_raises_is_an_input_error(folder: Path) -> None:
+    without_unknown = {"type": "WordLevel", "vocab": {"fox": 5}, "unk_token": "<none>"}
+    change_tokenizer(folder, model=without_unknown)
+    reader = Text(folder, signature("feature-extraction"))
+    assert reader.encode("fox").ids == [START, 5, END]
+    with pytest.raises(InputError, match=r"the tokenizer fails on this text: WordLevel error: Missing"):
+        reader.encode("zebra")
+
+
+def test_a_panic_of_the_tokenizer_is_an_input_error(folder: Path) -> None:
+    change_tokenizer(folder, post_processor=panicking_template())
+    reader = Text(folder, signature("feature-extraction"))
+    for read in (lambda: reader.encode("fox"), lambda: reader.windows("fox", None, 1)):
+        with pytest.raises(InputError, match="the tokenizer fails on this text"):
+            read()
+
+
+def test_a_panic_while_a_tokenizer_is_loaded_is_an_artifact_error(folder: Path) -> None:
+    change_tokenizer(folder, normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
+    with pytest.raises(ArtifactError, match=rf"{TOKENIZER} cannot be read"):
+        Text(folder, signature("feature-extraction"))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError])
+def test_what_is_no_fault_of_the_text_goes_through(folder: Path, error: type[BaseException]) -> None:
+    class Stopped:
+        def __getattr__(self, name: str) -> Any:
+            raise error
+
+    reader = Text(folder, signature("feature-extraction"))
+    reader._tokenizer = Stopped()  # type: ignore[assignment]
+    for call in (lambda: reader.encode("fox"), lambda: reader.decode([5])):
+        with pytest.raises(error):
+            call()
+
+
+ODD_CONFIGS: dict[str, tuple[str, str, str]] = {
+    "labels null": ("config.json", '{"id2label": null}', "id2label must be an object of index and name"),
+    "labels a list": ("config.json", '{"id2label": ["bad"]}', "id2label must be an object"),
+    "a label no string": ("config.json", '{"id2label": {"0": 5}}', "id2label must be an object"),
+    "a label no text": ("config.json", r'{"id2label": {"0": "\ud800"}}', "id2label must be an object"),
+    "problem type": ("config.json", '{"problem_type": ["regression"]}', "problem_type must be a string or null"),
+    "NaN": ("config.json", '{"dropout": NaN}', "NaN is not JSON"),
+    "a key twice": ("config.json", '{"id2label": {}, "id2label": {}}', "the key 'id2label' stands twice"),
+    "deep": ("config.json", '{"a": ' + "[" * 100_000, "is not JSON"),
+    "mask a number": ("tokenizer_config.json", '{"mask_token": 5}', "mask_token must be a string"),
+    "mask a list": ("tokenizer_config.json", '{"mask_token": ["<mask>"]}', "mask_token must be a string"),
+    "mask no content": ("tokenizer_config.json", '{"mask_token": {"lstrip": true}}', "mask_token must be a string"),
+    "mask a surrogate": ("tokenizer_config.json", r'{"mask_token": "\ud800"}', "broken mask_token"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_CONFIGS)
+def test_odd_configs_are_artifact_errors(folder: Path, name: str) -> None:
+    file, content, reason = ODD_CONFIGS[name]
+    (folder / file).write_text(content)
+    with pytest.raises(ArtifactError, match=reason):
+        Text(folder, signature("fill-mask"))
+
+
+@pytest.mark.parametrize("file", [TOKENIZER, "config.json", "tokenizer_config.json"])
+def test_files_that_cannot_be_read_are_artifact_errors(folder: Path, file: str) -> None:
+    path = folder / file
+    path.write_bytes(b"\xff\xfe{")
+    with pytest.raises(ArtifactError, match=file):
+        Text(folder, signature("fill-mask"))
+    with path.open("wb") as sparse:
+        sparse.truncate(LARGEST_FILE + 1)
+    with pytest.raises(ArtifactError, match=rf"{file} has .* bytes, above"):
+        Text(folder, signature("fill-mask"))
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ArtifactError, match=rf"{file} cannot be read: it is no file"):
+        Text(folder, signature("fill-mask"))
+    path.rmdir()
+    os.mkfifo(path)  # to open it would wait for a writer
+    with pytest.raises(ArtifactError, match=rf"{file} cannot be read: it is no file"):
+        Text(folder, signature("fill-mask"))
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", 5])
+def test_a_folder_that_no_system_has_is_an_artifact_error(path: Any) -> None:
+    with pytest.raises(ArtifactError, match="the tokenizer's folder"):
+        Text(path, signature("fill-mask"))
+
+
+def test_an_id_that_the_tokenizer_does_not_have_is_named(folder: Path) -> None:
+    reader = Text(folder, signature("fill-mask"))
+    for wrong in (99, 2**40, -1):
+        with pytest.raises(InputError, match=f"{wrong}"):
+            reader.decode([5, wrong])
+    logits = np.zeros((3, 99))
+    logits[1, 98] = 9.0
+    with pytest.raises(InputError, match="id 98 is not in the tokenizer's vocabulary"):
+        answers(folder, "fill-mask", "<mask>", logits=logits)
+
+
+def test_outputs_of_another_text_or_model_are_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match="read from the output logits, and the outputs are other"):
+        answers(folder, "text-classification", other=[1.0])
+    for task in ("token-classification", "fill-mask"):
+        with pytest.raises(InputError, match="logits has 9 tokens and the text 4"):
+            answers(folder, task, logits=np.zeros((9, 55)))
+
+
+def test_the_digest_covers_all_that_decides_an_answer(folder: Path) -> None:
+    digests = {Text(folder, signature("fill-mask")).sha256}
+    for file, content in (("config.json", "{}"), ("tokenizer_config.json", "{}"), (TOKENIZER, None)):
+        (folder / file).write_text(content or (folder / TOKENIZER).read_text() + " ")
+        digests.add(Text(folder, signature("fill-mask")).sha256)
+    assert len(digests) == 4

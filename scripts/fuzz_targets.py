@@ -1,0 +1,83 @@
+"""The readers that meet foreign bytes, as targets of the coverage-guided fuzzer atheris (extra [fuzz]).
+
+    python scripts/fuzz_targets.py manifest CORPUS -max_total_time=60
+
+Any error but ArtifactError or InputError ends the run, and libFuzzer writes the bytes that caused it beside the corpus.
+`scripts/fuzz.py` runs them all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["lfx"]):
+    from lfx.checks import parse_json
+    from lfx.config import FORMAT_VERSION, Manifest, Signature, sealed
+    from lfx.errors import ArtifactError, InputError
+    from lfx.onnx_file import read_header
+    from lfx.runtime.plan import PLAN_FORMAT_VERSION, PlanManifest
+
+PATH = Path("lfx.json")
+
+
+def manifest(content: bytes) -> None:
+    """lfx.json, as it is and with a valid seal."""
+    _sealed(content, "format_version", FORMAT_VERSION, Manifest.parse)
+
+
+def plan(content: bytes) -> None:
+    """The JSON of a plan, as it is and with a valid seal."""
+    _sealed(content, "plan_format_version", PLAN_FORMAT_VERSION, PlanManifest.parse)
+
+
+def signature(content: bytes) -> None:
+    """The metadata inside model.onnx."""
+    try:
+        Signature.from_dict(parse_json(content))
+    except (ArtifactError, ValueError):
+        return
+
+
+def onnx(content: bytes) -> None:
+    """An ONNX file."""
+    with tempfile.NamedTemporaryFile(dir=_memory()) as file:
+        file.write(content)
+        file.flush()
+        try:
+            read_header(Path(file.name))
+        except ArtifactError:
+            return
+
+
+def _sealed(content: bytes, key: str, version: int, parse: Callable[[bytes, Path], object]) -> None:
+    for data in (content, _seal(content, key, version)):
+        try:
+            parse(data, PATH)
+        except (ArtifactError, InputError):
+            continue
+
+
+def _seal(content: bytes, key: str, version: int) -> bytes:
+    try:
+        data = parse_json(content)
+    except ValueError:
+        return b""
+    return json.dumps(sealed({**data, key: version})).encode() if isinstance(data, dict) else b""
+
+
+def _memory() -> str | None:
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+TARGETS = {target.__name__: target for target in (manifest, plan, signature, onnx)}
+
+if __name__ == "__main__":
+    atheris.Setup([sys.argv[0], *sys.argv[2:]], TARGETS[sys.argv[1]])
+    atheris.Fuzz()

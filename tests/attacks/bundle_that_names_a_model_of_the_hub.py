@@ -1,0 +1,24 @@
+"""A bundle says that it was made from a model of the hub, to have that fetched by whoever checks the bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from lfx.benching import run_bench
+from lfx.comparing import run_parity
+from lfx.config import Manifest
+from lfx.runtime import Engine
+from tests.attacks import make_bundle, refused
+
+
+def attack(folder: Path) -> str:
+    """To `lfx parity`, and to `lfx bench --against pytorch`."""
+    bundle = make_bundle(folder / "bundle")
+    manifest = Manifest.read(bundle)
+    manifest = dataclasses.replace(manifest, source={**manifest.source, "kind": "hub", "model": "someone/model"})
+    manifest.write(bundle)
+    shown = {"source": None, "as_json": True}
+    sizes = {"lengths": (8,), "batch_sizes": (1,), "rounds": 1, "output": None, "plot": None}
+    refused(run_bench, bundle, Engine, against=("pytorch",), **sizes, **shown)
+    return refused(run_parity, bundle, manifest, Engine, cases="quick", by_layer=False, report=None, **shown)

@@ -1,0 +1,19 @@
+"""Ids that are a list which holds itself, or letters, which are sequences of letters without end."""
+
+from __future__ import annotations
+
+from collections import UserString
+from pathlib import Path
+
+from lfx.runtime import Engine
+from tests.attacks import make_bundle, refused
+
+
+def attack(folder: Path) -> str:
+    """A list that holds itself; UserString; a range that is never written out."""
+    circle: list[object] = []
+    circle.append(circle)
+    with Engine(make_bundle(folder / "bundle")) as engine:
+        refused(engine.run, UserString("ids"))
+        refused(engine.run, range(2 * 10**9))
+        return refused(engine.run, circle)

@@ -1,0 +1,64 @@
+"""config.json and the tokenizer's files beside the graph: all of them, and nothing that names code."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LongformerConfig, PreTrainedTokenizerFast
+
+from lfx.errors import ExportError
+from lfx.export.companions import check_tokenizer, drop_code, write_config, write_tokenizer
+from tests.models import tiny_config, tiny_tokenizer
+
+
+class OwnConfig(LongformerConfig):  # type: ignore[misc]
+    """A config that its author registered, so that save_pretrained copies this file."""
+
+
+class OwnTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
+    """The same of a tokenizer."""
+
+
+def test_a_config_is_written_without_code_and_its_object_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OwnConfig, "_auto_class", "AutoConfig", raising=False)
+    code: dict[str, Any] = {"auto_map": {"AutoModel": "a--b.C"}, "transformers_weights": "x", "quantization_config": {}}
+    config = OwnConfig(**{**tiny_config().to_dict(), **code, "own_setting": [1, 2], "id2label": {0: "a", 1: "b"}})
+    before = copy.deepcopy(config.to_dict())
+    write_config(config, tmp_path)
+    assert config.to_dict() == before
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert not code.keys() & written.keys()
+    assert (written["own_setting"], written["id2label"]) == ([1, 2], {"0": "a", "1": "b"})
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_config_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="cannot be written as JSON"):
+        write_config(tiny_config(own_setting=object()), tmp_path)
+
+
+def test_a_tokenizer_is_written_without_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OwnTokenizer, "_auto_class", "AutoTokenizer", raising=False)
+    tokenizer = OwnTokenizer(tokenizer_object=tiny_tokenizer()._tokenizer)
+    write_tokenizer(tokenizer, tmp_path)
+    assert (tmp_path / "tokenizer.json").is_file()
+    assert "auto_map" not in (tmp_path / "tokenizer_config.json").read_text()
+    assert not list(tmp_path.rglob("*.py"))
+
+
+def test_config_files_lose_what_names_code_and_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "processor_config.json").write_text('{"image_processor": {"auto_map": {}, "size": 3}}')
+    (tmp_path / "vocab.json").write_text('{"auto_map": 5}')
+    drop_code(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text()) == {"image_processor": {"size": 3}}
+    assert (tmp_path / "vocab.json").read_text() == '{"auto_map": 5}'
+
+
+@pytest.mark.parametrize("tokenizer", [5, "bert", tiny_tokenizer()._tokenizer])
+def test_what_is_no_tokenizer_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ExportError, match="give one of transformers"):
+        check_tokenizer(tokenizer)

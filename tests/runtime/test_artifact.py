@@ -1,0 +1,194 @@
+"""Bundles of links, weights that no manifest lists, and manifests that say something else than their model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from lfx.config import MANIFEST, MODEL, WEIGHTS, Manifest, sealed, sha256
+from lfx.errors import ArtifactError
+from lfx.runtime import Engine
+from lfx.runtime.backends import BACKENDS
+from tests.conftest import MakeBundle
+
+IDS = [5, 6, 7, 8, 9]
+
+
+@pytest.fixture
+def copy(bundle: MakeBundle, tmp_path: Path) -> Path:
+    """A bundle of its own, whose files have one name each."""
+    return shutil.copytree(bundle(), tmp_path / "copy")
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """Change values of the manifest, list its files again where they changed, and seal it."""
+    data = json.loads((folder / MANIFEST).read_text())
+    files = {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in data["files"]}
+    (folder / MANIFEST).write_text(json.dumps(sealed({**data, "files": files, **changes})))
+
+
+def set_metadata(folder: Path, **changes: Any) -> None:
+    """Change values of the signature inside model.onnx."""
+    model = onnx.load(folder / MODEL, load_external_data=False)
+    entry = next(entry for entry in model.metadata_props if entry.key == "lfx")
+    entry.value = json.dumps({**json.loads(entry.value), **changes})
+    (folder / MODEL).write_bytes(model.SerializeToString())
+
+
+def answer(path: Path, backend: str = "onnxruntime") -> np.ndarray[Any, Any]:
+    with Engine(path, backend) as engine:
+        return np.asarray(engine.run(IDS)["last_hidden_state"])
+
+
+def hub_cache(copy: Path, place: Path) -> None:
+    """Links into one folder of blobs."""
+    for path in copy.iterdir():
+        (place / path.name).symlink_to(path)
+
+
+def folder_per_file(copy: Path, place: Path) -> None:
+    """Links into a folder for each file, as DVC and git-annex have them."""
+    for path in copy.iterdir():
+        blob = copy.parent / "annex" / sha256(path)[:2] / sha256(path)
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, blob)
+        (place / path.name).symlink_to(os.path.relpath(blob, place))
+
+
+def hard_links(copy: Path, place: Path) -> None:
+    """Every file has a second name."""
+    for path in copy.iterdir():
+        os.link(path, place / path.name)
+
+
+def chain(copy: Path, place: Path) -> None:
+    """A link to a link."""
+    for path in copy.iterdir():
+        (copy.parent / f"{path.name}.link").symlink_to(path)
+        (place / path.name).symlink_to(copy.parent / f"{path.name}.link")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("links", [hub_cache, folder_per_file, hard_links, chain], ids=lambda f: f.__name__)
+def test_a_bundle_of_links_answers_as_the_bundle_itself(
+    links: Callable[[Path, Path], None], backend: str, copy: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "linked"
+    place.mkdir()
+    links(copy, place)
+    before = set(Path(os.environ.get("TMPDIR", "/tmp")).glob(".lfx-*"))
+    np.testing.assert_array_equal(answer(place, backend), answer(copy, backend))
+    np.testing.assert_array_equal(answer(place / MODEL, backend), answer(copy, backend))
+    assert set(Path(os.environ.get("TMPDIR", "/tmp")).glob(".lfx-*")) <= before
+
+
+@pytest.mark.parametrize("name", [MODEL, WEIGHTS])
+def test_what_a_link_leads_to_is_compared_with_its_digest(name: str, copy: Path, tmp_path: Path) -> None:
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "other").write_bytes(data)
+    (copy / name).unlink()
+    (copy / name).symlink_to(tmp_path / "other")
+    with pytest.raises(ArtifactError, match=f"{name} was changed"):
+        Engine(copy)
+
+
+def test_links_that_lead_nowhere_are_refused(copy: Path) -> None:
+    (copy / WEIGHTS).unlink()
+    (copy / WEIGHTS).symlink_to(copy / WEIGHTS)
+    with pytest.raises(ArtifactError, match=WEIGHTS):
+        Engine(copy)
+    (copy / WEIGHTS).unlink()
+    (copy / WEIGHTS).symlink_to("gone")
+    with pytest.raises(ArtifactError, match=f"{WEIGHTS} is missing"):
+        Engine(copy)
+
+
+def test_a_folder_of_a_bundle_is_no_link(copy: Path, tmp_path: Path) -> None:
+    (copy / "extra").mkdir()
+    (copy / "extra" / "vocab.txt").write_text("fox\n")
+    Manifest.read(copy).write(copy)
+    Engine(copy).close()
+    (copy / "extra").rename(tmp_path / "extra")
+    (copy / "extra").symlink_to(tmp_path / "extra")
+    with pytest.raises(ArtifactError, match=r"extra is a link; a bundle's files may be links"):
+        Engine(copy)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_that_the_manifest_does_not_list_are_refused(backend: str, copy: Path) -> None:
+    data = json.loads((copy / MANIFEST).read_text())
+    del data["files"][WEIGHTS]
+    (copy / MANIFEST).write_text(json.dumps(sealed(data)))
+    with pytest.raises(ArtifactError, match=rf"has weights in '{WEIGHTS}', which {MANIFEST} does not list"):
+        Engine(copy, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_weights_of_a_lone_file_lie_in_its_folder(backend: str, copy: Path, tmp_path: Path) -> None:
+    (copy / MANIFEST).unlink()
+    (copy / WEIGHTS).rename(tmp_path / "elsewhere")
+    (copy / WEIGHTS).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match="outside its folder"):
+        Engine(copy / MODEL, backend)
+    model = onnx.load(copy / MODEL, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../elsewhere"
+    (copy / MODEL).write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match="outside its folder"):
+        Engine(copy / MODEL, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("vocab_size", 9999), ("max_seqlen", 4096), ("pad_token_id", 3), ("default_global", "first"), ("max_global", 5)],
+)
+def test_a_manifest_that_says_more_than_its_model_is_refused(field: str, value: Any, backend: str, copy: Path) -> None:
+    reseal(copy, **{field: value})
+    with pytest.raises(ArtifactError, match=rf"{MANIFEST} says {field} .* where {MODEL} says"):
+        Engine(copy, backend)
+
+
+def test_a_model_whose_graph_has_other_outputs_is_refused(copy: Path) -> None:
+    signature = Manifest.read(copy).signature.to_dict()
+    outputs = [{**output, "name": f"other_{i}"} for i, output in enumerate(signature["outputs"])]
+    set_metadata(copy, outputs=outputs)
+    reseal(copy, outputs=outputs)
+    with pytest.raises(ArtifactError, match="other inputs or outputs than its manifest"):
+        Engine(copy)
+
+
+@pytest.mark.parametrize("metadata", ["[]", "5", "null", "{}", '{"task": 1}', '"fox"', "{", '{"a": NaN}'])
+def test_metadata_of_another_kind_is_an_artifact_error(metadata: str, copy: Path) -> None:
+    model = onnx.load(copy / MODEL, load_external_data=False)
+    next(entry for entry in model.metadata_props if entry.key == "lfx").value = metadata
+    (copy / MODEL).write_bytes(model.SerializeToString())
+    reseal(copy)
+    for _ in ("with its manifest", "alone"):
+        with pytest.raises(ArtifactError, match="export"):
+            Engine(copy / MODEL)
+        (copy / MANIFEST).unlink(missing_ok=True)
+
+
+def test_bundles_of_many_processes_leave_no_temporary_files(copy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    place = tmp_path / "linked"
+    place.mkdir()
+    folder_per_file(copy, place)
+    for backend in BACKENDS:
+        answer(place, backend)
+    assert list((tmp_path / "tmp").iterdir()) == []

@@ -1,0 +1,222 @@
+"""JSONL and Parquet: what is not whole is refused before anything runs, and what was computed can always be written."""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lfx.config import TensorSpec
+from lfx.errors import DependencyError, InputError
+from lfx.runtime import Engine
+from lfx.runtime.documents import run_documents
+from lfx.runtime.formats import count_documents, read_documents, write_rows
+from lfx.runtime.journal import journal_path
+from tests.conftest import MakeBundle
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+OUTPUTS = [TensorSpec("logits", "float32", ("batch", 2))]
+
+
+def table(rows: list[dict[str, Any]], folder: Path, outputs: list[TensorSpec] = OUTPUTS) -> Any:
+    """Rows, written and read again."""
+    path = folder / "out.parquet"
+    write_rows(lambda: iter([json.dumps(row).encode() for row in rows]), path, outputs)
+    return parquet.read_table(path)
+
+
+IDS: dict[str, tuple[list[Any], list[Any]]] = {
+    "strings": (["a", "é", None], ["a", "é", None]),
+    "whole numbers": ([1, -(2**63), 2**63 - 1], [1, -(2**63), 2**63 - 1]),
+    "fractions": ([0.5, 1e300, None], [0.5, 1e300, None]),
+    "truth values": ([True, None, False], [True, None, False]),
+    "numbers and strings": ([1, "a", "1"], ["1", "a", "1"]),
+    "numbers and truth values": ([1, True, 0], ["1", "true", "0"]),
+    "whole numbers and fractions": ([1, 0.5, None], ["1", "0.5", None]),
+    "large": ([2**64, 1, 2**63], [str(2**64), "1", str(2**63)]),
+    "all large": ([2**64], [str(2**64)]),
+    "an empty object": ([{}], ["{}"]),
+    "empty lists": ([[], [[]]], ["[]", "[[]]"]),
+    "nested": ([{"a": [1, {"b": None}]}, "x", ["é"]], ['{"a": [1, {"b": null}]}', "x", '["é"]']),
+    "objects of several fields": ([{"a": 1}, {"b": "c"}], ['{"a": 1}', '{"b": "c"}']),
+}
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_ids_of_any_type_are_written_as_text_where_no_column_holds_them(name: str, tmp_path: Path) -> None:
+    given, written = IDS[name]
+    rows = [{"line": i, **({"id": value} if value is not None else {})} for i, value in enumerate(given, 1)]
+    assert table(rows, tmp_path).column("id").to_pylist() == written
+
+
+def test_rows_become_columns_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfx.runtime.formats._GROUP_BYTES", 200)
+    answer = {"label": "a", "score": None}
+    rows: list[dict[str, Any]] = [
+        {"line": i, "window": 0, "tokens": 4, "answers": [answer], "outputs": {"logits": [0.5, None]}}
+        for i in range(1, 20)
+    ]
+    rows.insert(3, {"line": 3, "error": "bad"})
+    found = table(rows, tmp_path)
+    assert found.column_names == ["line", "window", "tokens", "answers", "outputs", "error"]
+    assert [{k: v for k, v in row.items() if v is not None} for row in found.to_pylist()] == rows
+    assert parquet.ParquetFile(tmp_path / "out.parquet").num_row_groups > 4
+
+
+def test_no_rows_are_an_empty_table_with_lines(tmp_path: Path) -> None:
+    found = table([], tmp_path)
+    assert (found.column_names, found.num_rows) == (["line"], 0)
+
+
+def test_rows_of_a_model_with_outputs_per_token_alone_have_no_outputs_column(tmp_path: Path) -> None:
+    rows = [{"line": 1, "tokens": 2, "answers": [{"token": "a", "label": "b", "score": 1.0}], "outputs": {}}]
+    assert table(rows, tmp_path, []).to_pylist() == [{k: v for k, v in rows[0].items() if k != "outputs"}]
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.parquet"])
+def test_an_empty_input_gives_an_empty_output(name: str, bundle: MakeBundle, tmp_path: Path) -> None:
+    if name == "in.jsonl":
+        (tmp_path / name).write_text("")
+    else:
+        parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / name)
+    with Engine(bundle("text-classification"), threads=1) as engine:
+        assert run_documents(engine, None, tmp_path / name, tmp_path / "out.parquet").documents == 0
+        run_documents(engine, None, tmp_path / name, tmp_path / "out.jsonl")
+    assert parquet.read_table(tmp_path / "out.parquet").column_names == ["line"]
+    assert (tmp_path / "out.jsonl").read_text() == ""
+
+
+def test_a_token_classifier_writes_parquet(bundle: MakeBundle, tmp_path: Path) -> None:
+    from lfx.runtime.text import Text
+
+    source, folder = tmp_path / "in.jsonl", bundle("token-classification")
+    source.write_text('{"text": "the fox"}\n')
+    with Engine(folder, threads=1) as engine:
+        run_documents(engine, Text(folder, engine.signature), source, tmp_path / "out.parquet")
+    assert len(parquet.read_table(tmp_path / "out.parquet").to_pylist()[0]["answers"]) == 4
+
+
+def refuse_to_run(*_: Any, **__: Any) -> Any:
+    raise AssertionError("nothing is to be computed")
+
+
+COLUMNS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a column twice": (
+        lambda: pyarrow.Table.from_arrays([pyarrow.array(["fox"]), pyarrow.array(["dog"])], ["text", "text"]),
+        "several columns of the name 'text'; rename all but one",
+    ),
+    "another column twice": (
+        lambda: pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, ["text", "x", "x"]),
+        "several columns of the name 'x'",
+    ),
+    "neither text nor ids": (
+        lambda: pyarrow.table({"body": ["fox"], "id": [1]}),
+        "has the columns 'body', 'id'; one must be text or input_ids",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_that_do_not_say_what_to_read_are_refused_first(
+    name: str, bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, reason = COLUMNS[name]
+    parquet.write_table(make(), tmp_path / "in.parquet")
+    monkeypatch.setattr(Engine, "stream", refuse_to_run)
+    with Engine(bundle("text-classification"), threads=1) as engine, pytest.raises(InputError, match=reason):
+        run_documents(engine, None, tmp_path / "in.parquet", tmp_path / "out.jsonl")
+    assert not journal_path(tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(("source", "output"), [("in.jsonl", "out.parquet"), ("in.parquet", "out.jsonl")])
+def test_a_missing_pyarrow_is_said_before_anything_runs(
+    source: str, output: str, bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str, package: str | None = None) -> Any:
+        if name.startswith("pyarrow"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name="pyarrow")
+        return real(name, package)
+
+    real = importlib.import_module
+    (tmp_path / source).write_text('{"input_ids": [3, 4]}\n')
+    with Engine(bundle("text-classification"), threads=1) as engine:
+        monkeypatch.setattr(importlib, "import_module", missing)
+        monkeypatch.setattr(Engine, "stream", refuse_to_run)
+        with pytest.raises(DependencyError, match=r"longformer-lfx\[parquet\]"):
+            run_documents(engine, None, tmp_path / source, tmp_path / output)
+    assert not journal_path(tmp_path / output).exists()
+
+
+def test_rows_that_parquet_cannot_hold_are_kept_and_written_as_json_by_what_the_error_says(
+    bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    source.write_text('{"input_ids": [3, 4]}\n' * 3)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise pyarrow.ArrowNotImplementedError("no such type")
+
+    with Engine(bundle("text-classification"), threads=1) as engine:
+        with monkeypatch.context() as patched, pytest.raises(InputError, match="no such type; nothing is lost: rename"):
+            patched.setattr(parquet.ParquetWriter, "write_table", fail)
+            run_documents(engine, None, source, output)
+        assert not output.exists()
+        other = tmp_path / "out.jsonl"
+        journal_path(output).rename(journal_path(other))
+        summary = run_documents(engine, None, source, other)
+    assert (summary.resumed_at, summary.tokens) == (3, 0)
+    assert len(other.read_text().splitlines()) == 3
+
+
+def test_one_row_of_parquet_that_cannot_be_read_is_one_refused_row(tmp_path: Path) -> None:
+    raw = pyarrow.array([b"the fox", b"\xff\xfe", b"dog"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": raw, "more": [1, 2, 3]}), tmp_path / "in.parquet")
+    found = list(read_documents(tmp_path / "in.parquet"))
+    assert [found[0], found[2]] == [(1, {"text": "the fox"}), (3, {"text": "dog"})]
+    assert isinstance(found[1][1], InputError)
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.parquet"])
+def test_documents_are_counted_and_read_from_any_of_them_on(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name == "in.jsonl":
+        path.write_text("".join(f'{{"text": "{i}"}}\n' for i in range(600)))
+    else:
+        parquet.write_table(pyarrow.table({"text": [str(i) for i in range(600)]}), path)
+    assert count_documents(path) == 600
+    assert list(read_documents(path, 597)) == [(i + 1, {"text": str(i)}) for i in (597, 598, 599)]
+    assert list(read_documents(path, 600)) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text": "fox", "text": "dog"}', "broken JSON: the key 'text' stands twice"),
+        ('{"text": "fox", "id": NaN}', "broken JSON: NaN is not JSON"),
+        ('{"text": "fox", "x": {"y": -Infinity}}', "broken JSON: -Infinity is not JSON"),
+        ('{"id": ' + "9" * 5000 + "}", "broken JSON"),
+    ],
+)
+def test_lines_that_are_not_quite_json_are_refused(line: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(line + '\n{"text": "fox"}\n')
+    (_, bad), (_, good) = read_documents(tmp_path / "in.jsonl")
+    assert str(bad).startswith(reason)
+    assert good == {"text": "fox"}
+
+
+def test_an_input_that_cannot_be_opened_is_the_inputs_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "in.jsonl"
+    path.write_text("{}\n")
+    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr(builtins, "open", denied)
+    with pytest.raises(InputError, match=r"in\.jsonl cannot be read: .*Permission denied"):
+        list(read_documents(path))

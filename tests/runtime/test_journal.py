@@ -1,0 +1,214 @@
+"""The journal: whole chunks of the same run are gone on with, and nothing else is trusted or touched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lfx.errors import InputError
+from lfx.runtime import Engine, documents
+from lfx.runtime.documents import run_documents
+from lfx.runtime.journal import Journal, journal_path
+from tests.conftest import MakeBundle
+
+HEADER = {"input": "a", "stride": 1}
+CHUNK = 4
+
+
+def stopped(output: Path, chunks: int = 2) -> Path:
+    """What a killed run leaves: whole chunks of three documents, and rows of one more; gives the journal's path."""
+    with Journal(output, HEADER, CHUNK) as journal:
+        for chunk in range(chunks):
+            for line in range(3):
+                journal.write({"line": 3 * chunk + line + 1, "id": '{"chunk": {"done": 9}}\n{"chunk": {"done": 9}}'})
+            journal.end_chunk(3, 1)
+        journal.write({"line": 3 * chunks + 1})
+    return journal_path(output)
+
+
+def reopened(output: Path, header: dict[str, Any] = HEADER) -> tuple[int, int, list[int]]:
+    """Documents and refused ones that an opened journal tells, and the lines of its rows."""
+    with Journal(output, header, CHUNK) as journal:
+        return journal.documents, journal.refused, [json.loads(row)["line"] for row in journal.rows()]
+
+
+def test_whole_chunks_are_gone_on_with_and_the_rest_is_cut(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    stopped(output)
+    assert reopened(output) == (6, 2, [1, 2, 3, 4, 5, 6])
+    with Journal(output, HEADER, CHUNK) as journal:
+        journal.write({"line": 7})
+        journal.end_chunk(1, 0)
+    assert reopened(output) == (7, 2, [1, 2, 3, 4, 5, 6, 7])
+
+
+@pytest.mark.parametrize("header", [{"input": "b", "stride": 1}, {"input": "a", "stride": True}, {}])
+def test_a_journal_of_another_run_is_emptied(header: dict[str, Any], tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    stopped(output)
+    assert reopened(output, header) == (0, 0, [])
+    assert journal_path(output).read_text() == json.dumps(header) + "\n"
+
+
+def test_every_cut_leaves_whole_chunks(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    whole = stopped(output).read_bytes()
+    seen = set()
+    for length in range(len(whole)):
+        journal_path(output).write_bytes(whole[:length])
+        done, refused, lines = reopened(output)
+        assert (refused, lines) == (done // 3, list(range(1, done + 1)))
+        seen.add(done)
+    assert seen == {0, 3, 6}
+
+
+def test_a_changed_byte_ends_what_is_kept(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    whole = stopped(output).read_bytes()
+    second = whole.index(b'{"line": 4')
+    for position in range(0, len(whole), 7):
+        changed = bytearray(whole)
+        changed[position] ^= 1
+        journal_path(output).write_bytes(changed)
+        header, end = len(json.dumps(HEADER)) + 1, whole.rindex(b'{"line": 7')
+        right = 0 if position < header or position < second else 3 if position < end else 6
+        assert reopened(output)[0] == right
+
+
+def sealed_marker(before: bytes, **changes: Any) -> bytes:
+    """A marker with the right digest."""
+    chunk = {"done": 3, "refused": 0, "sha256": hashlib.sha256(before).hexdigest(), **changes}
+    return (json.dumps({"chunk": chunk}) + "\n").encode()
+
+
+MARKERS: dict[str, Callable[[bytes], bytes]] = {
+    "done a string": lambda before: sealed_marker(before, done="3"),
+    "done true": lambda before: sealed_marker(before, done=True),
+    "done a float": lambda before: sealed_marker(before, done=3.0),
+    "done NaN": lambda before: sealed_marker(before, done=float("nan")),
+    "done negative": lambda before: sealed_marker(before, done=-3),
+    "done nothing": lambda before: sealed_marker(before, done=0),
+    "done above a chunk": lambda before: sealed_marker(before, done=CHUNK + 1),
+    "done enormous": lambda before: sealed_marker(before, done=10**400),
+    "refused null": lambda before: sealed_marker(before, refused=None),
+    "refused above done": lambda before: sealed_marker(before, refused=4),
+    "a foreign digest": lambda before: sealed_marker(b""),
+    "a digest of another type": lambda before: sealed_marker(before, sha256=5),
+    "one field more": lambda before: sealed_marker(before, more=1),
+    "a list": lambda before: b'{"chunk":[]}\n',
+    "deep": lambda before: b'{"chunk":' + b"[" * 100_000 + b"\n",
+    "no JSON": lambda before: b'{"chunk": {"done": 3, "refu\n',
+    "no UTF-8": lambda before: b'{"chunk": "\xff"}\n',
+    "no end of line": lambda before: sealed_marker(before)[:-1],
+}
+
+
+@pytest.mark.parametrize("name", MARKERS)
+def test_a_marker_that_lfx_does_not_write_ends_what_is_kept(name: str, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    stopped(output, chunks=1)
+    assert reopened(output)[0] == 3
+    before = journal_path(output).read_bytes() + b'{"line": 4}\n'
+    journal_path(output).write_bytes(before + MARKERS[name](before))
+    assert reopened(output) == (3, 1, [1, 2, 3])
+    journal_path(output).write_bytes(before + sealed_marker(before))  # the same with a right marker counts
+    assert reopened(output)[0] == 6
+
+
+def test_more_documents_than_the_input_has_are_not_believed(bundle: MakeBundle, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"input_ids": [3, 4]}\n' * 2)
+
+    def stop(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with Engine(bundle("text-classification"), threads=1) as engine:
+        with pytest.raises(KeyboardInterrupt):
+            run_documents(engine, None, source, output, progress=stop)
+        before = journal_path(output).read_bytes()
+        journal_path(output).write_bytes(before + sealed_marker(before))
+        assert run_documents(engine, None, source, output).resumed_at == 0
+    assert [json.loads(row)["line"] for row in output.read_text().splitlines()] == [1, 2]
+
+
+def link(path: Path, victim: Path) -> None:
+    path.symlink_to(victim)
+
+
+def hard_link(path: Path, victim: Path) -> None:
+    path.hardlink_to(victim)
+
+
+def folder(path: Path, victim: Path) -> None:
+    path.mkdir()
+
+
+def fifo(path: Path, victim: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("place", [link, hard_link, folder, fifo])
+def test_what_is_in_the_journals_place_is_left_alone(
+    place: Callable[[Path, Path], None], bundle: MakeBundle, tmp_path: Path
+) -> None:
+    source, output, victim = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "victim"
+    source.write_text('{"input_ids": [3, 4]}\n')
+    victim.write_text("mine\n")
+    place(journal_path(output), victim)
+    with (
+        Engine(bundle("text-classification"), threads=1) as engine,
+        pytest.raises(InputError, match=r"out\.jsonl\.partial, the journal .* cannot be opened: .*; remove it"),
+    ):
+        run_documents(engine, None, source, output)
+    assert victim.read_text() == "mine\n"
+    assert not output.exists()
+
+
+def test_links_at_the_output_and_beside_it_keep_what_they_point_to(bundle: MakeBundle, tmp_path: Path) -> None:
+    source, output, victim = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "victim"
+    source.write_text('{"input_ids": [3, 4]}\n')
+    victim.write_text("mine\n")
+    output.symlink_to(victim)
+    (tmp_path / ".out.jsonl.ready").symlink_to(victim)
+    with Engine(bundle("text-classification"), threads=1) as engine:
+        run_documents(engine, None, source, output)
+    assert victim.read_text() == "mine\n"
+    assert not output.is_symlink()
+    assert json.loads(output.read_text())["line"] == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl", "victim", ".out.jsonl.ready"}
+
+
+def test_a_run_in_many_groups_and_chunks_goes_on_to_the_same_file(
+    bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "CHUNK", 3)
+    monkeypatch.setattr("lfx.runtime.rows.AHEAD", 8)
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lengths = [5, 400, 3, 7, 130, 700, 9, 2]
+    source.write_text("".join(json.dumps({"text": "the fox " * (n // 2)}) + "\n" for n in lengths))
+    bundled = bundle("text-classification")
+    with Engine(bundled, threads=1) as engine:
+        reader = documents.Text(bundled, engine.signature)
+        run_documents(engine, reader, source, tmp_path / "right.jsonl", stride=20)
+        infer, left = engine._backend.infer, [0]  # type: ignore[union-attr]
+
+        def killed(feeds: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return infer(feeds)
+
+        engine._backend.infer = killed  # type: ignore[union-attr, method-assign]
+        for batches in (1, 3, 5, 4):
+            left[0] = batches
+            with pytest.raises(KeyboardInterrupt):
+                run_documents(engine, reader, source, output, stride=20)
+        left[0] = 0
+        assert run_documents(engine, reader, source, output, stride=20).resumed_at in (3, 6)
+    assert output.read_bytes() == (tmp_path / "right.jsonl").read_bytes()

@@ -1,0 +1,178 @@
+"""Files are written whole or not at all, through no link, and what killed processes left is removed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lfx.errors import ExportError, LfxError
+from lfx.files import exchange, is_disk_full, locked, open_journal, private_folder, replacing, temporary_folder
+
+
+def test_a_file_takes_its_name_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "out.txt"
+    target.write_text("old")
+    with pytest.raises(ValueError, match="no"), replacing(target) as path:
+        path.write_text("half")
+        raise ValueError("no")
+    assert target.read_text() == "old"
+    with replacing(target) as path:
+        path.write_text("new")
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("years of work")
+    (tmp_path / "out.txt").symlink_to("precious")
+    with replacing(tmp_path / "out.txt") as path:
+        path.write_text("new")
+    assert (tmp_path / "precious").read_text() == "years of work"
+    assert not (tmp_path / "out.txt").is_symlink()
+
+
+def test_a_name_as_long_as_the_system_takes_will_do(tmp_path: Path) -> None:
+    with replacing(tmp_path / ("x" * 255)) as path:
+        path.write_text("new")
+    assert [len(found.name) for found in tmp_path.iterdir()] == [255]
+
+
+def test_modes_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "out.txt") as path:
+            path.write_text("new")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out.txt").stat().st_mode) == 0o640
+
+
+def _replace_killed_at(step: int, target: Path) -> None:
+    calls = 0
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal calls
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "fcntl.flock"):
+            calls += 1
+            if calls == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    with replacing(target) as path:
+        path.write_text("new")
+        (path.parent / "second").write_text("more")
+
+
+def test_the_next_write_removes_what_a_kill_at_any_step_left(tmp_path: Path) -> None:
+    for step in range(1, 100):
+        child = os.fork()
+        if child == 0:
+            try:
+                _replace_killed_at(step, tmp_path / "out.txt")
+            finally:
+                os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with replacing(tmp_path / "out.txt") as path:
+            path.write_text("next")
+        assert [found.name for found in tmp_path.iterdir()] == ["out.txt"]
+        if status == 0:
+            assert step > 8
+            return
+        assert status == -signal.SIGKILL
+    raise AssertionError("it never came through")
+
+
+def test_folders_of_live_processes_of_other_targets_and_of_nobody_known_stay(tmp_path: Path) -> None:
+    with private_folder(tmp_path, "out") as live, private_folder(tmp_path, "other") as other:
+        with private_folder(tmp_path, "out") as second:
+            assert len({live, other, second}) == 3
+            assert stat.S_IMODE(second.stat().st_mode) == 0o700
+        assert live.is_dir()
+        assert other.is_dir()
+        assert not second.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_at_a_time_holds_the_lock_of_a_target(tmp_path: Path) -> None:
+    inside, seen = [0], []
+
+    def hold() -> None:
+        for _ in range(50):
+            with locked(tmp_path / "out"):
+                inside[0] += 1
+                seen.append(inside[0])
+                inside[0] -= 1
+
+    threads = [threading.Thread(target=hold) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [1] * 200
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    with locked(tmp_path / "out"):
+        name = next(tmp_path.iterdir()).name
+    (tmp_path / "precious").write_text("years of work")
+    (tmp_path / name).symlink_to("precious")
+    with pytest.raises(OSError), locked(tmp_path / "out"):
+        pass
+    assert (tmp_path / "precious").read_text() == "years of work"
+
+
+def test_a_journal_that_is_a_hard_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("years of work")
+    os.link(tmp_path / "precious", tmp_path / "journal")
+    with pytest.raises(OSError, match="it is a link, or no plain file"):
+        open_journal(tmp_path / "journal")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+def test_two_folders_exchange_their_names(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    assert exchange(tmp_path / "a", tmp_path / "b")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    with pytest.raises(FileNotFoundError):
+        exchange(tmp_path / "a", tmp_path / "nothing")
+
+
+def test_a_full_disk_is_known_through_the_errors_of_libraries() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    wrapped = ExportError("the quantizer failed")
+    wrapped.__cause__ = full
+    assert all(map(is_disk_full, (full, wrapped, OSError(errno.EDQUOT, "quota"), Exception(f"{full.strerror} (28)"))))
+    assert not any(map(is_disk_full, (OSError(errno.EACCES, "no"), ValueError("no"))))
+
+
+@pytest.mark.parametrize("error", [errno.ENOENT, errno.ENOSPC])
+def test_a_temporary_folder_that_cannot_be_had_says_how_to_name_another(
+    error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", fail)
+    with pytest.raises(LfxError, match=r"cannot be written: .*set TMPDIR to a folder with room"), temporary_folder("x"):
+        pass
+
+
+def test_a_temporary_folder_that_does_not_exist_says_how_to_name_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(LfxError, match=r"nowhere cannot be written: No such file.*set TMPDIR"), temporary_folder("x"):
+        pass

@@ -1,0 +1,100 @@
+"""What lfx reads of an ONNX file by itself, beside what the onnx package reads of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from lfx.config import MODEL, WEIGHTS
+from lfx.errors import ArtifactError
+from lfx.onnx_file import Header, read_header
+from tests.conftest import MakeBundle
+
+
+def external(name: str, location: str) -> TensorProto:
+    tensor = helper.make_tensor(name, TensorProto.FLOAT, [1], [0.0])
+    tensor.ClearField("float_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="offset", value="0")
+    tensor.external_data.add(key="location", value=location)
+    return tensor
+
+
+def model_with_weights_everywhere() -> onnx.ModelProto:
+    """One external tensor in every field of ONNX that can hold one."""
+    branch = helper.make_graph([], "branch", [], [], initializer=[external("b", "branch.bin")])
+    inner = helper.make_node("Constant", [], ["c"], value=external("c", "constant.bin"))
+    many = helper.make_node("Other", [], ["d"], domain="x", tensors=[external("d", "list.bin")])
+    deep = helper.make_node("If", ["c"], ["e"], then_branch=branch, else_branch=branch)
+    graphs = helper.make_node("Other", [], ["f"], domain="x", graphs=[branch])
+    graph = helper.make_graph([inner, many, deep, graphs], "g", [], [], initializer=[external("a", "graph.bin")])
+    sparse = onnx.SparseTensorProto(dims=[1])
+    sparse.values.CopyFrom(external("s", "values.bin"))
+    sparse.indices.CopyFrom(external("i", "indices.bin"))
+    graph.sparse_initializer.append(sparse)
+    body = helper.make_node("Constant", [], ["o"], value=external("o", "function.bin"))
+    function = helper.make_function("x", "F", [], ["o"], [body], [helper.make_opsetid("", 17)])
+    model = helper.make_model(graph, functions=[function])
+    training = model.training_info.add()
+    training.initialization.initializer.append(external("t", "training.bin"))
+    helper.set_model_props(model, {"other": "no", "lfx": "größe"})
+    return model
+
+
+def test_weights_are_found_wherever_onnx_can_keep_them(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model_with_weights_everywhere().SerializeToString())
+    places = ("graph", "branch", "constant", "list", "values", "indices", "function", "training")
+    assert read_header(path) == Header("größe", frozenset(f"{place}.bin" for place in places))
+
+
+@pytest.mark.parametrize("options", [{}, {"inline_functions": True}, {"precision": "fp16"}], ids=str)
+def test_an_exported_model_is_read_as_onnx_reads_it(options: dict[str, str], bundle: MakeBundle) -> None:
+    path = bundle(**options) / MODEL
+    model = onnx.load(path, load_external_data=False)
+    metadata = next(entry.value for entry in model.metadata_props if entry.key == "lfx")
+    assert read_header(path) == Header(metadata, frozenset({WEIGHTS}))
+
+
+def test_a_model_with_its_weights_inside_has_no_weight_files(tmp_path: Path) -> None:
+    tensor = helper.make_tensor("a", TensorProto.FLOAT, [4000], np.arange(4000.0))
+    onnx.save(helper.make_model(helper.make_graph([], "g", [], [], initializer=[tensor])), tmp_path / "m.onnx")
+    assert read_header(tmp_path / "m.onnx") == Header(None, frozenset())
+
+
+def test_two_entries_of_lfx_metadata_are_refused(tmp_path: Path) -> None:
+    model = model_with_weights_everywhere()
+    model.metadata_props.add(key="lfx", value="other")
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match="two entries of lfx metadata"):
+        read_header(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"fox\n", bytes(1000), b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", b"\x3a\x05\x0a"]
+)
+def test_what_is_no_onnx_file_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"m\.onnx is no ONNX file") as caught:
+        read_header(tmp_path / "m.onnx")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cut_or_changed_file_is_read_or_refused(bundle: MakeBundle, tmp_path: Path) -> None:
+    original = (bundle() / MODEL).read_bytes()
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        changed = bytearray(original[: int(random.integers(len(original)))] if random.random() < 0.3 else original)
+        for _ in range(int(random.integers(1, 5))):
+            changed[int(random.integers(len(changed)))] = int(random.integers(256))
+        (tmp_path / "m.onnx").write_bytes(changed)
+        try:
+            read_header(tmp_path / "m.onnx")
+        except ArtifactError:
+            refused += 1
+    assert refused > 10

@@ -1,0 +1,81 @@
+"""What `lfx run` prints is JSON, what it writes is whole, and a path that no system has is one clear line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfx.errors import InputError
+from lfx.running import _save, _text_folder, run_text
+from lfx.runtime import Engine
+from tests.conftest import MakeBundle, SmallDisk
+
+
+def test_every_output_is_in_the_file_whatever_its_name(tmp_path: Path) -> None:
+    names = ["logits", "file", "allow_pickle", "args", "x" * 300, "a/b"]
+    arrays: dict[str, Any] = {name: np.full((2, 3), i, np.float32) for i, name in enumerate(names)}
+    _save(tmp_path / "out", arrays)
+    with np.load(tmp_path / "out") as found:
+        assert sorted(found.files) == sorted(names)
+        assert all(np.array_equal(found[name], arrays[name]) for name in names)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_says_what_to_do_and_keeps_the_older_file(small_disk: SmallDisk) -> None:
+    folder = small_disk()
+    (folder / "out.npz").write_text("old")
+    with pytest.raises(
+        InputError, match=r"out\.npz cannot be written: no disk space left; make room, or choose another"
+    ):
+        _save(folder / "out.npz", {"logits": np.ones(100_000, np.float32)})
+    assert (folder / "out.npz").read_text() == "old"
+    assert [path.name for path in folder.iterdir()] == ["out.npz"]
+
+
+def test_the_json_of_outputs_that_are_no_numbers_is_json(
+    bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = bundle("text-classification")
+    with Engine(folder, threads=1) as engine:
+        monkeypatch.setattr(engine, "run", lambda *_: {"logits": np.float32([[np.nan, np.inf]])})
+        run_text(engine, folder, "fox", (), None, None, tokenizer=None, as_json=True)
+
+    def refused(name: str) -> Any:
+        raise AssertionError(name)
+
+    printed = json.loads(capsys.readouterr().out, parse_constant=refused)
+    assert printed["outputs"]["logits"]["values"] == [[None, None]]
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b"])
+def test_a_path_that_no_system_has_is_an_input_error(path: str, bundle: MakeBundle) -> None:
+    folder = bundle("text-classification")
+    with Engine(folder, threads=1) as engine, pytest.raises(InputError, match=r"--input .* cannot be opened"):
+        run_text(engine, folder, None, (), Path(path), None, tokenizer=None, as_json=True)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_a_plan_that_names_no_possible_bundle_is_an_input_error(name: str, tmp_path: Path) -> None:
+    engine: Any = SimpleNamespace(manifest=SimpleNamespace(bundle={"name": name}))
+    with pytest.raises(InputError, match="the bundle that the plan names"):
+        _text_folder(tmp_path / "a.plan", engine)
+
+
+def test_the_bundle_of_a_plan_is_looked_for_beside_it_alone(tmp_path: Path) -> None:
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    engine: Any = SimpleNamespace(manifest=SimpleNamespace(bundle={"name": "../elsewhere"}))
+    assert _text_folder(tmp_path / "plans" / "a.plan", engine) == tmp_path / "plans"
+
+
+def test_a_text_without_end_is_refused(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("lfx.running._LARGEST_TEXT", 10)
+    (tmp_path / "text.txt").write_text("the fox " * 2)
+    folder = bundle("text-classification")
+    with Engine(folder, threads=1) as engine, pytest.raises(InputError, match=r"more than 10 letters.*\.jsonl file"):
+        run_text(engine, folder, None, (), tmp_path / "text.txt", None, tokenizer=None, as_json=True)

@@ -1,0 +1,102 @@
+"""What reaches a terminal: text as it is, never as commands to it."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from lfx.errors import LfxError
+from lfx.terminal import echo, echo_json, printable, progress, table
+
+HOSTILE = "[u]ax[/b] :boom: \x1b[31m\x07\x9b\u202e\u2066\ufeff\udcff\r\n"
+SHOWN = r"[u]ax[/b] :boom: \x1b[31m\x07\x9b\u202e\u2066\ufeff\udcff\r\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, größe, 日本語\u3000", "plain, größe, 日本語\u3000"),
+        (HOSTILE, SHOWN),
+        ("".join(map(chr, range(32))), "".join(map(repr, map(chr, range(32)))).replace("'", "")),
+        ("\x7f\x80\x9f", r"\x7f\x80\x9f"),
+        ("\u200b\u00ad\u2028\u2029\U000e0041", r"\u200b\xad\u2028\u2029\U000e0041"),
+        ("\u0645\u06cc\u200c\u062e 👩\u200d🔬", "\u0645\u06cc\u200c\u062e 👩\u200d🔬"),
+        (r"C:\new", r"C:\new"),
+    ],
+)
+def test_control_characters_are_shown_as_escapes(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+def test_a_line_stays_one_line_on_both_streams(capsys: pytest.CaptureFixture[str]) -> None:
+    echo(HOSTILE)
+    echo(HOSTILE, err=True)
+    assert capsys.readouterr() == (f"{SHOWN}\n", f"{SHOWN}\n")
+
+
+def test_a_table_shows_markup_emoji_and_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    table([f"a {HOSTILE}"], [[f"b {HOSTILE}"], ["[/b]"]])
+    out = capsys.readouterr().out
+    assert f"a {SHOWN}" in out
+    assert f"b {SHOWN}" in out
+    assert "[/b]" in out
+    assert not {"\x1b", "\x07", "\u202e", "\r"} & set(out)
+
+
+def test_the_progress_bar_shows_markup_and_control_characters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
+    monkeypatch.setenv("COLUMNS", "200")
+    with progress() as step:
+        step(f"step {HOSTILE}")
+    err = capsys.readouterr().err
+    assert f"step {SHOWN}" in err
+    assert not {"\x07", "\x9b", "\u202e"} & set(err)
+
+
+def test_progress_where_there_is_no_terminal_is_a_line_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress() as step:
+        step(HOSTILE)
+    assert capsys.readouterr().err == f"… {SHOWN}\n"
+
+
+def test_json_is_ascii_and_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    echo_json({"a": [float("nan"), float("-inf"), 1.5], "b": f"{HOSTILE}\x7f"})
+    out = capsys.readouterr().out
+    assert json.loads(out) == {"a": [None, None, 1.5], "b": f"{HOSTILE}\x7f"}
+    assert all(" " <= letter <= "~" for letter in out.removesuffix("\n"))
+
+
+@pytest.mark.parametrize("show", [lambda: echo("x"), lambda: echo_json({}), lambda: table(["a"], [["b"]])])
+def test_a_result_that_cannot_be_written_is_an_error(show: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", _Full())
+    with pytest.raises(LfxError, match="stdout cannot be written: No space left on device; make room"):
+        show()
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(LfxError, match="stdout cannot be written: it is closed"):
+        show()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE, None])
+def test_a_message_that_cannot_be_written_is_dropped(number: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", _Full(number) if number is not None else None)
+    echo("x", err=True)
+
+
+class _Full(io.StringIO):
+    """A stream that takes nothing."""
+
+    def __init__(self, number: int = errno.ENOSPC) -> None:
+        super().__init__()
+        self._number = number
+
+    def flush(self) -> None:
+        """Fails."""
+        raise OSError(self._number, os.strerror(self._number))
