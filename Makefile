@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml requirements.lock CMakeLists.txt $(wildcard plugins/*.c
 	$(call venv,$(VENV))
 	# setuptools builds packages of the lock. One request to TORCH_INDEX, since it may not be reached.
 	$(call locked,pip|setuptools) | $(call install,$(VENV))
-	$(call locked,torch) | $(call install,$(VENV),--no-deps --extra-index-url $(TORCH_INDEX) --retries 1) || { echo \
+	@$(call locked,torch) | $(call install,$(VENV),--no-deps --extra-index-url $(TORCH_INDEX) --retries 1) || { echo \
 	"PyTorch's CPU build was not found at $(TORCH_INDEX); name another index: make TORCH_INDEX=URL" >&2; exit 1; }
 	$(call locked,kernel-lens) | $(call install,$(VENV),--no-deps --upgrade --target $(HEADERS))
 	$(call locked_without,kernel-lens|uv) | $(call install,$(VENV),--no-build-isolation)

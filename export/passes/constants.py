@@ -30,7 +30,10 @@ def share_constants(model: ir.Model, weights: set[str]) -> bool:
             continue
         first[key] = value
         label = (
-            "_".join(f"{item:g}" for item in array.reshape(-1)) if array.size <= 4 else "x".join(map(str, array.shape))
+            # float, since a bfloat16 of ml_dtypes before 0.6 takes no format.
+            "_".join(f"{float(item):g}" for item in array.reshape(-1))
+            if array.size <= 4
+            else "x".join(map(str, array.shape))
         )
         rank = f"[{array.size}]" if array.ndim and array.size <= 4 else ""
         wanted = f"constant/{tensor.dtype.name.lower()}{rank}_{label}"
