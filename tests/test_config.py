@@ -315,3 +315,10 @@ def test_read_refuses_a_manifest_without_a_field(key: str, bundle_folder: Path) 
 def test_read_refuses_a_value_of_another_kind(key: str, value: Any, bundle_folder: Path) -> None:
     with pytest.raises(ArtifactError, match="export"):
         Manifest.read(edit(bundle_folder, **{key: value}))
+
+
+def test_a_key_with_control_characters_is_named_in_one_line(bundle_folder: Path) -> None:
+    data = json.loads((bundle_folder / MANIFEST).read_text())
+    with pytest.raises(ArtifactError, match=r"files: 'a\\nb' is broken") as caught:
+        Manifest.read(edit(bundle_folder, files={**data["files"], "a\nb": None}))
+    assert "\n" not in str(caught.value)

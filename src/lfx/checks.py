@@ -129,7 +129,8 @@ def check_shape(value: Any, shape: Any, name: str) -> None:
         for key, inner in shape.items():
             if key == "*":
                 for found in value:
-                    check_shape(value[found], inner, f"{name}: {found[:80]}")
+                    label = found if found.isprintable() else ascii(found)
+                check_shape(value[found], inner, f"{name}: {label[:80]}")
             elif key.removesuffix("?") in value:
                 check_shape(value[key.removesuffix("?")], inner, f"{name}: {key.removesuffix('?')}")
             elif not key.endswith("?"):
