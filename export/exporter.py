@@ -37,7 +37,7 @@ from lfx.export.options import at_least_1, check_choices, model_name
 from lfx.export.passes.opset import TRACED
 from lfx.export.rewrite import GlobalTokens, Traceable, attention_windows, rewrite
 from lfx.export.runners import TORCH_DTYPES
-from lfx.export.validate import default_global_of, forward_inputs, granularity, ignores_padding, validate
+from lfx.export.validate import check_rows, default_global_of, forward_inputs, granularity, ignores_padding, validate
 
 Progress = Callable[[str], None]
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
@@ -119,7 +119,7 @@ def export(
     program, inputs = _trace(module, task, precision, tokens)
     signature = _signature(module, task, precision, tokens, program.model, inputs, max_seqlen)
     _check_ranges(program, signature, granularity(module))
-    signature = dataclasses.replace(signature, ignores_padding=ignores_padding(module, signature))
+    signature = _checked_batches(module, signature)
     if max_global is not None and max_global > (signature.max_seqlen or max_global):
         raise ExportError(f"max_global {max_global} is above the longest sequence, {signature.max_seqlen} tokens")
     progress("building the graph")
@@ -338,6 +338,12 @@ def _is_hugging_face(module: nn.Module) -> bool:
     """Whether it is one of transformers' own classes, whose default for the global tokens is known."""
     own = type(module).__module__ == hf.__name__
     return own and type(module).__name__ in {task.architecture for task in TASKS.values()}
+
+
+def _checked_batches(module: nn.Module, signature: Signature) -> Signature:
+    """Sequences may share a batch; the signature says whether they may be padded for it."""
+    check_rows(module, signature)
+    return dataclasses.replace(signature, ignores_padding=ignores_padding(module, signature))
 
 
 def _output_spec(value: ir.Value) -> TensorSpec:

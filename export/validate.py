@@ -151,6 +151,31 @@ def ignores_padding(module: nn.Module, signature: Signature) -> bool:
     return True
 
 
+def check_rows(module: nn.Module, signature: Signature) -> None:
+    """Every sequence of a batch has the outputs that it has alone, so that lfx may run it with any others.
+
+    Raises:
+        ExportError: an output depends on the other sequences.
+    """
+    try:
+        check_cuttable(signature)
+    except InputError:
+        return  # sequences are never put together
+    step = granularity(module)
+    length = step if step > 1 else min(12, signature.max_seqlen or 12)
+    both = model_inputs(Case(2, length), signature)
+    run = torch_runner(module, "fp32", forward_inputs(module))
+    together = run(both)
+    for row in range(2):
+        alone = run({name: array[row : row + 1] for name, array in both.items()})
+        for spec in signature.outputs:
+            if not np.allclose(together[spec.name][row], alone[spec.name][0], rtol=1e-3, atol=1e-4, equal_nan=True):
+                raise ExportError(
+                    f"output {spec.name} of a sequence depends on the other sequences of its batch, so no batch of a "
+                    "server would be right; compute it within each sequence"
+                )
+
+
 def granularity(module: nn.Module) -> int:
     """What a sequence length must be a multiple of in PyTorch: 1 where a LongformerModel does the padding."""
     if any(isinstance(m, hf.LongformerModel) for m in module.modules()):

@@ -81,6 +81,8 @@ def check_bundle(bundle: Path, manifest: Manifest) -> Artifact:
     model = bundle / MODEL
     header = read_header(listed[MODEL])
     for name in header.weights:
+        if Path(name).name != name:
+            raise ArtifactError(f"{model} has weights in {name!r}, outside its folder; put them beside it")
         if name not in listed:
             raise ArtifactError(f"{model} has weights in {name!r}, which {MANIFEST} does not list; export it again")
     stored = _signature(model, header.metadata)

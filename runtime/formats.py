@@ -15,6 +15,7 @@ from lfx.files import replacing
 
 SUFFIXES = (".jsonl", ".ndjson", ".parquet")  # in any case
 FIELDS = ("text", "pair", "input_ids", "id")
+_LONGEST_LINE = 50_000_000  # bytes
 _BATCH = 256  # rows of a Parquet file that are read together
 _GROUP_BYTES = 1 << 24  # of JSON, that become one row group of a Parquet file
 _NUMBERS = {"score": "float64", "position": "int64", "choice": "int64"}  # fields of answers that are no strings
@@ -92,12 +93,17 @@ def write_rows(lines: Callable[[], Iterator[bytes]], output: Path, outputs: Sequ
 def _bytes_lines(source: Path) -> Iterator[bytes]:
     try:
         with source.open("rb") as file:
-            yield from file
+            while line := file.readline(_LONGEST_LINE + 1):
+                yield line
+                while len(line) > _LONGEST_LINE and not line.endswith(b"\n"):  # what is left of it
+                    line = file.readline(_LONGEST_LINE + 1)
     except OSError as error:
         raise InputError(f"{source} cannot be read: {one_line(error)}") from error
 
 
 def _json_document(line: bytes) -> Any:
+    if len(line) > _LONGEST_LINE:
+        return InputError(f"a line of more than {_LONGEST_LINE:,} bytes; split the document")
     try:
         return parse_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError:

@@ -167,6 +167,8 @@ def _read(value: Any, name: str, rank: int, values: _Values, signature: Signatur
     elif _is_text(value) or not isinstance(value, Sequence):
         raise InputError(f"{name} is {type(value).__name__}; give {_shapes(signature)}")
     elif rank == 2:
+        if len(value) and _depth(value, 2) < 2:  # before its items are copied
+            raise InputError(f"{name}[0] is {type(value[0]).__name__}; give {_shapes(signature)}")
         items = _items(value, name)
         choices = [_read(item, f"{name}[{i}]", 1, values, signature) for i, item in enumerate(items)]
         if len({len(choice) for choice in choices}) > 1:
@@ -179,8 +181,9 @@ def _read(value: Any, name: str, rank: int, values: _Values, signature: Signatur
         raise InputError(f"{name} is an empty sequence; give at least one token")
     if array.dtype.kind not in values.dtypes:
         raise InputError(f"{name} has dtype {array.dtype}; {values.rule}")
+    array = array.copy()  # before it is checked: another thread may change the caller's
     values.check(array, name, signature)
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)
 
 
 def _depth(value: Any, limit: int) -> int:

@@ -48,7 +48,7 @@ class Metrics:
     """Counters of one Engine. Thread-safe; a collector of the package prometheus_client."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._counts = dict.fromkeys(("requests", "failed", "sequences", "batches", "tokens", "padding_tokens"), 0)
         self._latency_counts = [0] * (len(LATENCY_BUCKETS) + 1)
         self._latency_seconds = 0.0
@@ -56,7 +56,7 @@ class Metrics:
 
     def forked(self) -> None:
         """In a child process: another thread may have held the lock."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def answered(self, seconds: float) -> None:
         """One call was answered after `seconds`."""

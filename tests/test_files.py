@@ -176,3 +176,10 @@ def test_a_temporary_folder_that_does_not_exist_says_how_to_name_another(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(LfxError, match=r"nowhere cannot be written: No such file.*set TMPDIR"), temporary_folder("x"):
         pass
+
+
+def test_a_lock_that_is_never_given_back_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfx.files._LOCK_TRIES", 2)
+    place = tmp_path / "out"
+    with locked(place), pytest.raises(OSError, match="another process holds its lock"), locked(place):
+        pass

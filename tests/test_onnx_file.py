@@ -37,7 +37,9 @@ def model_with_weights_everywhere() -> onnx.ModelProto:
     sparse.indices.CopyFrom(external("i", "indices.bin"))
     graph.sparse_initializer.append(sparse)
     body = helper.make_node("Constant", [], ["o"], value=external("o", "function.bin"))
+    default = helper.make_attribute("value", external("v", "default.bin"))
     function = helper.make_function("x", "F", [], ["o"], [body], [helper.make_opsetid("", 17)])
+    function.attribute_proto.append(default)
     model = helper.make_model(graph, functions=[function])
     training = model.training_info.add()
     training.initialization.initializer.append(external("t", "training.bin"))
@@ -48,7 +50,7 @@ def model_with_weights_everywhere() -> onnx.ModelProto:
 def test_weights_are_found_wherever_onnx_can_keep_them(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(model_with_weights_everywhere().SerializeToString())
-    places = ("graph", "branch", "constant", "list", "values", "indices", "function", "training")
+    places = ("graph", "branch", "constant", "list", "values", "indices", "function", "default", "training")
     assert read_header(path) == Header("größe", frozenset(f"{place}.bin" for place in places))
 
 

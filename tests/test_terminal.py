@@ -6,13 +6,14 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 
 import pytest
 
 from lfx.errors import LfxError
-from lfx.terminal import echo, echo_json, printable, progress, table
+from lfx.terminal import catch_interrupts, echo, echo_json, prepare_streams, printable, progress, table
 
 HOSTILE = "[u]ax[/b] :boom: \x1b[31m\x07\x9b\u202e\u2066\ufeff\udcff\r\n"
 SHOWN = r"[u]ax[/b] :boom: \x1b[31m\x07\x9b\u202e\u2066\ufeff\udcff\r\n"
@@ -100,3 +101,24 @@ class _Full(io.StringIO):
     def flush(self) -> None:
         """Fails."""
         raise OSError(self._number, os.strerror(self._number))
+
+
+def test_a_size_that_is_no_number_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "²")
+    monkeypatch.setenv("LINES", "9" * 5000)
+    prepare_streams()
+    assert "COLUMNS" not in os.environ
+    assert "LINES" not in os.environ
+
+
+def test_what_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+        catch_interrupts()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

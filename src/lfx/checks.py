@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 from lfx.errors import InputError, LfxError
 
+_DEEPEST = 100  # levels of JSON, far fewer than Python's own stack has
+
 
 def whole_number(value: Any, name: str, low: int, high: int | None = None, error: type[LfxError] = InputError) -> int:
     """An option that must be a whole number from `low` to `high` (None: no limit); numpy's integers will do.
@@ -109,9 +111,16 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: the text is no such JSON, not UTF-8, or nested too deeply.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    layer = [value]
+    for _ in range(_DEEPEST):
+        inner = (list(item.values()) if isinstance(item, dict) else item for item in layer)
+        layer = [item for items in inner if isinstance(items, list) for item in items if isinstance(item, dict | list)]
+        if not layer:
+            return value
+    raise ValueError("nested too deeply")
 
 
 def check_shape(value: Any, shape: Any, name: str) -> None:
@@ -128,9 +137,9 @@ def check_shape(value: Any, shape: Any, name: str) -> None:
         _require_type(value, (dict,), name)
         for key, inner in shape.items():
             if key == "*":
-                for found in value:
+                for found, item in value.items():
                     label = found if found.isprintable() else ascii(found)
-                check_shape(value[found], inner, f"{name}: {label[:80]}")
+                    check_shape(item, inner, f"{name}: {label[:80]}")
             elif key.removesuffix("?") in value:
                 check_shape(value[key.removesuffix("?")], inner, f"{name}: {key.removesuffix('?')}")
             elif not key.endswith("?"):

@@ -17,6 +17,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,7 @@ from lfx.errors import LfxError, one_line
 
 _LOCK = "lock"
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
+_LOCK_TRIES, _LOCK_PAUSE_S = 600, 0.1  # what is locked is a rename or two
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -234,7 +236,9 @@ def _sweep(parent: Path, prefix: str, salvage: Callable[[Path], Any]) -> None:
         return
     for folder in parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):  # another process sweeps too, or it is another user's
-            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            # One look, at the name itself: nobody else can exchange a folder of this user's in a sticky folder.
+            status = folder.stat(follow_symlinks=False)
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
                 continue
             try:
                 lock = os.open(folder / _LOCK, os.O_RDWR | _NO_FOLLOW)
@@ -262,8 +266,8 @@ def _was_left(lock: int) -> bool:
 
 def _wait_for_lock(descriptor: int) -> None:
     """Lock an open file once no other holds it; without a lock where the system or the file system has none."""
-    if try_lock(descriptor):
-        return
-    import fcntl
-
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    for _ in range(_LOCK_TRIES):
+        if try_lock(descriptor):
+            return
+        time.sleep(_LOCK_PAUSE_S)
+    raise OSError(errno.EBUSY, "another process holds its lock, and does not give it back")

@@ -17,7 +17,7 @@ _FIELDS: dict[str, dict[int, str]] = {
     "node": {5: "attribute"},
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse tensor", 23: "sparse tensor"},
     "sparse tensor": {1: "tensor", 2: "tensor"},
-    "function": {7: "node"},
+    "function": {7: "node", 11: "attribute"},
     "training": {1: "graph", 2: "graph"},
     "tensor": {13: "external data"},
 }

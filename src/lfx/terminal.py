@@ -20,6 +20,7 @@ from lfx.checks import json_text
 from lfx.errors import LfxError, with_cure
 
 _interrupted = threading.Event()
+_LONGEST_CELL = 2000  # letters; a label may have millions, which rich takes minutes to lay out
 
 # Control, format and surrogate characters, and the two separators of lines that are none of ASCII's. Format
 # characters reorder a line (U+202E, U+2066) or are not to be seen (U+200B), so that two names look the same.
@@ -88,6 +89,10 @@ def prepare_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number, which is this one
+    for name in ("COLUMNS", "LINES"):  # rich takes any digits, superscripts too, for a size
+        size = os.environ.get(name, "1")
+        if not (size.isascii() and size.isdigit() and len(size) < 6 and int(size) > 0):
+            del os.environ[name]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -96,13 +101,15 @@ def prepare_streams() -> None:
 def drop_stdout() -> None:
     """Send what stdout still buffers nowhere, so that Python does not fail on it once more when it ends."""
     if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError):  # no file can be opened any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def catch_interrupts() -> None:
     """Turn SIGINT, SIGTERM and SIGHUP into KeyboardInterrupt, so that what is half-written is removed."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last is not on Windows
-        if hasattr(signal, name):
+        # What the parent said to ignore stays so: nohup ignores SIGHUP.
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), _interrupt)
     sys.unraisablehook = _dropped
 
@@ -148,7 +155,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for name in header:
         drawn.add_column(Text(printable(name)))
     for row in rows:
-        drawn.add_row(*(Text(printable(cell)) for cell in row))
+        drawn.add_row(*(Text(printable(cell[:_LONGEST_CELL])) for cell in row))
     console = Console(soft_wrap=False)
     if not console.is_terminal:
         console = Console(width=max(160, console.width))

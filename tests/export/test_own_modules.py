@@ -54,6 +54,17 @@ def test_a_branch_on_the_shape_is_refused(axis: int, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda x, ids: x - x.mean(0), lambda x, ids: x * x[0, 0, 0], lambda x, ids: x.softmax(0)],
+    ids=["mean", "first row", "softmax"],
+)
+def test_an_output_that_depends_on_other_sequences_is_refused(change: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="depends on the other sequences of its batch"):
+        export(Wrapped(change).eval(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_branch_beyond_the_longest_sequence_is_none(tmp_path: Path) -> None:
     module = Wrapped(lambda x, ids: x * 2 if ids.shape[1] > 100 else x).eval()
     same(module, export(module, tmp_path / "out", max_seqlen=100))

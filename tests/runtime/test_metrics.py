@@ -115,3 +115,8 @@ def test_a_plain_engine_needs_no_prometheus_client(bundle: MakeBundle, monkeypat
     with Engine(bundle(), threads=1) as engine:
         engine.run(np.arange(3, 9))
         assert engine.metrics.snapshot().requests == 1
+
+
+def test_a_signal_handler_may_read_what_it_interrupted(bundle: MakeBundle) -> None:
+    with Engine(bundle()) as engine, engine.metrics._lock:  # as in the middle of `answered`, in the same thread
+        assert engine.metrics.snapshot().requests == 0
