@@ -192,3 +192,18 @@ def test_bundles_of_many_processes_leave_no_temporary_files(copy: Path, tmp_path
     for backend in BACKENDS:
         answer(place, backend)
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_in_a_folder_of_the_bundle_are_refused_whatever_the_backend(backend: str, copy: Path) -> None:
+    (copy / "sub").mkdir()
+    (copy / WEIGHTS).rename(copy / "sub" / WEIGHTS)
+    model = onnx.load(copy / MODEL, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = f"sub/{WEIGHTS}"
+    (copy / MODEL).write_bytes(model.SerializeToString())
+    Manifest.read(copy).write(copy)
+    with pytest.raises(ArtifactError, match="outside its folder"):
+        Engine(copy, backend)

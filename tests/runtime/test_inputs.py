@@ -19,6 +19,7 @@ from transformers.models.longformer.modeling_longformer import _compute_global_a
 
 from lfx.config import GRAPH_INPUTS, Signature, TensorSpec
 from lfx.errors import InputError
+from lfx.runtime import inputs
 from lfx.runtime.inputs import default_global, prepare
 
 PAD, SEP, VOCAB, LONGEST = 1, 2, 20, 12
@@ -600,3 +601,15 @@ def test_junk_is_refused_with_an_input_error_or_fits_the_graph(ids: Any, mask: A
         assert feed.size > 0
         assert feed.min() >= 0
         assert feed.max() < (VOCAB if name == "input_ids" else 2)
+
+
+def test_ids_that_are_changed_after_the_check_are_those_that_were_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = np.array([[3, 4, 5]])
+    check = inputs._IDS.check
+
+    def check_and_change(array: Any, name: str, model: Signature) -> None:
+        check(array, name, model)
+        ids[:] = -5  # as another thread may
+
+    monkeypatch.setattr(inputs, "_IDS", replace(inputs._IDS, check=check_and_change))
+    assert prepare(ids, None, None, signature()).feeds["input_ids"].tolist() == [[3, 4, 5]]
