@@ -77,14 +77,19 @@ class Journal:
     def _keep_whole_chunks(self) -> None:
         self._digest = hashlib.sha256(self._header)
         digest, position = self._digest.copy(), len(self._header)
-        end = position
+        end, found = position, set[int]()
         for line in self._file:
             position += len(line)
             if line.startswith(_MARKER):
                 counts = self._counts(line, digest.hexdigest())
-                if counts is None:
+                if counts is None or found != set(range(self.documents + 1, self.documents + counts[0] + 1)):
                     break
+                found = set()
                 self.documents, self.refused = self.documents + counts[0], self.refused + counts[1]
+            elif (number := _number(line)) is not None:
+                found.add(number)
+            else:
+                break
             digest.update(line)
             if line.startswith(_MARKER):
                 self._digest, end = digest.copy(), position
@@ -137,6 +142,15 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+def _number(row: bytes) -> int | None:
+    """The line of the input that a row is of; None where it is no row."""
+    try:
+        number = parse_json(row)["line"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return number if type(number) is int else None
 
 
 def _line(value: dict[str, Any]) -> bytes:

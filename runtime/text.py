@@ -186,6 +186,8 @@ class Text:
     def answers(self, encoded: Encoded, outputs: dict[str, NDArray[Any]]) -> list[dict[str, Any]]:
         """What the outputs of one sequence mean for the task, best first; empty where the task has no reading.
 
+        Outputs with NaN have none either: no label or span is the best of them.
+
         Returns:
             text-classification: {label, score} of each class. token-classification: {token, label, score} of each
             token. fill-mask: {position, token, score} of the five best tokens of each mask. question-answering: the
@@ -193,6 +195,8 @@ class Text:
         Raises:
             InputError: outputs of another text or task, or an answer with an id that the tokenizer does not have.
         """
+        if any(np.isnan(array).any() for array in outputs.values()):
+            return []
         task = self._signature.task
         tokens = None if task in ("text-classification", "multiple-choice") else len(encoded.ids)
         if task == "question-answering":

@@ -114,11 +114,32 @@ def test_a_marker_that_lfx_does_not_write_ends_what_is_kept(name: str, tmp_path:
     output = tmp_path / "out.jsonl"
     stopped(output, chunks=1)
     assert reopened(output)[0] == 3
-    before = journal_path(output).read_bytes() + b'{"line": 4}\n'
+    before = journal_path(output).read_bytes() + b'{"line": 4}\n{"line": 5}\n{"line": 6}\n'
     journal_path(output).write_bytes(before + MARKERS[name](before))
     assert reopened(output) == (3, 1, [1, 2, 3])
     journal_path(output).write_bytes(before + sealed_marker(before))  # the same with a right marker counts
     assert reopened(output)[0] == 6
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        b"",
+        b'{"line": 4}\n{"line": 6}\n',
+        b'{"line": 4}\n{"line": 5}\n{"line": 7}\n',
+        b"garbage\n",
+        b"[1]\n",
+        b'{"id": 4}\n',
+    ],
+    ids=["none", "one is missing", "another line", "no JSON", "no object", "no line"],
+)
+def test_rows_that_are_not_of_the_marked_documents_end_what_is_kept(rows: bytes, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    stopped(output, chunks=1)
+    assert reopened(output)[0] == 3
+    before = journal_path(output).read_bytes() + rows
+    journal_path(output).write_bytes(before + sealed_marker(before))
+    assert reopened(output) == (3, 1, [1, 2, 3])
 
 
 def test_more_documents_than_the_input_has_are_not_believed(bundle: MakeBundle, tmp_path: Path) -> None:
@@ -131,7 +152,7 @@ def test_more_documents_than_the_input_has_are_not_believed(bundle: MakeBundle, 
     with Engine(bundle("text-classification"), threads=1) as engine:
         with pytest.raises(KeyboardInterrupt):
             run_documents(engine, None, source, output, progress=stop)
-        before = journal_path(output).read_bytes()
+        before = journal_path(output).read_bytes() + b"".join(b'{"line": %d}\n' % line for line in (3, 4, 5))
         journal_path(output).write_bytes(before + sealed_marker(before))
         assert run_documents(engine, None, source, output).resumed_at == 0
     assert [json.loads(row)["line"] for row in output.read_text().splitlines()] == [1, 2]

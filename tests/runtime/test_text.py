@@ -14,7 +14,9 @@ from tokenizers import Tokenizer
 
 from lfx.config import GRAPH_INPUTS, Signature, TensorSpec
 from lfx.errors import ArtifactError, InputError
+from lfx.runtime import Engine
 from lfx.runtime.text import LARGEST_FILE, TOKENIZER, Encoded, Text
+from tests.conftest import MakeBundle
 from tests.models import tiny_tokenizer
 
 START, END, MASK = 0, 2, 4
@@ -453,3 +455,15 @@ def test_the_digest_covers_all_that_decides_an_answer(folder: Path) -> None:
         (folder / file).write_text(content or (folder / TOKENIZER).read_text() + " ")
         digests.add(Text(folder, signature("fill-mask")).sha256)
     assert len(digests) == 4
+
+
+@pytest.mark.parametrize("task", ["question-answering", "text-classification", "token-classification"])
+def test_outputs_that_are_no_numbers_have_no_answer(task: str, bundle: MakeBundle) -> None:
+    with Engine(bundle(task)) as engine:
+        reader = Text(bundle(task), engine.signature)
+        encoded = reader.encode("the quick <mask>", "brown fox" if task == "question-answering" else None)
+        outputs = {name: np.asarray(value) for name, value in engine.run(encoded.ids).items()}
+    assert reader.answers(encoded, outputs)
+    for array in outputs.values():
+        array[..., -1] = np.nan
+    assert reader.answers(encoded, outputs) == []
