@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from lfx.checks import one_of
 from lfx.config import TASKS
 from lfx.errors import ExportError, one_line
 from lfx.export import checkpoint
+from lfx.files import temporary_folder
 
 _BY_ARCHITECTURE = {task.architecture: name for name, task in TASKS.items()}
 
@@ -91,8 +90,8 @@ def load_tokenizer(model: str) -> Any:
     Raises:
         ExportError: it has one that cannot be loaded.
     """
-    with quiet(), tempfile.TemporaryDirectory(prefix="lfx-tokenizer-") as scratch:
-        if not checkpoint.copy_tokenizer(model, Path(scratch)):
+    with quiet(), temporary_folder("tokenizer") as scratch:
+        if not checkpoint.copy_tokenizer(model, scratch):
             return None
         try:
             return transformers.AutoTokenizer.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
