@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from onnx.inliner import inline_local_functions
 
 from lfx.config import MODEL, WEIGHTS
 from lfx.errors import ArtifactError
@@ -73,6 +74,60 @@ def test_two_entries_of_lfx_metadata_are_refused(tmp_path: Path) -> None:
     model.metadata_props.add(key="lfx", value="other")
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(ArtifactError, match="two entries of lfx metadata"):
+        read_header(tmp_path / "m.onnx")
+
+
+def calling(calls: dict[str, list[str]], graph: list[str]) -> bytes:
+    """A model whose functions and whose graph have one node for each name that they call, the last one in a branch."""
+
+    def nodes(names: list[str]) -> list[onnx.NodeProto]:
+        made = [helper.make_node(name, [], [f"o{i}"], domain="x" * (name in calls)) for i, name in enumerate(names)]
+        inner = helper.make_graph(made[-1:], "branch", [], [])
+        return [*made[:-1], helper.make_node("If", ["c"], ["y"], then_branch=inner)]
+
+    versions = [helper.make_opsetid("", 17), helper.make_opsetid("x", 1)]
+    functions = [helper.make_function("x", name, [], ["y"], nodes(names), versions) for name, names in calls.items()]
+    return helper.make_model(helper.make_graph(nodes(graph), "g", [], []), functions=functions).SerializeToString()
+
+
+def count(graph: onnx.GraphProto) -> int:
+    """Number of nodes, those of inner graphs too."""
+    inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    return len(graph.node) + sum(map(count, inner))
+
+
+def test_nodes_are_counted_as_they_are_once_inlined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = calling({"A": ["B", "B", "Add"], "B": ["Neg"], "Unused": ["A"] * 50}, ["A", "B", "A"])
+    (tmp_path / "m.onnx").write_bytes(content)
+    inlined = count(inline_local_functions(onnx.load_from_string(content)).graph)
+    assert inlined == 15
+    monkeypatch.setattr("lfx.onnx_file._MOST_NODES", inlined - 1)
+    with pytest.raises(ArtifactError, match="more than 14 nodes once its functions are inlined"):
+        read_header(tmp_path / "m.onnx")
+    monkeypatch.setattr("lfx.onnx_file._MOST_NODES", inlined)
+    read_header(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("calls", "why"),
+    [
+        ({f"F{i}": [f"F{i + 1}"] * 4 for i in range(60)}, "more than 200,000 nodes"),
+        ({"F0": ["F1", "F1"], "F1": ["F0", "F0"]}, "too deeply"),
+        ({f"F{i}": [f"F{i + 1}"] for i in range(5000)}, "too deeply"),
+    ],
+    ids=["multiplied", "of itself", "chained"],
+)
+def test_functions_without_end_are_refused(calls: dict[str, list[str]], why: str, tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(calling(calls, ["F0", "F0"]))
+    with pytest.raises(ArtifactError, match=why):
+        read_header(tmp_path / "m.onnx")
+
+
+def test_two_functions_of_one_name_are_refused(tmp_path: Path) -> None:
+    model = onnx.load_from_string(calling({"A": ["Add"]}, ["A"]))
+    model.functions.append(model.functions[0])
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match="defined twice"):
         read_header(tmp_path / "m.onnx")
 
 

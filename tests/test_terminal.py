@@ -7,8 +7,10 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -109,6 +111,29 @@ def test_a_size_that_is_no_number_is_left_out(monkeypatch: pytest.MonkeyPatch) -
     prepare_streams()
     assert "COLUMNS" not in os.environ
     assert "LINES" not in os.environ
+
+
+def test_an_import_is_finished_before_an_interrupt_is_raised(tmp_path: Path) -> None:
+    # In the place of C++ modules that abort the process when the interrupt is raised inside an import of theirs.
+    (tmp_path / "slow.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(0.3)\nwhole = True\n"
+    )
+    program = """
+import sys, time
+from lfx.terminal import catch_interrupts, interrupted
+catch_interrupts()
+sys.path.insert(0, sys.argv[1])
+try:
+    import slow
+    assert interrupted()
+    time.sleep(60)
+except KeyboardInterrupt:
+    print(sys.modules["slow"].whole)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
 
 
 def test_what_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,12 +14,14 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, TextIO
+from types import FrameType
+from typing import Any, TextIO
 
 from lfx.checks import json_text
 from lfx.errors import LfxError, with_cure
 
 _interrupted = threading.Event()
+_IMPORT_SYSTEM = "<frozen importlib._bootstrap>"  # the file name in its frames
 _LONGEST_CELL = 2000  # letters; a label may have millions, which rich takes minutes to lay out
 
 # Control, format and surrogate characters, and the two separators of lines that are none of ASCII's. Format
@@ -119,9 +121,28 @@ def interrupted() -> bool:
     return _interrupted.is_set()
 
 
-def _interrupt(*_: Any) -> NoReturn:
+def _interrupt(number: int, frame: FrameType | None) -> None:
     _interrupted.set()
+    if _is_importing(frame):
+        _send_again(number)
+        return
     raise KeyboardInterrupt
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether an import is under way. Some C++ modules abort the process when one that they import is interrupted."""
+    while frame is not None:
+        if frame.f_code.co_filename == _IMPORT_SYSTEM:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_again(number: int) -> None:
+    """Send a signal to this process again, shortly."""
+    again = threading.Timer(0.1, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
 
 
 def _unless_interrupted(show: Callable[[str], None]) -> Callable[[str], None]:
@@ -140,9 +161,7 @@ def _dropped(error: Any) -> None:
     if not isinstance(error.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(error)
         return
-    again = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
-    again.daemon = True
-    again.start()
+    _send_again(signal.SIGINT)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
