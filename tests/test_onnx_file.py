@@ -87,7 +87,8 @@ def calling(calls: dict[str, list[str]], graph: list[str]) -> bytes:
 
     versions = [helper.make_opsetid("", 17), helper.make_opsetid("x", 1)]
     functions = [helper.make_function("x", name, [], ["y"], nodes(names), versions) for name, names in calls.items()]
-    return helper.make_model(helper.make_graph(nodes(graph), "g", [], []), functions=functions).SerializeToString()
+    graph_proto = helper.make_graph(nodes(graph), "g", [], [])
+    return helper.make_model(graph_proto, functions=functions, opset_imports=versions).SerializeToString()
 
 
 def count(graph: onnx.GraphProto) -> int:
