@@ -8,7 +8,7 @@ from typing import Any
 import transformers
 from transformers.activations import ACT2FN
 
-from lfx.checks import one_of, parse_json, real_number, whole_number
+from lfx.checks import LARGEST, one_of, parse_json, real_number, whole_number
 from lfx.errors import ExportError, one_line
 
 # Keys that make transformers fetch or import code, or load another model.
@@ -72,7 +72,7 @@ def read_settings(path: Path, model: str) -> dict[str, Any]:
 
 
 def _check_settings(values: dict[str, Any], path: Path) -> None:
-    def whole(name: str, low: int, high: int | None = None) -> int:
+    def whole(name: str, low: int, high: int = LARGEST) -> int:
         return whole_number(values[name], f"{path}: {name}", low, high, ExportError)
 
     vocab_size = whole("vocab_size", 1)

@@ -67,6 +67,11 @@ def run_documents(
         DependencyError: one of the files is Parquet, and pyarrow is not installed.
         LfxError: the engine fails on every input. What is done is kept.
     """
+    if not isinstance(engine, Engine) or not isinstance(reader, Text | None):
+        raise InputError(
+            f"engine and reader are {type(engine).__name__} and {type(reader).__name__}; give an Engine, and a Text or "
+            "None"
+        )
     stride = None if stride is None else whole_number(stride, "stride", 1)
     max_windows = whole_number(max_windows, "max_windows", 1)
     source, output = _check_files(engine, source, output)

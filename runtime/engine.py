@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.checks import file_path, one_of, shown, whole_number
+from lfx.checks import LARGEST, file_path, one_of, shown, whole_number
 from lfx.config import Manifest, Signature, sha256
 from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
 from lfx.runtime import backends, forks
@@ -197,6 +197,7 @@ class Engine:
 
     def takes(self, batch: int, seqlen: int) -> bool:
         """Whether a batch of this shape can be run: any within the model's limits, or a profile of the plan."""
+        batch, seqlen = whole_number(batch, "batch", 1), whole_number(seqlen, "seqlen", 1)
         longest = self.signature.max_seqlen
         return (longest is None or seqlen <= longest) and self._open().takes(batch, seqlen)
 
@@ -355,7 +356,12 @@ def _checked_shapes(shapes: Any, longest: int | None) -> list[tuple[int, int]]:
     checked = []
     try:
         for batch, seqlen in shapes:
-            checked.append((whole_number(batch, "batch", 1), whole_number(seqlen, "seqlen", 1, longest)))
+            checked.append(
+                (
+                    whole_number(batch, "batch", 1),
+                    whole_number(seqlen, "seqlen", 1, LARGEST if longest is None else longest),
+                )
+            )
     except (TypeError, ValueError) as error:
         raise InputError(f"shapes is {shown(shapes)}; give a list of pairs (batch, seqlen)") from error
     return checked

@@ -17,6 +17,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".parquet")  # in any case
 FIELDS = ("text", "pair", "input_ids", "id")
 _LONGEST_LINE = 50_000_000  # bytes
 _BATCH = 256  # rows of a Parquet file that are read together
+_STRINGS = ("string", "large_string")  # types of columns
 _GROUP_BYTES = 1 << 24  # of JSON, that become one row group of a Parquet file
 _NUMBERS = {"score": "float64", "position": "int64", "choice": "int64"}  # fields of answers that are no strings
 
@@ -112,10 +113,11 @@ def _json_document(line: bytes) -> Any:
         return InputError(f"broken JSON: {one_line(error)}" if line.strip() else "empty line")
 
 
-def _open_parquet(source: Path) -> Any:
+def _open_parquet(source: Path, held_once: Sequence[str] = ()) -> Any:
+    """A Parquet file. Equal values of the columns `held_once`, of strings, are held once in memory, as in the file."""
     parquet = require("pyarrow.parquet", "parquet")
     try:
-        return parquet.ParquetFile(source)
+        return parquet.ParquetFile(source, read_dictionary=held_once)
     except MemoryError:
         raise
     except Exception as error:
@@ -123,11 +125,11 @@ def _open_parquet(source: Path) -> Any:
 
 
 def _parquet_documents(source: Path, start: int) -> Iterator[tuple[int, Any]]:
-    file = _open_parquet(source)
-    columns = [name for name in file.schema_arrow.names if name in FIELDS]
+    columns = [column for column in _open_parquet(source).schema_arrow if column.name in FIELDS]
+    file = _open_parquet(source, [column.name for column in columns if str(column.type) in _STRINGS])
     number = 0
     try:
-        for batch in file.iter_batches(_BATCH, columns=columns):
+        for batch in file.iter_batches(_BATCH, columns=[column.name for column in columns]):
             for i in range(batch.num_rows):
                 number += 1
                 if number > start:

@@ -107,6 +107,8 @@ class Metrics:
             InputError: the registry has the counters of an Engine already.
         """
         client = require("prometheus_client", "metrics")
+        if registry is not None and not callable(getattr(registry, "register", None)):
+            raise InputError(f"registry is {type(registry).__name__}; give a prometheus_client.CollectorRegistry")
         try:
             (client.REGISTRY if registry is None else registry).register(self)
         except ValueError as error:

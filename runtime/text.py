@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -78,6 +78,8 @@ class Text:
     def __init__(self, bundle: Path, signature: Signature) -> None:
         from tokenizers import Tokenizer
 
+        if not isinstance(signature, Signature):
+            raise InputError(f"signature is {type(signature).__name__}; give the signature of an Engine")
         bundle = file_path(bundle, "the tokenizer's folder", ArtifactError)
         path = bundle / TOKENIZER
         data = _read(path)
@@ -164,23 +166,28 @@ class Text:
         first = sequences.index(index) if index in sequences else 0
         return encoded, range(first, first + sequences.count(index))
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids.
 
         Raises:
-            InputError: an id that the tokenizer does not have.
+            InputError: no ids, or an id that the tokenizer does not have.
         """
         with _failing(InputError, "the tokenizer fails on these ids", "use the tokenizer that belongs to this model"):
-            for token in ids:
-                whole_number(token, "id", 0, 2**32 - 1)
+            tokens = [whole_number(token, "id", 0, 2**32 - 1) for token in ids]
+            for token in tokens:
                 if self._tokenizer.id_to_token(token) is None:
                     raise InputError(
                         f"id {token} is not in the tokenizer's vocabulary; use the tokenizer that belongs to this model"
                     )
-            return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            return str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def label(self, index: int) -> str:
-        """The name of a class, from the checkpoint's config."""
+        """The name of a class, from the checkpoint's config.
+
+        Raises:
+            InputError: no index.
+        """
+        index = whole_number(index, "index", 0)
         return self._labels.get(str(index), f"LABEL_{index}")
 
     def answers(self, encoded: Encoded, outputs: dict[str, NDArray[Any]]) -> list[dict[str, Any]]:
@@ -195,6 +202,9 @@ class Text:
         Raises:
             InputError: outputs of another text or task, or an answer with an id that the tokenizer does not have.
         """
+        if not isinstance(encoded, Encoded):
+            raise InputError(f"encoded is {type(encoded).__name__}; give what `encode` returned for this text")
+        _check_outputs(outputs)
         if any(np.isnan(array).any() for array in outputs.values()):
             return []
         task = self._signature.task
@@ -354,6 +364,15 @@ def _output(outputs: dict[str, NDArray[Any]], name: str, task: str, tokens: int 
     if tokens is not None and len(array) != tokens:
         raise InputError(f"{name} has {len(array)} tokens and the text {tokens}; give the outputs of this text")
     return array
+
+
+def _check_outputs(outputs: Any) -> None:
+    """Raises InputError unless they are what `Engine.run` gives for one sequence."""
+    if not isinstance(outputs, dict) or not all(
+        isinstance(array, np.ndarray) and array.dtype.kind in "biuf" and array.ndim > 1 and len(array) == 1
+        for array in outputs.values()
+    ):
+        raise InputError("outputs are not those of one sequence; give what Engine.run returned for it")
 
 
 def _softmax(logits: NDArray[Any]) -> NDArray[Any]:

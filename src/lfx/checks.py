@@ -12,20 +12,21 @@ from typing import Any, NoReturn
 
 from lfx.errors import InputError, LfxError
 
+LARGEST = 2**63 - 1  # of a whole number that names no other limit
 _DEEPEST = 100  # levels of JSON, far fewer than Python's own stack has
 
 
-def whole_number(value: Any, name: str, low: int, high: int | None = None, error: type[LfxError] = InputError) -> int:
-    """An option that must be a whole number from `low` to `high` (None: no limit); numpy's integers will do.
+def whole_number(value: Any, name: str, low: int, high: int = LARGEST, error: type[LfxError] = InputError) -> int:
+    """An option that must be a whole number from `low` to `high`; numpy's integers will do.
 
     Raises:
         LfxError: of the type `error`, where it is another type or out of range.
     """
-    allowed = f"a whole number from {low} to {high}" if high is not None else f"a whole number, {low} or more"
+    allowed = f"a whole number from {low} to {high}" if high < LARGEST else f"a whole number, {low} or more"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise error(f"{name} is {shown(value)}; give {allowed}")
     number = int(value)
-    if number < low or (high is not None and number > high):
+    if not low <= number <= high:
         raise error(f"{name} {shown(number)} is out of range; give {allowed}")
     return number
 

@@ -162,6 +162,12 @@ def test_outputs_are_owned_by_the_caller(bundle: MakeBundle, backend: str) -> No
             assert not any((row == -99.0).any() for output in kept.values() for row in output)
 
 
+@pytest.mark.parametrize("shape", [(None, None), (1, "4"), (0, 4), (1, 10**5000)], ids=["none", "text", "zero", "huge"])
+def test_takes_refuses_what_is_no_shape(shape: tuple[Any, Any], engine: Engine) -> None:
+    with pytest.raises(InputError):
+        engine.takes(*shape)
+
+
 def test_no_requests_together_give_no_answers(engine: Engine) -> None:
     assert engine.run_together([]) == []
 

@@ -174,6 +174,21 @@ def test_rows_that_parquet_cannot_hold_are_kept_and_written_as_json_by_what_the_
     assert len(other.read_text().splitlines()) == 3
 
 
+def test_equal_texts_of_a_parquet_file_are_held_once(tmp_path: Path) -> None:
+    text = "fox " * 500_000
+    table = pyarrow.table({"text": [text] * 256, "id": range(256), "input_ids": [[1, 2]] * 256})
+    parquet.write_table(table, tmp_path / "in.parquet", compression="zstd")
+    assert (tmp_path / "in.parquet").stat().st_size < 100_000
+    before, pool = pyarrow.default_memory_pool(), pyarrow.proxy_memory_pool(pyarrow.default_memory_pool())
+    pyarrow.set_memory_pool(pool)
+    try:
+        for number, document in read_documents(tmp_path / "in.parquet"):
+            assert document == {"text": text, "id": number - 1, "input_ids": [1, 2]}
+    finally:
+        pyarrow.set_memory_pool(before)
+    assert pool.max_memory() < 32 * len(text)
+
+
 def test_one_row_of_parquet_that_cannot_be_read_is_one_refused_row(tmp_path: Path) -> None:
     raw = pyarrow.array([b"the fox", b"\xff\xfe", b"dog"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": raw, "more": [1, 2, 3]}), tmp_path / "in.parquet")

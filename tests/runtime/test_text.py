@@ -449,6 +449,33 @@ def test_outputs_of_another_text_or_model_are_refused(folder: Path) -> None:
             answers(folder, task, logits=np.zeros((9, 55)))
 
 
+def test_what_is_no_text_has_no_answers(folder: Path) -> None:
+    reader = Text(folder, signature("text-classification"))
+    outputs = {"logits": np.float32([[1.0, 2.0, 3.0]])}
+    for encoded, given in (
+        (None, outputs),
+        (reader.encode("the fox"), None),
+        (reader.encode("the fox"), {"logits": [[1.0, 2.0, 3.0]]}),
+        (reader.encode("the fox"), {"logits": np.float32([1.0, 2.0, 3.0])}),
+        (reader.encode("the fox"), {"logits": np.array([["a", "b", "c"]])}),
+    ):
+        with pytest.raises(InputError, match="give what"):
+            reader.answers(encoded, given)  # type: ignore[arg-type]
+    for call in (
+        lambda: Text(folder, None),  # type: ignore[arg-type]
+        lambda: reader.label(10**5000),
+        lambda: reader.label(None),  # type: ignore[arg-type]
+        lambda: reader.windows("the fox", None, 10**5000),
+        lambda: reader.decode(None),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InputError):
+            call()
+
+
+def test_ids_are_read_once(folder: Path) -> None:
+    assert Text(folder, signature("fill-mask")).decode(iter([5, 6]))
+
+
 def test_the_digest_covers_all_that_decides_an_answer(folder: Path) -> None:
     digests = {Text(folder, signature("fill-mask")).sha256}
     for file, content in (("config.json", "{}"), ("tokenizer_config.json", "{}"), (TOKENIZER, None)):
