@@ -20,7 +20,7 @@ from lfx.runtime import forks
 
 Arrays = dict[str, NDArray[Any]]
 
-_OPENVINO_TYPES = {"fp32": "f32", "bf16": "bf16"}
+OPENVINO_TYPES = {"fp32": "f32", "bf16": "bf16"}
 # The fused SkipLayerNormalization is slower on the CPU than Add and LayerNormalization apart: 2 % of the base shape.
 SLOWER_ON_CPU = ["SkipLayerNormFusion"]
 PROVIDERS = {
@@ -130,9 +130,9 @@ class OpenVino(_AnyShape):
 
     def __init__(self, model: Path, threads: int | None, precision: str | None, stored: str) -> None:
         """`precision` of the arithmetic, None for that of the file, which is `stored`."""
-        if precision is not None and precision not in _OPENVINO_TYPES:
+        if precision is not None and precision not in OPENVINO_TYPES:
             raise DependencyError(
-                f"precision {precision!r} is not known to OpenVINO here; choose one of: {', '.join(_OPENVINO_TYPES)}"
+                f"precision {precision!r} is not known to OpenVINO here; choose one of: {', '.join(OPENVINO_TYPES)}"
             )
         openvino = require("openvino", "openvino")
         onnx = require("onnx", "openvino")
@@ -153,7 +153,7 @@ class OpenVino(_AnyShape):
                 core = openvino.Core()
                 config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
                 if precision is not None:
-                    config["INFERENCE_PRECISION_HINT"] = _OPENVINO_TYPES[precision]
+                    config["INFERENCE_PRECISION_HINT"] = OPENVINO_TYPES[precision]
                 elif stored != "bf16":
                     # On a CPU with AMX the default computes float32 models in bfloat16, in silence.
                     config["INFERENCE_PRECISION_HINT"] = "f32"

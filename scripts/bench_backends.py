@@ -6,7 +6,8 @@
 
 latency: docs/records/backends.jsonl, a row for each contender, length and batch as soon as it is measured. The int8
 model is calibrated on the example document. A precision that this CPU has no arithmetic for is not measured in lfx,
-which refuses it. Hugging Face's bfloat16 is measured at batch 1 only: without such arithmetic it takes minutes a run.
+which refuses it. Without bfloat16 arithmetic Hugging Face's bfloat16 takes minutes a run, and is measured at batch 1 only.
+Records of another CPU stay: each has rows, and a table, of its own.
 blocks: docs/records/blocks.jsonl, the time of one sequence by the number of queries in a block of the attention.
 attention: docs/records/attention.jsonl, ONNX Runtime's fused Attention beside the nodes that the graph has instead.
 profile: docs/records/profile.jsonl, where the time of one sequence goes, by the backends' own counters.
@@ -32,18 +33,20 @@ from checkpoints import DOCUMENT, save_base_checkpoint
 from onnx.inliner import inline_local_functions
 from transformers import LongformerModel, logging
 
-from lfx.config import MODEL
+from lfx.config import MODEL, cpu_name
 from lfx.errors import DependencyError
 from lfx.export import export
 from lfx.export.functions import BLOCK, HIDDEN
 from lfx.export.quantize import quantize
 from lfx.files import link_or_copy
 from lfx.runtime import Engine
-from lfx.runtime.backends import SLOWER_ON_CPU
+from lfx.runtime.backends import OPENVINO_TYPES, SLOWER_ON_CPU
 from lfx.runtime.bench import Run, measure
 
 LENGTHS = (512, 1024, 2048, 4096)
 ROUNDS = {1: 5, 8: 1}  # at batch 8 one run of all contenders takes minutes
+PROFILED = (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
+HAS_BFLOAT16 = "amx_bf16" in cpu_name()
 MEASURES = ("latency", "blocks", "attention", "profile")
 BLOCKS = (64, 96, 128, 192, 256)
 Feeds = dict[str, np.ndarray]
@@ -69,12 +72,12 @@ def main() -> None:
         checkpoint = save_base_checkpoint(Path(folder) / "checkpoint")
         bundle = export(checkpoint, Path(folder) / "fp32")
         if "profile" in options.measures:
-            rows = [
-                {**about, "backend": backend, **profile(counters, bundle, length, options.threads)}
-                for length in dict.fromkeys((options.lengths[0], options.lengths[-1]))
-                for backend, counters in (("onnxruntime", onnxruntime_counters), ("openvino", openvino_counters))
-            ]
-            record.write("profile", rows)
+            for length in dict.fromkeys((options.lengths[0], options.lengths[-1])):
+                for backend, precision in PROFILED:
+                    if precision == "bf16" and not HAS_BFLOAT16:
+                        continue
+                    row = profile(backend, precision, bundle, length, options.threads)
+                    record.update("profile", {**about, **row}, ("cpu", "seqlen", "backend", "precision"))
         if "attention" in options.measures:
             record.write("attention", [{**about, **row} for row in attention(options.lengths[-1], options.threads)])
         if "blocks" in options.measures:
@@ -91,13 +94,13 @@ def main() -> None:
 def latency(runs: dict[str, Run], lengths: list[int], batches: list[int], about: dict[str, Any]) -> None:
     """Time everything; each row goes to the record at once."""
     for batch in batches:
-        chosen = {name: run for name, run in runs.items() if batch == 1 or name != EAGER_BF16}
+        chosen = {name: run for name, run in runs.items() if batch == 1 or HAS_BFLOAT16 or name != EAGER_BF16}
         for length in lengths:
             differences = _differences(chosen, length) if batch == 1 else {}
             rounds = ROUNDS.get(batch, 1)
             for row in measure(chosen, [length], [batch], rounds=rounds, warm_up=False, vocab_size=50000):
                 row["max_difference"] = differences.get(row["contender"])
-                record.update("backends", {**about, **row}, ("batch", "seqlen", "contender"))
+                record.update("backends", {**about, **row}, ("cpu", "batch", "seqlen", "contender"))
                 print(
                     batch,
                     length,
@@ -164,11 +167,15 @@ def attention(length: int, threads: int) -> list[dict[str, Any]]:
     return rows
 
 
-def profile(counters: Callable[..., list[Counted]], bundle: Path, length: int, threads: int) -> dict[str, Any]:
+def profile(backend: str, precision: str, bundle: Path, length: int, threads: int) -> dict[str, Any]:
     """Where a backend's time goes: its own counters of the fastest of five runs, by part of the model."""
     ids = np.random.default_rng(0).integers(3, 50000, (1, length))
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "global_attention_mask": np.zeros_like(ids)}
-    run = min(counters(bundle, feeds, threads), key=lambda nodes: sum(seconds for _, _, seconds in nodes))
+    if backend == "onnxruntime":
+        runs = onnxruntime_counters(bundle, feeds, threads)
+    else:
+        runs = openvino_counters(bundle, feeds, threads, OPENVINO_TYPES[precision])
+    run = min(runs, key=lambda nodes: sum(seconds for _, _, seconds in nodes))
     parts = {"linear layers": 0.0, "attention": 0.0, "the rest": 0.0}
     for name, kind, seconds in run:
         # Nodes of a function's body carry the inliner's names; the model's own carry their modules'.
@@ -178,8 +185,8 @@ def profile(counters: Callable[..., list[Counted]], bundle: Path, length: int, t
             parts["linear layers" if kind in ("MatMul", "Gemm", "FullyConnected") else "the rest"] += seconds
     total = sum(parts.values())
     shares = {part: seconds / total for part, seconds in parts.items()}
-    print({part: f"{share:.1%}" for part, share in shares.items()}, flush=True)
-    return {"seqlen": length, "seconds": total, "shares": shares}
+    print(backend, precision, length, {part: f"{share:.1%}" for part, share in shares.items()}, flush=True)
+    return {"backend": backend, "precision": precision, "seqlen": length, "seconds": total, "shares": shares}
 
 
 def onnxruntime_counters(bundle: Path, feeds: Feeds, threads: int) -> list[Counted]:
@@ -202,14 +209,14 @@ def onnxruntime_counters(bundle: Path, feeds: Feeds, threads: int) -> list[Count
     return runs
 
 
-def openvino_counters(bundle: Path, feeds: Feeds, threads: int) -> list[Counted]:
+def openvino_counters(bundle: Path, feeds: Feeds, threads: int, precision: str) -> list[Counted]:
     """Name, kind and seconds of every layer, for each of five runs."""
     with tempfile.TemporaryDirectory() as folder:
         inlined = Path(folder) / MODEL
         onnx.save(inline_local_functions(onnx.load(str(bundle / MODEL), load_external_data=False)), str(inlined))
         for data in bundle.glob(f"{MODEL}.*"):
             link_or_copy(data, Path(folder) / data.name)
-        settings = {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+        settings = {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
         core = openvino.Core()
         request = core.compile_model(core.read_model(str(inlined)), "CPU", settings).create_infer_request()
     runs: list[Counted] = []
