@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lfx.checks import file_path
-from lfx.config import MANIFEST, Manifest
 from lfx.errors import ArtifactError, ExportError, LfxError
 from lfx.files import exchange, is_disk_full, locked, private_folder, why_unwritten
+from lfx.manifest import MANIFEST, Manifest
 
 # Names in the private folder. Once the file _EXCHANGING is there, _NEW may be the older bundle.
 _NEW, _OLD, _EXCHANGING = "new", "old", "exchanging"

@@ -17,17 +17,6 @@ from transformers.models.longformer import modeling_longformer as hf
 
 import lfx
 from lfx.checks import file_path, whole_number
-from lfx.config import (
-    GRAPH_INPUTS,
-    MODEL,
-    OPSETS,
-    TASKS,
-    WEIGHTS,
-    Manifest,
-    Signature,
-    TensorSpec,
-    package_versions,
-)
 from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.export.companions import check_tokenizer, write_config, write_tokenizer
@@ -38,6 +27,9 @@ from lfx.export.passes.opset import TRACED
 from lfx.export.rewrite import GlobalTokens, Traceable, attention_windows, rewrite
 from lfx.export.runners import TORCH_DTYPES
 from lfx.export.validate import check_rows, default_global_of, forward_inputs, granularity, ignores_padding, validate
+from lfx.machine import package_versions
+from lfx.manifest import MODEL, WEIGHTS, Manifest
+from lfx.signature import GRAPH_INPUTS, OPSETS, TASKS, Signature, TensorSpec
 
 Progress = Callable[[str], None]
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
@@ -65,7 +57,7 @@ def export(
             (batch, seqlen) int64. The module is not changed.
         output: the bundle's folder; default: the model's name in the current folder. An older bundle there is
             replaced, anything else is refused.
-        task: one of `lfx.config.TASKS`; "auto" reads it from the config, or from the module's class.
+        task: one of `lfx.signature.TASKS`; "auto" reads it from the config, or from the module's class.
         opset: 17 to 23.
         precision: fp32, fp16 or bf16, of weights and arithmetic; softmax and layer norm sum in float32, and the
             outputs are float32 in all three.

@@ -11,7 +11,6 @@ import torch
 from onnx_ir.passes import common
 
 from lfx.checks import json_text
-from lfx.config import GLOBAL_ROWS, GLOBAL_SLOTS
 from lfx.errors import ExportError
 from lfx.export import functions
 from lfx.export.passes.constants import share_constants
@@ -19,6 +18,7 @@ from lfx.export.passes.gelu import reorder_gelu
 from lfx.export.passes.names import name_after_modules, rename_dimensions
 from lfx.export.passes.opset import TRACED, set_opset
 from lfx.export.passes.weights import transpose_weights
+from lfx.signature import GLOBAL_ROWS, GLOBAL_SLOTS
 
 # Constants up to this many elements are computed at export; a weight never is.
 _FOLD_LIMIT = 256

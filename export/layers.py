@@ -9,11 +9,12 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-from lfx.config import MODEL, Signature, TensorSpec
 from lfx.errors import ArtifactError
 from lfx.export.functions import DOMAIN
 from lfx.files import link_or_copy
+from lfx.manifest import MODEL
 from lfx.onnx_file import read_header
+from lfx.signature import Signature, TensorSpec
 
 
 def layer_name(index: int) -> str:

@@ -14,10 +14,10 @@ import transformers
 from torch import nn
 
 from lfx.checks import one_of
-from lfx.config import TASKS
 from lfx.errors import ExportError, one_line
 from lfx.export import checkpoint
 from lfx.files import temporary_folder
+from lfx.signature import TASKS
 
 _BY_ARCHITECTURE = {task.architecture: name for name, task in TASKS.items()}
 
@@ -48,7 +48,7 @@ def load(model: str, task: str = "auto") -> tuple[nn.Module, str]:
 
     Args:
         model: a folder with config.json and weights, or a model id of the hub.
-        task: one of `lfx.config.TASKS`, or "auto": by the architecture in the config.
+        task: one of `lfx.signature.TASKS`, or "auto": by the architecture in the config.
     Returns:
         The model and the name of its task. A base model whose checkpoint has no pooler comes without one.
     Raises:

@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 from lfx.checks import file_path, one_of, whole_number
-from lfx.config import GLOBAL_MODES, PRECISIONS, TASKS
 from lfx.errors import ExportError
+from lfx.signature import GLOBAL_MODES, PRECISIONS, TASKS
 
 
 def check_choices(task: Any, precision: Any, global_attention: Any, inline_functions: Any, progress: Any) -> None:

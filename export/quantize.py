@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from onnxruntime import quantization as ortq
 
 from lfx.checks import file_path, one_of, whole_number
-from lfx.config import MANIFEST, MODEL, Manifest, Signature, is_multi_label, package_versions, sha256
 from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.export.companions import drop_code
 from lfx.files import copy, temporary_folder
+from lfx.machine import package_versions
+from lfx.manifest import MANIFEST, MODEL, Manifest, sha256
 from lfx.parity import Case, Report, compare
 from lfx.runtime import Engine
 from lfx.runtime.artifact import check_bundle
@@ -38,6 +39,7 @@ from lfx.runtime.documents import encoded
 from lfx.runtime.formats import is_documents
 from lfx.runtime.inputs import prepare
 from lfx.runtime.text import settings
+from lfx.signature import Signature, is_multi_label
 
 ACTIVATIONS = ("uint8", "int8")
 SAMPLES = 32

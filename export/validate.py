@@ -15,7 +15,6 @@ import numpy as np
 from torch import nn
 from transformers.models.longformer import modeling_longformer as hf
 
-from lfx.config import GRAPH_INPUTS, QUANTIZED, Signature, is_multi_label
 from lfx.errors import ExportError, InputError
 from lfx.export.layers import layer_name
 from lfx.export.rewrite import attention_windows
@@ -25,6 +24,7 @@ from lfx.runtime import Engine
 from lfx.runtime.conversion import engine_runner, model_inputs
 from lfx.runtime.engine import check_cuttable, cut
 from lfx.runtime.inputs import default_global
+from lfx.signature import GRAPH_INPUTS, QUANTIZED, Signature, is_multi_label
 
 _NO_SIGNATURE = Signature("", "feature-extraction", "fp32", (), (), ())
 
@@ -95,7 +95,7 @@ def default_global_of(module: nn.Module, vocab_size: int | None, pad: int | None
     """Which of the known rules a module follows when it is called without global_attention_mask.
 
     Returns:
-        A `default_global` of `lfx.config.Signature`; "required" where no known rule gives the module's numbers.
+        A `default_global` of `lfx.signature.Signature`; "required" where no known rule gives the module's numbers.
     """
     length = min(8 * granularity(module), 64) if granularity(module) == 1 else granularity(module)
     separator = sep if sep is not None and (vocab_size is None or sep < vocab_size) else None

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lfx.checks import parse_json, shown
-from lfx.config import MANIFEST, MODEL, Manifest, Signature, locate
 from lfx.errors import ArtifactError
 from lfx.files import copy, link_or_copy, temporary_folder
+from lfx.manifest import MANIFEST, MODEL, Manifest, locate
 from lfx.onnx_file import read_header
+from lfx.signature import Signature
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.config import cpu_fields
 from lfx.errors import ArtifactError, DependencyError, LfxError, one_line, require, with_cure
 from lfx.files import link_or_copy, temporary_folder
+from lfx.machine import cpu_fields
 from lfx.onnx_file import read_header
 from lfx.runtime import forks
 

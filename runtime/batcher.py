@@ -15,12 +15,12 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from lfx.checks import real_number, whole_number
-from lfx.config import Signature
 from lfx.errors import InputError, LfxError, OverloadError, one_line
 from lfx.runtime import forks
 from lfx.runtime.batching import batches
 from lfx.runtime.engine import AHEAD, Engine, Outputs, check_cuttable
 from lfx.runtime.inputs import Batch, prepare
+from lfx.signature import Signature
 
 _log = logging.getLogger("lfx")
 MAX_WORKERS = 1024

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from lfx.checks import file_path, flag, one_of, output_file, shown, whole_number
-from lfx.config import MANIFEST, MODEL, PRECISIONS, Manifest, Signature, locate, package_versions, sha256
 from lfx.errors import ArtifactError, BuildError, DependencyError, LfxError, one_line, require
 from lfx.files import is_disk_full, private_folder, temporary_folder, why_unwritten
+from lfx.machine import package_versions
+from lfx.manifest import MANIFEST, MODEL, Manifest, locate, sha256
 from lfx.runtime import plugin as plugins
 from lfx.runtime.artifact import check_bundle
 from lfx.runtime.plan import SUFFIX, PlanManifest, json_path, publish
 from lfx.runtime.profile import Profile, Range, profiles
+from lfx.signature import PRECISIONS, Signature
 
 Progress = Callable[[str], None]
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from lfx.config import Manifest, Signature
 from lfx.errors import BuildError
+from lfx.manifest import Manifest
 from lfx.parity import UNIT_ROUNDOFF, Arrays, Case, Runner, compare, inputs_of, quick_cases
 from lfx.runtime.engine import Engine
+from lfx.signature import Signature
 
 # Ids of a model without a word embedding of Hugging Face's are drawn below this.
 _UNKNOWN_VOCABULARY = 8

@@ -10,9 +10,9 @@ from typing import Any
 
 from lfx import __version__
 from lfx.checks import file_path, whole_number
-from lfx.config import Signature, sha256
 from lfx.errors import InputError, one_line, require
 from lfx.files import is_disk_full
+from lfx.manifest import sha256
 from lfx.runtime.engine import AHEAD, Engine
 from lfx.runtime.formats import (
     SUFFIXES,
@@ -26,6 +26,7 @@ from lfx.runtime.formats import (
 from lfx.runtime.journal import Journal, journal_path
 from lfx.runtime.rows import OUTPUT_BYTES, Runner, Summary, outputs_per_sequence, windows_of
 from lfx.runtime.text import END_TO_END, TOKENIZER, Encoded, Text
+from lfx.signature import Signature
 
 # Documents whose rows count together: a run that was stopped goes on behind its last whole chunk. Batches are formed
 # within a chunk, so that such a run has the same batches, and the same numbers, as one that was left alone.

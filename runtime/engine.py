@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfx.checks import LARGEST, file_path, one_of, shown, whole_number
-from lfx.config import Manifest, Signature, sha256
 from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
+from lfx.manifest import Manifest, sha256
 from lfx.runtime import backends, forks
 from lfx.runtime.artifact import open_artifact
 from lfx.runtime.backends import int8_overflows
@@ -26,6 +26,7 @@ from lfx.runtime.batching import TOKEN_BUDGET, batches
 from lfx.runtime.inputs import Batch, join, prepare
 from lfx.runtime.metrics import Metrics
 from lfx.runtime.plan import SUFFIX, PlanManifest
+from lfx.signature import Signature
 
 MAX_THREADS = 1024
 # Sequences that `Engine.stream` sorts by length together.

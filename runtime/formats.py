@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from lfx.checks import parse_json
-from lfx.config import TensorSpec
 from lfx.errors import InputError, LfxError, one_line, require
 from lfx.files import replacing
+from lfx.signature import TensorSpec
 
 SUFFIXES = (".jsonl", ".ndjson", ".parquet")  # in any case
 FIELDS = ("text", "pair", "input_ids", "id")

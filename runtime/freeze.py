@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from lfx.config import GLOBAL_ROWS, GLOBAL_SLOTS
 from lfx.errors import BuildError
 from lfx.runtime.plugin import NAMESPACE, VERSION
+from lfx.signature import GLOBAL_ROWS, GLOBAL_SLOTS
 
 DOMAIN = "lfx"
 DTYPES: dict[str, tuple[ir.DataType, Any]] = {

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.config import Signature
 from lfx.errors import InputError, one_line
+from lfx.signature import Signature
 
 Int64 = NDArray[np.int64]
 

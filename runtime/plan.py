@@ -9,11 +9,12 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from lfx.checks import check_shape, file_path, shown
-from lfx.config import COUNT, FILE, NUMBER, QUANTIZATION, Signature, parse_sealed, read_json_file, sealed, sha256
+from lfx.checks import COUNT, NUMBER, check_shape, file_path, shown
 from lfx.errors import ArtifactError, BuildError
 from lfx.files import locked
+from lfx.manifest import FILE, QUANTIZATION, parse_sealed, read_json_file, sealed, sha256
 from lfx.runtime.profile import Profile, Range
+from lfx.signature import Signature
 
 PLAN_FORMAT_VERSION = 1
 SUFFIX = ".plan"

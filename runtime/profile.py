@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lfx.checks import shown
-from lfx.config import Signature, TensorSpec
 from lfx.errors import BuildError
+from lfx.signature import Signature, TensorSpec
 
 # Choices of a multiple-choice model, which no option names.
 CHOICES = (1, 4, 16)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.config import Signature, TensorSpec
 from lfx.errors import InputError, LfxError, one_line
 from lfx.runtime.engine import AHEAD, Engine
 from lfx.runtime.inputs import prepare
 from lfx.runtime.text import Encoded, Text
+from lfx.signature import Signature, TensorSpec
 
 # Outputs per token of the windows that run together: those of a fill-mask model have 200 kB a token.
 OUTPUT_BYTES = 1 << 30

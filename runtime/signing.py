@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lfx.checks import file_path
-from lfx.config import MANIFEST, Manifest, locate
 from lfx.errors import ArtifactError, InputError, require
+from lfx.manifest import MANIFEST, Manifest, locate
 from lfx.runtime.plan import SUFFIX, PlanManifest, json_path
 
 SIGNATURE_SUFFIX = ".minisig"

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfx.checks import file_path, parse_json, whole_number
-from lfx.config import Signature, is_multi_label
 from lfx.errors import ArtifactError, InputError, LfxError, one_line
+from lfx.signature import Signature, is_multi_label
 
 TOKENIZER, CONFIG, TOKENIZER_CONFIG = "tokenizer.json", "config.json", "tokenizer_config.json"
 END_TO_END = 0  # a stride: each window begins where the one before it ends

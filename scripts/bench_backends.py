@@ -6,8 +6,8 @@
 
 latency: docs/records/backends.jsonl, a row for each contender, length and batch as soon as it is measured. The int8
 model is calibrated on the example document. A precision that this CPU has no arithmetic for is not measured in lfx,
-which refuses it. Without bfloat16 arithmetic Hugging Face's bfloat16 takes minutes a run, and is measured at batch 1 only.
-Records of another CPU stay: each has rows, and a table, of its own.
+which refuses it. Without bfloat16 arithmetic Hugging Face's bfloat16 takes minutes a run, and is measured at batch 1
+only. Records of another CPU stay: each has rows, and a table, of its own.
 blocks: docs/records/blocks.jsonl, the time of one sequence by the number of queries in a block of the attention.
 attention: docs/records/attention.jsonl, ONNX Runtime's fused Attention beside the nodes that the graph has instead.
 profile: docs/records/profile.jsonl, where the time of one sequence goes, by the backends' own counters.
@@ -33,12 +33,13 @@ from checkpoints import DOCUMENT, save_base_checkpoint
 from onnx.inliner import inline_local_functions
 from transformers import LongformerModel, logging
 
-from lfx.config import MODEL, cpu_name
 from lfx.errors import DependencyError
 from lfx.export import export
 from lfx.export.functions import BLOCK, HIDDEN
 from lfx.export.quantize import quantize
 from lfx.files import link_or_copy
+from lfx.machine import cpu_name
+from lfx.manifest import MODEL
 from lfx.runtime import Engine
 from lfx.runtime.backends import OPENVINO_TYPES, SLOWER_ON_CPU
 from lfx.runtime.bench import Run, measure

@@ -110,8 +110,8 @@ def _export_child(bundle: Path) -> None:
             before_validation.update(seconds=time.perf_counter() - started, peak_bytes=_peak_bytes())
 
     started = time.perf_counter()
-    from lfx.config import Manifest
     from lfx.export import export
+    from lfx.manifest import Manifest
 
     export(checkpoint, bundle, progress=note)
     whole = time.perf_counter() - started

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lfx import runtime
-from lfx.config import Manifest
 from lfx.errors import ExportError, LfxError
 from lfx.export import export
 from lfx.export.load import load, quiet
+from lfx.manifest import Manifest
 from lfx.runtime.text import Text
 
 HUB_ID = "allenai/longformer-base-4096"

@@ -84,8 +84,8 @@ def properties(test: str, seed: int) -> int:
 
 def _seed_corpora() -> None:
     """Give each target one valid input to begin with."""
-    from lfx.config import MANIFEST, MODEL
     from lfx.export import export
+    from lfx.manifest import MANIFEST, MODEL
 
     sys.path.insert(0, str(record.ROOT))
     from tests.models import tiny_model

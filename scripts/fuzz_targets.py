@@ -19,10 +19,11 @@ import atheris
 
 with atheris.instrument_imports(include=["lfx"]):
     from lfx.checks import parse_json
-    from lfx.config import FORMAT_VERSION, Manifest, Signature, sealed
     from lfx.errors import ArtifactError, InputError
+    from lfx.manifest import FORMAT_VERSION, Manifest, sealed
     from lfx.onnx_file import read_header
     from lfx.runtime.plan import PLAN_FORMAT_VERSION, PlanManifest
+    from lfx.signature import Signature
 
 PATH = Path("lfx.json")
 

@@ -27,7 +27,7 @@ sys.path.append(str(ROOT / "src"))
 
 import numpy as np  # noqa: E402
 
-from lfx.config import package_versions  # noqa: E402
+from lfx.machine import package_versions  # noqa: E402
 from lfx.runtime.plugin import TYPES, BandedParams, GlobalParams, Kernels  # noqa: E402
 
 DEVICE = "cuda"

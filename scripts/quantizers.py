@@ -23,9 +23,9 @@ import record
 from checkpoints import DOCUMENT, save_base_checkpoint
 from onnx.inliner import inline_local_functions
 
-from lfx.config import MODEL, WEIGHTS
 from lfx.export import export
 from lfx.export.quantize import quantize
+from lfx.manifest import MODEL, WEIGHTS
 from lfx.runtime import Engine
 from lfx.runtime.bench import Run, measure
 from lfx.runtime.inputs import prepare

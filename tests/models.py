@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import LongformerConfig
 
-from lfx.config import TASKS
+from lfx.signature import TASKS
 
 VOCAB_SIZE = 99
 WINDOW = 8  # one-sided, of the widest layer

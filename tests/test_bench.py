@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lfx import benching
-from lfx.benching import run_bench
+from lfx.cli.bench import run_bench
 from lfx.errors import InputError
 from lfx.export import export
 from lfx.runtime import Engine, bench

@@ -23,8 +23,8 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lfx.cli import cli
-from lfx.config import MANIFEST, MODEL, WEIGHTS, Manifest
 from lfx.errors import ArtifactError, BuildError
+from lfx.manifest import MANIFEST, MODEL, WEIGHTS, Manifest
 from tests.conftest import MakeBundle
 from tests.models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from tests.runtime.test_signing import Signer

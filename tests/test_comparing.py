@@ -18,14 +18,16 @@ from onnx import external_data_helper, numpy_helper
 
 from lfx.checks import parse_json
 from lfx.cli import cli
-from lfx.comparing import checkpoint_of, run_parity
-from lfx.config import MODEL, TASKS, WEIGHTS, Manifest
+from lfx.cli.parity import run_parity
+from lfx.cli.source import checkpoint_of
 from lfx.errors import InputError
 from lfx.export import export
 from lfx.export.quantize import quantize
+from lfx.manifest import MODEL, WEIGHTS, Manifest
 from lfx.runtime import Engine
 from lfx.runtime.plan import PlanManifest
 from lfx.runtime.profile import Profile, Range
+from lfx.signature import TASKS
 from tests.conftest import SmallDisk
 from tests.models import VOCAB_SIZE, save_tiny_checkpoint
 

@@ -12,19 +12,9 @@ from typing import Any
 import pytest
 import transformers
 
-from lfx.config import (
-    FORMAT_VERSION,
-    GRAPH_INPUTS,
-    MANIFEST,
-    MODEL,
-    TASKS,
-    WEIGHTS,
-    Manifest,
-    Signature,
-    TensorSpec,
-    sealed,
-)
 from lfx.errors import ArtifactError
+from lfx.manifest import FORMAT_VERSION, MANIFEST, MODEL, WEIGHTS, Manifest, sealed
+from lfx.signature import GRAPH_INPUTS, TASKS, Signature, TensorSpec
 
 SIGNATURE = Signature(
     architecture="LongformerForQuestionAnswering",

@@ -10,11 +10,12 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lfx.config import FORMAT_VERSION, MODEL, Manifest, Signature, sealed
+from lfx.cli.inspect import rows
 from lfx.errors import ArtifactError
+from lfx.manifest import FORMAT_VERSION, MODEL, Manifest, sealed
 from lfx.runtime.plan import PLAN_FORMAT_VERSION, PlanManifest
 from lfx.runtime.profile import Profile, Range
-from lfx.summary import rows
+from lfx.signature import Signature
 from tests.test_config import MANIFEST_VALUE, SIGNATURE
 
 PATH = Path("lfx.json")

@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.inliner import inline_local_functions
 
-from lfx.config import MODEL, WEIGHTS
 from lfx.errors import ArtifactError
+from lfx.manifest import MODEL, WEIGHTS
 from lfx.onnx_file import Header, read_header
 from tests.conftest import MakeBundle
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from lfx.cli.terminal import catch_interrupts, echo, echo_json, prepare_streams, printable, progress, table
 from lfx.errors import LfxError
-from lfx.terminal import catch_interrupts, echo, echo_json, prepare_streams, printable, progress, table
 
 HOSTILE = "[u]ax[/b] :boom: \x1b[31m\x07\x9b\u202e\u2066\ufeff\udcff\r\n"
 SHOWN = r"[u]ax[/b] :boom: \x1b[31m\x07\x9b\u202e\u2066\ufeff\udcff\r\n"
@@ -120,7 +120,7 @@ def test_an_import_is_finished_before_an_interrupt_is_raised(tmp_path: Path) -> 
     )
     program = """
 import sys, time
-from lfx.terminal import catch_interrupts, interrupted
+from lfx.cli.terminal import catch_interrupts, interrupted
 catch_interrupts()
 sys.path.insert(0, sys.argv[1])
 try:

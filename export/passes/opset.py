@@ -7,8 +7,8 @@ from collections.abc import Callable
 import onnx
 import onnx_ir as ir
 
-from lfx.config import OPSETS
 from lfx.errors import ExportError
+from lfx.signature import OPSETS
 
 TRACED = 18
 

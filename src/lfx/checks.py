@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from lfx.errors import InputError, LfxError
 
+NUMBER, COUNT = (int, float), (int, NoneType)  # types of JSON values; see `check_shape`
 LARGEST = 2**63 - 1  # of a whole number that names no other limit
 _DEEPEST = 100  # levels of JSON, far fewer than Python's own stack has
 

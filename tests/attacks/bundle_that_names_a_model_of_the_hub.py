@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from lfx.benching import run_bench
-from lfx.comparing import run_parity
-from lfx.config import Manifest
+from lfx.cli.bench import run_bench
+from lfx.cli.parity import run_parity
+from lfx.manifest import Manifest
 from lfx.runtime import Engine
 from tests.attacks import make_bundle, refused
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lfx.config import Manifest
+from lfx.manifest import Manifest
 from lfx.runtime import Engine
 from tests.attacks import make_bundle, refused
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
-from lfx.config import MODEL
+from lfx.manifest import MODEL
 from lfx.runtime import Engine
 from tests.attacks import make_bundle, refused
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lfx.config import Manifest
+from lfx.manifest import Manifest
 from tests.attacks import make_bundle
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lfx.config import MANIFEST, sealed
+from lfx.manifest import MANIFEST, sealed
 from lfx.runtime import Engine
 from tests.attacks import make_bundle, refused
 

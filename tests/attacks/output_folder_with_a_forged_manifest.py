@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lfx.config import MANIFEST
 from lfx.export import export
+from lfx.manifest import MANIFEST
 from tests.attacks import refused
 from tests.models import tiny_model
 

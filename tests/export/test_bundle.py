@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from lfx.config import MANIFEST, MODEL, Manifest, Signature, TensorSpec
 from lfx.errors import ExportError
 from lfx.export import bundle as bundles
 from lfx.export import export, exporter
 from lfx.export.bundle import atomic_folder
+from lfx.manifest import MANIFEST, MODEL, Manifest
+from lfx.signature import Signature, TensorSpec
 from tests.conftest import MakeBundle
 from tests.models import tiny_model
 

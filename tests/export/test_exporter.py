@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from lfx.config import Manifest
 from lfx.errors import ExportError, ParityError
 from lfx.export import export, exporter
+from lfx.manifest import Manifest
 from lfx.parity import inputs_of, quick_cases
 from lfx.runtime import Engine
 from tests.conftest import MakeBundle

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from lfx.config import TASKS
 from lfx.errors import ExportError
 from lfx.export import export
 from lfx.export.load import load, weights_sha256
+from lfx.signature import TASKS
 from tests.models import save_tiny_checkpoint, tiny_model
 
 

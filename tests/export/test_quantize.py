@@ -16,13 +16,13 @@ import pytest
 import torch
 from onnx import external_data_helper, numpy_helper
 
-from lfx.config import MODEL, Manifest
 from lfx.errors import ArtifactError, DependencyError, ExportError, InputError, ParityError
 from lfx.export import export
 from lfx.export import quantize as quantizing
 from lfx.export.quantize import quantize
 from lfx.export.runners import int8_runner
 from lfx.export.validate import compare_engine
+from lfx.manifest import MODEL, Manifest
 from lfx.parity import Report, full_cases
 from lfx.runtime import Engine
 from lfx.runtime.backends import int8_overflows

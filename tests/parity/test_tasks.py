@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lfx.config import TASKS
 from lfx.export.validate import compare_engine
 from lfx.parity import Case, Report, full_cases
 from lfx.runtime import Engine
+from lfx.signature import TASKS
 from tests.conftest import MakeBundle
 from tests.models import WINDOW, tiny_model
 

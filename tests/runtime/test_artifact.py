@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 import pytest
 
-from lfx.config import MANIFEST, MODEL, WEIGHTS, Manifest, sealed, sha256
 from lfx.errors import ArtifactError
+from lfx.manifest import MANIFEST, MODEL, WEIGHTS, Manifest, sealed, sha256
 from lfx.runtime import Engine
 from lfx.runtime.backends import BACKENDS
 from tests.conftest import MakeBundle

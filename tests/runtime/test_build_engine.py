@@ -16,14 +16,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from lfx.config import MANIFEST, TASKS, Manifest, sealed, sha256
 from lfx.errors import ArtifactError, BuildError, InputError, LfxError, PluginError
 from lfx.export import export
 from lfx.export.quantize import quantize
+from lfx.manifest import MANIFEST, Manifest, sealed, sha256
 from lfx.runtime import Engine, build_engine, device, freeze
 from lfx.runtime import plugin as plugins
 from lfx.runtime.builder import Options
 from lfx.runtime.plan import PlanManifest, json_path
+from lfx.signature import TASKS
 from tests.conftest import MakeBundle, SmallDisk
 from tests.models import VOCAB_SIZE, tiny_model
 

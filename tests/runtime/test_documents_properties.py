@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfx.checks import parse_json
-from lfx.config import Signature
 from lfx.errors import InputError, LfxError
 from lfx.runtime import Engine
 from lfx.runtime.documents import run_documents
 from lfx.runtime.text import END_TO_END, Text
+from lfx.signature import Signature
 from tests.conftest import MakeBundle
 from tests.models import VOCAB_SIZE
 

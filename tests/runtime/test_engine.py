@@ -19,8 +19,8 @@ import onnxruntime
 import pytest
 import torch
 
-from lfx.config import MANIFEST, MODEL, WEIGHTS, sealed
 from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
+from lfx.manifest import MANIFEST, MODEL, WEIGHTS, sealed
 from lfx.runtime import Batcher, Engine, backends
 from tests.conftest import MakeBundle
 from tests.models import VOCAB_SIZE, tiny_model

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from lfx.config import TensorSpec
 from lfx.errors import DependencyError, InputError
 from lfx.runtime import Engine
 from lfx.runtime.documents import run_documents
 from lfx.runtime.formats import count_documents, read_documents, write_rows
 from lfx.runtime.journal import journal_path
+from lfx.signature import TensorSpec
 from tests.conftest import MakeBundle
 
 pyarrow = pytest.importorskip("pyarrow")

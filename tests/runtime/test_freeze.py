@@ -11,9 +11,9 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from lfx.config import MODEL, Manifest
 from lfx.errors import BuildError
 from lfx.export import export
+from lfx.manifest import MODEL, Manifest
 from lfx.parity import full_cases
 from lfx.runtime import Engine, freeze
 from lfx.runtime.conversion import engine_runner, model_inputs

@@ -39,7 +39,18 @@ def lfx_without(blocked: tuple[str, ...], *arguments: str) -> subprocess.Complet
 
 
 @pytest.mark.parametrize(
-    "module", ["lfx", "lfx.runtime", "lfx.runtime.text", "lfx.config", "lfx.errors", "lfx.cli", "lfx.parity"]
+    "module",
+    [
+        "lfx",
+        "lfx.runtime",
+        "lfx.runtime.text",
+        "lfx.signature",
+        "lfx.manifest",
+        "lfx.machine",
+        "lfx.errors",
+        "lfx.cli",
+        "lfx.parity",
+    ],
 )
 def test_importing_the_production_side_loads_nothing_of_the_export_side(module: str) -> None:
     done = python(f"import {module}{LOADED}")

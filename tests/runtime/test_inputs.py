@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.longformer.modeling_longformer import _compute_global_attention_mask
 
-from lfx.config import GRAPH_INPUTS, Signature, TensorSpec
 from lfx.errors import InputError
 from lfx.runtime import inputs
 from lfx.runtime.inputs import default_global, prepare
+from lfx.signature import GRAPH_INPUTS, Signature, TensorSpec
 
 PAD, SEP, VOCAB, LONGEST = 1, 2, 20, 12
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from lfx.config import Signature, TensorSpec, sealed, sha256
 from lfx.errors import ArtifactError
 from lfx.files import private_folder
+from lfx.manifest import sealed, sha256
 from lfx.runtime.plan import PlanManifest, json_path, publish
 from lfx.runtime.profile import Profile, Range
+from lfx.signature import Signature, TensorSpec
 
 IDS = (TensorSpec("input_ids", "int64", ("batch", "sequence")),)
 SIGNATURE = Signature("LongformerModel", "feature-extraction", "fp32", IDS, (TensorSpec("out", "float32", ()),), (8,))

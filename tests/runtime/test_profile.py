@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfx.config import GRAPH_INPUTS, Signature, TensorSpec
 from lfx.errors import BuildError
 from lfx.runtime.profile import CHOICES, Profile, Range, choose, profiles
+from lfx.signature import GRAPH_INPUTS, Signature, TensorSpec
 
 SIGNATURE = Signature(
     architecture="LongformerModel",

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lfx.config import MANIFEST, MODEL, Manifest
 from lfx.errors import ArtifactError, InputError, LfxError
+from lfx.manifest import MANIFEST, MODEL, Manifest
 from lfx.runtime import verify
 from lfx.runtime.plan import PlanManifest, json_path
 from lfx.runtime.profile import Profile, Range

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfx.config import GRAPH_INPUTS, Signature, TensorSpec, sha256
 from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
+from lfx.manifest import sha256
 from lfx.runtime import Engine, tensorrt
 from lfx.runtime.plan import PlanManifest
 from lfx.runtime.profile import Profile, Range
+from lfx.signature import GRAPH_INPUTS, Signature, TensorSpec
 from tests.runtime import fake_tensorrt
 
 WIDTH = 4

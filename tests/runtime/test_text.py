@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from lfx.config import GRAPH_INPUTS, Signature, TensorSpec
 from lfx.errors import ArtifactError, InputError
 from lfx.runtime import Engine
 from lfx.runtime.text import LARGEST_FILE, TOKENIZER, Encoded, Text
+from lfx.signature import GRAPH_INPUTS, Signature, TensorSpec
 from tests.conftest import MakeBundle
 from tests.models import tiny_tokenizer
 

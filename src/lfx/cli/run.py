@@ -1,4 +1,4 @@
-"""What `lfx run` does with a text or a file of documents, and how it shows the result."""
+"""`lfx run`: a text or a file of documents through a model, and how the result is shown."""
 
 from __future__ import annotations
 
@@ -6,19 +6,97 @@ import dataclasses
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+import click
 
 from lfx.checks import file_path, output_file
+from lfx.cli.engine import engine_options
+from lfx.cli.options import MOST_TOKENS, Command, FilePath, OutputPath
+from lfx.cli.terminal import echo, echo_json, progress, table
 from lfx.errors import InputError
 from lfx.files import replacing, why_unwritten
-from lfx.runtime import Engine, documents
-from lfx.runtime.text import TOKENIZER, Text
-from lfx.terminal import echo, echo_json, progress, table
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lfx.cli.engine import OpenEngine
+    from lfx.runtime import Engine
 
 _LARGEST_TEXT = 100_000_000  # letters of a file that is one text
+
+
+@click.command("run", cls=Command)
+@click.argument("model", type=FilePath("a bundle or a plan"))
+@click.option("--text", help="The text; for question answering the question, for multiple choice the prompt.")
+@click.option("--pair", multiple=True, help="A second text: the document asked about, or one choice (repeat it).")
+@click.option(
+    "--input",
+    "file",
+    type=FilePath(),
+    help="A text file, one document; or documents: .jsonl (.ndjson) or .parquet, with a field text or input_ids.",
+)
+@click.option(
+    "--stride",
+    type=click.IntRange(1, MOST_TOKENS),
+    metavar="N",
+    help="Cut long documents into windows that begin every N tokens.",
+)
+@click.option(
+    "--max-windows",
+    type=click.IntRange(1, MOST_TOKENS),
+    metavar="N",
+    help="With --stride: refuse a document that gives more windows.  [default: 4096]",
+)
+@click.option("--tokenizer", type=FilePath(), help="A folder with one.  [default: the bundle's]")
+@click.option(
+    "--output",
+    type=OutputPath(),
+    help="The arrays, as .npz; of documents the results, .jsonl or .parquet.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; arrays per token only with --output.")
+@engine_options
+def command(
+    model: Path,
+    text: str | None,
+    pair: tuple[str, ...],
+    file: Path | None,
+    stride: int | None,
+    max_windows: int | None,
+    tokenizer: Path | None,
+    output: Path | None,
+    as_json: bool,
+    open_engine: OpenEngine,
+) -> None:
+    """Run a text, or a file of documents, through a bundle (a folder, or its .onnx file) or a plan.
+
+    A run over documents that was stopped goes on where it was when the same command is given again.
+    """
+    from lfx.runtime.formats import is_documents
+
+    if (text is None) == (file is None):
+        raise click.UsageError("give either --text or --input")
+    documents = file if file is not None and is_documents(file) else None
+    if documents is not None and (output is None or pair):
+        raise click.UsageError("documents need --output FILE.jsonl or FILE.parquet, and no --pair")
+    if documents is None and stride is not None:
+        raise click.UsageError("--stride is for documents: --input FILE.jsonl or FILE.parquet")
+    if stride is None and max_windows is not None:
+        raise click.UsageError("--max-windows needs --stride, which cuts documents into windows")
+    with open_engine(model) as engine:
+        if documents is not None and output is not None:
+            run_documents(
+                engine,
+                model,
+                documents,
+                output,
+                stride=stride,
+                max_windows=max_windows,
+                tokenizer=tokenizer,
+                as_json=as_json,
+            )
+        else:
+            run_text(engine, model, text, pair, file, output, tokenizer=tokenizer, as_json=as_json)
 
 
 def run_text(
@@ -33,6 +111,10 @@ def run_text(
     as_json: bool,
 ) -> None:
     """Run one text, given or in a file; print what the outputs say."""
+    import numpy as np
+
+    from lfx.runtime.text import Text
+
     if output is not None:
         output_file(output, "--output")
     text = text if text is not None else _read_text(file)
@@ -88,6 +170,9 @@ def run_documents(
     Raises:
         InputError: some documents were refused; the others are done.
     """
+    from lfx.runtime import documents
+    from lfx.runtime.text import TOKENIZER, Text
+
     folder = tokenizer or _text_folder(model, engine)
     reader = Text(folder, engine.signature) if tokenizer or (folder / TOKENIZER).exists() else None
     start = time.perf_counter()
@@ -133,6 +218,8 @@ def _pair_help(choices: bool) -> str:
 
 
 def _rectangle(rows: list[list[int]], pad: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    import numpy as np
+
     width = max(len(row) for row in rows)
     ids = np.full((len(rows), width), pad)
     mask = np.zeros_like(ids)
@@ -156,6 +243,8 @@ def _read_text(file: Path | None) -> str:
 
 def _save(output: Path, arrays: dict[str, NDArray[Any]]) -> None:
     """Write an .npz file; `numpy.savez` has no room for outputs that are called as its own arguments."""
+    import numpy as np
+
     try:
         with replacing(output) as path, zipfile.ZipFile(path, "w", allowZip64=True) as file:
             for name, array in arrays.items():

@@ -1,4 +1,4 @@
-"""What `lfx bench` does: an Engine beside PyTorch, rows as a table and as JSONL."""
+"""`lfx bench`: an Engine beside PyTorch, rows as a table and as JSONL."""
 
 from __future__ import annotations
 
@@ -6,24 +6,61 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from lfx.checks import one_of, output_file, whole_number
-from lfx.comparing import checkpoint_of, load_checkpoint
-from lfx.config import cpu_name, package_versions
+from lfx.cli.engine import engine_options
+from lfx.cli.options import MOST_TOKENS, Command, FilePath, FilledText, OutputPath
+from lfx.cli.source import checkpoint_of, load_checkpoint
+from lfx.cli.terminal import echo, echo_json, progress, table
 from lfx.errors import InputError, require
 from lfx.files import replacing, why_unwritten
-from lfx.runtime import Engine, bench
-from lfx.terminal import echo, echo_json, progress, table
+from lfx.machine import cpu_name, package_versions
+
+if TYPE_CHECKING:
+    from lfx.cli.engine import OpenEngine
+    from lfx.runtime import Engine
+    from lfx.runtime.bench import Run
 
 AGAINST = ("pytorch", "pytorch-bf16", "pytorch-compile")
 _LENGTHS = (512, 1024, 2048, 4096)
 _PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "numpy")
 
 
+@click.command("bench", cls=Command)
+@click.argument("model", type=FilePath("a bundle or a plan"))
+@click.option("--length", "lengths", type=click.IntRange(1, MOST_TOKENS), multiple=True, help="[default: 512 to 4096]")
+@click.option(
+    "--batch", "batch_sizes", type=click.IntRange(1, 1_000_000), multiple=True, default=[1], show_default=True
+)
+@click.option("--rounds", type=click.IntRange(1, 1_000_000), default=5, show_default=True, help="After one warm-up.")
+@click.option(
+    "--against",
+    type=click.Choice(AGAINST),
+    multiple=True,
+    help="Measure PyTorch too, in turns, in the same process.",
+)
+@click.option(
+    "--source",
+    type=FilledText(),
+    help="The checkpoint to compare with.  [default: the folder that the bundle was made from]",
+)
+@click.option("--output", type=OutputPath(), help="Write the rows to this .jsonl file.")
+@click.option("--plot", type=OutputPath(), help="Draw tokens per second over length into this .png file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON lines.")
+@engine_options
+def command(model: Path, open_engine: OpenEngine, **options: Any) -> None:
+    """Measure a bundle or a plan: latency, tokens per second, peak memory, by length and batch."""
+    if options["source"] is not None and not options["against"]:
+        raise click.UsageError("--source is what --against measures; give both")
+    run_bench(model, open_engine, **options)
+
+
 def run_bench(
     model: Path,
-    open_engine: Callable[[Path], Engine],
+    open_engine: OpenEngine,
     *,
     lengths: tuple[int, ...],
     batch_sizes: tuple[int, ...],
@@ -40,6 +77,8 @@ def run_bench(
         InputError: an option that cannot be had, or a checkpoint that is not known.
         ArtifactError: the checkpoint has other weights than the artifact was made from.
     """
+    from lfx.runtime import bench
+
     rounds = whole_number(rounds, "rounds", 1)
     lengths = tuple(whole_number(length, "length", 1) for length in lengths)
     batch_sizes = tuple(whole_number(batch, "batch", 1) for batch in batch_sizes)
@@ -60,7 +99,7 @@ def run_bench(
         def run(ids: Any) -> Any:
             return engine.run(ids, **{name: ids * value for name, value in marks.items()})
 
-        contenders: dict[str, bench.Run] = {f"lfx {engine.backend.split()[0]}": run}
+        contenders: dict[str, Run] = {f"lfx {engine.backend.split()[0]}": run}
         contenders |= _torch_contenders(model, engine, against, source, marks, step)
         about = {
             "model": engine.manifest.to_dict().get("manifest_sha256") if engine.manifest is not None else None,
@@ -123,7 +162,7 @@ def _torch_contenders(
     source: str | None,
     marks: dict[str, int],
     step: Callable[[str], None],
-) -> dict[str, bench.Run]:
+) -> dict[str, Run]:
     if not against:
         return {}
     known = engine.manifest.source if engine.manifest is not None else None
@@ -133,7 +172,7 @@ def _torch_contenders(
 
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
-    found: dict[str, bench.Run] = {}
+    found: dict[str, Run] = {}
     for name in dict.fromkeys(against):
         module = load_checkpoint(checkpoint, engine.signature.task, known, step)
         run: Any = module.to(torch.bfloat16) if name == "pytorch-bf16" else module
@@ -142,7 +181,7 @@ def _torch_contenders(
     return found
 
 
-def _torch_run(module: Any, marks: dict[str, int]) -> bench.Run:
+def _torch_run(module: Any, marks: dict[str, int]) -> Run:
     import torch
 
     def run(ids: Any) -> Any:

@@ -1,42 +1,18 @@
-"""Are the numbers the model's? Cases, derived tolerance and verdict, for any two ways to run a model.
-
-Three runs of every case are compared: the dense float64 reference, which is right by definition; PyTorch in the
-precision at hand, the witness; and the candidate. Per output,
-
-    tolerance = 2 · (PyTorch's largest error against the reference) + band
-    band      = √n · u · max|reference|
-
-so a candidate may be at most twice as wrong as PyTorch, plus the rounding that n operations in a row leave behind
-(Higham & Mary 2019: the error of n roundings grows as √n · u), u being the unit roundoff of the precision. Errors
-are pooled over all cases, since the largest error of two numbers is luck and that of thousands is not. A pool of
-fewer than 2,000 numbers (the logits of a classifier) is too small for that: PyTorch's largest error is then taken to
-be at least 3.5 times its root mean square, which a normal error exceeds once in 2,000. A witness that is more than
-`WITNESS_BANDS` bands off means that reference and PyTorch disagree, and fails too.
-
-In int8 the witness is PyTorch with the same linear layers rounded to the same steps, and u is half a step of the
-weights' range. What rounding to int8 costs is a fact of the model and not an error of the artifact: the verdict says
-whether the artifact computes what int8 should, and cosine and label agreement say what that is worth. Since all
-numbers are off there, the root mean square of the errors must be at most 1.25 times the witness's too: of two models
-that round to the same steps it is nearly equal, whatever the number that happens to be the worst.
-"""
+"""The errors of each output over all cases, and the verdict; see `lfx.parity` for the tolerance."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.config import QUANTIZED
 from lfx.errors import ParityError
-
-Arrays = dict[str, NDArray[Any]]
-Runner = Callable[[Arrays], Arrays]
+from lfx.parity.cases import Case
+from lfx.signature import QUANTIZED
 
 UNIT_ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8, "int8": 2.0**-8}
 # Rounded operations in a row: projection, scores, softmax, context, output projection, residual norm, two
@@ -52,146 +28,6 @@ SMALL_POOL, TAIL = 2000, 3.5  # a normal error exceeds 3.5 standard deviations o
 FILL, LEAST_FILL = 1e30, 65504.0
 # Decades of the error histograms, four bars each: below a float32's last bit to as large as anything.
 HISTOGRAM_EDGES = np.logspace(-12, 4, 65)
-# Outputs whose largest entry along the last axis is the answer.
-LABEL_OUTPUTS = ("logits", "start_logits", "end_logits")
-
-GLOBALS = ("none", "first", "scattered", "adjacent", "all", "ragged")
-PADDINGS = ("none", "right", "left", "holes", "empty_row")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One input shape and mask pattern.
-
-    Attributes:
-        globals: none, first, scattered (few, apart), adjacent (a run), all, or ragged (another count in each row).
-        padding: none, right, left, holes (masked tokens inside), or empty_row (the last row has no real token).
-    """
-
-    batch: int
-    seqlen: int
-    globals: str = "none"
-    padding: str = "none"
-
-    def __str__(self) -> str:
-        return f"batch {self.batch}, length {self.seqlen}, globals {self.globals}, padding {self.padding}"
-
-
-def quick_cases(window: int, max_seqlen: int | None, multiple_of: int = 1) -> list[Case]:
-    """The spread that every export is validated with: about five windows' worth of tokens.
-
-    Args:
-        window: widest one-sided window, tokens.
-        multiple_of: lengths are rounded up to this, for a torch model that takes no others.
-    """
-    wanted = [
-        Case(1, 1),
-        Case(2, 7, "first", "empty_row"),
-        Case(1, max(2, min(window - 1, 64)), "all", "left"),
-        Case(2, window + 1, "ragged", "right"),
-        Case(1, 2 * window + 3, "scattered", "holes"),
-    ]
-    return _fit(wanted, max_seqlen, multiple_of)
-
-
-def full_cases(window: int, max_seqlen: int | None, multiple_of: int = 1) -> list[Case]:
-    """Lengths around every boundary up to three windows, each with every global pattern; batch and padding cycle."""
-    total = 2 * window
-    lengths = sorted(
-        {
-            1,
-            2,
-            window - 1,
-            window,
-            window + 1,
-            total - 1,
-            total,
-            total + 1,
-            2 * total - 1,
-            2 * total + 1,
-            3 * total,
-        }
-        - {0}
-    )
-    paddings = itertools.cycle(PADDINGS)
-    batches = itertools.cycle((1, 2, 3, 4, 2, 3))
-    wanted = [Case(next(batches), length, pattern, next(paddings)) for length in lengths for pattern in GLOBALS]
-    return _fit(wanted, max_seqlen, multiple_of)
-
-
-def _fit(cases: Iterable[Case], max_seqlen: int | None, multiple_of: int) -> list[Case]:
-    fitted = []
-    for case in cases:
-        seqlen = -(-case.seqlen // multiple_of) * multiple_of
-        if max_seqlen is not None and seqlen > max_seqlen:
-            seqlen = max_seqlen // multiple_of * multiple_of
-        padding = "none" if case.batch == 1 and case.padding == "empty_row" else case.padding
-        fitted.append(Case(case.batch, max(seqlen, 1), case.globals, padding))
-    return list(dict.fromkeys(fitted))
-
-
-def inputs_of(
-    case: Case,
-    *,
-    vocab_size: int,
-    pad_token_id: int,
-    max_global: int | None = None,
-    choices: int | None = None,
-    seed: int = 0,
-) -> Arrays:
-    """Random ids and the masks of a case.
-
-    Args:
-        max_global: at most so many global tokens a row.
-        choices: for multiple choice, the second axis of all inputs.
-    Returns:
-        input_ids, attention_mask, global_attention_mask: (batch, seqlen) or (batch, choices, seqlen) int64.
-    """
-    rows = case.batch * (choices or 1)
-    random = np.random.default_rng([seed, case.seqlen, rows, GLOBALS.index(case.globals)])
-    ids = random.integers(0, max(vocab_size - 1, 1), (rows, case.seqlen))
-    ids[ids >= pad_token_id] += vocab_size > 1  # any id but the padding one
-    mask = np.ones_like(ids)
-    for row in range(rows):
-        _pad_row(mask[row], case.padding, row, last=row == rows - 1, random=random)
-    ids = np.where(mask == 1, ids, pad_token_id) if case.padding != "holes" else ids
-    marks = np.zeros_like(ids)
-    for row in range(rows):
-        for position in _global_positions(case.globals, row, case.seqlen, random)[:max_global]:
-            marks[row, position] = 1
-    shape = (case.batch, choices, case.seqlen) if choices else (case.batch, case.seqlen)
-    return {
-        "input_ids": ids.reshape(shape).astype(np.int64),
-        "attention_mask": mask.reshape(shape).astype(np.int64),
-        "global_attention_mask": marks.reshape(shape).astype(np.int64),
-    }
-
-
-def _pad_row(mask: NDArray[Any], padding: str, row: int, *, last: bool, random: np.random.Generator) -> None:
-    seqlen = len(mask)
-    amount = min(seqlen - 1, seqlen * (1 + row % 3) // 4)
-    if padding == "right" and amount:
-        mask[-amount:] = 0
-    elif padding == "left" and amount:
-        mask[:amount] = 0
-    elif padding == "holes":
-        mask[random.random(seqlen) < 0.2] = 0
-    elif padding == "empty_row" and last:
-        mask[:] = 0
-
-
-def _global_positions(pattern: str, row: int, seqlen: int, random: np.random.Generator) -> list[int]:
-    if pattern == "none":
-        return []
-    if pattern == "first":
-        return [0]
-    if pattern == "all":
-        return list(range(seqlen))
-    if pattern == "adjacent":
-        start = int(random.integers(0, max(seqlen - 4, 1)))
-        return list(range(start, min(start + 5, seqlen)))
-    count = min(4, seqlen) if pattern == "scattered" else min(3 * row, seqlen)
-    return sorted(int(p) for p in random.choice(seqlen, count, replace=False))
 
 
 @dataclass(frozen=True)
@@ -374,68 +210,6 @@ class Report:
                 for case, errors in self.rows
             ],
         }
-
-
-def compare(
-    cases: Sequence[Case],
-    make_inputs: Callable[[Case], Arrays],
-    *,
-    reference: Runner,
-    witness: Runner | None,
-    candidate: Runner,
-    precision: str,
-    layers: int,
-    depth: Mapping[str, int] | None = None,
-    names: tuple[str, str] | None = None,
-    multi_label: bool = False,
-    on_case: Callable[[Case], None] = lambda case: None,
-) -> Report:
-    """Run every case three times and collect the errors; the verdict is the report's.
-
-    Args:
-        reference, witness, candidate: take the graph inputs by name and return the outputs by name. witness None: the
-            reference is its own witness, and errs by nothing.
-        precision: fp32, fp16, bf16 or int8, of the witness and the candidate.
-        layers: attention layers, for the rounding band; depth: those in front of an output that has fewer.
-        names: of reference and witness, for people; default: `Report`'s.
-        multi_label: each entry of the logits is a decision of its own.
-        on_case: called before each case, to show progress.
-    Raises:
-        ParityError: an output is missing, has another shape than the reference's, or is NaN in reference or witness.
-    """
-    report = Report(precision, layers, depth=dict(depth or {}), names=names or Report.names)
-    for case in cases:
-        on_case(case)
-        inputs = make_inputs(case)
-        right = reference(inputs)
-        torch_side, ours = witness(inputs) if witness is not None else right, candidate(inputs)
-        for outputs, whose in ((right, report.names[0]), (torch_side, f"{report.names[1]} in {precision}")):
-            _refuse_nan(outputs, whose, case)
-        if set(right) != set(ours):
-            raise ParityError(f"the model has outputs {sorted(right)}, the artifact {sorted(ours)}")
-        row = {}
-        for name, expected in right.items():
-            if ours[name].shape != expected.shape:
-                raise ParityError(
-                    f"{name} has shape {ours[name].shape} where the model's is {expected.shape}, at {case}"
-                )
-            result = report.outputs.setdefault(name, OutputResult())
-            row[name] = result.add(case, expected, torch_side[name], ours[name])
-            if name in LABEL_OUTPUTS:
-                result.add_labels(expected, ours[name], multi_label=multi_label)
-        report.rows.append((case, row))
-    return report
-
-
-def _refuse_nan(outputs: Arrays, whose: str, case: Case) -> None:
-    if case.padding == "empty_row":
-        return  # a mean over no token is 0 / 0 by definition
-    for name, array in outputs.items():
-        if nans := int(np.isnan(array).sum()):
-            raise ParityError(
-                f"{name} of {whose} is NaN in {nans:,} of {array.size:,} values, at {case}: the model overflows, "
-                "and no artifact of it can be right"
-            )
 
 
 def _errors(found: NDArray[np.float64], right: NDArray[np.float64], filled: NDArray[np.bool_]) -> NDArray[np.float64]:

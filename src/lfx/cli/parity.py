@@ -1,23 +1,48 @@
-"""What `lfx parity` does: a bundle or a plan beside PyTorch, shown as a table, as JSON or as a page."""
+"""`lfx parity`: a bundle or a plan beside PyTorch, shown as a table, as JSON or as a page."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lfx.checks import file_path, one_of, output_file
-from lfx.config import QUANTIZED, Manifest, locate
-from lfx.errors import ArtifactError, InputError, require
+import click
+
+from lfx.checks import one_of, output_file
+from lfx.cli.engine import engine_options
+from lfx.cli.inspect import checked_manifest
+from lfx.cli.options import Command, FilePath, FilledText, OutputPath
+from lfx.cli.source import checkpoint_of, load_checkpoint
+from lfx.cli.terminal import echo, echo_json, progress, table
+from lfx.errors import InputError, require
 from lfx.files import temporary_folder
-from lfx.parity import Report, full_cases, quick_cases
-from lfx.runtime import Engine
-from lfx.runtime.plan import PlanManifest
-from lfx.terminal import echo, echo_json, progress, table
+from lfx.manifest import Manifest, locate
+from lfx.signature import QUANTIZED
 
-OpenEngine = Callable[[Path], Engine]
-Step = Callable[[str], None]
+if TYPE_CHECKING:
+    from lfx.cli.engine import OpenEngine
+    from lfx.parity import Report
+    from lfx.runtime import Engine
+    from lfx.runtime.plan import PlanManifest
+
+    Step = Callable[[str], None]
+
+
+@click.command("parity", cls=Command)
+@click.argument("model", type=FilePath("a bundle or a plan"))
+@click.option(
+    "--source",
+    type=FilledText(),
+    help="The checkpoint to compare with.  [default: the folder that the bundle was made from]",
+)
+@click.option("--cases", type=click.Choice(["quick", "full"]), default="quick", show_default=True)
+@click.option("--by-layer", is_flag=True, help="Compare every attention layer too, and name the first that differs.")
+@click.option("--report", type=OutputPath(), help="Write a page with tables and plots: FILE.html.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@engine_options
+def command(model: Path, open_engine: OpenEngine, **options: Any) -> None:
+    """Compare a bundle or a plan with PyTorch, by length, batch, globals and padding; exit 1 when out of tolerance."""
+    run_parity(model, checked_manifest(model), open_engine, **options)
 
 
 def run_parity(
@@ -45,12 +70,8 @@ def run_parity(
     checkpoint = checkpoint_of(model, manifest.source, source, "lfx parity {} --source {}")
     if report is not None:
         output_file(report, "--report")
-    if by_layer and isinstance(manifest, PlanManifest):
-        raise InputError(f"{model} is a plan, whose layers TensorRT has merged; compare the bundle by layer")
-    if by_layer and isinstance(manifest, Manifest) and manifest.inlined:
-        raise InputError(
-            f"{model} has its functions inlined, so its layers are not to be seen; export it without --inline-functions"
-        )
+    if by_layer:
+        _check_layers(model, manifest)
     if report is not None:
         require("matplotlib", "report")
     layers = None
@@ -71,7 +92,7 @@ def run_parity(
         if by_layer and layers is not None:
             _show_layers(layers)
     if report is not None:
-        from lfx.report import write
+        from lfx.cli.report import write
 
         write(report, facts, found, layers)
     found.require()
@@ -79,60 +100,19 @@ def run_parity(
         layers.require()
 
 
-def checkpoint_of(model: Path, known: Mapping[str, Any] | None, source: str | None, command: str) -> str:
-    """The checkpoint that an artifact is compared with.
-
-    A manifest may come from a stranger, so it decides only where it names a folder of this machine.
-
-    Args:
-        known: the manifest's `source`; None where there is no manifest.
-        source: what the caller named; it comes first.
-        command: the command to give where it is not known, with {} for the artifact and {} for the checkpoint.
-    Raises:
-        InputError: it is not known, or is to be fetched and was not named by the caller.
-    """
-    if source is not None:
-        if not isinstance(source, str) or not source:
-            raise InputError(f"source is {source!r}; give a checkpoint folder or a hub id")
-        return source
-    name, kind = (known.get("model"), known.get("kind")) if known is not None else (None, None)
-    named = isinstance(name, str) and bool(name) and name.isprintable()
-    if kind == "folder" and named and Path(str(name)).is_absolute() and file_path(name, "source").is_dir():
-        return str(name)
-    reason, place = "does not say which checkpoint it was made from", "CHECKPOINT"
-    if kind == "hub" and named:
-        reason, place = f"says it was made from {name} of the hub, which is loaded only when you ask for it", str(name)
-    elif kind == "folder" and named:
-        reason = f"was made from the folder {name}, which is not here"
-    elif kind == "module":
-        reason = "was made from a module in memory; save that with save_pretrained"
-    raise InputError(f"{model} {reason}; give: {command.format(shlex.quote(str(model)), shlex.quote(place))}")
-
-
-def load_checkpoint(source: str, task: str, known: Mapping[str, Any] | None, step: Step) -> Any:
-    """Load the model that an artifact is compared with.
-
-    Args:
-        known: the manifest's `source`; None where there is no manifest, and so no digest to compare.
-    Raises:
-        ExportError: it cannot be loaded.
-        ArtifactError: its weights are not those that the artifact was made from.
-    """
-    step("importing torch")
-    from lfx.export.load import load, weights_sha256
-
-    step("loading the checkpoint")
-    module, _ = load(source, task)
-    if known is not None and weights_sha256(module) != known.get("sha256"):
-        raise ArtifactError(
-            f"{source} has other weights than the bundle was made from (sha256 differs); "
-            "give the right checkpoint with --source, or export again"
+def _check_layers(model: Path, manifest: Manifest | PlanManifest) -> None:
+    """Raises: InputError: the artifact does not show its layers."""
+    if not isinstance(manifest, Manifest):
+        raise InputError(f"{model} is a plan, whose layers TensorRT has merged; compare the bundle by layer")
+    if manifest.inlined:
+        raise InputError(
+            f"{model} has its functions inlined, so its layers are not to be seen; export it without --inline-functions"
         )
-    return module
 
 
 def _compare(engine: Engine, module: Any, manifest: Manifest | PlanManifest, cases: str, step: Step) -> Report:
     from lfx.export.validate import compare_engine
+    from lfx.parity import full_cases, quick_cases
 
     wanted = full_cases if cases == "full" else quick_cases
     return compare_engine(engine, module, wanted, step, quantization=manifest.quantization)
@@ -143,6 +123,7 @@ def _compare_layers(
 ) -> Report:
     from lfx.export.layers import expose_layers
     from lfx.export.validate import compare_engine
+    from lfx.parity import quick_cases
 
     bundle, _ = locate(model)
     assert bundle is not None

@@ -1,18 +1,58 @@
-"""What `lfx inspect` shows people of a bundle or a plan, as rows of a table."""
+"""`lfx inspect`: what a bundle or a plan is, as rows of a table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lfx.config import Manifest, Signature
-from lfx.runtime.plan import PlanManifest
+import click
 
-Rows = list[list[str]]
+from lfx.cli.options import Command, FilePath
+from lfx.cli.terminal import echo_json, table
+from lfx.errors import ArtifactError
+from lfx.manifest import Manifest, locate
+from lfx.signature import Signature
+
+if TYPE_CHECKING:
+    from lfx.runtime.plan import PlanManifest
 
 
-def rows(manifest: Manifest | PlanManifest) -> Rows:
+@click.command("inspect", cls=Command)
+@click.argument("model", type=FilePath("a bundle or a plan"))
+@click.option("--json", "as_json", is_flag=True, help="Print the whole manifest.")
+def command(model: Path, as_json: bool) -> None:
+    """Show what a bundle or a plan is: model, inputs, outputs, limits, and what its validation measured."""
+    manifest = checked_manifest(model)
+    if as_json:
+        echo_json(manifest.to_dict(), indent=1)
+        return
+    table(["what", "value"], rows(manifest))
+
+
+def checked_manifest(model: Path) -> Manifest | PlanManifest:
+    """The manifest of a bundle or a plan, whose files are compared with it."""
+    from lfx.runtime.plan import SUFFIX, PlanManifest
+
+    if model.suffix != SUFFIX or model.is_dir():
+        return _bundle_manifest(model)
+    manifest = PlanManifest.read(model)
+    manifest.verify(model)
+    return manifest
+
+
+def _bundle_manifest(model: Path) -> Manifest:
+    bundle, _ = locate(model)
+    if bundle is None:
+        raise ArtifactError(f"{model} has no manifest beside it; give the bundle that lfx export wrote")
+    manifest = Manifest.read(bundle)
+    manifest.verify(bundle)
+    return manifest
+
+
+def rows(manifest: Manifest | PlanManifest) -> list[list[str]]:
     """Pairs of what and value."""
-    return list(_plan(manifest) if isinstance(manifest, PlanManifest) else _bundle(manifest))
+    return list(_bundle(manifest) if isinstance(manifest, Manifest) else _plan(manifest))
 
 
 def _bundle(manifest: Manifest) -> Iterator[list[str]]:

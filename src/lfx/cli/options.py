@@ -11,6 +11,8 @@ import click
 from lfx.checks import file_path
 from lfx.errors import InputError
 
+MOST_TOKENS = 2**31 - 1  # largest number that an option of tokens takes
+
 
 class FilledText(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on only
     """A string that is not empty."""
@@ -73,12 +75,6 @@ class Command(click.Command):
         rest = super().parse_args(ctx, args)
         _check_outputs([p for p in self.params if isinstance(p.type, FilePath)], ctx)
         return rest
-
-
-class Group(click.Group):
-    """Its commands are `Command`s."""
-
-    command_class = Command
 
 
 def _check_options(given: list[click.Option], ctx: click.Context) -> None:

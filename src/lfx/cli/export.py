@@ -1,0 +1,73 @@
+"""`lfx export`: a checkpoint in, a bundle out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lfx.cli.options import MOST_TOKENS, Command, FilledText, OutputPath
+from lfx.cli.terminal import echo, echo_json, progress
+from lfx.manifest import Manifest
+from lfx.signature import GLOBAL_MODES, OPSETS, PRECISIONS, TASKS
+
+
+@click.command("export", cls=Command)
+@click.option(
+    "--model", type=FilledText(), required=True, help="A checkpoint folder, or a model id of the Hugging Face hub."
+)
+@click.option("--task", type=click.Choice(["auto", *TASKS]), default="auto", show_default=True)
+@click.option("--opset", type=click.IntRange(*OPSETS), default=OPSETS[0], show_default=True)
+@click.option("--output", type=OutputPath(folder=True), help="The bundle's folder.  [default: the model's name]")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
+@click.option(
+    "--global-attention",
+    type=click.Choice(GLOBAL_MODES),
+    default="mask",
+    show_default=True,
+    help="Global tokens: a graph input, the first token of every row, or none.",
+)
+@click.option(
+    "--max-global",
+    type=click.IntRange(1, MOST_TOKENS),
+    help="A constant number of global slots.  [default: as many as needed]",
+)
+@click.option("--inline-functions", is_flag=True, help="Write standard ops only, without the lfx domain.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest instead of a summary.")
+def command(
+    model: str,
+    task: str,
+    opset: int,
+    output: Path | None,
+    precision: str,
+    global_attention: str,
+    max_global: int | None,
+    inline_functions: bool,
+    as_json: bool,
+) -> None:
+    """Export a Longformer to an ONNX bundle and validate it against PyTorch."""
+    with progress() as step:
+        step("importing torch")
+        from lfx.export import export
+
+        bundle = export(
+            model,
+            output,
+            task=task,
+            opset=opset,
+            precision=precision,
+            global_attention=global_attention,
+            max_global=max_global,
+            inline_functions=inline_functions,
+            progress=step,
+        )
+    manifest = Manifest.read(bundle)
+    if as_json:
+        echo_json(manifest.to_dict(), indent=1)
+        return
+    echo(f"{bundle}: {manifest.signature.task}, opset {manifest.opset}, {manifest.signature.precision}")
+    for name, result in manifest.validation["outputs"].items():
+        echo(
+            f"{name}: largest error {result['max_abs_error']:.2g} against float64, PyTorch's own "
+            f"{result['torch_max_abs_error']:.2g}, tolerance {result['tolerance']:.2g}"
+        )
