@@ -28,15 +28,15 @@ from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.export.companions import drop_code
 from lfx.files import copy, temporary_folder
-from lfx.machine import package_versions
+from lfx.machine import int8_overflows, package_versions
 from lfx.manifest import MANIFEST, MODEL, Manifest, sha256
 from lfx.parity import Case, Report, compare
 from lfx.runtime import Engine
 from lfx.runtime.artifact import check_bundle
-from lfx.runtime.backends import OnnxRuntime, int8_overflows
-from lfx.runtime.conversion import engine_runner
+from lfx.runtime.backends import OnnxRuntime
+from lfx.runtime.build.check_graph import engine_runner
 from lfx.runtime.documents import encoded
-from lfx.runtime.formats import is_documents
+from lfx.runtime.documents.formats import is_documents
 from lfx.runtime.inputs import prepare
 from lfx.runtime.text import settings
 from lfx.signature import Signature, is_multi_label

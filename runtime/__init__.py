@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lfx.runtime.batcher import Batcher
-from lfx.runtime.builder import build_engine
+from lfx.runtime.build import build_engine
 from lfx.runtime.engine import Engine
 from lfx.runtime.signing import Verified, verify
 

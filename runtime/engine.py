@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from lfx.checks import LARGEST, file_path, one_of, shown, whole_number
 from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
+from lfx.machine import int8_overflows
 from lfx.manifest import Manifest, sha256
 from lfx.runtime import backends, forks
 from lfx.runtime.artifact import open_artifact
-from lfx.runtime.backends import int8_overflows
 from lfx.runtime.batching import TOKEN_BUDGET, batches
 from lfx.runtime.inputs import Batch, join, prepare
 from lfx.runtime.metrics import Metrics
@@ -128,7 +128,7 @@ class Engine:
         self.manifest = PlanManifest.read(plan)
         self.manifest.verify(plan)
         self.signature = self.manifest.signature
-        from lfx.runtime.tensorrt import TensorRt
+        from lfx.runtime.backends.tensorrt import TensorRt
 
         return TensorRt(plan, self.manifest)
 

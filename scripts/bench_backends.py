@@ -41,7 +41,8 @@ from lfx.files import link_or_copy
 from lfx.machine import cpu_name
 from lfx.manifest import MODEL
 from lfx.runtime import Engine
-from lfx.runtime.backends import OPENVINO_TYPES, SLOWER_ON_CPU
+from lfx.runtime.backends.onnxruntime import SLOWER_ON_CPU
+from lfx.runtime.backends.openvino import OPENVINO_TYPES
 from lfx.runtime.bench import Run, measure
 
 LENGTHS = (512, 1024, 2048, 4096)

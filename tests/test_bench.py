@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfx import benching
+from lfx.cli import bench as cli_bench
 from lfx.cli.bench import run_bench
 from lfx.errors import InputError
 from lfx.export import export
@@ -117,7 +117,7 @@ def test_rows_on_a_full_disk_say_what_to_do(small_disk: SmallDisk) -> None:
     folder = small_disk()
     rows = [{"model": "x" * 1000}] * 200
     with pytest.raises(InputError, match=r"rows\.jsonl cannot be written: no disk space left; make room, or choose"):
-        benching._write(folder / "rows.jsonl", rows)
+        cli_bench._write(folder / "rows.jsonl", rows)
     assert list(folder.iterdir()) == []
 
 

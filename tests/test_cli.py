@@ -655,7 +655,7 @@ def test_log_lines_of_tensorrt_are_shown_as_they_are(
         log("TensorRT warning: [/b]\x1b[2J")
         raise BuildError("no engine")
 
-    monkeypatch.setattr("lfx.runtime.builder.build_engine", build)
+    monkeypatch.setattr("lfx.runtime.build.build_engine", build)
     with pytest.raises(BuildError):
         cli.main(["build-engine", "x"], standalone_mode=False)
     assert capsys.readouterr().err == "TensorRT warning: [/b]\\x1b[2J\n"

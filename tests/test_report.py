@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lfx import report
+from lfx.cli import report
 from lfx.parity import Arrays, Case, Report, compare, inputs_of
 
 EVIL = "<script>alert(1)</script>"

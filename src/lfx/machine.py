@@ -34,3 +34,14 @@ def cpu_name() -> str:
     fields = cpu_fields()
     flags = [flag for flag in ("avx2", "avx512f", "amx_bf16") if flag in fields.get("flags", "").split()]
     return fields.get("model name", platform.processor() or "unknown") + (f" ({', '.join(flags)})" if flags else "")
+
+
+def int8_overflows() -> bool:
+    """Whether this CPU adds pairs of int8 products in 16 bits, which weights of 8 bits overflow: x86 without VNNI.
+
+    ONNX Runtime and OpenVINO are both wrong there, in silence. False where the system does not say what its CPU has.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    flags = cpu_fields().get("flags", "").split()
+    return bool(flags) and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(flags)

@@ -22,10 +22,10 @@ from lfx.export import quantize as quantizing
 from lfx.export.quantize import quantize
 from lfx.export.runners import int8_runner
 from lfx.export.validate import compare_engine
+from lfx.machine import int8_overflows
 from lfx.manifest import MODEL, Manifest
 from lfx.parity import Report, full_cases
 from lfx.runtime import Engine
-from lfx.runtime.backends import int8_overflows
 from tests.conftest import MakeBundle, SmallDisk
 from tests.models import VOCAB_SIZE, tiny_model
 

@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from lfx.errors import BuildError
-from lfx.runtime.builder import _compile, _named_library
+from lfx.runtime.build.launch import _named_library, run_tensorrt
 
 pytestmark = pytest.mark.trt
 
@@ -214,7 +214,7 @@ def _build(
         "timing_cache": None,
         "flags": [],
     }
-    return _compile(job, folder, lambda step: None, log)
+    return run_tensorrt(job, folder, lambda step: None, log)
 
 
 BANDED = {"num_heads": 2, "window": 8, "dilation": 1, "causal": 0, "scale": 0.0}

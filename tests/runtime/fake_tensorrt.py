@@ -1,4 +1,4 @@
-"""TensorRT and the CUDA runtime as far as `lfx.runtime.tensorrt` uses them, on host memory: no GPU, the same calls.
+"""TensorRT and the CUDA runtime as far as `backends.tensorrt` uses them, on host memory: no GPU, the same calls.
 
 Device memory is host memory that only copies may reach. A stream collects work and does it when it is waited for; a
 captured stream does none. An engine computes each batch by a function of the test.

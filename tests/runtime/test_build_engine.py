@@ -20,9 +20,10 @@ from lfx.errors import ArtifactError, BuildError, InputError, LfxError, PluginEr
 from lfx.export import export
 from lfx.export.quantize import quantize
 from lfx.manifest import MANIFEST, Manifest, sealed, sha256
-from lfx.runtime import Engine, build_engine, device, freeze
+from lfx.runtime import Engine, build_engine, device
 from lfx.runtime import plugin as plugins
-from lfx.runtime.builder import Options
+from lfx.runtime.build import Options
+from lfx.runtime.build import prepare_graph as freeze
 from lfx.runtime.plan import PlanManifest, json_path
 from lfx.signature import TASKS
 from tests.conftest import MakeBundle, SmallDisk
@@ -257,7 +258,7 @@ def Builder(logger):
 """
 BUILD = """
 import sys
-from lfx.runtime import builder
+from lfx.runtime.build import builder
 
 builder.FLAVORS["tensorrt-rtx"] = builder.Flavor("hanging", "rtx")
 options = {"flavor": "tensorrt-rtx", "target": "sm89", "plugin": False}

@@ -19,7 +19,8 @@ import onnx
 import pytest
 
 from lfx.errors import InputError
-from lfx.runtime import Engine, documents
+from lfx.runtime import Engine
+from lfx.runtime.documents import run as documents
 from lfx.runtime.documents import run_documents
 from lfx.runtime.text import Text
 from tests.conftest import MakeBundle

@@ -19,6 +19,7 @@ import onnxruntime
 import pytest
 import torch
 
+from lfx import machine
 from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
 from lfx.manifest import MANIFEST, MODEL, WEIGHTS, sealed
 from lfx.runtime import Batcher, Engine, backends
@@ -648,8 +649,8 @@ def test_the_fusion_that_is_slower_on_cpus_is_left_out(bundle: MakeBundle, tmp_p
     [("fpu avx2", True), ("fpu avx2 avx_vnni", False), ("avx512f avx512_vnni", False), (None, False)],
 )
 def test_which_cpus_overflow_on_eight_bits(flags: str | None, overflows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(backends, "cpu_fields", lambda: {"flags": flags} if flags is not None else {})
-    assert backends.int8_overflows() is overflows
-    monkeypatch.setattr(backends.platform, "machine", lambda: "aarch64")
-    assert not backends.int8_overflows()
+    monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(machine, "cpu_fields", lambda: {"flags": flags} if flags is not None else {})
+    assert machine.int8_overflows() is overflows
+    monkeypatch.setattr(machine.platform, "machine", lambda: "aarch64")
+    assert not machine.int8_overflows()

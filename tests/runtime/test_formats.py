@@ -14,8 +14,8 @@ import pytest
 from lfx.errors import DependencyError, InputError
 from lfx.runtime import Engine
 from lfx.runtime.documents import run_documents
-from lfx.runtime.formats import count_documents, read_documents, write_rows
-from lfx.runtime.journal import journal_path
+from lfx.runtime.documents.formats import count_documents, read_documents, write_rows
+from lfx.runtime.documents.journal import journal_path
 from lfx.signature import TensorSpec
 from tests.conftest import MakeBundle
 
@@ -56,7 +56,7 @@ def test_ids_of_any_type_are_written_as_text_where_no_column_holds_them(name: st
 
 
 def test_rows_become_columns_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lfx.runtime.formats._GROUP_BYTES", 200)
+    monkeypatch.setattr("lfx.runtime.documents.formats._GROUP_BYTES", 200)
     answer = {"label": "a", "score": None}
     rows: list[dict[str, Any]] = [
         {"line": i, "window": 0, "tokens": 4, "answers": [answer], "outputs": {"logits": [0.5, None]}}
@@ -238,7 +238,7 @@ def test_an_input_that_cannot_be_opened_is_the_inputs_error(tmp_path: Path, monk
 
 
 def test_a_line_without_end_is_one_refused_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lfx.runtime.formats._LONGEST_LINE", 40)
+    monkeypatch.setattr("lfx.runtime.documents.formats._LONGEST_LINE", 40)
     (tmp_path / "in.jsonl").write_bytes(b'{"input_ids": [5]}\n' + b"\0" * 1000 + b'\n{"input_ids": [6]}\n')
     first, long, last = read_documents(tmp_path / "in.jsonl")
     assert (first, last) == ((1, {"input_ids": [5]}), (3, {"input_ids": [6]}))

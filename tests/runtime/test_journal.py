@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from lfx.errors import InputError
-from lfx.runtime import Engine, documents
+from lfx.runtime import Engine
+from lfx.runtime.documents import run as documents
 from lfx.runtime.documents import run_documents
-from lfx.runtime.journal import Journal, journal_path
+from lfx.runtime.documents.journal import Journal, journal_path
 from tests.conftest import MakeBundle
 
 HEADER = {"input": "a", "stride": 1}
@@ -209,7 +210,7 @@ def test_a_run_in_many_groups_and_chunks_goes_on_to_the_same_file(
     bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK", 3)
-    monkeypatch.setattr("lfx.runtime.rows.AHEAD", 8)
+    monkeypatch.setattr("lfx.runtime.documents.rows.AHEAD", 8)
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lengths = [5, 400, 3, 7, 130, 700, 9, 2]
     source.write_text("".join(json.dumps({"text": "the fox " * (n // 2)}) + "\n" for n in lengths))

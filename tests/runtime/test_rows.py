@@ -72,7 +72,7 @@ def test_windows_run_in_groups_of_a_fixed_number(
 def test_rows_are_handed_on_before_the_next_group_is_made(
     engine: Engine, bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lfx.runtime.rows.AHEAD", 4)
+    monkeypatch.setattr("lfx.runtime.documents.rows.AHEAD", 4)
     made: list[int] = []
     reader = Text(bundle(CLASSIFIER), engine.signature)
     answers = reader.answers
@@ -91,7 +91,7 @@ def test_rows_are_handed_on_before_the_next_group_is_made(
 def test_large_outputs_per_token_make_smaller_groups(
     bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lfx.runtime.rows.OUTPUT_BYTES", 4 * 99 * 10)  # float32 logits of 10 tokens
+    monkeypatch.setattr("lfx.runtime.documents.rows.OUTPUT_BYTES", 4 * 99 * 10)  # float32 logits of 10 tokens
     with Engine(bundle("fill-mask"), threads=1) as engine:
         sizes = groups(engine, monkeypatch)
         run(engine, tmp_path, [{"input_ids": [3] * length} for length in (4, 4, 4, 20, 1, 9, 2)])

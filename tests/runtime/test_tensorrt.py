@@ -13,7 +13,8 @@ import pytest
 
 from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
 from lfx.manifest import sha256
-from lfx.runtime import Engine, tensorrt
+from lfx.runtime import Engine
+from lfx.runtime.backends import tensorrt
 from lfx.runtime.plan import PlanManifest
 from lfx.runtime.profile import Profile, Range
 from lfx.signature import GRAPH_INPUTS, Signature, TensorSpec

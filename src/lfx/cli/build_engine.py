@@ -50,7 +50,7 @@ def command(
 
     Give --batch and --seqlen several times for several optimization profiles.
     """
-    from lfx.runtime.builder import Options, build_engine
+    from lfx.runtime.build import Options, build_engine
     from lfx.runtime.plan import PlanManifest
 
     options = Options(

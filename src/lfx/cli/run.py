@@ -72,7 +72,7 @@ def command(
 
     A run over documents that was stopped goes on where it was when the same command is given again.
     """
-    from lfx.runtime.formats import is_documents
+    from lfx.runtime.documents.formats import is_documents
 
     if (text is None) == (file is None):
         raise click.UsageError("give either --text or --input")

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from lfx.checks import file_path, flag, one_of, output_file, shown, whole_number
-from lfx.errors import ArtifactError, BuildError, DependencyError, LfxError, one_line, require
+from lfx.errors import BuildError, LfxError, require
 from lfx.files import is_disk_full, private_folder, temporary_folder, why_unwritten
 from lfx.machine import package_versions
 from lfx.manifest import MANIFEST, MODEL, Manifest, locate, sha256
 from lfx.runtime import plugin as plugins
 from lfx.runtime.artifact import check_bundle
+from lfx.runtime.build.check_graph import check_conversion
+from lfx.runtime.build.launch import run_tensorrt
+from lfx.runtime.flavor import FLAVORS, choose_flavor
 from lfx.runtime.plan import SUFFIX, PlanManifest, json_path, publish
 from lfx.runtime.profile import Profile, Range, profiles
 from lfx.signature import PRECISIONS, Signature
@@ -28,15 +25,6 @@ from lfx.signature import PRECISIONS, Signature
 Progress = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Flavor:
-    """One of the two TensorRTs: its module, the extra that brings it, and the wheel folder of its libraries."""
-
-    module: str
-    extra: str
-
-
-FLAVORS = {"tensorrt": Flavor("tensorrt", "gpu"), "tensorrt-rtx": Flavor("tensorrt_rtx", "rtx")}
 MAX_SLOTS = 3840  # of TensorRT's TopK
 OLDEST_PLUGIN_TARGET = 80
 _CURE = "choose another --output"
@@ -110,7 +98,7 @@ def build_engine(
     if folder is None:
         raise BuildError(f"{bundle} is a file without its bundle; give the folder that lfx export wrote")
     manifest = Manifest.read(folder)
-    chosen = _flavor(flavor)
+    chosen = choose_flavor(flavor)
     options = options if options is not None else Options()
     _check_target(chosen, target, flag(plugin, "plugin", BuildError))
     _check_options(chosen, options)
@@ -142,9 +130,10 @@ def build_engine(
         ):
             model, built = scratch / MODEL, private / path.name
             progress("preparing the graph")
-            nodes = _prepare(source, model, manifest, signature, slots, plugin)
-            from lfx.runtime.conversion import check_conversion
+            require("onnx_ir", "rtx")
+            from lfx.runtime.build.prepare_graph import prepare_graph
 
+            nodes = prepare_graph(source, model, manifest, signature, slots, plugin)
             conversion = check_conversion(folder, manifest, model, signature, progress, log)
             job = {
                 "module": FLAVORS[chosen].module,
@@ -159,7 +148,7 @@ def build_engine(
                 "timing_cache": str(Path(options.timing_cache).absolute()) if options.timing_cache else None,
                 "flags": options.flags(),
             }
-            result = _compile(job, scratch, progress, log)
+            result = run_tensorrt(job, scratch, progress, log)
             if plugin and result["plugin_layers"] != nodes:
                 raise BuildError(
                     f"only {result['plugin_layers']} of {nodes} attention nodes became plugin layers; please report "
@@ -190,20 +179,6 @@ def build_engine(
             raise
         raise BuildError(why_unwritten(path, error, f"{_CURE}, or a temporary folder with room by TMPDIR")) from error
     return path
-
-
-def _flavor(asked: str | None) -> str:
-    if asked is not None:
-        one_of(asked, "flavor", FLAVORS, BuildError)
-        require(FLAVORS[asked].module, FLAVORS[asked].extra)
-        return asked
-    for name, flavor in FLAVORS.items():
-        if find_spec(flavor.module) is not None:
-            return name
-    raise DependencyError(
-        "no TensorRT is installed; install one with: pip install 'longformer-lfx[gpu]' (TensorRT), or "
-        "pip install 'longformer-lfx[rtx]' (TensorRT-RTX)"
-    )
 
 
 def _check_target(flavor: str, target: str | None, plugin: bool) -> None:
@@ -255,7 +230,7 @@ def _whole(signature: Signature, shortest: int) -> str:
 def _check_options(flavor: str, options: Options) -> None:
     """Check their types; TensorRT-RTX has its own names for two, and ignores the one and fails over the other."""
     if not isinstance(options, Options):
-        raise BuildError(f"options is {shown(options)}; give lfx.runtime.builder.Options")
+        raise BuildError(f"options is {shown(options)}; give lfx.runtime.build.Options")
     flag(options.version_compatible, "version_compatible", BuildError)
     flag(options.refit, "refit", BuildError)
     if options.workspace_bytes is not None:
@@ -289,111 +264,3 @@ def _signature(source: Signature, precision: str | None, slots: int, ranges: Seq
         max_seqlen=max(p.seqlen.max for p in ranges),
         max_global=slots if source.global_attention == "mask" else None,
     )
-
-
-def _prepare(source: Path, target: Path, manifest: Manifest, signature: Signature, slots: int, plugin: bool) -> int:
-    """Write the graph that TensorRT gets; returns the number of its attention nodes."""
-    ir = require("onnx_ir", "rtx")
-    from lfx.runtime import freeze
-
-    try:
-        model = ir.load(source)
-    except Exception as error:
-        raise ArtifactError(f"{source} cannot be read: {one_line(error)}; export the model again") from error
-    freeze.freeze_slots(model, slots)
-    nodes = len(freeze.attention_nodes(model))
-    if plugin and nodes == 0:
-        raise BuildError("the bundle's functions are inlined, so it has no attention nodes; build with --no-plugin")
-    if plugin:
-        _check_heads(freeze.attention_nodes(model))
-    if signature.precision != manifest.signature.precision:
-        freeze.convert(model, signature.precision)
-    if plugin:
-        freeze.name_plugins(model)
-    else:
-        freeze.inline_functions(model)
-    model.metadata_props["lfx"] = json.dumps(signature.to_dict())
-    ir.save(model, target, external_data=target.name + ".data", size_threshold_bytes=1024)
-    return nodes
-
-
-def _check_heads(nodes: Sequence[Any]) -> None:
-    for node in nodes:
-        width = node.inputs[0].shape[2] if node.inputs[0].shape is not None else None
-        if isinstance(width, int):
-            head_size = width // node.attributes["num_heads"].as_int()
-            largest = 128 if node.op_type == "BandedAttention" else 1024
-            if head_size % plugins.HEAD_SIZE_MULTIPLE or head_size > largest:
-                raise BuildError(
-                    f"{node.name} has head size {head_size}; the plugin takes multiples of "
-                    f"{plugins.HEAD_SIZE_MULTIPLE} up to {largest}: build with --no-plugin"
-                )
-
-
-def _compile(job: dict[str, Any], scratch: Path, progress: Progress, log: Callable[[str], None]) -> dict[str, Any]:
-    """Run `compiler` on the job; returns its result."""
-    (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    environment = dict(os.environ)
-    if job["module"] == "tensorrt_rtx":
-        libraries = _named_library(scratch)
-        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [libraries, environment.get("LD_LIBRARY_PATH")]))
-    # -P: modules come from the installation, not from the folder that the user is in.
-    command = [sys.executable, "-P", "-m", "lfx.runtime.compiler", str(scratch / "job.json")]
-    errors: list[str] = []
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,  # it ends when this end is closed, by a kill too
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        env=environment,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            for text in process.stdout:
-                line = _parse(text)
-                if line is None:
-                    log(text.rstrip())  # what a library printed
-                    if text.startswith("lfx::"):
-                        errors.append(text.rstrip())
-                elif "result" in line:
-                    return dict(line["result"])
-                elif "step" in line:
-                    progress(line["step"])
-                elif "error" in line:
-                    if line.get("disk_full"):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    errors.append(line["error"])
-                else:
-                    log(f"TensorRT {line['severity']}: {line['log']}")
-                    if line["severity"] in ("error", "internal_error"):
-                        errors.append(line["log"])
-        except BaseException:
-            process.kill()
-            raise
-    errors.append(f"it ended with exit status {process.returncode}")
-    reason = next((error for error in errors if error.startswith("lfx::")), errors[0])
-    raise BuildError(f"TensorRT built no engine: {one_line(Exception(reason), 600)}")
-
-
-def _parse(text: str) -> dict[str, Any] | None:
-    """A line of `compiler`'s, or None where something else printed it."""
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    ours = ({"result"}, {"step"}, {"error"}, {"error", "disk_full"}, {"log", "severity"})
-    return line if isinstance(line, dict) and set(line) in ours else None
-
-
-def _named_library(scratch: Path) -> str:
-    """A folder with libtensorrt_rtx.so, which the wheel ships under its versioned name only."""
-    spec = find_spec("tensorrt_rtx_libs")
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        for library in sorted(Path(folder).glob("libtensorrt_rtx.so*")):
-            (scratch / "lib").mkdir(exist_ok=True)
-            (scratch / "lib" / "libtensorrt_rtx.so").symlink_to(library)
-            return str(scratch / "lib")
-    return ""

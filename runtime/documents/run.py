@@ -13,8 +13,7 @@ from lfx.checks import file_path, whole_number
 from lfx.errors import InputError, one_line, require
 from lfx.files import is_disk_full
 from lfx.manifest import sha256
-from lfx.runtime.engine import AHEAD, Engine
-from lfx.runtime.formats import (
+from lfx.runtime.documents.formats import (
     SUFFIXES,
     check_source,
     count_documents,
@@ -23,8 +22,9 @@ from lfx.runtime.formats import (
     read_documents,
     write_rows,
 )
-from lfx.runtime.journal import Journal, journal_path
-from lfx.runtime.rows import OUTPUT_BYTES, Runner, Summary, outputs_per_sequence, windows_of
+from lfx.runtime.documents.journal import Journal, journal_path
+from lfx.runtime.documents.rows import OUTPUT_BYTES, Runner, Summary, outputs_per_sequence, windows_of
+from lfx.runtime.engine import AHEAD, Engine
 from lfx.runtime.text import END_TO_END, TOKENIZER, Encoded, Text
 from lfx.signature import Signature
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -10,9 +12,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from lfx.errors import BuildError
-from lfx.runtime.plugin import NAMESPACE, VERSION
-from lfx.signature import GLOBAL_ROWS, GLOBAL_SLOTS
+from lfx.errors import ArtifactError, BuildError, one_line
+from lfx.manifest import Manifest
+from lfx.runtime.plugin import HEAD_SIZE_MULTIPLE, NAMESPACE, VERSION
+from lfx.signature import GLOBAL_ROWS, GLOBAL_SLOTS, Signature
 
 DOMAIN = "lfx"
 DTYPES: dict[str, tuple[ir.DataType, Any]] = {
@@ -21,6 +24,44 @@ DTYPES: dict[str, tuple[ir.DataType, Any]] = {
 }
 HIDES = 3.4e38
 LARGEST = {"fp16": 65504.0, "bf16": 2.0**127 * (2 - 2.0**-7)}
+
+
+def prepare_graph(
+    source: Path, target: Path, manifest: Manifest, signature: Signature, slots: int, plugin: bool
+) -> int:
+    """Write the graph that TensorRT gets; returns the number of its attention nodes."""
+    try:
+        model = ir.load(source)
+    except Exception as error:
+        raise ArtifactError(f"{source} cannot be read: {one_line(error)}; export the model again") from error
+    freeze_slots(model, slots)
+    nodes = len(attention_nodes(model))
+    if plugin and nodes == 0:
+        raise BuildError("the bundle's functions are inlined, so it has no attention nodes; build with --no-plugin")
+    if plugin:
+        _check_heads(attention_nodes(model))
+    if signature.precision != manifest.signature.precision:
+        convert(model, signature.precision)
+    if plugin:
+        name_plugins(model)
+    else:
+        inline_functions(model)
+    model.metadata_props["lfx"] = json.dumps(signature.to_dict())
+    ir.save(model, target, external_data=target.name + ".data", size_threshold_bytes=1024)
+    return nodes
+
+
+def _check_heads(nodes: Sequence[Any]) -> None:
+    for node in nodes:
+        width = node.inputs[0].shape[2] if node.inputs[0].shape is not None else None
+        if isinstance(width, int):
+            head_size = width // node.attributes["num_heads"].as_int()
+            largest = 128 if node.op_type == "BandedAttention" else 1024
+            if head_size % HEAD_SIZE_MULTIPLE or head_size > largest:
+                raise BuildError(
+                    f"{node.name} has head size {head_size}; the plugin takes multiples of "
+                    f"{HEAD_SIZE_MULTIPLE} up to {largest}: build with --no-plugin"
+                )
 
 
 def attention_nodes(model: ir.Model) -> list[ir.Node]:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from lfx.errors import ArtifactError, InputError, LfxError, PluginError, require
 from lfx.runtime import forks
 from lfx.runtime import plugin as plugins
-from lfx.runtime.builder import FLAVORS
 from lfx.runtime.device import check, cudart, require_gpu
+from lfx.runtime.flavor import FLAVORS
 from lfx.runtime.plan import PlanManifest
 from lfx.runtime.profile import choose
 

@@ -1,4 +1,4 @@
-"""The process that TensorRT builds in: `python -m lfx.runtime.compiler JOB.json`, started by `builder`.
+"""The process that TensorRT builds in: `python -m lfx.runtime.build.trt_process JOB.json`, started by `builder`.
 
 A process of its own, for two reasons. TensorRT-RTX's parser opens `libtensorrt_rtx.so` by that very name when it meets
 a plugin; its wheel has no file of that name, and the library path is read only when a process starts. And where

@@ -1,0 +1,33 @@
+"""The onnx package's own evaluator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from lfx.errors import ArtifactError, LfxError, require, with_cure
+from lfx.runtime.backends.interface import AnyShape, Arrays
+
+
+class Reference(AnyShape):
+    """The reference evaluator of the onnx package: every precision, plain numpy, slow."""
+
+    def __init__(self, model: Path) -> None:
+        onnx = require("onnx", "export")
+        evaluator = require("onnx.reference", "export")
+        try:
+            self._evaluator = evaluator.ReferenceEvaluator(str(model))
+        except Exception as error:
+            raise ArtifactError(f"{model} cannot be loaded by onnx: {with_cure(error)}") from error
+        self.name = f"onnx {onnx.__version__} reference evaluator"
+        self.input_names = list(self._evaluator.input_names)
+        self.output_names = list(self._evaluator.output_names)
+
+    def infer(self, feeds: Arrays) -> Arrays:
+        """One batch."""
+        try:
+            found = self._evaluator.run(self.output_names, feeds)
+        except Exception as error:
+            raise LfxError(f"the reference evaluator failed: {with_cure(error)}") from error
+        return dict(zip(self.output_names, (np.asarray(value) for value in found), strict=True))

@@ -1,0 +1,90 @@
+"""The parent of the process that TensorRT builds in: starts it, and reads what it says."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lfx.errors import BuildError, one_line
+
+
+def run_tensorrt(
+    job: dict[str, Any], scratch: Path, progress: Callable[[str], None], log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Run `trt_process` on the job; returns its result.
+
+    Raises:
+        BuildError: TensorRT built no engine. OSError: the disk is full.
+    """
+    (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    environment = dict(os.environ)
+    if job["module"] == "tensorrt_rtx":
+        libraries = _named_library(scratch)
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [libraries, environment.get("LD_LIBRARY_PATH")]))
+    # -P: modules come from the installation, not from the folder that the user is in.
+    command = [sys.executable, "-P", "-m", "lfx.runtime.build.trt_process", str(scratch / "job.json")]
+    errors: list[str] = []
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,  # it ends when this end is closed, by a kill too
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env=environment,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            for text in process.stdout:
+                line = _parse(text)
+                if line is None:
+                    log(text.rstrip())  # what a library printed
+                    if text.startswith("lfx::"):
+                        errors.append(text.rstrip())
+                elif "result" in line:
+                    return dict(line["result"])
+                elif "step" in line:
+                    progress(line["step"])
+                elif "error" in line:
+                    if line.get("disk_full"):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    errors.append(line["error"])
+                else:
+                    log(f"TensorRT {line['severity']}: {line['log']}")
+                    if line["severity"] in ("error", "internal_error"):
+                        errors.append(line["log"])
+        except BaseException:
+            process.kill()
+            raise
+    errors.append(f"it ended with exit status {process.returncode}")
+    reason = next((error for error in errors if error.startswith("lfx::")), errors[0])
+    raise BuildError(f"TensorRT built no engine: {one_line(Exception(reason), 600)}")
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    """A line of `trt_process`'s, or None where something else printed it."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    ours = ({"result"}, {"step"}, {"error"}, {"error", "disk_full"}, {"log", "severity"})
+    return line if isinstance(line, dict) and set(line) in ours else None
+
+
+def _named_library(scratch: Path) -> str:
+    """A folder with libtensorrt_rtx.so, which the wheel ships under its versioned name only."""
+    spec = find_spec("tensorrt_rtx_libs")
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        for library in sorted(Path(folder).glob("libtensorrt_rtx.so*")):
+            (scratch / "lib").mkdir(exist_ok=True)
+            (scratch / "lib" / "libtensorrt_rtx.so").symlink_to(library)
+            return str(scratch / "lib")
+    return ""

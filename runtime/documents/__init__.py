@@ -1,0 +1,9 @@
+"""Files of documents: JSONL or Parquet in, one row for each document, or each window of it, out."""
+
+from __future__ import annotations
+
+from lfx.runtime.documents.formats import is_documents
+from lfx.runtime.documents.rows import Summary
+from lfx.runtime.documents.run import MAX_WINDOWS, encoded, run_documents
+
+__all__ = ["MAX_WINDOWS", "Summary", "encoded", "is_documents", "run_documents"]
