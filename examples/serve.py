@@ -23,7 +23,8 @@ from typing import Any
 from lfx.checks import json_text, parse_json
 from lfx.errors import InputError, LfxError, OverloadError
 from lfx.runtime import Batcher, Engine
-from lfx.runtime.text import Text
+from lfx.runtime.postprocess import Postprocessor
+from lfx.runtime.tokenizer import Tokenizer
 
 # Bytes of a body for each token of the model's longest sequence. English has 4 to 5 and Chinese 3 in UTF-8; a letter
 # that JSON escapes has 6.
@@ -43,7 +44,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, bundle: Path, port: int, max_delay_ms: float, max_requests: int, client_seconds: float) -> None:
         self.engine = Engine(bundle)
         self.engine.warm_up()
-        self.text = Text(bundle, self.engine.signature)
+        self.tokenizer = Tokenizer(bundle, self.engine.signature)
+        self.postprocessor = Postprocessor(self.tokenizer)
         self.batcher = Batcher(self.engine, max_delay_ms=max_delay_ms)
         self.tokenizing = threading.Lock()  # one text at a time: its encoding is many times as large
         self.largest_body = (self.engine.signature.max_seqlen or NO_LIMIT_TOKENS) * BYTES_PER_TOKEN + OTHER_BYTES
@@ -143,9 +145,9 @@ class Handler(BaseHTTPRequestHandler):
             )
         server = self.server
         with server.tokenizing:
-            encoded = server.text.encode(request["text"], request.get("pair"))
+            encoded = server.tokenizer.encode(request["text"], request.get("pair"))
         outputs = server.batcher.submit(encoded.ids).result()
-        return {"tokens": len(encoded.ids), "answers": server.text.answers(encoded, outputs)}
+        return {"tokens": len(encoded.ids), "answers": server.postprocessor.answers(encoded, outputs)}
 
     def _reply(self, status: int, body: str, kind: str = "application/json") -> None:
         data = body.encode()

@@ -34,11 +34,11 @@ from lfx.parity import Case, Report, compare
 from lfx.runtime import Engine
 from lfx.runtime.artifact import check_bundle
 from lfx.runtime.backends import OnnxRuntime
-from lfx.runtime.build.check_graph import engine_runner
 from lfx.runtime.documents import encoded
 from lfx.runtime.documents.formats import is_documents
 from lfx.runtime.inputs import prepare
-from lfx.runtime.text import settings
+from lfx.runtime.postprocess import settings
+from lfx.runtime.runner import engine_runner
 from lfx.signature import Signature, is_multi_label
 
 ACTIVATIONS = ("uint8", "int8")

@@ -21,9 +21,9 @@ from lfx.export.rewrite import attention_windows
 from lfx.export.runners import disturbed_runner, int8_runner, reference_runner, torch_runner
 from lfx.parity import UNIT_ROUNDOFF, Case, Report, compare, quick_cases
 from lfx.runtime import Engine
-from lfx.runtime.build.check_graph import engine_runner, model_inputs
 from lfx.runtime.engine import check_cuttable, cut
 from lfx.runtime.inputs import default_global
+from lfx.runtime.runner import engine_runner, model_inputs
 from lfx.signature import GRAPH_INPUTS, QUANTIZED, Signature, is_multi_label
 
 _NO_SIGNATURE = Signature("", "feature-extraction", "fp32", (), (), ())

@@ -21,7 +21,6 @@ from lfx.errors import ExportError, LfxError
 from lfx.export import export
 from lfx.export.load import load, quiet
 from lfx.manifest import Manifest
-from lfx.runtime.text import Text
 
 HUB_ID = "allenai/longformer-base-4096"
 LENGTHS = (1, 100, 512, 1000, 4096)
@@ -78,7 +77,7 @@ def _document_ids(bundle: Path, engine: runtime.Engine) -> list[int]:
     from tokenizers import Tokenizer
 
     text = DOCUMENT.read_text(encoding="utf-8")
-    Text(bundle, engine.signature)  # the bundle's tokenizer is there and whole
+    Tokenizer(bundle, engine.signature)  # the bundle's tokenizer is there and whole
     tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
     ids = [int(i) for i in tokenizer.encode(text, add_special_tokens=False).ids]
     console.print(f"\n[bold]{DOCUMENT.name}[/]: {len(text):,} characters, {len(ids):,} tokens")

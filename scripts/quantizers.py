@@ -29,7 +29,7 @@ from lfx.manifest import MODEL, WEIGHTS
 from lfx.runtime import Engine
 from lfx.runtime.bench import Run, measure
 from lfx.runtime.inputs import prepare
-from lfx.runtime.text import Text
+from lfx.runtime.tokenizer import Tokenizer
 
 LENGTH, WINDOWS, ROUNDS = 512, 16, 7
 OUTPUT = "last_hidden_state"
@@ -67,7 +67,7 @@ def text_windows(bundle: Path, engine: Engine) -> list[np.ndarray]:
         token
         for line in DOCUMENT.read_text(encoding="utf-8").splitlines()
         if line.strip()
-        for token in Text(bundle, engine.signature).encode(line).ids
+        for token in Tokenizer(bundle, engine.signature).encode(line).ids
     ]
     return [np.array([ids[at * LENGTH : (at + 1) * LENGTH]]) for at in range(WINDOWS)]
 

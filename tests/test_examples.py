@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 from lfx.runtime import Engine
-from lfx.runtime.text import Text
+from lfx.runtime.postprocess import Postprocessor
+from lfx.runtime.tokenizer import Tokenizer
 from tests.conftest import MakeBundle
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -74,10 +75,10 @@ def test_many_at_once_get_their_own_answers(address: str, bundle: MakeBundle) ->
         found = list(pool.map(lambda text: post(address, json.dumps({"text": text}).encode()), texts))
     folder = bundle("text-classification")
     with Engine(folder) as engine:
-        reader = Text(folder, engine.signature)
+        reader = Tokenizer(folder, engine.signature)
         for text, (status, reply) in zip(texts, found, strict=True):
             encoded = reader.encode(text)
-            right = reader.answers(encoded, engine.run(encoded.ids))  # type: ignore[arg-type]
+            right = Postprocessor(reader).answers(encoded, engine.run(encoded.ids))  # type: ignore[arg-type]
             assert status == 200
             assert reply["tokens"] == len(encoded.ids)
             assert [a["label"] for a in reply["answers"]] == [a["label"] for a in right]
@@ -116,7 +117,7 @@ def test_a_body_that_no_text_of_the_model_needs_is_refused_unread(
     example = load_example()
     largest = 128 * example.BYTES_PER_TOKEN + example.OTHER_BYTES  # 128 tokens are the tiny model's longest sequence
     assert post(address, b" " * (largest - 16) + b'{"text": "fox" }')[0] == 200
-    monkeypatch.setattr(Text, "encode", None)
+    monkeypatch.setattr(Tokenizer, "encode", None)
     for size in (largest + 1, 3_800_000):
         status, reply = post(address, b" " * size)
         assert status == 413
@@ -127,14 +128,14 @@ def test_requests_beyond_those_in_work_get_503_and_are_told_to_come_back(
     bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, go_on = threading.Event(), threading.Event()
-    encode = Text.encode
+    encode = Tokenizer.encode
 
-    def waiting(reader: Text, *arguments: Any) -> Any:
+    def waiting(reader: Tokenizer, *arguments: Any) -> Any:
         entered.set()
         assert go_on.wait(60)
         return encode(reader, *arguments)
 
-    monkeypatch.setattr(Text, "encode", waiting)
+    monkeypatch.setattr(Tokenizer, "encode", waiting)
     with running(bundle("text-classification"), max_requests=1) as server, ThreadPoolExecutor(1) as pool:
         first = pool.submit(post, address_of(server), b'{"text": "the fox"}')
         assert entered.wait(60)
@@ -148,16 +149,16 @@ def test_requests_beyond_those_in_work_get_503_and_are_told_to_come_back(
 
 def test_texts_are_tokenized_one_at_a_time(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     busy = threading.Lock()
-    encode = Text.encode
+    encode = Tokenizer.encode
 
-    def alone(reader: Text, *arguments: Any) -> Any:
+    def alone(reader: Tokenizer, *arguments: Any) -> Any:
         assert busy.acquire(blocking=False)
         try:
             return encode(reader, *arguments)
         finally:
             busy.release()
 
-    monkeypatch.setattr(Text, "encode", alone)
+    monkeypatch.setattr(Tokenizer, "encode", alone)
     with running(bundle("text-classification")) as server, ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: post(address_of(server), b'{"text": "the quick fox"}'), range(40)))
     assert {status for status, _ in found} == {200}
@@ -203,14 +204,14 @@ def test_a_client_that_breaks_the_connection_prints_no_traceback(
     bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entered, broken, ended = threading.Event(), threading.Event(), threading.Event()
-    encode = Text.encode
+    encode = Tokenizer.encode
 
-    def waiting(reader: Text, *arguments: Any) -> Any:
+    def waiting(reader: Tokenizer, *arguments: Any) -> Any:
         entered.set()
         assert broken.wait(60)
         return encode(reader, *arguments)
 
-    monkeypatch.setattr(Text, "encode", waiting)
+    monkeypatch.setattr(Tokenizer, "encode", waiting)
     with running(bundle("text-classification")) as server:
         shutdown, failures = server.shutdown_request, []
         handle_error = server.handle_error

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from lfx.errors import InputError, LfxError, one_line
 from lfx.runtime.engine import AHEAD, Engine
 from lfx.runtime.inputs import prepare
-from lfx.runtime.text import Encoded, Text
+from lfx.runtime.postprocess import Postprocessor
+from lfx.runtime.tokenizer import Encoded, Tokenizer
 from lfx.signature import Signature, TensorSpec
 
 # Outputs per token of the windows that run together: those of a fill-mask model have 200 kB a token.
@@ -52,7 +53,8 @@ class Runner:
     """Computes rows; counts what it ran in `summary`."""
 
     engine: Engine
-    reader: Text | None
+    tokenizer: Tokenizer | None
+    postprocessor: Postprocessor | None
     stride: int | None
     max_windows: int
     summary: Summary
@@ -79,7 +81,7 @@ class Runner:
         try:
             if isinstance(document, dict) and document.get("id") is not None:
                 row["id"] = _checked_id(document["id"])
-            windows = windows_of(document, self.engine.signature, self.reader, self.stride, self.max_windows)
+            windows = windows_of(document, self.engine.signature, self.tokenizer, self.stride, self.max_windows)
         except MemoryError:
             raise
         except Exception as error:
@@ -140,7 +142,7 @@ class Runner:
         self.summary.tokens += len(window.encoded.ids)
         row = {**window.row, "tokens": len(window.encoded.ids)}
         try:
-            answers = _answers(self.reader, window.encoded, outputs)
+            answers = _answers(self.postprocessor, window.encoded, outputs)
         except LfxError as error:
             return {**window.row, "error": _reason(error)}
         if answers:
@@ -150,7 +152,7 @@ class Runner:
 
 
 def windows_of(
-    document: Any, signature: Signature, reader: Text | None, stride: int | None, max_windows: int | None = None
+    document: Any, signature: Signature, tokenizer: Tokenizer | None, stride: int | None, max_windows: int | None = None
 ) -> Sequence[Encoded]:
     """What the model is given for one document, checked; windows are made when they are asked for.
 
@@ -161,7 +163,7 @@ def windows_of(
         raise document
     if not isinstance(document, dict):
         raise InputError(f"{type(document).__name__} where an object with text or input_ids should be")
-    windows = _encode(document, signature, reader, stride)
+    windows = _encode(document, signature, tokenizer, stride)
     if max_windows is not None and len(windows) > max_windows:
         raise InputError(
             f"the document gives {len(windows):,} windows, above the {max_windows:,} allowed; give a larger --stride, "
@@ -173,7 +175,7 @@ def windows_of(
 
 
 def _encode(
-    document: dict[str, Any], signature: Signature, reader: Text | None, stride: int | None
+    document: dict[str, Any], signature: Signature, tokenizer: Tokenizer | None, stride: int | None
 ) -> Sequence[Encoded]:
     text, pair, ids = document.get("text"), document.get("pair"), document.get("input_ids")
     if (text is None) == (ids is None):
@@ -188,9 +190,9 @@ def _encode(
         raise InputError("text (and pair, if any) must be a string, and text not empty")
     if signature.task == "question-answering" and pair is None:
         raise InputError("question-answering needs the question as text and the document as pair")
-    if reader is None:
+    if tokenizer is None:
         raise InputError("the model has no tokenizer, so documents must have input_ids")
-    return [reader.encode(text, pair)] if stride is None else reader.windows(text, pair, stride)
+    return [tokenizer.encode(text, pair)] if stride is None else tokenizer.windows(text, pair, stride)
 
 
 def _checked_id(value: Any) -> Any:
@@ -206,10 +208,10 @@ def _reason(error: Exception) -> str:
     return one_line(error) if isinstance(error, LfxError) else f"{type(error).__name__}: {one_line(error)}"
 
 
-def _answers(reader: Text | None, window: Encoded, outputs: Outputs) -> list[dict[str, Any]]:
-    if reader is None:
+def _answers(postprocessor: Postprocessor | None, window: Encoded, outputs: Outputs) -> list[dict[str, Any]]:
+    if postprocessor is None:
         return []
-    answers = reader.answers(window, {name: array[None] for name, array in outputs.items()})
+    answers = postprocessor.answers(window, {name: array[None] for name, array in outputs.items()})
     return [{key: _short(v) if isinstance(v, float) else v for key, v in answer.items()} for answer in answers]
 
 

@@ -25,7 +25,8 @@ from lfx.runtime.documents.formats import (
 from lfx.runtime.documents.journal import Journal, journal_path
 from lfx.runtime.documents.rows import OUTPUT_BYTES, Runner, Summary, outputs_per_sequence, windows_of
 from lfx.runtime.engine import AHEAD, Engine
-from lfx.runtime.text import END_TO_END, TOKENIZER, Encoded, Text
+from lfx.runtime.postprocess import Postprocessor
+from lfx.runtime.tokenizer import END_TO_END, TOKENIZER, Encoded, Tokenizer
 from lfx.signature import Signature
 
 # Documents whose rows count together: a run that was stopped goes on behind its last whole chunk. Batches are formed
@@ -36,7 +37,7 @@ MAX_WINDOWS = 4096
 
 def run_documents(
     engine: Engine,
-    reader: Text | None,
+    tokenizer: Tokenizer | None,
     source: Path,
     output: Path,
     *,
@@ -57,7 +58,7 @@ def run_documents(
     run stops where the engine fails on every input.
 
     Args:
-        reader: the tokenizer; None where every document has input_ids.
+        tokenizer: the tokenizer; None where every document has input_ids.
         source, output: .jsonl (or .ndjson) or .parquet, each.
         stride: documents longer than the model takes are cut into windows that begin every `stride` tokens, 1 or more;
             None refuses them.
@@ -68,10 +69,10 @@ def run_documents(
         DependencyError: one of the files is Parquet, and pyarrow is not installed.
         LfxError: the engine fails on every input. What is done is kept.
     """
-    if not isinstance(engine, Engine) or not isinstance(reader, Text | None):
+    if not isinstance(engine, Engine) or not isinstance(tokenizer, Tokenizer | None):
         raise InputError(
-            f"engine and reader are {type(engine).__name__} and {type(reader).__name__}; give an Engine, and a Text or "
-            "None"
+            f"engine and tokenizer are {type(engine).__name__} and {type(tokenizer).__name__}; give an Engine, and a "
+            "Tokenizer or None"
         )
     stride = None if stride is None else whole_number(stride, "stride", 1)
     max_windows = whole_number(max_windows, "max_windows", 1)
@@ -85,7 +86,7 @@ def run_documents(
         "lfx": __version__,
         "input": digest,
         "model": engine.identity,
-        "tokenizer": reader.sha256 if reader is not None else None,
+        "tokenizer": tokenizer.sha256 if tokenizer is not None else None,
         "backend": engine.backend,
         "precision": engine.precision,
         "stride": stride,
@@ -94,7 +95,8 @@ def run_documents(
         "groups": [CHUNK, AHEAD, OUTPUT_BYTES],
     }
     summary = Summary()
-    runner = Runner(engine, reader, stride, max_windows, summary)
+    postprocessor = Postprocessor(tokenizer) if tokenizer is not None else None
+    runner = Runner(engine, tokenizer, postprocessor, stride, max_windows, summary)
     try:
         with Journal(output, header, CHUNK) as journal:
             if journal.documents and journal.documents > count_documents(source):
@@ -131,7 +133,7 @@ def encoded(source: Path, signature: Signature, folder: Path) -> Iterator[Encode
     """
     source, folder = file_path(source, "the file of documents"), file_path(folder, "the tokenizer's folder")
     check_source(source)
-    reader = Text(folder, signature) if (folder / TOKENIZER).exists() else None
+    tokenizer = Tokenizer(folder, signature) if (folder / TOKENIZER).exists() else None
     if is_documents(source):
         documents = read_documents(source)
     else:
@@ -141,7 +143,7 @@ def encoded(source: Path, signature: Signature, folder: Path) -> Iterator[Encode
             raise InputError(f"{source} cannot be read as UTF-8 text: {error}") from error
     for line, document in documents:
         try:
-            windows = windows_of(document, signature, reader, END_TO_END)
+            windows = windows_of(document, signature, tokenizer, END_TO_END)
         except InputError as error:
             raise InputError(f"{source}:{line}: {error}") from error
         yield from windows

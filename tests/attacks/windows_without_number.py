@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lfx.runtime import Engine
 from lfx.runtime.documents import run_documents
-from lfx.runtime.text import Text
+from lfx.runtime.tokenizer import Tokenizer
 from tests.attacks import make_bundle
 
 
@@ -18,7 +18,7 @@ def attack(folder: Path) -> str:
     bundle = make_bundle(folder / "bundle")
     with Engine(bundle) as engine:
         summary = run_documents(
-            engine, Text(bundle, engine.signature), folder / "in.jsonl", folder / "out.jsonl", stride=1
+            engine, Tokenizer(bundle, engine.signature), folder / "in.jsonl", folder / "out.jsonl", stride=1
         )
     assert (summary.documents, summary.refused) == (2, 1)
     refusal, answer = map(json.loads, (folder / "out.jsonl").read_text().splitlines())

@@ -14,7 +14,7 @@ from lfx.export import export
 from lfx.export.runners import reference_runner, torch_runner
 from lfx.parity import Case, compare, inputs_of
 from lfx.runtime import Engine
-from lfx.runtime.build.check_graph import engine_runner
+from lfx.runtime.runner import engine_runner
 
 pytestmark = pytest.mark.slow
 

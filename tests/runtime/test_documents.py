@@ -22,7 +22,7 @@ from lfx.errors import InputError
 from lfx.runtime import Engine
 from lfx.runtime.documents import run as documents
 from lfx.runtime.documents import run_documents
-from lfx.runtime.text import Text
+from lfx.runtime.tokenizer import Tokenizer
 from tests.conftest import MakeBundle
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
@@ -54,12 +54,12 @@ def engine(bundle: MakeBundle) -> Any:
 
 
 @pytest.fixture
-def reader(bundle: MakeBundle, engine: Engine) -> Text:
+def reader(bundle: MakeBundle, engine: Engine) -> Tokenizer:
     """Its tokenizer."""
-    return Text(bundle(CLASSIFIER), engine.signature)
+    return Tokenizer(bundle(CLASSIFIER), engine.signature)
 
 
-def test_every_document_gets_the_row_that_it_gets_alone(engine: Engine, reader: Text, tmp_path: Path) -> None:
+def test_every_document_gets_the_row_that_it_gets_alone(engine: Engine, reader: Tokenizer, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", texts(40))
     summary = run_documents(engine, reader, source, tmp_path / "out.jsonl")
     found = rows(tmp_path / "out.jsonl")
@@ -93,7 +93,7 @@ BAD: dict[str, tuple[Any, str]] = {
 
 
 def test_bad_lines_are_reported_by_file_and_line_and_the_rest_is_done(
-    engine: Engine, reader: Text, tmp_path: Path
+    engine: Engine, reader: Tokenizer, tmp_path: Path
 ) -> None:
     lines: list[Any] = []
     for bad, _ in BAD.values():
@@ -112,7 +112,7 @@ def test_bad_lines_are_reported_by_file_and_line_and_the_rest_is_done(
             raise AssertionError(bad["error"])
 
 
-def test_bytes_that_are_no_utf8_are_one_bad_line(engine: Engine, reader: Text, tmp_path: Path) -> None:
+def test_bytes_that_are_no_utf8_are_one_bad_line(engine: Engine, reader: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(b'{"text": "\xff"}\n{"text": "fox"}\n')
     assert run_documents(engine, reader, tmp_path / "in.jsonl", tmp_path / "out.jsonl").refused == 1
     assert [row.get("error") for row in rows(tmp_path / "out.jsonl")] == ["not UTF-8", None]
@@ -120,7 +120,7 @@ def test_bytes_that_are_no_utf8_are_one_bad_line(engine: Engine, reader: Text, t
 
 @pytest.mark.parametrize("stride", [1, 50, 126])
 def test_long_documents_are_cut_into_windows_and_nothing_is_left_out(
-    stride: int, engine: Engine, reader: Text, tmp_path: Path
+    stride: int, engine: Engine, reader: Tokenizer, tmp_path: Path
 ) -> None:
     text = " ".join(np.random.default_rng(0).choice(WORDS, 150))
     whole = reader._tokenizer.encode(text, add_special_tokens=False).ids
@@ -136,14 +136,14 @@ def test_long_documents_are_cut_into_windows_and_nothing_is_left_out(
     assert len(reader.encode("the fox").ids) == 4  # the tokenizer is as it was
 
 
-def test_a_stride_that_would_leave_tokens_out_is_refused(engine: Engine, reader: Text) -> None:
+def test_a_stride_that_would_leave_tokens_out_is_refused(engine: Engine, reader: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"stride 127 does not fit: a window has room for 126 tokens .* give 1 to 126"):
         reader.windows("fox " * 200, None, 127)
 
 
 def test_a_question_stands_before_every_window_of_its_document(bundle: MakeBundle, tmp_path: Path) -> None:
     with Engine(bundle("question-answering")) as engine:
-        reader = Text(bundle("question-answering"), engine.signature)
+        reader = Tokenizer(bundle("question-answering"), engine.signature)
         question, document = "the quick fox", "the lazy dog jumps over " * 40
         windows = reader.windows(question, document, 60)
         start = reader.encode(question, "dog").ids[:5]
@@ -163,7 +163,7 @@ def test_documents_of_ids_need_no_tokenizer(engine: Engine, tmp_path: Path) -> N
     assert "no tokenizer" in second["error"]
 
 
-def test_parquet_in_and_out(engine: Engine, reader: Text, tmp_path: Path) -> None:
+def test_parquet_in_and_out(engine: Engine, reader: Tokenizer, tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"text": [d["text"] for d in texts(20)] + [None], "id": list(range(21))})
@@ -197,7 +197,7 @@ def test_parquet_in_and_out(engine: Engine, reader: Text, tmp_path: Path) -> Non
     ],
 )
 def test_files_that_cannot_be_are_refused(
-    source: str, output: str, reason: str, engine: Engine, reader: Text, tmp_path: Path
+    source: str, output: str, reason: str, engine: Engine, reader: Tokenizer, tmp_path: Path
 ) -> None:
     pytest.importorskip("pyarrow")
     for name in ("in.jsonl", "in.txt", "in.parquet"):
@@ -207,7 +207,7 @@ def test_files_that_cannot_be_are_refused(
 
 
 @pytest.mark.parametrize("name", ["in.JSONL", "in.ndjson"])
-def test_other_names_of_the_formats(name: str, engine: Engine, reader: Text, tmp_path: Path) -> None:
+def test_other_names_of_the_formats(name: str, engine: Engine, reader: Tokenizer, tmp_path: Path) -> None:
     source = write(tmp_path / name, texts(3))
     assert run_documents(engine, reader, source, tmp_path / "out.NDJSON").documents == 3
     assert [row["line"] for row in rows(tmp_path / "out.NDJSON")] == [1, 2, 3]
@@ -215,7 +215,7 @@ def test_other_names_of_the_formats(name: str, engine: Engine, reader: Text, tmp
 
 @pytest.mark.parametrize("cut", [1, 7, 200, 4000, 20000])
 def test_a_run_that_was_cut_anywhere_goes_on_to_the_same_file(
-    cut: int, engine: Engine, reader: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cut: int, engine: Engine, reader: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK", 16)
     source = write(tmp_path / "in.jsonl", [*texts(50), "broken", *texts(20, seed=1)])
@@ -240,7 +240,7 @@ def test_a_run_that_was_cut_anywhere_goes_on_to_the_same_file(
 
 
 def test_what_is_left_of_another_input_or_stride_is_not_gone_on_with(
-    engine: Engine, reader: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, reader: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK", 4)
 
@@ -328,7 +328,7 @@ def test_no_odd_document_stops_a_run(bundle: MakeBundle, tmp_path: Path, name: s
     source.write_text('{"id": 1, "input_ids": [3, 4]}\n' + line + '\n{"id": "a", "input_ids": [3, 4]}\n')
     folder = bundle("text-classification")
     with Engine(folder, threads=1) as engine:
-        done = run_documents(engine, Text(folder, engine.signature), source, output, stride=stride)
+        done = run_documents(engine, Tokenizer(folder, engine.signature), source, output, stride=stride)
     rows = [json.loads(row) for row in output.read_text().splitlines()]
     assert (done.documents, done.refused, len(rows)) == (3, 1, 3)
     assert re.search(reason, rows[1]["error"])
@@ -375,23 +375,23 @@ def test_another_model_or_tokenizer_starts_again(bundle: MakeBundle, tmp_path: P
 
     with Engine(folder, threads=1) as engine:
         with pytest.raises(KeyboardInterrupt):
-            run_documents(engine, Text(folder, engine.signature), source, output, progress=stop)
-        assert run_documents(engine, Text(other, engine.signature), source, output).resumed_at == 0
+            run_documents(engine, Tokenizer(folder, engine.signature), source, output, progress=stop)
+        assert run_documents(engine, Tokenizer(other, engine.signature), source, output).resumed_at == 0
         with pytest.raises(KeyboardInterrupt):
-            run_documents(engine, Text(folder, engine.signature), source, output, progress=stop)
+            run_documents(engine, Tokenizer(folder, engine.signature), source, output, progress=stop)
     copy = tmp_path / "copy"
     copy.mkdir()
     model = onnx.load(str(folder / "model.onnx"))
     model.doc_string = "another"
     onnx.save(model, str(copy / "model.onnx"), save_as_external_data=True, location="model.onnx.data")
     with Engine(copy / "model.onnx", threads=1) as engine:
-        assert run_documents(engine, Text(folder, engine.signature), source, output).resumed_at == 0
+        assert run_documents(engine, Tokenizer(folder, engine.signature), source, output).resumed_at == 0
 
 
 @pytest.mark.parametrize("options", [{"stride": 0}, {"stride": True}, {"stride": "x"}, {"stride": 1.5}, {"stride": -1}])
 @pytest.mark.parametrize("name", ["stride", "max_windows"])
 def test_numbers_that_are_none_are_refused(
-    options: dict[str, Any], name: str, engine: Engine, reader: Text, tmp_path: Path
+    options: dict[str, Any], name: str, engine: Engine, reader: Tokenizer, tmp_path: Path
 ) -> None:
     source = write(tmp_path / "in.jsonl", texts(1))
     wrong: Any = {"stride": 5, name: options["stride"]}
@@ -400,7 +400,7 @@ def test_numbers_that_are_none_are_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_a_document_of_too_many_windows_is_refused_by_number(engine: Engine, reader: Text, tmp_path: Path) -> None:
+def test_a_document_of_too_many_windows_is_refused_by_number(engine: Engine, reader: Tokenizer, tmp_path: Path) -> None:
     documents_of = {"text": "the " * 140}, {"text": "the " * 141}
     source = write(tmp_path / "in.jsonl", list(documents_of))
     summary = run_documents(engine, reader, source, tmp_path / "out.jsonl", stride=1, max_windows=15)
@@ -435,7 +435,7 @@ def replaced(source: Path) -> None:
 
 @pytest.mark.parametrize("change", [rewrite, replaced, Path.unlink])
 def test_an_input_that_is_changed_during_a_run_is_said_and_its_rows_dropped(
-    change: Callable[[Path], None], engine: Engine, reader: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: Callable[[Path], None], engine: Engine, reader: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK", 4)
     source, output = write(tmp_path / "in.jsonl", texts(12)), tmp_path / "out.jsonl"
@@ -453,7 +453,7 @@ def test_an_input_that_is_changed_during_a_run_is_said_and_its_rows_dropped(
 
 
 def test_a_change_is_found_at_the_chunk_that_it_is_in(
-    engine: Engine, reader: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, reader: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK", 4)
     source, steps = write(tmp_path / "in.jsonl", texts(40)), []
@@ -468,7 +468,7 @@ def test_a_change_is_found_at_the_chunk_that_it_is_in(
 
 
 def test_a_disk_that_is_full_keeps_what_is_done(
-    engine: Engine, reader: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, reader: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, output = write(tmp_path / "in.jsonl", texts(3)), tmp_path / "out.jsonl"
 

@@ -16,7 +16,7 @@ from lfx.checks import parse_json
 from lfx.errors import InputError, LfxError
 from lfx.runtime import Engine
 from lfx.runtime.documents import run_documents
-from lfx.runtime.text import END_TO_END, Text
+from lfx.runtime.tokenizer import END_TO_END, Tokenizer
 from lfx.signature import Signature
 from tests.conftest import MakeBundle
 from tests.models import VOCAB_SIZE
@@ -48,11 +48,11 @@ def engine(bundle: MakeBundle) -> Any:
 
 
 @pytest.fixture(scope="module")
-def reader(bundle: MakeBundle, engine: Engine) -> Text:
-    return Text(bundle("text-classification"), engine.signature)
+def reader(bundle: MakeBundle, engine: Engine) -> Tokenizer:
+    return Tokenizer(bundle("text-classification"), engine.signature)
 
 
-def run_lines(engine: Engine, reader: Text, content: list[bytes], stride: int | None) -> list[Any]:
+def run_lines(engine: Engine, reader: Tokenizer, content: list[bytes], stride: int | None) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "in.jsonl", Path(folder) / "out.jsonl"
         source.write_bytes(b"".join(line + b"\n" for line in content))
@@ -61,7 +61,7 @@ def run_lines(engine: Engine, reader: Text, content: list[bytes], stride: int | 
 
 
 @given(st.lists(lines, max_size=6), st.sampled_from([None, 5]))
-def test_every_line_gets_its_row(engine: Engine, reader: Text, content: list[bytes], stride: int | None) -> None:
+def test_every_line_gets_its_row(engine: Engine, reader: Tokenizer, content: list[bytes], stride: int | None) -> None:
     rows = run_lines(engine, reader, content, stride)
     assert list(dict.fromkeys(row["line"] for row in rows)) == list(range(1, len(content) + 1))
     for row in rows:
@@ -75,7 +75,7 @@ def test_every_line_gets_its_row(engine: Engine, reader: Text, content: list[byt
 
 @given(st.lists(documents, min_size=1, max_size=5))
 @settings(max_examples=settings.default.max_examples // 4)
-def test_parquet_holds_what_jsonl_holds(engine: Engine, reader: Text, found: list[Any]) -> None:
+def test_parquet_holds_what_jsonl_holds(engine: Engine, reader: Tokenizer, found: list[Any]) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -97,7 +97,9 @@ def test_parquet_holds_what_jsonl_holds(engine: Engine, reader: Text, found: lis
 
 
 @given(st.binary(max_size=300), st.integers(0, 2))
-def test_a_journal_of_any_bytes_changes_no_result(engine: Engine, reader: Text, junk: bytes, whole_lines: int) -> None:
+def test_a_journal_of_any_bytes_changes_no_result(
+    engine: Engine, reader: Tokenizer, junk: bytes, whole_lines: int
+) -> None:
     content = [b'{"input_ids": [5, 6]}', b'{"input_ids": [7]}']
     wanted = run_lines(engine, reader, content, None)
     with tempfile.TemporaryDirectory() as name:
@@ -109,7 +111,9 @@ def test_a_journal_of_any_bytes_changes_no_result(engine: Engine, reader: Text, 
 
 
 @given(st.text(alphabet="the quick brown fox</s>", max_size=600), st.integers(1, 126))
-def test_windows_laid_over_one_another_are_the_whole_text(reader: Text, engine: Engine, text: str, stride: int) -> None:
+def test_windows_laid_over_one_another_are_the_whole_text(
+    reader: Tokenizer, engine: Engine, text: str, stride: int
+) -> None:
     limit = engine.signature.max_seqlen
     assert limit == 128
     try:
@@ -129,5 +133,5 @@ def test_a_tokenizer_file_of_any_text_is_refused_in_one_line(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8", errors="replace")
         with pytest.raises(LfxError) as caught:
-            Text(Path(folder), signature)
+            Tokenizer(Path(folder), signature)
         assert "\n" not in str(caught.value)

@@ -93,12 +93,12 @@ def test_an_empty_input_gives_an_empty_output(name: str, bundle: MakeBundle, tmp
 
 
 def test_a_token_classifier_writes_parquet(bundle: MakeBundle, tmp_path: Path) -> None:
-    from lfx.runtime.text import Text
+    from lfx.runtime.tokenizer import Tokenizer
 
     source, folder = tmp_path / "in.jsonl", bundle("token-classification")
     source.write_text('{"text": "the fox"}\n')
     with Engine(folder, threads=1) as engine:
-        run_documents(engine, Text(folder, engine.signature), source, tmp_path / "out.parquet")
+        run_documents(engine, Tokenizer(folder, engine.signature), source, tmp_path / "out.parquet")
     assert len(parquet.read_table(tmp_path / "out.parquet").to_pylist()[0]["answers"]) == 4
 
 

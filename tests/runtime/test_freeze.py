@@ -17,7 +17,7 @@ from lfx.manifest import MODEL, Manifest
 from lfx.parity import full_cases
 from lfx.runtime import Engine
 from lfx.runtime.build import prepare_graph as freeze
-from lfx.runtime.build.check_graph import engine_runner, model_inputs
+from lfx.runtime.runner import engine_runner, model_inputs
 from tests.conftest import MakeBundle
 from tests.models import tiny_model
 

@@ -43,7 +43,7 @@ def lfx_without(blocked: tuple[str, ...], *arguments: str) -> subprocess.Complet
     [
         "lfx",
         "lfx.runtime",
-        "lfx.runtime.text",
+        "lfx.runtime.tokenizer",
         "lfx.signature",
         "lfx.manifest",
         "lfx.machine",
@@ -71,10 +71,10 @@ def test_running_an_engine_loads_nothing_of_the_export_side(bundle: MakeBundle) 
     code = """
 import sys
 from lfx import runtime
-from lfx.runtime.text import Text
+from lfx.runtime.tokenizer import Tokenizer
 from pathlib import Path
 with runtime.Engine(sys.argv[1]) as engine:
-    ids = Text(Path(sys.argv[1]), engine.signature).encode("the fox").ids
+    ids = Tokenizer(Path(sys.argv[1]), engine.signature).encode("the fox").ids
     print(engine.run([ids, ids[:2]])["pooler_output"].shape)
 """
     done = python(code + LOADED, str(bundle()))

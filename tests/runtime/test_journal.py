@@ -216,7 +216,7 @@ def test_a_run_in_many_groups_and_chunks_goes_on_to_the_same_file(
     source.write_text("".join(json.dumps({"text": "the fox " * (n // 2)}) + "\n" for n in lengths))
     bundled = bundle("text-classification")
     with Engine(bundled, threads=1) as engine:
-        reader = documents.Text(bundled, engine.signature)
+        reader = documents.Tokenizer(bundled, engine.signature)
         run_documents(engine, reader, source, tmp_path / "right.jsonl", stride=20)
         infer, left = engine._backend.infer, [0]  # type: ignore[union-attr]
 

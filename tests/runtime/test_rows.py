@@ -13,7 +13,8 @@ import pytest
 from lfx.errors import LfxError
 from lfx.runtime import Engine
 from lfx.runtime.documents import run_documents
-from lfx.runtime.text import Text
+from lfx.runtime.postprocess import Postprocessor
+from lfx.runtime.tokenizer import Tokenizer
 from tests.conftest import MakeBundle
 
 CLASSIFIER = "text-classification"
@@ -26,7 +27,7 @@ def engine(bundle: MakeBundle) -> Any:
         yield opened
 
 
-def run(engine: Engine, folder: Path, documents: list[Any], reader: Text | None = None, **options: Any) -> Any:
+def run(engine: Engine, folder: Path, documents: list[Any], reader: Tokenizer | None = None, **options: Any) -> Any:
     """Summary and rows."""
     (folder / "in.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     summary = run_documents(engine, reader, folder / "in.jsonl", folder / "out.jsonl", **options)
@@ -61,7 +62,7 @@ def test_windows_run_in_groups_of_a_fixed_number(
     engine: Engine, bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = groups(engine, monkeypatch)
-    reader = Text(bundle(CLASSIFIER), engine.signature)
+    reader = Tokenizer(bundle(CLASSIFIER), engine.signature)
     documents = [{"text": "fox"}, {"text": "the " * 700}, {"text": ""}, {"text": "dog"}]
     summary, found = run(engine, tmp_path, documents, reader, stride=1)
     assert sizes == [256, 256, 65]
@@ -74,15 +75,15 @@ def test_rows_are_handed_on_before_the_next_group_is_made(
 ) -> None:
     monkeypatch.setattr("lfx.runtime.documents.rows.AHEAD", 4)
     made: list[int] = []
-    reader = Text(bundle(CLASSIFIER), engine.signature)
-    answers = reader.answers
+    reader = Tokenizer(bundle(CLASSIFIER), engine.signature)
+    answers = Postprocessor.answers
 
     def noted(*arguments: Any) -> Any:
         made.append(1)
         return answers(*arguments)
 
     seen: list[int] = []
-    monkeypatch.setattr(reader, "answers", noted)
+    monkeypatch.setattr(Postprocessor, "answers", noted)
     watch(engine, lambda ids: seen.append(len(made)))
     run(engine, tmp_path, [{"text": "the " * 140}], reader, stride=1)
     assert set(seen) == {0, 4, 8, 12}
@@ -168,7 +169,7 @@ def test_a_document_that_the_tokenizer_panics_on_is_one_row(engine: Engine, bund
     single = json.loads((bundle(CLASSIFIER) / "tokenizer.json").read_text())["post_processor"]
     missing = {"SpecialToken": {"id": "<missing>", "type_id": 0}}  # of pairs alone
     template = {**single, "pair": [missing, *single["pair"]]}
-    reader = Text(changed_tokenizer(tmp_path / "t", bundle(CLASSIFIER), post_processor=template), engine.signature)
+    reader = Tokenizer(changed_tokenizer(tmp_path / "t", bundle(CLASSIFIER), post_processor=template), engine.signature)
     documents = [{"text": "fox"}, {"text": "fox", "pair": "dog"}, {"text": "dog"}]
     for stride in (None, 5):
         summary, found = run(engine, tmp_path, documents, reader, stride=stride)
@@ -180,7 +181,7 @@ def test_a_document_that_the_tokenizer_panics_on_is_one_row(engine: Engine, bund
 def test_a_document_with_no_tokens_is_one_row(engine: Engine, bundle: MakeBundle, tmp_path: Path) -> None:
     nothing = {"type": "Replace", "pattern": {"String": "fox"}, "content": ""}
     folder = changed_tokenizer(tmp_path / "t", bundle(CLASSIFIER), normalizer=nothing, post_processor=None)
-    found = run(engine, tmp_path, [{"text": "fox"}, {"text": "dog"}], Text(folder, engine.signature))[1]
+    found = run(engine, tmp_path, [{"text": "fox"}, {"text": "dog"}], Tokenizer(folder, engine.signature))[1]
     assert found[0] == {"line": 1, "error": "the tokenizer has no tokens for this text; leave it out"}
     assert "error" not in found[1]
 
@@ -188,14 +189,14 @@ def test_a_document_with_no_tokens_is_one_row(engine: Engine, bundle: MakeBundle
 def test_an_id_outside_the_models_vocabulary_is_named(engine: Engine, bundle: MakeBundle, tmp_path: Path) -> None:
     model = {"type": "WordLevel", "vocab": {"fox": 5, "dog": 1234}, "unk_token": "fox"}
     folder = changed_tokenizer(tmp_path / "t", bundle(CLASSIFIER), model=model)
-    found = run(engine, tmp_path, [{"text": "dog"}, {"text": "fox"}], Text(folder, engine.signature))[1]
+    found = run(engine, tmp_path, [{"text": "dog"}, {"text": "fox"}], Tokenizer(folder, engine.signature))[1]
     assert "id 1234, outside the vocabulary of 99; use the tokenizer that belongs to this model" in found[0]["error"]
     assert "error" not in found[1]
 
 
 def test_an_answer_that_cannot_be_read_is_one_row(bundle: MakeBundle, tmp_path: Path) -> None:
     with Engine(bundle("fill-mask"), threads=1) as engine:
-        reader = Text(bundle("fill-mask"), engine.signature)
+        reader = Tokenizer(bundle("fill-mask"), engine.signature)
         infer = engine._backend.infer  # type: ignore[union-attr]
 
         def outside(feeds: Any) -> Any:

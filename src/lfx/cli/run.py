@@ -113,12 +113,13 @@ def run_text(
     """Run one text, given or in a file; print what the outputs say."""
     import numpy as np
 
-    from lfx.runtime.text import Text
+    from lfx.runtime.postprocess import Postprocessor
+    from lfx.runtime.tokenizer import Tokenizer
 
     if output is not None:
         output_file(output, "--output")
     text = text if text is not None else _read_text(file)
-    reader = Text(tokenizer or _text_folder(model, engine), engine.signature)
+    reader = Tokenizer(tokenizer or _text_folder(model, engine), engine.signature)
     choices = engine.signature.task == "multiple-choice"
     if len(pair) > 1 and not choices:
         raise InputError(f"{engine.signature.task} takes one --pair, and {len(pair)} came; leave the others out")
@@ -131,7 +132,7 @@ def run_text(
     else:
         outputs = engine.run(encoded[0].ids)
     arrays = {name: np.asarray(value) for name, value in outputs.items()}
-    answers = reader.answers(encoded[0], arrays)
+    answers = Postprocessor(reader).answers(encoded[0], arrays)
     if output is not None:
         _save(output, arrays)
     tokens = sum(len(e.ids) for e in encoded)
@@ -171,10 +172,10 @@ def run_documents(
         InputError: some documents were refused; the others are done.
     """
     from lfx.runtime import documents
-    from lfx.runtime.text import TOKENIZER, Text
+    from lfx.runtime.tokenizer import TOKENIZER, Tokenizer
 
     folder = tokenizer or _text_folder(model, engine)
-    reader = Text(folder, engine.signature) if tokenizer or (folder / TOKENIZER).exists() else None
+    reader = Tokenizer(folder, engine.signature) if tokenizer or (folder / TOKENIZER).exists() else None
     start = time.perf_counter()
     try:
         with progress() as step:

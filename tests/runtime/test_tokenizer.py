@@ -1,4 +1,4 @@
-"""Text in, answers out: the tokenizer and the labels of a bundle, without a model."""
+"""Texts in, answers out: the tokenizer and the labels of a bundle, without a model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+import tokenizers
 
 from lfx.errors import ArtifactError, InputError
 from lfx.runtime import Engine
-from lfx.runtime.text import LARGEST_FILE, TOKENIZER, Encoded, Text
+from lfx.runtime.postprocess import Postprocessor
+from lfx.runtime.tokenizer import LARGEST_FILE, TOKENIZER, Encoded, Tokenizer
 from lfx.signature import GRAPH_INPUTS, Signature, TensorSpec
 from tests.conftest import MakeBundle
 from tests.models import tiny_tokenizer
@@ -40,7 +41,7 @@ def signature(task: str) -> Signature:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The part of a bundle that Text reads."""
+    """The part of a bundle that Tokenizer reads."""
     tiny_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"id2label": LABELS}))
     return tmp_path
@@ -48,9 +49,9 @@ def folder(tmp_path: Path) -> Path:
 
 def answers(folder: Path, task: str, text: str = "the fox", **outputs: Any) -> list[dict[str, Any]]:
     """The reading of some outputs, given without the batch axis."""
-    reader = Text(folder, signature(task))
+    reader = Tokenizer(folder, signature(task))
     arrays = {name: np.asarray([value], dtype=np.float32) for name, value in outputs.items()}
-    return reader.answers(reader.encode(text), arrays)
+    return Postprocessor(reader).answers(reader.encode(text), arrays)
 
 
 def softmax(values: Any) -> Any:
@@ -60,7 +61,7 @@ def softmax(values: Any) -> Any:
 
 
 def test_encode_is_the_tokenizer_of_transformers_with_its_special_tokens(folder: Path) -> None:
-    reader, theirs = Text(folder, signature("feature-extraction")), tiny_tokenizer()
+    reader, theirs = Tokenizer(folder, signature("feature-extraction")), tiny_tokenizer()
     for text, pair in (("the quick fox", None), ("the fox", "lazy dog"), ("", None), ("a <mask> b", None)):
         encoded = reader.encode(text, pair)
         assert encoded.ids == theirs(text, pair).input_ids
@@ -70,7 +71,7 @@ def test_encode_is_the_tokenizer_of_transformers_with_its_special_tokens(folder:
 
 
 def test_encode_takes_the_longest_text_and_refuses_one_token_more(folder: Path) -> None:
-    reader = Text(folder, signature("feature-extraction"))
+    reader = Tokenizer(folder, signature("feature-extraction"))
     assert len(reader.encode("the " * (LONGEST - 2)).ids) == LONGEST
     with pytest.raises(InputError, match=r"13 tokens, above the model's maximum 12; shorten or split it"):
         reader.encode("the " * (LONGEST - 1))
@@ -79,7 +80,7 @@ def test_encode_takes_the_longest_text_and_refuses_one_token_more(folder: Path) 
 
 
 def test_encode_without_a_limit_takes_any_length(folder: Path) -> None:
-    reader = Text(folder, replace(signature("feature-extraction"), max_seqlen=None))
+    reader = Tokenizer(folder, replace(signature("feature-extraction"), max_seqlen=None))
     assert len(reader.encode("the " * 5000).ids) == 5002
 
 
@@ -95,39 +96,39 @@ def test_encode_neither_cuts_nor_pads_where_the_tokenizer_file_says_so(folder: P
         "pad_token": "<pad>",
     }
     (folder / TOKENIZER).write_text(json.dumps(settings))
-    assert len(Text(folder, signature("feature-extraction")).encode("the quick brown fox jumps").ids) == 7
+    assert len(Tokenizer(folder, signature("feature-extraction")).encode("the quick brown fox jumps").ids) == 7
 
 
 def test_decode_leaves_special_tokens_out(folder: Path) -> None:
-    reader = Text(folder, signature("feature-extraction"))
+    reader = Tokenizer(folder, signature("feature-extraction"))
     assert reader.decode(reader.encode("quick fox").ids) == "quick fox"
 
 
 def test_a_bundle_without_tokenizer_says_so(folder: Path) -> None:
     (folder / TOKENIZER).unlink()
     with pytest.raises(ArtifactError, match=rf"has no {TOKENIZER}.*give ids to Engine.run"):
-        Text(folder, signature("fill-mask"))
+        Tokenizer(folder, signature("fill-mask"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "fox", "{}", "[1]"])
 def test_a_broken_tokenizer_is_an_artifact_error(folder: Path, text: str) -> None:
     (folder / TOKENIZER).write_text(text)
     with pytest.raises(ArtifactError, match=rf"{TOKENIZER} cannot be read"):
-        Text(folder, signature("fill-mask"))
+        Tokenizer(folder, signature("fill-mask"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "fox", "[1]"])
 def test_a_broken_config_is_an_artifact_error(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
     with pytest.raises(ArtifactError, match=r"config\.json"):
-        Text(folder, signature("text-classification")).label(0)
+        Postprocessor(Tokenizer(folder, signature("text-classification"))).label(0)
 
 
 def test_labels_come_from_the_config_or_have_the_name_of_transformers(folder: Path) -> None:
-    reader = Text(folder, signature("text-classification"))
+    reader = Postprocessor(Tokenizer(folder, signature("text-classification")))
     assert [reader.label(i) for i in (0, 2, 3)] == ["bad", "so-so", "LABEL_3"]
     (folder / "config.json").unlink()
-    assert Text(folder, signature("text-classification")).label(0) == "LABEL_0"
+    assert Postprocessor(Tokenizer(folder, signature("text-classification"))).label(0) == "LABEL_0"
 
 
 def test_the_bare_model_has_no_answers(folder: Path) -> None:
@@ -197,10 +198,10 @@ def test_multiple_choice_gives_every_choice_best_first(folder: Path) -> None:
 
 def ask(folder: Path, start: Any, end: Any) -> tuple[Encoded, dict[str, Any]]:
     """The answer in "quick brown lazy dog" (tokens 5 to 8 of 10) to the question "the fox"."""
-    reader = Text(folder, signature("question-answering"))
+    reader = Tokenizer(folder, signature("question-answering"))
     encoded = reader.encode("the fox", "quick brown lazy dog")
     outputs = {"start_logits": np.float32([start]), "end_logits": np.float32([end])}
-    found = reader.answers(encoded, outputs)
+    found = Postprocessor(reader).answers(encoded, outputs)
     assert len(found) == 1
     return encoded, found[0]
 
@@ -276,8 +277,8 @@ def change_tokenizer(folder: Path, **changes: Any) -> None:
 def test_windows_are_those_of_the_librarys_own_truncation(folder: Path, name: str, pair: bool, stride: int) -> None:
     if POST_PROCESSORS[name]:
         change_tokenizer(folder, post_processor=POST_PROCESSORS[name])
-    reader = Text(folder, signature("feature-extraction"))
-    theirs = Tokenizer.from_file(str(folder / TOKENIZER))
+    reader = Tokenizer(folder, signature("feature-extraction"))
+    theirs = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
     question = "fox </s>"  # special tokens in a text are tokens of the text
     for document in ("the <mask> dog </s> </s> lazy <s> " * 5, "the quick " * 40, "fox " * 12, "fox " * 13):
         texts = (question, document) if pair else (document, None)
@@ -294,7 +295,7 @@ def test_windows_are_those_of_the_librarys_own_truncation(folder: Path, name: st
 
 
 def test_windows_are_slices_of_one_encoding_and_leave_the_tokenizer_as_it_is(folder: Path) -> None:
-    reader = Text(folder, signature("feature-extraction"))
+    reader = Tokenizer(folder, signature("feature-extraction"))
 
     class Counted:
         calls: ClassVar[list[str]] = []
@@ -314,14 +315,14 @@ def test_windows_are_slices_of_one_encoding_and_leave_the_tokenizer_as_it_is(fol
 @pytest.mark.parametrize("stride", [True, "x", 1.5, -1, 2**70])
 def test_windows_of_no_stride_are_refused(folder: Path, stride: Any) -> None:
     with pytest.raises(InputError, match="stride"):
-        Text(folder, signature("feature-extraction")).windows("the " * 50, None, stride)
+        Tokenizer(folder, signature("feature-extraction")).windows("the " * 50, None, stride)
 
 
 def test_a_question_that_leaves_no_room_is_refused(folder: Path) -> None:
     with pytest.raises(
         InputError, match=r"13 tokens, which leave no room for the document .* 12; shorten the question"
     ):
-        Text(folder, signature("feature-extraction")).windows("fox " * 9, "the dog", 1)
+        Tokenizer(folder, signature("feature-extraction")).windows("fox " * 9, "the dog", 1)
 
 
 def test_a_post_processor_that_repeats_the_text_is_refused(folder: Path) -> None:
@@ -329,13 +330,13 @@ def test_a_post_processor_that_repeats_the_text_is_refused(folder: Path) -> None
     template = {"type": "TemplateProcessing", "single": [sequence, sequence], "pair": [sequence], "special_tokens": {}}
     change_tokenizer(folder, post_processor=template)
     with pytest.raises(InputError, match="repeats the text"):
-        Text(folder, signature("feature-extraction")).windows("fox " * 50, None, 1)
+        Tokenizer(folder, signature("feature-extraction")).windows("fox " * 50, None, 1)
 
 
 def test_a_text_without_tokens_is_refused(folder: Path) -> None:
     change_tokenizer(folder, post_processor=None)
     with pytest.raises(InputError, match="no tokens for this text"):
-        Text(folder, signature("feature-extraction")).encode("  ")
+        Tokenizer(folder, signature("feature-extraction")).encode("  ")
 
 
 def panicking_template() -> dict[str, Any]:
@@ -347,7 +348,7 @@ def panicking_template() -> dict[str, Any]:
 def test_what_the_tokenizer_raises_is_an_input_error(folder: Path) -> None:
     without_unknown = {"type": "WordLevel", "vocab": {"fox": 5}, "unk_token": "<none>"}
     change_tokenizer(folder, model=without_unknown)
-    reader = Text(folder, signature("feature-extraction"))
+    reader = Tokenizer(folder, signature("feature-extraction"))
     assert reader.encode("fox").ids == [START, 5, END]
     with pytest.raises(InputError, match=r"the tokenizer fails on this text: WordLevel error: Missing"):
         reader.encode("zebra")
@@ -355,7 +356,7 @@ def test_what_the_tokenizer_raises_is_an_input_error(folder: Path) -> None:
 
 def test_a_panic_of_the_tokenizer_is_an_input_error(folder: Path) -> None:
     change_tokenizer(folder, post_processor=panicking_template())
-    reader = Text(folder, signature("feature-extraction"))
+    reader = Tokenizer(folder, signature("feature-extraction"))
     for read in (lambda: reader.encode("fox"), lambda: reader.windows("fox", None, 1)):
         with pytest.raises(InputError, match="the tokenizer fails on this text"):
             read()
@@ -364,7 +365,7 @@ def test_a_panic_of_the_tokenizer_is_an_input_error(folder: Path) -> None:
 def test_a_panic_while_a_tokenizer_is_loaded_is_an_artifact_error(folder: Path) -> None:
     change_tokenizer(folder, normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
     with pytest.raises(ArtifactError, match=rf"{TOKENIZER} cannot be read"):
-        Text(folder, signature("feature-extraction"))
+        Tokenizer(folder, signature("feature-extraction"))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError])
@@ -373,7 +374,7 @@ def test_what_is_no_fault_of_the_text_goes_through(folder: Path, error: type[Bas
         def __getattr__(self, name: str) -> Any:
             raise error
 
-    reader = Text(folder, signature("feature-extraction"))
+    reader = Tokenizer(folder, signature("feature-extraction"))
     reader._tokenizer = Stopped()  # type: ignore[assignment]
     for call in (lambda: reader.encode("fox"), lambda: reader.decode([5])):
         with pytest.raises(error):
@@ -401,7 +402,7 @@ def test_odd_configs_are_artifact_errors(folder: Path, name: str) -> None:
     file, content, reason = ODD_CONFIGS[name]
     (folder / file).write_text(content)
     with pytest.raises(ArtifactError, match=reason):
-        Text(folder, signature("fill-mask"))
+        Postprocessor(Tokenizer(folder, signature("fill-mask")))
 
 
 @pytest.mark.parametrize("file", [TOKENIZER, "config.json", "tokenizer_config.json"])
@@ -409,29 +410,29 @@ def test_files_that_cannot_be_read_are_artifact_errors(folder: Path, file: str) 
     path = folder / file
     path.write_bytes(b"\xff\xfe{")
     with pytest.raises(ArtifactError, match=file):
-        Text(folder, signature("fill-mask"))
+        Postprocessor(Tokenizer(folder, signature("fill-mask")))
     with path.open("wb") as sparse:
         sparse.truncate(LARGEST_FILE + 1)
     with pytest.raises(ArtifactError, match=rf"{file} has .* bytes, above"):
-        Text(folder, signature("fill-mask"))
+        Postprocessor(Tokenizer(folder, signature("fill-mask")))
     path.unlink()
     path.mkdir()
     with pytest.raises(ArtifactError, match=rf"{file} cannot be read: it is no file"):
-        Text(folder, signature("fill-mask"))
+        Postprocessor(Tokenizer(folder, signature("fill-mask")))
     path.rmdir()
     os.mkfifo(path)  # to open it would wait for a writer
     with pytest.raises(ArtifactError, match=rf"{file} cannot be read: it is no file"):
-        Text(folder, signature("fill-mask"))
+        Postprocessor(Tokenizer(folder, signature("fill-mask")))
 
 
 @pytest.mark.parametrize("path", ["x" * 5000, "a\0b", 5])
 def test_a_folder_that_no_system_has_is_an_artifact_error(path: Any) -> None:
     with pytest.raises(ArtifactError, match="the tokenizer's folder"):
-        Text(path, signature("fill-mask"))
+        Tokenizer(path, signature("fill-mask"))
 
 
 def test_an_id_that_the_tokenizer_does_not_have_is_named(folder: Path) -> None:
-    reader = Text(folder, signature("fill-mask"))
+    reader = Tokenizer(folder, signature("fill-mask"))
     for wrong in (99, 2**40, -1):
         with pytest.raises(InputError, match=f"{wrong}"):
             reader.decode([5, wrong])
@@ -450,7 +451,7 @@ def test_outputs_of_another_text_or_model_are_refused(folder: Path) -> None:
 
 
 def test_what_is_no_text_has_no_answers(folder: Path) -> None:
-    reader = Text(folder, signature("text-classification"))
+    reader = Tokenizer(folder, signature("text-classification"))
     outputs = {"logits": np.float32([[1.0, 2.0, 3.0]])}
     for encoded, given in (
         (None, outputs),
@@ -460,11 +461,12 @@ def test_what_is_no_text_has_no_answers(folder: Path) -> None:
         (reader.encode("the fox"), {"logits": np.array([["a", "b", "c"]])}),
     ):
         with pytest.raises(InputError, match="give what"):
-            reader.answers(encoded, given)  # type: ignore[arg-type]
+            Postprocessor(reader).answers(encoded, given)  # type: ignore[arg-type]
     for call in (
-        lambda: Text(folder, None),  # type: ignore[arg-type]
-        lambda: reader.label(10**5000),
-        lambda: reader.label(None),  # type: ignore[arg-type]
+        lambda: Tokenizer(folder, None),  # type: ignore[arg-type]
+        lambda: Postprocessor(folder),  # type: ignore[arg-type]
+        lambda: Postprocessor(reader).label(10**5000),
+        lambda: Postprocessor(reader).label(None),  # type: ignore[arg-type]
         lambda: reader.windows("the fox", None, 10**5000),
         lambda: reader.decode(None),  # type: ignore[arg-type]
     ):
@@ -473,24 +475,24 @@ def test_what_is_no_text_has_no_answers(folder: Path) -> None:
 
 
 def test_ids_are_read_once(folder: Path) -> None:
-    assert Text(folder, signature("fill-mask")).decode(iter([5, 6]))
+    assert Tokenizer(folder, signature("fill-mask")).decode(iter([5, 6]))
 
 
 def test_the_digest_covers_all_that_decides_an_answer(folder: Path) -> None:
-    digests = {Text(folder, signature("fill-mask")).sha256}
+    digests = {Tokenizer(folder, signature("fill-mask")).sha256}
     for file, content in (("config.json", "{}"), ("tokenizer_config.json", "{}"), (TOKENIZER, None)):
         (folder / file).write_text(content or (folder / TOKENIZER).read_text() + " ")
-        digests.add(Text(folder, signature("fill-mask")).sha256)
+        digests.add(Tokenizer(folder, signature("fill-mask")).sha256)
     assert len(digests) == 4
 
 
 @pytest.mark.parametrize("task", ["question-answering", "text-classification", "token-classification"])
 def test_outputs_that_are_no_numbers_have_no_answer(task: str, bundle: MakeBundle) -> None:
     with Engine(bundle(task)) as engine:
-        reader = Text(bundle(task), engine.signature)
+        reader = Tokenizer(bundle(task), engine.signature)
         encoded = reader.encode("the quick <mask>", "brown fox" if task == "question-answering" else None)
         outputs = {name: np.asarray(value) for name, value in engine.run(encoded.ids).items()}
-    assert reader.answers(encoded, outputs)
+    assert Postprocessor(reader).answers(encoded, outputs)
     for array in outputs.values():
         array[..., -1] = np.nan
-    assert reader.answers(encoded, outputs) == []
+    assert Postprocessor(reader).answers(encoded, outputs) == []
