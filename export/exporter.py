@@ -20,13 +20,14 @@ from lfx.checks import file_path, whole_number
 from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.export.companions import check_tokenizer, write_config, write_tokenizer
-from lfx.export.graph import finish
+from lfx.export.graph import finalize_graph
 from lfx.export.load import check_weights, load, load_tokenizer, quiet, weights_sha256
 from lfx.export.options import at_least_1, check_choices, model_name
 from lfx.export.passes.opset import TRACED
-from lfx.export.rewrite import GlobalTokens, Traceable, attention_windows, rewrite
-from lfx.export.runners import TORCH_DTYPES
-from lfx.export.validate import check_rows, default_global_of, forward_inputs, granularity, ignores_padding, validate
+from lfx.export.probe import check_rows, default_global_of, forward_inputs, granularity, ignores_padding
+from lfx.export.rewrite import ExportWrapper, GlobalTokens, attention_windows, rewrite
+from lfx.export.torch_runners import TORCH_DTYPES
+from lfx.export.validate import validate
 from lfx.machine import package_versions
 from lfx.manifest import MODEL, WEIGHTS, Manifest
 from lfx.signature import GRAPH_INPUTS, OPSETS, TASKS, Signature, TensorSpec
@@ -115,7 +116,7 @@ def export(
     if max_global is not None and max_global > (signature.max_seqlen or max_global):
         raise ExportError(f"max_global {max_global} is above the longest sequence, {signature.max_seqlen} tokens")
     progress("building the graph")
-    model_ir = finish(
+    model_ir = finalize_graph(
         program.model,
         opset=opset,
         parameter_names=_first_names(module),
@@ -209,7 +210,7 @@ def _trace(
     if "input_ids" not in takes:
         raise ExportError(f"{type(module).__name__}.forward takes no input_ids; lfx feeds it {', '.join(GRAPH_INPUTS)}")
     inputs = [name for name in takes if tokens.mode == "mask" or name != "global_attention_mask"]
-    traceable = Traceable(
+    traceable = ExportWrapper(
         rewrite(module, tokens, TORCH_DTYPES[precision]), inputs, tokens, "global_attention_mask" in takes
     ).eval()
     batch, choices, sequence = (torch.export.Dim(name) for name in ("batch", "choices", "sequence"))

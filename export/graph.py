@@ -24,7 +24,7 @@ from lfx.signature import GLOBAL_ROWS, GLOBAL_SLOTS
 _FOLD_LIMIT = 256
 
 
-def finish(
+def finalize_graph(
     model: ir.Model,
     *,
     opset: int,
@@ -34,7 +34,7 @@ def finish(
     inline_functions: bool,
     metadata: Mapping[str, Any],
 ) -> ir.Model:
-    """Turn the graph that torch.onnx traced from `rewrite.Traceable` into the exported one, in place.
+    """Turn the graph that torch.onnx traced from `rewrite.ExportWrapper` into the exported one, in place.
 
     Args:
         model: opset 18, with nodes of domain lfx and no function bodies.

@@ -139,8 +139,8 @@ class _SelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
     def _rows_form(self) -> str:
         slots = 1 if self.lfx_globals.mode == "first" else self.lfx_globals.max_slots
         if slots is None:
-            return "GlobalRows"
-        return "FoldedGlobalRows" if slots < self.head_dim else "ProjectedGlobalRows"
+            return "GlobalContext"
+        return "FoldedGlobalContext" if slots < self.head_dim else "ProjectedGlobalContext"
 
 
 class _Encoder(hf.LongformerEncoder):  # type: ignore[misc]
@@ -286,7 +286,7 @@ def rewrite(model: nn.Module, tokens: GlobalTokens, dtype: torch.dtype) -> nn.Mo
     return rewritten
 
 
-class Traceable(nn.Module):
+class ExportWrapper(nn.Module):
     """Calls a rewritten model with the graph's inputs and returns its outputs as a flat dict.
 
     Args:

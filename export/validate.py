@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
-from transformers.models.longformer import modeling_longformer as hf
 
-from lfx.errors import ExportError, InputError
-from lfx.export.layers import layer_name
-from lfx.export.rewrite import attention_windows
-from lfx.export.runners import disturbed_runner, int8_runner, reference_runner, torch_runner
+from lfx.errors import InputError
+from lfx.export.expose_layers import layer_name
+from lfx.export.probe import forward_inputs, granularity
+from lfx.export.torch_runners import int8_runner, reference_runner, torch_runner
 from lfx.parity import UNIT_ROUNDOFF, Case, Report, compare, quick_cases
 from lfx.runtime import Engine
-from lfx.runtime.engine import check_cuttable, cut
-from lfx.runtime.inputs import default_global
 from lfx.runtime.runner import engine_runner, model_inputs
-from lfx.signature import GRAPH_INPUTS, QUANTIZED, Signature, is_multi_label
-
-_NO_SIGNATURE = Signature("", "feature-extraction", "fp32", (), (), ())
+from lfx.signature import QUANTIZED, Signature, is_multi_label
 
 
 def validate(path: Path, module: nn.Module, signature: Signature, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -59,7 +50,7 @@ def compare_engine(
         cases: from window, max_seqlen and the multiple that lengths must be, such as `parity.full_cases`. Those that
             a plan was not built for are left out.
         quantization: of the manifest, for an int8 model.
-        by_layer: the engine is of a file that `layers.expose_layers` made; compare every attention layer too.
+        by_layer: the engine is of a file that `expose_layers` made; compare every attention layer too.
     Raises:
         InputError: a plan that was built for none of the cases.
     """
@@ -89,104 +80,6 @@ def compare_engine(
         multi_label=is_multi_label(signature, getattr(getattr(module, "config", None), "problem_type", None)),
         on_case=lambda case: progress(f"comparing: {case}"),
     )
-
-
-def default_global_of(module: nn.Module, vocab_size: int | None, pad: int | None, sep: int | None) -> str:
-    """Which of the known rules a module follows when it is called without global_attention_mask.
-
-    Returns:
-        A `default_global` of `lfx.signature.Signature`; "required" where no known rule gives the module's numbers.
-    """
-    length = min(8 * granularity(module), 64) if granularity(module) == 1 else granularity(module)
-    separator = sep if sep is not None and (vocab_size is None or sep < vocab_size) else None
-    signature = replace(_NO_SIGNATURE, pad_token_id=pad if pad is not None else 1, vocab_size=vocab_size)
-    ids = model_inputs(Case(2, max(length, 12)), signature)["input_ids"]
-    if separator is not None:
-        ids[ids == separator] = (separator + 1) % (vocab_size or 8)
-        ids[:, [3, 4, -1]] = separator
-    run = torch_runner(module, "fp32")
-    try:
-        own = run({"input_ids": ids})
-    except ExportError:
-        return "none"  # it cannot be called without its masks, so it has no rule of its own
-    rules: tuple[str, ...] = ("none", "first", *(("question", "after_question") if separator is not None else ()))
-    for rule in rules:
-        marks = default_global(ids, replace(signature, default_global=rule, sep_token_id=separator))
-        told = run({"input_ids": ids, "global_attention_mask": marks})
-        if all(np.allclose(own[name], told[name], rtol=1e-4, atol=1e-5) for name in own):
-            return rule
-    return "required"
-
-
-def ignores_padding(module: nn.Module, signature: Signature) -> bool:
-    """Whether padding behind a sequence leaves its outputs what they are, which a mean over all positions does not.
-
-    Tried with padding as it is, and with noise in the place of its hidden states, so that what a head takes from it
-    shows even in a maximum or a rounded number. True also where lfx never pads: nothing can be masked, or the outputs
-    cannot be cut. False where it cannot be tried, since the module takes a single length.
-    """
-    names, step, longest = forward_inputs(module), granularity(module), signature.max_seqlen
-    try:
-        check_cuttable(signature)
-    except InputError:
-        return True
-    if "attention_mask" not in names or longest == 1:
-        return True
-    most = longest if longest is not None else 96
-    short, long = (step, 2 * step) if step > 1 else (min(12, most // 2), min(96, most))
-    if longest is not None and long > longest:
-        return False
-    padded = model_inputs(Case(1, long), signature)
-    padded["input_ids"][..., short:] = signature.pad_token_id
-    padded["attention_mask"][..., short:] = 0
-    run = torch_runner(module, "fp32", names)
-    alone = run({name: array[..., :short] for name, array in padded.items()})
-    for disturbed in (run, *(disturbed_runner(module, names, short, amount) for amount in (100.0, -100.0))):
-        among = disturbed(padded)
-        for spec in signature.outputs:
-            wanted, found = alone[spec.name][0], cut(among[spec.name][0], spec.shape, short)
-            rounding = {"rtol": 1e-3, "atol": 1e-4} if wanted.dtype.kind == "f" else {"rtol": 0, "atol": 0}
-            if not np.allclose(found, wanted, **rounding, equal_nan=True):
-                return False
-    return True
-
-
-def check_rows(module: nn.Module, signature: Signature) -> None:
-    """Every sequence of a batch has the outputs that it has alone, so that lfx may run it with any others.
-
-    Raises:
-        ExportError: an output depends on the other sequences.
-    """
-    try:
-        check_cuttable(signature)
-    except InputError:
-        return  # sequences are never put together
-    step = granularity(module)
-    length = step if step > 1 else min(12, signature.max_seqlen or 12)
-    both = model_inputs(Case(2, length), signature)
-    run = torch_runner(module, "fp32", forward_inputs(module))
-    together = run(both)
-    for row in range(2):
-        alone = run({name: array[row : row + 1] for name, array in both.items()})
-        for spec in signature.outputs:
-            if not np.allclose(together[spec.name][row], alone[spec.name][0], rtol=1e-3, atol=1e-4, equal_nan=True):
-                raise ExportError(
-                    f"output {spec.name} of a sequence depends on the other sequences of its batch, so no batch of a "
-                    "server would be right; compute it within each sequence"
-                )
-
-
-def granularity(module: nn.Module) -> int:
-    """What a sequence length must be a multiple of in PyTorch: 1 where a LongformerModel does the padding."""
-    if any(isinstance(m, hf.LongformerModel) for m in module.modules()):
-        return 1
-    return math.lcm(*(2 * window for window in attention_windows(module)))
-
-
-def forward_inputs(module: nn.Module) -> tuple[str, ...]:
-    """The graph inputs that `module.forward` takes."""
-    takes = inspect.signature(module.forward).parameters
-    return tuple(name for name in GRAPH_INPUTS if name in takes)
 
 
 def _backend(signature: Signature) -> str:

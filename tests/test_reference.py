@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lfx.export.runners import reference_runner, torch_runner
+from lfx.export.torch_runners import reference_runner, torch_runner
 from lfx.parity import full_cases, inputs_of
 from lfx.reference import banded_attention, global_attention
 from tests.models import VOCAB_SIZE, WINDOW, tiny_model

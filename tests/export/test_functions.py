@@ -233,10 +233,12 @@ def test_folded_and_projected_global_rows_are_the_same_numbers(slots: int) -> No
         inputs["mask"],
         num_heads=2,
     )
-    forms = {name: _run(name, inputs, bodies=bodies, **options) for name in ("FoldedGlobalRows", "ProjectedGlobalRows")}
+    forms = {
+        name: _run(name, inputs, bodies=bodies, **options) for name in ("FoldedGlobalContext", "ProjectedGlobalContext")
+    }
     for name, found in forms.items():
         np.testing.assert_allclose(found, wanted, atol=3e-6, err_msg=name)
     # Below the head size (8) the folded form is the cheaper, and is what the dynamic choice takes.
-    chosen = forms["FoldedGlobalRows" if slots < 8 else "ProjectedGlobalRows"]
-    found = _run("GlobalRows", inputs, bodies=bodies, **options)
+    chosen = forms["FoldedGlobalContext" if slots < 8 else "ProjectedGlobalContext"]
+    found = _run("GlobalContext", inputs, bodies=bodies, **options)
     np.testing.assert_array_equal(found, chosen)

@@ -20,7 +20,7 @@ from lfx.errors import ArtifactError, DependencyError, ExportError, InputError, 
 from lfx.export import export
 from lfx.export import quantize as quantizing
 from lfx.export.quantize import quantize
-from lfx.export.runners import int8_runner
+from lfx.export.torch_runners import int8_runner
 from lfx.export.validate import compare_engine
 from lfx.machine import int8_overflows
 from lfx.manifest import MODEL, Manifest

@@ -11,7 +11,7 @@ import torch
 from transformers import LongformerConfig, LongformerModel
 
 from lfx.export import export
-from lfx.export.runners import reference_runner, torch_runner
+from lfx.export.torch_runners import reference_runner, torch_runner
 from lfx.parity import Case, compare, inputs_of
 from lfx.runtime import Engine
 from lfx.runtime.runner import engine_runner

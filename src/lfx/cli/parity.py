@@ -121,7 +121,7 @@ def _compare(engine: Engine, module: Any, manifest: Manifest | PlanManifest, cas
 def _compare_layers(
     model: Path, open_engine: OpenEngine, module: Any, manifest: Manifest | PlanManifest, step: Step
 ) -> Report:
-    from lfx.export.layers import expose_layers
+    from lfx.export.expose_layers import expose_layers
     from lfx.export.validate import compare_engine
     from lfx.parity import quick_cases
 

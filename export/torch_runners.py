@@ -13,7 +13,7 @@ from transformers.models.longformer import modeling_longformer as hf
 
 from lfx import reference
 from lfx.errors import ArtifactError, ExportError, one_line
-from lfx.export.layers import layer_name
+from lfx.export.expose_layers import layer_name
 from lfx.export.load import quiet
 from lfx.export.rewrite import clone, named_outputs, replace_attention
 from lfx.parity import Arrays, Runner
