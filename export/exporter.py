@@ -24,7 +24,14 @@ from lfx.export.graph import finalize_graph
 from lfx.export.load import check_weights, load, load_tokenizer, quiet, weights_sha256
 from lfx.export.options import at_least_1, check_choices, model_name
 from lfx.export.passes.opset import TRACED
-from lfx.export.probe import check_rows, default_global_of, forward_inputs, granularity, ignores_padding
+from lfx.export.probe import (
+    check_rows,
+    default_global_of,
+    forward_inputs,
+    granularity,
+    ignores_padding,
+    is_hugging_face,
+)
 from lfx.export.rewrite import ExportWrapper, GlobalTokens, attention_windows, rewrite
 from lfx.export.torch_runners import TORCH_DTYPES
 from lfx.export.validate import validate
@@ -302,7 +309,7 @@ def _signature(
     sep = _token_id(config, "sep_token_id", vocab_size)
     axes: tuple[str, ...] = ("batch", "choices", "sequence") if task == "multiple-choice" else ("batch", "sequence")
     fixed = {"mask": TASKS[task].default_global, "first": "first", "none": "none"}[tokens.mode]
-    if tokens.mode == "mask" and "global_attention_mask" in inputs and not _is_hugging_face(module):
+    if tokens.mode == "mask" and "global_attention_mask" in inputs and not is_hugging_face(module):
         fixed = default_global_of(module, vocab_size, pad, sep)
     return Signature(
         architecture=type(module).__name__,
@@ -325,12 +332,6 @@ def _signature(
 def _token_id(config: Any, name: str, vocab_size: int | None) -> int | None:
     value = getattr(config, name, None)
     return None if value is None else whole_number(value, name, 0, (vocab_size or 2**31) - 1, ExportError)
-
-
-def _is_hugging_face(module: nn.Module) -> bool:
-    """Whether it is one of transformers' own classes, whose default for the global tokens is known."""
-    own = type(module).__module__ == hf.__name__
-    return own and type(module).__name__ in {task.architecture for task in TASKS.values()}
 
 
 def _checked_batches(module: nn.Module, signature: Signature) -> Signature:

@@ -17,6 +17,7 @@ from lfx.export.passes.constants import share_constants
 from lfx.export.passes.gelu import reorder_gelu
 from lfx.export.passes.names import name_after_modules, rename_dimensions
 from lfx.export.passes.opset import TRACED, set_opset
+from lfx.export.passes.tensor_constants import make_constants_tensors
 from lfx.export.passes.weights import transpose_weights
 from lfx.signature import GLOBAL_ROWS, GLOBAL_SLOTS
 
@@ -72,6 +73,7 @@ def finalize_graph(
             model.functions[body.identifier()] = body
     if inline_functions:
         common.InlinePass()(model)
+        make_constants_tensors(model.graph)
         common.CommonSubexpressionEliminationPass()(model)
         common.RemoveUnusedOpsetsPass()(model)
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]

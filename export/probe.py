@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 from torch import nn
+from transformers import activations
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError, InputError
@@ -17,8 +18,10 @@ from lfx.parity import Case
 from lfx.runtime.engine import check_cuttable, cut
 from lfx.runtime.inputs import default_global
 from lfx.runtime.runner import model_inputs
-from lfx.signature import GRAPH_INPUTS, Signature
+from lfx.signature import GRAPH_INPUTS, TASKS, Signature
 
+# Those of torch's modules that transformers' Longformers have.
+_TOKEN_BY_TOKEN = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList)
 _NO_SIGNATURE = Signature("", "feature-extraction", "fp32", (), (), ())
 
 
@@ -28,10 +31,11 @@ def default_global_of(module: nn.Module, vocab_size: int | None, pad: int | None
     Returns:
         A `default_global` of `lfx.signature.Signature`; "required" where no known rule gives the module's numbers.
     """
-    length = min(8 * granularity(module), 64) if granularity(module) == 1 else granularity(module)
+    step = granularity(module)
+    length = step * -(-12 // step)
     separator = sep if sep is not None and (vocab_size is None or sep < vocab_size) else None
     signature = replace(_NO_SIGNATURE, pad_token_id=pad if pad is not None else 1, vocab_size=vocab_size)
-    ids = model_inputs(Case(2, max(length, 12)), signature)["input_ids"]
+    ids = model_inputs(Case(2, length), signature)["input_ids"]
     if separator is not None:
         ids[ids == separator] = (separator + 1) % (vocab_size or 8)
         ids[:, [3, 4, -1]] = separator
@@ -39,7 +43,10 @@ def default_global_of(module: nn.Module, vocab_size: int | None, pad: int | None
     try:
         own = run({"input_ids": ids})
     except ExportError:
-        return "none"  # it cannot be called without its masks, so it has no rule of its own
+        # A forward that asks for its masks has no rule of its own.
+        parameters = inspect.signature(module.forward).parameters
+        asks = any(parameters[name].default is inspect.Parameter.empty for name in forward_inputs(module)[1:])
+        return "none" if asks else "required"
     rules: tuple[str, ...] = ("none", "first", *(("question", "after_question") if separator is not None else ()))
     for rule in rules:
         marks = default_global(ids, replace(signature, default_global=rule, sep_token_id=separator))
@@ -47,6 +54,26 @@ def default_global_of(module: nn.Module, vocab_size: int | None, pad: int | None
         if all(np.allclose(own[name], told[name], rtol=1e-4, atol=1e-5) for name in own):
             return rule
     return "required"
+
+
+def is_hugging_face(module: nn.Module) -> bool:
+    """Whether it is one of transformers' own classes, whose default for the global tokens is known."""
+    return type(module).__module__ == hf.__name__ and type(module).__name__ in {t.architecture for t in TASKS.values()}
+
+
+def is_unchanged(module: nn.Module) -> bool:
+    """Whether it is one of transformers' own classes, and every part of it is still what transformers put there.
+
+    Such a model masks padding, and computes each sequence of a batch by itself.
+    """
+    return is_hugging_face(module) and all(_is_own_part(part) for part in module.modules())
+
+
+def _is_own_part(part: nn.Module) -> bool:
+    own_class = type(part) in _TOKEN_BY_TOKEN or type(part).__module__ in (hf.__name__, activations.__name__)
+    inherited = type(part) is nn.ModuleList  # it has no forward of its own
+    own_forward = (inherited or type(part).forward.__module__ == type(part).__module__) and "forward" not in vars(part)
+    return own_class and own_forward and not part._forward_hooks and not part._forward_pre_hooks
 
 
 def ignores_padding(module: nn.Module, signature: Signature) -> bool:
@@ -57,6 +84,8 @@ def ignores_padding(module: nn.Module, signature: Signature) -> bool:
     cannot be cut. False where it cannot be tried, since the module takes a single length.
     """
     names, step, longest = forward_inputs(module), granularity(module), signature.max_seqlen
+    if is_unchanged(module):
+        return True
     try:
         check_cuttable(signature)
     except InputError:
@@ -88,6 +117,8 @@ def check_rows(module: nn.Module, signature: Signature) -> None:
     Raises:
         ExportError: an output depends on the other sequences.
     """
+    if is_unchanged(module):
+        return
     try:
         check_cuttable(signature)
     except InputError:

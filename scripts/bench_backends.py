@@ -121,10 +121,9 @@ def blocks(bundle: Path, folder: Path, length: int, threads: int) -> list[dict[s
         target.mkdir()
         model = onnx.load(str(bundle / MODEL), load_external_data=False)
         (body,) = (function for function in model.functions if function.name == "BandedAttention")
-        (constant,) = (
-            a for node in body.node for a in node.attribute if a.name == "value_ints" and list(a.ints) == [BLOCK]
-        )
-        constant.ints[:] = [size]
+        constants = (a.t for node in body.node for a in node.attribute if a.name == "value")
+        (constant,) = (t for t in constants if onnx.numpy_helper.to_array(t).tolist() == [BLOCK])
+        constant.CopyFrom(onnx.numpy_helper.from_array(np.array([size], np.int64)))
         onnx.save(model, str(target / MODEL))
         for data in bundle.glob(f"{MODEL}.*"):
             link_or_copy(data, target / data.name)

@@ -29,6 +29,7 @@ from lfx.export.functions.banded_attention import BLOCK, BandedAttention
 from lfx.export.functions.domain import DOMAIN, HIDDEN, VERSION
 from lfx.export.functions.global_attention import GlobalAttention
 from lfx.export.functions.global_context import FoldedGlobalContext, GlobalContext, ProjectedGlobalContext
+from lfx.export.passes.tensor_constants import make_constants_tensors
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -58,5 +59,6 @@ def function(definition: object, opset: int) -> ir.Function:
     import onnx_ir as ir
 
     result = ir.serde.deserialize_function(definition.to_function_proto())  # type: ignore[attr-defined]
+    make_constants_tensors(result)
     result.opset_imports.update({"": opset, DOMAIN: VERSION})  # onnxscript does not see calls inside an If
     return result

@@ -89,7 +89,7 @@ def BandedAttention(  # noqa: N802, PLR0915
     bias = op.Where(visible, op.Constant(value_float=0.0), op.Constant(value_float=HIDDEN))
 
     root = op.Reciprocal(op.Sqrt(op.Cast(head_size, to=1)))
-    given = op.Constant(value_float=scale)
+    given = op.Cast(op.Constant(value_float=scale), to=1)  # some tools inline it as float64
     factor = op.Where(op.Equal(given, op.Constant(value_float=0.0)), root, given)
     scaled = op.Mul(query, op.CastLike(factor, query))
 

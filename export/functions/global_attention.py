@@ -25,7 +25,7 @@ def GlobalAttention(  # noqa: N802
     head_size = op.Div(op.Shape(query, start=2, end=3), heads)
     split = op.Concat(keep, keep, heads, head_size, axis=0)
     root = op.Reciprocal(op.Sqrt(op.Cast(head_size, to=1)))
-    given = op.Constant(value_float=scale)
+    given = op.Cast(op.Constant(value_float=scale), to=1)  # some tools inline it as float64
     factor = op.Where(op.Equal(given, op.Constant(value_float=0.0)), root, given)
     scaled = op.Mul(query, op.CastLike(factor, query))
     q = op.Transpose(op.Reshape(scaled, split), perm=[0, 2, 3, 1])  # (B, H, D, G)

@@ -11,6 +11,7 @@ from lfx.export.passes.constants import share_constants
 from lfx.export.passes.gelu import reorder_gelu
 from lfx.export.passes.names import name_after_modules, rename_dimensions
 from lfx.export.passes.opset import set_opset
+from lfx.export.passes.tensor_constants import make_constants_tensors
 from lfx.export.passes.weights import transpose_weights
 
 
@@ -174,3 +175,37 @@ def test_lowered_reductions_compute_the_same() -> None:
     after = ReferenceEvaluator(ir.to_proto(lowered)).run(None, {"x": x})
     for mine, theirs in zip(after, before, strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_constants_become_tensors_inside_branches_too() -> None:
+    model = _model("""
+        g (bool c, float[2] x) => (float[2] y) {
+            a = Constant<value_floats = [0.5, 0.25]>()
+            y = If(c) <
+                then_branch = t () => (float[2] z) { i = Constant<value_int = 3>() f = Cast<to = 1>(i) z = Add(x, f) },
+                else_branch = e () => (float[2] w) { w = Mul(x, a) }
+            >
+        }""")
+    assert make_constants_tensors(model.graph)
+    found = [
+        node.attributes["value"].as_tensor().numpy()
+        for node in ir.traversal.RecursiveGraphIterator(model.graph)
+        if node.op_type == "Constant"
+    ]
+    assert [(array.dtype.name, array.tolist()) for array in found] == [("float32", [0.5, 0.25]), ("int64", 3)]
+
+
+def test_tensors_and_attributes_of_a_function_stay() -> None:
+    model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["" : 18, "d" : 1]>
+        g (float[1] x) => (float[1] y) { y = d.F<n = 2>(x) }
+        <domain: "d", opset_import: ["" : 18]>
+        F <n> (x) => (y) {
+            a = Constant<value_int: int = @n>()
+            b = Constant<value = float[1] {1.5}>()
+            c = Cast<to = 1>(a)
+            d = Add(b, c)
+            y = Mul(x, d)
+        }""")
+    (function,) = model.functions.values()
+    assert not make_constants_tensors(function)
+    assert [list(node.attributes) for node in function if node.op_type == "Constant"] == [["value_int"], ["value"]]
