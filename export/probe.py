@@ -21,7 +21,7 @@ from lfx.runtime.runner import model_inputs
 from lfx.signature import GRAPH_INPUTS, TASKS, Signature
 
 # Those of torch's modules that transformers' Longformers have.
-_TOKEN_BY_TOKEN = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList)
+_TOKEN_BY_TOKEN = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.Tanh, nn.ModuleList)
 _NO_SIGNATURE = Signature("", "feature-extraction", "fp32", (), (), ())
 
 
