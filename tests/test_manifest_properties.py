@@ -16,7 +16,7 @@ from lfx.manifest import FORMAT_VERSION, MODEL, Manifest, sealed
 from lfx.runtime.plan import PLAN_FORMAT_VERSION, PlanManifest
 from lfx.runtime.profile import Profile, Range
 from lfx.signature import Signature
-from tests.test_config import MANIFEST_VALUE, SIGNATURE
+from tests.test_manifest import MANIFEST_VALUE, SIGNATURE
 
 PATH = Path("lfx.json")
 ENTRY = {"sha256": "0" * 64, "bytes": 5}

@@ -18,7 +18,7 @@ from lfx.runtime.backends import tensorrt
 from lfx.runtime.plan import PlanManifest
 from lfx.runtime.profile import Profile, Range
 from lfx.signature import GRAPH_INPUTS, Signature, TensorSpec
-from tests.runtime import fake_tensorrt
+from tests.runtime.backends import fake_tensorrt
 
 WIDTH = 4
 SIGNATURE = Signature(
