@@ -13,7 +13,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 QUANTIZED = "int8"  # what `lfx quantize` makes of an fp32 bundle
 OPSETS = (17, 23)
 GLOBAL_MODES = ("mask", "first", "none")
-# How the exporter ends the names of two kinds of node; see `export.graph` and `runtime.freeze`.
+# How the exporter ends the names of two kinds of node; see `export.graph` and `runtime.build.prepare_graph`.
 GLOBAL_SLOTS, GLOBAL_ROWS = "#global_slots", "#global_rows"
 GRAPH_INPUTS = ("input_ids", "attention_mask", "global_attention_mask")
 _TENSORS = [{"name": str, "dtype": str, "shape": [(int, str)]}]
