@@ -58,7 +58,7 @@ def compare_engine(
     signature, inputs = engine.signature, forward_inputs(module)
     layers = len(signature.attention_windows)
     wanted = cases(max(signature.attention_windows), signature.max_seqlen, granularity(module))
-    fitting = [case for case in wanted if engine.takes(case.batch, case.seqlen)]
+    fitting = [case for case in wanted if engine.supports_shape(case.batch, case.seqlen)]
     if not fitting:
         raise InputError("the plan was built for none of the lengths and batches that are compared; give --cases full")
     # Of the bundle's precision and the arithmetic's, the coarser one; integers stay what they are.

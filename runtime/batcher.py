@@ -286,7 +286,7 @@ class Batcher:
         alike = [r for r in itertools.islice(self._waiting, AHEAD) if r.kind == oldest.kind]
         choices = max(oldest.size // oldest.length, 1)
         lengths, budget = [r.length for r in alike], max(self._budget // choices, 1)
-        groups = batches(lengths, budget, self._engine.takes, pad=self._engine.signature.may_pad)
+        groups = batches(lengths, budget, self._engine.supports_shape, pad=self._engine.signature.may_pad)
         group = next([alike[i] for i in found] for found in groups if any(alike[i] is oldest for i in found))
         self._running.update(group)  # first, so that a child process finds every request in one of the two
         chosen = set(group)

@@ -15,7 +15,7 @@ BATCH_COST = 64
 def batches(
     lengths: Sequence[int],
     budget: int,
-    takes: Callable[[int, int], bool] = lambda batch, seqlen: True,
+    supports_shape: Callable[[int, int], bool] = lambda batch, seqlen: True,
     *,
     pad: bool = True,
 ) -> list[list[int]]:
@@ -24,7 +24,7 @@ def batches(
     Args:
         lengths: of the sequences, tokens.
         budget: most tokens of a batch, padding included; a sequence longer than that is a batch of its own.
-        takes: whether the backend takes a batch of so many sequences of so many tokens; one that it does not take ends
+        supports_shape: whether the backend takes a batch of so many sequences of so many tokens; one that it does not take ends
             the search for larger ones.
         pad: whether sequences of different lengths may run together.
     Returns:
@@ -39,7 +39,7 @@ def batches(
         equal = equal + 1 if n > 1 and lengths[order[n - 2]] == longest else 1
         if longest not in most:
             by_budget = max(min(budget // longest, len(order)), 1)
-            most[longest] = next((m for m in range(1, by_budget) if not takes(m + 1, longest)), by_budget)
+            most[longest] = next((m for m in range(1, by_budget) if not supports_shape(m + 1, longest)), by_budget)
         lowest = n - min(most[longest], n if pad else equal)
         costs = cost[lowest:n] + BATCH_COST + longest * np.arange(n - lowest, 0, -1)
         first[n] = lowest + int(costs.argmin())

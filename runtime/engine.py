@@ -196,11 +196,11 @@ class Engine:
             return str(self.manifest.to_dict()["manifest_sha256"])
         return " ".join(sha256(file) for file in self._artifact.files.values())
 
-    def takes(self, batch: int, seqlen: int) -> bool:
+    def supports_shape(self, batch: int, seqlen: int) -> bool:
         """Whether a batch of this shape can be run: any within the model's limits, or a profile of the plan."""
         batch, seqlen = whole_number(batch, "batch", 1), whole_number(seqlen, "seqlen", 1)
         longest = self.signature.max_seqlen
-        return (longest is None or seqlen <= longest) and self._open().takes(batch, seqlen)
+        return (longest is None or seqlen <= longest) and self._open().supports_shape(batch, seqlen)
 
     def warm_up(self, shapes: Iterable[tuple[int, int]] | None = None) -> None:
         """Run made-up batches, so that the first real one finds memory, kernels and CUDA graphs ready.
@@ -215,7 +215,7 @@ class Engine:
         longest = self.signature.max_seqlen or 4096
         takes_marks = any(spec.name == "global_attention_mask" for spec in self.signature.inputs)
         if shapes is None:  # a plan may have been built for other lengths
-            checked = [shape for shape in ((1, 1), (1, longest)) if self.takes(*shape)]
+            checked = [shape for shape in ((1, 1), (1, longest)) if self.supports_shape(*shape)]
         else:
             checked = _checked_shapes(shapes, self.signature.max_seqlen)
         for batch, seqlen in checked:
@@ -324,7 +324,7 @@ class Engine:
         rows: dict[str, list[Any]] = {name: [None] * len(lengths) for name in shapes}
         choices = feeds["input_ids"].shape[1] if feeds["input_ids"].ndim == 3 else 1
         budget, pad = max(self.token_budget // choices, 1), self.signature.may_pad
-        for members in batches(lengths, budget, backend.takes, pad=pad):
+        for members in batches(lengths, budget, backend.supports_shape, pad=pad):
             longest = max(lengths[i] for i in members)
             outputs = self._infer(backend, {name: array[members][..., :longest] for name, array in feeds.items()})
             for name, array in outputs.items():

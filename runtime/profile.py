@@ -68,7 +68,7 @@ class Profile:
             tuple(r.max for r in ranges),
         )
 
-    def takes(self, batch: int, seqlen: int) -> bool:
+    def supports_shape(self, batch: int, seqlen: int) -> bool:
         """Whether a batch of this shape is in the ranges."""
         return self.batch.min <= batch <= self.batch.max and self.seqlen.min <= seqlen <= self.seqlen.max
 
@@ -107,7 +107,7 @@ def _repeat(ranges: list[Range], count: int) -> Iterable[Range]:
 
 def choose(candidates: Sequence[Profile], batch: int, seqlen: int) -> int | None:
     """The profile tuned for the shape nearest to this one, of those that take it; None where none does."""
-    fitting = [i for i, profile in enumerate(candidates) if profile.takes(batch, seqlen)]
+    fitting = [i for i, profile in enumerate(candidates) if profile.supports_shape(batch, seqlen)]
 
     def distance(i: int) -> int:
         return abs(candidates[i].batch.opt * candidates[i].seqlen.opt - batch * seqlen)

@@ -24,7 +24,7 @@ def summary(report: Report) -> dict[str, Any]:
         agreement = {"label_agreement": result.label_agreement()} if result.labels else {}
         outputs[name] = {
             "max_abs_error": result.error,
-            "unfused_max_abs_error": result.torch_error,
+            "unfused_max_abs_error": result.witness_error,
             "tolerance": report.tolerance(name),
             "max_abs_value": result.magnitude,
             "cosine": result.cosine(),

@@ -25,7 +25,7 @@ class Backend(Protocol):
         """Run one batch; safe to call from several threads."""
         ...
 
-    def takes(self, batch: int, seqlen: int) -> bool:
+    def supports_shape(self, batch: int, seqlen: int) -> bool:
         """Whether it takes a batch of this shape."""
         ...
 
@@ -33,6 +33,6 @@ class Backend(Protocol):
 class AnyShape:
     """What every backend of ONNX files takes."""
 
-    def takes(self, batch: int, seqlen: int) -> bool:
+    def supports_shape(self, batch: int, seqlen: int) -> bool:
         """Any shape."""
         return True

@@ -67,7 +67,7 @@ class TensorRt:
         self._profiles = manifest.profiles
         self._workers = threading.local()
 
-    def takes(self, batch: int, seqlen: int) -> bool:
+    def supports_shape(self, batch: int, seqlen: int) -> bool:
         """Whether a profile of the plan does."""
         return choose(self._profiles, batch, seqlen) is not None
 

@@ -125,7 +125,7 @@ class Runner:
             LfxError: it cannot.
         """
         try:
-            if self.engine.takes(1, 1):
+            if self.engine.supports_shape(1, 1):
                 self.engine.warm_up([(1, 1)])
         except MemoryError:
             raise

@@ -166,7 +166,7 @@ def test_outputs_are_owned_by_the_caller(bundle: MakeBundle, backend: str) -> No
 @pytest.mark.parametrize("shape", [(None, None), (1, "4"), (0, 4), (1, 10**5000)], ids=["none", "text", "zero", "huge"])
 def test_takes_refuses_what_is_no_shape(shape: tuple[Any, Any], engine: Engine) -> None:
     with pytest.raises(InputError):
-        engine.takes(*shape)
+        engine.supports_shape(*shape)
 
 
 def test_no_requests_together_give_no_answers(engine: Engine) -> None:
@@ -470,7 +470,7 @@ def test_a_closed_engine_says_so_whatever_it_is_asked(bundle: MakeBundle) -> Non
         lambda: engine.run([5, 6]),
         engine.warm_up,
         lambda: engine.warm_up([]),
-        lambda: engine.takes(1, 1),
+        lambda: engine.supports_shape(1, 1),
         lambda: pickle.dumps(engine),
         lambda: Batcher(engine),
     ):

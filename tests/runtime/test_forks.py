@@ -83,10 +83,10 @@ def held(lock: Any) -> Iterator[None]:
         lambda engine: engine.run([5, 6]),
         lambda engine: next(engine.stream([[5, 6]])),
         lambda engine: engine.warm_up(),
-        lambda engine: engine.takes(1, 1),
+        lambda engine: engine.supports_shape(1, 1),
         Batcher,
     ],
-    ids=["run", "stream", "warm_up", "takes", "Batcher"],
+    ids=["run", "stream", "warm_up", "supports_shape", "Batcher"],
 )
 def test_an_engine_of_the_parent_says_so(engine: Engine, ask: Callable[[Engine], Any]) -> None:
     with held(engine.metrics._lock):

@@ -155,7 +155,7 @@ def _show(report: Report, facts: dict[str, str]) -> None:
         for c, errors in report.rows
     ]
     rows.append(["", "", "", "tolerance", *(f"{report.tolerance(o):.2e}" for o in names)])
-    rows.append(["", "", "", "PyTorch's own", *(f"{report.outputs[o].torch_error:.2e}" for o in names)])
+    rows.append(["", "", "", "PyTorch's own", *(f"{report.outputs[o].witness_error:.2e}" for o in names)])
     table(header, rows)
     for name in names if report.precision == QUANTIZED else ():
         result = report.outputs[name]
@@ -168,7 +168,7 @@ def _show(report: Report, facts: dict[str, str]) -> None:
 def _show_layers(report: Report) -> None:
     rows = []
     for name, result in report.outputs.items():
-        errors = [f"{x:.2e}" for x in (result.error, result.torch_error, report.tolerance(name))]
+        errors = [f"{x:.2e}" for x in (result.error, result.witness_error, report.tolerance(name))]
         rows.append([name, *errors, "ok" if report.passes(name) else "out of tolerance"])
     table(["layer", "error", "PyTorch's own", "tolerance", "verdict"], rows)
     parted = report.first_failure()

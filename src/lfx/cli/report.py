@@ -114,7 +114,7 @@ def _outputs(report: Report) -> str:
     rows = []
     for name, result in report.outputs.items():
         error = f"{result.error:.2e}"
-        row = [name, error if report.passes(name) else _Bad(error), f"{result.torch_error:.2e}"]
+        row = [name, error if report.passes(name) else _Bad(error), f"{result.witness_error:.2e}"]
         row += [f"{report.tolerance(name):.2e}", f"{result.magnitude:.3g}", f"{result.cosine():.6f}"]
         rows.append(row + ([f"{result.agreeing} of {result.labels}" if result.labels else ""] if labels else []))
     return _table([*header, *(["labels that agree"] if labels else [])], rows)
@@ -166,7 +166,7 @@ def _over_length(axes: Any, report: Report) -> None:
         lengths = [case.seqlen for case, _ in report.rows]
         marker = markers[i % len(markers)]
         for label, colour, values in (
-            ("PyTorch", _TORCH, [errors[name].torch_error for _, errors in report.rows]),
+            ("PyTorch", _TORCH, [errors[name].witness_error for _, errors in report.rows]),
             ("artifact", _OURS, [errors[name].error for _, errors in report.rows]),
         ):
             shown = np.maximum(values, HISTOGRAM_EDGES[0])  # an exact result has no place on a log axis
@@ -180,7 +180,7 @@ def _over_length(axes: Any, report: Report) -> None:
 
 def _histogram(axes: Any, report: Report) -> None:
     seen = np.zeros(len(HISTOGRAM_EDGES) - 1)
-    for label, colour, attribute in (("PyTorch", _TORCH, "torch_histogram"), ("artifact", _OURS, "histogram")):
+    for label, colour, attribute in (("PyTorch", _TORCH, "witness_histogram"), ("artifact", _OURS, "histogram")):
         counts = np.sum([getattr(result, attribute) for result in report.outputs.values()], axis=0)
         seen = np.maximum(seen, counts)
         axes.stairs(counts, HISTOGRAM_EDGES, label=label, color=colour, lw=1.6, fill=label == "PyTorch", alpha=0.75)
@@ -197,7 +197,7 @@ def _by_layer(axes: Any, layers: Report) -> None:
     places = range(len(names))
     for label, colour, values, line in (
         ("tolerance", _LIMIT, [layers.tolerance(name) for name in names], "--"),
-        ("PyTorch", _TORCH, [layers.outputs[name].torch_error for name in names], "-"),
+        ("PyTorch", _TORCH, [layers.outputs[name].witness_error for name in names], "-"),
         ("artifact", _OURS, [layers.outputs[name].error for name in names], "-"),
     ):
         shown = np.maximum(values, HISTOGRAM_EDGES[0])

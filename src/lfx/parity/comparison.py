@@ -47,8 +47,8 @@ def compare(
         on_case(case)
         inputs = make_inputs(case)
         right = reference(inputs)
-        torch_side, ours = witness(inputs) if witness is not None else right, candidate(inputs)
-        for outputs, whose in ((right, report.names[0]), (torch_side, f"{report.names[1]} in {precision}")):
+        witnessed, ours = witness(inputs) if witness is not None else right, candidate(inputs)
+        for outputs, whose in ((right, report.names[0]), (witnessed, f"{report.names[1]} in {precision}")):
             _refuse_nan(outputs, whose, case)
         if set(right) != set(ours):
             raise ParityError(f"the model has outputs {sorted(right)}, the artifact {sorted(ours)}")
@@ -59,7 +59,7 @@ def compare(
                     f"{name} has shape {ours[name].shape} where the model's is {expected.shape}, at {case}"
                 )
             result = report.outputs.setdefault(name, OutputResult())
-            row[name] = result.add(case, expected, torch_side[name], ours[name])
+            row[name] = result.add(case, expected, witnessed[name], ours[name])
             if name in LABEL_OUTPUTS:
                 result.add_labels(expected, ours[name], multi_label=multi_label)
         report.rows.append((case, row))

@@ -35,7 +35,7 @@ class Errors:
     """Largest absolute errors of one output in one case: the candidate's and PyTorch's."""
 
     error: float
-    torch_error: float
+    witness_error: float
 
 
 @dataclass
@@ -43,26 +43,26 @@ class OutputResult:
     """One output over all cases, against the float64 reference.
 
     Attributes:
-        error, torch_error: largest absolute error, of the candidate and of PyTorch. worst: where the former is.
+        error, witness_error: largest absolute error, of the candidate and of PyTorch. worst: where the former is.
         magnitude: largest absolute value of the reference.
-        squares, torch_squares: sums of squared errors, of the candidate and of PyTorch, over `count` numbers.
+        squares, witness_squares: sums of squared errors, of the candidate and of PyTorch, over `count` numbers.
         products: sums of candidate · reference, candidate² and reference².
         labels, agreeing: decisions of a head, and those that are the reference's.
-        histogram, torch_histogram: absolute errors that are not 0, counted between HISTOGRAM_EDGES.
+        histogram, witness_histogram: absolute errors that are not 0, counted between HISTOGRAM_EDGES.
     """
 
     error: float = 0.0
-    torch_error: float = 0.0
+    witness_error: float = 0.0
     magnitude: float = 0.0
     worst: Case | None = None
     count: int = 0
     squares: float = 0.0
-    torch_squares: float = 0.0
+    witness_squares: float = 0.0
     products: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
     labels: int = 0
     agreeing: int = 0
     histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64))
-    torch_histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64))
+    witness_histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64))
 
     def add(self, case: Case, right: NDArray[Any], witness: NDArray[Any], ours: NDArray[Any]) -> Errors:
         """Take in one case; returns its largest errors.
@@ -72,19 +72,19 @@ class OutputResult:
         """
         right, ours = right.astype(np.float64), ours.astype(np.float64)
         filled = ~(np.abs(right) < FILL)
-        errors, torch_errors = (_errors(found, right, filled) for found in (ours, witness.astype(np.float64)))
-        found = Errors(_largest(errors), _largest(torch_errors))
+        errors, witness_errors = (_errors(found, right, filled) for found in (ours, witness.astype(np.float64)))
+        found = Errors(_largest(errors), _largest(witness_errors))
         if self.worst is None or not found.error <= self.error:
             self.error, self.worst = found.error, case
-        self.torch_error = max(self.torch_error, found.torch_error)
+        self.witness_error = max(self.witness_error, found.witness_error)
         self.squares += float(np.square(errors).sum())
-        self.torch_squares += float(np.square(torch_errors).sum())
-        self.count += torch_errors.size
+        self.witness_squares += float(np.square(witness_errors).sum())
+        self.count += witness_errors.size
         right, ours = np.where(filled, 0.0, right), np.where(filled, 0.0, np.nan_to_num(ours))
         self.magnitude = max(self.magnitude, _largest(right))
         self.products += [float((ours * right).sum()), float((ours**2).sum()), float((right**2).sum())]
         self.histogram += np.histogram(np.abs(errors), HISTOGRAM_EDGES)[0]
-        self.torch_histogram += np.histogram(np.abs(torch_errors), HISTOGRAM_EDGES)[0]
+        self.witness_histogram += np.histogram(np.abs(witness_errors), HISTOGRAM_EDGES)[0]
         return found
 
     def add_labels(self, right: NDArray[Any], ours: NDArray[Any], *, multi_label: bool) -> None:
@@ -107,11 +107,11 @@ class OutputResult:
         """Share of decisions that are the reference's, 0 to 1; None for an output that is no head's."""
         return self.agreeing / self.labels if self.labels else None
 
-    def likely_torch_error(self) -> float:
+    def likely_witness_error(self) -> float:
         """PyTorch's largest error, or what it might as well have been where few numbers were compared."""
         if self.count >= SMALL_POOL:
-            return self.torch_error
-        return max(self.torch_error, TAIL * math.sqrt(self.torch_squares / max(self.count, 1)))
+            return self.witness_error
+        return max(self.witness_error, TAIL * math.sqrt(self.witness_squares / max(self.count, 1)))
 
 
 @dataclass
@@ -138,7 +138,7 @@ class Report:
 
     def tolerance(self, output: str) -> float:
         """Largest error that passes."""
-        return 2.0 * self.outputs[output].likely_torch_error() + self.band(output)
+        return 2.0 * self.outputs[output].likely_witness_error() + self.band(output)
 
     def passes(self, output: str) -> bool:
         """Whether an output is in tolerance, and its witness near the reference."""
@@ -156,21 +156,21 @@ class Report:
         result, lines, (right, witness) = self.outputs[name], [], self.names
         # What int8 costs is the model's; how far PyTorch's int8 is off says nothing of the artifact.
         limit = WITNESS_BANDS * self.band(name) if self.precision != QUANTIZED else sys.float_info.max
-        if not result.torch_error <= limit:
+        if not result.witness_error <= limit:
             lines.append(
-                f"{name}: {witness} itself is, in {self.precision}, {result.torch_error:.3g} from {right}, "
+                f"{name}: {witness} itself is, in {self.precision}, {result.witness_error:.3g} from {right}, "
                 f"above {limit:.3g}: the two do not compute the same"
             )
         if not result.error <= self.tolerance(name):
             lines.append(
                 f"{name}: error {result.error:.3g} is above the tolerance {self.tolerance(name):.3g} "
-                f"({self.precision}; {witness} errs by {result.torch_error:.3g}) at {result.worst}"
+                f"({self.precision}; {witness} errs by {result.witness_error:.3g}) at {result.worst}"
             )
         # Rounding to int8 errs everywhere, so that the largest error alone would hide a layer that is wrong.
-        rms, torch_rms = (math.sqrt(x / max(result.count, 1)) for x in (result.squares, result.torch_squares))
-        if self.precision == QUANTIZED and result.count >= SMALL_POOL and not rms <= INT8_RMS * torch_rms:
+        rms, witness_rms = (math.sqrt(x / max(result.count, 1)) for x in (result.squares, result.witness_squares))
+        if self.precision == QUANTIZED and result.count >= SMALL_POOL and not rms <= INT8_RMS * witness_rms:
             lines.append(
-                f"{name}: root mean square error {rms:.3g} is above {INT8_RMS} times {torch_rms:.3g}, which "
+                f"{name}: root mean square error {rms:.3g} is above {INT8_RMS} times {witness_rms:.3g}, which "
                 f"{witness} has in int8"
             )
         return lines
@@ -190,7 +190,7 @@ class Report:
             "outputs": {
                 name: {
                     "max_abs_error": _json(result.error),
-                    "torch_max_abs_error": _json(result.torch_error),
+                    "torch_max_abs_error": _json(result.witness_error),
                     "tolerance": _json(self.tolerance(name)),
                     "max_abs_value": _json(result.magnitude),
                     "cosine": _json(result.cosine()),
