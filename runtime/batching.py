@@ -24,8 +24,8 @@ def batches(
     Args:
         lengths: of the sequences, tokens.
         budget: most tokens of a batch, padding included; a sequence longer than that is a batch of its own.
-        supports_shape: whether the backend takes a batch of so many sequences of so many tokens; one that it does not take ends
-            the search for larger ones.
+        supports_shape: whether the backend takes a batch of so many sequences of so many tokens; the first size that it
+            does not take ends the search for larger ones.
         pad: whether sequences of different lengths may run together.
     Returns:
         Indices into `lengths`, each once, the shortest sequences first. The same lengths give the same batches.
