@@ -65,7 +65,7 @@ def main() -> None:
                 {**about, "tool": tool, **_attempt(_run_torch, model, cases, Path(folder) / "torch.onnx", dynamo)}
             )
         for batch in (1, 2):
-            tool = f"openvino.convert_model, traced at {batch}×64"
+            tool = f"openvino.convert_model, traced at {batch} x 64"
             rows.append({**about, "tool": tool, **_attempt(_run_openvino, model, cases, batch)})
         if options.optimum_python:
             rows.append(

@@ -1,7 +1,7 @@
 """ONNX Runtime's own test vectors for its CUDA LongformerAttention, two of which it disables: lfx passes all four.
 
-Source: microsoft/onnxruntime, onnxruntime/test/contrib_ops/longformer_attention_op_test.cc, MIT license. The vectors are
-printed with four decimals.
+Source: microsoft/onnxruntime, onnxruntime/test/contrib_ops/longformer_attention_op_test.cc, MIT license. The vectors
+are printed with four decimals.
 """
 
 from __future__ import annotations
