@@ -5,8 +5,8 @@
 Each row is written when it is measured, in the place of the older row of the same length and globals.
 
 Latency: both contenders live in one process and take turns (A B A B), after a warm-up of each, on the same ids. With
-them runs one matrix product of ONNX Runtime's with as many rows, of the shape of a feed-forward projection: the share of
-its rate that the model's useful arithmetic reaches says what is left to gain.
+them runs one matrix product of ONNX Runtime's with as many rows, of the shape of a feed-forward projection: the share
+of its rate that the model's useful arithmetic reaches says what is left to gain.
 Memory: the highest resident set of a process of its own for each contender and length, interpreter and imports
 included. Export: a process of its own; seconds and memory are read before the validation starts.
 """
