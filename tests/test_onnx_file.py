@@ -102,10 +102,10 @@ def test_nodes_are_counted_as_they_are_once_inlined(tmp_path: Path, monkeypatch:
     (tmp_path / "m.onnx").write_bytes(content)
     inlined = count(inline_local_functions(onnx.load_from_string(content)).graph)
     assert inlined == 15
-    monkeypatch.setattr("lfx.onnx_file._MOST_NODES", inlined - 1)
+    monkeypatch.setattr("lfx.onnx_file._MAX_NODES", inlined - 1)
     with pytest.raises(ArtifactError, match="more than 14 nodes once its functions are inlined"):
         read_header(tmp_path / "m.onnx")
-    monkeypatch.setattr("lfx.onnx_file._MOST_NODES", inlined)
+    monkeypatch.setattr("lfx.onnx_file._MAX_NODES", inlined)
     read_header(tmp_path / "m.onnx")
 
 
