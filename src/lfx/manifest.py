@@ -21,8 +21,9 @@ WEIGHTS = "model.onnx.data"
 # The key of the digest of all other fields.
 _DIGEST = "manifest_sha256"
 MAX_JSON_BYTES = 64_000_000
-# The fields of a manifest besides the signature's; see `lfx.checks.check_shape`. Measured errors are numbers: an export with
-# an error that is not finite, null in JSON, fails.
+_CURE = "export the model again"
+# The fields of a manifest besides the signature's; see `lfx.checks.check_shape`. A measured error is a number and never
+# null: the export fails when an error is not finite.
 _MEASURED = {"max_abs_error": NUMBER, "tolerance": NUMBER}
 QUANTIZATION: dict[str, Any] = {
     "activations?": str,
@@ -111,7 +112,7 @@ class Manifest:
             raise ArtifactError(f"{bundle} does not exist; make a bundle with: lfx export --model MODEL")
         if not is_file:
             raise ArtifactError(f"{bundle} is no bundle: it has no {MANIFEST}; make one with: lfx export")
-        return cls.parse(read_json_file(path, "export the model again"), path)
+        return cls.parse(read_limited(path, MAX_JSON_BYTES, _CURE), path)
 
     @classmethod
     def parse(cls, content: bytes, path: Path) -> Manifest:
@@ -122,12 +123,7 @@ class Manifest:
         Raises:
             ArtifactError: the manifest is truncated, changed or of another format.
         """
-        data = parse_sealed(content, path, "format_version", FORMAT_VERSION, "export the model again")
-        signature = Signature.from_dict(data)
-        try:
-            check_shape(data, _MANIFEST, str(path))
-        except ValueError as error:
-            raise ArtifactError(f"{error}; export the model again") from error
+        data, signature = parse_sealed(content, path, ("format_version", FORMAT_VERSION), _MANIFEST, _CURE)
         fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
         return cls(signature=signature, **fields)
 
@@ -202,44 +198,56 @@ def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, _DIGEST: hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()}
 
 
-def read_json_file(path: Path, cure: str) -> bytes:
-    """Read the bytes of a manifest or of a plan's JSON.
+def read_limited(path: Path, max_bytes: int, cure: str) -> bytes:
+    """Read a file of at most `max_bytes`.
 
     Args:
         cure: what to do about a broken file; the end of the message.
     Raises:
-        ArtifactError: the file cannot be read, or has more than `MAX_JSON_BYTES`.
+        ArtifactError: the file cannot be read, or has more bytes.
     """
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_JSON_BYTES + 1)
+            content = file.read(max_bytes + 1)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}; {cure}") from error
-    if len(content) > MAX_JSON_BYTES:
-        raise ArtifactError(f"{path} has more than {MAX_JSON_BYTES:,} bytes; {cure}")
+    if len(content) > max_bytes:
+        raise ArtifactError(f"{path} has more than {max_bytes:,} bytes; {cure}")
     return content
 
 
-def parse_sealed(content: bytes, path: Path, version_key: str, version: int, cure: str) -> dict[str, Any]:
-    """Parse a JSON object written with `sealed`, and check its format version and digest.
+def parse_sealed(
+    content: bytes, path: Path, version: tuple[str, int], shape: dict[str, Any], cure: str
+) -> tuple[dict[str, Any], Signature]:
+    """Parse a JSON object written with `sealed` that holds a signature and the fields of `shape`.
 
     Args:
         path: of the file, for messages.
-        version_key, version: the field of the format version, and the version that this lfx reads.
+        version: name of the field of the format version, and the version that this lfx reads.
+        shape: types of the fields; see `lfx.checks.check_shape`.
         cure: what to do about a broken file; the end of the message.
+    Returns:
+        The object, and the signature in it.
     Raises:
-        ArtifactError: the content is not JSON, has another format version, or was changed.
+        ArtifactError: the content is not JSON, has another format version, was changed, or has a field that is missing,
+            of another type or out of range.
     """
+    version_key, supported = version
     try:
         data = parse_json(content)
     except ValueError as error:
         raise ArtifactError(f"{path} cannot be read ({error}); {cure}") from error
     file_version = data.get(version_key) if isinstance(data, dict) else None
-    if not isinstance(data, dict) or file_version != version:
-        raise ArtifactError(f"{path} has format version {shown(file_version)}; this lfx reads {version}: {cure}")
+    if not isinstance(data, dict) or file_version != supported:
+        raise ArtifactError(f"{path} has format version {shown(file_version)}; this lfx reads {supported}: {cure}")
     if data != sealed(data):
         raise ArtifactError(f"{path} was changed after it was written (its {_DIGEST} differs); {cure}")
-    return data
+    signature = Signature.from_dict(data)
+    try:
+        check_shape(data, shape, str(path))
+    except ValueError as error:
+        raise ArtifactError(f"{error}; {cure}") from error
+    return data, signature
 
 
 def sha256(path: Path) -> str:

@@ -15,7 +15,7 @@ import tokenizers
 from lfx.errors import ArtifactError, InputError
 from lfx.runtime import Engine
 from lfx.runtime.postprocess import Postprocessor
-from lfx.runtime.tokenizer import LARGEST_FILE, TOKENIZER, Encoded, Tokenizer
+from lfx.runtime.tokenizer import MAX_FILE_BYTES, TOKENIZER, Encoded, Tokenizer
 from lfx.signature import GRAPH_INPUTS, Signature, TensorSpec
 from tests.conftest import MakeBundle
 from tests.models import tiny_tokenizer
@@ -412,7 +412,7 @@ def test_files_that_cannot_be_read_are_artifact_errors(folder: Path, file: str) 
     with pytest.raises(ArtifactError, match=file):
         Postprocessor(Tokenizer(folder, signature("fill-mask")))
     with path.open("wb") as sparse:
-        sparse.truncate(LARGEST_FILE + 1)
+        sparse.truncate(MAX_FILE_BYTES + 1)
     with pytest.raises(ArtifactError, match=rf"{file} has .* bytes, above"):
         Postprocessor(Tokenizer(folder, signature("fill-mask")))
     path.unlink()
