@@ -1,4 +1,4 @@
-"""The parent of the process that TensorRT builds in: starts it, and reads what it says."""
+"""Starts the process that runs TensorRT's builder, and reads its messages."""
 
 from __future__ import annotations
 
@@ -18,22 +18,30 @@ from lfx.errors import BuildError, one_line
 def run_tensorrt(
     job: dict[str, Any], scratch: Path, progress: Callable[[str], None], log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Run `trt_process` on the job; returns its result.
+    """Run `trt_process` on a job.
 
+    Args:
+        job: see `builder._job`.
+        scratch: a temporary folder, for the job file.
+        progress: called with the name of each step.
+        log: called with each warning and error of TensorRT.
+    Returns:
+        {"tensorrt_version", "network_layers", "plugin_layers"}.
     Raises:
-        BuildError: TensorRT built no engine. OSError: the disk is full.
+        BuildError: TensorRT built no engine.
+        OSError: the disk is full.
     """
     (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
     environment = dict(os.environ)
     if job["module"] == "tensorrt_rtx":
         libraries = _named_library(scratch)
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [libraries, environment.get("LD_LIBRARY_PATH")]))
-    # -P: modules come from the installation, not from the folder that the user is in.
+    # -P keeps the current folder off sys.path, so that modules come from the installation.
     command = [sys.executable, "-P", "-m", "lfx.runtime.build.trt_process", str(scratch / "job.json")]
     errors: list[str] = []
     with subprocess.Popen(
         command,
-        stdin=subprocess.PIPE,  # it ends when this end is closed, by a kill too
+        stdin=subprocess.PIPE,  # the child ends when this pipe is closed, also if this process is killed
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -46,7 +54,7 @@ def run_tensorrt(
             for text in process.stdout:
                 line = _parse(text)
                 if line is None:
-                    log(text.rstrip())  # what a library printed
+                    log(text.rstrip())  # a library printed it
                     if text.startswith("lfx::"):
                         errors.append(text.rstrip())
                 elif "result" in line:
@@ -70,17 +78,17 @@ def run_tensorrt(
 
 
 def _parse(text: str) -> dict[str, Any] | None:
-    """A line of `trt_process`'s, or None where something else printed it."""
+    """Parse a message of `trt_process`; None if a library printed the line."""
     try:
         line = json.loads(text)
     except ValueError:
         return None
-    ours = ({"result"}, {"step"}, {"error"}, {"error", "disk_full"}, {"log", "severity"})
-    return line if isinstance(line, dict) and set(line) in ours else None
+    messages = ({"result"}, {"step"}, {"error"}, {"error", "disk_full"}, {"log", "severity"})
+    return line if isinstance(line, dict) and set(line) in messages else None
 
 
 def _named_library(scratch: Path) -> str:
-    """A folder with libtensorrt_rtx.so, which the wheel ships under its versioned name only."""
+    """Make a folder with a link libtensorrt_rtx.so to the wheel's library, which has a versioned name only."""
     spec = find_spec("tensorrt_rtx_libs")
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         for library in sorted(Path(folder).glob("libtensorrt_rtx.so*")):

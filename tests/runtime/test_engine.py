@@ -567,7 +567,7 @@ def test_unknown_backends_and_providers_name_the_known_ones(
 
 
 def test_threads_are_used_or_refused(bundle: MakeBundle) -> None:
-    with pytest.raises(DependencyError, match=r"threads 2 cannot be had: the reference evaluator has one"):
+    with pytest.raises(DependencyError, match=r"threads is 2, and the reference evaluator has one thread"):
         Engine(bundle(), "reference", threads=2)
 
 

@@ -170,7 +170,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "cache": ({"options": Options(timing_cache=Path("cache"))}, "--timing-cache is TensorRT's"),
     "compatible": ({"options": Options(version_compatible=True)}, "--version-compatible is TensorRT's"),
     "digits": ({"batch": ["9" * 5000]}, "is no size"),
-    "short": ({"plugin": False, "seqlen": ["1:64:128"]}, "64 global slots need sequences of 63 tokens at least"),
+    "short": ({"plugin": False, "seqlen": ["1:64:128"]}, "64 global slots need sequences of at least 63 tokens"),
     "long name": ({"output": "x" * 246 + ".plan"}, "File name too long"),
     "long path": ({"output": "x/" * 2500 + "one.plan"}, "File name too long"),
     "nul": ({"output": "a\0b.plan"}, "null"),
