@@ -238,7 +238,7 @@ def test_an_input_that_cannot_be_opened_is_the_inputs_error(tmp_path: Path, monk
 
 
 def test_a_line_without_end_is_one_refused_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lfx.runtime.documents.formats._LONGEST_LINE", 40)
+    monkeypatch.setattr("lfx.runtime.documents.formats._MAX_LINE_BYTES", 40)
     (tmp_path / "in.jsonl").write_bytes(b'{"input_ids": [5]}\n' + b"\0" * 1000 + b'\n{"input_ids": [6]}\n')
     first, long, last = read_documents(tmp_path / "in.jsonl")
     assert (first, last) == ((1, {"input_ids": [5]}), (3, {"input_ids": [6]}))
