@@ -181,7 +181,9 @@ class Batcher:
             batch = prepare(ids, attention_mask, global_attention_mask, self._engine.signature)
             shape = batch.feeds["input_ids"].shape
             if shape[0] != 1:
-                raise InputError(f"{shape[0]} sequences came; submit them one by one, and they run together")
+                raise InputError(
+                    f"submit was given {shape[0]} sequences; submit them one by one, and they run together"
+                )
             request = _Request(batch, arrived, _RequestFuture())
             with self._changed:
                 if self._broken is not None:

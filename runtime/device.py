@@ -57,7 +57,7 @@ def require_gpu() -> str:
     capability = compute_capability()
     if capability is None:
         raise DependencyError(
-            "this machine has no NVIDIA GPU, or no driver for it; run the plan where there is one, or the bundle on "
-            "the CPU with backend='onnxruntime'"
+            "this machine has no NVIDIA GPU, or no driver for it; run the plan on a machine with one, or the "
+            "bundle on the CPU with backend='onnxruntime'"
         )
     return capability

@@ -101,8 +101,8 @@ class Engine:
             weight_bits = self.manifest.quantization.get("weight_bits") if self.manifest is not None else None
             if weight_bits == 8 and provider == "cpu" and int8_overflows():
                 raise DependencyError(
-                    f"{path} has int8 weights of 8 bits, which overflow on this CPU without VNNI; make it again "
-                    "without --full-range"
+                    f"{path} has int8 weights of 8 bits, which overflow on this CPU without VNNI; quantize it "
+                    "again without --full-range"
                 )
             self._backend = self._load(backend, provider, threads, precision)
             self.signature = self._artifact.signature

@@ -98,7 +98,7 @@ class PlanManifest:
         if not plan.is_file():
             raise ArtifactError(f"{plan} does not exist; build it with: lfx build-engine BUNDLE")
         if not path.is_file():
-            raise ArtifactError(f"{plan} has no {path.name} beside it, so nothing says what it is; {_CURE}")
+            raise ArtifactError(f"{plan} has no {path.name} beside it, which describes it; {_CURE}")
         return cls.parse(read_limited(path, MAX_JSON_BYTES, _CURE), path)
 
     @classmethod
@@ -121,7 +121,7 @@ class PlanManifest:
             raise ArtifactError(f"{path} is broken: it has no profile; {_CURE}")
         name = data["bundle"]["name"]  # `lfx run` reads the tokenizer from the folder of this name
         if Path(name).name != name or name == "..":
-            raise ArtifactError(f"{path} is broken: the bundle {shown(name)} is no name of a folder; {_CURE}")
+            raise ArtifactError(f"{path} is broken: the bundle {shown(name)} is not the name of a folder; {_CURE}")
         fields = {f.name: data[f.name] for f in dataclasses.fields(cls)[1:]}
         return cls(signature, **{**fields, "profiles": profiles})
 

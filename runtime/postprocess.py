@@ -180,7 +180,7 @@ def _mask_token(path: Path) -> str:
 def _output(outputs: dict[str, NDArray[Any]], name: str, task: str, seqlen: int | None) -> NDArray[Any]:
     """One output without its batch axis; `seqlen` is the required length of an output per token, else None."""
     if name not in outputs:
-        raise InputError(f"{task} is read from the output {name}, and the outputs are {', '.join(outputs) or 'none'}")
+        raise InputError(f"{task} needs the output {name}; the outputs are {', '.join(outputs) or 'none'}")
     array: NDArray[Any] = outputs[name][0]
     if seqlen is not None and len(array) != seqlen:
         raise InputError(f"{name} has {len(array)} tokens and the text {seqlen}; give the outputs of this text")

@@ -86,7 +86,8 @@ def profiles(batch: Sequence[str | int], seqlen: Sequence[str | int], signature:
     batches, lengths = _ranges(batch, "--batch"), _ranges(seqlen, "--seqlen")
     if len(batches) != len(lengths) and 1 not in (len(batches), len(lengths)):
         raise BuildError(
-            f"{len(batches)} --batch and {len(lengths)} --seqlen make no profiles; give as many of each, or one of one"
+            f"{len(batches)} --batch and {len(lengths)} --seqlen make no profiles; give the same number of "
+            "each, or one of either"
         )
     limit = signature.max_seqlen
     for length in lengths:

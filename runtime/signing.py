@@ -70,7 +70,7 @@ def verify(path: str | Path, key: str | Path | None = None, signature: str | Pat
     """
     model = file_path(path, "path")
     if key is None and signature is not None:
-        raise InputError("a signature is checked with the key of who signed; give the key too")
+        raise InputError("a signature is checked with the signer's public key; give the key too")
     is_plan = model.suffix == SUFFIX and not model.is_dir()
     bundle = model if is_plan else _bundle(model)
     manifest_path = json_path(model) if is_plan else bundle / MANIFEST
@@ -110,7 +110,7 @@ def _refuse_unlisted(bundle: Path, manifest: Manifest) -> None:
             name.parts[0].startswith(".") or path.suffix in (".md", SIGNATURE_SUFFIX) or path.stem == "LICENSE"
         )
         if name.as_posix() not in listed and is_read and (path.is_symlink() or not path.is_dir()):
-            raise ArtifactError(f"{path} is not listed in {MANIFEST}, so nothing says what it is; remove it")
+            raise ArtifactError(f"{path} is not listed in {MANIFEST}, so its content cannot be checked; remove it")
 
 
 def check_signature(content: bytes, manifest: Path, key: str | Path, path: Path) -> tuple[str, str]:
@@ -140,16 +140,16 @@ def check_signature(content: bytes, manifest: Path, key: str | Path, path: Path)
     if signing_id != key_id:
         raise ArtifactError(
             f"{path} was made with the key {_shown_id(signing_id)}, and {_shown_id(key_id)} was given; "
-            "give the key of who signed"
+            "give the signer's key"
         )
     signed = hashlib.blake2b(content).digest() if algorithm == _HASHED else content
     if not _is_signed(public_key, signature, signed):
         raise ArtifactError(
             f"{path} does not fit {manifest}: one of them was changed, or it signs another file; "
-            "get both again from who signed"
+            "get both again from the signer"
         )
     if not _is_signed(public_key, comment_signature, signature + comment.encode()):
-        raise ArtifactError(f"{path} has a trusted comment that was changed; get it again from who signed")
+        raise ArtifactError(f"{path} has a trusted comment that was changed; get it again from the signer")
     return _shown_id(key_id), comment
 
 
@@ -181,7 +181,7 @@ def _key_line(key: str | Path) -> str:
 def _signature_lines(path: Path, manifest: Path) -> tuple[str, str, str]:
     """The lines of a signature file: the signature, the trusted comment, and the signature of both."""
     missing = f"{path} is no file, so there is no signature; sign with: minisign -Sm {manifest}"
-    lines = _lines(_read_file(path, _MAX_SIGNATURE_BYTES, missing, "get it again from who signed"), path)
+    lines = _lines(_read_file(path, _MAX_SIGNATURE_BYTES, missing, "get it again from the signer"), path)
     if len(lines) != 4 or not lines[0].startswith(_COMMENT) or not lines[2].startswith(_TRUSTED_COMMENT):
         raise ArtifactError(f"{path} is no minisign signature: it must have four lines, two of them comments")
     return lines[1], lines[2].removeprefix(_TRUSTED_COMMENT), lines[3]
@@ -214,11 +214,11 @@ def _decode(line: str, length: int, name: str) -> bytes:
     try:
         data = base64.b64decode(line, validate=True)
     except ValueError as error:
-        raise ArtifactError(f"{name} is no base64 ({error}); get it again from who signed") from error
+        raise ArtifactError(f"{name} is no base64 ({error}); get it again from the signer") from error
     # Python ignores text after the base64 padding and unused bits; encoding again refuses both.
     if len(data) != length or base64.b64encode(data) != line.encode():
         raise ArtifactError(
-            f"{name} has {len(data)} bytes of base64 where {length} belong; get it again from who signed"
+            f"{name} has {len(data)} bytes of base64 where {length} belong; get it again from the signer"
         )
     return data
 

@@ -91,7 +91,7 @@ class TensorRt:
             check(self._cuda.cudaSetDevice(DEVICE))  # CUDA's current device is per thread
             context = self._engine.create_execution_context()
             if context is None:
-                raise LfxError(f"TensorRT made no execution context: {self._log.last()}")
+                raise LfxError(f"TensorRT could not create an execution context: {self._log.last()}")
             worker = self._workers.worker = _Worker(self._cuda, self._trt, self._engine, context, self._log.last)
         return worker.run(feeds, profile, self.output_names)
 

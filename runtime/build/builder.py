@@ -315,7 +315,7 @@ def _output(asked: str | Path) -> Path:
     """The path of the plan, from the option --output; its JSON must be writable too."""
     path = output_file(asked, "--output", BuildError)
     if path.suffix != SUFFIX:
-        raise BuildError(f"{path} is no name for a plan; end it with {SUFFIX}")
+        raise BuildError(f"{path} is not the name of a plan; give one that ends with {SUFFIX}")
     output_file(json_path(path), "--output", BuildError)
     return path
 

@@ -174,7 +174,7 @@ def windows_of(
     if isinstance(document, InputError):
         raise document
     if not isinstance(document, dict):
-        raise InputError(f"{type(document).__name__} where an object with text or input_ids should be")
+        raise InputError(f"the document is {type(document).__name__}; give an object with text or input_ids")
     windows = _encode(document, signature, tokenizer, stride)
     if max_windows is not None and len(windows) > max_windows:
         raise InputError(
@@ -193,10 +193,10 @@ def _encode(
     text, pair, ids = document.get("text"), document.get("pair"), document.get("input_ids")
     if (text is None) == (ids is None):
         fields = ", ".join(sorted(ascii(name)[1:-1] for name in document)) or "none"
-        raise InputError(f"fields {fields}; give either text or input_ids")
+        raise InputError(f"the document has the fields {fields}; give either text or input_ids")
     if ids is not None:
         if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
-            raise InputError("input_ids is no list of whole numbers, one at least")
+            raise InputError("input_ids must be a list of at least one whole number")
         prepare([ids], None, None, signature)  # checks the length before pieces are made
         return [Encoded(ids, [str(i) for i in ids])]
     if not isinstance(text, str) or not text.strip() or not isinstance(pair, str | None):

@@ -92,8 +92,9 @@ def run_documents(
     summary = Summary()
     postprocessor = Postprocessor(tokenizer) if tokenizer is not None else None
     runner = Runner(engine, tokenizer, postprocessor, stride, max_windows, summary)
+    header = _header(runner, digest)
     try:
-        with Journal(output, _header(runner, digest), CHUNK) as journal:
+        with Journal(output, header, CHUNK) as journal:
             if journal.documents and journal.documents > count_documents(source):
                 journal.restart()
             summary.documents = summary.resumed_at = journal.documents

@@ -443,7 +443,7 @@ def test_an_id_that_the_tokenizer_does_not_have_is_named(folder: Path) -> None:
 
 
 def test_outputs_of_another_text_or_model_are_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match="read from the output logits, and the outputs are other"):
+    with pytest.raises(InputError, match="needs the output logits; the outputs are other"):
         answers(folder, "text-classification", other=[1.0])
     for task in ("token-classification", "fill-mask"):
         with pytest.raises(InputError, match="logits has 9 tokens and the text 4"):

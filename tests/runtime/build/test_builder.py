@@ -192,7 +192,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "level": ({"options": Options(optimization_level=6)}, "optimization_level 6 is out of range"),
     "refit": ({"options": Options(refit=1)}, "refit is 1; give True or False"),  # type: ignore[arg-type]
     "json folder": ({"output": "folder/one.plan"}, r"one\.plan\.json cannot be written: it is a folder"),
-    "output": ({"output": "one.engine"}, r"one\.engine is no name for a plan; end it with \.plan"),
+    "output": ({"output": "one.engine"}, r"one\.engine is not the name of a plan; give one that ends with \.plan"),
     "folder": ({"output": "nowhere/one.plan"}, "cannot be written"),
 }
 
@@ -358,7 +358,7 @@ def test_heads_that_the_plugin_cannot_take_are_refused_by_name(tmp_path: Path) -
 def test_a_plan_without_a_gpu_is_one_clear_line(plan: Path) -> None:
     if device.compute_capability() is not None:
         pytest.skip("this machine has a GPU")
-    with pytest.raises(LfxError, match="no NVIDIA GPU, or no driver for it; run the plan where there is one"):
+    with pytest.raises(LfxError, match="no NVIDIA GPU, or no driver for it; run the plan on a machine with one"):
         Engine(plan)
 
 

@@ -212,4 +212,4 @@ def test_an_answer_that_cannot_be_read_is_one_row(bundle: MakeBundle, tmp_path: 
 
 def test_names_of_fields_are_shown_without_control_characters(engine: Engine, tmp_path: Path) -> None:
     found = run(engine, tmp_path, [{"\x1b[31m\n": 1}])[1]
-    assert found[0]["error"] == r"fields \x1b[31m\n; give either text or input_ids"
+    assert found[0]["error"] == r"the document has the fields \x1b[31m\n; give either text or input_ids"

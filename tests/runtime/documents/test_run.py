@@ -78,16 +78,16 @@ def test_every_document_gets_the_row_that_it_gets_alone(engine: Engine, reader: 
 BAD: dict[str, tuple[Any, str]] = {
     "broken": ('{"text": "fox"', "broken JSON"),
     "empty": ("", "empty line"),
-    "a list": ([1], "list where an object with text or input_ids should be"),
-    "a wrong field": ({"body": "fox"}, "fields body; give either text or input_ids"),
-    "nothing": ({}, "fields none; give either text or input_ids"),
+    "a list": ([1], "the document is list; give an object with text or input_ids"),
+    "a wrong field": ({"body": "fox"}, "the document has the fields body; give either text or input_ids"),
+    "nothing": ({}, "the document has the fields none; give either text or input_ids"),
     "both": ({"text": "fox", "input_ids": [5]}, "give either text or input_ids"),
     "no string": ({"text": 5}, "text .* must be a string"),
     "blank": ({"text": "  "}, "text not empty"),
     "too long": ({"text": "fox " * 500}, r"above the model's maximum 128"),
     "an id too large": ({"input_ids": [5, 99]}, "99"),
-    "ids that are none": ({"input_ids": [1.5]}, "input_ids is no list of whole numbers"),
-    "no ids": ({"input_ids": []}, "input_ids is no list of whole numbers, one at least"),
+    "ids that are none": ({"input_ids": [1.5]}, "input_ids must be a list of at least one whole number"),
+    "no ids": ({"input_ids": []}, "input_ids must be a list of at least one whole number"),
     "deep": ("[" * 100000, "broken JSON"),
 }
 
