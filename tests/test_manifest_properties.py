@@ -105,7 +105,7 @@ def parse_plan(data: Any) -> PlanManifest | None:
 
 
 @given(spoiled(MANIFEST_DATA))
-def test_a_spoiled_manifest_is_refused_or_can_be_shown(data: dict[str, Any]) -> None:
+def test_a_manifest_with_changed_values_is_refused_or_usable(data: dict[str, Any]) -> None:
     manifest = parse_manifest({**data, "format_version": FORMAT_VERSION})
     if manifest is not None:
         assert all(isinstance(cell, str) for row in rows(manifest) for cell in row)
@@ -113,7 +113,7 @@ def test_a_spoiled_manifest_is_refused_or_can_be_shown(data: dict[str, Any]) -> 
 
 
 @given(spoiled(PLAN_DATA))
-def test_a_spoiled_plan_manifest_is_refused_or_can_be_shown(data: dict[str, Any]) -> None:
+def test_a_plan_s_json_with_changed_values_is_refused_or_usable(data: dict[str, Any]) -> None:
     manifest = parse_plan({**data, "plan_format_version": PLAN_FORMAT_VERSION})
     if manifest is not None:
         assert all(isinstance(cell, str) for row in rows(manifest) for cell in row)
@@ -138,7 +138,7 @@ def test_any_bytes_are_refused(content: bytes) -> None:
 
 
 @given(spoiled(SIGNATURE.to_dict()))
-def test_a_spoiled_signature_is_refused_or_read_as_it_is(data: dict[str, Any]) -> None:
+def test_a_signature_with_changed_values_is_refused_or_read_unchanged(data: dict[str, Any]) -> None:
     try:
         signature = Signature.from_dict(data)
     except ArtifactError:
@@ -147,7 +147,7 @@ def test_a_spoiled_signature_is_refused_or_read_as_it_is(data: dict[str, Any]) -
     assert {key: found[key] for key in data if key in found} == {key: data[key] for key in data if key in found}
 
 
-def test_the_originals_are_read() -> None:
+def test_the_unchanged_files_are_read() -> None:
     manifest, plan = parse_manifest(MANIFEST_DATA), parse_plan(PLAN_DATA)
     assert manifest is not None
     assert plan is not None

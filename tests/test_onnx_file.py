@@ -48,7 +48,7 @@ def model_with_weights_everywhere() -> onnx.ModelProto:
     return model
 
 
-def test_weights_are_found_wherever_onnx_can_keep_them(tmp_path: Path) -> None:
+def test_weights_are_found_in_all_fields_that_can_have_them(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(model_with_weights_everywhere().SerializeToString())
     places = ("graph", "branch", "constant", "list", "values", "indices", "function", "default", "training")
@@ -63,7 +63,7 @@ def test_an_exported_model_is_read_as_onnx_reads_it(options: dict[str, str], bun
     assert read_header(path) == Header(metadata, frozenset({WEIGHTS}))
 
 
-def test_a_model_with_its_weights_inside_has_no_weight_files(tmp_path: Path) -> None:
+def test_a_model_with_inline_weights_has_no_weight_files(tmp_path: Path) -> None:
     tensor = helper.make_tensor("a", TensorProto.FLOAT, [4000], np.arange(4000.0))
     onnx.save(helper.make_model(helper.make_graph([], "g", [], [], initializer=[tensor])), tmp_path / "m.onnx")
     assert read_header(tmp_path / "m.onnx") == Header(None, frozenset())
@@ -97,7 +97,7 @@ def count(graph: onnx.GraphProto) -> int:
     return len(graph.node) + sum(map(count, inner))
 
 
-def test_nodes_are_counted_as_they_are_once_inlined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_are_counted_with_functions_inlined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = calling({"A": ["B", "B", "Add"], "B": ["Neg"], "Unused": ["A"] * 50}, ["A", "B", "A"])
     (tmp_path / "m.onnx").write_bytes(content)
     inlined = count(inline_local_functions(onnx.load_from_string(content)).graph)
@@ -118,7 +118,7 @@ def test_nodes_are_counted_as_they_are_once_inlined(tmp_path: Path, monkeypatch:
     ],
     ids=["multiplied", "of itself", "chained"],
 )
-def test_functions_without_end_are_refused(calls: dict[str, list[str]], why: str, tmp_path: Path) -> None:
+def test_recursive_functions_are_refused(calls: dict[str, list[str]], why: str, tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(calling(calls, ["F0", "F0"]))
     with pytest.raises(ArtifactError, match=why):
         read_header(tmp_path / "m.onnx")
@@ -135,7 +135,7 @@ def test_two_functions_of_one_name_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"fox\n", bytes(1000), b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", b"\x3a\x05\x0a"]
 )
-def test_what_is_no_onnx_file_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_onnx_file_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(content)
     with pytest.raises(ArtifactError, match=r"m\.onnx is no ONNX file") as caught:
         read_header(tmp_path / "m.onnx")

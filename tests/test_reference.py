@@ -46,7 +46,7 @@ def _literal(q, k, v, mask, index, rows, *, heads, window, dilation, causal, sca
 
 
 @pytest.mark.parametrize(("window", "dilation", "causal"), [(1, 1, False), (3, 1, True), (2, 3, False), (4, 2, True)])
-def test_banded_attention_is_the_definition_written_out(window: int, dilation: int, causal: bool) -> None:
+def test_banded_attention_equals_the_definition_one_pair_at_a_time(window: int, dilation: int, causal: bool) -> None:
     random = np.random.default_rng(0)
     q, k, v = random.standard_normal((3, 2, 13, 8))
     mask = np.ones((2, 13), dtype=int)
@@ -60,7 +60,7 @@ def test_banded_attention_is_the_definition_written_out(window: int, dilation: i
     np.testing.assert_allclose(found, wanted, atol=1e-13)
 
 
-def test_a_window_as_wide_as_the_sequence_is_plain_attention() -> None:
+def test_a_window_of_the_whole_sequence_is_full_attention() -> None:
     q, k, v = torch.randn(3, 1, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     heads = [x.view(1, 9, 2, 4).transpose(1, 2) for x in (q, k, v)]
     plain = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(1, 9, 8)

@@ -78,7 +78,7 @@ def chain(copy: Path, place: Path) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("links", [hub_cache, folder_per_file, hard_links, chain], ids=lambda f: f.__name__)
-def test_a_bundle_of_links_answers_as_the_bundle_itself(
+def test_a_bundle_of_links_gives_the_outputs_of_the_bundle(
     links: Callable[[Path, Path], None], backend: str, copy: Path, tmp_path: Path
 ) -> None:
     place = tmp_path / "linked"
@@ -91,7 +91,7 @@ def test_a_bundle_of_links_answers_as_the_bundle_itself(
 
 
 @pytest.mark.parametrize("name", [MODEL, WEIGHTS])
-def test_what_a_link_leads_to_is_compared_with_its_digest(name: str, copy: Path, tmp_path: Path) -> None:
+def test_the_target_of_a_link_is_compared_with_its_digest(name: str, copy: Path, tmp_path: Path) -> None:
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "other").write_bytes(data)
@@ -101,7 +101,7 @@ def test_what_a_link_leads_to_is_compared_with_its_digest(name: str, copy: Path,
         Engine(copy)
 
 
-def test_links_that_lead_nowhere_are_refused(copy: Path) -> None:
+def test_broken_links_are_refused(copy: Path) -> None:
     (copy / WEIGHTS).unlink()
     (copy / WEIGHTS).symlink_to(copy / WEIGHTS)
     with pytest.raises(ArtifactError, match=WEIGHTS):
@@ -112,7 +112,7 @@ def test_links_that_lead_nowhere_are_refused(copy: Path) -> None:
         Engine(copy)
 
 
-def test_a_folder_of_a_bundle_is_no_link(copy: Path, tmp_path: Path) -> None:
+def test_a_link_to_a_folder_in_a_bundle_is_refused(copy: Path, tmp_path: Path) -> None:
     (copy / "extra").mkdir()
     (copy / "extra" / "vocab.txt").write_text("fox\n")
     Manifest.read(copy).write(copy)
@@ -133,7 +133,7 @@ def test_weights_that_the_manifest_does_not_list_are_refused(backend: str, copy:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_weights_of_a_lone_file_lie_in_its_folder(backend: str, copy: Path, tmp_path: Path) -> None:
+def test_weights_of_a_single_onnx_file_outside_its_folder_are_refused(backend: str, copy: Path, tmp_path: Path) -> None:
     (copy / MANIFEST).unlink()
     (copy / WEIGHTS).rename(tmp_path / "elsewhere")
     (copy / WEIGHTS).symlink_to(tmp_path / "elsewhere")
@@ -154,7 +154,9 @@ def test_the_weights_of_a_lone_file_lie_in_its_folder(backend: str, copy: Path, 
     ("field", "value"),
     [("vocab_size", 9999), ("max_seqlen", 4096), ("pad_token_id", 3), ("default_global", "first"), ("max_global", 5)],
 )
-def test_a_manifest_that_says_more_than_its_model_is_refused(field: str, value: Any, backend: str, copy: Path) -> None:
+def test_a_manifest_with_another_signature_than_its_model_is_refused(
+    field: str, value: Any, backend: str, copy: Path
+) -> None:
     reseal(copy, **{field: value})
     with pytest.raises(ArtifactError, match=rf"{MANIFEST} says {field} .* where {MODEL} says"):
         Engine(copy, backend)
@@ -170,7 +172,7 @@ def test_a_model_whose_graph_has_other_outputs_is_refused(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("metadata", ["[]", "5", "null", "{}", '{"task": 1}', '"fox"', "{", '{"a": NaN}'])
-def test_metadata_of_another_kind_is_an_artifact_error(metadata: str, copy: Path) -> None:
+def test_broken_metadata_is_an_artifact_error(metadata: str, copy: Path) -> None:
     model = onnx.load(copy / MODEL, load_external_data=False)
     next(entry for entry in model.metadata_props if entry.key == "lfx").value = metadata
     (copy / MODEL).write_bytes(model.SerializeToString())
@@ -181,7 +183,7 @@ def test_metadata_of_another_kind_is_an_artifact_error(metadata: str, copy: Path
         (copy / MANIFEST).unlink(missing_ok=True)
 
 
-def test_bundles_of_many_processes_leave_no_temporary_files(copy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_many_processes_leave_no_temporary_files(copy: Path, tmp_path: Path, monkeypatch: Any) -> None:
     import tempfile
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))

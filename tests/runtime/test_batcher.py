@@ -64,7 +64,7 @@ def answers_alike(found: dict[str, Any], right: dict[str, Any]) -> bool:
     )
 
 
-def test_every_thread_gets_its_own_answer(engine: Engine) -> None:
+def test_each_thread_gets_its_own_outputs(engine: Engine) -> None:
     wanted = documents(64)
     found: list[Any] = [None] * len(wanted)
     with Batcher(engine, max_delay_ms=20, workers=2) as batcher:
@@ -80,7 +80,7 @@ def test_every_thread_gets_its_own_answer(engine: Engine) -> None:
     assert all(answers_alike(found[i], engine.run(ids)) for i, ids in enumerate(wanted))
 
 
-def test_masks_go_with_their_request(engine: Engine) -> None:
+def test_masks_apply_to_their_own_request(engine: Engine) -> None:
     ids = np.arange(3, 33)
     mask, marks = np.ones_like(ids), np.zeros_like(ids)
     mask[20:], marks[[0, 7]] = 0, 1
@@ -91,7 +91,7 @@ def test_masks_go_with_their_request(engine: Engine) -> None:
     assert not answers_alike(masked.result(), plain.result())
 
 
-def test_what_arrives_together_runs_together(engine: Engine) -> None:
+def test_concurrent_requests_run_as_one_batch(engine: Engine) -> None:
     recorded = Recorded(engine)
     with Batcher(recorded, max_delay_ms=500) as batcher:  # type: ignore[arg-type]
         futures = [batcher.submit(np.arange(3, 40)) for _ in range(8)]
@@ -105,7 +105,7 @@ def test_a_full_batch_does_not_wait(engine: Engine) -> None:
         [future.result(LONG) for future in futures]
 
 
-def test_nobody_waits_longer_for_company_than_promised(engine: Engine) -> None:
+def test_a_single_request_waits_max_delay(engine: Engine) -> None:
     engine.warm_up([(1, 10)])
     with Batcher(engine, max_delay_ms=50) as batcher:
         start = time.monotonic()
@@ -114,7 +114,7 @@ def test_nobody_waits_longer_for_company_than_promised(engine: Engine) -> None:
     assert 0.045 <= taken < 2.0  # the bound, and a slow machine's computing
 
 
-def test_lengths_apart_run_in_batches_of_their_own(engine: Engine) -> None:
+def test_very_different_lengths_run_in_separate_batches(engine: Engine) -> None:
     recorded = Recorded(engine)
     with Batcher(recorded, max_delay_ms=300) as batcher:  # type: ignore[arg-type]
         futures = [batcher.submit(np.arange(3, 3 + n)) for n in (5, 96, 5, 96, 5)]
@@ -122,7 +122,7 @@ def test_lengths_apart_run_in_batches_of_their_own(engine: Engine) -> None:
     assert sorted(recorded.groups) == [2, 3]
 
 
-def test_a_bad_request_is_refused_at_once_and_its_neighbours_are_answered(engine: Engine) -> None:
+def test_a_bad_request_is_refused_at_once_and_other_requests_are_answered(engine: Engine) -> None:
     with Batcher(engine, max_delay_ms=100) as batcher:
         good = batcher.submit(np.arange(3, 20))
         for bad in ([VOCAB_SIZE], [], "text", [[3, 4], [5, 6]], list(range(3, 3 + 200))):
@@ -131,7 +131,7 @@ def test_a_bad_request_is_refused_at_once_and_its_neighbours_are_answered(engine
         assert answers_alike(good.result(LONG), engine.run(np.arange(3, 20)))
 
 
-def test_more_than_may_wait_is_an_overload(engine: Engine) -> None:
+def test_more_than_max_pending_requests_are_an_overload(engine: Engine) -> None:
     recorded = Recorded(engine)
     recorded.gate.clear()
     with Batcher(recorded, max_delay_ms=0, max_pending=2) as batcher:  # type: ignore[arg-type]
@@ -160,7 +160,7 @@ def test_a_cancelled_request_is_not_computed(engine: Engine) -> None:
         unwanted.result()
 
 
-def test_an_error_of_the_backend_reaches_every_request_of_the_batch_and_no_other(engine: Engine) -> None:
+def test_an_error_of_the_backend_reaches_all_requests_of_its_batch_and_no_other(engine: Engine) -> None:
     recorded = Recorded(engine)
     recorded.fails = LfxError("out of memory")
     with Batcher(recorded, max_delay_ms=50) as batcher:  # type: ignore[arg-type]
@@ -172,7 +172,7 @@ def test_an_error_of_the_backend_reaches_every_request_of_the_batch_and_no_other
         assert batcher.submit([3, 4]).result(LONG)
 
 
-def test_nobody_hangs_when_the_engine_is_closed_first(bundle: MakeBundle) -> None:
+def test_requests_fail_when_the_engine_is_closed_first(bundle: MakeBundle) -> None:
     engine = Engine(bundle(), threads=1)
     with Batcher(engine, max_delay_ms=100) as batcher:
         lost = batcher.submit([3, 4])
@@ -183,7 +183,7 @@ def test_nobody_hangs_when_the_engine_is_closed_first(bundle: MakeBundle) -> Non
             batcher.submit([3, 4]).result(LONG)
 
 
-def test_a_callback_may_submit_again_when_the_engine_is_gone(bundle: MakeBundle) -> None:
+def test_a_callback_may_submit_again_after_the_engine_is_closed(bundle: MakeBundle) -> None:
     engine = Engine(bundle(), threads=1)
     again: list[Future[Any]] = []
     with Batcher(engine, max_delay_ms=200) as batcher:
@@ -197,7 +197,7 @@ def test_a_callback_may_submit_again_when_the_engine_is_gone(bundle: MakeBundle)
             again[0].result(LONG)
 
 
-def test_callbacks_may_close_it(engine: Engine) -> None:
+def test_callbacks_may_close_the_batcher(engine: Engine) -> None:
     recorded, closed = Recorded(engine), [threading.Event() for _ in range(4)]
     recorded.gate.clear()
     batcher = Batcher(recorded, max_delay_ms=0, token_budget=2, workers=2)  # type: ignore[arg-type]
@@ -211,7 +211,7 @@ def test_callbacks_may_close_it(engine: Engine) -> None:
         batcher.submit([3, 4])
 
 
-def test_closing_does_not_wait_for_the_delay_when_the_engine_is_gone(bundle: MakeBundle) -> None:
+def test_close_does_not_wait_for_the_delay_after_the_engine_is_closed(bundle: MakeBundle) -> None:
     engine = Engine(bundle(), threads=1)
     batcher = Batcher(engine, max_delay_ms=3_000_000)
     lost = [batcher.submit([3, 4]) for _ in range(3)]
@@ -220,7 +220,7 @@ def test_closing_does_not_wait_for_the_delay_when_the_engine_is_gone(bundle: Mak
     assert all(isinstance(future.exception(LONG), InputError) for future in lost)
 
 
-def test_cancelled_requests_take_no_place(engine: Engine) -> None:
+def test_cancelled_requests_do_not_count_as_pending(engine: Engine) -> None:
     with Batcher(engine, max_delay_ms=3_000_000, max_pending=2) as batcher:
         for _ in range(6):
             assert batcher.submit([3, 4]).cancel()
@@ -250,7 +250,7 @@ def test_without_a_mask_only_equal_lengths_run_together(tmp_path: Path) -> None:
             list(engine.stream(wanted))
 
 
-def test_the_budget_counts_every_choice(bundle: MakeBundle) -> None:
+def test_the_token_budget_counts_all_choices(bundle: MakeBundle) -> None:
     with Engine(bundle("multiple-choice"), threads=1) as engine:
         recorded = Recorded(engine)
         ids, zero = np.full((4, 20), 5), np.zeros((4, 20), int)
@@ -259,7 +259,7 @@ def test_the_budget_counts_every_choice(bundle: MakeBundle) -> None:
     assert max(recorded.groups) <= 2
 
 
-def test_closing_answers_what_waits_and_refuses_what_comes(engine: Engine) -> None:
+def test_close_runs_pending_requests_and_refuses_new_ones(engine: Engine) -> None:
     batcher = Batcher(engine, max_delay_ms=3_000_000)
     futures: list[Future[Any]] = [batcher.submit([3, 4, 5]) for _ in range(3)]
     batcher.close()
@@ -269,7 +269,7 @@ def test_closing_answers_what_waits_and_refuses_what_comes(engine: Engine) -> No
         batcher.submit([3])
 
 
-def test_asyncio(engine: Engine) -> None:
+def test_asyncio_calls_give_the_engine_s_outputs(engine: Engine) -> None:
     wanted = documents(20, seed=1)
 
     async def ask_all() -> tuple[list[Any], Any]:
@@ -321,7 +321,7 @@ def test_arguments_of_another_type_or_out_of_range_are_refused(
         Batcher(**{"engine": engine, **wrong})
 
 
-def test_a_batcher_is_not_pickled(engine: Engine) -> None:
+def test_a_batcher_cannot_be_pickled(engine: Engine) -> None:
     with Batcher(engine) as batcher, pytest.raises(InputError, match="cannot be pickled or copied"):
         pickle.dumps(batcher)
 
@@ -331,7 +331,7 @@ def exits(_: Any) -> None:
     raise SystemExit("mine")
 
 
-def test_what_callbacks_raise_is_logged_and_every_other_request_is_answered(
+def test_exceptions_of_callbacks_are_logged_and_all_other_requests_are_answered(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorded = Recorded(engine)
@@ -356,7 +356,7 @@ def test_what_callbacks_raise_is_logged_and_every_other_request_is_answered(
     ] * 2
 
 
-def test_a_callback_that_ends_the_caller_s_own_thread_does_so(engine: Engine) -> None:
+def test_a_callback_may_end_the_caller_s_own_thread(engine: Engine) -> None:
     with Batcher(engine) as batcher:
         done = batcher.submit([3, 4])
         done.result(LONG)
@@ -364,7 +364,7 @@ def test_a_callback_that_ends_the_caller_s_own_thread_does_so(engine: Engine) ->
             done.add_done_callback(exits)
 
 
-def test_a_worker_that_dies_fails_what_waits_and_refuses_what_comes(engine: Engine, monkeypatch: Any) -> None:
+def test_a_worker_that_dies_fails_pending_requests_and_refuses_new_ones(engine: Engine, monkeypatch: Any) -> None:
     batcher = Batcher(engine, max_delay_ms=3_000_000)
     waiting = [batcher.submit([3, 4]) for _ in range(3)]
     monkeypatch.setattr(batcher, "_run", lambda group: 1 / 0)
@@ -379,7 +379,7 @@ def test_a_worker_that_dies_fails_what_waits_and_refuses_what_comes(engine: Engi
     batcher.close()
 
 
-def test_an_answer_that_the_caller_gave_itself_stops_nobody_else(engine: Engine) -> None:
+def test_a_future_that_the_caller_completed_affects_no_other_request(engine: Engine) -> None:
     with Batcher(engine, max_delay_ms=50) as batcher:
         own, other = batcher.submit([3, 4]), batcher.submit([3, 4])
         own.set_result({})
@@ -387,7 +387,7 @@ def test_an_answer_that_the_caller_gave_itself_stops_nobody_else(engine: Engine)
         assert batcher.submit([3, 4]).result(LONG)
 
 
-def test_those_who_wait_for_cancelled_requests_are_told_in_an_overload(engine: Engine) -> None:
+def test_waiters_of_cancelled_requests_are_notified_in_an_overload(engine: Engine) -> None:
     with Batcher(engine, max_delay_ms=3_000_000, max_pending=2) as batcher:
         unwanted = [batcher.submit([3, 4]) for _ in range(2)]
         assert all(future.cancel() for future in unwanted)
@@ -395,7 +395,7 @@ def test_those_who_wait_for_cancelled_requests_are_told_in_an_overload(engine: E
         assert not wait(unwanted, LONG).not_done
 
 
-def test_cancels_closes_and_overload_at_any_moment_leave_nobody_waiting(engine: Engine) -> None:
+def test_cancel_close_and_overload_at_any_moment_leave_no_future_unfinished(engine: Engine) -> None:
     random = np.random.default_rng(0)
     for round_number in range(8):
         batcher = Batcher(engine, max_delay_ms=1, max_pending=8, workers=2, token_budget=64)

@@ -88,14 +88,14 @@ def held(lock: Any) -> Iterator[None]:
     ],
     ids=["run", "stream", "warm_up", "supports_shape", "Batcher"],
 )
-def test_an_engine_of_the_parent_says_so(engine: Engine, ask: Callable[[Engine], Any]) -> None:
+def test_an_engine_of_the_parent_is_an_error_in_the_child(engine: Engine, ask: Callable[[Engine], Any]) -> None:
     with held(engine.metrics._lock):
         assert in_child(lambda: ask(engine)).startswith("this Engine was made before a fork")
     assert engine.run([5, 6])  # the parent's own goes on
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_closing_in_the_child_does_not_wait_for_the_backend_s_threads(bundle: MakeBundle, backend: str) -> None:
+def test_close_in_the_child_does_not_wait_for_the_backend_s_threads(bundle: MakeBundle, backend: str) -> None:
     with Engine(bundle(), backend, threads=2) as engine:
         before = engine.run([5, 6])["pooler_output"]
         assert in_child(engine.close) is None

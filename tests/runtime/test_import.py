@@ -57,7 +57,7 @@ def test_importing_the_production_side_loads_nothing_of_the_export_side(module: 
     assert done.returncode == 0, done.stderr
 
 
-def test_the_check_itself_sees_an_import() -> None:
+def test_the_import_check_detects_an_import() -> None:
     assert "['onnx']" in python(f"import onnx{LOADED}").stderr
 
 
@@ -122,7 +122,7 @@ print([name for name in {heavy} if name in sys.modules])
         ("cryptography", ["verify", "{bundle}", "--key", "minisign.pub"], "verify"),
     ],
 )
-def test_a_missing_extra_is_one_line_naming_the_cure(
+def test_a_missing_extra_is_refused_in_one_line_with_the_cure(
     blocked: str, arguments: list[str], extra: str, bundle: MakeBundle
 ) -> None:
     paths = {"bundle": str(bundle())}
@@ -136,7 +136,7 @@ def test_a_missing_extra_is_one_line_naming_the_cure(
     assert (done.returncode, done.stdout) == (1, "")
 
 
-def test_the_runtime_raises_the_same_error(bundle: MakeBundle) -> None:
+def test_the_runtime_raises_the_error_of_the_command_line(bundle: MakeBundle) -> None:
     code = """
 import sys
 sys.modules["onnxruntime"] = None

@@ -186,14 +186,14 @@ def test_ragged_sequences_are_padded_with_the_pad_id_and_masked() -> None:
     assert batch.feeds["global_attention_mask"].tolist() == [[0, 0, 0]] * 3
 
 
-def test_ragged_masks_keep_their_values_and_get_zeros_behind() -> None:
+def test_ragged_masks_keep_their_values_and_are_padded_with_zeros() -> None:
     batch = prepare([[3, 4], [5, 6, 7]], [[0, 1], [1, 1, 0]], [[1, 1], [0, 1, 0]], signature())
     assert batch.feeds["attention_mask"].tolist() == [[0, 1, 0], [1, 1, 0]]
     assert batch.feeds["global_attention_mask"].tolist() == [[1, 1, 0], [0, 1, 0]]
 
 
 @pytest.mark.parametrize("kind", [bool, np.int8, np.float32])
-def test_a_mask_of_any_number_type_becomes_int64(kind: Any) -> None:
+def test_a_mask_of_any_numeric_dtype_becomes_int64(kind: Any) -> None:
     mask = np.array([[1, 0, 1]], dtype=kind)
     batch = prepare([3, 4, 5], mask, mask, signature())
     for name in GRAPH_INPUTS[1:]:
@@ -287,7 +287,7 @@ def pairs_of_texts(draw: st.DrawFn) -> list[list[int]]:
 
 @pytest.mark.parametrize(("rule", "before"), [("question", True), ("after_question", False)])
 @given(rows=pairs_of_texts())
-def test_question_rules_are_those_of_transformers(rule: str, before: bool, rows: list[list[int]]) -> None:
+def test_default_globals_of_questions_are_those_of_transformers(rule: str, before: bool, rows: list[list[int]]) -> None:
     ids = np.array(rows)
     ours = default_global(ids, signature(default_global=rule))
     theirs = _compute_global_attention_mask(torch.from_numpy(ids), SEP, before_sep_token=before)
@@ -313,7 +313,7 @@ def test_a_given_mask_replaces_the_default_globals() -> None:
 
 
 @pytest.mark.parametrize("separators", [0, 2, 4])
-def test_question_rule_refuses_another_number_of_separators(separators: int) -> None:
+def test_default_globals_of_questions_need_three_separators(separators: int) -> None:
     rows = [[3, SEP, SEP, 4, 5, SEP], [3] * (6 - separators) + [SEP] * separators]
     with pytest.raises(InputError, match=rf"three separators \(id 2\).*one has {separators}.*give global_at"):
         prepare(rows, None, None, QUESTION)
@@ -404,7 +404,7 @@ def test_bad_ids_are_refused(name: str) -> None:
         prepare(ids, None, None, signature())
 
 
-def test_ids_of_a_file_that_cannot_be_written_are_read(tmp_path: Path) -> None:
+def test_ids_of_a_read_only_array_are_accepted(tmp_path: Path) -> None:
     np.array([[3, 4], [5, 6]]).tofile(tmp_path / "ids")
     ids = np.memmap(tmp_path / "ids", dtype=np.int64, mode="r", shape=(2, 2))
     batch = prepare(ids, None, None, signature())
@@ -417,12 +417,12 @@ def test_a_mask_may_mix_booleans_and_numbers() -> None:
     assert prepare([3, 4, 5], mask, None, signature()).feeds["attention_mask"].tolist() == [[1, 0, 1]]
 
 
-def test_ids_at_every_limit_are_taken() -> None:
+def test_ids_at_the_limits_are_accepted() -> None:
     batch = prepare([[0] * LONGEST, [VOCAB - 1] * LONGEST], None, None, signature())
     assert batch.feeds["input_ids"].tolist() == [[0] * LONGEST, [VOCAB - 1] * LONGEST]
 
 
-def test_without_a_limit_any_length_is_taken_and_ids_keep_their_value() -> None:
+def test_without_limits_any_length_and_any_id_are_accepted() -> None:
     free = signature(max_seqlen=None, vocab_size=None)
     assert prepare([10**12] * 5000, None, None, free).feeds["input_ids"].tolist() == [[10**12] * 5000]
     with pytest.raises(InputError):
@@ -541,7 +541,7 @@ def test_a_model_with_fixed_globals_takes_no_global_mask() -> None:
         prepare([3, 4], None, [1, 0], FIXED_FIRST)
 
 
-def test_a_model_without_attention_mask_takes_rectangles_only() -> None:
+def test_a_model_without_attention_mask_takes_sequences_of_one_length_only() -> None:
     bare = signature(inputs=(TensorSpec("input_ids", "int64", ("batch", "sequence")),))
     assert list(prepare([[3, 4], [5, 6]], [[1, 1], [1, 1]], None, bare).feeds) == ["input_ids"]
     for ids, mask in (([[3, 4], [5]], None), ([3, 4], [1, 0])):
@@ -550,7 +550,7 @@ def test_a_model_without_attention_mask_takes_rectangles_only() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=LONGEST), min_size=1, max_size=6))
-def test_every_list_of_sequences_within_the_limits_round_trips(rows: list[list[int]]) -> None:
+def test_all_lists_of_sequences_within_the_limits_round_trip(rows: list[list[int]]) -> None:
     batch = prepare(rows, None, None, signature())
     lengths = [len(row) for row in rows]
     ids, mask = batch.feeds["input_ids"], batch.feeds["attention_mask"]
@@ -603,7 +603,7 @@ def test_junk_is_refused_with_an_input_error_or_fits_the_graph(ids: Any, mask: A
         assert feed.max() < (VOCAB if name == "input_ids" else 2)
 
 
-def test_ids_that_are_changed_after_the_check_are_those_that_were_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_that_another_thread_changes_after_the_check_have_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = np.array([[3, 4, 5]])
     check = inputs._IDS.check
 

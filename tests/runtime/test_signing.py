@@ -68,21 +68,21 @@ def test_every_file_of_a_bundle_is_checked_without_a_key(bundle: MakeBundle) -> 
     assert verify(bundle() / MODEL) == found
 
 
-def test_a_signed_bundle_says_who_signed(signed: Path, tmp_path: Path) -> None:
+def test_a_signed_bundle_has_the_key_id_and_the_trusted_comment(signed: Path, tmp_path: Path) -> None:
     found = verify(signed, SIGNER.public())
     assert (found.key_id, found.trusted_comment) == ("0706050403020100", COMMENT)
     (tmp_path / "me.pub").write_text(f"untrusted comment: my key\n{SIGNER.public()}\n")
     assert verify(signed, tmp_path / "me.pub") == verify(str(signed), str(tmp_path / "me.pub")) == found
 
 
-def test_the_signature_may_be_anywhere(signed: Path, tmp_path: Path) -> None:
+def test_the_signature_may_have_any_path(signed: Path, tmp_path: Path) -> None:
     elsewhere = (signed / f"{MANIFEST}.minisig").rename(tmp_path / "elsewhere")
     assert verify(signed, SIGNER.public(), elsewhere).key_id is not None
     with pytest.raises(ArtifactError, match=r"minisig is no file.* minisign -Sm .*lfx\.json"):
         verify(signed, SIGNER.public())
 
 
-def test_a_forged_bundle_fails_although_its_seal_is_right(signed: Path) -> None:
+def test_a_forged_bundle_with_a_correct_digest_is_refused(signed: Path) -> None:
     with (signed / "config.json").open("a") as file:
         file.write(" ")
     Manifest.read(signed).write(signed)  # also lists the signature, which does not matter here
@@ -96,7 +96,7 @@ def test_the_manifest_is_not_parsed_before_its_signature_is_checked(signed: Path
         verify(signed, SIGNER.public())
 
 
-def test_the_bytes_that_are_verified_are_those_that_are_parsed(
+def test_the_verified_bytes_are_the_bytes_that_are_parsed(
     signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody exchanges the manifest and a file just after the signature was checked."""
@@ -112,7 +112,7 @@ def test_the_bytes_that_are_verified_are_those_that_are_parsed(
         verify(signed, SIGNER.public())
 
 
-def test_a_changed_file_of_a_signed_bundle_is_found(signed: Path) -> None:
+def test_a_changed_file_of_a_signed_bundle_is_refused(signed: Path) -> None:
     data = bytearray((signed / MODEL).read_bytes())
     data[100] ^= 1
     (signed / MODEL).write_bytes(data)
@@ -137,7 +137,7 @@ def test_a_link_that_the_manifest_does_not_list_is_refused(signed: Path, tmp_pat
 @pytest.mark.parametrize(
     "name", [".gitattributes", ".git/config", "README.md", "LICENSE", "LICENSE.txt", "old.minisig"]
 )
-def test_a_file_that_lfx_never_reads_may_be_there(name: str, signed: Path) -> None:
+def test_a_file_that_lfx_never_reads_is_allowed(name: str, signed: Path) -> None:
     (signed / name).parent.mkdir(exist_ok=True)
     (signed / name).write_text("x")
     assert verify(signed, SIGNER.public()).key_id is not None
@@ -187,7 +187,7 @@ def _check(signature: str | bytes, tmp_path: Path, key: str | Path | None = None
     return check_signature(CONTENT, Path("m.json"), key or SIGNER.public(), tmp_path / "s.minisig")
 
 
-def test_both_algorithms_and_windows_line_ends_are_taken(tmp_path: Path) -> None:
+def test_both_algorithms_and_windows_line_ends_are_accepted(tmp_path: Path) -> None:
     for text in (SIGNER.sign(CONTENT), SIGNER.sign(CONTENT, b"Ed"), SIGNER.sign(CONTENT).replace("\n", "\r\n")):
         assert _check(text, tmp_path) == ("0706050403020100", COMMENT)
     assert _check(SIGNER.sign(CONTENT).removesuffix("\n"), tmp_path)[1] == COMMENT
@@ -235,7 +235,7 @@ SIGNATURES: dict[str, tuple[str | bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_a_broken_signature_is_one_line(name: str, tmp_path: Path) -> None:
+def test_a_broken_signature_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     text, message = SIGNATURES[name]
     with pytest.raises(ArtifactError, match=message) as error:
         _check(text, tmp_path)
@@ -277,14 +277,16 @@ KEYS: dict[str, tuple[Callable[[Path], str | Path], str]] = {
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_a_broken_key_is_one_line(name: str, tmp_path: Path) -> None:
+def test_a_broken_key_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     make, message = KEYS[name]
     with pytest.raises(ArtifactError, match=message) as error:
         _check(GOOD, tmp_path, make(tmp_path))
     assert "\n" not in str(error.value)
 
 
-def test_a_key_is_not_taken_from_a_file_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_given_as_text_is_not_read_from_a_file_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     key = next(k for k in (replace(SIGNER, key_id=bytes([i] * 8)).public() for i in range(1, 99)) if "/" not in k)
     Path(key).write_text(f"untrusted comment: x\n{OTHER.public()}\n")
@@ -302,7 +304,7 @@ def test_a_key_is_not_taken_from_a_file_of_the_same_name(tmp_path: Path, monkeyp
         ((".", 5), ArtifactError, "has no lfx.json"),
     ],
 )
-def test_a_wrong_argument_is_one_line(
+def test_a_wrong_argument_is_refused_in_one_line(
     arguments: tuple[object, ...], kind: type[LfxError], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

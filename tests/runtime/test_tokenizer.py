@@ -60,7 +60,7 @@ def softmax(values: Any) -> Any:
     return shifted / shifted.sum(axis=-1, keepdims=True)
 
 
-def test_encode_is_the_tokenizer_of_transformers_with_its_special_tokens(folder: Path) -> None:
+def test_encode_gives_the_ids_of_transformers_special_tokens_included(folder: Path) -> None:
     reader, theirs = Tokenizer(folder, signature("feature-extraction")), tiny_tokenizer()
     for text, pair in (("the quick fox", None), ("the fox", "lazy dog"), ("", None), ("a <mask> b", None)):
         encoded = reader.encode(text, pair)
@@ -84,7 +84,7 @@ def test_encode_without_a_limit_takes_any_length(folder: Path) -> None:
     assert len(reader.encode("the " * 5000).ids) == 5002
 
 
-def test_encode_neither_cuts_nor_pads_where_the_tokenizer_file_says_so(folder: Path) -> None:
+def test_encode_ignores_truncation_and_padding_of_the_tokenizer_file(folder: Path) -> None:
     settings = json.loads((folder / TOKENIZER).read_text())
     settings["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     settings["padding"] = {
@@ -104,7 +104,7 @@ def test_decode_leaves_special_tokens_out(folder: Path) -> None:
     assert reader.decode(reader.encode("quick fox").ids) == "quick fox"
 
 
-def test_a_bundle_without_tokenizer_says_so(folder: Path) -> None:
+def test_a_bundle_without_tokenizer_is_an_artifact_error(folder: Path) -> None:
     (folder / TOKENIZER).unlink()
     with pytest.raises(ArtifactError, match=rf"has no {TOKENIZER}.*give ids to Engine.run"):
         Tokenizer(folder, signature("fill-mask"))
@@ -124,7 +124,7 @@ def test_a_broken_config_is_an_artifact_error(folder: Path, text: str) -> None:
         Postprocessor(Tokenizer(folder, signature("text-classification"))).label(0)
 
 
-def test_labels_come_from_the_config_or_have_the_name_of_transformers(folder: Path) -> None:
+def test_labels_come_from_the_config_or_are_those_of_transformers(folder: Path) -> None:
     reader = Postprocessor(Tokenizer(folder, signature("text-classification")))
     assert [reader.label(i) for i in (0, 2, 3)] == ["bad", "so-so", "LABEL_3"]
     (folder / "config.json").unlink()
@@ -135,14 +135,14 @@ def test_the_bare_model_has_no_answers(folder: Path) -> None:
     assert answers(folder, "feature-extraction", last_hidden_state=np.zeros((4, 8))) == []
 
 
-def test_text_classification_gives_every_label_best_first(folder: Path) -> None:
+def test_text_classification_gives_all_labels_best_first(folder: Path) -> None:
     found = answers(folder, "text-classification", logits=[1.0, 3.0, -2.0])
     assert [list(answer) for answer in found] == [["label", "score"]] * 3
     assert [answer["label"] for answer in found] == ["good", "bad", "so-so"]
     assert [answer["score"] for answer in found] == pytest.approx(softmax([3.0, 1.0, -2.0]), rel=1e-5)
 
 
-def test_scores_of_extreme_logits_are_numbers(folder: Path) -> None:
+def test_scores_of_extreme_logits_are_finite(folder: Path) -> None:
     found = answers(folder, "text-classification", logits=[-1e30, 1e4, 1e4])
     assert [answer["score"] for answer in found] == [0.5, 0.5, 0.0]
 
@@ -161,7 +161,7 @@ def test_a_multi_label_model_has_independent_scores(folder: Path) -> None:
     assert [answer["score"] for answer in found] == pytest.approx(expected, abs=1e-6)
 
 
-def test_token_classification_labels_every_token_in_order(folder: Path) -> None:
+def test_token_classification_labels_all_tokens_in_order(folder: Path) -> None:
     logits = [[0, 1, 0], [2, 0, 0], [0, 0, 5], [0, 3, 0]]
     found = answers(folder, "token-classification", logits=logits)
     assert [list(answer) for answer in found] == [["token", "label", "score"]] * 4
@@ -189,7 +189,7 @@ def test_fill_mask_without_a_mask_has_no_answers(folder: Path) -> None:
     assert answers(folder, "fill-mask", "the fox", logits=np.zeros((4, 55))) == []
 
 
-def test_multiple_choice_gives_every_choice_best_first(folder: Path) -> None:
+def test_multiple_choice_gives_all_choices_best_first(folder: Path) -> None:
     found = answers(folder, "multiple-choice", logits=[0.5, -1.0, 2.0, 0.0])
     assert [list(answer) for answer in found] == [["choice", "score"]] * 4
     assert [answer["choice"] for answer in found] == [2, 0, 3, 1]
@@ -227,11 +227,11 @@ def test_an_answer_may_be_one_token_at_either_end(folder: Path) -> None:
     assert ask(folder, peak(8), peak(8))[1]["answer"] == "dog"
 
 
-def test_the_question_is_no_answer(folder: Path) -> None:
+def test_the_answer_is_not_in_the_question(folder: Path) -> None:
     assert ask(folder, peak(1, 7), peak(2, 8))[1]["answer"] == "lazy dog"
 
 
-def test_the_final_separator_is_no_answer(folder: Path) -> None:
+def test_the_answer_is_not_the_final_separator(folder: Path) -> None:
     assert ask(folder, peak(9, 7), peak(9, 8))[1]["answer"] == "lazy dog"
 
 
@@ -239,7 +239,7 @@ def test_an_answer_does_not_end_before_it_starts(folder: Path) -> None:
     assert ask(folder, peak(8, 5), peak(6))[1]["answer"] == "quick brown"
 
 
-def test_the_best_span_is_that_of_all_pairs(folder: Path) -> None:
+def test_the_best_span_is_the_best_of_all_pairs_of_start_and_end(folder: Path) -> None:
     random = np.random.default_rng(1)
     for _ in range(50):
         start, end = random.normal(size=(2, 10)) * 2
@@ -274,7 +274,9 @@ def change_tokenizer(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("stride", [1, 3, 5])
 @pytest.mark.parametrize("pair", [False, True], ids=["one text", "a pair"])
 @pytest.mark.parametrize("name", POST_PROCESSORS)
-def test_windows_are_those_of_the_librarys_own_truncation(folder: Path, name: str, pair: bool, stride: int) -> None:
+def test_windows_equal_the_truncation_of_the_tokenizers_library(
+    folder: Path, name: str, pair: bool, stride: int
+) -> None:
     if POST_PROCESSORS[name]:
         change_tokenizer(folder, post_processor=POST_PROCESSORS[name])
     reader = Tokenizer(folder, signature("feature-extraction"))
@@ -294,7 +296,7 @@ def test_windows_are_those_of_the_librarys_own_truncation(folder: Path, name: st
         assert (windows[-1], windows[1:3]) == (right[-1], right[1:3])
 
 
-def test_windows_are_slices_of_one_encoding_and_leave_the_tokenizer_as_it_is(folder: Path) -> None:
+def test_windows_are_slices_of_one_encoding_and_do_not_change_the_tokenizer(folder: Path) -> None:
     reader = Tokenizer(folder, signature("feature-extraction"))
 
     class Counted:
@@ -313,7 +315,7 @@ def test_windows_are_slices_of_one_encoding_and_leave_the_tokenizer_as_it_is(fol
 
 
 @pytest.mark.parametrize("stride", [True, "x", 1.5, -1, 2**70])
-def test_windows_of_no_stride_are_refused(folder: Path, stride: Any) -> None:
+def test_windows_with_a_bad_stride_are_refused(folder: Path, stride: Any) -> None:
     with pytest.raises(InputError, match="stride"):
         Tokenizer(folder, signature("feature-extraction")).windows("the " * 50, None, stride)
 
@@ -345,7 +347,7 @@ def panicking_template() -> dict[str, Any]:
     return {"type": "TemplateProcessing", "single": [special], "pair": [special], "special_tokens": {}}
 
 
-def test_what_the_tokenizer_raises_is_an_input_error(folder: Path) -> None:
+def test_an_exception_of_the_tokenizer_is_an_input_error(folder: Path) -> None:
     without_unknown = {"type": "WordLevel", "vocab": {"fox": 5}, "unk_token": "<none>"}
     change_tokenizer(folder, model=without_unknown)
     reader = Tokenizer(folder, signature("feature-extraction"))
@@ -369,7 +371,7 @@ def test_a_panic_while_a_tokenizer_is_loaded_is_an_artifact_error(folder: Path) 
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError])
-def test_what_is_no_fault_of_the_text_goes_through(folder: Path, error: type[BaseException]) -> None:
+def test_interrupts_and_memory_errors_pass_through(folder: Path, error: type[BaseException]) -> None:
     class Stopped:
         def __getattr__(self, name: str) -> Any:
             raise error
@@ -426,12 +428,12 @@ def test_files_that_cannot_be_read_are_artifact_errors(folder: Path, file: str) 
 
 
 @pytest.mark.parametrize("path", ["x" * 5000, "a\0b", 5])
-def test_a_folder_that_no_system_has_is_an_artifact_error(path: Any) -> None:
+def test_a_path_that_cannot_exist_is_an_artifact_error(path: Any) -> None:
     with pytest.raises(ArtifactError, match="the tokenizer's folder"):
         Tokenizer(path, signature("fill-mask"))
 
 
-def test_an_id_that_the_tokenizer_does_not_have_is_named(folder: Path) -> None:
+def test_an_id_outside_the_vocabulary_is_named(folder: Path) -> None:
     reader = Tokenizer(folder, signature("fill-mask"))
     for wrong in (99, 2**40, -1):
         with pytest.raises(InputError, match=f"{wrong}"):
@@ -450,7 +452,7 @@ def test_outputs_of_another_text_or_model_are_refused(folder: Path) -> None:
             answers(folder, task, logits=np.zeros((9, 55)))
 
 
-def test_what_is_no_text_has_no_answers(folder: Path) -> None:
+def test_arguments_of_another_type_are_refused(folder: Path) -> None:
     reader = Tokenizer(folder, signature("text-classification"))
     outputs = {"logits": np.float32([[1.0, 2.0, 3.0]])}
     for encoded, given in (
@@ -478,7 +480,7 @@ def test_ids_are_read_once(folder: Path) -> None:
     assert Tokenizer(folder, signature("fill-mask")).decode(iter([5, 6]))
 
 
-def test_the_digest_covers_all_that_decides_an_answer(folder: Path) -> None:
+def test_the_digest_covers_all_files_that_decide_an_answer(folder: Path) -> None:
     digests = {Tokenizer(folder, signature("fill-mask")).sha256}
     for file, content in (("config.json", "{}"), ("tokenizer_config.json", "{}"), (TOKENIZER, None)):
         (folder / file).write_text(content or (folder / TOKENIZER).read_text() + " ")
@@ -487,7 +489,7 @@ def test_the_digest_covers_all_that_decides_an_answer(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["question-answering", "text-classification", "token-classification"])
-def test_outputs_that_are_no_numbers_have_no_answer(task: str, bundle: MakeBundle) -> None:
+def test_outputs_with_nan_have_no_answer(task: str, bundle: MakeBundle) -> None:
     with Engine(bundle(task)) as engine:
         reader = Tokenizer(bundle(task), engine.signature)
         encoded = reader.encode("the quick <mask>", "brown fox" if task == "question-answering" else None)

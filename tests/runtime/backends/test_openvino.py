@@ -18,7 +18,7 @@ from tests.models import tiny_model
 openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'longformer-lfx[openvino]'")
 
 
-def test_bfloat16_is_bfloat16_or_an_error(bundle: MakeBundle) -> None:
+def test_precision_bf16_computes_in_bfloat16_or_is_an_error(bundle: MakeBundle) -> None:
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         with pytest.raises(DependencyError, match="this CPU has no bfloat16 arithmetic"):
             Engine(bundle(), "openvino", precision="bf16")
@@ -45,7 +45,7 @@ def test_a_cpu_without_bfloat16_refuses_it(bundle: MakeBundle, monkeypatch: pyte
         Engine(bundle(), "openvino", precision="bf16")
 
 
-def test_a_bfloat16_bundle_is_computed_in_float32_where_that_is_asked_for(bundle: MakeBundle) -> None:
+def test_precision_fp32_computes_a_bf16_bundle_in_float32(bundle: MakeBundle) -> None:
     ids = np.arange(3, 40)
     with Engine(bundle(precision="bf16"), "openvino", precision="fp32") as wide, Engine(bundle()) as right:
         assert wide.precision == "fp32"
@@ -62,8 +62,6 @@ def test_a_bfloat16_bundle_is_computed_in_float32_where_that_is_asked_for(bundle
         ("openvino", "fp8", "choose one of: fp32, bf16"),
     ],
 )
-def test_a_precision_that_cannot_be_had_is_refused(
-    bundle: MakeBundle, backend: str, precision: str, message: str
-) -> None:
+def test_an_unsupported_precision_is_refused(bundle: MakeBundle, backend: str, precision: str, message: str) -> None:
     with pytest.raises(DependencyError, match=message):
         Engine(bundle(), backend, precision=precision)

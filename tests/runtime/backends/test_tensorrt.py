@@ -107,7 +107,7 @@ def expected(ids: Any) -> dict[str, Any]:
     return compute({"input_ids": ids, "attention_mask": ones, "global_attention_mask": 0 * ones})
 
 
-def test_a_plan_answers_like_any_other_backend(machine: Any, tmp_path: Path) -> None:
+def test_a_plan_gives_the_model_s_outputs(machine: Any, tmp_path: Path) -> None:
     with Engine(write_plan(tmp_path)) as engine:
         assert engine.backend == "tensorrt 10.14.1 sm90"
         assert machine.loaded == [str(tmp_path / "liblfx_plugins.so")]
@@ -117,7 +117,7 @@ def test_a_plan_answers_like_any_other_backend(machine: Any, tmp_path: Path) -> 
         assert [row.shape for row in ragged["last_hidden_state"]] == [(3, WIDTH), (1, WIDTH)]
 
 
-def test_a_shape_that_comes_again_is_replayed_from_a_graph(machine: Any, cuda: Any, tmp_path: Path) -> None:
+def test_a_repeated_shape_is_replayed_from_a_graph(machine: Any, cuda: Any, tmp_path: Path) -> None:
     with Engine(write_plan(tmp_path)) as engine:
         for turn in range(6):
             ids = (IDS + turn) % 99
@@ -129,7 +129,7 @@ def test_a_shape_that_comes_again_is_replayed_from_a_graph(machine: Any, cuda: A
         assert cuda.counts["copies"] == copies  # they are in the graph
 
 
-def test_another_shape_is_prepared_anew_and_its_graph_is_the_only_one(machine: Any, cuda: Any, tmp_path: Path) -> None:
+def test_a_new_shape_is_prepared_and_replaces_the_graph(machine: Any, cuda: Any, tmp_path: Path) -> None:
     larger = np.arange(40).reshape(2, 20)
     with Engine(write_plan(tmp_path)) as engine:
         for ids in (IDS, IDS, IDS, larger, IDS, IDS, larger, larger, larger, IDS):
@@ -160,7 +160,7 @@ def test_nothing_is_set_on_a_context_between_capture_and_replay(
         assert calls == ["execute_async_v3"]
 
 
-def test_a_stream_that_tensorrt_rtx_will_not_have_captured_is_not(
+def test_a_stream_that_tensorrt_rtx_cannot_capture_is_not_captured(
     machine: Any, cuda: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fake_tensorrt.Context, "is_stream_capturable", lambda self, stream: False, raising=False)
@@ -170,7 +170,7 @@ def test_a_stream_that_tensorrt_rtx_will_not_have_captured_is_not(
     assert cuda.counts["launches"] == 0
 
 
-def test_memory_that_cannot_be_had_leaks_nothing(machine: Any, cuda: Any, tmp_path: Path) -> None:
+def test_a_failed_allocation_leaks_nothing(machine: Any, cuda: Any, tmp_path: Path) -> None:
     engine = Engine(write_plan(tmp_path))
     original = cuda.cudaMallocHost
     cuda.cudaMallocHost = lambda size: (fake_tensorrt.Error.cudaErrorInvalidValue, 0)
@@ -192,7 +192,7 @@ def test_a_layer_that_cannot_be_captured_runs_without_a_graph(
     assert cuda.counts["launches"] == 0
 
 
-def test_every_thread_has_a_context_of_its_own(machine: Any, device_engine: Any, tmp_path: Path) -> None:
+def test_each_thread_has_its_own_context(machine: Any, device_engine: Any, tmp_path: Path) -> None:
     failures: list[Any] = []
     with Engine(write_plan(tmp_path)) as engine:
 
@@ -212,7 +212,7 @@ def test_every_thread_has_a_context_of_its_own(machine: Any, device_engine: Any,
     assert device_engine.contexts == 4
 
 
-def test_closing_gives_all_memory_back(machine: Any, cuda: Any, tmp_path: Path) -> None:
+def test_close_frees_all_memory(machine: Any, cuda: Any, tmp_path: Path) -> None:
     engine = Engine(write_plan(tmp_path))
     for _ in range(3):
         engine.run(IDS)
@@ -243,7 +243,7 @@ def test_the_profile_follows_the_shape(machine: Any, tmp_path: Path, monkeypatch
             engine.run(np.ones((9, 1), int))
 
 
-def test_what_does_not_fit_the_machine_is_one_clear_line(
+def test_a_plan_that_this_machine_cannot_run_is_refused_in_one_line(
     machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ArtifactError, match=r"was built for sm89, and this GPU is sm90; build it again here"):

@@ -60,7 +60,7 @@ def copy(plan: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("task", TASKS)
-def test_every_attention_node_of_every_task_becomes_a_plugin_layer(
+def test_all_attention_nodes_of_all_tasks_become_plugin_layers(
     task: str, precision: str, bundle: MakeBundle, tmp_path: Path
 ) -> None:
     built = build_engine(bundle(task), tmp_path / "one.plan", precision=precision, **RTX, log=lambda line: None)
@@ -91,7 +91,7 @@ def test_without_the_plugin_no_node_is_a_plugin_layer(precision: str, bundle: Ma
     ],
     ids=str,
 )
-def test_bundles_of_every_kind_build(
+def test_bundles_of_all_opsets_precisions_and_global_modes_build(
     options: dict[str, Any], precision: str | None, bundle: MakeBundle, tmp_path: Path
 ) -> None:
     built = build_engine(bundle(**options), tmp_path / "one.plan", precision=precision, **RTX, log=lambda line: None)
@@ -108,7 +108,7 @@ def test_a_bundle_of_inlined_functions_builds_without_the_plugin_only(bundle: Ma
 
 
 @pytest.mark.slow
-def test_the_base_shape_builds_with_all_its_attention_in_the_plugin(tmp_path: Path) -> None:
+def test_longformer_base_builds_with_all_its_attention_in_the_plugin(tmp_path: Path) -> None:
     base = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
     model = tiny_model(
         **base, vocab_size=50265, attention_window=[512] * 12, max_position_embeddings=4098, initializer_range=0.02
@@ -121,7 +121,7 @@ def test_the_base_shape_builds_with_all_its_attention_in_the_plugin(tmp_path: Pa
         assert (manifest.attention_nodes, manifest.plugin_layers) == (24, layers)
 
 
-def test_the_json_says_what_the_plan_is(plan: Path, bundle: MakeBundle) -> None:
+def test_the_json_describes_the_plan(plan: Path, bundle: MakeBundle) -> None:
     manifest = PlanManifest.read(plan)
     assert (manifest.flavor, manifest.target) == ("tensorrt-rtx", "sm89")
     assert [str(p) for p in manifest.profiles] == ["batch 1:1:8, seqlen 1:128:128"]
@@ -198,7 +198,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_fit_is_refused_and_leaves_nothing(
+def test_bad_options_are_refused_and_leave_no_files(
     name: str, bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("path", [5, None, "x" * 300, "a/" * 2500, "a\0b"], ids=lambda path: str(path)[:5])
-def test_what_can_be_no_bundle_is_refused(path: Any, tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_a_bundle_is_refused(path: Any, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"bundle .*(give a path|give another path)"):
         build_engine(path, tmp_path / "one.plan", **RTX)
 
@@ -223,7 +223,7 @@ def test_a_bundle_of_links_builds(bundle: MakeBundle, tmp_path: Path) -> None:
     PlanManifest.read(built).verify(built)
 
 
-def test_a_disk_that_is_full_says_what_to_do(bundle: MakeBundle, small_disk: SmallDisk) -> None:
+def test_a_full_disk_is_an_error_with_a_cure(bundle: MakeBundle, small_disk: SmallDisk) -> None:
     folder = small_disk()
     full = r"one\.plan cannot be written: no disk space left; make room, or choose another --output"
     with pytest.raises(BuildError, match=full):
@@ -231,7 +231,7 @@ def test_a_disk_that_is_full_says_what_to_do(bundle: MakeBundle, small_disk: Sma
     assert list(folder.iterdir()) == []
 
 
-def test_a_temporary_folder_without_room_says_what_to_do(
+def test_a_full_temporary_folder_is_an_error_with_a_cure(
     bundle: MakeBundle, small_disk: SmallDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = small_disk()
@@ -266,7 +266,7 @@ builder.build_engine(*sys.argv[1:], **options, log=lambda line: print(line, flus
 """
 
 
-def test_a_killed_build_takes_its_compiler_along_and_the_next_build_clears_up(
+def test_a_killed_build_ends_its_child_process_and_the_next_build_removes_its_files(
     bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "hanging.py").write_text(HANGING)
@@ -304,7 +304,7 @@ def _runs(process: int) -> bool:
         return False
 
 
-def test_builds_at_once_leave_one_plan_with_its_own_json(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_concurrent_builds_leave_one_plan_with_its_own_json(bundle: MakeBundle, tmp_path: Path) -> None:
     failed: list[BaseException] = []
 
     def build(slots: int) -> None:
@@ -325,7 +325,7 @@ def test_builds_at_once_leave_one_plan_with_its_own_json(bundle: MakeBundle, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.plan", "one.plan.json"]
 
 
-def test_a_number_of_slots_that_the_bundle_does_not_have_is_refused(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_another_number_of_slots_than_the_bundle_s_is_refused(bundle: MakeBundle, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="--max-global 8 does not fit: the bundle was exported with 4; leave it out"):
         build_engine(bundle(max_global=4), tmp_path / "one.plan", max_global=8, **RTX)
 
@@ -347,7 +347,7 @@ def test_a_changed_bundle_is_refused(bundle: MakeBundle, tmp_path: Path) -> None
         build_engine(folder, tmp_path / "one.plan", **RTX)
 
 
-def test_heads_that_the_plugin_cannot_take_are_refused_by_name(tmp_path: Path) -> None:
+def test_heads_that_the_plugin_does_not_support_are_refused_by_name(tmp_path: Path) -> None:
     folder = export(tiny_model(hidden_size=24), tmp_path / "odd")
     with pytest.raises(BuildError, match=r"layer\.0.* has head size 12; the plugin takes multiples of 8 .*--no-plugin"):
         build_engine(folder, tmp_path / "one.plan", **RTX)
@@ -355,7 +355,7 @@ def test_heads_that_the_plugin_cannot_take_are_refused_by_name(tmp_path: Path) -
     assert PlanManifest.read(built).plugin_layers == 0
 
 
-def test_a_plan_without_a_gpu_is_one_clear_line(plan: Path) -> None:
+def test_a_plan_without_a_gpu_is_refused_in_one_line(plan: Path) -> None:
     if device.compute_capability() is not None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(LfxError, match="no NVIDIA GPU, or no driver for it; run the plan on a machine with one"):
@@ -387,14 +387,14 @@ FOREIGN: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_foreign_plan_is_one_clear_line(name: str, copy: Path) -> None:
+def test_a_foreign_plan_is_refused_in_one_line(name: str, copy: Path) -> None:
     change, reason = FOREIGN[name]
     change(copy)
     with pytest.raises(LfxError, match=reason):
         Engine(copy)
 
 
-def test_mutations_of_json_and_plan_are_refused(copy: Path) -> None:
+def test_random_changes_of_json_and_plan_are_refused(copy: Path) -> None:
     random = np.random.default_rng(0)
     refused = 0
     originals = {path: path.read_bytes() for path in (copy, json_path(copy))}
@@ -429,7 +429,7 @@ def test_modules_come_from_the_installation_and_not_from_the_current_folder(
     assert build_engine(bundle(), "one.plan", **RTX, log=lambda line: None).is_file()
 
 
-def test_a_graph_that_is_not_the_bundle_s_is_refused(
+def test_a_prepared_graph_with_other_outputs_is_refused(
     bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = freeze.freeze_slots
@@ -466,7 +466,7 @@ def lfx(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
-def test_the_command_finds_the_bundle_of_this_folder(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_the_command_finds_the_bundle_in_the_current_folder(bundle: MakeBundle, tmp_path: Path) -> None:
     (tmp_path / "model").symlink_to(bundle())
     done = lfx("build-engine", "--fp16", "--flavor", "tensorrt-rtx", "--target", "sm89", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -482,7 +482,7 @@ def test_the_command_finds_the_bundle_of_this_folder(bundle: MakeBundle, tmp_pat
     assert refused.stderr.startswith("error: this machine has no NVIDIA GPU")
 
 
-def test_the_command_asks_which_bundle(tmp_path: Path) -> None:
+def test_the_command_asks_which_of_several_bundles(tmp_path: Path) -> None:
     done = lfx("build-engine", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (
         1,
@@ -509,7 +509,7 @@ def int8(bundle: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-def test_an_int8_bundle_is_built_with_its_integers(int8: Any, tmp_path: Path) -> None:
+def test_an_int8_bundle_builds(int8: Any, tmp_path: Path) -> None:
     plan = build_engine(int8("int8"), tmp_path / "one.plan", **RTX, log=lambda line: None)
     manifest = PlanManifest.read(plan)
     assert (manifest.signature.precision, manifest.plugin_layers) == ("int8", 2 * LAYERS)

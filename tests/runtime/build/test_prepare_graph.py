@@ -39,7 +39,7 @@ def _ops(model: ir.Model) -> list[str]:
 
 
 @pytest.mark.parametrize(("slots", "heads"), [(1, 1), (HEAD_SIZE - 1, 1), (HEAD_SIZE, 2), (40, 2)])
-def test_freezing_leaves_the_cheaper_form_of_the_global_rows_and_no_if(
+def test_freezing_keeps_the_cheaper_branch_of_the_global_rows_and_no_if(
     slots: int, heads: int, bundle: MakeBundle
 ) -> None:
     model = _load(bundle())
@@ -52,7 +52,7 @@ def test_freezing_leaves_the_cheaper_form_of_the_global_rows_and_no_if(
 
 
 @pytest.mark.parametrize("slots", [1, 4, HEAD_SIZE, 40])
-def test_a_frozen_graph_gives_the_bundle_s_numbers(slots: int, bundle: MakeBundle, tmp_path: Path) -> None:
+def test_a_frozen_graph_gives_the_bundle_s_outputs(slots: int, bundle: MakeBundle, tmp_path: Path) -> None:
     model = _load(bundle())
     freeze.freeze_slots(model, slots)
     freeze.name_plugins(model)
@@ -69,7 +69,7 @@ def test_a_frozen_graph_gives_the_bundle_s_numbers(slots: int, bundle: MakeBundl
 
 
 @pytest.mark.parametrize("options", [{"max_global": 4}, {"global_attention": "first"}, {"global_attention": "none"}])
-def test_a_graph_of_constant_slots_stays_as_it_is(options: dict[str, Any], bundle: MakeBundle) -> None:
+def test_a_graph_of_constant_slots_is_not_changed(options: dict[str, Any], bundle: MakeBundle) -> None:
     model = _load(bundle(**options))
     before = _ops(model)
     freeze.freeze_slots(model, 4)
@@ -93,7 +93,7 @@ def test_a_converted_graph_is_strongly_typed(precision: str, bundle: MakeBundle,
         assert node.attributes["stash_type"].as_int() == 1  # sums in float32
 
 
-def test_a_weight_that_the_type_cannot_hold_is_refused_by_name(bundle: MakeBundle) -> None:
+def test_a_weight_above_the_dtype_s_maximum_is_refused_by_name(bundle: MakeBundle) -> None:
     model = _load(bundle())
     weight = model.graph.initializers["encoder.layer.0.output.dense.bias"]
     array = weight.const_value.numpy().copy()
@@ -118,7 +118,7 @@ def test_plugins_are_named_on_nodes_and_declared_in_functions(bundle: MakeBundle
         assert {"plugin_version", "plugin_namespace"} <= set(function.attributes)
 
 
-def test_inlined_functions_leave_standard_ops_under_names_of_their_own(bundle: MakeBundle) -> None:
+def test_inlined_functions_leave_standard_ops_with_unique_names(bundle: MakeBundle) -> None:
     model = _load(bundle(max_global=4))
     freeze.inline_functions(model)
     assert not freeze.attention_nodes(model)
@@ -148,7 +148,7 @@ class _Own(torch.nn.Module):
 
 @pytest.mark.parametrize(("kind", "options"), [("TopK", {}), ("If", {"max_global": 4})])
 @pytest.mark.parametrize("inline", [False, True])
-def test_a_topk_and_an_if_of_the_user_s_own_stay_as_they_are(
+def test_a_topk_and_an_if_of_the_user_are_not_changed(
     kind: str, options: dict[str, Any], inline: bool, tmp_path: Path
 ) -> None:
     bundle = export(_Own(kind).eval(), tmp_path / "own", inline_functions=inline, **options)
@@ -166,7 +166,7 @@ def test_a_topk_and_an_if_of_the_user_s_own_stay_as_they_are(
                 )
 
 
-def test_an_if_that_asks_something_else_is_refused(bundle: MakeBundle) -> None:
+def test_an_if_with_another_condition_is_refused(bundle: MakeBundle) -> None:
     model = _load(bundle())
     node = next(node for node in model.graph if node.op_type == "If")
     flag = ir.Value(name="flag", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))

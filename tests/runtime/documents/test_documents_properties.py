@@ -61,7 +61,7 @@ def run_lines(engine: Engine, reader: Tokenizer, content: list[bytes], stride: i
 
 
 @given(st.lists(lines, max_size=6), st.sampled_from([None, 5]))
-def test_every_line_gets_its_row(engine: Engine, reader: Tokenizer, content: list[bytes], stride: int | None) -> None:
+def test_each_line_gets_a_row(engine: Engine, reader: Tokenizer, content: list[bytes], stride: int | None) -> None:
     rows = run_lines(engine, reader, content, stride)
     assert list(dict.fromkeys(row["line"] for row in rows)) == list(range(1, len(content) + 1))
     for row in rows:
@@ -75,7 +75,7 @@ def test_every_line_gets_its_row(engine: Engine, reader: Tokenizer, content: lis
 
 @given(st.lists(documents, min_size=1, max_size=5))
 @settings(max_examples=settings.default.max_examples // 4)
-def test_parquet_holds_what_jsonl_holds(engine: Engine, reader: Tokenizer, found: list[Any]) -> None:
+def test_parquet_gives_the_rows_of_jsonl(engine: Engine, reader: Tokenizer, found: list[Any]) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -111,9 +111,7 @@ def test_a_journal_of_any_bytes_changes_no_result(
 
 
 @given(st.text(alphabet="the quick brown fox</s>", max_size=600), st.integers(1, 126))
-def test_windows_laid_over_one_another_are_the_whole_text(
-    reader: Tokenizer, engine: Engine, text: str, stride: int
-) -> None:
+def test_overlapping_windows_cover_the_whole_text(reader: Tokenizer, engine: Engine, text: str, stride: int) -> None:
     limit = engine.signature.max_seqlen
     assert limit == 128
     try:
@@ -128,7 +126,7 @@ def test_windows_laid_over_one_another_are_the_whole_text(
 
 
 @given(st.text(max_size=60))
-def test_a_tokenizer_file_of_any_text_is_refused_in_one_line(text: str) -> None:
+def test_a_tokenizer_file_with_any_text_is_refused_in_one_line(text: str) -> None:
     signature = Signature("M", "feature-extraction", "fp32", (), (), (4,))
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8", errors="replace")

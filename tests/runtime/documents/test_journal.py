@@ -39,7 +39,7 @@ def reopened(output: Path, header: dict[str, Any] = HEADER) -> tuple[int, int, l
         return journal.documents, journal.refused, [json.loads(row)["line"] for row in journal.rows()]
 
 
-def test_whole_chunks_are_gone_on_with_and_the_rest_is_cut(tmp_path: Path) -> None:
+def test_complete_chunks_are_resumed_and_the_rest_is_truncated(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     stopped(output)
     assert reopened(output) == (6, 2, [1, 2, 3, 4, 5, 6])
@@ -57,7 +57,7 @@ def test_a_journal_of_another_run_is_emptied(header: dict[str, Any], tmp_path: P
     assert journal_path(output).read_text() == json.dumps(header) + "\n"
 
 
-def test_every_cut_leaves_whole_chunks(tmp_path: Path) -> None:
+def test_a_journal_truncated_anywhere_keeps_its_complete_chunks(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     whole = stopped(output).read_bytes()
     seen = set()
@@ -69,7 +69,7 @@ def test_every_cut_leaves_whole_chunks(tmp_path: Path) -> None:
     assert seen == {0, 3, 6}
 
 
-def test_a_changed_byte_ends_what_is_kept(tmp_path: Path) -> None:
+def test_chunks_from_a_changed_byte_on_are_dropped(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     whole = stopped(output).read_bytes()
     second = whole.index(b'{"line": 4')
@@ -111,7 +111,7 @@ MARKERS: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("name", MARKERS)
-def test_a_marker_that_lfx_does_not_write_ends_what_is_kept(name: str, tmp_path: Path) -> None:
+def test_chunks_from_a_foreign_marker_on_are_dropped(name: str, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     stopped(output, chunks=1)
     assert reopened(output)[0] == 3
@@ -134,7 +134,7 @@ def test_a_marker_that_lfx_does_not_write_ends_what_is_kept(name: str, tmp_path:
     ],
     ids=["none", "one is missing", "another line", "no JSON", "no object", "no line"],
 )
-def test_rows_that_are_not_of_the_marked_documents_end_what_is_kept(rows: bytes, tmp_path: Path) -> None:
+def test_chunks_whose_rows_are_of_other_documents_are_dropped(rows: bytes, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     stopped(output, chunks=1)
     assert reopened(output)[0] == 3
@@ -143,7 +143,7 @@ def test_rows_that_are_not_of_the_marked_documents_end_what_is_kept(rows: bytes,
     assert reopened(output) == (3, 1, [1, 2, 3])
 
 
-def test_more_documents_than_the_input_has_are_not_believed(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_a_journal_with_more_documents_than_the_input_is_dropped(bundle: MakeBundle, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"input_ids": [3, 4]}\n' * 2)
 
@@ -176,7 +176,7 @@ def fifo(path: Path, victim: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [link, hard_link, folder, fifo])
-def test_what_is_in_the_journals_place_is_left_alone(
+def test_a_foreign_file_of_the_journal_s_name_is_left_alone(
     place: Callable[[Path, Path], None], bundle: MakeBundle, tmp_path: Path
 ) -> None:
     source, output, victim = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "victim"
@@ -192,7 +192,7 @@ def test_what_is_in_the_journals_place_is_left_alone(
     assert not output.exists()
 
 
-def test_links_at_the_output_and_beside_it_keep_what_they_point_to(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_links_at_the_output_and_beside_it_keep_their_targets(bundle: MakeBundle, tmp_path: Path) -> None:
     source, output, victim = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "victim"
     source.write_text('{"input_ids": [3, 4]}\n')
     victim.write_text("mine\n")
@@ -206,7 +206,7 @@ def test_links_at_the_output_and_beside_it_keep_what_they_point_to(bundle: MakeB
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl", "victim", ".out.jsonl.ready"}
 
 
-def test_a_run_in_many_groups_and_chunks_goes_on_to_the_same_file(
+def test_a_run_of_many_groups_and_chunks_resumes_to_the_same_file(
     bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK", 3)

@@ -70,7 +70,7 @@ def test_windows_run_in_groups_of_a_fixed_number(
     assert [row["line"] for row in found] == [1, *[2] * 575, 3, 4]
 
 
-def test_rows_are_handed_on_before_the_next_group_is_made(
+def test_rows_are_yielded_before_the_next_group_is_made(
     engine: Engine, bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lfx.runtime.documents.rows.AHEAD", 4)
@@ -89,7 +89,7 @@ def test_rows_are_handed_on_before_the_next_group_is_made(
     assert set(seen) == {0, 4, 8, 12}
 
 
-def test_large_outputs_per_token_make_smaller_groups(
+def test_large_outputs_per_token_give_smaller_groups(
     bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lfx.runtime.documents.rows.OUTPUT_BYTES", 4 * 99 * 10)  # float32 logits of 10 tokens
@@ -127,7 +127,7 @@ def test_a_single_document_that_the_engine_fails_on_is_one_row(engine: Engine, t
     ]
 
 
-def test_an_engine_that_fails_on_everything_stops_the_run_and_keeps_what_is_done(
+def test_an_engine_that_fails_on_all_inputs_stops_the_run_and_keeps_completed_chunks(
     engine: Engine, tmp_path: Path
 ) -> None:
     broken: list[str] = []
@@ -146,9 +146,7 @@ def test_an_engine_that_fails_on_everything_stops_the_run_and_keeps_what_is_done
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, SystemExit])
-def test_what_is_no_fault_of_a_document_ends_the_run(
-    error: type[BaseException], engine: Engine, tmp_path: Path
-) -> None:
+def test_interrupts_and_memory_errors_end_the_run(error: type[BaseException], engine: Engine, tmp_path: Path) -> None:
     def fail(ids: Any) -> None:
         raise error
 
@@ -194,7 +192,7 @@ def test_an_id_outside_the_models_vocabulary_is_named(engine: Engine, bundle: Ma
     assert "error" not in found[1]
 
 
-def test_an_answer_that_cannot_be_read_is_one_row(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_an_answer_with_an_unknown_id_is_one_row_with_an_error(bundle: MakeBundle, tmp_path: Path) -> None:
     with Engine(bundle("fill-mask"), threads=1) as engine:
         reader = Tokenizer(bundle("fill-mask"), engine.signature)
         infer = engine._backend.infer  # type: ignore[union-attr]

@@ -59,7 +59,7 @@ def reader(bundle: MakeBundle, engine: Engine) -> Tokenizer:
     return Tokenizer(bundle(CLASSIFIER), engine.signature)
 
 
-def test_every_document_gets_the_row_that_it_gets_alone(engine: Engine, reader: Tokenizer, tmp_path: Path) -> None:
+def test_each_document_gets_the_row_that_it_gets_alone(engine: Engine, reader: Tokenizer, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", texts(40))
     summary = run_documents(engine, reader, source, tmp_path / "out.jsonl")
     found = rows(tmp_path / "out.jsonl")
@@ -92,7 +92,7 @@ BAD: dict[str, tuple[Any, str]] = {
 }
 
 
-def test_bad_lines_are_reported_by_file_and_line_and_the_rest_is_done(
+def test_bad_lines_are_reported_by_file_and_line_and_the_rest_is_run(
     engine: Engine, reader: Tokenizer, tmp_path: Path
 ) -> None:
     lines: list[Any] = []
@@ -112,14 +112,14 @@ def test_bad_lines_are_reported_by_file_and_line_and_the_rest_is_done(
             raise AssertionError(bad["error"])
 
 
-def test_bytes_that_are_no_utf8_are_one_bad_line(engine: Engine, reader: Tokenizer, tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_are_one_bad_line(engine: Engine, reader: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(b'{"text": "\xff"}\n{"text": "fox"}\n')
     assert run_documents(engine, reader, tmp_path / "in.jsonl", tmp_path / "out.jsonl").refused == 1
     assert [row.get("error") for row in rows(tmp_path / "out.jsonl")] == ["not UTF-8", None]
 
 
 @pytest.mark.parametrize("stride", [1, 50, 126])
-def test_long_documents_are_cut_into_windows_and_nothing_is_left_out(
+def test_long_documents_become_windows_that_cover_all_tokens(
     stride: int, engine: Engine, reader: Tokenizer, tmp_path: Path
 ) -> None:
     text = " ".join(np.random.default_rng(0).choice(WORDS, 150))
@@ -136,12 +136,12 @@ def test_long_documents_are_cut_into_windows_and_nothing_is_left_out(
     assert len(reader.encode("the fox").ids) == 4  # the tokenizer is as it was
 
 
-def test_a_stride_that_would_leave_tokens_out_is_refused(engine: Engine, reader: Tokenizer) -> None:
+def test_a_stride_that_would_skip_tokens_is_refused(engine: Engine, reader: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"stride 127 does not fit: a window has room for 126 tokens .* give 1 to 126"):
         reader.windows("fox " * 200, None, 127)
 
 
-def test_a_question_stands_before_every_window_of_its_document(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_each_window_of_a_document_begins_with_the_question(bundle: MakeBundle, tmp_path: Path) -> None:
     with Engine(bundle("question-answering")) as engine:
         reader = Tokenizer(bundle("question-answering"), engine.signature)
         question, document = "the quick fox", "the lazy dog jumps over " * 40
@@ -196,7 +196,7 @@ def test_parquet_in_and_out(engine: Engine, reader: Tokenizer, tmp_path: Path) -
         ("in.jsonl", "a\0.jsonl", "the output .* cannot be opened: embedded null byte"),
     ],
 )
-def test_files_that_cannot_be_are_refused(
+def test_bad_paths_are_refused(
     source: str, output: str, reason: str, engine: Engine, reader: Tokenizer, tmp_path: Path
 ) -> None:
     pytest.importorskip("pyarrow")
@@ -207,14 +207,16 @@ def test_files_that_cannot_be_are_refused(
 
 
 @pytest.mark.parametrize("name", ["in.JSONL", "in.ndjson"])
-def test_other_names_of_the_formats(name: str, engine: Engine, reader: Tokenizer, tmp_path: Path) -> None:
+def test_other_suffixes_of_the_formats_are_accepted(
+    name: str, engine: Engine, reader: Tokenizer, tmp_path: Path
+) -> None:
     source = write(tmp_path / name, texts(3))
     assert run_documents(engine, reader, source, tmp_path / "out.NDJSON").documents == 3
     assert [row["line"] for row in rows(tmp_path / "out.NDJSON")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("cut", [1, 7, 200, 4000, 20000])
-def test_a_run_that_was_cut_anywhere_goes_on_to_the_same_file(
+def test_a_run_that_was_stopped_anywhere_resumes_to_the_same_file(
     cut: int, engine: Engine, reader: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK", 16)
@@ -239,7 +241,7 @@ def test_a_run_that_was_cut_anywhere_goes_on_to_the_same_file(
     assert not partial.exists()
 
 
-def test_what_is_left_of_another_input_or_stride_is_not_gone_on_with(
+def test_a_journal_of_another_input_or_stride_is_not_resumed(
     engine: Engine, reader: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK", 4)
@@ -282,7 +284,7 @@ def test_the_command_killed_at_random_points_ends_with_the_same_file(bundle: Mak
     assert (tmp_path / "out.jsonl").read_bytes() == right
 
 
-def test_the_command_says_what_it_did_and_exits_1_where_lines_were_refused(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_the_command_reports_its_counts_and_exits_1_if_lines_were_refused(bundle: MakeBundle, tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl", texts(5))
     done = subprocess.run(command(bundle(CLASSIFIER), tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -305,7 +307,7 @@ def test_the_command_says_what_it_did_and_exits_1_where_lines_were_refused(bundl
         (["--text", "fox", "--max-windows", "5"], "--max-windows needs --stride"),
     ],
 )
-def test_options_that_do_not_fit_are_usage(options: list[str], reason: str, bundle: MakeBundle) -> None:
+def test_options_that_do_not_apply_are_usage_errors(options: list[str], reason: str, bundle: MakeBundle) -> None:
     arguments = [sys.executable, "-m", "lfx.cli", "run", str(bundle(CLASSIFIER)), *options]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -334,7 +336,7 @@ def test_no_odd_document_stops_a_run(bundle: MakeBundle, tmp_path: Path, name: s
     assert re.search(reason, rows[1]["error"])
 
 
-def test_ids_of_two_kinds_go_to_parquet_as_text(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_ids_of_two_types_are_written_to_parquet_as_text(bundle: MakeBundle, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     source, output = tmp_path / "in.jsonl", tmp_path / "out.parquet"
     source.write_text('{"id": 1, "input_ids": [3, 4]}\n{"id": "a", "input_ids": [3, 4]}\n')
@@ -362,7 +364,7 @@ def test_a_second_run_of_the_same_output_is_refused(bundle: MakeBundle, tmp_path
     assert len(output.read_text().splitlines()) == 300
 
 
-def test_another_model_or_tokenizer_starts_again(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_another_model_or_tokenizer_starts_from_the_beginning(bundle: MakeBundle, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"text": "the fox"}\n' * 300)
     folder = bundle("text-classification")
@@ -390,7 +392,7 @@ def test_another_model_or_tokenizer_starts_again(bundle: MakeBundle, tmp_path: P
 
 @pytest.mark.parametrize("options", [{"stride": 0}, {"stride": True}, {"stride": "x"}, {"stride": 1.5}, {"stride": -1}])
 @pytest.mark.parametrize("name", ["stride", "max_windows"])
-def test_numbers_that_are_none_are_refused(
+def test_options_that_are_no_whole_numbers_are_refused(
     options: dict[str, Any], name: str, engine: Engine, reader: Tokenizer, tmp_path: Path
 ) -> None:
     source = write(tmp_path / "in.jsonl", texts(1))
@@ -434,7 +436,7 @@ def replaced(source: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [rewrite, replaced, Path.unlink])
-def test_an_input_that_is_changed_during_a_run_is_said_and_its_rows_dropped(
+def test_an_input_that_changes_during_a_run_is_an_error_and_its_rows_are_dropped(
     change: Callable[[Path], None], engine: Engine, reader: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK", 4)
@@ -452,7 +454,7 @@ def test_an_input_that_is_changed_during_a_run_is_said_and_its_rows_dropped(
     assert not (tmp_path / ".out.jsonl.partial").exists()
 
 
-def test_a_change_is_found_at_the_chunk_that_it_is_in(
+def test_a_change_of_the_input_is_detected_at_the_next_chunk(
     engine: Engine, reader: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK", 4)
@@ -467,7 +469,7 @@ def test_a_change_is_found_at_the_chunk_that_it_is_in(
     assert steps == ["4 documents"]
 
 
-def test_a_disk_that_is_full_keeps_what_is_done(
+def test_a_full_disk_keeps_completed_chunks(
     engine: Engine, reader: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, output = write(tmp_path / "in.jsonl", texts(3)), tmp_path / "out.jsonl"
