@@ -44,7 +44,7 @@ def test_a_link_is_replaced_and_its_target_stays(tmp_path: Path) -> None:
 def test_a_name_of_the_greatest_length_is_written(tmp_path: Path) -> None:
     with replacing(tmp_path / ("x" * 255)) as path:
         path.write_text("new")
-    assert [len(found.name) for found in tmp_path.iterdir()] == [255]
+    assert [len(path.name) for path in tmp_path.iterdir()] == [255]
 
 
 def test_modes_follow_the_umask(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_the_next_write_removes_the_leftovers_of_a_kill_at_any_step(tmp_path: Pa
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         with replacing(tmp_path / "out.txt") as path:
             path.write_text("next")
-        assert [found.name for found in tmp_path.iterdir()] == ["out.txt"]
+        assert [path.name for path in tmp_path.iterdir()] == ["out.txt"]
         if status == 0:
             assert step > 8
             return
@@ -180,6 +180,6 @@ def test_a_missing_folder_for_temporary_files_is_an_error_naming_tmpdir(
 
 def test_a_lock_that_is_never_released_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lfx.files._LOCK_TRIES", 2)
-    place = tmp_path / "out"
-    with locked(place), pytest.raises(OSError, match="another process holds its lock"), locked(place):
+    target = tmp_path / "out"
+    with locked(target), pytest.raises(OSError, match="another process holds its lock"), locked(target):
         pass

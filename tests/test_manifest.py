@@ -268,10 +268,10 @@ def test_read_refuses_a_manifest_truncated_anywhere(bundle_folder: Path) -> None
 
 @pytest.mark.parametrize("version", [0, 2, None, "1", [1], ...])
 def test_read_refuses_another_format_version(version: Any, bundle_folder: Path) -> None:
-    found = None if version is ... else version
+    shown = None if version is ... else version
     with pytest.raises(ArtifactError) as caught:
         Manifest.read(edit(bundle_folder, format_version=version))
-    assert f"has format version {found!r}; this lfx reads {FORMAT_VERSION}" in str(caught.value)
+    assert f"has format version {shown!r}; this lfx reads {FORMAT_VERSION}" in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["opset", "source", "versions", "inlined", "validation", "files", "inputs"])

@@ -143,8 +143,8 @@ def test_a_signature_with_changed_values_is_refused_or_read_unchanged(data: dict
         signature = Signature.from_dict(data)
     except ArtifactError:
         return
-    found = json.loads(json.dumps(signature.to_dict()))
-    assert {key: found[key] for key in data if key in found} == {key: data[key] for key in data if key in found}
+    stored = json.loads(json.dumps(signature.to_dict()))
+    assert {key: stored[key] for key in data if key in stored} == {key: data[key] for key in data if key in stored}
 
 
 def test_the_unchanged_files_are_read() -> None:

@@ -53,11 +53,11 @@ def test_banded_attention_equals_the_definition_one_pair_at_a_time(window: int, 
     mask[0, 10:] = 0
     index = np.array([[4, -1, 7], [-1, -1, -1]])
     rows = random.standard_normal((2, 3, 8))
-    found = banded_attention(
+    actual = banded_attention(
         q, k, v, mask, index, rows, num_heads=2, window=window, dilation=dilation, causal=causal, scale=0.3
     )
-    wanted = _literal(q, k, v, mask, index, rows, heads=2, window=window, dilation=dilation, causal=causal, scale=0.3)
-    np.testing.assert_allclose(found, wanted, atol=1e-13)
+    expected = _literal(q, k, v, mask, index, rows, heads=2, window=window, dilation=dilation, causal=causal, scale=0.3)
+    np.testing.assert_allclose(actual, expected, atol=1e-13)
 
 
 def test_a_window_of_the_whole_sequence_is_full_attention() -> None:
@@ -83,6 +83,6 @@ def test_dense_model_agrees_with_hugging_face() -> None:
     dense, eager = reference_runner(model), torch_runner(model)
     for case in full_cases(WINDOW, 128):
         inputs = inputs_of(case, vocab_size=VOCAB_SIZE, pad_token_id=1)
-        right, theirs = dense(inputs), eager(inputs)
-        for name in right:
-            np.testing.assert_allclose(right[name], theirs[name], atol=2e-5, err_msg=f"{name}, {case}")
+        dense_outputs, eager_outputs = dense(inputs), eager(inputs)
+        for name in dense_outputs:
+            np.testing.assert_allclose(dense_outputs[name], eager_outputs[name], atol=2e-5, err_msg=f"{name}, {case}")

@@ -48,32 +48,32 @@ def answer(path: Path, backend: str = "onnxruntime") -> np.ndarray[Any, Any]:
         return np.asarray(engine.run(IDS)["last_hidden_state"])
 
 
-def hub_cache(copy: Path, place: Path) -> None:
+def hub_cache(copy: Path, linked: Path) -> None:
     """Links into one folder of blobs."""
     for path in copy.iterdir():
-        (place / path.name).symlink_to(path)
+        (linked / path.name).symlink_to(path)
 
 
-def folder_per_file(copy: Path, place: Path) -> None:
+def folder_per_file(copy: Path, linked: Path) -> None:
     """Links into a folder for each file, as DVC and git-annex have them."""
     for path in copy.iterdir():
         blob = copy.parent / "annex" / sha256(path)[:2] / sha256(path)
         blob.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, blob)
-        (place / path.name).symlink_to(os.path.relpath(blob, place))
+        (linked / path.name).symlink_to(os.path.relpath(blob, linked))
 
 
-def hard_links(copy: Path, place: Path) -> None:
+def hard_links(copy: Path, linked: Path) -> None:
     """Every file has a second name."""
     for path in copy.iterdir():
-        os.link(path, place / path.name)
+        os.link(path, linked / path.name)
 
 
-def chain(copy: Path, place: Path) -> None:
+def chain(copy: Path, linked: Path) -> None:
     """A link to a link."""
     for path in copy.iterdir():
         (copy.parent / f"{path.name}.link").symlink_to(path)
-        (place / path.name).symlink_to(copy.parent / f"{path.name}.link")
+        (linked / path.name).symlink_to(copy.parent / f"{path.name}.link")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -81,12 +81,12 @@ def chain(copy: Path, place: Path) -> None:
 def test_a_bundle_of_links_gives_the_outputs_of_the_bundle(
     links: Callable[[Path, Path], None], backend: str, copy: Path, tmp_path: Path
 ) -> None:
-    place = tmp_path / "linked"
-    place.mkdir()
-    links(copy, place)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    links(copy, linked)
     before = set(Path(os.environ.get("TMPDIR", "/tmp")).glob(".lfx-*"))
-    np.testing.assert_array_equal(answer(place, backend), answer(copy, backend))
-    np.testing.assert_array_equal(answer(place / MODEL, backend), answer(copy, backend))
+    np.testing.assert_array_equal(answer(linked, backend), answer(copy, backend))
+    np.testing.assert_array_equal(answer(linked / MODEL, backend), answer(copy, backend))
     assert set(Path(os.environ.get("TMPDIR", "/tmp")).glob(".lfx-*")) <= before
 
 
@@ -188,11 +188,11 @@ def test_many_processes_leave_no_temporary_files(copy: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    place = tmp_path / "linked"
-    place.mkdir()
-    folder_per_file(copy, place)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    folder_per_file(copy, linked)
     for backend in BACKENDS:
-        answer(place, backend)
+        answer(linked, backend)
     assert list((tmp_path / "tmp").iterdir()) == []
 
 

@@ -58,26 +58,27 @@ class Recorded:
         return self._engine.run_together(requests)
 
 
-def answers_alike(found: dict[str, Any], right: dict[str, Any]) -> bool:
-    return found.keys() == right.keys() and all(
-        found[name].shape == right[name].shape and np.allclose(found[name], right[name], atol=1e-5) for name in right
+def answers_alike(outputs: dict[str, Any], expected: dict[str, Any]) -> bool:
+    return outputs.keys() == expected.keys() and all(
+        outputs[name].shape == expected[name].shape and np.allclose(outputs[name], expected[name], atol=1e-5)
+        for name in expected
     )
 
 
 def test_each_thread_gets_its_own_outputs(engine: Engine) -> None:
-    wanted = documents(64)
-    found: list[Any] = [None] * len(wanted)
+    sequences = documents(64)
+    answers: list[Any] = [None] * len(sequences)
     with Batcher(engine, max_delay_ms=20, workers=2) as batcher:
 
         def ask(i: int) -> None:
-            found[i] = batcher.submit(wanted[i]).result(LONG)
+            answers[i] = batcher.submit(sequences[i]).result(LONG)
 
-        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(wanted))]
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(sequences))]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert all(answers_alike(found[i], engine.run(ids)) for i, ids in enumerate(wanted))
+    assert all(answers_alike(answers[i], engine.run(ids)) for i, ids in enumerate(sequences))
 
 
 def test_masks_apply_to_their_own_request(engine: Engine) -> None:
@@ -110,8 +111,8 @@ def test_a_single_request_waits_max_delay(engine: Engine) -> None:
     with Batcher(engine, max_delay_ms=50) as batcher:
         start = time.monotonic()
         batcher.submit(np.arange(3, 13)).result(LONG)
-        taken = time.monotonic() - start
-    assert 0.045 <= taken < 2.0  # the bound, and a slow machine's computing
+        elapsed = time.monotonic() - start
+    assert 0.045 <= elapsed < 2.0  # the bound, and a slow machine's computing
 
 
 def test_very_different_lengths_run_in_separate_batches(engine: Engine) -> None:
@@ -150,14 +151,14 @@ def test_a_cancelled_request_is_not_computed(engine: Engine) -> None:
     with Batcher(recorded, max_delay_ms=0) as batcher:  # type: ignore[arg-type]
         running = batcher.submit([3, 4])
         assert recorded.entered.wait(LONG)
-        unwanted, wanted = batcher.submit([5, 6, 7]), batcher.submit([5, 6, 7])
-        assert unwanted.cancel()
+        cancelled, kept = batcher.submit([5, 6, 7]), batcher.submit([5, 6, 7])
+        assert cancelled.cancel()
         recorded.gate.set()
-        assert wanted.result(LONG)
+        assert kept.result(LONG)
         assert running.result(LONG)
     assert recorded.groups == [1, 1]
     with pytest.raises(CancelledError):
-        unwanted.result()
+        cancelled.result()
 
 
 def test_an_error_of_the_backend_reaches_all_requests_of_its_batch_and_no_other(engine: Engine) -> None:
@@ -224,8 +225,8 @@ def test_cancelled_requests_do_not_count_as_pending(engine: Engine) -> None:
     with Batcher(engine, max_delay_ms=3_000_000, max_pending=2) as batcher:
         for _ in range(6):
             assert batcher.submit([3, 4]).cancel()
-        wanted = batcher.submit([3, 4])
-    assert wanted.result(LONG)
+        future = batcher.submit([3, 4])
+    assert future.result(LONG)
 
 
 class Unmasked(torch.nn.Module):
@@ -240,14 +241,14 @@ class Unmasked(torch.nn.Module):
 
 
 def test_without_a_mask_only_equal_lengths_run_together(tmp_path: Path) -> None:
-    wanted = [np.arange(3, 3 + n) for n in (20, 23, 20, 23)]
+    sequences = [np.arange(3, 3 + n) for n in (20, 23, 20, 23)]
     with Engine(export(Unmasked().eval(), tmp_path / "bundle"), threads=1) as engine:
         with Batcher(engine, max_delay_ms=200) as batcher:
-            futures = [batcher.submit(ids) for ids in wanted]
-            for ids, future in zip(wanted, futures, strict=True):
+            futures = [batcher.submit(ids) for ids in sequences]
+            for ids, future in zip(sequences, futures, strict=True):
                 assert answers_alike(future.result(LONG), engine.run(ids))
         with pytest.raises(InputError, match="no token can be masked"):
-            list(engine.stream(wanted))
+            list(engine.stream(sequences))
 
 
 def test_the_token_budget_counts_all_choices(bundle: MakeBundle) -> None:
@@ -270,25 +271,25 @@ def test_close_runs_pending_requests_and_refuses_new_ones(engine: Engine) -> Non
 
 
 def test_asyncio_calls_give_the_engine_s_outputs(engine: Engine) -> None:
-    wanted = documents(20, seed=1)
+    sequences = documents(20, seed=1)
 
     async def ask_all() -> tuple[list[Any], Any]:
         with Batcher(engine, max_delay_ms=20) as batcher:
-            together = await asyncio.gather(*(batcher.run(ids) for ids in wanted))
-        return together, await engine.run_async(wanted[0])
+            together = await asyncio.gather(*(batcher.run(ids) for ids in sequences))
+        return together, await engine.run_async(sequences[0])
 
     together, alone = asyncio.run(ask_all())
-    assert all(answers_alike(found, engine.run(ids)) for found, ids in zip(together, wanted, strict=True))
-    assert answers_alike(alone, engine.run(wanted[0]))
+    assert all(answers_alike(outputs, engine.run(ids)) for outputs, ids in zip(together, sequences, strict=True))
+    assert answers_alike(alone, engine.run(sequences[0]))
 
 
 def test_multiple_choice_groups_equal_numbers_of_choices(bundle: MakeBundle) -> None:
     random = np.random.default_rng(0)
     with Engine(bundle("multiple-choice"), threads=1) as engine, Batcher(engine, max_delay_ms=100) as batcher:
-        wanted = [random.integers(3, VOCAB_SIZE, (choices, 20)) for choices in (2, 3, 2)]
-        marks = [np.zeros_like(ids) for ids in wanted]
-        futures = [batcher.submit(ids, None, zero) for ids, zero in zip(wanted, marks, strict=True)]
-        for ids, zero, future in zip(wanted, marks, futures, strict=True):
+        sequences = [random.integers(3, VOCAB_SIZE, (choices, 20)) for choices in (2, 3, 2)]
+        masks = [np.zeros_like(ids) for ids in sequences]
+        futures = [batcher.submit(ids, None, zero) for ids, zero in zip(sequences, masks, strict=True)]
+        for ids, zero, future in zip(sequences, masks, futures, strict=True):
             assert answers_alike(future.result(LONG), engine.run(ids, None, zero))
 
 

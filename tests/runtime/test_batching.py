@@ -20,17 +20,17 @@ from tests.conftest import MakeBundle
 BUDGET = 1000
 
 
-def cost(lengths: list[int], found: list[list[int]]) -> int:
+def cost(lengths: list[int], groups: list[list[int]]) -> int:
     """Tokens computed, starts of batches included."""
-    return sum(BATCH_COST + len(members) * max(lengths[i] for i in members) for members in found)
+    return sum(BATCH_COST + len(group) * max(lengths[i] for i in group) for group in groups)
 
 
 @given(st.lists(st.integers(1, 1500), max_size=60))
 def test_each_document_is_in_one_batch_and_no_batch_is_above_the_budget(lengths: list[int]) -> None:
-    found = batches(lengths, BUDGET)
-    assert sorted(itertools.chain.from_iterable(found)) == list(range(len(lengths)))
-    for members in found:
-        assert len(members) == 1 or len(members) * max(lengths[i] for i in members) <= BUDGET
+    groups = batches(lengths, BUDGET)
+    assert sorted(itertools.chain.from_iterable(groups)) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= BUDGET
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=6))
@@ -51,30 +51,30 @@ def test_no_other_grouping_costs_less(lengths: list[int]) -> None:
 def test_documents_of_all_lengths_get_little_padding() -> None:
     random = np.random.default_rng(0)
     lengths = [int(n) for n in np.clip(random.lognormal(6.5, 1.0, 200), 50, 4096)]
-    found = batches(lengths, 8192)
-    padded = sum(len(members) * max(lengths[i] for i in members) for members in found)
+    groups = batches(lengths, 8192)
+    padded = sum(len(group) * max(lengths[i] for i in group) for group in groups)
     assert padded <= 1.1 * sum(lengths)
 
 
 @given(st.lists(st.integers(1, 5), max_size=40))
 def test_without_padding_only_equal_lengths_run_together(lengths: list[int]) -> None:
-    found = batches(lengths, BUDGET, pad=False)
-    assert sorted(itertools.chain.from_iterable(found)) == list(range(len(lengths)))
-    assert len(found) == len(set(lengths))
-    assert all(len({lengths[i] for i in members}) == 1 for members in found)
+    groups = batches(lengths, BUDGET, pad=False)
+    assert sorted(itertools.chain.from_iterable(groups)) == list(range(len(lengths)))
+    assert len(groups) == len(set(lengths))
+    assert all(len({lengths[i] for i in group}) == 1 for group in groups)
     few = batches(lengths, 12, lambda batch, seqlen: batch <= 3, pad=False)
     assert sorted(itertools.chain.from_iterable(few)) == list(range(len(lengths)))
-    for members in few:
-        assert len({lengths[i] for i in members}) == 1
-        assert len(members) <= max(1, min(3, 12 // lengths[members[0]]))
+    for group in few:
+        assert len({lengths[i] for i in group}) == 1
+        assert len(group) <= max(1, min(3, 12 // lengths[group[0]]))
     for length, count in Counter(lengths).items():  # and no batch more than it takes
         most = min(3, 12 // length)
-        assert sum(lengths[members[0]] == length for members in few) == -(-count // most)
+        assert sum(lengths[group[0]] == length for group in few) == -(-count // most)
 
 
 def test_batches_stay_within_the_backend_s_limit() -> None:
-    found = batches([5] * 10, BUDGET, lambda batch, seqlen: batch <= 3)
-    assert max(map(len, found)) == 3
+    groups = batches([5] * 10, BUDGET, lambda batch, seqlen: batch <= 3)
+    assert max(map(len, groups)) == 3
 
 
 SEQUENCES = [[5 + i % 40 for i in range(n)] for n in (3, 90, 1, 17, 90, 40, 2, 128)]
@@ -101,11 +101,11 @@ def test_a_stream_gives_results_in_the_order_of_the_documents(ahead: int, bundle
                 read.append(i)
                 yield sequence
 
-        for i, found in enumerate(engine.stream(documents(), ahead=ahead)):
+        for i, outputs in enumerate(engine.stream(documents(), ahead=ahead)):
             assert len(read) <= (i // ahead + 1) * ahead  # no further ahead than it may
             alone = engine.run(SEQUENCES[i])
             for name, array in alone.items():
-                np.testing.assert_allclose(found[name], array[0], rtol=0, atol=1e-5)
+                np.testing.assert_allclose(outputs[name], array[0], rtol=0, atol=1e-5)
         assert len(read) == len(SEQUENCES)
 
 

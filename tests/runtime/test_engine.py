@@ -49,19 +49,19 @@ def random_ids(*shape: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).integers(3, VOCAB_SIZE, shape)
 
 
-def assert_same(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
+def assert_same(outputs: Any, expected: Any, tolerance: float = 1e-5) -> None:
     """All outputs, lists included."""
-    assert list(found) == list(expected)
+    assert list(outputs) == list(expected)
     for name in expected:
-        assert len(found[name]) == len(expected[name])
-        for ours, theirs in zip(found[name], expected[name], strict=True):
-            assert ours.shape == theirs.shape
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance, err_msg=name)
+        assert len(outputs[name]) == len(expected[name])
+        for array, expected_array in zip(outputs[name], expected[name], strict=True):
+            assert array.shape == expected_array.shape
+            np.testing.assert_allclose(array, expected_array, rtol=0, atol=tolerance, err_msg=name)
 
 
-def differs(found: Any, other: Any) -> bool:
+def differs(outputs: Any, other: Any) -> bool:
     """Whether any output is more than rounding away."""
-    return any(float(np.abs(found[name] - other[name]).max()) > 1e-3 for name in found)
+    return any(float(np.abs(outputs[name] - other[name]).max()) > 1e-3 for name in outputs)
 
 
 @pytest.mark.parametrize(("batch", "seqlen"), [(1, 1), (2, 7), (3, 8), (1, 9), (2, 17), (2, 128)])
@@ -245,8 +245,8 @@ def test_two_concurrent_threads_get_the_outputs_of_one(bundle: MakeBundle, backe
             return [loaded.run(ids) for _ in range(10) for ids in mine]
 
         with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(work, batches))
-    for ours, theirs in zip(found, expected, strict=True):
+            results = list(pool.map(work, batches))
+    for ours, theirs in zip(results, expected, strict=True):
         for i, outputs in enumerate(ours):
             assert_same(outputs, theirs[i % len(theirs)], tolerance=1e-6)
 
@@ -489,26 +489,26 @@ def test_an_engine_is_reopened_by_another_process(
         "print(engine.backend.split()[0], engine.threads, engine.token_budget);"
         "print(engine.run([5, 6])['pooler_output'][0, 0])"
     )
-    found = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300, cwd=tmp_path
     ).stdout.split()
-    assert found[:3] == ["openvino", "1", "99"]
-    assert float(found[3]) == pytest.approx(float(engine.run([5, 6])["pooler_output"][0, 0]), abs=1e-5)
+    assert printed[:3] == ["openvino", "1", "99"]
+    assert float(printed[3]) == pytest.approx(float(engine.run([5, 6])["pooler_output"][0, 0]), abs=1e-5)
 
 
 def _mutate(data: bytes, random: np.random.Generator) -> bytes:
     changed = bytearray(data)
     for _ in range(random.integers(1, 4)):
-        place, byte = int(random.integers(len(changed))), int(random.integers(256))
+        position, byte = int(random.integers(len(changed))), int(random.integers(256))
         action = random.integers(5)
         if action == 0:
-            del changed[place : place + int(random.integers(1, 20))]
+            del changed[position : position + int(random.integers(1, 20))]
         elif action == 1:
-            changed.insert(place, byte)
+            changed.insert(position, byte)
         elif action == 2:
-            changed[place] = b'0123456789.-"[]{},:'[byte % 19]
+            changed[position] = b'0123456789.-"[]{},:'[byte % 19]
         else:
-            changed[place] = byte
+            changed[position] = byte
     return bytes(changed)
 
 

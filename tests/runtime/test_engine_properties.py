@@ -192,8 +192,8 @@ def test_any_object_as_choices_is_run_or_is_an_input_error(
 @given(documents=st.lists(VALID, max_size=3) | st.lists(ANYTHING, max_size=3) | ANYTHING, ahead=st.integers(1, 3))
 def test_any_object_is_a_stream_or_an_input_error(documents: Any, ahead: int, engine: Engine) -> None:
     try:
-        found = list(engine.stream(documents, ahead=ahead))
+        results = list(engine.stream(documents, ahead=ahead))
     except InputError as error:
         assert "\n" not in str(error)
     else:
-        assert all(np.isfinite(output).all() for outputs in found for output in outputs.values())
+        assert all(np.isfinite(output).all() for outputs in results for output in outputs.values())

@@ -113,9 +113,9 @@ class NoArray:
 
 def circle() -> list[Any]:
     """A list that holds itself."""
-    found: list[Any] = []
-    found.append(found)
-    return found
+    nested: list[Any] = []
+    nested.append(nested)
+    return nested
 
 
 MASKED = np.ma.masked_array([3, 4], mask=[0, 1])
@@ -192,9 +192,9 @@ def test_ragged_masks_keep_their_values_and_are_padded_with_zeros() -> None:
     assert batch.feeds["global_attention_mask"].tolist() == [[1, 1, 0], [0, 1, 0]]
 
 
-@pytest.mark.parametrize("kind", [bool, np.int8, np.float32])
-def test_a_mask_of_any_numeric_dtype_becomes_int64(kind: Any) -> None:
-    mask = np.array([[1, 0, 1]], dtype=kind)
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.float32])
+def test_a_mask_of_any_numeric_dtype_becomes_int64(dtype: Any) -> None:
+    mask = np.array([[1, 0, 1]], dtype=dtype)
     batch = prepare([3, 4, 5], mask, mask, signature())
     for name in GRAPH_INPUTS[1:]:
         assert batch.feeds[name].dtype == np.int64
@@ -556,8 +556,8 @@ def test_all_lists_of_sequences_within_the_limits_round_trip(rows: list[list[int
     ids, mask = batch.feeds["input_ids"], batch.feeds["attention_mask"]
     assert batch.lengths == (tuple(lengths) if len(set(lengths)) > 1 else None)
     assert ids.shape == mask.shape == batch.feeds["global_attention_mask"].shape == (len(rows), max(lengths))
-    for row, length, found, real in zip(rows, lengths, ids.tolist(), mask.tolist(), strict=True):
-        assert found == row + [PAD] * (max(lengths) - length)
+    for row, length, padded, real in zip(rows, lengths, ids.tolist(), mask.tolist(), strict=True):
+        assert padded == row + [PAD] * (max(lengths) - length)
         assert real == [1] * length + [0] * (max(lengths) - length)
 
 

@@ -21,12 +21,12 @@ def test_runs_batches_tokens_and_failures_are_counted(bundle: MakeBundle) -> Non
         engine.run([3, 4, 5, 6], attention_mask=[1, 1, 1, 0])
         with pytest.raises(InputError):
             engine.run([])
-        found = engine.metrics.snapshot()
-    assert (found.requests, found.failed, found.sequences, found.batches) == (3, 1, 5, 3)
-    assert (found.tokens, found.padding_tokens) == (6 + 18 + 3, 2 + 1)
-    assert found.padding_share == pytest.approx(3 / 30)
-    assert sum(found.latency_counts) == 3
-    assert found.latency_seconds > 0
+        counts = engine.metrics.snapshot()
+    assert (counts.requests, counts.failed, counts.sequences, counts.batches) == (3, 1, 5, 3)
+    assert (counts.tokens, counts.padding_tokens) == (6 + 18 + 3, 2 + 1)
+    assert counts.padding_share == pytest.approx(3 / 30)
+    assert sum(counts.latency_counts) == 3
+    assert counts.latency_seconds > 0
 
 
 def test_streams_count_tokens_and_batchers_count_requests(bundle: MakeBundle) -> None:
@@ -61,9 +61,10 @@ def test_no_count_is_lost_between_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    found = metrics.snapshot()
-    assert (found.requests, found.batches, found.tokens, found.padding_tokens) == (16000, 16000, 32000, 48000)
-    assert found.latency_counts[LATENCY_BUCKETS.index(0.025)] == 16000
+    counts = metrics.snapshot()
+    assert (counts.requests, counts.batches) == (16000, 16000)
+    assert (counts.tokens, counts.padding_tokens) == (32000, 48000)
+    assert counts.latency_counts[LATENCY_BUCKETS.index(0.025)] == 16000
 
 
 def test_prometheus_parses_the_text() -> None:

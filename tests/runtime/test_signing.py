@@ -61,18 +61,18 @@ def signed(bundle: MakeBundle, tmp_path: Path) -> Path:
 
 
 def test_every_file_of_a_bundle_is_checked_without_a_key(bundle: MakeBundle) -> None:
-    found = verify(bundle())
-    assert found.manifest == bundle() / MANIFEST
-    assert set(found.files) == {path.name for path in bundle().iterdir()} - {MANIFEST}
-    assert (found.key_id, found.trusted_comment) == (None, None)
-    assert verify(bundle() / MODEL) == found
+    result = verify(bundle())
+    assert result.manifest == bundle() / MANIFEST
+    assert set(result.files) == {path.name for path in bundle().iterdir()} - {MANIFEST}
+    assert (result.key_id, result.trusted_comment) == (None, None)
+    assert verify(bundle() / MODEL) == result
 
 
 def test_a_signed_bundle_has_the_key_id_and_the_trusted_comment(signed: Path, tmp_path: Path) -> None:
-    found = verify(signed, SIGNER.public())
-    assert (found.key_id, found.trusted_comment) == ("0706050403020100", COMMENT)
+    result = verify(signed, SIGNER.public())
+    assert (result.key_id, result.trusted_comment) == ("0706050403020100", COMMENT)
     (tmp_path / "me.pub").write_text(f"untrusted comment: my key\n{SIGNER.public()}\n")
-    assert verify(signed, tmp_path / "me.pub") == verify(str(signed), str(tmp_path / "me.pub")) == found
+    assert verify(signed, tmp_path / "me.pub") == verify(str(signed), str(tmp_path / "me.pub")) == result
 
 
 def test_the_signature_may_have_any_path(signed: Path, tmp_path: Path) -> None:
@@ -102,10 +102,10 @@ def test_the_verified_bytes_are_the_bytes_that_are_parsed(
     """Somebody exchanges the manifest and a file just after the signature was checked."""
 
     def check_and_exchange(*arguments: object) -> tuple[str, str]:
-        found = check_signature(*arguments)  # type: ignore[arg-type]
+        result = check_signature(*arguments)  # type: ignore[arg-type]
         (signed / "config.json").write_text("{}")
         Manifest.read(signed).write(signed)
-        return found
+        return result
 
     monkeypatch.setattr("lfx.runtime.signing.check_signature", check_and_exchange)
     with pytest.raises(ArtifactError, match=r"config\.json"):
@@ -166,8 +166,8 @@ def test_a_plan_is_signed_by_its_json(bundle: MakeBundle, tmp_path: Path) -> Non
     )
     manifest.write(plan)
     Path(f"{json_path(plan)}.minisig").write_text(SIGNER.sign(json_path(plan).read_bytes()))
-    found = verify(plan, SIGNER.public())
-    assert (found.manifest, found.files, found.trusted_comment) == (json_path(plan), ("m.plan",), COMMENT)
+    result = verify(plan, SIGNER.public())
+    assert (result.manifest, result.files, result.trusted_comment) == (json_path(plan), ("m.plan",), COMMENT)
     plan.write_bytes(b"nalp")
     with pytest.raises(ArtifactError, match="was changed after the build"):
         verify(plan, SIGNER.public())
@@ -176,8 +176,8 @@ def test_a_plan_is_signed_by_its_json(bundle: MakeBundle, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("name", "comment"), [("signed.json", "release 1, für alle"), ("legacy", None)])
 def test_signatures_of_the_real_minisign_are_verified(name: str, comment: str | None) -> None:
     content = (REAL / "signed.json").read_bytes()
-    found = check_signature(content, REAL / "signed.json", REAL / "minisign.pub", REAL / f"{name}.minisig")
-    assert found == ("81848B69320E3F34", comment or "timestamp:1795546612\tfile:signed.json")
+    result = check_signature(content, REAL / "signed.json", REAL / "minisign.pub", REAL / f"{name}.minisig")
+    assert result == ("81848B69320E3F34", comment or "timestamp:1795546612\tfile:signed.json")
     with pytest.raises(ArtifactError, match="does not fit"):
         check_signature(content + b" ", REAL / "signed.json", REAL / "minisign.pub", REAL / f"{name}.minisig")
 

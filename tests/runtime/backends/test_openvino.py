@@ -47,10 +47,10 @@ def test_a_cpu_without_bfloat16_refuses_it(bundle: MakeBundle, monkeypatch: pyte
 
 def test_precision_fp32_computes_a_bf16_bundle_in_float32(bundle: MakeBundle) -> None:
     ids = np.arange(3, 40)
-    with Engine(bundle(precision="bf16"), "openvino", precision="fp32") as wide, Engine(bundle()) as right:
-        assert wide.precision == "fp32"
-        found, wanted = wide.run(ids)["last_hidden_state"], right.run(ids)["last_hidden_state"]
-    assert np.allclose(found, wanted, atol=0.1)
+    with Engine(bundle(precision="bf16"), "openvino", precision="fp32") as upcast, Engine(bundle()) as original:
+        assert upcast.precision == "fp32"
+        actual, expected = upcast.run(ids)["last_hidden_state"], original.run(ids)["last_hidden_state"]
+    assert np.allclose(actual, expected, atol=0.1)
 
 
 @pytest.mark.parametrize(

@@ -223,18 +223,18 @@ def test_close_frees_all_memory(machine: Any, cuda: Any, tmp_path: Path) -> None
 
 
 def test_the_profile_follows_the_shape(machine: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    taken: list[int] = []
+    profiles: list[int] = []
     original = fake_tensorrt.Context.set_optimization_profile_async
     monkeypatch.setattr(
         fake_tensorrt.Context,
         "set_optimization_profile_async",
-        lambda self, profile, stream: taken.append(profile) or original(self, profile, stream),
+        lambda self, profile, stream: profiles.append(profile) or original(self, profile, stream),
     )
     with Engine(write_plan(tmp_path)) as engine:
         for shape in ((1, 10), (8, 32), (1, 60), (2, 33), (1, 5)):
             ids = np.ones(shape, int)
             np.testing.assert_array_equal(engine.run(ids)["pooler_output"], expected(ids)["pooler_output"])
-        assert taken == [1, 0]  # a new context has the first
+        assert profiles == [1, 0]  # a new context has the first
         with pytest.raises(
             InputError, match=r"batch 3, seqlen 40 is outside what the plan was built for \(batch 1:1:8"
         ):

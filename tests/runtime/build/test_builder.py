@@ -403,11 +403,11 @@ def test_random_changes_of_json_and_plan_are_refused(copy: Path) -> None:
         for _ in range(200):
             data = bytearray(original)
             for _ in range(random.integers(1, 4)):
-                place = int(random.integers(reach))
+                position = int(random.integers(reach))
                 if random.integers(3) == 0:
-                    del data[place : place + int(random.integers(1, 9))]
+                    del data[position : position + int(random.integers(1, 9))]
                 else:
-                    data[place] ^= int(random.integers(1, 256))
+                    data[position] ^= int(random.integers(1, 256))
             path.write_bytes(data)
             try:
                 PlanManifest.read(copy).verify(copy)

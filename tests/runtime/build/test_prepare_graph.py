@@ -58,12 +58,12 @@ def test_a_frozen_graph_gives_the_bundle_s_outputs(slots: int, bundle: MakeBundl
     freeze.name_plugins(model)
     path = _save(model, tmp_path)
     onnx.checker.check_model(path, full_check=True)
-    with Engine(bundle()) as right, Engine(path) as frozen:
+    with Engine(bundle()) as original, Engine(path) as frozen:
         limit = Manifest.read(bundle()).validation["outputs"]["last_hidden_state"]["tolerance"]
         for case in full_cases(8, 128)[::3]:
-            inputs = model_inputs(case, right.signature)
+            inputs = model_inputs(case, original.signature)
             if inputs["global_attention_mask"].sum(axis=1).max() <= slots:  # also fewer tokens than slots
-                ours, theirs = engine_runner(frozen)(inputs), engine_runner(right)(inputs)
+                ours, theirs = engine_runner(frozen)(inputs), engine_runner(original)(inputs)
                 for name in theirs:
                     np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=2 * limit)
 
@@ -129,9 +129,9 @@ def test_inlined_functions_leave_standard_ops_with_unique_names(bundle: MakeBund
 class _Own(torch.nn.Module):
     """A module with a TopK, or an If, of its own."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, op_type: str) -> None:
         super().__init__()
-        self.inner, self.kind = tiny_model(), kind
+        self.inner, self.op_type = tiny_model(), op_type
 
     def forward(
         self,
@@ -140,29 +140,29 @@ class _Own(torch.nn.Module):
         global_attention_mask: torch.Tensor | None = None,
     ) -> Any:
         hidden = self.inner(input_ids, attention_mask=attention_mask, global_attention_mask=global_attention_mask)[0]
-        if self.kind == "TopK":
+        if self.op_type == "TopK":
             return torch.sort(hidden[..., 0], dim=1, descending=True)[0]
         few = attention_mask.float().mean() < 0.75
         return torch.cond(few, lambda x: x * 2, lambda x: x * 3, (hidden,))
 
 
-@pytest.mark.parametrize(("kind", "options"), [("TopK", {}), ("If", {"max_global": 4})])
+@pytest.mark.parametrize(("op_type", "options"), [("TopK", {}), ("If", {"max_global": 4})])
 @pytest.mark.parametrize("inline", [False, True])
 def test_a_topk_and_an_if_of_the_user_are_not_changed(
-    kind: str, options: dict[str, Any], inline: bool, tmp_path: Path
+    op_type: str, options: dict[str, Any], inline: bool, tmp_path: Path
 ) -> None:
-    bundle = export(_Own(kind).eval(), tmp_path / "own", inline_functions=inline, **options)
+    bundle = export(_Own(op_type).eval(), tmp_path / "own", inline_functions=inline, **options)
     model = _load(bundle)
     freeze.freeze_slots(model, 4)
-    assert _ops(model).count("TopK") == (2 if kind == "TopK" else 1)
-    assert _ops(model).count("If") == (0 if kind == "TopK" else 1)
+    assert _ops(model).count("TopK") == (2 if op_type == "TopK" else 1)
+    assert _ops(model).count("If") == (0 if op_type == "TopK" else 1)
     path = _save(model, tmp_path)
-    with Engine(bundle) as right, Engine(path) as frozen:
+    with Engine(bundle) as original, Engine(path) as frozen:
         for length in (1, 3, 20):
             ids = np.arange(length)[None] + 5
             for mask in (np.ones_like(ids), (ids < 7).astype(np.int64)):
                 np.testing.assert_allclose(
-                    frozen.run(ids, mask)["output"], right.run(ids, mask)["output"], rtol=0, atol=1e-5
+                    frozen.run(ids, mask)["output"], original.run(ids, mask)["output"], rtol=0, atol=1e-5
                 )
 
 

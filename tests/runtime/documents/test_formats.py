@@ -63,15 +63,15 @@ def test_rows_are_written_in_several_row_groups(tmp_path: Path, monkeypatch: pyt
         for i in range(1, 20)
     ]
     rows.insert(3, {"line": 3, "error": "bad"})
-    found = table(rows, tmp_path)
-    assert found.column_names == ["line", "window", "tokens", "answers", "outputs", "error"]
-    assert [{k: v for k, v in row.items() if v is not None} for row in found.to_pylist()] == rows
+    written = table(rows, tmp_path)
+    assert written.column_names == ["line", "window", "tokens", "answers", "outputs", "error"]
+    assert [{k: v for k, v in row.items() if v is not None} for row in written.to_pylist()] == rows
     assert parquet.ParquetFile(tmp_path / "out.parquet").num_row_groups > 4
 
 
 def test_no_rows_give_an_empty_table_with_a_line_column(tmp_path: Path) -> None:
-    found = table([], tmp_path)
-    assert (found.column_names, found.num_rows) == (["line"], 0)
+    written = table([], tmp_path)
+    assert (written.column_names, written.num_rows) == (["line"], 0)
 
 
 def test_a_model_with_outputs_per_token_only_has_no_outputs_column(tmp_path: Path) -> None:
@@ -192,9 +192,9 @@ def test_repeated_texts_of_a_parquet_file_are_in_memory_once(tmp_path: Path) -> 
 def test_a_parquet_row_that_cannot_be_read_is_one_refused_row(tmp_path: Path) -> None:
     raw = pyarrow.array([b"the fox", b"\xff\xfe", b"dog"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": raw, "more": [1, 2, 3]}), tmp_path / "in.parquet")
-    found = list(read_documents(tmp_path / "in.parquet"))
-    assert [found[0], found[2]] == [(1, {"text": "the fox"}), (3, {"text": "dog"})]
-    assert isinstance(found[1][1], InputError)
+    documents = list(read_documents(tmp_path / "in.parquet"))
+    assert [documents[0], documents[2]] == [(1, {"text": "the fox"}), (3, {"text": "dog"})]
+    assert isinstance(documents[1][1], InputError)
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.parquet"])

@@ -78,8 +78,8 @@ def test_chunks_from_a_changed_byte_on_are_dropped(tmp_path: Path) -> None:
         changed[position] ^= 1
         journal_path(output).write_bytes(changed)
         header, end = len(json.dumps(HEADER)) + 1, whole.rindex(b'{"line": 7')
-        right = 0 if position < header or position < second else 3 if position < end else 6
-        assert reopened(output)[0] == right
+        expected = 0 if position < header or position < second else 3 if position < end else 6
+        assert reopened(output)[0] == expected
 
 
 def sealed_marker(before: bytes, **changes: Any) -> bytes:
@@ -175,14 +175,14 @@ def fifo(path: Path, victim: Path) -> None:
     os.mkfifo(path)
 
 
-@pytest.mark.parametrize("place", [link, hard_link, folder, fifo])
+@pytest.mark.parametrize("make", [link, hard_link, folder, fifo])
 def test_a_foreign_file_of_the_journal_s_name_is_left_alone(
-    place: Callable[[Path, Path], None], bundle: MakeBundle, tmp_path: Path
+    make: Callable[[Path, Path], None], bundle: MakeBundle, tmp_path: Path
 ) -> None:
     source, output, victim = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "victim"
     source.write_text('{"input_ids": [3, 4]}\n')
     victim.write_text("mine\n")
-    place(journal_path(output), victim)
+    make(journal_path(output), victim)
     with (
         Engine(bundle("text-classification"), threads=1) as engine,
         pytest.raises(InputError, match=r"out\.jsonl\.partial, the journal .* cannot be opened: .*; remove it"),
@@ -216,8 +216,8 @@ def test_a_run_of_many_groups_and_chunks_resumes_to_the_same_file(
     source.write_text("".join(json.dumps({"text": "the fox " * (n // 2)}) + "\n" for n in lengths))
     bundled = bundle("text-classification")
     with Engine(bundled, threads=1) as engine:
-        reader = documents.Tokenizer(bundled, engine.signature)
-        run_documents(engine, reader, source, tmp_path / "right.jsonl", stride=20)
+        tokenizer = documents.Tokenizer(bundled, engine.signature)
+        run_documents(engine, tokenizer, source, tmp_path / "expected.jsonl", stride=20)
         infer, left = engine._backend.infer, [0]  # type: ignore[union-attr]
 
         def killed(feeds: Any) -> Any:
@@ -230,7 +230,7 @@ def test_a_run_of_many_groups_and_chunks_resumes_to_the_same_file(
         for batches in (1, 3, 5, 4):
             left[0] = batches
             with pytest.raises(KeyboardInterrupt):
-                run_documents(engine, reader, source, output, stride=20)
+                run_documents(engine, tokenizer, source, output, stride=20)
         left[0] = 0
-        assert run_documents(engine, reader, source, output, stride=20).resumed_at in (3, 6)
-    assert output.read_bytes() == (tmp_path / "right.jsonl").read_bytes()
+        assert run_documents(engine, tokenizer, source, output, stride=20).resumed_at in (3, 6)
+    assert output.read_bytes() == (tmp_path / "expected.jsonl").read_bytes()
