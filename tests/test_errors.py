@@ -1,4 +1,4 @@
-"""What other libraries' errors become: one line, and what to do."""
+"""Errors of other libraries become one line with a cure."""
 
 from __future__ import annotations
 

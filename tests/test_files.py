@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, through no link, and what killed processes left is removed."""
+"""Atomic writes: no partial files, no links followed, and leftovers of killed processes are removed."""
 
 from __future__ import annotations
 

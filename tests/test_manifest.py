@@ -1,4 +1,4 @@
-"""`lfx.json`: what is written is read back, and what does not fit is refused."""
+"""`lfx.json` and signatures: round trips, and errors of broken files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ MANIFEST_VALUE = Manifest(
 
 @pytest.fixture
 def bundle_folder(tmp_path: Path) -> Path:
-    """A folder that looks like a bundle, manifest included."""
+    """A folder with the files of a bundle and its manifest."""
     folder = tmp_path / "bundle"
     (folder / "extra").mkdir(parents=True)
     (folder / MODEL).write_bytes(b"model" * 100)
@@ -61,7 +61,7 @@ def bundle_folder(tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, **changes: Any) -> Path:
-    """Change values of `lfx.json` and seal it again; a value of ... takes the key out."""
+    """Change values of `lfx.json` and seal it again; the value ... removes the key."""
     data = json.loads((folder / MANIFEST).read_text())
     data.update(changes)
     data = {key: value for key, value in data.items() if value is not ...}
@@ -147,7 +147,7 @@ def test_manifest_has_its_format_version(bundle_folder: Path) -> None:
 
 
 def test_manifest_lists_size_and_digest_of_all_other_files(bundle_folder: Path) -> None:
-    MANIFEST_VALUE.write(bundle_folder)  # a second time: its own file stays out
+    MANIFEST_VALUE.write(bundle_folder)  # a second time, which must not list lfx.json itself
     files = Manifest.read(bundle_folder).files
     assert set(files) == {MODEL, WEIGHTS, "extra/vocab.txt"}
     for name, entry in files.items():

@@ -1,4 +1,4 @@
-"""Whatever a manifest, a plan's JSON or the metadata of a model holds: it is read, or it is an ArtifactError."""
+"""Random manifests, plan JSON and metadata of models: they are read, or are an ArtifactError."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def places(value: Any) -> list[tuple[Any, ...]]:
 
 @st.composite
 def spoiled(draw: st.DrawFn, original: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object with one to three of its values replaced or taken out."""
+    """A JSON object with one to three of its values replaced or removed."""
     data = json.loads(json.dumps(copy.deepcopy(original)))
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(places(data)[1:]))

@@ -1,4 +1,4 @@
-"""What lfx reads of an ONNX file by itself, beside what the onnx package reads of it."""
+"""`read_header` compared with the onnx package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def external(name: str, location: str) -> TensorProto:
 
 
 def model_with_weights_everywhere() -> onnx.ModelProto:
-    """One external tensor in every field of ONNX that can hold one."""
+    """A model with one external tensor in each ONNX field that can have one."""
     branch = helper.make_graph([], "branch", [], [], initializer=[external("b", "branch.bin")])
     inner = helper.make_node("Constant", [], ["c"], value=external("c", "constant.bin"))
     many = helper.make_node("Other", [], ["d"], domain="x", tensors=[external("d", "list.bin")])
@@ -78,7 +78,7 @@ def test_two_entries_of_lfx_metadata_are_refused(tmp_path: Path) -> None:
 
 
 def calling(calls: dict[str, list[str]], graph: list[str]) -> bytes:
-    """A model whose functions and whose graph have one node for each name that they call, the last one in a branch."""
+    """A model whose graph and functions have one node for each name that they call, the last one in a subgraph."""
 
     def nodes(names: list[str]) -> list[onnx.NodeProto]:
         made = [helper.make_node(name, [], [f"o{i}"], domain="x" * (name in calls)) for i, name in enumerate(names)]
@@ -92,7 +92,7 @@ def calling(calls: dict[str, list[str]], graph: list[str]) -> bytes:
 
 
 def count(graph: onnx.GraphProto) -> int:
-    """Number of nodes, those of inner graphs too."""
+    """Number of nodes, nodes of subgraphs included."""
     inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
     return len(graph.node) + sum(map(count, inner))
 

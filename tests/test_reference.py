@@ -1,4 +1,4 @@
-"""The dense definition, against sums written out by hand and against Hugging Face."""
+"""The dense reference against a scalar implementation and against Hugging Face."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lfx.reference import banded_attention, global_attention
 from tests.models import VOCAB_SIZE, WINDOW, tiny_model
 
 
-def _literal(q, k, v, mask, index, rows, *, heads, window, dilation, causal, scale):
-    """The op's definition in design.md, one query and one key at a time."""
+def _scalar_attention(q, k, v, mask, index, rows, *, heads, window, dilation, causal, scale):
+    """The op's definition, one query and one key at a time."""
     batch, seqlen, width = q.shape
     size = width // heads
     out = np.zeros_like(q)
@@ -56,7 +56,9 @@ def test_banded_attention_equals_the_definition_one_pair_at_a_time(window: int, 
     actual = banded_attention(
         q, k, v, mask, index, rows, num_heads=2, window=window, dilation=dilation, causal=causal, scale=0.3
     )
-    expected = _literal(q, k, v, mask, index, rows, heads=2, window=window, dilation=dilation, causal=causal, scale=0.3)
+    expected = _scalar_attention(
+        q, k, v, mask, index, rows, heads=2, window=window, dilation=dilation, causal=causal, scale=0.3
+    )
     np.testing.assert_allclose(actual, expected, atol=1e-13)
 
 
@@ -78,7 +80,7 @@ def test_rows_without_a_visible_key_are_zero() -> None:
 
 
 def test_dense_model_agrees_with_hugging_face() -> None:
-    """The two share no attention code; float32 of Hugging Face's is the larger part of the distance."""
+    """The two models share no attention code; the tolerance covers Hugging Face's float32 rounding."""
     model = tiny_model()
     dense, eager = reference_runner(model), torch_runner(model)
     for case in full_cases(WINDOW, 128):

@@ -200,4 +200,7 @@ def shown(value: Any) -> str:
         text = repr(f"{value[:60]}…" if isinstance(value, str) and len(value) > 70 else value)
     except Exception:
         return type(value).__name__
-    return text if len(text) <= 80 and text.isprintable() else f"a {type(value).__name__}"
+    if len(text) <= 80 and text.isprintable():
+        return text
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"

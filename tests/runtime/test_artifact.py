@@ -1,4 +1,4 @@
-"""Bundles of links, weights that no manifest lists, and manifests that say something else than their model."""
+"""Bundles of links, weights that no manifest lists, and manifests whose signature is not the model's."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ IDS = [5, 6, 7, 8, 9]
 
 @pytest.fixture
 def copy(bundle: MakeBundle, tmp_path: Path) -> Path:
-    """A bundle of its own, whose files have one name each."""
+    """A copy of a bundle for one test, without hard links."""
     return shutil.copytree(bundle(), tmp_path / "copy")
 
 
 def reseal(folder: Path, **changes: Any) -> None:
-    """Change values of the manifest, list its files again where they changed, and seal it."""
+    """Change values of the manifest, update the digests of changed files, and seal it."""
     data = json.loads((folder / MANIFEST).read_text())
     files = {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in data["files"]}
     (folder / MANIFEST).write_text(json.dumps(sealed({**data, "files": files, **changes})))
@@ -49,13 +49,13 @@ def answer(path: Path, backend: str = "onnxruntime") -> np.ndarray[Any, Any]:
 
 
 def hub_cache(copy: Path, linked: Path) -> None:
-    """Links into one folder of blobs."""
+    """Link to files in one folder of blobs, as a hub cache does."""
     for path in copy.iterdir():
         (linked / path.name).symlink_to(path)
 
 
 def folder_per_file(copy: Path, linked: Path) -> None:
-    """Links into a folder for each file, as DVC and git-annex have them."""
+    """Link to files in one folder each, as DVC and git-annex do."""
     for path in copy.iterdir():
         blob = copy.parent / "annex" / sha256(path)[:2] / sha256(path)
         blob.parent.mkdir(parents=True, exist_ok=True)
@@ -64,13 +64,13 @@ def folder_per_file(copy: Path, linked: Path) -> None:
 
 
 def hard_links(copy: Path, linked: Path) -> None:
-    """Every file has a second name."""
+    """Give each file a second hard link."""
     for path in copy.iterdir():
         os.link(path, linked / path.name)
 
 
 def chain(copy: Path, linked: Path) -> None:
-    """A link to a link."""
+    """Link to links."""
     for path in copy.iterdir():
         (copy.parent / f"{path.name}.link").symlink_to(path)
         (linked / path.name).symlink_to(copy.parent / f"{path.name}.link")

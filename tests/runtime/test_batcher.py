@@ -1,4 +1,4 @@
-"""Requests that arrive together run together: right answers, the latency bound, overload, cancelling, closing."""
+"""`Batcher`: outputs, grouping, maximum delay, overload, cancellation, close."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lfx.runtime import Batcher, Engine
 from tests.conftest import MakeBundle
 from tests.models import VOCAB_SIZE, tiny_model
 
-LONG = 60.0  # seconds; no test waits so long unless something hangs
+LONG = 60.0  # seconds; a test waits this long only if something hangs
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def documents(count: int, seed: int = 0) -> list[Any]:
 
 
 class Recorded:
-    """An Engine whose batches are counted, and may be held back."""
+    """An Engine that records the sizes of its batches and can be made to wait."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -112,7 +112,7 @@ def test_a_single_request_waits_max_delay(engine: Engine) -> None:
         start = time.monotonic()
         batcher.submit(np.arange(3, 13)).result(LONG)
         elapsed = time.monotonic() - start
-    assert 0.045 <= elapsed < 2.0  # the bound, and a slow machine's computing
+    assert 0.045 <= elapsed < 2.0  # the delay, and the run on a slow machine
 
 
 def test_very_different_lengths_run_in_separate_batches(engine: Engine) -> None:
@@ -206,7 +206,7 @@ def test_callbacks_may_close_the_batcher(engine: Engine) -> None:
     for future, event in zip(futures, closed, strict=True):
         future.add_done_callback(lambda _, event=event: (batcher.close(), event.set()))  # type: ignore[misc]
     recorded.gate.set()
-    assert all(future.result(LONG) for future in futures)  # those that waited too
+    assert all(future.result(LONG) for future in futures)  # those that were pending too
     assert all(event.wait(LONG) for event in closed)
     with pytest.raises(OverloadError, match="closed"):
         batcher.submit([3, 4])
@@ -230,7 +230,7 @@ def test_cancelled_requests_do_not_count_as_pending(engine: Engine) -> None:
 
 
 class Unmasked(torch.nn.Module):
-    """A model that takes no attention_mask, so that no padding can be hidden from it."""
+    """A model without an attention_mask, so that padding cannot be masked."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -298,7 +298,7 @@ def test_multiple_choice_groups_equal_numbers_of_choices(bundle: MakeBundle) -> 
     [
         ({"max_delay_ms": -1}, "max_delay_ms -1 is out of range"),
         ({"max_delay_ms": float("nan")}, "max_delay_ms nan is out of range"),
-        ({"max_delay_ms": 10**400}, "max_delay_ms a int is out of range"),
+        ({"max_delay_ms": 10**400}, "max_delay_ms an int is out of range"),
         ({"max_delay_ms": "5"}, "max_delay_ms is '5'; give a number"),
         ({"max_delay_ms": None}, "max_delay_ms is None; give a number"),
         ({"max_delay_ms": True}, "max_delay_ms is True; give a number"),
@@ -328,7 +328,7 @@ def test_a_batcher_cannot_be_pickled(engine: Engine) -> None:
 
 
 def exits(_: Any) -> None:
-    """A callback that would end its thread."""
+    """Raise SystemExit, as a callback."""
     raise SystemExit("mine")
 
 

@@ -1,4 +1,4 @@
-"""Which documents run together: every one once, within the budget, and with little computed for padding."""
+"""Grouping of sequences into batches: each once, within the token budget, with little padding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BUDGET = 1000
 
 
 def cost(lengths: list[int], groups: list[list[int]]) -> int:
-    """Tokens computed, starts of batches included."""
+    """The cost that `batches` minimizes."""
     return sum(BATCH_COST + len(group) * max(lengths[i] for i in group) for group in groups)
 
 
@@ -67,7 +67,7 @@ def test_without_padding_only_equal_lengths_run_together(lengths: list[int]) -> 
     for group in few:
         assert len({lengths[i] for i in group}) == 1
         assert len(group) <= max(1, min(3, 12 // lengths[group[0]]))
-    for length, count in Counter(lengths).items():  # and no batch more than it takes
+    for length, count in Counter(lengths).items():  # no more batches than necessary
         most = min(3, 12 // length)
         assert sum(lengths[group[0]] == length for group in few) == -(-count // most)
 
@@ -102,7 +102,7 @@ def test_a_stream_gives_results_in_the_order_of_the_documents(ahead: int, bundle
                 yield sequence
 
         for i, outputs in enumerate(engine.stream(documents(), ahead=ahead)):
-            assert len(read) <= (i // ahead + 1) * ahead  # no further ahead than it may
+            assert len(read) <= (i // ahead + 1) * ahead  # reads at most `ahead` documents ahead
             alone = engine.run(SEQUENCES[i])
             for name, array in alone.items():
                 np.testing.assert_allclose(outputs[name], array[0], rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""`Engine` on tiny bundles: what comes out, and what is said about files and backends that do not fit."""
+"""`Engine` on tiny bundles: outputs, and errors of arguments, files and backends."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 @pytest.fixture(scope="module")
 def engine(bundle: MakeBundle) -> Iterator[Engine]:
-    """The bare model, with ONNX Runtime."""
+    """The base model in ONNX Runtime."""
     with Engine(bundle()) as loaded:
         yield loaded
 
 
 @pytest.fixture
 def copy(bundle: MakeBundle, tmp_path: Path) -> Path:
-    """A bundle that a test may break."""
+    """A copy of a bundle for a test that breaks it."""
     return Path(shutil.copytree(bundle(), tmp_path / "copy"))
 
 
 def random_ids(*shape: int, seed: int = 0) -> Any:
-    """Ids of real words."""
+    """Random ids without special tokens."""
     return np.random.default_rng(seed).integers(3, VOCAB_SIZE, shape)
 
 
 def assert_same(outputs: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    """All outputs, lists included."""
+    """Compare all outputs, arrays or lists."""
     assert list(outputs) == list(expected)
     for name in expected:
         assert len(outputs[name]) == len(expected[name])
@@ -60,7 +60,7 @@ def assert_same(outputs: Any, expected: Any, tolerance: float = 1e-5) -> None:
 
 
 def differs(outputs: Any, other: Any) -> bool:
-    """Whether any output is more than rounding away."""
+    """Whether an output differs by more than rounding."""
     return any(float(np.abs(outputs[name] - other[name]).max()) > 1e-3 for name in outputs)
 
 
@@ -515,7 +515,7 @@ def _mutate(data: bytes, random: np.random.Generator) -> bytes:
 def test_a_randomly_changed_manifest_is_refused_unless_its_content_is_equal(
     copy: Path, engine: Engine, monkeypatch: Any
 ) -> None:
-    # The model itself is loaded once: this is about the manifest.
+    # The backend is loaded once, since this test is about the manifest.
     monkeypatch.setattr(backends, "load", lambda *_: engine._backend)
     random = np.random.default_rng(0)
     original = (copy / MANIFEST).read_bytes()
@@ -620,9 +620,9 @@ def test_backend_auto_runs_bf16_with_openvino(bundle: MakeBundle, engine: Engine
         assert auto.manifest is not None
         ours, theirs = auto.run(ids), reference.run(ids)
         for name, measured in auto.manifest.validation["outputs"].items():
-            # Each is within its tolerance of the float64 reference.
+            # Both are within the tolerance of the float64 reference.
             np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=2 * measured["tolerance"])
-        assert differs(auto.run(ids), engine.run(ids))  # it is the bf16 model that ran
+        assert differs(auto.run(ids), engine.run(ids))  # the bf16 model ran
 
 
 def test_backend_auto_runs_a_single_bf16_onnx_file_with_openvino(bundle: MakeBundle, tmp_path: Path) -> None:
@@ -640,7 +640,7 @@ def test_the_fusion_that_is_slower_on_cpus_is_disabled(bundle: MakeBundle, tmp_p
         onnxruntime.InferenceSession(str(bundle() / MODEL), options, disabled_optimizers=disabled)
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
         kinds[name] = {node.op_type for node in graph.node}
-    assert "SkipLayerNormalization" in kinds["with"]  # or ONNX Runtime has renamed it
+    assert "SkipLayerNormalization" in kinds["with"]  # fails if ONNX Runtime has renamed it
     assert "SkipLayerNormalization" not in kinds["without"]
 
 

@@ -1,4 +1,4 @@
-"""After a fork, nobody in the child waits for threads and locks that only its parent has."""
+"""A forked child does not wait for threads and locks of its parent."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def engine(bundle: MakeBundle) -> Iterator[Engine]:
 
 
 def in_child(function: Callable[[], Any]) -> Any:
-    """What a function returns, or the text of the LfxError that it raises, in a forked child that may not hang."""
+    """Call a function in a forked child with a time limit; returns its result, or the text of its LfxError."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -59,7 +59,7 @@ def in_child(function: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def held(lock: Any) -> Iterator[None]:
-    """Another thread holds the lock."""
+    """Have another thread hold the lock."""
     locked, done = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -91,7 +91,7 @@ def held(lock: Any) -> Iterator[None]:
 def test_an_engine_of_the_parent_is_an_error_in_the_child(engine: Engine, ask: Callable[[Engine], Any]) -> None:
     with held(engine.metrics._lock):
         assert in_child(lambda: ask(engine)).startswith("this Engine was made before a fork")
-    assert engine.run([5, 6])  # the parent's own goes on
+    assert engine.run([5, 6])  # the parent's Engine still works
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -186,7 +186,7 @@ def test_a_batcher_of_the_parent_answers_in_the_parent_only(engine: Engine) -> N
         assert running.result(LONG).keys() == waiting.result(LONG).keys()
     assert len(messages) == 3
     assert all(line.startswith("this Batcher was made before a fork") and "\n" not in line for line in messages)
-    assert calls == "0"  # callbacks are the parent's
+    assert calls == "0"  # callbacks run in the parent only
     assert len(called) == 2
 
 

@@ -1,4 +1,4 @@
-"""What callers may give as ids and masks, and what is refused; no model is run here."""
+"""Ids and masks that `prepare` accepts or refuses; no model is run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAD, SEP, VOCAB, LONGEST = 1, 2, 20, 12
 
 
 def signature(**changes: Any) -> Signature:
-    """Of a model with ids below 20 and at most 12 tokens."""
+    """The signature of a model with a vocabulary of 20 that takes at most 12 tokens."""
     axes = ("batch", "sequence")
     plain = Signature(
         architecture="LongformerModel",
@@ -53,7 +53,7 @@ FIXED_FIRST = signature(
 
 
 class ArrayLike:
-    """Stands for any library's tensor: numpy can read it, and it is no sequence."""
+    """A tensor of another library: numpy can convert it, and it is no Sequence."""
 
     def __init__(self, values: Any) -> None:
         self.values = values
@@ -63,7 +63,7 @@ class ArrayLike:
 
 
 class Items(Sequence[Any]):
-    """A sequence of a class of its own, whose length and items may be anything, an exception too."""
+    """A Sequence whose length and items may be anything, including exceptions."""
 
     def __init__(self, length: Any, item: Any) -> None:
         self.length, self.item = length, item
@@ -80,7 +80,7 @@ class Items(Sequence[Any]):
 
 
 class Itself(Sequence[Any]):
-    """A sequence that numpy, which does not count the axes of its items, would read for ever."""
+    """A Sequence that contains itself, on which numpy would never end."""
 
     def __len__(self) -> int:
         return 2
@@ -90,7 +90,7 @@ class Itself(Sequence[Any]):
 
 
 class OnlyIndexed:
-    """No Sequence for Python, and one for numpy."""
+    """A sequence for numpy that is no Sequence for Python."""
 
     def __len__(self) -> int:
         return 2
@@ -100,7 +100,7 @@ class OnlyIndexed:
 
 
 class NoArray:
-    """Its array is none."""
+    """An object whose __array__ returns no array."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -112,7 +112,7 @@ class NoArray:
 
 
 def circle() -> list[Any]:
-    """A list that holds itself."""
+    """A list that contains itself."""
     nested: list[Any] = []
     nested.append(nested)
     return nested
@@ -275,7 +275,7 @@ def test_default_globals_none_and_first() -> None:
 
 @st.composite
 def pairs_of_texts(draw: st.DrawFn) -> list[list[int]]:
-    """Rows of one length: words, separator, separator, words, separator, padding."""
+    """Rows of one length: words, two separators, words, separator, padding."""
     word = st.integers(3, VOCAB - 1)
     rows = []
     for _ in range(draw(st.integers(1, 4))):
@@ -408,7 +408,7 @@ def test_ids_of_a_read_only_array_are_accepted(tmp_path: Path) -> None:
     np.array([[3, 4], [5, 6]]).tofile(tmp_path / "ids")
     ids = np.memmap(tmp_path / "ids", dtype=np.int64, mode="r", shape=(2, 2))
     batch = prepare(ids, None, None, signature())
-    batch.feeds["input_ids"][:] = 9  # its own memory
+    batch.feeds["input_ids"][:] = 9  # the feeds are copies
     assert ids.tolist() == [[3, 4], [5, 6]]
 
 
@@ -609,7 +609,7 @@ def test_ids_that_another_thread_changes_after_the_check_have_no_effect(monkeypa
 
     def check_and_change(array: Any, name: str, model: Signature) -> None:
         check(array, name, model)
-        ids[:] = -5  # as another thread may
+        ids[:] = -5  # as another thread could
 
     monkeypatch.setattr(inputs, "_IDS", replace(inputs._IDS, check=check_and_change))
     assert prepare(ids, None, None, signature()).feeds["input_ids"].tolist() == [[3, 4, 5]]

@@ -1,4 +1,4 @@
-"""What an Engine counts, and how Prometheus sees it."""
+"""The counters of an Engine, and their Prometheus text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.conftest import MakeBundle
 def test_runs_batches_tokens_and_failures_are_counted(bundle: MakeBundle) -> None:
     with Engine(bundle(), threads=1) as engine:
         engine.run([[3, 4, 5], [3, 4, 5]])
-        engine.run([[3] * 10, [3] * 8])  # one batch, two tokens padded
+        engine.run([[3] * 10, [3] * 8])  # one batch with two padding tokens
         engine.run([3, 4, 5, 6], attention_mask=[1, 1, 1, 0])
         with pytest.raises(InputError):
             engine.run([])
@@ -119,5 +119,5 @@ def test_a_plain_engine_needs_no_prometheus_client(bundle: MakeBundle, monkeypat
 
 
 def test_a_signal_handler_may_read_the_metrics_that_it_interrupted(bundle: MakeBundle) -> None:
-    with Engine(bundle()) as engine, engine.metrics._lock:  # as in the middle of `answered`, in the same thread
+    with Engine(bundle()) as engine, engine.metrics._lock:  # as if a signal interrupted `answered` in this thread
         assert engine.metrics.snapshot().requests == 0

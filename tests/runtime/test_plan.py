@@ -1,4 +1,4 @@
-"""A plan and its JSON: they belong together, and the JSON is read with the types that it must have."""
+"""A plan and its JSON: both come from one build, and the types in the JSON are checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIGNATURE = Signature("LongformerModel", "feature-extraction", "fp32", IDS, (Ten
 
 
 def _write(path: Path, content: bytes) -> None:
-    """A plan of these bytes with its JSON."""
+    """Write a plan of these bytes and its JSON."""
     path.write_bytes(content)
     PlanManifest(
         signature=SIGNATURE,

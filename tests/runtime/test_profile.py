@@ -1,4 +1,4 @@
-"""Ranges and profiles: what the options say, what is refused, and which profile a batch takes."""
+"""Ranges and profiles: parsing the options, and the profile of a batch."""
 
 from __future__ import annotations
 

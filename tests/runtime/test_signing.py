@@ -22,23 +22,23 @@ from lfx.runtime.signing import check_signature
 from tests.conftest import MakeBundle
 
 COMMENT = "timestamp:1\tfile:lfx.json"
-# Made with minisign 0.11; the second signature with -l, of the content itself.
+# Made with minisign 0.11; the second signature with -l, in the legacy format.
 REAL = Path(__file__).parent / "minisign"
 
 
 @dataclass(frozen=True)
 class Signer:
-    """A key, and signatures as minisign writes them."""
+    """A key pair that signs in minisign's format."""
 
     key: Ed25519PrivateKey
     key_id: bytes = bytes(range(8))
 
     def public(self) -> str:
-        """The line of base64."""
+        """The public key as a line of base64."""
         return base64.b64encode(b"Ed" + self.key_id + self.key.public_key().public_bytes_raw()).decode()
 
     def sign(self, content: bytes, algorithm: bytes = b"ED", comment: str = COMMENT) -> str:
-        """The file of a signature."""
+        """The text of a signature file."""
         signature = self.key.sign(hashlib.blake2b(content).digest() if algorithm == b"ED" else content)
         line = base64.b64encode(algorithm + self.key_id + signature).decode()
         both = base64.b64encode(self.key.sign(signature + comment.encode())).decode()
@@ -47,7 +47,7 @@ class Signer:
 
 SIGNER = Signer(Ed25519PrivateKey.from_private_bytes(bytes(32)))
 OTHER = Signer(Ed25519PrivateKey.from_private_bytes(bytes([1] * 32)), bytes(8))
-# Another key that says it is the first.
+# Another key with the id of the first.
 NAMESAKE = replace(OTHER, key_id=SIGNER.key_id)
 CONTENT = b'{"a": 1}\n'
 
@@ -85,7 +85,7 @@ def test_the_signature_may_have_any_path(signed: Path, tmp_path: Path) -> None:
 def test_a_forged_bundle_with_a_correct_digest_is_refused(signed: Path) -> None:
     with (signed / "config.json").open("a") as file:
         file.write(" ")
-    Manifest.read(signed).write(signed)  # also lists the signature, which does not matter here
+    Manifest.read(signed).write(signed)  # lists the signature too, which has no effect
     with pytest.raises(ArtifactError, match="does not fit"):
         verify(signed, SIGNER.public())
 
@@ -99,7 +99,7 @@ def test_the_manifest_is_not_parsed_before_its_signature_is_checked(signed: Path
 def test_the_verified_bytes_are_the_bytes_that_are_parsed(
     signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody exchanges the manifest and a file just after the signature was checked."""
+    """The manifest and a file are replaced right after the signature was checked."""
 
     def check_and_exchange(*arguments: object) -> tuple[str, str]:
         result = check_signature(*arguments)  # type: ignore[arg-type]

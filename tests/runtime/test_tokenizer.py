@@ -1,4 +1,4 @@
-"""Texts in, answers out: the tokenizer and the labels of a bundle, without a model."""
+"""`Tokenizer` and `Postprocessor` of a bundle, without a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LABELS = {"0": "bad", "1": "good", "2": "so-so"}
 
 
 def signature(task: str) -> Signature:
-    """Of a model with at most 12 tokens."""
+    """The signature of a model that takes at most 12 tokens."""
     return Signature(
         architecture="Longformer",
         task=task,
@@ -41,21 +41,21 @@ def signature(task: str) -> Signature:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The part of a bundle that Tokenizer reads."""
+    """A folder with the files that Tokenizer reads."""
     tiny_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"id2label": LABELS}))
     return tmp_path
 
 
 def answers(folder: Path, task: str, text: str = "the fox", **outputs: Any) -> list[dict[str, Any]]:
-    """The reading of some outputs, given without the batch axis."""
+    """The answers for outputs that are given without the batch axis."""
     tokenizer = Tokenizer(folder, signature(task))
     arrays = {name: np.asarray([value], dtype=np.float32) for name, value in outputs.items()}
     return Postprocessor(tokenizer).answers(tokenizer.encode(text), arrays)
 
 
 def softmax(values: Any) -> Any:
-    """In float64, along the last axis."""
+    """Softmax in float64 over the last axis."""
     shifted = np.exp(np.asarray(values, dtype=np.float64) - np.max(values, axis=-1, keepdims=True))
     return shifted / shifted.sum(axis=-1, keepdims=True)
 
@@ -197,7 +197,7 @@ def test_multiple_choice_gives_all_choices_best_first(folder: Path) -> None:
 
 
 def ask(folder: Path, start: Any, end: Any) -> tuple[Encoded, dict[str, Any]]:
-    """The answer in "quick brown lazy dog" (tokens 5 to 8 of 10) to the question "the fox"."""
+    """The answer to the question "the fox" from "quick brown lazy dog", tokens 5 to 8 of 10."""
     tokenizer = Tokenizer(folder, signature("question-answering"))
     encoded = tokenizer.encode("the fox", "quick brown lazy dog")
     outputs = {"start_logits": np.float32([start]), "end_logits": np.float32([end])}
@@ -207,7 +207,7 @@ def ask(folder: Path, start: Any, end: Any) -> tuple[Encoded, dict[str, Any]]:
 
 
 def peak(*positions: int, of: int = 10) -> Any:
-    """Logits that are high at some positions, the first highest."""
+    """Logits that are high at these positions, highest at the first."""
     logits = np.zeros(of)
     for rank, position in enumerate(positions):
         logits[position] = 20.0 - 3 * rank
@@ -253,7 +253,7 @@ def test_the_best_span_is_the_best_of_all_pairs_of_start_and_end(folder: Path) -
 
 
 POST_PROCESSORS: dict[str, dict[str, Any] | None] = {
-    "template": None,  # the tiny tokenizer's own
+    "template": None,  # the post-processor of the tiny tokenizer
     "roberta": {
         "type": "RobertaProcessing",
         "sep": ["</s>", END],
@@ -266,7 +266,7 @@ POST_PROCESSORS: dict[str, dict[str, Any] | None] = {
 
 
 def change_tokenizer(folder: Path, **changes: Any) -> None:
-    """Other parts in tokenizer.json."""
+    """Replace parts of tokenizer.json."""
     data = json.loads((folder / TOKENIZER).read_text())
     (folder / TOKENIZER).write_text(json.dumps({**data, **changes}))
 
@@ -281,7 +281,7 @@ def test_windows_equal_the_truncation_of_the_tokenizers_library(
         change_tokenizer(folder, post_processor=POST_PROCESSORS[name])
     tokenizer = Tokenizer(folder, signature("feature-extraction"))
     theirs = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
-    question = "fox </s>"  # special tokens in a text are tokens of the text
+    question = "fox </s>"  # a special token in the text is one of its tokens
     for document in ("the <mask> dog </s> </s> lazy <s> " * 5, "the quick " * 40, "fox " * 12, "fox " * 13):
         texts = (question, document) if pair else (document, None)
         theirs.no_truncation()
@@ -342,7 +342,7 @@ def test_a_text_without_tokens_is_refused(folder: Path) -> None:
 
 
 def panicking_template() -> dict[str, Any]:
-    """A post-processor whose special token is not defined: the library's Rust code panics."""
+    """A post-processor with an undefined special token: the library's Rust code panics."""
     special = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     return {"type": "TemplateProcessing", "single": [special], "pair": [special], "special_tokens": {}}
 
@@ -422,7 +422,7 @@ def test_files_that_cannot_be_read_are_artifact_errors(folder: Path, file: str) 
     with pytest.raises(ArtifactError, match=rf"{file} cannot be read: it is no file"):
         Postprocessor(Tokenizer(folder, signature("fill-mask")))
     path.rmdir()
-    os.mkfifo(path)  # to open it would wait for a writer
+    os.mkfifo(path)  # opening it would block until there is a writer
     with pytest.raises(ArtifactError, match=rf"{file} cannot be read: it is no file"):
         Postprocessor(Tokenizer(folder, signature("fill-mask")))
 

@@ -1,4 +1,4 @@
-"""OpenVINO in a precision of its own, whatever the bundle's is: given, or refused, and never another in silence."""
+"""OpenVINO compute precisions that override the bundle's are used or refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_precision_bf16_computes_in_bfloat16_or_is_an_error(bundle: MakeBundle) 
         report = compare_engine(engine, tiny_model(), full_cases, lambda step: None)
     assert (engine.precision, report.precision) == ("bf16", "bf16")
     assert not report.failures()
-    assert max(result.error for result in report.outputs.values()) > 1e-4  # it is not float32
+    assert max(result.error for result in report.outputs.values()) > 1e-4  # the outputs are not those of float32
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="OpenVINO fuses attention on x86 alone")
@@ -36,7 +36,7 @@ def test_attention_is_one_fused_layer(bundle: MakeBundle) -> None:
         layers = engine._backend._compiled.get_runtime_model().get_ops()  # type: ignore[attr-defined]
     kinds = Counter(layer.get_rt_info()["layerType"].astype(str) for layer in layers)
     assert kinds["Subgraph"] == tiny_model().config.num_hidden_layers
-    assert not {"MatMul", "Softmax"} & set(kinds)  # nothing of it is left outside
+    assert not {"MatMul", "Softmax"} & set(kinds)  # all of attention is in the fused layer
 
 
 def test_a_cpu_without_bfloat16_refuses_it(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`build_engine` with TensorRT-RTX on a machine without a GPU: every task and precision, plugin and function body."""
+"""`build_engine` with TensorRT-RTX and without a GPU: all tasks and precisions, plugin and function bodies."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def _needs_tensorrt() -> None:
 
 @pytest.fixture(scope="module")
 def plan(bundle: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plan of the base model; not to be changed."""
+    """A plan of the base model, shared by tests that do not change it."""
     return build_engine(bundle(), tmp_path_factory.mktemp("plan") / "tiny.plan", **RTX, log=lambda line: None)
 
 
 @pytest.fixture
 def copy(plan: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be changed."""
+    """A copy of the plan for a test that changes it."""
     for path in (plan, json_path(plan)):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path / plan.name
@@ -244,7 +244,7 @@ def test_a_full_temporary_folder_is_an_error_with_a_cure(
     assert not (tmp_path / "one.plan").exists()
 
 
-# A TensorRT that says which process it runs in, and then never ends.
+# A TensorRT that prints the id of its process and then never returns.
 HANGING = """
 import os, time
 
@@ -284,7 +284,7 @@ def test_a_killed_build_ends_its_child_process_and_the_next_build_removes_its_fi
         parent.kill()
         parent.wait()
         child = int(line.split()[-1])
-    assert list(plans.iterdir())  # what a kill leaves
+    assert list(plans.iterdir())  # files that the kill left
     assert list(temporary.glob(".lfx-*"))
     for _ in range(600):
         if not _runs(child):
@@ -399,7 +399,7 @@ def test_random_changes_of_json_and_plan_are_refused(copy: Path) -> None:
     refused = 0
     originals = {path: path.read_bytes() for path in (copy, json_path(copy))}
     for path, original in originals.items():
-        reach = 256 if path == copy else len(original)  # of the plan the header, and by its digest all the rest
+        reach = 256 if path == copy else len(original)  # only the header of the plan; its digest covers the rest
         for _ in range(200):
             data = bytearray(original)
             for _ in range(random.integers(1, 4)):
@@ -413,7 +413,7 @@ def test_random_changes_of_json_and_plan_are_refused(copy: Path) -> None:
                 PlanManifest.read(copy).verify(copy)
             except ArtifactError:
                 refused += 1
-            else:  # white space
+            else:  # a change of white space only
                 assert json.loads(json_path(copy).read_text()) == json.loads(originals[json_path(copy)])
                 assert copy.read_bytes() == originals[copy]
         path.write_bytes(original)
@@ -461,7 +461,7 @@ def test_a_model_with_more_global_tokens_than_slots_is_refused(plan: Path) -> No
 
 
 def lfx(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The command."""
+    """Run the command."""
     command = [sys.executable, "-m", "lfx.cli", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 

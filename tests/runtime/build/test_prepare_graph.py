@@ -1,4 +1,4 @@
-"""The graph that TensorRT gets: constant slots, one form of the global rows, another precision, the same numbers."""
+"""The graph prepared for TensorRT: constant slots, one branch of the global rows, precision, and equal outputs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_freezing_keeps_the_cheaper_branch_of_the_global_rows_and_no_if(
     (topk,) = [node for node in model.graph if node.op_type == "TopK"]
     assert ir.convenience.get_const_tensor(topk.inputs[1]).numpy().tolist() == [slots]
     rows = [node for node in freeze.attention_nodes(model) if node.op_type == "GlobalAttention"]
-    assert [node.attributes["num_heads"].as_int() for node in rows] == [heads] * 2  # folded: one head as wide as all
+    assert [node.attributes["num_heads"].as_int() for node in rows] == [heads] * 2  # one head of the width of all heads
 
 
 @pytest.mark.parametrize("slots", [1, 4, HEAD_SIZE, 40])
@@ -62,7 +62,9 @@ def test_a_frozen_graph_gives_the_bundle_s_outputs(slots: int, bundle: MakeBundl
         limit = Manifest.read(bundle()).validation["outputs"]["last_hidden_state"]["tolerance"]
         for case in full_cases(8, 128)[::3]:
             inputs = model_inputs(case, original.signature)
-            if inputs["global_attention_mask"].sum(axis=1).max() <= slots:  # also fewer tokens than slots
+            if (
+                inputs["global_attention_mask"].sum(axis=1).max() <= slots
+            ):  # includes sequences with fewer tokens than slots
                 ours, theirs = engine_runner(frozen)(inputs), engine_runner(original)(inputs)
                 for name in theirs:
                     np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=2 * limit)
@@ -82,7 +84,7 @@ def test_a_converted_graph_is_strongly_typed(precision: str, bundle: MakeBundle,
     freeze.freeze_slots(model, 4)
     freeze.convert(model, precision)
     path = _save(model, tmp_path)
-    onnx.checker.check_model(path, full_check=True)  # shape inference meets no contradiction of types
+    onnx.checker.check_model(path, full_check=True)  # shape inference finds no conflict of types
     dtype = freeze.DTYPES[precision][0]
     assert all(value.dtype != ir.DataType.FLOAT for value in model.graph.initializers.values())
     assert {str(value.dtype) for value in model.graph.outputs} == {"FLOAT"}
@@ -90,7 +92,7 @@ def test_a_converted_graph_is_strongly_typed(precision: str, bundle: MakeBundle,
     assert norms
     for node in norms:
         assert node.outputs[0].dtype == dtype
-        assert node.attributes["stash_type"].as_int() == 1  # sums in float32
+        assert node.attributes["stash_type"].as_int() == 1  # reduces in float32
 
 
 def test_a_weight_above_the_dtype_s_maximum_is_refused_by_name(bundle: MakeBundle) -> None:
@@ -127,7 +129,7 @@ def test_inlined_functions_leave_standard_ops_with_unique_names(bundle: MakeBund
 
 
 class _Own(torch.nn.Module):
-    """A module with a TopK, or an If, of its own."""
+    """A user's module with a TopK or an If."""
 
     def __init__(self, op_type: str) -> None:
         super().__init__()

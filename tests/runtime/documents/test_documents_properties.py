@@ -1,4 +1,4 @@
-"""Whatever a file of documents holds: each line gets its row, with outputs or with an error, and the run ends."""
+"""Random files of documents: each line gets a row with outputs or with an error."""
 
 from __future__ import annotations
 

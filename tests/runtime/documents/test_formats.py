@@ -1,4 +1,4 @@
-"""JSONL and Parquet: what is not whole is refused before anything runs, and what was computed can always be written."""
+"""JSONL and Parquet: bad files are refused before anything runs, and all computed rows can be written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OUTPUTS = [TensorSpec("logits", "float32", ("batch", 2))]
 
 
 def table(rows: list[dict[str, Any]], folder: Path, outputs: list[TensorSpec] = OUTPUTS) -> Any:
-    """Rows, written and read again."""
+    """Write rows to Parquet, and read them as a table."""
     path = folder / "out.parquet"
     write_rows(lambda: iter([json.dumps(row).encode() for row in rows]), path, outputs)
     return parquet.read_table(path)

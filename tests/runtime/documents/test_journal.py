@@ -1,4 +1,4 @@
-"""The journal: whole chunks of the same run are gone on with, and nothing else is trusted or touched."""
+"""The journal: complete chunks of the same run are resumed, other content is dropped, other files are left alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHUNK = 4
 
 
 def stopped(output: Path, chunks: int = 2) -> Path:
-    """What a killed run leaves: whole chunks of three documents, and rows of one more; gives the journal's path."""
+    """Write the journal of a killed run: complete chunks of three documents and rows of one more; returns its path."""
     with Journal(output, HEADER, CHUNK) as journal:
         for chunk in range(chunks):
             for line in range(3):
@@ -34,7 +34,7 @@ def stopped(output: Path, chunks: int = 2) -> Path:
 
 
 def reopened(output: Path, header: dict[str, Any] = HEADER) -> tuple[int, int, list[int]]:
-    """Documents and refused ones that an opened journal tells, and the lines of its rows."""
+    """The counts of a journal that is opened again, and the lines of its rows."""
     with Journal(output, header, CHUNK) as journal:
         return journal.documents, journal.refused, [json.loads(row)["line"] for row in journal.rows()]
 
@@ -83,7 +83,7 @@ def test_chunks_from_a_changed_byte_on_are_dropped(tmp_path: Path) -> None:
 
 
 def sealed_marker(before: bytes, **changes: Any) -> bytes:
-    """A marker with the right digest."""
+    """A marker with the correct digest."""
     chunk = {"done": 3, "refused": 0, "sha256": hashlib.sha256(before).hexdigest(), **changes}
     return (json.dumps({"chunk": chunk}) + "\n").encode()
 
@@ -118,7 +118,7 @@ def test_chunks_from_a_foreign_marker_on_are_dropped(name: str, tmp_path: Path) 
     before = journal_path(output).read_bytes() + b'{"line": 4}\n{"line": 5}\n{"line": 6}\n'
     journal_path(output).write_bytes(before + MARKERS[name](before))
     assert reopened(output) == (3, 1, [1, 2, 3])
-    journal_path(output).write_bytes(before + sealed_marker(before))  # the same with a right marker counts
+    journal_path(output).write_bytes(before + sealed_marker(before))  # with a correct marker the same rows are kept
     assert reopened(output)[0] == 6
 
 

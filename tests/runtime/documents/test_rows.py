@@ -1,4 +1,4 @@
-"""From documents to rows: groups of a fixed size, and one document that fails is one row with an error."""
+"""Rows of documents: groups of windows, and documents on which the engine or the tokenizer fails."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def engine(bundle: MakeBundle) -> Any:
 
 
 def run(engine: Engine, folder: Path, documents: list[Any], tokenizer: Tokenizer | None = None, **options: Any) -> Any:
-    """Summary and rows."""
+    """Run the documents; returns the summary and the rows."""
     (folder / "in.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     summary = run_documents(engine, tokenizer, folder / "in.jsonl", folder / "out.jsonl", **options)
     return summary, [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
 
 
 def watch(engine: Engine, check: Callable[[Any], None]) -> None:
-    """Call `check` with the ids of each batch before it runs."""
+    """Call `check` with the ids of each batch before the engine runs it."""
     infer = engine._backend.infer  # type: ignore[union-attr]
 
     def checked(feeds: Any) -> Any:
@@ -46,7 +46,7 @@ def watch(engine: Engine, check: Callable[[Any], None]) -> None:
 
 
 def groups(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Fills with the number of sequences of each group that runs."""
+    """A list to which the number of sequences of each group is appended."""
     sizes: list[int] = []
     stream = engine.stream
 
@@ -156,7 +156,7 @@ def test_interrupts_and_memory_errors_end_the_run(error: type[BaseException], en
 
 
 def changed_tokenizer(folder: Path, bundle: Path, **changes: Any) -> Path:
-    """A copy of a bundle's tokenizer with other parts."""
+    """A copy of a bundle's tokenizer with some parts replaced."""
     folder.mkdir()
     data = json.loads((bundle / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps({**data, **changes}))
@@ -165,7 +165,7 @@ def changed_tokenizer(folder: Path, bundle: Path, **changes: Any) -> Path:
 
 def test_a_document_that_the_tokenizer_panics_on_is_one_row(engine: Engine, bundle: MakeBundle, tmp_path: Path) -> None:
     single = json.loads((bundle(CLASSIFIER) / "tokenizer.json").read_text())["post_processor"]
-    missing = {"SpecialToken": {"id": "<missing>", "type_id": 0}}  # of pairs alone
+    missing = {"SpecialToken": {"id": "<missing>", "type_id": 0}}  # of pairs only
     template = {**single, "pair": [missing, *single["pair"]]}
     tokenizer = Tokenizer(
         changed_tokenizer(tmp_path / "t", bundle(CLASSIFIER), post_processor=template), engine.signature

@@ -1,4 +1,4 @@
-"""Files of documents: every line gets its row, bad ones the reason, and a stopped run goes on to the same file."""
+"""`run_documents`: a row for each line, errors of bad lines, and resumed runs that give the same file."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def texts(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def write(path: Path, rows: list[Any]) -> Path:
-    """JSONL; a string is a line as it is."""
+    """Write JSONL; a string is written as a line unchanged."""
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """Of a JSONL file."""
+    """The rows of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -55,7 +55,7 @@ def engine(bundle: MakeBundle) -> Any:
 
 @pytest.fixture
 def tokenizer(bundle: MakeBundle, engine: Engine) -> Tokenizer:
-    """Its tokenizer."""
+    """The tokenizer of the classifier."""
     return Tokenizer(bundle(CLASSIFIER), engine.signature)
 
 
@@ -127,13 +127,13 @@ def test_long_documents_become_windows_that_cover_all_tokens(
     windows = tokenizer.windows(text, None, stride)
     for number, window in enumerate(windows):
         start = number * stride
-        assert window.ids[1:-1] == whole[start : start + 126]  # between the special tokens
+        assert window.ids[1:-1] == whole[start : start + 126]  # without the special tokens
     assert (len(windows) - 1) * stride + len(windows[-1].ids) - 2 == len(whole)
     source = write(tmp_path / "in.jsonl", [{"text": text}, {"text": "fox"}])
     run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", stride=stride)
     written = rows(tmp_path / "out.jsonl")
     assert [(row["line"], row["window"]) for row in written] == [*((1, k) for k in range(len(windows))), (2, 0)]
-    assert len(tokenizer.encode("the fox").ids) == 4  # the tokenizer is as it was
+    assert len(tokenizer.encode("the fox").ids) == 4  # the tokenizer is unchanged
 
 
 def test_a_stride_that_would_skip_tokens_is_refused(engine: Engine, tokenizer: Tokenizer) -> None:
@@ -233,7 +233,7 @@ def test_a_run_that_was_stopped_anywhere_resumes_to_the_same_file(
         run_documents(engine, tokenizer, source, output, progress=stop)
     assert not output.exists()
     partial = tmp_path / ".out.jsonl.partial"
-    partial.write_bytes(partial.read_bytes()[:-cut])  # what a killed process may leave
+    partial.write_bytes(partial.read_bytes()[:-cut])  # as a killed process may leave it
     summary = run_documents(engine, tokenizer, source, output)
     assert summary.resumed_at in range(0, 64, 16)
     assert (summary.documents, summary.refused) == (71, 1)
@@ -260,7 +260,7 @@ def test_a_journal_of_another_input_or_stride_is_not_resumed(
 
 
 def command(bundle: Path, folder: Path, *options: str) -> list[str]:
-    """`lfx run` over documents."""
+    """The command `lfx run` on a file of documents."""
     arguments = ["run", str(bundle), "--input", str(folder / "in.jsonl"), "--output", str(folder / "out.jsonl")]
     return [sys.executable, "-m", "lfx.cli", *arguments, *options]
 
@@ -424,14 +424,14 @@ def test_the_command_bounds_windows(bundle: MakeBundle, tmp_path: Path) -> None:
 
 
 def rewrite(source: Path) -> None:
-    """Other documents, of the same size and time."""
+    """Write other documents with the same size and modification time."""
     status = source.stat()
     source.write_text(source.read_text().replace("the", "fox"))
     os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def replaced(source: Path) -> None:
-    """Another file of the same name."""
+    """Replace the file by another of the same name."""
     other = source.with_name("other")
     other.write_text(source.read_text() + "{}\n")
     other.replace(source)
