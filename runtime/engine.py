@@ -89,23 +89,9 @@ class Engine:
         self.metrics = Metrics()
         self._forked = False
         self.manifest: Manifest | PlanManifest | None = None
-        if model.suffix == SUFFIX and not model.is_dir():
-            if precision is not None:
-                raise DependencyError(f"{model} is a plan, whose precision is fixed; leave precision out")
-            if threads is not None:
-                raise DependencyError(f"{model} is a plan, which runs on the GPU; leave threads out")
-            self._backend: backends.Backend | None = self._load_plan(model, backend, provider)
-        else:
-            self._artifact = open_artifact(model)
-            self.manifest = self._artifact.manifest
-            weight_bits = self.manifest.quantization.get("weight_bits") if self.manifest is not None else None
-            if weight_bits == 8 and provider == "cpu" and int8_overflows():
-                raise DependencyError(
-                    f"{path} has int8 weights of 8 bits, which overflow on this CPU without VNNI; quantize it "
-                    "again without --full-range"
-                )
-            self._backend = self._load(backend, provider, threads, precision)
-            self.signature = self._artifact.signature
+        is_plan = model.suffix == SUFFIX and not model.is_dir()
+        load = self._load_plan if is_plan else self._load_onnx
+        self._backend: backends.Backend | None = load(model, backend, provider, threads, precision)
         self.backend = self._backend.name
         declared = ([s.name for s in self.signature.inputs], [s.name for s in self.signature.outputs])
         if (sorted(self._backend.input_names), self._backend.output_names) != (sorted(declared[0]), declared[1]):
@@ -122,7 +108,14 @@ class Engine:
         )
         forks.watch(self)
 
-    def _load_plan(self, plan: Path, backend: str, provider: str) -> backends.Backend:
+    def _load_plan(
+        self, plan: Path, backend: str, provider: str, threads: int | None, precision: str | None
+    ) -> backends.Backend:
+        """Check a plan and its options, and load it into TensorRT."""
+        if precision is not None:
+            raise DependencyError(f"{plan} is a plan, whose precision is fixed; leave precision out")
+        if threads is not None:
+            raise DependencyError(f"{plan} is a plan, which runs on the GPU; leave threads out")
         if backend not in ("auto", "tensorrt") or provider != "cpu":
             option = f"backend {backend!r}" if backend not in ("auto", "tensorrt") else f"provider {provider!r}"
             raise DependencyError(f"{option} cannot run {plan}: a plan is TensorRT's; leave both out")
@@ -133,8 +126,19 @@ class Engine:
 
         return TensorRt(plan, self.manifest)
 
-    def _load(self, backend: str, provider: str, threads: int | None, precision: str | None) -> backends.Backend:
-        stored = self._artifact.signature.precision
+    def _load_onnx(
+        self, path: Path, backend: str, provider: str, threads: int | None, precision: str | None
+    ) -> backends.Backend:
+        """Check a bundle or an ONNX file, choose the backend for "auto", and load the model into it."""
+        self._artifact = open_artifact(path)
+        self.manifest, self.signature = self._artifact.manifest, self._artifact.signature
+        weight_bits = self.manifest.quantization.get("weight_bits") if self.manifest is not None else None
+        if weight_bits == 8 and provider == "cpu" and int8_overflows():
+            raise DependencyError(
+                f"{path} has int8 weights of 8 bits, which overflow on this CPU without VNNI; quantize it again "
+                "without --full-range"
+            )
+        stored = self.signature.precision
         if backend == "auto" and (precision is not None or (stored == "bf16" and provider == "cpu")):
             backend = "openvino"  # the only one with a choice of precision, and with all bf16 kernels on the CPU
         backend = "onnxruntime" if backend == "auto" else backend

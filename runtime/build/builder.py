@@ -74,8 +74,8 @@ def build_engine(
         bundle: the folder that `lfx export` wrote.
         output: path of the plan, with the suffix .plan; its JSON is written beside it. Default: the bundle's name with
             .plan, in the current folder.
-        precision: "fp32", "fp16" or "bf16". Other than the bundle's own only for an fp32 bundle, which is converted
-            to a strongly typed graph; the graph's outputs are compared with the bundle's before the build. Default: the
+        precision: "fp32", "fp16" or "bf16". Only an fp32 bundle can be converted to another precision: its graph
+            becomes strongly typed, and its outputs are compared with the bundle's before the build. Default: the
             bundle's.
         batch, seqlen: lists of MIN:OPT:MAX or numbers, one entry for each optimization profile; a single entry is used
             for all. Default: batch 1:1:8, and all lengths that the model takes, tuned for the longest.

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,6 @@ def run_tensorrt(
         OSError: the disk is full.
     """
     (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    environment = dict(os.environ)
-    if job["module"] == "tensorrt_rtx":
-        libraries = _named_library(scratch)
-        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [libraries, environment.get("LD_LIBRARY_PATH")]))
     # -P keeps the current folder off sys.path, so that modules come from the installation.
     command = [sys.executable, "-P", "-m", "lfx.runtime.build.trt_process", str(scratch / "job.json")]
     errors: list[str] = []
@@ -47,34 +43,57 @@ def run_tensorrt(
         text=True,
         encoding="utf-8",
         errors="replace",
-        env=environment,
+        env=_environment(job, scratch),
     ) as process:
         try:
             assert process.stdout is not None
-            for text in process.stdout:
-                line = _parse(text)
-                if line is None:
-                    log(text.rstrip())  # a library printed it
-                    if text.startswith("lfx::"):
-                        errors.append(text.rstrip())
-                elif "result" in line:
-                    return dict(line["result"])
-                elif "step" in line:
-                    progress(line["step"])
-                elif "error" in line:
-                    if line.get("disk_full"):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    errors.append(line["error"])
-                else:
-                    log(f"TensorRT {line['severity']}: {line['log']}")
-                    if line["severity"] in ("error", "internal_error"):
-                        errors.append(line["log"])
+            result = _read_messages(process.stdout, errors, progress, log)
         except BaseException:
             process.kill()
             raise
+        if result is not None:
+            return result
     errors.append(f"it ended with exit status {process.returncode}")
     reason = next((error for error in errors if error.startswith("lfx::")), errors[0])
     raise BuildError(f"TensorRT built no engine: {one_line(Exception(reason), 600)}")
+
+
+def _environment(job: dict[str, Any], scratch: Path) -> dict[str, str]:
+    """The environment of the child process, in which TensorRT-RTX finds its library."""
+    environment = dict(os.environ)
+    if job["module"] == "tensorrt_rtx":
+        libraries = _named_library(scratch)
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [libraries, environment.get("LD_LIBRARY_PATH")]))
+    return environment
+
+
+def _read_messages(
+    lines: Iterable[str], errors: list[str], progress: Callable[[str], None], log: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Read the child's output up to its result, and append its errors to `errors`; None if there is no result.
+
+    Raises:
+        OSError: the child's disk is full.
+    """
+    for text in lines:
+        message = _parse(text)
+        if message is None:
+            log(text.rstrip())  # a library printed it
+            if text.startswith("lfx::"):
+                errors.append(text.rstrip())
+        elif "result" in message:
+            return dict(message["result"])
+        elif "step" in message:
+            progress(message["step"])
+        elif "error" in message:
+            if message.get("disk_full"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            errors.append(message["error"])
+        else:
+            log(f"TensorRT {message['severity']}: {message['log']}")
+            if message["severity"] in ("error", "internal_error"):
+                errors.append(message["log"])
+    return None
 
 
 def _parse(text: str) -> dict[str, Any] | None:
