@@ -118,7 +118,9 @@ class Engine:
             raise DependencyError(f"{plan} is a plan, which runs on the GPU; leave threads out")
         if backend not in ("auto", "tensorrt") or provider != "cpu":
             option = f"backend {backend!r}" if backend not in ("auto", "tensorrt") else f"provider {provider!r}"
-            raise DependencyError(f"{option} cannot run {plan}: a plan is TensorRT's; leave both out")
+            raise DependencyError(
+                f"{option} cannot run {plan}: a plan runs on TensorRT; leave backend and provider out"
+            )
         self.manifest = PlanManifest.read(plan)
         self.manifest.verify(plan)
         self.signature = self.manifest.signature

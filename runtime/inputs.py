@@ -241,9 +241,7 @@ def _array_of(items: list[Any], name: str, values: _Values, signature: Signature
         if hasattr(item, "__array__") and not isinstance(item, np.generic):
             items[i] = _array(item, f"{name}[{i}]")[()]  # an array without axes becomes a number
         if not isinstance(items[i], numbers.Number | np.generic):
-            raise InputError(
-                f"{name} holds {type(item).__name__} where single integers should be; give {_shapes(signature)}"
-            )
+            raise InputError(f"{name} holds {type(item).__name__}, not single integers; give {_shapes(signature)}")
         if isinstance(items[i], bool | np.bool_) and "b" not in values.dtypes:
             raise InputError(f"{name} has dtype bool at {i}; {values.rule}")
     # numpy converts a list of int64 and uint64 to float64, so integers are converted to int first.

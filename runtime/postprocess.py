@@ -145,9 +145,7 @@ def settings(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ArtifactError(f"{path} is not JSON ({one_line(error)}); export the model again") from error
     if not isinstance(value, dict):
-        raise ArtifactError(
-            f"{path} holds a {type(value).__name__} where a JSON object belongs; export the model again"
-        )
+        raise ArtifactError(f"{path} holds {type(value).__name__}, not a JSON object; export the model again")
     return value
 
 

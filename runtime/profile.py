@@ -39,7 +39,7 @@ class Range:
             text = str(text)
         parts = text.split(":") if isinstance(text, str) else []
         if len(parts) not in (1, 3) or not all(_is_size(part) for part in parts):
-            raise BuildError(f"{name} {shown(text)} is no size; give MIN:OPT:MAX or one number, such as 1:1:8 or 8")
+            raise BuildError(f"{name} {shown(text)} is not a size; give MIN:OPT:MAX or one number, such as 1:1:8 or 8")
         sizes = [int(part) for part in parts] * (3 if len(parts) == 1 else 1)
         if not 1 <= sizes[0] <= sizes[1] <= sizes[2] < 2**31:
             raise BuildError(f"{name} {text} is out of order; it must be 1 ≤ MIN ≤ OPT ≤ MAX < 2^31")

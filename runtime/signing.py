@@ -218,7 +218,7 @@ def _decode(line: str, length: int, name: str) -> bytes:
     # Python ignores text after the base64 padding and unused bits; encoding again refuses both.
     if len(data) != length or base64.b64encode(data) != line.encode():
         raise ArtifactError(
-            f"{name} has {len(data)} bytes of base64 where {length} belong; get it again from the signer"
+            f"{name} has {len(data)} bytes of base64 where {length} are expected; get it again from the signer"
         )
     return data
 

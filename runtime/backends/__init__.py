@@ -39,12 +39,15 @@ def load(
         raise DependencyError(f"{model} is no plan, and TensorRT runs plans; build one with: lfx build-engine")
     if precision is not None and backend != "openvino":
         raise DependencyError(
-            f"precision {precision!r} is OpenVINO's; give backend='openvino', or export or build the model in it"
+            f"precision {precision!r} is an option of OpenVINO; give backend='openvino', or export or build the "
+            "model in that precision"
         )
     if backend == "onnxruntime":
         return OnnxRuntime(model, provider, threads)
     if provider != "cpu":
-        raise DependencyError(f"provider {provider!r} is ONNX Runtime's; backend {backend!r} runs on the CPU")
+        raise DependencyError(
+            f"provider {provider!r} is an option of ONNX Runtime; backend {backend!r} runs on the CPU"
+        )
     if backend == "openvino":
         return OpenVino(model, threads, precision, stored_precision)
     if backend == "reference" and threads is not None:

@@ -33,7 +33,7 @@ class OpenVino(AnyShape):
         """
         if precision is not None and precision not in OPENVINO_TYPES:
             raise DependencyError(
-                f"precision {precision!r} is not known to OpenVINO here; choose one of: {', '.join(OPENVINO_TYPES)}"
+                f"OpenVINO takes no precision {precision!r}; choose one of: {', '.join(OPENVINO_TYPES)}"
             )
         openvino = require("openvino", "openvino")
         onnx = require("onnx", "openvino")

@@ -255,7 +255,9 @@ def _check_target(flavor: str, target: str | None, plugin: bool) -> None:
             )
         return
     if flavor != "tensorrt-rtx":
-        raise BuildError(f"--target {shown(target)} is TensorRT-RTX's; {flavor} builds for the GPU of this machine")
+        raise BuildError(
+            f"--target {shown(target)} is an option of TensorRT-RTX; {flavor} builds for the GPU of this machine"
+        )
     if not isinstance(target, str) or not re.fullmatch("sm[0-9]{1,4}", target):
         raise BuildError(f"--target {shown(target)} is no compute capability; give one such as sm86, sm89 or sm120")
     if plugin and int(target[2:]) < OLDEST_PLUGIN_TARGET:
@@ -306,7 +308,7 @@ def _check_options(flavor: str, options: Options) -> None:
         whole_number(options.optimization_level, "optimization_level", 0, 5, BuildError)
     if flavor == "tensorrt-rtx" and (options.timing_cache is not None or options.version_compatible):
         asked = "--timing-cache" if options.timing_cache is not None else "--version-compatible"
-        raise BuildError(f"{asked} is TensorRT's; TensorRT-RTX has no such option: leave it out")
+        raise BuildError(f"{asked} is an option of TensorRT, and TensorRT-RTX has no such option; leave it out")
     if options.timing_cache is not None:
         output_file(options.timing_cache, "--timing-cache", BuildError)
 

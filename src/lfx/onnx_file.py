@@ -62,7 +62,7 @@ def read_header(path: Path) -> Header:
             entries = list(_entries(data, 0, len(data), "model", 0))
             nodes = _inlined_nodes(data)
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}; give a file that can") from error
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}; make it readable") from error
     except (ValueError, IndexError) as error:  # ValueError: an empty file too
         raise ArtifactError(f"{path} is no ONNX file ({error}); export the model again") from error
     if nodes > _MAX_NODES:

@@ -167,7 +167,7 @@ class Signature:
                 raise ArtifactError(f"{name} {value} is out of range, {low} to {high}; export the model again")
         for group in (self.inputs, self.outputs):
             if not group or len({spec.name for spec in group}) < len(group):
-                raise ArtifactError("the model's inputs or outputs are none, or named twice; export the model again")
+                raise ArtifactError("the model has no inputs or no outputs, or two of one name; export the model again")
 
 
 def is_multi_label(signature: Signature, problem_type: Any) -> bool:

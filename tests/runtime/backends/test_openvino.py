@@ -56,9 +56,9 @@ def test_precision_fp32_computes_a_bf16_bundle_in_float32(bundle: MakeBundle) ->
 @pytest.mark.parametrize(
     ("backend", "precision", "message"),
     [
-        ("onnxruntime", "bf16", "is OpenVINO's"),
+        ("onnxruntime", "bf16", "is an option of OpenVINO"),
         ("auto", "fp8", "choose one of: fp32, bf16"),
-        ("reference", "fp32", "is OpenVINO's"),
+        ("reference", "fp32", "is an option of OpenVINO"),
         ("openvino", "fp8", "choose one of: fp32, bf16"),
     ],
 )

@@ -164,12 +164,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "target": ({"target": "ada"}, "--target 'ada' is no compute capability"),
     "unknown target": ({"target": "sm99"}, "target sm99 is not one that tensorrt_rtx .* builds for"),
     "seqlen": ({"seqlen": ["1:64:129"]}, "above the model's maximum 128"),
-    "batch": ({"batch": ["x"]}, "--batch 'x' is no size"),
+    "batch": ({"batch": ["x"]}, "--batch 'x' is not a size"),
     "slots": ({"max_global": 4000}, "--max-global 4000 is above 128, the most that this model"),
     "old target": ({"target": "sm75"}, "--target sm75 is older than the plugin's kernels, which begin at sm80"),
-    "cache": ({"options": Options(timing_cache=Path("cache"))}, "--timing-cache is TensorRT's"),
-    "compatible": ({"options": Options(version_compatible=True)}, "--version-compatible is TensorRT's"),
-    "digits": ({"batch": ["9" * 5000]}, "is no size"),
+    "cache": ({"options": Options(timing_cache=Path("cache"))}, "--timing-cache is an option of TensorRT"),
+    "compatible": ({"options": Options(version_compatible=True)}, "--version-compatible is an option of TensorRT"),
+    "digits": ({"batch": ["9" * 5000]}, "is not a size"),
     "short": ({"plugin": False, "seqlen": ["1:64:128"]}, "64 global slots need sequences of at least 63 tokens"),
     "long name": ({"output": "x" * 246 + ".plan"}, "File name too long"),
     "long path": ({"output": "x/" * 2500 + "one.plan"}, "File name too long"),
@@ -182,8 +182,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "batch type": ({"batch": 5}, "--batch is 5; give a list of MIN:OPT:MAX or numbers"),
     "seqlen type": ({"seqlen": "8"}, "--seqlen is '8'; give a list of MIN:OPT:MAX or numbers"),
     "no batch": ({"batch": []}, r"--batch is \[\]; give a list"),
-    "half a slot": ({"max_global": 1.5}, r"--max-global 1\.5 is no size"),
-    "true slots": ({"max_global": True}, "--max-global True is no size"),
+    "half a slot": ({"max_global": 1.5}, r"--max-global 1\.5 is not a size"),
+    "true slots": ({"max_global": True}, "--max-global True is not a size"),
     "precision": ({"precision": "int8"}, "precision 'int8' is not known; choose one of: fp32, fp16, bf16"),
     "precision type": ({"precision": []}, r"precision \[\] is not known"),
     "plugin type": ({"plugin": "no"}, "plugin is 'no'; give True or False"),
@@ -363,7 +363,7 @@ def test_a_plan_without_a_gpu_is_refused_in_one_line(plan: Path) -> None:
 
 
 def test_a_plan_runs_on_tensorrt_and_nothing_else(plan: Path, bundle: MakeBundle) -> None:
-    with pytest.raises(LfxError, match=r"backend 'onnxruntime' cannot run .* a plan is TensorRT's"):
+    with pytest.raises(LfxError, match=r"backend 'onnxruntime' cannot run .* a plan runs on TensorRT"):
         Engine(plan, "onnxruntime")
     with pytest.raises(LfxError, match="is no plan, and TensorRT runs plans; build one with: lfx build-engine"):
         Engine(bundle(), "tensorrt")
@@ -382,7 +382,7 @@ FOREIGN: dict[str, tuple[Any, str]] = {
     "a bundle's json": (lambda p: json_path(p).write_text('{"format_version": 1}'), "has format version None"),
     "other version": (lambda p: _edit(p, tensorrt_version="1.0"), "was built by tensorrt-rtx 1.0, and .* is here"),
     "other flavor": (lambda p: _edit(p, flavor="trt"), "flavor 'trt', which this lfx does not know"),
-    "no profiles": (lambda p: _edit(p, profiles=[{"batch": "x"}]), "is no size|is broken"),
+    "no profiles": (lambda p: _edit(p, profiles=[{"batch": "x"}]), "is not a size|is broken"),
 }
 
 
