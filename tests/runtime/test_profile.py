@@ -37,7 +37,7 @@ def test_a_single_integer_is_a_range() -> None:
     "text", [1.5, True, None, [], b"8", "", "a", "1:2", "1:2:3:4", "1::3", "-1", "1.5", "1:2:x", "²"]
 )
 def test_text_that_is_no_range_is_refused_with_an_example(text: Any) -> None:
-    with pytest.raises(BuildError, match=r"--batch .* is no size; give MIN:OPT:MAX or one number"):
+    with pytest.raises(BuildError, match=r"--batch .* is not a size; give MIN:OPT:MAX or one number"):
         Range.parse(text, "--batch")
 
 
