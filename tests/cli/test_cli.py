@@ -407,7 +407,7 @@ def refused(place: Path) -> dict[str, Done]:
     [
         ("bert", "is a bert, not a longformer"),
         ("missing", "nowhere does not exist; give a folder"),
-        ("output", "notes exists and is no bundle; choose another place with --output"),
+        ("output", "notes exists and is no bundle; choose another --output"),
     ],
 )
 def test_export_refuses_in_one_line_and_writes_nothing(

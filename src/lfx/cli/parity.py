@@ -169,7 +169,7 @@ def _show_layers(report: Report) -> None:
     rows = []
     for name, result in report.outputs.items():
         errors = [f"{x:.2e}" for x in (result.error, result.witness_error, report.tolerance(name))]
-        rows.append([name, *errors, "ok" if report.passes(name) else "out of tolerance"])
+        rows.append([name, *errors, "ok" if report.passed(name) else "out of tolerance"])
     table(["layer", "error", "PyTorch's own", "tolerance", "verdict"], rows)
     parted = report.first_failure()
     echo(f"the two part at {parted}" if parted else "the two part at no layer")

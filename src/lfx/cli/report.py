@@ -114,7 +114,7 @@ def _outputs(report: Report) -> str:
     rows = []
     for name, result in report.outputs.items():
         error = f"{result.error:.2e}"
-        row = [name, error if report.passes(name) else _Bad(error), f"{result.witness_error:.2e}"]
+        row = [name, error if report.passed(name) else _Bad(error), f"{result.witness_error:.2e}"]
         row += [f"{report.tolerance(name):.2e}", f"{result.magnitude:.3g}", f"{result.cosine():.6f}"]
         rows.append(row + ([f"{result.agreeing} of {result.labels}" if result.labels else ""] if labels else []))
     return _table([*header, *(["labels that agree"] if labels else [])], rows)
