@@ -134,7 +134,7 @@ def _clear(private: Path, target: Path) -> Path | None:
 
 
 def _discard(bundle: Path) -> Path | None:
-    """Remove the files that a bundle's manifest lists; returns the folder that the other files are moved to, or None."""
+    """Remove the files that a bundle's manifest lists; if there are others, return the folder that they are moved to."""
     with contextlib.suppress(OSError, LfxError):
         folders, files = _content(bundle)
         listed = _listed(bundle) if MANIFEST in files else set()
@@ -214,7 +214,7 @@ def _content(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _follow_umask(folder: Path) -> None:
-    """Set the mode of every file by the umask, as the folder's was; the onnx package makes some private to the owner."""
+    """Set the mode of all files by the umask, as the folder's is; the onnx package makes some private to the owner."""
     mode = folder.stat().st_mode & 0o666
     for path in _content(folder)[1]:
         (folder / path).chmod(mode)
