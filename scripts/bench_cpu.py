@@ -4,7 +4,9 @@
 
 Each row is written when it is measured, in the place of the older row of the same length and globals.
 
-Latency: both contenders live in one process and take turns (A B A B), after a warm-up of each, on the same ids.
+Latency: both contenders live in one process and take turns (A B A B), after a warm-up of each, on the same ids. With
+them runs one matrix product of ONNX Runtime's with as many rows, of the shape of a feed-forward projection: the share
+of its rate that the model's useful arithmetic reaches says what is left to gain.
 Memory: the highest resident set of a process of its own for each contender and length, interpreter and imports
 included. Export: a process of its own; seconds and memory are read before the validation starts.
 """
@@ -23,12 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime
 import record
 from checkpoints import BASE_MAX_SEQLEN
 
 # Length -> rounds; lengths above 4,096 run on a model whose position table is long enough.
-ROUNDS = {512: 9, 1024: 7, 2048: 5, 4096: 5, 8192: 2, 16384: 2}
+ROUNDS = {16: 25, 64: 25, 128: 15, 300: 9, 512: 9, 1024: 7, 2048: 5, 4096: 5, 8192: 2, 16384: 2}
 LONG_MAX_SEQLEN = 16384
+# Of the base shape; the window is one-sided.
+LAYERS, HIDDEN, INTERMEDIATE, WINDOW = 12, 768, 3072, 256
 CONTENDERS = ("huggingface-eager", "lfx-onnxruntime")
 
 
@@ -175,12 +182,19 @@ def _latency(bundle: Path, length: int, globals_: int, threads: int) -> dict[str
     ids, marks = _inputs(length, globals_)
     first = {name: run(ids, marks) for name, run in contenders.items()}  # warm-up, and the check that both agree
     difference = float(np.abs(first["lfx-onnxruntime"] - first["huggingface-eager"]).max())
+    product = _product(length, threads)
+    product()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    product_seconds = []
     for _ in range(ROUNDS[length]):
         for name, run in contenders.items():
             started = time.perf_counter()
             run(ids, marks)
             seconds[name].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        product()
+        product_seconds.append(time.perf_counter() - started)
+    rate = 2 * length * HIDDEN * INTERMEDIATE / statistics.median(product_seconds)
     ratios = [a / b for a, b in zip(seconds["huggingface-eager"], seconds["lfx-onnxruntime"], strict=True)]
     return {
         "seqlen": length,
@@ -188,8 +202,34 @@ def _latency(bundle: Path, length: int, globals_: int, threads: int) -> dict[str
         "rounds": ROUNDS[length],
         "max_difference": difference,
         "speedup": statistics.median(ratios),
+        "product_flops_per_second": rate,
+        "share_of_product": _useful_flops(length, globals_) / statistics.median(seconds["lfx-onnxruntime"]) / rate,
         "contenders": {name: _summary(found, length) for name, found in seconds.items()},
     }
+
+
+def _product(length: int, threads: int) -> Callable[[], Any]:
+    """One matrix product in ONNX Runtime: (length, hidden) times a weight (hidden, intermediate)."""
+    shapes = f"float[{length},{HIDDEN}] x, float[{HIDDEN},{INTERMEDIATE}] w"
+    text = f'<ir_version: 10, opset_import: ["" : 17]> g ({shapes}) => (float[{length},{INTERMEDIATE}] y) {{ '
+    model = onnx.parser.parse_model(text + "y = MatMul(x, w) }")
+    random = np.random.default_rng(0)
+    weight = onnx.numpy_helper.from_array(random.standard_normal((HIDDEN, INTERMEDIATE), dtype=np.float32), "w")
+    model.graph.initializer.append(weight)
+    del model.graph.input[1]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    feeds = {"x": random.standard_normal((length, HIDDEN), dtype=np.float32)}
+    return lambda: session.run(None, feeds)
+
+
+def _useful_flops(length: int, globals_: int) -> float:
+    """Arithmetic that the model cannot do without: linear layers, and both products of attention inside the band."""
+    linear = 4 * HIDDEN * HIDDEN + 2 * HIDDEN * INTERMEDIATE  # multiply-adds of a token in a layer
+    positions = np.arange(length)
+    seen = np.minimum(positions, WINDOW) + np.minimum(length - 1 - positions, WINDOW) + 1 + globals_
+    return float(2 * LAYERS * (length * linear + 2 * np.minimum(seen, length).sum() * HIDDEN))
 
 
 def _summary(seconds: list[float], length: int) -> dict[str, float]:

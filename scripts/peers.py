@@ -1,22 +1,28 @@
-"""Our column of the table of peers: nine length / batch / global-token cases against Hugging Face eager, fp32.
+"""The table of peers: nine length / batch / global-token cases of each tool against Hugging Face eager, fp32.
 
     python scripts/peers.py [--optimum-python PYTHON]      # writes docs/records/peers.jsonl
 
-The model is the one of the table: two layers, random, attention_window 32. transformers' own exporter is tried on the
-same model in the same run, and optimum-onnx too where an environment with it is given (see peers_optimum.py).
+The model has two layers, random weights and attention_window 32. Every tool gets the same model in the same run;
+optimum-onnx needs an environment of its own (see peers_optimum.py), and its row is left as it is without one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import math
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
+import openvino
 import record
 import torch
 import transformers
@@ -53,6 +59,14 @@ def main() -> None:
         rows = [{**about, "tool": "lfx", **_verdict(_run_lfx(model, cases, Path(folder) / "out"))}]
         for dynamic in (False, True):
             rows.append({**about, "tool": "transformers OnnxExporter", **_try_transformers(model, dynamic)})
+        for dynamo in (True, False):
+            tool = f"torch.onnx.export, dynamo={dynamo}"
+            rows.append(
+                {**about, "tool": tool, **_attempt(_run_torch, model, cases, Path(folder) / "torch.onnx", dynamo)}
+            )
+        for batch in (1, 2):
+            tool = f"openvino.convert_model, traced at {batch} x 64"
+            rows.append({**about, "tool": tool, **_attempt(_run_openvino, model, cases, batch)})
         if options.optimum_python:
             rows.append(
                 {
@@ -61,6 +75,8 @@ def main() -> None:
                     **_run_optimum(options.optimum_python, model, cases, Path(folder)),
                 }
             )
+        else:
+            rows += [row for row in record.read("peers") if row["tool"] == "optimum-onnx"]
     print(record.write("peers", rows))
     for row in rows:
         print({key: row.get(key) for key in ("tool", "right", "crashed", "max_difference", "error")})
@@ -77,6 +93,70 @@ def _eager_answers(model: Any) -> dict[str, np.ndarray]:
             found = model(torch.from_numpy(ids), global_attention_mask=torch.from_numpy(marks))
         stored |= {f"ids_{i}": ids, f"marks_{i}": marks, f"wanted_{i}": found.last_hidden_state.numpy()}
     return stored
+
+
+def _inputs(model: Any, batch: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 1000, (batch, 64), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "global_attention_mask": torch.zeros_like(ids)}
+
+
+def _attempt(run: Callable[..., list[float | None]], *arguments: Any) -> dict[str, Any]:
+    """The verdict on a tool, or the error that its export ends with."""
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            return _verdict(run(*arguments))
+    except Exception as error:
+        return {"right": 0, "error": f"{type(error).__name__}: {one_line(error)}"}
+
+
+def _run_torch(model: Any, cases: dict[str, np.ndarray], path: Path, dynamo: bool) -> list[float | None]:
+    """PyTorch's exporter, with batch and sequence dynamic."""
+    inputs = _inputs(model, 2)
+    axes: dict[str, Any] = {name: {0: "batch", 1: "sequence"} for name in inputs}
+    dynamic = {"dynamic_shapes": axes} if dynamo else {"dynamic_axes": axes}
+    torch.onnx.export(
+        model,
+        kwargs=inputs,
+        f=path,
+        input_names=list(inputs),
+        output_names=["last_hidden_state", "pooler_output"],
+        opset_version=18,
+        dynamo=dynamo,
+        verbose=False,
+        **dynamic,
+    )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(path, options)
+    names = {item.name for item in session.get_inputs()}
+
+    def answer(feeds: dict[str, np.ndarray]) -> Any:
+        return session.run(["last_hidden_state"], {name: feeds[name] for name in feeds if name in names})[0]
+
+    return _differences(answer, cases)
+
+
+def _run_openvino(model: Any, cases: dict[str, np.ndarray], batch: int) -> list[float | None]:
+    """OpenVINO's converter, traced with one batch size."""
+    converted = openvino.convert_model(model, example_input=_inputs(model, batch))
+    compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return _differences(lambda feeds: compiled(feeds)[0], cases)
+
+
+def _differences(answer: Callable[[dict[str, np.ndarray]], Any], cases: dict[str, np.ndarray]) -> list[float | None]:
+    """Largest difference of each case; None where it crashes, infinite where the shape is another."""
+    found: list[float | None] = []
+    for i in range(len(CASES)):
+        ids, wanted = cases[f"ids_{i}"], cases[f"wanted_{i}"]
+        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "global_attention_mask": cases[f"marks_{i}"]}
+        try:
+            output = np.asarray(answer(feeds))
+        except Exception:
+            found.append(None)
+            continue
+        found.append(float(np.abs(output - wanted).max()) if output.shape == wanted.shape else math.inf)
+    return found
 
 
 def _run_lfx(model: Any, cases: dict[str, np.ndarray], output: Path) -> list[float | None]:
@@ -105,7 +185,7 @@ def _verdict(differences: list[float | None]) -> dict[str, Any]:
     return {
         "right": sum(d <= TOLERANCE for d in known),
         "crashed": differences.count(None),
-        "max_difference": max(known, default=None),
+        "max_difference": max((d for d in known if math.isfinite(d)), default=None),
         "differences": differences,
     }
 

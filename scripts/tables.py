@@ -43,18 +43,23 @@ def cpu() -> str:
             [
                 f"{row['seqlen']:,}",
                 f"{row['globals']}",
-                f"{eager['median_ms'] / 1000:.2f} s",
-                f"{ours['median_ms'] / 1000:.2f} s",
+                _time(eager["median_ms"]),
+                _time(ours["median_ms"]),
                 f"**{row['speedup']:.2f}**",
                 f"{ours['tokens_per_second']:,.0f}",
+                f"{row['share_of_product']:.2f}",
                 " / ".join(f"{peaks[row['seqlen'], name]:.2f}" for name in row["contenders"]) + " GB",
                 f"{row['max_difference']:.1e}",
             ]
         )
     header = ["tokens", "globals", "Hugging Face eager", "lfx", "times as fast", "lfx tokens/s"]
-    header += ["peak memory, HF / lfx", "largest difference"]
+    header += ["share of a matrix product's rate", "peak memory, HF / lfx", "largest difference"]
     note = f"\nBase shape, fp32, batch 1, {found[0]['threads']} threads. {_hardware(found[0])}.\n"
     return _rows(header, rows) + note + _growth(found)
+
+
+def _time(milliseconds: float) -> str:
+    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.2f} s"
 
 
 def _growth(found: list[dict[str, Any]]) -> str:
@@ -126,8 +131,18 @@ def documents() -> str:
 
 
 def backends() -> str:
-    """Seconds of every contender, and how many times as fast as the first it is."""
+    """For each CPU, seconds of every contender, and how many times as fast as the first it is."""
     found = record.read("backends")
+    return "\n".join(_backends([row for row in found if row["cpu"] == cpu]) for cpu in _cpus(found))
+
+
+def _cpus(found: list[dict[str, Any]]) -> list[str]:
+    """The CPUs of some records, the one that was measured last first."""
+    dates = {row["cpu"]: row["date"] for row in sorted(found, key=lambda row: row["date"])}
+    return sorted(dates, key=dates.__getitem__, reverse=True)
+
+
+def _backends(found: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(row["contender"] for row in found))
     names.sort(key=lambda name: (name.startswith("lfx"), name.rpartition(" ")[2] != "fp32", name))
     by_place = {(row["batch"], row["seqlen"], row["contender"]): row for row in found}
@@ -187,20 +202,27 @@ def quantizers() -> str:
 
 
 def profile() -> str:
-    """Where the time goes, and what that leaves to gain."""
+    """For each CPU, where the time goes, and what that leaves to gain."""
     found = record.read("profile")
-    contenders = {"onnxruntime": "lfx, ONNX Runtime fp32", "openvino": "lfx, OpenVINO fp32"}
+    return "\n".join(_profile([row for row in found if row["cpu"] == cpu]) for cpu in _cpus(found))
+
+
+def _profile(found: list[dict[str, Any]]) -> str:
+    libraries = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
     ratios = {
-        (r["seqlen"], r["contender"]): 1 / r["times_the_first"] for r in record.read("backends") if r["batch"] == 1
+        (r["seqlen"], r["contender"]): 1 / r["times_the_first"]
+        for r in record.read("backends")
+        if r["batch"] == 1 and r["cpu"] == found[0]["cpu"]
     }
     parts = list(found[0]["shares"])
     rows = []
     for row in found:
-        ratio = ratios[row["seqlen"], contenders[row["backend"]]]
+        name = f"{libraries[row['backend']]} {row['precision']}"
+        ratio = ratios[row["seqlen"], f"lfx, {name}"]
         shares = [f"{row['shares'][part]:.0%}" for part in parts]
         limit = f"{ratio / row['shares']['linear layers']:.2f}"
-        rows.append([f"{row['seqlen']:,}", row["backend"], *shares, f"{ratio:.2f}", limit])
-    note = f"\nOne sequence, float32, {found[0]['threads']} threads; the ratios are of the table above. "
+        rows.append([f"{row['seqlen']:,}", name, *shares, f"{ratio:.2f}", limit])
+    note = f"\nOne sequence, {found[0]['threads']} threads; the ratios are of the table above. "
     note += f"{_hardware(found[0])}, "
     note += f"OpenVINO {found[0]['versions']['openvino']}.\n"
     header = ["tokens", "backend", *parts, "times as fast as Hugging Face", "if the linear layers were all"]
@@ -208,8 +230,9 @@ def profile() -> str:
 
 
 def chart() -> None:
-    """Draw tokens per second over length, of every contender."""
-    plot(record.read("backends"), ROOT / "docs" / "figures" / "throughput.png")
+    """Draw tokens per second over length, of every contender on the CPU that was measured last."""
+    found = record.read("backends")
+    plot([row for row in found if row["cpu"] == _cpus(found)[0]], ROOT / "docs" / "figures" / "throughput.png")
 
 
 TABLES: dict[str, Callable[[], str]] = {
