@@ -134,7 +134,7 @@ def _clear(private: Path, target: Path) -> Path | None:
 
 
 def _discard(bundle: Path) -> Path | None:
-    """Remove the files that a bundle's manifest lists; if there are others, return the folder that they are moved to."""
+    """Remove the files that a bundle's manifest lists; return the folder that other files are moved to, or None."""
     with contextlib.suppress(OSError, LfxError):
         folders, files = _content(bundle)
         listed = _listed(bundle) if MANIFEST in files else set()

@@ -16,7 +16,7 @@ from transformers.models.longformer import modeling_longformer as hf
 from lfx.errors import ExportError, InputError
 from lfx.export.rewrite import attention_windows
 from lfx.export.torch_runners import disturbed_runner, torch_runner
-from lfx.parity import WITNESS_BANDS, Case, OutputResult, rounding_band
+from lfx.parity import Case, OutputResult, pair_tolerance
 from lfx.runtime.engine import check_cuttable, cut
 from lfx.runtime.inputs import default_global
 from lfx.runtime.runner import model_inputs
@@ -81,15 +81,12 @@ def _is_original(part: nn.Module) -> bool:
 
 
 def _is_same(actual: NDArray[Any], expected: NDArray[Any], module: nn.Module) -> bool:
-    """Return whether two float32 runs of a module differ by rounding only; integers must be equal.
-
-    `lfx.parity` allows each run an error of WITNESS_BANDS rounding bands, so that two differ by at most twice as much.
-    """
+    """Return whether two float32 runs of a module differ by rounding only; integers must be equal."""
     if expected.dtype.kind != "f":
         return np.array_equal(actual, expected)
     result = OutputResult()
     result.add(Case(1, 1), expected, expected, actual)
-    return result.error <= 2 * WITNESS_BANDS * rounding_band("fp32", len(attention_windows(module)), result.magnitude)
+    return result.error <= pair_tolerance("fp32", len(attention_windows(module)), result.magnitude)
 
 
 def ignores_padding(module: nn.Module, signature: Signature) -> bool:

@@ -27,10 +27,10 @@ from lfx.parity.comparison import LABEL_OUTPUTS, Runner, compare
 from lfx.parity.result import (
     HISTOGRAM_EDGES,
     UNIT_ROUNDOFF,
-    WITNESS_BANDS,
     Errors,
     OutputResult,
     Report,
+    pair_tolerance,
     rounding_band,
 )
 
@@ -40,7 +40,6 @@ __all__ = [
     "LABEL_OUTPUTS",
     "PADDINGS",
     "UNIT_ROUNDOFF",
-    "WITNESS_BANDS",
     "Arrays",
     "Case",
     "Errors",
@@ -50,6 +49,7 @@ __all__ = [
     "compare",
     "full_cases",
     "inputs_of",
+    "pair_tolerance",
     "quick_cases",
     "rounding_band",
 ]

@@ -45,6 +45,14 @@ def rounding_band(precision: str, layers: int, magnitude: float) -> float:
     return math.sqrt(OPS_PER_LAYER * layers + OPS_AROUND) * UNIT_ROUNDOFF[precision] * magnitude
 
 
+def pair_tolerance(precision: str, layers: int, magnitude: float) -> float:
+    """Return the largest difference by rounding between two runs of one model, with the arguments of `rounding_band`.
+
+    Each run may be WITNESS_BANDS bands from the exact result, on opposite sides.
+    """
+    return 2.0 * WITNESS_BANDS * rounding_band(precision, layers, magnitude)
+
+
 @dataclass(frozen=True)
 class Errors:
     """Largest absolute errors of one output in one case, of the candidate and of the witness."""
