@@ -184,8 +184,8 @@ def attention() -> str:
     rows = [
         [row["contender"], f"{row['p50_ms']:.0f} ms ({row['p5_ms']:.0f} to {row['p95_ms']:.0f})"] for row in records
     ]
-    note = f"\nMedian (5th to 95th percentile) of {records[0]['rounds']} turns; {records[0]['seqlen']:,} tokens of the base "
-    note += f"shape, {records[0]['threads']} threads. {_hardware(records[0])}.\n"
+    note = f"\nMedian (5th to 95th percentile) of {records[0]['rounds']} turns; {records[0]['seqlen']:,} tokens "
+    note += f"of the base shape, {records[0]['threads']} threads. {_hardware(records[0])}.\n"
     return _rows(["attention of one layer", "ONNX Runtime"], rows) + note
 
 
