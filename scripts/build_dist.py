@@ -1,9 +1,9 @@
-"""Build what a release uploads into dist/: the sdist, a wheel with the plugin where nvcc is, and one without.
+"""Build the files of a release in dist/: the sdist, a wheel with the plugin if there is nvcc, and one without it.
 
     python scripts/build_dist.py
 
-Each wheel is built from the sdist, and tried: installed into an empty environment, where `lfx --version` must say the
-version.
+Each wheel is built from the sdist and tested: it is installed into a new environment, where `lfx --version` must print
+the wheel's version.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HEADERS = ROOT / "build" / "headers" / "kernel_lens" / "include" / "tensorrt"
 
 
 def main() -> None:
-    """Build, and try."""
+    """Build the sdist and the wheels, and test the wheels."""
     DIST.mkdir(exist_ok=True)
     os.chdir(ROOT)
     sdist = DIST / build_sdist(str(DIST))
@@ -36,21 +36,22 @@ def main() -> None:
 
 
 def build_wheel(sdist: Path, environment: dict[str, str]) -> None:
-    """Build one wheel; which one, the environment decides."""
+    """Build one wheel; the environment variables decide whether it has the plugin."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--wheel-dir", str(DIST), str(sdist)], check=True, env={**os.environ, **environment})
 
 
 def try_wheel(wheel: Path) -> None:
-    """Install it with its dependencies, and ask for its version."""
+    """Install a wheel with its dependencies, and check the version that it prints."""
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         binaries = Path(folder) / "bin"
         pip = [str(binaries / "python"), "-m", "pip", "install", "--quiet", str(wheel)]
         subprocess.run(pip, check=True)
-        found = subprocess.run([str(binaries / "lfx"), "--version"], check=True, capture_output=True, text=True).stdout
-        if wheel.name.split("-")[1] not in found:
-            raise SystemExit(f"{wheel.name}: lfx --version says {found!r}")
+        command = [str(binaries / "lfx"), "--version"]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        if wheel.name.split("-")[1] not in printed:
+            raise SystemExit(f"{wheel.name}: lfx --version prints {printed!r}")
 
 
 if __name__ == "__main__":

@@ -311,10 +311,10 @@ def test_a_bundle_of_links_is_quantized_too(bundle: MakeBundle, text: Path, tmp_
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no file": ({"calibration": "none.txt"}, InputError, "does not exist"),
     "a bad line": ({"calibration": "bad.jsonl"}, InputError, r"bad\.jsonl:2: broken JSON"),
-    "one document": ({"calibration": "one.jsonl"}, ExportError, "2 are needed"),
+    "one document": ({"calibration": "one.jsonl"}, ExportError, "give a text of 2 or more"),
     "activations": ({"activations": "int4"}, ExportError, "uint8, int8"),
     "samples": ({"samples": 1}, ExportError, "2 or more"),
-    "a layer that is not there": ({"keep_float": ("encoder.layer.9.*",)}, ExportError, "the name of no linear layer"),
+    "a layer that is not there": ({"keep_float": ("encoder.layer.9.*",)}, ExportError, "matches no linear layer"),
     "samples of another type": ({"samples": "32"}, ExportError, "samples is '32'"),
     "half a sample": ({"samples": 2.5}, ExportError, "samples is 2.5"),
     "activations of another type": ({"activations": None}, ExportError, "activations None"),
