@@ -25,6 +25,7 @@ from lfx.export.load import check_weights, load, load_tokenizer, quiet, weights_
 from lfx.export.options import at_least_1, check_choices, model_name
 from lfx.export.passes.opset import TRACED
 from lfx.export.probe import (
+    adds_globals,
     check_rows,
     default_global_of,
     forward_inputs,
@@ -33,6 +34,7 @@ from lfx.export.probe import (
     is_hugging_face,
 )
 from lfx.export.rewrite import ExportWrapper, GlobalTokens, attention_windows, rewrite
+from lfx.export.sizes import check_sizes
 from lfx.export.torch_runners import TORCH_DTYPES
 from lfx.export.validate import validate
 from lfx.machine import package_versions
@@ -111,7 +113,7 @@ def export(
     tokens = GlobalTokens(mode=global_attention, max_slots=max_global)
     program, inputs = _trace(module, task, precision, tokens)
     signature = _signature(module, task, precision, tokens, program.model, inputs, max_seqlen)
-    _check_ranges(program, signature, granularity(module))
+    check_sizes(program, signature, granularity(module))
     check_rows(module, signature)
     signature = dataclasses.replace(signature, ignores_padding=ignores_padding(module, signature))
     if max_global is not None and max_global > (signature.max_seqlen or max_global):
@@ -180,30 +182,6 @@ def _check_global_option(module: nn.Module, global_attention: str, max_global: i
         )
 
 
-def _check_ranges(program: torch.onnx.ONNXProgram, signature: Signature, multiple_of: int) -> None:
-    """Check that the traced graph is valid for all batch sizes and sequence lengths of the signature.
-
-    Raises:
-        ExportError: torch.export found a bound on a size, outside which the model takes another branch.
-    """
-    assert program.exported_program is not None
-    ranges = program.exported_program.range_constraints
-    first = next(node for node in program.exported_program.graph.nodes if node.name.startswith("tensors"))
-    for axis, size in zip(signature.inputs[0].shape, first.meta["val"].shape, strict=True):
-        bounds = ranges.get(size.node.expr) if isinstance(size, torch.SymInt) else None
-        if bounds is None:
-            continue
-        limit = signature.max_seqlen if axis == "sequence" else None
-        low = int(bounds.lower) if bounds.lower.is_Integer else 0
-        high = int(bounds.upper) if bounds.upper.is_Integer else None
-        if low > max(multiple_of, 2) or (high is not None and (limit is None or high < limit)):
-            cure = f"export with max_seqlen={high}" if axis == "sequence" and high is not None and low < 2 else ""
-            raise ExportError(
-                f"{signature.architecture} takes another path outside {axis} {low} to {high or 'any'}, and a graph has "
-                f"one path for all sizes; {cure or 'take the branch on the shape out of its forward'}"
-            )
-
-
 def _target(model: str | nn.Module, output: str | Path | None) -> Path:
     if output is not None:
         return file_path(output, "output", ExportError)
@@ -217,6 +195,8 @@ def _target(model: str | nn.Module, output: str | Path | None) -> Path:
 
 def _task_of_module(module: nn.Module, task: str) -> str:
     if task != "auto":
+        if is_hugging_face(module) and TASKS[task].architecture != type(module).__name__:
+            raise ExportError(f"task {task} is not that of a {type(module).__name__}; leave it out")
         return task
     bases = {cls.__name__ for cls in type(module).__mro__}
     return next((name for name, known in TASKS.items() if known.architecture in bases), "feature-extraction")
@@ -325,21 +305,18 @@ def _signature(
     config = getattr(module, "config", None)
     all_embeddings = [m for m in module.modules() if isinstance(m, hf.LongformerEmbeddings)]
     embeddings = all_embeddings[0] if all_embeddings else None
-    vocab_size = embeddings.word_embeddings.num_embeddings if embeddings is not None else None
+    vocab_size = getattr(embeddings.word_embeddings, "num_embeddings", None) if embeddings is not None else None
     pad = embeddings.padding_idx if embeddings is not None else _token_id(config, "pad_token_id", None)
     sep = _token_id(config, "sep_token_id", vocab_size)
     axes: tuple[str, ...] = ("batch", "choices", "sequence") if task == "multiple-choice" else ("batch", "sequence")
-    default_global = {"mask": TASKS[task].default_global, "first": "first", "none": "none"}[tokens.mode]
-    if tokens.mode == "mask" and "global_attention_mask" in inputs and not is_hugging_face(module):
-        default_global = default_global_of(module, vocab_size, pad, sep)
-    return Signature(
+    signature = Signature(
         architecture=type(module).__name__,
         task=task,
         precision=precision,
         inputs=tuple(TensorSpec(name, "int64", axes) for name in inputs),
         outputs=tuple(_output_spec(value) for value in graph.graph.outputs),
         attention_windows=tuple(attention_windows(module)),
-        default_global=default_global,
+        default_global=tokens.mode if tokens.mode != "mask" else TASKS[task].default_global,
         global_attention=tokens.mode,
         max_seqlen=_max_seqlen(all_embeddings, max_seqlen),
         vocab_size=vocab_size,
@@ -348,6 +325,17 @@ def _signature(
         sep_token_id=sep,
         lfx_version=lfx.__version__,
     )
+    if tokens.mode == "mask" and "global_attention_mask" in inputs and not is_hugging_face(module):
+        signature = dataclasses.replace(signature, default_global=default_global_of(module, signature))
+    if adds_globals(module, signature):
+        if tokens.mode != "mask" or tokens.max_slots is not None:
+            option = f"max_global {tokens.max_slots}" if tokens.mode == "mask" else f"global_attention {tokens.mode!r}"
+            raise ExportError(
+                f"{type(module).__name__} gives tokens global attention beside those of its global_attention_mask, "
+                f"which {option} would leave out; leave the option out"
+            )
+        signature = dataclasses.replace(signature, adds_globals=True)
+    return signature
 
 
 def _token_id(config: Any, name: str, vocab_size: int | None) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lfx.checks import one_of
 from lfx.errors import ExportError, one_line
@@ -19,6 +21,7 @@ from lfx.export import checkpoint
 from lfx.files import temporary_folder
 from lfx.signature import TASKS
 
+_IN_A_LAYER = re.compile(r"(^|\.)encoder\.layer\.\d+\.")
 _BY_ARCHITECTURE = {task.architecture: name for name, task in TASKS.items()}
 
 
@@ -118,6 +121,13 @@ def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, task: s
             f"{model} has weights of other shapes than the config's: {_some(mismatched)}; give the config that "
             "belongs to them"
         )
+    # Weights of another head may be left out; those of another layer, or of an adapter on one, make another model.
+    unexpected = sorted(key for key in info.get("unexpected_keys", ()) if _IN_A_LAYER.search(key))
+    if unexpected:
+        raise ExportError(
+            f"{model} has weights that its config gives no layer for: {_some(unexpected)}; give the config that "
+            "belongs to them, and merge an adapter into its model"
+        )
     missing = sorted(key for key in info.get("missing_keys", ()) if not key.endswith("position_ids"))
     without_pooler = [key for key in missing if not key.startswith("pooler.")]
     if missing and not without_pooler:
@@ -145,16 +155,18 @@ def check_weights(module: nn.Module) -> None:
     Raises:
         ExportError: names the tensor and the number of such values, or a tensor on the device meta.
     """
-    parameters = {name: tensor.detach() for name, tensor in module.named_parameters()}
+    parameters = dict(module.named_parameters())
     buffers = {
         name: tensor
         for name, tensor in module.state_dict().items()
         if name not in parameters and isinstance(tensor, torch.Tensor)
     }
     for name, tensor in {**parameters, **buffers}.items():
+        if is_lazy(tensor):
+            raise ExportError(f"{name} has no shape yet; run the module once before the export")
         if tensor.is_meta:
             raise ExportError(f"{name} is on the device meta, without values; load the weights first")
-        values = tensor.float()  # float64 values that overflow float32 count as infinite
+        values = tensor.detach().float()  # float64 values that overflow float32 count as infinite
         nans, infinities = int(values.isnan().sum()), int(values.isinf().sum())
         if nans or (infinities and name in parameters):
             value, count = ("NaN", nans) if nans else ("an infinity", infinities)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError, InputError
 from lfx.export.rewrite import attention_windows
-from lfx.export.torch_runners import disturbed_runner, torch_runner
+from lfx.export.torch_runners import disturbed_runner, global_tokens_runner, torch_runner
 from lfx.parity import Case, OutputResult, pair_tolerance
 from lfx.runtime.engine import check_cuttable, cut
 from lfx.runtime.inputs import default_global
@@ -24,40 +25,96 @@ from lfx.signature import GRAPH_INPUTS, TASKS, Signature
 
 # The torch modules in transformers' Longformers. Each computes every token by itself.
 _TOKENWISE_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.Tanh, nn.ModuleList)
-_NO_SIGNATURE = Signature("", "feature-extraction", "fp32", (), (), ())
+_SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask", "unk")  # tokens whose ids a config has
+_LONG = 4096  # longest sequence, in tokens, that padding is tried with
+Int64 = NDArray[np.int64]
 
 
-def default_global_of(module: nn.Module, vocab_size: int | None, pad: int | None, sep: int | None) -> str:
+def default_global_of(module: nn.Module, signature: Signature) -> str:
     """Find the rule by which a module chooses its global tokens if it gets no global_attention_mask.
 
+    The global tokens that its attention layers get are compared, not its outputs: a label may be right by luck.
+
     Args:
-        vocab_size, pad, sep: number of ids, padding id and separator id; None = unknown.
+        signature: of the module, with its task, ids and limits; its own `default_global` is not used.
     Returns:
-        A `default_global` of `lfx.signature.Signature`; "required" if no known rule gives the module's outputs.
+        A `default_global` of `lfx.signature.Signature`; "required" if no known rule gives the module's global tokens.
     """
-    step = granularity(module)
-    length = step * -(-12 // step)
-    separator = sep if sep is not None and (vocab_size is None or sep < vocab_size) else None
-    signature = replace(_NO_SIGNATURE, pad_token_id=pad if pad is not None else 1, vocab_size=vocab_size)
-    ids = model_inputs(Case(2, length), signature)["input_ids"]
-    if separator is not None:
-        ids[ids == separator] = (separator + 1) % (vocab_size or 8)
-        ids[:, [3, 4, -1]] = separator
-    run = torch_runner(module, "fp32")
+    trials = list(_trial_ids(module, signature))
+    record = global_tokens_runner(module, forward_inputs(module))
     try:
-        without_mask = run({"input_ids": ids})
+        chosen = [record(_with_mask(ids)) for ids in trials]
     except ExportError:
-        # A module whose forward requires its masks has no rule of its own.
-        parameters = inspect.signature(module.forward).parameters
-        requires_mask = any(parameters[name].default is inspect.Parameter.empty for name in forward_inputs(module)[1:])
-        return "none" if requires_mask else "required"
-    rules: tuple[str, ...] = ("none", "first", *(("question", "after_question") if separator is not None else ()))
+        # A module whose forward requires a global_attention_mask has no rule of its own.
+        parameter = inspect.signature(module.forward).parameters["global_attention_mask"]
+        return "none" if parameter.default is inspect.Parameter.empty else "required"
+    separators = ("question", "after_question") if _separator(signature) is not None else ()
+    rules: tuple[str, ...] = ("none", "first", *separators)
     for rule in rules:
-        mask = default_global(ids, replace(signature, default_global=rule, sep_token_id=separator))
-        with_mask = run({"input_ids": ids, "global_attention_mask": mask})
-        if all(_is_same(with_mask[name], array, module) for name, array in without_mask.items()):
+        ruled = replace(signature, default_global=rule)
+        masks = [default_global(ids, ruled) for ids in trials]
+        if all(map(_same_globals, chosen, masks)):
             return rule
     return "required"
+
+
+def adds_globals(module: nn.Module, signature: Signature) -> bool:
+    """Return whether a module gives tokens global attention beside those of the global_attention_mask that it gets."""
+    if is_unchanged(module) or "global_attention_mask" not in forward_inputs(module):
+        return False
+    record = global_tokens_runner(module, forward_inputs(module))
+    for ids in _trial_ids(module, signature):
+        mask = np.zeros_like(ids)
+        mask[..., 1] = 1
+        if not _same_globals(record({**_with_mask(ids), "global_attention_mask": mask}), mask):
+            return True
+    return False
+
+
+def _with_mask(ids: Int64) -> dict[str, Int64]:
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+
+def _same_globals(layers: list[NDArray[np.bool_]], mask: Int64) -> bool:
+    """Return whether each attention layer got the global tokens of a mask; transformers pads to whole windows."""
+    rows = mask.reshape(-1, mask.shape[-1]) == 1
+    return all(
+        len(layer) == len(rows)
+        and np.array_equal(layer[:, : rows.shape[1]], rows)
+        and not layer[:, rows.shape[1] :].any()
+        for layer in layers
+    )
+
+
+def _separator(signature: Signature) -> int | None:
+    """The separator's id, if it is in the vocabulary."""
+    sep, vocab_size = signature.sep_token_id, signature.vocab_size
+    return sep if sep is not None and (vocab_size is None or sep < vocab_size) else None
+
+
+def _trial_ids(module: nn.Module, signature: Signature) -> Iterator[Int64]:
+    """Yield ids in which every special id of the model occurs, also in front; each row has three separators."""
+    step, vocab_size = granularity(module), signature.vocab_size
+    length = min(step * -(-12 // step), signature.max_seqlen or 12 * step)
+    if length < 8:  # no room for what is planted
+        yield model_inputs(Case(2, length), signature)["input_ids"]
+        return
+    separator = _separator(signature)
+    ids_of_config = (getattr(getattr(module, "config", None), f"{name}_token_id", None) for name in _SPECIAL)
+    known = {value for value in ids_of_config if type(value) is int} | set(range(min(vocab_size or 8, 64)))
+    special = sorted(token for token in known if 0 <= token < (vocab_size or 8) and token != separator)
+    for first in range(0, len(special), 8):
+        ids = model_inputs(Case(8, length), signature)["input_ids"]
+        planted = special[first : first + 8]
+        if separator is not None:
+            ids[ids == separator] = special[0]
+        for row, token in enumerate(planted):
+            ids[row, ..., 0] = token
+            inside = planted[: length - 6]
+            ids[row, ..., 5 : 5 + len(inside)] = inside
+        if separator is not None:
+            ids[..., [3, 4, -1]] = separator
+        yield ids
 
 
 def is_hugging_face(module: nn.Module) -> bool:
@@ -108,10 +165,18 @@ def ignores_padding(module: nn.Module, signature: Signature) -> bool:
         return True
     if "attention_mask" not in names or max_seqlen == 1:
         return True
-    limit = max_seqlen if max_seqlen is not None else 96
-    length, padded_length = (step, 2 * step) if step > 1 else (min(12, limit // 2), min(96, limit))
-    if max_seqlen is not None and padded_length > max_seqlen:
+    limit = max_seqlen if max_seqlen is not None else _LONG
+    pairs = [(step, 2 * step)] if step > 1 else [(min(12, limit // 2), min(96, limit))]
+    longest = min(limit, _LONG) // step * step
+    if longest > pairs[0][1]:  # a head may read positions that are far apart
+        pairs.append((longest // 2 // step * step, longest))
+    if max_seqlen is not None and pairs[0][1] > max_seqlen:
         return False
+    return all(_ignores_padding(module, signature, *pair) for pair in pairs)
+
+
+def _ignores_padding(module: nn.Module, signature: Signature, length: int, padded_length: int) -> bool:
+    names = forward_inputs(module)
     inputs = model_inputs(Case(1, padded_length), signature)
     inputs["input_ids"][..., length:] = signature.pad_token_id
     inputs["attention_mask"][..., length:] = 0

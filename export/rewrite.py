@@ -215,9 +215,9 @@ class _Model(hf.LongformerModel):  # type: ignore[misc]
 
 
 def _is_plain(projection: nn.Module) -> bool:
-    """Return whether a projection is an nn.Linear with a bias and without hooks."""
-    hooks = projection._forward_hooks or projection._forward_pre_hooks
-    return type(projection) is nn.Linear and projection.bias is not None and not hooks
+    """Return whether a projection is an nn.Linear with a bias, without hooks and without a forward of its own."""
+    changed = projection._forward_hooks or projection._forward_pre_hooks or "forward" in vars(projection)
+    return type(projection) is nn.Linear and projection.bias is not None and not changed
 
 
 def attention_windows(model: nn.Module) -> list[int]:

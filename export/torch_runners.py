@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers.models.longformer import modeling_longformer as hf
 
@@ -93,6 +94,34 @@ def disturbed_runner(model: nn.Module, names: tuple[str, ...], start: int, amoun
     for module in encoders or [m for m in copied.modules() if isinstance(m, hf.LongformerSelfAttention)]:
         module.register_forward_hook(overwrite)
     return _runner(copied, names, by_layer=False)
+
+
+def global_tokens_runner(
+    model: nn.Module, names: tuple[str, ...]
+) -> Callable[[Mapping[str, NDArray[np.int64]]], list[NDArray[np.bool_]]]:
+    """Return a function that runs the model and returns, for each self-attention, which tokens attend globally there.
+
+    Args:
+        names: the inputs that are passed to `model.forward`.
+    """
+    recorded: list[NDArray[np.bool_]] = []
+
+    def record(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        mask = options["attention_mask"] if "attention_mask" in options else arguments[1]
+        recorded.append((mask > 0).numpy().copy())
+
+    copied = clone(model, torch.float32)
+    for module in copied.modules():
+        if isinstance(module, hf.LongformerSelfAttention):
+            module.register_forward_pre_hook(record, with_kwargs=True)
+    run = _runner(copied, names, by_layer=False)
+
+    def globals_of(inputs: Mapping[str, NDArray[np.int64]]) -> list[NDArray[np.bool_]]:
+        recorded.clear()
+        run(dict(inputs))
+        return list(recorded)
+
+    return globals_of
 
 
 def reference_runner(model: nn.Module, names: tuple[str, ...] | None = None, *, by_layer: bool = False) -> Runner:

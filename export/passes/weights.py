@@ -21,7 +21,7 @@ def transpose_weights(model: ir.Model) -> bool:
         tensor = weight.const_value
         if tensor is None or len(tensor.shape) != 2 or not uses:
             continue
-        if not all(use.node.op_type == "Transpose" and use.node.graph is model.graph for use in uses):
+        if not all(_swaps_axes(use.node) and use.node.graph is model.graph for use in uses):
             continue
         rows, columns = tensor.shape.numpy()
 
@@ -44,3 +44,9 @@ def transpose_weights(model: ir.Model) -> bool:
         del initializers[weight.name]
         changed = True
     return changed
+
+
+def _swaps_axes(node: ir.Node) -> bool:
+    """Return whether a node is a Transpose that swaps the two axes of a matrix; it does without `perm`."""
+    permutation = node.attributes.get("perm")
+    return node.op_type == "Transpose" and (permutation is None or list(permutation.as_ints()) == [1, 0])

@@ -163,6 +163,11 @@ def _checked(
     library = plugins.library() if plugin else None
     path = _output(output if output is not None else folder.resolve().name + SUFFIX)
     signature = _signature(manifest.signature, precision, slots, ranges)
+    if manifest.signature.adds_globals:
+        raise BuildError(
+            f"{bundle} gives tokens global attention beside those of its mask, and TensorRT needs their number "
+            "constant; run the bundle itself"
+        )
     if manifest.quantization.get("activations", "int8") != "int8":
         raise BuildError(
             f"{bundle} has {manifest.quantization['activations']} activations, and TensorRT takes int8; make it again "

@@ -54,6 +54,29 @@ def test_a_branch_on_the_shape_is_refused(axis: int, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+BRANCHES: dict[str, Callable[[Any], bool]] = {
+    "sequence 100": lambda ids: ids.shape[1] == 100,
+    "sequence 64": lambda ids: ids.shape[1] in (64, 100),
+    "sequence 2": lambda ids: ids.shape[1] % 2 == 0,
+    "batch 4": lambda ids: ids.shape[0] == 4,
+    r"sequence \d+, batch \d+|batch \d+, sequence \d+": lambda ids: ids.numel() > 300,
+}
+
+
+@pytest.mark.parametrize("where", BRANCHES)
+def test_a_branch_on_some_sizes_is_refused(where: str, tmp_path: Path) -> None:
+    module = Wrapped(lambda x, ids: x * 2 if BRANCHES[where](ids) else x).eval()
+    with pytest.raises(ExportError, match=f"takes another path (at ({where})|outside)"):
+        export(module, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_size_that_becomes_a_constant_is_refused(tmp_path: Path) -> None:
+    module = Wrapped(lambda x, ids: x * {100: 2.0}.get(int(ids.shape[1]), 1.0)).eval()
+    with pytest.raises(ExportError, match="takes the sequence of the traced example, 29, for a constant"):
+        export(module, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "change",
     [lambda x, ids: x - x.mean(0), lambda x, ids: x * x[0, 0, 0], lambda x, ids: x.softmax(0)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,19 @@ import torch
 from torch import nn
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
-from lfx.export.probe import default_global_of, granularity, is_unchanged
-from lfx.signature import TASKS
+from lfx.errors import BuildError, ExportError
+from lfx.export import export
+from lfx.export.probe import adds_globals, default_global_of, granularity, ignores_padding, is_unchanged
+from lfx.runtime import build_engine
+from lfx.signature import GRAPH_INPUTS, TASKS, Signature, TensorSpec
 from tests.models import tiny_config, tiny_model
+
+
+def signature(**options: Any) -> Signature:
+    inputs = tuple(TensorSpec(name, "int64", ("batch", "sequence")) for name in GRAPH_INPUTS)
+    outputs = (TensorSpec("label", "int64", ("batch",)),)
+    fields = {"task": "text-classification", "inputs": inputs, "outputs": outputs, "vocab_size": 55, "max_seqlen": 128}
+    return Signature("M", precision="fp32", attention_windows=(4,), **{**fields, **options})
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -49,11 +60,11 @@ def test_what_was_changed_is_not_known(change: Callable[[Any], Any]) -> None:
 class Bare(nn.Module):
     """Self-attention without a LongformerModel around it, which takes lengths of whole windows only."""
 
-    def __init__(self, window: int, *, masked: bool = True) -> None:
+    def __init__(self, window: int, *, fails: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(55, 32)
         self.attention = LongformerSelfAttention(tiny_config(attention_window=[window]), 0)
-        self.masked = masked
+        self.fails = fails
 
     def forward(
         self,
@@ -61,8 +72,9 @@ class Bare(nn.Module):
         attention_mask: torch.Tensor | None = None,
         global_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        mask = torch.ones_like(input_ids) if attention_mask is None and self.masked else attention_mask
-        assert mask is not None
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if self.fails and global_attention_mask is None:
+            raise ValueError("it needs the mask")
         marks = torch.zeros_like(mask) if global_attention_mask is None else global_attention_mask
         if global_attention_mask is None:
             marks[:, 0] = 1
@@ -83,8 +95,119 @@ def test_the_rule_is_found_at_lengths_that_the_module_takes(window: int) -> None
     torch.manual_seed(0)
     module = Bare(window).eval()
     assert granularity(module) == window
-    assert default_global_of(module, 55, 1, None) == "first"
+    assert default_global_of(module, signature()) == "first"
 
 
-def test_a_module_that_fails_without_its_masks_has_no_known_rule() -> None:
-    assert default_global_of(Bare(8, masked=False).eval(), 55, 1, None) == "required"
+def test_a_module_that_fails_without_its_mask_has_no_known_rule() -> None:
+    assert default_global_of(Bare(8, fails=True).eval(), signature()) == "required"
+
+
+class Around(nn.Module):
+    """A model of a task, with a rule of its own for the global tokens, whose outputs say little of them."""
+
+    def __init__(self, rule: Callable[[Any], Any], task: str = "text-classification") -> None:
+        super().__init__()
+        self.model, self.rule = tiny_model(task), rule
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        global_attention_mask: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        marks = self.rule(input_ids) if global_attention_mask is None else global_attention_mask
+        found = self.model(input_ids, attention_mask=attention_mask, global_attention_mask=marks)
+        return {"label": found.logits.argmax(-1)}
+
+
+def first(ids: torch.Tensor) -> torch.Tensor:
+    marks = torch.zeros_like(ids)
+    marks[..., 0] = 1
+    return marks
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        (first, "first"),
+        (torch.zeros_like, "none"),
+        (lambda ids: None, "first"),  # the rule of the model inside
+        (lambda ids: (ids == 0).long(), "required"),
+        (lambda ids: (ids == 54).long(), "required"),
+    ],
+    ids=["first", "none", "inner", "cls", "last id"],
+)
+def test_a_rule_is_found_by_the_tokens_and_not_by_the_outputs(rule: Any, name: str) -> None:
+    assert default_global_of(Around(rule).eval(), signature(vocab_size=55)) == name
+
+
+class Choice(type(tiny_model("multiple-choice"))):  # type: ignore[misc]
+    """A subclass that changes nothing."""
+
+
+def test_a_subclass_of_a_task_keeps_the_rule_of_the_task() -> None:
+    model = tiny_model("multiple-choice")
+    model.__class__ = Choice
+    assert default_global_of(model, signature(task="multiple-choice", sep_token_id=2)) == "after_question"
+
+
+class Adding(Around):
+    """A model that gives separators global attention whatever the mask says."""
+
+    def __init__(self) -> None:
+        super().__init__(first)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        global_attention_mask: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        marks = first(input_ids) if global_attention_mask is None else global_attention_mask
+        return super().forward(input_ids, attention_mask, torch.where(input_ids == 2, 1, marks))
+
+
+@pytest.mark.parametrize(
+    ("module", "adds"),
+    [
+        (lambda: tiny_model("text-classification"), False),
+        (lambda: Around(first).eval(), False),
+        (lambda: Adding().eval(), True),
+    ],
+    ids=["hugging face's", "a rule", "separators"],
+)
+def test_global_tokens_that_a_module_adds_are_found(module: Any, adds: bool) -> None:
+    assert adds_globals(module(), signature(vocab_size=55)) is adds
+
+
+@pytest.mark.parametrize("option", [{"max_global": 2}, {"global_attention": "first"}], ids=str)
+def test_an_option_that_would_leave_added_tokens_out_is_refused(option: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="gives tokens global attention beside those"):
+        export(Adding().eval(), tmp_path / "out", **option)
+
+
+def test_a_bundle_of_added_tokens_becomes_no_plan(tmp_path: Path) -> None:
+    bundle = export(Adding().eval(), tmp_path / "out")
+    with pytest.raises(BuildError, match="TensorRT needs their number constant"):
+        build_engine(bundle, tmp_path / "out.plan", flavor="tensorrt-rtx", target="sm89")
+
+
+class Far(nn.Module):
+    """A head that reads positions far apart, and padding with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_model(max_position_embeddings=600)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids, attention_mask=attention_mask).last_hidden_state[:, ::128].mean(dim=1)
+
+
+def test_a_head_that_reads_padding_far_away_is_found() -> None:
+    outputs = (TensorSpec("output", "float32", ("batch", 32)),)
+    assert not ignores_padding(Far().eval(), signature(max_seqlen=598, outputs=outputs))
+
+
+def test_a_task_of_another_class_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="task token-classification is not that of a LongformerForSequenceClass"):
+        export(tiny_model("text-classification"), tmp_path / "out", task="token-classification")

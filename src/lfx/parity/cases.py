@@ -50,7 +50,7 @@ def quick_cases(window: int, max_seqlen: int | None, multiple_of: int = 1) -> li
         Case(2, 7, "first", "empty_row"),
         Case(1, max(2, min(window - 1, 64)), "all", "left"),
         Case(2, window + 1, "ragged", "right"),
-        Case(1, 2 * window + 3, "scattered", "holes"),
+        Case(1, 2 * window + 4, "scattered", "holes"),
     ]
     return _fit(cases, max_seqlen, multiple_of)
 

@@ -30,6 +30,9 @@ SMALL_POOL, TAIL = 2000, 3.5  # a normally distributed error exceeds 3.5 standar
 # A reference value of FILL or more in magnitude is a mask fill value (an infinity or finfo.min), not a result. The same
 # value in float16 is LEAST_FILL or more.
 FILL, LEAST_FILL = 1e30, 65504.0
+# Errors of larger numbers are relative to this one, and so are the numbers: a smaller fill value, such as -1e9, would
+# otherwise raise the tolerance of all numbers of its output.
+LARGE = 100.0
 # Edges of the error histograms, four bins per decade: from below the rounding error of float32 to any large error.
 HISTOGRAM_EDGES = np.logspace(-12, 4, 65)
 
@@ -92,7 +95,8 @@ class OutputResult:
         """Add the outputs of one case.
 
         A position where the reference is a mask fill value, an infinity or NaN has an error of 0 if the other output
-        has such a value too, and an infinite error otherwise. It does not count for the magnitude.
+        has such a value too, and an infinite error otherwise. It does not count for the magnitude. Where the reference
+        is above LARGE in magnitude, all three are scaled so that it is LARGE.
 
         Args:
             expected, witness, actual: outputs of reference, witness and candidate, of one shape.
@@ -101,7 +105,9 @@ class OutputResult:
         """
         expected, actual = expected.astype(np.float64), actual.astype(np.float64)
         filled = ~(np.abs(expected) < FILL)
-        errors, witness_errors = (_errors(array, expected, filled) for array in (actual, witness.astype(np.float64)))
+        scale = np.where(filled, 1.0, np.maximum(np.abs(expected) / LARGE, 1.0))
+        expected, witness, actual = expected / scale, witness.astype(np.float64) / scale, actual / scale
+        errors, witness_errors = (_errors(array, expected, filled) for array in (actual, witness))
         largest = Errors(_largest(errors), _largest(witness_errors))
         if self.worst is None or not largest.error <= self.error:
             self.error, self.worst = largest.error, case

@@ -14,7 +14,7 @@ import pytest
 from lfx.errors import DependencyError, InputError
 from lfx.runtime import Engine
 from lfx.runtime.documents import run_documents
-from lfx.runtime.documents.formats import count_documents, read_documents, write_rows
+from lfx.runtime.documents.formats import check_source, count_documents, read_documents, write_rows
 from lfx.runtime.documents.journal import journal_path
 from lfx.signature import TensorSpec
 from tests.conftest import MakeBundle
@@ -246,3 +246,11 @@ def test_a_line_above_the_limit_is_one_refused_document(tmp_path: Path, monkeypa
     assert (first, last) == ((1, {"input_ids": [5]}), (3, {"input_ids": [6]}))
     assert long[0] == 2
     assert "a line of more than 40 bytes" in str(long[1])
+
+
+def test_a_file_of_many_columns_is_read(tmp_path: Path) -> None:
+    # A search that is quadratic in the number of columns would take minutes.
+    table = pyarrow.table({"text": ["fox"], **{f"c{i}": pyarrow.nulls(1, pyarrow.int8()) for i in range(20_000)}})
+    parquet.write_table(table, tmp_path / "in.parquet")
+    assert list(read_documents(tmp_path / "in.parquet")) == [(1, {"text": "fox"})]
+    check_source(tmp_path / "in.parquet")

@@ -1,0 +1,98 @@
+"""Check that the traced graph, which has one path, is the model at every batch size and sequence length.
+
+torch.export notes what it assumed of the sizes: ranges, and conditions such as `sequence != 100` from a branch on the
+shape. The exported ONNX file checks none of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._sympy.printers import PythonPrinter
+
+from lfx.errors import ExportError
+from lfx.signature import Signature
+
+# Sizes that a condition is tried with: every sequence length up to this one, and these of the other axes.
+_LONGEST = 4096
+_BATCH_SIZES = range(2, 65)
+_FEW_SIZES = range(2, 10)  # of an axis other than the sequence, in a condition on several axes
+
+
+def check_sizes(program: torch.onnx.ONNXProgram, signature: Signature, multiple_of: int) -> None:
+    """Check that the traced graph is valid for all batch sizes and sequence lengths of the signature.
+
+    Size 1 is left to the comparison of the exported file with PyTorch.
+
+    Args:
+        multiple_of: the number that sequence lengths are multiples of.
+    Raises:
+        ExportError: the model takes another path at some size, or computes with one size as a constant.
+    """
+    assert program.exported_program is not None
+    first = next(node for node in program.exported_program.graph.nodes if node.name.startswith("tensors"))
+    sizes = dict(zip(signature.inputs[0].shape, first.meta["val"].shape, strict=True))
+    for axis, size in sizes.items():
+        if not isinstance(size, torch.SymInt):
+            raise ExportError(
+                f"{signature.architecture} takes the {axis} of the traced example, {size}, for a constant; compute "
+                "with the shape of its tensors, without int() or a table of sizes"
+            )
+        _check_range(axis, program.exported_program.range_constraints.get(size.node.expr), signature, multiple_of)
+    environment = first.meta["val"].fake_mode.shape_env
+    asserts = itertools.chain.from_iterable(environment.deferred_runtime_asserts.values())
+    for condition in (*(guard.expr for guard in environment.guards), *(found.expr for found in asserts)):
+        _check_condition(condition, environment.backed_var_to_val, sizes, signature, multiple_of)
+
+
+def _check_range(axis: Any, bounds: Any, signature: Signature, multiple_of: int) -> None:
+    if bounds is None:
+        return
+    limit = signature.max_seqlen if axis == "sequence" else None
+    low = int(bounds.lower) if bounds.lower.is_Integer else 0
+    high = int(bounds.upper) if bounds.upper.is_Integer else None
+    if low > max(multiple_of, 2) or (high is not None and (limit is None or high < limit)):
+        cure = f"export with max_seqlen={high}" if axis == "sequence" and high is not None and low < 2 else ""
+        raise ExportError(
+            f"{signature.architecture} takes another path outside {axis} {low} to {high or 'any'}, and a graph has one "
+            f"path for all sizes; {cure or 'take the branch on the shape out of its forward'}"
+        )
+
+
+def _check_condition(condition: Any, examples: Any, sizes: Any, signature: Signature, multiple_of: int) -> None:
+    """Evaluate what torch.export assumed for the sizes of the signature.
+
+    Args:
+        examples: symbol -> its size in the traced example; the sizes of the example's axes are unequal.
+        sizes: axis -> its symbolic size.
+    """
+    axes = {examples[size.node.expr]: axis for axis, size in sizes.items()}
+    symbols = sorted(condition.free_symbols, key=str)
+    if not symbols or not all(symbol in examples and examples[symbol] in axes for symbol in symbols):
+        return  # it depends on the data, as the number of global tokens does
+    names = [axes[examples[symbol]] for symbol in symbols]
+    holds = eval(f"lambda {', '.join(map(str, symbols))}: {PythonPrinter().doprint(condition)}", {"math": math})
+    for chosen in _choices(dict.fromkeys(names), signature, multiple_of):
+        if not holds(*(chosen[name] for name in names)):
+            where = ", ".join(f"{axis} {size}" for axis, size in chosen.items())
+            raise ExportError(
+                f"{signature.architecture} takes another path at {where}, and a graph has one path for all sizes; take "
+                "the branch on the shape out of its forward"
+            )
+
+
+def _choices(axes: dict[Any, None], signature: Signature, multiple_of: int) -> Iterator[dict[Any, int]]:
+    """Yield the sizes of some axes that a condition is tried with."""
+    longest = min(signature.max_seqlen or _LONGEST, _LONGEST)
+    ranges = []
+    for axis in axes:
+        if axis == "sequence":
+            ranges.append(range(max(multiple_of, 2), longest + 1, multiple_of))
+        else:
+            ranges.append(_BATCH_SIZES if len(axes) == 1 else _FEW_SIZES)
+    for sizes in itertools.product(*ranges):
+        yield dict(zip(axes, sizes, strict=True))
