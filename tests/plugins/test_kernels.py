@@ -229,8 +229,16 @@ MUTATIONS = {
     ),
     "rowMax without its scale": ("softmax.cuh", "tileMax * scaleLog2", "tileMax"),
     "rowSum not rescaled": ("softmax.cuh", "rowSum *= factor;", ""),
-    "acc of BandedAttention not rescaled": ("banded/tensor_cores.cuh", "rows.acc[n][i] *= factor[i / 2];", ""),
-    "acc of BandedAttention in float32 not rescaled": ("banded/fp32.cuh", "element *= factor;", ""),
+    "acc of BandedAttention not rescaled": (
+        "banded/tensor_cores.cuh",
+        "rows.acc[n][i] *= factor[i / 2];",
+        "(void) factor;",
+    ),
+    "acc of BandedAttention in float32 not rescaled": (
+        "banded/fp32.cuh",
+        "element *= factor;",
+        "(void) element, (void) factor;",
+    ),
     "a fragment of the wrong column": (
         "banded/tensor_cores.cuh",
         "lane / 8 % 2 * 8, n + lane / 16",
@@ -240,7 +248,7 @@ MUTATIONS = {
     "acc of GlobalAttention not rescaled": (
         "global/tensor_cores.cuh",
         "acc[i / 4][i % 4] *= factor[i % 4 / 2];",
-        "",
+        "(void) factor;",
     ),
     "acc of GlobalAttention in float32 not rescaled": ("global/fp32.cuh", "acc[i][c] *= scores.factor(i);", ""),
     "parts not rescaled": ("global/combine.cuh", "acc += weight * (column", "acc += (column"),
