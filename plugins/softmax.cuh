@@ -45,7 +45,8 @@ struct OnlineSoftmax
     {
         float const previousMax = rowMax;
         rowMax = fmaxf(rowMax, tileMax * scaleLog2);
-        float const factor = exp2Flushed(previousMax - offset());
+        offset = rowMax == kNEG_INF ? 0.0F : rowMax;
+        float const factor = exp2Flushed(previousMax - offset);
         rowSum *= factor;
         return factor;
     }
@@ -53,13 +54,7 @@ struct OnlineSoftmax
     // The weight of a score of the tile that rescale() took; the caller adds it to rowSum.
     __device__ __forceinline__ float weight(float score, float scaleLog2) const
     {
-        return exp2Flushed(fmaf(score, scaleLog2, -offset()));
-    }
-
-    // rowMax, or 0 while every key of the row is masked: -inf - -inf would be NaN.
-    __device__ __forceinline__ float offset() const
-    {
-        return rowMax == kNEG_INF ? 0.0F : rowMax;
+        return exp2Flushed(fmaf(score, scaleLog2, -offset));
     }
 
     // 1 / sum of the row's weights, over the kLANES lanes that share the row; 0 if every key is masked.
@@ -72,6 +67,7 @@ struct OnlineSoftmax
 
     float rowMax = kNEG_INF; // largest score so far, times scaleLog2
     float rowSum = 0.0F;     // of this lane's weights
+    float offset = 0.0F;     // rowMax, or 0 while every key of the row is masked: -inf - -inf would be NaN
 };
 
 } // namespace lfx
