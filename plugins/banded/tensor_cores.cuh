@@ -9,7 +9,7 @@
 namespace lfx::banded
 {
 
-// A lane holds two rows, lane / 4 and lane / 4 + 8; the four lanes of a row share its columns as mma() deals them.
+// A lane holds two rows, lane / 4 and lane / 4 + 8; the four lanes of a row share its columns in the layout of mma().
 template <typename T, int kD>
 struct WarpRows
 {
