@@ -40,7 +40,7 @@ endef
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml requirements.lock CMakeLists.txt $(wildcard plugins/*.cu plugins/*.cuh plugins/*.cpp plugins/*.h)
+$(STAMP): pyproject.toml requirements.lock CMakeLists.txt $(wildcard plugins/*.c* plugins/*.h plugins/*/*.*)
 	$(call venv,$(VENV))
 	# setuptools builds packages of the lock. One request to TORCH_INDEX, since it may not be reached.
 	$(call locked,pip|setuptools) | $(call install,$(VENV))

@@ -1,5 +1,7 @@
-// Which keys a tile of queries visits, and which of them each query sees: the arithmetic that the kernels and the host
-// reference share. Indices count within one subsequence: the tokens p with p % dilation == lane, in order.
+// Which keys a tile of queries visits and which of them each query sees, shared by the kernels and the host reference.
+//
+// Dilation d splits a sequence into d interleaved subsequences: subsequence s has the tokens p with p % d == s. Queries
+// and keys are counted within one subsequence; a position is counted within the sequence.
 #pragma once
 
 #include <cstdint>
@@ -16,41 +18,41 @@ namespace lfx
 struct Range
 {
     int32_t begin;
-    int32_t end; // exclusive; begin == end for none
+    int32_t end; // exclusive
 };
 
-LFX_HOST_DEVICE int32_t smaller(int32_t a, int32_t b)
+LFX_HOST_DEVICE constexpr int32_t min(int32_t a, int32_t b)
 {
     return a < b ? a : b;
 }
 
-LFX_HOST_DEVICE int32_t larger(int32_t a, int32_t b)
+LFX_HOST_DEVICE constexpr int32_t max(int32_t a, int32_t b)
 {
     return a > b ? a : b;
 }
 
-LFX_HOST_DEVICE int32_t ceilDiv(int32_t a, int32_t b)
+LFX_HOST_DEVICE constexpr int32_t ceilDiv(int32_t a, int32_t b)
 {
     return (a + b - 1) / b;
 }
 
-// Tokens of the subsequence `lane`.
-LFX_HOST_DEVICE int32_t laneLength(int32_t seqlen, int32_t dilation, int32_t lane)
+// Number of tokens of a subsequence.
+LFX_HOST_DEVICE int32_t subsequenceLength(int32_t seqlen, int32_t dilation, int32_t subsequence)
 {
-    return lane < seqlen ? (seqlen - lane + dilation - 1) / dilation : 0;
+    return subsequence < seqlen ? (seqlen - subsequence + dilation - 1) / dilation : 0;
 }
 
-// Where the index-th token of the subsequence `lane` stands in the sequence.
-LFX_HOST_DEVICE int32_t positionOf(int32_t index, int32_t dilation, int32_t lane)
+// Position in the sequence of a subsequence's token `index`.
+LFX_HOST_DEVICE int32_t positionOf(int32_t index, int32_t dilation, int32_t subsequence)
 {
-    return index * dilation + lane;
+    return index * dilation + subsequence;
 }
 
-// Keys that the queries [firstQuery, firstQuery + queries) reach, within a subsequence of `length` tokens.
+// Keys in the band of the queries [firstQuery, firstQuery + queries), within a subsequence of `length` tokens.
 LFX_HOST_DEVICE Range keysOfTile(int32_t firstQuery, int32_t queries, int32_t window, bool causal, int32_t length)
 {
-    int32_t const lastQuery = smaller(firstQuery + queries, length) - 1;
-    return {larger(firstQuery - window, 0), smaller(lastQuery + (causal ? 0 : window) + 1, length)};
+    int32_t const lastQuery = min(firstQuery + queries, length) - 1;
+    return {max(firstQuery - window, 0), min(lastQuery + (causal ? 0 : window) + 1, length)};
 }
 
 LFX_HOST_DEVICE bool inBand(int32_t query, int32_t key, int32_t window, bool causal)
@@ -58,10 +60,10 @@ LFX_HOST_DEVICE bool inBand(int32_t query, int32_t key, int32_t window, bool cau
     return key >= query - window && key <= query + (causal ? 0 : window);
 }
 
-// A slot of global_index that names a token; -1 and what lies outside the sequence are unused.
-LFX_HOST_DEVICE bool isUsed(int32_t index, int32_t seqlen)
+// Whether an entry of global_index is a position; unused slots hold -1 or any other value outside the sequence.
+LFX_HOST_DEVICE bool isUsedSlot(int32_t position, int32_t seqlen)
 {
-    return index >= 0 && index < seqlen;
+    return position >= 0 && position < seqlen;
 }
 
 } // namespace lfx

@@ -1,6 +1,7 @@
-// The machine as the kernels see it: tensor-core products, fragment loads, asynchronous copies, number formats.
-// Source: PTX ISA, "mma.sync m16n8k16", "ldmatrix", "cp.async", "ex2". Tests put another header in its place, which does
-// the same on the CPU (tests/plugins/emulated_device.h).
+// Device primitives of the kernels: tensor-core products, fragment loads, asynchronous copies, 16-bit floats, launches.
+// Tests replace them with an emulation on the CPU (tests/plugins/emulated_device.h).
+//
+// Source: PTX ISA, "mma.sync m16n8k16", "ldmatrix", "cp.async", "ex2".
 #pragma once
 
 #ifdef LFX_EMULATED
@@ -16,7 +17,7 @@
 namespace lfx
 {
 
-constexpr int kMAX_SHARED_BYTES = 101376; // of a block on compute capability 8.6, 8.9 and 12.0, which have the least
+constexpr int kMAX_SHARED_BYTES = 101376; // of a block on compute capability 8.6, 8.9 and 12.0, the smallest limit
 
 using Half = __half;
 using Bf16 = __nv_bfloat16;
@@ -42,7 +43,7 @@ __device__ __forceinline__ Bf16 fromFloat<Bf16>(float x)
     return __float2bfloat16_rn(x);
 }
 
-// Two numbers in one register, the first in the lower half.
+// Two numbers rounded and packed into one register, the first in the lower half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
 
@@ -60,7 +61,7 @@ __device__ __forceinline__ uint32_t pack<Bf16>(float low, float high)
     return reinterpret_cast<uint32_t const&>(pair);
 }
 
-// 2 to the power of x, off by 2^-22 of it at most; 0 where that would be below the smallest normal number.
+// 2^x with a relative error of at most 2^-22; subnormal results are flushed to 0.
 __device__ __forceinline__ float exp2Flushed(float x)
 {
     float y;
@@ -72,22 +73,24 @@ __device__ __forceinline__ float exp2Flushed(float x)
 //   a: rows r, r + 8, r, r + 8 at columns 2t, 2t, 2t + 8, 2t + 8 (two neighbours each)
 //   b: rows 2t, 2t + 8 (two neighbours each) of column r        c: rows r, r, r + 8, r + 8 at columns 2t, 2t + 1 twice
 template <typename T>
-__device__ __forceinline__ void multiplyAdd(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1);
+__device__ __forceinline__ void mma(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1);
 
 template <>
-__device__ __forceinline__ void multiplyAdd<Half>(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
+__device__ __forceinline__ void mma<Half>(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
 {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 template <>
-__device__ __forceinline__ void multiplyAdd<Bf16>(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
+__device__ __forceinline__ void mma<Bf16>(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
 {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ uint32_t sharedAddress(void const* pointer)
@@ -95,39 +98,40 @@ __device__ __forceinline__ uint32_t sharedAddress(void const* pointer)
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Four 8×8 matrices of 16-bit numbers; lanes 8i to 8i + 7 name the rows of matrix i, 16 bytes each. A lane gets, of each,
-// row lane / 4, columns 2·(lane % 4) and the next.
+// Loads four 8×8 matrices of 16-bit numbers; lanes 8i to 8i + 7 pass the addresses of the rows of matrix i, 16 bytes each.
+// A lane receives row lane / 4, columns 2·(lane % 4) and the next, of each matrix.
 __device__ __forceinline__ void loadMatrices(uint32_t (&r)[4], void const* row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(sharedAddress(row))
-                 : "memory");
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+        : "r"(sharedAddress(row))
+        : "memory");
 }
 
-// The same of the transposed matrices.
+// The same, with each matrix transposed.
 __device__ __forceinline__ void loadMatricesTransposed(uint32_t (&r)[4], void const* row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(sharedAddress(row))
-                 : "memory");
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+        : "r"(sharedAddress(row))
+        : "memory");
 }
 
-// 16 bytes from global to shared memory, behind the program's back; zeros, and nothing read, where not valid.
+// Starts an asynchronous copy of 16 bytes from global to shared memory; if not valid, writes zeros and reads nothing.
 __device__ __forceinline__ void copyAsync(void* shared, void const* global, bool valid)
 {
     int const bytes = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(sharedAddress(shared)), "l"(global), "r"(bytes)
-                 : "memory");
+        : "memory");
 }
 
-// End a group of copies; wait until all groups but the newest `kPENDING` are there.
-__device__ __forceinline__ void endCopies()
+// Closes the current group of copies.
+__device__ __forceinline__ void commitCopies()
 {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
+// Waits until at most kPENDING groups, the newest, are unfinished.
 template <int kPENDING>
 __device__ __forceinline__ void waitForCopies()
 {
@@ -146,7 +150,7 @@ int32_t launch(void (*kernel)(Params), dim3 grid, int32_t threads, size_t shared
 {
     if (sharedBytes > 48U * 1024U)
     {
-        // Always the same number: the attribute belongs to the process, and other threads launch with other sizes.
+        // Always the same value: the attribute is global to the process, and other threads launch with other sizes.
         cudaError_t const error
             = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMAX_SHARED_BYTES);
         if (error != cudaSuccess)
@@ -155,9 +159,17 @@ int32_t launch(void (*kernel)(Params), dim3 grid, int32_t threads, size_t shared
         }
     }
     kernel<<<grid, threads, sharedBytes, stream>>>(params);
-    return cudaGetLastError(); // and forget it: the next launch is another one's
+    return cudaGetLastError(); // clears the error, so that the next launch does not report it
 }
 
 } // namespace lfx
 
 #endif
+
+namespace lfx
+{
+
+constexpr int kWARP_SIZE = 32;
+constexpr uint32_t kFULL_WARP = 0xffffffffU; // mask of all lanes
+
+} // namespace lfx

@@ -1,4 +1,4 @@
-// What the kernels take, in one place for launches, plugin and tests.
+// Sizes and attributes that the kernels support; launches, the plugin and the host reference all check here.
 #include "attention.h"
 
 #include <cmath>
@@ -8,7 +8,7 @@ namespace lfx
 namespace
 {
 
-char const* whyNotSizes(
+char const* unsupportedSizes(
     int32_t batch, int32_t seqlen, int32_t rows, int32_t numHeads, int32_t headSize, int32_t maxHeadSize, float scale)
 {
     if (batch < 1 || batch > 65535)
@@ -50,10 +50,10 @@ bool isType(Type type)
 
 } // namespace
 
-char const* whyNot(BandedParams const& params) noexcept
+char const* unsupportedReason(BandedParams const& params) noexcept
 {
-    if (char const* reason = whyNotSizes(params.batch, params.seqlen, params.slots, params.numHeads, params.headSize,
-            kMAX_BANDED_HEAD_SIZE, params.scale))
+    if (char const* reason = unsupportedSizes(params.batch, params.seqlen, params.slots, params.numHeads,
+            params.headSize, kMAX_BANDED_HEAD_SIZE, params.scale))
     {
         return reason;
     }
@@ -77,9 +77,9 @@ char const* whyNot(BandedParams const& params) noexcept
     return isType(params.type) ? nullptr : "the type must be float32, float16 or bfloat16";
 }
 
-char const* whyNot(GlobalParams const& params) noexcept
+char const* unsupportedReason(GlobalParams const& params) noexcept
 {
-    if (char const* reason = whyNotSizes(params.batch, params.seqlen, params.queries, params.numHeads,
+    if (char const* reason = unsupportedSizes(params.batch, params.seqlen, params.queries, params.numHeads,
             params.headSize, kMAX_GLOBAL_HEAD_SIZE, params.scale))
     {
         return reason;

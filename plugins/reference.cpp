@@ -1,5 +1,5 @@
-// The lfx ops on the host, in float64 over float32 tensors, by the tiles and masks of band.h: what the kernels compute,
-// without a GPU. For tests: they compare it with the dense definition in Python.
+// The lfx ops on the host, in float64 over float32 tensors, with the tiles and masks of band.h: it computes what the
+// kernels compute. For tests, which compare it with the dense definition in Python.
 #include "attention.h"
 #include "band.h"
 
@@ -14,163 +14,208 @@ namespace
 
 constexpr int32_t kTILE_QUERIES = 64;
 
-// Online softmax of one query: keys come one after the other.
-struct Row
+// The attention of one query of one head, with online softmax: keys are added one after another.
+class QueryAttention
 {
-    explicit Row(int32_t headSize)
-        : sum(headSize, 0.0)
+public:
+    QueryAttention(float const* query, int32_t headSize, double scale)
+        : mQuery(query)
+        , mScale(scale)
+        , mAcc(headSize, 0.0)
     {
     }
 
-    void add(float const* query, float const* key, float const* value, double scale)
+    void add(float const* key, float const* value)
     {
         double score = 0.0;
-        for (size_t i = 0; i < sum.size(); ++i)
+        for (size_t i = 0; i < mAcc.size(); ++i)
         {
-            score += static_cast<double>(query[i]) * key[i];
+            score += static_cast<double>(mQuery[i]) * key[i];
         }
-        score *= scale;
-        double const highest = score > peak ? score : peak;
-        double const keep = std::exp(peak - highest);
-        double const weight = std::exp(score - highest);
-        for (size_t i = 0; i < sum.size(); ++i)
+        score *= mScale;
+        double const newMax = score > mRowMax ? score : mRowMax;
+        double const factor = std::exp(mRowMax - newMax);
+        double const weight = std::exp(score - newMax);
+        for (size_t i = 0; i < mAcc.size(); ++i)
         {
-            sum[i] = sum[i] * keep + weight * value[i];
+            mAcc[i] = mAcc[i] * factor + weight * value[i];
         }
-        total = total * keep + weight;
-        peak = highest;
+        mRowSum = mRowSum * factor + weight;
+        mRowMax = newMax;
     }
 
-    void write(float* out) const
+    // Zeros if no key was added.
+    void write(float* context) const
     {
-        for (size_t i = 0; i < sum.size(); ++i)
+        for (size_t i = 0; i < mAcc.size(); ++i)
         {
-            out[i] = total > 0.0 ? static_cast<float>(sum[i] / total) : 0.0F;
+            context[i] = mRowSum > 0.0 ? static_cast<float>(mAcc[i] / mRowSum) : 0.0F;
         }
     }
 
-    std::vector<double> sum;
-    double peak = -std::numeric_limits<double>::infinity();
-    double total = 0.0;
+private:
+    float const* mQuery;
+    double mScale;
+    std::vector<double> mAcc;
+    double mRowMax = -std::numeric_limits<double>::infinity();
+    double mRowSum = 0.0;
 };
 
-// What stands at each position of a batch row: -1 padding, 0 a local token, g + 1 the token of global slot g.
-std::vector<int32_t> slotsOf(int32_t const* mask, int32_t const* index, int32_t seqlen, int32_t slots)
+// BandedAttention of one batch element.
+class BandedReference
 {
-    std::vector<int32_t> found(seqlen);
-    for (int32_t i = 0; i < seqlen; ++i)
+public:
+    BandedReference(BandedParams const& params, int32_t batch)
+        : mParams(params)
+        , mWidth(static_cast<size_t>(params.numHeads) * params.headSize)
+        , mGlobalIndex(params.globalIndex + static_cast<size_t>(batch) * params.slots)
+        , mGlobalContext(
+              static_cast<float const*>(params.globalContext) + static_cast<size_t>(batch) * params.slots * mWidth)
     {
-        found[i] = mask[i] != 0 ? 0 : -1;
-    }
-    for (int32_t g = 0; g < slots; ++g)
-    {
-        if (isUsed(index[g], seqlen))
+        size_t const firstToken = static_cast<size_t>(batch) * params.seqlen;
+        mQuery = static_cast<float const*>(params.query) + firstToken * mWidth;
+        mKey = static_cast<float const*>(params.key) + firstToken * mWidth;
+        mValue = static_cast<float const*>(params.value) + firstToken * mWidth;
+        mContext = static_cast<float*>(params.context) + firstToken * mWidth;
+        for (int32_t i = 0; i < params.seqlen; ++i)
         {
-            found[index[g]] = g + 1;
+            mTokens.push_back(params.keyMask[firstToken + i] != 0 ? kLOCAL : kPADDING);
         }
-    }
-    return found;
-}
-
-void bandedRow(BandedParams const& p, int32_t b, std::vector<int32_t> const& slots)
-{
-    size_t const width = static_cast<size_t>(p.numHeads) * p.headSize;
-    size_t const start = static_cast<size_t>(b) * p.seqlen * width;
-    float const* const query = static_cast<float const*>(p.query) + start;
-    float const* const key = static_cast<float const*>(p.key) + start;
-    float const* const value = static_cast<float const*>(p.value) + start;
-    float const* const rows = static_cast<float const*>(p.globalContext) + static_cast<size_t>(b) * p.slots * width;
-    float* const context = static_cast<float*>(p.context) + start;
-    int32_t const* const index = p.globalIndex + static_cast<size_t>(b) * p.slots;
-    int32_t const window = smaller(p.window, p.seqlen);
-    for (int32_t lane = 0; lane < p.dilation; ++lane)
-    {
-        int32_t const length = laneLength(p.seqlen, p.dilation, lane);
-        for (int32_t first = 0; first < length; first += kTILE_QUERIES)
+        for (int32_t slot = 0; slot < params.slots; ++slot)
         {
-            Range const keys = keysOfTile(first, kTILE_QUERIES, window, p.causal != 0, length);
-            for (int32_t q = first; q < smaller(first + kTILE_QUERIES, length); ++q)
+            if (isUsedSlot(mGlobalIndex[slot], params.seqlen))
             {
-                int32_t const at = positionOf(q, p.dilation, lane);
-                for (int32_t h = 0; h < p.numHeads; ++h)
-                {
-                    size_t const head = static_cast<size_t>(h) * p.headSize;
-                    float* const out = context + at * width + head;
-                    Row row(p.headSize);
-                    for (int32_t g = 0; slots[at] == 0 && g < p.slots; ++g)
-                    {
-                        if (isUsed(index[g], p.seqlen))
-                        {
-                            size_t const k = index[g] * width + head;
-                            row.add(query + at * width + head, key + k, value + k, p.scale);
-                        }
-                    }
-                    for (int32_t k = keys.begin; slots[at] == 0 && k < keys.end; ++k)
-                    {
-                        int32_t const from = positionOf(k, p.dilation, lane);
-                        if (slots[from] == 0 && inBand(q, k, window, p.causal != 0))
-                        {
-                            size_t const offset = from * width + head;
-                            row.add(query + at * width + head, key + offset, value + offset, p.scale);
-                        }
-                    }
-                    row.write(out);
-                    for (int32_t i = 0; slots[at] > 0 && i < p.headSize; ++i)
-                    {
-                        out[i] = rows[(slots[at] - 1) * width + head + i];
-                    }
-                }
+                mTokens[mGlobalIndex[slot]] = kGLOBAL + slot;
             }
         }
     }
+
+    void run() const
+    {
+        int32_t const window = min(mParams.window, mParams.seqlen);
+        bool const causal = mParams.causal != 0;
+        for (int32_t subsequence = 0; subsequence < mParams.dilation; ++subsequence)
+        {
+            int32_t const length = subsequenceLength(mParams.seqlen, mParams.dilation, subsequence);
+            for (int32_t query = 0; query < length; ++query)
+            {
+                int32_t const firstQuery = query / kTILE_QUERIES * kTILE_QUERIES;
+                Range const tile = keysOfTile(firstQuery, kTILE_QUERIES, window, causal, length);
+                std::vector<int32_t> keys;
+                for (int32_t key = tile.begin; key < tile.end; ++key)
+                {
+                    int32_t const position = positionOf(key, mParams.dilation, subsequence);
+                    if (mTokens[position] == kLOCAL && inBand(query, key, window, causal))
+                    {
+                        keys.push_back(position);
+                    }
+                }
+                writeRow(positionOf(query, mParams.dilation, subsequence), keys);
+            }
+        }
+    }
+
+private:
+    // What a token is; the token of global slot g is kGLOBAL + g.
+    static constexpr int32_t kPADDING = -1;
+    static constexpr int32_t kLOCAL = 0;
+    static constexpr int32_t kGLOBAL = 1;
+
+    // `bandKeys`: positions of the local keys that the token attends.
+    void writeRow(int32_t position, std::vector<int32_t> const& bandKeys) const
+    {
+        int32_t const token = mTokens[position];
+        for (int32_t head = 0; head < mParams.numHeads; ++head)
+        {
+            size_t const column = static_cast<size_t>(head) * mParams.headSize;
+            float* const context = mContext + position * mWidth + column;
+            if (token >= kGLOBAL)
+            {
+                float const* const given = mGlobalContext + (token - kGLOBAL) * mWidth + column;
+                for (int32_t i = 0; i < mParams.headSize; ++i)
+                {
+                    context[i] = given[i];
+                }
+                continue;
+            }
+            QueryAttention row(mQuery + position * mWidth + column, mParams.headSize, mParams.scale);
+            for (int32_t slot = 0; token == kLOCAL && slot < mParams.slots; ++slot)
+            {
+                if (isUsedSlot(mGlobalIndex[slot], mParams.seqlen))
+                {
+                    size_t const offset = mGlobalIndex[slot] * mWidth + column;
+                    row.add(mKey + offset, mValue + offset);
+                }
+            }
+            for (size_t i = 0; token == kLOCAL && i < bandKeys.size(); ++i)
+            {
+                size_t const offset = bandKeys[i] * mWidth + column;
+                row.add(mKey + offset, mValue + offset);
+            }
+            row.write(context);
+        }
+    }
+
+    BandedParams const& mParams;
+    size_t mWidth; // of a row: H·D
+    int32_t const* mGlobalIndex;
+    float const* mGlobalContext;
+    float const* mQuery;
+    float const* mKey;
+    float const* mValue;
+    float* mContext;
+    std::vector<int32_t> mTokens;
+};
+
+// GlobalAttention of one query of one head.
+void globalRow(GlobalParams const& params, int32_t batch, int32_t query, int32_t head)
+{
+    size_t const width = static_cast<size_t>(params.numHeads) * params.headSize;
+    size_t const column = static_cast<size_t>(head) * params.headSize;
+    size_t const firstToken = static_cast<size_t>(batch) * params.seqlen;
+    size_t const target = (static_cast<size_t>(batch) * params.queries + query) * width + column;
+    QueryAttention row(static_cast<float const*>(params.query) + target, params.headSize, params.scale);
+    for (int32_t key = 0; key < params.seqlen; ++key)
+    {
+        if (params.keyMask[firstToken + key] != 0)
+        {
+            size_t const source = (firstToken + key) * width + column;
+            row.add(static_cast<float const*>(params.key) + source, static_cast<float const*>(params.value) + source);
+        }
+    }
+    row.write(static_cast<float*>(params.context) + target);
 }
 
 } // namespace
 } // namespace lfx
 
-// Both return nullptr, or the reason why the parameters are refused; only float32 is taken.
-LFX_EXPORT char const* lfxBandedAttentionReference(lfx::BandedParams const* p) noexcept
+// Both return nullptr, or the reason why the parameters are not supported. They compute float32 tensors only.
+LFX_EXPORT char const* lfxBandedAttentionReference(lfx::BandedParams const* params) noexcept
 {
-    if (char const* reason = lfx::whyNot(*p))
+    if (char const* reason = lfx::unsupportedReason(*params))
     {
         return reason;
     }
-    for (int32_t b = 0; b < p->batch; ++b)
+    for (int32_t batch = 0; batch < params->batch; ++batch)
     {
-        lfx::bandedRow(*p, b,
-            lfx::slotsOf(p->keyMask + static_cast<size_t>(b) * p->seqlen,
-                p->globalIndex + static_cast<size_t>(b) * p->slots, p->seqlen, p->slots));
+        lfx::BandedReference(*params, batch).run();
     }
     return nullptr;
 }
 
-LFX_EXPORT char const* lfxGlobalAttentionReference(lfx::GlobalParams const* p) noexcept
+LFX_EXPORT char const* lfxGlobalAttentionReference(lfx::GlobalParams const* params) noexcept
 {
-    if (char const* reason = lfx::whyNot(*p))
+    if (char const* reason = lfx::unsupportedReason(*params))
     {
         return reason;
     }
-    size_t const width = static_cast<size_t>(p->numHeads) * p->headSize;
-    for (int32_t b = 0; b < p->batch; ++b)
+    for (int32_t batch = 0; batch < params->batch; ++batch)
     {
-        size_t const start = static_cast<size_t>(b) * p->seqlen;
-        for (int32_t g = 0; g < p->queries; ++g)
+        for (int32_t query = 0; query < params->queries; ++query)
         {
-            for (int32_t h = 0; h < p->numHeads; ++h)
+            for (int32_t head = 0; head < params->numHeads; ++head)
             {
-                size_t const head = static_cast<size_t>(h) * p->headSize;
-                size_t const at = (static_cast<size_t>(b) * p->queries + g) * width + head;
-                lfx::Row row(p->headSize);
-                for (int32_t k = 0; k < p->seqlen; ++k)
-                {
-                    if (p->keyMask[start + k] != 0)
-                    {
-                        size_t const from = (start + k) * width + head;
-                        row.add(static_cast<float const*>(p->query) + at, static_cast<float const*>(p->key) + from,
-                            static_cast<float const*>(p->value) + from, p->scale);
-                    }
-                }
-                row.write(static_cast<float*>(p->context) + at);
+                lfx::globalRow(*params, batch, query, head);
             }
         }
     }

@@ -1,4 +1,4 @@
-"""What the plugin's tests build with the C++ compiler alone: the host reference, and the kernels for the emulator."""
+"""Libraries that the plugin's tests build with a C++ compiler: the host reference, and the kernels for the emulator."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "plugins"
 EMULATED = ROOT / "tests" / "plugins"
+KERNELS = ["banded/banded_attention.cu", "global/global_attention.cu", "limits.cpp"]
 
 
 def compiler() -> str:
@@ -21,13 +22,14 @@ def compiler() -> str:
 
 
 def build_library(folder: Path, name: str, sources: list[str], *flags: str) -> Path:
-    """Compile files of plugins/ into a shared library."""
+    """Compiles files of plugins/ into a shared library."""
     objects = []
 
     def compile_one(source: str) -> None:
         language = ["-x", "c++"] if source.endswith(".cu") else []
-        command = [compiler(), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", *flags]
-        target = folder / f"{name}-{source}.o"
+        command = [compiler(), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+        command += [f"-I{PLUGINS}", *flags]
+        target = folder / f"{name}-{source.replace('/', '-')}.o"
         objects.append(target)
         subprocess.run([*command, *language, "-c", str(PLUGINS / source), "-o", str(target)], check=True)
 
@@ -44,6 +46,6 @@ def reference_library(folder: Path) -> ctypes.CDLL:
 
 
 def emulated_library(folder: Path) -> Path:
-    """The kernels' own source on the emulated machine."""
+    """The kernels' own source, for the emulated machine."""
     flags = ("-DLFX_EMULATED", f"-I{EMULATED}")
-    return build_library(folder, "lfx_emulated", ["banded_attention.cu", "global_attention.cu", "limits.cpp"], *flags)
+    return build_library(folder, "lfx_emulated", KERNELS, *flags)

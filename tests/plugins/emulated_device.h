@@ -1,9 +1,9 @@
-// The CUDA machine on one CPU thread, as far as the attention kernels use it: the kernels' own source runs here.
+// An emulation of plugins/device.cuh and of the CUDA that the attention kernels use, on one CPU thread.
 //
-// Every CUDA thread is a fiber. A fiber runs until it needs the others (a barrier, a shuffle, a tensor-core product) and
-// goes on when all of its warp, or block, have come; if they never do, the kernel's threads diverge, and the program
-// stops. Shared memory starts as NaN, ends at a page that cannot be touched, and receives an asynchronous copy only when
-// the thread waits for it: a kernel that reads too early, or too far, is found out.
+// Every CUDA thread is a fiber. It runs until a collective operation (a barrier, a shuffle, a tensor-core product) and
+// continues when all threads of its warp or block have arrived. If they never arrive, the kernel's threads have diverged
+// and the program stops. Shared memory starts as NaN, ends at a guard page, and receives an asynchronous copy only when
+// the thread waits for it, so that a kernel that reads too early or past the end fails.
 #pragma once
 
 #include <cmath>
@@ -97,7 +97,7 @@ struct Fiber
     jmp_buf place;
     bool started;
     std::vector<uint8_t> stack;
-    std::vector<Copy> open;              // copies since the last endCopies()
+    std::vector<Copy> open;               // copies since the last commitCopies()
     std::deque<std::vector<Copy>> groups; // closed, not yet waited for
 };
 
@@ -149,7 +149,7 @@ inline void resume(Fiber& fiber)
     }
 }
 
-// Whether the fibers from `first` all wait for the same operation, which then is done.
+// Executes the operation that the fibers from `first` wait for, if all of them do; returns whether it did.
 template <typename Finish>
 bool together(size_t first, size_t count, State state, Finish finish)
 {
@@ -257,7 +257,7 @@ inline void runBlock(size_t threads)
         if (fibers[i].state != State::kDONE)
         {
             current = &fibers[i];
-            fail("threads wait for others that never come");
+            fail("threads wait for others that have ended");
         }
     }
     current = nullptr;
@@ -269,7 +269,7 @@ inline void warp(WarpOperation operation, char const* name, void* argument)
     yield(State::kAT_WARP, name, &call);
 }
 
-// Shared memory of exactly `bytes`: what follows is a page that cannot be touched.
+// Shared memory of exactly `bytes`, followed by a guard page.
 class SharedMemory
 {
 public:
@@ -379,11 +379,11 @@ struct Product
 };
 
 template <typename T>
-void multiplyAdd(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
+void mma(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
 {
     Product product{c, a, {b0, b1}};
     emulated::warp(
-        [](void* const (&lanes)[32]) {
+        [](void* const(&lanes)[32]) {
             float a[16][16];
             float b[16][8];
             for (int lane = 0; lane < 32; ++lane)
@@ -431,7 +431,7 @@ inline void loadMatrices(uint32_t (&r)[4], void const* row, bool transposed)
     }
     MatrixLoad load{r, static_cast<uint16_t const*>(row), transposed};
     emulated::warp(
-        [](void* const (&lanes)[32]) {
+        [](void* const(&lanes)[32]) {
             for (int lane = 0; lane < 32; ++lane)
             {
                 MatrixLoad const& mine = *static_cast<MatrixLoad*>(lanes[lane]);
@@ -476,7 +476,7 @@ inline void copyAsync(void* to, void const* from, bool valid)
     emulated::current->open.push_back(copy);
 }
 
-inline void endCopies()
+inline void commitCopies()
 {
     emulated::current->groups.push_back(std::move(emulated::current->open));
     emulated::current->open.clear();
@@ -505,7 +505,7 @@ template <typename Params>
 int32_t launch(
     void (*kernel)(Params), dim3 grid, int32_t threads, size_t sharedBytes, Params const& params, cudaStream_t) noexcept
 {
-    if (sharedBytes > 101376) // of compute capability 8.6, 8.9 and 12.0, which have the least
+    if (sharedBytes > 101376) // kMAX_SHARED_BYTES of plugins/device.cuh
     {
         return cudaErrorInvalidValue;
     }
@@ -521,8 +521,7 @@ int32_t launch(
         {
             for (uint32_t x = 0; x < grid.x; ++x)
             {
-                emulated::blockIndex
-                    = {static_cast<int32_t>(x), static_cast<int32_t>(y), static_cast<int32_t>(z)};
+                emulated::blockIndex = {static_cast<int32_t>(x), static_cast<int32_t>(y), static_cast<int32_t>(z)};
                 memory.poison();
                 emulated::runBlock(threads);
             }
@@ -548,7 +547,7 @@ inline int __syncthreads_or(int predicate)
 
 inline void __syncwarp()
 {
-    lfx::emulated::warp([](void* const (&)[32]) {}, "__syncwarp", nullptr);
+    lfx::emulated::warp([](void* const(&)[32]) { }, "__syncwarp", nullptr);
 }
 
 inline uint32_t __ballot_sync(uint32_t, bool predicate)
@@ -559,7 +558,7 @@ inline uint32_t __ballot_sync(uint32_t, bool predicate)
         uint32_t bits;
     } vote{predicate, 0};
     lfx::emulated::warp(
-        [](void* const (&lanes)[32]) {
+        [](void* const(&lanes)[32]) {
             uint32_t bits = 0;
             for (int lane = 0; lane < 32; ++lane)
             {
@@ -583,7 +582,7 @@ inline float __shfl_xor_sync(uint32_t, float value, int mask)
         float result;
     } shuffle{value, mask, 0.0F};
     lfx::emulated::warp(
-        [](void* const (&lanes)[32]) {
+        [](void* const(&lanes)[32]) {
             for (int lane = 0; lane < 32; ++lane)
             {
                 Shuffle& mine = *static_cast<Shuffle*>(lanes[lane]);

@@ -1,5 +1,5 @@
-// Runs a plugin of the library as TensorRT does: from its creator, by the interfaces that TensorRT calls, in its order.
-// The GPU check loads it by ctypes, beside the library. It needs TensorRT's headers and no TensorRT.
+// Runs a plugin of the library as TensorRT does: from its creator, with the calls that TensorRT makes, in their order.
+// Tests and the GPU check load it with ctypes. It needs TensorRT's headers, but not TensorRT.
 #include <NvInfer.h>
 #include <dlfcn.h>
 
@@ -48,7 +48,7 @@ extern "C" int32_t enqueueThroughCreator(char const* library, char const* op, in
     static Finder finder;
     auto const setFinder = reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(handle, "setLoggerFinder"));
     auto const getCreators
-        = reinterpret_cast<IPluginCreatorInterface* const* (*) (int32_t&)>(dlsym(handle, "getCreators"));
+        = reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(handle, "getCreators"));
     if (setFinder == nullptr || getCreators == nullptr)
     {
         return 2;
@@ -94,7 +94,8 @@ extern "C" int32_t enqueueThroughCreator(char const* library, char const* op, in
             dynamic[j].desc = desc;
             dynamic[j].min = dynamic[j].max = dynamic[j].opt = desc.dims;
         }
-        auto* const build = static_cast<IPluginV3OneBuild*>(built->getCapabilityInterface(PluginCapabilityType::kBUILD));
+        auto* const build
+            = static_cast<IPluginV3OneBuild*>(built->getCapabilityInterface(PluginCapabilityType::kBUILD));
         for (int32_t j = 0; j <= numInputs; ++j)
         {
             if (!build->supportsFormatCombination(j, dynamic.data(), numInputs, 1))
@@ -110,7 +111,7 @@ extern "C" int32_t enqueueThroughCreator(char const* library, char const* op, in
         {
             return 6;
         }
-        // What is serialized at build time makes the plugin that runs.
+        // The fields that are serialized at build time create the plugin that runs.
         auto* const runtime
             = static_cast<IPluginV3OneRuntime*>(built->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
         IPluginV3* const loaded

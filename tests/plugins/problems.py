@@ -1,4 +1,4 @@
-"""Random attention problems: what the dense definition says of them, and what a function of the C interface does."""
+"""Random attention problems, their results by the dense definition, and calls of the C interface with them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Guarded:
-    """A copy of an array that ends where memory that cannot be touched begins."""
+    """A copy of an array, followed by a guard page that must not be accessed."""
 
     def __init__(self, array: NDArray[Any]) -> None:
         page = mmap.PAGESIZE
@@ -40,7 +40,7 @@ class Guarded:
 
 @dataclass
 class Banded:
-    """One call of BandedAttention: inputs rounded to the type, and attributes."""
+    """A call of BandedAttention: inputs, rounded to the dtype, and attributes."""
 
     inputs: dict[str, NDArray[Any]]
     num_heads: int
@@ -50,7 +50,7 @@ class Banded:
     precision: str = "fp32"
 
     def dense(self) -> NDArray[np.float64]:
-        """By the dense definition."""
+        """Returns the context by the dense definition."""
         return reference.banded_attention(
             **{name: np.asarray(array, np.float64) for name, array in self.inputs.items()},
             num_heads=self.num_heads,
@@ -60,7 +60,7 @@ class Banded:
         )
 
     def run(self, function: Callable[..., Any], *rest: Any) -> NDArray[np.float64]:
-        """By a function of the C interface; the output starts as NaN."""
+        """Returns the context by a function of the C interface; the output starts as NaN."""
         held = {name: Guarded(array) for name, array in self.inputs.items()}
         batch, seqlen, width = self.inputs["query"].shape
         context = Guarded(np.full((batch, seqlen, width), np.nan, DTYPES[self.precision]))
@@ -82,13 +82,13 @@ class Banded:
         return context.array.astype(np.float64)
 
     def tolerance(self) -> float:
-        """What rounding may do; see `rounding`."""
+        """The largest error that rounding explains; see `rounding`."""
         longest = self.inputs["query"].shape[1] + self.inputs["global_index"].shape[1]
         return rounding(self.inputs, self.num_heads, longest, self.precision)
 
 
 def rounding(inputs: dict[str, NDArray[Any]], num_heads: int, keys: int, precision: str) -> float:
-    """What rounding leaves of the kernels' arithmetic.
+    """The largest error that rounding explains in the kernels' arithmetic.
 
     Scores, exponentials and sums are float32: a score of D products is off by √D·u·Σ|q·k|·scale (Higham & Mary 2019),
     which moves a weight by that share, and sums of `keys` weights, in numerator and denominator, by √keys·u each. In
@@ -105,16 +105,15 @@ def rounding(inputs: dict[str, NDArray[Any]], num_heads: int, keys: int, precisi
 
 
 def masks(case: Case) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """key_mask and global_index of a case of the parity suite; unused slots stand among the used ones."""
+    """key_mask and global_index of a case of the parity suite; unused slots are among the used ones."""
     arrays = inputs_of(case, vocab_size=9, pad_token_id=1)
     flags = arrays["global_attention_mask"] > 0
     slots = max(int(flags.sum(axis=1).max()), 1) + 1
     index = np.full((case.batch, slots), -1, np.int32)
     random = np.random.default_rng(case.seqlen)
     for row, marks in enumerate(flags):
-        found = np.flatnonzero(marks)
-        places = random.permutation(slots)[: len(found)]
-        index[row, places] = found
+        positions = np.flatnonzero(marks)
+        index[row, random.permutation(slots)[: len(positions)]] = positions
     return (arrays["attention_mask"] > 0).astype(np.int32), index
 
 
@@ -142,21 +141,21 @@ def banded(
 
 @dataclass
 class Global:
-    """One call of GlobalAttention."""
+    """A call of GlobalAttention."""
 
     inputs: dict[str, NDArray[Any]]
     num_heads: int
     precision: str = "fp32"
 
     def dense(self) -> NDArray[np.float64]:
-        """By the dense definition."""
+        """Returns the context by the dense definition."""
         arrays = {name: np.asarray(array, np.float64) for name, array in self.inputs.items()}
         return reference.global_attention(**arrays, num_heads=self.num_heads)
 
     def run(
         self, function: Callable[..., Any], workspace: Callable[..., int] | None = None, share_values: bool = False
     ) -> NDArray[np.float64]:
-        """By a function of the C interface; output and scratch start as NaN."""
+        """Returns the context by a function of the C interface; output and workspace start as NaN."""
         held = {name: Guarded(array) for name, array in self.inputs.items()}
         if share_values:
             held["value"] = held["key"]
@@ -181,7 +180,7 @@ class Global:
         return context.array.astype(np.float64)
 
     def tolerance(self) -> float:
-        """What rounding may do."""
+        """The largest error that rounding explains."""
         return rounding(self.inputs, self.num_heads, self.inputs["key"].shape[1], self.precision)
 
 

@@ -122,10 +122,10 @@ def test_floors_follow_the_published_rates() -> None:
     assert found["exponentials_us"] == pytest.approx(found["arithmetic_us"] * 1000 / 256)
 
 
-def test_the_floors_in_the_notes_are_those_of_the_function() -> None:
-    notes = (ROOT / "plugins" / "NOTES.md").read_text()
+def test_the_floors_in_the_readme_are_those_of_the_function() -> None:
+    readme = (ROOT / "plugins" / "README.md").read_text()
     peaks = band_cases.PEAKS["NVIDIA H100 80GB HBM3"]
-    rows = re.findall(r"^\| (8|1) \| ([\d,]+) \| (.*) \|$", notes, re.MULTILINE)
+    rows = re.findall(r"^\| (8|1) \| ([\d,]+) \| (.*) \|$", readme, re.MULTILINE)
     assert len(rows) == 4
     for batch, tokens, figures in rows:
         found = band_cases.floors(band_cases.Case(int(tokens.replace(",", "")), 256, 1, int(batch), 12, "fp16"), peaks)

@@ -13,7 +13,7 @@ import pytest
 
 from lfx.parity import Case
 from lfx.runtime.plugin import Kernels
-from tests.plugins.build import EMULATED, ROOT, build_library, compiler
+from tests.plugins.build import EMULATED, KERNELS, ROOT, build_library, compiler
 from tests.plugins.problems import DTYPES, Banded, Global, Guarded, banded, enqueue_through_creator, global_
 
 pytestmark = pytest.mark.trt
@@ -33,10 +33,10 @@ def includes() -> list[str]:
 
 @pytest.fixture(scope="session")
 def plugin_library(includes: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """plugin.cpp over the emulated kernels."""
+    """The plugins over the emulated kernels."""
     folder = tmp_path_factory.mktemp("plugin")
-    kernels = ["banded_attention.cu", "global_attention.cu", "limits.cpp", "plugin.cpp"]
-    return build_library(folder, "lfx_plugin", kernels, "-DLFX_EMULATED", f"-I{EMULATED}", *includes)
+    hosts = [f"tensorrt/{path.name}" for path in sorted((ROOT / "plugins" / "tensorrt").glob("*.cpp"))]
+    return build_library(folder, "lfx_plugin", [*KERNELS, *hosts], "-DLFX_EMULATED", f"-I{EMULATED}", *includes)
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def helper(includes: list[str], tmp_path_factory: pytest.TempPathFactory) -> cty
 
 
 def run(helper: ctypes.CDLL, library: Path, problem: Banded | Global, workspace_bytes: int) -> Any:
-    """The context, and the code."""
+    """Returns the step that failed, or 0, and the context."""
     held = {name: Guarded(array) for name, array in problem.inputs.items()}
     context = Guarded(np.full(problem.inputs["query"].shape, np.nan, DTYPES[problem.precision]))
     scratch = Guarded(np.full(max(workspace_bytes // 4, 1), np.nan, np.float32))

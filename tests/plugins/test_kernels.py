@@ -1,11 +1,12 @@
 """The kernels' own source, run on an emulated CUDA machine, computes what the dense definition says.
 
-Shared memory starts as NaN, outputs start as NaN, and every input and the shared memory end at memory that cannot be
-touched: what is read too early, or beyond the end, is found out.
+Shared memory and outputs start as NaN, and a page that must not be accessed follows every input and the shared memory:
+the tests fail if a kernel reads too early or past the end.
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from itertools import product
@@ -23,7 +24,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 def check(problem: Banded, kernels: Kernels) -> None:
-    """The kernel is within what rounding leaves."""
+    """The kernel's error is at most the tolerance, which is derived from rounding."""
     error = np.abs(problem.run(kernels.banded, None) - problem.dense()).max()
     assert error <= problem.tolerance()
 
@@ -35,7 +36,7 @@ def check_global(problem: Global, kernels: Kernels) -> None:
 
 
 def one_key_masked(key: int, precision: str) -> Banded:
-    """Tiles that are wholly seen but for one key; scores are negative: a row of zeros would outweigh the rest."""
+    """Tiles of visible keys but one. Their scores are negative, so that a zero-filled key would outweigh them."""
     problem = banded(Case(1, 330), 1, 64, 100, precision=precision)
     problem.inputs["key_mask"][0, key] = 0
     problem.inputs["key"] = np.abs(problem.inputs["key"])
@@ -44,7 +45,7 @@ def one_key_masked(key: int, precision: str) -> Banded:
 
 
 def some_slots_used(used: list[int], slots: int, precision: str) -> Banded:
-    """Global tokens in given slots; what marks the others as unused differs from slot to slot."""
+    """Global tokens in given slots; unused slots are -1 or another position outside the sequence."""
     problem = banded(Case(1, 150), 1, 16, 20, precision=precision)
     index = np.where(np.arange(slots) % 2, -1, -150).astype(np.int32)
     index[used] = 7 + 3 * np.arange(len(used))
@@ -52,6 +53,14 @@ def some_slots_used(used: list[int], slots: int, precision: str) -> Banded:
     rows = np.random.default_rng(slots).standard_normal((1, slots, 16))
     problem.inputs["global_context"] = rows.astype(problem.inputs["query"].dtype)
     return problem
+
+
+def several_tiles_in_a_part(precision: str) -> list[Global]:
+    """270 blocks, for more than which the keys are not split: a block visits three tiles, of 64 keys and of 32."""
+    return [
+        global_(Case(1, 140), 2, 270, 8, precision=precision),
+        global_(Case(9, 70), 1, 30, 136, precision=precision),
+    ]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -94,7 +103,7 @@ def test_more_global_tokens_than_a_tile_holds(emulated: Kernels, precision: str)
 
 
 @pytest.mark.parametrize(("precision", "key"), product(PRECISIONS, (0, 63, 64, 100, 127, 170, 200, 329)))
-def test_one_masked_key_in_a_tile_that_is_else_wholly_seen(emulated: Kernels, precision: str, key: int) -> None:
+def test_one_masked_key_in_a_tile_of_visible_keys(emulated: Kernels, precision: str, key: int) -> None:
     check(one_key_masked(key, precision), emulated)
 
 
@@ -144,6 +153,12 @@ def test_keys_in_many_parts_join_to_one_row(emulated: Kernels, precision: str) -
     check_global(global_(Case(1, 3000, "none", "right"), 2, 1, 16, precision=precision), emulated)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_accumulators_are_rescaled_across_the_tiles_of_a_part(emulated: Kernels, precision: str) -> None:
+    for problem in several_tiles_in_a_part(precision):
+        check_global(problem, emulated)
+
+
 def test_keys_and_values_may_be_one_tensor(emulated: Kernels) -> None:
     problem = global_(Case(2, 100, "none", "right"), 3, 1, 256, precision="fp16")
     problem.inputs["value"] = problem.inputs["key"]
@@ -171,7 +186,7 @@ def test_masked_keys_are_never_read(emulated: Kernels) -> None:
         np.testing.assert_array_equal(problem.run(emulated.banded, None), right)
 
 
-def test_the_guard_behind_an_input_works() -> None:
+def test_the_guard_page_after_an_input_works() -> None:
     code = (
         "import ctypes, numpy as np\n"
         "from tests.plugins.problems import Guarded\n"
@@ -184,53 +199,65 @@ def test_the_guard_behind_an_input_works() -> None:
     assert done.returncode < 0  # stopped by the signal
 
 
-# What is broken -> file, text, and what stands in its place.
+# Mutation -> file of plugins/, text in it, replacement.
 MUTATIONS = {
     "a copy is not waited for": (
-        "banded_attention.cu",
-        "waitForCopies<0>();\n        __syncthreads(); // the tile is there",
+        "banded/tensor_cores.cuh",
+        "waitForCopies<0>();\n        __syncthreads(); // the tile has arrived",
         "__syncthreads(); //",
     ),
-    "a key behind the end": ("banded_attention.cu", "key < block.keys.end && mask", "mask"),
-    "a window too wide": (
-        "banded_attention.cu",
-        "last = block.window + (",
-        "last = 1 + block.window + (",
-    ),
-    "a masked key among visible ones": ("banded_attention.cu", "keys == UINT64_MAX && distance", "distance"),
+    "a key past the end": ("banded/block.cuh", "key < band.end && mask", "mask"),
+    "a window too wide": ("banded/visibility.cuh", "last = block.window + (", "last = 1 + block.window + ("),
+    "a masked key among visible ones": ("banded/visibility.cuh", "keys == UINT64_MAX && distance", "distance"),
     "a tile at the edge taken for one inside": (
-        "banded_attention.cu",
+        "banded/visibility.cuh",
         "distance >= kWARP_QUERIES - 1",
         "distance >= 0",
     ),
     "a tile at the other edge taken for one inside": (
-        "banded_attention.cu",
-        "distance + kKEYS - 1 <= last",
-        "distance + kKEYS - 1 <= last + kWARP_QUERIES - 1",
+        "banded/visibility.cuh",
+        "distance + Traits::kKEYS - 1 <= last",
+        "distance + Traits::kKEYS - 1 <= last + kWARP_QUERIES - 1",
     ),
-    "a group too few at the edge": ("banded_attention.cu", "last + kWARP_QUERIES - distance", "last - distance"),
-    "a row of values that does not go on": ("banded_attention.cu", "from.value += mine.stride;", ""),
-    "the last used slot forgotten": (
-        "banded_attention.cu",
-        "atomicMax(block.usedSlots, g + 1)",
-        "atomicMax(block.usedSlots, g)",
+    "a group too few at the edge": ("banded/visibility.cuh", "last + kWARP_QUERIES - distance", "last - distance"),
+    "a row of values that is not advanced": ("banded/tensor_core_tiles.cuh", "source.value += copy.stride;", ""),
+    "the last used slot left out": ("banded/block.cuh", "atomicMax(numSlots, slot + 1)", "atomicMax(numSlots, slot)"),
+    "a group of slots that is not copied": (
+        "banded/tensor_core_tiles.cuh",
+        "if (row >= groups * TensorCoreTraits<kD>::kGROUP_KEYS)",
+        "if (row >= groups * TensorCoreTraits<kD>::kGROUP_KEYS - 16)",
     ),
-    "a group of unused slots that is not copied": (
-        "banded_attention.cu",
-        "if (row >= groups * 16)",
-        "if (row >= groups * 16 - 16)",
+    "rowMax without its scale": ("softmax.cuh", "tileMax * scaleLog2", "tileMax"),
+    "rowSum not rescaled": ("softmax.cuh", "rowSum *= factor;", ""),
+    "acc of BandedAttention not rescaled": (
+        "banded/tensor_cores.cuh",
+        "rows.acc[n][i] *= factor[i / 2];",
+        "(void) factor;",
     ),
-    "a peak without its scale": ("banded_attention.cu", "highest[i] * scaleLog2", "highest[i]"),
-    "a total not rescaled": ("banded_attention.cu", "state.total[i] *= keep[i];", ""),
+    "acc of BandedAttention in float32 not rescaled": (
+        "banded/fp32.cuh",
+        "element *= factor;",
+        "(void) element, (void) factor;",
+    ),
     "a fragment of the wrong column": (
-        "banded_attention.cu",
-        "lane / 8 % 2 * 8, n * 2 + lane / 16",
-        "lane / 8 % 2 * 8, n * 2 + lane / 8 % 2",
+        "banded/tensor_cores.cuh",
+        "lane / 8 % 2 * 8, n + lane / 16",
+        "lane / 8 % 2 * 8, n + lane / 8 % 2",
     ),
-    "a masked key": ("global_attention.cu", "mask[first + column] != 0", "mask[first + column] >= 0"),
-    "parts not rescaled": ("global_attention.cu", "sum += weight * (column", "sum += (column"),
-    "a part not joined": ("global_attention.cu", "other < kWARPS; ++other", "other < kWARPS - 1; ++other"),
-    "a column not copied": ("global_attention.cu", "threadIdx.x % kLANES * 8", "8 + threadIdx.x % kLANES * 8"),
+    "a masked key": ("global/tensor_cores.cuh", "mask[key] != 0; }", "mask[key] >= 0; }"),
+    "acc of GlobalAttention not rescaled": (
+        "global/tensor_cores.cuh",
+        "acc[i / 4][i % 4] *= factor[i % 4 / 2];",
+        "(void) factor;",
+    ),
+    "acc of GlobalAttention in float32 not rescaled": ("global/fp32.cuh", "acc[i][c] *= scores.factor(i);", ""),
+    "parts not rescaled": ("global/combine.cuh", "acc += weight * (column", "acc += (column"),
+    "a part left out": ("global/combine.cuh", "other < Traits::kWARPS; ++other", "other < Traits::kWARPS - 1; ++other"),
+    "a column not copied": (
+        "global/tensor_cores.cuh",
+        "threadIdx.x % Traits::kCOPY_THREADS * Traits::kCHUNK",
+        "8 + threadIdx.x % Traits::kCOPY_THREADS * Traits::kCHUNK",
+    ),
 }
 
 
@@ -242,7 +269,8 @@ def test_the_suite_finds_a_broken_kernel(name: str, tmp_path: Path) -> None:
         "import sys; from pathlib import Path; import tests.plugins.build as build\n"
         "build.PLUGINS = Path(sys.argv[1])\n"
         "from lfx.runtime.plugin import Kernels; from lfx.parity import Case\n"
-        "from tests.plugins.test_kernels import check, check_global, one_key_masked, some_slots_used\n"
+        "from tests.plugins.test_kernels import (\n"
+        "    check, check_global, one_key_masked, several_tiles_in_a_part, some_slots_used)\n"
         "from tests.plugins.problems import banded, global_\n"
         "kernels = Kernels(build.emulated_library(Path(sys.argv[2])))\n"
         "print('built', flush=True)\n"
@@ -252,16 +280,16 @@ def test_the_suite_finds_a_broken_kernel(name: str, tmp_path: Path) -> None:
         "check_global(global_(Case(1, 700, 'none', 'left'), 3, 1, 64, precision='fp16'), kernels)\n"
         "check(one_key_masked(200, 'fp16'), kernels)\n"
         "check(some_slots_used([64], 80, 'fp16'), kernels)\n"
+        "check(banded(Case(1, 70, 'first'), 1, 16, 40), kernels)\n"
+        "for precision in ('fp16', 'fp32'):\n"
+        "    for problem in several_tiles_in_a_part(precision): check_global(problem, kernels)\n"
         "print('passed')\n"
     )
     mutant = tmp_path / "plugins"
-    mutant.mkdir()
-    for source in (ROOT / "plugins").iterdir():
-        text = source.read_text(encoding="utf-8")
-        if source.name == file:
-            assert text.count(before) == 1
-            text = text.replace(before, after)
-        (mutant / source.name).write_text(text, encoding="utf-8")
+    shutil.copytree(ROOT / "plugins", mutant)
+    text = (mutant / file).read_text(encoding="utf-8")
+    assert text.count(before) == 1
+    (mutant / file).write_text(text.replace(before, after), encoding="utf-8")
     arguments = [sys.executable, "-c", script, str(mutant), str(tmp_path)]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == ["built"], done.stderr

@@ -1,4 +1,4 @@
-"""The host reference computes what the dense definition says: the tile and mask arithmetic of the kernels is right."""
+"""The host reference, which has the tile and mask arithmetic of the kernels, agrees with the dense definition."""
 
 from __future__ import annotations
 

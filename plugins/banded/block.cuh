@@ -1,0 +1,223 @@
+// What the kernels of BandedAttention share: the block's part of the problem, its tables, and the tiles that it visits.
+#pragma once
+
+#include "attention.h"
+#include "band.h"
+#include "device.cuh"
+
+namespace lfx::banded
+{
+
+struct BlockTraits
+{
+    static constexpr int kQUERIES = 64;
+    static constexpr int kTHREADS = 128;
+    static constexpr int kWARPS = kTHREADS / kWARP_SIZE;
+};
+
+constexpr int kMAX_TILE_KEYS = 64;
+constexpr int kWORD_BITS = 32; // of Block::localKeys
+static_assert(kWORD_BITS == kWARP_SIZE, "a ballot of a warp makes one word");
+
+// What a row of the context holds: zeros, the result of attention, or slot g of global_context, as kGLOBAL_ROW + g.
+constexpr int32_t kZERO_ROW = -1; // padding, or past the end
+constexpr int32_t kLOCAL_ROW = 0;
+constexpr int32_t kGLOBAL_ROW = 1;
+
+// A block of threads computes 64 queries of one head of one subsequence.
+struct Block
+{
+    __device__ __forceinline__ Block(BandedParams const& p, void* tables)
+        : params(p)
+        , subsequence(blockIdx.y % p.dilation)
+        , head(blockIdx.y / p.dilation)
+        , batch(blockIdx.z)
+        , length(subsequenceLength(p.seqlen, p.dilation, subsequence))
+        , firstQuery(blockIdx.x * BlockTraits::kQUERIES)
+        , window(min(p.window, p.seqlen))
+        , causal(p.causal != 0)
+        , band(keysOfTile(firstQuery, BlockTraits::kQUERIES, window, causal, length))
+        , rowContent(static_cast<int32_t*>(tables))
+        , numSlots(rowContent + BlockTraits::kQUERIES)
+        , localKeys(reinterpret_cast<uint32_t*>(numSlots + 1))
+    {
+    }
+
+    // Shared memory for the tables of the block with the most keys.
+    LFX_HOST_DEVICE static size_t tableBytes(BandedParams const& p)
+    {
+        int32_t const window = min(p.window, p.seqlen);
+        int32_t const maxKeys = min(BlockTraits::kQUERIES + 2 * window, ceilDiv(p.seqlen, p.dilation));
+        int32_t const words = ceilDiv(maxKeys, kMAX_TILE_KEYS) * (kMAX_TILE_KEYS / kWORD_BITS);
+        return sizeof(int32_t) * (BlockTraits::kQUERIES + 1 + static_cast<size_t>(words));
+    }
+
+    // Fills the tables and returns whether any row of the block is local. All threads call it.
+    __device__ __forceinline__ bool fillTables() const
+    {
+        markPadding();
+        __syncthreads();
+        markGlobalTokens();
+        __syncthreads();
+        return __syncthreads_or(threadIdx.x < BlockTraits::kQUERIES && rowContent[threadIdx.x] == kLOCAL_ROW) != 0;
+    }
+
+    // Position of a query or key of the subsequence.
+    __device__ __forceinline__ int32_t position(int32_t index) const
+    {
+        return positionOf(index, params.dilation, subsequence);
+    }
+
+    // Position of a key of the band, or -1 if it is padding, global or past the end.
+    __device__ __forceinline__ int32_t keyPosition(int32_t key) const
+    {
+        return isLocal(key) ? position(key) : -1;
+    }
+
+    // Position of the global token in a slot, or -1 if the slot is unused.
+    __device__ __forceinline__ int32_t slotPosition(int32_t slot) const
+    {
+        if (slot >= params.slots)
+        {
+            return -1;
+        }
+        int32_t const token = params.globalIndex[static_cast<size_t>(batch) * params.slots + slot];
+        return isUsedSlot(token, params.seqlen) ? token : -1;
+    }
+
+    // Whether a key of the band is neither padding, nor global, nor past the end.
+    __device__ __forceinline__ bool isLocal(int32_t key) const
+    {
+        int32_t const bit = key - band.begin;
+        return (localKeys[bit / kWORD_BITS] >> (bit % kWORD_BITS) & 1U) != 0;
+    }
+
+    // Offset in a tensor (B, S, H·D) of this head of the token at a position.
+    __device__ __forceinline__ size_t offset(int32_t position) const
+    {
+        size_t const row = static_cast<size_t>(batch) * params.seqlen + position;
+        return (row * params.numHeads + head) * params.headSize;
+    }
+
+    // 16 bytes of a context row that is not local: of global_context, or zeros.
+    template <typename T>
+    __device__ __forceinline__ uint4 givenChunk(int32_t content, int32_t chunk) const
+    {
+        if (content == kZERO_ROW)
+        {
+            return make_uint4(0, 0, 0, 0);
+        }
+        size_t const row = static_cast<size_t>(batch) * params.slots + (content - kGLOBAL_ROW);
+        T const* const source = static_cast<T const*>(params.globalContext)
+            + (row * params.numHeads + head) * params.headSize + chunk * (16 / static_cast<int>(sizeof(T)));
+        return *reinterpret_cast<uint4 const*>(source);
+    }
+
+    BandedParams const& params;
+    int32_t subsequence;
+    int32_t head;
+    int32_t batch;
+    int32_t length; // tokens of the subsequence
+    int32_t firstQuery;
+    int32_t window;
+    bool causal;
+    Range band; // keys in the band of the block's queries
+
+    // Tables in shared memory.
+    int32_t* rowContent; // (kQUERIES) kZERO_ROW, kLOCAL_ROW or kGLOBAL_ROW + slot
+    int32_t* numSlots;   // (1) number of slots up to the last used one
+    uint32_t* localKeys; // one bit for each key of the band, and zeros up to the end of the last tile; see isLocal()
+
+private:
+    // Rows and keys as the key mask has them.
+    __device__ __forceinline__ void markPadding() const
+    {
+        int32_t const* const mask = params.keyMask + static_cast<size_t>(batch) * params.seqlen;
+        if (threadIdx.x < BlockTraits::kQUERIES)
+        {
+            int32_t const query = firstQuery + threadIdx.x;
+            bool const isReal = query < length && mask[position(query)] != 0;
+            rowContent[threadIdx.x] = isReal ? kLOCAL_ROW : kZERO_ROW;
+        }
+        if (threadIdx.x == 0)
+        {
+            *numSlots = 0;
+        }
+        int32_t const words = ceilDiv(band.end - band.begin, kMAX_TILE_KEYS) * (kMAX_TILE_KEYS / kWORD_BITS);
+        for (int32_t word = threadIdx.x / kWARP_SIZE; word < words; word += BlockTraits::kWARPS)
+        {
+            int32_t const key = band.begin + word * kWORD_BITS + threadIdx.x % kWARP_SIZE;
+            bool const isReal = key < band.end && mask[position(key)] != 0;
+            uint32_t const bits = __ballot_sync(kFULL_WARP, isReal);
+            if (threadIdx.x % kWARP_SIZE == 0)
+            {
+                localKeys[word] = bits;
+            }
+        }
+    }
+
+    // Global tokens are no longer local, neither as rows nor as keys of the band.
+    __device__ __forceinline__ void markGlobalTokens() const
+    {
+        int32_t const* const index = params.globalIndex + static_cast<size_t>(batch) * params.slots;
+        for (int32_t slot = threadIdx.x; slot < params.slots; slot += BlockTraits::kTHREADS)
+        {
+            int32_t const token = index[slot];
+            if (!isUsedSlot(token, params.seqlen))
+            {
+                continue;
+            }
+            atomicMax(numSlots, slot + 1);
+            if (token % params.dilation != subsequence)
+            {
+                continue;
+            }
+            int32_t const i = token / params.dilation;
+            if (i >= firstQuery && i < firstQuery + BlockTraits::kQUERIES)
+            {
+                rowContent[i - firstQuery] = kGLOBAL_ROW + slot;
+            }
+            if (i >= band.begin && i < band.end)
+            {
+                int32_t const bit = i - band.begin;
+                atomicAnd(&localKeys[bit / kWORD_BITS], ~(1U << (bit % kWORD_BITS)));
+            }
+        }
+    }
+};
+
+// The tiles that a block visits: the gathered global tokens first, then the band.
+template <int kKEYS>
+struct TileSequence
+{
+    // Without a local row there is nothing to compute, so no tile.
+    __device__ __forceinline__ TileSequence(Block const& block, bool hasLocalRow)
+        : numSlots(*block.numSlots)
+        , firstBandKey(block.band.begin)
+        , numGlobal(ceilDiv(numSlots, kKEYS))
+        , count(hasLocalRow ? numGlobal + ceilDiv(block.band.end - block.band.begin, kKEYS) : 0)
+    {
+    }
+
+    __device__ __forceinline__ bool isGlobal(int32_t tile) const
+    {
+        return tile < numGlobal;
+    }
+
+    __device__ __forceinline__ int32_t firstSlot(int32_t tile) const
+    {
+        return tile * kKEYS;
+    }
+
+    __device__ __forceinline__ int32_t firstKey(int32_t tile) const
+    {
+        return firstBandKey + (tile - numGlobal) * kKEYS;
+    }
+
+    int32_t numSlots;
+    int32_t firstBandKey;
+    int32_t numGlobal; // tiles of global tokens
+    int32_t count;     // tiles
+};
+
+} // namespace lfx::banded

@@ -1,0 +1,73 @@
+// Online softmax of rows whose scores arrive tile by tile, and the reductions over lanes of a warp that it needs.
+//
+// Weights are computed as powers of 2: 2^(score · scaleLog2 - rowMax), with scaleLog2 = scale · log2(e).
+//
+// Source: Milakov & Gimelshein 2018, arXiv:1805.02867, algorithm 3; Dao 2023, arXiv:2307.08691, section 3.1.
+#pragma once
+
+#include "device.cuh"
+
+namespace lfx
+{
+
+constexpr float kLOG2E = 1.4426950408889634F;
+constexpr float kNEG_INF = -INFINITY; // the score of a masked key
+
+// Maximum over kLANES neighbouring lanes (a power of 2), in each of them. All lanes of the warp call it.
+template <int kLANES>
+__device__ __forceinline__ float warpMax(float x)
+{
+#pragma unroll
+    for (int distance = 1; distance < kLANES; distance *= 2)
+    {
+        x = fmaxf(x, __shfl_xor_sync(kFULL_WARP, x, distance));
+    }
+    return x;
+}
+
+// The same for the sum.
+template <int kLANES>
+__device__ __forceinline__ float warpSum(float x)
+{
+#pragma unroll
+    for (int distance = 1; distance < kLANES; distance *= 2)
+    {
+        x += __shfl_xor_sync(kFULL_WARP, x, distance);
+    }
+    return x;
+}
+
+// The state of one row. Lanes that share a row hold the same rowMax; each adds up the weights of its own columns.
+struct OnlineSoftmax
+{
+    // Takes the maximum score of the next tile and rescales rowSum to it. Returns the factor for the caller's accumulator.
+    __device__ __forceinline__ float rescale(float tileMax, float scaleLog2)
+    {
+        float const previousMax = rowMax;
+        rowMax = fmaxf(rowMax, tileMax * scaleLog2);
+        offset = rowMax == kNEG_INF ? 0.0F : rowMax;
+        float const factor = exp2Flushed(previousMax - offset);
+        rowSum *= factor;
+        return factor;
+    }
+
+    // The weight of a score of the tile that rescale() took; the caller adds it to rowSum.
+    __device__ __forceinline__ float weight(float score, float scaleLog2) const
+    {
+        return exp2Flushed(fmaf(score, scaleLog2, -offset));
+    }
+
+    // 1 / sum of the row's weights, over the kLANES lanes that share the row; 0 if every key is masked.
+    template <int kLANES>
+    __device__ __forceinline__ float inverseSum() const
+    {
+        float const sum = warpSum<kLANES>(rowSum);
+        return sum > 0.0F ? 1.0F / sum : 0.0F;
+    }
+
+    float rowMax = kNEG_INF; // largest score so far, times scaleLog2
+    float rowSum = 0.0F;     // of this lane's weights
+    float offset = 0.0F;     // rowMax, or 0 while every key of the row is masked: -inf - -inf would be NaN
+};
+
+} // namespace lfx

@@ -1,0 +1,40 @@
+// The attributes of the ONNX nodes, as TensorRT passes and stores them: a collection of named fields.
+#pragma once
+
+#include <NvInfer.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace lfx
+{
+
+struct GlobalAttributes
+{
+    int32_t numHeads = 0; // required
+    float scale = 0.0F;   // 0 stands for 1/√D
+};
+
+struct BandedAttributes : GlobalAttributes
+{
+    int32_t window = -1; // required
+    int32_t dilation = 1;
+    int32_t causal = 0;
+};
+
+struct AttributeField
+{
+    char const* name;
+    nvinfer1::PluginFieldType type; // kINT32 or kFLOAT32
+    void* value;                    // in the struct of attributes
+};
+
+std::vector<AttributeField> fieldsOf(GlobalAttributes& attributes);
+std::vector<AttributeField> fieldsOf(BandedAttributes& attributes);
+
+// Copies the fields that have an attribute's name. Returns what is wrong with one, or an empty string.
+std::string readAttributes(nvinfer1::PluginFieldCollection const* collection, GlobalAttributes& attributes);
+std::string readAttributes(nvinfer1::PluginFieldCollection const* collection, BandedAttributes& attributes);
+
+} // namespace lfx

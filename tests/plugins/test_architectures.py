@@ -1,0 +1,44 @@
+"""The GPUs that CMake builds the plugin library for, given what nvcc supports."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.plugins.build import ROOT
+
+
+@pytest.mark.parametrize(
+    ("supported", "architectures"),
+    [
+        (
+            [75, 80, 86, 87, 89, 90, 100, 110, 103, 120, 121],
+            "80-real;86-real;89-real;90-real;100-real;120-real;100-virtual",
+        ),
+        ([35, 50, 80, 86, 87, 89, 90], "80-real;86-real;89-real;90-real;90-virtual"),
+        ([50, 60, 70], ""),
+    ],
+    ids=["CUDA 13.0", "CUDA 11.8", "none of them"],
+)
+def test_architectures_that_nvcc_does_not_support_are_left_out(
+    supported: list[int], architectures: str, tmp_path: Path
+) -> None:
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("cmake is not on the PATH")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\n" + "".join(f"echo compute_{number}\n" for number in supported))
+    nvcc.chmod(0o755)
+    script = tmp_path / "script.cmake"
+    script.write_text(
+        "cmake_minimum_required(VERSION 3.24)\n"
+        f"set(CMAKE_CUDA_COMPILER {nvcc})\n"
+        f"include({ROOT / 'plugins' / 'architectures.cmake'})\n"
+        "supported_architectures(found)\n"
+        'file(WRITE "${CMAKE_CURRENT_LIST_DIR}/found" "${found}")\n'
+    )
+    subprocess.run([cmake, "-P", script], check=True, capture_output=True)
+    assert (tmp_path / "found").read_text() == architectures
