@@ -45,10 +45,10 @@ def build(folder: Path, headers: Path | None, default_target: str = "sm_80") -> 
         sys.exit("nvcc is not on the PATH; install the CUDA toolkit")
     capability = _query_gpu("compute_cap")
     target = f"sm_{capability.replace('.', '')}" if capability else default_target
-    sources = ["banded_attention.cu", "global_attention.cu", "limits.cpp"]
-    flags = []
+    sources = ["banded/banded_attention.cu", "global/global_attention.cu", "limits.cpp"]
+    flags = [f"-I{ROOT / 'plugins'}"]
     if headers is not None:
-        sources.append("plugin.cpp")
+        sources += [f"tensorrt/{path.name}" for path in sorted((ROOT / "plugins" / "tensorrt").glob("*.cpp"))]
         flags.append(f"-I{headers}")
         test = [nvcc, "-std=c++17", "-shared", "-Xcompiler", "-fPIC", *flags, "-o", str(folder / "libenqueue.so")]
         subprocess.run([*test, str(ROOT / "tests" / "plugins" / "enqueue.cpp"), "-ldl"], check=True)
