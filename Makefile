@@ -36,7 +36,7 @@ define venv
 $(PYTHON) -m venv $(1)
 endef
 
-.PHONY: install demo test test-fast test-lowest check lock fuzz bench figures clean
+.PHONY: install demo test test-fast test-lowest check lock fuzz bench figures dist clean
 
 install: $(STAMP)
 
@@ -98,6 +98,10 @@ bench: install  ## All CPU benchmarks, more than an hour; writes docs/records an
 
 figures: install  ## Draw docs/figures from the running code.
 	$(BIN)/python scripts/figures.py
+
+dist: install  ## Build the sdist, a wheel with the plugin and one without, and try both wheels in empty environments.
+	rm -rf dist
+	$(BIN)/python scripts/build_dist.py
 
 clean:
 	rm -rf build dist $(VENV) .venv-lowest .venv-lock

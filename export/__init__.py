@@ -1,4 +1,4 @@
-"""PyTorch → ONNX. `export` is the whole public surface; it needs the extra [export]."""
+"""Export of PyTorch models to ONNX; `export` is the only public name. Needs the extra [export]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a bundle so that it is there whole or not at all, and so that an older one goes without a foreign file."""
+"""Writing a bundle atomically. An older bundle is replaced; a folder with files of the user's is not."""
 
 from __future__ import annotations
 
@@ -14,31 +14,39 @@ from lfx.errors import ArtifactError, ExportError, LfxError
 from lfx.files import exchange, is_disk_full, locked, private_folder, why_unwritten
 from lfx.manifest import MANIFEST, Manifest
 
-# Names in the private folder. Once the file _EXCHANGING is there, _NEW may be the older bundle.
+# Names in the private folder. While the file _EXCHANGING exists, _NEW may hold the older bundle.
 _NEW, _OLD, _EXCHANGING = "new", "old", "exchanging"
 _SIGNATURE = f"{MANIFEST}.minisig"
 _CURE = "choose another --output"
 
 
 def check_target(output: Path) -> None:
-    """Raises: ExportError: `output` is there and may not be replaced, or its parent is no folder."""
+    """Check that a bundle may be written to `output`.
+
+    Raises:
+        ExportError: `output` exists and may not be replaced, or its parent folder does not exist.
+    """
     file_path(output, "output", ExportError)
     try:
-        place, here = output.resolve(), Path.cwd()
-        if not place.parent.is_dir():
-            raise ExportError(f"the folder {place.parent} does not exist; make it, or {_CURE}")
-        with locked(place):  # another export may be replacing it
-            refused = _why_not_replaced(place, output)
-        if refused is not None:
-            raise ExportError(refused)
-        if place.exists() and (place == here or place in here.parents):
+        target, current = output.resolve(), Path.cwd()
+        if not target.parent.is_dir():
+            raise ExportError(f"the folder {target.parent} does not exist; make it, or {_CURE}")
+        with locked(target):  # another export may be replacing it
+            refusal = _replacement_refusal(target, output)
+        if refusal is not None:
+            raise ExportError(refusal)
+        if target.exists() and (target == current or target in current.parents):
             raise ExportError(f"{output} is the current folder or above it; name a folder inside it with --output")
-    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+    except (OSError, RuntimeError) as error:  # RuntimeError: a symbolic link that points to itself
         raise ExportError(why_unwritten(output, error, _CURE)) from error
 
 
 def check_space(output: Path, needed_bytes: int) -> None:
-    """Raises: ExportError: the disk of `output` has less room than the bundle will take."""
+    """Check that the disk of `output` has `needed_bytes` free.
+
+    Raises:
+        ExportError: it has less.
+    """
     free = shutil.disk_usage(output.resolve().parent).free
     if free < needed_bytes:
         raise ExportError(
@@ -49,27 +57,27 @@ def check_space(output: Path, needed_bytes: int) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(output: Path) -> Iterator[Path]:
-    """A new folder that takes the name `output` on success and is removed on any failure.
+    """Make a new folder that is renamed to `output` on success and removed on any failure.
 
-    A link stays, and the folder that it points to is replaced. An older bundle goes in the same step, where the system
-    has one for it; where it has not, a process that is killed between two renames leaves none under this name, and the
-    next call puts the older one back.
+    If `output` is a symbolic link, the folder that it points to is replaced. An older bundle is exchanged with the new
+    one in one system call if the system has one. Otherwise the exchange is two renames: a process that is killed
+    between them leaves no folder named `output`, and the next call restores the older bundle.
 
     Raises:
-        ExportError: the disk is full, the place cannot be written, or it holds files that are not a bundle's.
+        ExportError: the disk is full, `output` cannot be written, or it holds files that its manifest does not list.
     """
     check_target(output)
-    place = output.resolve()
+    target = output.resolve()
     try:
-        with private_folder(place.parent, f"bundle {place.name}", lambda left: _clear(left, place)) as private:
+        with private_folder(target.parent, f"bundle {target.name}", lambda left: _clear(left, target)) as private:
             new = private / _NEW
             new.mkdir()
             try:
                 yield new
                 _follow_umask(new)
-                _publish(new, place)
+                _publish(new, target)
             finally:
-                kept = _clear(private, place)
+                kept = _clear(private, target)
         if kept is not None:
             raise ExportError(
                 f"{output} is the new bundle; the older one could not be removed whole, and the rest of it is in {kept}"
@@ -83,53 +91,55 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         raise ExportError(why_unwritten(output, error, cure)) from error
 
 
-def _publish(new: Path, place: Path) -> None:
-    """Give `new` the name `place`; what had it before is in the private folder then."""
-    old, mark = new.with_name(_OLD), new.with_name(_EXCHANGING)
-    with locked(place):
-        if not os.path.lexists(place):
-            new.rename(place)
+def _publish(new: Path, target: Path) -> None:
+    """Rename `new` to `target`; an older bundle of that name is moved into the private folder."""
+    old, marker = new.with_name(_OLD), new.with_name(_EXCHANGING)
+    with locked(target):
+        if not os.path.lexists(target):
+            new.rename(target)
             return
-        mark.touch()
-        exchanged = exchange(new, place)
+        marker.touch()
+        exchanged = exchange(new, target)
         try:
             if not exchanged:
-                mark.unlink()
-                place.rename(old)
-            refused = _why_not_replaced(new if exchanged else old, place)
-            if refused is not None:
-                raise ExportError(refused)
+                marker.unlink()
+                target.rename(old)
+            refusal = _replacement_refusal(new if exchanged else old, target)
+            if refusal is not None:
+                raise ExportError(refusal)
             if not exchanged:
-                new.rename(place)
+                new.rename(target)
         except BaseException:
             if exchanged:
-                exchange(new, place)
-                mark.unlink()
-            raise  # where it was renamed, `_clear` puts it back
+                exchange(new, target)
+                marker.unlink()
+            raise  # if the older bundle was renamed, `_clear` restores it
 
 
-def _clear(private: Path, place: Path) -> Path | None:
-    """Take older bundles out of a private folder before it is removed, here or after its process was killed.
+def _clear(private: Path, target: Path) -> Path | None:
+    """Move or remove the older bundles of a private folder before the folder itself is removed.
+
+    Also called for the private folder of a process that was killed.
 
     Returns:
-        The folder where files are that may not be removed; None where there are none.
+        The folder with the files that may not be removed; None if there are none.
     """
     old = private / _OLD
     if os.path.lexists(old):
-        with locked(place):
-            if not os.path.lexists(place):
-                old.rename(place)
+        with locked(target):
+            if not os.path.lexists(target):
+                old.rename(target)
     replaced = private / _NEW if (private / _EXCHANGING).exists() else old
     return _discard(replaced) if os.path.lexists(replaced) else None
 
 
 def _discard(bundle: Path) -> Path | None:
-    """Remove what a bundle lists; returns where the rest is put, if there is one."""
+    """Remove the files that a bundle's manifest lists; return the folder that other files are moved to, or None."""
     with contextlib.suppress(OSError, LfxError):
         folders, files = _content(bundle)
         listed = _listed(bundle) if MANIFEST in files else set()
         for path in files:
-            if path in listed and path not in (MANIFEST, _SIGNATURE):  # these last: what they list can be told from it
+            if path in listed and path not in (MANIFEST, _SIGNATURE):  # last: the manifest lists the other files
                 (bundle / path).unlink()
         for path in reversed(folders):
             (bundle / path).rmdir()
@@ -140,39 +150,49 @@ def _discard(bundle: Path) -> Path | None:
     return kept
 
 
-def _why_not_replaced(place: Path, shown: Path) -> str | None:
-    """Why what is at `place` may not be replaced; None where there is nothing, an empty folder or a bundle alone."""
-    if not os.path.lexists(place):
+def _replacement_refusal(target: Path, shown: Path) -> str | None:
+    """Give the reason why `target` may not be replaced.
+
+    Args:
+        shown: the path that the message names.
+    Returns:
+        None if `target` does not exist, is an empty folder, or is a bundle without other files.
+    """
+    if not os.path.lexists(target):
         return None
-    if place.is_symlink() or not place.is_dir():
-        return f"{shown} exists and is no bundle; choose another place with --output"
-    folders, files = _content(place)
+    if target.is_symlink() or not target.is_dir():
+        return f"{shown} exists and is no bundle; {_CURE}"
+    folders, files = _content(target)
     if not folders and not files:
         return None
     if MANIFEST not in files:
-        return f"{shown} exists and is no bundle; choose another place with --output"
+        return f"{shown} exists and is no bundle; {_CURE}"
     try:
-        listed = _listed(place)
+        listed = _listed(target)
     except ArtifactError:
         return (
-            f"{shown} holds an {MANIFEST} that was changed or is of another version, so nothing says which files are "
-            f"the bundle's; remove the folder, or {_CURE}"
+            f"{shown} holds an {MANIFEST} that was changed or is of another version, so lfx cannot tell which files "
+            f"belong to the bundle; remove the folder, or {_CURE}"
         )
-    if strangers := [path for path in files if path not in listed]:
+    if unlisted := [path for path in files if path not in listed]:
         return (
-            f"{shown} is a bundle that holds other files too ({', '.join(strangers[:3])}), which a new bundle "
+            f"{shown} is a bundle that holds other files too ({', '.join(unlisted[:3])}), which a new bundle "
             f"would remove; move them, or {_CURE}"
         )
     return None
 
 
 def _listed(bundle: Path) -> set[str]:
-    """The files that are a bundle's by its manifest, whose seal must be right, with the manifest and its signature."""
+    """Return the paths that a bundle's manifest lists, and those of the manifest and of its signature.
+
+    Raises:
+        ArtifactError: the manifest is broken, or its seal does not match.
+    """
     return {*Manifest.read(bundle).files, MANIFEST, _SIGNATURE}
 
 
 def _content(folder: Path) -> tuple[list[str], list[str]]:
-    """Every folder in a folder, outer ones first, and everything else; a link is no folder, and is not followed.
+    """List the folders below a folder, outer ones first, and all other entries. Symbolic links are not followed.
 
     Raises:
         OSError: a folder cannot be read.
@@ -194,7 +214,7 @@ def _content(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _follow_umask(folder: Path) -> None:
-    """Give every file the mode that the umask gave the folder; the onnx package writes some for their owner alone."""
+    """Set the mode of all files by the umask, as the folder's is; the onnx package makes some private to the owner."""
     mode = folder.stat().st_mode & 0o666
     for path in _content(folder)[1]:
         (folder / path).chmod(mode)

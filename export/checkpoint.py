@@ -1,8 +1,7 @@
-"""A checkpoint's files, checked before transformers or torch read them.
+"""Checks of a checkpoint's files, made before transformers or torch read them.
 
-A checkpoint may come from a stranger. Nothing in it may name code to fetch, files of another folder, or a model that
-its own weights do not hold. `find` brings the files of a hub id into the hub's cache, so that everything after it
-reads one local folder.
+A checkpoint is untrusted. It may not name code to fetch, files of another folder, or a model larger than its weights.
+`find` downloads the files of a hub id into the hub's cache, so that all later steps read one local folder.
 """
 
 from __future__ import annotations
@@ -51,10 +50,10 @@ class Checkpoint:
     """Local files of a checkpoint that `find` has checked.
 
     Attributes:
-        name: as the caller gave it.
-        folder: holds the files; of a hub id a folder in the hub's cache.
-        settings: arguments for LongformerConfig: what config.json says, without what names code.
-        weights: the files with weights, one or several shards.
+        name: the folder or hub id, as the caller gave it.
+        folder: holds the files; for a hub id, a folder in the hub's cache.
+        settings: arguments for LongformerConfig: the keys of config.json, except those that name code.
+        weights: the weight files, one or several shards.
     """
 
     name: str
@@ -64,15 +63,16 @@ class Checkpoint:
 
     @property
     def is_safetensors(self) -> bool:
-        """Whether the weights are safetensors; else they are pickles that are read with weights_only."""
+        """Whether the weights are safetensors; otherwise they are pickles, read with weights_only."""
         return self.weights[0].suffix == ".safetensors"
 
 
 def find(model: str) -> Checkpoint:
-    """Find and check the files of a checkpoint; those of a hub id are downloaded.
+    """Find and check the files of a checkpoint; the files of a hub id are downloaded.
 
     Raises:
-        ExportError: no such checkpoint, not a Longformer, a broken file, or one that names code or foreign files.
+        ExportError: the checkpoint does not exist, is not a Longformer, or has a file that is broken, names code, or
+            names a file of another folder.
     """
     fetch = fetcher(model)
     path = fetch(CONFIG)
@@ -82,7 +82,7 @@ def find(model: str) -> Checkpoint:
     if fetch("adapter_config.json") is not None:
         raise ExportError(
             f"{model} is a PEFT adapter (adapter_config.json), which names another model to load; merge the two with "
-            "merge_and_unload(), and export the folder that save_pretrained writes then"
+            "merge_and_unload(), save the result with save_pretrained, and export that folder"
         )
     weights = _weights(fetch, model)
     check_size(settings, sum(file.stat().st_size for file in weights), path)
@@ -92,10 +92,10 @@ def find(model: str) -> Checkpoint:
 
 
 def fetcher(model: str) -> Fetch:
-    """A function from the name of a file of a checkpoint to its path, or None where the checkpoint has no such file.
+    """Return a function that maps a file name to its path in the checkpoint, or to None if there is no such file.
 
     Raises:
-        ExportError: neither a folder nor a hub id.
+        ExportError: `model` is neither a folder nor a hub id.
     """
     folder = file_path(model, "model", ExportError)
     if model and folder.is_dir():
@@ -114,53 +114,53 @@ def _hub(model: str) -> Fetch:
     def fetch(name: str) -> Path | None:
         nonlocal revision
         try:
-            found = transformers.utils.cached_file(
+            path = transformers.utils.cached_file(
                 model,
                 name,
                 revision=revision,
                 _raise_exceptions_for_missing_entries=False,
-                # Offline, a file that the cache does not have is one that the checkpoint does not have.
+                # Offline, a file that is not in the cache counts as missing from the checkpoint.
                 _raise_exceptions_for_connection_errors=name == CONFIG,
             )
         except Exception as error:
             raise ExportError(
                 f"{model} cannot be loaded: {one_line(error)}, and there is no folder of that name here"
             ) from error
-        if found is None and name == CONFIG:
+        if path is None and name == CONFIG:
             raise ExportError(
-                f"{model} cannot be loaded: the hub is out of reach, or has no config.json of that name, and there is "
-                "no folder of that name here"
+                f"{model} cannot be loaded: the hub is out of reach or has no config.json for it, and there is no "
+                "folder of that name here"
             )
-        if found is None:
+        if path is None:
             return None
-        revision = Path(found).parent.name  # the commit: all files are of one, even if the branch moves on
-        return _plain_file(Path(found))
+        revision = Path(path).parent.name  # the commit, so that all files come from one, even if main changes
+        return _plain_file(Path(path))
 
     return fetch
 
 
 def _plain_file(path: Path) -> Path | None:
-    """The path of a file, or of a link to one; None where nothing has that name."""
+    """Return the path if it is a file or a link to one, None if it does not exist."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         if path.is_symlink():
-            raise ExportError(f"{path} is a link to nothing; put the file there") from None
+            raise ExportError(f"{path} is a link to a file that does not exist; put the file there") from None
         return None
     except OSError as error:
         raise ExportError(f"{path} cannot be opened: {error.strerror}; give another checkpoint") from error
     if not stat.S_ISREG(mode):
-        raise ExportError(f"{path} is no file but a folder or a device; give a folder that save_pretrained wrote")
+        raise ExportError(f"{path} is no file: it is a folder or a device; give a folder that save_pretrained wrote")
     return path
 
 
 def copy_tokenizer(model: str, folder: Path) -> bool:
-    """Copy the files of a checkpoint's tokenizer into a folder, without what names code or other files.
+    """Copy a checkpoint's tokenizer files into a folder, without the keys that name code or other files.
 
     Returns:
-        Whether there is a vocabulary or a tokenizer_config.json.
+        True if the checkpoint has a vocabulary or a tokenizer_config.json; otherwise nothing is copied.
     Raises:
-        ExportError: neither a folder nor a hub id, or a file that is none.
+        ExportError: `model` is neither a folder nor a hub id, or a tokenizer file is too large or cannot be read.
     """
     fetch = fetcher(model)
     sources = {name: path for name in _TOKENIZER if (path := fetch(name)) is not None}
@@ -194,10 +194,10 @@ def _shard_names(index: Path, suffix: str) -> list[str]:
     if not isinstance(names, dict) or not names or not isinstance(data.get("metadata"), dict):
         raise ExportError(f"{index} has no weight_map or no metadata; save the model again")
     for name in names.values():
-        # A name in the folder may be a link, as all are in the hub's cache; a path out of it is not the checkpoint's.
+        # A plain name may be a link, as in the hub's cache. A path may point out of the checkpoint's folder.
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+", name) or not name.endswith(suffix):
             raise ExportError(
-                f"{index} names {str(name)[:80]!r}, and only a {suffix} file of its own folder may hold weights; "
+                f"{index} names {str(name)[:80]!r}, but only a {suffix} file of its own folder may hold weights; "
                 "save the model again"
             )
     return sorted(set(names.values()))
@@ -211,7 +211,7 @@ def _shard(fetch: Fetch, index: Path, name: str) -> Path:
 
 
 def _check_dtypes(file: Path) -> None:
-    """Integers and 8-bit floats are quantized weights, which mean nothing without their scales."""
+    """Refuse integers and 8-bit floats: they are quantized weights, which cannot be used without their scales."""
     with _readable(file):
         for name, dtype in _dtypes(file):
             if dtype not in _FLOATS and not name.endswith("_ids"):  # older checkpoints hold position_ids
@@ -223,7 +223,7 @@ def _check_dtypes(file: Path) -> None:
 def _dtypes(file: Path) -> Iterator[tuple[str, str]]:
     if file.suffix == ".safetensors":
         with safetensors.safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  it is no dict
+            for name in tensors.keys():  # noqa: SIM118  safe_open has no __iter__
                 yield name, tensors.get_slice(name).get_dtype()
         return
     for name, tensor in torch.load(file, map_location="meta", weights_only=True).items():
@@ -239,7 +239,7 @@ def _readable(file: Path) -> Iterator[None]:
         raise
     except pickle.UnpicklingError as error:
         raise ExportError(
-            f"the weights of {os.fspath(file)} are no pickle of tensors alone, and others can run code; save the model "
+            f"the weights of {os.fspath(file)} are a pickle of more than tensors, which can run code; save the model "
             "again, as safetensors"
         ) from error
     except Exception as error:

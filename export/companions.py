@@ -1,4 +1,4 @@
-"""The files beside the graph: config.json and the tokenizer's, without anything that names code to fetch."""
+"""Writing config.json and the tokenizer's files into a bundle, without the keys that name code to fetch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from lfx.checks import json_text
 from lfx.errors import ExportError, one_line
 from lfx.export.settings import read_object, without_code
 
-_KINDS = (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
+_TOKENIZERS = (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raises: ExportError: it is neither None nor a tokenizer of transformers."""
-    if tokenizer is not None and not isinstance(tokenizer, _KINDS):
+    """Check that the tokenizer can be saved.
+
+    Raises:
+        ExportError: it is neither None nor a tokenizer or processor of transformers.
+    """
+    if tokenizer is not None and not isinstance(tokenizer, _TOKENIZERS):
         raise ExportError(
             f"tokenizer is {type(tokenizer).__name__}; give one of transformers, such as AutoTokenizer loads, or "
             "PreTrainedTokenizerFast(tokenizer_object=...)"
@@ -25,14 +29,14 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def write_config(config: Any, folder: Path) -> None:
-    """Write the config.json of a model; its config object stays as it is. A config of no known kind is left out.
+    """Write a model's config as config.json; any object but a PreTrainedConfig is ignored. The config is not changed.
 
     Raises:
-        ExportError: a setting that JSON cannot hold.
+        ExportError: a setting cannot be written as JSON.
     """
     if not isinstance(config, transformers.PreTrainedConfig):
         return
-    try:  # not with save_pretrained, which copies the source of a registered class, and changes the object
+    try:  # not save_pretrained: it copies the source of a registered class, and changes the config object
         settings = json.loads(config.to_json_string())
     except Exception as error:
         raise ExportError(f"the model's config cannot be written as JSON: {one_line(error)}") from error
@@ -40,29 +44,29 @@ def write_config(config: Any, folder: Path) -> None:
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write the files of a tokenizer, or of a processor that holds one; None writes nothing.
+    """Write the files of a tokenizer or processor; None writes nothing.
 
     Raises:
-        ExportError: it cannot be saved.
+        ExportError: the tokenizer cannot be saved.
     """
     if tokenizer is None:
         return
     try:
         tokenizer.save_pretrained(str(folder))
     except OSError:
-        raise  # the disk: the bundle's writer says what to do
+        raise  # atomic_folder turns it into an ExportError that says what to do
     except Exception as error:
         raise ExportError(f"the tokenizer cannot be saved: {one_line(error)}") from error
     for path in folder.rglob("*.py"):
-        path.unlink()  # the source of a registered class
+        path.unlink()  # save_pretrained copies the source of a registered class
     drop_code(folder)
 
 
 def drop_code(folder: Path) -> None:
-    """Take what names code out of the config files of a folder.
+    """Remove the keys that name code from the config files of a folder.
 
     Raises:
-        ExportError: one of them is no JSON object.
+        ExportError: a config file is no JSON object.
     """
     for path in folder.glob("*config.json"):
         settings = read_object(path)

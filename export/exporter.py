@@ -1,4 +1,4 @@
-"""`export`: a Longformer in, a verified ONNX bundle out."""
+"""`export`: write a Longformer as an ONNX bundle, and validate the bundle against PyTorch."""
 
 from __future__ import annotations
 
@@ -61,27 +61,28 @@ def export(
 
     Args:
         model: a checkpoint folder, a hub id, or an nn.Module that contains Hugging Face Longformer self-attention.
-            A module's forward takes input_ids and may take attention_mask and global_attention_mask, all
-            (batch, seqlen) int64. The module is not changed.
-        output: the bundle's folder; default: the model's name in the current folder. An older bundle there is
-            replaced, anything else is refused.
+            A module's forward takes input_ids, and optionally attention_mask and global_attention_mask, all
+            (batch, seqlen) int64, or (batch, choices, seqlen) for multiple choice. The module is not changed.
+        output: the bundle's folder; default: the model's name in the current folder. An older bundle of that name is
+            replaced; a folder with other files is refused.
         task: one of `lfx.signature.TASKS`; "auto" reads it from the config, or from the module's class.
-        opset: 17 to 23.
-        precision: fp32, fp16 or bf16, of weights and arithmetic; softmax and layer norm sum in float32, and the
+        opset: ONNX opset, 17 to 23.
+        precision: fp32, fp16 or bf16, of weights and arithmetic. Softmax and layer norm accumulate in float32, and the
             outputs are float32 in all three.
         global_attention: "mask" makes global_attention_mask a graph input; "first" fixes the first token of every
-            row; "none" leaves the global half out.
-        max_global: a constant number of global slots; None = as many as each batch needs.
-        max_seqlen: longest sequence, tokens; default: what Hugging Face's position embeddings allow, and no limit
-            where they were replaced.
-        inline_functions: write standard ops only, without the lfx domain.
-        tokenizer: saved into the bundle; default: the checkpoint's own, if it has one.
+            row; "none" leaves global attention out.
+        max_global: constant number of global slots, 1 to max_seqlen; None = the largest number of global tokens in
+            a row of the batch.
+        max_seqlen: longest sequence in tokens, 1 or more; default: the largest that Hugging Face's position embeddings
+            allow, or no limit if the model has none.
+        inline_functions: write standard ops only, without the domain lfx.
+        tokenizer: a transformers tokenizer or processor, saved into the bundle; default: the checkpoint's, if any.
         progress: called with the name of each step.
     Returns:
         The bundle's folder.
     Raises:
-        ExportError: the model, an option or the place cannot be used; nothing is left behind.
-        ParityError: the exported numbers are not the model's; nothing is left behind.
+        ExportError: the model, an option or `output` cannot be used; no file is left.
+        ParityError: an output of the exported graph is out of tolerance; no file is left.
     """
     check_choices(task, precision, global_attention, inline_functions, progress)
     opset = whole_number(opset, "opset", *OPSETS, ExportError)
@@ -90,7 +91,7 @@ def export(
         raise ExportError(f"max_global {max_global} needs global_attention 'mask'; leave one of the two out")
     check_tokenizer(tokenizer)
     model = model if isinstance(model, nn.Module) else model_name(model)
-    source, kind = _source(model)
+    source, source_type = _source(model)
     target = _target(model, output)
     check_target(target)
     if isinstance(model, nn.Module):
@@ -99,27 +100,20 @@ def export(
         progress("loading the checkpoint")
         module, task = load(source, task)
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(source)
-    windows = attention_windows(module)
-    if not windows:
-        raise ExportError(f"{source} contains no Longformer self-attention; lfx exports Longformer models only")
-    if min(windows) < 2:
-        raise ExportError(
-            f"{source} has an attention_window of 2, which Hugging Face itself cannot run; give 4 or more"
-        )
-    if any(m.padding_idx is None for m in module.modules() if isinstance(m, hf.LongformerEmbeddings)):
-        raise ExportError(f"{source} has no pad_token_id, without which Hugging Face itself cannot count positions")
+    _check_module(module, source)
     _check_global_option(module, global_attention, max_global)
     check_weights(module)
     weights = [*module.parameters(), *module.buffers()]
     weight_bytes = sum(t.numel() for t in weights) * TORCH_DTYPES[precision].itemsize
-    check_space(target, int(weight_bytes * 1.05) + 2_000_000)
+    check_space(target, int(weight_bytes * 1.05) + 2_000_000)  # a margin for the graph and the tokenizer
 
     progress("tracing")
     tokens = GlobalTokens(mode=global_attention, max_slots=max_global)
     program, inputs = _trace(module, task, precision, tokens)
     signature = _signature(module, task, precision, tokens, program.model, inputs, max_seqlen)
     _check_ranges(program, signature, granularity(module))
-    signature = _checked_batches(module, signature)
+    check_rows(module, signature)
+    signature = dataclasses.replace(signature, ignores_padding=ignores_padding(module, signature))
     if max_global is not None and max_global > (signature.max_seqlen or max_global):
         raise ExportError(f"max_global {max_global} is above the longest sequence, {signature.max_seqlen} tokens")
     progress("building the graph")
@@ -132,13 +126,6 @@ def export(
         inline_functions=inline_functions,
         metadata=signature.to_dict(),
     )
-    manifest = Manifest(
-        signature=signature,
-        opset=opset,
-        inlined=inline_functions,
-        source={"model": source, "kind": kind, "sha256": weights_sha256(module)},
-        versions={"lfx": lfx.__version__, **package_versions(_PACKAGES)},
-    )
     with atomic_folder(target) as folder, quiet():
         progress("writing")
         ir.save(model_ir, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=1024)
@@ -146,33 +133,58 @@ def export(
         _check_file(folder / MODEL, opset)
         write_config(getattr(module, "config", None), folder)
         write_tokenizer(tokenizer, folder)
-        manifest.validation.update(validate(folder / MODEL, module, signature, progress))
-        manifest.write(folder)
+        Manifest(
+            signature=signature,
+            opset=opset,
+            inlined=inline_functions,
+            source={"model": source, "kind": source_type, "sha256": weights_sha256(module)},
+            versions={"lfx": lfx.__version__, **package_versions(_PACKAGES)},
+            validation=validate(folder / MODEL, module, signature, progress),
+        ).write(folder)
     return target
 
 
 def _source(model: str | nn.Module) -> tuple[str, str]:
-    """Where the weights come from, so that `lfx parity` finds them again from any folder; and which kind that is."""
+    """Return where the weights come from, and its type: "module", "folder" (an absolute path) or "hub".
+
+    `lfx parity` loads the weights from there, from any current folder.
+    """
     if isinstance(model, nn.Module):
         return f"{type(model).__module__}.{type(model).__qualname__}", "module"
     return (str(Path(model).resolve()), "folder") if Path(model).is_dir() else (model, "hub")
 
 
+def _check_module(module: nn.Module, source: str) -> None:
+    """Refuse modules without Longformer self-attention, and configs that Hugging Face itself cannot run."""
+    windows = attention_windows(module)
+    if not windows:
+        raise ExportError(f"{source} contains no Longformer self-attention; lfx exports Longformer models only")
+    if min(windows) < 2:
+        raise ExportError(
+            f"{source} has an attention_window of 2, which Hugging Face itself cannot run; give 4 or more"
+        )
+    if any(m.padding_idx is None for m in module.modules() if isinstance(m, hf.LongformerEmbeddings)):
+        raise ExportError(
+            f"{source} has no pad_token_id, without which Hugging Face itself cannot count positions; set it in the "
+            "config"
+        )
+
+
 def _check_global_option(module: nn.Module, global_attention: str, max_global: int | None) -> None:
-    """Which tokens are global is the graph's to fix only where the model is told, and does not decide it itself."""
+    """Refuse options about global tokens for a model whose forward takes no global_attention_mask."""
     if "global_attention_mask" not in forward_inputs(module) and (global_attention != "mask" or max_global is not None):
         option = f"max_global {max_global}" if max_global is not None else f"global_attention {global_attention!r}"
         raise ExportError(
-            f"{option} cannot be had: {type(module).__name__}.forward takes no global_attention_mask, so it decides "
+            f"{option} cannot be used: {type(module).__name__}.forward takes no global_attention_mask, so it decides "
             "itself which tokens are global; leave the option out"
         )
 
 
 def _check_ranges(program: torch.onnx.ONNXProgram, signature: Signature, multiple_of: int) -> None:
-    """The traced graph is the model's at every size that it will be given.
+    """Check that the traced graph is valid for all batch sizes and sequence lengths of the signature.
 
     Raises:
-        ExportError: the model takes another path at some size; torch.export found the bound.
+        ExportError: torch.export found a bound on a size, outside which the model takes another branch.
     """
     assert program.exported_program is not None
     ranges = program.exported_program.range_constraints
@@ -185,10 +197,10 @@ def _check_ranges(program: torch.onnx.ONNXProgram, signature: Signature, multipl
         low = int(bounds.lower) if bounds.lower.is_Integer else 0
         high = int(bounds.upper) if bounds.upper.is_Integer else None
         if low > max(multiple_of, 2) or (high is not None and (limit is None or high < limit)):
-            cure = f"; export with max_seqlen={high}" if axis == "sequence" and high is not None and low < 2 else ""
+            cure = f"export with max_seqlen={high}" if axis == "sequence" and high is not None and low < 2 else ""
             raise ExportError(
                 f"{signature.architecture} takes another path outside {axis} {low} to {high or 'any'}, and a graph has "
-                f"one path for all sizes{cure or '; take the branch on the shape out of its forward'}"
+                f"one path for all sizes; {cure or 'take the branch on the shape out of its forward'}"
             )
 
 
@@ -199,8 +211,8 @@ def _target(model: str | nn.Module, output: str | Path | None) -> Path:
         raise ExportError("a module has no name to write to; give export(..., output=FOLDER)")
     name = Path(model).resolve().name if Path(model).is_dir() else model.rstrip("/").rpartition("/")[2]
     target = Path(name)
-    same = Path(model).is_dir() and target.resolve() == Path(model).resolve()
-    return Path(f"{name}-onnx") if same else target
+    is_checkpoint = Path(model).is_dir() and target.resolve() == Path(model).resolve()
+    return Path(f"{name}-onnx") if is_checkpoint else target
 
 
 def _task_of_module(module: nn.Module, task: str) -> str:
@@ -213,25 +225,27 @@ def _task_of_module(module: nn.Module, task: str) -> str:
 def _trace(
     module: nn.Module, task: str, precision: str, tokens: GlobalTokens
 ) -> tuple[torch.onnx.ONNXProgram, list[str]]:
+    """Trace the rewritten module with torch.onnx.
+
+    Returns:
+        The program, and the names of its inputs.
+    Raises:
+        ExportError: the module takes no input_ids, cannot be traced, or has an output that cannot be named.
+    """
     takes = forward_inputs(module)
     if "input_ids" not in takes:
         raise ExportError(f"{type(module).__name__}.forward takes no input_ids; lfx feeds it {', '.join(GRAPH_INPUTS)}")
     inputs = [name for name in takes if tokens.mode == "mask" or name != "global_attention_mask"]
-    traceable = ExportWrapper(
+    wrapper = ExportWrapper(
         rewrite(module, tokens, TORCH_DTYPES[precision]), inputs, tokens, "global_attention_mask" in takes
     ).eval()
     batch, choices, sequence = (torch.export.Dim(name) for name in ("batch", "choices", "sequence"))
     axes = {0: batch, 1: choices, 2: sequence} if task == "multiple-choice" else {0: batch, 1: sequence}
-    # An example of unequal, uncommon sizes, so that no axis is taken for a constant or for another.
-    length = 4 * max(attention_windows(module)) if granularity(module) > 1 else 29
-    shape = (2, 3, length) if task == "multiple-choice" else (3, length)
-    example = {name: torch.ones(shape, dtype=torch.int64) for name in inputs}
-    example["input_ids"] = torch.arange(length).expand(shape) % 5 + 3
     try:
         with quiet(), torch.autocast("cpu", enabled=False):
             program = torch.onnx.export(
-                traceable,
-                tuple(example[name] for name in inputs),
+                wrapper,
+                _example(module, task, inputs),
                 dynamo=True,
                 opset_version=TRACED,
                 input_names=inputs,
@@ -252,25 +266,32 @@ def _trace(
     return program, inputs
 
 
+def _example(module: nn.Module, task: str, inputs: list[str]) -> tuple[torch.Tensor, ...]:
+    """Make inputs to trace with; the axes differ in size, so that torch.export merges no two of them."""
+    length = 4 * max(attention_windows(module)) if granularity(module) > 1 else 29
+    shape = (2, 3, length) if task == "multiple-choice" else (3, length)
+    ids = torch.arange(length).expand(shape) % 5 + 3
+    return tuple(ids if name == "input_ids" else torch.ones(shape, dtype=torch.int64) for name in inputs)
+
+
 def _name_outputs(outputs: dict[str, ir.Value], taken: set[str]) -> None:
     """Give every graph output its name.
 
     Args:
         taken: names of the inputs and of the parameters.
     Raises:
-        ExportError: an output that cannot stand beside the others or the inputs.
+        ExportError: a name is invalid or taken, or one tensor is returned twice.
     """
     seen: dict[int, str] = {}
     for name, value in outputs.items():
         if not re.fullmatch(r"[\w.-]{1,100}", name, re.ASCII):
             raise ExportError(
-                f"output {name[:100]!r} has a name that no file can have; rename it: at most 100 letters, digits, "
+                f"output {name[:100]!r} has a name that cannot be a file name; rename it: at most 100 letters, digits, "
                 "'_', '.' and '-'"
             )
         if value.is_graph_input() or name in taken:
             raise ExportError(
-                f"output {name!r} is an input handed back, or has the name of an input or a parameter; leave it out or "
-                "rename it"
+                f"output {name!r} is an input, or has the name of an input or a parameter; leave it out or rename it"
             )
         if id(value) in seen:
             raise ExportError(f"outputs {seen[id(value)]!r} and {name!r} are one tensor; return it once")
@@ -285,7 +306,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _first_names(module: nn.Module) -> dict[int, str]:
-    """Data pointer -> the first name that a weight has in the module, for weights that are shared as they are."""
+    """Map the data pointer of each weight to its first name in the module; tied weights have one pointer."""
     names: dict[int, str] = {}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         names.setdefault(tensor.data_ptr(), name)
@@ -302,15 +323,15 @@ def _signature(
     max_seqlen: int | None,
 ) -> Signature:
     config = getattr(module, "config", None)
-    every = [m for m in module.modules() if isinstance(m, hf.LongformerEmbeddings)]
-    embeddings = every[0] if every else None
+    all_embeddings = [m for m in module.modules() if isinstance(m, hf.LongformerEmbeddings)]
+    embeddings = all_embeddings[0] if all_embeddings else None
     vocab_size = embeddings.word_embeddings.num_embeddings if embeddings is not None else None
     pad = embeddings.padding_idx if embeddings is not None else _token_id(config, "pad_token_id", None)
     sep = _token_id(config, "sep_token_id", vocab_size)
     axes: tuple[str, ...] = ("batch", "choices", "sequence") if task == "multiple-choice" else ("batch", "sequence")
-    fixed = {"mask": TASKS[task].default_global, "first": "first", "none": "none"}[tokens.mode]
+    default_global = {"mask": TASKS[task].default_global, "first": "first", "none": "none"}[tokens.mode]
     if tokens.mode == "mask" and "global_attention_mask" in inputs and not is_hugging_face(module):
-        fixed = default_global_of(module, vocab_size, pad, sep)
+        default_global = default_global_of(module, vocab_size, pad, sep)
     return Signature(
         architecture=type(module).__name__,
         task=task,
@@ -318,9 +339,9 @@ def _signature(
         inputs=tuple(TensorSpec(name, "int64", axes) for name in inputs),
         outputs=tuple(_output_spec(value) for value in graph.graph.outputs),
         attention_windows=tuple(attention_windows(module)),
-        default_global=fixed,
+        default_global=default_global,
         global_attention=tokens.mode,
-        max_seqlen=_limit(every, max_seqlen),
+        max_seqlen=_max_seqlen(all_embeddings, max_seqlen),
         vocab_size=vocab_size,
         max_global=tokens.max_slots,
         pad_token_id=pad if pad is not None else 1,
@@ -334,20 +355,21 @@ def _token_id(config: Any, name: str, vocab_size: int | None) -> int | None:
     return None if value is None else whole_number(value, name, 0, (vocab_size or 2**31) - 1, ExportError)
 
 
-def _checked_batches(module: nn.Module, signature: Signature) -> Signature:
-    """Sequences may share a batch; the signature says whether they may be padded for it."""
-    check_rows(module, signature)
-    return dataclasses.replace(signature, ignores_padding=ignores_padding(module, signature))
-
-
 def _output_spec(value: ir.Value) -> TensorSpec:
     assert value.name is not None and value.shape is not None and value.dtype is not None
     axes = tuple(size if isinstance(size, int) else str(size.value or "?") for size in value.shape)
     return TensorSpec(value.name, str(value.dtype.numpy()), axes)
 
 
-def _limit(embeddings: list[Any], asked: int | None) -> int | None:
-    """Longest sequence: the shortest position table less the rows up to the padding index, which no token uses."""
+def _max_seqlen(embeddings: list[Any], requested: int | None) -> int | None:
+    """Return the longest sequence in tokens: the requested one, or the limit of the position embeddings.
+
+    The limit is the number of rows of the smallest position table, less the rows up to the padding index, which no
+    token uses.
+
+    Raises:
+        ExportError: the requested length is above the limit, or the limit is 0.
+    """
     limit = min(
         (
             e.position_embeddings.num_embeddings - e.padding_idx - 1
@@ -357,20 +379,24 @@ def _limit(embeddings: list[Any], asked: int | None) -> int | None:
         default=None,
     )
     if limit is not None and limit < 1:
-        raise ExportError("the position embeddings have no row for a token; give more max_position_embeddings")
-    if asked is not None:
-        if limit is not None and asked > limit:
-            raise ExportError(f"max_seqlen {asked} is out of range; the position embeddings allow 1 to {limit}")
-        return asked
+        raise ExportError("the position embeddings have no row for a token; give a larger max_position_embeddings")
+    if requested is not None:
+        if limit is not None and requested > limit:
+            raise ExportError(f"max_seqlen {requested} is out of range; the position embeddings allow 1 to {limit}")
+        return requested
     return limit
 
 
 def _check_file(path: Path, opset: int) -> None:
-    """The written file says the opset that was asked for and passes the checker with shape inference."""
+    """Check that the written file imports `opset` and passes onnx.checker with shape inference.
+
+    Raises:
+        ExportError: it does not.
+    """
     header = onnx.load(path, load_external_data=False)
-    found = {entry.domain: entry.version for entry in header.opset_import}
-    if found.get("") != opset:
-        raise ExportError(f"asked for opset {opset}, the file says {found.get('')}: please report this")
+    imports = {entry.domain: entry.version for entry in header.opset_import}
+    if imports.get("") != opset:
+        raise ExportError(f"the file imports opset {imports.get('')} instead of {opset}; please report this")
     try:
         onnx.checker.check_model(path, full_check=True)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Every attention layer as one more output, to find the first layer at which two models part."""
+"""Adding the context of each attention layer as a graph output, to find the first layer with a wrong result."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from lfx.signature import Signature, TensorSpec
 
 
 def layer_name(index: int) -> str:
-    """The name of the output that is the context of the attention layer `index`, from 0."""
+    """Return the output name of the attention layer `index`, counted from 0."""
     return f"attention_{index}"
 
 
 def expose_layers(bundle: Path, signature: Signature, folder: Path) -> Path:
-    """Write the bundle's graph into `folder` with the context of every attention layer as an output.
+    """Write the bundle's graph into `folder` with the context of each attention layer as an output.
 
     Returns:
-        The ONNX file; its weights are linked. Layer outputs come first, float32 (rows, sequence, hidden).
+        The ONNX file; its weights are links. Layer outputs come first, float32 (rows, sequence, hidden).
     Raises:
-        ArtifactError: the graph has no attention nodes, since its functions are inlined.
+        ArtifactError: the graph has no attention nodes, because its functions are inlined.
     """
     model = onnx.load(str(bundle / MODEL), load_external_data=False)
     nodes = [n for n in model.graph.node if (n.domain, n.op_type) == (DOMAIN, "BandedAttention")]
     if not nodes:
         raise ArtifactError(
-            f"{bundle} has its functions inlined, so its layers are not to be seen; export it without "
+            f"{bundle} has its functions inlined, so it has no attention nodes to compare; export it without "
             "--inline-functions to compare it by layer"
         )
     shape = ("rows", "sequence", "hidden")

@@ -1,4 +1,4 @@
-"""From a traced ONNX graph to the one that is written: functions, weights, constants, opset, names."""
+"""`finalize_graph`: run the graph passes that turn the traced graph into the exported one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lfx.export.passes.tensor_constants import make_constants_tensors
 from lfx.export.passes.weights import transpose_weights
 from lfx.signature import GLOBAL_ROWS, GLOBAL_SLOTS
 
-# Constants up to this many elements are computed at export; a weight never is.
+# Largest constant, in elements, that constant folding reads or writes; weights are never folded.
 _FOLD_LIMIT = 256
 
 
@@ -35,18 +35,18 @@ def finalize_graph(
     inline_functions: bool,
     metadata: Mapping[str, Any],
 ) -> ir.Model:
-    """Turn the graph that torch.onnx traced from `rewrite.ExportWrapper` into the exported one, in place.
+    """Turn the graph that torch.onnx traced from `rewrite.ExportWrapper` into the exported graph, in place.
 
     Args:
         model: opset 18, with nodes of domain lfx and no function bodies.
         opset: 17 to 23.
         parameter_names: data pointer of a weight -> its first name in the caller's model.
-        prefix: the attribute path between the traced module and the caller's.
+        prefix: the attribute path from the traced wrapper to the caller's model, such as `model.`.
         dimensions: names of the dynamic axes of the graph's inputs.
-        inline_functions: leave standard ops only.
-        metadata: what a file without its bundle must say of itself; stored under the key `lfx`.
+        inline_functions: replace the lfx functions by standard ops.
+        metadata: the signature as JSON types, stored in the model's metadata under the key `lfx`.
     Raises:
-        ExportError: an output that is a constant, or an op that the opset does not have.
+        ExportError: an output is constant, or an op does not exist in the opset.
     """
     _name_weights(model, parameter_names, prefix)
     for helper in functions.HELPERS:
@@ -86,9 +86,9 @@ def finalize_graph(
 
 
 def _mark_global_nodes(model: ir.Model) -> None:
-    """Name the TopK that lists the global tokens and the If that chooses the form of their rows.
+    """Mark by name the TopK that lists the global tokens, and each If that chooses the form of the global context.
 
-    `build-engine` gives the graph a constant number of slots, and has to know these two from a user's own.
+    `build-engine` makes the number of global slots constant at these nodes; the mark tells them from a user's own.
     """
     for node in model.graph:
         if node.op_type == "If" and any(inner.domain == functions.DOMAIN for inner in _inside(node)):
@@ -117,7 +117,7 @@ def _simplify(model: ir.Model, weights: set[str]) -> None:
         onnx_shape_inference=True,
         input_size_limit=_FOLD_LIMIT,
         output_size_limit=_FOLD_LIMIT,
-        # The layout of a weight is the same whatever its size.
+        # Folding small weights only would make their layout depend on their size.
         should_fold=lambda node: False if reads_weight(node) else None,
     )
     for clean in (
@@ -135,5 +135,5 @@ def _name_weights(model: ir.Model, names: Mapping[int, str], prefix: str) -> Non
         raw = getattr(value.const_value, "raw", None)
         own_name = str(value.name).removeprefix(prefix)
         shared = names.get(raw.data_ptr(), own_name) if isinstance(raw, torch.Tensor) else own_name
-        # Two weights may begin at one address: a slice of another, say.
+        # Two weights may start at one address: one may be a slice of the other.
         value.name = own_name if shared in model.graph.initializers else shared

@@ -1,4 +1,4 @@
-"""A checkpoint, from a folder or the hub, as a torch model and a tokenizer; no code of it is run."""
+"""Loading a checkpoint's model and tokenizer from a folder or the hub, without running code of the checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BY_ARCHITECTURE = {task.architecture: name for name, task in TASKS.items()}
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the advice of transformers and torch about loading, padding and tracing off the terminal."""
+    """Silence the warnings and progress bars of transformers and torch about loading, padding and tracing."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     exporter = logging.getLogger("torch.onnx")
@@ -44,34 +44,35 @@ def quiet() -> Iterator[None]:
 
 
 def load(model: str, task: str = "auto") -> tuple[nn.Module, str]:
-    """Load a Longformer checkpoint in float32, in eval mode. Nothing in it is run: see `lfx.export.checkpoint`.
+    """Load a Longformer checkpoint in float32, in eval mode, without running its code: see `lfx.export.checkpoint`.
 
     Args:
         model: a folder with config.json and weights, or a model id of the hub.
-        task: one of `lfx.signature.TASKS`, or "auto": by the architecture in the config.
+        task: one of `lfx.signature.TASKS`; "auto" takes it from the architecture in the config.
     Returns:
-        The model and the name of its task. A base model whose checkpoint has no pooler comes without one.
+        The model and the name of its task. The pooler is None if the checkpoint has no weights for it.
     Raises:
-        ExportError: no such checkpoint, not a Longformer, broken or missing weights, other shapes than the config.
+        ExportError: the checkpoint does not exist or is not a Longformer; or weights are missing, broken, or of other
+            shapes than the config's.
     """
     one_of(task, "task", ("auto", *TASKS), ExportError)
     with quiet():
-        found = checkpoint.find(model)
-        task = _task_of(found) if task == "auto" else task
+        files = checkpoint.find(model)
+        task = _task_of(files) if task == "auto" else task
         try:
-            # Eager, whatever the checkpoint says: other implementations may be code of the hub.
-            config = transformers.LongformerConfig(**found.settings, attn_implementation="eager")
+            # Always eager: another attn_implementation may be code of the hub.
+            config = transformers.LongformerConfig(**files.settings, attn_implementation="eager")
         except Exception as error:
-            raise ExportError(f"{found.folder / 'config.json'} is no config of a Longformer: {_flat(error)}") from error
+            raise ExportError(f"{files.folder / 'config.json'} is no config of a Longformer: {_flat(error)}") from error
         loader = getattr(transformers, TASKS[task].auto_class)
         try:
             loaded, info = loader.from_pretrained(
-                found.folder,
+                files.folder,
                 config=config,
                 dtype=torch.float32,
                 attn_implementation="eager",
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-                use_safetensors=found.is_safetensors,
+                ignore_mismatched_sizes=True,  # `_refuse_missing` names them
+                use_safetensors=files.is_safetensors,
                 weights_only=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -80,15 +81,15 @@ def load(model: str, task: str = "auto") -> tuple[nn.Module, str]:
         except Exception as error:
             raise ExportError(f"the weights of {model} cannot be loaded: {_why(error)}") from error
     _refuse_missing(loaded, info, model, task)
-    loaded.config.return_dict = True  # outputs have their names
+    loaded.config.return_dict = True  # a tuple would lose the output names
     return loaded.eval(), task
 
 
 def load_tokenizer(model: str) -> Any:
-    """A checkpoint's tokenizer, or None where it has none.
+    """Load a checkpoint's tokenizer; returns None if it has none.
 
     Raises:
-        ExportError: it has one that cannot be loaded.
+        ExportError: the tokenizer cannot be loaded.
     """
     with quiet(), temporary_folder("tokenizer") as scratch:
         if not checkpoint.copy_tokenizer(model, scratch):
@@ -99,21 +100,24 @@ def load_tokenizer(model: str) -> Any:
             raise ExportError(f"the tokenizer of {model} cannot be loaded: {_flat(error)}") from error
 
 
-def _task_of(found: checkpoint.Checkpoint) -> str:
-    names = found.settings.get("architectures") or []
+def _task_of(files: checkpoint.Checkpoint) -> str:
+    names = files.settings.get("architectures") or []
     if not names:
         return "feature-extraction"
     for name in names:
         if name in _BY_ARCHITECTURE:
             return _BY_ARCHITECTURE[name]
     shown = ", ".join(names)[:200]
-    raise ExportError(f"{found.name} has architecture {shown}; choose --task from: {', '.join(TASKS)}")
+    raise ExportError(f"{files.name} has architecture {shown}; choose --task from: {', '.join(TASKS)}")
 
 
 def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, task: str) -> None:
     mismatched = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get("mismatched_keys", ()))
     if mismatched:
-        raise ExportError(f"{model}: weights of other shapes than the config's: {_some(mismatched)}")
+        raise ExportError(
+            f"{model} has weights of other shapes than the config's: {_some(mismatched)}; give the config that "
+            "belongs to them"
+        )
     missing = sorted(key for key in info.get("missing_keys", ()) if not key.endswith("position_ids"))
     without_pooler = [key for key in missing if not key.startswith("pooler.")]
     if missing and not without_pooler:
@@ -136,10 +140,10 @@ def _why(error: BaseException) -> str:
 
 
 def check_weights(module: nn.Module) -> None:
-    """No number of the model is NaN, and no parameter is infinite; a buffer, such as a mask, may be.
+    """Check that no parameter or buffer has a NaN, and no parameter an infinity; a buffer, such as a mask, may.
 
     Raises:
-        ExportError: says which tensor, and how many of its values.
+        ExportError: names the tensor and the number of such values, or a tensor on the device meta.
     """
     parameters = {name: tensor.detach() for name, tensor in module.named_parameters()}
     buffers = {
@@ -150,22 +154,22 @@ def check_weights(module: nn.Module) -> None:
     for name, tensor in {**parameters, **buffers}.items():
         if tensor.is_meta:
             raise ExportError(f"{name} is on the device meta, without values; load the weights first")
-        values = tensor.float()  # the dtype that the model is compared in
+        values = tensor.float()  # float64 values that overflow float32 count as infinite
         nans, infinities = int(values.isnan().sum()), int(values.isinf().sum())
         if nans or (infinities and name in parameters):
-            what, count = ("NaN", nans) if nans else ("an infinity", infinities)
+            value, count = ("NaN", nans) if nans else ("an infinity", infinities)
             raise ExportError(
-                f"{name} holds {what} in {count:,} of {tensor.numel():,} values; export a checkpoint that is whole"
+                f"{name} holds {value} in {count:,} of {tensor.numel():,} values; give a checkpoint with finite weights"
             )
 
 
 def _flat(error: BaseException) -> str:
-    """A message of several lines as one, cut: the reason may stand in the second."""
+    """Join the lines of an error message and cut it to 300 characters; the reason may be in the second line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Digest of all weights by name, dtype, shape and bytes: the same model gives the same digest anywhere."""
+    """Return the SHA-256 of all weights, by name, dtype, shape and bytes; it does not depend on the machine."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, torch.Tensor):

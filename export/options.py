@@ -1,4 +1,4 @@
-"""Checks of what `export` is asked to do, before any work is done."""
+"""Checks of the arguments of `export`, made before any work is done."""
 
 from __future__ import annotations
 
@@ -11,23 +11,37 @@ from lfx.signature import GLOBAL_MODES, PRECISIONS, TASKS
 
 
 def check_choices(task: Any, precision: Any, global_attention: Any, inline_functions: Any, progress: Any) -> None:
-    """Raises: ExportError: an option of another type, or with a value that it cannot have."""
+    """Check the arguments that have a fixed set of values, and the type of `progress`.
+
+    Raises:
+        ExportError: an argument has another type, or a value that is not allowed.
+    """
     one_of(task, "task", ("auto", *TASKS), ExportError)
     one_of(precision, "precision", PRECISIONS, ExportError)
     one_of(global_attention, "global_attention", GLOBAL_MODES, ExportError)
     if not isinstance(inline_functions, bool):
         raise ExportError(f"inline_functions is {type(inline_functions).__name__}; give True or False")
     if not callable(progress):
-        raise ExportError(f"progress is {type(progress).__name__}; give a function of one text, or leave it out")
+        raise ExportError(
+            f"progress is {type(progress).__name__}; give a function that takes a string, or leave it out"
+        )
 
 
 def at_least_1(value: Any, name: str) -> int | None:
-    """A whole number from 1, or None where the option was left out. Raises: ExportError: anything else."""
+    """Return an argument as an int of 1 or more; None stays None.
+
+    Raises:
+        ExportError: it has another type, or is below 1.
+    """
     return None if value is None else whole_number(value, name, 1, error=ExportError)
 
 
 def model_name(model: Any) -> str:
-    """The folder or hub id that was given, as text. Raises: ExportError: it can be neither."""
+    """Return the folder or hub id as a string.
+
+    Raises:
+        ExportError: it is empty, or no path.
+    """
     file_path(model, "model", ExportError)
     name = os.fspath(model)
     if not name:

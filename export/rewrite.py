@@ -1,13 +1,13 @@
-"""A copy of a torch model, sharing its weights, in which Longformer self-attention is the lfx ops.
+"""`rewrite`: copy a torch model, sharing its weights, and replace its Longformer self-attention by the lfx ops.
 
-The copy exists to be traced by torch.onnx. Its modules keep their names and parameters; only classes change:
+torch.onnx traces the copy. The modules keep their names and parameters; these classes are replaced:
 
-    LongformerSelfAttention -> _SelfAttention   three projections, the global rows, one lfx::BandedAttention
-    LongformerEncoder       -> _Encoder         no `.item()`, no padding to undo
+    LongformerSelfAttention -> _SelfAttention   three projections, the global context, one lfx::BandedAttention
+    LongformerEncoder       -> _Encoder         no `.item()`, no removal of padding
     LongformerModel         -> _Model           no padding to a multiple of the window, no 4-D mask
 
-A user's subclass of one of these stays in front of the replacement, so that its own `forward` and the `super()`
-calls in it go on working.
+A user's subclass of such a class is replaced by a subclass of both, the user's first in the method resolution order,
+so that its own `forward` and the `super()` calls in it still work.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from lfx.export.functions import DOMAIN, VERSION
 
 @dataclass
 class GlobalTokens:
-    """How the graph finds its global tokens, and what it found for the mask at hand.
+    """The rule for global tokens in the graph, and the cached indices of the current mask.
 
     Attributes:
-        mode: "mask" takes them from the graph input, "first" is the first token of each row, "none" is none.
-        max_slots: the constant number of slots G; None = as many as the row with the most has, at least 1.
+        mode: "mask" reads the graph input, "first" takes the first token of each row, "none" has no global tokens.
+        max_slots: the constant number of slots G; None = the largest count in the batch, at least 1.
     """
 
     mode: str = "mask"
     max_slots: int | None = None
     _mask: torch.Tensor | None = field(default=None, repr=False)
-    _found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
+    _cached: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
 
-    def find(self, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Key mask and global tokens of a Hugging Face mask; computed once for all layers that get the same mask.
+    def indices(self, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Split a Hugging Face mask into key mask and global indices; computed once for all layers with the same mask.
 
         Args:
             attention_mask: (B, S), < 0 masked, 0 local, > 0 global.
@@ -51,20 +51,20 @@ class GlobalTokens:
             key_mask (B, S) int32, 1 = real token; global_index (B, G) int32, unused slots -1; and the same index
             for GatherND, (B, G, 1) int64, unused slots 0.
         """
-        if self._mask is not attention_mask or self._found is None:
+        if self._mask is not attention_mask or self._cached is None:
             key_mask = (attention_mask >= 0).to(torch.int32)
-            index = self._index(attention_mask > 0)
-            gather_at = torch.clamp(index, min=0).to(torch.int64).unsqueeze(-1)
-            self._mask, self._found = attention_mask, (key_mask, index, gather_at)
-        return self._found
+            index = self._global_index(attention_mask > 0)
+            gather_index = torch.clamp(index, min=0).to(torch.int64).unsqueeze(-1)
+            self._mask, self._cached = attention_mask, (key_mask, index, gather_index)
+        return self._cached
 
-    def _index(self, is_global: torch.Tensor) -> torch.Tensor:
+    def _global_index(self, is_global: torch.Tensor) -> torch.Tensor:
         batch, seqlen = is_global.shape
         if self.mode == "none":
             return torch.full((batch, 1), -1, dtype=torch.int32)
         if self.mode == "first":
             return is_global[:, :1].to(torch.int32) - 1
-        # TopK of 0 and 1 lists the global tokens by position: of equal values the earlier comes first.
+        # TopK over 0 and 1 lists the global tokens by position: for equal values, the lower index comes first.
         flags = is_global.to(torch.int32)
         if self.max_slots is None:
             slots = torch.clamp(flags.sum(dim=1).max(), min=1).item()
@@ -72,7 +72,7 @@ class GlobalTokens:
             torch._check(slots <= seqlen)  # type: ignore[no-untyped-call]
         else:
             slots = self.max_slots
-            flags = nn.functional.pad(flags, (0, slots))  # TopK takes no K above the length of its input
+            flags = nn.functional.pad(flags, (0, slots))  # TopK allows no K above the axis length
         top = torch.topk(flags, slots, dim=1)  # type: ignore[arg-type]
         return torch.where(top.values > 0, top.indices.to(torch.int32), -1)
 
@@ -96,37 +96,28 @@ class _SelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor]:
         if output_attentions:
-            raise ExportError("attention weights are never computed in full; export without output_attentions")
+            raise ExportError("output_attentions is set, but lfx never stores the attention weights; leave it out")
         if attention_mask is None:
             raise ExportError("LongformerSelfAttention was called without attention_mask; pass (batch, seqlen)")
-        key_mask, index, gather_at = self.lfx_globals.find(attention_mask)
+        key_mask, index, gather_index = self.lfx_globals.indices(attention_mask)
         batch, slots = index.shape
         query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
         scale = self.head_dim**-0.5
         if self.lfx_globals.mode == "none":
-            rows = hidden_states.new_zeros((batch, 1, self.embed_dim))
+            global_context = hidden_states.new_zeros((batch, 1, self.embed_dim))
         else:
-            chosen = ops.symbolic(
+            global_hidden = ops.symbolic(
                 "GatherND",
-                (hidden_states, gather_at),
+                (hidden_states, gather_index),
                 {"batch_dims": 1},
                 dtype=hidden_states.dtype,
                 shape=(batch, slots, hidden_states.shape[2]),
                 version=13,
             )
-            query_rows = self.query_global(chosen)
-            projections = (self.key_global, self.value_global)
-            if all(map(_is_plain, projections)):
-                form = self._rows_form()
-                inputs = [query_rows, hidden_states, key_mask]
-                inputs += [tensor for p in projections for tensor in (p.weight, p.bias)]
-            else:  # a projection that is more than its weight and bias, as an adapter's, is called as it is
-                form = "GlobalAttention"
-                inputs = [query_rows, *(p(hidden_states) for p in projections), key_mask]
-            rows = _op(form, inputs, (batch, slots, self.embed_dim), num_heads=self.num_heads, scale=scale)
+            global_context = self._global_context(self.query_global(global_hidden), hidden_states, key_mask)
         context = _op(
             "BandedAttention",
-            [query, key, value, key_mask, index, rows],
+            [query, key, value, key_mask, index, global_context],
             query.shape,
             num_heads=self.num_heads,
             window=self.one_sided_attn_window_size,
@@ -136,7 +127,25 @@ class _SelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
         )
         return (context,)
 
-    def _rows_form(self) -> str:
+    def _global_context(self, query: torch.Tensor, hidden_states: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
+        """Compute the context of the global tokens.
+
+        Args:
+            query: (B, G, H·D), their projected queries.
+        Returns:
+            (B, G, H·D).
+        """
+        projections = (self.key_global, self.value_global)
+        if all(map(_is_plain, projections)):
+            op = self._global_context_op()
+            inputs = [query, hidden_states, key_mask, *(t for p in projections for t in (p.weight, p.bias))]
+        else:  # an adapter's projection is more than its weight and bias, so the module is called
+            op = "GlobalAttention"
+            inputs = [query, *(p(hidden_states) for p in projections), key_mask]
+        shape = (*query.shape[:2], self.embed_dim)
+        return _op(op, inputs, shape, num_heads=self.num_heads, scale=self.head_dim**-0.5)
+
+    def _global_context_op(self) -> str:
         slots = 1 if self.lfx_globals.mode == "first" else self.lfx_globals.max_slots
         if slots is None:
             return "GlobalContext"
@@ -156,10 +165,10 @@ class _Encoder(hf.LongformerEncoder):  # type: ignore[misc]
         states = [hidden_states]
         for layer in self.layer:
             states.append(layer(states[-1], attention_mask=attention_mask, output_attentions=output_attentions)[0])
-        every = tuple(states) if output_hidden_states else None
+        all_states = tuple(states) if output_hidden_states else None
         if not return_dict:
-            return tuple(item for item in (states[-1], every) if item is not None)
-        return hf.LongformerBaseModelOutput(last_hidden_state=states[-1], hidden_states=every)
+            return tuple(item for item in (states[-1], all_states) if item is not None)
+        return hf.LongformerBaseModelOutput(last_hidden_state=states[-1], hidden_states=all_states)
 
 
 class _Model(hf.LongformerModel):  # type: ignore[misc]
@@ -206,21 +215,21 @@ class _Model(hf.LongformerModel):  # type: ignore[misc]
 
 
 def _is_plain(projection: nn.Module) -> bool:
-    """Whether a projection is its weight and bias, and nothing else."""
+    """Return whether a projection is an nn.Linear with a bias and without hooks."""
     hooks = projection._forward_hooks or projection._forward_pre_hooks
     return type(projection) is nn.Linear and projection.bias is not None and not hooks
 
 
 def attention_windows(model: nn.Module) -> list[int]:
-    """One-sided windows of all Longformer self-attention modules, in module order."""
+    """Return the one-sided windows, in tokens, of all Longformer self-attention modules, in module order."""
     return [m.one_sided_attn_window_size for m in model.modules() if isinstance(m, hf.LongformerSelfAttention)]
 
 
 def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of `model` in eval mode: modules and buffers of its own, the same parameters.
+    """Copy the modules and buffers of `model`, in eval mode; the parameters are shared.
 
-    Parameters of another float type than `dtype` are converted. Other attributes are copied one level deep, and not
-    with copy.deepcopy: users' modules hold what cannot be pickled (rotary_embedding_torch, for one).
+    Floating-point parameters of another dtype than `dtype` are converted. Other attributes are copied one level deep;
+    copy.deepcopy would fail on modules with attributes that cannot be pickled, such as rotary_embedding_torch's.
     """
     parameters: dict[int, nn.Parameter] = {}
     modules: dict[int, nn.Module] = {}
@@ -244,7 +253,7 @@ def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             made.__dict__[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
         made.__dict__["training"] = False
         if "chunk_size_feed_forward" in made.__dict__:
-            made.__dict__["chunk_size_feed_forward"] = 0  # the same numbers, and no length that must be a multiple
+            made.__dict__["chunk_size_feed_forward"] = 0  # chunks need a length that is a multiple
         for name, weight in original._parameters.items():
             made._parameters[name] = None if weight is None else parameter(weight)
         for name, buffer in original._buffers.items():
@@ -256,14 +265,14 @@ def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     copied = module(model)
     for made in modules.values():
         for name, value in vars(made).items():
-            # A method that was set on an instance goes with the copy of its instance.
+            # A method that was set on an instance is bound to the copy of that instance.
             if isinstance(value, MethodType) and id(value.__self__) in modules:
                 made.__dict__[name] = MethodType(value.__func__, modules[id(value.__self__)])
     return copied
 
 
 def replace_attention(model: nn.Module, attention: type[hf.LongformerSelfAttention]) -> nn.Module:
-    """Change the classes of the Longformer modules in `model`, in place; `attention` replaces the self-attention."""
+    """Replace the classes of the Longformer modules in `model`, in place; self-attention becomes `attention`."""
     replacements: dict[type[nn.Module], type[nn.Module]] = {
         hf.LongformerSelfAttention: attention,
         hf.LongformerEncoder: _Encoder,
@@ -278,7 +287,7 @@ def replace_attention(model: nn.Module, attention: type[hf.LongformerSelfAttenti
 
 
 def rewrite(model: nn.Module, tokens: GlobalTokens, dtype: torch.dtype) -> nn.Module:
-    """A copy of `model` that attends through the lfx ops, for torch.onnx to trace; `model` is not touched."""
+    """Copy `model` and replace its self-attention by the lfx ops, for torch.onnx to trace; `model` is not changed."""
     rewritten = replace_attention(clone(model, dtype), _SelfAttention)
     for module in rewritten.modules():
         if isinstance(module, _SelfAttention):
@@ -291,30 +300,34 @@ class ExportWrapper(nn.Module):
 
     Args:
         model: from `rewrite`.
-        inputs: names of the graph inputs, a subset of what `model.forward` takes.
-        tokens: shared with the model.
-        passes_global: whether `model.forward` takes global_attention_mask.
+        inputs: names of the graph inputs, a subset of the parameters of `model.forward`.
+        tokens: the GlobalTokens that were given to `rewrite`.
+        takes_global_mask: whether `model.forward` has the parameter global_attention_mask.
     """
 
-    def __init__(self, model: nn.Module, inputs: list[str], tokens: GlobalTokens, passes_global: bool) -> None:
+    def __init__(self, model: nn.Module, inputs: list[str], tokens: GlobalTokens, takes_global_mask: bool) -> None:
         super().__init__()
-        self.model, self.inputs, self.tokens, self.passes_global = model, inputs, tokens, passes_global
+        self.model, self.inputs, self.tokens, self.takes_global_mask = model, inputs, tokens, takes_global_mask
 
     def forward(self, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         arguments = dict(zip(self.inputs, tensors, strict=True))
-        if self.passes_global and "global_attention_mask" not in arguments:
-            # "first" and "none" are decided here, and not by the model's own default for its task.
+        if self.takes_global_mask and "global_attention_mask" not in arguments:
+            # The model's default for its task would override "first" and "none".
             mask = torch.zeros_like(arguments["input_ids"])
             if self.tokens.mode == "first":
                 mask = torch.cat([torch.ones_like(mask[..., :1]), mask[..., 1:]], dim=-1)
             arguments["global_attention_mask"] = mask
         outputs = named_outputs(self.model(**arguments))
-        # numpy has no bfloat16, and a caller has no use for rounding once more: outputs are float32 in any precision.
+        # Outputs are float32 in any precision: numpy has no bfloat16, and float16 would round once more.
         return {name: out.float() if out.is_floating_point() else out for name, out in outputs.items()}
 
 
 def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
-    """A model's outputs by name: those of a ModelOutput or dict, `output` for one tensor, `output_i` for a tuple."""
+    """Name a model's outputs: by the keys of a ModelOutput or dict, `output` for a tensor, `output_i` for a tuple.
+
+    Raises:
+        ExportError: an output has no name, is no tensor, or is complex; or there is none.
+    """
     if isinstance(outputs, torch.Tensor):
         named = {"output": outputs}
     elif isinstance(outputs, (ModelOutput, Mapping)):
@@ -323,16 +336,20 @@ def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
         named = {f"output_{i}": item for i, item in enumerate(outputs)}
     else:
         raise ExportError(f"the model returns {type(outputs).__name__}; return a tensor, a tuple or a dict of tensors")
-    if not isinstance(outputs, ModelOutput):  # of these, tuples such as hidden_states are left out
+    if not isinstance(outputs, ModelOutput):  # a ModelOutput may hold tuples such as hidden_states, which are left out
         for name, item in named.items():
             if not isinstance(name, str) or not name:
-                raise ExportError(f"the model names an output {name!r}; give every output a name of letters")
+                raise ExportError(
+                    f"the model names an output {name!r}; give each output a non-empty string as its name"
+                )
             if item is not None and not isinstance(item, torch.Tensor):
                 raise ExportError(f"output {name} is {type(item).__name__}; return tensors, not nested")
-    found = {name: item for name, item in named.items() if isinstance(item, torch.Tensor)}
-    if not found:
-        raise ExportError("the model returns no tensor")
-    for name, item in found.items():
+    tensors = {name: item for name, item in named.items() if isinstance(item, torch.Tensor)}
+    if not tensors:
+        raise ExportError("the model returns no tensor; return a tensor, a tuple or a dict of tensors")
+    for name, item in tensors.items():
         if item.is_complex():
-            raise ExportError(f"output {name} is {item.dtype}, which no runtime has; return torch.view_as_real of it")
-    return found
+            raise ExportError(
+                f"output {name} is {item.dtype}, which no runtime supports; return torch.view_as_real of it"
+            )
+    return tensors

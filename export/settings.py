@@ -1,4 +1,4 @@
-"""A checkpoint's config.json: what it may say, and what names code and is left out."""
+"""Reading a checkpoint's config.json: checking its values, and removing the keys that name code."""
 
 from __future__ import annotations
 
@@ -30,23 +30,24 @@ CODE_KEYS = frozenset(
         "use_kernels",
     }
 )
-_JSON_BYTES = 16_000_000  # a config.json has some thousand bytes, the index of a sharded checkpoint a million
+_JSON_BYTES = 16_000_000  # a config.json has about 1 kB, the index of a sharded checkpoint about 1 MB
 _LABELS = 1_000_000
 _DTYPES = ("auto", "float64", "float32", "float16", "bfloat16")
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 def read_settings(path: Path, model: str) -> dict[str, Any]:
-    """What a checkpoint's config.json says, as arguments for LongformerConfig.
+    """Read a checkpoint's config.json as arguments for LongformerConfig.
 
     Raises:
-        ExportError: not a Longformer's, a value that it cannot have, or weights that only foreign code can read.
+        ExportError: the config is not a Longformer's, has an invalid value, or names weights that transformers can
+            load only with other code.
     """
     data = read_object(path)
     declared = data.get("model_type")
     if declared != "longformer":
-        kind = declared if isinstance(declared, str) else "model of no stated type"
-        raise ExportError(f"{model} is a {kind}, not a longformer; lfx exports Longformer models only")
+        model_type = declared if isinstance(declared, str) else "model without a model_type"
+        raise ExportError(f"{model} is a {model_type}, not a longformer; lfx exports Longformer models only")
     if data.get("quantization_config") is not None:
         raise ExportError(
             f"{model} holds quantized weights (quantization_config), whose loaders fetch code; export the float "
@@ -63,11 +64,11 @@ def read_settings(path: Path, model: str) -> dict[str, Any]:
     for key, value in data.items():
         if _names_code(key) or key.startswith("_") or key in ("model_type", "transformers_version"):
             continue
-        if key not in known and hasattr(plain, key):  # it would take the place of a method or of a table
+        if key not in known and hasattr(plain, key):  # it would overwrite a method or a class attribute
             raise ExportError(f"{path} has the key {key[:80]!r}, which is no setting of a Longformer; remove it")
         settings[key] = without_code(value)
     _check_settings({**plain.to_dict(), **settings}, path)
-    # The weights are loaded in float32, whatever they were stored in.
+    # Weights of any dtype are loaded in float32.
     return {key: value for key, value in settings.items() if key not in ("dtype", "torch_dtype")}
 
 
@@ -98,7 +99,7 @@ def _check_settings(values: dict[str, Any], path: Path) -> None:
 
 def _check_windows(window: Any, layers: int, positions: int, path: Path) -> None:
     name = f"{path}: attention_window"
-    # Hugging Face pads a sequence to a multiple of the window, so that a huge one takes memory for no token.
+    # Hugging Face pads a sequence to a multiple of the window, so a huge window would allocate memory for padding.
     widest = max(2 * positions, 1024)
     if isinstance(window, list) and len(window) != layers:
         raise ExportError(f"{name} has {len(window)} entries for {layers} layers; give one for each layer, or a number")
@@ -120,18 +121,23 @@ def _check_labels(values: dict[str, Any], path: Path) -> None:
             raise ExportError(f"{path}: {name} is no JSON object; give labels by number, or leave it out")
     labels = values["id2label"] or {}
     if {str(key) for key in labels} != {str(i) for i in range(len(labels))}:
-        raise ExportError(f"{path}: the keys of id2label are not the numbers from 0 to {len(labels) - 1}")
+        raise ExportError(
+            f"{path}: the keys of id2label are not the numbers from 0 to {len(labels) - 1}; renumber them"
+        )
     if not all(isinstance(label, str) for label in labels.values()):
-        raise ExportError(f"{path}: id2label has a label that is no text")
+        raise ExportError(f"{path}: id2label has a label that is no text; give strings")
 
 
 def check_size(settings: dict[str, Any], stored: int, path: Path) -> None:
-    """A model is built at the config's sizes before its weights are read: those must be there to fill it.
+    """Check that the weight files can hold the model that the config describes.
+
+    transformers allocates the model by the config before it reads the weights, so a large size in a small checkpoint
+    would take memory.
 
     Args:
-        stored: bytes of all files of weights.
+        stored: bytes of all weight files.
     Raises:
-        ExportError: they are fewer than the model has weights.
+        ExportError: they are fewer than the number of weights.
     """
     values = {**transformers.LongformerConfig().to_dict(), **settings}
     hidden = values["hidden_size"]
@@ -140,7 +146,7 @@ def check_size(settings: dict[str, Any], stored: int, path: Path) -> None:
     numbers = rows * hidden + values["num_hidden_layers"] * layer
     if numbers > stored:
         raise ExportError(
-            f"{path} describes a model of {numbers:,} weights or more, and its files of weights have {stored:,} bytes; "
+            f"{path} describes a model of {numbers:,} weights or more, but its weight files have {stored:,} bytes; "
             "fetch them again, or give the config that belongs to them"
         )
 
@@ -149,7 +155,7 @@ def read_object(path: Path, limit: int = _JSON_BYTES) -> dict[str, Any]:
     """Read a JSON object from a file of a checkpoint.
 
     Raises:
-        ExportError: not readable, larger than `limit` bytes, or no JSON object.
+        ExportError: the file cannot be read, is larger than `limit` bytes, or is no JSON object.
     """
     try:
         if path.stat().st_size > limit:
@@ -165,7 +171,7 @@ def read_object(path: Path, limit: int = _JSON_BYTES) -> dict[str, Any]:
 
 
 def without_code(value: Any) -> Any:
-    """A config's JSON without the keys that name code, at any depth."""
+    """Remove the keys that name code from a config's JSON, at any depth."""
     if isinstance(value, dict):
         return {key: without_code(item) for key, item in value.items() if not _names_code(key)}
     return [without_code(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""A torch model as a function from numpy inputs to numpy outputs: as it is, or with the dense float64 attention."""
+"""Torch models as functions from numpy inputs to numpy outputs: unchanged, int8, or float64 with dense attention."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class _DenseSelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
         slots = max(1, int(is_global.sum(axis=1).max()))
         index = np.full((len(mask), slots), -1)
         for row, flags in enumerate(is_global):
-            found = np.flatnonzero(flags)
-            index[row, : len(found)] = found
-        chosen = hidden_states[torch.arange(len(mask))[:, None], torch.from_numpy(index).clamp(min=0)]
-        rows = reference.global_attention(
-            self.query_global(chosen).numpy(),
+            positions = np.flatnonzero(flags)
+            index[row, : len(positions)] = positions
+        global_hidden = hidden_states[torch.arange(len(mask))[:, None], torch.from_numpy(index).clamp(min=0)]
+        global_context = reference.global_attention(
+            self.query_global(global_hidden).numpy(),
             self.key_global(hidden_states).numpy(),
             self.value_global(hidden_states).numpy(),
             key_mask,
@@ -46,7 +46,7 @@ class _DenseSelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
             self.value(hidden_states).numpy(),
             key_mask,
             index,
-            rows,
+            global_context,
             num_heads=self.num_heads,
             window=self.one_sided_attn_window_size,
         )
@@ -54,30 +54,33 @@ class _DenseSelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
 
 
 def torch_runner(
-    model: nn.Module, precision: str = "fp32", passes: tuple[str, ...] | None = None, *, by_layer: bool = False
+    model: nn.Module, precision: str = "fp32", names: tuple[str, ...] | None = None, *, by_layer: bool = False
 ) -> Runner:
-    """The model itself, in `precision`.
+    """Return a function that runs the model in `precision`.
 
     Args:
-        passes: the inputs that its forward takes; None = all that are given.
-        by_layer: the output of every self-attention is one more output, named by `layer_name`.
+        precision: fp32, fp16 or bf16.
+        names: the inputs that are passed to `model.forward`; None = all.
+        by_layer: add the output of each self-attention to the outputs, named by `layer_name`.
     """
-    return _runner(clone(model, TORCH_DTYPES[precision]), passes, by_layer)
+    return _runner(clone(model, TORCH_DTYPES[precision]), names, by_layer)
 
 
-def disturbed_runner(model: nn.Module, passes: tuple[str, ...], behind: int, amount: float) -> Runner:
-    """The model in float32, with noise for what it makes of the tokens from `behind` on.
+def disturbed_runner(model: nn.Module, names: tuple[str, ...], start: int, amount: float) -> Runner:
+    """Return a function that runs the model in float32; hidden states from position `start` on are replaced by noise.
 
-    The hidden states of every LongformerEncoder are overwritten there, or of every self-attention where there is none.
+    The hidden states are the output of each LongformerEncoder, or of each self-attention if the model has no encoder.
 
     Args:
-        amount: standard deviation of the noise; its negative gives the opposite noise.
+        names: the inputs that are passed to `model.forward`.
+        start: first position that is replaced.
+        amount: standard deviation of the noise; a negative one negates the noise.
     """
 
     def overwrite(_: nn.Module, __: Any, outputs: Any) -> Any:
         hidden = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
         noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)) * amount
-        changed = torch.cat([hidden[:, :behind], noise[:, behind:]], dim=1)
+        changed = torch.cat([hidden[:, :start], noise[:, start:]], dim=1)
         if isinstance(outputs, torch.Tensor):
             return changed
         if isinstance(outputs, tuple):
@@ -89,64 +92,76 @@ def disturbed_runner(model: nn.Module, passes: tuple[str, ...], behind: int, amo
     encoders = [m for m in copied.modules() if isinstance(m, hf.LongformerEncoder)]
     for module in encoders or [m for m in copied.modules() if isinstance(m, hf.LongformerSelfAttention)]:
         module.register_forward_hook(overwrite)
-    return _runner(copied, passes, by_layer=False)
+    return _runner(copied, names, by_layer=False)
 
 
-def reference_runner(model: nn.Module, passes: tuple[str, ...] | None = None, *, by_layer: bool = False) -> Runner:
-    """The model in float64 with dense attention: right by definition."""
-    return _runner(replace_attention(clone(model, torch.float64), _DenseSelfAttention), passes, by_layer)
+def reference_runner(model: nn.Module, names: tuple[str, ...] | None = None, *, by_layer: bool = False) -> Runner:
+    """Return a function that runs the model in float64 with dense attention: the reference of `lfx.parity`.
+
+    Args:
+        names: the inputs that are passed to `model.forward`; None = all.
+        by_layer: add the output of each self-attention to the outputs, named by `layer_name`.
+    """
+    return _runner(replace_attention(clone(model, torch.float64), _DenseSelfAttention), names, by_layer)
 
 
 def int8_runner(
-    model: nn.Module, quantization: Mapping[str, Any], passes: tuple[str, ...] | None = None, *, by_layer: bool = False
+    model: nn.Module, quantization: Mapping[str, Any], names: tuple[str, ...] | None = None, *, by_layer: bool = False
 ) -> Runner:
-    """The model in float32, inputs and weights of its linear layers rounded as `lfx quantize` did.
+    """Return a function that runs the model in float32 with the int8 layers' inputs and weights fake-quantized.
 
     Args:
-        quantization: of the int8 bundle's manifest.
+        quantization: the entry of the int8 bundle's manifest, with the scale and zero point of each layer.
+        names: the inputs that are passed to `model.forward`; None = all.
+        by_layer: add the output of each self-attention to the outputs, named by `layer_name`.
     Raises:
-        ArtifactError: it is broken, or names a layer that the model does not have.
+        ArtifactError: the entry is broken, or names a layer that the model does not have.
     """
     copied = clone(model, torch.float32)
     modules = dict(copied.named_modules())
     try:
         activations, bits = quantization["activations"], quantization["weight_bits"]
-        steps = {name: (float(step["scale"]), int(step["zero_point"])) for name, step in quantization["layers"].items()}
+        layers = {name: (float(q["scale"]), int(q["zero_point"])) for name, q in quantization["layers"].items()}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ArtifactError(f"the bundle's quantization is broken ({error!r}); quantize the model again") from error
     low, high = (0, 255) if activations == "uint8" else (-128, 127)
-    top = 127 if bits == 8 else 64
-    for name, (scale, zero_point) in steps.items():
+    weight_max = 127 if bits == 8 else 64
+    for name, (scale, zero_point) in layers.items():
         layer = modules.get(name)
         if not isinstance(layer, nn.Linear):
-            raise ArtifactError(f"the bundle has an int8 layer {name!r}, which this model does not have")
+            raise ArtifactError(
+                f"the bundle has an int8 layer {name!r}, which this model does not have; give the model that it was "
+                "exported from"
+            )
         if not (0.0 < scale < math.inf and low <= zero_point <= high):
-            raise ArtifactError(f"the bundle's int8 layer {name!r} has broken steps; quantize the model again")
+            raise ArtifactError(
+                f"the bundle's int8 layer {name!r} has a scale or a zero point out of range; quantize the model again"
+            )
         weight = layer.weight.detach()
-        scales = (weight.abs().amax(dim=1) / top).clamp(min=torch.finfo(torch.float32).tiny)
-        zeros = torch.zeros(len(scales), dtype=torch.int32)
-        rounded = torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -top, min(top, 127))
-        layer.weight = nn.Parameter(rounded, requires_grad=False)
-        layer.register_forward_pre_hook(_rounder(scale, zero_point, low, high))
-    return _runner(copied, passes, by_layer)
+        scales = (weight.abs().amax(dim=1) / weight_max).clamp(min=torch.finfo(torch.float32).tiny)
+        zero_points = torch.zeros(len(scales), dtype=torch.int32)
+        quantized = torch.fake_quantize_per_channel_affine(weight, scales, zero_points, 0, -weight_max, weight_max)
+        layer.weight = nn.Parameter(quantized, requires_grad=False)
+        layer.register_forward_pre_hook(_fake_quantize(scale, zero_point, low, high))
+    return _runner(copied, names, by_layer)
 
 
-def _rounder(scale: float, zero_point: int, low: int, high: int) -> Callable[..., Any]:
+def _fake_quantize(scale: float, zero_point: int, low: int, high: int) -> Callable[..., Any]:
     def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (torch.fake_quantize_per_tensor_affine(inputs[0], scale, zero_point, low, high), *inputs[1:])
 
     return hook
 
 
-def _runner(model: nn.Module, passes: tuple[str, ...] | None, by_layer: bool) -> Runner:
+def _runner(model: nn.Module, names: tuple[str, ...] | None, by_layer: bool) -> Runner:
     contexts: list[torch.Tensor] = []
     for module in model.modules() if by_layer else ():
         if isinstance(module, hf.LongformerSelfAttention):
-            module.register_forward_hook(lambda _, __, found: contexts.append(found[0]))
+            module.register_forward_hook(lambda _, __, outputs: contexts.append(outputs[0]))
 
     def run(inputs: Arrays) -> Arrays:
         contexts.clear()
-        tensors = {k: torch.from_numpy(v) for k, v in inputs.items() if passes is None or k in passes}
+        tensors = {k: torch.from_numpy(v) for k, v in inputs.items() if names is None or k in names}
         try:
             with torch.inference_mode(), torch.autocast("cpu", enabled=False), quiet():
                 outputs = named_outputs(model(**tensors))
@@ -155,7 +170,7 @@ def _runner(model: nn.Module, passes: tuple[str, ...] | None, by_layer: bool) ->
         except Exception as error:
             shape = tuple(inputs["input_ids"].shape)
             raise ExportError(f"the PyTorch model itself fails on ids of shape {shape}: {one_line(error)}") from error
-        seqlen = inputs["input_ids"].shape[-1]  # Hugging Face pads inside to a multiple of the window
+        seqlen = inputs["input_ids"].shape[-1]  # Hugging Face's layers see padding up to a multiple of the window
         outputs = {**{layer_name(i): c[:, :seqlen] for i, c in enumerate(contexts)}, **outputs}
         return {name: (out.double() if out.is_floating_point() else out).numpy() for name, out in outputs.items()}
 

@@ -1,4 +1,4 @@
-"""Run an exported model against the PyTorch model that it came from."""
+"""Comparing an exported model with the PyTorch model that it was exported from."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lfx.signature import QUANTIZED, Signature, is_multi_label
 
 
 def validate(path: Path, module: nn.Module, signature: Signature, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Compare the file with PyTorch over `parity.quick_cases`.
+    """Compare an ONNX file with PyTorch over `parity.quick_cases`.
 
     Returns:
-        What `lfx.json` records under `validation`.
+        The entry `validation` of `lfx.json`.
     Raises:
-        ParityError: an output is out of tolerance; names output, case and distance.
+        ParityError: an output is out of tolerance; the message names the output, the case and the error.
     """
     with Engine(path, _backend(signature)) as engine:
         report = compare_engine(engine, module, quick_cases, progress)
@@ -43,25 +43,25 @@ def compare_engine(
     quantization: Mapping[str, Any] | None = None,
     by_layer: bool = False,
 ) -> Report:
-    """Run an Engine beside its PyTorch model over a list of cases.
+    """Compare an Engine with its PyTorch model over a list of cases.
 
     Args:
         module: the float32 model that the engine was exported from.
-        cases: from window, max_seqlen and the multiple that lengths must be, such as `parity.full_cases`. Those that
-            a plan was not built for are left out.
-        quantization: of the manifest, for an int8 model.
-        by_layer: the engine is of a file that `expose_layers` made; compare every attention layer too.
+        cases: a function of window, max_seqlen and the multiple that lengths must be, such as `parity.full_cases`.
+            Cases outside the profile of a plan are left out.
+        quantization: the manifest's entry, for an int8 model.
+        by_layer: compare each attention layer too; the engine's file was written by `expose_layers`.
     Raises:
-        InputError: a plan that was built for none of the cases.
+        InputError: all cases are outside the profile of the plan.
     """
     progress("comparing: loading the references")
     signature, inputs = engine.signature, forward_inputs(module)
     layers = len(signature.attention_windows)
-    wanted = cases(max(signature.attention_windows), signature.max_seqlen, granularity(module))
-    fitting = [case for case in wanted if engine.supports_shape(case.batch, case.seqlen)]
-    if not fitting:
+    all_cases = cases(max(signature.attention_windows), signature.max_seqlen, granularity(module))
+    supported = [case for case in all_cases if engine.supports_shape(case.batch, case.seqlen)]
+    if not supported:
         raise InputError("the plan was built for none of the lengths and batches that are compared; give --cases full")
-    # Of the bundle's precision and the arithmetic's, the coarser one; integers stay what they are.
+    # The tolerance follows the coarser of the bundle's and the engine's precision; an int8 model's stays int8.
     precision = max(signature.precision, engine.precision, key=UNIT_ROUNDOFF.__getitem__)
     if quantization:
         precision = QUANTIZED
@@ -69,7 +69,7 @@ def compare_engine(
     else:
         witness = torch_runner(module, precision, inputs, by_layer=by_layer)
     return compare(
-        fitting,
+        supported,
         lambda case: model_inputs(case, signature),
         reference=reference_runner(module, inputs, by_layer=by_layer),
         witness=witness,
@@ -83,7 +83,10 @@ def compare_engine(
 
 
 def _backend(signature: Signature) -> str:
-    """ONNX Runtime; for bf16, which it has few CPU kernels for, OpenVINO where installed, or onnx's own evaluator."""
+    """Return the backend that validates: ONNX Runtime, or for bf16 OpenVINO, or onnx's evaluator without OpenVINO.
+
+    ONNX Runtime has few CPU kernels for bf16.
+    """
     if signature.precision != "bf16":
         return "onnxruntime"
     return "openvino" if find_spec("openvino") is not None else "reference"

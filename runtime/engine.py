@@ -26,7 +26,7 @@ from lfx.runtime.batching import TOKEN_BUDGET, batches
 from lfx.runtime.inputs import Batch, join, prepare
 from lfx.runtime.metrics import Metrics
 from lfx.runtime.plan import SUFFIX, PlanManifest
-from lfx.signature import Signature
+from lfx.signature import QUANTIZED, Signature
 
 MAX_THREADS = 1024
 # Number of sequences that `Engine.stream` reads and sorts by length at a time.
@@ -134,12 +134,7 @@ class Engine:
         """Check a bundle or an ONNX file, choose the backend for "auto", and load the model into it."""
         self._artifact = open_artifact(path)
         self.manifest, self.signature = self._artifact.manifest, self._artifact.signature
-        weight_bits = self.manifest.quantization.get("weight_bits") if self.manifest is not None else None
-        if weight_bits == 8 and provider == "cpu" and int8_overflows():
-            raise DependencyError(
-                f"{path} has int8 weights of 8 bits, which overflow on this CPU without VNNI; quantize it again "
-                "without --full-range"
-            )
+        _check_weight_bits(path, self.signature, provider)
         stored = self.signature.precision
         if backend == "auto" and (precision is not None or (stored == "bf16" and provider == "cpu")):
             backend = "openvino"  # the only one with a choice of precision, and with all bf16 kernels on the CPU
@@ -360,6 +355,15 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_weight_bits(path: Path, signature: Signature, provider: str) -> None:
+    """Raise DependencyError if this CPU overflows on the model's int8 weights."""
+    if signature.precision == QUANTIZED and signature.weight_bits != 7 and provider == "cpu" and int8_overflows():
+        raise DependencyError(
+            f"{path} has int8 weights of 8 bits, which overflow on this CPU without VNNI; quantize it again without "
+            "--full-range"
+        )
 
 
 def _checked_path(path: Any) -> Path:

@@ -68,7 +68,7 @@ class Postprocessor:
         if not isinstance(encoded, Encoded):
             raise InputError(f"encoded is {type(encoded).__name__}; give what `encode` returned for this text")
         _check_outputs(outputs)
-        if any(np.isnan(array).any() for array in outputs.values()):
+        if any(np.isnan(array).any() or np.isposinf(array).any() for array in outputs.values()):
             return []
         task = self._tokenizer.signature.task
         seqlen = None if task in ("text-classification", "multiple-choice") else len(encoded.ids)
@@ -188,7 +188,7 @@ def _output(outputs: dict[str, NDArray[Any]], name: str, task: str, seqlen: int 
 def _check_outputs(outputs: Any) -> None:
     """Raise InputError unless the outputs have the form that `Engine.run` returns for one sequence."""
     if not isinstance(outputs, dict) or not all(
-        isinstance(array, np.ndarray) and array.dtype.kind in "biuf" and array.ndim > 1 and len(array) == 1
+        isinstance(array, np.ndarray) and array.dtype.kind in "biuf" and array.ndim > 0 and len(array) == 1
         for array in outputs.values()
     ):
         raise InputError("outputs are not those of one sequence; give what Engine.run returned for it")

@@ -1,4 +1,4 @@
-"""The problems of the GPU benchmarks: shapes, the work that each is, and the least time that it can take."""
+"""The cases of the GPU benchmarks: shapes, the work of each, and lower bounds on its time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 @dataclass(frozen=True)
 class Peaks:
-    """Published rates of a GPU, a second: 16-bit tensor products, device memory, exponentials, shared memory."""
+    """Published peak rates of a GPU, per second: 16-bit tensor FLOP, memory bytes, exponentials, shared bytes."""
 
     flops: float
     bytes: float
@@ -22,7 +22,7 @@ class Peaks:
 
 # Source: NVIDIA's H100 and H200 datasheets (SXM, dense: half of the figure with sparsity); exponentials: Shah et al.
 # 2024, arXiv:2407.08608, section 3.1; shared memory: 32 banks of 4 bytes a clock (CUDA programming guide), at the
-# 1.83 GHz and 132 multiprocessors that the exponentials' figure is made of.
+# 1.83 GHz and 132 multiprocessors from which the exponentials' figure follows.
 HOPPER = {"exponentials": 3.9e12, "shared_bytes": 132 * 128 * 1.83e9}
 PEAKS = {
     "NVIDIA H100 80GB HBM3": Peaks(989.4e12, 3.35e12, **HOPPER),
@@ -32,7 +32,7 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: `globals` tokens at the front of each row, one-sided `window`."""
+    """One shape: the first `globals` tokens of each row are global; `window` is one-sided, in tokens."""
 
     seqlen: int
     window: int
@@ -44,7 +44,7 @@ class Case:
 
     @property
     def required(self) -> bool:
-        """Whether a claim is about it."""
+        """Whether a claim includes the case."""
         return self.seqlen >= 4096 and self.window == 256 and self.globals == 1
 
     def __str__(self) -> str:
@@ -52,18 +52,18 @@ class Case:
 
 
 def cases(quick: bool = False) -> list[Case]:
-    """All cases, those with a claim first: fp16 of the base model, then bf16, then 16 heads."""
-    every = [
+    """Return all cases, those of the claims first; in each part fp16 of the base model, then bf16, then 16 heads."""
+    all_cases = [
         Case(seqlen, window, globals_, batch, heads, precision)
         for heads, precision, batch, globals_, window, seqlen in itertools.product(
             (12, 16), ("fp16", "bf16"), (8, 1), (1, 0, 64), (256, 64), LENGTHS
         )
     ]
-    return [c for c in every if c.required] + [c for c in every if not c.required and not quick]
+    return [c for c in all_cases if c.required] + [c for c in all_cases if not c.required and not quick]
 
 
 def useful_pairs(case: Case) -> int:
-    """Pairs of a local query and a key that it sees, of one head and one batch row: its window, and global keys."""
+    """Return the number of unmasked (local query, key) pairs of one head and one batch row."""
     query = np.arange(case.globals, case.seqlen)
     first = np.maximum(query - case.window, case.globals)
     last = np.minimum(query + case.window, case.seqlen - 1)
@@ -71,25 +71,25 @@ def useful_pairs(case: Case) -> int:
 
 
 def useful_flops(case: Case) -> int:
-    """Floating-point operations of the two products over the useful pairs."""
+    """Return the floating-point operations of both matrix products over the useful pairs."""
     return 4 * case.head_size * useful_pairs(case) * case.heads * case.batch
 
 
 def least_bytes(case: Case) -> int:
-    """Device memory traffic with every input read once and the context written once."""
+    """Return the device memory traffic if each input is read once and the context is written once."""
     row = 2 * case.heads * case.head_size
     slots = max(case.globals, 1)
     return case.batch * (4 * case.seqlen * row + 4 * case.seqlen + slots * (4 + row))
 
 
 def kernel_costs(case: Case) -> dict[str, float]:
-    """What the kernel as it is does beyond the useful work; follows plugins/banded_attention.cu.
+    """Return the costs of our kernel's tiling; follows the loops of the BandedAttention kernel in plugins/.
 
     Returns:
-        computed_over_useful: pairs that its groups of 16 keys compute, over the useful pairs; groups of global tokens
-            alone are left out of the band.
-        l2_bytes: key, value, query and context rows that blocks of 64 queries move.
-        shared_bytes: that ldmatrix reads and cp.async writes.
+        computed_over_useful: number of pairs in the computed groups of 16 keys, over the useful pairs; the band skips
+            groups of global tokens only.
+        l2_bytes: bytes of the key, value, query and context rows that all blocks of 64 queries transfer.
+        shared_bytes: bytes that ldmatrix reads and cp.async writes.
     """
     size, global_groups = case.head_size, -(-case.globals // 16)
     first = np.arange(0, case.seqlen, 64)
@@ -110,7 +110,7 @@ def kernel_costs(case: Case) -> dict[str, float]:
 
 
 def floors(case: Case, peaks: Peaks) -> dict[str, float]:
-    """Microseconds that no version beats (the first three), and that this kernel's tiles cannot beat (the last)."""
+    """Return lower bounds in microseconds: three for any implementation, the last for our kernel's tiling."""
     pairs = useful_pairs(case) * case.heads * case.batch
     return {
         "arithmetic_us": 1e6 * useful_flops(case) / peaks.flops,

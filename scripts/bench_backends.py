@@ -1,16 +1,16 @@
-"""The backends of the CPU beside PyTorch: base shape, in turns, in one process.
+"""Benchmark the CPU backends and PyTorch: base shape, alternating in one process.
 
     python scripts/bench_backends.py                      # everything: an hour and more, and 24 GB
     python scripts/bench_backends.py --measures latency --batch 8 --lengths 4096 --only "Hugging Face eager fp32" \\
         --only "lfx, ONNX Runtime fp32" --only "lfx, ONNX Runtime int8"                                # in less memory
 
-latency: docs/records/backends.jsonl, a row for each contender, length and batch as soon as it is measured. The int8
-model is calibrated on the example document. A precision that this CPU has no arithmetic for is not measured in lfx,
-which refuses it. Without bfloat16 arithmetic Hugging Face's bfloat16 takes minutes a run, and is measured at batch 1
-only. Records of another CPU stay: each has rows, and a table, of its own.
-blocks: docs/records/blocks.jsonl, the time of one sequence by the number of queries in a block of the attention.
-attention: docs/records/attention.jsonl, ONNX Runtime's fused Attention beside the nodes that the graph has instead.
-profile: docs/records/profile.jsonl, where the time of one sequence goes, by the backends' own counters.
+latency: docs/records/backends.jsonl, one row per contender, length and batch, written as soon as it is measured. The
+int8 model is calibrated on the example document. lfx refuses a precision that the CPU has no instructions for, so it is
+not measured. Without bfloat16 instructions Hugging Face's bfloat16 takes minutes per run, so it is measured at batch 1
+only. Rows of other CPUs are kept.
+blocks: docs/records/blocks.jsonl, latency of one sequence by the number of queries in a block of the attention.
+attention: docs/records/attention.jsonl, ONNX Runtime's Attention operator and the nodes that the graph has instead.
+profile: docs/records/profile.jsonl, share of the parts of the model in the latency, by the backends' own profilers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from transformers import LongformerModel, logging
 
 from lfx.errors import DependencyError
 from lfx.export import export
-from lfx.export.functions import BLOCK, HIDDEN
+from lfx.export.functions import BLOCK, MASK_FILL
 from lfx.export.quantize import quantize
 from lfx.files import link_or_copy
 from lfx.machine import cpu_name
@@ -46,29 +46,29 @@ from lfx.runtime.backends.openvino import OPENVINO_TYPES
 from lfx.runtime.bench import Run, measure
 
 LENGTHS = (512, 1024, 2048, 4096)
-ROUNDS = {1: 5, 8: 1}  # at batch 8 one run of all contenders takes minutes
+ROUNDS = {1: 5, 8: 1}  # batch -> rounds; at batch 8 one run of all contenders takes minutes
 PROFILED = (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
 HAS_BFLOAT16 = "amx_bf16" in cpu_name()
 MEASURES = ("latency", "blocks", "attention", "profile")
 BLOCKS = (64, 96, 128, 192, 256)
 Feeds = dict[str, np.ndarray]
-Counted = list[tuple[str, str, float]]  # name, kind and seconds of each node of one run
+Counted = list[tuple[str, str, float]]  # name, operator and seconds of each node of one run
 EAGER, EAGER_BF16 = "Hugging Face eager fp32", "Hugging Face eager bf16"
 
 
 def main() -> None:
-    """Measure, and write each row."""
+    """Run the benchmarks of --measures and write their records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--measures", type=lambda text: text.split(","), default=list(MEASURES))
     parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], default=list(LENGTHS))
     parser.add_argument("--batch", type=lambda text: [int(n) for n in text.split(",")], default=list(ROUNDS))
     parser.add_argument(
-        "--only", action="append", help="a contender; all of them at batch 8 and 4,096 tokens take 24 GB"
+        "--only", action="append", help="measure this contender (repeatable); all at batch 8 and 4,096 take 24 GB"
     )
     options = parser.parse_args()
     if options.only is not None and EAGER not in options.only:
-        parser.error(f"every contender is compared with {EAGER!r}; give it with --only too")
+        parser.error(f"all contenders are compared with {EAGER!r}; give it with --only too")
     about = {**record.environment(), "shape": "longformer-base", "threads": options.threads}
     with tempfile.TemporaryDirectory(prefix="lfx-bench-") as folder:
         checkpoint = save_base_checkpoint(Path(folder) / "checkpoint")
@@ -88,19 +88,19 @@ def main() -> None:
             record.write("blocks", [{**about, **row} for row in rows])
         if "latency" in options.measures:
             runs = contenders(checkpoint, bundle, Path(folder), options.threads)
-            chosen = {name: run for name, run in runs.items() if options.only is None or name in options.only}
-            runs.clear()  # of those that are not chosen nothing stays in memory
-            latency(chosen, options.lengths, options.batch, about)
+            selected = {name: run for name, run in runs.items() if options.only is None or name in options.only}
+            runs.clear()  # free the memory of the others
+            latency(selected, options.lengths, options.batch, about)
 
 
 def latency(runs: dict[str, Run], lengths: list[int], batches: list[int], about: dict[str, Any]) -> None:
-    """Time everything; each row goes to the record at once."""
+    """Measure all runs at all lengths and batch sizes; each row is recorded at once."""
     for batch in batches:
-        chosen = {name: run for name, run in runs.items() if batch == 1 or HAS_BFLOAT16 or name != EAGER_BF16}
+        selected = {name: run for name, run in runs.items() if batch == 1 or HAS_BFLOAT16 or name != EAGER_BF16}
         for length in lengths:
-            differences = _differences(chosen, length) if batch == 1 else {}
+            differences = _differences(selected, length) if batch == 1 else {}
             rounds = ROUNDS.get(batch, 1)
-            for row in measure(chosen, [length], [batch], rounds=rounds, warm_up=False, vocab_size=50000):
+            for row in measure(selected, [length], [batch], rounds=rounds, warm_up=False, vocab_size=50000):
                 row["max_difference"] = differences.get(row["contender"])
                 record.update("backends", {**about, **row}, ("cpu", "batch", "seqlen", "contender"))
                 print(
@@ -114,7 +114,7 @@ def latency(runs: dict[str, Run], lengths: list[int], batches: list[int], about:
 
 
 def blocks(bundle: Path, folder: Path, length: int, threads: int) -> list[dict[str, Any]]:
-    """The same graph with other block sizes, in both backends, in turns."""
+    """Measure the graph with other block sizes, alternating, in both backends."""
     runs: dict[str, Run] = {}
     for size in BLOCKS:
         target = folder / f"block-{size}"
@@ -138,11 +138,11 @@ def blocks(bundle: Path, folder: Path, length: int, threads: int) -> list[dict[s
 
 
 def attention(length: int, threads: int) -> list[dict[str, Any]]:
-    """One layer's blocks, gathered and masked: the graph's own nodes, and the operator that opset 23 has for them."""
+    """Measure the attention of one layer after the gather: the graph's nodes, and opset 23's Attention operator."""
     count, keys = -(-length // BLOCK), BLOCK + 512 + 1  # one-sided window 256, one global slot
     inputs = f"float[{count},12,{BLOCK},64] q, float[{count},12,{keys},64] k, float[{count},12,{keys},64] v"
-    given = f"({inputs}, float[{count},1,{BLOCK},{keys}] bias) => (float[{count},12,{BLOCK},64] out)"
-    forms = {
+    interface = f"({inputs}, float[{count},1,{BLOCK},{keys}] bias) => (float[{count},12,{BLOCK},64] out)"
+    variants = {
         "MatMul, Add, Softmax, MatMul": "kt = Transpose <perm = [0, 1, 3, 2]> (k) s = MatMul (q, kt) a = Add (s, bias) "
         "p = Softmax <axis = -1> (a) out = MatMul (p, v)",
         "Attention (opset 23)": "out = Attention <scale = 1.0> (q, k, v, bias)",
@@ -152,12 +152,12 @@ def attention(length: int, threads: int) -> list[dict[str, Any]]:
         name: random.standard_normal((count, heads, rows, columns), dtype=np.float32)
         for name, heads, rows, columns in (("q", 12, BLOCK, 64), ("k", 12, keys, 64), ("v", 12, keys, 64))
     }
-    feeds["bias"] = np.where(random.random((count, 1, BLOCK, keys)) < 0.2, HIDDEN, 0).astype(np.float32)
+    feeds["bias"] = np.where(random.random((count, 1, BLOCK, keys)) < 0.2, MASK_FILL, 0).astype(np.float32)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     runs: dict[str, Run] = {}
-    for name, nodes in forms.items():
-        text = f'<ir_version: 10, opset_import: ["" : 23]> g {given} {{ {nodes} }}'
+    for name, nodes in variants.items():
+        text = f'<ir_version: 10, opset_import: ["" : 23]> g {interface} {{ {nodes} }}'
         session = onnxruntime.InferenceSession(onnx.parser.parse_model(text).SerializeToString(), options)
         runs[name] = lambda _, session=session: session.run(None, feeds)[0]
     first, second = (np.asarray(run(np.zeros(0))) for run in runs.values())
@@ -169,7 +169,7 @@ def attention(length: int, threads: int) -> list[dict[str, Any]]:
 
 
 def profile(backend: str, precision: str, bundle: Path, length: int, threads: int) -> dict[str, Any]:
-    """Where a backend's time goes: its own counters of the fastest of five runs, by part of the model."""
+    """Return the share of each part of the model in a backend's latency, in the fastest of five profiled runs."""
     ids = np.random.default_rng(0).integers(3, 50000, (1, length))
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "global_attention_mask": np.zeros_like(ids)}
     if backend == "onnxruntime":
@@ -178,12 +178,12 @@ def profile(backend: str, precision: str, bundle: Path, length: int, threads: in
         runs = openvino_counters(bundle, feeds, threads, OPENVINO_TYPES[precision])
     run = min(runs, key=lambda nodes: sum(seconds for _, _, seconds in nodes))
     parts = {"linear layers": 0.0, "attention": 0.0, "the rest": 0.0}
-    for name, kind, seconds in run:
-        # Nodes of a function's body carry the inliner's names; the model's own carry their modules'.
+    for name, operator, seconds in run:
+        # The inliner renames the nodes of a function body; other nodes are named after their modules.
         if re.match(r"_inlfunc_|n\d+__\d+|.*#global_rows|.*attention\.self/", name):
             parts["attention"] += seconds
         else:
-            parts["linear layers" if kind in ("MatMul", "Gemm", "FullyConnected") else "the rest"] += seconds
+            parts["linear layers" if operator in ("MatMul", "Gemm", "FullyConnected") else "the rest"] += seconds
     total = sum(parts.values())
     shares = {part: seconds / total for part, seconds in parts.items()}
     print(backend, precision, length, {part: f"{share:.1%}" for part, share in shares.items()}, flush=True)
@@ -191,7 +191,7 @@ def profile(backend: str, precision: str, bundle: Path, length: int, threads: in
 
 
 def onnxruntime_counters(bundle: Path, feeds: Feeds, threads: int) -> list[Counted]:
-    """Name, operator and seconds of every node, for each of five runs."""
+    """Profile five runs in ONNX Runtime; returns name, operator and seconds of each node, per run."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.enable_profiling = threads, True
     with tempfile.TemporaryDirectory() as folder:
@@ -204,14 +204,15 @@ def onnxruntime_counters(bundle: Path, feeds: Feeds, threads: int) -> list[Count
     for event in sorted(events, key=lambda event: event["ts"]):
         if event["name"] == "model_run":
             runs.append([])
-        elif event["name"].endswith("_kernel_time") and event["args"]["op_name"] != "If":  # its nodes are counted
+        # The nodes in the branches of an If have events of their own.
+        elif event["name"].endswith("_kernel_time") and event["args"]["op_name"] != "If":
             name = event["name"].removesuffix("_kernel_time")
             runs[-1].append((name, event["args"]["op_name"], event["dur"] / 1e6))
     return runs
 
 
 def openvino_counters(bundle: Path, feeds: Feeds, threads: int, precision: str) -> list[Counted]:
-    """Name, kind and seconds of every layer, for each of five runs."""
+    """Profile five runs in OpenVINO; returns name, type and seconds of each layer, per run."""
     with tempfile.TemporaryDirectory() as folder:
         inlined = Path(folder) / MODEL
         onnx.save(inline_local_functions(onnx.load(str(bundle / MODEL), load_external_data=False)), str(inlined))
@@ -229,7 +230,7 @@ def openvino_counters(bundle: Path, feeds: Feeds, threads: int, precision: str) 
 
 
 def contenders(checkpoint: Path, fp32: Path, folder: Path, threads: int) -> dict[str, Run]:
-    """Name -> a run of ids; the first is what the others are compared with."""
+    """Return the contenders: name -> a function that runs ids; the others are compared with the first."""
     logging.set_verbosity_error()
     torch.set_num_threads(threads)
     int8 = quantize(fp32, folder / "int8", calibration=DOCUMENT)
@@ -269,10 +270,10 @@ def _engine_run(engine: Engine) -> Callable[[np.ndarray], Any]:
 
 
 def _differences(runs: dict[str, Run], length: int) -> dict[str, float]:
-    """Largest difference of each from the first; and their warm-up."""
+    """Run each contender once, as the warm-up; returns its largest difference from the first."""
     ids = np.random.default_rng(length).integers(3, 50000, (1, length))
-    found = {name: np.asarray(run(ids)) for name, run in runs.items()}
-    return {name: float(np.abs(array - found[EAGER]).max()) for name, array in found.items()}
+    outputs = {name: np.asarray(run(ids)) for name, run in runs.items()}
+    return {name: float(np.abs(array - outputs[EAGER]).max()) for name, array in outputs.items()}
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""What an Engine does in production: documents of mixed length, and many threads for minutes.
+"""Benchmarks and load tests of an Engine: documents of mixed length, and many threads for minutes.
 
     python scripts/bench_runtime.py --measures mixed        # docs/records/mixed.jsonl, about ten minutes
     python scripts/bench_runtime.py --measures soak         # docs/records/soak.jsonl, five minutes
     python scripts/bench_runtime.py --measures storm        # docs/records/storm.jsonl, ten minutes
 
-mixed: documents of log-normal length, 50 to 4,096 tokens, base shape; in turns with as many tokens in documents of one
-length, so that a machine that slows down slows both. Some are run again one by one, and compared.
+mixed: throughput of documents of log-normal length, 50 to 4,096 tokens, base shape, alternating with documents of one
+length and the same number of tokens, so that changes of the machine's speed affect both. Some documents are run again
+one by one, and compared.
 
-soak: 16 threads on one Engine of a small model, each answer compared bit for bit with a single thread's; the resident
-memory after each tenth of the time.
+soak: 16 threads on one Engine of a small model. Each result must be bit-identical to a single thread's; the resident
+memory is recorded after each tenth of the time.
 
-storm: 8 threads on Batchers over one Engine, while requests are cancelled, Batchers are closed and replaced, and the
-process forks. Every request ends: with a single thread's answer, cancelled, or refused by a closed Batcher; every
-forked child is refused at once.
+storm: 8 threads submit to Batchers over one Engine, while requests are cancelled, Batchers are closed and replaced, and
+the process forks. Each request must end: with a single thread's result, cancelled, or refused by a closed Batcher; each
+forked child must be refused at once.
 """
 
 from __future__ import annotations
@@ -34,18 +35,19 @@ from transformers import LongformerConfig, LongformerModel
 
 from lfx.errors import LfxError, OverloadError
 from lfx.export import export
+from lfx.parity import pair_tolerance
 from lfx.runtime import Batcher, Engine
 
 DOCUMENTS, PARTS, ONE_BY_ONE = 200, 4, 12
 
 
 def main() -> None:
-    """Run what was asked for; each writes its record."""
+    """Run the tests of --measures and write their records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measures", type=lambda text: text.split(","), default=["mixed", "soak", "storm"])
     parser.add_argument("--documents", type=int, default=DOCUMENTS)
-    parser.add_argument("--threads", type=int, default=2, help="of one run, for mixed")
-    parser.add_argument("--minutes", type=float, help="of the soak (5 when not given) and of the storm (10)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of a run, in mixed")
+    parser.add_argument("--minutes", type=float, help="duration; default: 5 for soak, 10 for storm")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lfx-bench-") as folder:
         if "mixed" in options.measures:
@@ -62,7 +64,7 @@ def main() -> None:
 
 
 def mixed(bundle: Path, count: int, threads: int) -> dict[str, Any]:
-    """Tokens per second over mixed and over uniform documents."""
+    """Measure the throughput of documents of mixed length and of one length."""
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(6.3, 0.9, count), 50, 4096).astype(int)
     documents = [random.integers(3, 50000, n) for n in lengths]
@@ -73,26 +75,26 @@ def mixed(bundle: Path, count: int, threads: int) -> dict[str, Any]:
     with Engine(bundle, threads=threads) as engine:
         engine.run(documents[0])
         for part in range(PARTS):
-            mine = documents[part::PARTS]
-            total = sum(map(len, mine))
-            others = [random.integers(3, 50000, uniform_length) for _ in range(round(total / uniform_length))]
+            mixed_part = documents[part::PARTS]
+            count_uniform = round(sum(map(len, mixed_part)) / uniform_length)
+            uniform_part = [random.integers(3, 50000, uniform_length) for _ in range(count_uniform)]
             rates = {}
-            for name, batch in (("mixed", mine), ("uniform", others)):
+            for name, batch in (("mixed", mixed_part), ("uniform", uniform_part)):
                 start = time.perf_counter()
-                found = list(engine.stream(batch))
-                taken = time.perf_counter() - start
-                seconds[name] += taken
+                outputs = list(engine.stream(batch))
+                elapsed = time.perf_counter() - start
+                seconds[name] += elapsed
                 tokens[name] += sum(map(len, batch))
-                rates[name] = sum(map(len, batch)) / taken
+                rates[name] = sum(map(len, batch)) / elapsed
                 if name == "mixed":
-                    results += list(zip(mine, found, strict=True))
+                    results += list(zip(mixed_part, outputs, strict=True))
             ratios.append(rates["mixed"] / rates["uniform"])
             print(f"part {part + 1} of {PARTS}: {rates['mixed']:.0f} and {rates['uniform']:.0f} tokens/s", flush=True)
         largest = 0.0
-        for ids, found in results[:: max(len(results) // ONE_BY_ONE, 1)]:
-            alone = engine.run(ids)
-            for name, array in found.items():
-                largest = max(largest, float(np.abs(array - alone[name][0]).max()))
+        for ids, outputs in results[:: max(len(results) // ONE_BY_ONE, 1)]:
+            single = engine.run(ids)
+            for name, array in outputs.items():
+                largest = max(largest, float(np.abs(array - single[name][0]).max()))
     return {
         "shape": "longformer-base",
         "dtype": "fp32",
@@ -109,22 +111,22 @@ def mixed(bundle: Path, count: int, threads: int) -> dict[str, Any]:
 
 
 def soak(bundle: Path, minutes: float, workers: int = 16) -> dict[str, Any]:
-    """Many threads on one Engine."""
+    """Run requests in many threads on one Engine, and compare each result with a single thread's."""
     random = np.random.default_rng(0)
     requests = [random.integers(3, 1000, (int(random.integers(1, 4)), n)) for n in (7, 40, 64, 130, 333, 512)]
     failures: list[str] = []
     counts = [0] * workers
     stop = threading.Event()
     with Engine(bundle, threads=1) as engine:
-        right = [engine.run(ids) for ids in requests]
+        expected = [engine.run(ids) for ids in requests]
 
         def work(worker: int) -> None:
             while not stop.is_set():
-                which = (counts[worker] + worker) % len(requests)
+                index = (counts[worker] + worker) % len(requests)
                 try:
-                    found = engine.run(requests[which])
-                    if not all(np.array_equal(found[name], right[which][name]) for name in found):
-                        failures.append(f"thread {worker}: another answer to request {which}")
+                    outputs = engine.run(requests[index])
+                    if not all(np.array_equal(outputs[name], expected[index][name]) for name in outputs):
+                        failures.append(f"thread {worker}: the result of request {index} differs")
                 except Exception as error:
                     failures.append(f"thread {worker}: {error!r}")
                 counts[worker] += 1
@@ -151,26 +153,31 @@ def soak(bundle: Path, minutes: float, workers: int = 16) -> dict[str, Any]:
 
 
 def storm(bundle: Path, minutes: float, workers: int = 8) -> dict[str, Any]:
-    """Cancels, closes and forks around requests that must all end."""
+    """Submit requests while some are cancelled, Batchers are closed and the process forks; all requests must end."""
     random = np.random.default_rng(0)
     requests = [random.integers(3, 1000, n) for n in (3, 7, 40, 64, 130, 333)]
     counts: Counter[str] = Counter()
     failures: list[str] = []
     stop = threading.Event()
     with Engine(bundle, threads=1) as engine:
-        right = [engine.run(ids) for ids in requests]
+        expected = [engine.run(ids) for ids in requests]
+        layers = len(engine.signature.attention_windows)
         current = [Batcher(engine, max_delay_ms=1.0)]
 
+        def is_same(actual: Any, reference: Any) -> bool:
+            tolerance = pair_tolerance("fp32", layers, float(np.abs(reference).max()))
+            return bool(np.abs(actual - reference).max() <= tolerance)
+
         def work(worker: int) -> None:
-            mine = np.random.default_rng(worker)
+            worker_random = np.random.default_rng(worker)
             while not stop.is_set():
-                which = int(mine.integers(len(requests)))
+                index = int(worker_random.integers(len(requests)))
                 try:
-                    future = current[0].submit(requests[which])
-                    if mine.random() < 0.2:
+                    future = current[0].submit(requests[index])
+                    if worker_random.random() < 0.2:
                         future.cancel()
-                    found = future.result(timeout=120)
-                    same = all(np.allclose(found[name], right[which][name], rtol=0, atol=1e-4) for name in found)
+                    outputs = future.result(timeout=120)
+                    same = all(is_same(array, expected[index][name]) for name, array in outputs.items())
                     counts["answered" if same else "wrong"] += 1
                 except CancelledError:
                     counts["cancelled"] += 1
@@ -212,7 +219,7 @@ def storm(bundle: Path, minutes: float, workers: int = 8) -> dict[str, Any]:
 
 
 def _child_is_refused(batcher: Batcher) -> bool:
-    """Fork, and ask the Batcher in the child, which has none of its threads."""
+    """Fork, and return whether the Batcher refuses a request in the child, which does not have its threads."""
     child = os.fork()
     if child == 0:
         try:

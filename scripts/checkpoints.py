@@ -1,4 +1,4 @@
-"""Checkpoints of the base shape with seeded random weights, for machines that reach no model hub."""
+"""Checkpoints of the base shape with seeded random weights, for machines without access to the model hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BASE_MAX_SEQLEN = 4096
 
 
 def base_model(max_seqlen: int = BASE_MAX_SEQLEN, seed: int = 0) -> Any:
-    """A LongformerModel of the shape of allenai/longformer-base-4096, in eval mode."""
+    """Make a LongformerModel of the shape of allenai/longformer-base-4096, in eval mode."""
     import torch
     from transformers import LongformerConfig, LongformerModel
 
@@ -31,7 +31,7 @@ def base_model(max_seqlen: int = BASE_MAX_SEQLEN, seed: int = 0) -> Any:
 
 
 def trained_tokenizer(text: str, vocab_size: int = 4000) -> Any:
-    """A byte-level BPE trained on `text`, with the special tokens and ids of RoBERTa's."""
+    """Train a byte-level BPE tokenizer on `text`, with RoBERTa's special tokens and their ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -62,7 +62,7 @@ def trained_tokenizer(text: str, vocab_size: int = 4000) -> Any:
 
 
 def save_base_checkpoint(folder: Path) -> Path:
-    """The base shape with random weights, and a tokenizer trained on the example document."""
+    """Save a model of the base shape with random weights, and a tokenizer trained on the example document."""
     trained_tokenizer(DOCUMENT.read_text(encoding="utf-8")).save_pretrained(folder)
     base_model().save_pretrained(folder)
     return folder

@@ -1,8 +1,8 @@
 """Draw the figures of docs/chunking.md from the code that they explain: `python scripts/figures.py [FOLDER]`.
 
-No window and no chunk is computed here. What lfx does comes out of the function bodies, run by ONNX's reference
-evaluator, which hands out any value inside them; what Hugging Face does, out of the operands of its own products.
-Letters in the shapes as in export/functions.py; w = one-sided window. Each figure uses one batch row and one head.
+This script computes no windows and chunks itself. It reads those of lfx from inner values of the function bodies, run
+by ONNX's reference evaluator, and those of Hugging Face from the operands of its matrix products. The shapes in the
+comments use the letters of export/functions, and w = one-sided window. Each figure has one batch row and one head.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from lfx.export.functions import BLOCK, DOMAIN, VERSION, BandedAttention, Global
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "figures"
 Array = NDArray[Any]
-Places = tuple[int, ...]
+Positions = tuple[int, ...]
 Products = list[tuple[Array, Array]]  # query positions and columns of each product
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, and paler ones to print on.
+# Okabe and Ito's palette, which colour-blind readers can distinguish, and pale variants as backgrounds of text.
 BLUE, NAVY, ORANGE, PURPLE = "#0072B2", "#003A5D", "#E69F00", "#CC79A7"
 PALE_BLUE, PALE_ORANGE, PALE_PURPLE, GREY = "#CCE3F2", "#FBE0A6", "#F1D3E4", "#D8D8D8"
 WHITE, LINE, INK = "#FFFFFF", "#888888", "#222222"
 STYLE = {"svg.hashsalt": "lfx", "figure.constrained_layout.use": True, "font.size": 12, "axes.titlesize": 11}
 
-# What is drawn. `block` takes the place of functions.BLOCK, so that the numbers can be read.
+# Arguments of the figures. `block` overrides functions.BLOCK, so that the figures are small enough to read.
 MASKS: dict[str, dict[str, Any]] = {
     "sliding window": {"window": 3},
     "dilated": {"window": 3, "dilation": 2},
@@ -51,29 +51,33 @@ BLOCKS: dict[str, Any] = {"seqlen": 96, "window": 16, "block": 8, "global_at": (
 BACK: dict[str, Any] = {"seqlen": 10, "window": 2, "block": 4, "global_at": (0, 5), "masked": (8, 9)}
 
 
-def run(op: Any, inputs: dict[str, Array], *keep: str, block: int = BLOCK, **given: int) -> list[Any]:
-    """The result of an op with one head, then the values inside its body that `keep` names as the body does.
+def run(op: Any, inputs: dict[str, Array], *inner: str, block: int = BLOCK, **attributes: int) -> list[Any]:
+    """Run an op with one head in ONNX's reference evaluator.
 
     Args:
-        block: queries a block, in place of functions.BLOCK.
-        given: attributes other than the defaults, which the reference evaluator does not fill in.
+        inner: names of values inside the function body to return too.
+        block: number of queries in a block, overriding functions.BLOCK.
+        attributes: attributes of the op; the reference evaluator does not fill in defaults, so they are added here.
+    Returns:
+        The output, then the values of `inner`.
     """
     body = ir.to_proto(function(op, opset=17))
     for attribute in (a for node in body.node for a in node.attribute if list(a.ints) == [BLOCK]):
         attribute.ints[:] = [block]
-    given = {a.name: helper.get_attribute_value(a) for a in body.attribute_proto} | {"num_heads": 1, **given}
+    defaults = {a.name: helper.get_attribute_value(a) for a in body.attribute_proto}
     names = [name for node in body.node for name in node.output]
-    for wanted in keep:  # a name that is assigned again carries a number: the last one is meant
-        body.output.append([name for name in names if name.rstrip("0123456789").rstrip("_") == wanted][-1])
-    node = helper.make_node(body.name, list(inputs), list(body.output), domain=DOMAIN, **given)
-    ends = [[onnx.ValueInfoProto(name=name) for name in side] for side in (inputs, body.output)]
+    for variable in inner:  # onnxscript appends a number to a variable that is assigned again; take the last value
+        body.output.append([name for name in names if name.rstrip("0123456789").rstrip("_") == variable][-1])
+    values = {**defaults, "num_heads": 1, **attributes}
+    node = helper.make_node(body.name, list(inputs), list(body.output), domain=DOMAIN, **values)
+    interface = [[onnx.ValueInfoProto(name=name) for name in names] for names in (inputs, body.output)]
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, VERSION)]
-    model = helper.make_model(helper.make_graph([node], "figure", *ends), functions=[body], opset_imports=opsets)
+    model = helper.make_model(helper.make_graph([node], "figure", *interface), functions=[body], opset_imports=opsets)
     return list(ReferenceEvaluator(model).run(None, inputs))
 
 
-def op_inputs(seqlen: int, global_at: Places = (), masked: Places = ()) -> dict[str, Array]:
-    """Inputs of BandedAttention whose result says who was seen: scores 0, value j the unit vector j, D = S."""
+def op_inputs(seqlen: int, global_at: Positions = (), masked: Positions = ()) -> dict[str, Array]:
+    """Make inputs of BandedAttention whose output shows the attended keys: scores 0, value j = unit vector j, D = S."""
     zeros, slots = np.zeros((1, seqlen, seqlen), np.float32), global_at or (-1,)
     key_mask = np.ones((1, seqlen), np.int32)
     key_mask[0, list(masked)] = 0
@@ -82,53 +86,56 @@ def op_inputs(seqlen: int, global_at: Places = (), masked: Places = ()) -> dict[
     return {"query": zeros, **tokens, "global_index": np.array([slots], np.int32), "global_context": rows}
 
 
-def mask_panel(global_at: Places = (), seqlen: int = 24, block: int = 8, **given: int) -> Array:
-    """(S, S) bool: which key each query sees, read off the op's result."""
-    (rows,) = run(BandedAttention, op_inputs(seqlen, global_at), block=block, **given)
+def mask_panel(global_at: Positions = (), seqlen: int = 24, block: int = 8, **attributes: int) -> Array:
+    """Return the attention mask of BandedAttention, (S, S) bool, derived from its output."""
+    (rows,) = run(BandedAttention, op_inputs(seqlen, global_at), block=block, **attributes)
     return np.asarray(rows[0] > 0)
 
 
-def gathered(seqlen: int, window: int, block: int, global_at: Places) -> tuple[Array, Array]:
-    """(N, b) and (N, X): the tokens that each block takes as queries, and as keys, global slots first."""
+def gathered(seqlen: int, window: int, block: int, global_at: Positions) -> tuple[Array, Array]:
+    """Return the tokens that each block gathers: queries (N, b) and keys (N, X), global slots first."""
     inputs = op_inputs(seqlen, global_at)
-    _, (queries,), (keys,) = run(BandedAttention, inputs, "query_token", "gather_at", block=block, window=window)
+    _, (queries,), (keys,) = run(BandedAttention, inputs, "query_token", "gather_index", block=block, window=window)
     return queries, np.concatenate([global_at, np.arange(seqlen)])[keys]
 
 
-def pool_rows(seqlen: int, window: int, block: int, **masks: Places) -> tuple[Array, Array]:
-    """(S): each position's place in the pool; and (N·b): the query of each computed row."""
-    found = run(BandedAttention, op_inputs(seqlen, **masks), "row_at", "query_token", block=block, window=window)
-    return found[1][0], found[2].ravel()
+def pool_rows(seqlen: int, window: int, block: int, **masks: Positions) -> tuple[Array, Array]:
+    """Return the pool index that each position gathers, (S), and the query of each computed row, (N·b)."""
+    inputs = op_inputs(seqlen, **masks)
+    _, (indices,), queries = run(BandedAttention, inputs, "row_index", "query_token", block=block, window=window)
+    return indices, queries.ravel()
 
 
-def score_products(seqlen: int, window: int, block: int, global_at: Places) -> tuple[Array, dict[str, Products]]:
-    """What is seen, and what the two ways to compute the band compute. Columns are G global slots, then S keys.
+def score_products(seqlen: int, window: int, block: int, global_at: Positions) -> tuple[Array, dict[str, Products]]:
+    """Return the attention mask, and the scores that the block form and Hugging Face compute.
+
+    Columns are the G global slots, then the S keys.
 
     Returns:
-        (S, G + S) bool, from the block form's mask; and for each way its products.
+        The mask, (S, G + S) bool; and for each implementation its matrix products.
     """
     inputs, slots = op_inputs(seqlen, global_at), len(global_at)
-    keep = ("query_token", "gather_at", "visible")
-    _, (queries_of,), (keys_of,), visible = run(BandedAttention, inputs, *keep, block=block, window=window)
-    seen = np.zeros((seqlen, slots + seqlen), bool)
-    for queries, columns, mask in zip(queries_of, keys_of, visible[:, 0], strict=True):
-        np.logical_or.at(seen, np.ix_(queries, columns), mask)
-    found = hugging_face(seqlen, window, global_at)
-    chunks = [(q, k + slots) for q, k in zip(found["queries"], found["keys"], strict=True)]
-    chunks.append((found["global_queries"], np.arange(slots)))
-    return seen, {"block form": list(zip(queries_of, keys_of, strict=True)), "Hugging Face": chunks}
+    inner = ("query_token", "gather_index", "visible")
+    _, (block_queries,), (block_keys,), visible = run(BandedAttention, inputs, *inner, block=block, window=window)
+    mask = np.zeros((seqlen, slots + seqlen), bool)
+    for queries, columns, block_mask in zip(block_queries, block_keys, visible[:, 0], strict=True):
+        np.logical_or.at(mask, np.ix_(queries, columns), block_mask)
+    chunked = hugging_face(seqlen, window, global_at)
+    chunks = [(q, k + slots) for q, k in zip(chunked["queries"], chunked["keys"], strict=True)]
+    chunks.append((chunked["global_queries"], np.arange(slots)))
+    return mask, {"block form": list(zip(block_queries, block_keys, strict=True)), "Hugging Face": chunks}
 
 
 def pair_of(scores: torch.Tensor, seqlen: int) -> Array:
-    """(…, 2): the query and key of each score that `hugging_face` makes; -1 where it is nobody's."""
+    """Return query and key of each score of `hugging_face`, (…, 2); -1 for padding."""
     codes = np.nan_to_num(scores.numpy(), neginf=0.0).astype(np.int64)
     return np.where(codes[..., None] > 0, np.stack(np.divmod(codes - 1, seqlen), axis=-1), -1)
 
 
-def hugging_face(seqlen: int, window: int, global_at: Places = (0,)) -> dict[str, Array]:
-    """Hugging Face's own chunks: the tokens in them, and what becomes of their scores.
+def hugging_face(seqlen: int, window: int, global_at: Positions = (0,)) -> dict[str, Array]:
+    """Run Hugging Face's chunk functions and record their operands and scores.
 
-    Query i is (i·S, 1) and key j is (1, j + 1): each score i·S + j + 1 says whose it is.
+    Query i is (i·S, 1) and key j is (1, j + 1), so that the score i·S + j + 1 identifies both.
 
     Returns:
         queries, keys (chunks, 2w); values (chunks + 1, 3w); global_queries (S): tokens, -1 = padding.
@@ -150,23 +157,23 @@ def hugging_face(seqlen: int, window: int, global_at: Places = (0,)) -> dict[str
     tokens = {"queries": queries[0, ..., 0] / seqlen, "keys": keys[0, ..., 1] - 1, "values": values[0, ..., 0]}
     tokens |= {"global_queries": global_queries[0, :, 0, 0] / seqlen}
     pairs = {"scores": scores[0], "skewed": skewed[0], "band": band[0, :, 0]}
-    found = {name: tensor.numpy().astype(np.int64) for name, tensor in tokens.items()}
-    return found | {name: pair_of(tensor, seqlen) for name, tensor in pairs.items()}
+    operands = {name: tensor.numpy().astype(np.int64) for name, tensor in tokens.items()}
+    return operands | {name: pair_of(tensor, seqlen) for name, tensor in pairs.items()}
 
 
-def _cells(axes: Any, kinds: Array, colours: dict[int, str]) -> None:
-    """Fill the cells of each kind with one path, which has no seams inside; query positions run down."""
-    for kind, colour in colours.items():
-        edges = np.diff(np.pad((kinds == kind).astype(int), ((0, 0), (1, 1))), axis=1)
+def _cells(axes: Any, labels: Array, colours: dict[int, str]) -> None:
+    """Fill the cells of each label with one path, which has no seams between cells; the y axis is the query."""
+    for label, colour in colours.items():
+        edges = np.diff(np.pad((labels == label).astype(int), ((0, 0), (1, 1))), axis=1)
         runs = zip(*np.nonzero(edges == 1), np.nonzero(edges == -1)[1], strict=True)
         boxes = [[(a, row), (b, row), (b, row + 1), (a, row + 1)] for row, a, b in runs]
         outline = mpl.path.Path.make_compound_path_from_polys(np.reshape(boxes, (-1, 4, 2)))
         axes.add_patch(PathPatch(outline, facecolor=colour, linewidth=0))
-    axes.set(xlim=(0, kinds.shape[1]), ylim=(kinds.shape[0], 0), aspect="equal", xlabel="key position")
+    axes.set(xlim=(0, labels.shape[1]), ylim=(labels.shape[0], 0), aspect="equal", xlabel="key position")
 
 
 def _table(axes: Any, texts: Array, colours: Array, left: float = 0, top: float = 0, size: float = 12) -> None:
-    """A table of coloured cells, a short text in each; the axes show all tables drawn so far."""
+    """Draw a table of coloured cells with a short text in each, and extend the axes to show all tables."""
     for (row, column), text in np.ndenumerate(texts):
         x, y = column + left, row + top
         axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colours[row, column], edgecolor=LINE, linewidth=0.6))
@@ -182,40 +189,40 @@ def _legend(figure: Any, colours: dict[str, str], columns: int, title: str = "")
 
 
 def masks() -> Any:
-    """Which query sees which key: sliding window, dilated, with global tokens, causal."""
+    """Draw the attention masks: sliding window, dilated, with global tokens, causal."""
     figure, grid = plt.subplots(2, 2, figsize=(6, 7.3))
-    for axes, (name, given) in zip(grid.flat, MASKS.items(), strict=True):
-        seen, global_at = mask_panel(**given), list(given.get("global_at", ()))
-        kinds = seen.astype(int)
-        kinds[:, global_at] *= 2
-        kinds[global_at] = 3 * seen[global_at]
-        _cells(axes, kinds, {1: BLUE, 2: ORANGE, 3: PURPLE})
-        axes.hlines(range(len(seen)), 0, len(seen), WHITE, linewidth=0.6)
-        axes.vlines(range(len(seen)), 0, len(seen), WHITE, linewidth=0.6)
+    for axes, (name, arguments) in zip(grid.flat, MASKS.items(), strict=True):
+        mask, global_at = mask_panel(**arguments), list(arguments.get("global_at", ()))
+        labels = mask.astype(int)
+        labels[:, global_at] *= 2
+        labels[global_at] = 3 * mask[global_at]
+        _cells(axes, labels, {1: BLUE, 2: ORANGE, 3: PURPLE})
+        axes.hlines(range(len(mask)), 0, len(mask), WHITE, linewidth=0.6)
+        axes.vlines(range(len(mask)), 0, len(mask), WHITE, linewidth=0.6)
         axes.set(title=name, ylabel="query position", facecolor="#EEEEEE")
-        axes.set_xticks(np.arange(0, len(seen), 8) + 0.5, range(0, len(seen), 8))
-        axes.set_yticks(np.arange(0, len(seen), 8) + 0.5, range(0, len(seen), 8))
+        axes.set_xticks(np.arange(0, len(mask), 8) + 0.5, range(0, len(mask), 8))
+        axes.set_yticks(np.arange(0, len(mask), 8) + 0.5, range(0, len(mask), 8))
     names = {"seen, in the window": BLUE, "not seen": "#EEEEEE"}
     _legend(figure, {**names, "global token, seen by all": ORANGE, "row of a global token": PURPLE}, 2)
     return figure
 
 
 def _copies(tokens: Array) -> Array:
-    """Colours of a table of tokens: where one stands for the first time, where once more, where padding is."""
+    """Return the colours of a table of tokens: first occurrence, repeated occurrence, padding."""
     first = np.isin(np.arange(tokens.size), np.unique(tokens, return_index=True)[1]).reshape(tokens.shape)
     return np.where(tokens < 0, GREY, np.where(first, PALE_BLUE, PALE_ORANGE))
 
 
 def as_strided() -> Any:
-    """Hugging Face's overlapping chunks, and the gather in their place."""
-    found, seqlen = hugging_face(CHUNKS["seqlen"], CHUNKS["window"]), CHUNKS["seqlen"]
+    """Draw Hugging Face's overlapping chunks, and the gather that replaces them."""
+    chunks, seqlen = hugging_face(CHUNKS["seqlen"], CHUNKS["window"]), CHUNKS["seqlen"]
     panels = [["keys", "values"], ["gather", "gather"]]
     figure, grid = plt.subplot_mosaic(panels, figsize=(6, 5.9), width_ratios=[4, 6], height_ratios=[6, 3])
-    for name, whose in (("keys", "queries and keys"), ("values", "values")):
-        tokens = found[name]
+    for name, operands in (("keys", "queries and keys"), ("values", "values")):
+        tokens = chunks[name]
         _table(grid[name], np.where(tokens < 0, "", tokens.astype(str)), _copies(tokens))
-        title = f"as_strided: {whose}\n{(tokens >= 0).sum() / seqlen:.2f} copies of a token"
-        grid[name].set(title=title, ylabel="chunk", ylim=(len(found["values"]) + 0.05, -0.05))  # cells of one size
+        title = f"as_strided: {operands}\n{(tokens >= 0).sum() / seqlen:.2f} copies of a token"
+        grid[name].set(title=title, ylabel="chunk", ylim=(len(chunks["values"]) + 0.05, -0.05))  # cells of one size
     (queries, keys), slots, axes = gathered(**CHUNKS), len(CHUNKS["global_at"]), grid["gather"]
     _table(axes, queries, np.full(queries.shape, WHITE))
     colours = np.hstack([np.full((len(keys), slots), PALE_PURPLE), _copies(keys[:, slots:])])
@@ -228,16 +235,16 @@ def as_strided() -> Any:
 
 
 def skew() -> Any:
-    """How Hugging Face turns diagonals into columns: a chunk's scores, the same memory read wider, the band."""
-    found, window = hugging_face(**SKEW), SKEW["window"]
-    tables = {"one chunk": found["scores"][1], "read one wider": found["skewed"][1], "the band": found["band"]}
+    """Draw how Hugging Face skews diagonals to columns: the scores of a chunk, with longer rows, and the band."""
+    chunks, window = hugging_face(**SKEW), SKEW["window"]
+    tables = {"one chunk": chunks["scores"][1], "read one wider": chunks["skewed"][1], "the band": chunks["band"]}
     figure, grid = plt.subplots(1, 3, figsize=(6, 4.8), width_ratios=[t.shape[1] for t in tables.values()])
     ramp = [mpl.colors.to_hex(c) for c in mpl.colormaps["PuOr"](np.linspace(0.28, 0.72, 2 * window + 1))]
     for axes, (title, pairs) in zip(grid, tables.items(), strict=True):
-        place = np.where(pairs[..., 0] < 0, -1, pairs[..., 1] - pairs[..., 0] + window)
-        colours = np.array([*ramp, GREY])[np.where((place < 0) | (place > 2 * window), -1, place)]
+        column = np.where(pairs[..., 0] < 0, -1, pairs[..., 1] - pairs[..., 0] + window)
+        colours = np.array([*ramp, GREY])[np.where((column < 0) | (column > 2 * window), -1, column)]
         texts = ["" if query < 0 else f"{query},{key}" for query, key in pairs.reshape(-1, 2)]
-        _table(axes, np.reshape(texts, place.shape), colours, size=10.5)
+        _table(axes, np.reshape(texts, column.shape), colours, size=10.5)
         axes.set(title=title)
     names = {str(offset): colour for offset, colour in zip(range(-window, window + 1), ramp, strict=True)}
     _legend(figure, {**names, "outside": GREY}, 3, title="key position - query position")
@@ -245,21 +252,22 @@ def skew() -> Any:
 
 
 def blocks() -> Any:
-    """Which scores are computed and which of them are seen: the block form, and Hugging Face's chunks."""
-    (seen, ways), seqlen, slots = score_products(**BLOCKS), BLOCKS["seqlen"], len(BLOCKS["global_at"])
+    """Draw the scores that the block form and Hugging Face's chunks compute, and the unmasked ones among them."""
+    (mask, implementations), seqlen = score_products(**BLOCKS), BLOCKS["seqlen"]
+    slots = len(BLOCKS["global_at"])
     figure, grid = plt.subplots(1, 2, figsize=(6, 4.2), sharey=True)
     ticks = range(0, seqlen + 1, 32)
-    for axes, (name, products) in zip(grid, ways.items(), strict=True):
-        computed = np.zeros(seen.shape, np.int64)
+    for axes, (name, products) in zip(grid, implementations.items(), strict=True):
+        computed = np.zeros(mask.shape, np.int64)
         for queries, columns in products:
             np.add.at(computed, np.ix_(queries, columns), 1)
             keys, rows = columns[columns >= slots], np.unique(queries)  # none in the product with the global keys
             corner = (keys[0] if keys.size else 0, rows[0])
             axes.add_patch(Rectangle(corner, keys.size, rows.size, fill=False, edgecolor=INK, linewidth=0.7, zorder=2))
-        kinds = np.where(seen, 1 + computed, computed > 0)
-        kinds[:, :slots] = 4
-        _cells(axes, kinds, {1: PALE_ORANGE, 2: BLUE, 3: NAVY, 4: PURPLE})
-        title = f"{name}\n{seen.sum() / computed.sum():.0%} of its scores are seen"
+        labels = np.where(mask, 1 + computed, computed > 0)
+        labels[:, :slots] = 4
+        _cells(axes, labels, {1: PALE_ORANGE, 2: BLUE, 3: NAVY, 4: PURPLE})
+        title = f"{name}\n{mask.sum() / computed.sum():.0%} of its scores are seen"
         axes.set(title=title, yticks=ticks, ylabel="query position" if axes is grid[0] else "")
         axes.set_xticks([tick + slots for tick in ticks], ticks)
     names = {"seen": BLUE, "seen, computed twice": NAVY, "computed, not seen": PALE_ORANGE, "global columns": PURPLE}
@@ -268,14 +276,14 @@ def blocks() -> Any:
 
 
 def gather_back() -> Any:
-    """The last gather: every position takes its row from the pool."""
+    """Draw the last gather: each position takes its row from the pool."""
     (rows, queries), slots = pool_rows(**BACK), len(BACK["global_at"])
-    kinds = np.array([PALE_BLUE] * len(queries) + [PALE_PURPLE] * slots + [GREY])
+    colours = np.array([PALE_BLUE] * len(queries) + [PALE_PURPLE] * slots + [GREY])
     pool = np.array([*queries.astype(str), *(f"g{slot}" for slot in range(slots)), ""])
     left = (len(pool) - len(rows)) / 2
     figure, axes = plt.subplots(figsize=(6, 3.6))
-    _table(axes, pool[None], np.where(np.isin(np.arange(len(pool)), rows), kinds, PALE_ORANGE)[None])
-    _table(axes, np.arange(len(rows))[None], kinds[rows][None], left, top=4)
+    _table(axes, pool[None], np.where(np.isin(np.arange(len(pool)), rows), colours, PALE_ORANGE)[None])
+    _table(axes, np.arange(len(rows))[None], colours[rows][None], left, top=4)
     for position, row in enumerate(rows):
         axes.plot([row + 0.5, position + left + 0.5], [1.05, 3.95], color=INK, linewidth=1)
     axes.set(title="the pool: rows of all blocks, global rows, a zero row", xlabel="the result, by position")
@@ -285,7 +293,7 @@ def gather_back() -> Any:
 
 
 def main(folder: Path = FOLDER) -> None:
-    """Draw all figures into a folder; the same bytes in every run."""
+    """Draw all figures into a folder; two runs write the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for draw in (masks, as_strided, skew, blocks, gather_back):
         with mpl.rc_context(STYLE):

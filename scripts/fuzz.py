@@ -1,10 +1,10 @@
-"""Fuzz lfx for as long as it is told, and write docs/records/fuzz.jsonl.
+"""Fuzz lfx for a given time, and write docs/records/fuzz.jsonl.
 
     python scripts/fuzz.py --minutes 60
 
-In turns: the property tests (tests/**/test_*_properties.py) with a new seed and ten times the examples of `make test`,
-and every target of scripts/fuzz_targets.py (manifests, plans, metadata, ONNX files) for a minute, on a corpus that
-grows in build/fuzz. It stops at the first failure, prints it, and exits with 1.
+Each round runs every target of scripts/fuzz_targets.py (manifests, plans, metadata, ONNX files) for a minute, on a
+corpus that grows in build/fuzz, and the property tests (tests/**/test_*_properties.py) with a new seed and ten times
+the examples of `make test`. The first failure is printed and ends the run with exit status 1.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import record
 
 from lfx.errors import require
 
-EXAMPLES = 2000  # of each property test in a turn
-SECONDS = 60  # of each target in a turn
+EXAMPLES = 2000  # per property test and round
+SECONDS = 60  # per target and round
 CORPUS = record.ROOT / "build" / "fuzz"
 TARGETS = ("manifest", "plan", "signature", "onnx")
 
 
 def main() -> None:
-    """Turn after turn until the time is over."""
+    """Fuzz in rounds until the time is over, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     options = parser.parse_args()
@@ -60,30 +60,30 @@ def main() -> None:
 
 
 def fuzz(target: str, seconds: int) -> int:
-    """Run one target; returns the number of inputs that it was given."""
+    """Run one target; returns the number of inputs that it ran on."""
     corpus = CORPUS / target
     command = [sys.executable, "scripts/fuzz_targets.py", target, str(corpus), f"-max_total_time={seconds}"]
     command += [f"-artifact_prefix={CORPUS}/{target}-", "-max_len=200000", "-print_final_stats=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=record.ROOT)
     if done.returncode != 0:
         sys.exit(f"{target} failed; the input is in {CORPUS}\n{done.stderr[-4000:]}")
-    found = re.search(r"number_of_executed_units:\s*(\d+)", done.stderr)
-    return int(found[1]) if found else 0
+    executed = re.search(r"number_of_executed_units:\s*(\d+)", done.stderr)
+    return int(executed[1]) if executed else 0
 
 
 def properties(test: str, seed: int) -> int:
-    """Run one file of property tests; returns the number of its tests."""
+    """Run one file of property tests; returns the number of tests that passed."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--hypothesis-seed={seed}", test]
     environment = {**os.environ, "LFX_FUZZ_EXAMPLES": str(EXAMPLES)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=record.ROOT, env=environment)
     if done.returncode != 0:
         sys.exit(f"{test} failed with --hypothesis-seed={seed}\n{done.stdout[-6000:]}")
-    found = re.search(r"(\d+) passed", done.stdout)
-    return int(found[1]) if found else 0
+    passed = re.search(r"(\d+) passed", done.stdout)
+    return int(passed[1]) if passed else 0
 
 
 def _seed_corpora() -> None:
-    """Give each target one valid input to begin with."""
+    """Write one valid input into each target's corpus."""
     from lfx.export import export
     from lfx.manifest import MANIFEST, MODEL
 

@@ -1,9 +1,9 @@
-"""The readers that meet foreign bytes, as targets of the coverage-guided fuzzer atheris (extra [fuzz]).
+"""The parsers of untrusted files, as targets of the coverage-guided fuzzer atheris (extra [fuzz]).
 
     python scripts/fuzz_targets.py manifest CORPUS -max_total_time=60
 
-Any error but ArtifactError or InputError ends the run, and libFuzzer writes the bytes that caused it beside the corpus.
-`scripts/fuzz.py` runs them all.
+Any error but ArtifactError or InputError ends the run, and libFuzzer writes the bytes that caused it next to the
+corpus. `scripts/fuzz.py` runs all targets.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ PATH = Path("lfx.json")
 
 
 def manifest(content: bytes) -> None:
-    """lfx.json, as it is and with a valid seal."""
+    """Parse a bundle's lfx.json, unchanged and with a valid seal."""
     _sealed(content, "format_version", FORMAT_VERSION, Manifest.parse)
 
 
 def plan(content: bytes) -> None:
-    """The JSON of a plan, as it is and with a valid seal."""
+    """Parse a plan's manifest, unchanged and with a valid seal."""
     _sealed(content, "plan_format_version", PLAN_FORMAT_VERSION, PlanManifest.parse)
 
 
 def signature(content: bytes) -> None:
-    """The metadata inside model.onnx."""
+    """Parse the metadata of model.onnx."""
     try:
         Signature.from_dict(parse_json(content))
     except (ArtifactError, ValueError):
@@ -47,7 +47,7 @@ def signature(content: bytes) -> None:
 
 
 def onnx(content: bytes) -> None:
-    """An ONNX file."""
+    """Parse an ONNX file."""
     with tempfile.NamedTemporaryFile(dir=_memory()) as file:
         file.write(content)
         file.flush()

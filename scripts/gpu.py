@@ -1,4 +1,4 @@
-"""What the scripts for a machine with an NVIDIA GPU share: the library, its ops on torch tensors, and the timing."""
+"""Shared parts of the scripts for NVIDIA GPUs: building the library, its ops on torch tensors, and timing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# From a clone; an installed lfx, which has the plugin library, comes before the clone's.
+# `tests` comes from the clone, and so does lfx if it is not installed.
 sys.path.insert(0, str(ROOT))
 sys.path.append(str(ROOT / "src"))
 
@@ -31,7 +31,7 @@ from lfx.machine import package_versions  # noqa: E402
 from lfx.runtime.plugin import TYPES, BandedParams, GlobalParams, Kernels  # noqa: E402
 
 DEVICE = "cuda"
-FLUSH_BYTES = 1 << 29  # written before each timing: more than any L2, and time for the host to get ahead
+FLUSH_BYTES = 1 << 29  # written before each timing: larger than any L2, and long enough to hide the launch latency
 Rows = list[dict[str, Any]]
 
 
@@ -39,12 +39,12 @@ Rows = list[dict[str, Any]]
 
 
 def build(folder: Path, headers: Path | None, default_target: str = "sm_80") -> Path:
-    """The library for this GPU (for `default_target` where there is none to ask); without headers the kernels alone."""
+    """Build the library for this GPU, or for `default_target` without a GPU; without headers, the kernels only."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         sys.exit("nvcc is not on the PATH; install the CUDA toolkit")
-    asked = _ask("compute_cap")
-    target = f"sm_{asked.replace('.', '')}" if asked else default_target
+    capability = _query_gpu("compute_cap")
+    target = f"sm_{capability.replace('.', '')}" if capability else default_target
     sources = ["banded_attention.cu", "global_attention.cu", "limits.cpp"]
     flags = []
     if headers is not None:
@@ -59,22 +59,22 @@ def build(folder: Path, headers: Path | None, default_target: str = "sm_80") -> 
     return library
 
 
-def _ask(fields: str) -> str:
-    """What nvidia-smi says of the first GPU; empty where there is none."""
+def _query_gpu(fields: str) -> str:
+    """Query fields of the first GPU with nvidia-smi; returns an empty string without a GPU."""
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     if shutil.which(command[0]) is None:
         return ""
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip().splitlines()[0] if found.returncode == 0 and found.stdout.strip() else ""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
 
 
 def environment(torch: Any) -> dict[str, Any]:
-    """What the record says of the machine."""
+    """Return date, commit, GPU and versions, for each row of a record."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-        "gpu": _ask("name,driver_version") or torch.cuda.get_device_name(),
+        "gpu": _query_gpu("name,driver_version") or torch.cuda.get_device_name(),
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
@@ -83,13 +83,17 @@ def environment(torch: Any) -> dict[str, Any]:
 
 
 def machine_code(library: Path) -> dict[str, str] | None:
-    """Kernel -> its disassembly, with the compiler's resource line in front; None where cuobjdump is missing."""
+    """Disassemble the kernels of a library.
+
+    Returns:
+        Kernel name -> the compiler's resource line and the disassembly; None without cuobjdump.
+    """
     tool = shutil.which("cuobjdump") or next(
-        (str(found) for folder in sys.path for found in Path(folder).glob("nvidia/*/bin/cuobjdump")), None
+        (str(path) for folder in sys.path for path in Path(folder).glob("nvidia/*/bin/cuobjdump")), None
     )
     if tool is None:
         return None
-    # It calls nvdisasm, which stands beside it.
+    # cuobjdump calls nvdisasm, which is in its folder.
     env = {**os.environ, "PATH": os.pathsep.join([str(Path(tool).parent), os.environ["PATH"]])}
 
     def run(option: str) -> str:
@@ -101,29 +105,29 @@ def machine_code(library: Path) -> dict[str, str] | None:
 
 
 def _instructions(code: str) -> tuple[list[tuple[int, str]], list[tuple[int, int]]]:
-    """(address, opcode without suffix) of every instruction, and (from, to) of every branch."""
-    found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", code)
-    jumps = [(at, re.search(r"0x([0-9a-f]+)", rest)) for at, name, rest in found if name[:3] == "BRA"]
+    """Parse a disassembly; returns (address, opcode without suffix) of the instructions, (from, to) of the branches."""
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", code)
+    branches = [(address, re.search(r"0x([0-9a-f]+)", rest)) for address, name, rest in lines if name[:3] == "BRA"]
     return (
-        [(int(at, 16), name.split(".")[0]) for at, name, _ in found],
-        [(int(at, 16), int(to[1], 16)) for at, to in jumps if to is not None],
+        [(int(address, 16), name.split(".")[0]) for address, name, _ in lines],
+        [(int(address, 16), int(to[1], 16)) for address, to in branches if to is not None],
     )
 
 
 def straight_runs(code: str) -> list[list[str]]:
-    """The opcodes between two branches or branch targets."""
-    instructions, jumps = _instructions(code)
-    cuts = {to for _, to in jumps} | {at + 16 for at, _ in jumps}
+    """Split a disassembly at branches and branch targets; returns the opcodes of each straight run."""
+    instructions, branches = _instructions(code)
+    starts = {to for _, to in branches} | {address + 16 for address, _ in branches}
     runs: list[list[str]] = [[]]
-    for at, name in instructions:
-        if at in cuts:
+    for address, name in instructions:
+        if address in starts:
             runs.append([])
         runs[-1].append(name)
     return [run for run in runs if run]
 
 
 def require() -> None:
-    """Ends the script where there is no GPU."""
+    """Exit if there is no GPU."""
     if not _torch().cuda.is_available():
         sys.exit("PyTorch sees no NVIDIA GPU; --dry-run shows what can be seen without one")
 
@@ -144,7 +148,7 @@ def _pointers(**tensors: Any) -> dict[str, int]:
 
 
 def _launch(function: Any, params: ctypes.Structure, tensor: Any) -> None:
-    """On torch's current stream, which is the capturing one inside torch.cuda.graph; none on the emulated machine."""
+    """Launch on torch's current stream, which is the captured one inside torch.cuda.graph; CPU tensors have none."""
     stream = None
     if tensor.is_cuda:
         import torch
@@ -158,10 +162,13 @@ def _launch(function: Any, params: ctypes.Structure, tensor: Any) -> None:
 def banded(
     kernels: Kernels, query: Any, key: Any, value: Any, key_mask: Any, index: Any, rows: Any, out: Any, **sizes: int
 ) -> Any:
-    """BandedAttention into `out`.
+    """Run BandedAttention and write its output to `out`, which is returned.
 
     Args:
-        query, key, value, out: (B, S, H·D). key_mask: (B, S) int32. index: (B, G) int32. rows: (B, G, H·D).
+        query, key, value, out: (B, S, H·D).
+        key_mask: (B, S) int32.
+        index: (B, G) int32, positions of the global tokens.
+        rows: (B, G, H·D), their context.
         sizes: num_heads and window.
     """
     batch, seqlen, width = query.shape
@@ -185,7 +192,7 @@ def banded(
 
 
 def global_(kernels: Kernels, query: Any, key: Any, value: Any, key_mask: Any, num_heads: int, scale: float) -> Any:
-    """GlobalAttention: query (B, G, H·D), key and value (B, S, H·D), key_mask (B, S) int32; returns (B, G, H·D)."""
+    """Run GlobalAttention: query (B, G, H·D), key and value (B, S, H·D), key_mask (B, S) int32; returns (B, G, H·D)."""
     batch, queries, width = query.shape
     head_size = width // num_heads
     out = query.new_empty(query.shape)
@@ -229,20 +236,20 @@ def _define_ops() -> None:
         query, hidden, key_mask = (x.contiguous() for x in (query, hidden, key_mask))
         return global_(_LOADED[-1], query, hidden, hidden, key_mask, num_heads, scale)
 
-    # Spelled out, because annotations are strings in this file.
+    # Explicit schemas: torch cannot infer them from annotations that are strings.
     tensors = "Tensor query, Tensor key, Tensor value, Tensor key_mask, Tensor index, Tensor rows"
     schema = f"({tensors}, int num_heads, int window) -> Tensor"
-    of_band = torch.library.custom_op("lfx_bench::banded_attention", banded_op, mutates_args=(), schema=schema)
+    banded_custom = torch.library.custom_op("lfx_bench::banded_attention", banded_op, mutates_args=(), schema=schema)
     schema = "(Tensor query, Tensor hidden, Tensor key_mask, int num_heads, float scale) -> Tensor"
-    of_globals = torch.library.custom_op("lfx_bench::global_attention", global_op, mutates_args=(), schema=schema)
-    for op in (of_band, of_globals):
+    global_custom = torch.library.custom_op("lfx_bench::global_attention", global_op, mutates_args=(), schema=schema)
+    for op in (banded_custom, global_custom):
         op.register_fake(lambda query, *_: torch.empty_like(query, memory_format=torch.contiguous_format))
 
 
 def register(kernels: Kernels) -> None:
-    """Make torch.ops.lfx_bench.banded_attention and global_attention run `kernels`, for any device.
+    """Define torch.ops.lfx_bench.banded_attention and global_attention, which run `kernels`, for any device.
 
-    As custom ops they stay whole in torch.compile, and CUDA graphs capture them.
+    torch.compile does not decompose custom ops, and CUDA graphs capture them.
     """
     _LOADED.append(kernels)
     _define_ops()
@@ -252,7 +259,7 @@ def register(kernels: Kernels) -> None:
 
 
 def band_or_global(window: int, globals_: int) -> Callable[..., Any]:
-    """FlexAttention's mask function: keys at most `window` away, and the first `globals_` keys."""
+    """Return FlexAttention's mask function: keys at most `window` tokens away, and the first `globals_` keys."""
     if globals_ == 0:
         return lambda batch, head, query, key: (query - key).abs() <= window
     return lambda batch, head, query, key: ((query - key).abs() <= window) | (key < globals_)
@@ -263,12 +270,12 @@ def band_or_global(window: int, globals_: int) -> Callable[..., Any]:
 
 @dataclass
 class Contender:
-    """Something to time.
+    """A function to time.
 
     Attributes:
-        run: enqueues the work of one round; waits for it where `on_host`.
-        calls: how many calls of the thing one round is.
-        on_host: timed by the host's clock, the device idle before and after; otherwise by events on the stream.
+        run: enqueues the work of one round.
+        calls: number of calls of the measured operation in one round.
+        on_host: timed by the host's clock, with a synchronization before and after; otherwise by events on the stream.
     """
 
     run: Callable[[], Any]
@@ -277,18 +284,18 @@ class Contender:
 
 
 def capture(run: Callable[[Any], Any], sets: Iterable[Any]) -> tuple[Any, list[Any]]:
-    """One CUDA graph of run(s) for every s in `sets`, after a warm-up; and what each call returned.
+    """Capture one CUDA graph of run(s) for all s in `sets`, after a warm-up; returns the graph and the outputs.
 
-    What a call returns stays alive until the graph is whole, so that no two calls write to the same memory.
+    The outputs stay alive during the capture, so that no two calls write to the same memory.
     """
     torch = _torch()
     sets = list(sets)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries make their handles and workspaces, and compilers compile, before capture
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # warm-up: libraries create handles and workspaces, torch.compile compiles
         for one in [*sets[:1], *sets]:
             run(one)
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -297,14 +304,14 @@ def capture(run: Callable[[Any], Any], sets: Iterable[Any]) -> tuple[Any, list[A
 
 
 def interleaved(contenders: dict[str, Contender], rounds: int, flush: Callable[[], Any]) -> dict[str, list[float]]:
-    """Microseconds a call in each round: every contender once a round, in turn.
+    """Time all contenders, alternating; returns microseconds per call in each round.
 
     Args:
-        flush: enqueued before each contender: empties the L2, and keeps the device busy while the host gets ahead, so
-            that the time between the events is the device's alone.
+        flush: enqueued before each contender. It evicts the L2, and keeps the device busy while the host enqueues the
+            work, so that the events measure device time without launch latency.
     """
     torch = _torch()
-    found: dict[str, list[Any]] = {name: [] for name in contenders}
+    times: dict[str, list[Any]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
             flush()
@@ -313,82 +320,82 @@ def interleaved(contenders: dict[str, Contender], rounds: int, flush: Callable[[
                 started = time.perf_counter()
                 contender.run()
                 torch.cuda.synchronize()
-                found[name].append(1e6 * (time.perf_counter() - started) / contender.calls)
+                times[name].append(1e6 * (time.perf_counter() - started) / contender.calls)
                 continue
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             contender.run()
             end.record()
-            found[name].append((start, end))
+            times[name].append((start, end))
     torch.cuda.synchronize()
-    for name, times in found.items():
+    for name, measured in times.items():
         calls = contenders[name].calls
-        found[name] = [t if isinstance(t, float) else 1e3 * t[0].elapsed_time(t[1]) / calls for t in times]
-    return found
+        times[name] = [t if isinstance(t, float) else 1e3 * t[0].elapsed_time(t[1]) / calls for t in measured]
+    return times
 
 
 def flusher() -> Callable[[], Any]:
-    """Writes more than any L2 holds."""
+    """Return a function that overwrites the L2."""
     torch = _torch()
     scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
     return scratch.zero_
 
 
-def rounds_for(contenders: dict[str, Contender], flush: Callable[[], Any], seconds: float, most: int) -> int:
-    """How many rounds fit into `seconds`, by timing one; 5 at least, `most` at most."""
+def rounds_for(contenders: dict[str, Contender], flush: Callable[[], Any], seconds: float, limit: int) -> int:
+    """Return the number of rounds that fit into `seconds`, 5 to `limit`, by timing one."""
     torch = _torch()
     interleaved(contenders, 1, flush)
     torch.cuda.synchronize()
     started = time.perf_counter()
     interleaved(contenders, 1, flush)
-    return max(5, min(most, int(seconds / (time.perf_counter() - started))))
+    return max(5, min(limit, int(seconds / (time.perf_counter() - started))))
 
 
 def summary(microseconds: list[float]) -> dict[str, float]:
-    """Median, 5th and 95th percentile."""
+    """Return median, 5th and 95th percentile."""
     p5, p95 = np.percentile(microseconds, [5, 95])
     return {"median_us": statistics.median(microseconds), "p5_us": float(p5), "p95_us": float(p95)}
 
 
-def ratio(theirs: list[float], ours: list[float]) -> float:
-    """How many times as fast ours is: the median of the rounds' ratios."""
-    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+def ratio(times: list[float], baseline: list[float]) -> float:
+    """Return the median over the rounds of time over baseline time."""
+    return statistics.median(a / b for a, b in zip(times, baseline, strict=True))
 
 
 # ---- a benchmark's command ----------------------------------------------------------------------------------------
 
 
 def parser(doc: str | None, record: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has; the record is `record`.jsonl."""
-    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--quick", action="store_true", help="only what a claim is about")
-    found.add_argument("--minutes", type=float, default=9.0, help="begin nothing after this; default %(default)s")
-    found.add_argument("--dry-run", action="store_true")
-    found.add_argument("--library", type=Path, help="a library that is already built")
-    found.add_argument("--record", type=Path, default=ROOT / "docs" / "records" / f"{record}.jsonl")
-    return found
+    """Make a parser with the options of all GPU benchmarks; the record is `record`.jsonl."""
+    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--quick", action="store_true", help="measure the cases of the claims only")
+    result.add_argument("--minutes", type=float, default=9.0, help="start no case after this time; default %(default)s")
+    result.add_argument("--dry-run", action="store_true", help="build and list the cases; needs no GPU")
+    result.add_argument("--library", type=Path, help="use this library instead of building one")
+    result.add_argument("--record", type=Path, default=ROOT / "docs" / "records" / f"{record}.jsonl")
+    return result
 
 
 def measure_all(
-    wanted: Sequence[Any],
+    cases: Sequence[Any],
     measure: Callable[[Any], dict[str, Any]],
     verdicts: Callable[[Rows], Rows],
     deadline: float,
     record: Path,
 ) -> Rows:
-    """A row for each of `wanted` until `deadline` (of time.monotonic).
+    """Measure the cases until `deadline` (of time.monotonic); returns a row for each measured one.
 
-    After each row the record is written: all rows so far, and their verdicts.
+    The record, with all rows and their verdicts, is written after each case.
     """
     torch = _torch()
     rows: Rows = []
     record.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
-        for one in wanted:
+        for case in cases:
             if time.monotonic() > deadline:
-                print(f"time is over: {len(wanted) - len(rows)} of {len(wanted)} were not started", flush=True)
+                print(f"time is over: {len(cases) - len(rows)} of {len(cases)} were not started", flush=True)
                 break
-            rows.append(measure(one))
+            rows.append(measure(case))
             record.write_text("".join(json.dumps(row) + "\n" for row in rows + verdicts(rows)), encoding="utf-8")
             gc.collect()
             torch.cuda.empty_cache()
@@ -396,7 +403,7 @@ def measure_all(
 
 
 def conclude(table: str, verdicts: Rows) -> None:
-    """Print both; the exit status is 1 unless the first verdict, that the numbers are right, holds."""
+    """Print table and verdicts and exit, with 1 unless the first verdict, on the errors, holds."""
     print(table)
     for verdict in verdicts:
         word = {True: "HOLDS", False: "FAILS", None: "OPEN "}[verdict["holds"]]

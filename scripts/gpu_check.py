@@ -1,17 +1,17 @@
-"""Check the plugin and the plans on a machine with an NVIDIA GPU, and write what was found to docs/records/gpu.jsonl.
+"""Check the plugin and the plans on a machine with an NVIDIA GPU, and write the results to docs/records/gpu.jsonl.
 
-    python scripts/gpu_check.py --headers DIR     # TensorRT's headers, for the plugin's library
-    python scripts/gpu_check.py --dry-run         # builds, lists the cases, and stops: needs no GPU
+    python scripts/gpu_check.py --headers DIR     # TensorRT's headers, to build the plugin's library
+    python scripts/gpu_check.py --dry-run         # builds and counts the cases; needs no GPU
 
 It builds the library for this GPU with nvcc, then
 
-1. runs every kernel over the case list of the parity suite and more (dilation, causal, head sizes, wide heads), in
-   float32, float16 and bfloat16, on fresh random inputs, outputs poisoned with NaN, against the dense definition in
-   float64; an error may be at most what rounding leaves (`tests/plugins/problems.py` derives it);
-2. runs some of them through the plugin's creator and `enqueue`, as TensorRT does, and inside a captured CUDA graph;
-3. where TensorRT or TensorRT-RTX is installed, builds plans and runs them end to end against PyTorch.
+1. runs both kernels over the cases of the parity suite and more (dilation, causal, head sizes, wide heads), in
+   float32, float16 and bfloat16, on random inputs, with outputs filled with NaN before, against the dense float64
+   definition; `tests/plugins/problems.py` derives the tolerance;
+2. runs some of the cases through the plugin's creator and `enqueue`, as TensorRT does, and in a captured CUDA graph;
+3. builds plans with TensorRT and TensorRT-RTX, if installed, and compares them with PyTorch.
 
-compute-sanitizer runs over it with: compute-sanitizer --tool memcheck python scripts/gpu_check.py --quick
+To run it under compute-sanitizer: compute-sanitizer --tool memcheck python scripts/gpu_check.py --quick
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gpu  # first: it makes lfx and tests importable from a clone
+import gpu  # first: it adds lfx and tests of a clone to sys.path
 import numpy as np
 
 from lfx.parity import Case, full_cases
@@ -40,11 +40,11 @@ Problem = Banded | Global
 
 
 def main() -> None:
-    """Build, check, write the record; exit 1 when anything is wrong."""
+    """Build the library, run the checks and write the record; exits with 1 if a check fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--headers", type=Path, help="the folder of NvInfer.h")
+    parser.add_argument("--headers", type=Path, help="folder of NvInfer.h")
     parser.add_argument("--record", type=Path, default=gpu.ROOT / "docs" / "records" / "gpu.jsonl")
-    parser.add_argument("--quick", action="store_true", help="every tenth case, for compute-sanitizer")
+    parser.add_argument("--quick", action="store_true", help="check every tenth case only, for compute-sanitizer")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     problems = list(cases())[:: 10 if options.quick else 1]
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def cases() -> Iterator[tuple[str, Problem]]:
-    """(precision, problem) of every kernel check."""
+    """Yield the precision and the problem of each kernel check."""
     for precision in PRECISIONS:
         for case in full_cases(8, None):
             yield precision, banded(case, 2, 16, 8, precision=precision)
@@ -84,7 +84,7 @@ def cases() -> Iterator[tuple[str, Problem]]:
 
 
 def check(library: Path, problems: list[tuple[str, Problem]], through_creator: bool) -> list[dict[str, Any]]:
-    """Run every problem; a row for each kernel and precision, and for each that fails."""
+    """Run all problems; returns a row for each op, precision and way of launching it, with the failed problems."""
     import torch
 
     kernels = Kernels(library)
@@ -94,10 +94,10 @@ def check(library: Path, problems: list[tuple[str, Problem]], through_creator: b
         ways = ["launch"]
         if i % 7 == 0:
             ways += ["graph", *(["enqueue"] if through_creator else [])]
-        right = problem.dense()
+        expected = problem.dense()
         for way in ways:
             op = "BandedAttention" if isinstance(problem, Banded) else "GlobalAttention"
-            error = float(np.abs(run(kernels, library, problem, way, torch) - right).max())
+            error = float(np.abs(run(kernels, library, problem, way, torch) - expected).max())
             share = error / problem.tolerance()
             row = rows.setdefault(
                 (op, precision, way), {**about, "op": op, "precision": precision, "way": way, "cases": 0}
@@ -112,23 +112,28 @@ def check(library: Path, problems: list[tuple[str, Problem]], through_creator: b
 
 
 def describe(problem: Problem, error: float) -> dict[str, Any]:
-    """What fails."""
+    """Return the error, tolerance, shapes and attributes of a failed problem."""
     shapes = {name: list(array.shape) for name, array in problem.inputs.items()}
     attributes = {k: v for k, v in vars(problem).items() if k != "inputs"}
     return {"error": error, "tolerance": problem.tolerance(), "shapes": shapes, **attributes}
 
 
 def run(kernels: Kernels, library: Path, problem: Problem, way: str, torch: Any) -> np.ndarray:
-    """One problem on the GPU: by the launch, in a captured graph, or through the creator."""
-    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    kind = kinds[problem.precision]
+    """Run one problem on the GPU.
+
+    Args:
+        way: "launch" calls the launcher, "graph" replays a captured CUDA graph, "enqueue" goes through the creator.
+    Returns:
+        The context, float64.
+    """
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[problem.precision]
     tensors = {}
     for name, array in problem.inputs.items():
-        exact = array if array.dtype == np.int32 else array.astype(np.float32)
-        tensors[name] = torch.from_numpy(exact).to("cuda", torch.int32 if array.dtype == np.int32 else kind)
+        tensor = torch.from_numpy(array if array.dtype == np.int32 else array.astype(np.float32))
+        tensors[name] = tensor.to("cuda", torch.int32 if array.dtype == np.int32 else dtype)
     batch, rows, width = problem.inputs["query"].shape
     size = width // problem.num_heads
-    out = torch.full((batch, rows, width), float("nan"), dtype=kind, device="cuda")
+    out = torch.full((batch, rows, width), float("nan"), dtype=dtype, device="cuda")
     scratch_bytes = kernels.workspace_bytes(batch, rows, problem.num_heads, size)
     scratch = torch.full((scratch_bytes // 4,), float("nan"), device="cuda")
     values: dict[str, Any] = {name: tensor.data_ptr() for name, tensor in tensors.items()}
@@ -165,13 +170,13 @@ def run(kernels: Kernels, library: Path, problem: Problem, way: str, torch: Any)
 
 
 def plans() -> list[dict[str, Any]]:
-    """Plans end to end against PyTorch, where TensorRT and the export side are installed; else a row that says why."""
-    flavors = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-    found = [name for name, module in flavors.items() if importlib.util.find_spec(module) is not None]
-    needed = [m for m in ("transformers", "onnxscript", "onnxruntime", "cuda.bindings") if not _installed(m)]
-    if not found or needed:
-        missing = "no TensorRT" if not found else f"no {', '.join(needed)}"
-        return [{"op": "plans", "passed": True, "skipped": f"{missing} on this machine"}]
+    """Build plans and compare them with PyTorch; a missing package gives one row that names it."""
+    modules = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+    flavors = [name for name, module in modules.items() if importlib.util.find_spec(module) is not None]
+    missing = [m for m in ("transformers", "onnxscript", "onnxruntime", "cuda.bindings") if not _installed(m)]
+    if not flavors or missing:
+        reason = "no TensorRT" if not flavors else f"no {', '.join(missing)}"
+        return [{"op": "plans", "passed": True, "skipped": f"{reason} on this machine"}]
     from lfx.export import export
     from lfx.export.validate import compare_engine
     from lfx.parity import full_cases
@@ -183,20 +188,20 @@ def plans() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="lfx-plans-") as folder:
         module = tiny_model()
         bundle = export(module, Path(folder) / "tiny")
-        for flavor in found:
+        for flavor in flavors:
             for precision in PRECISIONS:
                 for plugin in (True, False):
                     row = {"op": "plan", "flavor": flavor, "precision": precision, "plugin": plugin, "target": target}
                     start = time.perf_counter()
                     try:
-                        ahead = target if flavor == "tensorrt-rtx" else None
+                        # TensorRT builds for the GPU of this machine, and refuses a target.
                         plan = build_engine(
                             bundle,
                             Path(folder) / "tiny.plan",
                             precision=precision,
                             flavor=flavor,
                             plugin=plugin,
-                            target=ahead,
+                            target=target if flavor == "tensorrt-rtx" else None,
                         )
                         with Engine(plan) as engine:
                             report = compare_engine(engine, module, full_cases, lambda step: None)

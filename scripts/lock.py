@@ -1,11 +1,11 @@
-"""Write requirements.lock: every package that `make install` installs, pinned, with its sha256 hashes.
+"""Write requirements.lock: all packages that `make install` installs, pinned, with their sha256 hashes.
 
-    make lock                                # keeps the versions of the lock that is there, where they still fit
-    make lock OPTIONS=--upgrade              # takes the newest; or: OPTIONS='--upgrade-package numpy'
+    make lock                                # keeps the locked versions that still satisfy pyproject.toml
+    make lock OPTIONS=--upgrade              # upgrades all; or: OPTIONS='--upgrade-package numpy'
 
 Versions and hashes are PyPI's, except torch's on Linux: PyPI's build requires gigabytes of CUDA libraries, so the lock
-holds PyTorch's CPU build, which only PyTorch's own index has. To change the version of torch, copy its hashes from
-there to TORCH_CPU, and its version and requirements to [tool.uv] in pyproject.toml.
+holds PyTorch's CPU build, which is on PyTorch's own index only. To change the version of torch, copy its hashes from
+that index to TORCH_CPU, and its version and requirements to [tool.uv] in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
-# Not in the lock: onnxruntime-gpu and onnxruntime are two packages with the same module.
+# Extras that are not locked: onnxruntime-gpu of [gpu] and onnxruntime have the same module.
 LEFT_OUT = {"gpu"}
 TORCH_VERSION = "2.13.0"
 # sha256 of the wheels for Linux on x86-64, as https://download.pytorch.org/whl/cpu/torch/ lists them.
@@ -39,10 +39,12 @@ TORCH_CPU = {
 
 
 def main() -> None:
+    """Write the lock; the arguments are passed to uv."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    wanted = [f"--extra={name}" for name in project["project"]["optional-dependencies"] if name not in LEFT_OUT]
-    wanted += [f"--group={name}" for name in project["dependency-groups"]]
-    command = [sys.executable, "-m", "uv", "--quiet", "pip", "compile", "pyproject.toml", *wanted]
+    extras = project["project"]["optional-dependencies"]
+    selected = [f"--extra={name}" for name in extras if name not in LEFT_OUT]
+    selected += [f"--group={name}" for name in project["dependency-groups"]]
+    command = [sys.executable, "-m", "uv", "--quiet", "pip", "compile", "pyproject.toml", *selected]
     command += ["--universal", "--python-version=3.11", "--generate-hashes", "--custom-compile-command=make lock"]
     status = subprocess.run([*command, f"--output-file={LOCK.name}", *sys.argv[1:]], cwd=ROOT, check=False).returncode
     if status:
@@ -51,7 +53,7 @@ def main() -> None:
 
 
 def with_torch_cpu(lock: str) -> str:
-    """The lock with PyTorch's CPU build for Linux, and PyPI's, which is one too, for other systems."""
+    """Replace the torch of the lock by PyTorch's CPU build on Linux; for other systems PyPI has a CPU build."""
     entry = re.search(r"^torch==(\S+) \\\n((?: +--hash=\S+(?: \\)?\n)+)", lock, re.MULTILINE)
     if entry is None or entry[1] != TORCH_VERSION:
         sys.exit(

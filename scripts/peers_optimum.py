@@ -1,4 +1,4 @@
-"""The optimum-onnx half of peers.py, for an environment of its own: optimum-onnx pins another transformers.
+"""The optimum-onnx part of peers.py, in a separate environment: optimum-onnx pins another transformers version.
 
 python -m venv V && V/bin/pip install torch==2.13.0 optimum-onnx==0.1.0 transformers==4.57.6
 python scripts/peers.py --optimum-python V/bin/python
@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 
 def main(checkpoint: str, cases: str) -> None:
-    """Export the checkpoint, run each stored case, print one line of JSON."""
+    """Export the checkpoint, run each stored case, and print differences and versions as one line of JSON."""
     warnings.simplefilter("ignore")
     from optimum.exporters.onnx import main_export
 
@@ -29,12 +29,12 @@ def main(checkpoint: str, cases: str) -> None:
         stored = np.load(cases)
         differences: list[float | None] = []
         for i in range(len(stored.files) // 3):
-            ids, marks, wanted = (stored[f"{kind}_{i}"] for kind in ("ids", "marks", "wanted"))
-            feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "global_attention_mask": marks}
+            ids, global_mask, expected = (stored[f"{name}_{i}"] for name in ("ids", "global_mask", "expected"))
+            feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "global_attention_mask": global_mask}
             feeds["token_type_ids"] = np.zeros_like(ids)
             try:
-                found = session.run(["last_hidden_state"], {k: v for k, v in feeds.items() if k in names})[0]
-                differences.append(float(np.abs(found - wanted).max()))
+                actual = session.run(["last_hidden_state"], {k: v for k, v in feeds.items() if k in names})[0]
+                differences.append(float(np.abs(actual - expected).max()))
             except Exception:
                 differences.append(None)
     versions = {name: version(name) for name in ("optimum-onnx", "transformers", "torch", "onnxruntime")}

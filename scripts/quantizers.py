@@ -1,11 +1,11 @@
-"""`lfx quantize`, by ONNX Runtime's quantizer, beside NNCF's: base shape, the same text, error and time.
+"""Compare `lfx quantize` (ONNX Runtime's quantizer) with NNCF: base shape, the same text, error and latency.
 
     pip install nncf
     python scripts/quantizers.py        # docs/records/quantizers.jsonl, ten minutes
 
-Each calibrates on every second window of the example document and is judged on the others, beside the float32 model.
-NNCF is run as its documentation has it for transformers, which rounds attention too, and with the nodes of attention
-left out. All weights are kept within 7 bits, since 8 overflow on CPUs without VNNI.
+Each quantizer calibrates on every second window of the example document; the error against the float32 model is
+measured on the others. NNCF runs with the settings of its documentation for transformers, which quantize attention too,
+and again with the attention nodes ignored. All weights have 7 bits, since 8 bits overflow on CPUs without VNNI.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ from lfx.runtime.tokenizer import Tokenizer
 
 LENGTH, WINDOWS, ROUNDS = 512, 16, 7
 OUTPUT = "last_hidden_state"
-# The inliner's names for the nodes of a function's body, which is where attention is.
+# The inliner's names for the nodes of a function body, which are the attention.
 ATTENTION = r"n\d+__\d+"
 
 
 def main() -> None:
-    """Quantize, judge, time, and write the record."""
+    """Quantize, measure error and latency, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     threads = parser.parse_args().threads
     with tempfile.TemporaryDirectory(prefix="lfx-quantizers-") as name:
         folder = Path(name)
         fp32 = export(save_base_checkpoint(folder / "checkpoint"), folder / "fp32")
-        exact = Engine(fp32, threads=threads)
-        windows = text_windows(fp32, exact)
+        float_engine = Engine(fp32, threads=threads)
+        windows = text_windows(fp32, float_engine)
         runs = contenders(fp32, windows[::2], folder, threads)
         rows = measure(runs, [LENGTH], [1], rounds=ROUNDS, vocab_size=50000)
         about = {**record.environment(), "nncf": nncf.__version__, "shape": "longformer-base", "threads": threads}
-        right = np.concatenate([exact.run(ids)[OUTPUT].ravel() for ids in windows[1::2]])
+        expected = np.concatenate([float_engine.run(ids)[OUTPUT].ravel() for ids in windows[1::2]])
         for row in rows:
-            found = np.concatenate([runs[row["contender"]](ids).ravel() for ids in windows[1::2]])
-            row["cosine"] = float(found @ right / np.sqrt((found @ found) * (right @ right)))
-            row["max_abs_error"] = float(np.abs(found - right).max())
+            actual = np.concatenate([runs[row["contender"]](ids).ravel() for ids in windows[1::2]])
+            row["cosine"] = float(actual @ expected / np.sqrt((actual @ actual) * (expected @ expected)))
+            row["max_abs_error"] = float(np.abs(actual - expected).max())
             print(
                 row["contender"], f"{row['cosine']:.5f} {row['max_abs_error']:.3f} {row['p50_ms']:.0f} ms", flush=True
             )
@@ -62,18 +62,18 @@ def main() -> None:
 
 
 def text_windows(bundle: Path, engine: Engine) -> list[np.ndarray]:
-    """Windows of the example document, (1, LENGTH) each."""
+    """Return the windows of the example document, each (1, LENGTH) ids."""
     ids = [
         token
         for line in DOCUMENT.read_text(encoding="utf-8").splitlines()
         if line.strip()
         for token in Tokenizer(bundle, engine.signature).encode(line).ids
     ]
-    return [np.array([ids[at * LENGTH : (at + 1) * LENGTH]]) for at in range(WINDOWS)]
+    return [np.array([ids[i * LENGTH : (i + 1) * LENGTH]]) for i in range(WINDOWS)]
 
 
 def contenders(fp32: Path, calibration: list[np.ndarray], folder: Path, threads: int) -> dict[str, Run]:
-    """Name -> last_hidden_state of ids; the first is what the times are compared with."""
+    """Return the contenders: name -> a function from ids to last_hidden_state; times are relative to the first."""
     text = folder / "windows.jsonl"  # `lfx quantize` calibrates on every second line
     lines = itertools.chain.from_iterable((ids, ids) for ids in calibration)
     text.write_text("".join(json.dumps({"input_ids": ids[0].tolist()}) + "\n" for ids in lines), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What every benchmark record carries, and how it is written to its JSONL file."""
+"""Reading and writing the benchmark records, and the description of the machine in each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "numpy"
 
 
 def environment() -> dict[str, Any]:
-    """Hardware, versions and commit of this run."""
+    """Return date, commit, hardware and versions of this run."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--", "*.py") else ""),
@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Make `rows` the content of the file `name`.jsonl, and return its path."""
+    """Replace the rows of the file `name`.jsonl, and return its path."""
     RECORDS.mkdir(parents=True, exist_ok=True)
     path = RECORDS / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -38,18 +38,18 @@ def write(name: str, rows: list[dict[str, Any]]) -> Path:
 
 
 def update(name: str, row: dict[str, Any], key: tuple[str, ...]) -> Path:
-    """Put `row` into the file `name`.jsonl, in the place of the row with the same values under `key`."""
+    """Add `row` to the file `name`.jsonl, replacing a row with the same values of `key`, and sort the rows by `key`."""
     old = read(name) if (RECORDS / f"{name}.jsonl").exists() else []
     kept = [other for other in old if any(other.get(k) != row[k] for k in key)]
-    return write(name, sorted([*kept, row], key=lambda found: tuple(found[k] for k in key)))
+    return write(name, sorted([*kept, row], key=lambda item: tuple(item[k] for k in key)))
 
 
 def read(name: str) -> list[dict[str, Any]]:
-    """The records of a file, oldest first."""
+    """Return the rows of the file `name`.jsonl, in its order."""
     lines = (RECORDS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 def _git(*arguments: str) -> str:
-    found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT)
-    return found.stdout.strip()
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT)
+    return done.stdout.strip()

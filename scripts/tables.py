@@ -1,7 +1,7 @@
 """Write the tables and the chart of README and docs from docs/records: `python scripts/tables.py [--check]`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written, and the exit status
-is 1 where a table is not what the records say.
+A table is the text between `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written, and the exit
+status is 1 if a table differs from the records.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ def _hardware(row: dict[str, Any]) -> str:
 
 
 def cpu() -> str:
-    """Latency, speed-up and memory beside Hugging Face eager."""
-    found = record.read("cpu")
+    """Make the table of latency, speed-up and memory against Hugging Face eager."""
+    records = record.read("cpu")
     peaks = {(row["seqlen"], row["contender"]): row["peak_bytes"] / 1e9 for row in record.read("memory")}
     rows = []
-    for row in found:
+    for row in records:
         eager, ours = row["contenders"]["huggingface-eager"], row["contenders"]["lfx-onnxruntime"]
         rows.append(
             [
                 f"{row['seqlen']:,}",
                 f"{row['globals']}",
-                f"{eager['median_ms'] / 1000:.2f} s",
-                f"{ours['median_ms'] / 1000:.2f} s",
+                _time(eager["median_ms"]),
+                _time(ours["median_ms"]),
                 f"**{row['speedup']:.2f}**",
                 f"{ours['tokens_per_second']:,.0f}",
                 " / ".join(f"{peaks[row['seqlen'], name]:.2f}" for name in row["contenders"]) + " GB",
@@ -53,12 +53,16 @@ def cpu() -> str:
         )
     header = ["tokens", "globals", "Hugging Face eager", "lfx", "times as fast", "lfx tokens/s"]
     header += ["peak memory, HF / lfx", "largest difference"]
-    note = f"\nBase shape, fp32, batch 1, {found[0]['threads']} threads. {_hardware(found[0])}.\n"
-    return _rows(header, rows) + note + _growth(found)
+    note = f"\nBase shape, fp32, batch 1, {records[0]['threads']} threads. {_hardware(records[0])}.\n"
+    return _rows(header, rows) + note + _growth(records)
 
 
-def _growth(found: list[dict[str, Any]]) -> str:
-    times = {(r["seqlen"], r["globals"]): r["contenders"]["lfx-onnxruntime"]["median_ms"] for r in found}
+def _time(milliseconds: float) -> str:
+    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.2f} s"
+
+
+def _growth(records: list[dict[str, Any]]) -> str:
+    times = {(r["seqlen"], r["globals"]): r["contenders"]["lfx-onnxruntime"]["median_ms"] for r in records}
     if not {(4096, 1), (16384, 1)} <= set(times):
         return ""
     ratio = times[16384, 1] / times[4096, 1]
@@ -66,7 +70,7 @@ def _growth(found: list[dict[str, Any]]) -> str:
 
 
 def export() -> str:
-    """What an export costs."""
+    """Make the table of an export's time and memory."""
     rows = [
         [
             f"{row['max_seqlen']:,}",
@@ -83,10 +87,10 @@ def export() -> str:
 
 
 def peers() -> str:
-    """Nine cases for every tool that could be run."""
-    found = record.read("peers")
+    """Make the table of the nine cases with each tool."""
+    records = record.read("peers")
     by_tool: dict[str, dict[str, Any]] = {}
-    for row in found:
+    for row in records:
         by_tool.setdefault(row["tool"], row)
     rows = []
     for tool, row in by_tool.items():
@@ -96,15 +100,17 @@ def peers() -> str:
         else:
             crashed = f", {row['crashed']} crash" if row["crashed"] else ""
             result = f"largest difference {row['max_difference']:.1e}{crashed}"
-        name = f"**{tool}**" if tool == "lfx" else f"{tool} {version}"
+        name = f"**{tool}**" if tool == "lfx" else f"{tool} {version}".rstrip()
         rows.append([name, f"{row['right']} of {row['cases']}", result])
-    note = f"\n{found[0]['cases']} cases of length, batch and global tokens on a two-layer random Longformer, right = "
-    note += f"within {found[0]['tolerance']:g} of Hugging Face eager fp32. {_hardware(found[0])}.\n"
+    note = (
+        f"\n{records[0]['cases']} cases of length, batch and global tokens on a two-layer random Longformer, right = "
+    )
+    note += f"within {records[0]['tolerance']:g} of Hugging Face eager fp32. {_hardware(records[0])}.\n"
     return _rows(["tool", "right", "what happened"], rows) + note
 
 
 def documents() -> str:
-    """Mixed lengths, and many threads; what has been measured of them."""
+    """Make the paragraphs about mixed lengths and many threads."""
     lines = []
     for row in record.read("mixed"):
         rates = row["tokens_per_second"]
@@ -126,90 +132,108 @@ def documents() -> str:
 
 
 def backends() -> str:
-    """Seconds of every contender, and how many times as fast as the first it is."""
-    found = record.read("backends")
-    names = list(dict.fromkeys(row["contender"] for row in found))
+    """Make a table per CPU: seconds of each contender, and its speed relative to the first."""
+    records = record.read("backends")
+    return "\n".join(_backends([row for row in records if row["cpu"] == cpu]) for cpu in _cpus(records))
+
+
+def _cpus(records: list[dict[str, Any]]) -> list[str]:
+    """Return the CPUs of the records, the latest measured first."""
+    dates = {row["cpu"]: row["date"] for row in sorted(records, key=lambda row: row["date"])}
+    return sorted(dates, key=dates.__getitem__, reverse=True)
+
+
+def _backends(records: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(row["contender"] for row in records))
     names.sort(key=lambda name: (name.startswith("lfx"), name.rpartition(" ")[2] != "fp32", name))
-    by_place = {(row["batch"], row["seqlen"], row["contender"]): row for row in found}
+    by_cell = {(row["batch"], row["seqlen"], row["contender"]): row for row in records}
     rows = []
-    for batch, seqlen in sorted({(row["batch"], row["seqlen"]) for row in found}):
+    for batch, seqlen in sorted({(row["batch"], row["seqlen"]) for row in records}):
         cells = [f"{batch}", f"{seqlen:,}"]
         for name in names:
-            row = by_place.get((batch, seqlen, name))
+            row = by_cell.get((batch, seqlen, name))
             cells.append(f"{row['p50_ms'] / 1000:.2f} s, {1 / row['times_the_first']:.2f}" if row else "")
         rows.append(cells)
     rounds = {
-        batch: sorted({r["rounds"] for r in found if r["batch"] == batch}) for batch in (r["batch"] for r in found)
+        batch: sorted({r["rounds"] for r in records if r["batch"] == batch}) for batch in (r["batch"] for r in records)
     }
     turns = ", ".join(f"{' or '.join(map(str, counts))} at batch {batch}" for batch, counts in rounds.items())
-    note = f"\nBase shape, {found[0]['threads']} threads, no global tokens. Seconds, and how many times as fast as "
+    note = f"\nBase shape, {records[0]['threads']} threads, no global tokens. Seconds, and how many times as fast as "
     note += f"{names[0]} in the same run, not the same for all cells; medians of turns ({turns}). "
-    note += f"{_hardware(found[0])}, OpenVINO {found[0]['versions']['openvino']}.\n"
+    note += f"{_hardware(records[0])}, OpenVINO {records[0]['versions']['openvino']}.\n"
     return _rows(["batch", "tokens", *names], rows) + note
 
 
 def blocks() -> str:
-    """Time by the number of queries in a block."""
-    found = record.read("blocks")
-    sizes = sorted({row["block"] for row in found})
-    times = {(row["backend"], row["block"]): row["p50_ms"] / 1000 for row in found}
+    """Make the table of latency by the number of queries in a block."""
+    records = record.read("blocks")
+    sizes = sorted({row["block"] for row in records})
+    times = {(row["backend"], row["block"]): row["p50_ms"] / 1000 for row in records}
     rows = []
-    for backend in dict.fromkeys(row["backend"] for row in found):
+    for backend in dict.fromkeys(row["backend"] for row in records):
         rows.append([backend, *(f"{times[backend, size]:.2f} s" for size in sizes)])
-    note = f"\nOne sequence of {found[0]['seqlen']:,} tokens, medians of {found[0]['rounds']} turns. "
-    note += f"{_hardware(found[0])}.\n"
+    note = f"\nOne sequence of {records[0]['seqlen']:,} tokens, medians of {records[0]['rounds']} turns. "
+    note += f"{_hardware(records[0])}.\n"
     return _rows(["queries in a block", *map(str, sizes)], rows) + note
 
 
 def attention() -> str:
-    """One layer's attention, as nodes and as one operator."""
-    found = record.read("attention")
-    rows = [[row["contender"], f"{row['p50_ms']:.0f} ms ({row['p5_ms']:.0f} to {row['p95_ms']:.0f})"] for row in found]
-    note = (
-        f"\nMedian (5th to 95th percentile) of {found[0]['rounds']} turns; {found[0]['seqlen']:,} tokens of the base "
-    )
-    note += f"shape, {found[0]['threads']} threads. {_hardware(found[0])}.\n"
+    """Make the table of one layer's attention, as nodes and as one operator."""
+    records = record.read("attention")
+    rows = [
+        [row["contender"], f"{row['p50_ms']:.0f} ms ({row['p5_ms']:.0f} to {row['p95_ms']:.0f})"] for row in records
+    ]
+    note = f"\nMedian (5th to 95th percentile) of {records[0]['rounds']} turns; {records[0]['seqlen']:,} tokens "
+    note += f"of the base shape, {records[0]['threads']} threads. {_hardware(records[0])}.\n"
     return _rows(["attention of one layer", "ONNX Runtime"], rows) + note
 
 
 def quantizers() -> str:
-    """What two quantizers cost and gain."""
-    found = record.read("quantizers")
+    """Make the table of the quantizers' errors and latencies."""
+    records = record.read("quantizers")
     rows = [
         [row["contender"], f"{row['cosine']:.5f}", f"{row['max_abs_error']:.3f}", f"{row['p50_ms']:.0f} ms"]
-        for row in found
+        for row in records
     ]
-    half, seqlen = found[0]["windows"] // 2, found[0]["seqlen"]
+    half, seqlen = records[0]["windows"] // 2, records[0]["seqlen"]
     note = f"\nBase shape, random weights; {half} windows of {seqlen} tokens calibrate, and {half} others are compared "
-    note += f"with float32. {_hardware(found[0])}, OpenVINO {found[0]['versions']['openvino']}, "
-    note += f"NNCF {found[0]['nncf']}.\n"
+    note += f"with float32. {_hardware(records[0])}, OpenVINO {records[0]['versions']['openvino']}, "
+    note += f"NNCF {records[0]['nncf']}.\n"
     return _rows(["", "cosine", "largest error", "one window"], rows) + note
 
 
 def profile() -> str:
-    """Where the time goes, and what that leaves to gain."""
-    found = record.read("profile")
-    contenders = {"onnxruntime": "lfx, ONNX Runtime fp32", "openvino": "lfx, OpenVINO fp32"}
+    """Make a table per CPU: share of each part of the model in the latency, and the upper bound on the speed."""
+    records = record.read("profile")
+    return "\n".join(_profile([row for row in records if row["cpu"] == cpu]) for cpu in _cpus(records))
+
+
+def _profile(records: list[dict[str, Any]]) -> str:
+    libraries = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
     ratios = {
-        (r["seqlen"], r["contender"]): 1 / r["times_the_first"] for r in record.read("backends") if r["batch"] == 1
+        (r["seqlen"], r["contender"]): 1 / r["times_the_first"]
+        for r in record.read("backends")
+        if r["batch"] == 1 and r["cpu"] == records[0]["cpu"]
     }
-    parts = list(found[0]["shares"])
+    parts = list(records[0]["shares"])
     rows = []
-    for row in found:
-        ratio = ratios[row["seqlen"], contenders[row["backend"]]]
+    for row in records:
+        name = f"{libraries[row['backend']]} {row['precision']}"
+        ratio = ratios[row["seqlen"], f"lfx, {name}"]
         shares = [f"{row['shares'][part]:.0%}" for part in parts]
         limit = f"{ratio / row['shares']['linear layers']:.2f}"
-        rows.append([f"{row['seqlen']:,}", row["backend"], *shares, f"{ratio:.2f}", limit])
-    note = f"\nOne sequence, float32, {found[0]['threads']} threads; the ratios are of the table above. "
-    note += f"{_hardware(found[0])}, "
-    note += f"OpenVINO {found[0]['versions']['openvino']}.\n"
+        rows.append([f"{row['seqlen']:,}", name, *shares, f"{ratio:.2f}", limit])
+    note = f"\nOne sequence, {records[0]['threads']} threads; the ratios are of the table above. "
+    note += f"{_hardware(records[0])}, "
+    note += f"OpenVINO {records[0]['versions']['openvino']}.\n"
     header = ["tokens", "backend", *parts, "times as fast as Hugging Face", "if the linear layers were all"]
     return _rows(header, rows) + note
 
 
 def chart() -> None:
-    """Draw tokens per second over length, of every contender."""
-    plot(record.read("backends"), ROOT / "docs" / "figures" / "throughput.png")
+    """Plot tokens per second over length, of all contenders on the latest measured CPU."""
+    records = record.read("backends")
+    plot([row for row in records if row["cpu"] == _cpus(records)[0]], ROOT / "docs" / "figures" / "throughput.png")
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -226,19 +250,19 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def main() -> int:
-    """Rewrite the pages and the chart, or check the pages."""
+    """Write the tables and the chart, or check the tables; returns the exit status."""
     if "--check" not in sys.argv:
         chart()
     stale = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        fresh = _BLOCK.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
-        if fresh != text:
+        updated = _BLOCK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+        if updated != text:
             stale.append(page.name)
             if "--check" not in sys.argv:
-                page.write_text(fresh, encoding="utf-8")
+                page.write_text(updated, encoding="utf-8")
     if "--check" in sys.argv and stale:
-        print(f"not what the records say: {', '.join(stale)}; run: python scripts/tables.py")
+        print(f"tables differ from the records in {', '.join(stale)}; run: python scripts/tables.py")
         return 1
     return 0
 

@@ -156,3 +156,28 @@ def test_a_cut_or_changed_file_is_read_or_refused(bundle: MakeBundle, tmp_path: 
         except ArtifactError:
             refused += 1
     assert refused > 10
+
+
+def test_a_field_number_that_protobuf_would_cut_is_refused(tmp_path: Path) -> None:
+    # external_data of a tensor under the tag 13 << 3 | 2, with a bit above the 32 that protobuf's parser keeps.
+    content = model_with_weights_everywhere().SerializeToString()
+    entry = external("a", "graph.bin").external_data[1].SerializeToString()
+    hidden = bytes([0x6A | 0x80, 0x80, 0x80, 0x80, 0x10, len(entry)]) + entry
+    field = bytes([0x6A, len(entry)]) + entry
+    assert field in content
+    (tmp_path / "m.onnx").write_bytes(hidden)
+    with pytest.raises(ArtifactError, match="a field of number 536870925"):
+        read_header(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("where", ["call", "default"])
+def test_a_function_that_takes_a_graph_is_refused(where: str, tmp_path: Path) -> None:
+    branch = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "branch", [], [])
+    function = helper.make_function("x", "F", ["c"], ["y"], [helper.make_node("If", ["c"], ["y"])], [])
+    call = helper.make_node("F", ["c"], ["y"], domain="x", **({"body": branch} if where == "call" else {}))
+    if where == "default":
+        function.attribute_proto.append(helper.make_attribute("body", branch))
+    model = helper.make_model(helper.make_graph([call], "g", [], []), functions=[function])
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match="a function takes a graph"):
+        read_header(tmp_path / "m.onnx")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -71,7 +73,7 @@ def test_every_package_that_lfx_imports_is_a_dependency() -> None:
     distributions = importlib.metadata.packages_distributions()
     declared = {canonicalize_name(requirement.name) for name in DEPENDENCIES for requirement in requirements(name)}
     for folder in ("src/lfx", "export", "runtime"):
-        for file in (ROOT / folder).glob("*.py"):
+        for file in (ROOT / folder).rglob("*.py"):
             for module in imported(ast.parse(file.read_text())):
                 owners = {canonicalize_name(owner) for owner in distributions.get(module, [])}
                 assert not owners or owners & (declared | {"longformer-lfx"}), f"{file}: {module}"
@@ -153,12 +155,68 @@ def test_make_says_that_there_is_no_such_python() -> None:
     assert found.stderr.startswith("no-python was not found; try: make PYTHON=python3.11")
 
 
-def test_ci_runs_make_targets_with_pinned_actions_and_may_only_read() -> None:
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+@pytest.mark.parametrize("name", ["test", "release"])
+def test_workflows_run_make_targets_with_pinned_actions_and_may_only_read(name: str) -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())
     assert workflow["permissions"] == {"contents": "read"}
     targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
-    runs = [step["run"] for step in steps if "run" in step]
-    assert set(runs) >= {"make check", "make test", "make test-lowest"}
+    runs = [step["run"] for step in steps if step.get("run", "").startswith("make ")]
+    assert set(runs) >= ({"make check", "make test", "make test-lowest"} if name == "test" else {"make dist"})
     assert {run.removeprefix("make ") for run in runs} <= targets
     assert all(re.search(r"@[0-9a-f]{40}$", step["uses"]) for step in steps if "uses" in step)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a wheel is built from."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("build_backend", "export", "plugins", "runtime", "src"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "_lib"))
+    for name in ("CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def build_wheel(checkout: Path, wheels: Path) -> subprocess.CompletedProcess[str]:
+    """Build without a CUDA compiler on the PATH."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    environment.pop("CUDACXX", None)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(wheels),
+        ".",
+    ]
+    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.mark.skipif(any(Path(folder, "nvcc").exists() for folder in ("/usr/bin", "/bin")), reason="nvcc is in /usr/bin")
+def test_a_wheel_without_the_plugin_is_pure_python_and_has_both_linked_folders(checkout: Path, tmp_path: Path) -> None:
+    done = build_wheel(checkout, tmp_path)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as found:
+        assert {"lfx/cli/__init__.py", "lfx/export/exporter.py", "lfx/runtime/engine.py"} <= set(found.namelist())
+
+
+@pytest.mark.parametrize("name", ["export", "runtime"])
+def test_a_checkout_without_symbolic_links_says_so(name: str, checkout: Path, tmp_path: Path) -> None:
+    link = checkout / "src" / "lfx" / name
+    target = link.readlink()
+    link.unlink()
+    link.write_text(str(target))  # as git has it on Windows
+    try:
+        done = build_wheel(checkout, tmp_path)
+    finally:
+        link.unlink()
+        link.symlink_to(target)
+    assert done.returncode != 0
+    assert f"{Path('src/lfx') / name} is no folder: this checkout has no symbolic links" in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The domain of the ops, and what their bodies share."""
+"""The ONNX domain of the ops, and the mask fill value of their bodies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ DOMAIN = "lfx"
 VERSION = 1
 lfx = Opset(DOMAIN, VERSION)
 
-# Added to the score of a key that must not be seen. The lowest finite float32, as Hugging Face has it: with -inf a
-# query that sees nothing would be NaN.
-HIDDEN = -3.4028234663852886e38
+# Mask fill value, added to the score of a masked key. It is the lowest finite float32, as in Hugging Face: with -inf,
+# softmax over masked keys only would be NaN.
+MASK_FILL = -3.4028234663852886e38

@@ -1,1 +1,1 @@
-"""Graph passes over onnx_ir models, one a file; each changes the model in place and says whether it did."""
+"""Graph passes over onnx_ir models, one per file; each changes the model in place and returns whether it did."""

@@ -1,4 +1,4 @@
-"""One initializer for each small constant, named after its value."""
+"""Graph pass: merge equal constants into one initializer, named after its value."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import onnx_ir as ir
 
 
 def share_constants(model: ir.Model, weights: set[str]) -> bool:
-    """Merge equal constants and call them `constant/int64_1`, `constant/float_0.5`, `constant/int64_2x3`.
+    """Merge equal constants and name them `constant/int64_1`, `constant/float_0.5` or, by shape, `constant/int64_2x3`.
 
     Args:
-        weights: names of initializers that are the model's own, and stay as they are.
+        weights: names of the initializers that are not changed.
+    Returns:
+        Whether the model was changed.
     """
     initializers = model.graph.initializers
     first: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
@@ -30,20 +32,19 @@ def share_constants(model: ir.Model, weights: set[str]) -> bool:
             continue
         first[key] = value
         label = (
-            # float, since a bfloat16 of ml_dtypes before 0.6 takes no format.
+            # float(): a bfloat16 of ml_dtypes before 0.6 has no __format__.
             "_".join(f"{float(item):g}" for item in array.reshape(-1))
             if array.size <= 4
             else "x".join(map(str, array.shape))
         )
         rank = f"[{array.size}]" if array.ndim and array.size <= 4 else ""
-        wanted = f"constant/{tensor.dtype.name.lower()}{rank}_{label}"
-        value.name = _free(wanted, taken)
+        value.name = _unique(f"constant/{tensor.dtype.name.lower()}{rank}_{label}", taken)
         taken.add(value.name)
     return changed
 
 
-def _free(name: str, taken: set[str]) -> str:
-    """The name, or with a number after it the first that is not taken."""
+def _unique(name: str, taken: set[str]) -> str:
+    """Return the name, with the lowest number appended that makes it unique if it is taken."""
     if name not in taken:
         return name
     return next(numbered for i in itertools.count(1) if (numbered := f"{name}_{i}") not in taken)

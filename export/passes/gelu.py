@@ -1,4 +1,4 @@
-"""Write GELU in the order that runtimes recognise and fuse."""
+"""Graph pass: write GELU in the form that runtimes fuse."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import onnx_ir as ir
 
 
 def reorder_gelu(model: ir.Model) -> bool:
-    """Turn `x · (0.5 · (1 + erf(x / √2)))`, as torch.onnx writes it, into `(x · (1 + erf(x / √2))) · 0.5`.
+    """Rewrite `x · (0.5 · (1 + erf(x / √2)))`, torch.onnx's form, as `(x · (1 + erf(x / √2))) · 0.5`.
 
-    ONNX Runtime fuses the second form only. Halving is exact, so the numbers stay the same.
+    ONNX Runtime fuses only the second form. Multiplication by 0.5 is exact, so the results are bit-identical.
+
+    Returns:
+        Whether the model was changed.
     """
     changed = False
     for outer in model.graph:

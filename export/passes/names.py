@@ -1,4 +1,4 @@
-"""Names that a reader of the graph finds again in the model: `encoder.layer.0.attention.self.query/MatMul`."""
+"""Graph passes: name nodes after torch modules, as in `encoder.layer.0.attention.self.query/MatMul`, and name axes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ def name_after_modules(model: ir.Model, prefix: str) -> bool:
     """Name nodes and their outputs after the module that they were traced from.
 
     Args:
-        model: a graph from torch.onnx, its nodes carrying the module scopes as metadata. A node without them
-            (from an inlined helper) takes the scope of the node before it.
-        prefix: the attribute path to cut from the front of every scope, such as `model.`.
+        model: a graph from torch.onnx, whose nodes have the module scopes as metadata. A node without them (from an
+            inlined helper) takes the scope of the previous node.
+        prefix: the attribute path that is removed from the start of each scope, such as `model.`.
+    Returns:
+        True: the model is always changed.
     """
     kept = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
     seen: Counter[str] = Counter()
@@ -41,7 +43,13 @@ def name_after_modules(model: ir.Model, prefix: str) -> bool:
 
 
 def rename_dimensions(model: ir.Model, known: set[str], unknown: str) -> bool:
-    """Give every dimension that torch.onnx made up (`u0`, `s7`) the name `unknown`; expressions become anonymous."""
+    """Rename the symbolic dimensions that torch.onnx generated (`u0`, `s7`) to `unknown`; expressions lose their name.
+
+    Args:
+        known: names that are kept.
+    Returns:
+        Whether the model was changed.
+    """
     changed = False
     for value in _values(model.graph):
         if value.shape is None:

@@ -1,4 +1,4 @@
-"""Bring a graph of opset 18, which torch.onnx writes, to the opset that was asked for."""
+"""Graph pass: convert a graph from opset 18, which torch.onnx writes, to the requested opset."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ TRACED = 18
 def set_opset(model: ir.Model, opset: int) -> bool:
     """Convert the standard-domain nodes of `model`, which has no functions yet, from opset 18 to `opset`.
 
+    Returns:
+        Whether the model was changed.
     Raises:
-        ExportError: a node has no equal in `opset`.
+        ExportError: a node has no equivalent in `opset`.
     """
     if opset == TRACED:
         return False
@@ -39,7 +41,7 @@ def set_opset(model: ir.Model, opset: int) -> bool:
 
 
 def _lower(node: ir.Node) -> None:
-    """One node from opset 18 to 17. Ops that did not change between the two are left alone."""
+    """Convert one node from opset 18 to 17; an op that is the same in both is not changed."""
     try:
         since = onnx.defs.get_schema(node.op_type, TRACED, "").since_version
     except onnx.defs.SchemaError as error:
@@ -67,7 +69,7 @@ def _axes_to_attribute(node: ir.Node) -> None:
         raise ExportError(f"{node.name}: {node.op_type} without axes needs opset {TRACED}; use --opset 18")
 
 
-def _equal_split(node: ir.Node) -> None:
+def _remove_num_outputs(node: ir.Node) -> None:
     count = node.attributes.pop("num_outputs", None)
     if count is None or (len(node.inputs) > 1 and node.inputs[1] is not None):
         return
@@ -78,22 +80,24 @@ def _equal_split(node: ir.Node) -> None:
         raise ExportError(f"{node.name}: Split of {size} into {count.as_int()} needs opset {TRACED}; use --opset 18")
 
 
-def _same_without_axes(node: ir.Node) -> None:
+def _check_no_axes(node: ir.Node) -> None:
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         raise ExportError(f"{node.name}: Pad with axes needs opset {TRACED}; use --opset 18")
 
 
-def _same_without_extremes(node: ir.Node) -> None:
+def _check_no_min_max(node: ir.Node) -> None:
     reduction = node.attributes["reduction"].as_string() if "reduction" in node.attributes else "none"
     if reduction in ("max", "min"):
-        raise ExportError(f"{node.name}: {node.op_type} with reduction {reduction} needs opset {TRACED}")
+        raise ExportError(
+            f"{node.name}: {node.op_type} with reduction {reduction} needs opset {TRACED}; use --opset {TRACED}"
+        )
 
 
 _REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 _LOWER: dict[str, Callable[[ir.Node], None]] = {
-    **{f"Reduce{kind}": _axes_to_attribute for kind in _REDUCTIONS},
-    "Split": _equal_split,
-    "Pad": _same_without_axes,
-    "ScatterElements": _same_without_extremes,
-    "ScatterND": _same_without_extremes,
+    **{f"Reduce{reduction}": _axes_to_attribute for reduction in _REDUCTIONS},
+    "Split": _remove_num_outputs,
+    "Pad": _check_no_axes,
+    "ScatterElements": _check_no_min_max,
+    "ScatterND": _check_no_min_max,
 }

@@ -1,4 +1,4 @@
-"""Store the weight of a linear layer the way MatMul reads it, so that no Transpose is left to run or to fold."""
+"""Graph pass: store the weight of a linear layer transposed, as MatMul reads it, and remove its Transpose node."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import onnx_ir as ir
 
 
 def transpose_weights(model: ir.Model) -> bool:
-    """Replace `Transpose(weight)` by a weight that is stored transposed, under the name `<weight>.T`.
+    """Replace `Transpose(weight)` by an initializer `<weight>.T`, which holds the transposed weight.
 
-    A weight with another reader (a decoder tied to the word embeddings) keeps its one copy and its Transpose.
-    The new tensor is lazy: it is computed when it is written, one at a time.
+    A weight that other ops read too (a decoder tied to the word embeddings) keeps its Transpose, so that it is stored
+    once. The new tensor is lazy: each is computed when it is written, so that one at a time is in memory.
+
+    Returns:
+        Whether the model was changed.
     """
     initializers = model.graph.initializers
     changed = False

@@ -1,4 +1,4 @@
-"""What int8 costs: the quantized model beside the float32 bundle, on held-out text."""
+"""Measuring the accuracy of an int8 model against the float32 bundle, on held-out text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Progress = Callable[[str], None]
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """What the manifest records of a comparison."""
+    """Return the manifest's entry `accuracy` for a comparison."""
     outputs = {}
     for name, result in report.outputs.items():
         agreement = {"label_agreement": result.label_agreement()} if result.labels else {}
@@ -36,14 +36,20 @@ def summary(report: Report) -> dict[str, Any]:
 def measure_accuracy(
     bundle: Path, model: Path, held_out: list[Feeds], signature: Signature, progress: Progress
 ) -> Report:
-    """The int8 model beside the float32 bundle; the witness is the same graph with its integers computed in float32."""
+    """Compare an int8 model with its float32 bundle.
+
+    The witness is the int8 graph, run without fusion to integer kernels: its MatMuls compute in float32.
+
+    Args:
+        held_out: windows that were not used for calibration.
+    """
     cases = iter(held_out)
     unfused = OnnxRuntime(model, "cpu", None, fused=False)
-    with Engine(bundle, "onnxruntime") as right, Engine(model, "onnxruntime") as quantized:
+    with Engine(bundle, "onnxruntime") as original, Engine(model, "onnxruntime") as quantized:
         return compare(
             [Case(1, feeds["input_ids"].shape[1], "the task's") for feeds in held_out],
             lambda case: next(cases),
-            reference=engine_runner(right),
+            reference=engine_runner(original),
             witness=unfused.infer,
             candidate=engine_runner(quantized),
             precision="int8",

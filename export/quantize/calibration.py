@@ -1,4 +1,4 @@
-"""The windows of the user's text that calibrate an int8 model, and those that judge it."""
+"""Reading windows of text, for calibration of an int8 model and for measuring its accuracy."""
 
 from __future__ import annotations
 
@@ -17,38 +17,50 @@ from lfx.runtime.documents import encoded, is_documents
 from lfx.runtime.inputs import prepare
 from lfx.signature import Signature
 
-SHORTEST = 64  # tokens of a window that a short text is cut into
+SHORTEST = 64  # shortest window, in tokens, that a text is cut into to get more windows
 Feeds = dict[str, NDArray[np.int64]]
 
 
 def read_calibration(
     source: Path, signature: Signature, folder: Path, samples: int
 ) -> tuple[list[Feeds], dict[str, Any]]:
-    """The windows of a calibration file as graph inputs, and what they were."""
+    """Read windows of a calibration file as graph inputs.
+
+    Args:
+        source: a text file, .jsonl or .parquet.
+        folder: holds the tokenizer.
+        samples: largest number of windows, spread evenly over the file.
+    Returns:
+        The windows, and the manifest's entry `calibration`: file, SHA-256, number of windows and of tokens.
+    Raises:
+        ExportError: the file has fewer than two windows.
+        InputError: the file cannot be read, or the model cannot take a document in it.
+    """
     limited = signature
     lengths = [len(window.ids) for window in encoded(source, limited, folder)]
-    if len(lengths) < samples and not is_documents(source):  # of a short text, more windows and shorter ones
+    if len(lengths) < samples and not is_documents(source):  # cut a short text into more, shorter windows
         shorter = max(sum(lengths) // samples, SHORTEST)
         limited = dataclasses.replace(signature, max_seqlen=min(shorter, signature.max_seqlen or shorter))
         lengths = [len(window.ids) for window in encoded(source, limited, folder)]
     if len(lengths) < 2:
         raise ExportError(
-            f"{source} gives {len(lengths)} windows of text; 2 are needed at least, to calibrate and to judge"
+            f"{source} gives {len(lengths)} windows of text; give a text of 2 or more: one calibrates, one measures "
+            "the accuracy"
         )
-    # Read again, so that only the chosen windows are kept.
-    wanted = set(np.linspace(0, len(lengths) - 1, min(samples, len(lengths))).astype(int).tolist())
-    chosen = [window.ids for i, window in enumerate(encoded(source, limited, folder)) if i in wanted]
+    # Read the file again, so that only the chosen windows are in memory.
+    indices = set(np.linspace(0, len(lengths) - 1, min(samples, len(lengths))).astype(int).tolist())
+    chosen = [window.ids for i, window in enumerate(encoded(source, limited, folder)) if i in indices]
     feeds = [dict(prepare(ids, None, None, signature).feeds) for ids in chosen]
     about = {"file": source.name, "sha256": sha256(source), "windows": len(chosen), "tokens": sum(map(len, chosen))}
     return feeds, about
 
 
 class CalibrationReader(ortq.CalibrationDataReader):  # type: ignore[misc]
-    """Hands the windows to the quantizer."""
+    """Iterates over the windows, in the interface of ONNX Runtime's quantizer."""
 
     def __init__(self, feeds: Sequence[Feeds]) -> None:
         self._feeds = iter(feeds)
 
     def get_next(self) -> Feeds | None:
-        """The next window; None at the end."""
+        """Return the next window, or None after the last one."""
         return next(self._feeds, None)

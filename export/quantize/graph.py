@@ -1,4 +1,4 @@
-"""Which nodes are quantized, and the graph after ONNX Runtime's quantizer: rounding for the products alone."""
+"""Choosing the MatMul nodes to quantize, and changing the quantized graph so that only they read int8 values."""
 
 from __future__ import annotations
 
@@ -14,31 +14,46 @@ import onnx
 from lfx.errors import ExportError
 from lfx.signature import Signature
 
-# Rows of these are few: the global tokens' own queries.
-_FEW_ROWS = "*query_global"
+# Not quantized: it projects the global tokens only, a few rows, so int8 saves no time.
+_GLOBAL_QUERY = "*query_global"
 
 
 def linear_layers(model: onnx.ModelProto, keep_float: Sequence[str]) -> dict[str, str]:
-    """Node name -> module name, of every torch.nn.Linear that is called once and is not to stay float32.
+    """List the MatMul nodes of the torch.nn.Linear modules that are quantized.
 
-    The exporter names the node MODULE/MatMul and the weight MODULE.weight.T; a weight that is tied to an embedding has
-    the embedding's name, and stays. A module that is called several times has inputs of several ranges.
+    The exporter names the node MODULE/MatMul and the weight MODULE.weight.T. A weight that is tied to an embedding has
+    the embedding's name and is not quantized, and neither is a module that is called several times: its inputs have
+    several ranges, but it would get one scale.
+
+    Args:
+        keep_float: patterns of module names that stay float32.
+    Returns:
+        Node name -> module name.
     """
-    constants = {tensor.name for tensor in model.graph.initializer}
-    found = []
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    candidates = []
     for node in model.graph.node:
         name = node.name.rpartition("/")[0]
-        kept = any(fnmatch(name, pattern) for pattern in (_FEW_ROWS, *keep_float))
-        if node.op_type == "MatMul" and node.input[1] == f"{name}.weight.T" and node.input[1] in constants and not kept:
-            found.append((node.name, name))
-    calls = Counter(name for _, name in found)
-    return {node: name for node, name in found if calls[name] == 1}
+        weight = f"{name}.weight.T"
+        is_linear = node.op_type == "MatMul" and node.input[1] == weight and weight in initializers
+        if is_linear and not any(fnmatch(name, pattern) for pattern in (_GLOBAL_QUERY, *keep_float)):
+            candidates.append((node.name, name))
+    calls = Counter(name for _, name in candidates)
+    return {node: name for node, name in candidates if calls[name] == 1}
 
 
-def finalize(path: Path, signature: Signature, layers: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Write the signature into the file; returns scale and zero point of each layer's input."""
+def finalize_quantized(path: Path, signature: Signature, layers: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Rewrite the quantizer's file: only the layers read int8 values, and the metadata holds the signature.
+
+    Args:
+        layers: node name -> module name.
+    Returns:
+        Module name -> {"scale", "zero_point"} of the layer's input.
+    Raises:
+        ExportError: the quantizer did not quantize a layer.
+    """
     model = onnx.load(str(path), load_external_data=False)
-    _round_for_products_only(model, layers)
+    _quantize_layers_only(model, layers)
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, {"lfx": json.dumps(signature.to_dict())})
     onnx.save(model, str(path))
@@ -49,46 +64,46 @@ def finalize(path: Path, signature: Signature, layers: dict[str, str]) -> dict[s
         if node.name in layers:
             source, weight = producers.get(node.input[0]), producers.get(node.input[1])
             if source is None or weight is None or {source.op_type, weight.op_type} != {"DequantizeLinear"}:
-                raise ExportError(f"ONNX Runtime's quantizer left {layers[node.name]} as it was; please report this")
-            scale, zero = (onnx.numpy_helper.to_array(values[name]) for name in source.input[1:3])
-            scales[layers[node.name]] = {"scale": float(scale), "zero_point": int(zero)}
+                raise ExportError(f"ONNX Runtime's quantizer did not quantize {layers[node.name]}; please report this")
+            scale, zero_point = (onnx.numpy_helper.to_array(values[name]) for name in source.input[1:3])
+            scales[layers[node.name]] = {"scale": float(scale), "zero_point": int(zero_point)}
     return scales
 
 
-def _round_for_products_only(model: onnx.ModelProto, layers: dict[str, str]) -> None:
-    """Give residuals, global rows and outputs the tensor in front of its rounding.
+def _quantize_layers_only(model: onnx.ModelProto, layers: dict[str, str]) -> None:
+    """Connect all readers of a quantized tensor, except the layers, to the float32 tensor before QuantizeLinear.
 
-    The quantizer puts QuantizeLinear and DequantizeLinear on a tensor for everything that reads it.
+    The quantizer inserts QuantizeLinear and DequantizeLinear for all readers of a tensor: residuals, global rows and
+    graph outputs too.
     """
     producers = {name: node for node in model.graph.node for name in node.output}
-    rounded: dict[str, str] = {}
+    originals: dict[str, str] = {}  # output of DequantizeLinear -> input of QuantizeLinear
     for node in model.graph.node:
         source = producers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
         if source is not None and source.op_type == "QuantizeLinear":
-            rounded[node.output[0]] = source.input[0]
+            originals[node.output[0]] = source.input[0]
     outputs = {output.name for output in model.graph.output}
     for node in model.graph.node:
         if node.op_type == "QuantizeLinear" or node.name in layers:
             continue
-        _rename_inputs_of(node, rounded)
-    for name in outputs & rounded.keys():  # the quantizer gave the output's name to the rounded tensor
-        exact, inner = rounded[name], f"{name}/rounded"
-        renamed = {name: inner, exact: name}
+        _rename_node_inputs(node, originals)
+    for name in outputs & originals.keys():  # the quantizer gave the graph output's name to the dequantized tensor
+        renamed = {name: f"{name}/dequantized", originals[name]: name}
         for node in model.graph.node:
-            for i, found in enumerate(node.output):
-                node.output[i] = renamed.get(found, found)
-        _rename_inputs(model.graph, renamed)
+            for i, output in enumerate(node.output):
+                node.output[i] = renamed.get(output, output)
+        _rename_graph_inputs(model.graph, renamed)
 
 
-def _rename_inputs(graph: onnx.GraphProto, names: dict[str, str]) -> None:
+def _rename_graph_inputs(graph: onnx.GraphProto, names: dict[str, str]) -> None:
     for node in graph.node:
-        _rename_inputs_of(node, names)
+        _rename_node_inputs(node, names)
 
 
-def _rename_inputs_of(node: onnx.NodeProto, names: dict[str, str]) -> None:
-    """Of the branches of an If too, which read the tensors around them."""
+def _rename_node_inputs(node: onnx.NodeProto, names: dict[str, str]) -> None:
+    """Rename the inputs of a node, and inside its subgraphs, which may read tensors of the outer graph."""
     for i, name in enumerate(node.input):
         node.input[i] = names.get(name, name)
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
-            _rename_inputs(attribute.g, names)
+            _rename_graph_inputs(attribute.g, names)

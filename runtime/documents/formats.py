@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -45,7 +46,7 @@ def check_source(source: Path) -> None:
     if not is_parquet(source):
         return
     names = _open_parquet(source).schema_arrow.names
-    repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    repeated = [name for name, number in Counter(names).items() if number > 1]
     if repeated:
         raise InputError(f"{source} has several columns of the name {repeated[0]!r}; rename all but one")
     if not {"text", "input_ids"} & set(names):

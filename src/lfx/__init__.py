@@ -1,9 +1,10 @@
 """lfx: Longformer from PyTorch to ONNX, TensorRT and production."""
 
 import os
+from importlib.metadata import version
 
 # ONNX Runtime starts a telemetry thread on import. A forked child does not have that thread, but waits for it at exit,
 # and never ends. Set the variable to 0 to send ONNX Runtime's telemetry events.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-__version__ = "0.1.0"
+__version__ = version("longformer-lfx")  # pyproject.toml has it

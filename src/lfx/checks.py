@@ -6,6 +6,7 @@ import json
 import math
 import numbers
 import os
+from collections import Counter
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn
@@ -189,8 +190,8 @@ def _refuse_constant(name: str) -> NoReturn:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"the key {shown(next(name for name in counts if counts[name] > 1))} stands twice")
     return value
 
 

@@ -31,9 +31,11 @@ _GRAPHS: dict[str, dict[int, str]] = {
 }
 # Field numbers of (op_type, domain, overload) in NodeProto, and of (name, domain, overload) in FunctionProto.
 _NODE_KEY, _FUNCTION_KEY = (4, 7, 8), (1, 10, 13)
+_NODE_ATTRIBUTE, _FUNCTION_ATTRIBUTE = 5, 11
 _MAX_NODES = 200_000  # longformer-base has 2,600
 _MAX_DEPTH = 100  # protobuf's own limit of nested messages
 Key = tuple[bytes, bytes, bytes]  # the id of a function: name, domain, overload
+_MAX_FIELD = 2**29 - 1  # largest field number of protobuf
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -95,14 +97,26 @@ def _inlined_nodes(data: mmap.mmap) -> int:
     """Number of nodes of the model with its functions inlined; counts no further than `_MAX_NODES` + 1."""
     main_calls: Counter[Key] = Counter()
     functions: dict[Key, Counter[Key]] = {}
+    with_graphs: set[Key] = set()  # what is called with a graph as attribute
     for field, first, last in _byte_fields(data, 0, len(data)):
+        if field not in (7, 25):
+            continue
+        calls: Counter[Key] = Counter()
+        for key, has_graph in _calls(data, first, last, "graph" if field == 7 else "function", 0):
+            calls[key] += 1
+            if has_graph:
+                with_graphs.add(key)
         if field == 7:
-            main_calls.update(_calls(data, first, last, "graph", 0))
-        elif field == 25:
-            key = _key(data, first, last, _FUNCTION_KEY)
-            if key in functions:
-                raise ValueError("a function is defined twice")
-            functions[key] = Counter(_calls(data, first, last, "function", 0))
+            main_calls.update(calls)
+            continue
+        key = _key(data, first, last, _FUNCTION_KEY)
+        if key in functions:
+            raise ValueError("a function is defined twice")
+        functions[key] = calls
+        if _has_graph(data, first, last, _FUNCTION_ATTRIBUTE):
+            with_graphs.add(key)
+    if with_graphs & functions.keys():  # the body may copy the graph any number of times
+        raise ValueError("a function takes a graph")
     sizes: dict[Key, int] = {}  # nodes of each function, inlined
 
     def count(calls: Counter[Key], depth: int) -> int:
@@ -118,23 +132,29 @@ def _inlined_nodes(data: mmap.mmap) -> int:
     return count(main_calls, 0)
 
 
-def _calls(data: mmap.mmap, start: int, end: int, message: str, depth: int) -> Iterator[Key]:
-    """Yield the key of the op or function that each node inside a message calls, nodes of subgraphs included."""
+def _calls(data: mmap.mmap, start: int, end: int, message: str, depth: int) -> Iterator[tuple[Key, bool]]:
+    """Yield what each node inside a message calls, and whether with a graph; nodes of subgraphs included."""
     if depth > _MAX_DEPTH:
         raise ValueError("nested too deeply")
     nested = _GRAPHS[message]
     for field, first, last in _byte_fields(data, start, end):
         if inner := nested.get(field):
             if inner == "node":
-                yield _key(data, first, last, _NODE_KEY)
+                yield _key(data, first, last, _NODE_KEY), _has_graph(data, first, last, _NODE_ATTRIBUTE)
             yield from _calls(data, first, last, inner, depth + 1)
+
+
+def _has_graph(data: mmap.mmap, start: int, end: int, attribute_field: int) -> bool:
+    """Return whether an attribute of a node or of a function holds a graph."""
+    attributes = ((first, last) for field, first, last in _byte_fields(data, start, end) if field == attribute_field)
+    return any(field in (6, 11) for first, last in attributes for field, _, _ in _byte_fields(data, first, last))
 
 
 def _key(data: mmap.mmap, start: int, end: int, fields: tuple[int, int, int]) -> Key:
     """The key of a function, or of the op or function that a node calls."""
     texts = {number: data[a:b] for number, a, b in _byte_fields(data, start, end) if number in fields}
     name, domain, overload = (texts.get(number, b"") for number in fields)
-    return name, domain, overload
+    return name, b"" if domain == b"ai.onnx" else domain, overload
 
 
 def _byte_fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
@@ -143,8 +163,8 @@ def _byte_fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, i
     while position < end:
         tag, position = _varint(data, position)
         wire_type = tag & 7
-        if tag >> 3 == 0:
-            raise ValueError("a field of number 0")
+        if not 0 < tag >> 3 <= _MAX_FIELD:  # protobuf's own parser drops the upper bits of a larger one
+            raise ValueError(f"a field of number {tag >> 3}")
         if wire_type == _BYTES:
             size, position = _varint(data, position)
             if position + size > end:

@@ -33,6 +33,8 @@ _SIGNATURE: dict[str, Any] = {
     "pad_token_id?": int,
     "sep_token_id?": COUNT,
     "ignores_padding?": bool,
+    "adds_globals?": bool,
+    "weight_bits?": COUNT,
     "lfx_version?": str,
 }
 
@@ -93,6 +95,8 @@ class Signature:
         sep_token_id: id of the separator; None if the model has none.
         ignores_padding: whether the outputs of a sequence do not depend on the padding after it. If False, only
             sequences of one length run together.
+        adds_globals: whether the model gives tokens global attention beside those of global_attention_mask.
+        weight_bits: of an int8 model, the bits that its weights use: 7 or 8; None for the others.
         lfx_version: version of lfx that exported the model.
     """
 
@@ -110,6 +114,8 @@ class Signature:
     pad_token_id: int = 1
     sep_token_id: int | None = None
     ignores_padding: bool = True
+    adds_globals: bool = False
+    weight_bits: int | None = None
     lfx_version: str = ""
 
     @property
@@ -161,6 +167,7 @@ class Signature:
             ("vocab_size", self.vocab_size, 1, LARGEST),
             ("max_global", self.max_global, 1, LARGEST),
             ("pad_token_id", self.pad_token_id, 0, ids - 1),
+            ("weight_bits", self.weight_bits, 7, 8),
             ("sep_token_id", self.sep_token_id, -LARGEST, LARGEST),
         ):
             if value is not None and not low <= value <= high:

@@ -407,7 +407,7 @@ def refused(place: Path) -> dict[str, Done]:
     [
         ("bert", "is a bert, not a longformer"),
         ("missing", "nowhere does not exist; give a folder"),
-        ("output", "notes exists and is no bundle; choose another place with --output"),
+        ("output", "notes exists and is no bundle; choose another --output"),
     ],
 )
 def test_export_refuses_in_one_line_and_writes_nothing(
@@ -790,7 +790,7 @@ def test_inspect_of_a_manifest_that_lacks_a_number_is_one_line(copy: Path) -> No
 
 def test_verify_says_who_signed(reviews: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["verify", str(reviews)], standalone_mode=False)
-    assert "files are what lfx.json says; no signature was checked" in capsys.readouterr().out
+    assert "files match lfx.json; no signature was checked" in capsys.readouterr().out
     signer = Signer(Ed25519PrivateKey.generate())
     text = signer.sign((copy / MANIFEST).read_bytes(), comment="[b]release\t1\u202e")
     (copy / f"{MANIFEST}.minisig").write_text(text, encoding="utf-8")

@@ -68,7 +68,7 @@ def spoiled(bundle: Path, folder: Path, weight: str, change: float) -> Path:
 def test_a_right_bundle_parts_at_no_layer(bundles: Callable[..., Path], task: str) -> None:
     found = lfx("parity", bundles(task), "--by-layer")
     assert found.exit_code == 0, found.output
-    assert "the two part at no layer" in found.stdout
+    assert "all layers are in tolerance" in found.stdout
     assert re.findall(r"attention_\d", found.stdout) == ["attention_0", "attention_1"]
 
 
@@ -87,7 +87,7 @@ def test_the_first_layer_that_differs_is_named(
     folder = spoiled(bundles(), tmp_path / "spoiled", weight, 1e-3)
     found = lfx("parity", folder, "--by-layer")
     assert found.exit_code == 1
-    assert f"the two part at {first}\n" in found.stdout
+    assert f"first out of tolerance: {first}\n" in found.stdout
     assert isinstance(found.exception, Exception)
     assert parse_json(lfx("parity", folder, "--by-layer", "--json").stdout)["passed"] is False
 
@@ -103,7 +103,7 @@ def test_json_has_the_layers_too(bundles: Callable[..., Path]) -> None:
 
 def test_half_precision_by_layer(bundles: Callable[..., Path]) -> None:
     found = lfx("parity", bundles(precision="fp16"), "--by-layer")
-    assert "the two part at no layer" in found.stdout, found.output
+    assert "all layers are in tolerance" in found.stdout, found.output
 
 
 def test_an_inlined_bundle_shows_no_layers(bundles: Callable[..., Path], tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_failed_comparison_has_its_page_and_exits_1(bundles: Callable[..., Pat
     assert found.exit_code == 1
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "Out of tolerance" in text
-    assert "The two part at attention_1." in text
+    assert "First out of tolerance: attention_1." in text
     assert 'class="bad"' in text
 
 

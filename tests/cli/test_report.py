@@ -33,5 +33,5 @@ def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
     assert "<script" not in page.lower()
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 5
     assert "<td>!output</td>" in page
-    assert "The two part at &lt;script&gt;" in page
+    assert "First out of tolerance: &lt;script&gt;" in page
     assert "&amp;lt;" not in page

@@ -77,5 +77,5 @@ def test_a_text_without_end_is_refused(bundle: MakeBundle, monkeypatch: pytest.M
     monkeypatch.setattr("lfx.cli.run._LARGEST_TEXT", 10)
     (tmp_path / "text.txt").write_text("the fox " * 2)
     folder = bundle("text-classification")
-    with Engine(folder, threads=1) as engine, pytest.raises(InputError, match=r"more than 10 letters.*\.jsonl file"):
+    with Engine(folder, threads=1) as engine, pytest.raises(InputError, match=r"more than 10 characters.*\.jsonl file"):
         run_text(engine, folder, None, (), tmp_path / "text.txt", None, tokenizer=None, as_json=True)

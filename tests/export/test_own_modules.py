@@ -202,7 +202,7 @@ def test_a_module_keeps_its_default_for_the_global_tokens(rule: Any, found: str,
     "options", [{"max_global": 1}, {"global_attention": "first"}, {"global_attention": "none"}], ids=str
 )
 def test_global_tokens_that_the_module_decides_are_not_fixed(options: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"cannot be had: Wrapped\.forward takes no global_attention_mask"):
+    with pytest.raises(ExportError, match=r"cannot be used: Wrapped\.forward takes no global_attention_mask"):
         export(Wrapped().eval(), tmp_path / "out", **options)
 
 
@@ -234,7 +234,7 @@ def test_both_axes_of_a_token_by_token_output_are_cut(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda x, ids: {"a": x, "b": x}, "outputs 'a' and 'b' are one tensor; return it once"),
-        (lambda x, ids: {"a": x, "ids": ids}, "output 'ids' is an input handed back"),
+        (lambda x, ids: {"a": x, "ids": ids}, "output 'ids' is an input, or has the name"),
         (lambda x, ids: {"input_ids": x * 2}, "output 'input_ids' .* has the name of an input"),
         (lambda x, ids: {"": x}, "names an output ''"),
         (lambda x, ids: {0: x}, "names an output 0"),

@@ -153,17 +153,27 @@ def test_eight_bits_are_for_cpus_that_can_add_them(
         quantize(bundle(), tmp_path / "refused", calibration=text, full_range=True)
 
 
-def test_a_bundle_of_eight_bits_is_not_run_where_it_overflows(
-    int8: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lone", [False, True], ids=["bundle", "lone file"])
+def test_weights_of_eight_bits_are_not_run_where_they_overflow(
+    lone: bool, int8: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(int8(), tmp_path / "eight")
     manifest = Manifest.read(folder)
-    dataclasses.replace(manifest, quantization={**manifest.quantization, "weight_bits": 8}).write(folder)
+    signature = dataclasses.replace(manifest.signature, weight_bits=8)
+    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {"lfx": json.dumps(signature.to_dict())})
+    onnx.save(model, str(folder / MODEL))
+    dataclasses.replace(manifest, signature=signature).write(folder)
+    if lone:
+        (folder / "lfx.json").unlink()
+    path = folder / MODEL if lone else folder
     monkeypatch.setattr("lfx.runtime.engine.int8_overflows", lambda: True)
     with pytest.raises(DependencyError, match="without --full-range"):
-        Engine(folder)
+        Engine(path)
+    Engine(int8()).close()  # of 7 bits
     monkeypatch.setattr("lfx.runtime.engine.int8_overflows", lambda: False)
-    Engine(folder).close()
+    Engine(path).close()
 
 
 @pytest.mark.parametrize(
@@ -311,10 +321,10 @@ def test_a_bundle_of_links_is_quantized_too(bundle: MakeBundle, text: Path, tmp_
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no file": ({"calibration": "none.txt"}, InputError, "does not exist"),
     "a bad line": ({"calibration": "bad.jsonl"}, InputError, r"bad\.jsonl:2: broken JSON"),
-    "one document": ({"calibration": "one.jsonl"}, ExportError, "2 are needed"),
+    "one document": ({"calibration": "one.jsonl"}, ExportError, "give a text of 2 or more"),
     "activations": ({"activations": "int4"}, ExportError, "uint8, int8"),
     "samples": ({"samples": 1}, ExportError, "2 or more"),
-    "a layer that is not there": ({"keep_float": ("encoder.layer.9.*",)}, ExportError, "the name of no linear layer"),
+    "a layer that is not there": ({"keep_float": ("encoder.layer.9.*",)}, ExportError, "matches no linear layer"),
     "samples of another type": ({"samples": "32"}, ExportError, "samples is '32'"),
     "half a sample": ({"samples": 2.5}, ExportError, "samples is 2.5"),
     "activations of another type": ({"activations": None}, ExportError, "activations None"),

@@ -488,6 +488,17 @@ def test_the_digest_covers_all_files_that_decide_an_answer(folder: Path) -> None
     assert len(digests) == 4
 
 
+@pytest.mark.parametrize("logits", [[1.0, np.inf], [np.inf, np.inf]])
+def test_an_overflow_has_no_answer(folder: Path, logits: list[float]) -> None:
+    assert answers(folder, "text-classification", logits=logits) == []
+    assert answers(folder, "token-classification", logits=np.array([logits] * 4)) == []
+
+
+def test_an_output_of_one_number_a_sequence_has_no_answers(folder: Path) -> None:
+    tokenizer = Tokenizer(folder, signature("feature-extraction"))
+    assert Postprocessor(tokenizer).answers(tokenizer.encode("the fox"), {"score": np.float32([0.5])}) == []
+
+
 @pytest.mark.parametrize("task", ["question-answering", "text-classification", "token-classification"])
 def test_outputs_with_nan_have_no_answer(task: str, bundle: MakeBundle) -> None:
     with Engine(bundle(task)) as engine:

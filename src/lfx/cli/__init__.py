@@ -1,4 +1,4 @@
-"""The command `lfx`: one module a command. Each imports what is heavy when it runs, so that --help is instant."""
+"""The command `lfx`, one module per command. Commands import torch and backends when they run, so --help is instant."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lfx.errors import LfxError, one_line, with_cure
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lfx")
 def cli() -> None:
-    """Longformer from PyTorch to ONNX and production."""
+    """Export Longformer models to ONNX and TensorRT, run them, and compare them with PyTorch."""
 
 
 for _module in (export, quantize, build_engine, run, inspect, verify, parity, bench):
@@ -30,12 +30,12 @@ _INTERRUPTED = "interrupted; nothing half-written was left"
 
 
 def main() -> NoReturn:
-    """Run the command line: 0 done, 1 one line of error, 2 usage."""
+    """Run the command line; exits with 0 on success, 1 after a one-line error, 2 after a usage error."""
     prepare_streams()
     catch_interrupts()
     try:
         cli(standalone_mode=False)
-        write("")  # what others printed to stdout must have got there too
+        write("")  # flush, so that an error of output that libraries printed is reported
     except click.ClickException as error:
         _show_usage(error)
         _exit(error.exit_code)
@@ -45,7 +45,7 @@ def main() -> NoReturn:
         _fail(_INTERRUPTED if interrupted() else str(error))
     except BrokenPipeError:
         _exit(1)
-    except (MemoryError, OSError) as error:  # of the system, which may refuse at any place
+    except (MemoryError, OSError) as error:  # the system may run out of memory or disk anywhere
         _fail(_INTERRUPTED if interrupted() else with_cure(error))
     except Exception as error:
         if interrupted():
@@ -57,16 +57,16 @@ def main() -> NoReturn:
 
 
 def _show_usage(error: click.ClickException) -> None:
-    """Print what click has to say of wrong usage, which quotes the arguments."""
-    if type(error).__name__ != "NoArgsIsHelpError":  # whose message is the help; click has it since 8.2
-        error.message = printable(error.message)  # type: ignore[misc]  # no other way to the text around it
+    """Print click's usage error; its message quotes arguments, which may hold control characters."""
+    if type(error).__name__ != "NoArgsIsHelpError":  # its message is the help text; click has the class since 8.2
+        error.message = printable(error.message)  # type: ignore[misc]  # error.show() has no other hook
     text = io.StringIO()
     error.show(text)
     write(text.getvalue(), err=True)
 
 
 def _fail(message: str) -> NoReturn:
-    long = len(message) > _LONGEST_MESSAGE  # its end says what to do
+    long = len(message) > _LONGEST_MESSAGE  # the end says what to do, so it is kept
     echo(f"error: {f'{message[:800]} … {message[-800:]}' if long else message}", err=True)
     _exit(1)
 

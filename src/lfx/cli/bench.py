@@ -1,4 +1,4 @@
-"""`lfx bench`: an Engine beside PyTorch, rows as a table and as JSONL."""
+"""`lfx bench`: measure an Engine, and PyTorch for comparison; print a table, write JSONL or draw a plot."""
 
 from __future__ import annotations
 
@@ -31,30 +31,48 @@ _PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "numpy")
 
 @click.command("bench", cls=Command)
 @click.argument("model", type=FilePath("a bundle or a plan"))
-@click.option("--length", "lengths", type=click.IntRange(1, MOST_TOKENS), multiple=True, help="[default: 512 to 4096]")
 @click.option(
-    "--batch", "batch_sizes", type=click.IntRange(1, 1_000_000), multiple=True, default=[1], show_default=True
+    "--length",
+    "lengths",
+    type=click.IntRange(1, MOST_TOKENS),
+    multiple=True,
+    help="Set the sequence length, in tokens (repeatable).  [default: 512, 1024, 2048 and 4096]",
 )
-@click.option("--rounds", type=click.IntRange(1, 1_000_000), default=5, show_default=True, help="After one warm-up.")
+@click.option(
+    "--batch",
+    "batch_sizes",
+    type=click.IntRange(1, 1_000_000),
+    multiple=True,
+    default=[1],
+    show_default=True,
+    help="Set the batch size (repeatable).",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1, 1_000_000),
+    default=5,
+    show_default=True,
+    help="Set the number of runs after one warm-up.",
+)
 @click.option(
     "--against",
     type=click.Choice(AGAINST),
     multiple=True,
-    help="Measure PyTorch too, in turns, in the same process.",
+    help="Measure PyTorch too, alternating, in the same process.",
 )
 @click.option(
     "--source",
     type=FilledText(),
-    help="The checkpoint to compare with.  [default: the folder that the bundle was made from]",
+    help="Name the checkpoint for --against.  [default: the folder that the bundle was exported from]",
 )
 @click.option("--output", type=OutputPath(), help="Write the rows to this .jsonl file.")
-@click.option("--plot", type=OutputPath(), help="Draw tokens per second over length into this .png file.")
+@click.option("--plot", type=OutputPath(), help="Plot tokens per second over length into this .png file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON lines.")
 @engine_options
 def command(model: Path, open_engine: OpenEngine, **options: Any) -> None:
-    """Measure a bundle or a plan: latency, tokens per second, peak memory, by length and batch."""
+    """Measure latency, tokens per second and peak memory of a bundle or a plan, by length and batch size."""
     if options["source"] is not None and not options["against"]:
-        raise click.UsageError("--source is what --against measures; give both")
+        raise click.UsageError("--source is the checkpoint that --against measures; give both")
     run_bench(model, open_engine, **options)
 
 
@@ -71,11 +89,11 @@ def run_bench(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure and show.
+    """Measure an Engine and print the rows; the arguments are the command's options.
 
     Raises:
-        InputError: an option that cannot be had, or a checkpoint that is not known.
-        ArtifactError: the checkpoint has other weights than the artifact was made from.
+        InputError: an option is invalid, or the checkpoint is unknown.
+        ArtifactError: the checkpoint's weights are not those that the artifact was exported from.
     """
     from lfx.runtime import bench
 
@@ -88,35 +106,25 @@ def run_bench(
     with progress() as step, open_engine(model) as engine:
         signature = engine.signature
         if signature.task == "multiple-choice":
-            raise InputError("multiple-choice is not measured: its batches have a third axis")
-        limit = signature.max_seqlen
-        wanted = lengths or tuple(n for n in _LENGTHS if limit is None or n <= limit) or (limit or 512,)
-        for length in wanted:
-            if limit is not None and length > limit:
-                raise InputError(f"length {length} is above the model's maximum {limit}")
-        marks = {} if signature.default_global in ("none", "first") else {"global_attention_mask": 0}
+            raise InputError(
+                "multiple-choice is not measured: its batches have a third axis; give another task's model"
+            )
+        lengths = _checked_lengths(lengths, signature.max_seqlen)
+        # Default rules other than none and first need separators, which random ids do not have: give a mask of zeros.
+        masks = {} if signature.default_global in ("none", "first") else {"global_attention_mask": 0}
 
         def run(ids: Any) -> Any:
-            return engine.run(ids, **{name: ids * value for name, value in marks.items()})
+            return engine.run(ids, **{name: ids * value for name, value in masks.items()})
 
         contenders: dict[str, Run] = {f"lfx {engine.backend.split()[0]}": run}
-        contenders |= _torch_contenders(model, engine, against, source, marks, step)
-        about = {
-            "model": engine.manifest.to_dict().get("manifest_sha256") if engine.manifest is not None else None,
-            "architecture": signature.architecture,
-            "precision": engine.precision,
-            "backend": engine.backend,
-            "threads": engine.threads,
-            "cores": os.cpu_count(),
-            "cpu": cpu_name(),
-            "versions": package_versions(_PACKAGES),
-        }
+        contenders |= _torch_contenders(model, engine, against, source, masks, step)
         rows = bench.measure(
-            contenders, wanted, batch_sizes, rounds=rounds, vocab_size=signature.vocab_size or 32, progress=step
+            contenders, lengths, batch_sizes, rounds=rounds, vocab_size=signature.vocab_size or 32, progress=step
         )
+        facts = _facts(engine)
         for row in rows:
-            row.update(about)
-            if not against:  # with others in the process, its memory is not the Engine's
+            row.update(facts)
+            if not against:  # the process's peak memory would include PyTorch's
                 row["peak_memory_bytes"] = bench.peak_memory_bytes()
     if output is not None:
         _write(output, rows)
@@ -126,7 +134,39 @@ def run_bench(
         for row in rows:
             echo_json(row)
         return
-    header = ["contender", "batch", "tokens", "p50 ms", "p95 ms", "tokens/s", "time, first = 1"]
+    _show(rows)
+    if not against:
+        echo(f"peak memory of the process: {(rows[-1]['peak_memory_bytes'] or 0) / 1e9:.2f} GB")
+
+
+def _checked_lengths(lengths: tuple[int, ...], max_seqlen: int | None) -> tuple[int, ...]:
+    """Return the lengths, or the default ones up to the model's maximum.
+
+    Raises:
+        InputError: a length is above the maximum.
+    """
+    for length in lengths:
+        if max_seqlen is not None and length > max_seqlen:
+            raise InputError(f"length {length} is above the model's maximum {max_seqlen}; give a shorter one")
+    return lengths or tuple(n for n in _LENGTHS if max_seqlen is None or n <= max_seqlen) or (max_seqlen or 512,)
+
+
+def _facts(engine: Engine) -> dict[str, Any]:
+    """Return the model, settings and machine, for each row."""
+    return {
+        "model": engine.manifest.to_dict().get("manifest_sha256") if engine.manifest is not None else None,
+        "architecture": engine.signature.architecture,
+        "precision": engine.precision,
+        "backend": engine.backend,
+        "threads": engine.threads,
+        "cores": os.cpu_count(),
+        "cpu": cpu_name(),
+        "versions": package_versions(_PACKAGES),
+    }
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    header = ["contender", "batch", "tokens", "p50 ms", "p95 ms", "tokens/s", "relative time"]
     table(
         header,
         [
@@ -142,12 +182,10 @@ def run_bench(
             for row in rows
         ],
     )
-    if not against:
-        echo(f"peak memory of the process: {(rows[-1]['peak_memory_bytes'] or 0) / 1e9:.2f} GB")
 
 
 def _check_outputs(output: Path | None, plot: Path | None) -> None:
-    """Before the minutes of measuring."""
+    """Check the output paths before measuring, which takes minutes."""
     for path, name in ((output, "--output"), (plot, "--plot")):
         if path is not None:
             output_file(path, name)
@@ -160,34 +198,34 @@ def _torch_contenders(
     engine: Engine,
     against: tuple[str, ...],
     source: str | None,
-    marks: dict[str, int],
+    masks: dict[str, int],
     step: Callable[[str], None],
 ) -> dict[str, Run]:
     if not against:
         return {}
-    known = engine.manifest.source if engine.manifest is not None else None
-    checkpoint = checkpoint_of(model, known, source, f"lfx bench {{}} --against {against[0]} --source {{}}")
+    recorded = engine.manifest.source if engine.manifest is not None else None
+    checkpoint = checkpoint_of(model, recorded, source, f"lfx bench {{}} --against {against[0]} --source {{}}")
     step("importing torch")
     import torch
 
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
-    found: dict[str, Run] = {}
+    contenders: dict[str, Run] = {}
     for name in dict.fromkeys(against):
-        module = load_checkpoint(checkpoint, engine.signature.task, known, step)
+        module = load_checkpoint(checkpoint, engine.signature.task, recorded, step)
         run: Any = module.to(torch.bfloat16) if name == "pytorch-bf16" else module
         run = torch.compile(run) if name == "pytorch-compile" else run
-        found[name] = _torch_run(run, marks)
-    return found
+        contenders[name] = _torch_run(run, masks)
+    return contenders
 
 
-def _torch_run(module: Any, marks: dict[str, int]) -> Run:
+def _torch_run(module: Any, masks: dict[str, int]) -> Run:
     import torch
 
     def run(ids: Any) -> Any:
         tensor = torch.from_numpy(ids)
         with torch.inference_mode():
-            return module(tensor, **{name: tensor * value for name, value in marks.items()})
+            return module(tensor, **{name: tensor * value for name, value in masks.items()})
 
     return run
 

@@ -1,4 +1,4 @@
-"""`lfx build-engine`: a bundle in, a TensorRT plan out."""
+"""`lfx build-engine`: build a TensorRT plan from a bundle."""
 
 from __future__ import annotations
 
@@ -15,20 +15,40 @@ from lfx.manifest import MANIFEST
 @click.command("build-engine", cls=Command)
 @click.argument("bundle", type=FilePath("a bundle"), required=False)
 @click.option("--fp16", "precision", flag_value="fp16", help="Convert a float32 bundle to float16, strongly typed.")
-@click.option("--bf16", "precision", flag_value="bf16", help="The same to bfloat16.")
-@click.option("--batch", multiple=True, default=["1:1:8"], show_default=True, help="MIN:OPT:MAX, or one number.")
-@click.option("--seqlen", multiple=True, help="The same, in tokens.  [default: all that the model takes]")
-@click.option("--max-global", help="Global slots of a row.  [default: the bundle's, or 64]")
-@click.option("--flavor", type=click.Choice(["tensorrt", "tensorrt-rtx"]), help="[default: what is installed]")
-@click.option("--target", help="Compute capability to build for without a GPU, such as sm89; TensorRT-RTX only.")
-@click.option("--plugin/--no-plugin", default=True, show_default=True, help="Attention by the lfx plugin.")
-@click.option("--timing-cache", type=OutputPath(), help="Read, and written after the build.")
-@click.option("--workspace", type=click.IntRange(1, 10_000_000), metavar="MB", help="Most scratch memory of a layer.")
-@click.option("--optimization-level", type=click.IntRange(0, 5), help="[default: TensorRT's]")
-@click.option("--version-compatible", is_flag=True, help="The plan runs with later TensorRT versions too.")
-@click.option("--refit", is_flag=True, help="Weights can be exchanged in the plan.")
-@click.option("--output", type=OutputPath(), help="The plan.  [default: the bundle's name with .plan]")
-@click.option("--json", "as_json", is_flag=True, help="Print the plan's JSON instead of a summary.")
+@click.option("--bf16", "precision", flag_value="bf16", help="Convert a float32 bundle to bfloat16, strongly typed.")
+@click.option(
+    "--batch",
+    multiple=True,
+    default=["1:1:8"],
+    show_default=True,
+    help="Set the batch sizes of the profile: MIN:OPT:MAX, or one number.",
+)
+@click.option(
+    "--seqlen",
+    multiple=True,
+    help="Set the sequence lengths of the profile, in tokens: MIN:OPT:MAX.  [default: up to the model's maximum]",
+)
+@click.option("--max-global", help="Set the number of global slots in a row.  [default: the bundle's, or 64]")
+@click.option(
+    "--flavor",
+    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+    help="Choose the TensorRT flavor.  [default: the one that is installed]",
+)
+@click.option("--target", help="Build for a compute capability, such as sm89, without its GPU; TensorRT-RTX only.")
+@click.option("--plugin/--no-plugin", default=True, show_default=True, help="Run attention in the lfx plugin.")
+@click.option("--timing-cache", type=OutputPath(), help="Read this timing cache, and update it after the build.")
+@click.option(
+    "--workspace", type=click.IntRange(1, 10_000_000), metavar="MB", help="Limit the workspace of each layer."
+)
+@click.option(
+    "--optimization-level", type=click.IntRange(0, 5), help="Set the builder optimization level.  [default: TensorRT's]"
+)
+@click.option("--version-compatible", is_flag=True, help="Build a plan that later TensorRT versions can run too.")
+@click.option("--refit", is_flag=True, help="Build a plan whose weights can be refitted.")
+@click.option(
+    "--output", type=OutputPath(), help="Write the plan to this file.  [default: the bundle's name with .plan]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the plan's manifest instead of a summary.")
 def command(
     bundle: Path | None,
     precision: str | None,
@@ -88,10 +108,10 @@ def command(
 
 
 def _only_bundle() -> Path:
-    found = sorted(path.parent for path in Path().glob(f"*/{MANIFEST}"))
     if Path(MANIFEST).is_file():
         return Path()
-    if len(found) != 1:
-        names = f"{len(found)} bundles ({', '.join(map(str, found))})" if found else "no bundle"
+    bundles = sorted(path.parent for path in Path().glob(f"*/{MANIFEST}"))
+    if len(bundles) != 1:
+        names = f"{len(bundles)} bundles ({', '.join(map(str, bundles))})" if bundles else "no bundle"
         raise InputError(f"this folder holds {names}; name the one to build: lfx build-engine BUNDLE")
-    return found[0]
+    return bundles[0]

@@ -1,4 +1,4 @@
-"""The options of commands that open an Engine."""
+"""The command-line options of an Engine, shared by the commands that open one."""
 
 from __future__ import annotations
 
@@ -16,20 +16,31 @@ if TYPE_CHECKING:
 
 _ENGINE_OPTIONS = (
     click.option(
-        "--backend", default="auto", show_default=True, help="auto, onnxruntime, openvino, reference or tensorrt."
+        "--backend",
+        default="auto",
+        show_default=True,
+        help="Choose the backend: auto, onnxruntime, openvino, reference or tensorrt.",
     ),
-    click.option("--provider", default="cpu", show_default=True, help="Of ONNX Runtime: cpu, cuda or tensorrt."),
     click.option(
-        "--threads", type=click.IntRange(1, 1024), help="Threads of one run.  [default: the backend's choice]"
+        "--provider",
+        default="cpu",
+        show_default=True,
+        help="Choose ONNX Runtime's execution provider: cpu, cuda or tensorrt.",
     ),
     click.option(
-        "--precision", help="Of OpenVINO's arithmetic, whatever the bundle's is: fp32 or bf16.  [default: the bundle's]"
+        "--threads",
+        type=click.IntRange(1, 1024),
+        help="Set the number of threads of the backend.  [default: the backend's]",
+    ),
+    click.option(
+        "--precision",
+        help="Set the OpenVINO compute precision, overriding the bundle's: fp32 or bf16.  [default: the bundle's]",
     ),
 )
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options of an Engine, as one argument `open_engine`: a function of the model's path."""
+    """Add the options of an Engine to a command, which gets one argument: `open_engine(path)` returns the Engine."""
 
     @functools.wraps(command)
     def with_engine(*, backend: str, provider: str, threads: int | None, precision: str | None, **others: Any) -> Any:
@@ -40,7 +51,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
         return command(open_engine=open_engine, **others)
 
-    found: Callable[..., Any] = with_engine
+    decorated: Callable[..., Any] = with_engine
     for option in reversed(_ENGINE_OPTIONS):
-        found = option(found)
-    return found
+        decorated = option(decorated)
+    return decorated

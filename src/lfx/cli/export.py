@@ -1,4 +1,4 @@
-"""`lfx export`: a checkpoint in, a bundle out."""
+"""`lfx export`: export a checkpoint to a bundle."""
 
 from __future__ import annotations
 
@@ -14,25 +14,42 @@ from lfx.signature import GLOBAL_MODES, OPSETS, PRECISIONS, TASKS
 
 @click.command("export", cls=Command)
 @click.option(
-    "--model", type=FilledText(), required=True, help="A checkpoint folder, or a model id of the Hugging Face hub."
+    "--model",
+    type=FilledText(),
+    required=True,
+    help="Export this checkpoint: a folder, or a model id of the Hugging Face hub.",
 )
-@click.option("--task", type=click.Choice(["auto", *TASKS]), default="auto", show_default=True)
-@click.option("--opset", type=click.IntRange(*OPSETS), default=OPSETS[0], show_default=True)
-@click.option("--output", type=OutputPath(folder=True), help="The bundle's folder.  [default: the model's name]")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
+@click.option(
+    "--task",
+    type=click.Choice(["auto", *TASKS]),
+    default="auto",
+    show_default=True,
+    help="Set the task; auto reads it from the checkpoint's config.",
+)
+@click.option("--opset", type=click.IntRange(*OPSETS), default=OPSETS[0], show_default=True, help="Set the ONNX opset.")
+@click.option(
+    "--output", type=OutputPath(folder=True), help="Write the bundle to this folder.  [default: the model's name]"
+)
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="Set the precision of weights and arithmetic.",
+)
 @click.option(
     "--global-attention",
     type=click.Choice(GLOBAL_MODES),
     default="mask",
     show_default=True,
-    help="Global tokens: a graph input, the first token of every row, or none.",
+    help="Read global tokens from a graph input, fix the first token of each row, or leave global attention out.",
 )
 @click.option(
     "--max-global",
     type=click.IntRange(1, MOST_TOKENS),
-    help="A constant number of global slots.  [default: as many as needed]",
+    help="Fix the number of global slots.  [default: the largest number of global tokens in the batch]",
 )
-@click.option("--inline-functions", is_flag=True, help="Write standard ops only, without the lfx domain.")
+@click.option("--inline-functions", is_flag=True, help="Write standard ops only, without the domain lfx.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest instead of a summary.")
 def command(
     model: str,
@@ -68,6 +85,6 @@ def command(
     echo(f"{bundle}: {manifest.signature.task}, opset {manifest.opset}, {manifest.signature.precision}")
     for name, result in manifest.validation["outputs"].items():
         echo(
-            f"{name}: largest error {result['max_abs_error']:.2g} against float64, PyTorch's own "
+            f"{name}: largest error {result['max_abs_error']:.2g} against float64, PyTorch's error "
             f"{result['torch_max_abs_error']:.2g}, tolerance {result['tolerance']:.2g}"
         )

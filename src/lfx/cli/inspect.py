@@ -1,4 +1,4 @@
-"""`lfx inspect`: what a bundle or a plan is, as rows of a table."""
+"""`lfx inspect`: print the manifest of a bundle or a plan as a table."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ if TYPE_CHECKING:
 @click.argument("model", type=FilePath("a bundle or a plan"))
 @click.option("--json", "as_json", is_flag=True, help="Print the whole manifest.")
 def command(model: Path, as_json: bool) -> None:
-    """Show what a bundle or a plan is: model, inputs, outputs, limits, and what its validation measured."""
+    """Show the model, inputs, outputs, limits and validation errors of a bundle or a plan."""
     manifest = checked_manifest(model)
     if as_json:
         echo_json(manifest.to_dict(), indent=1)
         return
-    table(["what", "value"], rows(manifest))
+    table(["property", "value"], rows(manifest))
 
 
 def checked_manifest(model: Path) -> Manifest | PlanManifest:
-    """The manifest of a bundle or a plan, whose files are compared with it."""
+    """Read the manifest of a bundle or a plan, and check the files against it.
+
+    Raises:
+        ArtifactError: there is no manifest, or a file differs from it.
+    """
     from lfx.runtime.plan import SUFFIX, PlanManifest
 
     if model.suffix != SUFFIX or model.is_dir():
@@ -51,7 +55,7 @@ def _bundle_manifest(model: Path) -> Manifest:
 
 
 def rows(manifest: Manifest | PlanManifest) -> list[list[str]]:
-    """Pairs of what and value."""
+    """Return the table's rows: property and value."""
     return list(_bundle(manifest) if isinstance(manifest, Manifest) else _plan(manifest))
 
 
@@ -60,8 +64,8 @@ def _bundle(manifest: Manifest) -> Iterator[list[str]]:
     yield from _model(manifest.signature)
     yield ["opset", f"{manifest.opset}{', functions inlined' if manifest.inlined else ''}"]
     for name, result in manifest.validation.get("outputs", {}).items():
-        what = "float32 validated" if manifest.quantization else "validated"
-        yield [what, f"{name}: error {result['max_abs_error']:.2g}, tolerance {result['tolerance']:.2g}"]
+        label = "float32 validated" if manifest.quantization else "validated"
+        yield [label, f"{name}: error {result['max_abs_error']:.2g}, tolerance {result['tolerance']:.2g}"]
     for name, result in manifest.quantization.get("accuracy", {}).get("outputs", {}).items():
         agreement = f", labels agree {result['label_agreement']:.1%}" if "label_agreement" in result else ""
         text = f"{name}: cosine {result['cosine']:.5f} with float32, error {result['max_abs_error']:.2g}{agreement}"
@@ -97,9 +101,9 @@ def _model(signature: Signature) -> Iterator[list[str]]:
     yield ["global attention", _global_text(signature)]
     if not signature.ignores_padding:
         yield ["padding", "changes the outputs, so only sequences of one length run together"]
-    for kind, tensors in (("input", signature.inputs), ("output", signature.outputs)):
+    for label, tensors in (("input", signature.inputs), ("output", signature.outputs)):
         for tensor in tensors:
-            yield [kind, f"{tensor.name} ({', '.join(map(str, tensor.shape))}) {tensor.dtype}"]
+            yield [label, f"{tensor.name} ({', '.join(map(str, tensor.shape))}) {tensor.dtype}"]
 
 
 def _global_text(signature: Signature) -> str:

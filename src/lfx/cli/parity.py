@@ -1,4 +1,4 @@
-"""`lfx parity`: a bundle or a plan beside PyTorch, shown as a table, as JSON or as a page."""
+"""`lfx parity`: compare a bundle or a plan with PyTorch; print a table or JSON, or write an HTML page."""
 
 from __future__ import annotations
 
@@ -33,15 +33,23 @@ if TYPE_CHECKING:
 @click.option(
     "--source",
     type=FilledText(),
-    help="The checkpoint to compare with.  [default: the folder that the bundle was made from]",
+    help="Compare with this checkpoint.  [default: the folder that the bundle was exported from]",
 )
-@click.option("--cases", type=click.Choice(["quick", "full"]), default="quick", show_default=True)
-@click.option("--by-layer", is_flag=True, help="Compare every attention layer too, and name the first that differs.")
-@click.option("--report", type=OutputPath(), help="Write a page with tables and plots: FILE.html.")
+@click.option(
+    "--cases",
+    type=click.Choice(["quick", "full"]),
+    default="quick",
+    show_default=True,
+    help="Compare over five cases, or over all lengths around multiples of the window.",
+)
+@click.option(
+    "--by-layer", is_flag=True, help="Compare each attention layer too, and name the first one out of tolerance."
+)
+@click.option("--report", type=OutputPath(), help="Write an HTML page with tables and plots to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @engine_options
 def command(model: Path, open_engine: OpenEngine, **options: Any) -> None:
-    """Compare a bundle or a plan with PyTorch, by length, batch, globals and padding; exit 1 when out of tolerance."""
+    """Compare a bundle or a plan with PyTorch, by length, batch, globals and padding; exit 1 if out of tolerance."""
     run_parity(model, checked_manifest(model), open_engine, **options)
 
 
@@ -56,15 +64,15 @@ def run_parity(
     report: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare and show.
+    """Compare an artifact with its checkpoint and print the report; the arguments are the command's options.
 
     Args:
-        by_layer: compare every attention layer too, over the quick cases, in a copy of the graph that hands them out.
-        report: the page to write; it has the layers too, where the artifact shows them.
+        by_layer: compare each attention layer too, over the quick cases, in a copy of the graph that outputs them.
+        report: the HTML page to write; it has the layers too if the artifact is a bundle with lfx functions.
     Raises:
-        InputError: the checkpoint is not known, or an option cannot be had.
-        ArtifactError: the checkpoint has other weights than the artifact was made from.
-        ParityError: an output is out of tolerance; the table, the JSON and the page are there all the same.
+        InputError: the checkpoint is unknown, or an option is invalid.
+        ArtifactError: the checkpoint's weights are not those that the artifact was exported from.
+        ParityError: an output is out of tolerance; raised after the table, the JSON and the page are written.
     """
     one_of(cases, "cases", ("quick", "full"))
     checkpoint = checkpoint_of(model, manifest.source, source, "lfx parity {} --source {}")
@@ -78,35 +86,40 @@ def run_parity(
     with progress() as step:
         with open_engine(model) as engine:
             module = load_checkpoint(checkpoint, manifest.signature.task, manifest.source, step)
-            found = _compare(engine, module, manifest, cases, step)
+            comparison = _compare(engine, module, manifest, cases, step)
             facts = _facts(model, manifest, engine, checkpoint)
         if by_layer or (report is not None and isinstance(manifest, Manifest) and not manifest.inlined):
             layers = _compare_layers(model, open_engine, module, manifest, step)
     if as_json:
-        data = {"backend": facts["backend"], **found.to_dict()}
+        data = {"backend": facts["backend"], **comparison.to_dict()}
         if layers is not None:
             data |= {"passed": data["passed"] and not layers.failures(), "by_layer": layers.to_dict()}
         echo_json(data, indent=1)
     else:
-        _show(found, facts)
+        _show(comparison, facts)
         if by_layer and layers is not None:
             _show_layers(layers)
     if report is not None:
         from lfx.cli.report import write
 
-        write(report, facts, found, layers)
-    found.require()
+        write(report, facts, comparison, layers)
+    comparison.require()
     if layers is not None:
         layers.require()
 
 
 def _check_layers(model: Path, manifest: Manifest | PlanManifest) -> None:
-    """Raises: InputError: the artifact does not show its layers."""
+    """Check that the artifact has attention nodes to compare.
+
+    Raises:
+        InputError: it is a plan, or its functions are inlined.
+    """
     if not isinstance(manifest, Manifest):
         raise InputError(f"{model} is a plan, whose layers TensorRT has merged; compare the bundle by layer")
     if manifest.inlined:
         raise InputError(
-            f"{model} has its functions inlined, so its layers are not to be seen; export it without --inline-functions"
+            f"{model} has its functions inlined, so it has no attention nodes to compare; export it without "
+            "--inline-functions"
         )
 
 
@@ -114,8 +127,8 @@ def _compare(engine: Engine, module: Any, manifest: Manifest | PlanManifest, cas
     from lfx.export.validate import compare_engine
     from lfx.parity import full_cases, quick_cases
 
-    wanted = full_cases if cases == "full" else quick_cases
-    return compare_engine(engine, module, wanted, step, quantization=manifest.quantization)
+    make_cases = full_cases if cases == "full" else quick_cases
+    return compare_engine(engine, module, make_cases, step, quantization=manifest.quantization)
 
 
 def _compare_layers(
@@ -138,7 +151,9 @@ def _facts(model: Path, manifest: Manifest | PlanManifest, engine: Engine, sourc
     signature = manifest.signature
     return {
         "artifact": str(model),
-        "kind": f"ONNX bundle, opset {manifest.opset}" if isinstance(manifest, Manifest) else f"{manifest.flavor} plan",
+        "format": f"ONNX bundle, opset {manifest.opset}"
+        if isinstance(manifest, Manifest)
+        else f"{manifest.flavor} plan",
         "backend": engine.backend,
         "model": f"{signature.architecture}, {signature.task}, {len(signature.attention_windows)} attention layers",
         "precision": engine.precision,
@@ -155,7 +170,7 @@ def _show(report: Report, facts: dict[str, str]) -> None:
         for c, errors in report.rows
     ]
     rows.append(["", "", "", "tolerance", *(f"{report.tolerance(o):.2e}" for o in names)])
-    rows.append(["", "", "", "PyTorch's own", *(f"{report.outputs[o].witness_error:.2e}" for o in names)])
+    rows.append(["", "", "", "PyTorch's error", *(f"{report.outputs[o].witness_error:.2e}" for o in names)])
     table(header, rows)
     for name in names if report.precision == QUANTIZED else ():
         result = report.outputs[name]
@@ -169,7 +184,7 @@ def _show_layers(report: Report) -> None:
     rows = []
     for name, result in report.outputs.items():
         errors = [f"{x:.2e}" for x in (result.error, result.witness_error, report.tolerance(name))]
-        rows.append([name, *errors, "ok" if report.passes(name) else "out of tolerance"])
-    table(["layer", "error", "PyTorch's own", "tolerance", "verdict"], rows)
-    parted = report.first_failure()
-    echo(f"the two part at {parted}" if parted else "the two part at no layer")
+        rows.append([name, *errors, "ok" if report.passed(name) else "out of tolerance"])
+    table(["layer", "error", "PyTorch's error", "tolerance", "verdict"], rows)
+    first = report.first_failure()
+    echo(f"first out of tolerance: {first}" if first else "all layers are in tolerance")

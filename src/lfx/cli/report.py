@@ -1,4 +1,4 @@
-"""The page of `lfx parity --report`: verdict, tables and plots in one HTML file that needs nothing beside it."""
+"""The page of `lfx parity --report`: verdict, tables and plots in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lfx.errors import InputError, require
 from lfx.files import replacing, why_unwritten
 from lfx.parity import HISTOGRAM_EDGES, Report
 
-# Told apart by colour-blind readers too; from Okabe and Ito.
-_OURS, _TORCH, _LIMIT = "#0072b2", "#e69f00", "#d55e00"
+# Okabe and Ito's palette, which colour-blind readers can distinguish.
+_ARTIFACT, _TORCH, _TOLERANCE = "#0072b2", "#e69f00", "#d55e00"
 _STYLE = """
 :root { color-scheme: light }
 body { margin: 0 auto; max-width: 60rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif }
@@ -42,29 +42,32 @@ def write(path: Path, facts: Mapping[str, str], report: Report, layers: Report |
     """Write the page.
 
     Args:
-        facts: what was compared, by name, for people.
-        layers: the comparison by layer; None where the artifact does not show its layers.
+        path: the HTML file.
+        facts: name -> value of the properties that the page lists; "artifact" is required.
+        report: the comparison of the outputs.
+        layers: the comparison by layer, or None.
     Raises:
-        InputError: the file cannot be written. DependencyError: matplotlib is not installed.
+        InputError: the file cannot be written.
+        DependencyError: matplotlib is not installed.
     """
     failures = report.failures() + (layers.failures() if layers is not None else [])
     parts = [
         _verdict(report, failures),
-        "<h2>What was compared</h2>",
+        "<h2>Artifact and checkpoint</h2>",
         _facts({**facts, "written by": f"lfx {__version__}, {datetime.date.today():%Y-%m-%d}"}),
         "<h2>Outputs</h2>",
         _outputs(report),
-        '<p class="note">Errors are the largest absolute ones against the dense float64 reference, over all cases. '
-        "The tolerance is twice PyTorch's own error in the same precision, plus what rounding leaves. "
+        '<p class="note">Each error is the largest absolute error against the dense float64 reference, over all cases. '
+        "The tolerance is twice PyTorch's error in the same precision, plus the rounding band. "
         f"{_int8_note(report)}</p>",
         "<h2>Error over length</h2>",
         _figure(lambda axes: _over_length(axes, report), "Largest error of each case; the line is the tolerance."),
-        "<h2>How large the errors are</h2>",
-        _figure(lambda axes: _histogram(axes, report), "All numbers of all outputs and cases that are not exact."),
+        "<h2>Error histogram</h2>",
+        _figure(lambda axes: _histogram(axes, report), "Non-zero errors of all numbers, over all outputs and cases."),
     ]
     if layers is not None:
-        parts += ["<h2>Error by layer</h2>", _figure(lambda axes: _by_layer(axes, layers), _parted(layers))]
-        parts.append(f"<details><summary>The layers as a table</summary>{_outputs(layers)}</details>")
+        parts += ["<h2>Error by layer</h2>", _figure(lambda axes: _by_layer(axes, layers), _first_failure(layers))]
+        parts.append(f"<details><summary>Table of the layers</summary>{_outputs(layers)}</details>")
     parts += ["<h2>Cases</h2>", f"<details><summary>All {len(report.rows)}</summary>{_cases(report)}</details>"]
     title = f"Parity of {html.escape(Path(facts['artifact']).name)}"
     page = (
@@ -72,10 +75,10 @@ def write(path: Path, facts: Mapping[str, str], report: Report, layers: Report |
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
         f"<body><h1>{title}</h1>{''.join(parts)}</body></html>\n"
     )
-    page = page.encode("utf-8", "backslashreplace").decode("utf-8")  # a file name may hold bytes that are no text
+    page = page.encode("utf-8", "backslashreplace").decode("utf-8")  # a file name may hold invalid UTF-8
     try:
-        with replacing(path) as written:
-            written.write_text(page, encoding="utf-8")
+        with replacing(path) as temporary:
+            temporary.write_text(page, encoding="utf-8")
     except OSError as error:
         raise InputError(why_unwritten(path, error, "choose another --report")) from error
 
@@ -93,11 +96,11 @@ def _facts(facts: Mapping[str, str]) -> str:
 
 
 class _Bad(str):
-    """The text of a cell that is marked as bad."""
+    """The text of a table cell that is highlighted as out of tolerance."""
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Header and cells are plain text."""
+    """Make an HTML table; header and cells are plain text, which is escaped here."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -110,11 +113,11 @@ def _cell(text: str) -> str:
 
 def _outputs(report: Report) -> str:
     labels = any(result.labels for result in report.outputs.values())
-    header = ["output", "error", "PyTorch's own", "tolerance", "largest value", "cosine"]
+    header = ["output", "error", "PyTorch's error", "tolerance", "largest value", "cosine"]
     rows = []
     for name, result in report.outputs.items():
         error = f"{result.error:.2e}"
-        row = [name, error if report.passes(name) else _Bad(error), f"{result.witness_error:.2e}"]
+        row = [name, error if report.passed(name) else _Bad(error), f"{result.witness_error:.2e}"]
         row += [f"{report.tolerance(name):.2e}", f"{result.magnitude:.3g}", f"{result.cosine():.6f}"]
         rows.append(row + ([f"{result.agreeing} of {result.labels}" if result.labels else ""] if labels else []))
     return _table([*header, *(["labels that agree"] if labels else [])], rows)
@@ -124,8 +127,8 @@ def _int8_note(report: Report) -> str:
     if report.precision != "int8":
         return ""
     return (
-        "PyTorch's own int8 is the model with its linear layers rounded to the same steps: the verdict says that the "
-        "artifact computes what int8 should, and cosine and labels say what int8 costs."
+        "PyTorch in int8 is the model with its linear layers quantized with the same scales: the verdict says whether "
+        "the artifact computes the quantized model, and cosine and labels measure the loss from int8."
     )
 
 
@@ -142,7 +145,7 @@ def _cases(report: Report) -> str:
 
 
 def _figure(draw: Callable[[Any], None], caption: str) -> str:
-    """A drawing as SVG. Caption and labels are plain text."""
+    """Draw a figure and return it as SVG in an HTML figure; caption and labels are plain text."""
     matplotlib = require("matplotlib", "report")
     matplotlib.use("Agg")
     pyplot = require("matplotlib.pyplot", "report")
@@ -152,10 +155,10 @@ def _figure(draw: Callable[[Any], None], caption: str) -> str:
         draw(axes)
         axes.grid(visible=True, alpha=0.25)
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
+        output = io.StringIO()
+        figure.savefig(output, format="svg", metadata={"Date": None})
         pyplot.close(figure)
-    svg = re.sub(r"^.*?(?=<svg)", "", drawn.getvalue(), count=1, flags=re.DOTALL)
+    svg = re.sub(r"^.*?(?=<svg)", "", output.getvalue(), count=1, flags=re.DOTALL)
     text = html.escape(caption)
     return f'<figure role="img" aria-label="{text}">{svg}<figcaption>{text}</figcaption></figure>'
 
@@ -167,47 +170,47 @@ def _over_length(axes: Any, report: Report) -> None:
         marker = markers[i % len(markers)]
         for label, colour, values in (
             ("PyTorch", _TORCH, [errors[name].witness_error for _, errors in report.rows]),
-            ("artifact", _OURS, [errors[name].error for _, errors in report.rows]),
+            ("artifact", _ARTIFACT, [errors[name].error for _, errors in report.rows]),
         ):
-            shown = np.maximum(values, HISTOGRAM_EDGES[0])  # an exact result has no place on a log axis
-            axes.scatter(lengths, shown, s=22, marker=marker, color=colour, alpha=0.7, label=f"{label}, {name}")
+            clamped = np.maximum(values, HISTOGRAM_EDGES[0])  # a log axis has no 0
+            axes.scatter(lengths, clamped, s=22, marker=marker, color=colour, alpha=0.7, label=f"{label}, {name}")
         axes.axhline(
-            report.tolerance(name), color=_LIMIT, lw=1.2, ls=("--", "-.", ":")[i % 3], label=f"tolerance, {name}"
+            report.tolerance(name), color=_TOLERANCE, lw=1.2, ls=("--", "-.", ":")[i % 3], label=f"tolerance, {name}"
         )
     axes.set(xlabel="sequence length, tokens", ylabel="largest absolute error", xscale="log", yscale="log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
 def _histogram(axes: Any, report: Report) -> None:
-    seen = np.zeros(len(HISTOGRAM_EDGES) - 1)
-    for label, colour, attribute in (("PyTorch", _TORCH, "witness_histogram"), ("artifact", _OURS, "histogram")):
+    largest = np.zeros(len(HISTOGRAM_EDGES) - 1)
+    for label, colour, attribute in (("PyTorch", _TORCH, "witness_histogram"), ("artifact", _ARTIFACT, "histogram")):
         counts = np.sum([getattr(result, attribute) for result in report.outputs.values()], axis=0)
-        seen = np.maximum(seen, counts)
+        largest = np.maximum(largest, counts)
         axes.stairs(counts, HISTOGRAM_EDGES, label=label, color=colour, lw=1.6, fill=label == "PyTorch", alpha=0.75)
-    filled, tall = np.flatnonzero(seen), np.flatnonzero(seen > seen.max() / 1000)
-    if filled.size:  # from where bars are to be seen, to the largest error
-        axes.set_xlim(HISTOGRAM_EDGES[max(tall[0] - 1, 0)], HISTOGRAM_EDGES[min(filled[-1] + 2, len(seen))])
+    filled, visible = np.flatnonzero(largest), np.flatnonzero(largest > largest.max() / 1000)
+    if filled.size:  # from the first bar that is high enough to see, to the largest error
+        axes.set_xlim(HISTOGRAM_EDGES[max(visible[0] - 1, 0)], HISTOGRAM_EDGES[min(filled[-1] + 2, len(largest))])
     axes.yaxis.set_major_locator(require("matplotlib.ticker", "report").MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set(xlabel="absolute error", ylabel="numbers", xscale="log")
+    axes.set(xlabel="absolute error", ylabel="number of values", xscale="log")
 
 
 def _by_layer(axes: Any, layers: Report) -> None:
     names = list(layers.outputs)
-    places = range(len(names))
+    positions = range(len(names))
     for label, colour, values, line in (
-        ("tolerance", _LIMIT, [layers.tolerance(name) for name in names], "--"),
+        ("tolerance", _TOLERANCE, [layers.tolerance(name) for name in names], "--"),
         ("PyTorch", _TORCH, [layers.outputs[name].witness_error for name in names], "-"),
-        ("artifact", _OURS, [layers.outputs[name].error for name in names], "-"),
+        ("artifact", _ARTIFACT, [layers.outputs[name].error for name in names], "-"),
     ):
-        shown = np.maximum(values, HISTOGRAM_EDGES[0])
-        axes.plot(places, shown, line, marker="o", markersize=4, color=colour, label=label)
-    axes.set_xticks(places, [name.replace("attention_", "") for name in names])
+        clamped = np.maximum(values, HISTOGRAM_EDGES[0])  # a log axis has no 0
+        axes.plot(positions, clamped, line, marker="o", markersize=4, color=colour, label=label)
+    axes.set_xticks(positions, [name.replace("attention_", "") for name in names])
     for tick in axes.get_xticklabels()[sum(name in layers.depth for name in names) :]:
         tick.set(rotation=30, ha="right")
     axes.set(xlabel="attention layer, then outputs", ylabel="largest absolute error", yscale="log")
 
 
-def _parted(layers: Report) -> str:
+def _first_failure(layers: Report) -> str:
     first = layers.first_failure()
-    return f"The two part at {first}." if first else "The two part at no layer."
+    return f"First out of tolerance: {first}." if first else "All layers are in tolerance."

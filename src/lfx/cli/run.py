@@ -1,4 +1,4 @@
-"""`lfx run`: a text or a file of documents through a model, and how the result is shown."""
+"""`lfx run`: run a model on a text or a file of documents, and print or write the results."""
 
 from __future__ import annotations
 
@@ -23,38 +23,40 @@ if TYPE_CHECKING:
     from lfx.cli.engine import OpenEngine
     from lfx.runtime import Engine
 
-_LARGEST_TEXT = 100_000_000  # letters of a file that is one text
+_LARGEST_TEXT = 100_000_000  # largest text file, in characters
 
 
 @click.command("run", cls=Command)
 @click.argument("model", type=FilePath("a bundle or a plan"))
-@click.option("--text", help="The text; for question answering the question, for multiple choice the prompt.")
-@click.option("--pair", multiple=True, help="A second text: the document asked about, or one choice (repeat it).")
+@click.option("--text", help="Run on this text: the question for question answering, the prompt for multiple choice.")
+@click.option(
+    "--pair", multiple=True, help="Add a second text: the document for a question, or one choice (repeatable)."
+)
 @click.option(
     "--input",
     "file",
     type=FilePath(),
-    help="A text file, one document; or documents: .jsonl (.ndjson) or .parquet, with a field text or input_ids.",
+    help="Run on this file: one text, or documents as .jsonl (.ndjson) or .parquet with a field text or input_ids.",
 )
 @click.option(
     "--stride",
     type=click.IntRange(1, MOST_TOKENS),
     metavar="N",
-    help="Cut long documents into windows that begin every N tokens.",
+    help="Cut long documents into windows that start every N tokens.",
 )
 @click.option(
     "--max-windows",
     type=click.IntRange(1, MOST_TOKENS),
     metavar="N",
-    help="With --stride: refuse a document that gives more windows.  [default: 4096]",
+    help="Refuse a document that --stride cuts into more windows.  [default: 4096]",
 )
-@click.option("--tokenizer", type=FilePath(), help="A folder with one.  [default: the bundle's]")
+@click.option("--tokenizer", type=FilePath(), help="Read the tokenizer from this folder.  [default: the bundle's]")
 @click.option(
     "--output",
     type=OutputPath(),
-    help="The arrays, as .npz; of documents the results, .jsonl or .parquet.",
+    help="Write the output arrays to this .npz file, or the results of documents to this .jsonl or .parquet file.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON; arrays per token only with --output.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, without the arrays per token.")
 @engine_options
 def command(
     model: Path,
@@ -68,9 +70,9 @@ def command(
     as_json: bool,
     open_engine: OpenEngine,
 ) -> None:
-    """Run a text, or a file of documents, through a bundle (a folder, or its .onnx file) or a plan.
+    """Run a bundle (a folder, or its .onnx file) or a plan on a text, or on a file of documents.
 
-    A run over documents that was stopped goes on where it was when the same command is given again.
+    An interrupted run over documents is resumed by the same command.
     """
     from lfx.runtime.documents.formats import is_documents
 
@@ -82,7 +84,7 @@ def command(
     if documents is None and stride is not None:
         raise click.UsageError("--stride is for documents: --input FILE.jsonl or FILE.parquet")
     if stride is None and max_windows is not None:
-        raise click.UsageError("--max-windows needs --stride, which cuts documents into windows")
+        raise click.UsageError("--max-windows needs --stride, which cuts documents into windows; give both")
     with open_engine(model) as engine:
         if documents is not None and output is not None:
             run_documents(
@@ -110,7 +112,11 @@ def run_text(
     tokenizer: Path | None,
     as_json: bool,
 ) -> None:
-    """Run one text, given or in a file; print what the outputs say."""
+    """Run a model on one text, from `text` or `file`, and print the outputs and the answers in them.
+
+    Raises:
+        InputError: the file or the tokenizer cannot be read, or the task needs another number of texts.
+    """
     import numpy as np
 
     from lfx.runtime.postprocess import Postprocessor
@@ -122,13 +128,13 @@ def run_text(
     reader = Tokenizer(tokenizer or _text_folder(model, engine), engine.signature)
     choices = engine.signature.task == "multiple-choice"
     if len(pair) > 1 and not choices:
-        raise InputError(f"{engine.signature.task} takes one --pair, and {len(pair)} came; leave the others out")
+        raise InputError(f"{engine.signature.task} takes one --pair, but {len(pair)} are given; leave the others out")
     if (engine.signature.task == "question-answering" and len(pair) != 1) or (choices and not pair):
         raise InputError(f"{engine.signature.task} needs --text and --pair: " + _pair_help(choices))
     encoded = [reader.encode(text, second) for second in (pair or (None,))]
     if choices:
-        rows, masks = _rectangle([e.ids for e in encoded], engine.signature.pad_token_id)
-        outputs = engine.run(rows, masks)
+        ids, mask = _pad([e.ids for e in encoded], engine.signature.pad_token_id)
+        outputs = engine.run(ids, mask)
     else:
         outputs = engine.run(encoded[0].ids)
     arrays = {name: np.asarray(value) for name, value in outputs.items()}
@@ -137,12 +143,8 @@ def run_text(
         _save(output, arrays)
     tokens = sum(len(e.ids) for e in encoded)
     if as_json:
-        shapes: dict[str, Any] = {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in arrays.items()}
-        per_token = {s.name for s in engine.signature.outputs if "sequence" in s.shape}
-        for name, array in arrays.items():
-            if name not in per_token:
-                shapes[name]["values"] = array.tolist()
-        echo_json({"tokens": tokens, "backend": engine.backend, "outputs": shapes, "answers": answers})
+        described = _describe(arrays, {s.name for s in engine.signature.outputs if "sequence" in s.shape})
+        echo_json({"tokens": tokens, "backend": engine.backend, "outputs": described, "answers": answers})
         return
     echo(f"{tokens} tokens, {engine.backend}")
     for name, array in arrays.items():
@@ -150,6 +152,15 @@ def run_text(
         echo(f"{name}: shape {tuple(array.shape)}, first values {first}")
     if answers:
         table(list(answers[0]), [[_cell(v) for v in answer.values()] for answer in answers[:40]])
+
+
+def _describe(arrays: dict[str, NDArray[Any]], per_token: set[str]) -> dict[str, Any]:
+    """Return shape and dtype of each array, and the values of those that are not per token."""
+    described: dict[str, Any] = {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in arrays.items()}
+    for name, array in arrays.items():
+        if name not in per_token:
+            described[name]["values"] = array.tolist()
+    return described
 
 
 def run_documents(
@@ -163,13 +174,13 @@ def run_documents(
     tokenizer: Path | None,
     as_json: bool,
 ) -> None:
-    """Run a file of documents; print what was done.
+    """Run a model on a file of documents, write the results to `output`, and print their number.
 
     Args:
-        max_windows: None for `lfx.runtime.documents.MAX_WINDOWS`.
-
+        stride: distance of the windows of a long document, in tokens; None = documents are not cut.
+        max_windows: largest number of windows of a document; None = `lfx.runtime.documents.MAX_WINDOWS`.
     Raises:
-        InputError: some documents were refused; the others are done.
+        InputError: documents were refused; raised after the others are done.
     """
     from lfx.runtime import documents
     from lfx.runtime.tokenizer import TOKENIZER, Tokenizer
@@ -190,39 +201,42 @@ def run_documents(
                 report=lambda line: echo(line, err=True),
             )
     except KeyboardInterrupt:
-        echo("what is done is kept; the same command goes on from there", err=True)
+        echo("finished documents are kept; run the same command to resume", err=True)
         raise
     seconds = time.perf_counter() - start
     if as_json:
         echo_json({**dataclasses.asdict(done), "seconds": seconds, "backend": engine.backend})
     else:
-        went_on = f" (the first {done.resumed_at:,} in an earlier run)" if done.resumed_at else ""
-        echo(f"{output}: {done.documents:,} documents{went_on}, {done.refused:,} refused, {engine.backend}")
+        resumed = f" (the first {done.resumed_at:,} in an earlier run)" if done.resumed_at else ""
+        echo(f"{output}: {done.documents:,} documents{resumed}, {done.refused:,} refused, {engine.backend}")
         echo(f"{done.tokens:,} tokens in {seconds:.1f} s, {done.tokens / seconds:,.0f} tokens/s")
     if done.refused:
         raise InputError(f"{done.refused} of {done.documents} documents were refused; {output} says which and why")
 
 
 def _text_folder(model: Path, engine: Engine) -> Path:
-    """Where the tokenizer is: in the bundle, which stands beside its plan unless one of them was moved."""
-    bundle = getattr(engine.manifest, "bundle", None)
-    beside = model.parent
-    if bundle:
-        beside = file_path(model.parent / Path(str(bundle.get("name", ""))).name, "the bundle that the plan names")
+    """Return the folder of the tokenizer: the bundle, or for a plan the bundle of that name in the plan's folder.
+
+    If there is no such bundle, the folder of the plan or the .onnx file is returned.
+    """
+    recorded = getattr(engine.manifest, "bundle", None)
+    bundle = model.parent
+    if recorded:
+        bundle = file_path(model.parent / Path(str(recorded.get("name", ""))).name, "the bundle that the plan names")
     if model.is_dir():
         return model
-    return beside if beside.is_dir() else model.parent
+    return bundle if bundle.is_dir() else model.parent
 
 
 def _pair_help(choices: bool) -> str:
     return "the prompt, and one --pair for each choice" if choices else "the question, and the document as --pair"
 
 
-def _rectangle(rows: list[list[int]], pad: int) -> tuple[NDArray[Any], NDArray[Any]]:
+def _pad(rows: list[list[int]], pad_token_id: int) -> tuple[NDArray[Any], NDArray[Any]]:
     import numpy as np
 
-    width = max(len(row) for row in rows)
-    ids = np.full((len(rows), width), pad)
+    seqlen = max(len(row) for row in rows)
+    ids = np.full((len(rows), seqlen), pad_token_id)
     mask = np.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
@@ -233,17 +247,17 @@ def _read_text(file: Path | None) -> str:
     assert file is not None
     file_path(file, "--input")
     try:
-        with file.open(encoding="utf-8") as source:  # may be a device, which does not end
+        with file.open(encoding="utf-8") as source:  # a device may have no end, so read a limited length
             text = source.read(_LARGEST_TEXT + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from error
     if len(text) > _LARGEST_TEXT:
-        raise InputError(f"{file} has more than {_LARGEST_TEXT:,} letters; split it into documents: a .jsonl file")
+        raise InputError(f"{file} has more than {_LARGEST_TEXT:,} characters; split it into documents: a .jsonl file")
     return text
 
 
 def _save(output: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    """Write an .npz file; `numpy.savez` has no room for outputs that are called as its own arguments."""
+    """Write an .npz file; `numpy.savez` fails for outputs with the names of its arguments, such as `file`."""
     import numpy as np
 
     try:

@@ -1,4 +1,4 @@
-"""The checkpoint that an artifact is compared with."""
+"""Finding and loading the checkpoint that an artifact is compared with."""
 
 from __future__ import annotations
 
@@ -11,53 +11,55 @@ from lfx.checks import file_path
 from lfx.errors import ArtifactError, InputError
 
 
-def checkpoint_of(model: Path, known: Mapping[str, Any] | None, source: str | None, command: str) -> str:
-    """The checkpoint that an artifact is compared with.
+def checkpoint_of(model: Path, recorded: Mapping[str, Any] | None, source: str | None, command: str) -> str:
+    """Return the checkpoint that an artifact is compared with, a folder or a hub id.
 
-    A manifest may come from a stranger, so it decides only where it names a folder of this machine.
+    The manifest is untrusted: a folder of this machine that it names is used, a hub id is not.
 
     Args:
-        known: the manifest's `source`; None where there is no manifest.
-        source: what the caller named; it comes first.
-        command: the command to give where it is not known, with {} for the artifact and {} for the checkpoint.
+        model: the artifact, for messages.
+        recorded: the manifest's `source`; None without a manifest.
+        source: the checkpoint that the caller named, which takes precedence.
+        command: the command to suggest in an error, with {} for the artifact and {} for the checkpoint.
     Raises:
-        InputError: it is not known, or is to be fetched and was not named by the caller.
+        InputError: the manifest names no folder of this machine, and the caller named no checkpoint.
     """
     if source is not None:
         if not isinstance(source, str) or not source:
             raise InputError(f"source is {source!r}; give a checkpoint folder or a hub id")
         return source
-    name, kind = (known.get("model"), known.get("kind")) if known is not None else (None, None)
-    named = isinstance(name, str) and bool(name) and name.isprintable()
-    if kind == "folder" and named and Path(str(name)).is_absolute() and file_path(name, "source").is_dir():
+    name, source_type = (recorded.get("model"), recorded.get("kind")) if recorded is not None else (None, None)
+    valid = isinstance(name, str) and bool(name) and name.isprintable()
+    if source_type == "folder" and valid and Path(str(name)).is_absolute() and file_path(name, "source").is_dir():
         return str(name)
-    reason, place = "does not say which checkpoint it was made from", "CHECKPOINT"
-    if kind == "hub" and named:
-        reason, place = f"says it was made from {name} of the hub, which is loaded only when you ask for it", str(name)
-    elif kind == "folder" and named:
+    reason, checkpoint = "does not say which checkpoint it was made from", "CHECKPOINT"
+    if source_type == "hub" and valid:
+        reason = f"says it was made from {name} of the hub, which is loaded only when you ask for it"
+        checkpoint = str(name)
+    elif source_type == "folder" and valid:
         reason = f"was made from the folder {name}, which is not here"
-    elif kind == "module":
+    elif source_type == "module":
         reason = "was made from a module in memory; save that with save_pretrained"
-    raise InputError(f"{model} {reason}; give: {command.format(shlex.quote(str(model)), shlex.quote(place))}")
+    raise InputError(f"{model} {reason}; give: {command.format(shlex.quote(str(model)), shlex.quote(checkpoint))}")
 
 
-def load_checkpoint(source: str, task: str, known: Mapping[str, Any] | None, step: Callable[[str], None]) -> Any:
+def load_checkpoint(source: str, task: str, recorded: Mapping[str, Any] | None, step: Callable[[str], None]) -> Any:
     """Load the model that an artifact is compared with.
 
     Args:
-        known: the manifest's `source`; None where there is no manifest, and so no digest to compare.
+        recorded: the manifest's `source`, with the digest of the weights; None without a manifest.
     Raises:
-        ExportError: it cannot be loaded.
-        ArtifactError: its weights are not those that the artifact was made from.
+        ExportError: the checkpoint cannot be loaded.
+        ArtifactError: its weights are not those that the artifact was exported from.
     """
     step("importing torch")
     from lfx.export.load import load, weights_sha256
 
     step("loading the checkpoint")
     module, _ = load(source, task)
-    if known is not None and weights_sha256(module) != known.get("sha256"):
+    if recorded is not None and weights_sha256(module) != recorded.get("sha256"):
         raise ArtifactError(
             f"{source} has other weights than the bundle was made from (sha256 differs); "
-            "give the right checkpoint with --source, or export again"
+            "give the checkpoint that it was made from with --source, or export again"
         )
     return module

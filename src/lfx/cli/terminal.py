@@ -1,7 +1,7 @@
-"""What the command line shows, and how it is stopped: text, tables, progress, interrupts. rich is imported when used.
+"""Output of the command line (text, tables, progress) and handling of interrupts. rich is imported on first use.
 
-All text that lfx prints goes through `printable`: labels, answers, paths and messages of other libraries come from
-files that anybody may have written, and a terminal obeys what stands in them.
+lfx passes all text that it prints through `printable`: labels, answers, paths and messages of other libraries come from
+untrusted files, and may hold terminal control sequences.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from lfx.errors import LfxError, with_cure
 
 _interrupted = threading.Event()
 _IMPORT_SYSTEM = "<frozen importlib._bootstrap>"  # the file name in its frames
-_LONGEST_CELL = 2000  # letters; a label may have millions, which rich takes minutes to lay out
+_LONGEST_CELL = 2000  # characters; rich needs minutes to lay out a label of millions
 
-# Control, format and surrogate characters, and the two separators of lines that are none of ASCII's. Format
-# characters reorder a line (U+202E, U+2066) or are not to be seen (U+200B), so that two names look the same.
-_SHOWN_AS_ESCAPES = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-# Format characters too, but they belong to the spelling of Persian and Hindi and to emoji, and move nothing.
+# Unicode categories: control, format and surrogate characters, and the line and paragraph separators. Format characters
+# may reorder a line (U+202E, U+2066) or be invisible (U+200B), so that two different names look the same.
+_ESCAPED_CATEGORIES = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+# Format characters that are not escaped: the spelling of Persian, Hindi and emoji needs them, and they reorder nothing.
 _JOINERS = "\u200c\u200d"
 
 
 def printable(text: str) -> str:
-    r"""One line that a terminal shows as it is: control characters become escapes such as `\x1b`, `\n` or `\u202e`.
+    r"""Replace control characters by escapes such as `\x1b`, `\n` or `\u202e`, so that a terminal shows one line.
 
-    A backslash stays one, so that paths can be read: the escapes are for people, and JSON is for programs.
+    A backslash is not escaped, so that paths stay readable; the result cannot be parsed back, use --json for that.
     """
     if text.isascii() and text.isprintable():
         return text
     return "".join(
-        letter.encode("unicode_escape").decode("ascii")
-        if unicodedata.category(letter) in _SHOWN_AS_ESCAPES and letter not in _JOINERS
-        else letter
-        for letter in text
+        character.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(character) in _ESCAPED_CATEGORIES and character not in _JOINERS
+        else character
+        for character in text
     )
 
 
@@ -50,24 +50,25 @@ def echo(text: str, *, err: bool = False) -> None:
     """Print one line to stdout, or to stderr.
 
     Raises:
-        LfxError: stdout cannot be written. BrokenPipeError: its reader has gone.
+        LfxError: stdout cannot be written.
+        BrokenPipeError: the reader of stdout has closed it.
     """
     write(f"{printable(text)}\n", err=err)
 
 
 def echo_json(value: Any, *, indent: int | None = None) -> None:
-    """Print JSON to stdout; it is ASCII, and has null in the place of NaN. Raises as `echo` does."""
+    """Print a value as ASCII JSON to stdout, with null for NaN; raises the errors of `echo`."""
     write(json_text(value, indent=indent) + "\n")
 
 
 def write(text: str, *, err: bool = False) -> None:
-    """Write text that is printable already. Raises as `echo` does; what stderr does not take is dropped."""
+    """Write text without escaping it; raises the errors of `echo`. Errors of stderr are ignored."""
     if not err:
         with _stdout() as stream:
             stream.write(text)
             stream.flush()
     elif sys.stderr is not None:
-        with suppress(OSError):  # nobody could be told
+        with suppress(OSError):  # there is no stream left to report it on
             sys.stderr.write(text)
             sys.stderr.flush()
 
@@ -85,13 +86,17 @@ def _stdout() -> Iterator[TextIO]:
 
 
 def prepare_streams() -> None:
-    """Make stdout and stderr take every character, and keep the numbers of closed ones from files that are opened."""
+    """Prepare stdin, stdout and stderr.
+
+    stdout and stderr escape characters that their encoding does not have. The descriptors 0, 1 and 2 are opened if they
+    are closed, so that no file of lfx gets their numbers. Invalid terminal sizes are removed from the environment.
+    """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number, which is this one
-    for name in ("COLUMNS", "LINES"):  # rich takes any digits, superscripts too, for a size
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free descriptor, which is `number`
+    for name in ("COLUMNS", "LINES"):  # rich accepts any isdigit() string, superscripts too, and fails on it
         size = os.environ.get(name, "1")
         if not (size.isascii() and size.isdigit() and len(size) < 6 and int(size) > 0):
             del os.environ[name]
@@ -101,23 +106,23 @@ def prepare_streams() -> None:
 
 
 def drop_stdout() -> None:
-    """Send what stdout still buffers nowhere, so that Python does not fail on it once more when it ends."""
+    """Redirect stdout to the null device, so that Python's flush at exit does not raise again."""
     if sys.stdout is not None:
-        with suppress(OSError):  # no file can be opened any more
+        with suppress(OSError):  # there may be no free descriptor
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def catch_interrupts() -> None:
-    """Turn SIGINT, SIGTERM and SIGHUP into KeyboardInterrupt, so that what is half-written is removed."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last is not on Windows
-        # What the parent said to ignore stays so: nohup ignores SIGHUP.
+    """Turn SIGINT, SIGTERM and SIGHUP into KeyboardInterrupt, so that partial files are removed."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        # A signal that the parent process ignores stays ignored: nohup ignores SIGHUP.
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), _interrupt)
-    sys.unraisablehook = _dropped
+    sys.unraisablehook = _on_unraisable
 
 
 def interrupted() -> bool:
-    """Whether a signal came; code that was stopped in the middle may have turned it into another error."""
+    """Return whether a signal arrived; a library may have turned its KeyboardInterrupt into another error."""
     return _interrupted.is_set()
 
 
@@ -130,7 +135,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    """Whether an import is under way. Some C++ modules abort the process when one that they import is interrupted."""
+    """Return whether an import is running. Some C++ modules abort the process if it is interrupted."""
     while frame is not None:
         if frame.f_code.co_filename == _IMPORT_SYSTEM:
             return True
@@ -139,14 +144,14 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def _send_again(number: int) -> None:
-    """Send a signal to this process again, shortly."""
-    again = threading.Timer(0.1, os.kill, (os.getpid(), number))
-    again.daemon = True
-    again.start()
+    """Send a signal to this process again after 0.1 s."""
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
 
 
 def _unless_interrupted(show: Callable[[str], None]) -> Callable[[str], None]:
-    """Stop at the next step where a library swallowed the interrupt."""
+    """Wrap a progress function to raise KeyboardInterrupt at the next step, if a library caught the interrupt."""
 
     def step(name: str) -> None:
         if _interrupted.is_set():
@@ -156,8 +161,8 @@ def _unless_interrupted(show: Callable[[str], None]) -> Callable[[str], None]:
     return step
 
 
-def _dropped(error: Any) -> None:
-    """Print what a finalizer raised; send an interrupt again, since Python drops one that arrives inside it."""
+def _on_unraisable(error: Any) -> None:
+    """Print the exception of a finalizer; send an interrupt again, since Python drops it in a finalizer."""
     if not isinstance(error.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(error)
         return
@@ -165,26 +170,26 @@ def _dropped(error: Any) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table to stdout, wide enough not to wrap where stdout is no terminal. Raises as `echo` does."""
+    """Print a table to stdout, at least 160 columns wide if stdout is no terminal; raises the errors of `echo`."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(header_style="bold")
+    rich_table = Table(header_style="bold")
     for name in header:
-        drawn.add_column(Text(printable(name)))
+        rich_table.add_column(Text(printable(name)))
     for row in rows:
-        drawn.add_row(*(Text(printable(cell[:_LONGEST_CELL])) for cell in row))
+        rich_table.add_row(*(Text(printable(cell[:_LONGEST_CELL])) for cell in row))
     console = Console(soft_wrap=False)
     if not console.is_terminal:
         console = Console(width=max(160, console.width))
     with _stdout():
-        console.print(drawn)
+        console.print(rich_table)
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """A bar with the current step on stderr; plain lines where stderr is no terminal."""
+    """Show the current step on stderr: in a progress bar, or as lines if stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

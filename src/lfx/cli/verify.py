@@ -1,4 +1,4 @@
-"""`lfx verify`: files against their manifest, and the manifest against its signature."""
+"""`lfx verify`: check files against their manifest, and the manifest against its signature."""
 
 from __future__ import annotations
 
@@ -12,24 +12,28 @@ from lfx.cli.terminal import echo, echo_json
 
 @click.command("verify", cls=Command)
 @click.argument("model", type=FilePath("a bundle or a plan"))
-@click.option("--key", type=FilledText(), help="Minisign's public key of who signed: a file, or the key itself.")
-@click.option("--signature", type=FilePath(), help="[default: the manifest's name with .minisig, beside it]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--key", type=FilledText(), help="Check the signature with this minisign public key: a file, or the key.")
+@click.option(
+    "--signature",
+    type=FilePath(),
+    help="Read the signature from this file.  [default: the manifest's path with .minisig appended]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(model: Path, key: str | None, signature: Path | None, as_json: bool) -> None:
-    """Check all files of a bundle, or a plan, against the manifest, and with --key who signed that.
+    """Check the files of a bundle or a plan against its manifest, and with --key the manifest's signature.
 
-    Sign with minisign: minisign -Sm lfx.json, or of a plan minisign -Sm NAME.plan.json.
+    Sign a bundle with: minisign -Sm lfx.json; a plan with: minisign -Sm NAME.plan.json.
     """
     if key is None and signature is not None:
-        raise click.UsageError("--signature needs --key, the public key of who signed")
+        raise click.UsageError("--signature needs --key, the signer's public key; give both")
     from lfx.runtime.signing import verify
 
-    found = verify(model, key, signature)
+    verified = verify(model, key, signature)
     if as_json:
-        signer = {"key_id": found.key_id, "trusted_comment": found.trusted_comment}
-        echo_json({"manifest": str(found.manifest), "files": found.files, **signer})
+        signer = {"key_id": verified.key_id, "trusted_comment": verified.trusted_comment}
+        echo_json({"manifest": str(verified.manifest), "files": verified.files, **signer})
         return
     signed = "no signature was checked (--key)"
-    if found.key_id is not None:
-        signed = f"signed by the key {found.key_id}, trusted comment: {found.trusted_comment}"
-    echo(f"{model}: {len(found.files)} files are what {found.manifest.name} says; {signed}")
+    if verified.key_id is not None:
+        signed = f"signed by the key {verified.key_id}, trusted comment: {verified.trusted_comment}"
+    echo(f"{model}: {len(verified.files)} files match {verified.manifest.name}; {signed}")

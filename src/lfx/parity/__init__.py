@@ -1,23 +1,23 @@
-"""Are the numbers the model's? Cases, derived tolerance and verdict, for any two ways to run a model.
+"""Comparing the outputs of two implementations of a model: cases, derived tolerance and verdict.
 
-Three runs of every case are compared: the dense float64 reference, which is right by definition; PyTorch in the
-precision at hand, the witness; and the candidate. Per output,
+Each case runs three times: the reference is the model in float64 with dense attention; the witness is PyTorch in the
+precision that is compared; the candidate is the artifact. For each output,
 
-    tolerance = 2 · (PyTorch's largest error against the reference) + band
+    tolerance = 2 · (largest error of the witness against the reference) + band
     band      = √n · u · max|reference|
 
-so a candidate may be at most twice as wrong as PyTorch, plus the rounding that n operations in a row leave behind
-(Higham & Mary 2019: the error of n roundings grows as √n · u), u being the unit roundoff of the precision. Errors
-are pooled over all cases, since the largest error of two numbers is luck and that of thousands is not. A pool of
-fewer than 2,000 numbers (the logits of a classifier) is too small for that: PyTorch's largest error is then taken to
-be at least 3.5 times its root mean square, which a normal error exceeds once in 2,000. A witness that is more than
-`WITNESS_BANDS` bands off means that reference and PyTorch disagree, and fails too.
+The candidate's error may be at most twice PyTorch's, plus the rounding error of n operations in sequence, where u is
+the unit roundoff of the precision (Higham & Mary 2019: the error of n roundings grows as √n · u). Errors are pooled
+over all cases, since the largest of few errors is a matter of chance. A pool of fewer than 2,000 numbers, such as the
+logits of a classifier, is too small: the witness's largest error then counts as at least 3.5 times its root mean
+square, which a normally distributed error exceeds once in 2,000. A witness error above `WITNESS_BANDS` bands means
+that the reference and the witness compute different functions, and fails too.
 
-In int8 the witness is PyTorch with the same linear layers rounded to the same steps, and u is half a step of the
-weights' range. What rounding to int8 costs is a fact of the model and not an error of the artifact: the verdict says
-whether the artifact computes what int8 should, and cosine and label agreement say what that is worth. Since all
-numbers are off there, the root mean square of the errors must be at most 1.25 times the witness's too: of two models
-that round to the same steps it is nearly equal, whatever the number that happens to be the worst.
+In int8 the witness is PyTorch with the same linear layers quantized with the same scales, and u is half the scale of
+weights in [-1, 1]. The loss from int8 is a property of the model, not an error of the artifact: the verdict says
+whether the artifact computes the quantized model, and cosine and label agreement measure the loss. Quantization
+changes all numbers, so the root mean square error must also be at most 1.25 times the witness's: for two models with
+the same scales the two are nearly equal, while the largest errors are not.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from lfx.parity.result import (
     Errors,
     OutputResult,
     Report,
+    pair_tolerance,
+    rounding_band,
 )
 
 __all__ = [
@@ -47,5 +49,7 @@ __all__ = [
     "compare",
     "full_cases",
     "inputs_of",
+    "pair_tolerance",
     "quick_cases",
+    "rounding_band",
 ]

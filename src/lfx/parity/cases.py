@@ -1,4 +1,4 @@
-"""Input shapes and mask patterns: which cases are compared, and their inputs."""
+"""The cases of a comparison, each an input shape and mask pattern, and their inputs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ class Case:
     """One input shape and mask pattern.
 
     Attributes:
-        globals: none, first, scattered (few, apart), adjacent (a run), all, or ragged (another count in each row).
-        padding: none, right, left, holes (masked tokens inside), or empty_row (the last row has no real token).
+        batch: number of rows.
+        seqlen: length of the rows with padding, tokens.
+        globals: none, first, scattered (4 at random positions), adjacent (up to 5 in a row), all, or ragged (a
+            different number in each row).
+        padding: none, right, left, holes (random positions), or empty_row (the last row is all padding).
     """
 
     batch: int
@@ -35,25 +38,29 @@ class Case:
 
 
 def quick_cases(window: int, max_seqlen: int | None, multiple_of: int = 1) -> list[Case]:
-    """The spread that every export is validated with: about five windows' worth of tokens.
+    """Return the five cases that validate each export, of about five windows of tokens in total.
 
     Args:
         window: widest one-sided window, tokens.
-        multiple_of: lengths are rounded up to this, for a torch model that takes no others.
+        max_seqlen: longest sequence, tokens; None = no limit.
+        multiple_of: lengths are rounded up to a multiple, for a torch model that requires one.
     """
-    wanted = [
+    cases = [
         Case(1, 1),
         Case(2, 7, "first", "empty_row"),
         Case(1, max(2, min(window - 1, 64)), "all", "left"),
         Case(2, window + 1, "ragged", "right"),
         Case(1, 2 * window + 3, "scattered", "holes"),
     ]
-    return _fit(wanted, max_seqlen, multiple_of)
+    return _fit(cases, max_seqlen, multiple_of)
 
 
 def full_cases(window: int, max_seqlen: int | None, multiple_of: int = 1) -> list[Case]:
-    """Lengths around every boundary up to three windows, each with every global pattern; batch and padding cycle."""
-    total = 2 * window
+    """Return cases for all lengths around multiples of the window, each with all patterns of global tokens.
+
+    Batch sizes and padding patterns alternate over the cases. The arguments are those of `quick_cases`.
+    """
+    total = 2 * window  # Hugging Face's attention_window, both sides
     lengths = sorted(
         {
             1,
@@ -72,8 +79,8 @@ def full_cases(window: int, max_seqlen: int | None, multiple_of: int = 1) -> lis
     )
     paddings = itertools.cycle(PADDINGS)
     batches = itertools.cycle((1, 2, 3, 4, 2, 3))
-    wanted = [Case(next(batches), length, pattern, next(paddings)) for length in lengths for pattern in GLOBALS]
-    return _fit(wanted, max_seqlen, multiple_of)
+    cases = [Case(next(batches), length, pattern, next(paddings)) for length in lengths for pattern in GLOBALS]
+    return _fit(cases, max_seqlen, multiple_of)
 
 
 def _fit(cases: Iterable[Case], max_seqlen: int | None, multiple_of: int) -> list[Case]:
@@ -96,31 +103,34 @@ def inputs_of(
     choices: int | None = None,
     seed: int = 0,
 ) -> Arrays:
-    """Random ids and the masks of a case.
+    """Make random ids and the masks of a case.
 
     Args:
-        max_global: at most so many global tokens a row.
-        choices: for multiple choice, the second axis of all inputs.
+        vocab_size: ids are 0 to vocab_size - 1.
+        pad_token_id: the id of padding; the only id if vocab_size is 1.
+        max_global: largest number of global tokens in a row; None = no limit.
+        choices: for multiple choice, the size of the second axis of all inputs.
+        seed: of the ids and the positions.
     Returns:
         input_ids, attention_mask, global_attention_mask: (batch, seqlen) or (batch, choices, seqlen) int64.
     """
     rows = case.batch * (choices or 1)
     random = np.random.default_rng([seed, case.seqlen, rows, GLOBALS.index(case.globals)])
     ids = random.integers(0, max(vocab_size - 1, 1), (rows, case.seqlen))
-    ids[ids >= pad_token_id] += vocab_size > 1  # any id but the padding one
+    ids[ids >= pad_token_id] += vocab_size > 1  # skip the padding id
     mask = np.ones_like(ids)
     for row in range(rows):
         _pad_row(mask[row], case.padding, row, last=row == rows - 1, random=random)
     ids = np.where(mask == 1, ids, pad_token_id) if case.padding != "holes" else ids
-    marks = np.zeros_like(ids)
+    global_mask = np.zeros_like(ids)
     for row in range(rows):
         for position in _global_positions(case.globals, row, case.seqlen, random)[:max_global]:
-            marks[row, position] = 1
+            global_mask[row, position] = 1
     shape = (case.batch, choices, case.seqlen) if choices else (case.batch, case.seqlen)
     return {
         "input_ids": ids.reshape(shape).astype(np.int64),
         "attention_mask": mask.reshape(shape).astype(np.int64),
-        "global_attention_mask": marks.reshape(shape).astype(np.int64),
+        "global_attention_mask": global_mask.reshape(shape).astype(np.int64),
     }
 
 

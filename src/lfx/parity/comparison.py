@@ -1,4 +1,4 @@
-"""Every case run three times, by reference, witness and candidate, and the errors collected."""
+"""`compare`: run each case with reference, witness and candidate, and collect the errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lfx.parity.cases import Arrays, Case
 from lfx.parity.result import OutputResult, Report
 
 Runner = Callable[[Arrays], Arrays]
-# Outputs whose largest entry along the last axis is the answer.
+# Outputs whose argmax along the last axis is the model's decision.
 LABEL_OUTPUTS = ("logits", "start_logits", "end_logits")
 
 
@@ -29,16 +29,21 @@ def compare(
     multi_label: bool = False,
     on_case: Callable[[Case], None] = lambda case: None,
 ) -> Report:
-    """Run every case three times and collect the errors; the verdict is the report's.
+    """Run each case with reference, witness and candidate, and collect the errors.
 
     Args:
-        reference, witness, candidate: take the graph inputs by name and return the outputs by name. witness None: the
-            reference is its own witness, and errs by nothing.
+        cases: the cases to run, in order.
+        make_inputs: returns the inputs of a case by name, such as `inputs_of`.
+        reference, witness, candidate: functions from inputs by name to outputs by name. Without a witness (None) the
+            witness error is 0.
         precision: fp32, fp16, bf16 or int8, of the witness and the candidate.
-        layers: attention layers, for the rounding band; depth: those in front of an output that has fewer.
-        names: of reference and witness, for people; default: `Report`'s.
-        multi_label: each entry of the logits is a decision of its own.
+        layers: number of attention layers, for the rounding band.
+        depth: output name -> number of attention layers before it, if fewer than `layers`.
+        names: of reference and witness, for messages; default: those of `Report`.
+        multi_label: each entry of the logits is a decision by its sign; otherwise the argmax is.
         on_case: called before each case, to show progress.
+    Returns:
+        The errors; `Report.require` raises ParityError if an output is out of tolerance.
     Raises:
         ParityError: an output is missing, has another shape than the reference's, or is NaN in reference or witness.
     """
@@ -46,32 +51,36 @@ def compare(
     for case in cases:
         on_case(case)
         inputs = make_inputs(case)
-        right = reference(inputs)
-        witnessed, ours = witness(inputs) if witness is not None else right, candidate(inputs)
-        for outputs, whose in ((right, report.names[0]), (witnessed, f"{report.names[1]} in {precision}")):
-            _refuse_nan(outputs, whose, case)
-        if set(right) != set(ours):
-            raise ParityError(f"the model has outputs {sorted(right)}, the artifact {sorted(ours)}")
+        expected = reference(inputs)
+        witnessed, actual = witness(inputs) if witness is not None else expected, candidate(inputs)
+        for outputs, source in ((expected, report.names[0]), (witnessed, f"{report.names[1]} in {precision}")):
+            _refuse_nan(outputs, source, case)
+        if set(expected) != set(actual):
+            raise ParityError(
+                f"the model has outputs {sorted(expected)}, the artifact {sorted(actual)}; give the model that it was "
+                "exported from"
+            )
         row = {}
-        for name, expected in right.items():
-            if ours[name].shape != expected.shape:
+        for name, array in expected.items():
+            if actual[name].shape != array.shape:
                 raise ParityError(
-                    f"{name} has shape {ours[name].shape} where the model's is {expected.shape}, at {case}"
+                    f"{name} has shape {actual[name].shape}, but the model's has shape {array.shape}, at {case}; give "
+                    "the model that the artifact was exported from"
                 )
             result = report.outputs.setdefault(name, OutputResult())
-            row[name] = result.add(case, expected, witnessed[name], ours[name])
+            row[name] = result.add(case, array, witnessed[name], actual[name])
             if name in LABEL_OUTPUTS:
-                result.add_labels(expected, ours[name], multi_label=multi_label)
+                result.add_labels(array, actual[name], multi_label=multi_label)
         report.rows.append((case, row))
     return report
 
 
-def _refuse_nan(outputs: Arrays, whose: str, case: Case) -> None:
+def _refuse_nan(outputs: Arrays, source: str, case: Case) -> None:
     if case.padding == "empty_row":
-        return  # a mean over no token is 0 / 0 by definition
+        return  # a mean over no token is 0 / 0
     for name, array in outputs.items():
         if nans := int(np.isnan(array).sum()):
             raise ParityError(
-                f"{name} of {whose} is NaN in {nans:,} of {array.size:,} values, at {case}: the model overflows, "
-                "and no artifact of it can be right"
+                f"{name} of {source} is NaN in {nans:,} of {array.size:,} values, at {case}: the model overflows; "
+                "export it in a precision of larger range, or give another checkpoint"
             )

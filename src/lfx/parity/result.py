@@ -1,4 +1,4 @@
-"""The errors of each output over all cases, and the verdict; see `lfx.parity` for the tolerance."""
+"""`Report`: the errors of each output over all cases, and the verdict; `lfx.parity` explains the tolerance."""
 
 from __future__ import annotations
 
@@ -15,24 +15,47 @@ from lfx.parity.cases import Case
 from lfx.signature import QUANTIZED
 
 UNIT_ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8, "int8": 2.0**-8}
-# Rounded operations in a row: projection, scores, softmax, context, output projection, residual norm, two
-# feed-forward projections, activation, residual norm; and embedding sum, its norm and a head of two layers.
+# Number of operations in sequence that round. In a layer: projection, scores, softmax, context, output projection,
+# residual norm, two feed-forward projections, activation, residual norm. Outside: embedding sum and its norm, and a
+# head of two layers.
 OPS_PER_LAYER = 10
 OPS_AROUND = 4
+# Largest error of a witness, in bands: a chosen margin for rounding. It has to tell rounding from a different function,
+# such as one with a wrong mask, whose error is of the order of the outputs: in fp32, many thousand bands.
 WITNESS_BANDS = 32.0
+# Largest ratio of the candidate's to the witness's root mean square error, in int8.
 INT8_RMS = 1.25
-SMALL_POOL, TAIL = 2000, 3.5  # a normal error exceeds 3.5 standard deviations once in 2,000
+SMALL_POOL, TAIL = 2000, 3.5  # a normally distributed error exceeds 3.5 standard deviations once in 2,000
 
-# No number of a model is as large as the first; what a model fills hidden places with is, in float64: an infinity or
-# finfo.min. In float16 that is at least the second.
+# A reference value of FILL or more in magnitude is a mask fill value (an infinity or finfo.min), not a result. The same
+# value in float16 is LEAST_FILL or more.
 FILL, LEAST_FILL = 1e30, 65504.0
-# Decades of the error histograms, four bars each: below a float32's last bit to as large as anything.
+# Edges of the error histograms, four bins per decade: from below the rounding error of float32 to any large error.
 HISTOGRAM_EDGES = np.logspace(-12, 4, 65)
+
+
+def rounding_band(precision: str, layers: int, magnitude: float) -> float:
+    """Return the rounding error that a model accumulates; `lfx.parity` has the formula.
+
+    Args:
+        precision: a key of UNIT_ROUNDOFF.
+        layers: number of attention layers before the output.
+        magnitude: largest absolute value of the output.
+    """
+    return math.sqrt(OPS_PER_LAYER * layers + OPS_AROUND) * UNIT_ROUNDOFF[precision] * magnitude
+
+
+def pair_tolerance(precision: str, layers: int, magnitude: float) -> float:
+    """Return the largest difference by rounding between two runs of one model, with the arguments of `rounding_band`.
+
+    Each run may be WITNESS_BANDS bands from the exact result, on opposite sides.
+    """
+    return 2.0 * WITNESS_BANDS * rounding_band(precision, layers, magnitude)
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Largest absolute errors of one output in one case: the candidate's and PyTorch's."""
+    """Largest absolute errors of one output in one case, of the candidate and of the witness."""
 
     error: float
     witness_error: float
@@ -40,15 +63,16 @@ class Errors:
 
 @dataclass
 class OutputResult:
-    """One output over all cases, against the float64 reference.
+    """The errors of one output over all cases, against the float64 reference.
 
     Attributes:
-        error, witness_error: largest absolute error, of the candidate and of PyTorch. worst: where the former is.
-        magnitude: largest absolute value of the reference.
-        squares, witness_squares: sums of squared errors, of the candidate and of PyTorch, over `count` numbers.
+        error, witness_error: largest absolute error of the candidate and of the witness.
+        worst: the case with the candidate's largest error.
+        magnitude: largest absolute value of the reference, without mask fill values.
+        squares, witness_squares: sums of squared errors, of the candidate and of the witness, over `count` numbers.
         products: sums of candidate · reference, candidate² and reference².
-        labels, agreeing: decisions of a head, and those that are the reference's.
-        histogram, witness_histogram: absolute errors that are not 0, counted between HISTOGRAM_EDGES.
+        labels, agreeing: number of decisions of a head, and of those that equal the reference's.
+        histogram, witness_histogram: number of non-zero absolute errors in each bin of HISTOGRAM_EDGES.
     """
 
     error: float = 0.0
@@ -64,51 +88,57 @@ class OutputResult:
     histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64))
     witness_histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64))
 
-    def add(self, case: Case, right: NDArray[Any], witness: NDArray[Any], ours: NDArray[Any]) -> Errors:
-        """Take in one case; returns its largest errors.
+    def add(self, case: Case, expected: NDArray[Any], witness: NDArray[Any], actual: NDArray[Any]) -> Errors:
+        """Add the outputs of one case.
 
-        Where the reference is infinite, a fill value such as finfo.min or not a number, the others must be so too: it
-        counts as an error of 0, or an infinite one, and adds to no magnitude.
+        A position where the reference is a mask fill value, an infinity or NaN has an error of 0 if the other output
+        has such a value too, and an infinite error otherwise. It does not count for the magnitude.
+
+        Args:
+            expected, witness, actual: outputs of reference, witness and candidate, of one shape.
+        Returns:
+            The largest errors in this case.
         """
-        right, ours = right.astype(np.float64), ours.astype(np.float64)
-        filled = ~(np.abs(right) < FILL)
-        errors, witness_errors = (_errors(found, right, filled) for found in (ours, witness.astype(np.float64)))
-        found = Errors(_largest(errors), _largest(witness_errors))
-        if self.worst is None or not found.error <= self.error:
-            self.error, self.worst = found.error, case
-        self.witness_error = max(self.witness_error, found.witness_error)
+        expected, actual = expected.astype(np.float64), actual.astype(np.float64)
+        filled = ~(np.abs(expected) < FILL)
+        errors, witness_errors = (_errors(array, expected, filled) for array in (actual, witness.astype(np.float64)))
+        largest = Errors(_largest(errors), _largest(witness_errors))
+        if self.worst is None or not largest.error <= self.error:
+            self.error, self.worst = largest.error, case
+        self.witness_error = max(self.witness_error, largest.witness_error)
         self.squares += float(np.square(errors).sum())
         self.witness_squares += float(np.square(witness_errors).sum())
         self.count += witness_errors.size
-        right, ours = np.where(filled, 0.0, right), np.where(filled, 0.0, np.nan_to_num(ours))
-        self.magnitude = max(self.magnitude, _largest(right))
-        self.products += [float((ours * right).sum()), float((ours**2).sum()), float((right**2).sum())]
+        expected, actual = np.where(filled, 0.0, expected), np.where(filled, 0.0, np.nan_to_num(actual))
+        self.magnitude = max(self.magnitude, _largest(expected))
+        self.products += [float((actual * expected).sum()), float((actual**2).sum()), float((expected**2).sum())]
         self.histogram += np.histogram(np.abs(errors), HISTOGRAM_EDGES)[0]
         self.witness_histogram += np.histogram(np.abs(witness_errors), HISTOGRAM_EDGES)[0]
-        return found
+        return largest
 
-    def add_labels(self, right: NDArray[Any], ours: NDArray[Any], *, multi_label: bool) -> None:
-        """Count the rows whose largest entry is at the same place, or with `multi_label` the entries of one sign.
+    def add_labels(self, expected: NDArray[Any], actual: NDArray[Any], *, multi_label: bool) -> None:
+        """Count the rows with the reference's argmax, or with `multi_label` the entries with the reference's sign.
 
-        A single entry is no choice.
+        Rows of a single entry are not counted.
         """
-        if right.shape[-1] < 2:
+        if expected.shape[-1] < 2:
             return
-        same = (right > 0) == (ours > 0) if multi_label else right.argmax(axis=-1) == ours.argmax(axis=-1)
+        same = (expected > 0) == (actual > 0) if multi_label else expected.argmax(axis=-1) == actual.argmax(axis=-1)
         self.labels += same.size
         self.agreeing += int(same.sum())
 
     def cosine(self) -> float:
-        """Of candidate and reference, all numbers as one vector; 1 where both are zero."""
-        both, ours, right = self.products
-        return float(both / math.sqrt(ours * right)) if ours * right > 0 else float(ours == right)
+        """Return the cosine of candidate and reference, all numbers as one vector; 1 if both are zero."""
+        product, actual, expected = self.products
+        norms = actual * expected
+        return float(product / math.sqrt(norms)) if norms > 0 else float(actual == expected)
 
     def label_agreement(self) -> float | None:
-        """Share of decisions that are the reference's, 0 to 1; None for an output that is no head's."""
+        """Return the fraction of decisions that equal the reference's, 0 to 1; None if the output has no decisions."""
         return self.agreeing / self.labels if self.labels else None
 
     def likely_witness_error(self) -> float:
-        """PyTorch's largest error, or what it might as well have been where few numbers were compared."""
+        """Return the witness's largest error; in a small pool, at least TAIL times its root mean square error."""
         if self.count >= SMALL_POOL:
             return self.witness_error
         return max(self.witness_error, TAIL * math.sqrt(self.witness_squares / max(self.count, 1)))
@@ -116,12 +146,15 @@ class OutputResult:
 
 @dataclass
 class Report:
-    """What a comparison measured.
+    """The errors of a comparison, and the verdict.
 
     Attributes:
+        precision: fp32, fp16, bf16 or int8, of the witness and the candidate.
+        layers: number of attention layers.
+        outputs: output name -> its errors over all cases.
         rows: for each case, the errors of each output.
-        depth: attention layers in front of an output, where they are not all `layers`.
-        names: of the reference and of the witness, for people.
+        depth: output name -> number of attention layers before it, if fewer than `layers`.
+        names: of the reference and of the witness, for messages.
     """
 
     precision: str
@@ -132,57 +165,60 @@ class Report:
     names: tuple[str, str] = ("the dense float64 reference", "PyTorch")
 
     def band(self, output: str) -> float:
-        """Rounding that a chain of operations leaves; see the module's docstring."""
-        operations = OPS_PER_LAYER * self.depth.get(output, self.layers) + OPS_AROUND
-        return math.sqrt(operations) * UNIT_ROUNDOFF[self.precision] * self.outputs[output].magnitude
+        """Return the rounding band of an output, an absolute error; see `rounding_band`."""
+        return rounding_band(self.precision, self.depth.get(output, self.layers), self.outputs[output].magnitude)
 
     def tolerance(self, output: str) -> float:
-        """Largest error that passes."""
+        """Return the largest absolute error of the candidate that is in tolerance."""
         return 2.0 * self.outputs[output].likely_witness_error() + self.band(output)
 
-    def passes(self, output: str) -> bool:
-        """Whether an output is in tolerance, and its witness near the reference."""
-        return not self._reasons(output)
+    def passed(self, output: str) -> bool:
+        """Return whether the errors of an output, the candidate's and the witness's, are in tolerance."""
+        return not self._failures_of(output)
 
     def first_failure(self) -> str | None:
-        """The first output that does not pass; by layer, where the two models part."""
-        return next((name for name in self.outputs if not self.passes(name)), None)
+        """Return the first output that is out of tolerance; in a comparison by layer, the first wrong layer."""
+        return next((name for name in self.outputs if not self.passed(name)), None)
 
     def failures(self) -> list[str]:
-        """One line for each output that is out of tolerance, in their order; empty when all is well."""
-        return [line for name in self.outputs for line in self._reasons(name)]
+        """Return one message per failed check, in the order of the outputs; empty if all passed."""
+        return [line for name in self.outputs for line in self._failures_of(name)]
 
-    def _reasons(self, name: str) -> list[str]:
-        result, lines, (right, witness) = self.outputs[name], [], self.names
-        # What int8 costs is the model's; how far PyTorch's int8 is off says nothing of the artifact.
+    def _failures_of(self, name: str) -> list[str]:
+        result, lines, (reference, witness) = self.outputs[name], [], self.names
+        # The error of int8 depends on the model, so the witness's error has no limit.
         limit = WITNESS_BANDS * self.band(name) if self.precision != QUANTIZED else sys.float_info.max
         if not result.witness_error <= limit:
             lines.append(
-                f"{name}: {witness} itself is, in {self.precision}, {result.witness_error:.3g} from {right}, "
-                f"above {limit:.3g}: the two do not compute the same"
+                f"{name}: {witness} itself has error {result.witness_error:.3g} against {reference} in "
+                f"{self.precision}, above {limit:.3g}: the two do not compute the same"
             )
         if not result.error <= self.tolerance(name):
             lines.append(
                 f"{name}: error {result.error:.3g} is above the tolerance {self.tolerance(name):.3g} "
-                f"({self.precision}; {witness} errs by {result.witness_error:.3g}) at {result.worst}"
+                f"({self.precision}; {witness} has error {result.witness_error:.3g}) at {result.worst}"
             )
-        # Rounding to int8 errs everywhere, so that the largest error alone would hide a layer that is wrong.
+        # In int8 all numbers have an error, so the largest error alone would not show a wrong layer.
         rms, witness_rms = (math.sqrt(x / max(result.count, 1)) for x in (result.squares, result.witness_squares))
         if self.precision == QUANTIZED and result.count >= SMALL_POOL and not rms <= INT8_RMS * witness_rms:
             lines.append(
-                f"{name}: root mean square error {rms:.3g} is above {INT8_RMS} times {witness_rms:.3g}, which "
-                f"{witness} has in int8"
+                f"{name}: root mean square error {rms:.3g} is above {INT8_RMS} times {witness_rms:.3g}, that of "
+                f"{witness} in int8"
             )
         return lines
 
     def require(self) -> None:
-        """Raises: ParityError: an output is out of tolerance; says which, in which case and how far."""
+        """Check that all outputs are in tolerance.
+
+        Raises:
+            ParityError: one is not; the message names each such output, its worst case and its error.
+        """
         failures = self.failures()
         if failures:
             raise ParityError("; ".join(failures))
 
     def to_dict(self) -> dict[str, Any]:
-        """What `lfx.json` and `lfx parity --json` hold."""
+        """Return the report as JSON types, as `lfx.json` and `lfx parity --json` have it; null = not finite."""
         return {
             "reference": self.names[0],
             "precision": self.precision,
@@ -205,22 +241,24 @@ class Report:
                     "seqlen": case.seqlen,
                     "globals": case.globals,
                     "padding": case.padding,
-                    "max_abs_error": {name: _json(found.error) for name, found in errors.items()},
+                    "max_abs_error": {name: _json(largest.error) for name, largest in errors.items()},
                 }
                 for case, errors in self.rows
             ],
         }
 
 
-def _errors(found: NDArray[np.float64], right: NDArray[np.float64], filled: NDArray[np.bool_]) -> NDArray[np.float64]:
-    both_nan = np.isnan(found) & np.isnan(right)
-    same = both_nan | ((np.abs(found) >= LEAST_FILL) & (np.sign(found) == np.sign(right)))
+def _errors(
+    actual: NDArray[np.float64], expected: NDArray[np.float64], filled: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    both_nan = np.isnan(actual) & np.isnan(expected)
+    same_fill = both_nan | ((np.abs(actual) >= LEAST_FILL) & (np.sign(actual) == np.sign(expected)))
     with np.errstate(invalid="ignore"):
-        return np.where(filled, np.where(same, 0.0, np.inf), found - right)
+        return np.where(filled, np.where(same_fill, 0.0, np.inf), actual - expected)
 
 
 def _largest(values: NDArray[Any]) -> float:
-    """Largest absolute value; infinite where any is not a number."""
+    """Return the largest absolute value; infinity if one is NaN, 0 if there is none."""
     if values.size == 0:
         return 0.0
     largest = float(np.abs(values).max())
@@ -228,5 +266,5 @@ def _largest(values: NDArray[Any]) -> float:
 
 
 def _json(value: float) -> float | None:
-    """JSON has no infinity and no NaN."""
+    """Return a number, or None for an infinity or NaN, which JSON does not have."""
     return value if math.isfinite(value) else None

@@ -1,0 +1,64 @@
+"""The build backend: scikit-build-core, and two things that it cannot know.
+
+A wheel without the plugin is pure Python, and its tag says so. And a checkout without symbolic links, Windows' default,
+has text files in the place of the links src/lfx/export and src/lfx/runtime, from which no package can be built.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scikit_build_core import build as backend
+from scikit_build_core.build import (
+    build_sdist,
+    get_requires_for_build_editable,
+    get_requires_for_build_sdist,
+    get_requires_for_build_wheel,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
+
+__all__ = [
+    "build_editable",
+    "build_sdist",
+    "build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_sdist",
+    "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "prepare_metadata_for_build_wheel",
+]
+
+_LINKS = (Path("src/lfx/export"), Path("src/lfx/runtime"))
+Settings = dict[str, Any] | None
+
+
+def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
+    """Build a wheel; see PEP 517."""
+    return _build(backend.build_wheel, wheel_directory, config_settings, metadata_directory)
+
+
+def build_editable(
+    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
+) -> str:
+    """Build a wheel that points here; see PEP 660."""
+    return _build(backend.build_editable, wheel_directory, config_settings, metadata_directory)
+
+
+def _build(build: Callable[..., str], folder: str, settings: Settings, metadata_directory: str | None) -> str:
+    for link in _LINKS:
+        if not link.is_dir():
+            raise SystemExit(
+                f"{link} is no folder: this checkout has no symbolic links; clone again with: "
+                "git clone -c core.symlinks=true URL (on Windows in developer mode)"
+            )
+    name = build(folder, settings, metadata_directory)
+    with zipfile.ZipFile(Path(folder) / name) as wheel:
+        if any("/_lib/" in entry for entry in wheel.namelist()):
+            return name
+    (Path(folder) / name).unlink()
+    # Without the metadata that was prepared, whose tag is that of a wheel with a library.
+    return build(folder, {**(settings or {}), "wheel.cmake": "false"}, None)

@@ -1,0 +1,58 @@
+"""Build the files of a release in dist/: the sdist, a wheel with the plugin if there is nvcc, and one without it.
+
+    python scripts/build_dist.py
+
+Each wheel is built from the sdist and tested: it is installed into a new environment, where `lfx --version` must print
+the wheel's version.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+from scikit_build_core.build import build_sdist
+
+ROOT = Path(__file__).resolve().parent.parent
+DIST = ROOT / "dist"
+HEADERS = ROOT / "build" / "headers" / "kernel_lens" / "include" / "tensorrt"
+
+
+def main() -> None:
+    """Build the sdist and the wheels, and test the wheels."""
+    DIST.mkdir(exist_ok=True)
+    os.chdir(ROOT)
+    sdist = DIST / build_sdist(str(DIST))
+    build_wheel(sdist, {"CMAKE_ARGS": f"-DTensorRT_INCLUDE_DIR={HEADERS}"})
+    build_wheel(sdist, {"CUDACXX": "no-compiler", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"})
+    wheels = sorted(DIST.glob("*.whl"))
+    for wheel in wheels:
+        try_wheel(wheel)
+    print(*(path.name for path in (sdist, *wheels)), sep="\n")
+
+
+def build_wheel(sdist: Path, environment: dict[str, str]) -> None:
+    """Build one wheel; the environment variables decide whether it has the plugin."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", str(DIST), str(sdist)], check=True, env={**os.environ, **environment})
+
+
+def try_wheel(wheel: Path) -> None:
+    """Install a wheel with its dependencies, and check the version that it prints."""
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, with_pip=True)
+        binaries = Path(folder) / "bin"
+        pip = [str(binaries / "python"), "-m", "pip", "install", "--quiet", str(wheel)]
+        subprocess.run(pip, check=True)
+        command = [str(binaries / "lfx"), "--version"]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        if wheel.name.split("-")[1] not in printed:
+            raise SystemExit(f"{wheel.name}: lfx --version prints {printed!r}")
+
+
+if __name__ == "__main__":
+    main()

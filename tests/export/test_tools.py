@@ -1,0 +1,67 @@
+"""Standard tools rewrite an exported model, plain or inlined, and its numbers stay."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import onnxslim
+import pytest
+from onnxruntime.transformers.float16 import convert_float_to_float16
+
+from lfx.manifest import MODEL, Manifest
+from lfx.parity import UNIT_ROUNDOFF
+from tests.conftest import MakeBundle
+
+
+def answer(path: Path) -> np.ndarray:
+    """The first output for two rows, one of them padded, with global tokens."""
+    ids = np.random.default_rng(0).integers(3, 50, (2, 37))
+    mask, marks = np.ones_like(ids), np.zeros_like(ids)
+    mask[1, 20:] = 0
+    marks[:, [0, 5]] = 1
+    feeds = {"input_ids": ids, "attention_mask": mask, "global_attention_mask": marks}
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    found = onnxruntime.InferenceSession(path, options).run(None, feeds)[0]
+    assert isinstance(found, np.ndarray)
+    return found
+
+
+def slim(source: Path, target: Path) -> None:
+    """onnxslim."""
+    onnxslim.slim(str(source), str(target))
+
+
+def sanitize(source: Path, target: Path) -> None:
+    """Polygraphy's constant folding."""
+    program = "import sys; from polygraphy.tools import main; sys.argv[0] = 'polygraphy'; sys.exit(main())"
+    command = [sys.executable, "-c", program, "surgeon", "sanitize", str(source), "--fold-constants", "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def halve(source: Path, target: Path) -> None:
+    """ONNX Runtime's float16 converter, inputs and outputs left as they are."""
+    onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), target)
+
+
+@pytest.mark.parametrize("inlined", [False, True], ids=["functions", "inlined"])
+@pytest.mark.parametrize(
+    ("tool", "precision"), [(slim, "fp32"), (sanitize, "fp32"), (halve, "fp16")], ids=["slim", "sanitize", "halve"]
+)
+def test_a_tool_keeps_the_model(
+    tool: Callable[[Path, Path], None], precision: str, inlined: bool, bundle: MakeBundle, tmp_path: Path
+) -> None:
+    source = bundle(**({"inline_functions": True} if inlined else {})) / MODEL
+    tool(source, tmp_path / "changed.onnx")
+    wanted = answer(source)
+    # Each of the two models may be as far from the float64 reference as the export was allowed to be, in its own type.
+    allowed = Manifest.read(source.parent).validation["outputs"]["last_hidden_state"]["tolerance"]
+    growth = UNIT_ROUNDOFF[precision] / UNIT_ROUNDOFF["fp32"]
+    np.testing.assert_allclose(answer(tmp_path / "changed.onnx"), wanted, rtol=0, atol=allowed + allowed * growth)
