@@ -259,8 +259,9 @@ def Builder(logger):
 BUILD = """
 import sys
 from lfx.runtime.build import builder
+from lfx.runtime.flavor import FLAVORS, Flavor
 
-builder.FLAVORS["tensorrt-rtx"] = builder.Flavor("hanging", "rtx")
+FLAVORS["tensorrt-rtx"] = Flavor("hanging", "rtx")
 options = {"flavor": "tensorrt-rtx", "target": "sm89", "plugin": False}
 builder.build_engine(*sys.argv[1:], **options, log=lambda line: print(line, flush=True))
 """
