@@ -30,12 +30,13 @@ def whole_number(value: Any, name: str, low: int, high: int = LARGEST, error: ty
     Raises:
         LfxError: of type `error`: the value has another type or is out of range.
     """
-    allowed = f"a whole number from {low} to {high}" if high < LARGEST else f"a whole number, {low} or more"
+    limits = f"a whole number from {low} to {high}"
+    allowed = limits if high < LARGEST else f"a whole number, {low} or more"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise error(f"{name} is {shown(value)}; give {allowed}")
     number = int(value)
     if not low <= number <= high:
-        raise error(f"{name} {shown(number)} is out of range; give {allowed}")
+        raise error(f"{name} {shown(number)} is out of range; give {limits if number > high else allowed}")
     return number
 
 

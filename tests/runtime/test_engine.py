@@ -23,6 +23,7 @@ from lfx import machine
 from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
 from lfx.manifest import MANIFEST, MODEL, WEIGHTS, sealed
 from lfx.runtime import Batcher, Engine, backends
+from lfx.runtime.backends.onnxruntime import SLOWER_ON_CPU
 from tests.conftest import MakeBundle
 from tests.models import VOCAB_SIZE, tiny_model
 
@@ -434,7 +435,7 @@ def test_an_argument_of_another_type_is_refused_in_one_line(
 
 
 def test_a_huge_budget_and_numpy_integers_are_accepted(bundle: MakeBundle, engine: Engine) -> None:
-    with Engine(bundle(), threads=np.int64(1), token_budget=10**30) as loaded:  # type: ignore[arg-type]
+    with Engine(bundle(), threads=np.int64(1), token_budget=2**63 - 1) as loaded:  # type: ignore[arg-type]
         assert_same(loaded.run(RAGGED), engine.run(RAGGED))
 
 
@@ -451,7 +452,11 @@ def test_a_huge_budget_and_numpy_integers_are_accepted(bundle: MakeBundle, engin
         ([(1, 129)], "seqlen 129 is out of range"),
         ([(1.0, 5)], "batch is 1.0; give a whole number"),
         ([(True, 5)], "batch is True; give a whole number"),
-        ([(10**30, 5)], "does not fit in memory"),
+        ([(2**63 - 1, 5)], "does not fit in memory"),
+        (
+            [(10**30, 5)],
+            "batch 1000000000000000000000000000000 is out of range; give a whole number from 1 to 9223372036854",
+        ),
     ],
 )
 def test_warm_up_refuses_arguments_that_are_no_shapes(engine: Engine, shapes: Any, message: str) -> None:
@@ -634,7 +639,7 @@ def test_backend_auto_runs_a_single_bf16_onnx_file_with_openvino(bundle: MakeBun
 
 def test_the_fusion_that_is_slower_on_cpus_is_disabled(bundle: MakeBundle, tmp_path: Path) -> None:
     kinds = {}
-    for name, disabled in (("with", []), ("without", backends.SLOWER_ON_CPU)):
+    for name, disabled in (("with", []), ("without", SLOWER_ON_CPU)):
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(tmp_path / f"{name}.onnx")
         onnxruntime.InferenceSession(str(bundle() / MODEL), options, disabled_optimizers=disabled)

@@ -187,7 +187,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "precision": ({"precision": "int8"}, "precision 'int8' is not known; choose one of: fp32, fp16, bf16"),
     "precision type": ({"precision": []}, r"precision \[\] is not known"),
     "plugin type": ({"plugin": "no"}, "plugin is 'no'; give True or False"),
-    "options type": ({"options": {}}, r"options is \{\}; give lfx\.runtime\.builder\.Options"),
+    "options type": ({"options": {}}, r"options is \{\}; give lfx\.runtime\.build\.Options"),
     "workspace": ({"options": Options(workspace_bytes="8")}, "workspace_bytes is '8'; give a whole number"),  # type: ignore[arg-type]
     "level": ({"options": Options(optimization_level=6)}, "optimization_level 6 is out of range"),
     "refit": ({"options": Options(refit=1)}, "refit is 1; give True or False"),  # type: ignore[arg-type]
@@ -259,8 +259,9 @@ def Builder(logger):
 BUILD = """
 import sys
 from lfx.runtime.build import builder
+from lfx.runtime.flavor import FLAVORS, Flavor
 
-builder.FLAVORS["tensorrt-rtx"] = builder.Flavor("hanging", "rtx")
+FLAVORS["tensorrt-rtx"] = Flavor("hanging", "rtx")
 options = {"flavor": "tensorrt-rtx", "target": "sm89", "plugin": False}
 builder.build_engine(*sys.argv[1:], **options, log=lambda line: print(line, flush=True))
 """
