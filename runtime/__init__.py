@@ -1,4 +1,4 @@
-"""ONNX or plan → answers. Imports numpy and the backend in use, never torch."""
+"""Runs bundles, ONNX files and TensorRT plans. Imports numpy and the backend in use, never torch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A bundle or a lone ONNX file, checked before anything reads it.
+"""Opens a bundle or a single ONNX file: checks its files and its signature before a backend reads it.
 
-One rule for links, whatever the backend. A file that a bundle's manifest lists may be a symbolic link, as hub caches,
-DVC and git-annex have them: it is resolved once, the file that it leads to is hashed, and that file is loaded. Folders
-inside a bundle are no links. The weights of a lone ONNX file, which no manifest lists, lie in its own folder.
+All backends have the same rule for links. A file that a bundle's manifest lists may be a symbolic link, as in hub
+caches, DVC and git-annex: it is resolved once, and the resolved file is both hashed and loaded. Folders inside a bundle
+must not be links. The weights of a single ONNX file, which no manifest lists, must be in its own folder.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copyfile
 
 from lfx.checks import parse_json, shown
 from lfx.errors import ArtifactError
-from lfx.files import copy, link_or_copy, temporary_folder
+from lfx.files import link_or_copy, temporary_folder
 from lfx.manifest import MANIFEST, MODEL, Manifest, locate
 from lfx.onnx_file import read_header
 from lfx.signature import Signature
@@ -25,11 +26,11 @@ class Artifact:
     """A model whose files were checked.
 
     Attributes:
-        path: the ONNX file, as it was asked for.
-        bundle: its folder; None for a lone file.
-        manifest: of the bundle; None for a lone file.
-        signature: of the model; the manifest and the ONNX file say the same.
-        files: name of the ONNX file and of each weight file -> the plain file that it stands for.
+        path: the ONNX file, links not resolved.
+        bundle: folder of the bundle; None for a single ONNX file.
+        manifest: of the bundle; None for a single ONNX file.
+        signature: of the model; equal in the manifest and in the ONNX file.
+        files: name of the ONNX file and of each weight file -> its path with links resolved.
     """
 
     path: Path
@@ -40,12 +41,14 @@ class Artifact:
 
     @contextlib.contextmanager
     def plain_files(self, *, unshared: bool = False) -> Iterator[Path]:
-        """The ONNX file with its weights beside it, none of them a link, for as long as the block runs.
+        """Yield the path of the ONNX file, with its weights beside it and none of them a symbolic link.
 
-        Links are replaced by a private folder of hard links, or of copies on another file system.
+        If one of them is a symbolic link, all are hard-linked into a private folder, or copied on another file system.
+        The folder is removed when the block ends.
 
         Args:
-            unshared: hard links will not do either; the onnx package refuses them.
+            unshared: whether the files must not have a second hard link either, which the onnx package refuses. Then
+                they are copied.
         """
         folder = self.path.absolute().parent
         usable = all(
@@ -55,29 +58,29 @@ class Artifact:
         if usable:
             yield self.path
             return
-        put = copy if unshared else link_or_copy
+        add_file = copyfile if unshared else link_or_copy
         with temporary_folder("plain-files") as private:
             for name, file in self.files.items():
-                put(file, private / name)
+                add_file(file, private / name)
             yield private / self.path.name
 
 
 def open_artifact(path: Path) -> Artifact:
-    """Check a bundle (every file against its digest) or a lone ONNX file.
+    """Open a bundle and check every file against its digest, or open a single ONNX file.
 
     Raises:
-        ArtifactError: a file is missing, cut, changed, outside the bundle or not listed; or the manifest and the ONNX
-            file do not say the same.
+        ArtifactError: a file is missing, truncated, changed, outside the bundle or not listed; or the manifest and the
+            ONNX file have different signatures.
     """
     bundle, model = locate(path)
     if bundle is None:
-        return _lone(model)
+        return _open_single(model)
     manifest = Manifest.read(bundle)
     return check_bundle(bundle, manifest)
 
 
 def check_bundle(bundle: Path, manifest: Manifest) -> Artifact:
-    """`open_artifact` for a bundle whose manifest was read."""
+    """`open_artifact` for a bundle whose manifest was already read."""
     listed = manifest.verify(bundle)
     model = bundle / MODEL
     header = read_header(listed[MODEL])
@@ -88,16 +91,17 @@ def check_bundle(bundle: Path, manifest: Manifest) -> Artifact:
             raise ArtifactError(f"{model} has weights in {name!r}, which {MANIFEST} does not list; export it again")
     stored = _signature(model, header.metadata)
     if stored != manifest.signature:
-        says, holds = manifest.signature.to_dict(), stored.to_dict()
-        wrong = next(name for name in says if says[name] != holds[name])
+        listed_fields, stored_fields = manifest.signature.to_dict(), stored.to_dict()
+        name = next(name for name in listed_fields if listed_fields[name] != stored_fields[name])
         raise ArtifactError(
-            f"{bundle / MANIFEST} says {wrong} {shown(says[wrong])} where {MODEL} says {shown(holds[wrong])}; "
+            f"{bundle / MANIFEST} says {name} {shown(listed_fields[name])} where {MODEL} says "
+            f"{shown(stored_fields[name])}; "
             "export the model again"
         )
     return Artifact(model, bundle, manifest, stored, {name: listed[name] for name in (MODEL, *sorted(header.weights))})
 
 
-def _lone(model: Path) -> Artifact:
+def _open_single(model: Path) -> Artifact:
     header = read_header(model)
     files = {model.name: model.resolve()}
     for name in sorted(header.weights):

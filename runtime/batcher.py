@@ -1,4 +1,4 @@
-"""`Batcher`: requests that arrive together run together, and none waits longer for company than it was promised."""
+"""`Batcher` groups concurrent requests into batches, within a maximum delay for each request."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _HOUR_MS = 3_600_000
 
 
 class _Worker(threading.Thread):
-    """A thread that runs batches, and the callbacks of their futures."""
+    """A thread that runs batches and calls the callbacks of their futures."""
 
 
-class _Answer(Future[Outputs]):
+class _RequestFuture(Future[Outputs]):
     """The future of one request."""
 
     def add_done_callback(self, fn: Callable[[Future[Outputs]], object]) -> None:
-        """As `Future.add_done_callback`; what `fn` raises is logged, and neither a worker nor other callbacks see it.
+        """As `Future.add_done_callback`, but an exception of `fn` ends neither a worker nor other callbacks.
 
-        A SystemExit or KeyboardInterrupt goes on in a thread of the caller's own.
+        It is logged. A SystemExit or KeyboardInterrupt is raised again, unless a worker is calling.
         """
 
         def call(future: Future[Outputs]) -> None:
@@ -51,29 +51,29 @@ class _Answer(Future[Outputs]):
         super().add_done_callback(call)
 
     def begin(self) -> bool:
-        """Whether it is to be computed; those who wait for a cancelled one are told."""
+        """Mark the request as running; False if it was cancelled or answered, and need not be computed."""
         try:
             return self.set_running_or_notify_cancel()
-        except (RuntimeError, InvalidStateError):  # whoever has the future answered it
+        except (RuntimeError, InvalidStateError):  # the caller set a result on the future
             return False
 
     def answer(self, result: Outputs | BaseException) -> None:
-        """Give the result, or the error."""
+        """Set the result or the exception."""
         try:
             if isinstance(result, BaseException):
                 self.set_exception(result)
             else:
                 self.set_result(result)
-        except InvalidStateError:  # whoever has the future answered it
+        except InvalidStateError:  # the caller set a result on the future
             pass
 
     def abandon(self, error: BaseException) -> None:
-        """In a child process: give an error where there is no answer; callbacks belong to the parent."""
-        self._condition = threading.Condition()  # another thread may have held it, and would for ever
-        answered, cancelled = self.done(), self.cancelled()
-        if answered and not cancelled:
+        """Set an error in a child process if there is no result yet; callbacks run in the parent only."""
+        self._condition = threading.Condition()  # a thread of the parent may have held its lock at the fork
+        done, cancelled = self.done(), self.cancelled()
+        if done and not cancelled:
             return
-        Future.__init__(self)  # without those who wait for it in the parent
+        Future.__init__(self)  # drops the callbacks and waiters of the parent
         if cancelled:
             self.cancel()
             self.begin()
@@ -85,44 +85,45 @@ class _Answer(Future[Outputs]):
 class _Request:
     batch: Batch
     arrived: float  # time.monotonic
-    future: _Answer
+    future: _RequestFuture
 
     @property
-    def length(self) -> int:
-        """Tokens of the sequence, or of each choice."""
+    def seqlen(self) -> int:
+        """Number of tokens of the sequence, or of each choice."""
         return int(self.batch.feeds["input_ids"].shape[-1])
 
     @property
-    def size(self) -> int:
-        """Tokens, of all choices."""
+    def tokens(self) -> int:
+        """Number of tokens of all choices together."""
         return int(self.batch.feeds["input_ids"].size)
 
     @property
-    def kind(self) -> tuple[int, ...]:
-        """What must be equal to run together: the number of choices."""
+    def leading_shape(self) -> tuple[int, ...]:
+        """Axes of input_ids before the sequence: (1,), or (1, choices). Requests of one batch have the same."""
         return self.batch.feeds["input_ids"].shape[:-1]
 
 
 class Batcher:
-    """Groups single requests into batches of neighbouring lengths. Thread-safe, and a context manager.
+    """Groups concurrent requests into batches of neighbouring lengths. Thread-safe, and a context manager.
 
-    A request is run at the latest `max_delay_ms` after it came, with those of the waiting that fit it, or when a worker
-    is free again after that; and at once when a whole batch is waiting.
+    A batch starts when its oldest request has waited `max_delay_ms`, or as soon as the pending requests have
+    `token_budget` tokens; later if all workers are busy.
 
-    It works in the process that made it. After a fork, requests and `submit` in the child get an LfxError, and `close`
-    returns at once; make a new Engine and a new Batcher there.
+    A Batcher works only in the process that made it. In a forked child, `submit` raises LfxError, pending requests get
+    an LfxError and `close` returns immediately; make a new Engine and a new Batcher there.
 
     Args:
-        engine: runs the batches; it is not closed with the Batcher.
-        max_delay_ms: longest wait for company, 0 to an hour. 0 takes what is there.
-        token_budget: most tokens of a batch, padding included, 1 or more; default: the engine's.
-        max_pending: most waiting requests, 1 or more; one more is an OverloadError, so that a server can refuse it at
-            once.
-        workers: batches that run at the same time, 1 to 1,024.
+        engine: runs the batches. `close` does not close it.
+        max_delay_ms: longest time that a request waits for others, in milliseconds, 0 to 3,600,000. 0 runs what is
+            pending without waiting. Default: 5.
+        token_budget: largest number of tokens of a batch, padding included, 1 or more. Default: the engine's.
+        max_pending: largest number of pending requests, 1 or more; `submit` raises OverloadError above it. Default:
+            1,024.
+        workers: number of threads, and so of batches that run at the same time, 1 to 1,024. Default: 1.
     Raises:
-        InputError: an argument of another type or out of range, a closed Engine, or a model whose outputs cannot be cut
-            to each sequence's length.
-        LfxError: the Engine was made before a fork, or the system starts no more threads.
+        InputError: an argument has another type or is out of range, the Engine is closed, or the model has an output
+            that cannot be cut to each sequence's length.
+        LfxError: the Engine was made before a fork, or the system cannot start the threads.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class Batcher:
         engine.check_usable()
         check_cuttable(engine.signature)
         self._engine = engine
-        self._waiting: deque[_Request] = deque()
+        self._pending: deque[_Request] = deque()
         self._running: set[_Request] = set()
         self._changed = threading.Condition()
         self._closed = False
@@ -163,13 +164,15 @@ class Batcher:
             raise LfxError(f"{len(self._workers)} of {workers} workers could be started; give fewer") from error
 
     def submit(self, ids: Any, attention_mask: Any = None, global_attention_mask: Any = None) -> Future[Outputs]:
-        """Hand in one sequence; arguments as `Engine.run`'s.
+        """Submit one sequence. The arguments are those of `Engine.run`.
 
         Returns:
-            A future of what `Engine.run` returns for this sequence, the batch axis of 1 included.
+            A future of what `Engine.run` returns for this sequence: output name -> array with a batch axis of 1. If the
+            run fails, the future has its LfxError.
         Raises:
-            InputError: the model cannot take it, or it is more than one sequence; its neighbours never learn of it.
-            OverloadError: `max_pending` requests are waiting, or the Batcher is closed.
+            InputError: the model cannot take the sequence, or the ids are more than one sequence. Other requests are
+                not affected.
+            OverloadError: `max_pending` requests are pending, or the Batcher is closed.
             LfxError: the Batcher was made before a fork, or one of its workers died.
         """
         self._check_process()
@@ -178,18 +181,20 @@ class Batcher:
             batch = prepare(ids, attention_mask, global_attention_mask, self._engine.signature)
             shape = batch.feeds["input_ids"].shape
             if shape[0] != 1:
-                raise InputError(f"{shape[0]} sequences came; submit them one by one, and they run together")
-            request = _Request(batch, arrived, _Answer())
+                raise InputError(
+                    f"submit was given {shape[0]} sequences; submit them one by one, and they run together"
+                )
+            request = _Request(batch, arrived, _RequestFuture())
             with self._changed:
                 if self._broken is not None:
                     raise LfxError(f"a worker of this Batcher died ({one_line(self._broken)}); make a new one")
                 if self._closed:
                     raise OverloadError("this Batcher is closed; make a new one")
-                if len(self._waiting) >= self._max_pending:
+                if len(self._pending) >= self._max_pending:
                     self._drop_cancelled()
-                if len(self._waiting) >= self._max_pending:
+                if len(self._pending) >= self._max_pending:
                     raise OverloadError(f"{self._max_pending} requests are waiting already; try again later")
-                self._waiting.append(request)
+                self._pending.append(request)
                 self._changed.notify()
         except LfxError:
             self._engine.metrics.failed()
@@ -197,32 +202,33 @@ class Batcher:
         return request.future
 
     async def run(self, ids: Any, attention_mask: Any = None, global_attention_mask: Any = None) -> Outputs:
-        """`submit` for asyncio. A cancelled call that still waits is not computed."""
+        """`submit` for asyncio. A call that is cancelled while it is pending is not computed."""
         return await asyncio.wrap_future(self.submit(ids, attention_mask, global_attention_mask))
 
     def close(self) -> None:
-        """Run what is waiting, and stop. Calling it again does nothing.
+        """Run the pending requests and stop the workers. Calling it again does nothing.
 
-        From a future's callback it returns at once, and what is waiting is run after it; so it does in a child process.
+        In a future's callback `close` returns immediately, and the pending requests run after the callback. In a child
+        process it returns immediately.
         """
         if self._forked:
             return
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        # Workers of two Batchers that close each other's from callbacks would wait for each other.
+        # If two workers each closed the other's Batcher in a callback, they would wait for each other.
         if not isinstance(threading.current_thread(), _Worker):
             for worker in self._workers:
                 worker.join()
 
     def forked(self) -> None:
-        """In a child process: whoever waits gets an error, since no worker is there."""
+        """Set an error on all open requests in a child process, which has no workers."""
         self._forked = self._closed = True
         self._changed = threading.Condition()
         error = LfxError(forks.made_before("Batcher"))
-        for request in {*self._waiting, *self._running}:
+        for request in {*self._pending, *self._running}:
             request.future.abandon(error)
-        self._waiting, self._running = deque(), set()
+        self._pending, self._running = deque(), set()
 
     def _check_process(self) -> None:
         if self._forked:
@@ -232,8 +238,9 @@ class Batcher:
         raise InputError("a Batcher cannot be pickled or copied: its workers are threads; make one in each process")
 
     def _drop_cancelled(self) -> None:
-        cancelled = {request for request in self._waiting if request.future.cancelled()}
-        self._waiting = deque(request for request in self._waiting if request not in cancelled)
+        """Remove cancelled requests from the pending ones, and notify their waiters."""
+        cancelled = {request for request in self._pending if request.future.cancelled()}
+        self._pending = deque(request for request in self._pending if request not in cancelled)
         for request in cancelled:
             request.future.begin()
 
@@ -248,61 +255,62 @@ class Batcher:
             _log.exception("a worker of a Batcher died")
             with self._changed:
                 self._broken, self._closed = error, True
-                lost = [*(group or ()), *self._waiting]
-                self._waiting.clear()
+                lost = [*(group or ()), *self._pending]
+                self._pending.clear()
                 self._changed.notify_all()
             self._fail(lost, LfxError(f"a worker of this Batcher died: {one_line(error)}"))
 
     def _next_group(self) -> list[_Request] | None:
-        """Requests to run together, as soon as they are due; none where nothing can be run; None to stop."""
+        """Wait for the next batch; an empty list if taking it failed, None when the Batcher is closed and empty."""
         with self._changed:
             self._wait_until_due()
-            if not self._waiting:
+            if not self._pending:
                 return None
             try:
-                return self._take()
-            except BaseException as error:  # the Engine was closed: nobody is left waiting for an answer
-                failure, lost = error, list(self._waiting)
-                self._waiting.clear()
+                return self._take_group()
+            except BaseException as error:  # such as a closed Engine; all pending requests get the error
+                failure, lost = error, list(self._pending)
+                self._pending.clear()
         self._fail(lost, failure)
         return []
 
     def _wait_until_due(self) -> None:
-        """Wait until the oldest request has waited long enough, or a whole batch is there, or all is done."""
+        """Wait until the oldest request is due, the pending ones fill a batch, or the Batcher is closed."""
         while True:
-            if not self._waiting:
+            if not self._pending:
                 if self._closed:
                     return
                 self._changed.wait()
                 continue
-            left = self._waiting[0].arrived + self._delay - time.monotonic()
-            if self._closed or left <= 0 or sum(request.size for request in self._waiting) >= self._budget:
+            remaining = self._pending[0].arrived + self._delay - time.monotonic()
+            if self._closed or remaining <= 0 or sum(request.tokens for request in self._pending) >= self._budget:
                 return
-            self._changed.wait(left)
+            self._changed.wait(remaining)
 
-    def _take(self) -> list[_Request]:
-        """The batch that the oldest request is in."""
-        oldest = self._waiting[0]
-        alike = [r for r in itertools.islice(self._waiting, AHEAD) if r.kind == oldest.kind]
-        choices = max(oldest.size // oldest.length, 1)
-        lengths, budget = [r.length for r in alike], max(self._budget // choices, 1)
+    def _take_group(self) -> list[_Request]:
+        """Group the pending requests into batches, and take the batch of the oldest request."""
+        oldest = self._pending[0]
+        candidates = [r for r in itertools.islice(self._pending, AHEAD) if r.leading_shape == oldest.leading_shape]
+        choices = max(oldest.tokens // oldest.seqlen, 1)
+        lengths, budget = [r.seqlen for r in candidates], max(self._budget // choices, 1)
         groups = batches(lengths, budget, self._engine.supports_shape, pad=self._engine.signature.may_pad)
-        group = next([alike[i] for i in found] for found in groups if any(alike[i] is oldest for i in found))
-        self._running.update(group)  # first, so that a child process finds every request in one of the two
-        chosen = set(group)
-        self._waiting = deque(r for r in self._waiting if r not in chosen)
-        self._changed.notify()  # another worker may take the next
+        group = [candidates[i] for i in next(indices for indices in groups if 0 in indices)]
+        # Added to one set before it is removed from the other: a child process then has each request in one of them.
+        self._running.update(group)
+        taken = set(group)
+        self._pending = deque(r for r in self._pending if r not in taken)
+        self._changed.notify()  # another worker may take the next batch
         return group
 
     def _run(self, group: list[_Request]) -> None:
-        running = [request for request in group if request.future.begin()]
-        if not running:
+        requests = [request for request in group if request.future.begin()]
+        if not requests:
             return
         try:
-            results = self._engine.run_together([request.batch for request in running])
-            answers = list(zip(running, results, strict=True))
+            results = self._engine.run_together([request.batch for request in requests])
+            answers = list(zip(requests, results, strict=True))
         except BaseException as error:
-            self._fail(running, error)
+            self._fail(requests, error)
             return
         now = time.monotonic()
         for request, result in answers:

@@ -1,4 +1,4 @@
-"""Documents of mixed length: which of them run together, so that little is computed for padding."""
+"""Groups sequences of mixed length into batches with little padding."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# Padded tokens of a batch: enough to fill two CPU threads many times over, 1 GB of activations in the base shape.
+# Tokens of a batch, padding included: enough work for many CPU threads; 1 GB of activations of longformer-base.
 TOKEN_BUDGET = 8192
-# What starting one more batch costs, in tokens' worth of computing.
+# Fixed cost of one batch, as the number of tokens that take the same time.
 BATCH_COST = 64
 
 
@@ -19,34 +19,36 @@ def batches(
     *,
     pad: bool = True,
 ) -> list[list[int]]:
-    """Put sequences together so that the least is computed in all, padding and starts of batches included.
+    """Group sequences into batches at the lowest total cost: tokens, padding and the fixed cost of each batch.
 
     Args:
-        lengths: of the sequences, tokens.
-        budget: most tokens of a batch, padding included; a sequence longer than that is a batch of its own.
-        supports_shape: whether the backend takes a batch of so many sequences of so many tokens; the first size that it
-            does not take ends the search for larger ones.
-        pad: whether sequences of different lengths may run together.
+        lengths: of the sequences, in tokens, 1 or more each.
+        budget: largest number of tokens of a batch, padding included. A longer sequence is a batch of its own.
+        supports_shape: (batch, seqlen) -> whether the backend takes that shape. Batch sizes are tried in ascending
+            order up to the first one that it does not take.
+        pad: whether sequences of different lengths may be in one batch.
     Returns:
-        Indices into `lengths`, each once, the shortest sequences first. The same lengths give the same batches.
+        One list of indices into `lengths` for each batch, shortest sequences first; each index occurs once. The result
+        depends on the arguments alone.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    # cost[n]: the least cost of the n shortest sequences. first[n]: where the last batch of them begins.
+    # Dynamic programming over the sorted sequences. cost[n] is the lowest cost of the n shortest sequences; their last
+    # batch begins at first[n].
     cost, first = np.zeros(len(order) + 1), np.zeros(len(order) + 1, int)
-    most: dict[int, int] = {}  # sequences of a batch with this longest one
-    equal = 0
+    max_size: dict[int, int] = {}  # length of the longest sequence -> largest batch size
+    equal = 0  # number of sequences up to this one that have its length
     for n, longest in enumerate((lengths[i] for i in order), 1):
         equal = equal + 1 if n > 1 and lengths[order[n - 2]] == longest else 1
-        if longest not in most:
+        if longest not in max_size:
             by_budget = max(min(budget // longest, len(order)), 1)
-            most[longest] = next((m for m in range(1, by_budget) if not supports_shape(m + 1, longest)), by_budget)
-        lowest = n - min(most[longest], n if pad else equal)
+            max_size[longest] = next((m for m in range(1, by_budget) if not supports_shape(m + 1, longest)), by_budget)
+        lowest = n - min(max_size[longest], n if pad else equal)
         costs = cost[lowest:n] + BATCH_COST + longest * np.arange(n - lowest, 0, -1)
         first[n] = lowest + int(costs.argmin())
         cost[n] = costs[first[n] - lowest]
-    found: list[list[int]] = []
+    groups: list[list[int]] = []
     end = len(order)
     while end > 0:
-        found.append(order[first[end] : end])
+        groups.append(order[first[end] : end])
         end = int(first[end])
-    return found[::-1]
+    return groups[::-1]

@@ -1,4 +1,4 @@
-"""How fast an Engine is, alone or beside others: interleaved runs on the same ids, in one process."""
+"""Latency and throughput of one or more contenders: interleaved runs on the same ids, in one process."""
 
 from __future__ import annotations
 
@@ -28,24 +28,50 @@ def measure(
     vocab_size: int = 32,
     progress: Callable[[str], None] = lambda step: None,
 ) -> list[dict[str, Any]]:
-    """Time every contender at every length and batch.
+    """Time each contender at each length and batch size.
 
-    All contenders get the same random ids and take turns (A B A B …) after one warm-up of each, so that a machine that
-    slows down slows all of them. warm_up False leaves that out, where they have run before and one run takes minutes.
+    All contenders get the same random ids and take turns (A B A B …) after one warm-up run each, so that a machine that
+    slows down affects all of them.
 
     Args:
-        contenders: name -> a function of ids (batch, seqlen); the first is what the others are compared with.
-        lengths: of the sequences, tokens; 1 or more each.
+        contenders: name -> a function of ids, (batch, seqlen) int64. The others are compared with the first one.
+        lengths: of the sequences, in tokens, 1 or more each.
         batch_sizes: 1 or more each.
-        rounds: timed runs of each contender, 1 or more.
-        vocab_size: ids are below it, or are 3.
+        rounds: number of timed runs of each contender, 1 or more.
+        warm_up: whether each contender runs once before it is timed. False is for contenders that have run before and
+            take minutes.
+        vocab_size: ids are 3 to vocab_size - 1; with a vocabulary of 4 or fewer they are all 3.
+        progress: called with a description of each step.
     Returns:
-        One row for each contender, length and batch: contender, seqlen, batch, rounds, p50_ms, p5_ms, p95_ms,
-        tokens_per_second (at p50), and times_the_first, the median of the ratios of neighbouring runs: above 1 where
-        the first contender is faster.
+        One row for each batch size, length and contender: contender, seqlen, batch, rounds, p50_ms, p5_ms, p95_ms,
+        tokens_per_second (at p50) and times_the_first, the median over the rounds of the contender's time divided by
+        the first contender's: above 1 if the first is faster.
     Raises:
-        InputError: a number of another type or out of range, or nothing to measure.
+        InputError: an argument has another type or is out of range, or there is nothing to measure.
     """
+    rounds, vocab_size = _check_options(contenders, lengths, batch_sizes, rounds, vocab_size)
+    rows = []
+    for batch in batch_sizes:
+        for length in lengths:
+            ids = np.random.default_rng([batch, length]).integers(3, max(vocab_size, 4), (batch, length))
+            step = f"batch {batch}, {length} tokens"
+            for name, run in contenders.items() if warm_up else ():
+                progress(f"{step}: {name}, warming up")
+                run(ids)
+            seconds: dict[str, list[float]] = {name: [] for name in contenders}
+            for i in range(rounds):
+                progress(f"{step}: round {i + 1} of {rounds}")
+                for name, run in contenders.items():
+                    start = time.perf_counter()
+                    run(ids)
+                    seconds[name].append(time.perf_counter() - start)
+            first = next(iter(seconds.values()))
+            rows += [_row(name, batch, length, times, first) for name, times in seconds.items()]
+    return rows
+
+
+def _check_options(contenders: Any, lengths: Any, batch_sizes: Any, rounds: Any, vocab_size: Any) -> tuple[int, int]:
+    """Check the arguments of `measure`; returns rounds and vocab_size."""
     rounds = whole_number(rounds, "rounds", low=1)
     vocab_size = whole_number(vocab_size, "vocab_size", 1, np.iinfo(np.int64).max)
     for name, numbers in (("lengths", lengths), ("batch_sizes", batch_sizes)):
@@ -55,42 +81,27 @@ def measure(
             whole_number(number, name, low=1)
     if not isinstance(contenders, Mapping) or len(contenders) == 0:
         raise InputError(f"contenders is {shown(contenders)}; give at least one name and its function")
-    rows = []
-    first = next(iter(contenders))
-    for batch in batch_sizes:
-        for length in lengths:
-            ids = np.random.default_rng([batch, length]).integers(3, max(vocab_size, 4), (batch, length))
-            for name, run in contenders.items() if warm_up else ():
-                progress(f"batch {batch}, {length} tokens: {name}, warming up")
-                run(ids)
-            seconds: dict[str, list[float]] = {name: [] for name in contenders}
-            for i in range(rounds):
-                progress(f"batch {batch}, {length} tokens: round {i + 1} of {rounds}")
-                for name, run in contenders.items():
-                    start = time.perf_counter()
-                    run(ids)
-                    seconds[name].append(time.perf_counter() - start)
-            for name, found in seconds.items():
-                p5, p50, p95 = (1000 * float(p) for p in np.percentile(found, [5, 50, 95]))
-                ratios = [a / b for a, b in zip(found, seconds[first], strict=True)]
-                rows.append(
-                    {
-                        "contender": name,
-                        "seqlen": length,
-                        "batch": batch,
-                        "rounds": rounds,
-                        "p50_ms": p50,
-                        "p5_ms": p5,
-                        "p95_ms": p95,
-                        "tokens_per_second": batch * length / p50 * 1000,
-                        "times_the_first": statistics.median(ratios),
-                    }
-                )
-    return rows
+    return rounds, vocab_size
+
+
+def _row(name: str, batch: int, length: int, seconds: Sequence[float], first: Sequence[float]) -> dict[str, Any]:
+    """A row of `measure`, from the times of a contender and those of the first one."""
+    p5, p50, p95 = (1000 * float(p) for p in np.percentile(seconds, [5, 50, 95]))
+    return {
+        "contender": name,
+        "seqlen": length,
+        "batch": batch,
+        "rounds": len(seconds),
+        "p50_ms": p50,
+        "p5_ms": p5,
+        "p95_ms": p95,
+        "tokens_per_second": batch * length / p50 * 1000,
+        "times_the_first": statistics.median(a / b for a, b in zip(seconds, first, strict=True)),
+    }
 
 
 def peak_memory_bytes() -> int | None:
-    """Largest resident set of this process so far, imports included; None where the system does not say."""
+    """Peak resident set size of this process so far, imports included; None if the system does not report it."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
@@ -99,12 +110,14 @@ def peak_memory_bytes() -> int | None:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw tokens per second over length, log axes, one line for each contender and batch.
+    """Plot tokens per second over sequence length, on log axes, with one line for each contender and batch size.
 
-    The format follows from the end of the file's name; PNG where it has none.
-
+    Args:
+        rows: as `measure` returns them.
+        path: of the figure. Its suffix decides the format; PNG without a suffix.
     Raises:
-        DependencyError: matplotlib is not installed. InputError: the file cannot be written.
+        DependencyError: matplotlib is not installed.
+        InputError: the file cannot be written.
     """
     matplotlib = require("matplotlib", "report")
     matplotlib.use("Agg")
@@ -116,9 +129,9 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         points = [r for r in rows if (r["contender"], r["batch"]) == (contender, batch)]
         points.sort(key=lambda r: r["seqlen"])
         lengths, rates = [r["seqlen"] for r in points], [r["tokens_per_second"] for r in points]
-        place, style = contenders.index(contender), ("-", "--", ":", "-.")[sizes.index(batch) % 4]
+        index, style = contenders.index(contender), ("-", "--", ":", "-.")[sizes.index(batch) % 4]
         label = f"{contender}, batch {batch}"
-        axes.plot(lengths, rates, style, color=f"C{place}", marker="osD^vPX*"[place % 8], label=label)
+        axes.plot(lengths, rates, style, color=f"C{index}", marker="osD^vPX*"[index % 8], label=label)
     ticks = sorted({row["seqlen"] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

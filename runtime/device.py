@@ -1,4 +1,4 @@
-"""The NVIDIA GPU of this machine, through cuda-python."""
+"""The first NVIDIA GPU of this machine, through cuda-python."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lfx.errors import DependencyError, LfxError, require
 
 
 def cudart() -> Any:
-    """The CUDA runtime.
+    """Import the CUDA runtime API of cuda-python.
 
     Raises:
         DependencyError: cuda-python is not installed.
@@ -17,7 +17,7 @@ def cudart() -> Any:
 
 
 def compute_capability() -> str | None:
-    """Of the first GPU, such as "sm90"; None where there is no GPU, no driver, or no cuda-python to ask."""
+    """Compute capability of the first GPU, such as "sm90"; None without a GPU, a driver or cuda-python."""
     try:
         cuda = cudart()
         error, count = cuda.cudaGetDeviceCount()
@@ -32,10 +32,14 @@ def compute_capability() -> str | None:
 
 
 def check(result: tuple[Any, ...]) -> Any:
-    """The value of a cuda-python call, which returns its error code in front.
+    """Check the error code of a cuda-python call, and return the call's values.
 
+    Args:
+        result: (error code, values ...), as cuda-python returns it.
+    Returns:
+        The value; a tuple of several values; or None without values.
     Raises:
-        LfxError: the call failed; says with which CUDA error.
+        LfxError: the call failed; the message has the name of the CUDA error.
     """
     error, *values = result
     if int(error) != 0:
@@ -44,16 +48,16 @@ def check(result: tuple[Any, ...]) -> Any:
 
 
 def require_gpu() -> str:
-    """The compute capability of the first GPU.
+    """Return the compute capability of the first GPU, or raise.
 
     Raises:
-        DependencyError: there is no GPU, or no driver for it.
+        DependencyError: there is no GPU, no driver for it, or cuda-python is not installed.
     """
     cudart()
-    found = compute_capability()
-    if found is None:
+    capability = compute_capability()
+    if capability is None:
         raise DependencyError(
-            "this machine has no NVIDIA GPU, or no driver for it; run the plan where there is one, or the bundle on "
-            "the CPU with backend='onnxruntime'"
+            "this machine has no NVIDIA GPU, or no driver for it; run the plan on a machine with one, or the "
+            "bundle on the CPU with backend='onnxruntime'"
         )
-    return found
+    return capability

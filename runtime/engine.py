@@ -1,4 +1,4 @@
-"""`Engine`: a bundle, an ONNX file or a plan that answers."""
+"""`Engine` loads a bundle, an ONNX file or a plan, and runs it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from lfx.runtime.batching import TOKEN_BUDGET, batches
 from lfx.runtime.inputs import Batch, join, prepare
 from lfx.runtime.metrics import Metrics
 from lfx.runtime.plan import SUFFIX, PlanManifest
-from lfx.signature import Signature
+from lfx.signature import QUANTIZED, Signature
 
 MAX_THREADS = 1024
-# Sequences that `Engine.stream` sorts by length together.
+# Number of sequences that `Engine.stream` reads and sorts by length at a time.
 AHEAD = 256
 PRECISIONS = ("fp32", "bf16")
 Outputs = dict[str, NDArray[Any] | list[NDArray[Any]]]
@@ -38,32 +38,33 @@ Outputs = dict[str, NDArray[Any] | list[NDArray[Any]]]
 class Engine:
     """A loaded Longformer. Thread-safe, and a context manager.
 
-    It works in the process that made it: after a fork, every run in the child is an LfxError; make a new Engine there.
-    It can be pickled, for processes that are spawned: the other process opens the same path with the same options.
+    An Engine works only in the process that made it: in a forked child every run raises LfxError; make a new Engine
+    there. An Engine can be pickled for spawned processes, which open the same path with the same options.
 
     Args:
-        path: a bundle, an ONNX file that `lfx export` wrote, or a plan of `lfx build-engine`. The files of a bundle,
-            and a plan, are checked against their manifest.
-        backend: "onnxruntime", "openvino", "reference" (the onnx package's own evaluator, slow), "tensorrt" (plans,
-            and nothing else), or "auto": ONNX Runtime, and OpenVINO for bf16, which ONNX Runtime has few CPU kernels
-            for, and where `precision` is given.
-        provider: of ONNX Runtime: "cpu", "cuda" or "tensorrt". What was asked for is used, or it is an error.
-        threads: of one run, 1 to 1,024; default: the backend's own choice.
-        precision: of OpenVINO's arithmetic, "fp32" or "bf16", whatever the bundle's is; default: the bundle's. bf16
-            needs a CPU that has it (AMX, or AVX-512 with bf16).
-        token_budget: most tokens, padding included, that sequences of different lengths are put into one batch with; 1
-            or more.
+        path: a bundle, an ONNX file that `lfx export` wrote, or a plan that `lfx build-engine` wrote. Bundles and plans
+            are checked against the digests in their manifest.
+        backend: "onnxruntime", "openvino", "reference" (the onnx package's reference evaluator, slow), "tensorrt"
+            (plans only), or "auto". Default: "auto": TensorRT for a plan; OpenVINO if `precision` is given, and for a
+            bf16 model on the CPU, since ONNX Runtime has few bf16 kernels there; otherwise ONNX Runtime.
+        provider: ONNX Runtime's execution provider: "cpu", "cuda" or "tensorrt"; an error if it is not available.
+            Default: "cpu".
+        threads: number of CPU threads of one run, 1 to 1,024. Default: the backend's own.
+        precision: OpenVINO compute precision, "fp32" or "bf16", overriding the bundle's. bf16 needs a CPU with AMX, or
+            with AVX-512 and bf16. Default: the bundle's.
+        token_budget: largest number of tokens, padding included, of a batch of sequences of different lengths, 1 or
+            more. A longer sequence runs alone. Default: 8,192.
     Attributes:
         signature: inputs, outputs and limits of the model.
-        manifest: of the bundle or the plan; None for a lone ONNX file.
-        backend: name, version and device of what runs it.
-        precision: of the arithmetic, where `precision` was given; else the bundle's.
-        threads: as given.
-        metrics: what it has done so far; see `lfx.runtime.metrics`.
+        manifest: of the bundle or the plan; None for a single ONNX file.
+        backend: name, version and device of the backend.
+        precision: the argument, or the model's own.
+        threads: the argument.
+        metrics: the Engine's counters; see `lfx.runtime.metrics`.
     Raises:
-        InputError: an argument of another type or out of range.
-        ArtifactError: a file is missing, cut, changed or no model.
-        DependencyError: the backend is not known, not installed, or cannot run this model; says which can.
+        InputError: an argument has another type or is out of range.
+        ArtifactError: a file is missing, truncated, changed or no model.
+        DependencyError: the backend, provider or precision is not known, not installed, or cannot run this model.
     """
 
     def __init__(
@@ -88,23 +89,9 @@ class Engine:
         self.metrics = Metrics()
         self._forked = False
         self.manifest: Manifest | PlanManifest | None = None
-        if model.suffix == SUFFIX and not model.is_dir():
-            if precision is not None:
-                raise DependencyError(f"{model} is a plan, whose precision is fixed; leave precision out")
-            if threads is not None:
-                raise DependencyError(f"{model} is a plan, which runs on the GPU; leave threads out")
-            self._backend: backends.Backend | None = self._load_plan(model, backend, provider)
-        else:
-            self._artifact = open_artifact(model)
-            self.manifest = self._artifact.manifest
-            weight_bits = self.manifest.quantization.get("weight_bits") if self.manifest is not None else None
-            if weight_bits == 8 and provider == "cpu" and int8_overflows():
-                raise DependencyError(
-                    f"{path} has int8 weights of 8 bits, which overflow on this CPU without VNNI; make it again "
-                    "without --full-range"
-                )
-            self._backend = self._load(backend, provider, threads, precision)
-            self.signature = self._artifact.signature
+        is_plan = model.suffix == SUFFIX and not model.is_dir()
+        load = self._load_plan if is_plan else self._load_onnx
+        self._backend: backends.Backend | None = load(model, backend, provider, threads, precision)
         self.backend = self._backend.name
         declared = ([s.name for s in self.signature.inputs], [s.name for s in self.signature.outputs])
         if (sorted(self._backend.input_names), self._backend.output_names) != (sorted(declared[0]), declared[1]):
@@ -121,10 +108,19 @@ class Engine:
         )
         forks.watch(self)
 
-    def _load_plan(self, plan: Path, backend: str, provider: str) -> backends.Backend:
+    def _load_plan(
+        self, plan: Path, backend: str, provider: str, threads: int | None, precision: str | None
+    ) -> backends.Backend:
+        """Check a plan and its options, and load it into TensorRT."""
+        if precision is not None:
+            raise DependencyError(f"{plan} is a plan, whose precision is fixed; leave precision out")
+        if threads is not None:
+            raise DependencyError(f"{plan} is a plan, which runs on the GPU; leave threads out")
         if backend not in ("auto", "tensorrt") or provider != "cpu":
-            asked = f"backend {backend!r}" if backend not in ("auto", "tensorrt") else f"provider {provider!r}"
-            raise DependencyError(f"{asked} cannot run {plan}: a plan is TensorRT's; leave both out")
+            option = f"backend {backend!r}" if backend not in ("auto", "tensorrt") else f"provider {provider!r}"
+            raise DependencyError(
+                f"{option} cannot run {plan}: a plan runs on TensorRT; leave backend and provider out"
+            )
         self.manifest = PlanManifest.read(plan)
         self.manifest.verify(plan)
         self.signature = self.manifest.signature
@@ -132,12 +128,18 @@ class Engine:
 
         return TensorRt(plan, self.manifest)
 
-    def _load(self, backend: str, provider: str, threads: int | None, precision: str | None) -> backends.Backend:
-        stored = self._artifact.signature.precision
+    def _load_onnx(
+        self, path: Path, backend: str, provider: str, threads: int | None, precision: str | None
+    ) -> backends.Backend:
+        """Check a bundle or an ONNX file, choose the backend for "auto", and load the model into it."""
+        self._artifact = open_artifact(path)
+        self.manifest, self.signature = self._artifact.manifest, self._artifact.signature
+        _check_weight_bits(path, self.signature, provider)
+        stored = self.signature.precision
         if backend == "auto" and (precision is not None or (stored == "bf16" and provider == "cpu")):
-            backend = "openvino"  # the only one with a choice, and with bfloat16 on the CPU
+            backend = "openvino"  # the only one with a choice of precision, and with all bf16 kernels on the CPU
         backend = "onnxruntime" if backend == "auto" else backend
-        # The onnx package, which the reference is, refuses files with a second name.
+        # The reference backend is the onnx package, which refuses files with more than one hard link.
         with self._artifact.plain_files(unshared=backend == "reference") as model:
             return backends.load(model, backend, provider, threads, precision, stored)
 
@@ -146,18 +148,18 @@ class Engine:
 
         Args:
             ids: one sequence of integers (a batch of one), a list of sequences, or an integer array
-                (batch, seqlen); any seqlen from 1 to the model's maximum, padded inside. For multiple choice:
-                (choices, seqlen) or (batch, choices, seqlen).
-            attention_mask: as ids; 1 = real token, 0 = padding. Default: all real.
-            global_attention_mask: as ids; 1 = attends globally. Default: the task's own rule,
+                (batch, seqlen), with ids from 0 to vocab_size - 1 and a seqlen from 1 to the model's maximum. For
+                multiple choice: (choices, seqlen) or (batch, choices, seqlen). The graph pads to whole windows itself.
+            attention_mask: same shape as ids; 1 = real token, 0 = padding. Default: all 1.
+            global_attention_mask: same shape as ids; 1 = attends globally. Default: the task's own rule,
                 `signature.default_global`.
         Returns:
-            One entry per output name, always with the batch first. For one sequence, an array, or sequences of one
-            length: an array, such as last_hidden_state (batch, seqlen, hidden) float32. Sequences of different lengths
-            run in batches of neighbouring lengths (`token_budget`), and give a list of arrays for outputs per token,
-            each cut to its own length; outputs per sequence are stacked. All are owned by the caller.
+            Output name -> value, batch axis first. If all sequences have one length, each value is an array, such as
+            last_hidden_state (batch, seqlen, hidden) float32. Sequences of different lengths run in batches of
+            neighbouring lengths, see `token_budget`. Then the value of an output per token is a list of arrays, each of
+            its sequence's own length; outputs per sequence are stacked. The caller owns all arrays.
         Raises:
-            InputError: a length, shape, dtype, mask value or token id that the model cannot take; a closed Engine.
+            InputError: the model cannot take a length, shape, dtype, mask value or token id; or the Engine is closed.
             LfxError: the Engine was made before a fork, or the backend failed.
         Source: Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
         """
@@ -172,60 +174,64 @@ class Engine:
         return outputs
 
     async def run_async(self, ids: Any, attention_mask: Any = None, global_attention_mask: Any = None) -> Outputs:
-        """`run` for asyncio: it runs in a thread, and the event loop goes on. See `lfx.runtime.Batcher` for many."""
+        """`run` in a thread, for asyncio. For many concurrent requests see `lfx.runtime.Batcher`."""
         return await asyncio.to_thread(self.run, ids, attention_mask, global_attention_mask)
 
     def run_together(self, requests: Sequence[Batch]) -> list[Outputs]:
-        """Run prepared sequences, one a request, in batches of neighbouring lengths; see `lfx.runtime.Batcher`.
+        """Run prepared requests of one sequence each, in batches of neighbouring lengths; see `lfx.runtime.Batcher`.
 
         Returns:
-            For each request what `run` gives for it alone.
+            For each request, what `run` returns for it alone: arrays with a batch axis of 1.
         Raises:
-            InputError: they have different numbers of choices.
+            InputError: the requests have different numbers of choices, or the Engine is closed.
+            LfxError: the Engine was made before a fork, or the backend failed.
         """
         if len(requests) == 0:
             return []
         feeds, lengths = join(requests, self.signature.pad_token_id)
         rows = self._run_rows(self._open(), feeds, lengths)
-        return [{name: found[i][None] for name, found in rows.items()} for i in range(len(requests))]
+        return [{name: arrays[i][None] for name, arrays in rows.items()} for i in range(len(requests))]
 
     @property
     def identity(self) -> str:
-        """A digest of the model: of its manifest, or of a lone ONNX file and its weights."""
+        """Digest of the model: its manifest's, or those of a single ONNX file and of its weight files."""
         if self.manifest is not None:
             return str(self.manifest.to_dict()["manifest_sha256"])
         return " ".join(sha256(file) for file in self._artifact.files.values())
 
     def supports_shape(self, batch: int, seqlen: int) -> bool:
-        """Whether a batch of this shape can be run: any within the model's limits, or a profile of the plan."""
+        """Whether the Engine can run a batch of this shape: within the model's limits and, for a plan, in a profile."""
         batch, seqlen = whole_number(batch, "batch", 1), whole_number(seqlen, "seqlen", 1)
         longest = self.signature.max_seqlen
         return (longest is None or seqlen <= longest) and self._open().supports_shape(batch, seqlen)
 
     def warm_up(self, shapes: Iterable[tuple[int, int]] | None = None) -> None:
-        """Run made-up batches, so that the first real one finds memory, kernels and CUDA graphs ready.
+        """Run batches of padding ids, so that memory, kernels and CUDA graphs are ready before the first real batch.
+
+        The metrics do not count these batches.
 
         Args:
-            shapes: (batch, seqlen) of each, both 1 or more; default: one sequence of one token, and one of the longest
-                (of 4,096 tokens where the model has no limit), where a plan takes them. The metrics do not count them.
+            shapes: (batch, seqlen) of each batch, both 1 or more. Default: (1, 1) and (1, max_seqlen), or (1, 4096) for
+                a model without a limit; a plan skips those that no profile takes.
         Raises:
-            InputError: a shape that the model or this machine's memory cannot take.
+            InputError: a shape is out of range or does not fit in memory; or the Engine is closed.
+            LfxError: the Engine was made before a fork, or the backend failed.
         """
         self.check_usable()
         longest = self.signature.max_seqlen or 4096
-        takes_marks = any(spec.name == "global_attention_mask" for spec in self.signature.inputs)
+        has_global_mask = any(spec.name == "global_attention_mask" for spec in self.signature.inputs)
         if shapes is None:  # a plan may have been built for other lengths
-            checked = [shape for shape in ((1, 1), (1, longest)) if self.supports_shape(*shape)]
+            shapes = [shape for shape in ((1, 1), (1, longest)) if self.supports_shape(*shape)]
         else:
-            checked = _checked_shapes(shapes, self.signature.max_seqlen)
-        for batch, seqlen in checked:
+            shapes = _checked_shapes(shapes, self.signature.max_seqlen)
+        for batch, seqlen in shapes:
             shape = (batch, 2, seqlen) if self.signature.task == "multiple-choice" else (batch, seqlen)
             try:
                 ids = np.full(shape, self.signature.pad_token_id, dtype=np.int64)
             except (MemoryError, ValueError) as error:
                 raise InputError(f"a batch of {batch} sequences of {seqlen} tokens does not fit in memory") from error
-            marks = np.zeros_like(ids) if takes_marks else None
-            self._open().infer(dict(prepare(ids, None, marks, self.signature).feeds))
+            global_mask = np.zeros_like(ids) if has_global_mask else None
+            self._open().infer(dict(prepare(ids, None, global_mask, self.signature).feeds))
 
     def _run_batch(self, batch: Batch) -> Outputs:
         backend = self._open()
@@ -233,7 +239,7 @@ class Engine:
             return dict(self._infer(backend, dict(batch.feeds)))
         rows = self._run_rows(backend, batch.feeds, batch.lengths)
         per_token = {spec.name for spec in self.signature.outputs if "sequence" in spec.shape}
-        return {name: found if name in per_token else np.stack(found) for name, found in rows.items()}
+        return {name: arrays if name in per_token else np.stack(arrays) for name, arrays in rows.items()}
 
     def _infer(self, backend: backends.Backend, feeds: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
         outputs = backend.infer(feeds)
@@ -246,49 +252,55 @@ class Engine:
         """Run more sequences than fit in memory, in batches of neighbouring lengths.
 
         Args:
-            documents: one sequence of integers each, (seqlen,); for multiple choice (choices, seqlen).
-            ahead: sequences that are read and sorted by length together, 1 or more. The same documents in the same
-                order give the same batches, and so bit for bit the same results.
+            documents: an iterable of sequences of integers, (seqlen,); for multiple choice (choices, seqlen).
+            ahead: number of documents that are read, sorted by length and run at a time, 1 or more. Default: 256. The
+                same documents in the same order form the same batches, so their results are bitwise equal.
         Yields:
-            For each document, in the order given, one array per output name, without the batch axis.
+            For each document, in the order given: output name -> array, without the batch axis.
         Raises:
-            InputError: `ahead` is out of range, or `documents` cannot be iterated, or the Engine is closed: at once.
-                A document that the model cannot take, by its number from 0: when its turn comes; none of its `ahead`
-                neighbours is run then. What `documents` itself raises goes on to the caller.
+            InputError: at once, if `ahead` is out of range, `documents` is not iterable or the Engine is closed. While
+                iterating, if the model cannot take a document: the message has its index from 0, and no document that
+                was read together with it is run. Errors that `documents` raises pass through.
+            LfxError: the Engine was made before a fork, or the backend failed.
         """
         ahead = whole_number(ahead, "ahead", 1, sys.maxsize)
         self.check_usable()
         if isinstance(documents, str | bytes | bytearray | memoryview | UserString | Mapping):
             raise InputError(f"documents is {type(documents).__name__}; give an iterable of sequences of integers")
         try:
-            waiting = iter(documents)
+            iterator = iter(documents)
         except TypeError as error:
             raise InputError(
                 f"documents is {type(documents).__name__}; give an iterable of sequences of integers"
             ) from error
-        return self._stream(waiting, ahead)
+        return self._stream(iterator, ahead)
 
     def _stream(self, documents: Iterator[Any], ahead: int) -> Iterator[dict[str, NDArray[Any]]]:
-        number = 0
+        first = 0  # index of the chunk's first document
         while chunk := list(itertools.islice(documents, ahead)):
-            requests = [self._prepare_document(document, number + i) for i, document in enumerate(chunk)]
-            number += len(chunk)
+            requests = [self._prepare_document(document, first + i) for i, document in enumerate(chunk)]
+            first += len(chunk)
             feeds, lengths = join(requests, self.signature.pad_token_id)
             rows = self._run_rows(self._open(), feeds, lengths)
             for i in range(len(chunk)):
-                yield {name: found[i] for name, found in rows.items()}
+                yield {name: arrays[i] for name, arrays in rows.items()}
 
-    def _prepare_document(self, document: Any, number: int) -> Batch:
+    def _prepare_document(self, document: Any, index: int) -> Batch:
         try:
             batch = prepare(document, None, None, self.signature)
         except InputError as error:
-            raise InputError(f"document {number}: {error}") from error
+            raise InputError(f"document {index}: {error}") from error
         if (count := len(batch.feeds["input_ids"])) != 1:
-            raise InputError(f"document {number} has {count} sequences; give each as a document of its own")
+            raise InputError(f"document {index} has {count} sequences; give each as a document of its own")
         return batch
 
     def check_usable(self) -> None:
-        """Raises: InputError: the Engine is closed. LfxError: it was made before a fork."""
+        """Raise an error if the Engine cannot run.
+
+        Raises:
+            InputError: the Engine is closed.
+            LfxError: the Engine was made before a fork.
+        """
         self._open()
 
     def _open(self) -> backends.Backend:
@@ -300,7 +312,7 @@ class Engine:
         return backend
 
     def forked(self) -> None:
-        """In a child process: keep the model for ever, since freeing it may wait for threads that are not there."""
+        """Refuse to run in a child process, and never free the model there: that may wait for the parent's threads."""
         self._forked = True
         if self._backend is not None:
             forks.keep(self._backend)
@@ -313,7 +325,7 @@ class Engine:
     def _run_rows(
         self, backend: backends.Backend, feeds: dict[str, NDArray[np.int64]], lengths: Sequence[int]
     ) -> dict[str, list[NDArray[Any]]]:
-        """Run padded rows in batches of neighbouring lengths; each output as one array a row, cut to its length."""
+        """Run padded rows in batches of neighbouring lengths; output name -> one unpadded array for each row."""
         if len(set(lengths)) > 1:
             check_cuttable(self.signature)
             if "attention_mask" not in feeds:
@@ -324,12 +336,12 @@ class Engine:
         rows: dict[str, list[Any]] = {name: [None] * len(lengths) for name in shapes}
         choices = feeds["input_ids"].shape[1] if feeds["input_ids"].ndim == 3 else 1
         budget, pad = max(self.token_budget // choices, 1), self.signature.may_pad
-        for members in batches(lengths, budget, backend.supports_shape, pad=pad):
-            longest = max(lengths[i] for i in members)
-            outputs = self._infer(backend, {name: array[members][..., :longest] for name, array in feeds.items()})
+        for indices in batches(lengths, budget, backend.supports_shape, pad=pad):
+            longest = max(lengths[i] for i in indices)
+            outputs = self._infer(backend, {name: array[indices][..., :longest] for name, array in feeds.items()})
             for name, array in outputs.items():
-                for place, i in enumerate(members):
-                    rows[name][i] = cut(array[place], shapes[name], lengths[i])
+                for row, i in zip(array, indices, strict=True):
+                    rows[name][i] = cut(row, shapes[name], lengths[i])
         return rows
 
     def close(self) -> None:
@@ -343,6 +355,15 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_weight_bits(path: Path, signature: Signature, provider: str) -> None:
+    """Raise DependencyError if this CPU overflows on the model's int8 weights."""
+    if signature.precision == QUANTIZED and signature.weight_bits != 7 and provider == "cpu" and int8_overflows():
+        raise DependencyError(
+            f"{path} has int8 weights of 8 bits, which overflow on this CPU without VNNI; quantize it again without "
+            "--full-range"
+        )
 
 
 def _checked_path(path: Any) -> Path:
@@ -369,15 +390,15 @@ def _checked_shapes(shapes: Any, longest: int | None) -> list[tuple[int, int]]:
 
 
 def cut(row: NDArray[Any], axes: tuple[int | str, ...], length: int) -> NDArray[Any]:
-    """One sequence's part of an output, without its padding."""
+    """Copy one sequence's row of an output, sliced to `length` on its sequence axes; `axes` has the batch first."""
     return row[tuple(slice(length) if axis == "sequence" else slice(None) for axis in axes[1:])].copy()
 
 
 def check_cuttable(signature: Signature) -> None:
-    """Sequences of different lengths are padded and their outputs cut: that needs batch in front, and whole axes."""
+    """Raise InputError for an output that `cut` cannot slice: batch is not its first axis, or an axis is unknown."""
     for spec in signature.outputs:
-        others = [axis for axis in spec.shape[1:] if isinstance(axis, str) and axis not in ("sequence", "choices")]
-        if not spec.shape or spec.shape[0] != "batch" or others:
+        unknown = [axis for axis in spec.shape[1:] if isinstance(axis, str) and axis not in ("sequence", "choices")]
+        if not spec.shape or spec.shape[0] != "batch" or unknown:
             raise InputError(
                 f"output {spec.name} ({', '.join(map(str, spec.shape))}) cannot be cut to each sequence's length; "
                 "run sequences of different lengths one by one"

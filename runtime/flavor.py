@@ -1,4 +1,4 @@
-"""The two TensorRTs."""
+"""The two flavors of TensorRT: TensorRT and TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lfx.errors import BuildError, DependencyError, require
 
 @dataclass(frozen=True)
 class Flavor:
-    """One of the two TensorRTs: its module, the extra that brings it, and the wheel folder of its libraries."""
+    """One flavor of TensorRT: its Python module, and the extra of lfx that installs it."""
 
     module: str
     extra: str
@@ -21,10 +21,13 @@ FLAVORS = {"tensorrt": Flavor("tensorrt", "gpu"), "tensorrt-rtx": Flavor("tensor
 
 
 def choose_flavor(asked: str | None) -> str:
-    """The flavor that was asked for, or the first that is installed.
+    """Return the name of the requested flavor, or of the first installed one.
 
+    Args:
+        asked: a key of `FLAVORS`; None = the first that is installed.
     Raises:
-        BuildError: there is no such flavor. DependencyError: it is not installed.
+        BuildError: there is no such flavor.
+        DependencyError: the flavor is not installed, or none is.
     """
     if asked is not None:
         one_of(asked, "flavor", FLAVORS, BuildError)

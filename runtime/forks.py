@@ -1,8 +1,9 @@
-"""What a fork leaves in the child process: all of its parent's memory, and none of its threads.
+"""Makes objects fail with an error, instead of hanging, in a forked child process.
 
-So a lock that another thread held stays locked for ever, a queue has no worker, and a backend's thread pool is empty:
-a run may wait for ever there, and so may freeing the model (OpenVINO's pool waits for its threads). One rule for all
-backends: an Engine and a Batcher work in the process that made them, and say so in every other one.
+A forked child has its parent's memory and none of its other threads. A lock that another thread held stays locked, a
+queue has no worker, and a backend's thread pool has no threads. So a run may never end there, nor may freeing the model
+(OpenVINO's thread pool waits for its threads). The rule for all backends: an Engine and a Batcher work only in the
+process that made them, and raise LfxError in any other.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Protocol
 
 
 class Watched(Protocol):
-    """What must know that it is in a child process."""
+    """An object that is told when it is in a forked child process."""
 
     def forked(self) -> None:
-        """Called in the child, before `os.fork` returns there. It may not wait for a lock."""
+        """Called in the child before `os.fork` returns there. It must not wait for a lock."""
         ...
 
 
@@ -25,31 +26,31 @@ _generation = [0]
 _watched: weakref.WeakSet[Watched] = weakref.WeakSet()
 
 
-def watch(thing: Watched) -> None:
-    """Have `thing.forked()` called in every child process, as long as it lives."""
-    _watched.add(thing)
+def watch(watched: Watched) -> None:
+    """Call `watched.forked()` in each child process that is forked while the object exists."""
+    _watched.add(watched)
 
 
 def generation() -> int:
-    """The number of forks between the first process and this one, as far as this module saw them."""
+    """Number of forks between this process and the one that imported this module."""
     return _generation[0]
 
 
-def keep(thing: object) -> None:
-    """Never free an object, in a child process where freeing it may wait for threads that are not there."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+def keep(value: object) -> None:
+    """Leak an object on purpose: in a child process, freeing it may wait for threads that only the parent has."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
 def made_before(name: str) -> str:
-    """What an Engine or a Batcher says in a child process."""
+    """The error message of an Engine or a Batcher in a child process."""
     return f"this {name} was made before a fork, and works in its own process only; make a new one in each process"
 
 
-def _tell_all() -> None:
+def _notify_all() -> None:
     _generation[0] += 1
-    for thing in list(_watched):
-        thing.forked()
+    for watched in list(_watched):
+        watched.forked()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_tell_all)
+    os.register_at_fork(after_in_child=_notify_all)

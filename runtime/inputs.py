@@ -1,4 +1,4 @@
-"""What a caller may give as ids and masks, checked and padded into one batch."""
+"""Checks ids and masks from the caller, and pads them into one batch of graph inputs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Batch:
-    """Graph inputs.
+    """The graph inputs of one batch.
 
     Attributes:
-        feeds: input name -> (batch, seqlen) int64, for multiple choice (batch, choices, seqlen).
-        lengths: the length of each sequence, where they differ; None for a rectangle.
+        feeds: input name -> (batch, seqlen) int64, for multiple choice (batch, choices, seqlen); padded on the right.
+        lengths: of the sequences, in tokens; None if all have one length, so that nothing was padded.
     """
 
     feeds: dict[str, Int64]
@@ -32,7 +32,11 @@ class Batch:
 
 
 def prepare(ids: Any, attention_mask: Any, global_attention_mask: Any, signature: Signature) -> Batch:
-    """Check and pad; see `Engine.run` for what may come and what is refused."""
+    """Check and pad one batch; see `Engine.run` for the arguments.
+
+    Raises:
+        InputError: the model cannot take a length, shape, dtype, mask value or token id.
+    """
     rows = _as_rows(ids, "input_ids", _IDS, signature)
     if len({row.shape[:-1] for row in rows}) > 1:
         raise InputError(f"input_ids have different numbers of choices; give {_shapes(signature)}")
@@ -41,17 +45,16 @@ def prepare(ids: Any, attention_mask: Any, global_attention_mask: Any, signature
     width = max(lengths)
     input_ids = _stack(rows, width, signature.pad_token_id)
 
-    given_mask = _mask_rows(attention_mask, "attention_mask", rows, signature)
-    mask_rows = given_mask if given_mask is not None else [np.ones_like(row) for row in rows]
-    mask = _stack(mask_rows, width, 0)
-    given_global = _mask_rows(global_attention_mask, "global_attention_mask", rows, signature)
+    mask_rows = _mask_rows(attention_mask, "attention_mask", rows, signature)
+    mask = _stack(mask_rows if mask_rows is not None else [np.ones_like(row) for row in rows], width, 0)
+    global_rows = _mask_rows(global_attention_mask, "global_attention_mask", rows, signature)
     feeds = {"input_ids": input_ids, "attention_mask": mask}
     names = {spec.name for spec in signature.inputs}
     if "global_attention_mask" in names:
-        marks = _stack(given_global, width, 0) if given_global is not None else default_global(input_ids, signature)
-        _check_globals(marks * mask, signature)
-        feeds["global_attention_mask"] = marks
-    elif given_global is not None:
+        global_mask = _stack(global_rows, width, 0) if global_rows is not None else default_global(input_ids, signature)
+        _check_globals(global_mask * mask, signature)
+        feeds["global_attention_mask"] = global_mask
+    elif global_rows is not None:
         raise InputError(
             f"this model has its global attention fixed ({signature.global_attention}) and takes no "
             "global_attention_mask; leave it out, or export again with --global-attention mask"
@@ -62,12 +65,14 @@ def prepare(ids: Any, attention_mask: Any, global_attention_mask: Any, signature
 
 
 def join(requests: Sequence[Batch], pad_token_id: int) -> tuple[dict[str, Int64], list[int]]:
-    """Prepared sequences, one a request, as the rows of one batch; and their lengths.
+    """Stack prepared requests of one sequence each into one batch.
 
     Args:
-        requests: each with feeds (1, seqlen), or (1, choices, seqlen) of as many choices each.
+        requests: each with feeds (1, seqlen), or (1, choices, seqlen) with one number of choices for all.
+    Returns:
+        The feeds, (batch, seqlen) or (batch, choices, seqlen), padded to the longest; and the length of each request.
     Raises:
-        InputError: they have different numbers of choices.
+        InputError: the requests have different numbers of choices.
     """
     if len({request.feeds["input_ids"].shape[:-1] for request in requests}) > 1:
         raise InputError("the sequences have different numbers of choices; run them one by one")
@@ -80,18 +85,19 @@ def join(requests: Sequence[Batch], pad_token_id: int) -> tuple[dict[str, Int64]
 
 
 def default_global(input_ids: Int64, signature: Signature) -> Int64:
-    """The global tokens that Hugging Face gives this task when the caller names none.
+    """The global_attention_mask that Hugging Face's model of this task makes when the caller gives none.
 
     Raises:
-        InputError: the rule needs three separator tokens in every row, and a row has another number.
+        InputError: the model requires a global_attention_mask; or the rule needs three separator tokens in each
+            sequence, and one has another number.
     """
-    marks = np.zeros_like(input_ids)
+    mask = np.zeros_like(input_ids)
     if signature.default_global == "required":
         raise InputError(
             "this model marks its global tokens by a rule of its own when it gets no global_attention_mask; give one"
         )
     if signature.default_global == "first":
-        marks[..., 0] = 1
+        mask[..., 0] = 1
     elif signature.default_global in ("question", "after_question"):
         is_separator = input_ids == signature.sep_token_id
         counts = is_separator.sum(axis=-1)
@@ -103,18 +109,18 @@ def default_global(input_ids: Int64, signature: Signature) -> Int64:
             )
         first = is_separator.argmax(axis=-1)[..., None]
         position = np.arange(input_ids.shape[-1])
-        marks[...] = position < first if signature.default_global == "question" else position > first + 1
-    return marks
+        mask[...] = position < first if signature.default_global == "question" else position > first + 1
+    return mask
 
 
 @dataclass(frozen=True)
 class _Values:
-    """What an array of ids, or of marks, may hold.
+    """The values that an array of ids, or a mask, may have.
 
     Attributes:
-        dtypes: numpy's letters of the kinds of dtype that it may have.
-        rule: what to give, for messages.
-        check: raises InputError for a value that it may not hold.
+        dtypes: numpy's letters (`dtype.kind`) of the allowed dtypes.
+        rule: what the caller should give, for messages.
+        check: raises InputError for a value that is not allowed.
     """
 
     dtypes: str
@@ -123,14 +129,14 @@ class _Values:
 
 
 def _as_rows(value: Any, name: str, values: _Values, signature: Signature) -> list[Int64]:
-    """A list of sequences: 1-D arrays, or (choices, seqlen) for multiple choice."""
+    """Read a batch into one int64 array for each sequence: (seqlen,), or (choices, seqlen) for multiple choice."""
     if value is None or _is_text(value):
         raise InputError(f"{name} is {type(value).__name__}; give token ids: a list of integers or an integer array")
     try:
         return _read_batch(value, name, values, signature)
     except InputError:
         raise
-    except Exception as error:  # a caller's object may raise anything: a tensor on a GPU, for one
+    except Exception as error:  # the caller's object may raise anything, such as a tensor on a GPU
         raise InputError(f"{name} cannot be read as an array ({one_line(error)}); give {_shapes(signature)}") from error
 
 
@@ -158,7 +164,7 @@ def _read_batch(value: Any, name: str, values: _Values, signature: Signature) ->
 
 
 def _read(value: Any, name: str, rank: int, values: _Values, signature: Signature) -> Int64:
-    """One sequence, or its choices where `rank` is 2. Its length is checked before anything is copied."""
+    """Read one sequence, or its choices if `rank` is 2. The length is checked before anything is copied."""
     if hasattr(value, "__array__"):
         array = _array(value, name)
         if array.ndim != rank:
@@ -167,7 +173,7 @@ def _read(value: Any, name: str, rank: int, values: _Values, signature: Signatur
     elif _is_text(value) or not isinstance(value, Sequence):
         raise InputError(f"{name} is {type(value).__name__}; give {_shapes(signature)}")
     elif rank == 2:
-        if len(value) and _depth(value, 2) < 2:  # before its items are copied
+        if len(value) and _depth(value, 2) < 2:  # checked before its items are copied
             raise InputError(f"{name}[0] is {type(value[0]).__name__}; give {_shapes(signature)}")
         items = _items(value, name)
         choices = [_read(item, f"{name}[{i}]", 1, values, signature) for i, item in enumerate(items)]
@@ -181,13 +187,13 @@ def _read(value: Any, name: str, rank: int, values: _Values, signature: Signatur
         raise InputError(f"{name} is an empty sequence; give at least one token")
     if array.dtype.kind not in values.dtypes:
         raise InputError(f"{name} has dtype {array.dtype}; {values.rule}")
-    array = array.copy()  # before it is checked: another thread may change the caller's
+    array = array.copy()  # copied before it is checked: another thread may change the caller's array
     values.check(array, name, signature)
     return array.astype(np.int64, copy=False)
 
 
 def _depth(value: Any, limit: int) -> int:
-    """The number of axes of nested sequences, by their first items; it stops at `limit`, as a list may hold itself."""
+    """Number of axes of nested sequences, by their first items, up to `limit`: a list may contain itself."""
     for depth in range(limit):
         if hasattr(value, "__array__"):
             return depth + int(np.ndim(value))
@@ -204,15 +210,16 @@ def _is_text(value: Any) -> bool:
 
 
 def _items(value: Sequence[Any], name: str) -> list[Any]:
-    """The items of a sequence, which may be of a class that says another length than it has."""
+    """Copy the items of a sequence, and check their number: `__len__` of the caller's class may be wrong."""
     length = len(value)
     items = list(itertools.islice(value, length + 1))
     if len(items) != length:
-        raise InputError(f"{name} says that it has {length} items, and gives another number of them; give a list")
+        raise InputError(f"{name} has length {length} and another number of items; give a list")
     return items
 
 
 def _array(value: Any, name: str) -> NDArray[Any]:
+    """Convert an object with `__array__`; refuses numpy's masked arrays."""
     array = np.asanyarray(value)
     if isinstance(array, np.ma.MaskedArray):
         raise InputError(
@@ -222,7 +229,7 @@ def _array(value: Any, name: str) -> NDArray[Any]:
 
 
 def _array_of(items: list[Any], name: str, values: _Values, signature: Signature) -> NDArray[Any]:
-    """A 1-D array of single numbers."""
+    """Convert a list of numbers to a 1-D array."""
     if all(type(item) is int for item in items):
         try:
             return np.array(items, dtype=np.int64)
@@ -232,19 +239,18 @@ def _array_of(items: list[Any], name: str, values: _Values, signature: Signature
         if isinstance(item, Sequence) and not _is_text(item):
             raise InputError(f"{name} is ragged inside; give {_shapes(signature)}")
         if hasattr(item, "__array__") and not isinstance(item, np.generic):
-            items[i] = _array(item, f"{name}[{i}]")[()]  # of no axes: its number
+            items[i] = _array(item, f"{name}[{i}]")[()]  # an array without axes becomes a number
         if not isinstance(items[i], numbers.Number | np.generic):
-            raise InputError(
-                f"{name} holds {type(item).__name__} where single integers should be; give {_shapes(signature)}"
-            )
+            raise InputError(f"{name} holds {type(item).__name__}, not single integers; give {_shapes(signature)}")
         if isinstance(items[i], bool | np.bool_) and "b" not in values.dtypes:
             raise InputError(f"{name} has dtype bool at {i}; {values.rule}")
-    # Numpy makes floats of signed and unsigned 64-bit integers beside each other.
-    whole = all(isinstance(item, numbers.Integral) and not isinstance(item, bool) for item in items)
-    return _array_of([int(item) for item in items], name, values, signature) if whole else np.array(items)
+    # numpy converts a list of int64 and uint64 to float64, so integers are converted to int first.
+    are_integers = all(isinstance(item, numbers.Integral) and not isinstance(item, bool) for item in items)
+    return _array_of([int(item) for item in items], name, values, signature) if are_integers else np.array(items)
 
 
 def _shapes(signature: Signature) -> str:
+    """The allowed forms of ids and masks, for messages."""
     if signature.task == "multiple-choice":
         return "an integer array (batch, choices, seqlen) or (choices, seqlen)"
     return "one sequence of integers, a list of sequences, or an integer array (batch, seqlen)"
@@ -270,20 +276,21 @@ def _check_ids(ids: NDArray[Any], name: str, signature: Signature) -> None:
         )
 
 
-def _check_marks(marks: NDArray[Any], name: str, signature: Signature) -> None:
-    wrong = marks[(marks != 0) & (marks != 1)]
-    if wrong.size > 0:
-        raise InputError(f"{name} has the value {wrong.flat[0]}; masks hold 0 and 1 only")
+def _check_mask(mask: NDArray[Any], name: str, signature: Signature) -> None:
+    others = mask[(mask != 0) & (mask != 1)]
+    if others.size > 0:
+        raise InputError(f"{name} has the value {others.flat[0]}; masks hold 0 and 1 only")
 
 
 _IDS = _Values("iu", "give integers", _check_ids)
-_MARKS = _Values("biuf", "masks hold 0 and 1 only", _check_marks)
+_MASK = _Values("biuf", "masks hold 0 and 1 only", _check_mask)
 
 
 def _mask_rows(value: Any, name: str, rows: list[Int64], signature: Signature) -> list[Int64] | None:
+    """Read a mask whose shape must be that of the ids in `rows`; None stays None."""
     if value is None:
         return None
-    masks = _as_rows(value, name, _MARKS, signature)
+    masks = _as_rows(value, name, _MASK, signature)
     if [m.shape for m in masks] != [r.shape for r in rows]:
         raise InputError(f"{name} has shape {_shape_of(masks)} where input_ids has {_shape_of(rows)}; make them equal")
     return masks
@@ -296,18 +303,19 @@ def _shape_of(rows: list[NDArray[Any]]) -> str:
     return f"lengths {[shape[-1] for shape in shapes]}"
 
 
-def _check_globals(marks: Int64, signature: Signature) -> None:
+def _check_globals(global_mask: Int64, signature: Signature) -> None:
     if signature.max_global is None:
         return
-    most = int(marks.sum(axis=-1).max())
-    if most > signature.max_global:
+    largest = int(global_mask.sum(axis=-1).max())
+    if largest > signature.max_global:
         raise InputError(
-            f"global_attention_mask has {most} global tokens in a row, above this model's maximum "
-            f"{signature.max_global}; mark fewer, or export again with --max-global {most}"
+            f"global_attention_mask has {largest} global tokens in a row, above this model's maximum "
+            f"{signature.max_global}; mark fewer, or export again with --max-global {largest}"
         )
 
 
 def _stack(rows: list[NDArray[Any]], width: int, fill: int) -> Int64:
+    """Stack sequences into (batch, width) or (batch, choices, width), padded on the right with `fill`."""
     out = np.full((len(rows), *rows[0].shape[:-1], width), fill, dtype=np.int64)
     for target, row in zip(out, rows, strict=True):
         target[..., : row.shape[-1]] = row

@@ -1,4 +1,4 @@
-"""What an Engine has done: counters, readable from Python and as Prometheus text."""
+"""Counters of an Engine, readable from Python and as Prometheus text."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from typing import Any
 from lfx.errors import InputError, require
 from lfx.runtime import forks
 
-# Upper edges of the latency histogram, seconds: a tiny model on a GPU to a long document on a laptop.
+# Upper bounds of the latency histogram's buckets, in seconds: from a tiny model on a GPU to a long document on a CPU.
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The counters at one moment.
+    """The values of all counters at one moment.
 
     Attributes:
-        requests: answered calls of `Engine.run`, and answered requests of a `Batcher`; failed: those that raised an
-            error. What `Engine.stream` computes is in the counts below, and not in these.
-        sequences, batches: what the backend computed.
-        tokens: real ones; padding_tokens: computed beside them, to make a batch rectangular or because the caller's
-            mask hides them.
-        latency_counts: answered calls by latency, one count for each of LATENCY_BUCKETS and one above them all.
-        latency_seconds: sum over all answered calls.
+        requests: number of answered calls of `Engine.run` and answered requests of a `Batcher`. Neither this nor
+            `failed` counts documents of `Engine.stream`; the counters below do.
+        failed: number of calls and requests that raised an error.
+        sequences: number of sequences that the backend computed.
+        batches: number of batches that the backend computed.
+        tokens: number of real tokens that the backend computed.
+        padding_tokens: number of masked tokens that the backend computed, padded by lfx or masked by the caller.
+        latency_counts: answered calls by latency (not cumulative), one count for each of LATENCY_BUCKETS and one for
+            longer calls.
+        latency_seconds: sum of the latencies of all answered calls.
     """
 
     requests: int = 0
@@ -39,13 +42,13 @@ class Snapshot:
 
     @property
     def padding_share(self) -> float:
-        """Share of the computed tokens that were padding, 0 to 1."""
+        """padding_tokens as a fraction of all computed tokens, 0 to 1."""
         computed = self.tokens + self.padding_tokens
         return self.padding_tokens / computed if computed else 0.0
 
 
 class Metrics:
-    """Counters of one Engine. Thread-safe; a collector of the package prometheus_client."""
+    """Counters of one Engine. Thread-safe. It is also a collector for the package prometheus_client."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -55,24 +58,24 @@ class Metrics:
         forks.watch(self)
 
     def forked(self) -> None:
-        """In a child process: another thread may have held the lock."""
+        """Replace the lock in a child process, since another thread of the parent may have held it."""
         self._lock = threading.RLock()
 
     def answered(self, seconds: float) -> None:
-        """One call was answered after `seconds`."""
-        place = next((i for i, edge in enumerate(LATENCY_BUCKETS) if seconds <= edge), len(LATENCY_BUCKETS))
+        """Count a call that was answered after `seconds`."""
+        bucket = next((i for i, edge in enumerate(LATENCY_BUCKETS) if seconds <= edge), len(LATENCY_BUCKETS))
         with self._lock:
             self._counts["requests"] += 1
-            self._latency_counts[place] += 1
+            self._latency_counts[bucket] += 1
             self._latency_seconds += seconds
 
     def failed(self) -> None:
-        """One call raised an error."""
+        """Count a call that raised an error."""
         with self._lock:
             self._counts["failed"] += 1
 
     def computed(self, sequences: int, tokens: int, padding_tokens: int) -> None:
-        """The backend computed one batch."""
+        """Count a batch that the backend computed: its sequences, real tokens and masked tokens."""
         with self._lock:
             self._counts["batches"] += 1
             self._counts["sequences"] += sequences
@@ -80,14 +83,14 @@ class Metrics:
             self._counts["padding_tokens"] += padding_tokens
 
     def snapshot(self) -> Snapshot:
-        """All counters, of one moment."""
+        """A consistent copy of all counters."""
         with self._lock:
             return Snapshot(
                 **self._counts, latency_counts=tuple(self._latency_counts), latency_seconds=self._latency_seconds
             )
 
     def prometheus(self) -> str:
-        """The counters in Prometheus' text format, for an endpoint /metrics of your own.
+        """The counters in the Prometheus text format, for an endpoint such as /metrics.
 
         Raises:
             DependencyError: prometheus_client is not installed.
@@ -98,13 +101,15 @@ class Metrics:
         return str(client.generate_latest(registry).decode())
 
     def register(self, registry: Any = None) -> None:
-        """Have a registry collect the counters; it takes those of one Engine, since their names are the same.
+        """Add the counters to a registry of prometheus_client, which then collects them.
+
+        A registry takes the counters of one Engine only, since those of two would have the same names.
 
         Args:
-            registry: default: `prometheus_client.REGISTRY`.
+            registry: a CollectorRegistry. Default: `prometheus_client.REGISTRY`.
         Raises:
             DependencyError: prometheus_client is not installed.
-            InputError: the registry has the counters of an Engine already.
+            InputError: the argument is no registry, or the registry has the counters of an Engine already.
         """
         client = require("prometheus_client", "metrics")
         if registry is not None and not callable(getattr(registry, "register", None)):
@@ -118,11 +123,11 @@ class Metrics:
             ) from error
 
     def describe(self) -> Iterable[Any]:
-        """The names, which a registry compares with those that it has."""
+        """The metric families; a registry compares their names with those that it has."""
         return self.collect()
 
     def collect(self) -> Iterable[Any]:
-        """What prometheus_client asks of a collector; see `register`."""
+        """Yield the metric families; prometheus_client calls this. See `register`."""
         core = require("prometheus_client.core", "metrics")
         now = self.snapshot()
         for name, help_text in (
@@ -131,13 +136,13 @@ class Metrics:
             ("sequences", "Sequences that the backend computed"),
             ("batches", "Batches that the backend computed"),
             ("tokens", "Real tokens that were computed"),
-            ("padding_tokens", "Padding tokens that were computed beside them"),
+            ("padding_tokens", "Padding tokens that were computed"),
         ):
             yield core.CounterMetricFamily(f"lfx_{name}", help_text, value=getattr(now, name))
-        total, buckets = 0, []
+        cumulative, buckets = 0, []
         for edge, count in zip((*map(str, LATENCY_BUCKETS), "+Inf"), now.latency_counts, strict=True):
-            total += count
-            buckets.append((edge, total))
+            cumulative += count
+            buckets.append((edge, cumulative))
         yield core.HistogramMetricFamily(
             "lfx_latency_seconds", "Latency of the answered calls", buckets=buckets, sum_value=now.latency_seconds
         )

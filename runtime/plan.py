@@ -1,4 +1,4 @@
-"""A plan and its JSON: what was built, from what, for which machine, and whether the file is still that."""
+"""`MODEL.plan.json`, the manifest of a plan: signature, bundle, TensorRT version, target and digest."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from lfx.checks import COUNT, NUMBER, check_shape, file_path, shown
+from lfx.checks import COUNT, NUMBER, file_path, shown
 from lfx.errors import ArtifactError, BuildError
 from lfx.files import locked
-from lfx.manifest import FILE, QUANTIZATION, parse_sealed, read_json_file, sealed, sha256
+from lfx.manifest import FILE, MAX_JSON_BYTES, QUANTIZATION, parse_sealed, read_limited, sealed, sha256
 from lfx.runtime.profile import Profile, Range
 from lfx.signature import Signature
 
 PLAN_FORMAT_VERSION = 1
 SUFFIX = ".plan"
-_AGAIN = "build it again with: lfx build-engine"
-# What the JSON holds beside the signature; see `lfx.checks.check_shape`.
+_CURE = "build it again with: lfx build-engine"
+# The fields of the JSON besides the signature's; see `lfx.checks.check_shape`.
 _PLAN: dict[str, Any] = {
     "flavor": str,
     "tensorrt_version": str,
@@ -43,16 +43,20 @@ class PlanManifest:
     """The content of `MODEL.plan.json`.
 
     Attributes:
-        signature: of the model as the plan takes it: its precision, its longest sequence, its global slots.
+        signature: of the plan; its precision, max_seqlen and max_global may differ from the bundle's.
         flavor: "tensorrt" or "tensorrt-rtx".
         tensorrt_version: of the library that built the plan.
-        target: compute capability that it was built for, such as "sm89".
-        profiles: ranges of shapes, tuned for one each.
-        plugin_version: of the lfx plugin, None where the plan does not use it.
-        attention_nodes: attention nodes of the ONNX graph; plugin_layers: how many of them are plugin layers.
-        bundle: {"name", "sha256" of its lfx.json}. source: that bundle's, so that `lfx parity` finds the checkpoint.
-        quantization: of the bundle, where it is int8; else empty.
-        conversion: what the check of the precision conversion measured; empty where nothing was converted.
+        target: compute capability that the plan was built for, such as "sm89".
+        profiles: one or more optimization profiles, by their index in the plan.
+        plugin_version: of the lfx plugin; None if the plan does not use it.
+        attention_nodes: number of attention nodes of the ONNX graph.
+        plugin_layers: number of these that are plugin layers of the plan.
+        bundle: {"name", "sha256" of its lfx.json}.
+        source: the bundle's, so that `lfx parity` finds the checkpoint.
+        quantization: the bundle's; empty unless it is int8.
+        options: {"workspace_bytes", "optimization_level", "flags"}, as `Options` of `build_engine` has them.
+        versions: package name -> version at build.
+        conversion: result of `check_conversion`: differences of the prepared graph's outputs from the bundle's.
         plan: {"sha256", "bytes"} of the plan.
     """
 
@@ -73,7 +77,7 @@ class PlanManifest:
     plan: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON that stands beside the plan, and that `lfx inspect --json` prints."""
+        """The content of the JSON file, which `lfx inspect --json` prints too."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "signature"}
         fields["profiles"] = [{"batch": str(p.batch), "seqlen": str(p.seqlen)} for p in self.profiles]
         return sealed({"plan_format_version": PLAN_FORMAT_VERSION, **self.signature.to_dict(), **fields})
@@ -84,44 +88,40 @@ class PlanManifest:
 
     @classmethod
     def read(cls, plan: Path) -> PlanManifest:
-        """Read the JSON beside a plan; the plan itself is not looked at.
+        """Read the JSON beside a plan; the plan itself is not read.
 
         Raises:
-            ArtifactError: no plan, no JSON, or one that is cut, changed or of another format.
+            ArtifactError: the plan or its JSON does not exist, or the JSON is truncated, changed or of another format.
         """
         path = json_path(plan)
         file_path(path, "plan", ArtifactError)
         if not plan.is_file():
             raise ArtifactError(f"{plan} does not exist; build it with: lfx build-engine BUNDLE")
         if not path.is_file():
-            raise ArtifactError(f"{plan} has no {path.name} beside it, so nothing says what it is; {_AGAIN}")
-        return cls.parse(read_json_file(path, _AGAIN), path)
+            raise ArtifactError(f"{plan} has no {path.name} beside it, which describes it; {_CURE}")
+        return cls.parse(read_limited(path, MAX_JSON_BYTES, _CURE), path)
 
     @classmethod
     def parse(cls, content: bytes, path: Path) -> PlanManifest:
-        """The JSON of a plan from the bytes of its file.
+        """Parse the bytes of a plan's JSON.
 
         Args:
-            path: of the file, for messages.
+            path: of the JSON file, for messages.
         Raises:
-            ArtifactError: it is cut, changed or of another format.
+            ArtifactError: the JSON is truncated, changed or of another format.
         """
-        data = parse_sealed(content, path, "plan_format_version", PLAN_FORMAT_VERSION, _AGAIN)
-        signature = Signature.from_dict(data)
+        data, signature = parse_sealed(content, path, ("plan_format_version", PLAN_FORMAT_VERSION), _PLAN, _CURE)
         try:
-            check_shape(data, _PLAN, str(path))
             profiles = tuple(
                 Profile(Range.parse(p["batch"], "batch"), Range.parse(p["seqlen"], "seqlen")) for p in data["profiles"]
             )
-        except ValueError as error:
-            raise ArtifactError(f"{error}; {_AGAIN}") from error
         except BuildError as error:
             raise ArtifactError(f"{path} is broken: {error}") from error
         if not profiles:
-            raise ArtifactError(f"{path} is broken: it has no profile; {_AGAIN}")
-        name = data["bundle"]["name"]  # a tokenizer is read from the folder of this name
+            raise ArtifactError(f"{path} is broken: it has no profile; {_CURE}")
+        name = data["bundle"]["name"]  # `lfx run` reads the tokenizer from the folder of this name
         if Path(name).name != name or name == "..":
-            raise ArtifactError(f"{path} is broken: the bundle {shown(name)} is no name of a folder; {_AGAIN}")
+            raise ArtifactError(f"{path} is broken: the bundle {shown(name)} is not the name of a folder; {_CURE}")
         fields = {f.name: data[f.name] for f in dataclasses.fields(cls)[1:]}
         return cls(signature, **{**fields, "profiles": profiles})
 
@@ -129,25 +129,23 @@ class PlanManifest:
         """Compare the plan with its digest.
 
         Raises:
-            ArtifactError: the plan was cut or changed, or is another one.
+            ArtifactError: the plan was truncated, changed or exchanged.
         """
         try:
             size, digest = plan.stat().st_size, sha256(plan)
         except OSError as error:
-            raise ArtifactError(f"{plan} cannot be read: {error.strerror}; {_AGAIN}") from error
+            raise ArtifactError(f"{plan} cannot be read: {error.strerror}; {_CURE}") from error
         if size != self.plan["bytes"]:
             raise ArtifactError(
                 f"{plan} has {size} bytes where {json_path(plan).name} says {self.plan['bytes']}: "
-                "it is cut, or another plan; build it again with: lfx build-engine"
+                f"it is cut, or another plan; {_CURE}"
             )
         if digest != self.plan["sha256"]:
-            raise ArtifactError(
-                f"{plan} was changed after the build (sha256 differs); build it again with: lfx build-engine"
-            )
+            raise ArtifactError(f"{plan} was changed after the build (sha256 differs); {_CURE}")
 
 
 def publish(built: Path, plan: Path) -> None:
-    """Give a plan and its JSON their names; of several processes that do so at once, one gives both.
+    """Rename a new plan and its JSON to their final names, under a lock, so that both come from the same process.
 
     Raises:
         OSError: they cannot be renamed.
@@ -158,5 +156,5 @@ def publish(built: Path, plan: Path) -> None:
 
 
 def json_path(plan: Path) -> Path:
-    """Where the JSON of a plan stands."""
+    """The path of a plan's JSON."""
     return plan.with_name(plan.name + ".json")

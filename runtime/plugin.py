@@ -1,4 +1,4 @@
-"""The plugin library: where it is, and its kernels by pointer."""
+"""The plugin library: its path, and its kernel launches through ctypes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lfx.errors import PluginError
 NAMESPACE = "lfx"
 VERSION = "1"
 LIBRARY = "liblfx_plugins.so"
-# Rows of a head are read 16 bytes at a time; see plugins/attention.h for the limits.
+# The kernels load a head's row 16 bytes at a time; see plugins/attention.h for the limits.
 HEAD_SIZE_MULTIPLE = 8
 TYPES = {"fp32": 0, "fp16": 1, "bf16": 2}
 
 
 def library() -> Path:
-    """The installed plugin library.
+    """The path of the installed plugin library.
 
     Raises:
         PluginError: lfx was installed without it.
@@ -58,7 +58,7 @@ class GlobalParams(ctypes.Structure):
 
 
 class Kernels:
-    """The launches of the library, for callers that hold device pointers and a stream."""
+    """The library's kernel launches, for callers that have device pointers and a stream."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -72,7 +72,7 @@ class Kernels:
         self.workspace_bytes.argtypes = [ctypes.c_int32] * 4
 
     def _launch(self, name: str, params: type[ctypes.Structure]) -> Any:
-        """A function (params, stream) -> cudaError_t; 0 = launched."""
+        """A function (params, stream) -> cudaError_t, 0 if the kernel was launched."""
         function = getattr(self._library, name)
         function.restype = ctypes.c_int32
         function.argtypes = [ctypes.POINTER(params), ctypes.c_void_p]

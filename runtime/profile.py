@@ -1,4 +1,4 @@
-"""Optimization profiles: the range of shapes that an engine takes, and the one that it is tuned for."""
+"""Optimization profiles: the ranges of shapes that a plan takes, and the shapes that it is tuned for."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lfx.checks import shown
 from lfx.errors import BuildError
 from lfx.signature import Signature, TensorSpec
 
-# Choices of a multiple-choice model, which no option names.
+# MIN, OPT and MAX of the choices axis of a multiple-choice model; no option sets it.
 CHOICES = (1, 4, 16)
 
 
 @dataclass(frozen=True)
 class Range:
-    """Smallest, best and largest size of an axis."""
+    """Minimum, optimum and maximum size of an axis."""
 
     min: int
     opt: int
@@ -28,16 +28,18 @@ class Range:
 
     @classmethod
     def parse(cls, text: str | int, name: str) -> Range:
-        """Read MIN:OPT:MAX, or one number for all three.
+        """Parse MIN:OPT:MAX, or one number for all three.
 
+        Args:
+            name: of the option, for messages.
         Raises:
-            BuildError: another form, or sizes out of order.
+            BuildError: the text has another form, or its sizes are out of order or above 2^31 - 1.
         """
         if isinstance(text, numbers.Integral) and not isinstance(text, bool):
             text = str(text)
         parts = text.split(":") if isinstance(text, str) else []
         if len(parts) not in (1, 3) or not all(_is_size(part) for part in parts):
-            raise BuildError(f"{name} {shown(text)} is no size; give MIN:OPT:MAX or one number, such as 1:1:8 or 8")
+            raise BuildError(f"{name} {shown(text)} is not a size; give MIN:OPT:MAX or one number, such as 1:1:8 or 8")
         sizes = [int(part) for part in parts] * (3 if len(parts) == 1 else 1)
         if not 1 <= sizes[0] <= sizes[1] <= sizes[2] < 2**31:
             raise BuildError(f"{name} {text} is out of order; it must be 1 ≤ MIN ≤ OPT ≤ MAX < 2^31")
@@ -59,7 +61,7 @@ class Profile:
         return f"batch {self.batch}, seqlen {self.seqlen}"
 
     def shapes(self, tensor: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Smallest, best and largest shape of an input."""
+        """Minimum, optimum and maximum shape of an input."""
         axes = {"batch": self.batch, "sequence": self.seqlen, "choices": Range(*CHOICES)}
         ranges = [axes[axis] if isinstance(axis, str) else Range(axis, axis, axis) for axis in tensor.shape]
         return (
@@ -69,22 +71,23 @@ class Profile:
         )
 
     def supports_shape(self, batch: int, seqlen: int) -> bool:
-        """Whether a batch of this shape is in the ranges."""
+        """Whether a batch of this shape is within both ranges."""
         return self.batch.min <= batch <= self.batch.max and self.seqlen.min <= seqlen <= self.seqlen.max
 
 
 def profiles(batch: Sequence[str | int], seqlen: Sequence[str | int], signature: Signature) -> tuple[Profile, ...]:
-    """Profiles from the options of the command line.
+    """Parse the options --batch and --seqlen into profiles.
 
     Args:
-        batch, seqlen: one entry a profile; one entry alone goes with every entry of the other.
+        batch, seqlen: one MIN:OPT:MAX or number for each profile; a single entry is used for all profiles.
     Raises:
-        BuildError: no lists, counts that do not match, or sequences longer than the model's.
+        BuildError: an argument is no list, the numbers of entries differ, or a seqlen is above the model's maximum.
     """
     batches, lengths = _ranges(batch, "--batch"), _ranges(seqlen, "--seqlen")
     if len(batches) != len(lengths) and 1 not in (len(batches), len(lengths)):
         raise BuildError(
-            f"{len(batches)} --batch and {len(lengths)} --seqlen make no profiles; give as many of each, or one of one"
+            f"{len(batches)} --batch and {len(lengths)} --seqlen make no profiles; give the same number of "
+            "each, or one of either"
         )
     limit = signature.max_seqlen
     for length in lengths:
@@ -106,10 +109,10 @@ def _repeat(ranges: list[Range], count: int) -> Iterable[Range]:
 
 
 def choose(candidates: Sequence[Profile], batch: int, seqlen: int) -> int | None:
-    """The profile tuned for the shape nearest to this one, of those that take it; None where none does."""
-    fitting = [i for i, profile in enumerate(candidates) if profile.supports_shape(batch, seqlen)]
+    """Index of the profile to run a shape with: the one with the nearest optimum; None if none takes the shape."""
+    supporting = [i for i, profile in enumerate(candidates) if profile.supports_shape(batch, seqlen)]
 
     def distance(i: int) -> int:
         return abs(candidates[i].batch.opt * candidates[i].seqlen.opt - batch * seqlen)
 
-    return min(fitting, key=distance, default=None)
+    return min(supporting, key=distance, default=None)

@@ -1,4 +1,4 @@
-"""What a comparison needs of an Engine: the inputs of each case, and the Engine as a function of them."""
+"""Adapts an Engine to `lfx.parity.compare`: the inputs of each case, and the Engine as a function of inputs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from lfx.parity import Arrays, Case, Runner, inputs_of
 from lfx.runtime.engine import Engine
 from lfx.signature import Signature
 
-# Ids of a model without a word embedding of Hugging Face's are drawn below this.
-_UNKNOWN_VOCABULARY = 8
+# Ids are below this for a model of unknown vocabulary, one without Hugging Face's word embedding.
+_DEFAULT_VOCAB_SIZE = 8
 
 
 def model_inputs(case: Case, signature: Signature) -> Arrays:
-    """The inputs of a case, with the global tokens that the model can have."""
+    """The inputs of a case; if the model's global attention is fixed, with that pattern in place of the case's."""
     if signature.global_attention != "mask":
         pattern = "first" if signature.global_attention == "first" else "none"
         case = Case(case.batch, case.seqlen, pattern, case.padding)
     return inputs_of(
         case,
-        vocab_size=signature.vocab_size or _UNKNOWN_VOCABULARY,
+        vocab_size=signature.vocab_size or _DEFAULT_VOCAB_SIZE,
         pad_token_id=signature.pad_token_id,
         max_global=signature.max_global,
         choices=2 if signature.task == "multiple-choice" else None,
@@ -27,7 +27,7 @@ def model_inputs(case: Case, signature: Signature) -> Arrays:
 
 
 def engine_runner(engine: Engine) -> Runner:
-    """An Engine as a function from graph inputs to outputs; inputs that its graph does not have are left out."""
+    """Wrap an Engine as a function from inputs to outputs. Inputs that its graph does not have are dropped."""
     names = {spec.name for spec in engine.signature.inputs}
 
     def run(inputs: Arrays) -> Arrays:

@@ -1,7 +1,8 @@
-"""`verify`: a bundle or a plan against its manifest, and the manifest against a signature of minisign's.
+"""`verify` checks a bundle or a plan against its manifest, and the manifest against a minisign signature.
 
-The digest inside a manifest finds accidents: anybody can change a file and make it again. A signature finds forgeries.
-`minisign -Sm lfx.json` writes it beside the manifest, which vouches for every other file by its sha256.
+The digests in a manifest detect accidental changes only: whoever changes a file on purpose can update its digest too. A
+signature of the manifest detects that. `minisign -Sm lfx.json` writes it beside the manifest; the manifest has the
+sha256 of every other file, so one signature covers the bundle.
 
 Source: https://jedisct1.github.io/minisign/ (formats of public keys and signatures), RFC 8032 (Ed25519).
 """
@@ -17,30 +18,30 @@ from pathlib import Path
 
 from lfx.checks import file_path
 from lfx.errors import ArtifactError, InputError, require
-from lfx.manifest import MANIFEST, Manifest, locate
+from lfx.manifest import MANIFEST, MAX_JSON_BYTES, Manifest, locate, read_limited
 from lfx.runtime.plan import SUFFIX, PlanManifest, json_path
 
 SIGNATURE_SUFFIX = ".minisig"
-# Minisign's own limits are 1,024 bytes for one comment and 8,192 for the other.
-_MOST_SIGNATURE_BYTES = 16_384
-_MOST_MANIFEST_BYTES = 2**26
+# Minisign limits the untrusted comment to 1,024 bytes and the trusted one to 8,192.
+_MAX_SIGNATURE_BYTES = 16_384
 _COMMENT, _TRUSTED_COMMENT = "untrusted comment: ", "trusted comment: "
 _KEY_BYTES, _SIGNATURE_BYTES = 42, 74  # algorithm (2), key id (8), and the key (32) or the signature (64)
-_KEY = re.compile("RW[A-Za-z0-9+/]{54}")  # 42 bytes that begin with the name of the algorithm
-_PLAIN, _HASHED = b"Ed", b"ED"  # of the content itself (minisign's older way), or of its BLAKE2b-512
+_KEY = re.compile("RW[A-Za-z0-9+/]{54}")  # base64 of 42 bytes that begin with "Ed"
+# Names of the algorithm: Ed25519 over the content (minisign's legacy format), or over the content's BLAKE2b-512.
+_PLAIN, _HASHED = b"Ed", b"ED"
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What `verify` has checked.
+    """The result of `verify`.
 
     Attributes:
-        manifest: the JSON file that lists the others.
-        files: names of the files that are what it says; of a plan its own name.
-        key_id: of the key that signed the manifest, 16 hexadecimal digits as minisign prints them; None where no key
-            was given, so that the signature was not looked at.
-        trusted_comment: of the signature, which covers it; as it was written, and so not fit for a terminal. None
-            where no key was given.
+        manifest: path of the manifest: lfx.json of a bundle, or the JSON of a plan.
+        files: names of the files whose digests were checked; for a plan its own name.
+        key_id: id of the key that signed the manifest, 16 hexadecimal digits as minisign prints them. None if no key
+            was given; then no signature was checked.
+        trusted_comment: the signature's comment, which the signature covers too. It is not escaped: do not print it to
+            a terminal as it is. None if no key was given.
     """
 
     manifest: Path
@@ -50,32 +51,36 @@ class Verified:
 
 
 def verify(path: str | Path, key: str | Path | None = None, signature: str | Path | None = None) -> Verified:
-    """Check every file of a bundle, or a plan, against the manifest, and the manifest against a signature.
+    """Check a bundle or a plan against its manifest and, if a key is given, the manifest against its signature.
 
-    The manifest is read once: the signature is checked over these bytes before anything in them is parsed. Files that
-    are changed afterwards are not seen, nor is an older bundle that the same key signed: its trusted comment tells.
+    The manifest is read once, and its signature is checked before its content is parsed. `verify` does not detect a
+    file that is changed afterwards, nor an older bundle signed with the same key; compare the trusted comment for that.
 
     Args:
-        path: a bundle, or a plan. A plan does not vouch for the bundle beside it, which holds the tokenizer.
-        key: minisign's public key: its file, or the line of base64 itself. None checks no signature.
-        signature: the file of the signature; default: the manifest's name with .minisig, beside it.
+        path: a bundle, or a plan. A plan's manifest does not cover the bundle beside it, which has the tokenizer.
+        key: a minisign public key: the path of its file, or its line of base64. Default: no signature is checked.
+        signature: path of the signature. Default: the manifest's path with .minisig appended.
+    Returns:
+        The manifest, the names of the checked files, and the key's id and the trusted comment.
     Raises:
-        ArtifactError: a file is missing, changed or not listed, or the key or the signature is broken or another.
-        InputError: a signature without a key, or a path that cannot be looked up.
-        DependencyError: a key is given, and the extra [verify] is not installed.
+        ArtifactError: a file is missing, changed or not listed; or the key or the signature is broken; or the
+            signature was made with another key or for other content.
+        InputError: a signature is given without a key, or `path` cannot be looked up.
+        DependencyError: a key is given and the extra [verify] is not installed.
     """
     model = file_path(path, "path")
     if key is None and signature is not None:
-        raise InputError("a signature is checked with the key of who signed; give the key too")
+        raise InputError("a signature is checked with the signer's public key; give the key too")
     is_plan = model.suffix == SUFFIX and not model.is_dir()
     bundle = model if is_plan else _bundle(model)
     manifest_path = json_path(model) if is_plan else bundle / MANIFEST
     missing = f"has no {manifest_path.name}" if model.exists() else "does not exist"
-    content = _read(manifest_path, _MOST_MANIFEST_BYTES, f"{model} {missing}; give a bundle or a plan that lfx wrote")
+    cure = "give a bundle or a plan that lfx wrote"
+    content = _read_file(manifest_path, MAX_JSON_BYTES, f"{model} {missing}; {cure}", cure)
     key_id = comment = None
     if key is not None:
-        place = manifest_path.with_name(manifest_path.name + SIGNATURE_SUFFIX)
-        signature = file_path(signature, "signature") if signature is not None else place
+        default = manifest_path.with_name(manifest_path.name + SIGNATURE_SUFFIX)
+        signature = file_path(signature, "signature") if signature is not None else default
         key_id, comment = check_signature(content, manifest_path, key, signature)
     if is_plan:
         PlanManifest.parse(content, manifest_path).verify(model)
@@ -94,9 +99,9 @@ def _bundle(model: Path) -> Path:
 
 
 def _refuse_unlisted(bundle: Path, manifest: Manifest) -> None:
-    """A file that nothing vouches for may still be read: a tokenizer in a bundle that has none, say.
+    """Raise ArtifactError for a file that the manifest does not list and that lfx might read, such as a tokenizer.
 
-    Names that lfx never reads may be there: hidden ones, as git and the hub have them, pages, licences and signatures.
+    Allowed are names that lfx never reads: hidden files (of git or the hub), Markdown pages, licences and signatures.
     """
     listed = {*manifest.files, MANIFEST}
     for path in sorted(bundle.rglob("*")):
@@ -105,48 +110,51 @@ def _refuse_unlisted(bundle: Path, manifest: Manifest) -> None:
             name.parts[0].startswith(".") or path.suffix in (".md", SIGNATURE_SUFFIX) or path.stem == "LICENSE"
         )
         if name.as_posix() not in listed and is_read and (path.is_symlink() or not path.is_dir()):
-            raise ArtifactError(f"{path} is not listed in {MANIFEST}, so nothing says what it is; remove it")
+            raise ArtifactError(f"{path} is not listed in {MANIFEST}, so its content cannot be checked; remove it")
 
 
-def check_signature(content: bytes, manifest: Path, key: str | Path, place: Path) -> tuple[str, str]:
-    """Check a signature of minisign's.
+def check_signature(content: bytes, manifest: Path, key: str | Path, path: Path) -> tuple[str, str]:
+    """Check a minisign signature.
 
     Args:
-        content: what must have been signed, and `manifest`, where it was read.
-        key: as `verify` takes it. place: the file of the signature.
+        content: the signed bytes.
+        manifest: path of the file that they were read from, for messages.
+        key: as for `verify`.
+        path: of the signature.
     Returns:
         The key's id and the trusted comment.
     Raises:
-        ArtifactError: the key or the signature is broken, or they and the content do not belong together.
+        ArtifactError: the key or the signature is broken, or the signature was made with another key or for other
+            content.
         DependencyError: the extra [verify] is not installed.
     """
     require("cryptography", "verify")
     algorithm, key_id, public_key = _fields(_key_line(key), _KEY_BYTES, "the key")
     if algorithm != _PLAIN:
-        raise ArtifactError(f"the key is of the unknown algorithm {algorithm!r}; give a public key of minisign's")
-    line, comment, global_line = _signature_lines(place, manifest)
-    algorithm, signing_id, signature = _fields(line, _SIGNATURE_BYTES, f"{place}, line 2,")
-    comment_signature = _decode(global_line, len(signature), f"{place}, line 4,")
+        raise ArtifactError(f"the key is of the unknown algorithm {algorithm!r}; give a minisign public key")
+    line, comment, global_line = _signature_lines(path, manifest)
+    algorithm, signing_id, signature = _fields(line, _SIGNATURE_BYTES, f"{path}, line 2,")
+    comment_signature = _decode(global_line, len(signature), f"{path}, line 4,")
     if algorithm not in (_PLAIN, _HASHED):
-        raise ArtifactError(f"{place} is of the unknown algorithm {algorithm!r}; sign with minisign")
+        raise ArtifactError(f"{path} is of the unknown algorithm {algorithm!r}; sign with minisign")
     if signing_id != key_id:
         raise ArtifactError(
-            f"{place} was made with the key {_shown_id(signing_id)}, and {_shown_id(key_id)} was given; "
-            "give the key of who signed"
+            f"{path} was made with the key {_shown_id(signing_id)}, and {_shown_id(key_id)} was given; "
+            "give the signer's key"
         )
     signed = hashlib.blake2b(content).digest() if algorithm == _HASHED else content
-    if not _fits(public_key, signature, signed):
+    if not _is_signed(public_key, signature, signed):
         raise ArtifactError(
-            f"{place} does not fit {manifest}: one of them was changed, or it signs another file; "
-            "get both again from who signed"
+            f"{path} does not fit {manifest}: one of them was changed, or it signs another file; "
+            "get both again from the signer"
         )
-    if not _fits(public_key, comment_signature, signature + comment.encode()):
-        raise ArtifactError(f"{place} has a trusted comment that was changed; get it again from who signed")
+    if not _is_signed(public_key, comment_signature, signature + comment.encode()):
+        raise ArtifactError(f"{path} has a trusted comment that was changed; get it again from the signer")
     return _shown_id(key_id), comment
 
 
-def _fits(public_key: bytes, signature: bytes, content: bytes) -> bool:
-    """Whether this key made this Ed25519 signature of this content."""
+def _is_signed(public_key: bytes, signature: bytes, content: bytes) -> bool:
+    """Whether `signature` is an Ed25519 signature of `content` by the owner of `public_key`."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -158,54 +166,59 @@ def _fits(public_key: bytes, signature: bytes, content: bytes) -> bool:
 
 
 def _key_line(key: str | Path) -> str:
-    """The base64 of a key that is given as itself, or as a file of a comment and the key."""
-    # A line that looks like a key is one, whatever files are in this folder.
+    """The base64 of a key, given as that line or as the path of a file with a comment and the line."""
+    # A string that looks like a key is one, even if a file has that name.
     if isinstance(key, str) and _KEY.fullmatch(key):
         return key
     path = file_path(key, "key", ArtifactError)
-    text = _read(path, _MOST_SIGNATURE_BYTES, f"the key {path} is no file, and no line of base64 with 56 letters")
-    lines = _lines(text, path)
+    missing = f"the key {path} is no file, and no line of base64 with 56 characters"
+    lines = _lines(_read_file(path, _MAX_SIGNATURE_BYTES, missing, "give a minisign public key"), path)
     if len(lines) != 2 or not lines[0].startswith(_COMMENT):
         raise ArtifactError(f"{path} is no public key: give minisign's file of two lines, a comment and the key")
     return lines[1]
 
 
 def _signature_lines(path: Path, manifest: Path) -> tuple[str, str, str]:
-    """The signature, the trusted comment, and the signature of both, of a file."""
+    """The lines of a signature file: the signature, the trusted comment, and the signature of both."""
     missing = f"{path} is no file, so there is no signature; sign with: minisign -Sm {manifest}"
-    lines = _lines(_read(path, _MOST_SIGNATURE_BYTES, missing), path)
+    lines = _lines(_read_file(path, _MAX_SIGNATURE_BYTES, missing, "get it again from the signer"), path)
     if len(lines) != 4 or not lines[0].startswith(_COMMENT) or not lines[2].startswith(_TRUSTED_COMMENT):
-        raise ArtifactError(f"{path} is no signature of minisign's: it must have four lines, two of them comments")
+        raise ArtifactError(f"{path} is no minisign signature: it must have four lines, two of them comments")
     return lines[1], lines[2].removeprefix(_TRUSTED_COMMENT), lines[3]
 
 
 def _lines(content: bytes, path: Path) -> list[str]:
-    """Raises: ArtifactError: not UTF-8, or control characters other than tabs and the ends of lines."""
+    """Decode a minisign file and split it into lines.
+
+    Raises:
+        ArtifactError: the file is not UTF-8, or has control characters other than tabs and line ends.
+    """
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path} is not of minisign's: {error}") from error
+        raise ArtifactError(f"{path} is no minisign file: {error}") from error
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if any(unicodedata.category(letter) == "Cc" and letter != "\t" for line in lines for letter in line):
-        raise ArtifactError(f"{path} has control characters, which minisign writes nowhere; get it again")
+        raise ArtifactError(f"{path} has control characters, which minisign never writes; get it again")
     return lines
 
 
-def _fields(line: str, length: int, what: str) -> tuple[bytes, bytes, bytes]:
-    """Algorithm, key id, and the key or the signature."""
-    data = _decode(line, length, what)
+def _fields(line: str, length: int, name: str) -> tuple[bytes, bytes, bytes]:
+    """Decode a line into the algorithm, the key id, and the key or the signature."""
+    data = _decode(line, length, name)
     return data[:2], data[2:10], data[10:]
 
 
-def _decode(line: str, length: int, what: str) -> bytes:
+def _decode(line: str, length: int, name: str) -> bytes:
+    """Decode a line of base64 with exactly `length` bytes; `name` is what the message calls it."""
     try:
         data = base64.b64decode(line, validate=True)
     except ValueError as error:
-        raise ArtifactError(f"{what} is no base64 ({error}); get it again from who signed") from error
-    # One text for each value: Python passes over what follows the padding, and over bits that are left.
+        raise ArtifactError(f"{name} is no base64 ({error}); get it again from the signer") from error
+    # Python ignores text after the base64 padding and unused bits; encoding again refuses both.
     if len(data) != length or base64.b64encode(data) != line.encode():
         raise ArtifactError(
-            f"{what} has {len(data)} bytes of base64 where {length} belong; get it again from who signed"
+            f"{name} has {len(data)} bytes of base64 where {length} are expected; get it again from the signer"
         )
     return data
 
@@ -214,15 +227,18 @@ def _shown_id(key_id: bytes) -> str:
     return key_id[::-1].hex().upper()  # little-endian
 
 
-def _read(path: Path, most_bytes: int, missing: str) -> bytes:
-    """Raises: ArtifactError: no plain file, too large, or unreadable."""
+def _read_file(path: Path, max_bytes: int, missing: str, cure: str) -> bytes:
+    """`read_limited`, for a path that may be no file.
+
+    Args:
+        missing: the message if the path is no regular file.
+    Raises:
+        ArtifactError: the path is no regular file, has more than `max_bytes`, or cannot be read.
+    """
     try:
-        if not path.is_file():
-            raise ArtifactError(missing)
-        with path.open("rb") as file:
-            content = file.read(most_bytes + 1)
+        is_file = path.is_file()
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
-    if len(content) > most_bytes:
-        raise ArtifactError(f"{path} has more than {most_bytes:,} bytes, so it is another kind of file")
-    return content
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}; {cure}") from error
+    if not is_file:
+        raise ArtifactError(missing)
+    return read_limited(path, max_bytes, cure)

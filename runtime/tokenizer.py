@@ -1,4 +1,4 @@
-"""Texts to ids, and back, with the tokenizer that a bundle carries."""
+"""Converts text to ids and back with the tokenizer of a bundle."""
 
 from __future__ import annotations
 
@@ -15,32 +15,37 @@ from lfx.errors import ArtifactError, InputError, LfxError, one_line
 from lfx.signature import Signature
 
 TOKENIZER, CONFIG, TOKENIZER_CONFIG = "tokenizer.json", "config.json", "tokenizer_config.json"
-END_TO_END = 0  # a stride: each window begins where the one before it ends
-LARGEST_FILE = 1 << 29  # bytes of a tokenizer or a config; the largest tokenizers known have a tenth of that
+END_TO_END = 0  # stride of windows without overlap: each begins at the end of the one before it
+MAX_FILE_BYTES = 1 << 29  # of a tokenizer or a config; the largest known tokenizers have a tenth of that
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One text as the model sees it: ids, and for each token its piece of the text."""
+    """A tokenized text.
+
+    Attributes:
+        ids: of the tokens, special tokens included.
+        pieces: the vocabulary entry of each token.
+    """
 
     ids: list[int]
     pieces: list[str]
 
 
 class Windows(Sequence[Encoded]):
-    """Overlapping slices of one encoding, each between the same first and last tokens, made when it is asked for.
+    """A lazy sequence of windows: slices of one long document between the same first and last tokens.
 
     Args:
-        whole: special tokens and question, the document, special tokens.
-        document: positions of the document's tokens in it; more than `room`.
-        room: tokens of the document in a window.
-        stride: tokens from the beginning of one window to that of the next, 1 to `room`.
+        encoded: the whole text: special tokens and question, the document, special tokens.
+        document: positions of the document's tokens in `encoded`, more than `size` of them.
+        size: number of document tokens in a window.
+        stride: number of tokens from the start of a window to the start of the next, 1 to `size`.
     """
 
-    def __init__(self, whole: Encoded, document: range, room: int, stride: int) -> None:
-        number = 1 + -(-(len(document) - room) // stride)
-        self._whole, self._document, self._room = whole, document, room
-        self._starts = range(document.start, document.start + number * stride, stride)
+    def __init__(self, encoded: Encoded, document: range, size: int, stride: int) -> None:
+        count = 1 + -(-(len(document) - size) // stride)
+        self._encoded, self._document, self._size = encoded, document, size
+        self._starts = range(document.start, document.start + count * stride, stride)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -56,23 +61,24 @@ class Windows(Sequence[Encoded]):
 
     def _window(self, start: int) -> Encoded:
         first, last = self._document.start, self._document.stop
-        stop = min(start + self._room, last)
-        ids, pieces = self._whole.ids, self._whole.pieces
+        stop = min(start + self._size, last)
+        ids, pieces = self._encoded.ids, self._encoded.pieces
         return Encoded(ids[:first] + ids[start:stop] + ids[last:], pieces[:first] + pieces[start:stop] + pieces[last:])
 
 
 class Tokenizer:
-    """The tokenizer of a bundle. Thread-safe: it is not changed after it is loaded.
+    """The tokenizer of a bundle. Thread-safe: nothing changes it after it is loaded.
 
     Args:
-        folder: the bundle that `lfx export` wrote, or another folder with the files of a tokenizer.
-        signature: of the model that the ids are for.
+        folder: a bundle that `lfx export` wrote, or another folder with a tokenizer.json.
+        signature: of the model that takes the ids.
     Attributes:
-        folder, signature: as given.
-        sha256: of the files that decide ids and answers: the tokenizer and the two configs.
+        folder, signature: the arguments.
+        sha256: one digest of the files that decide ids and answers: tokenizer.json, config.json and
+            tokenizer_config.json.
     Raises:
-        ArtifactError: the folder has no tokenizer, or a broken one.
-        InputError: `signature` is none.
+        ArtifactError: the folder has no tokenizer, or the tokenizer is broken.
+        InputError: `signature` is no Signature.
     """
 
     def __init__(self, folder: Path, signature: Signature) -> None:
@@ -96,11 +102,16 @@ class Tokenizer:
         self.signature = signature
 
     def encode(self, text: str, pair: str | None = None) -> Encoded:
-        """Tokenize, with the special tokens of the model.
+        """Tokenize a text, or a pair of texts, with the model's special tokens.
 
+        Args:
+            text: any text; the question, for question-answering.
+            pair: the second text, such as the document of a question. Default: none.
+        Returns:
+            The ids and pieces, 1 to max_seqlen tokens; a longer text is an error and is never truncated.
         Raises:
-            InputError: no text, a text that the tokenizer fails on or has no tokens for, or more tokens than the model
-                takes; nothing is cut in silence.
+            InputError: an argument is no text, the tokenizer fails on it or has no tokens for it, or it has more tokens
+                than the model takes.
         """
         encoded, _ = self._tokenize(text, pair)
         limit = self.signature.max_seqlen
@@ -112,39 +123,41 @@ class Tokenizer:
         return encoded
 
     def windows(self, text: str, pair: str | None, stride: int) -> Sequence[Encoded]:
-        """Tokenize a text of any length into windows that the model takes.
+        """Tokenize a text of any length into windows of at most max_seqlen tokens.
 
         Args:
-            pair: the document, where `text` is a question; then the question stands before every window of it.
-            stride: tokens from the beginning of one window to that of the next; END_TO_END for as many as fit.
+            text: the document, or the question if there is a pair.
+            pair: the document of a question. Every window then begins with the question.
+            stride: number of tokens from the start of a window to the start of the next, 1 or more; END_TO_END for
+                windows without overlap.
         Returns:
-            The windows in order. Each is a slice of one encoding and is made when it is asked for.
+            The windows in order, one for a short text. They are slices of one encoding, each made when it is indexed.
         Raises:
-            InputError: a stride with which tokens would be left out, a question that leaves no room, or a text that
-                `encode` refuses for another reason than its length.
+            InputError: the stride is above the window's number of document tokens, the question leaves no room for the
+                document, or `encode` refuses the text for another reason than its length.
         """
         stride = whole_number(stride, "stride", END_TO_END)
-        whole, document = self._tokenize(text, pair)
+        encoded, document = self._tokenize(text, pair)
         limit = self.signature.max_seqlen
-        if limit is None or len(whole.ids) <= limit:
-            return [whole]
-        fixed = len(whole.ids) - len(document)
-        room = limit - fixed
-        if room < 1:
+        if limit is None or len(encoded.ids) <= limit:
+            return [encoded]
+        fixed = len(encoded.ids) - len(document)
+        size = limit - fixed
+        if size < 1:
             raise InputError(
                 f"the question and the special tokens have {fixed} tokens, which leave no room for the document in the "
                 f"model's maximum {limit}; shorten the question"
             )
-        stride = room if stride == END_TO_END else stride
-        if stride > room:
+        stride = size if stride == END_TO_END else stride
+        if stride > size:
             raise InputError(
-                f"stride {stride} does not fit: a window has room for {room} tokens of the document, so give 1 to "
-                f"{room}"
+                f"stride {stride} does not fit: a window has room for {size} tokens of the document, so give 1 to "
+                f"{size}"
             )
-        return Windows(whole, document, room, stride)
+        return Windows(encoded, document, size, stride)
 
     def _tokenize(self, text: str, pair: str | None) -> tuple[Encoded, range]:
-        """The whole text, and the positions of the document's tokens in it: of `pair`, or of a `text` without one."""
+        """Tokenize a text of any length; returns the positions of the document too: `pair`, or `text` alone."""
         _check_text(text, pair)
         with failing(InputError, "the tokenizer fails on this text", "use the tokenizer that belongs to this model"):
             encoding = self._tokenizer.encode(text, pair)
@@ -163,10 +176,10 @@ class Tokenizer:
         return encoded, range(first, first + sequences.count(index))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids.
+        """Convert ids to text, without special tokens and surrounding white space.
 
         Raises:
-            InputError: no ids, or an id that the tokenizer does not have.
+            InputError: `ids` are no ids, or one is not in the vocabulary.
         """
         with failing(InputError, "the tokenizer fails on these ids", "use the tokenizer that belongs to this model"):
             tokens = [whole_number(token, "id", 0, 2**32 - 1) for token in ids]
@@ -178,35 +191,36 @@ class Tokenizer:
             return str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token, given as the vocabulary has it; None where it is not there."""
-        found: int | None = self._tokenizer.token_to_id(token)
-        return found
+        """The id of a vocabulary entry; None if the vocabulary does not have it."""
+        index: int | None = self._tokenizer.token_to_id(token)
+        return index
 
 
 def _check_text(text: Any, pair: Any) -> None:
     if not isinstance(text, str) or not isinstance(pair, str | None):
         raise InputError(f"text and pair are {type(text).__name__} and {type(pair).__name__}; give strings")
-    if not all(is_utf8(given) for given in (text, pair or "")):
+    if not (is_utf8(text) and is_utf8(pair or "")):
         raise InputError("the text is not UTF-8; convert it first")
 
 
 def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can encode a string: it has no lone surrogates."""
     return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def read_file(path: Path) -> bytes | None:
-    """A whole file; None where there is none.
+    """Read a file of a bundle; None if it does not exist.
 
     Raises:
-        ArtifactError: it cannot be read, is no plain file, or is larger than any that belongs here.
+        ArtifactError: the path is no regular file, cannot be read, or has more than `MAX_FILE_BYTES`.
     """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise ArtifactError(f"{path} cannot be read: it is no file; export the model again")
-        if status.st_size > LARGEST_FILE:
+        if status.st_size > MAX_FILE_BYTES:
             raise ArtifactError(
-                f"{path} has {status.st_size:,} bytes, above the {LARGEST_FILE:,} that lfx reads; export the "
+                f"{path} has {status.st_size:,} bytes, above the {MAX_FILE_BYTES:,} that lfx reads; export the "
                 "model again"
             )
         return path.read_bytes()
@@ -217,19 +231,25 @@ def read_file(path: Path) -> bytes | None:
 
 
 def _digest(*files: bytes | None) -> str:
+    """One digest of several files' contents; None is a file that does not exist."""
     parts = (hashlib.sha256(data).hexdigest() if data is not None else "none" for data in files)
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def failing(error: type[LfxError], what: str, cure: str) -> Iterator[None]:
-    """Turn what the tokenizers library raises into one of lfx's errors.
+def failing(error: type[LfxError], failure: str, cure: str) -> Iterator[None]:
+    """Convert an exception of the tokenizers library to an LfxError.
 
-    Its Rust code may panic, and a panic is no Exception.
+    The library's Rust code may panic, and its PanicException is a BaseException.
+
+    Args:
+        error: the type of LfxError to raise.
+        failure: what failed, for the message.
+        cure: what to do, for the message.
     """
     try:
         yield
     except (LfxError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as problem:
-        raise error(f"{what}: {one_line(problem)}; {cure}") from problem
+        raise error(f"{failure}: {one_line(problem)}; {cure}") from problem

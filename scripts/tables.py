@@ -47,13 +47,12 @@ def cpu() -> str:
                 _time(ours["median_ms"]),
                 f"**{row['speedup']:.2f}**",
                 f"{ours['tokens_per_second']:,.0f}",
-                f"{row['share_of_product']:.2f}",
                 " / ".join(f"{peaks[row['seqlen'], name]:.2f}" for name in row["contenders"]) + " GB",
                 f"{row['max_difference']:.1e}",
             ]
         )
     header = ["tokens", "globals", "Hugging Face eager", "lfx", "times as fast", "lfx tokens/s"]
-    header += ["share of a matrix product's rate", "peak memory, HF / lfx", "largest difference"]
+    header += ["peak memory, HF / lfx", "largest difference"]
     note = f"\nBase shape, fp32, batch 1, {records[0]['threads']} threads. {_hardware(records[0])}.\n"
     return _rows(header, rows) + note + _growth(records)
 
@@ -101,7 +100,7 @@ def peers() -> str:
         else:
             crashed = f", {row['crashed']} crash" if row["crashed"] else ""
             result = f"largest difference {row['max_difference']:.1e}{crashed}"
-        name = f"**{tool}**" if tool == "lfx" else f"{tool} {version}"
+        name = f"**{tool}**" if tool == "lfx" else f"{tool} {version}".rstrip()
         rows.append([name, f"{row['right']} of {row['cases']}", result])
     note = (
         f"\n{records[0]['cases']} cases of length, batch and global tokens on a two-layer random Longformer, right = "

@@ -1,4 +1,4 @@
-"""What other libraries' errors become: one line, and what to do."""
+"""Errors of other libraries become one line with a cure."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ OPENVINO = (
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
-def test_an_error_for_want_of_memory_or_room_says_what_to_do(error: Exception, text: str) -> None:
+def test_an_error_of_memory_or_disk_has_a_cure(error: Exception, text: str) -> None:
     assert text in with_cure(error)
     assert "\n" not in with_cure(error)
 
 
-def test_the_places_in_openvinos_source_are_not_shown() -> None:
+def test_source_locations_of_openvino_are_removed() -> None:
     assert one_line(RuntimeError(OPENVINO)) == "Loading input model"
     assert one_line(RuntimeError("\n")) == "RuntimeError"

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, through no link, and what killed processes left is removed."""
+"""Atomic writes: no partial files, no links followed, and leftovers of killed processes are removed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lfx.errors import ExportError, LfxError
 from lfx.files import exchange, is_disk_full, locked, open_journal, private_folder, replacing, temporary_folder
 
 
-def test_a_file_takes_its_name_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_target_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "out.txt"
     target.write_text("old")
     with pytest.raises(ValueError, match="no"), replacing(target) as path:
@@ -32,7 +32,7 @@ def test_a_file_takes_its_name_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path) -> None:
+def test_a_link_is_replaced_and_its_target_stays(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("years of work")
     (tmp_path / "out.txt").symlink_to("precious")
     with replacing(tmp_path / "out.txt") as path:
@@ -41,10 +41,10 @@ def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path) -> None:
     assert not (tmp_path / "out.txt").is_symlink()
 
 
-def test_a_name_as_long_as_the_system_takes_will_do(tmp_path: Path) -> None:
+def test_a_name_of_the_greatest_length_is_written(tmp_path: Path) -> None:
     with replacing(tmp_path / ("x" * 255)) as path:
         path.write_text("new")
-    assert [len(found.name) for found in tmp_path.iterdir()] == [255]
+    assert [len(path.name) for path in tmp_path.iterdir()] == [255]
 
 
 def test_modes_follow_the_umask(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def _replace_killed_at(step: int, target: Path) -> None:
         (path.parent / "second").write_text("more")
 
 
-def test_the_next_write_removes_what_a_kill_at_any_step_left(tmp_path: Path) -> None:
+def test_the_next_write_removes_the_leftovers_of_a_kill_at_any_step(tmp_path: Path) -> None:
     for step in range(1, 100):
         child = os.fork()
         if child == 0:
@@ -84,7 +84,7 @@ def test_the_next_write_removes_what_a_kill_at_any_step_left(tmp_path: Path) -> 
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         with replacing(tmp_path / "out.txt") as path:
             path.write_text("next")
-        assert [found.name for found in tmp_path.iterdir()] == ["out.txt"]
+        assert [path.name for path in tmp_path.iterdir()] == ["out.txt"]
         if status == 0:
             assert step > 8
             return
@@ -92,7 +92,7 @@ def test_the_next_write_removes_what_a_kill_at_any_step_left(tmp_path: Path) -> 
     raise AssertionError("it never came through")
 
 
-def test_folders_of_live_processes_of_other_targets_and_of_nobody_known_stay(tmp_path: Path) -> None:
+def test_folders_of_live_processes_and_of_other_targets_stay(tmp_path: Path) -> None:
     with private_folder(tmp_path, "out") as live, private_folder(tmp_path, "other") as other:
         with private_folder(tmp_path, "out") as second:
             assert len({live, other, second}) == 3
@@ -103,7 +103,7 @@ def test_folders_of_live_processes_of_other_targets_and_of_nobody_known_stay(tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_at_a_time_holds_the_lock_of_a_target(tmp_path: Path) -> None:
+def test_one_holder_at_a_time_has_the_lock_of_a_target(tmp_path: Path) -> None:
     inside, seen = [0], []
 
     def hold() -> None:
@@ -140,7 +140,7 @@ def test_a_journal_that_is_a_hard_link_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
-def test_two_folders_exchange_their_names(tmp_path: Path) -> None:
+def test_exchange_swaps_the_names_of_two_folders(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
@@ -150,7 +150,7 @@ def test_two_folders_exchange_their_names(tmp_path: Path) -> None:
         exchange(tmp_path / "a", tmp_path / "nothing")
 
 
-def test_a_full_disk_is_known_through_the_errors_of_libraries() -> None:
+def test_a_full_disk_is_recognized_in_errors_of_libraries() -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     wrapped = ExportError("the quantizer failed")
     wrapped.__cause__ = full
@@ -159,7 +159,7 @@ def test_a_full_disk_is_known_through_the_errors_of_libraries() -> None:
 
 
 @pytest.mark.parametrize("error", [errno.ENOENT, errno.ENOSPC])
-def test_a_temporary_folder_that_cannot_be_had_says_how_to_name_another(
+def test_a_temporary_folder_that_cannot_be_made_is_an_error_naming_tmpdir(
     error: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
@@ -170,7 +170,7 @@ def test_a_temporary_folder_that_cannot_be_had_says_how_to_name_another(
         pass
 
 
-def test_a_temporary_folder_that_does_not_exist_says_how_to_name_another(
+def test_a_missing_folder_for_temporary_files_is_an_error_naming_tmpdir(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
@@ -178,8 +178,8 @@ def test_a_temporary_folder_that_does_not_exist_says_how_to_name_another(
         pass
 
 
-def test_a_lock_that_is_never_given_back_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_is_never_released_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lfx.files._LOCK_TRIES", 2)
-    place = tmp_path / "out"
-    with locked(place), pytest.raises(OSError, match="another process holds its lock"), locked(place):
+    target = tmp_path / "out"
+    with locked(target), pytest.raises(OSError, match="another process holds its lock"), locked(target):
         pass

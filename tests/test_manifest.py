@@ -1,4 +1,4 @@
-"""`lfx.json`: what is written is read back, and what does not fit is refused."""
+"""`lfx.json` and signatures: round trips, and errors of broken files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ MANIFEST_VALUE = Manifest(
 
 @pytest.fixture
 def bundle_folder(tmp_path: Path) -> Path:
-    """A folder that looks like a bundle, manifest included."""
+    """A folder with the files of a bundle and its manifest."""
     folder = tmp_path / "bundle"
     (folder / "extra").mkdir(parents=True)
     (folder / MODEL).write_bytes(b"model" * 100)
@@ -61,7 +61,7 @@ def bundle_folder(tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, **changes: Any) -> Path:
-    """Change values of `lfx.json` and seal it again; a value of ... takes the key out."""
+    """Change values of `lfx.json` and seal it again; the value ... removes the key."""
     data = json.loads((folder / MANIFEST).read_text())
     data.update(changes)
     data = {key: value for key, value in data.items() if value is not ...}
@@ -84,7 +84,7 @@ def test_signature_survives_json(signature: Signature) -> None:
     assert Signature.from_dict(json.loads(json.dumps(signature.to_dict()))) == signature
 
 
-def test_signature_has_defaults_for_what_an_older_file_lacks_and_skips_what_a_newer_one_adds() -> None:
+def test_signature_has_defaults_for_missing_optional_fields_and_ignores_unknown_ones() -> None:
     data = SIGNATURE.to_dict()
     for key in ("default_global", "global_attention", "max_seqlen", "vocab_size", "max_global"):
         del data[key]
@@ -131,7 +131,7 @@ def test_signature_without_a_required_field_is_refused(key: str) -> None:
         ("task", "translation"),
     ],
 )
-def test_signature_with_a_value_of_another_kind_is_refused(key: str, value: Any) -> None:
+def test_signature_with_a_value_of_another_type_is_refused(key: str, value: Any) -> None:
     with pytest.raises(ArtifactError, match="export"):
         Signature.from_dict({**SIGNATURE.to_dict(), key: value})
 
@@ -142,12 +142,12 @@ def test_manifest_survives_writing_and_reading(bundle_folder: Path) -> None:
     assert json.loads((bundle_folder / MANIFEST).read_text()) == json.loads(json.dumps(read.to_dict()))
 
 
-def test_manifest_says_its_format_version(bundle_folder: Path) -> None:
+def test_manifest_has_its_format_version(bundle_folder: Path) -> None:
     assert json.loads((bundle_folder / MANIFEST).read_text())["format_version"] == FORMAT_VERSION
 
 
-def test_manifest_lists_size_and_digest_of_every_other_file(bundle_folder: Path) -> None:
-    MANIFEST_VALUE.write(bundle_folder)  # a second time: its own file stays out
+def test_manifest_lists_size_and_digest_of_all_other_files(bundle_folder: Path) -> None:
+    MANIFEST_VALUE.write(bundle_folder)  # a second time, which must not list lfx.json itself
     files = Manifest.read(bundle_folder).files
     assert set(files) == {MODEL, WEIGHTS, "extra/vocab.txt"}
     for name, entry in files.items():
@@ -155,7 +155,7 @@ def test_manifest_lists_size_and_digest_of_every_other_file(bundle_folder: Path)
         assert entry == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
 
 
-def test_a_fresh_bundle_verifies_wherever_it_is(bundle_folder: Path, tmp_path: Path) -> None:
+def test_a_bundle_verifies_in_any_folder(bundle_folder: Path, tmp_path: Path) -> None:
     Manifest.read(bundle_folder).verify(bundle_folder)
     moved = bundle_folder.rename(tmp_path / "elsewhere")
     Manifest.read(moved).verify(moved)
@@ -184,7 +184,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_verify_names_what_changed(name: str, bundle_folder: Path) -> None:
+def test_verify_names_the_changed_file(name: str, bundle_folder: Path) -> None:
     change, message = CHANGES[name]
     change(bundle_folder)
     manifest = Manifest.read(bundle_folder)
@@ -204,7 +204,7 @@ def test_verify_refuses_a_file_outside_the_bundle(name: str, bundle_folder: Path
         manifest.verify(bundle_folder)
 
 
-def test_a_bundle_of_links_verifies_as_a_hub_cache_has_it(bundle_folder: Path, tmp_path: Path) -> None:
+def test_a_bundle_of_links_as_in_a_hub_cache_verifies(bundle_folder: Path, tmp_path: Path) -> None:
     linked = tmp_path / "snapshot"
     (linked / "extra").mkdir(parents=True)
     for path in bundle_folder.rglob("*"):
@@ -223,7 +223,7 @@ def test_a_manifest_that_was_edited_is_refused(old: str, new: str, bundle_folder
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a" * 300], ids=["nul", "long"])
-def test_verify_refuses_a_name_that_no_file_can_have(name: str, bundle_folder: Path) -> None:
+def test_verify_refuses_an_impossible_file_name(name: str, bundle_folder: Path) -> None:
     files = Manifest.read(bundle_folder).files
     manifest = Manifest.read(edit(bundle_folder, files={**files, name: {"bytes": 1, "sha256": ""}}))
     with pytest.raises(ArtifactError):
@@ -252,13 +252,13 @@ NO_MANIFESTS = {
 
 
 @pytest.mark.parametrize("name", NO_MANIFESTS)
-def test_read_refuses_what_is_no_manifest(name: str, bundle_folder: Path) -> None:
+def test_read_refuses_a_file_that_is_no_manifest(name: str, bundle_folder: Path) -> None:
     (bundle_folder / MANIFEST).write_bytes(NO_MANIFESTS[name])
     with pytest.raises(ArtifactError, match="export"):
         Manifest.read(bundle_folder)
 
 
-def test_read_refuses_a_manifest_cut_anywhere(bundle_folder: Path) -> None:
+def test_read_refuses_a_manifest_truncated_anywhere(bundle_folder: Path) -> None:
     text = (bundle_folder / MANIFEST).read_bytes().rstrip()
     for length in range(0, len(text), 37):
         (bundle_folder / MANIFEST).write_bytes(text[:length])
@@ -268,10 +268,10 @@ def test_read_refuses_a_manifest_cut_anywhere(bundle_folder: Path) -> None:
 
 @pytest.mark.parametrize("version", [0, 2, None, "1", [1], ...])
 def test_read_refuses_another_format_version(version: Any, bundle_folder: Path) -> None:
-    found = None if version is ... else version
+    shown = None if version is ... else version
     with pytest.raises(ArtifactError) as caught:
         Manifest.read(edit(bundle_folder, format_version=version))
-    assert f"has format version {found!r}; this lfx reads {FORMAT_VERSION}" in str(caught.value)
+    assert f"has format version {shown!r}; this lfx reads {FORMAT_VERSION}" in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["opset", "source", "versions", "inlined", "validation", "files", "inputs"])
@@ -302,7 +302,7 @@ def test_read_refuses_a_manifest_without_a_field(key: str, bundle_folder: Path) 
         ("precision", "int4"),
     ],
 )
-def test_read_refuses_a_value_of_another_kind(key: str, value: Any, bundle_folder: Path) -> None:
+def test_read_refuses_a_value_of_another_type(key: str, value: Any, bundle_folder: Path) -> None:
     with pytest.raises(ArtifactError, match="export"):
         Manifest.read(edit(bundle_folder, **{key: value}))
 

@@ -1,4 +1,4 @@
-"""Whatever a manifest, a plan's JSON or the metadata of a model holds: it is read, or it is an ArtifactError."""
+"""Random manifests, plan JSON and metadata of models: they are read, or are an ArtifactError."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def places(value: Any) -> list[tuple[Any, ...]]:
 
 @st.composite
 def spoiled(draw: st.DrawFn, original: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object with one to three of its values replaced or taken out."""
+    """A JSON object with one to three of its values replaced or removed."""
     data = json.loads(json.dumps(copy.deepcopy(original)))
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(places(data)[1:]))
@@ -105,7 +105,7 @@ def parse_plan(data: Any) -> PlanManifest | None:
 
 
 @given(spoiled(MANIFEST_DATA))
-def test_a_spoiled_manifest_is_refused_or_can_be_shown(data: dict[str, Any]) -> None:
+def test_a_manifest_with_changed_values_is_refused_or_usable(data: dict[str, Any]) -> None:
     manifest = parse_manifest({**data, "format_version": FORMAT_VERSION})
     if manifest is not None:
         assert all(isinstance(cell, str) for row in rows(manifest) for cell in row)
@@ -113,7 +113,7 @@ def test_a_spoiled_manifest_is_refused_or_can_be_shown(data: dict[str, Any]) -> 
 
 
 @given(spoiled(PLAN_DATA))
-def test_a_spoiled_plan_manifest_is_refused_or_can_be_shown(data: dict[str, Any]) -> None:
+def test_a_plan_s_json_with_changed_values_is_refused_or_usable(data: dict[str, Any]) -> None:
     manifest = parse_plan({**data, "plan_format_version": PLAN_FORMAT_VERSION})
     if manifest is not None:
         assert all(isinstance(cell, str) for row in rows(manifest) for cell in row)
@@ -138,16 +138,16 @@ def test_any_bytes_are_refused(content: bytes) -> None:
 
 
 @given(spoiled(SIGNATURE.to_dict()))
-def test_a_spoiled_signature_is_refused_or_read_as_it_is(data: dict[str, Any]) -> None:
+def test_a_signature_with_changed_values_is_refused_or_read_unchanged(data: dict[str, Any]) -> None:
     try:
         signature = Signature.from_dict(data)
     except ArtifactError:
         return
-    found = json.loads(json.dumps(signature.to_dict()))
-    assert {key: found[key] for key in data if key in found} == {key: data[key] for key in data if key in found}
+    stored = json.loads(json.dumps(signature.to_dict()))
+    assert {key: stored[key] for key in data if key in stored} == {key: data[key] for key in data if key in stored}
 
 
-def test_the_originals_are_read() -> None:
+def test_the_unchanged_files_are_read() -> None:
     manifest, plan = parse_manifest(MANIFEST_DATA), parse_plan(PLAN_DATA)
     assert manifest is not None
     assert plan is not None

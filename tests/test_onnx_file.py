@@ -1,4 +1,4 @@
-"""What lfx reads of an ONNX file by itself, beside what the onnx package reads of it."""
+"""`read_header` compared with the onnx package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def external(name: str, location: str) -> TensorProto:
 
 
 def model_with_weights_everywhere() -> onnx.ModelProto:
-    """One external tensor in every field of ONNX that can hold one."""
+    """A model with one external tensor in each ONNX field that can have one."""
     branch = helper.make_graph([], "branch", [], [], initializer=[external("b", "branch.bin")])
     inner = helper.make_node("Constant", [], ["c"], value=external("c", "constant.bin"))
     many = helper.make_node("Other", [], ["d"], domain="x", tensors=[external("d", "list.bin")])
@@ -48,7 +48,7 @@ def model_with_weights_everywhere() -> onnx.ModelProto:
     return model
 
 
-def test_weights_are_found_wherever_onnx_can_keep_them(tmp_path: Path) -> None:
+def test_weights_are_found_in_all_fields_that_can_have_them(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(model_with_weights_everywhere().SerializeToString())
     places = ("graph", "branch", "constant", "list", "values", "indices", "function", "default", "training")
@@ -63,7 +63,7 @@ def test_an_exported_model_is_read_as_onnx_reads_it(options: dict[str, str], bun
     assert read_header(path) == Header(metadata, frozenset({WEIGHTS}))
 
 
-def test_a_model_with_its_weights_inside_has_no_weight_files(tmp_path: Path) -> None:
+def test_a_model_with_inline_weights_has_no_weight_files(tmp_path: Path) -> None:
     tensor = helper.make_tensor("a", TensorProto.FLOAT, [4000], np.arange(4000.0))
     onnx.save(helper.make_model(helper.make_graph([], "g", [], [], initializer=[tensor])), tmp_path / "m.onnx")
     assert read_header(tmp_path / "m.onnx") == Header(None, frozenset())
@@ -78,7 +78,7 @@ def test_two_entries_of_lfx_metadata_are_refused(tmp_path: Path) -> None:
 
 
 def calling(calls: dict[str, list[str]], graph: list[str]) -> bytes:
-    """A model whose functions and whose graph have one node for each name that they call, the last one in a branch."""
+    """A model whose graph and functions have one node for each name that they call, the last one in a subgraph."""
 
     def nodes(names: list[str]) -> list[onnx.NodeProto]:
         made = [helper.make_node(name, [], [f"o{i}"], domain="x" * (name in calls)) for i, name in enumerate(names)]
@@ -92,20 +92,20 @@ def calling(calls: dict[str, list[str]], graph: list[str]) -> bytes:
 
 
 def count(graph: onnx.GraphProto) -> int:
-    """Number of nodes, those of inner graphs too."""
+    """Number of nodes, nodes of subgraphs included."""
     inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
     return len(graph.node) + sum(map(count, inner))
 
 
-def test_nodes_are_counted_as_they_are_once_inlined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_are_counted_with_functions_inlined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = calling({"A": ["B", "B", "Add"], "B": ["Neg"], "Unused": ["A"] * 50}, ["A", "B", "A"])
     (tmp_path / "m.onnx").write_bytes(content)
     inlined = count(inline_local_functions(onnx.load_from_string(content)).graph)
     assert inlined == 15
-    monkeypatch.setattr("lfx.onnx_file._MOST_NODES", inlined - 1)
+    monkeypatch.setattr("lfx.onnx_file._MAX_NODES", inlined - 1)
     with pytest.raises(ArtifactError, match="more than 14 nodes once its functions are inlined"):
         read_header(tmp_path / "m.onnx")
-    monkeypatch.setattr("lfx.onnx_file._MOST_NODES", inlined)
+    monkeypatch.setattr("lfx.onnx_file._MAX_NODES", inlined)
     read_header(tmp_path / "m.onnx")
 
 
@@ -118,7 +118,7 @@ def test_nodes_are_counted_as_they_are_once_inlined(tmp_path: Path, monkeypatch:
     ],
     ids=["multiplied", "of itself", "chained"],
 )
-def test_functions_without_end_are_refused(calls: dict[str, list[str]], why: str, tmp_path: Path) -> None:
+def test_recursive_functions_are_refused(calls: dict[str, list[str]], why: str, tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(calling(calls, ["F0", "F0"]))
     with pytest.raises(ArtifactError, match=why):
         read_header(tmp_path / "m.onnx")
@@ -135,7 +135,7 @@ def test_two_functions_of_one_name_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"fox\n", bytes(1000), b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", b"\x3a\x05\x0a"]
 )
-def test_what_is_no_onnx_file_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_onnx_file_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(content)
     with pytest.raises(ArtifactError, match=r"m\.onnx is no ONNX file") as caught:
         read_header(tmp_path / "m.onnx")
@@ -156,3 +156,28 @@ def test_a_cut_or_changed_file_is_read_or_refused(bundle: MakeBundle, tmp_path: 
         except ArtifactError:
             refused += 1
     assert refused > 10
+
+
+def test_a_field_number_that_protobuf_would_cut_is_refused(tmp_path: Path) -> None:
+    # external_data of a tensor under the tag 13 << 3 | 2, with a bit above the 32 that protobuf's parser keeps.
+    content = model_with_weights_everywhere().SerializeToString()
+    entry = external("a", "graph.bin").external_data[1].SerializeToString()
+    hidden = bytes([0x6A | 0x80, 0x80, 0x80, 0x80, 0x10, len(entry)]) + entry
+    field = bytes([0x6A, len(entry)]) + entry
+    assert field in content
+    (tmp_path / "m.onnx").write_bytes(hidden)
+    with pytest.raises(ArtifactError, match="a field of number 536870925"):
+        read_header(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("where", ["call", "default"])
+def test_a_function_that_takes_a_graph_is_refused(where: str, tmp_path: Path) -> None:
+    branch = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "branch", [], [])
+    function = helper.make_function("x", "F", ["c"], ["y"], [helper.make_node("If", ["c"], ["y"])], [])
+    call = helper.make_node("F", ["c"], ["y"], domain="x", **({"body": branch} if where == "call" else {}))
+    if where == "default":
+        function.attribute_proto.append(helper.make_attribute("body", branch))
+    model = helper.make_model(helper.make_graph([call], "g", [], []), functions=[function])
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match="a function takes a graph"):
+        read_header(tmp_path / "m.onnx")

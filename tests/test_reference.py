@@ -1,4 +1,4 @@
-"""The dense definition, against sums written out by hand and against Hugging Face."""
+"""The dense reference against a scalar implementation and against Hugging Face."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lfx.reference import banded_attention, global_attention
 from tests.models import VOCAB_SIZE, WINDOW, tiny_model
 
 
-def _literal(q, k, v, mask, index, rows, *, heads, window, dilation, causal, scale):
-    """The op's definition in design.md, one query and one key at a time."""
+def _scalar_attention(q, k, v, mask, index, rows, *, heads, window, dilation, causal, scale):
+    """The op's definition, one query and one key at a time."""
     batch, seqlen, width = q.shape
     size = width // heads
     out = np.zeros_like(q)
@@ -46,21 +46,23 @@ def _literal(q, k, v, mask, index, rows, *, heads, window, dilation, causal, sca
 
 
 @pytest.mark.parametrize(("window", "dilation", "causal"), [(1, 1, False), (3, 1, True), (2, 3, False), (4, 2, True)])
-def test_banded_attention_is_the_definition_written_out(window: int, dilation: int, causal: bool) -> None:
+def test_banded_attention_equals_the_definition_one_pair_at_a_time(window: int, dilation: int, causal: bool) -> None:
     random = np.random.default_rng(0)
     q, k, v = random.standard_normal((3, 2, 13, 8))
     mask = np.ones((2, 13), dtype=int)
     mask[0, 10:] = 0
     index = np.array([[4, -1, 7], [-1, -1, -1]])
     rows = random.standard_normal((2, 3, 8))
-    found = banded_attention(
+    actual = banded_attention(
         q, k, v, mask, index, rows, num_heads=2, window=window, dilation=dilation, causal=causal, scale=0.3
     )
-    wanted = _literal(q, k, v, mask, index, rows, heads=2, window=window, dilation=dilation, causal=causal, scale=0.3)
-    np.testing.assert_allclose(found, wanted, atol=1e-13)
+    expected = _scalar_attention(
+        q, k, v, mask, index, rows, heads=2, window=window, dilation=dilation, causal=causal, scale=0.3
+    )
+    np.testing.assert_allclose(actual, expected, atol=1e-13)
 
 
-def test_a_window_as_wide_as_the_sequence_is_plain_attention() -> None:
+def test_a_window_of_the_whole_sequence_is_full_attention() -> None:
     q, k, v = torch.randn(3, 1, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     heads = [x.view(1, 9, 2, 4).transpose(1, 2) for x in (q, k, v)]
     plain = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(1, 9, 8)
@@ -78,11 +80,11 @@ def test_rows_without_a_visible_key_are_zero() -> None:
 
 
 def test_dense_model_agrees_with_hugging_face() -> None:
-    """The two share no attention code; float32 of Hugging Face's is the larger part of the distance."""
+    """The two models share no attention code; the tolerance covers Hugging Face's float32 rounding."""
     model = tiny_model()
     dense, eager = reference_runner(model), torch_runner(model)
     for case in full_cases(WINDOW, 128):
         inputs = inputs_of(case, vocab_size=VOCAB_SIZE, pad_token_id=1)
-        right, theirs = dense(inputs), eager(inputs)
-        for name in right:
-            np.testing.assert_allclose(right[name], theirs[name], atol=2e-5, err_msg=f"{name}, {case}")
+        dense_outputs, eager_outputs = dense(inputs), eager(inputs)
+        for name in dense_outputs:
+            np.testing.assert_allclose(dense_outputs[name], eager_outputs[name], atol=2e-5, err_msg=f"{name}, {case}")

@@ -91,7 +91,8 @@ def quantize(
     check_space(target, sum(entry["bytes"] for entry in manifest.files.values()))
     windows, calibration_entry = read_calibration(calibration, manifest.signature, Path(tokenizer or folder), samples)
     layers = _layers(folder, keep_float)
-    signature = dataclasses.replace(manifest.signature, precision="int8")
+    weight_bits = 8 if full_range else 7
+    signature = dataclasses.replace(manifest.signature, precision="int8", weight_bits=weight_bits)
     with atomic_folder(target) as made, temporary_folder("quantize") as scratch:
         # The quantizer writes into the folder of its input, and does not follow links to weights.
         for name, file in artifact.files.items():
@@ -115,7 +116,7 @@ def quantize(
                 "bundle_sha256": sha256(folder / MANIFEST),
                 "calibration": calibration_entry,
                 "activations": activations,
-                "weight_bits": 8 if full_range else 7,
+                "weight_bits": weight_bits,
                 "layers": scales,
                 "accuracy": summary(report),
             },

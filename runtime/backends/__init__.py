@@ -1,7 +1,7 @@
-"""The backends that run an ONNX file: one shape, `infer(feeds) -> outputs`, over each library.
+"""The backends that run an ONNX file, all with the interface `infer(feeds) -> outputs`.
 
-A backend that was asked for by name is that one or an error: none falls back to another device or library. A new one is
-a module here that has what `interface.Backend` says, and a line in `load`.
+A backend that is named explicitly is used or is an error; none falls back to another device or library. To add a
+backend, write a module here with a class that has the interface of `interface.Backend`, and add it to `load`.
 """
 
 from __future__ import annotations
@@ -22,28 +22,36 @@ BACKENDS = ("onnxruntime", "openvino", "reference")
 def load(
     model: Path, backend: str, provider: str, threads: int | None, precision: str | None, stored_precision: str
 ) -> Backend:
-    """Open an ONNX file whose weights are plain files beside it.
+    """Load an ONNX file into a backend.
 
     Args:
-        precision: of the arithmetic; None for that of the file, which is `stored_precision`.
+        model: the ONNX file, with its weights beside it; no symbolic links.
+        backend: one of `BACKENDS`.
+        provider: ONNX Runtime's, a key of `PROVIDERS`; "cpu" for the other backends.
+        threads: number of CPU threads of a run; None = the backend's default.
+        precision: OpenVINO compute precision; None = the file's.
+        stored_precision: of the file.
     Raises:
         DependencyError: the backend is not known, not installed, or cannot run this model.
-        ArtifactError: the file is no model that it can read.
+        ArtifactError: the backend cannot load the file.
     """
     if backend == "tensorrt":
         raise DependencyError(f"{model} is no plan, and TensorRT runs plans; build one with: lfx build-engine")
     if precision is not None and backend != "openvino":
         raise DependencyError(
-            f"precision {precision!r} is OpenVINO's; give backend='openvino', or export or build the model in it"
+            f"precision {precision!r} is an option of OpenVINO; give backend='openvino', or export or build the "
+            "model in that precision"
         )
     if backend == "onnxruntime":
         return OnnxRuntime(model, provider, threads)
     if provider != "cpu":
-        raise DependencyError(f"provider {provider!r} is ONNX Runtime's; backend {backend!r} runs on the CPU")
+        raise DependencyError(
+            f"provider {provider!r} is an option of ONNX Runtime; backend {backend!r} runs on the CPU"
+        )
     if backend == "openvino":
         return OpenVino(model, threads, precision, stored_precision)
     if backend == "reference" and threads is not None:
-        raise DependencyError(f"threads {threads} cannot be had: the reference evaluator has one; leave threads out")
+        raise DependencyError(f"threads is {threads}, and the reference evaluator has one thread; leave threads out")
     if backend == "reference":
         return Reference(model)
     raise DependencyError(f"backend {backend!r} is not known; choose one of: auto, {', '.join(BACKENDS)}")

@@ -1,4 +1,4 @@
-"""What every backend is: a loaded model that answers a batch."""
+"""The interface of a backend: a loaded model that runs batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Backend(Protocol):
     """A loaded model.
 
     Attributes:
-        name: library, version and device, for people.
+        name: library, version and device, for display.
         input_names, output_names: of the graph, in its order.
     """
 
@@ -22,17 +22,17 @@ class Backend(Protocol):
     output_names: list[str]
 
     def infer(self, feeds: Arrays) -> Arrays:
-        """Run one batch; safe to call from several threads."""
+        """Run one batch, input name -> array; returns output name -> array. Thread-safe."""
         ...
 
     def supports_shape(self, batch: int, seqlen: int) -> bool:
-        """Whether it takes a batch of this shape."""
+        """Whether the backend takes a batch of this shape."""
         ...
 
 
 class AnyShape:
-    """What every backend of ONNX files takes."""
+    """Mixin of the backends that run ONNX files, which take batches of any shape."""
 
     def supports_shape(self, batch: int, seqlen: int) -> bool:
-        """Any shape."""
+        """Always True."""
         return True

@@ -1,4 +1,4 @@
-"""OpenVINO."""
+"""The OpenVINO backend."""
 
 from __future__ import annotations
 
@@ -17,17 +17,23 @@ OPENVINO_TYPES = {"fp32": "f32", "bf16": "bf16"}
 
 
 class OpenVino(AnyShape):
-    """OpenVINO on the CPU, with the lfx functions inlined for it; it computes bf16 models, in float32 without AMX."""
+    """OpenVINO on the CPU, which needs the lfx functions inlined. Without AMX it computes bf16 models in float32."""
 
-    # Where OpenVINO first loaded a model. Its models share threads: in a child of that process, loading another one may
-    # wait for the parent's threads, for ever.
+    # `forks.generation` of the process that first loaded a model. All of OpenVINO's models share one thread pool: in a
+    # forked child of that process, loading another model may hang, waiting for the parent's threads.
     _generation: int | None = None
 
     def __init__(self, model: Path, threads: int | None, precision: str | None, stored: str) -> None:
-        """`precision` of the arithmetic, None for that of the file, which is `stored`."""
+        """Load an ONNX file.
+
+        Args:
+            threads: of a run; None = OpenVINO's default.
+            precision: compute precision, "fp32" or "bf16"; None = the file's.
+            stored: precision of the file.
+        """
         if precision is not None and precision not in OPENVINO_TYPES:
             raise DependencyError(
-                f"precision {precision!r} is not known to OpenVINO here; choose one of: {', '.join(OPENVINO_TYPES)}"
+                f"OpenVINO takes no precision {precision!r}; choose one of: {', '.join(OPENVINO_TYPES)}"
             )
         openvino = require("openvino", "openvino")
         onnx = require("onnx", "openvino")
@@ -46,33 +52,43 @@ class OpenVino(AnyShape):
                 for name in read_header(model).weights:
                     link_or_copy(model.parent / name, folder / name)
                 core = openvino.Core()
-                config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-                if precision is not None:
-                    config["INFERENCE_PRECISION_HINT"] = OPENVINO_TYPES[precision]
-                elif stored != "bf16":
-                    # On a CPU with AMX the default computes float32 models in bfloat16, in silence.
-                    config["INFERENCE_PRECISION_HINT"] = "f32"
-                if threads is not None:
-                    config["INFERENCE_NUM_THREADS"] = threads
-                if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-                    raise DependencyError(
-                        "this CPU has no bfloat16 arithmetic (AMX, or AVX-512 with bf16), so OpenVINO would compute in "
-                        "float32; leave precision out"
-                    )
+                config = _config(core, threads, precision, stored)
                 self._compiled = core.compile_model(core.read_model(str(inlined)), "CPU", config)
         except LfxError:
             raise
         except Exception as error:
             raise ArtifactError(f"{model} cannot be loaded by OpenVINO: {with_cure(error)}") from error
         self.name = f"openvino {openvino.__version__.split('-')[0]} CPU"
-        # A port may have several names; the graph's own order tells which output is which.
+        # An OpenVINO port may have several names, so outputs are identified by their order in the graph.
         self.input_names = [item.name for item in graph.graph.input]
         self.output_names = [item.name for item in graph.graph.output]
 
     def infer(self, feeds: Arrays) -> Arrays:
-        """One batch, in a request of its own."""
+        """Run one batch, in a new infer request."""
         try:
-            found = self._compiled.create_infer_request().infer(feeds)
+            outputs = self._compiled.create_infer_request().infer(feeds)
         except Exception as error:
             raise LfxError(f"OpenVINO failed: {with_cure(error)}") from error
-        return {name: np.array(found[i]) for i, name in enumerate(self.output_names)}
+        return {name: np.array(outputs[i]) for i, name in enumerate(self.output_names)}
+
+
+def _config(core: Any, threads: int | None, precision: str | None, stored: str) -> dict[str, Any]:
+    """OpenVINO's properties for these options.
+
+    Raises:
+        DependencyError: bf16 was requested and the CPU has no bf16 arithmetic.
+    """
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise DependencyError(
+            "this CPU has no bfloat16 arithmetic (AMX, or AVX-512 with bf16), so OpenVINO would compute in float32; "
+            "leave precision out"
+        )
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if precision is not None:
+        config["INFERENCE_PRECISION_HINT"] = OPENVINO_TYPES[precision]
+    elif stored != "bf16":
+        # By default OpenVINO computes float32 models in bfloat16 on a CPU with AMX, without a warning.
+        config["INFERENCE_PRECISION_HINT"] = "f32"
+    if threads is not None:
+        config["INFERENCE_NUM_THREADS"] = threads
+    return config

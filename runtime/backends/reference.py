@@ -1,4 +1,4 @@
-"""The onnx package's own evaluator."""
+"""The reference backend: the onnx package's ReferenceEvaluator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lfx.runtime.backends.interface import AnyShape, Arrays
 
 
 class Reference(AnyShape):
-    """The reference evaluator of the onnx package: every precision, plain numpy, slow."""
+    """The onnx package's ReferenceEvaluator: numpy, all precisions, slow."""
 
     def __init__(self, model: Path) -> None:
         onnx = require("onnx", "export")
@@ -25,9 +25,9 @@ class Reference(AnyShape):
         self.output_names = list(self._evaluator.output_names)
 
     def infer(self, feeds: Arrays) -> Arrays:
-        """One batch."""
+        """Run one batch."""
         try:
-            found = self._evaluator.run(self.output_names, feeds)
+            outputs = self._evaluator.run(self.output_names, feeds)
         except Exception as error:
             raise LfxError(f"the reference evaluator failed: {with_cure(error)}") from error
-        return dict(zip(self.output_names, (np.asarray(value) for value in found), strict=True))
+        return dict(zip(self.output_names, (np.asarray(value) for value in outputs), strict=True))

@@ -1,4 +1,4 @@
-"""A bundle in, a TensorRT plan out."""
+"""Builds a TensorRT plan from a bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`build_engine`: an ONNX bundle in, a TensorRT plan out."""
+"""`build_engine` builds a TensorRT plan from an ONNX bundle."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lfx.checks import file_path, flag, one_of, output_file, shown, whole_number
 from lfx.errors import BuildError, LfxError, require
@@ -24,22 +25,21 @@ from lfx.signature import PRECISIONS, Signature
 
 Progress = Callable[[str], None]
 
-
-MAX_SLOTS = 3840  # of TensorRT's TopK
-OLDEST_PLUGIN_TARGET = 80
+MAX_SLOTS = 3840  # limit of K of TensorRT's TopK
+OLDEST_PLUGIN_TARGET = 80  # compute capability of the plugin's oldest kernels
 _CURE = "choose another --output"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is passed to TensorRT as it is.
+    """Options that are passed to TensorRT unchanged.
 
     Attributes:
-        timing_cache: read if it is there, and written after the build.
-        workspace_bytes: most device memory that a layer may take for scratch; None = all there is.
-        optimization_level: 0 to 5; None = TensorRT's own default.
-        version_compatible: the plan runs with later TensorRT versions of the same major one.
-        refit: weights can be exchanged in the plan.
+        timing_cache: path of a timing cache; read if it exists, and written after the build. TensorRT only.
+        workspace_bytes: limit of the device memory that a layer may use as workspace, 1 or more; None = no limit.
+        optimization_level: builder optimization level, 0 to 5; None = TensorRT's default.
+        version_compatible: whether the plan runs with later TensorRT versions of the same major version. TensorRT only.
+        refit: whether the weights of the plan can be replaced.
     """
 
     timing_cache: Path | None = None
@@ -49,7 +49,7 @@ class Options:
     refit: bool = False
 
     def flags(self) -> list[str]:
-        """Names of TensorRT's builder flags."""
+        """Names of the TensorRT BuilderFlags of these options."""
         return ["VERSION_COMPATIBLE"] * self.version_compatible + ["REFIT"] * self.refit
 
 
@@ -72,28 +72,84 @@ def build_engine(
 
     Args:
         bundle: the folder that `lfx export` wrote.
-        output: the plan; default: the bundle's name with .plan, in the current folder. Its JSON stands beside it.
-        precision: fp32, fp16 or bf16; default: the bundle's. A float32 bundle is converted, strongly typed, and the
-            conversion is checked against the bundle before anything is built.
-        batch, seqlen: MIN:OPT:MAX or one number; one optimization profile for each entry. seqlen defaults to all that
-            the model takes, tuned for the longest.
-        max_global: global slots of a row, the MAX where MIN:OPT:MAX is given; default: what the bundle was exported
-            with, or 64. TensorRT needs it constant; fewer slots are faster, and more global tokens are refused.
-        flavor: "tensorrt" or "tensorrt-rtx"; default: the one that is installed, "tensorrt" first.
-        target: compute capability to build for, such as "sm89", without a GPU; TensorRT-RTX only.
-        plugin: attention by the lfx plugin; False builds it from the ops' function bodies.
+        output: path of the plan, with the suffix .plan; its JSON is written beside it. Default: the bundle's name with
+            .plan, in the current folder.
+        precision: "fp32", "fp16" or "bf16". Only an fp32 bundle can be converted to another precision: its graph
+            becomes strongly typed, and its outputs are compared with the bundle's before the build. Default: the
+            bundle's.
+        batch, seqlen: lists of MIN:OPT:MAX or numbers, one entry for each optimization profile; a single entry is used
+            for all. Default: batch 1:1:8, and all lengths that the model takes, tuned for the longest.
+        max_global: number of global slots of a sequence, 1 or more; of MIN:OPT:MAX the MAX. TensorRT needs a constant;
+            fewer slots are faster, and a sequence with more global tokens is refused. Default: the number that the
+            bundle was exported with, else 64.
+        flavor: "tensorrt" or "tensorrt-rtx". Default: the installed one, "tensorrt" if both are.
+        target: compute capability to build for without a GPU, such as "sm89"; TensorRT-RTX only. Default: that of the
+            first GPU.
+        plugin: whether the lfx plugin computes attention. If False, TensorRT builds it from the ops' function bodies.
+        options: further options for TensorRT. Default: `Options()`.
         progress: called with the name of each step.
-        log: called with each warning and error of TensorRT's.
+        log: called with each warning and error of TensorRT. Default: prints it to stderr.
     Returns:
-        The plan's path.
+        The path of the plan.
     Raises:
-        ArtifactError: no bundle, or a broken one.
-        BuildError: an option that does not fit, a conversion that is not accurate, TensorRT's own refusal, or a place
-            that cannot be written.
-        PluginError: the plugin library is not installed, or cannot take this model.
-        DependencyError: no TensorRT is installed.
+        ArtifactError: the bundle does not exist or is broken.
+        BuildError: an option is not supported, the converted graph is not accurate, TensorRT fails, or the plan cannot
+            be written.
+        PluginError: the plugin library is not installed.
+        DependencyError: TensorRT is not installed.
         LfxError: there is no temporary folder.
     """
+    arguments = _checked(bundle, output, precision, batch, seqlen, max_global, flavor, target, plugin, options)
+    progress("checking the bundle")
+    artifact = check_bundle(arguments.bundle, arguments.manifest)
+    path = arguments.output
+    try:
+        with (
+            artifact.plain_files(unshared=True) as source,  # the onnx-ir package refuses hard links
+            temporary_folder("build-engine") as scratch,
+            private_folder(path.absolute().parent, path.name) as private,
+        ):
+            built = private / path.name
+            _build_plan(arguments, source, scratch, built, progress, log)
+            publish(built, path)
+    except OSError as error:
+        raise BuildError(why_unwritten(path, error, _CURE)) from error
+    except LfxError as error:
+        if not is_disk_full(error):
+            raise
+        raise BuildError(why_unwritten(path, error, f"{_CURE}, or a temporary folder with room by TMPDIR")) from error
+    return path
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """The checked arguments of `build_engine`."""
+
+    bundle: Path
+    manifest: Manifest
+    signature: Signature  # of the plan
+    slots: int
+    profiles: tuple[Profile, ...]
+    flavor: str
+    target: str | None
+    library: Path | None  # of the plugin; None builds attention from the function bodies
+    options: Options
+    output: Path
+
+
+def _checked(
+    bundle: str | Path,
+    output: str | Path | None,
+    precision: str | None,
+    batch: Sequence[str | int],
+    seqlen: Sequence[str | int] | None,
+    max_global: str | int | None,
+    flavor: str | None,
+    target: str | None,
+    plugin: bool,
+    options: Options | None,
+) -> _Arguments:
+    """Check the arguments of `build_engine`, and fill in their defaults."""
     folder, _ = locate(file_path(bundle, "bundle", BuildError))
     if folder is None:
         raise BuildError(f"{bundle} is a file without its bundle; give the folder that lfx export wrote")
@@ -103,15 +159,7 @@ def build_engine(
     _check_target(chosen, target, flag(plugin, "plugin", BuildError))
     _check_options(chosen, options)
     slots = _slots(max_global, manifest.signature)
-    # The function body scatters the slots into the sequence, which TensorRT does not do with fewer tokens than slots.
-    shortest = 1 if plugin else max(slots - 1, 1)
-    lengths = seqlen if seqlen is not None else (_whole(manifest.signature, shortest),)
-    ranges = profiles(batch, lengths, manifest.signature)
-    if any(p.seqlen.min < shortest for p in ranges):
-        raise BuildError(
-            f"without the plugin, {slots} global slots need sequences of {shortest} tokens at least; give "
-            "--seqlen from there, or a smaller --max-global"
-        )
+    ranges = _profiles(batch, seqlen, slots, plugin, manifest.signature)
     library = plugins.library() if plugin else None
     path = _output(output if output is not None else folder.resolve().name + SUFFIX)
     signature = _signature(manifest.signature, precision, slots, ranges)
@@ -120,65 +168,82 @@ def build_engine(
             f"{bundle} has {manifest.quantization['activations']} activations, and TensorRT takes int8; make it again "
             "with: lfx quantize --activations int8"
         )
-    progress("checking the bundle")
-    artifact = check_bundle(folder, manifest)
-    try:
-        with (
-            artifact.plain_files(unshared=True) as source,  # the onnx-ir package refuses hard links
-            temporary_folder("build-engine") as scratch,
-            private_folder(path.absolute().parent, path.name) as private,
-        ):
-            model, built = scratch / MODEL, private / path.name
-            progress("preparing the graph")
-            require("onnx_ir", "rtx")
-            from lfx.runtime.build.prepare_graph import prepare_graph
+    return _Arguments(folder, manifest, signature, slots, ranges, chosen, target, library, options, path)
 
-            nodes = prepare_graph(source, model, manifest, signature, slots, plugin)
-            conversion = check_conversion(folder, manifest, model, signature, progress, log)
-            job = {
-                "module": FLAVORS[chosen].module,
-                "extra": FLAVORS[chosen].extra,
-                "onnx": str(model),
-                "plan": str(built),
-                "plugin": str(library) if library is not None else None,
-                "target": target,
-                "profiles": [{t.name: p.shapes(t) for t in signature.inputs} for p in ranges],
-                "workspace_bytes": options.workspace_bytes,
-                "optimization_level": options.optimization_level,
-                "timing_cache": str(Path(options.timing_cache).absolute()) if options.timing_cache else None,
-                "flags": options.flags(),
-            }
-            result = run_tensorrt(job, scratch, progress, log)
-            if plugin and result["plugin_layers"] != nodes:
-                raise BuildError(
-                    f"only {result['plugin_layers']} of {nodes} attention nodes became plugin layers; please report "
-                    "this"
-                )
-            PlanManifest(
-                signature=signature,
-                flavor=chosen,
-                tensorrt_version=result["tensorrt_version"],
-                target=target or _local_target(),
-                profiles=ranges,
-                plugin_version=plugins.VERSION if plugin else None,
-                attention_nodes=nodes,
-                plugin_layers=result["plugin_layers"],
-                bundle={"name": folder.resolve().name, "sha256": sha256(folder / MANIFEST)},
-                source=manifest.source,
-                quantization=manifest.quantization,
-                options={name: job[name] for name in ("workspace_bytes", "optimization_level", "flags")},
-                versions=package_versions(("onnx", "onnx-ir", "onnxruntime", "numpy")),
-                conversion=conversion,
-                plan={"sha256": sha256(built), "bytes": built.stat().st_size},
-            ).write(built)
-            publish(built, path)
-    except OSError as error:
-        raise BuildError(why_unwritten(path, error, _CURE)) from error
-    except LfxError as error:
-        if not is_disk_full(error):
-            raise
-        raise BuildError(why_unwritten(path, error, f"{_CURE}, or a temporary folder with room by TMPDIR")) from error
-    return path
+
+def _profiles(
+    batch: Sequence[str | int], seqlen: Sequence[str | int] | None, slots: int, plugin: bool, signature: Signature
+) -> tuple[Profile, ...]:
+    """The optimization profiles of the plan, from the options --batch and --seqlen."""
+    # The function body scatters the slots into the sequence, for which TensorRT needs at least slots - 1 tokens.
+    shortest = 1 if plugin else max(slots - 1, 1)
+    ranges = profiles(batch, seqlen if seqlen is not None else (_default_seqlen(signature, shortest),), signature)
+    if any(profile.seqlen.min < shortest for profile in ranges):
+        raise BuildError(
+            f"without the plugin, {slots} global slots need sequences of at least {shortest} tokens; give a larger MIN "
+            "of --seqlen, or a smaller --max-global"
+        )
+    return ranges
+
+
+def _build_plan(
+    arguments: _Arguments, source: Path, scratch: Path, built: Path, progress: Progress, log: Callable[[str], None]
+) -> None:
+    """Prepare and check the graph, build the plan, and write both the plan and its JSON.
+
+    Args:
+        source: the bundle's ONNX file. scratch: a temporary folder. built: path of the plan.
+    """
+    progress("preparing the graph")
+    require("onnx_ir", "rtx")
+    from lfx.runtime.build.prepare_graph import prepare_graph
+
+    model, plugin = scratch / MODEL, arguments.library is not None
+    nodes = prepare_graph(source, model, arguments.manifest, arguments.signature, arguments.slots, plugin)
+    conversion = check_conversion(arguments.bundle, arguments.manifest, model, arguments.signature, progress, log)
+    job = _job(arguments, model, built)
+    result = run_tensorrt(job, scratch, progress, log)
+    if plugin and result["plugin_layers"] != nodes:
+        raise BuildError(
+            f"only {result['plugin_layers']} of {nodes} attention nodes became plugin layers; please report this"
+        )
+    PlanManifest(
+        signature=arguments.signature,
+        flavor=arguments.flavor,
+        tensorrt_version=result["tensorrt_version"],
+        target=arguments.target or _local_target(),
+        profiles=arguments.profiles,
+        plugin_version=plugins.VERSION if plugin else None,
+        attention_nodes=nodes,
+        plugin_layers=result["plugin_layers"],
+        bundle={"name": arguments.bundle.resolve().name, "sha256": sha256(arguments.bundle / MANIFEST)},
+        source=arguments.manifest.source,
+        quantization=arguments.manifest.quantization,
+        options={name: job[name] for name in ("workspace_bytes", "optimization_level", "flags")},
+        versions=package_versions(("onnx", "onnx-ir", "onnxruntime", "numpy")),
+        conversion=conversion,
+        plan={"sha256": sha256(built), "bytes": built.stat().st_size},
+    ).write(built)
+
+
+def _job(arguments: _Arguments, model: Path, built: Path) -> dict[str, Any]:
+    """The job of `trt_process`, as JSON types."""
+    options = arguments.options
+    return {
+        "module": FLAVORS[arguments.flavor].module,
+        "extra": FLAVORS[arguments.flavor].extra,
+        "onnx": str(model),
+        "plan": str(built),
+        "plugin": str(arguments.library) if arguments.library is not None else None,
+        "target": arguments.target,
+        "profiles": [
+            {spec.name: profile.shapes(spec) for spec in arguments.signature.inputs} for profile in arguments.profiles
+        ],
+        "workspace_bytes": options.workspace_bytes,
+        "optimization_level": options.optimization_level,
+        "timing_cache": str(Path(options.timing_cache).absolute()) if options.timing_cache else None,
+        "flags": options.flags(),
+    }
 
 
 def _check_target(flavor: str, target: str | None, plugin: bool) -> None:
@@ -190,7 +255,9 @@ def _check_target(flavor: str, target: str | None, plugin: bool) -> None:
             )
         return
     if flavor != "tensorrt-rtx":
-        raise BuildError(f"--target {shown(target)} is TensorRT-RTX's; {flavor} builds for the GPU of this machine")
+        raise BuildError(
+            f"--target {shown(target)} is an option of TensorRT-RTX; {flavor} builds for the GPU of this machine"
+        )
     if not isinstance(target, str) or not re.fullmatch("sm[0-9]{1,4}", target):
         raise BuildError(f"--target {shown(target)} is no compute capability; give one such as sm86, sm89 or sm120")
     if plugin and int(target[2:]) < OLDEST_PLUGIN_TARGET:
@@ -208,27 +275,29 @@ def _local_target() -> str:
 
 
 def _slots(asked: str | int | None, signature: Signature) -> int:
+    """Number of global slots of the plan, from the option --max-global."""
     fixed = 1 if signature.global_attention != "mask" else signature.max_global
     if asked is None:
         return fixed if fixed is not None else min(64, signature.max_seqlen or 64)
     slots = Range.parse(asked, "--max-global").max
     if fixed is not None and slots != fixed:
         raise BuildError(f"--max-global {asked} does not fit: the bundle was exported with {fixed}; leave it out")
-    most = min(MAX_SLOTS, signature.max_seqlen or MAX_SLOTS)
-    if slots > most:
+    limit = min(MAX_SLOTS, signature.max_seqlen or MAX_SLOTS)
+    if slots > limit:
         raise BuildError(
-            f"--max-global {asked} is above {most}, the most that this model and TensorRT take; give fewer"
+            f"--max-global {asked} is above {limit}, the most that this model and TensorRT take; give fewer"
         )
     return slots
 
 
-def _whole(signature: Signature, shortest: int) -> str:
+def _default_seqlen(signature: Signature, shortest: int) -> str:
+    """All lengths that the model takes, as MIN:OPT:MAX."""
     longest = signature.max_seqlen or 4096
     return f"{min(shortest, longest)}:{longest}:{longest}"
 
 
 def _check_options(flavor: str, options: Options) -> None:
-    """Check their types; TensorRT-RTX has its own names for two, and ignores the one and fails over the other."""
+    """Check types and ranges; refuse two options for TensorRT-RTX, which ignores one and fails on the other."""
     if not isinstance(options, Options):
         raise BuildError(f"options is {shown(options)}; give lfx.runtime.build.Options")
     flag(options.version_compatible, "version_compatible", BuildError)
@@ -239,28 +308,30 @@ def _check_options(flavor: str, options: Options) -> None:
         whole_number(options.optimization_level, "optimization_level", 0, 5, BuildError)
     if flavor == "tensorrt-rtx" and (options.timing_cache is not None or options.version_compatible):
         asked = "--timing-cache" if options.timing_cache is not None else "--version-compatible"
-        raise BuildError(f"{asked} is TensorRT's; TensorRT-RTX has no such thing: leave it out")
+        raise BuildError(f"{asked} is an option of TensorRT, and TensorRT-RTX has no such option; leave it out")
     if options.timing_cache is not None:
         output_file(options.timing_cache, "--timing-cache", BuildError)
 
 
 def _output(asked: str | Path) -> Path:
+    """The path of the plan, from the option --output; its JSON must be writable too."""
     path = output_file(asked, "--output", BuildError)
     if path.suffix != SUFFIX:
-        raise BuildError(f"{path} is no name for a plan; end it with {SUFFIX}")
+        raise BuildError(f"{path} is not the name of a plan; give one that ends with {SUFFIX}")
     output_file(json_path(path), "--output", BuildError)
     return path
 
 
 def _signature(source: Signature, precision: str | None, slots: int, ranges: Sequence[Profile]) -> Signature:
-    wanted = one_of(precision, "precision", PRECISIONS, BuildError) if precision is not None else source.precision
-    if source.precision not in (wanted, "fp32"):
+    """The signature of the plan, from the bundle's."""
+    target = one_of(precision, "precision", PRECISIONS, BuildError) if precision is not None else source.precision
+    if source.precision not in (target, "fp32"):
         raise BuildError(
-            f"the bundle is {source.precision}; {wanted} is converted from an fp32 bundle: export it again"
+            f"the bundle is {source.precision}; {target} is converted from an fp32 bundle: export it again"
         )
     return replace(
         source,
-        precision=wanted,
+        precision=target,
         max_seqlen=max(p.seqlen.max for p in ranges),
         max_global=slots if source.global_attention == "mask" else None,
     )

@@ -1,4 +1,4 @@
-"""The graph that TensorRT gets, compared with the bundle that it was made from."""
+"""Compares the graph prepared for TensorRT with the bundle that it was made from."""
 
 from __future__ import annotations
 
@@ -23,33 +23,40 @@ def check_conversion(
     progress: Callable[[str], None],
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Run the graph that TensorRT gets beside its bundle, and require that rounding alone tells them apart.
+    """Require that the outputs of the prepared graph differ from the bundle's by no more than rounding errors.
 
-    How much a model makes of its rounding errors is known from the export: PyTorch's own error there, e, over the unit
-    roundoff u of the bundle's precision. In a precision of unit roundoff u' the same model errs by e · u'/u, so the
-    tolerance of `parity` is 2 · e · u'/u + band. An int8 model whose graph sums in another order rounds some inputs to
-    another step, so there e is what its rounding costs. float32, float16 and int8 run in ONNX Runtime, bfloat16 in
-    OpenVINO, where it is installed.
+    The limit is derived from an error e that was measured at export, in the bundle's precision of unit roundoff u. In a
+    precision of unit roundoff u' the rounding errors of the same model grow to e · u'/u, so the limit is
+    2 · e · u'/u + band, as in `lfx.parity`. For an int8 bundle e is the error of its quantized graph without fused
+    layers: sums in another order round some activations to a neighbouring step. For other bundles e is PyTorch's error.
+    Graphs in float32, float16 and int8 run in ONNX Runtime, those in bfloat16 in OpenVINO.
 
+    Args:
+        model: the prepared graph. signature: of the plan.
+        progress: called with a description of each case.
+        log: called with a warning if the backend is not installed, so that nothing can be checked.
+    Returns:
+        {"checked": True, "backend", "outputs": name -> {"max_abs_difference", "limit"}}, or {"checked": False,
+        "reason"}.
     Raises:
-        BuildError: an output is further off.
+        BuildError: an output differs by more than the limit.
     """
     backend = "openvino" if signature.precision == "bf16" else "onnxruntime"
     if find_spec(backend) is None:
         log(f"warning: {backend} is not installed, so the {signature.precision} graph was not checked")
         return {"checked": False, "reason": f"{backend} is not installed"}
-    with Engine(bundle) as right, Engine(model, backend) as converted:
+    with Engine(bundle) as original, Engine(model, backend) as converted:
         report = compare(
             quick_cases(max(signature.attention_windows), signature.max_seqlen),
             lambda case: model_inputs(case, signature),
-            reference=engine_runner(right),
+            reference=engine_runner(original),
             witness=None,
             candidate=engine_runner(converted),
             precision=signature.precision,
             layers=len(signature.attention_windows),
             on_case=lambda case: progress(f"checking the graph: {case}"),
         )
-        name_of_backend = converted.backend
+        backend_name = converted.backend
     measured = {}
     for name, result in report.outputs.items():
         if manifest.quantization:
@@ -62,6 +69,6 @@ def check_conversion(
         if not result.error <= limit:
             raise BuildError(
                 f"the {signature.precision} graph for TensorRT is not the bundle's model: {name} differs by "
-                f"{result.error:.3g}, which is more than rounding leaves ({limit:.3g}), at {result.worst}"
+                f"{result.error:.3g}, which is more than rounding explains ({limit:.3g}), at {result.worst}"
             )
-    return {"checked": True, "backend": name_of_backend, "outputs": measured}
+    return {"checked": True, "backend": backend_name, "outputs": measured}

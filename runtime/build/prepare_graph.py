@@ -1,4 +1,4 @@
-"""From a bundle's graph to one that TensorRT takes: constant global slots, another precision, plugin attributes."""
+"""Prepares a bundle's graph for TensorRT: constant number of global slots, precision, plugin attributes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,26 @@ DTYPES: dict[str, tuple[ir.DataType, Any]] = {
     "fp16": (ir.DataType.FLOAT16, np.float16),
     "bf16": (ir.DataType.BFLOAT16, ml_dtypes.bfloat16),
 }
-HIDES = 3.4e38
-LARGEST = {"fp16": 65504.0, "bf16": 2.0**127 * (2 - 2.0**-7)}
+MIN_FILL = 3.4e38  # absolute value from which a float32 constant is a mask fill value
+MAX_FINITE = {"fp16": 65504.0, "bf16": 2.0**127 * (2 - 2.0**-7)}
 
 
 def prepare_graph(
     source: Path, target: Path, manifest: Manifest, signature: Signature, slots: int, plugin: bool
 ) -> int:
-    """Write the graph that TensorRT gets; returns the number of its attention nodes."""
+    """Write the graph that TensorRT builds from.
+
+    Args:
+        source: the bundle's ONNX file. target: of the prepared graph; its weights are written beside it.
+        manifest: of the bundle. signature: of the plan.
+        slots: number of global slots.
+        plugin: whether attention nodes become plugin layers; otherwise their function bodies are inlined.
+    Returns:
+        The number of attention nodes.
+    Raises:
+        ArtifactError: the bundle's ONNX file cannot be read.
+        BuildError: the plugin, the precision or TensorRT does not support the model.
+    """
     try:
         model = ir.load(source)
     except Exception as error:
@@ -52,6 +64,7 @@ def prepare_graph(
 
 
 def _check_heads(nodes: Sequence[Any]) -> None:
+    """Raise BuildError for a head size that the plugin does not support."""
     for node in nodes:
         width = node.inputs[0].shape[2] if node.inputs[0].shape is not None else None
         if isinstance(width, int):
@@ -65,22 +78,21 @@ def _check_heads(nodes: Sequence[Any]) -> None:
 
 
 def attention_nodes(model: ir.Model) -> list[ir.Node]:
-    """The nodes of domain lfx, in order."""
+    """The nodes of domain lfx, in the order of the graph."""
     return [node for node in _all_nodes(model) if node.domain == DOMAIN]
 
 
 def freeze_slots(model: ir.Model, slots: int) -> None:
-    """Give the graph a constant number of global slots, and the global rows in the form that is cheaper for it.
+    """Make the number of global slots constant, and inline the cheaper branch of each If on that number.
 
-    TensorRT sizes tensors before it sees data, so K of the TopK that lists the global tokens cannot come from the mask.
-    A graph that was exported with a constant number is left as it is.
+    TensorRT needs tensor sizes that do not depend on data, so K of the TopK that lists the global tokens must not be
+    computed from the mask. The TopK of a graph that was exported with a constant K is not changed.
     """
-    listing = [node for node in model.graph if str(node.name).endswith(GLOBAL_SLOTS)]
-    counted = [node for node in listing if _constant(node.inputs[1]) is None]
-    for node in counted:
+    topk_nodes = [node for node in model.graph if str(node.name).endswith(GLOBAL_SLOTS)]
+    for node in [node for node in topk_nodes if _constant(node.inputs[1]) is None]:
         flags = node.inputs[0]
         assert flags is not None and flags.dtype is not None
-        # A sequence may have fewer tokens than there are slots, and TopK takes no K above the length of its input.
+        # TopK takes no K above the length of its input, and a sequence may have fewer tokens than there are slots.
         pads = _add_constant(model, f"{node.name}/pads", np.array([0, 0, 0, slots], np.int64))
         padded = ir.Node("", "Pad", [flags, pads], name=f"{node.name}/Pad", num_outputs=1)
         padded.outputs[0].name = f"{node.name}/Pad_output"
@@ -98,7 +110,7 @@ def freeze_slots(model: ir.Model, slots: int) -> None:
 
 
 def _inline_branch(model: ir.Model, node: ir.Node, slots: int) -> None:
-    """The exporter's own `If` asks whether there are fewer slots than a head has columns."""
+    """Replace an If of the exporter, whose condition is `number of slots < head size`, by the branch that is taken."""
     condition = node.inputs[0].producer() if node.inputs[0] is not None else None
     limit = _constant(condition.inputs[1]) if condition is not None and condition.op_type == "Less" else None
     if limit is None:
@@ -115,25 +127,25 @@ def _inline_branch(model: ir.Model, node: ir.Node, slots: int) -> None:
 
 
 def convert(model: ir.Model, precision: str) -> None:
-    """Turn a float32 graph into a strongly typed float16 or bfloat16 one, in place.
+    """Convert a float32 graph in place to a strongly typed float16 or bfloat16 graph.
 
-    Weights, constants and all arithmetic change type. LayerNormalization sums in float32 by its stash_type, and the
-    attention ops keep their softmax in float32 whatever the type. Outputs stay float32.
+    Weights, constants and all activations change their dtype; outputs stay float32. LayerNormalization still reduces in
+    float32, by its stash_type, and so does the softmax of the attention ops.
 
     Raises:
-        BuildError: a weight that the type cannot hold.
+        BuildError: a weight is above the largest finite value of the dtype.
     """
     dtype, numpy_dtype = DTYPES[precision]
     for value in list(model.graph.initializers.values()):
         if value.dtype == ir.DataType.FLOAT and value.const_value is not None:
             array = value.const_value.numpy()
             size = np.abs(array)
-            # The lowest float32 hides a score, and may be the lowest number of the type; no other may change so much.
-            too_large = size[(size > LARGEST[precision]) & (size < HIDES)]
+            # A mask fill value, the lowest float32, is clamped to the lowest value of the dtype; no weight may be.
+            too_large = size[(size > MAX_FINITE[precision]) & (size < MIN_FILL)]
             if too_large.size:
                 raise BuildError(f"the weight {value.name} holds {too_large.max():.3g}, which {precision} cannot")
-            small = np.clip(array, -LARGEST[precision], LARGEST[precision]).astype(numpy_dtype)
-            value.const_value = ir.tensor(small, dtype=dtype, name=value.name)
+            clamped = np.clip(array, -MAX_FINITE[precision], MAX_FINITE[precision]).astype(numpy_dtype)
+            value.const_value = ir.tensor(clamped, dtype=dtype, name=value.name)
     outputs = set(model.graph.outputs)
     for node in _all_nodes(model):
         if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT:
@@ -152,7 +164,7 @@ def convert(model: ir.Model, precision: str) -> None:
 
 
 def _value_of(node: ir.Node) -> np.ndarray | None:
-    """The value of a Constant or ConstantOfShape, whose default is one float32 zero."""
+    """The float value of a Constant, or of a ConstantOfShape, whose default is a float32 zero."""
     for name, attribute in node.attributes.items():
         if name == "value":
             return attribute.as_tensor().numpy()
@@ -162,6 +174,7 @@ def _value_of(node: ir.Node) -> np.ndarray | None:
 
 
 def _cast_to_float(model: ir.Model, output: ir.Value) -> ir.Value:
+    """Append a Cast to float32 to a graph output; the result has the output's name."""
     name = output.name
     output.name = f"{name}/{output.dtype}"
     cast = ir.Node("", "Cast", [output], [ir.AttrInt64("to", int(ir.DataType.FLOAT))], name=f"{name}/Cast")
@@ -172,14 +185,14 @@ def _cast_to_float(model: ir.Model, output: ir.Value) -> ir.Value:
 
 
 def inline_functions(model: ir.Model) -> None:
-    """Put the function bodies in the places of the attention nodes, every node under a name of its own."""
+    """Inline the function bodies of the attention nodes, and give all nodes unique names."""
     common.InlinePass()(model)
     for i, node in enumerate(_all_nodes(model)):
         node.name = f"{node.name or node.op_type}#{i}"
 
 
 def name_plugins(model: ir.Model) -> None:
-    """Say on each attention node which plugin it is: TensorRT's parser then takes that, and not the function."""
+    """Set the plugin's version and namespace on each attention node, so that TensorRT uses the plugin."""
     for node in attention_nodes(model):
         node.attributes["plugin_version"] = ir.AttrString("plugin_version", VERSION)
         node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", NAMESPACE)
@@ -189,6 +202,7 @@ def name_plugins(model: ir.Model) -> None:
 
 
 def _constant(value: ir.Value | None) -> np.ndarray | None:
+    """The array of a constant value; None if the value depends on data."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
     return None if tensor is None else tensor.numpy()
 
@@ -201,10 +215,12 @@ def _add_constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
 
 
 def _all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """The nodes of the graph and of its subgraphs."""
     yield from ir.traversal.RecursiveGraphIterator(model.graph)
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:
+    """The initializers and all outputs of nodes."""
     yield from model.graph.initializers.values()
     for node in _all_nodes(model):
         yield from node.outputs

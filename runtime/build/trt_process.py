@@ -1,11 +1,11 @@
-"""The process that TensorRT builds in: `python -m lfx.runtime.build.trt_process JOB.json`, started by `builder`.
+"""Runs TensorRT's builder: `python -m lfx.runtime.build.trt_process JOB.json`, started by `launch`.
 
-A process of its own, for two reasons. TensorRT-RTX's parser opens `libtensorrt_rtx.so` by that very name when it meets
-a plugin; its wheel has no file of that name, and the library path is read only when a process starts. And where
-TensorRT aborts, what asked for the engine goes on.
+TensorRT's builder has its own process for two reasons. When a graph has a plugin, TensorRT-RTX's parser opens
+`libtensorrt_rtx.so` by that name; the wheel has no file of that name, and the loader reads the library path only at the
+start of a process. And if TensorRT aborts, the caller of `build_engine` does not.
 
-Every line on stdout is a JSON object: {"step": text}, {"log": text, "severity": name} or, at the end, {"result": {…}}
-or {"error": text}, with "disk_full" true where that is why. The process ends when its stdin is closed.
+Each line on stdout is a JSON object: {"step": text}, {"log": text, "severity": name} or, last, {"result": {…}} or
+{"error": text}, with "disk_full" if the disk may be the cause. The process ends when its stdin is closed.
 """
 
 from __future__ import annotations
@@ -22,60 +22,53 @@ from lfx.files import is_disk_full, replacing
 
 
 def main(job_path: str) -> None:
-    """Build what the job says and write the plan to its place."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    """Build the plan of a job, and write it to the job's path."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    os.dup2(2, 1)  # what TensorRT itself prints to stdout goes to stderr
+    os.dup2(2, 1)  # output that TensorRT itself prints to stdout goes to stderr
 
-    def say(**line: Any) -> None:
+    def send(**line: Any) -> None:
         out.write(json.dumps(line) + "\n")
 
     try:
-        result = _build(job, say)
+        result = _build(job, send)
     except _RefusedError as error:
-        say(error=str(error))
+        send(error=str(error))
     except Exception as error:
-        say(error=f"{type(error).__name__}: {error}", disk_full=is_disk_full(error))
+        send(error=f"{type(error).__name__}: {error}", disk_full=is_disk_full(error))
     else:
-        say(result=result)
+        send(result=result)
 
 
-def _end_with_parent() -> None:
-    """End this process when stdin does: its other end is the parent's, which closes it however the parent ends."""
+def _exit_with_parent() -> None:
+    """Exit when stdin is closed; the system closes it when the parent ends, even if the parent is killed."""
     os.read(0, 1)
     os._exit(1)
 
 
 class _RefusedError(Exception):
-    """TensorRT said no; the message says to what."""
+    """TensorRT refused the job; the message is complete."""
 
 
-def _build(job: dict[str, Any], say: Any) -> dict[str, Any]:
+def _build(job: dict[str, Any], send: Any) -> dict[str, Any]:
+    """Build and write the plan; returns the result for the parent."""
     trt = require(job["module"], job["extra"])
-    logger = _logger(trt, say)
+    logger = _logger(trt, send)
     if job["plugin"] is not None:
-        trt.init_libnvinfer_plugins(logger, "") if hasattr(trt, "init_libnvinfer_plugins") else None
-        trt.get_plugin_registry().load_library(job["plugin"])
-        found = {
-            creator.name for creator in trt.get_plugin_registry().all_creators if creator.plugin_namespace == "lfx"
-        }
-        if not {"BandedAttention", "GlobalAttention"} <= found:
-            raise _RefusedError(
-                f"the plugin library {job['plugin']} was not taken; it has {sorted(found) or 'no creators'}"
-            )
+        _load_plugins(trt, logger, job["plugin"])
     builder = trt.Builder(logger)
     if builder is None:
         raise _RefusedError("TensorRT could not start; a build without --target needs an NVIDIA GPU")
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
-    say(step="TensorRT: parsing")
+    send(step="TensorRT: parsing")
     if not parser.parse_from_file(job["onnx"]):
         raise _RefusedError("; ".join(_describe(parser.get_error(i)) for i in range(parser.num_errors)))
     layers = [network.get_layer(i).type for i in range(network.num_layers)]
-    config = _config(trt, builder, job, say)
-    say(step="TensorRT: building")
+    config = _config(trt, builder, job, send)
+    send(step="TensorRT: building")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise _RefusedError("TensorRT built no engine; its own errors are above")
@@ -90,19 +83,35 @@ def _build(job: dict[str, Any], say: Any) -> dict[str, Any]:
     }
 
 
-def _logger(trt: Any, say: Any) -> Any:
+def _load_plugins(trt: Any, logger: Any, library: str) -> None:
+    """Register the lfx plugins with TensorRT."""
+    if hasattr(trt, "init_libnvinfer_plugins"):
+        trt.init_libnvinfer_plugins(logger, "")
+    registry = trt.get_plugin_registry()
+    registry.load_library(library)
+    creators = {creator.name for creator in registry.all_creators if creator.plugin_namespace == "lfx"}
+    if not {"BandedAttention", "GlobalAttention"} <= creators:
+        raise _RefusedError(
+            f"the plugin library {library} could not be loaded; it has {sorted(creators) or 'no creators'}"
+        )
+
+
+def _logger(trt: Any, send: Any) -> Any:
+    """An ILogger that sends warnings and errors."""
+
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.WARNING:
-                say(log=message.strip(), severity=str(severity).rpartition(".")[2].lower())
+                send(log=message.strip(), severity=str(severity).rpartition(".")[2].lower())
 
     return Logger()
 
 
-def _config(trt: Any, builder: Any, job: dict[str, Any], say: Any) -> Any:
+def _config(trt: Any, builder: Any, job: dict[str, Any], send: Any) -> Any:
+    """The builder config of a job, with its optimization profiles."""
     config = builder.create_builder_config()
     if job["target"] is not None:
         capability = getattr(getattr(trt, "ComputeCapability", None), job["target"].upper(), None)
@@ -127,15 +136,17 @@ def _config(trt: Any, builder: Any, job: dict[str, Any], say: Any) -> Any:
         config.set_timing_cache(config.create_timing_cache(path.read_bytes() if path.is_file() else b""), False)
     for shapes in job["profiles"]:
         profile = builder.create_optimization_profile()
-        for name, (smallest, best, largest) in shapes.items():
-            profile.set_shape(name, smallest, best, largest)
+        for name, (smallest, optimum, largest) in shapes.items():
+            profile.set_shape(name, smallest, optimum, largest)
         config.add_optimization_profile(profile)
     if hasattr(trt, "IProgressMonitor"):
-        config.progress_monitor = _monitor(trt, say)
+        config.progress_monitor = _monitor(trt, send)
     return config
 
 
-def _monitor(trt: Any, say: Any) -> Any:
+def _monitor(trt: Any, send: Any) -> Any:
+    """An IProgressMonitor that sends the names of top-level phases."""
+
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -144,7 +155,7 @@ def _monitor(trt: Any, say: Any) -> Any:
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.steps[phase_name] = num_steps
             if parent_phase is None:
-                say(step=f"TensorRT: {phase_name}")
+                send(step=f"TensorRT: {phase_name}")
 
         def phase_finish(self, phase_name: str) -> None:
             self.steps.pop(phase_name, None)
@@ -156,6 +167,7 @@ def _monitor(trt: Any, say: Any) -> Any:
 
 
 def _describe(error: Any) -> str:
+    """The text of a parser error, and its node."""
     node = f" at node {error.node_name()}" if error.node_name() else ""
     return f"{error.desc().strip()}{node}"
 

@@ -1,4 +1,4 @@
-"""Files of documents: JSONL or Parquet in, one row for each document, or each window of it, out."""
+"""Runs a model over a file of documents (JSONL or Parquet), and writes one row per document or window."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""JSONL and Parquet: documents are read from either, and rows written to either, a few at a time."""
+"""Reads documents from JSONL or Parquet and writes rows to either, a few at a time."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -13,55 +14,58 @@ from lfx.errors import InputError, LfxError, one_line, require
 from lfx.files import replacing
 from lfx.signature import TensorSpec
 
-SUFFIXES = (".jsonl", ".ndjson", ".parquet")  # in any case
+SUFFIXES = (".jsonl", ".ndjson", ".parquet")  # in lower or upper case
 FIELDS = ("text", "pair", "input_ids", "id")
-_LONGEST_LINE = 50_000_000  # bytes
-_BATCH = 256  # rows of a Parquet file that are read together
-_STRINGS = ("string", "large_string")  # types of columns
-_GROUP_BYTES = 1 << 24  # of JSON, that become one row group of a Parquet file
-_NUMBERS = {"score": "float64", "position": "int64", "choice": "int64"}  # fields of answers that are no strings
+_MAX_LINE_BYTES = 50_000_000
+_BATCH_ROWS = 256  # rows of a Parquet file that are read at a time
+_STRING_TYPES = ("string", "large_string")  # types of Parquet columns
+_GROUP_BYTES = 1 << 24  # JSON bytes of the rows of one Parquet row group
+_NUMBERS = {"score": "float64", "position": "int64", "choice": "int64"}  # fields of answers that are not strings
 
 
 def is_documents(path: Path) -> bool:
-    """Whether a file is one of documents, by its name; others are one text."""
+    """Whether a file has documents, by its suffix; any other file is one text."""
     return path.suffix.lower() in SUFFIXES
 
 
 def is_parquet(path: Path) -> bool:
-    """By its name."""
+    """Whether a file is Parquet, by its suffix."""
     return path.suffix.lower() == ".parquet"
 
 
 def check_source(source: Path) -> None:
-    """Look at what can be known of a file before its documents are read.
+    """Check a file before its documents are read.
 
     Raises:
-        InputError: it is no file, or a Parquet file with a column twice, or without text and input_ids.
-        DependencyError: it is a Parquet file, and pyarrow is not installed.
+        InputError: the file does not exist, or is a Parquet file with two columns of one name, or with neither text nor
+            input_ids.
+        DependencyError: the file is Parquet and pyarrow is not installed.
     """
     if not source.is_file():
         raise InputError(f"{source} does not exist, or is no file")
     if not is_parquet(source):
         return
     names = _open_parquet(source).schema_arrow.names
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if twice:
-        raise InputError(f"{source} has several columns of the name {twice[0]!r}; rename all but one")
+    repeated = [name for name, number in Counter(names).items() if number > 1]
+    if repeated:
+        raise InputError(f"{source} has several columns of the name {repeated[0]!r}; rename all but one")
     if not {"text", "input_ids"} & set(names):
         columns = ", ".join(map(repr, names)) or "none"
         raise InputError(f"{source} has the columns {columns}; one must be text or input_ids")
 
 
 def count_documents(source: Path) -> int:
-    """Number of documents in a file, bad ones included."""
+    """Number of documents in a file, broken ones included."""
     if is_parquet(source):
         return int(_open_parquet(source).metadata.num_rows)
     return sum(1 for _ in _bytes_lines(source))
 
 
 def read_documents(source: Path, start: int = 0) -> Iterator[tuple[int, Any]]:
-    """(number, document or InputError), numbers from 1; the first `start` documents are left out.
+    """Yield (number, document or InputError) for each document; numbers begin at 1.
 
+    Args:
+        start: number of documents to skip.
     Raises:
         InputError: the file cannot be read.
     """
@@ -74,13 +78,14 @@ def read_documents(source: Path, start: int = 0) -> Iterator[tuple[int, Any]]:
 
 
 def write_rows(lines: Callable[[], Iterator[bytes]], output: Path, outputs: Sequence[TensorSpec]) -> None:
-    """Write rows, given as lines of JSON, in the format that the output's name asks for; whole or not at all.
+    """Write all rows to a file atomically, in the format of its suffix.
 
     Args:
-        lines: gives them all at each call.
+        lines: returns an iterator over all rows as lines of JSON; it may be called more than once.
         outputs: the model's outputs per sequence.
     Raises:
-        InputError: Parquet cannot hold them. OSError: the file cannot be written.
+        InputError: Parquet cannot represent the rows.
+        OSError: the file cannot be written.
     """
     with replacing(output) as path, path.open("wb") as file:
         if is_parquet(output):
@@ -92,19 +97,21 @@ def write_rows(lines: Callable[[], Iterator[bytes]], output: Path, outputs: Sequ
 
 
 def _bytes_lines(source: Path) -> Iterator[bytes]:
+    """Yield the lines of a file; of a longer line than `_MAX_LINE_BYTES`, its first `_MAX_LINE_BYTES` + 1 bytes."""
     try:
         with source.open("rb") as file:
-            while line := file.readline(_LONGEST_LINE + 1):
+            while line := file.readline(_MAX_LINE_BYTES + 1):
                 yield line
-                while len(line) > _LONGEST_LINE and not line.endswith(b"\n"):  # what is left of it
-                    line = file.readline(_LONGEST_LINE + 1)
+                while len(line) > _MAX_LINE_BYTES and not line.endswith(b"\n"):  # skip the rest of the line
+                    line = file.readline(_MAX_LINE_BYTES + 1)
     except OSError as error:
         raise InputError(f"{source} cannot be read: {one_line(error)}") from error
 
 
 def _json_document(line: bytes) -> Any:
-    if len(line) > _LONGEST_LINE:
-        return InputError(f"a line of more than {_LONGEST_LINE:,} bytes; split the document")
+    """Parse one line; an InputError if it is too long, not UTF-8 or not JSON."""
+    if len(line) > _MAX_LINE_BYTES:
+        return InputError(f"a line of more than {_MAX_LINE_BYTES:,} bytes; split the document")
     try:
         return parse_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -113,11 +120,11 @@ def _json_document(line: bytes) -> Any:
         return InputError(f"broken JSON: {one_line(error)}" if line.strip() else "empty line")
 
 
-def _open_parquet(source: Path, held_once: Sequence[str] = ()) -> Any:
-    """A Parquet file. Equal values of the columns `held_once`, of strings, are held once in memory, as in the file."""
+def _open_parquet(source: Path, dictionary_columns: Sequence[str] = ()) -> Any:
+    """Open a Parquet file; string columns in `dictionary_columns` stay dictionary-encoded in memory."""
     parquet = require("pyarrow.parquet", "parquet")
     try:
-        return parquet.ParquetFile(source, read_dictionary=held_once)
+        return parquet.ParquetFile(source, read_dictionary=dictionary_columns)
     except MemoryError:
         raise
     except Exception as error:
@@ -125,11 +132,12 @@ def _open_parquet(source: Path, held_once: Sequence[str] = ()) -> Any:
 
 
 def _parquet_documents(source: Path, start: int) -> Iterator[tuple[int, Any]]:
+    """`read_documents` for Parquet."""
     columns = [column for column in _open_parquet(source).schema_arrow if column.name in FIELDS]
-    file = _open_parquet(source, [column.name for column in columns if str(column.type) in _STRINGS])
+    file = _open_parquet(source, [column.name for column in columns if str(column.type) in _STRING_TYPES])
     number = 0
     try:
-        for batch in file.iter_batches(_BATCH, columns=[column.name for column in columns]):
+        for batch in file.iter_batches(_BATCH_ROWS, columns=[column.name for column in columns]):
             for i in range(batch.num_rows):
                 number += 1
                 if number > start:
@@ -141,7 +149,7 @@ def _parquet_documents(source: Path, start: int) -> Iterator[tuple[int, Any]]:
 
 
 def _parquet_document(batch: Any, index: int) -> Any:
-    """One row of a record batch; a value that Python has no form for is an InputError of this row alone."""
+    """Convert one row of a record batch to Python types; an InputError if Python cannot represent a value."""
     try:
         return batch.slice(index, 1).to_pylist()[0]
     except MemoryError:
@@ -151,6 +159,7 @@ def _parquet_document(batch: Any, index: int) -> Any:
 
 
 def _write_parquet(lines: Callable[[], Iterator[bytes]], file: IO[bytes], outputs: Sequence[TensorSpec]) -> None:
+    """`write_rows` for Parquet; reads the rows twice, first to find their schema."""
     pyarrow, parquet = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
     try:
         schema, ids_as_text = _schema(pyarrow, lines(), outputs)
@@ -168,7 +177,7 @@ def _write_parquet(lines: Callable[[], Iterator[bytes]], file: IO[bytes], output
 
 
 def _groups(lines: Iterator[bytes]) -> Iterator[list[bytes]]:
-    """Lines of some megabytes together, one at least."""
+    """Group lines into lists of at least `_GROUP_BYTES`, except the last."""
     group: list[bytes] = []
     size = 0
     for line in lines:
@@ -182,14 +191,14 @@ def _groups(lines: Iterator[bytes]) -> Iterator[list[bytes]]:
 
 
 def _schema(pyarrow: Any, lines: Iterator[bytes], outputs: Sequence[TensorSpec]) -> tuple[Any, bool]:
-    """The columns that the rows have, and whether ids are written as text: no other type holds them all."""
+    """The schema of the rows, and whether ids are written as text because no other column type holds all of them."""
     names: dict[str, None] = {"line": None}
-    answer: dict[str, None] = {}
+    answer_fields: dict[str, None] = {}
     id_types: set[str] = set()
     for row in map(json.loads, lines):
         names.update(dict.fromkeys(row))
         if row.get("answers"):
-            answer.update(dict.fromkeys(row["answers"][0]))
+            answer_fields.update(dict.fromkeys(row["answers"][0]))
         if "id" in row:
             id_types.add(_id_type(row["id"]))
     ids_as_text = len(id_types) > 1 or id_types == {"json"}
@@ -199,7 +208,7 @@ def _schema(pyarrow: Any, lines: Iterator[bytes], outputs: Sequence[TensorSpec])
         "window": pyarrow.int64(),
         "tokens": pyarrow.int64(),
         "answers": pyarrow.list_(
-            pyarrow.struct([(key, pyarrow.type_for_alias(_NUMBERS.get(key, "string"))) for key in answer])
+            pyarrow.struct([(key, pyarrow.type_for_alias(_NUMBERS.get(key, "string"))) for key in answer_fields])
         ),
         "outputs": pyarrow.struct([(spec.name, _output_type(pyarrow, spec)) for spec in outputs]),
         "error": pyarrow.string(),
@@ -210,20 +219,21 @@ def _schema(pyarrow: Any, lines: Iterator[bytes], outputs: Sequence[TensorSpec])
 
 
 def _id_type(value: Any) -> str:
-    """The column type of one id; "json" where none of the plain ones holds it."""
+    """The column type of one id; "json" if it is no string, bool, float or int64."""
     if type(value) is int:
         return "int64" if -(2**63) <= value < 2**63 else "json"
     return {str: "string", bool: "bool", float: "float64"}.get(type(value), "json")
 
 
 def _text_of(value: Any) -> str:
+    """An id as text: a string unchanged, any other value as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _output_type(pyarrow: Any, spec: TensorSpec) -> Any:
-    """Nested lists, one for each axis but the batch."""
-    kind = "float64" if "float" in spec.dtype else "bool" if spec.dtype == "bool" else "int64"
-    found = pyarrow.type_for_alias(kind)
+    """The column type of an output: nested lists, one for each axis except the batch."""
+    item = "float64" if "float" in spec.dtype else "bool" if spec.dtype == "bool" else "int64"
+    column = pyarrow.type_for_alias(item)
     for _ in spec.shape[1:]:
-        found = pyarrow.list_(found)
-    return found
+        column = pyarrow.list_(column)
+    return column

@@ -1,4 +1,4 @@
-"""The journal of a run over documents: rows as they are computed, chunk by chunk, so that a stopped run goes on."""
+"""The journal of a run over documents: a checkpoint of its rows, from which a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ from lfx.checks import parse_json
 from lfx.errors import InputError, one_line
 from lfx.files import is_at, open_journal, try_lock
 
-_MARKER = b'{"chunk":'  # a row begins with {"line":
+_MARKER = b'{"chunk":'  # the start of a marker; a row starts with {"line":
 
 
 def journal_path(output: Path) -> Path:
-    """Where the journal of an output is."""
+    """The path of an output's journal: a hidden file beside the output."""
     return output.with_name(f".{output.name}.partial")
 
 
 class Journal:
-    """The journal of one output, open and locked; a context manager.
+    """The open and locked journal of one output. A context manager.
 
-    It has a header line, then for each chunk of documents its rows and a marker. A marker has the number of documents,
-    the number of refused ones, and the sha256 of everything before it: a chunk counts only where that is right.
+    The file has a header line, then for each chunk of documents its rows and a marker. A marker has the number of
+    documents of the chunk, the number of refused ones, and the sha256 of all bytes before the marker. A chunk is
+    complete if its marker is correct.
 
     Args:
-        output: the file that the rows are for.
-        header: what decides the rows. An earlier journal with the same header is gone on with, from the end of its last
-            whole chunk; any other is emptied.
-        chunk: most documents of a chunk.
+        output: path of the output file.
+        header: all that decides the rows, as JSON types. A journal with the same header is resumed after its last
+            complete chunk; any other journal is emptied.
+        chunk: largest number of documents of a chunk.
     Attributes:
-        documents: number of documents in whole chunks. refused: of these.
+        path: of the journal.
+        documents: number of documents in complete chunks.
+        refused: number of these that were refused.
     Raises:
-        InputError: another run writes to this output, or something else has the journal's name.
+        InputError: another run is writing to this output, or the journal's path is no file of lfx's.
     """
 
     def __init__(self, output: Path, header: dict[str, Any], chunk: int) -> None:
@@ -58,36 +61,37 @@ class Journal:
             raise
 
     def _start(self, output: Path) -> None:
-        # A run that ended between our opening and locking took the file away.
+        # `is_at` is False if another run ended, and removed the file, after this one opened it.
         if not try_lock(self._file.fileno()) or not is_at(self._file.fileno(), self.path):
             raise InputError(f"another run is writing {output}; wait for it, or give another --output")
         if self._file.read(len(self._header)) == self._header:
-            self._keep_whole_chunks()
+            self._keep_complete_chunks()
         else:
             self.restart()
 
     def restart(self) -> None:
-        """Empty it."""
+        """Remove all rows."""
         self.documents = self.refused = 0
         self._file.seek(0)
         self._file.truncate(0)
         self._digest = hashlib.sha256(self._header)
         self._file.write(self._header)
 
-    def _keep_whole_chunks(self) -> None:
+    def _keep_complete_chunks(self) -> None:
+        """Count the complete chunks at the start of the journal, and truncate the file after them."""
         self._digest = hashlib.sha256(self._header)
         digest, position = self._digest.copy(), len(self._header)
-        end, found = position, set[int]()
+        end, numbers = position, set[int]()  # of the last complete chunk; of the documents after it
         for line in self._file:
             position += len(line)
             if line.startswith(_MARKER):
                 counts = self._counts(line, digest.hexdigest())
-                if counts is None or found != set(range(self.documents + 1, self.documents + counts[0] + 1)):
+                if counts is None or numbers != set(range(self.documents + 1, self.documents + counts[0] + 1)):
                     break
-                found = set()
+                numbers = set()
                 self.documents, self.refused = self.documents + counts[0], self.refused + counts[1]
             elif (number := _number(line)) is not None:
-                found.add(number)
+                numbers.add(number)
             else:
                 break
             digest.update(line)
@@ -97,10 +101,10 @@ class Journal:
         self._file.truncate(end)
 
     def _counts(self, line: bytes, digest: str) -> tuple[int, int] | None:
-        """Numbers of documents and refused ones that a marker tells; None where it is not as `end_chunk` writes it."""
+        """The numbers of documents and of refused ones in a marker; None if `end_chunk` did not write it."""
         try:
-            chunk = parse_json(line)["chunk"]
-            done, refused = chunk["done"], chunk["refused"]
+            marker = parse_json(line)["chunk"]
+            done, refused = marker["done"], marker["refused"]
         except (ValueError, KeyError, TypeError):
             return None
         if type(done) is not int or type(refused) is not int or line != _marker(done, refused, digest):
@@ -108,14 +112,15 @@ class Journal:
         return (done, refused) if 1 <= done <= self._chunk and 0 <= refused <= done else None
 
     def write(self, row: dict[str, Any]) -> None:
-        """Add a row of the chunk that is being computed."""
+        """Append a row of the current chunk."""
         self._write(_line(row))
 
     def end_chunk(self, done: int, refused: int) -> None:
-        """Mark the rows since the last marker as whole, and bring them to the disk.
+        """Write the marker of the current chunk, and fsync the file.
 
         Args:
-            done: number of documents that they are of, 1 to `chunk`. refused: of these.
+            done: number of documents of the chunk, 1 to `chunk`.
+            refused: number of these that were refused.
         """
         self._write(_marker(done, refused, self._digest.hexdigest()))
         self._file.flush()
@@ -123,12 +128,12 @@ class Journal:
         self.documents, self.refused = self.documents + done, self.refused + refused
 
     def rows(self) -> Iterator[bytes]:
-        """The lines of all rows, from the first."""
+        """Iterate over the lines of all rows, from the first."""
         self._file.seek(len(self._header))
         return (line for line in self._file if not line.startswith(_MARKER))
 
     def remove(self) -> None:
-        """Take it away; nothing can be written after that."""
+        """Delete the journal; nothing may be written afterwards."""
         self.path.unlink(missing_ok=True)
 
     def _write(self, line: bytes) -> None:
@@ -145,7 +150,7 @@ class Journal:
 
 
 def _number(row: bytes) -> int | None:
-    """The line of the input that a row is of; None where it is no row."""
+    """The number of the input line that a row belongs to; None if the bytes are no row."""
     try:
         number = parse_json(row)["line"]
     except (ValueError, KeyError, TypeError):
@@ -154,7 +159,7 @@ def _number(row: bytes) -> int | None:
 
 
 def _line(value: dict[str, Any]) -> bytes:
-    # A lone surrogate, which UTF-8 does not have, becomes JSON's own escape for it.
+    # UTF-8 cannot encode a lone surrogate; backslashreplace writes the escape that JSON has for it.
     return (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace")
 
 

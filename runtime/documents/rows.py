@@ -1,4 +1,4 @@
-"""From documents to rows: the windows that the model is given, run in groups, and what is written of each."""
+"""Converts documents to rows: tokenizes them into windows, runs the windows in groups, and formats the outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lfx.runtime.postprocess import Postprocessor
 from lfx.runtime.tokenizer import Encoded, Tokenizer
 from lfx.signature import Signature, TensorSpec
 
-# Outputs per token of the windows that run together: those of a fill-mask model have 200 kB a token.
+# Limit of the bytes of outputs per token in one group of windows; a fill-mask model has 200 kB for each token.
 OUTPUT_BYTES = 1 << 30
 
 Outputs = dict[str, NDArray[Any]]
@@ -26,11 +26,14 @@ Outputs = dict[str, NDArray[Any]]
 
 @dataclass
 class Summary:
-    """What a run did, this time.
+    """Counts of a run.
 
     Attributes:
-        documents: of the input, those of an earlier run included. refused: of these, with a reason in a row of theirs.
-        windows: computed this time. tokens: of these.
+        documents: number of documents with rows, including those of earlier runs that this run resumed.
+        refused: number of these that have an error in place of outputs.
+        windows: number of windows computed in this run.
+        tokens: number of tokens of these windows.
+        resumed_at: number of documents done in earlier runs.
     """
 
     documents: int = 0
@@ -42,7 +45,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Window:
-    """A window that waits to be run, and the row that it gets so far."""
+    """A window to run, and the fields of its row that are known before."""
 
     row: dict[str, Any]
     encoded: Encoded
@@ -50,7 +53,7 @@ class _Window:
 
 @dataclass(frozen=True)
 class Runner:
-    """Computes rows; counts what it ran in `summary`."""
+    """Computes the rows of documents, and counts windows and tokens in `summary`."""
 
     engine: Engine
     tokenizer: Tokenizer | None
@@ -60,8 +63,8 @@ class Runner:
     summary: Summary
 
     def rows(self, documents: Iterable[tuple[int, Any]]) -> Iterator[dict[str, Any]]:
-        """The rows of some documents, in order. Windows run in groups that only the documents decide."""
-        group: list[_Window | dict[str, Any]] = []  # windows to run, and rows that need none, in order
+        """Yield the rows of (number, document) pairs, in order. The groups of windows depend on the documents alone."""
+        group: list[_Window | dict[str, Any]] = []  # windows to run and rows of refused documents, in order
         windows = tokens = 0
         bytes_per_token = _output_bytes_per_token(self.engine.signature)
         for line, document in documents:
@@ -76,7 +79,7 @@ class Runner:
         yield from self._run_group(group)
 
     def _items(self, line: int, document: Any) -> Iterator[_Window | dict[str, Any]]:
-        """The windows of one document, or the row that says why it has none."""
+        """Yield the windows of one document, or a row with the reason why it is refused."""
         row: dict[str, Any] = {"line": line}
         try:
             if isinstance(document, dict) and document.get("id") is not None:
@@ -91,24 +94,25 @@ class Runner:
             yield _Window({**row, **({"window": number} if self.stride is not None else {})}, window)
 
     def _run_group(self, group: list[_Window | dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Run the windows of a group; yields all its rows, in order."""
         results = iter(self._outputs([item.encoded.ids for item in group if isinstance(item, _Window)]))
         for item in group:
             yield self._row(item, next(results)) if isinstance(item, _Window) else item
 
     def _outputs(self, sequences: list[list[int]]) -> Sequence[Outputs | Exception]:
-        """What the engine gives for each sequence, or why it gives nothing."""
+        """The engine's outputs for each sequence, or the exception that it raises for it."""
         if not sequences:
             return []
         try:
             return list(self.engine.stream(sequences, ahead=AHEAD))
         except MemoryError:
             raise
-        except Exception:  # one sequence may be the cause, or their number
-            found = [self._outputs_alone(ids) for ids in sequences]
-        failures = [result for result in found if isinstance(result, Exception)]
-        if len(failures) == len(found):
+        except Exception:  # one sequence may be the cause, or the size of a batch
+            results = [self._outputs_alone(ids) for ids in sequences]
+        failures = [result for result in results if isinstance(result, Exception)]
+        if len(failures) == len(results):
             self._check_engine(failures[0])
-        return found
+        return results
 
     def _outputs_alone(self, ids: list[int]) -> Outputs | Exception:
         try:
@@ -119,10 +123,10 @@ class Runner:
             return error
 
     def _check_engine(self, failure: Exception) -> None:
-        """Stop the run where the engine cannot run a single token either.
+        """Raise an error if the engine cannot even run a single token.
 
         Raises:
-            LfxError: it cannot.
+            LfxError: it cannot; stops the run.
         """
         try:
             if self.engine.supports_shape(1, 1):
@@ -131,11 +135,12 @@ class Runner:
             raise
         except Exception:
             raise LfxError(
-                f"the engine fails on every input: {_reason(failure)}; what is done is kept, and the same command goes "
-                "on from there"
+                f"the engine fails on every input: {_reason(failure)}; what is done is kept, and the same command "
+                "resumes from there"
             ) from failure
 
     def _row(self, window: _Window, outputs: Outputs | Exception) -> dict[str, Any]:
+        """The complete row of a window that was run."""
         if isinstance(outputs, Exception):
             return {**window.row, "error": _reason(outputs)}
         self.summary.windows += 1
@@ -154,15 +159,22 @@ class Runner:
 def windows_of(
     document: Any, signature: Signature, tokenizer: Tokenizer | None, stride: int | None, max_windows: int | None = None
 ) -> Sequence[Encoded]:
-    """What the model is given for one document, checked; windows are made when they are asked for.
+    """Tokenize and check one document.
 
+    Args:
+        document: from `read_documents`.
+        tokenizer: None if documents have input_ids.
+        stride: as for `Tokenizer.windows`; None = one window.
+        max_windows: largest number of windows; None = no limit.
+    Returns:
+        The windows; each is made when it is indexed.
     Raises:
-        InputError: the document, or one of its windows, is none that the model takes.
+        InputError: the document is broken, or the model cannot take one of its windows.
     """
     if isinstance(document, InputError):
         raise document
     if not isinstance(document, dict):
-        raise InputError(f"{type(document).__name__} where an object with text or input_ids should be")
+        raise InputError(f"the document is {type(document).__name__}; give an object with text or input_ids")
     windows = _encode(document, signature, tokenizer, stride)
     if max_windows is not None and len(windows) > max_windows:
         raise InputError(
@@ -170,21 +182,22 @@ def windows_of(
             f"or --max-windows {len(windows)}"
         )
     for window in windows:
-        prepare([window.ids], None, None, signature)  # ids and lengths
+        prepare([window.ids], None, None, signature)  # checks ids and lengths
     return windows
 
 
 def _encode(
     document: dict[str, Any], signature: Signature, tokenizer: Tokenizer | None, stride: int | None
 ) -> Sequence[Encoded]:
+    """The windows of a document from its fields."""
     text, pair, ids = document.get("text"), document.get("pair"), document.get("input_ids")
     if (text is None) == (ids is None):
         fields = ", ".join(sorted(ascii(name)[1:-1] for name in document)) or "none"
-        raise InputError(f"fields {fields}; give either text or input_ids")
+        raise InputError(f"the document has the fields {fields}; give either text or input_ids")
     if ids is not None:
         if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
-            raise InputError("input_ids is no list of whole numbers, one at least")
-        prepare([ids], None, None, signature)  # before a piece is made for each of too many
+            raise InputError("input_ids must be a list of at least one whole number")
+        prepare([ids], None, None, signature)  # checks the length before pieces are made
         return [Encoded(ids, [str(i) for i in ids])]
     if not isinstance(text, str) or not text.strip() or not isinstance(pair, str | None):
         raise InputError("text (and pair, if any) must be a string, and text not empty")
@@ -196,7 +209,11 @@ def _encode(
 
 
 def _checked_id(value: Any) -> Any:
-    """Raises: InputError: JSON cannot hold it."""
+    """Return the id of a document.
+
+    Raises:
+        InputError: JSON cannot represent it.
+    """
     try:
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
@@ -205,10 +222,12 @@ def _checked_id(value: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
+    """The text of an exception for a row's `error`."""
     return one_line(error) if isinstance(error, LfxError) else f"{type(error).__name__}: {one_line(error)}"
 
 
 def _answers(postprocessor: Postprocessor | None, window: Encoded, outputs: Outputs) -> list[dict[str, Any]]:
+    """The answers of a window, floats rounded; empty without a postprocessor."""
     if postprocessor is None:
         return []
     answers = postprocessor.answers(window, {name: array[None] for name, array in outputs.items()})
@@ -216,21 +235,23 @@ def _answers(postprocessor: Postprocessor | None, window: Encoded, outputs: Outp
 
 
 def outputs_per_sequence(signature: Signature) -> list[TensorSpec]:
-    """The outputs that a row has."""
+    """The outputs without a sequence axis; a row has these only."""
     return [spec for spec in signature.outputs if "sequence" not in spec.shape]
 
 
 def _output_bytes_per_token(signature: Signature) -> int:
+    """Bytes of all outputs per token, for one token."""
     shapes = [spec.shape for spec in signature.outputs if "sequence" in spec.shape]
     return sum(4 * math.prod(size for size in shape if isinstance(size, int)) for shape in shapes)
 
 
 def _plain(array: NDArray[Any]) -> Any:
-    """Nested lists, every float with the nine digits that a float32 has."""
+    """Convert an array to nested lists; floats are rounded to nine significant digits, enough for a float32."""
     if array.dtype.kind != "f":
         return array.tolist()
     return [_plain(part) for part in array] if array.ndim else _short(float(array))
 
 
 def _short(value: float) -> float | None:
-    return float(f"{value:.9g}") if np.isfinite(value) else None  # JSON knows no infinity
+    """Round to nine significant digits; None for NaN and infinities, which JSON does not have."""
+    return float(f"{value:.9g}") if np.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Files of documents: JSONL or Parquet in, one result for each in the same format out, going on where a run stopped."""
+"""`run_documents` runs a model over a file of documents and resumes a stopped run."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from lfx.runtime.postprocess import Postprocessor
 from lfx.runtime.tokenizer import END_TO_END, TOKENIZER, Encoded, Tokenizer
 from lfx.signature import Signature
 
-# Documents whose rows count together: a run that was stopped goes on behind its last whole chunk. Batches are formed
-# within a chunk, so that such a run has the same batches, and the same numbers, as one that was left alone.
+# Number of documents of a chunk. A stopped run resumes after its last complete chunk. Batches are formed within a
+# chunk, so a resumed run has the same batches, and bitwise the same outputs, as one that was not stopped.
 CHUNK = 256
 MAX_WINDOWS = 4096
 
@@ -46,28 +46,36 @@ def run_documents(
     progress: Callable[[str], None] = lambda step: None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Summary:
-    """Run every document of a file and write one row for each, or for each of its windows.
+    """Run each document of a file, and write one row for each document or window.
 
-    A document is an object with `text`, and `pair` where the task takes one, or with `input_ids`; its `id` is handed
-    on, other fields are not looked at. A row has `line` (of the input, from 1), `id`, `tokens`, `answers` where the
-    task has a reading, and `outputs`, the outputs per sequence; with a stride also `window` (from 0); and `error` in
-    place of these where the document was refused, or failed in the engine. In Parquet an id that is no string is
-    written as JSON text where no column type holds all ids.
+    A document is an object with `text`, and `pair` if the task takes one, or with `input_ids`. Its `id` is copied to
+    its rows; other fields are ignored.
 
-    A batch that fails in the engine is run again sequence by sequence, and those that fail alone get an `error`; the
-    run stops where the engine fails on every input.
+    A row has `line` (the document's number in the input, from 1), `id`, `window` (from 0, with a stride only), `tokens`
+    (number of tokens), `answers` (if there is a tokenizer and the task has answers) and `outputs` (the outputs without
+    a sequence axis). A document that is refused, or on which the engine fails, has `line`, `id` and `error` instead. If
+    no Parquet column type holds all ids, ids that are not strings are written as JSON text.
+
+    If a batch fails in the engine, its sequences run again one by one, and those that fail alone get an `error`. The
+    run stops with an error if the engine cannot run a single token.
 
     Args:
-        tokenizer: the tokenizer; None where every document has input_ids.
-        source, output: .jsonl (or .ndjson) or .parquet, each.
-        stride: documents longer than the model takes are cut into windows that begin every `stride` tokens, 1 or more;
-            None refuses them.
-        max_windows: most windows of one document, 1 or more; a document with more is refused.
-        progress: called after each chunk. report: called with a line for each refused document.
+        engine: the model; multiple-choice is not supported.
+        tokenizer: of the model; None if all documents have input_ids.
+        source, output: paths with the suffix .jsonl, .ndjson or .parquet.
+        stride: number of tokens from the start of a window to the start of the next, 1 or more, for documents longer
+            than the model's maximum. Default: such documents are refused.
+        max_windows: largest number of windows of a document, 1 or more; a document with more is refused. Default:
+            4,096.
+        progress: called with a line after each chunk of 256 documents.
+        report: called with a line for each row with an error.
+    Returns:
+        The counts of this run.
     Raises:
-        InputError: the files cannot be read or written, are of another kind, or the input was changed during the run.
-        DependencyError: one of the files is Parquet, and pyarrow is not installed.
-        LfxError: the engine fails on every input. What is done is kept.
+        InputError: an argument is out of range, a file cannot be read or written or has another suffix, or the input
+            changed during the run.
+        DependencyError: a file is Parquet and pyarrow is not installed.
+        LfxError: the engine cannot run any input. Completed chunks are kept, and the next run resumes after them.
     """
     if not isinstance(engine, Engine) or not isinstance(tokenizer, Tokenizer | None):
         raise InputError(
@@ -81,22 +89,10 @@ def run_documents(
         stamp, digest = _stamp(source), sha256(source)
     except OSError as error:
         raise InputError(f"{source} cannot be read: {one_line(error)}") from error
-    header = {
-        "journal": 2,
-        "lfx": __version__,
-        "input": digest,
-        "model": engine.identity,
-        "tokenizer": tokenizer.sha256 if tokenizer is not None else None,
-        "backend": engine.backend,
-        "precision": engine.precision,
-        "stride": stride,
-        "max_windows": max_windows,
-        "token_budget": engine.token_budget,
-        "groups": [CHUNK, AHEAD, OUTPUT_BYTES],
-    }
     summary = Summary()
     postprocessor = Postprocessor(tokenizer) if tokenizer is not None else None
     runner = Runner(engine, tokenizer, postprocessor, stride, max_windows, summary)
+    header = _header(runner, digest)
     try:
         with Journal(output, header, CHUNK) as journal:
             if journal.documents and journal.documents > count_documents(source):
@@ -114,22 +110,42 @@ def run_documents(
             _write_output(journal, output, engine.signature)
             journal.remove()
     except OSError as error:
-        cure = "make room on its disk" if is_disk_full(error) else "mend that"
+        cure = "make room on its disk" if is_disk_full(error) else "fix the cause"
         raise InputError(
             f"{output} cannot be written: {one_line(error)}; {cure}, and give the same command again: what is done is "
-            "kept, and it goes on from there"
+            "kept, and it resumes from there"
         ) from error
     return summary
 
 
+def _header(runner: Runner, digest: str) -> dict[str, Any]:
+    """The header of a journal: all that decides the rows. `digest` is the input's sha256."""
+    engine, tokenizer = runner.engine, runner.tokenizer
+    return {
+        "journal": 2,
+        "lfx": __version__,
+        "input": digest,
+        "model": engine.identity,
+        "tokenizer": tokenizer.sha256 if tokenizer is not None else None,
+        "backend": engine.backend,
+        "precision": engine.precision,
+        "stride": runner.stride,
+        "max_windows": runner.max_windows,
+        "token_budget": engine.token_budget,
+        "groups": [CHUNK, AHEAD, OUTPUT_BYTES],
+    }
+
+
 def encoded(source: Path, signature: Signature, folder: Path) -> Iterator[Encoded]:
-    """Every document of a file, long ones in windows that lie end to end; one document is in memory at a time.
+    """Tokenize each document of a file; a long document becomes windows without overlap.
 
     Args:
-        source: .jsonl or .parquet, as `run_documents` takes, or a text file, read as one document.
-        folder: holds the tokenizer, where texts are to be read.
+        source: path of a file as for `run_documents`, or of a text file, which is one document.
+        folder: of the tokenizer; it may have none if all documents have input_ids.
+    Yields:
+        The windows in order; one document is in memory at a time.
     Raises:
-        InputError: the file or a document cannot be read; says which line.
+        InputError: the file or a document cannot be read; the message has the document's line.
     """
     source, folder = file_path(source, "the file of documents"), file_path(folder, "the tokenizer's folder")
     check_source(source)
@@ -150,6 +166,7 @@ def encoded(source: Path, signature: Signature, folder: Path) -> Iterator[Encode
 
 
 def _check_files(engine: Engine, source: Path, output: Path) -> tuple[Path, Path]:
+    """Check the two paths before anything runs."""
     if engine.signature.task == "multiple-choice":
         raise InputError("files of documents are not run for multiple-choice; use Engine.run")
     source, output = file_path(source, "the input"), file_path(output, "the output")
@@ -159,14 +176,14 @@ def _check_files(engine: Engine, source: Path, output: Path) -> tuple[Path, Path
     if is_parquet(source) or is_parquet(output):
         require("pyarrow.parquet", "parquet")
     check_source(source)
-    same = os.path.realpath(output) == os.path.realpath(source)
-    if output.is_dir() or not output.absolute().parent.is_dir() or same:
+    is_source = os.path.realpath(output) == os.path.realpath(source)
+    if output.is_dir() or not output.absolute().parent.is_dir() or is_source:
         raise InputError(f"{output} cannot be written: it is a folder or the input, or its folder does not exist")
     return source, output
 
 
 def _chunks(documents: Iterator[tuple[int, Any]]) -> Iterator[Iterator[tuple[int, Any]]]:
-    """CHUNK documents each, read as they are taken; each chunk is to be taken to its end before the next."""
+    """Yield iterators over CHUNK documents each, read lazily; exhaust each one before the next."""
     for first in documents:
         yield itertools.chain([first], itertools.islice(documents, CHUNK - 1))
 
@@ -174,7 +191,7 @@ def _chunks(documents: Iterator[tuple[int, Any]]) -> Iterator[Iterator[tuple[int
 def _run_chunk(
     runner: Runner, chunk: Iterable[tuple[int, Any]], journal: Journal, report: Callable[[str], None]
 ) -> tuple[int, int]:
-    """Write the rows of a chunk as they are computed; returns the numbers of its documents and of those refused."""
+    """Write the rows of a chunk as they are computed; returns its number of documents and of refused ones."""
     lines, refused = set(), set()
     for row in runner.rows(chunk):
         journal.write(row)
@@ -186,7 +203,7 @@ def _run_chunk(
 
 
 def _stamp(source: Path) -> tuple[int, ...] | None:
-    """Changes when the file is written or replaced; None where it is gone."""
+    """Identity, size and time of a file, which change when it is written or replaced; None if it does not exist."""
     try:
         status = source.stat()
     except OSError:
@@ -195,6 +212,7 @@ def _stamp(source: Path) -> tuple[int, ...] | None:
 
 
 def _check_unchanged(source: Path, digest: str, journal: Journal) -> None:
+    """Raise InputError, and delete the journal, if the input changed during the run."""
     try:
         unchanged = sha256(source) == digest
     except OSError:
@@ -208,6 +226,7 @@ def _check_unchanged(source: Path, digest: str, journal: Journal) -> None:
 
 
 def _write_output(journal: Journal, output: Path, signature: Signature) -> None:
+    """Write the rows of the journal to the output; if Parquet cannot represent them, the error says how to get JSON."""
     try:
         write_rows(journal.rows, output, outputs_per_sequence(signature))
     except InputError as error:

@@ -3,8 +3,8 @@
 import os
 from importlib.metadata import version
 
-# ONNX Runtime starts a telemetry thread when it is imported, and a forked child waits for that thread at its end, for
-# ever. Set the variable to 0 to have its events sent.
+# ONNX Runtime starts a telemetry thread on import. A forked child does not have that thread, but waits for it at exit,
+# and never ends. Set the variable to 0 to send ONNX Runtime's telemetry events.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = version("longformer-lfx")  # pyproject.toml has it

@@ -1,4 +1,4 @@
-"""Checks of what comes from outside: numbers and paths of options, JSON. Each failure is one of lfx's own errors."""
+"""Checks of input from outside lfx: options (numbers, strings, flags, paths) and JSON."""
 
 from __future__ import annotations
 
@@ -6,22 +6,29 @@ import json
 import math
 import numbers
 import os
+from collections import Counter
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn
 
 from lfx.errors import InputError, LfxError
 
-NUMBER, COUNT = (int, float), (int, NoneType)  # types of JSON values; see `check_shape`
-LARGEST = 2**63 - 1  # of a whole number that names no other limit
-_DEEPEST = 100  # levels of JSON, far fewer than Python's own stack has
+# Types of JSON values; see `check_shape`. A COUNT may be null.
+NUMBER, COUNT = (int, float), (int, NoneType)
+LARGEST = 2**63 - 1  # default upper limit of whole numbers: the largest int64
+_MAX_DEPTH = 100  # levels of nested JSON, far below Python's recursion limit
 
 
 def whole_number(value: Any, name: str, low: int, high: int = LARGEST, error: type[LfxError] = InputError) -> int:
-    """An option that must be a whole number from `low` to `high`; numpy's integers will do.
+    """Check an option that must be a whole number, and return it as an int.
 
+    Args:
+        value: a Python or numpy integer; bool is refused.
+        name: of the option, for the message.
+        low, high: smallest and largest allowed value, both included.
+        error: the type of LfxError to raise.
     Raises:
-        LfxError: of the type `error`, where it is another type or out of range.
+        LfxError: of type `error`: the value has another type or is out of range.
     """
     allowed = f"a whole number from {low} to {high}" if high < LARGEST else f"a whole number, {low} or more"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -33,10 +40,10 @@ def whole_number(value: Any, name: str, low: int, high: int = LARGEST, error: ty
 
 
 def real_number(value: Any, name: str, low: float, high: float, error: type[LfxError] = InputError) -> float:
-    """An option that must be a number from `low` to `high`.
+    """Check an option that must be a real number from `low` to `high`, and return it as a float.
 
     Raises:
-        LfxError: of the type `error`, where it is another type or out of range.
+        LfxError: of type `error`: the value has another type, or is out of range or NaN.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise error(f"{name} is {shown(value)}; give a number from {low:g} to {high:g}")
@@ -50,10 +57,10 @@ def real_number(value: Any, name: str, low: float, high: float, error: type[LfxE
 
 
 def one_of(value: Any, name: str, allowed: Any, error: type[LfxError] = InputError) -> str:
-    """An option that must be one of some strings.
+    """Check an option that must be one of the strings in `allowed`, and return it.
 
     Raises:
-        LfxError: of the type `error`, where it is not.
+        LfxError: of type `error`: the value is none of them.
     """
     if not isinstance(value, str) or value not in allowed:
         raise error(f"{name} {shown(value)} is not known; choose one of: {', '.join(allowed)}")
@@ -61,10 +68,10 @@ def one_of(value: Any, name: str, allowed: Any, error: type[LfxError] = InputErr
 
 
 def flag(value: Any, name: str, error: type[LfxError] = InputError) -> bool:
-    """An option that must be True or False.
+    """Check an option that must be True or False, and return it.
 
     Raises:
-        LfxError: of the type `error`, where it is not.
+        LfxError: of type `error`: the value is no bool.
     """
     if not isinstance(value, bool):
         raise error(f"{name} is {shown(value)}; give True or False")
@@ -72,10 +79,11 @@ def flag(value: Any, name: str, error: type[LfxError] = InputError) -> bool:
 
 
 def file_path(value: Any, name: str, error: type[LfxError] = InputError) -> Path:
-    """An option that must be a path which the system can look up, whether or not something is there.
+    """Check an option that must be a path, and return it. The file need not exist.
 
     Raises:
-        LfxError: of the type `error`, where it is another type, too long, or holds a NUL.
+        LfxError: of type `error`: the value is no path, is too long, holds a NUL, or lies in a folder that this user
+            may not search.
     """
     if not isinstance(value, str | os.PathLike):
         raise error(f"{name} is {shown(value)}; give a path")
@@ -91,56 +99,58 @@ def file_path(value: Any, name: str, error: type[LfxError] = InputError) -> Path
 
 
 def output_file(value: Any, name: str, error: type[LfxError] = InputError) -> Path:
-    """An option that must be a path where a file can be: no folder, in a folder that is there.
+    """Check an option that names a file to write, and return its path: not a folder, and its folder exists.
 
     Raises:
-        LfxError: of the type `error`, where it is none.
+        LfxError: of type `error`: the path is a folder, its folder does not exist, or `file_path` refuses it.
     """
     path = file_path(value, name, error)
     try:
-        fits = not path.is_dir() and path.absolute().parent.is_dir()
+        is_writable = not path.is_dir() and path.absolute().parent.is_dir()
     except OSError as problem:
         raise error(f"{path} cannot be written: {problem.strerror}; choose another {name}") from problem
-    if not fits:
+    if not is_writable:
         raise error(f"{path} cannot be written: it is a folder, or its folder does not exist; choose another {name}")
     return path
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON as its standard has it: without NaN or infinities, and with each key of an object once.
+    """Parse JSON strictly: NaN, Infinity and repeated keys of an object are errors.
 
     Raises:
-        ValueError: the text is no such JSON, not UTF-8, or nested too deeply.
+        ValueError: the text is not such JSON, not UTF-8, or nested more than 100 levels deep.
     """
     try:
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    layer = [value]
-    for _ in range(_DEEPEST):
-        inner = (list(item.values()) if isinstance(item, dict) else item for item in layer)
-        layer = [item for items in inner if isinstance(items, list) for item in items if isinstance(item, dict | list)]
-        if not layer:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        children = (list(item.values()) if isinstance(item, dict) else item for item in level)
+        level = [
+            item for items in children if isinstance(items, list) for item in items if isinstance(item, dict | list)
+        ]
+        if not level:
             return value
     raise ValueError("nested too deeply")
 
 
 def check_shape(value: Any, shape: Any, name: str) -> None:
-    """Check that a JSON value has the types that it should have.
+    """Check the types inside a JSON value.
 
     Args:
-        shape: a type, or a tuple of types; [shape] for a list; {key: shape} for an object that has these keys, and may
-            have others. A key that ends with "?" may be missing; "*" stands for every key of the object.
-        name: what the value is, for the message.
+        shape: the expected types. A type, or a tuple of types, for a plain value; [shape] for a list; {key: shape} for
+            an object, which may have other keys too. A key that ends with "?" is optional; "*" stands for all keys.
+        name: of the value, for the message.
     Raises:
-        ValueError: a value of another type, or a key that is missing; says where.
+        ValueError: a value has another type or a key is missing; the message names it.
     """
     if isinstance(shape, dict):
         _require_type(value, (dict,), name)
         for key, inner in shape.items():
             if key == "*":
-                for found, item in value.items():
-                    label = found if found.isprintable() else ascii(found)
+                for item_key, item in value.items():
+                    label = item_key if item_key.isprintable() else ascii(item_key)
                     check_shape(item, inner, f"{name}: {label[:80]}")
             elif key.removesuffix("?") in value:
                 check_shape(value[key.removesuffix("?")], inner, f"{name}: {key.removesuffix('?')}")
@@ -155,13 +165,13 @@ def check_shape(value: Any, shape: Any, name: str) -> None:
 
 
 def _require_type(value: Any, types: tuple[type, ...], name: str) -> None:
-    if type(value) not in types:  # a bool is no int here
-        names = " or ".join("null" if found is NoneType else found.__name__ for found in types)
+    if type(value) not in types:  # isinstance would take a bool for an int
+        names = " or ".join("null" if allowed is NoneType else allowed.__name__ for allowed in types)
         raise ValueError(f"{name} is broken: {type(value).__name__} where {names} should be")
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """JSON of plain types, with null in the place of NaN and infinities, which JSON does not have."""
+    """Serialize plain types to JSON; NaN and infinities, which JSON does not have, become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
@@ -178,17 +188,20 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
-    return found
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"the key {shown(next(name for name in counts if counts[name] > 1))} stands twice")
+    return value
 
 
 def shown(value: Any) -> str:
-    """A value for a message: its own form, cut, or its type where that is no short line."""
+    """Format a value for an error message: its repr, strings shortened; its type if the repr is long or unprintable."""
     try:
         text = repr(f"{value[:60]}…" if isinstance(value, str) and len(value) > 70 else value)
     except Exception:
         return type(value).__name__
-    return text if len(text) <= 80 and text.isprintable() else f"a {type(value).__name__}"
+    if len(text) <= 80 and text.isprintable():
+        return text
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"

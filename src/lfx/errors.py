@@ -1,13 +1,13 @@
-"""Every error that lfx raises on purpose. Each message says what came, what is allowed and what to do.
+"""The errors that lfx raises on purpose. Each message says what was given, what is allowed and what to do.
 
 LfxError
 ├── ExportError      a model, a checkpoint or an option that cannot be exported
 ├── BuildError       an engine that cannot be built
-├── PluginError      the plugin library is missing or does not fit
+├── PluginError      the plugin library is missing, cannot be loaded or does not support the model
 ├── InputError       ids, masks or text that the model cannot take
-├── ParityError      an artifact whose numbers are not the model's
-├── ArtifactError    a bundle or plan that is missing, cut, changed or of another format
-├── OverloadError    more requests than a Batcher was told to keep waiting
+├── ParityError      an artifact whose outputs differ from the model's by more than the tolerance
+├── ArtifactError    a bundle or plan that is missing, truncated, changed or of another format
+├── OverloadError    more pending requests than a Batcher's max_pending, or a closed Batcher
 └── DependencyError  an extra that is not installed, or a backend that is not on this machine
 """
 
@@ -17,9 +17,9 @@ import importlib
 import re
 from types import ModuleType
 
-# OpenVINO begins its errors with the places in its source that they went through.
-_OPENVINO_PLACE = re.compile(r"(Exception from|Check '.*' failed at) src/.*:\d+:$")
-# What libraries and systems say, in lower case, and what helps.
+# OpenVINO puts the source locations that an error passed through before its text.
+_OPENVINO_LOCATION = re.compile(r"(Exception from|Check '.*' failed at) src/.*:\d+:$")
+# Fragments of error texts of libraries and systems, in lower case -> what the user can do.
 _CURES = {
     ("bad_alloc", "out of memory", "out_of_memory", "failed to allocate", "unable to allocate", "cannot allocate"): (
         "use shorter or fewer sequences, or a smaller model"
@@ -44,7 +44,7 @@ class BuildError(LfxError):
 
 
 class PluginError(LfxError):
-    """The plugin library is missing or does not fit."""
+    """The plugin library is missing, cannot be loaded or does not support the model."""
 
 
 class InputError(LfxError):
@@ -52,15 +52,15 @@ class InputError(LfxError):
 
 
 class ParityError(LfxError):
-    """An artifact whose numbers are not the model's."""
+    """An artifact whose outputs differ from the model's by more than the tolerance."""
 
 
 class ArtifactError(LfxError):
-    """A bundle or plan that is missing, cut, changed or of another format."""
+    """A bundle or plan that is missing, truncated, changed or of another format."""
 
 
 class OverloadError(LfxError):
-    """More requests than a Batcher was told to keep waiting, or a closed Batcher: a server answers 503."""
+    """More pending requests than a Batcher's max_pending, or a closed Batcher; a server should answer 503."""
 
 
 class DependencyError(LfxError):
@@ -68,7 +68,7 @@ class DependencyError(LfxError):
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import `module`, or say which extra brings it.
+    """Import `module`, or say which extra installs it.
 
     Raises:
         DependencyError: the module is not installed.
@@ -84,19 +84,19 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The first meaningful line of another library's error, cut to `limit` characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not _OPENVINO_PLACE.match(line)]
+    """The first informative line of another library's error, cut to `limit` characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not _OPENVINO_LOCATION.match(line)]
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def with_cure(error: BaseException, limit: int = 300) -> str:
-    """`one_line`, or the words of the system, and what to do where memory or disk ran out, or a file is missing."""
+    """`one_line`, or an OSError's own text, followed by a cure if memory or disk ran out or a file is missing."""
     text = one_line(error, limit)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     if isinstance(error, MemoryError):
         text = f"out of memory: {text}" if str(error) else "out of memory"
-    said = f"{text} {error}".lower()
-    cures = [cure for signs, cure in _CURES.items() if any(sign in said for sign in signs)]
+    message = f"{text} {error}".lower()
+    cures = [cure for fragments, cure in _CURES.items() if any(fragment in message for fragment in fragments)]
     return "; ".join([text, *cures[:1]])

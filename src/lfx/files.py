@@ -1,9 +1,9 @@
-"""Files that lfx writes: whole or not at all, through no link, and cleared up after a process that was killed.
+"""Atomic writes: a target is replaced completely or not at all, links are not followed, leftovers are removed.
 
-Everything is first written in a private folder beside its target: a random name, mode 0700, and a file `lock` that its
-process keeps locked. A folder whose lock is free was left by a process that was killed; the next write to the same
-target removes it. A process id would not do: in two containers that share a volume, both processes may be number 1.
-Who must change several names together holds a lock on the target while it does.
+Every file is first written in a private folder beside its target. The folder has a random name, mode 0700 and a file
+`lock`, which its process keeps locked. If the lock of such a folder is free, its process was killed, and the next write
+to the same target removes the folder. A process id would not identify the process: in two containers that share a
+volume, both processes may have id 1. A writer that renames several files together holds a lock on the target meanwhile.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from lfx.errors import LfxError, one_line
 
 _LOCK = "lock"
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
-_LOCK_TRIES, _LOCK_PAUSE_S = 600, 0.1  # what is locked is a rename or two
+_LOCK_TRIES, _LOCK_PAUSE_S = 600, 0.1  # a minute; locks are held for a few renames only
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
 def private_folder(parent: Path, purpose: str, salvage: Callable[[Path], Any] = lambda folder: None) -> Iterator[Path]:
-    """A new folder that no other process uses; it is removed at the end, with all that is still in it.
+    """Make a new folder that no other process uses, and remove it with its content when the block ends.
 
     Args:
-        parent: an existing folder, on the file system of what is written.
-        purpose: folders of the same purpose that were left by killed processes are removed first; a target's name.
-        salvage: called with each of these before it is removed.
+        parent: an existing folder, on the file system of the target.
+        purpose: the target's name, or another label. Folders of the same purpose that killed processes left are removed
+            first.
+        salvage: called with each of these folders before it is removed.
     Raises:
         OSError: the folder cannot be made.
     """
@@ -54,9 +55,9 @@ def private_folder(parent: Path, purpose: str, salvage: Callable[[Path], Any] = 
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A path at which to write a file that takes the name `target` when the block ends without an error.
+    """Yield a path to write to; the file is renamed to `target` if the block ends without an error.
 
-    A link of the name `target` is replaced; what it points to stays as it is.
+    If `target` is a link, the link is replaced and the file that it points to is left alone.
     """
     target = target.absolute()
     with private_folder(target.parent, target.name) as folder:
@@ -67,19 +68,19 @@ def replacing(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Keep other processes and threads of lfx from changing what has the name `target`; waits for the one that does.
+    """Hold the lock on a target against other processes and threads of lfx; waits up to a minute for its holder.
 
-    The lock is a file beside the target, which the last holder removes. Hold it for a few renames only.
+    The lock is a file beside the target; its last holder removes it. Hold it for a few renames only.
 
     Raises:
-        OSError: the lock cannot be made.
+        OSError: the lock file cannot be made, or another process holds the lock for more than a minute.
     """
     path = target.absolute().parent / f"{_hidden_name(target.name)}.lock"
     while True:
         with open_journal(path) as lock:
             _wait_for_lock(lock.fileno())
             if not is_at(lock.fileno(), path):
-                continue  # the holder before took it away
+                continue  # the previous holder removed the file
             try:
                 yield
             finally:
@@ -89,10 +90,10 @@ def locked(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporary_folder(purpose: str) -> Iterator[Path]:
-    """`private_folder` where the system keeps temporary files.
+    """`private_folder` in the system's folder for temporary files.
 
     Raises:
-        LfxError: there is no such folder, or no room in it; says how to name another.
+        LfxError: there is no such folder, or no disk space in it.
     """
     made = False
     try:
@@ -102,29 +103,29 @@ def temporary_folder(purpose: str) -> Iterator[Path]:
     except OSError as error:
         if made and not is_disk_full(error):
             raise
-        place = Path(tempfile.tempdir or "a folder for temporary files")
-        raise LfxError(why_unwritten(place, error, "set TMPDIR to a folder with room")) from error
+        parent = Path(tempfile.tempdir or "a folder for temporary files")
+        raise LfxError(why_unwritten(parent, error, "set TMPDIR to a folder with room")) from error
 
 
 def open_journal(path: Path) -> IO[bytes]:
-    """Open a file of ours that has a fixed name, to read and to append; make it where there is none.
+    """Open a file of lfx's with a fixed name for reading and appending; create it if it does not exist.
 
     Raises:
-        OSError: it cannot be opened, or somebody put a link, a hard link or something else than a file in its place.
+        OSError: it cannot be opened, or is a symbolic link, has a second hard link, or is no regular file.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | _NO_FOLLOW | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags, 0o666)
     status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:  # 0 where another process just removed it
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:  # 0 if another process just removed it
         os.close(descriptor)
         raise OSError(errno.EEXIST, "it is a link, or no plain file; remove it", str(path))
     return os.fdopen(descriptor, "r+b")
 
 
 def try_lock(descriptor: int) -> bool:
-    """Lock an open file for this process and its children; False where another one holds it.
+    """Try to lock an open file for this process and its children; False if another process holds the lock.
 
-    True without a lock where the system has none (Windows) or the file system takes none.
+    Returns True without a lock if the system (Windows) or the file system has no locks.
     """
     try:
         fcntl: Any = importlib.import_module("fcntl")
@@ -149,10 +150,10 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Give each of two files or folders the other's name, in one step; False where the system cannot.
+    """Swap the names of two files or folders atomically; False if the system cannot.
 
     Raises:
-        OSError: one of them is not there, or may not be renamed.
+        OSError: one of them does not exist, or may not be renamed.
     """
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
     if rename is None:
@@ -166,7 +167,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name, by a hard link; copy it where the file system cannot."""
+    """Make a hard link to a file, or copy its bytes if the file system cannot link; a copy's mode follows the umask."""
     try:
         os.link(source.resolve(), target)
     except OSError:
@@ -179,7 +180,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed for want of room or of quota; a library may wrap the system's error, or quote it."""
+    """Whether a write failed because disk or quota is full; a library may wrap the system's error or quote it."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
@@ -191,7 +192,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def why_unwritten(target: Path, error: BaseException, cure: str) -> str:
-    """The message for a file or folder that could not be written.
+    """The error message for a file or folder that could not be written.
 
     Args:
         cure: what to do instead, such as "choose another --output".
@@ -203,24 +204,25 @@ def why_unwritten(target: Path, error: BaseException, cure: str) -> str:
 
 
 def _hidden_name(purpose: str) -> str:
-    """The start of the names of what belongs to `purpose`: a digest, since that name may be of any length."""
+    """The prefix of the hidden names that belong to `purpose`; a digest, since `purpose` may be too long for a name."""
     return f".lfx-{hashlib.sha256(os.fsencode(purpose)).hexdigest()[:12]}"
 
 
 def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
+    """Make a private folder, and return it with the descriptor of its locked `lock` file."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         try:
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o600)
         except FileNotFoundError:
-            continue  # swept by another process before it could be locked
+            continue  # another process removed the folder before this one could lock it
         if try_lock(lock) and is_at(lock, folder / _LOCK):
             return folder, lock
         os.close(lock)
 
 
 def _remove(folder: Path) -> None:
-    """Remove a private folder, its lock last: without one nobody would know that a process was killed in here."""
+    """Remove a private folder, its lock last: if this process is killed, the free lock still marks it as a leftover."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -231,30 +233,30 @@ def _remove(folder: Path) -> None:
 
 
 def _sweep(parent: Path, prefix: str, salvage: Callable[[Path], Any]) -> None:
-    """Remove what killed processes of this user left. Where the system has no locks, nothing is known to be left."""
+    """Remove the folders that killed processes of this user left; without locks (Windows) none can be recognized."""
     if os.name != "posix":
         return
     for folder in parent.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError):  # another process sweeps too, or it is another user's
-            # One look, at the name itself: nobody else can exchange a folder of this user's in a sticky folder.
+        with contextlib.suppress(OSError):  # another process removes it too, or it is another user's
+            # Checked once: in a folder with the sticky bit nobody else can swap a folder that this user owns.
             status = folder.stat(follow_symlinks=False)
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
                 continue
             try:
                 lock = os.open(folder / _LOCK, os.O_RDWR | _NO_FOLLOW)
             except FileNotFoundError:
-                folder.rmdir()  # its process was killed before it could lock it, or is about to and takes another
+                folder.rmdir()  # its process was killed before it made the lock, or makes a new folder instead
                 continue
             try:
-                if _was_left(lock):
+                if _is_leftover(lock):
                     salvage(folder)
                     _remove(folder)
             finally:
                 os.close(lock)
 
 
-def _was_left(lock: int) -> bool:
-    """Whether no process holds a lock; False where the file system takes no locks."""
+def _is_leftover(lock: int) -> bool:
+    """Whether no process holds this lock; False if the file system has no locks."""
     import fcntl
 
     try:
@@ -265,9 +267,9 @@ def _was_left(lock: int) -> bool:
 
 
 def _wait_for_lock(descriptor: int) -> None:
-    """Lock an open file once no other holds it; without a lock where the system or the file system has none."""
+    """Lock an open file, waiting for its holder; returns without a lock if the system or the file system has none."""
     for _ in range(_LOCK_TRIES):
         if try_lock(descriptor):
             return
         time.sleep(_LOCK_PAUSE_S)
-    raise OSError(errno.EBUSY, "another process holds its lock, and does not give it back")
+    raise OSError(errno.EBUSY, "another process holds its lock and does not release it")

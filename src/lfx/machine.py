@@ -1,4 +1,4 @@
-"""The machine and its packages, for records and for what a CPU cannot do."""
+"""The CPU and the installed packages: for records, and to refuse what this CPU computes wrongly."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of those packages that are installed."""
-    found = {}
+    """Name -> version of each of these packages that is installed."""
+    versions = {}
     for package in packages:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def cpu_fields() -> dict[str, str]:
-    """What Linux says of the CPU, by /proc/cpuinfo's names; empty where there is no such file."""
+    """The fields of /proc/cpuinfo, by their names there; empty if there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -37,9 +37,10 @@ def cpu_name() -> str:
 
 
 def int8_overflows() -> bool:
-    """Whether this CPU adds pairs of int8 products in 16 bits, which weights of 8 bits overflow: x86 without VNNI.
+    """Whether 8-bit weights overflow on this CPU: x86 without VNNI adds pairs of int8 products in 16 bits.
 
-    ONNX Runtime and OpenVINO are both wrong there, in silence. False where the system does not say what its CPU has.
+    ONNX Runtime and OpenVINO then return wrong outputs without an error. False if the system does not list the CPU's
+    instructions.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False

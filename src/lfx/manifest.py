@@ -1,4 +1,4 @@
-"""`lfx.json`, the manifest of a bundle: what was exported, from what, and the digest of every file."""
+"""`lfx.json`, the manifest of a bundle: signature, source, validation and the digest of every file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ FORMAT_VERSION = 1
 MANIFEST = "lfx.json"
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
-# The key under which the manifest carries the digest of all its other fields.
+# The key of the digest of all other fields.
 _DIGEST = "manifest_sha256"
-_LARGEST_JSON = 64_000_000  # bytes
-# What the JSON of a manifest holds beside the signature; see `lfx.checks.check_shape`.
-# Errors that are no numbers are null; those that passed are numbers.
+MAX_JSON_BYTES = 64_000_000
+_CURE = "export the model again"
+# The fields of a manifest besides the signature's; see `lfx.checks.check_shape`. A measured error is a number and never
+# null: the export fails when an error is not finite.
 _MEASURED = {"max_abs_error": NUMBER, "tolerance": NUMBER}
 QUANTIZATION: dict[str, Any] = {
     "activations?": str,
@@ -50,11 +51,14 @@ class Manifest:
     """The content of `lfx.json`.
 
     Attributes:
+        signature: inputs, outputs and limits of the model.
+        opset: version of the default ONNX domain, 17 or 23.
         source: {"model": hub id, folder or class name, "kind": "hub", "folder" or "module", "sha256": of the weights}.
-        versions: package name -> version, of the export.
-        validation: what the export measured against PyTorch; see `lfx.parity.Report.to_dict`.
-        files: name -> {"sha256", "bytes"}, of every other file of the bundle.
-        quantization: of an int8 bundle what `lfx quantize` did and measured: see `lfx.export.quantize`; else empty.
+        versions: package name -> version at export.
+        inlined: whether the lfx functions are inlined, so that the graph has no attention nodes.
+        validation: errors measured against PyTorch at export; see `lfx.parity.Report.to_dict`.
+        files: name -> {"sha256", "bytes"} of every other file of the bundle.
+        quantization: settings and measured accuracy of an int8 bundle, see `lfx.export.quantize`; else empty.
     """
 
     signature: Signature
@@ -67,7 +71,7 @@ class Manifest:
     quantization: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON that `lfx.json` holds and `lfx inspect --json` prints."""
+        """The content of `lfx.json`, which `lfx inspect --json` prints too."""
         return sealed(
             {
                 "format_version": FORMAT_VERSION,
@@ -94,10 +98,10 @@ class Manifest:
 
     @classmethod
     def read(cls, bundle: Path) -> Manifest:
-        """Read `lfx.json` of a bundle; the other files are not looked at.
+        """Read `lfx.json` of a bundle; no other file is read.
 
         Raises:
-            ArtifactError: no bundle, or a manifest that is cut, changed or of another format.
+            ArtifactError: there is no bundle, or its manifest is truncated, changed or of another format.
         """
         path = bundle / MANIFEST
         try:
@@ -108,23 +112,18 @@ class Manifest:
             raise ArtifactError(f"{bundle} does not exist; make a bundle with: lfx export --model MODEL")
         if not is_file:
             raise ArtifactError(f"{bundle} is no bundle: it has no {MANIFEST}; make one with: lfx export")
-        return cls.parse(read_json_file(path, "export the model again"), path)
+        return cls.parse(read_limited(path, MAX_JSON_BYTES, _CURE), path)
 
     @classmethod
     def parse(cls, content: bytes, path: Path) -> Manifest:
-        """A manifest from the bytes of its file.
+        """Parse the bytes of a manifest.
 
         Args:
-            path: of the file, for messages.
+            path: of the manifest, for messages.
         Raises:
-            ArtifactError: it is cut, changed or of another format.
+            ArtifactError: the manifest is truncated, changed or of another format.
         """
-        data = parse_sealed(content, path, "format_version", FORMAT_VERSION, "export the model again")
-        signature = Signature.from_dict(data)
-        try:
-            check_shape(data, _MANIFEST, str(path))
-        except ValueError as error:
-            raise ArtifactError(f"{error}; export the model again") from error
+        data, signature = parse_sealed(content, path, ("format_version", FORMAT_VERSION), _MANIFEST, _CURE)
         fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
         return cls(signature=signature, **fields)
 
@@ -132,9 +131,10 @@ class Manifest:
         """Compare every file of the bundle with its digest.
 
         Returns:
-            Name -> the plain file that was compared, which a link of that name leads to.
+            Name -> the regular file that was hashed: the file of that name, or the file that a link of that name points
+            to.
         Raises:
-            ArtifactError: a file is missing, cut or changed, or outside the bundle.
+            ArtifactError: a file is missing, truncated, changed or outside the bundle.
         """
         if MODEL not in self.files:
             raise ArtifactError(f"{bundle / MANIFEST} lists no {MODEL}; export the model again")
@@ -147,7 +147,7 @@ class Manifest:
         try:
             folder, file = path.parent.resolve(), path.resolve()
             is_file = file.is_file()
-        except (OSError, ValueError, RuntimeError) as error:  # the last for links in a circle
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a cycle of links
             raise ArtifactError(f"{bundle / MANIFEST} names {name!r}, which cannot be opened: {error}") from error
         if not is_file:
             raise ArtifactError(f"{path} is missing; export the model again")
@@ -168,14 +168,15 @@ class Manifest:
 
 
 def locate(path: Path) -> tuple[Path | None, Path]:
-    """The bundle and the ONNX file that `path` stands for.
+    """Find the bundle and the ONNX file that a path names.
 
     Args:
-        path: a bundle, or an .onnx file; the model.onnx of a bundle stands for the bundle.
+        path: a bundle's folder, an .onnx file, or the model.onnx of a bundle, which names the bundle.
     Returns:
-        The bundle's folder, None for an ONNX file without one; and the ONNX file. A folder is not looked into.
+        The folder of the bundle, or None for an .onnx file outside a bundle; and the ONNX file. The content of a folder
+        is not checked.
     Raises:
-        ArtifactError: another kind of file, or a path that cannot be looked at.
+        ArtifactError: the path is another type of file, or the system cannot look it up.
     """
     try:
         is_file = path.is_file()
@@ -192,48 +193,68 @@ def locate(path: Path) -> tuple[Path | None, Path]:
 
 
 def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with a digest of all its fields but that one, whatever their order."""
+    """Add the digest of all fields of a JSON object to it; the order of the fields does not matter."""
     fields = {key: value for key, value in data.items() if key != _DIGEST}
     return {**fields, _DIGEST: hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()}
 
 
-def read_json_file(path: Path, cure: str) -> bytes:
-    """The bytes of a JSON file of ours.
+def read_limited(path: Path, max_bytes: int, cure: str) -> bytes:
+    """Read a file of at most `max_bytes`.
 
+    Args:
+        cure: what to do about a broken file; the end of the message.
     Raises:
-        ArtifactError: it cannot be read, or is too large to be one; ends with `cure`.
+        ArtifactError: the file cannot be read, or has more bytes.
     """
     try:
         with path.open("rb") as file:
-            content = file.read(_LARGEST_JSON + 1)
+            content = file.read(max_bytes + 1)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}; {cure}") from error
-    if len(content) > _LARGEST_JSON:
-        raise ArtifactError(f"{path} has more than {_LARGEST_JSON:,} bytes; {cure}")
+    if len(content) > max_bytes:
+        raise ArtifactError(f"{path} has more than {max_bytes:,} bytes; {cure}")
     return content
 
 
-def parse_sealed(content: bytes, path: Path, version_key: str, version: int, cure: str) -> dict[str, Any]:
-    """Parse a JSON object that `sealed` made.
+def parse_sealed(
+    content: bytes, path: Path, version: tuple[str, int], shape: dict[str, Any], cure: str
+) -> tuple[dict[str, Any], Signature]:
+    """Parse a JSON object written with `sealed` that holds a signature and the fields of `shape`.
 
     Args:
-        path: of its file, for messages.
+        path: of the file, for messages.
+        version: name of the field of the format version, and the version that this lfx reads.
+        shape: types of the fields; see `lfx.checks.check_shape`.
+        cure: what to do about a broken file; the end of the message.
+    Returns:
+        The object, and the signature in it.
     Raises:
-        ArtifactError: it is no JSON, of another format version, or was changed since; ends with `cure`.
+        ArtifactError: the content is not JSON, has another format version, was changed, or has a field that is missing,
+            of another type or out of range.
     """
+    version_key, supported = version
     try:
         data = parse_json(content)
     except ValueError as error:
         raise ArtifactError(f"{path} cannot be read ({error}); {cure}") from error
-    found = data.get(version_key) if isinstance(data, dict) else None
-    if not isinstance(data, dict) or found != version:
-        raise ArtifactError(f"{path} has format version {shown(found)}; this lfx reads {version}: {cure}")
+    file_version = data.get(version_key) if isinstance(data, dict) else None
+    if not isinstance(data, dict) or file_version != supported:
+        raise ArtifactError(f"{path} has format version {shown(file_version)}; this lfx reads {supported}: {cure}")
     if data != sealed(data):
         raise ArtifactError(f"{path} was changed after it was written (its {_DIGEST} differs); {cure}")
-    return data
+    signature = Signature.from_dict(data)
+    try:
+        check_shape(data, shape, str(path))
+    except ValueError as error:
+        raise ArtifactError(f"{error}; {cure}") from error
+    return data, signature
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file. Raises: OSError: it cannot be read."""
+    """Hex digest of a file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

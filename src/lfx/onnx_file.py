@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself: its lfx metadata and the files of its weights, read without the onnx package."""
+"""Reads the lfx metadata and the names of the weight files from an ONNX file, without the onnx package."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lfx.errors import ArtifactError
 
-# The fields of onnx.proto that lead to the metadata of a model and to the places of its tensors: message -> field
-# number -> message. All others are skipped.
+# The fields of onnx.proto on the paths from ModelProto to metadata_props and to the external_data of tensors:
+# message -> field number -> message. All other fields are skipped.
 _FIELDS: dict[str, dict[int, str]] = {
     "model": {7: "graph", 14: "metadata", 20: "training", 25: "function"},
     "graph": {1: "node", 5: "tensor", 15: "sparse tensor"},
@@ -22,28 +22,30 @@ _FIELDS: dict[str, dict[int, str]] = {
     "training": {1: "graph", 2: "graph"},
     "tensor": {13: "external data"},
 }
-# The same for what counts the nodes: where nodes are, and what they call.
+# The fields on the paths from a graph or a function to its nodes, nodes of subgraphs included.
 _GRAPHS: dict[str, dict[int, str]] = {
     "graph": {1: "node"},
     "function": {7: "node"},
     "node": {5: "attribute"},
     "attribute": {6: "graph", 11: "graph"},
 }
-# (name, domain, overload): field numbers in a node, and in a function.
-_CALLED, _DEFINED = (4, 7, 8), (1, 10, 13)
-_MOST_NODES = 200_000  # the base shape has 2,600
-_DEEPEST = 100  # protobuf's own limit
-Key = tuple[bytes, bytes, bytes]
+# Field numbers of (op_type, domain, overload) in NodeProto, and of (name, domain, overload) in FunctionProto.
+_NODE_KEY, _FUNCTION_KEY = (4, 7, 8), (1, 10, 13)
+_NODE_ATTRIBUTE, _FUNCTION_ATTRIBUTE = 5, 11
+_MAX_NODES = 200_000  # longformer-base has 2,600
+_MAX_DEPTH = 100  # protobuf's own limit of nested messages
+Key = tuple[bytes, bytes, bytes]  # the id of a function: name, domain, overload
+_MAX_FIELD = 2**29 - 1  # largest field number of protobuf
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 @dataclass(frozen=True)
 class Header:
-    """What `read_header` finds.
+    """The lfx metadata and the weight files of an ONNX file.
 
     Attributes:
-        metadata: the text under the key `lfx`, None where there is none.
-        weights: names of the files of external data, as the file gives them.
+        metadata: value of the key `lfx` in metadata_props; None if there is no such key.
+        weights: the locations of external data, as the file has them.
     """
 
     metadata: str | None
@@ -54,32 +56,32 @@ def read_header(path: Path) -> Header:
     """Read the metadata and the names of the weight files; the weights themselves are not read.
 
     Raises:
-        ArtifactError: the file cannot be read, is no ONNX file, or has functions that call one another so often that
-            the graph would not end.
+        ArtifactError: the file cannot be read, is no ONNX file, or has more than 200,000 nodes once its functions are
+            inlined.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            found = list(_entries(data, 0, len(data), "model", 0))
+            entries = list(_entries(data, 0, len(data), "model", 0))
             nodes = _inlined_nodes(data)
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}; give a file that can") from error
-    except (ValueError, IndexError) as error:  # the first for an empty file too
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}; make it readable") from error
+    except (ValueError, IndexError) as error:  # ValueError: an empty file too
         raise ArtifactError(f"{path} is no ONNX file ({error}); export the model again") from error
-    if nodes > _MOST_NODES:
+    if nodes > _MAX_NODES:
         raise ArtifactError(
-            f"{path} has more than {_MOST_NODES:,} nodes once its functions are inlined, which no backend loads in "
+            f"{path} has more than {_MAX_NODES:,} nodes once its functions are inlined, which no backend loads in "
             "reasonable time; export the model again"
         )
-    metadata = [value for message, key, value in found if (message, key) == ("metadata", "lfx")]
+    metadata = [value for message, key, value in entries if (message, key) == ("metadata", "lfx")]
     if len(metadata) > 1:
         raise ArtifactError(f"{path} has two entries of lfx metadata; export the model again")
-    weights = frozenset(value for message, key, value in found if (message, key) == ("external data", "location"))
+    weights = frozenset(value for message, key, value in entries if (message, key) == ("external data", "location"))
     return Header(metadata[0] if metadata else None, weights)
 
 
 def _entries(data: mmap.mmap, start: int, end: int, message: str, depth: int) -> Iterator[tuple[str, str, str]]:
-    """The key-value pairs inside a message: (kind of pair, key, value)."""
-    if depth > _DEEPEST:
+    """Yield each key-value pair inside a message as (message of the pair, key, value)."""
+    if depth > _MAX_DEPTH:
         raise ValueError("nested too deeply")
     nested = _FIELDS[message]
     for field, first, last in _byte_fields(data, start, end):
@@ -92,59 +94,77 @@ def _entries(data: mmap.mmap, start: int, end: int, message: str, depth: int) ->
 
 
 def _inlined_nodes(data: mmap.mmap) -> int:
-    """Number of nodes of the model with its functions inlined; it stops counting above `_MOST_NODES`."""
-    own: Counter[Key] = Counter()
+    """Number of nodes of the model with its functions inlined; counts no further than `_MAX_NODES` + 1."""
+    main_calls: Counter[Key] = Counter()
     functions: dict[Key, Counter[Key]] = {}
+    with_graphs: set[Key] = set()  # what is called with a graph as attribute
     for field, first, last in _byte_fields(data, 0, len(data)):
+        if field not in (7, 25):
+            continue
+        calls: Counter[Key] = Counter()
+        for key, has_graph in _calls(data, first, last, "graph" if field == 7 else "function", 0):
+            calls[key] += 1
+            if has_graph:
+                with_graphs.add(key)
         if field == 7:
-            own.update(_calls(data, first, last, "graph", 0))
-        elif field == 25:
-            key = _key(data, first, last, _DEFINED)
-            if key in functions:
-                raise ValueError("a function is defined twice")
-            functions[key] = Counter(_calls(data, first, last, "function", 0))
-    sizes: dict[Key, int] = {}
+            main_calls.update(calls)
+            continue
+        key = _key(data, first, last, _FUNCTION_KEY)
+        if key in functions:
+            raise ValueError("a function is defined twice")
+        functions[key] = calls
+        if _has_graph(data, first, last, _FUNCTION_ATTRIBUTE):
+            with_graphs.add(key)
+    if with_graphs & functions.keys():  # the body may copy the graph any number of times
+        raise ValueError("a function takes a graph")
+    sizes: dict[Key, int] = {}  # nodes of each function, inlined
 
-    def size(calls: Counter[Key], depth: int) -> int:
-        if depth > _DEEPEST:
+    def count(calls: Counter[Key], depth: int) -> int:
+        if depth > _MAX_DEPTH:
             raise ValueError("functions call one another too deeply")
-        total = 0
+        nodes = 0
         for key, times in calls.items():
             if key in functions and key not in sizes:
-                sizes[key] = size(functions[key], depth + 1)
-            total += times * sizes.get(key, 1)
-        return min(total, _MOST_NODES + 1)
+                sizes[key] = count(functions[key], depth + 1)
+            nodes += times * sizes.get(key, 1)
+        return min(nodes, _MAX_NODES + 1)
 
-    return size(own, 0)
+    return count(main_calls, 0)
 
 
-def _calls(data: mmap.mmap, start: int, end: int, message: str, depth: int) -> Iterator[Key]:
-    """What each node inside a message computes, nodes of inner graphs too."""
-    if depth > _DEEPEST:
+def _calls(data: mmap.mmap, start: int, end: int, message: str, depth: int) -> Iterator[tuple[Key, bool]]:
+    """Yield what each node inside a message calls, and whether with a graph; nodes of subgraphs included."""
+    if depth > _MAX_DEPTH:
         raise ValueError("nested too deeply")
     nested = _GRAPHS[message]
     for field, first, last in _byte_fields(data, start, end):
         if inner := nested.get(field):
             if inner == "node":
-                yield _key(data, first, last, _CALLED)
+                yield _key(data, first, last, _NODE_KEY), _has_graph(data, first, last, _NODE_ATTRIBUTE)
             yield from _calls(data, first, last, inner, depth + 1)
 
 
+def _has_graph(data: mmap.mmap, start: int, end: int, attribute_field: int) -> bool:
+    """Return whether an attribute of a node or of a function holds a graph."""
+    attributes = ((first, last) for field, first, last in _byte_fields(data, start, end) if field == attribute_field)
+    return any(field in (6, 11) for first, last in attributes for field, _, _ in _byte_fields(data, first, last))
+
+
 def _key(data: mmap.mmap, start: int, end: int, fields: tuple[int, int, int]) -> Key:
-    """Name, domain and overload of a function, or of what a node calls."""
+    """The key of a function, or of the op or function that a node calls."""
     texts = {number: data[a:b] for number, a, b in _byte_fields(data, start, end) if number in fields}
     name, domain, overload = (texts.get(number, b"") for number in fields)
-    return name, domain, overload
+    return name, b"" if domain == b"ai.onnx" else domain, overload
 
 
 def _byte_fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The fields of a message that hold bytes: number, first byte, byte past the last."""
+    """Yield each length-delimited field of a message as (field number, first byte, byte past the end)."""
     position = start
     while position < end:
         tag, position = _varint(data, position)
         wire_type = tag & 7
-        if tag >> 3 == 0:
-            raise ValueError("a field of number 0")
+        if not 0 < tag >> 3 <= _MAX_FIELD:  # protobuf's own parser drops the upper bits of a larger one
+            raise ValueError(f"a field of number {tag >> 3}")
         if wire_type == _BYTES:
             size, position = _varint(data, position)
             if position + size > end:
@@ -162,7 +182,7 @@ def _byte_fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, i
 
 
 def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
-    """A number of variable length, and the position past it."""
+    """Decode a varint; returns its value and the position past its end."""
     value = shift = 0
     while True:
         byte = data[position]

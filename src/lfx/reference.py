@@ -1,4 +1,4 @@
-"""The dense definition of the lfx ops, O(S²) in float64 numpy: every other implementation is measured against it.
+"""Dense reference implementation of the lfx ops in float64 numpy, O(S²). It defines their correct outputs.
 
 Source: Beltagy et al. 2020, arXiv:2004.05150, section 3.
 """
@@ -25,19 +25,23 @@ def banded_attention(
     causal: bool = False,
     scale: float | None = None,
 ) -> Float:
-    """Every query over its window and the global tokens of its row, one softmax over the union.
+    """Each query attends to its window and to the global tokens of its batch row, with one softmax over both.
 
     Args:
-        query, key, value: (B, S, H·D).
-        key_mask: (B, S), 1 = real token. A masked key is seen by no query through the window.
-        global_index: (B, G) positions of global tokens, unused slots -1. All queries see them, masked or not.
-        global_context: (B, G, H·D), the rows that the global tokens get.
-        window: one-sided, in steps of `dilation` tokens.
-        scale: of the scores; None = 1/√D.
+        query, key, value: (B, S, H·D) floats.
+        key_mask: (B, S), 1 = real token. A masked key gets no weight from the window.
+        global_index: (B, G) positions of the global tokens, unused slots -1. All queries attend to them, whatever the
+            key_mask.
+        global_context: (B, G, H·D), the output rows of the global tokens.
+        num_heads: H, a divisor of H·D.
+        window: one-sided, in steps of `dilation` tokens, 1 or more.
+        dilation: distance in tokens between neighbouring keys of a window, 1 or more.
+        causal: whether the window has no keys after the query.
+        scale: factor of the scores; None = 1/√D.
     Returns:
-        (B, S, H·D). The row of a global token is its global_context; that of any other masked token is 0.
+        (B, S, H·D) float64. A global token's row is its row of global_context; every other masked token's row is 0.
     """
-    q, k, v, rows = (np.asarray(x, dtype=np.float64) for x in (query, key, value, global_context))
+    q, k, v, global_rows = (np.asarray(x, dtype=np.float64) for x in (query, key, value, global_context))
     real = np.asarray(key_mask).astype(bool)
     index = np.asarray(global_index).astype(np.int64)
     batch, seqlen, _ = q.shape
@@ -54,7 +58,7 @@ def banded_attention(
         visible = (band & real[b][None, :]) | is_global[None, :]
         out[b] = _attend(q[b], k[b], v[b], visible, num_heads, scale)
         out[b][~real[b]] = 0.0
-        out[b][index[b][used]] = rows[b][used]
+        out[b][index[b][used]] = global_rows[b][used]
     return out
 
 
@@ -67,12 +71,16 @@ def global_attention(
     num_heads: int,
     scale: float | None = None,
 ) -> Float:
-    """The global queries over all real keys of their row.
+    """Each global query attends to all real keys of its batch row.
 
     Args:
-        query: (B, G, H·D). key, value: (B, S, H·D). key_mask: (B, S), 1 = real token.
+        query: (B, G, H·D) floats.
+        key, value: (B, S, H·D) floats.
+        key_mask: (B, S), 1 = real token.
+        num_heads: H, a divisor of H·D.
+        scale: factor of the scores; None = 1/√D.
     Returns:
-        (B, G, H·D); 0 where the row has no real key.
+        (B, G, H·D) float64; 0 for a batch row without real keys.
     """
     q, k, v = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
     real = np.asarray(key_mask).astype(bool)
@@ -85,14 +93,14 @@ def global_attention(
 
 
 def _attend(q: Float, k: Float, v: Float, visible: NDArray[np.bool_], num_heads: int, scale: float) -> Float:
-    """Masked attention of one batch row, head by head: (Q, H·D) over (S, H·D); 0 where nothing is visible."""
-    size = q.shape[1] // num_heads
+    """Masked attention of one batch row, (Q, H·D) over (S, H·D), head by head; a query without visible keys gets 0."""
+    head_size = q.shape[1] // num_heads
     out = np.zeros_like(q)
     for head in range(num_heads):
-        part = slice(head * size, (head + 1) * size)
-        scores = np.where(visible, q[:, part] @ k[:, part].T * scale, -np.inf)
-        peak = scores.max(axis=1, keepdims=True, initial=-np.inf)
-        weights = np.exp(scores - np.where(np.isfinite(peak), peak, 0.0))
-        total = weights.sum(axis=1, keepdims=True)
-        out[:, part] = (weights / np.where(total > 0, total, 1.0)) @ v[:, part]
+        columns = slice(head * head_size, (head + 1) * head_size)
+        scores = np.where(visible, q[:, columns] @ k[:, columns].T * scale, -np.inf)
+        row_max = scores.max(axis=1, keepdims=True, initial=-np.inf)
+        weights = np.exp(scores - np.where(np.isfinite(row_max), row_max, 0.0))
+        row_sum = weights.sum(axis=1, keepdims=True)
+        out[:, columns] = (weights / np.where(row_sum > 0, row_sum, 1.0)) @ v[:, columns]
     return out

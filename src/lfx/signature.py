@@ -1,4 +1,4 @@
-"""What export and runtime agree on: tasks, and the signature of a model."""
+"""Tasks, and the signature of a model: its inputs, outputs and limits, shared by export and runtime."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lfx.checks import COUNT, LARGEST, check_shape
 from lfx.errors import ArtifactError
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-QUANTIZED = "int8"  # what `lfx quantize` makes of an fp32 bundle
+QUANTIZED = "int8"  # precision of a bundle that `lfx quantize` made from an fp32 bundle
 OPSETS = (17, 23)
 GLOBAL_MODES = ("mask", "first", "none")
-# How the exporter ends the names of two kinds of node; see `export.graph` and `runtime.build.prepare_graph`.
+# Suffixes by which `runtime.build.prepare_graph` finds two types of nodes that `export.graph` wrote.
 GLOBAL_SLOTS, GLOBAL_ROWS = "#global_slots", "#global_rows"
 GRAPH_INPUTS = ("input_ids", "attention_mask", "global_attention_mask")
 _TENSORS = [{"name": str, "dtype": str, "shape": [(int, str)]}]
-# What the JSON of a signature holds; see `lfx.checks.check_shape`.
+# The fields of a signature in JSON; see `lfx.checks.check_shape`.
 _SIGNATURE: dict[str, Any] = {
     "architecture": str,
     "task": str,
@@ -33,20 +33,22 @@ _SIGNATURE: dict[str, Any] = {
     "pad_token_id?": int,
     "sep_token_id?": COUNT,
     "ignores_padding?": bool,
+    "adds_globals?": bool,
+    "weight_bits?": COUNT,
     "lfx_version?": str,
 }
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task of Hugging Face's.
+    """One of Hugging Face's tasks.
 
     Attributes:
-        auto_class: the transformers class that loads it.
-        architecture: the class name that a checkpoint's config carries.
-        default_global: which tokens attend globally when the caller gives no mask, as Hugging Face decides it:
-            "none", "first" (the first token), "question" (before the first separator) or "after_question"
-            (behind the second separator).
+        auto_class: the transformers class that loads a model of this task.
+        architecture: the class name in a checkpoint's config.
+        default_global: the tokens that attend globally when the caller gives no global_attention_mask, by Hugging
+            Face's rule: "none", "first" (the first token), "question" (tokens before the first separator) or
+            "after_question" (tokens after the second separator).
     """
 
     auto_class: str
@@ -66,7 +68,7 @@ TASKS: dict[str, Task] = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A graph input or output: ONNX name, numpy dtype name, and axes as sizes or names."""
+    """A graph input or output: its ONNX name, the name of its numpy dtype, and each axis as a size or a name."""
 
     name: str
     dtype: str
@@ -75,17 +77,27 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a runtime must know of a model to feed it; stored in the bundle and in the ONNX file itself.
+    """Inputs, outputs and limits of a model; stored in the manifest and in the metadata of the ONNX file.
 
     Attributes:
-        max_seqlen: longest sequence in tokens; None = no limit.
+        architecture: class name of the PyTorch model.
+        task: a key of `TASKS`.
+        precision: "fp32", "fp16", "bf16" or "int8".
+        inputs, outputs: of the graph, in its order.
+        attention_windows: one-sided window of each layer, in tokens.
+        default_global: global tokens when the caller gives no global_attention_mask: see `Task`, or "required": the
+            caller must give the mask, since the model follows a rule that lfx does not know.
+        global_attention: "mask" (an input), "first" (the first token, always) or "none".
+        max_seqlen: length of the longest sequence in tokens; None = no limit.
         vocab_size: ids are 0 to vocab_size - 1; None = not checked.
-        max_global: most global tokens a row may have; None = no limit.
-        default_global: what happens when the caller gives no global_attention_mask: see `Task`, or "required": it is
-            an error, since the model follows a rule of its own that lfx does not know.
-        attention_windows: one-sided window of each layer, tokens.
-        ignores_padding: whether padding behind a sequence leaves its outputs what they are. Where it does not, only
+        max_global: largest number of global tokens in a sequence; None = no limit.
+        pad_token_id: id that fills the padding.
+        sep_token_id: id of the separator; None if the model has none.
+        ignores_padding: whether the outputs of a sequence do not depend on the padding after it. If False, only
             sequences of one length run together.
+        adds_globals: whether the model gives tokens global attention beside those of global_attention_mask.
+        weight_bits: of an int8 model, the bits that its weights use: 7 or 8; None for the others.
+        lfx_version: version of lfx that exported the model.
     """
 
     architecture: str
@@ -102,20 +114,26 @@ class Signature:
     pad_token_id: int = 1
     sep_token_id: int | None = None
     ignores_padding: bool = True
+    adds_globals: bool = False
+    weight_bits: int | None = None
     lfx_version: str = ""
 
     @property
     def may_pad(self) -> bool:
-        """Whether sequences of different lengths may be padded into one batch: masked, and without being looked at."""
+        """Whether padding may be added: the model takes an attention_mask and its outputs do not depend on padding."""
         return self.ignores_padding and any(spec.name == "attention_mask" for spec in self.inputs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """The signature as JSON types."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: Any) -> Signature:
-        """Raises: ArtifactError: a field is missing, of another type or out of range."""
+        """Read a signature from JSON types; other keys are ignored.
+
+        Raises:
+            ArtifactError: a field is missing, of another type or out of range.
+        """
         try:
             check_shape(data, _SIGNATURE, "the model's signature")
         except ValueError as error:
@@ -149,15 +167,16 @@ class Signature:
             ("vocab_size", self.vocab_size, 1, LARGEST),
             ("max_global", self.max_global, 1, LARGEST),
             ("pad_token_id", self.pad_token_id, 0, ids - 1),
+            ("weight_bits", self.weight_bits, 7, 8),
             ("sep_token_id", self.sep_token_id, -LARGEST, LARGEST),
         ):
             if value is not None and not low <= value <= high:
                 raise ArtifactError(f"{name} {value} is out of range, {low} to {high}; export the model again")
         for group in (self.inputs, self.outputs):
             if not group or len({spec.name for spec in group}) < len(group):
-                raise ArtifactError("the model's inputs or outputs are none, or named twice; export the model again")
+                raise ArtifactError("the model has no inputs or no outputs, or two of one name; export the model again")
 
 
 def is_multi_label(signature: Signature, problem_type: Any) -> bool:
-    """Whether each class of a head is a decision of its own; `problem_type` of the checkpoint's config."""
+    """Whether a classification head scores each class with its own sigmoid; `problem_type` is the config's."""
     return signature.task == "text-classification" and problem_type == "multi_label_classification"

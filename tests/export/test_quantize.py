@@ -153,17 +153,27 @@ def test_eight_bits_are_for_cpus_that_can_add_them(
         quantize(bundle(), tmp_path / "refused", calibration=text, full_range=True)
 
 
-def test_a_bundle_of_eight_bits_is_not_run_where_it_overflows(
-    int8: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lone", [False, True], ids=["bundle", "lone file"])
+def test_weights_of_eight_bits_are_not_run_where_they_overflow(
+    lone: bool, int8: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(int8(), tmp_path / "eight")
     manifest = Manifest.read(folder)
-    dataclasses.replace(manifest, quantization={**manifest.quantization, "weight_bits": 8}).write(folder)
+    signature = dataclasses.replace(manifest.signature, weight_bits=8)
+    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {"lfx": json.dumps(signature.to_dict())})
+    onnx.save(model, str(folder / MODEL))
+    dataclasses.replace(manifest, signature=signature).write(folder)
+    if lone:
+        (folder / "lfx.json").unlink()
+    path = folder / MODEL if lone else folder
     monkeypatch.setattr("lfx.runtime.engine.int8_overflows", lambda: True)
     with pytest.raises(DependencyError, match="without --full-range"):
-        Engine(folder)
+        Engine(path)
+    Engine(int8()).close()  # of 7 bits
     monkeypatch.setattr("lfx.runtime.engine.int8_overflows", lambda: False)
-    Engine(folder).close()
+    Engine(path).close()
 
 
 @pytest.mark.parametrize(

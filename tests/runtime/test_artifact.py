@@ -1,4 +1,4 @@
-"""Bundles of links, weights that no manifest lists, and manifests that say something else than their model."""
+"""Bundles of links, weights that no manifest lists, and manifests whose signature is not the model's."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ IDS = [5, 6, 7, 8, 9]
 
 @pytest.fixture
 def copy(bundle: MakeBundle, tmp_path: Path) -> Path:
-    """A bundle of its own, whose files have one name each."""
+    """A copy of a bundle for one test, without hard links."""
     return shutil.copytree(bundle(), tmp_path / "copy")
 
 
 def reseal(folder: Path, **changes: Any) -> None:
-    """Change values of the manifest, list its files again where they changed, and seal it."""
+    """Change values of the manifest, update the digests of changed files, and seal it."""
     data = json.loads((folder / MANIFEST).read_text())
     files = {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in data["files"]}
     (folder / MANIFEST).write_text(json.dumps(sealed({**data, "files": files, **changes})))
@@ -48,50 +48,50 @@ def answer(path: Path, backend: str = "onnxruntime") -> np.ndarray[Any, Any]:
         return np.asarray(engine.run(IDS)["last_hidden_state"])
 
 
-def hub_cache(copy: Path, place: Path) -> None:
-    """Links into one folder of blobs."""
+def hub_cache(copy: Path, linked: Path) -> None:
+    """Link to files in one folder of blobs, as a hub cache does."""
     for path in copy.iterdir():
-        (place / path.name).symlink_to(path)
+        (linked / path.name).symlink_to(path)
 
 
-def folder_per_file(copy: Path, place: Path) -> None:
-    """Links into a folder for each file, as DVC and git-annex have them."""
+def folder_per_file(copy: Path, linked: Path) -> None:
+    """Link to files in one folder each, as DVC and git-annex do."""
     for path in copy.iterdir():
         blob = copy.parent / "annex" / sha256(path)[:2] / sha256(path)
         blob.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, blob)
-        (place / path.name).symlink_to(os.path.relpath(blob, place))
+        (linked / path.name).symlink_to(os.path.relpath(blob, linked))
 
 
-def hard_links(copy: Path, place: Path) -> None:
-    """Every file has a second name."""
+def hard_links(copy: Path, linked: Path) -> None:
+    """Give each file a second hard link."""
     for path in copy.iterdir():
-        os.link(path, place / path.name)
+        os.link(path, linked / path.name)
 
 
-def chain(copy: Path, place: Path) -> None:
-    """A link to a link."""
+def chain(copy: Path, linked: Path) -> None:
+    """Link to links."""
     for path in copy.iterdir():
         (copy.parent / f"{path.name}.link").symlink_to(path)
-        (place / path.name).symlink_to(copy.parent / f"{path.name}.link")
+        (linked / path.name).symlink_to(copy.parent / f"{path.name}.link")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("links", [hub_cache, folder_per_file, hard_links, chain], ids=lambda f: f.__name__)
-def test_a_bundle_of_links_answers_as_the_bundle_itself(
+def test_a_bundle_of_links_gives_the_outputs_of_the_bundle(
     links: Callable[[Path, Path], None], backend: str, copy: Path, tmp_path: Path
 ) -> None:
-    place = tmp_path / "linked"
-    place.mkdir()
-    links(copy, place)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    links(copy, linked)
     before = set(Path(os.environ.get("TMPDIR", "/tmp")).glob(".lfx-*"))
-    np.testing.assert_array_equal(answer(place, backend), answer(copy, backend))
-    np.testing.assert_array_equal(answer(place / MODEL, backend), answer(copy, backend))
+    np.testing.assert_array_equal(answer(linked, backend), answer(copy, backend))
+    np.testing.assert_array_equal(answer(linked / MODEL, backend), answer(copy, backend))
     assert set(Path(os.environ.get("TMPDIR", "/tmp")).glob(".lfx-*")) <= before
 
 
 @pytest.mark.parametrize("name", [MODEL, WEIGHTS])
-def test_what_a_link_leads_to_is_compared_with_its_digest(name: str, copy: Path, tmp_path: Path) -> None:
+def test_the_target_of_a_link_is_compared_with_its_digest(name: str, copy: Path, tmp_path: Path) -> None:
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "other").write_bytes(data)
@@ -101,7 +101,7 @@ def test_what_a_link_leads_to_is_compared_with_its_digest(name: str, copy: Path,
         Engine(copy)
 
 
-def test_links_that_lead_nowhere_are_refused(copy: Path) -> None:
+def test_broken_links_are_refused(copy: Path) -> None:
     (copy / WEIGHTS).unlink()
     (copy / WEIGHTS).symlink_to(copy / WEIGHTS)
     with pytest.raises(ArtifactError, match=WEIGHTS):
@@ -112,7 +112,7 @@ def test_links_that_lead_nowhere_are_refused(copy: Path) -> None:
         Engine(copy)
 
 
-def test_a_folder_of_a_bundle_is_no_link(copy: Path, tmp_path: Path) -> None:
+def test_a_link_to_a_folder_in_a_bundle_is_refused(copy: Path, tmp_path: Path) -> None:
     (copy / "extra").mkdir()
     (copy / "extra" / "vocab.txt").write_text("fox\n")
     Manifest.read(copy).write(copy)
@@ -133,7 +133,7 @@ def test_weights_that_the_manifest_does_not_list_are_refused(backend: str, copy:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_weights_of_a_lone_file_lie_in_its_folder(backend: str, copy: Path, tmp_path: Path) -> None:
+def test_weights_of_a_single_onnx_file_outside_its_folder_are_refused(backend: str, copy: Path, tmp_path: Path) -> None:
     (copy / MANIFEST).unlink()
     (copy / WEIGHTS).rename(tmp_path / "elsewhere")
     (copy / WEIGHTS).symlink_to(tmp_path / "elsewhere")
@@ -154,7 +154,9 @@ def test_the_weights_of_a_lone_file_lie_in_its_folder(backend: str, copy: Path, 
     ("field", "value"),
     [("vocab_size", 9999), ("max_seqlen", 4096), ("pad_token_id", 3), ("default_global", "first"), ("max_global", 5)],
 )
-def test_a_manifest_that_says_more_than_its_model_is_refused(field: str, value: Any, backend: str, copy: Path) -> None:
+def test_a_manifest_with_another_signature_than_its_model_is_refused(
+    field: str, value: Any, backend: str, copy: Path
+) -> None:
     reseal(copy, **{field: value})
     with pytest.raises(ArtifactError, match=rf"{MANIFEST} says {field} .* where {MODEL} says"):
         Engine(copy, backend)
@@ -170,7 +172,7 @@ def test_a_model_whose_graph_has_other_outputs_is_refused(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("metadata", ["[]", "5", "null", "{}", '{"task": 1}', '"fox"', "{", '{"a": NaN}'])
-def test_metadata_of_another_kind_is_an_artifact_error(metadata: str, copy: Path) -> None:
+def test_broken_metadata_is_an_artifact_error(metadata: str, copy: Path) -> None:
     model = onnx.load(copy / MODEL, load_external_data=False)
     next(entry for entry in model.metadata_props if entry.key == "lfx").value = metadata
     (copy / MODEL).write_bytes(model.SerializeToString())
@@ -181,16 +183,16 @@ def test_metadata_of_another_kind_is_an_artifact_error(metadata: str, copy: Path
         (copy / MANIFEST).unlink(missing_ok=True)
 
 
-def test_bundles_of_many_processes_leave_no_temporary_files(copy: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_many_processes_leave_no_temporary_files(copy: Path, tmp_path: Path, monkeypatch: Any) -> None:
     import tempfile
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    place = tmp_path / "linked"
-    place.mkdir()
-    folder_per_file(copy, place)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    folder_per_file(copy, linked)
     for backend in BACKENDS:
-        answer(place, backend)
+        answer(linked, backend)
     assert list((tmp_path / "tmp").iterdir()) == []
 
 

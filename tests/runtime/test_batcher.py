@@ -1,4 +1,4 @@
-"""Requests that arrive together run together: right answers, the latency bound, overload, cancelling, closing."""
+"""`Batcher`: outputs, grouping, maximum delay, overload, cancellation, close."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lfx.runtime import Batcher, Engine
 from tests.conftest import MakeBundle
 from tests.models import VOCAB_SIZE, tiny_model
 
-LONG = 60.0  # seconds; no test waits so long unless something hangs
+LONG = 60.0  # seconds; a test waits this long only if something hangs
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def documents(count: int, seed: int = 0) -> list[Any]:
 
 
 class Recorded:
-    """An Engine whose batches are counted, and may be held back."""
+    """An Engine that records the sizes of its batches and can be made to wait."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -58,29 +58,30 @@ class Recorded:
         return self._engine.run_together(requests)
 
 
-def answers_alike(found: dict[str, Any], right: dict[str, Any]) -> bool:
-    return found.keys() == right.keys() and all(
-        found[name].shape == right[name].shape and np.allclose(found[name], right[name], atol=1e-5) for name in right
+def answers_alike(outputs: dict[str, Any], expected: dict[str, Any]) -> bool:
+    return outputs.keys() == expected.keys() and all(
+        outputs[name].shape == expected[name].shape and np.allclose(outputs[name], expected[name], atol=1e-5)
+        for name in expected
     )
 
 
-def test_every_thread_gets_its_own_answer(engine: Engine) -> None:
-    wanted = documents(64)
-    found: list[Any] = [None] * len(wanted)
+def test_each_thread_gets_its_own_outputs(engine: Engine) -> None:
+    sequences = documents(64)
+    answers: list[Any] = [None] * len(sequences)
     with Batcher(engine, max_delay_ms=20, workers=2) as batcher:
 
         def ask(i: int) -> None:
-            found[i] = batcher.submit(wanted[i]).result(LONG)
+            answers[i] = batcher.submit(sequences[i]).result(LONG)
 
-        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(wanted))]
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(sequences))]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert all(answers_alike(found[i], engine.run(ids)) for i, ids in enumerate(wanted))
+    assert all(answers_alike(answers[i], engine.run(ids)) for i, ids in enumerate(sequences))
 
 
-def test_masks_go_with_their_request(engine: Engine) -> None:
+def test_masks_apply_to_their_own_request(engine: Engine) -> None:
     ids = np.arange(3, 33)
     mask, marks = np.ones_like(ids), np.zeros_like(ids)
     mask[20:], marks[[0, 7]] = 0, 1
@@ -91,7 +92,7 @@ def test_masks_go_with_their_request(engine: Engine) -> None:
     assert not answers_alike(masked.result(), plain.result())
 
 
-def test_what_arrives_together_runs_together(engine: Engine) -> None:
+def test_concurrent_requests_run_as_one_batch(engine: Engine) -> None:
     recorded = Recorded(engine)
     with Batcher(recorded, max_delay_ms=500) as batcher:  # type: ignore[arg-type]
         futures = [batcher.submit(np.arange(3, 40)) for _ in range(8)]
@@ -105,16 +106,16 @@ def test_a_full_batch_does_not_wait(engine: Engine) -> None:
         [future.result(LONG) for future in futures]
 
 
-def test_nobody_waits_longer_for_company_than_promised(engine: Engine) -> None:
+def test_a_single_request_waits_max_delay(engine: Engine) -> None:
     engine.warm_up([(1, 10)])
     with Batcher(engine, max_delay_ms=50) as batcher:
         start = time.monotonic()
         batcher.submit(np.arange(3, 13)).result(LONG)
-        taken = time.monotonic() - start
-    assert 0.045 <= taken < 2.0  # the bound, and a slow machine's computing
+        elapsed = time.monotonic() - start
+    assert 0.045 <= elapsed < 2.0  # the delay, and the run on a slow machine
 
 
-def test_lengths_apart_run_in_batches_of_their_own(engine: Engine) -> None:
+def test_very_different_lengths_run_in_separate_batches(engine: Engine) -> None:
     recorded = Recorded(engine)
     with Batcher(recorded, max_delay_ms=300) as batcher:  # type: ignore[arg-type]
         futures = [batcher.submit(np.arange(3, 3 + n)) for n in (5, 96, 5, 96, 5)]
@@ -122,7 +123,7 @@ def test_lengths_apart_run_in_batches_of_their_own(engine: Engine) -> None:
     assert sorted(recorded.groups) == [2, 3]
 
 
-def test_a_bad_request_is_refused_at_once_and_its_neighbours_are_answered(engine: Engine) -> None:
+def test_a_bad_request_is_refused_at_once_and_other_requests_are_answered(engine: Engine) -> None:
     with Batcher(engine, max_delay_ms=100) as batcher:
         good = batcher.submit(np.arange(3, 20))
         for bad in ([VOCAB_SIZE], [], "text", [[3, 4], [5, 6]], list(range(3, 3 + 200))):
@@ -131,7 +132,7 @@ def test_a_bad_request_is_refused_at_once_and_its_neighbours_are_answered(engine
         assert answers_alike(good.result(LONG), engine.run(np.arange(3, 20)))
 
 
-def test_more_than_may_wait_is_an_overload(engine: Engine) -> None:
+def test_more_than_max_pending_requests_are_an_overload(engine: Engine) -> None:
     recorded = Recorded(engine)
     recorded.gate.clear()
     with Batcher(recorded, max_delay_ms=0, max_pending=2) as batcher:  # type: ignore[arg-type]
@@ -150,17 +151,17 @@ def test_a_cancelled_request_is_not_computed(engine: Engine) -> None:
     with Batcher(recorded, max_delay_ms=0) as batcher:  # type: ignore[arg-type]
         running = batcher.submit([3, 4])
         assert recorded.entered.wait(LONG)
-        unwanted, wanted = batcher.submit([5, 6, 7]), batcher.submit([5, 6, 7])
-        assert unwanted.cancel()
+        cancelled, kept = batcher.submit([5, 6, 7]), batcher.submit([5, 6, 7])
+        assert cancelled.cancel()
         recorded.gate.set()
-        assert wanted.result(LONG)
+        assert kept.result(LONG)
         assert running.result(LONG)
     assert recorded.groups == [1, 1]
     with pytest.raises(CancelledError):
-        unwanted.result()
+        cancelled.result()
 
 
-def test_an_error_of_the_backend_reaches_every_request_of_the_batch_and_no_other(engine: Engine) -> None:
+def test_an_error_of_the_backend_reaches_all_requests_of_its_batch_and_no_other(engine: Engine) -> None:
     recorded = Recorded(engine)
     recorded.fails = LfxError("out of memory")
     with Batcher(recorded, max_delay_ms=50) as batcher:  # type: ignore[arg-type]
@@ -172,7 +173,7 @@ def test_an_error_of_the_backend_reaches_every_request_of_the_batch_and_no_other
         assert batcher.submit([3, 4]).result(LONG)
 
 
-def test_nobody_hangs_when_the_engine_is_closed_first(bundle: MakeBundle) -> None:
+def test_requests_fail_when_the_engine_is_closed_first(bundle: MakeBundle) -> None:
     engine = Engine(bundle(), threads=1)
     with Batcher(engine, max_delay_ms=100) as batcher:
         lost = batcher.submit([3, 4])
@@ -183,7 +184,7 @@ def test_nobody_hangs_when_the_engine_is_closed_first(bundle: MakeBundle) -> Non
             batcher.submit([3, 4]).result(LONG)
 
 
-def test_a_callback_may_submit_again_when_the_engine_is_gone(bundle: MakeBundle) -> None:
+def test_a_callback_may_submit_again_after_the_engine_is_closed(bundle: MakeBundle) -> None:
     engine = Engine(bundle(), threads=1)
     again: list[Future[Any]] = []
     with Batcher(engine, max_delay_ms=200) as batcher:
@@ -197,7 +198,7 @@ def test_a_callback_may_submit_again_when_the_engine_is_gone(bundle: MakeBundle)
             again[0].result(LONG)
 
 
-def test_callbacks_may_close_it(engine: Engine) -> None:
+def test_callbacks_may_close_the_batcher(engine: Engine) -> None:
     recorded, closed = Recorded(engine), [threading.Event() for _ in range(4)]
     recorded.gate.clear()
     batcher = Batcher(recorded, max_delay_ms=0, token_budget=2, workers=2)  # type: ignore[arg-type]
@@ -205,13 +206,13 @@ def test_callbacks_may_close_it(engine: Engine) -> None:
     for future, event in zip(futures, closed, strict=True):
         future.add_done_callback(lambda _, event=event: (batcher.close(), event.set()))  # type: ignore[misc]
     recorded.gate.set()
-    assert all(future.result(LONG) for future in futures)  # those that waited too
+    assert all(future.result(LONG) for future in futures)  # those that were pending too
     assert all(event.wait(LONG) for event in closed)
     with pytest.raises(OverloadError, match="closed"):
         batcher.submit([3, 4])
 
 
-def test_closing_does_not_wait_for_the_delay_when_the_engine_is_gone(bundle: MakeBundle) -> None:
+def test_close_does_not_wait_for_the_delay_after_the_engine_is_closed(bundle: MakeBundle) -> None:
     engine = Engine(bundle(), threads=1)
     batcher = Batcher(engine, max_delay_ms=3_000_000)
     lost = [batcher.submit([3, 4]) for _ in range(3)]
@@ -220,16 +221,16 @@ def test_closing_does_not_wait_for_the_delay_when_the_engine_is_gone(bundle: Mak
     assert all(isinstance(future.exception(LONG), InputError) for future in lost)
 
 
-def test_cancelled_requests_take_no_place(engine: Engine) -> None:
+def test_cancelled_requests_do_not_count_as_pending(engine: Engine) -> None:
     with Batcher(engine, max_delay_ms=3_000_000, max_pending=2) as batcher:
         for _ in range(6):
             assert batcher.submit([3, 4]).cancel()
-        wanted = batcher.submit([3, 4])
-    assert wanted.result(LONG)
+        future = batcher.submit([3, 4])
+    assert future.result(LONG)
 
 
 class Unmasked(torch.nn.Module):
-    """A model that takes no attention_mask, so that no padding can be hidden from it."""
+    """A model without an attention_mask, so that padding cannot be masked."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,17 +241,17 @@ class Unmasked(torch.nn.Module):
 
 
 def test_without_a_mask_only_equal_lengths_run_together(tmp_path: Path) -> None:
-    wanted = [np.arange(3, 3 + n) for n in (20, 23, 20, 23)]
+    sequences = [np.arange(3, 3 + n) for n in (20, 23, 20, 23)]
     with Engine(export(Unmasked().eval(), tmp_path / "bundle"), threads=1) as engine:
         with Batcher(engine, max_delay_ms=200) as batcher:
-            futures = [batcher.submit(ids) for ids in wanted]
-            for ids, future in zip(wanted, futures, strict=True):
+            futures = [batcher.submit(ids) for ids in sequences]
+            for ids, future in zip(sequences, futures, strict=True):
                 assert answers_alike(future.result(LONG), engine.run(ids))
         with pytest.raises(InputError, match="no token can be masked"):
-            list(engine.stream(wanted))
+            list(engine.stream(sequences))
 
 
-def test_the_budget_counts_every_choice(bundle: MakeBundle) -> None:
+def test_the_token_budget_counts_all_choices(bundle: MakeBundle) -> None:
     with Engine(bundle("multiple-choice"), threads=1) as engine:
         recorded = Recorded(engine)
         ids, zero = np.full((4, 20), 5), np.zeros((4, 20), int)
@@ -259,7 +260,7 @@ def test_the_budget_counts_every_choice(bundle: MakeBundle) -> None:
     assert max(recorded.groups) <= 2
 
 
-def test_closing_answers_what_waits_and_refuses_what_comes(engine: Engine) -> None:
+def test_close_runs_pending_requests_and_refuses_new_ones(engine: Engine) -> None:
     batcher = Batcher(engine, max_delay_ms=3_000_000)
     futures: list[Future[Any]] = [batcher.submit([3, 4, 5]) for _ in range(3)]
     batcher.close()
@@ -269,26 +270,26 @@ def test_closing_answers_what_waits_and_refuses_what_comes(engine: Engine) -> No
         batcher.submit([3])
 
 
-def test_asyncio(engine: Engine) -> None:
-    wanted = documents(20, seed=1)
+def test_asyncio_calls_give_the_engine_s_outputs(engine: Engine) -> None:
+    sequences = documents(20, seed=1)
 
     async def ask_all() -> tuple[list[Any], Any]:
         with Batcher(engine, max_delay_ms=20) as batcher:
-            together = await asyncio.gather(*(batcher.run(ids) for ids in wanted))
-        return together, await engine.run_async(wanted[0])
+            together = await asyncio.gather(*(batcher.run(ids) for ids in sequences))
+        return together, await engine.run_async(sequences[0])
 
     together, alone = asyncio.run(ask_all())
-    assert all(answers_alike(found, engine.run(ids)) for found, ids in zip(together, wanted, strict=True))
-    assert answers_alike(alone, engine.run(wanted[0]))
+    assert all(answers_alike(outputs, engine.run(ids)) for outputs, ids in zip(together, sequences, strict=True))
+    assert answers_alike(alone, engine.run(sequences[0]))
 
 
 def test_multiple_choice_groups_equal_numbers_of_choices(bundle: MakeBundle) -> None:
     random = np.random.default_rng(0)
     with Engine(bundle("multiple-choice"), threads=1) as engine, Batcher(engine, max_delay_ms=100) as batcher:
-        wanted = [random.integers(3, VOCAB_SIZE, (choices, 20)) for choices in (2, 3, 2)]
-        marks = [np.zeros_like(ids) for ids in wanted]
-        futures = [batcher.submit(ids, None, zero) for ids, zero in zip(wanted, marks, strict=True)]
-        for ids, zero, future in zip(wanted, marks, futures, strict=True):
+        sequences = [random.integers(3, VOCAB_SIZE, (choices, 20)) for choices in (2, 3, 2)]
+        masks = [np.zeros_like(ids) for ids in sequences]
+        futures = [batcher.submit(ids, None, zero) for ids, zero in zip(sequences, masks, strict=True)]
+        for ids, zero, future in zip(sequences, masks, futures, strict=True):
             assert answers_alike(future.result(LONG), engine.run(ids, None, zero))
 
 
@@ -297,7 +298,7 @@ def test_multiple_choice_groups_equal_numbers_of_choices(bundle: MakeBundle) -> 
     [
         ({"max_delay_ms": -1}, "max_delay_ms -1 is out of range"),
         ({"max_delay_ms": float("nan")}, "max_delay_ms nan is out of range"),
-        ({"max_delay_ms": 10**400}, "max_delay_ms a int is out of range"),
+        ({"max_delay_ms": 10**400}, "max_delay_ms an int is out of range"),
         ({"max_delay_ms": "5"}, "max_delay_ms is '5'; give a number"),
         ({"max_delay_ms": None}, "max_delay_ms is None; give a number"),
         ({"max_delay_ms": True}, "max_delay_ms is True; give a number"),
@@ -321,17 +322,17 @@ def test_arguments_of_another_type_or_out_of_range_are_refused(
         Batcher(**{"engine": engine, **wrong})
 
 
-def test_a_batcher_is_not_pickled(engine: Engine) -> None:
+def test_a_batcher_cannot_be_pickled(engine: Engine) -> None:
     with Batcher(engine) as batcher, pytest.raises(InputError, match="cannot be pickled or copied"):
         pickle.dumps(batcher)
 
 
 def exits(_: Any) -> None:
-    """A callback that would end its thread."""
+    """Raise SystemExit, as a callback."""
     raise SystemExit("mine")
 
 
-def test_what_callbacks_raise_is_logged_and_every_other_request_is_answered(
+def test_exceptions_of_callbacks_are_logged_and_all_other_requests_are_answered(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorded = Recorded(engine)
@@ -356,7 +357,7 @@ def test_what_callbacks_raise_is_logged_and_every_other_request_is_answered(
     ] * 2
 
 
-def test_a_callback_that_ends_the_caller_s_own_thread_does_so(engine: Engine) -> None:
+def test_a_callback_may_end_the_caller_s_own_thread(engine: Engine) -> None:
     with Batcher(engine) as batcher:
         done = batcher.submit([3, 4])
         done.result(LONG)
@@ -364,7 +365,7 @@ def test_a_callback_that_ends_the_caller_s_own_thread_does_so(engine: Engine) ->
             done.add_done_callback(exits)
 
 
-def test_a_worker_that_dies_fails_what_waits_and_refuses_what_comes(engine: Engine, monkeypatch: Any) -> None:
+def test_a_worker_that_dies_fails_pending_requests_and_refuses_new_ones(engine: Engine, monkeypatch: Any) -> None:
     batcher = Batcher(engine, max_delay_ms=3_000_000)
     waiting = [batcher.submit([3, 4]) for _ in range(3)]
     monkeypatch.setattr(batcher, "_run", lambda group: 1 / 0)
@@ -379,7 +380,7 @@ def test_a_worker_that_dies_fails_what_waits_and_refuses_what_comes(engine: Engi
     batcher.close()
 
 
-def test_an_answer_that_the_caller_gave_itself_stops_nobody_else(engine: Engine) -> None:
+def test_a_future_that_the_caller_completed_affects_no_other_request(engine: Engine) -> None:
     with Batcher(engine, max_delay_ms=50) as batcher:
         own, other = batcher.submit([3, 4]), batcher.submit([3, 4])
         own.set_result({})
@@ -387,7 +388,7 @@ def test_an_answer_that_the_caller_gave_itself_stops_nobody_else(engine: Engine)
         assert batcher.submit([3, 4]).result(LONG)
 
 
-def test_those_who_wait_for_cancelled_requests_are_told_in_an_overload(engine: Engine) -> None:
+def test_waiters_of_cancelled_requests_are_notified_in_an_overload(engine: Engine) -> None:
     with Batcher(engine, max_delay_ms=3_000_000, max_pending=2) as batcher:
         unwanted = [batcher.submit([3, 4]) for _ in range(2)]
         assert all(future.cancel() for future in unwanted)
@@ -395,7 +396,7 @@ def test_those_who_wait_for_cancelled_requests_are_told_in_an_overload(engine: E
         assert not wait(unwanted, LONG).not_done
 
 
-def test_cancels_closes_and_overload_at_any_moment_leave_nobody_waiting(engine: Engine) -> None:
+def test_cancel_close_and_overload_at_any_moment_leave_no_future_unfinished(engine: Engine) -> None:
     random = np.random.default_rng(0)
     for round_number in range(8):
         batcher = Batcher(engine, max_delay_ms=1, max_pending=8, workers=2, token_budget=64)

@@ -1,4 +1,4 @@
-"""Which documents run together: every one once, within the budget, and with little computed for padding."""
+"""Grouping of sequences into batches: each once, within the token budget, with little padding."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from tests.conftest import MakeBundle
 BUDGET = 1000
 
 
-def cost(lengths: list[int], found: list[list[int]]) -> int:
-    """Tokens computed, starts of batches included."""
-    return sum(BATCH_COST + len(members) * max(lengths[i] for i in members) for members in found)
+def cost(lengths: list[int], groups: list[list[int]]) -> int:
+    """The cost that `batches` minimizes."""
+    return sum(BATCH_COST + len(group) * max(lengths[i] for i in group) for group in groups)
 
 
 @given(st.lists(st.integers(1, 1500), max_size=60))
-def test_every_document_once_and_no_batch_above_the_budget(lengths: list[int]) -> None:
-    found = batches(lengths, BUDGET)
-    assert sorted(itertools.chain.from_iterable(found)) == list(range(len(lengths)))
-    for members in found:
-        assert len(members) == 1 or len(members) * max(lengths[i] for i in members) <= BUDGET
+def test_each_document_is_in_one_batch_and_no_batch_is_above_the_budget(lengths: list[int]) -> None:
+    groups = batches(lengths, BUDGET)
+    assert sorted(itertools.chain.from_iterable(groups)) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= BUDGET
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=6))
-def test_no_other_way_computes_less(lengths: list[int]) -> None:
+def test_no_other_grouping_costs_less(lengths: list[int]) -> None:
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     ways = []
     for cuts in itertools.product((False, True), repeat=len(order) - 1):
@@ -48,39 +48,39 @@ def test_no_other_way_computes_less(lengths: list[int]) -> None:
     assert cost(lengths, batches(lengths, BUDGET)) == min(ways)
 
 
-def test_little_is_padded_away_in_documents_of_every_length() -> None:
+def test_documents_of_all_lengths_get_little_padding() -> None:
     random = np.random.default_rng(0)
     lengths = [int(n) for n in np.clip(random.lognormal(6.5, 1.0, 200), 50, 4096)]
-    found = batches(lengths, 8192)
-    padded = sum(len(members) * max(lengths[i] for i in members) for members in found)
+    groups = batches(lengths, 8192)
+    padded = sum(len(group) * max(lengths[i] for i in group) for group in groups)
     assert padded <= 1.1 * sum(lengths)
 
 
 @given(st.lists(st.integers(1, 5), max_size=40))
 def test_without_padding_only_equal_lengths_run_together(lengths: list[int]) -> None:
-    found = batches(lengths, BUDGET, pad=False)
-    assert sorted(itertools.chain.from_iterable(found)) == list(range(len(lengths)))
-    assert len(found) == len(set(lengths))
-    assert all(len({lengths[i] for i in members}) == 1 for members in found)
+    groups = batches(lengths, BUDGET, pad=False)
+    assert sorted(itertools.chain.from_iterable(groups)) == list(range(len(lengths)))
+    assert len(groups) == len(set(lengths))
+    assert all(len({lengths[i] for i in group}) == 1 for group in groups)
     few = batches(lengths, 12, lambda batch, seqlen: batch <= 3, pad=False)
     assert sorted(itertools.chain.from_iterable(few)) == list(range(len(lengths)))
-    for members in few:
-        assert len({lengths[i] for i in members}) == 1
-        assert len(members) <= max(1, min(3, 12 // lengths[members[0]]))
-    for length, count in Counter(lengths).items():  # and no batch more than it takes
+    for group in few:
+        assert len({lengths[i] for i in group}) == 1
+        assert len(group) <= max(1, min(3, 12 // lengths[group[0]]))
+    for length, count in Counter(lengths).items():  # no more batches than necessary
         most = min(3, 12 // length)
-        assert sum(lengths[members[0]] == length for members in few) == -(-count // most)
+        assert sum(lengths[group[0]] == length for group in few) == -(-count // most)
 
 
-def test_the_backend_s_limit_is_kept() -> None:
-    found = batches([5] * 10, BUDGET, lambda batch, seqlen: batch <= 3)
-    assert max(map(len, found)) == 3
+def test_batches_stay_within_the_backend_s_limit() -> None:
+    groups = batches([5] * 10, BUDGET, lambda batch, seqlen: batch <= 3)
+    assert max(map(len, groups)) == 3
 
 
 SEQUENCES = [[5 + i % 40 for i in range(n)] for n in (3, 90, 1, 17, 90, 40, 2, 128)]
 
 
-def test_a_list_gives_what_its_sequences_give_one_by_one(bundle: MakeBundle) -> None:
+def test_a_list_gives_the_outputs_of_its_sequences_one_by_one(bundle: MakeBundle) -> None:
     with Engine(bundle(), token_budget=200) as engine:
         together = engine.run(SEQUENCES)
         for i, sequence in enumerate(SEQUENCES):
@@ -101,11 +101,11 @@ def test_a_stream_gives_results_in_the_order_of_the_documents(ahead: int, bundle
                 read.append(i)
                 yield sequence
 
-        for i, found in enumerate(engine.stream(documents(), ahead=ahead)):
-            assert len(read) <= (i // ahead + 1) * ahead  # no further ahead than it may
+        for i, outputs in enumerate(engine.stream(documents(), ahead=ahead)):
+            assert len(read) <= (i // ahead + 1) * ahead  # reads at most `ahead` documents ahead
             alone = engine.run(SEQUENCES[i])
             for name, array in alone.items():
-                np.testing.assert_allclose(found[name], array[0], rtol=0, atol=1e-5)
+                np.testing.assert_allclose(outputs[name], array[0], rtol=0, atol=1e-5)
         assert len(read) == len(SEQUENCES)
 
 
@@ -127,7 +127,7 @@ def test_a_stream_of_choices(bundle: MakeBundle) -> None:
 
 
 @pytest.mark.parametrize("budget", [0, -1])
-def test_a_budget_starts_at_one(budget: int, bundle: MakeBundle) -> None:
+def test_a_token_budget_below_one_is_refused(budget: int, bundle: MakeBundle) -> None:
     with pytest.raises(InputError, match=rf"token_budget {budget} is out of range"):
         Engine(bundle(), token_budget=budget)
 
@@ -141,7 +141,7 @@ def test_ahead_is_checked_when_stream_is_called(ahead: Any, bundle: MakeBundle) 
 @pytest.mark.parametrize(
     "documents", [5, None, "the fox", b"fox", {"ids": [5]}, UserString("fox"), np.array(5)], ids=repr
 )
-def test_what_is_no_iterable_of_sequences_is_refused_when_stream_is_called(documents: Any, bundle: MakeBundle) -> None:
+def test_documents_of_another_type_are_refused_when_stream_is_called(documents: Any, bundle: MakeBundle) -> None:
     with Engine(bundle()) as engine, pytest.raises(InputError, match=r"documents is \w+; give an iterable"):
         engine.stream(documents)
 
@@ -160,12 +160,12 @@ def test_what_is_no_iterable_of_sequences_is_refused_when_stream_is_called(docum
     ],
 )
 @pytest.mark.parametrize("ahead", [1, 256])
-def test_the_document_that_is_wrong_is_named(documents: Any, message: str, ahead: int, bundle: MakeBundle) -> None:
+def test_the_error_names_the_bad_document(documents: Any, message: str, ahead: int, bundle: MakeBundle) -> None:
     with Engine(bundle()) as engine, pytest.raises(InputError, match=message):
         list(engine.stream(documents, ahead=ahead))
 
 
-def test_what_the_documents_raise_goes_on_to_the_caller(bundle: MakeBundle) -> None:
+def test_exceptions_of_the_documents_pass_through(bundle: MakeBundle) -> None:
     def documents() -> Iterator[list[int]]:
         yield [5, 6]
         raise KeyError("mine")
@@ -177,7 +177,7 @@ def test_what_the_documents_raise_goes_on_to_the_caller(bundle: MakeBundle) -> N
             next(stream)
 
 
-def test_choices_of_different_numbers_do_not_run_together(bundle: MakeBundle) -> None:
+def test_different_numbers_of_choices_are_not_batched(bundle: MakeBundle) -> None:
     ids = [[0, 5, 2, 2, 6, 2]]
     with (
         Engine(bundle("multiple-choice")) as engine,

@@ -1,4 +1,4 @@
-"""`Engine` on tiny bundles: what comes out, and what is said about files and backends that do not fit."""
+"""`Engine` on tiny bundles: outputs, and errors of arguments, files and backends."""
 
 from __future__ import annotations
 
@@ -33,35 +33,35 @@ HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 @pytest.fixture(scope="module")
 def engine(bundle: MakeBundle) -> Iterator[Engine]:
-    """The bare model, with ONNX Runtime."""
+    """The base model in ONNX Runtime."""
     with Engine(bundle()) as loaded:
         yield loaded
 
 
 @pytest.fixture
 def copy(bundle: MakeBundle, tmp_path: Path) -> Path:
-    """A bundle that a test may break."""
+    """A copy of a bundle for a test that breaks it."""
     return Path(shutil.copytree(bundle(), tmp_path / "copy"))
 
 
 def random_ids(*shape: int, seed: int = 0) -> Any:
-    """Ids of real words."""
+    """Random ids without special tokens."""
     return np.random.default_rng(seed).integers(3, VOCAB_SIZE, shape)
 
 
-def assert_same(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    """All outputs, lists included."""
-    assert list(found) == list(expected)
+def assert_same(outputs: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """Compare all outputs, arrays or lists."""
+    assert list(outputs) == list(expected)
     for name in expected:
-        assert len(found[name]) == len(expected[name])
-        for ours, theirs in zip(found[name], expected[name], strict=True):
-            assert ours.shape == theirs.shape
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance, err_msg=name)
+        assert len(outputs[name]) == len(expected[name])
+        for array, expected_array in zip(outputs[name], expected[name], strict=True):
+            assert array.shape == expected_array.shape
+            np.testing.assert_allclose(array, expected_array, rtol=0, atol=tolerance, err_msg=name)
 
 
-def differs(found: Any, other: Any) -> bool:
-    """Whether any output is more than rounding away."""
-    return any(float(np.abs(found[name] - other[name]).max()) > 1e-3 for name in found)
+def differs(outputs: Any, other: Any) -> bool:
+    """Whether an output differs by more than rounding."""
+    return any(float(np.abs(outputs[name] - other[name]).max()) > 1e-3 for name in outputs)
 
 
 @pytest.mark.parametrize(("batch", "seqlen"), [(1, 1), (2, 7), (3, 8), (1, 9), (2, 17), (2, 128)])
@@ -75,7 +75,7 @@ def test_outputs_have_the_names_shapes_and_type_of_the_signature(engine: Engine,
         assert len(spec.shape) == output.ndim
 
 
-def test_every_argument_reaches_its_own_graph_input(engine: Engine) -> None:
+def test_each_argument_reaches_its_own_graph_input(engine: Engine) -> None:
     ids, mask, marks = random_ids(2, 29), np.ones((2, 29), dtype=np.int64), np.zeros((2, 29), dtype=np.int64)
     mask[0, 20:] = mask[1, 25:] = 0
     marks[0, [0, 3]] = marks[1, 11] = 1
@@ -109,7 +109,7 @@ def test_sequences_of_one_length_give_arrays(engine: Engine) -> None:
     assert_same(listed, engine.run(rows), tolerance=0)
 
 
-def test_ragged_sequences_give_what_each_gives_alone(engine: Engine) -> None:
+def test_ragged_sequences_give_the_outputs_of_each_alone(engine: Engine) -> None:
     outputs = engine.run(RAGGED)
     assert isinstance(outputs["last_hidden_state"], list)
     assert [row.shape for row in outputs["last_hidden_state"]] == [(len(ids), 32) for ids in RAGGED]
@@ -121,7 +121,7 @@ def test_ragged_sequences_give_what_each_gives_alone(engine: Engine) -> None:
         np.testing.assert_allclose(outputs["pooler_output"][i], alone["pooler_output"][0], rtol=0, atol=1e-5)
 
 
-def test_ragged_masks_belong_to_their_sequences(engine: Engine) -> None:
+def test_ragged_masks_apply_to_their_own_sequences(engine: Engine) -> None:
     masks = [[1, 1, 0, 1], [1] * 30 + [0] * 7, [1], [0] * 3 + [1] * 14]
     marks = [[0, 0, 0, 1], [1, 0, 0, 1] + [0] * 33, [0], [0] * 5 + [1] + [0] * 11]
     outputs = engine.run(RAGGED, masks, marks)
@@ -130,7 +130,7 @@ def test_ragged_masks_belong_to_their_sequences(engine: Engine) -> None:
         np.testing.assert_allclose(outputs["last_hidden_state"][i], alone["last_hidden_state"][0], rtol=0, atol=1e-5)
 
 
-def test_outputs_per_token_of_every_task_are_cut(bundle: MakeBundle) -> None:
+def test_outputs_per_token_of_all_tasks_are_cut(bundle: MakeBundle) -> None:
     rows = [[5, 2, 2, 6, 2], [7, 8, 2, 2, 9, 10, 11, 2]]
     with Engine(bundle("question-answering")) as reader:
         outputs = reader.run(rows)
@@ -164,12 +164,12 @@ def test_outputs_are_owned_by_the_caller(bundle: MakeBundle, backend: str) -> No
 
 
 @pytest.mark.parametrize("shape", [(None, None), (1, "4"), (0, 4), (1, 10**5000)], ids=["none", "text", "zero", "huge"])
-def test_takes_refuses_what_is_no_shape(shape: tuple[Any, Any], engine: Engine) -> None:
+def test_supports_shape_refuses_arguments_that_are_no_shape(shape: tuple[Any, Any], engine: Engine) -> None:
     with pytest.raises(InputError):
         engine.supports_shape(*shape)
 
 
-def test_no_requests_together_give_no_answers(engine: Engine) -> None:
+def test_run_together_of_no_requests_gives_no_outputs(engine: Engine) -> None:
     assert engine.run_together([]) == []
 
 
@@ -196,7 +196,7 @@ def test_default_globals_follow_the_task(bundle: MakeBundle, task: str, marks: l
             assert other == marks or differs(default, loaded.run(ids, None, other))
 
 
-def test_bad_input_leaves_the_engine_usable(engine: Engine) -> None:
+def test_the_engine_is_usable_after_bad_input(engine: Engine) -> None:
     before = engine.run([5, 6, 7])
     for ids in ([VOCAB_SIZE], [3] * 129, [-1], []):
         with pytest.raises(InputError):
@@ -204,7 +204,7 @@ def test_bad_input_leaves_the_engine_usable(engine: Engine) -> None:
     assert_same(engine.run([5, 6, 7]), before, tolerance=0)
 
 
-def test_a_closed_engine_says_so(bundle: MakeBundle) -> None:
+def test_run_on_a_closed_engine_is_an_error(bundle: MakeBundle) -> None:
     with Engine(bundle()) as loaded:
         assert loaded.run([5, 6])["pooler_output"].shape == (1, 32)
     with pytest.raises(InputError, match="closed; make a new one"):
@@ -214,7 +214,7 @@ def test_a_closed_engine_says_so(bundle: MakeBundle) -> None:
         loaded.run([5, 6])
 
 
-def test_a_run_that_has_begun_ends_well_when_another_thread_closes_the_engine(bundle: MakeBundle) -> None:
+def test_a_running_batch_completes_when_another_thread_closes_the_engine(bundle: MakeBundle) -> None:
     engine = Engine(bundle())
     infer = engine._backend.infer
 
@@ -226,7 +226,7 @@ def test_a_run_that_has_begun_ends_well_when_another_thread_closes_the_engine(bu
     assert engine.run([5, 6])["last_hidden_state"].shape[0] == 1
 
 
-def test_an_engine_closes_on_an_error_and_lets_it_through(bundle: MakeBundle) -> None:
+def test_an_engine_closes_on_an_exception_and_passes_it_on(bundle: MakeBundle) -> None:
     with pytest.raises(KeyError, match="mine"), Engine(bundle()) as loaded:
         raise KeyError("mine")
     with pytest.raises(InputError, match="closed"):
@@ -234,7 +234,7 @@ def test_an_engine_closes_on_an_error_and_lets_it_through(bundle: MakeBundle) ->
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_two_threads_at_once_get_the_results_of_one(bundle: MakeBundle, backend: str) -> None:
+def test_two_concurrent_threads_get_the_outputs_of_one(bundle: MakeBundle, backend: str) -> None:
     batches = [[random_ids(2, length, seed=length) for length in lengths] for lengths in ((5, 30, 64), (17, 9, 33))]
     start = threading.Barrier(2)
     with Engine(bundle(), backend) as loaded:
@@ -245,13 +245,13 @@ def test_two_threads_at_once_get_the_results_of_one(bundle: MakeBundle, backend:
             return [loaded.run(ids) for _ in range(10) for ids in mine]
 
         with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(work, batches))
-    for ours, theirs in zip(found, expected, strict=True):
+            results = list(pool.map(work, batches))
+    for ours, theirs in zip(results, expected, strict=True):
         for i, outputs in enumerate(ours):
             assert_same(outputs, theirs[i % len(theirs)], tolerance=1e-6)
 
 
-def test_a_bundle_is_found_by_folder_by_text_and_by_its_model(bundle: MakeBundle) -> None:
+def test_a_bundle_opens_by_its_folder_as_path_or_text_and_by_its_model(bundle: MakeBundle) -> None:
     folder = bundle()
     for path in (folder, str(folder), folder / MODEL, str(folder / MODEL)):
         with Engine(path) as loaded:
@@ -259,7 +259,7 @@ def test_a_bundle_is_found_by_folder_by_text_and_by_its_model(bundle: MakeBundle
             assert loaded.manifest.signature == loaded.signature
 
 
-def test_a_lone_model_still_knows_its_limits(bundle: MakeBundle, engine: Engine, tmp_path: Path) -> None:
+def test_a_single_onnx_file_has_its_signature(bundle: MakeBundle, engine: Engine, tmp_path: Path) -> None:
     for name in (MODEL, WEIGHTS):
         shutil.copy(bundle() / name, tmp_path / name)
     with Engine(tmp_path / MODEL) as lone:
@@ -272,7 +272,7 @@ def test_a_lone_model_still_knows_its_limits(bundle: MakeBundle, engine: Engine,
             lone.run([99])
 
 
-def test_a_lone_model_may_have_another_name(bundle: MakeBundle, engine: Engine, tmp_path: Path) -> None:
+def test_a_single_onnx_file_may_have_another_name(bundle: MakeBundle, engine: Engine, tmp_path: Path) -> None:
     shutil.copy(bundle() / MODEL, tmp_path / "reader.onnx")
     shutil.copy(bundle() / WEIGHTS, tmp_path / WEIGHTS)
     with Engine(tmp_path / "reader.onnx") as lone:
@@ -322,7 +322,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_bundle_is_one_clear_artifact_error(name: str, copy: Path) -> None:
+def test_a_broken_bundle_is_an_artifact_error_in_one_line(name: str, copy: Path) -> None:
     change, message = BROKEN[name]
     change(copy)
     with pytest.raises(ArtifactError, match=message) as caught:
@@ -331,7 +331,7 @@ def test_a_broken_bundle_is_one_clear_artifact_error(name: str, copy: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["model changed", "weights cut", "manifest cut"])
-def test_a_broken_bundle_is_found_by_its_model_too(name: str, copy: Path) -> None:
+def test_a_broken_bundle_is_refused_by_its_model_too(name: str, copy: Path) -> None:
     change, message = BROKEN[name]
     change(copy)
     with pytest.raises(ArtifactError, match=message):
@@ -359,7 +359,7 @@ def test_a_file_that_is_no_model_is_an_artifact_error(name: str, content: bytes,
         ("model cut", rf"{MODEL} is no ONNX file \(it is cut\)"),
     ],
 )
-def test_a_broken_lone_model_is_an_artifact_error(broken: str, message: str, backend: str, copy: Path) -> None:
+def test_a_broken_single_onnx_file_is_an_artifact_error(broken: str, message: str, backend: str, copy: Path) -> None:
     (copy / MANIFEST).unlink()
     if broken == "weights gone":
         (copy / WEIGHTS).unlink()
@@ -394,7 +394,7 @@ def test_a_model_of_another_exporter_is_refused(backend: str, tmp_path: Path) ->
     ],
     ids=lambda text: text[:12],
 )
-def test_a_path_that_is_not_there_is_an_artifact_error(
+def test_a_path_that_does_not_exist_is_an_artifact_error(
     path: str, message: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -425,7 +425,7 @@ def test_a_path_that_is_not_there_is_an_artifact_error(
     ],
     ids=str,
 )
-def test_an_argument_of_another_type_is_one_clear_line(
+def test_an_argument_of_another_type_is_refused_in_one_line(
     bundle: MakeBundle, arguments: dict[str, Any], error: type[LfxError], message: str
 ) -> None:
     with pytest.raises(error, match=message) as caught:
@@ -433,7 +433,7 @@ def test_an_argument_of_another_type_is_one_clear_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_budget_without_end_and_numpy_s_numbers_are_taken(bundle: MakeBundle, engine: Engine) -> None:
+def test_a_huge_budget_and_numpy_integers_are_accepted(bundle: MakeBundle, engine: Engine) -> None:
     with Engine(bundle(), threads=np.int64(1), token_budget=10**30) as loaded:  # type: ignore[arg-type]
         assert_same(loaded.run(RAGGED), engine.run(RAGGED))
 
@@ -454,12 +454,12 @@ def test_a_budget_without_end_and_numpy_s_numbers_are_taken(bundle: MakeBundle, 
         ([(10**30, 5)], "does not fit in memory"),
     ],
 )
-def test_warm_up_refuses_what_is_no_shape(engine: Engine, shapes: Any, message: str) -> None:
+def test_warm_up_refuses_arguments_that_are_no_shapes(engine: Engine, shapes: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         engine.warm_up(shapes)
 
 
-def test_a_closed_engine_says_so_whatever_it_is_asked(bundle: MakeBundle) -> None:
+def test_all_methods_of_a_closed_engine_raise(bundle: MakeBundle) -> None:
     engine = Engine(bundle())
     stream = engine.stream([[5, 6], [7, 8]], ahead=1)
     assert next(stream)["pooler_output"].shape == (32,)
@@ -489,33 +489,33 @@ def test_an_engine_is_reopened_by_another_process(
         "print(engine.backend.split()[0], engine.threads, engine.token_budget);"
         "print(engine.run([5, 6])['pooler_output'][0, 0])"
     )
-    found = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300, cwd=tmp_path
     ).stdout.split()
-    assert found[:3] == ["openvino", "1", "99"]
-    assert float(found[3]) == pytest.approx(float(engine.run([5, 6])["pooler_output"][0, 0]), abs=1e-5)
+    assert printed[:3] == ["openvino", "1", "99"]
+    assert float(printed[3]) == pytest.approx(float(engine.run([5, 6])["pooler_output"][0, 0]), abs=1e-5)
 
 
 def _mutate(data: bytes, random: np.random.Generator) -> bytes:
     changed = bytearray(data)
     for _ in range(random.integers(1, 4)):
-        place, byte = int(random.integers(len(changed))), int(random.integers(256))
+        position, byte = int(random.integers(len(changed))), int(random.integers(256))
         action = random.integers(5)
         if action == 0:
-            del changed[place : place + int(random.integers(1, 20))]
+            del changed[position : position + int(random.integers(1, 20))]
         elif action == 1:
-            changed.insert(place, byte)
+            changed.insert(position, byte)
         elif action == 2:
-            changed[place] = b'0123456789.-"[]{},:'[byte % 19]
+            changed[position] = b'0123456789.-"[]{},:'[byte % 19]
         else:
-            changed[place] = byte
+            changed[position] = byte
     return bytes(changed)
 
 
-def test_a_randomly_changed_manifest_is_refused_unless_it_says_the_same(
+def test_a_randomly_changed_manifest_is_refused_unless_its_content_is_equal(
     copy: Path, engine: Engine, monkeypatch: Any
 ) -> None:
-    # The model itself is loaded once: this is about the manifest.
+    # The backend is loaded once, since this test is about the manifest.
     monkeypatch.setattr(backends, "load", lambda *_: engine._backend)
     random = np.random.default_rng(0)
     original = (copy / MANIFEST).read_bytes()
@@ -534,7 +534,7 @@ def test_a_randomly_changed_manifest_is_refused_unless_it_says_the_same(
 
 
 @pytest.mark.parametrize("value", [None, "x", "", -1, 0.5, 1e999, True, [], {}, [None], {"x": 1}, 10**30], ids=repr)
-def test_any_other_value_in_the_manifest_loads_or_is_an_lfx_error(
+def test_any_value_in_the_manifest_loads_or_is_an_lfx_error(
     value: Any, copy: Path, engine: Engine, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(backends, "load", lambda *_: engine._backend)
@@ -566,13 +566,13 @@ def test_unknown_backends_and_providers_name_the_known_ones(
         Engine(bundle(), **options)
 
 
-def test_threads_are_used_or_refused(bundle: MakeBundle) -> None:
-    with pytest.raises(DependencyError, match=r"threads 2 cannot be had: the reference evaluator has one"):
+def test_threads_are_refused_by_the_reference_evaluator(bundle: MakeBundle) -> None:
+    with pytest.raises(DependencyError, match=r"threads is 2, and the reference evaluator has one thread"):
         Engine(bundle(), "reference", threads=2)
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2", 10**9])
-def test_threads_start_at_one(bundle: MakeBundle, engine: Engine, threads: Any) -> None:
+def test_threads_below_one_are_refused_and_one_is_used(bundle: MakeBundle, engine: Engine, threads: Any) -> None:
     with pytest.raises(InputError, match=rf"threads .*{threads!r}.*; give a whole number from 1 to 1024"):
         Engine(bundle(), threads=threads)
     with Engine(bundle(), threads=1) as single:
@@ -581,13 +581,13 @@ def test_threads_start_at_one(bundle: MakeBundle, engine: Engine, threads: Any) 
 
 @pytest.mark.skipif(HAS_CUDA, reason="this onnxruntime has the CUDA provider")
 @pytest.mark.parametrize(("provider", "name"), [("cuda", "CUDA"), ("tensorrt", "Tensorrt")])
-def test_a_provider_that_is_not_here_is_an_error_naming_the_cure(bundle: MakeBundle, provider: str, name: str) -> None:
+def test_an_unavailable_provider_is_an_error_with_a_cure(bundle: MakeBundle, provider: str, name: str) -> None:
     with pytest.raises(DependencyError, match=rf"no {name}ExecutionProvider.*longformer-lfx\[gpu\].*provider='cpu'"):
         Engine(bundle(), provider=provider)
 
 
 @pytest.mark.parametrize("backend", ["openvino", "reference"])
-def test_other_backends_give_the_same_numbers(bundle: MakeBundle, engine: Engine, backend: str) -> None:
+def test_other_backends_give_the_same_outputs(bundle: MakeBundle, engine: Engine, backend: str) -> None:
     ids, mask, marks = random_ids(2, 29), np.ones((2, 29), dtype=int), np.zeros((2, 29), dtype=int)
     mask[1, 20:] = 0
     marks[0, [0, 7, 8]] = 1
@@ -598,11 +598,11 @@ def test_other_backends_give_the_same_numbers(bundle: MakeBundle, engine: Engine
         assert_same(other.run(ids, mask, marks), engine.run(ids, mask, marks))
 
 
-def test_backend_auto_is_onnxruntime_and_says_so(engine: Engine) -> None:
+def test_backend_auto_is_onnxruntime(engine: Engine) -> None:
     assert engine.backend == f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider"
 
 
-def test_bf16_on_onnxruntime_is_one_line_naming_openvino(bundle: MakeBundle) -> None:
+def test_bf16_on_onnxruntime_is_refused_in_one_line_naming_openvino(bundle: MakeBundle) -> None:
     with pytest.raises(
         DependencyError, match=r"backend='openvino' \(pip install 'longformer-lfx\[openvino\]'\)"
     ) as caught:
@@ -620,19 +620,19 @@ def test_backend_auto_runs_bf16_with_openvino(bundle: MakeBundle, engine: Engine
         assert auto.manifest is not None
         ours, theirs = auto.run(ids), reference.run(ids)
         for name, measured in auto.manifest.validation["outputs"].items():
-            # Each is within its tolerance of the float64 reference.
+            # Both are within the tolerance of the float64 reference.
             np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=2 * measured["tolerance"])
-        assert differs(auto.run(ids), engine.run(ids))  # it is the bf16 model that ran
+        assert differs(auto.run(ids), engine.run(ids))  # the bf16 model ran
 
 
-def test_backend_auto_runs_a_lone_bf16_model_with_openvino(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_backend_auto_runs_a_single_bf16_onnx_file_with_openvino(bundle: MakeBundle, tmp_path: Path) -> None:
     for name in (MODEL, WEIGHTS):
         shutil.copy(bundle(precision="bf16") / name, tmp_path / name)
     with Engine(tmp_path / MODEL) as lone:
         assert lone.backend.startswith("openvino")
 
 
-def test_the_fusion_that_is_slower_on_cpus_is_left_out(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_the_fusion_that_is_slower_on_cpus_is_disabled(bundle: MakeBundle, tmp_path: Path) -> None:
     kinds = {}
     for name, disabled in (("with", []), ("without", backends.SLOWER_ON_CPU)):
         options = onnxruntime.SessionOptions()
@@ -640,7 +640,7 @@ def test_the_fusion_that_is_slower_on_cpus_is_left_out(bundle: MakeBundle, tmp_p
         onnxruntime.InferenceSession(str(bundle() / MODEL), options, disabled_optimizers=disabled)
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
         kinds[name] = {node.op_type for node in graph.node}
-    assert "SkipLayerNormalization" in kinds["with"]  # or ONNX Runtime has renamed it
+    assert "SkipLayerNormalization" in kinds["with"]  # fails if ONNX Runtime has renamed it
     assert "SkipLayerNormalization" not in kinds["without"]
 
 
@@ -648,7 +648,9 @@ def test_the_fusion_that_is_slower_on_cpus_is_left_out(bundle: MakeBundle, tmp_p
     ("flags", "overflows"),
     [("fpu avx2", True), ("fpu avx2 avx_vnni", False), ("avx512f avx512_vnni", False), (None, False)],
 )
-def test_which_cpus_overflow_on_eight_bits(flags: str | None, overflows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_overflows_on_x86_without_vnni(
+    flags: str | None, overflows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(machine, "cpu_fields", lambda: {"flags": flags} if flags is not None else {})
     assert machine.int8_overflows() is overflows

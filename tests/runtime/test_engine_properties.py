@@ -1,4 +1,4 @@
-"""Whatever comes in: what is valid gives Hugging Face's numbers, and all else is an InputError."""
+"""Random arguments of an Engine: valid ones give Hugging Face's outputs, others are an InputError."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.conftest import MakeBundle
 from tests.models import VOCAB_SIZE, tiny_model
 
 LONGEST = 128
-# A part of what the profile says, so that `make fuzz` raises both.
+# A fraction of the profile's number of examples, which `make fuzz` increases.
 HALF = settings(max_examples=max(settings().max_examples // 2, 1))
 INTEGERS = tuple(f"{order}{kind}" for order in "<>" for kind in ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"))
 MASKS = (*INTEGERS, "?", "f2", "f4", "f8")
@@ -48,7 +48,7 @@ def chooser_engine(bundle: MakeBundle) -> Iterator[Engine]:
 
 
 def in_form(draw: st.DrawFn, rows: list[Any], dtypes: tuple[str, ...]) -> Any:
-    """The same numbers as lists, tuples, other sequences or arrays of some dtype."""
+    """The same numbers as a list, a tuple, another sequence or an array of some dtype."""
     dtype = draw(st.sampled_from(dtypes))
 
     def row_in_form(row: Any) -> Any:
@@ -75,7 +75,7 @@ def in_form(draw: st.DrawFn, rows: list[Any], dtypes: tuple[str, ...]) -> Any:
 
 @st.composite
 def requests(draw: st.DrawFn, choices: tuple[int, ...] = ()) -> dict[str, Any]:
-    """Rows of ids, masks and global marks; and the same in a form that a caller may give."""
+    """Rows of ids, masks and global masks, and the same rows in a form that a caller may give."""
     length = st.one_of(st.integers(1, 20), st.integers(1, LONGEST), st.just(LONGEST))
     if draw(st.booleans()):
         lengths = [draw(length)] * draw(st.integers(1, 3))
@@ -122,7 +122,7 @@ def test_valid_requests_of_any_form_give_what_hugging_face_gives(
         real = row[1] == 1
         expected = theirs["last_hidden_state"][0].numpy()
         np.testing.assert_allclose(ours[real], expected[real], rtol=0, atol=1e-4)
-        if real[0]:  # the pooler reads the first token
+        if real[0]:  # the pooler's output is that of the first token
             np.testing.assert_allclose(
                 outputs["pooler_output"][i], theirs["pooler_output"][0].numpy(), rtol=0, atol=1e-5
             )
@@ -192,8 +192,8 @@ def test_any_object_as_choices_is_run_or_is_an_input_error(
 @given(documents=st.lists(VALID, max_size=3) | st.lists(ANYTHING, max_size=3) | ANYTHING, ahead=st.integers(1, 3))
 def test_any_object_is_a_stream_or_an_input_error(documents: Any, ahead: int, engine: Engine) -> None:
     try:
-        found = list(engine.stream(documents, ahead=ahead))
+        results = list(engine.stream(documents, ahead=ahead))
     except InputError as error:
         assert "\n" not in str(error)
     else:
-        assert all(np.isfinite(output).all() for outputs in found for output in outputs.values())
+        assert all(np.isfinite(output).all() for outputs in results for output in outputs.values())

@@ -1,4 +1,4 @@
-"""After a fork, nobody in the child waits for threads and locks that only its parent has."""
+"""A forked child does not wait for threads and locks of its parent."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def engine(bundle: MakeBundle) -> Iterator[Engine]:
 
 
 def in_child(function: Callable[[], Any]) -> Any:
-    """What a function returns, or the text of the LfxError that it raises, in a forked child that may not hang."""
+    """Call a function in a forked child with a time limit; returns its result, or the text of its LfxError."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             try:
-                found = function()
+                result = function()
             except LfxError as error:
-                found = str(error)
-            os.write(writer, pickle.dumps(found))
+                result = str(error)
+            os.write(writer, pickle.dumps(result))
         finally:
             os._exit(0)
     os.close(writer)
@@ -59,17 +59,17 @@ def in_child(function: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def held(lock: Any) -> Iterator[None]:
-    """Another thread holds the lock."""
-    taken, done = threading.Event(), threading.Event()
+    """Have another thread hold the lock."""
+    locked, done = threading.Event(), threading.Event()
 
     def hold() -> None:
         with lock:
-            taken.set()
+            locked.set()
             done.wait(LONG)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    assert taken.wait(LONG)
+    assert locked.wait(LONG)
     try:
         yield
     finally:
@@ -88,14 +88,14 @@ def held(lock: Any) -> Iterator[None]:
     ],
     ids=["run", "stream", "warm_up", "supports_shape", "Batcher"],
 )
-def test_an_engine_of_the_parent_says_so(engine: Engine, ask: Callable[[Engine], Any]) -> None:
+def test_an_engine_of_the_parent_is_an_error_in_the_child(engine: Engine, ask: Callable[[Engine], Any]) -> None:
     with held(engine.metrics._lock):
         assert in_child(lambda: ask(engine)).startswith("this Engine was made before a fork")
-    assert engine.run([5, 6])  # the parent's own goes on
+    assert engine.run([5, 6])  # the parent's Engine still works
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_closing_in_the_child_does_not_wait_for_the_backend_s_threads(bundle: MakeBundle, backend: str) -> None:
+def test_close_in_the_child_does_not_wait_for_the_backend_s_threads(bundle: MakeBundle, backend: str) -> None:
     with Engine(bundle(), backend, threads=2) as engine:
         before = engine.run([5, 6])["pooler_output"]
         assert in_child(engine.close) is None
@@ -112,14 +112,14 @@ def test_a_new_engine_in_the_child_works_beside_the_parent_s(bundle: MakeBundle)
 
     with Engine(bundle(), backend, threads=2) as engine:
         expected = engine.run([5, 6])["pooler_output"]
-        for found in in_child(ask):
-            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+        for result in in_child(ask):
+            np.testing.assert_allclose(result, expected, rtol=0, atol=1e-6)
 
 
 def test_openvino_is_refused_in_a_child_of_a_process_that_used_it(bundle: MakeBundle) -> None:
     with Engine(bundle(), "openvino", threads=2):
-        said = in_child(lambda: Engine(bundle(), "openvino"))
-    assert said.startswith("OpenVINO was used before this process was forked")
+        message = in_child(lambda: Engine(bundle(), "openvino"))
+    assert message.startswith("OpenVINO was used before this process was forked")
 
 
 ENDING = """
@@ -153,8 +153,8 @@ def test_a_child_ends_when_it_exits(bundle: MakeBundle, backend: str, when: str)
 
 
 def test_an_engine_of_the_parent_can_be_pickled_and_opened_in_the_child(engine: Engine) -> None:
-    found = in_child(lambda: pickle.loads(pickle.dumps(engine)).run([5, 6])["pooler_output"])
-    np.testing.assert_allclose(found, engine.run([5, 6])["pooler_output"], rtol=0, atol=1e-6)
+    result = in_child(lambda: pickle.loads(pickle.dumps(engine)).run([5, 6])["pooler_output"])
+    np.testing.assert_allclose(result, engine.run([5, 6])["pooler_output"], rtol=0, atol=1e-6)
 
 
 def test_a_batcher_of_the_parent_answers_in_the_parent_only(engine: Engine) -> None:
@@ -170,36 +170,36 @@ def test_a_batcher_of_the_parent_answers_in_the_parent_only(engine: Engine) -> N
             future.add_done_callback(called.append)
 
         def ask() -> list[str]:
-            said = [str(future.exception(LONG)) for future in futures]
+            messages = [str(future.exception(LONG)) for future in futures]
             assert not wait(futures, LONG).not_done
             with contextlib.suppress(ZeroDivisionError), batcher:  # leaving the block closes it
                 with pytest.raises(LfxError) as caught:
                     batcher.submit([5, 6])
-                said.append(str(caught.value))
+                messages.append(str(caught.value))
                 raise ZeroDivisionError
             batcher.close()
-            return [*said, str(len(called))]
+            return [*messages, str(len(called))]
 
         with held(batcher._changed), held(running._condition), held(waiting._condition), held(engine.metrics._lock):
-            *said, calls = in_child(ask)
+            *messages, calls = in_child(ask)
         recorded.gate.set()
         assert running.result(LONG).keys() == waiting.result(LONG).keys()
-    assert len(said) == 3
-    assert all(line.startswith("this Batcher was made before a fork") and "\n" not in line for line in said)
-    assert calls == "0"  # callbacks are the parent's
+    assert len(messages) == 3
+    assert all(line.startswith("this Batcher was made before a fork") and "\n" not in line for line in messages)
+    assert calls == "0"  # callbacks run in the parent only
     assert len(called) == 2
 
 
 def test_a_callback_may_fork_and_its_child_has_the_answer(engine: Engine) -> None:
-    found: list[Any] = []
+    result: list[Any] = []
 
     def fork(future: Any) -> None:
-        found.append(in_child(lambda: (str(other.exception(LONG)), future.result(LONG)["pooler_output"])))
+        result.append(in_child(lambda: (str(other.exception(LONG)), future.result(LONG)["pooler_output"])))
 
     with Batcher(engine, max_delay_ms=3_000_000) as batcher:
         asked, other = (batcher.submit([5, 6]) for _ in range(2))
         asked.add_done_callback(fork)
-    other_s, own = found[0]
+    other_s, own = result[0]
     assert other_s.startswith("this Batcher was made before a fork")
     np.testing.assert_array_equal(own, asked.result(LONG)["pooler_output"])
 

@@ -1,4 +1,4 @@
-"""What the production side imports, and what it says where an extra is missing; all in fresh processes."""
+"""Imports of `lfx.runtime`, and errors of missing extras; each in a new process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ assert not found, found
 COMMAND = """
 import sys
 for module in {blocked!r}:
-    sys.modules[module] = None  # as if it were not installed
+    sys.modules[module] = None  # importing it fails, as if it were not installed
 sys.argv = ["lfx", *{arguments!r}]
 from lfx.cli import main
 main()
@@ -28,13 +28,13 @@ main()
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter."""
+    """Run code in a new interpreter."""
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def lfx_without(blocked: tuple[str, ...], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command where some modules cannot be imported."""
+    """Run the command with some modules blocked."""
     return python(COMMAND.format(blocked=blocked, arguments=arguments))
 
 
@@ -57,7 +57,7 @@ def test_importing_the_production_side_loads_nothing_of_the_export_side(module: 
     assert done.returncode == 0, done.stderr
 
 
-def test_the_check_itself_sees_an_import() -> None:
+def test_the_import_check_detects_an_import() -> None:
     assert "['onnx']" in python(f"import onnx{LOADED}").stderr
 
 
@@ -90,7 +90,7 @@ def test_lfx_run_and_inspect_work_where_the_export_side_is_not_installed(bundle:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    # Each of these takes longer to import than all the rest of --help.
+    # Importing any of these takes longer than the rest of --help.
     heavy = (*EXPORT_SIDE, "numpy", "onnxruntime", "openvino", "tokenizers", "rich", "cryptography", "tensorrt_rtx")
     code = f"""
 import sys
@@ -122,7 +122,7 @@ print([name for name in {heavy} if name in sys.modules])
         ("cryptography", ["verify", "{bundle}", "--key", "minisign.pub"], "verify"),
     ],
 )
-def test_a_missing_extra_is_one_line_naming_the_cure(
+def test_a_missing_extra_is_refused_in_one_line_with_the_cure(
     blocked: str, arguments: list[str], extra: str, bundle: MakeBundle
 ) -> None:
     paths = {"bundle": str(bundle())}
@@ -136,7 +136,7 @@ def test_a_missing_extra_is_one_line_naming_the_cure(
     assert (done.returncode, done.stdout) == (1, "")
 
 
-def test_the_runtime_raises_the_same_error(bundle: MakeBundle) -> None:
+def test_the_runtime_raises_the_error_of_the_command_line(bundle: MakeBundle) -> None:
     code = """
 import sys
 sys.modules["onnxruntime"] = None

@@ -1,4 +1,4 @@
-"""What callers may give as ids and masks, and what is refused; no model is run here."""
+"""Ids and masks that `prepare` accepts or refuses; no model is run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAD, SEP, VOCAB, LONGEST = 1, 2, 20, 12
 
 
 def signature(**changes: Any) -> Signature:
-    """Of a model with ids below 20 and at most 12 tokens."""
+    """The signature of a model with a vocabulary of 20 that takes at most 12 tokens."""
     axes = ("batch", "sequence")
     plain = Signature(
         architecture="LongformerModel",
@@ -53,7 +53,7 @@ FIXED_FIRST = signature(
 
 
 class ArrayLike:
-    """Stands for any library's tensor: numpy can read it, and it is no sequence."""
+    """A tensor of another library: numpy can convert it, and it is no Sequence."""
 
     def __init__(self, values: Any) -> None:
         self.values = values
@@ -63,7 +63,7 @@ class ArrayLike:
 
 
 class Items(Sequence[Any]):
-    """A sequence of a class of its own, whose length and items may be anything, an exception too."""
+    """A Sequence whose length and items may be anything, including exceptions."""
 
     def __init__(self, length: Any, item: Any) -> None:
         self.length, self.item = length, item
@@ -80,7 +80,7 @@ class Items(Sequence[Any]):
 
 
 class Itself(Sequence[Any]):
-    """A sequence that numpy, which does not count the axes of its items, would read for ever."""
+    """A Sequence that contains itself, on which numpy would never end."""
 
     def __len__(self) -> int:
         return 2
@@ -90,7 +90,7 @@ class Itself(Sequence[Any]):
 
 
 class OnlyIndexed:
-    """No Sequence for Python, and one for numpy."""
+    """A sequence for numpy that is no Sequence for Python."""
 
     def __len__(self) -> int:
         return 2
@@ -100,7 +100,7 @@ class OnlyIndexed:
 
 
 class NoArray:
-    """Its array is none."""
+    """An object whose __array__ returns no array."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -112,10 +112,10 @@ class NoArray:
 
 
 def circle() -> list[Any]:
-    """A list that holds itself."""
-    found: list[Any] = []
-    found.append(found)
-    return found
+    """A list that contains itself."""
+    nested: list[Any] = []
+    nested.append(nested)
+    return nested
 
 
 MASKED = np.ma.masked_array([3, 4], mask=[0, 1])
@@ -186,15 +186,15 @@ def test_ragged_sequences_are_padded_with_the_pad_id_and_masked() -> None:
     assert batch.feeds["global_attention_mask"].tolist() == [[0, 0, 0]] * 3
 
 
-def test_ragged_masks_keep_their_values_and_get_zeros_behind() -> None:
+def test_ragged_masks_keep_their_values_and_are_padded_with_zeros() -> None:
     batch = prepare([[3, 4], [5, 6, 7]], [[0, 1], [1, 1, 0]], [[1, 1], [0, 1, 0]], signature())
     assert batch.feeds["attention_mask"].tolist() == [[0, 1, 0], [1, 1, 0]]
     assert batch.feeds["global_attention_mask"].tolist() == [[1, 1, 0], [0, 1, 0]]
 
 
-@pytest.mark.parametrize("kind", [bool, np.int8, np.float32])
-def test_a_mask_of_any_number_type_becomes_int64(kind: Any) -> None:
-    mask = np.array([[1, 0, 1]], dtype=kind)
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.float32])
+def test_a_mask_of_any_numeric_dtype_becomes_int64(dtype: Any) -> None:
+    mask = np.array([[1, 0, 1]], dtype=dtype)
     batch = prepare([3, 4, 5], mask, mask, signature())
     for name in GRAPH_INPUTS[1:]:
         assert batch.feeds[name].dtype == np.int64
@@ -275,7 +275,7 @@ def test_default_globals_none_and_first() -> None:
 
 @st.composite
 def pairs_of_texts(draw: st.DrawFn) -> list[list[int]]:
-    """Rows of one length: words, separator, separator, words, separator, padding."""
+    """Rows of one length: words, two separators, words, separator, padding."""
     word = st.integers(3, VOCAB - 1)
     rows = []
     for _ in range(draw(st.integers(1, 4))):
@@ -287,7 +287,7 @@ def pairs_of_texts(draw: st.DrawFn) -> list[list[int]]:
 
 @pytest.mark.parametrize(("rule", "before"), [("question", True), ("after_question", False)])
 @given(rows=pairs_of_texts())
-def test_question_rules_are_those_of_transformers(rule: str, before: bool, rows: list[list[int]]) -> None:
+def test_default_globals_of_questions_are_those_of_transformers(rule: str, before: bool, rows: list[list[int]]) -> None:
     ids = np.array(rows)
     ours = default_global(ids, signature(default_global=rule))
     theirs = _compute_global_attention_mask(torch.from_numpy(ids), SEP, before_sep_token=before)
@@ -313,7 +313,7 @@ def test_a_given_mask_replaces_the_default_globals() -> None:
 
 
 @pytest.mark.parametrize("separators", [0, 2, 4])
-def test_question_rule_refuses_another_number_of_separators(separators: int) -> None:
+def test_default_globals_of_questions_need_three_separators(separators: int) -> None:
     rows = [[3, SEP, SEP, 4, 5, SEP], [3] * (6 - separators) + [SEP] * separators]
     with pytest.raises(InputError, match=rf"three separators \(id 2\).*one has {separators}.*give global_at"):
         prepare(rows, None, None, QUESTION)
@@ -362,18 +362,18 @@ BAD_IDS = {
     "list that holds itself": (circle(), "input_ids is nested too deeply; give one sequence"),
     "list beside itself": ([[3, 4], circle()], r"input_ids\[1\] is ragged inside"),
     "sequence of itself": (Itself(), "nested too deeply"),
-    "row of what only numpy reads": ([OnlyIndexed(), OnlyIndexed()], "holds OnlyIndexed where single integers"),
+    "row of what only numpy reads": ([OnlyIndexed(), OnlyIndexed()], "holds OnlyIndexed, not single integers"),
     "what only numpy reads": (OnlyIndexed(), "OnlyIndexed; give one sequence"),
     "UserString": (UserString("fox"), "UserString; give token ids"),
-    "UserStrings": ([UserString("fox")], "holds UserString where single integers"),
-    "sequence of letters": (Items(3, list("fox")), "holds str where single integers"),
+    "UserStrings": ([UserString("fox")], "holds UserString, not single integers"),
+    "sequence of letters": (Items(3, list("fox")), "holds str, not single integers"),
     "bytes in a batch": ([bytearray(b"\3"), bytearray(b"\4")], "give one sequence"),
     "range without end": (range(2 * 10**12), "2000000000000 tokens, above the model's maximum 12"),
     "range without end in a batch": ([[3], range(2 * 10**12)], r"input_ids\[1\] has 2000000000000 tokens"),
     "view without end": (np.broadcast_to(np.array(3), (2 * 10**12,)), "2000000000000 tokens"),
     "views without end": (np.broadcast_to(np.array(3), (2 * 10**6, 2 * 10**6)), "2000000 tokens"),
-    "length that is too short": (Items(2, [3, 4, 5]), "says that it has 2 items"),
-    "length that is too long": (Items(4, [3, 4, 5]), "says that it has 4 items"),
+    "length that is too short": (Items(2, [3, 4, 5]), "has length 2 and another number of items"),
+    "length that is too long": (Items(4, [3, 4, 5]), "has length 4 and another number of items"),
     "length that is negative": (Items(-4, [3, 4, 5]), "cannot be read"),
     "length that raises": (Items(KeyError("mine"), [3]), "cannot be read as an array .*mine"),
     "item that raises": (Items(2, OSError("mine")), "cannot be read as an array .*mine"),
@@ -392,8 +392,8 @@ BAD_IDS = {
     "bool beside ids": ([3, True], "dtype bool at 1; give integers"),
     "id of 64 bits without sign": (np.array([2**63 + 5], dtype=np.uint64), "does not fit 64 bits"),
     "float beside ids": ([3, 4.0], "float64; give integers"),
-    "array as an id": ([3, np.array([4])], "holds ndarray where single integers"),
-    "dictionary as an id": ([3, {}], "holds dict where single integers"),
+    "array as an id": ([3, np.array([4])], "holds ndarray, not single integers"),
+    "dictionary as an id": ([3, {}], "holds dict, not single integers"),
 }
 
 
@@ -404,11 +404,11 @@ def test_bad_ids_are_refused(name: str) -> None:
         prepare(ids, None, None, signature())
 
 
-def test_ids_of_a_file_that_cannot_be_written_are_read(tmp_path: Path) -> None:
+def test_ids_of_a_read_only_array_are_accepted(tmp_path: Path) -> None:
     np.array([[3, 4], [5, 6]]).tofile(tmp_path / "ids")
     ids = np.memmap(tmp_path / "ids", dtype=np.int64, mode="r", shape=(2, 2))
     batch = prepare(ids, None, None, signature())
-    batch.feeds["input_ids"][:] = 9  # its own memory
+    batch.feeds["input_ids"][:] = 9  # the feeds are copies
     assert ids.tolist() == [[3, 4], [5, 6]]
 
 
@@ -417,12 +417,12 @@ def test_a_mask_may_mix_booleans_and_numbers() -> None:
     assert prepare([3, 4, 5], mask, None, signature()).feeds["attention_mask"].tolist() == [[1, 0, 1]]
 
 
-def test_ids_at_every_limit_are_taken() -> None:
+def test_ids_at_the_limits_are_accepted() -> None:
     batch = prepare([[0] * LONGEST, [VOCAB - 1] * LONGEST], None, None, signature())
     assert batch.feeds["input_ids"].tolist() == [[0] * LONGEST, [VOCAB - 1] * LONGEST]
 
 
-def test_without_a_limit_any_length_is_taken_and_ids_keep_their_value() -> None:
+def test_without_limits_any_length_and_any_id_are_accepted() -> None:
     free = signature(max_seqlen=None, vocab_size=None)
     assert prepare([10**12] * 5000, None, None, free).feeds["input_ids"].tolist() == [[10**12] * 5000]
     with pytest.raises(InputError):
@@ -492,7 +492,7 @@ BAD_MASKS = {
     "range without end": ([range(2 * 10**12)] * 2, r"{name}\[0\] has 2000000000000 tokens"),
     "masked array": (np.ma.masked_array(np.ones((2, 3)), mask=np.eye(2, 3)), "{name} is a masked array"),
     "not a number in a list": ([[1, 1, float("nan")]] * 2, "the value nan"),
-    "strings among numbers": ([[1, 1, "0"]] * 2, "holds str where"),
+    "strings among numbers": ([[1, 1, "0"]] * 2, "holds str, not single integers"),
     "objects": (np.ones((2, 3), dtype=object), "dtype object; masks hold 0 and 1 only"),
     "above 64 bits": ([[1, 1, 2**70]] * 2, "does not fit 64 bits; masks hold 0 and 1 only"),
     "item that raises": ([Items(3, OSError("mine"))] * 2, "{name} cannot be read as an array .*mine"),
@@ -541,7 +541,7 @@ def test_a_model_with_fixed_globals_takes_no_global_mask() -> None:
         prepare([3, 4], None, [1, 0], FIXED_FIRST)
 
 
-def test_a_model_without_attention_mask_takes_rectangles_only() -> None:
+def test_a_model_without_attention_mask_takes_sequences_of_one_length_only() -> None:
     bare = signature(inputs=(TensorSpec("input_ids", "int64", ("batch", "sequence")),))
     assert list(prepare([[3, 4], [5, 6]], [[1, 1], [1, 1]], None, bare).feeds) == ["input_ids"]
     for ids, mask in (([[3, 4], [5]], None), ([3, 4], [1, 0])):
@@ -550,14 +550,14 @@ def test_a_model_without_attention_mask_takes_rectangles_only() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=LONGEST), min_size=1, max_size=6))
-def test_every_list_of_sequences_within_the_limits_round_trips(rows: list[list[int]]) -> None:
+def test_all_lists_of_sequences_within_the_limits_round_trip(rows: list[list[int]]) -> None:
     batch = prepare(rows, None, None, signature())
     lengths = [len(row) for row in rows]
     ids, mask = batch.feeds["input_ids"], batch.feeds["attention_mask"]
     assert batch.lengths == (tuple(lengths) if len(set(lengths)) > 1 else None)
     assert ids.shape == mask.shape == batch.feeds["global_attention_mask"].shape == (len(rows), max(lengths))
-    for row, length, found, real in zip(rows, lengths, ids.tolist(), mask.tolist(), strict=True):
-        assert found == row + [PAD] * (max(lengths) - length)
+    for row, length, padded, real in zip(rows, lengths, ids.tolist(), mask.tolist(), strict=True):
+        assert padded == row + [PAD] * (max(lengths) - length)
         assert real == [1] * length + [0] * (max(lengths) - length)
 
 
@@ -603,13 +603,13 @@ def test_junk_is_refused_with_an_input_error_or_fits_the_graph(ids: Any, mask: A
         assert feed.max() < (VOCAB if name == "input_ids" else 2)
 
 
-def test_ids_that_are_changed_after_the_check_are_those_that_were_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_that_another_thread_changes_after_the_check_have_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = np.array([[3, 4, 5]])
     check = inputs._IDS.check
 
     def check_and_change(array: Any, name: str, model: Signature) -> None:
         check(array, name, model)
-        ids[:] = -5  # as another thread may
+        ids[:] = -5  # as another thread could
 
     monkeypatch.setattr(inputs, "_IDS", replace(inputs._IDS, check=check_and_change))
     assert prepare(ids, None, None, signature()).feeds["input_ids"].tolist() == [[3, 4, 5]]

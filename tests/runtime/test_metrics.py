@@ -1,4 +1,4 @@
-"""What an Engine counts, and how Prometheus sees it."""
+"""The counters of an Engine, and their Prometheus text."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lfx.runtime.metrics import LATENCY_BUCKETS, Metrics
 from tests.conftest import MakeBundle
 
 
-def test_what_is_counted(bundle: MakeBundle) -> None:
+def test_runs_batches_tokens_and_failures_are_counted(bundle: MakeBundle) -> None:
     with Engine(bundle(), threads=1) as engine:
         engine.run([[3, 4, 5], [3, 4, 5]])
-        engine.run([[3] * 10, [3] * 8])  # one batch, two tokens padded
+        engine.run([[3] * 10, [3] * 8])  # one batch with two padding tokens
         engine.run([3, 4, 5, 6], attention_mask=[1, 1, 1, 0])
         with pytest.raises(InputError):
             engine.run([])
-        found = engine.metrics.snapshot()
-    assert (found.requests, found.failed, found.sequences, found.batches) == (3, 1, 5, 3)
-    assert (found.tokens, found.padding_tokens) == (6 + 18 + 3, 2 + 1)
-    assert found.padding_share == pytest.approx(3 / 30)
-    assert sum(found.latency_counts) == 3
-    assert found.latency_seconds > 0
+        counts = engine.metrics.snapshot()
+    assert (counts.requests, counts.failed, counts.sequences, counts.batches) == (3, 1, 5, 3)
+    assert (counts.tokens, counts.padding_tokens) == (6 + 18 + 3, 2 + 1)
+    assert counts.padding_share == pytest.approx(3 / 30)
+    assert sum(counts.latency_counts) == 3
+    assert counts.latency_seconds > 0
 
 
 def test_streams_count_tokens_and_batchers_count_requests(bundle: MakeBundle) -> None:
@@ -40,7 +40,7 @@ def test_streams_count_tokens_and_batchers_count_requests(bundle: MakeBundle) ->
         assert engine.metrics.snapshot().tokens == 7
 
 
-def test_warming_up_counts_nothing(bundle: MakeBundle) -> None:
+def test_warm_up_is_not_counted(bundle: MakeBundle) -> None:
     for task in ("feature-extraction", "question-answering", "multiple-choice"):
         with Engine(bundle(task), threads=1) as engine:
             engine.warm_up()
@@ -61,12 +61,13 @@ def test_no_count_is_lost_between_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    found = metrics.snapshot()
-    assert (found.requests, found.batches, found.tokens, found.padding_tokens) == (16000, 16000, 32000, 48000)
-    assert found.latency_counts[LATENCY_BUCKETS.index(0.025)] == 16000
+    counts = metrics.snapshot()
+    assert (counts.requests, counts.batches) == (16000, 16000)
+    assert (counts.tokens, counts.padding_tokens) == (32000, 48000)
+    assert counts.latency_counts[LATENCY_BUCKETS.index(0.025)] == 16000
 
 
-def test_prometheus_reads_its_own_format_back() -> None:
+def test_prometheus_parses_the_text() -> None:
     parser = pytest.importorskip("prometheus_client.parser")
     metrics = Metrics()
     metrics.answered(0.003)
@@ -91,7 +92,7 @@ def test_prometheus_reads_its_own_format_back() -> None:
     assert samples["lfx_latency_seconds_bucket", "+Inf"] == 2
 
 
-def test_a_registry_takes_one_engine_and_says_so() -> None:
+def test_a_registry_refuses_a_second_engine() -> None:
     client = pytest.importorskip("prometheus_client")
     registry = client.CollectorRegistry()
     first, second = Metrics(), Metrics()
@@ -102,7 +103,7 @@ def test_a_registry_takes_one_engine_and_says_so() -> None:
     assert registry.get_sample_value("lfx_requests_total") == 0
 
 
-def test_without_prometheus_client_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_prometheus_client_the_error_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(DependencyError, match=r"longformer-lfx\[metrics\]"):
         Metrics().prometheus()
@@ -117,6 +118,6 @@ def test_a_plain_engine_needs_no_prometheus_client(bundle: MakeBundle, monkeypat
         assert engine.metrics.snapshot().requests == 1
 
 
-def test_a_signal_handler_may_read_what_it_interrupted(bundle: MakeBundle) -> None:
-    with Engine(bundle()) as engine, engine.metrics._lock:  # as in the middle of `answered`, in the same thread
+def test_a_signal_handler_may_read_the_metrics_that_it_interrupted(bundle: MakeBundle) -> None:
+    with Engine(bundle()) as engine, engine.metrics._lock:  # as if a signal interrupted `answered` in this thread
         assert engine.metrics.snapshot().requests == 0

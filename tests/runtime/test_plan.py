@@ -1,4 +1,4 @@
-"""A plan and its JSON: they belong together, and the JSON is read with the types that it must have."""
+"""A plan and its JSON: both come from one build, and the types in the JSON are checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIGNATURE = Signature("LongformerModel", "feature-extraction", "fp32", IDS, (Ten
 
 
 def _write(path: Path, content: bytes) -> None:
-    """A plan of these bytes with its JSON."""
+    """Write a plan of these bytes and its JSON."""
     path.write_bytes(content)
     PlanManifest(
         signature=SIGNATURE,
@@ -68,7 +68,7 @@ def test_plans_that_are_published_at_once_keep_their_own_json(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.plan", "one.plan.json"]
 
 
-def test_a_plan_that_is_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path) -> None:
+def test_a_plan_that_is_a_link_is_replaced_and_its_target_stays(tmp_path: Path) -> None:
     plan = tmp_path / "one.plan"
     for path in (plan, json_path(plan)):
         (tmp_path / f"kept {path.name}").write_text("years of work")
@@ -114,6 +114,6 @@ def test_json_of_other_types_is_refused(change: dict[str, Any], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["x" * 254, "a/" * 2500, "a\0b"])
-def test_a_path_that_cannot_be_is_one_line(name: str) -> None:
+def test_a_path_that_cannot_exist_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(ArtifactError, match="cannot be opened"):
         PlanManifest.read(Path(name))

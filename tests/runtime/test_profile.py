@@ -1,4 +1,4 @@
-"""Ranges and profiles: what the options say, what is refused, and which profile a batch takes."""
+"""Ranges and profiles: parsing the options, and the profile of a batch."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def test_a_range_is_three_numbers_or_one(text: str, sizes: tuple[int, int, int])
     assert Range.parse(str(Range(*sizes)), "--batch") == Range(*sizes)
 
 
-def test_a_whole_number_is_a_range_too() -> None:
+def test_a_single_integer_is_a_range() -> None:
     assert Range.parse(4, "--batch") == Range.parse(np.int64(4), "--batch") == Range(4, 4, 4)
 
 
 @pytest.mark.parametrize(
     "text", [1.5, True, None, [], b"8", "", "a", "1:2", "1:2:3:4", "1::3", "-1", "1.5", "1:2:x", "²"]
 )
-def test_what_is_no_range_is_refused_with_an_example(text: Any) -> None:
-    with pytest.raises(BuildError, match=r"--batch .* is no size; give MIN:OPT:MAX or one number"):
+def test_text_that_is_no_range_is_refused_with_an_example(text: Any) -> None:
+    with pytest.raises(BuildError, match=r"--batch .* is not a size; give MIN:OPT:MAX or one number"):
         Range.parse(text, "--batch")
 
 
@@ -47,7 +47,7 @@ def test_sizes_out_of_order_are_refused(text: str) -> None:
         Range.parse(text, "--seqlen")
 
 
-def test_every_pair_of_options_is_a_profile_and_one_alone_goes_with_all() -> None:
+def test_pairs_of_options_are_profiles_and_a_single_option_is_used_for_all() -> None:
     two = profiles(["1", "8"], ["1:64:64", "65:128:128"], SIGNATURE)
     assert [str(p) for p in two] == ["batch 1:1:1, seqlen 1:64:64", "batch 8:8:8, seqlen 65:128:128"]
     assert [str(p.batch) for p in profiles(["2"], ["1:8:8", "9:16:16"], SIGNATURE)] == ["2:2:2", "2:2:2"]
@@ -61,7 +61,7 @@ def test_profiles_that_are_no_list_are_refused(ranges: Any) -> None:
             profiles(batch, seqlen, SIGNATURE)
 
 
-def test_counts_that_do_not_match_are_refused() -> None:
+def test_different_numbers_of_batch_and_seqlen_are_refused() -> None:
     with pytest.raises(BuildError, match="2 --batch and 3 --seqlen make no profiles"):
         profiles(["1", "2"], ["1", "2", "3"], SIGNATURE)
 

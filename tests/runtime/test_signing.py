@@ -22,23 +22,23 @@ from lfx.runtime.signing import check_signature
 from tests.conftest import MakeBundle
 
 COMMENT = "timestamp:1\tfile:lfx.json"
-# Made with minisign 0.11; the second signature with -l, of the content itself.
+# Made with minisign 0.11; the second signature with -l, in the legacy format.
 REAL = Path(__file__).parent / "minisign"
 
 
 @dataclass(frozen=True)
 class Signer:
-    """A key, and signatures as minisign writes them."""
+    """A key pair that signs in minisign's format."""
 
     key: Ed25519PrivateKey
     key_id: bytes = bytes(range(8))
 
     def public(self) -> str:
-        """The line of base64."""
+        """The public key as a line of base64."""
         return base64.b64encode(b"Ed" + self.key_id + self.key.public_key().public_bytes_raw()).decode()
 
     def sign(self, content: bytes, algorithm: bytes = b"ED", comment: str = COMMENT) -> str:
-        """The file of a signature."""
+        """The text of a signature file."""
         signature = self.key.sign(hashlib.blake2b(content).digest() if algorithm == b"ED" else content)
         line = base64.b64encode(algorithm + self.key_id + signature).decode()
         both = base64.b64encode(self.key.sign(signature + comment.encode())).decode()
@@ -47,7 +47,7 @@ class Signer:
 
 SIGNER = Signer(Ed25519PrivateKey.from_private_bytes(bytes(32)))
 OTHER = Signer(Ed25519PrivateKey.from_private_bytes(bytes([1] * 32)), bytes(8))
-# Another key that says it is the first.
+# Another key with the id of the first.
 NAMESAKE = replace(OTHER, key_id=SIGNER.key_id)
 CONTENT = b'{"a": 1}\n'
 
@@ -61,31 +61,31 @@ def signed(bundle: MakeBundle, tmp_path: Path) -> Path:
 
 
 def test_every_file_of_a_bundle_is_checked_without_a_key(bundle: MakeBundle) -> None:
-    found = verify(bundle())
-    assert found.manifest == bundle() / MANIFEST
-    assert set(found.files) == {path.name for path in bundle().iterdir()} - {MANIFEST}
-    assert (found.key_id, found.trusted_comment) == (None, None)
-    assert verify(bundle() / MODEL) == found
+    result = verify(bundle())
+    assert result.manifest == bundle() / MANIFEST
+    assert set(result.files) == {path.name for path in bundle().iterdir()} - {MANIFEST}
+    assert (result.key_id, result.trusted_comment) == (None, None)
+    assert verify(bundle() / MODEL) == result
 
 
-def test_a_signed_bundle_says_who_signed(signed: Path, tmp_path: Path) -> None:
-    found = verify(signed, SIGNER.public())
-    assert (found.key_id, found.trusted_comment) == ("0706050403020100", COMMENT)
+def test_a_signed_bundle_has_the_key_id_and_the_trusted_comment(signed: Path, tmp_path: Path) -> None:
+    result = verify(signed, SIGNER.public())
+    assert (result.key_id, result.trusted_comment) == ("0706050403020100", COMMENT)
     (tmp_path / "me.pub").write_text(f"untrusted comment: my key\n{SIGNER.public()}\n")
-    assert verify(signed, tmp_path / "me.pub") == verify(str(signed), str(tmp_path / "me.pub")) == found
+    assert verify(signed, tmp_path / "me.pub") == verify(str(signed), str(tmp_path / "me.pub")) == result
 
 
-def test_the_signature_may_be_anywhere(signed: Path, tmp_path: Path) -> None:
+def test_the_signature_may_have_any_path(signed: Path, tmp_path: Path) -> None:
     elsewhere = (signed / f"{MANIFEST}.minisig").rename(tmp_path / "elsewhere")
     assert verify(signed, SIGNER.public(), elsewhere).key_id is not None
     with pytest.raises(ArtifactError, match=r"minisig is no file.* minisign -Sm .*lfx\.json"):
         verify(signed, SIGNER.public())
 
 
-def test_a_forged_bundle_fails_although_its_seal_is_right(signed: Path) -> None:
+def test_a_forged_bundle_with_a_correct_digest_is_refused(signed: Path) -> None:
     with (signed / "config.json").open("a") as file:
         file.write(" ")
-    Manifest.read(signed).write(signed)  # also lists the signature, which does not matter here
+    Manifest.read(signed).write(signed)  # lists the signature too, which has no effect
     with pytest.raises(ArtifactError, match="does not fit"):
         verify(signed, SIGNER.public())
 
@@ -96,23 +96,23 @@ def test_the_manifest_is_not_parsed_before_its_signature_is_checked(signed: Path
         verify(signed, SIGNER.public())
 
 
-def test_the_bytes_that_are_verified_are_those_that_are_parsed(
+def test_the_verified_bytes_are_the_bytes_that_are_parsed(
     signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody exchanges the manifest and a file just after the signature was checked."""
+    """The manifest and a file are replaced right after the signature was checked."""
 
     def check_and_exchange(*arguments: object) -> tuple[str, str]:
-        found = check_signature(*arguments)  # type: ignore[arg-type]
+        result = check_signature(*arguments)  # type: ignore[arg-type]
         (signed / "config.json").write_text("{}")
         Manifest.read(signed).write(signed)
-        return found
+        return result
 
     monkeypatch.setattr("lfx.runtime.signing.check_signature", check_and_exchange)
     with pytest.raises(ArtifactError, match=r"config\.json"):
         verify(signed, SIGNER.public())
 
 
-def test_a_changed_file_of_a_signed_bundle_is_found(signed: Path) -> None:
+def test_a_changed_file_of_a_signed_bundle_is_refused(signed: Path) -> None:
     data = bytearray((signed / MODEL).read_bytes())
     data[100] ^= 1
     (signed / MODEL).write_bytes(data)
@@ -137,7 +137,7 @@ def test_a_link_that_the_manifest_does_not_list_is_refused(signed: Path, tmp_pat
 @pytest.mark.parametrize(
     "name", [".gitattributes", ".git/config", "README.md", "LICENSE", "LICENSE.txt", "old.minisig"]
 )
-def test_a_file_that_lfx_never_reads_may_be_there(name: str, signed: Path) -> None:
+def test_a_file_that_lfx_never_reads_is_allowed(name: str, signed: Path) -> None:
     (signed / name).parent.mkdir(exist_ok=True)
     (signed / name).write_text("x")
     assert verify(signed, SIGNER.public()).key_id is not None
@@ -166,8 +166,8 @@ def test_a_plan_is_signed_by_its_json(bundle: MakeBundle, tmp_path: Path) -> Non
     )
     manifest.write(plan)
     Path(f"{json_path(plan)}.minisig").write_text(SIGNER.sign(json_path(plan).read_bytes()))
-    found = verify(plan, SIGNER.public())
-    assert (found.manifest, found.files, found.trusted_comment) == (json_path(plan), ("m.plan",), COMMENT)
+    result = verify(plan, SIGNER.public())
+    assert (result.manifest, result.files, result.trusted_comment) == (json_path(plan), ("m.plan",), COMMENT)
     plan.write_bytes(b"nalp")
     with pytest.raises(ArtifactError, match="was changed after the build"):
         verify(plan, SIGNER.public())
@@ -176,8 +176,8 @@ def test_a_plan_is_signed_by_its_json(bundle: MakeBundle, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("name", "comment"), [("signed.json", "release 1, für alle"), ("legacy", None)])
 def test_signatures_of_the_real_minisign_are_verified(name: str, comment: str | None) -> None:
     content = (REAL / "signed.json").read_bytes()
-    found = check_signature(content, REAL / "signed.json", REAL / "minisign.pub", REAL / f"{name}.minisig")
-    assert found == ("81848B69320E3F34", comment or "timestamp:1795546612\tfile:signed.json")
+    result = check_signature(content, REAL / "signed.json", REAL / "minisign.pub", REAL / f"{name}.minisig")
+    assert result == ("81848B69320E3F34", comment or "timestamp:1795546612\tfile:signed.json")
     with pytest.raises(ArtifactError, match="does not fit"):
         check_signature(content + b" ", REAL / "signed.json", REAL / "minisign.pub", REAL / f"{name}.minisig")
 
@@ -187,7 +187,7 @@ def _check(signature: str | bytes, tmp_path: Path, key: str | Path | None = None
     return check_signature(CONTENT, Path("m.json"), key or SIGNER.public(), tmp_path / "s.minisig")
 
 
-def test_both_algorithms_and_windows_line_ends_are_taken(tmp_path: Path) -> None:
+def test_both_algorithms_and_windows_line_ends_are_accepted(tmp_path: Path) -> None:
     for text in (SIGNER.sign(CONTENT), SIGNER.sign(CONTENT, b"Ed"), SIGNER.sign(CONTENT).replace("\n", "\r\n")):
         assert _check(text, tmp_path) == ("0706050403020100", COMMENT)
     assert _check(SIGNER.sign(CONTENT).removesuffix("\n"), tmp_path)[1] == COMMENT
@@ -211,8 +211,8 @@ SIGNATURES: dict[str, tuple[str | bytes, str]] = {
     "no trusted comment": (_with_line(2, "comment: x"), "two of them comments"),
     "not base64": (_with_line(1, "RU*" + LINES[1][3:]), "line 2, is no base64"),
     "not ASCII": (_with_line(1, "RUé" + LINES[1][3:]), "line 2, is no base64"),
-    "too short": (_with_line(1, base64.b64encode(b"ED" + bytes(71)).decode()), "73 bytes .* where 74 belong"),
-    "too long": (_with_line(1, base64.b64encode(b"ED" + bytes(73)).decode()), "75 bytes .* where 74 belong"),
+    "too short": (_with_line(1, base64.b64encode(b"ED" + bytes(71)).decode()), "73 bytes .* where 74 are expected"),
+    "too long": (_with_line(1, base64.b64encode(b"ED" + bytes(73)).decode()), "75 bytes .* where 74 are expected"),
     "data after the padding": (_with_line(1, LINES[1] + "AAAA"), "line 2,"),
     "left-over bits": (_with_line(1, LINES[1][:-2] + chr(ord(LINES[1][-2]) + 1) + "="), "line 2,"),
     "comment's signature too short": (_with_line(3, base64.b64encode(bytes(63)).decode()), "line 4, has 63 bytes"),
@@ -228,14 +228,14 @@ SIGNATURES: dict[str, tuple[str | bytes, str]] = {
     "control characters": (SIGNER.sign(CONTENT, comment="\x1b[31mred"), "control characters"),
     "C1 characters": (SIGNER.sign(CONTENT, comment="\x9b31mred"), "control characters"),
     "a line end in the comment": (SIGNER.sign(CONTENT, comment="a\rb"), "control characters"),
-    "not UTF-8": (GOOD.encode().replace(b"mine", b"\xff"), "is not of minisign's"),
-    "UTF-16": (GOOD.encode("utf-16"), "is not of minisign's"),
+    "not UTF-8": (GOOD.encode().replace(b"mine", b"\xff"), "is no minisign file"),
+    "UTF-16": (GOOD.encode("utf-16"), "is no minisign file"),
     "huge": (b"x" * 20_000, "more than 16,384 bytes"),
 }
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_a_broken_signature_is_one_line(name: str, tmp_path: Path) -> None:
+def test_a_broken_signature_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     text, message = SIGNATURES[name]
     with pytest.raises(ArtifactError, match=message) as error:
         _check(text, tmp_path)
@@ -267,8 +267,8 @@ KEYS: dict[str, tuple[Callable[[Path], str | Path], str]] = {
     "more lines": (_file(f"{HEAD}{SIGNER.public()}\n{SIGNER.public()}\n"), "two lines"),
     "a signature": (_file(GOOD), "two lines"),
     "not base64": (_file(f"{HEAD}RW {SIGNER.public()[3:]}"), "the key is no base64"),
-    "a secret key": (_file(HEAD + base64.b64encode(b"Ed" + bytes(156)).decode()), "158 bytes .* where 42 belong"),
-    "trailing data": (_file(f"{HEAD}{SIGNER.public()}AAAA"), "45 bytes .* where 42 belong"),
+    "a secret key": (_file(HEAD + base64.b64encode(b"Ed" + bytes(156)).decode()), "158 bytes .* where 42 are expected"),
+    "trailing data": (_file(f"{HEAD}{SIGNER.public()}AAAA"), "45 bytes .* where 42 are expected"),
     "unknown algorithm": (_file(HEAD + base64.b64encode(b"ED" + bytes(40)).decode()), "unknown algorithm b'ED'"),
     "control characters": (_file(f"{HEAD[:-1]}\x07\n{SIGNER.public()}"), "control characters"),
     "huge": (_file(HEAD + "A" * 20_000), "more than 16,384 bytes"),
@@ -277,14 +277,16 @@ KEYS: dict[str, tuple[Callable[[Path], str | Path], str]] = {
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_a_broken_key_is_one_line(name: str, tmp_path: Path) -> None:
+def test_a_broken_key_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     make, message = KEYS[name]
     with pytest.raises(ArtifactError, match=message) as error:
         _check(GOOD, tmp_path, make(tmp_path))
     assert "\n" not in str(error.value)
 
 
-def test_a_key_is_not_taken_from_a_file_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_given_as_text_is_not_read_from_a_file_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     key = next(k for k in (replace(SIGNER, key_id=bytes([i] * 8)).public() for i in range(1, 99)) if "/" not in k)
     Path(key).write_text(f"untrusted comment: x\n{OTHER.public()}\n")
@@ -302,7 +304,7 @@ def test_a_key_is_not_taken_from_a_file_of_the_same_name(tmp_path: Path, monkeyp
         ((".", 5), ArtifactError, "has no lfx.json"),
     ],
 )
-def test_a_wrong_argument_is_one_line(
+def test_a_wrong_argument_is_refused_in_one_line(
     arguments: tuple[object, ...], kind: type[LfxError], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -312,5 +314,5 @@ def test_a_wrong_argument_is_one_line(
 
 def test_a_manifest_of_gigabytes_is_not_read(signed: Path) -> None:
     os.truncate(signed / MANIFEST, 2**33)  # a hole
-    with pytest.raises(ArtifactError, match="more than 67,108,864 bytes"):
+    with pytest.raises(ArtifactError, match="more than 64,000,000 bytes"):
         verify(signed, SIGNER.public())

@@ -1,4 +1,4 @@
-"""Texts in, answers out: the tokenizer and the labels of a bundle, without a model."""
+"""`Tokenizer` and `Postprocessor` of a bundle, without a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import tokenizers
 from lfx.errors import ArtifactError, InputError
 from lfx.runtime import Engine
 from lfx.runtime.postprocess import Postprocessor
-from lfx.runtime.tokenizer import LARGEST_FILE, TOKENIZER, Encoded, Tokenizer
+from lfx.runtime.tokenizer import MAX_FILE_BYTES, TOKENIZER, Encoded, Tokenizer
 from lfx.signature import GRAPH_INPUTS, Signature, TensorSpec
 from tests.conftest import MakeBundle
 from tests.models import tiny_tokenizer
@@ -26,7 +26,7 @@ LABELS = {"0": "bad", "1": "good", "2": "so-so"}
 
 
 def signature(task: str) -> Signature:
-    """Of a model with at most 12 tokens."""
+    """The signature of a model that takes at most 12 tokens."""
     return Signature(
         architecture="Longformer",
         task=task,
@@ -41,50 +41,50 @@ def signature(task: str) -> Signature:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The part of a bundle that Tokenizer reads."""
+    """A folder with the files that Tokenizer reads."""
     tiny_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"id2label": LABELS}))
     return tmp_path
 
 
 def answers(folder: Path, task: str, text: str = "the fox", **outputs: Any) -> list[dict[str, Any]]:
-    """The reading of some outputs, given without the batch axis."""
-    reader = Tokenizer(folder, signature(task))
+    """The answers for outputs that are given without the batch axis."""
+    tokenizer = Tokenizer(folder, signature(task))
     arrays = {name: np.asarray([value], dtype=np.float32) for name, value in outputs.items()}
-    return Postprocessor(reader).answers(reader.encode(text), arrays)
+    return Postprocessor(tokenizer).answers(tokenizer.encode(text), arrays)
 
 
 def softmax(values: Any) -> Any:
-    """In float64, along the last axis."""
+    """Softmax in float64 over the last axis."""
     shifted = np.exp(np.asarray(values, dtype=np.float64) - np.max(values, axis=-1, keepdims=True))
     return shifted / shifted.sum(axis=-1, keepdims=True)
 
 
-def test_encode_is_the_tokenizer_of_transformers_with_its_special_tokens(folder: Path) -> None:
-    reader, theirs = Tokenizer(folder, signature("feature-extraction")), tiny_tokenizer()
+def test_encode_gives_the_ids_of_transformers_special_tokens_included(folder: Path) -> None:
+    tokenizer, theirs = Tokenizer(folder, signature("feature-extraction")), tiny_tokenizer()
     for text, pair in (("the quick fox", None), ("the fox", "lazy dog"), ("", None), ("a <mask> b", None)):
-        encoded = reader.encode(text, pair)
+        encoded = tokenizer.encode(text, pair)
         assert encoded.ids == theirs(text, pair).input_ids
         assert encoded.pieces == theirs.convert_ids_to_tokens(encoded.ids)
-    assert reader.encode("the fox").ids[0] == START
-    assert reader.encode("the fox", "dog").ids.count(END) == 3
+    assert tokenizer.encode("the fox").ids[0] == START
+    assert tokenizer.encode("the fox", "dog").ids.count(END) == 3
 
 
 def test_encode_takes_the_longest_text_and_refuses_one_token_more(folder: Path) -> None:
-    reader = Tokenizer(folder, signature("feature-extraction"))
-    assert len(reader.encode("the " * (LONGEST - 2)).ids) == LONGEST
+    tokenizer = Tokenizer(folder, signature("feature-extraction"))
+    assert len(tokenizer.encode("the " * (LONGEST - 2)).ids) == LONGEST
     with pytest.raises(InputError, match=r"13 tokens, above the model's maximum 12; shorten or split it"):
-        reader.encode("the " * (LONGEST - 1))
+        tokenizer.encode("the " * (LONGEST - 1))
     with pytest.raises(InputError, match="13 tokens"):
-        reader.encode("the " * 4, "fox " * 5)
+        tokenizer.encode("the " * 4, "fox " * 5)
 
 
 def test_encode_without_a_limit_takes_any_length(folder: Path) -> None:
-    reader = Tokenizer(folder, replace(signature("feature-extraction"), max_seqlen=None))
-    assert len(reader.encode("the " * 5000).ids) == 5002
+    tokenizer = Tokenizer(folder, replace(signature("feature-extraction"), max_seqlen=None))
+    assert len(tokenizer.encode("the " * 5000).ids) == 5002
 
 
-def test_encode_neither_cuts_nor_pads_where_the_tokenizer_file_says_so(folder: Path) -> None:
+def test_encode_ignores_truncation_and_padding_of_the_tokenizer_file(folder: Path) -> None:
     settings = json.loads((folder / TOKENIZER).read_text())
     settings["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     settings["padding"] = {
@@ -100,11 +100,11 @@ def test_encode_neither_cuts_nor_pads_where_the_tokenizer_file_says_so(folder: P
 
 
 def test_decode_leaves_special_tokens_out(folder: Path) -> None:
-    reader = Tokenizer(folder, signature("feature-extraction"))
-    assert reader.decode(reader.encode("quick fox").ids) == "quick fox"
+    tokenizer = Tokenizer(folder, signature("feature-extraction"))
+    assert tokenizer.decode(tokenizer.encode("quick fox").ids) == "quick fox"
 
 
-def test_a_bundle_without_tokenizer_says_so(folder: Path) -> None:
+def test_a_bundle_without_tokenizer_is_an_artifact_error(folder: Path) -> None:
     (folder / TOKENIZER).unlink()
     with pytest.raises(ArtifactError, match=rf"has no {TOKENIZER}.*give ids to Engine.run"):
         Tokenizer(folder, signature("fill-mask"))
@@ -124,9 +124,9 @@ def test_a_broken_config_is_an_artifact_error(folder: Path, text: str) -> None:
         Postprocessor(Tokenizer(folder, signature("text-classification"))).label(0)
 
 
-def test_labels_come_from_the_config_or_have_the_name_of_transformers(folder: Path) -> None:
-    reader = Postprocessor(Tokenizer(folder, signature("text-classification")))
-    assert [reader.label(i) for i in (0, 2, 3)] == ["bad", "so-so", "LABEL_3"]
+def test_labels_come_from_the_config_or_are_those_of_transformers(folder: Path) -> None:
+    postprocessor = Postprocessor(Tokenizer(folder, signature("text-classification")))
+    assert [postprocessor.label(i) for i in (0, 2, 3)] == ["bad", "so-so", "LABEL_3"]
     (folder / "config.json").unlink()
     assert Postprocessor(Tokenizer(folder, signature("text-classification"))).label(0) == "LABEL_0"
 
@@ -135,16 +135,16 @@ def test_the_bare_model_has_no_answers(folder: Path) -> None:
     assert answers(folder, "feature-extraction", last_hidden_state=np.zeros((4, 8))) == []
 
 
-def test_text_classification_gives_every_label_best_first(folder: Path) -> None:
-    found = answers(folder, "text-classification", logits=[1.0, 3.0, -2.0])
-    assert [list(answer) for answer in found] == [["label", "score"]] * 3
-    assert [answer["label"] for answer in found] == ["good", "bad", "so-so"]
-    assert [answer["score"] for answer in found] == pytest.approx(softmax([3.0, 1.0, -2.0]), rel=1e-5)
+def test_text_classification_gives_all_labels_best_first(folder: Path) -> None:
+    results = answers(folder, "text-classification", logits=[1.0, 3.0, -2.0])
+    assert [list(answer) for answer in results] == [["label", "score"]] * 3
+    assert [answer["label"] for answer in results] == ["good", "bad", "so-so"]
+    assert [answer["score"] for answer in results] == pytest.approx(softmax([3.0, 1.0, -2.0]), rel=1e-5)
 
 
-def test_scores_of_extreme_logits_are_numbers(folder: Path) -> None:
-    found = answers(folder, "text-classification", logits=[-1e30, 1e4, 1e4])
-    assert [answer["score"] for answer in found] == [0.5, 0.5, 0.0]
+def test_scores_of_extreme_logits_are_finite(folder: Path) -> None:
+    results = answers(folder, "text-classification", logits=[-1e30, 1e4, 1e4])
+    assert [answer["score"] for answer in results] == [0.5, 0.5, 0.0]
 
 
 def test_a_single_class_is_a_regression_with_the_raw_value(folder: Path) -> None:
@@ -155,28 +155,28 @@ def test_a_single_class_is_a_regression_with_the_raw_value(folder: Path) -> None
 def test_a_multi_label_model_has_independent_scores(folder: Path) -> None:
     config = {"id2label": LABELS, "problem_type": "multi_label_classification"}
     (folder / "config.json").write_text(json.dumps(config))
-    found = answers(folder, "text-classification", logits=[2.0, -100.0, 2.5])
-    assert [answer["label"] for answer in found] == ["so-so", "bad", "good"]
+    results = answers(folder, "text-classification", logits=[2.0, -100.0, 2.5])
+    assert [answer["label"] for answer in results] == ["so-so", "bad", "good"]
     expected = [1 / (1 + np.exp(-2.5)), 1 / (1 + np.exp(-2.0)), 0.0]
-    assert [answer["score"] for answer in found] == pytest.approx(expected, abs=1e-6)
+    assert [answer["score"] for answer in results] == pytest.approx(expected, abs=1e-6)
 
 
-def test_token_classification_labels_every_token_in_order(folder: Path) -> None:
+def test_token_classification_labels_all_tokens_in_order(folder: Path) -> None:
     logits = [[0, 1, 0], [2, 0, 0], [0, 0, 5], [0, 3, 0]]
-    found = answers(folder, "token-classification", logits=logits)
-    assert [list(answer) for answer in found] == [["token", "label", "score"]] * 4
-    assert [answer["token"] for answer in found] == ["<s>", "the", "fox", "</s>"]
-    assert [answer["label"] for answer in found] == ["good", "bad", "so-so", "good"]
-    assert [answer["score"] for answer in found] == pytest.approx(softmax(logits).max(axis=-1), rel=1e-5)
+    results = answers(folder, "token-classification", logits=logits)
+    assert [list(answer) for answer in results] == [["token", "label", "score"]] * 4
+    assert [answer["token"] for answer in results] == ["<s>", "the", "fox", "</s>"]
+    assert [answer["label"] for answer in results] == ["good", "bad", "so-so", "good"]
+    assert [answer["score"] for answer in results] == pytest.approx(softmax(logits).max(axis=-1), rel=1e-5)
 
 
 def test_fill_mask_gives_the_five_best_tokens_of_each_mask(folder: Path) -> None:
     tokenizer = tiny_tokenizer()
     logits = np.random.default_rng(0).normal(size=(6, len(tokenizer)))
-    found = answers(folder, "fill-mask", "the <mask> <mask> fox", logits=logits)
-    assert [list(answer) for answer in found] == [["position", "token", "score"]] * 10
-    assert [answer["position"] for answer in found] == [2] * 5 + [3] * 5
-    for position, filled in ((2, found[:5]), (3, found[5:])):
+    results = answers(folder, "fill-mask", "the <mask> <mask> fox", logits=logits)
+    assert [list(answer) for answer in results] == [["position", "token", "score"]] * 10
+    assert [answer["position"] for answer in results] == [2] * 5 + [3] * 5
+    for position, filled in ((2, results[:5]), (3, results[5:])):
         scores = softmax(logits[position])
         best = np.argsort(-scores)[:5]
         assert [answer["score"] for answer in filled] == pytest.approx(scores[best], rel=1e-5)
@@ -189,25 +189,25 @@ def test_fill_mask_without_a_mask_has_no_answers(folder: Path) -> None:
     assert answers(folder, "fill-mask", "the fox", logits=np.zeros((4, 55))) == []
 
 
-def test_multiple_choice_gives_every_choice_best_first(folder: Path) -> None:
-    found = answers(folder, "multiple-choice", logits=[0.5, -1.0, 2.0, 0.0])
-    assert [list(answer) for answer in found] == [["choice", "score"]] * 4
-    assert [answer["choice"] for answer in found] == [2, 0, 3, 1]
-    assert [answer["score"] for answer in found] == pytest.approx(softmax([2.0, 0.5, 0.0, -1.0]), rel=1e-5)
+def test_multiple_choice_gives_all_choices_best_first(folder: Path) -> None:
+    results = answers(folder, "multiple-choice", logits=[0.5, -1.0, 2.0, 0.0])
+    assert [list(answer) for answer in results] == [["choice", "score"]] * 4
+    assert [answer["choice"] for answer in results] == [2, 0, 3, 1]
+    assert [answer["score"] for answer in results] == pytest.approx(softmax([2.0, 0.5, 0.0, -1.0]), rel=1e-5)
 
 
 def ask(folder: Path, start: Any, end: Any) -> tuple[Encoded, dict[str, Any]]:
-    """The answer in "quick brown lazy dog" (tokens 5 to 8 of 10) to the question "the fox"."""
-    reader = Tokenizer(folder, signature("question-answering"))
-    encoded = reader.encode("the fox", "quick brown lazy dog")
+    """The answer to the question "the fox" from "quick brown lazy dog", tokens 5 to 8 of 10."""
+    tokenizer = Tokenizer(folder, signature("question-answering"))
+    encoded = tokenizer.encode("the fox", "quick brown lazy dog")
     outputs = {"start_logits": np.float32([start]), "end_logits": np.float32([end])}
-    found = Postprocessor(reader).answers(encoded, outputs)
-    assert len(found) == 1
-    return encoded, found[0]
+    results = Postprocessor(tokenizer).answers(encoded, outputs)
+    assert len(results) == 1
+    return encoded, results[0]
 
 
 def peak(*positions: int, of: int = 10) -> Any:
-    """Logits that are high at some positions, the first highest."""
+    """Logits that are high at these positions, highest at the first."""
     logits = np.zeros(of)
     for rank, position in enumerate(positions):
         logits[position] = 20.0 - 3 * rank
@@ -227,11 +227,11 @@ def test_an_answer_may_be_one_token_at_either_end(folder: Path) -> None:
     assert ask(folder, peak(8), peak(8))[1]["answer"] == "dog"
 
 
-def test_the_question_is_no_answer(folder: Path) -> None:
+def test_the_answer_is_not_in_the_question(folder: Path) -> None:
     assert ask(folder, peak(1, 7), peak(2, 8))[1]["answer"] == "lazy dog"
 
 
-def test_the_final_separator_is_no_answer(folder: Path) -> None:
+def test_the_answer_is_not_the_final_separator(folder: Path) -> None:
     assert ask(folder, peak(9, 7), peak(9, 8))[1]["answer"] == "lazy dog"
 
 
@@ -239,7 +239,7 @@ def test_an_answer_does_not_end_before_it_starts(folder: Path) -> None:
     assert ask(folder, peak(8, 5), peak(6))[1]["answer"] == "quick brown"
 
 
-def test_the_best_span_is_that_of_all_pairs(folder: Path) -> None:
+def test_the_best_span_is_the_best_of_all_pairs_of_start_and_end(folder: Path) -> None:
     random = np.random.default_rng(1)
     for _ in range(50):
         start, end = random.normal(size=(2, 10)) * 2
@@ -253,7 +253,7 @@ def test_the_best_span_is_that_of_all_pairs(folder: Path) -> None:
 
 
 POST_PROCESSORS: dict[str, dict[str, Any] | None] = {
-    "template": None,  # the tiny tokenizer's own
+    "template": None,  # the post-processor of the tiny tokenizer
     "roberta": {
         "type": "RobertaProcessing",
         "sep": ["</s>", END],
@@ -266,7 +266,7 @@ POST_PROCESSORS: dict[str, dict[str, Any] | None] = {
 
 
 def change_tokenizer(folder: Path, **changes: Any) -> None:
-    """Other parts in tokenizer.json."""
+    """Replace parts of tokenizer.json."""
     data = json.loads((folder / TOKENIZER).read_text())
     (folder / TOKENIZER).write_text(json.dumps({**data, **changes}))
 
@@ -274,12 +274,14 @@ def change_tokenizer(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("stride", [1, 3, 5])
 @pytest.mark.parametrize("pair", [False, True], ids=["one text", "a pair"])
 @pytest.mark.parametrize("name", POST_PROCESSORS)
-def test_windows_are_those_of_the_librarys_own_truncation(folder: Path, name: str, pair: bool, stride: int) -> None:
+def test_windows_equal_the_truncation_of_the_tokenizers_library(
+    folder: Path, name: str, pair: bool, stride: int
+) -> None:
     if POST_PROCESSORS[name]:
         change_tokenizer(folder, post_processor=POST_PROCESSORS[name])
-    reader = Tokenizer(folder, signature("feature-extraction"))
+    tokenizer = Tokenizer(folder, signature("feature-extraction"))
     theirs = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
-    question = "fox </s>"  # special tokens in a text are tokens of the text
+    question = "fox </s>"  # a special token in the text is one of its tokens
     for document in ("the <mask> dog </s> </s> lazy <s> " * 5, "the quick " * 40, "fox " * 12, "fox " * 13):
         texts = (question, document) if pair else (document, None)
         theirs.no_truncation()
@@ -287,25 +289,25 @@ def test_windows_are_those_of_the_librarys_own_truncation(folder: Path, name: st
         strategy = "only_second" if pair else "only_first"
         theirs.enable_truncation(LONGEST, stride=LONGEST - fixed - stride, strategy=strategy)
         first = theirs.encode(*texts)
-        right = [Encoded(list(e.ids), list(e.tokens)) for e in (first, *first.overflowing)]
-        windows = reader.windows(*texts, stride)
-        assert len(windows) == len(right) > 1
-        assert list(windows) == right
-        assert (windows[-1], windows[1:3]) == (right[-1], right[1:3])
+        expected = [Encoded(list(e.ids), list(e.tokens)) for e in (first, *first.overflowing)]
+        windows = tokenizer.windows(*texts, stride)
+        assert len(windows) == len(expected) > 1
+        assert list(windows) == expected
+        assert (windows[-1], windows[1:3]) == (expected[-1], expected[1:3])
 
 
-def test_windows_are_slices_of_one_encoding_and_leave_the_tokenizer_as_it_is(folder: Path) -> None:
-    reader = Tokenizer(folder, signature("feature-extraction"))
+def test_windows_are_slices_of_one_encoding_and_do_not_change_the_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer(folder, signature("feature-extraction"))
 
     class Counted:
         calls: ClassVar[list[str]] = []
 
         def __getattr__(self, name: str) -> Any:
             self.calls.append(name)
-            return getattr(tokenizer, name)
+            return getattr(inner, name)
 
-    tokenizer, reader._tokenizer = reader._tokenizer, Counted()  # type: ignore[assignment]
-    windows = reader.windows("the " * 5000, None, 1)
+    inner, tokenizer._tokenizer = tokenizer._tokenizer, Counted()  # type: ignore[assignment]
+    windows = tokenizer.windows("the " * 5000, None, 1)
     assert len(windows) == 4991
     assert not isinstance(windows, list)
     assert Counted.calls.count("encode") == 1
@@ -313,7 +315,7 @@ def test_windows_are_slices_of_one_encoding_and_leave_the_tokenizer_as_it_is(fol
 
 
 @pytest.mark.parametrize("stride", [True, "x", 1.5, -1, 2**70])
-def test_windows_of_no_stride_are_refused(folder: Path, stride: Any) -> None:
+def test_windows_with_a_bad_stride_are_refused(folder: Path, stride: Any) -> None:
     with pytest.raises(InputError, match="stride"):
         Tokenizer(folder, signature("feature-extraction")).windows("the " * 50, None, stride)
 
@@ -340,24 +342,24 @@ def test_a_text_without_tokens_is_refused(folder: Path) -> None:
 
 
 def panicking_template() -> dict[str, Any]:
-    """A post-processor whose special token is not defined: the library's Rust code panics."""
+    """A post-processor with an undefined special token: the library's Rust code panics."""
     special = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     return {"type": "TemplateProcessing", "single": [special], "pair": [special], "special_tokens": {}}
 
 
-def test_what_the_tokenizer_raises_is_an_input_error(folder: Path) -> None:
+def test_an_exception_of_the_tokenizer_is_an_input_error(folder: Path) -> None:
     without_unknown = {"type": "WordLevel", "vocab": {"fox": 5}, "unk_token": "<none>"}
     change_tokenizer(folder, model=without_unknown)
-    reader = Tokenizer(folder, signature("feature-extraction"))
-    assert reader.encode("fox").ids == [START, 5, END]
+    tokenizer = Tokenizer(folder, signature("feature-extraction"))
+    assert tokenizer.encode("fox").ids == [START, 5, END]
     with pytest.raises(InputError, match=r"the tokenizer fails on this text: WordLevel error: Missing"):
-        reader.encode("zebra")
+        tokenizer.encode("zebra")
 
 
 def test_a_panic_of_the_tokenizer_is_an_input_error(folder: Path) -> None:
     change_tokenizer(folder, post_processor=panicking_template())
-    reader = Tokenizer(folder, signature("feature-extraction"))
-    for read in (lambda: reader.encode("fox"), lambda: reader.windows("fox", None, 1)):
+    tokenizer = Tokenizer(folder, signature("feature-extraction"))
+    for read in (lambda: tokenizer.encode("fox"), lambda: tokenizer.windows("fox", None, 1)):
         with pytest.raises(InputError, match="the tokenizer fails on this text"):
             read()
 
@@ -369,14 +371,14 @@ def test_a_panic_while_a_tokenizer_is_loaded_is_an_artifact_error(folder: Path) 
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError])
-def test_what_is_no_fault_of_the_text_goes_through(folder: Path, error: type[BaseException]) -> None:
+def test_interrupts_and_memory_errors_pass_through(folder: Path, error: type[BaseException]) -> None:
     class Stopped:
         def __getattr__(self, name: str) -> Any:
             raise error
 
-    reader = Tokenizer(folder, signature("feature-extraction"))
-    reader._tokenizer = Stopped()  # type: ignore[assignment]
-    for call in (lambda: reader.encode("fox"), lambda: reader.decode([5])):
+    tokenizer = Tokenizer(folder, signature("feature-extraction"))
+    tokenizer._tokenizer = Stopped()  # type: ignore[assignment]
+    for call in (lambda: tokenizer.encode("fox"), lambda: tokenizer.decode([5])):
         with pytest.raises(error):
             call()
 
@@ -412,7 +414,7 @@ def test_files_that_cannot_be_read_are_artifact_errors(folder: Path, file: str) 
     with pytest.raises(ArtifactError, match=file):
         Postprocessor(Tokenizer(folder, signature("fill-mask")))
     with path.open("wb") as sparse:
-        sparse.truncate(LARGEST_FILE + 1)
+        sparse.truncate(MAX_FILE_BYTES + 1)
     with pytest.raises(ArtifactError, match=rf"{file} has .* bytes, above"):
         Postprocessor(Tokenizer(folder, signature("fill-mask")))
     path.unlink()
@@ -420,22 +422,22 @@ def test_files_that_cannot_be_read_are_artifact_errors(folder: Path, file: str) 
     with pytest.raises(ArtifactError, match=rf"{file} cannot be read: it is no file"):
         Postprocessor(Tokenizer(folder, signature("fill-mask")))
     path.rmdir()
-    os.mkfifo(path)  # to open it would wait for a writer
+    os.mkfifo(path)  # opening it would block until there is a writer
     with pytest.raises(ArtifactError, match=rf"{file} cannot be read: it is no file"):
         Postprocessor(Tokenizer(folder, signature("fill-mask")))
 
 
 @pytest.mark.parametrize("path", ["x" * 5000, "a\0b", 5])
-def test_a_folder_that_no_system_has_is_an_artifact_error(path: Any) -> None:
+def test_a_path_that_cannot_exist_is_an_artifact_error(path: Any) -> None:
     with pytest.raises(ArtifactError, match="the tokenizer's folder"):
         Tokenizer(path, signature("fill-mask"))
 
 
-def test_an_id_that_the_tokenizer_does_not_have_is_named(folder: Path) -> None:
-    reader = Tokenizer(folder, signature("fill-mask"))
+def test_an_id_outside_the_vocabulary_is_named(folder: Path) -> None:
+    tokenizer = Tokenizer(folder, signature("fill-mask"))
     for wrong in (99, 2**40, -1):
         with pytest.raises(InputError, match=f"{wrong}"):
-            reader.decode([5, wrong])
+            tokenizer.decode([5, wrong])
     logits = np.zeros((3, 99))
     logits[1, 98] = 9.0
     with pytest.raises(InputError, match="id 98 is not in the tokenizer's vocabulary"):
@@ -443,32 +445,32 @@ def test_an_id_that_the_tokenizer_does_not_have_is_named(folder: Path) -> None:
 
 
 def test_outputs_of_another_text_or_model_are_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match="read from the output logits, and the outputs are other"):
+    with pytest.raises(InputError, match="needs the output logits; the outputs are other"):
         answers(folder, "text-classification", other=[1.0])
     for task in ("token-classification", "fill-mask"):
         with pytest.raises(InputError, match="logits has 9 tokens and the text 4"):
             answers(folder, task, logits=np.zeros((9, 55)))
 
 
-def test_what_is_no_text_has_no_answers(folder: Path) -> None:
-    reader = Tokenizer(folder, signature("text-classification"))
+def test_arguments_of_another_type_are_refused(folder: Path) -> None:
+    tokenizer = Tokenizer(folder, signature("text-classification"))
     outputs = {"logits": np.float32([[1.0, 2.0, 3.0]])}
     for encoded, given in (
         (None, outputs),
-        (reader.encode("the fox"), None),
-        (reader.encode("the fox"), {"logits": [[1.0, 2.0, 3.0]]}),
-        (reader.encode("the fox"), {"logits": np.float32([1.0, 2.0, 3.0])}),
-        (reader.encode("the fox"), {"logits": np.array([["a", "b", "c"]])}),
+        (tokenizer.encode("the fox"), None),
+        (tokenizer.encode("the fox"), {"logits": [[1.0, 2.0, 3.0]]}),
+        (tokenizer.encode("the fox"), {"logits": np.float32([1.0, 2.0, 3.0])}),
+        (tokenizer.encode("the fox"), {"logits": np.array([["a", "b", "c"]])}),
     ):
         with pytest.raises(InputError, match="give what"):
-            Postprocessor(reader).answers(encoded, given)  # type: ignore[arg-type]
+            Postprocessor(tokenizer).answers(encoded, given)  # type: ignore[arg-type]
     for call in (
         lambda: Tokenizer(folder, None),  # type: ignore[arg-type]
         lambda: Postprocessor(folder),  # type: ignore[arg-type]
-        lambda: Postprocessor(reader).label(10**5000),
-        lambda: Postprocessor(reader).label(None),  # type: ignore[arg-type]
-        lambda: reader.windows("the fox", None, 10**5000),
-        lambda: reader.decode(None),  # type: ignore[arg-type]
+        lambda: Postprocessor(tokenizer).label(10**5000),
+        lambda: Postprocessor(tokenizer).label(None),  # type: ignore[arg-type]
+        lambda: tokenizer.windows("the fox", None, 10**5000),
+        lambda: tokenizer.decode(None),  # type: ignore[arg-type]
     ):
         with pytest.raises(InputError):
             call()
@@ -478,7 +480,7 @@ def test_ids_are_read_once(folder: Path) -> None:
     assert Tokenizer(folder, signature("fill-mask")).decode(iter([5, 6]))
 
 
-def test_the_digest_covers_all_that_decides_an_answer(folder: Path) -> None:
+def test_the_digest_covers_all_files_that_decide_an_answer(folder: Path) -> None:
     digests = {Tokenizer(folder, signature("fill-mask")).sha256}
     for file, content in (("config.json", "{}"), ("tokenizer_config.json", "{}"), (TOKENIZER, None)):
         (folder / file).write_text(content or (folder / TOKENIZER).read_text() + " ")
@@ -486,13 +488,24 @@ def test_the_digest_covers_all_that_decides_an_answer(folder: Path) -> None:
     assert len(digests) == 4
 
 
+@pytest.mark.parametrize("logits", [[1.0, np.inf], [np.inf, np.inf]])
+def test_an_overflow_has_no_answer(folder: Path, logits: list[float]) -> None:
+    assert answers(folder, "text-classification", logits=logits) == []
+    assert answers(folder, "token-classification", logits=np.array([logits] * 4)) == []
+
+
+def test_an_output_of_one_number_a_sequence_has_no_answers(folder: Path) -> None:
+    tokenizer = Tokenizer(folder, signature("feature-extraction"))
+    assert Postprocessor(tokenizer).answers(tokenizer.encode("the fox"), {"score": np.float32([0.5])}) == []
+
+
 @pytest.mark.parametrize("task", ["question-answering", "text-classification", "token-classification"])
-def test_outputs_that_are_no_numbers_have_no_answer(task: str, bundle: MakeBundle) -> None:
+def test_outputs_with_nan_have_no_answer(task: str, bundle: MakeBundle) -> None:
     with Engine(bundle(task)) as engine:
-        reader = Tokenizer(bundle(task), engine.signature)
-        encoded = reader.encode("the quick <mask>", "brown fox" if task == "question-answering" else None)
+        tokenizer = Tokenizer(bundle(task), engine.signature)
+        encoded = tokenizer.encode("the quick <mask>", "brown fox" if task == "question-answering" else None)
         outputs = {name: np.asarray(value) for name, value in engine.run(encoded.ids).items()}
-    assert Postprocessor(reader).answers(encoded, outputs)
+    assert Postprocessor(tokenizer).answers(encoded, outputs)
     for array in outputs.values():
         array[..., -1] = np.nan
-    assert Postprocessor(reader).answers(encoded, outputs) == []
+    assert Postprocessor(tokenizer).answers(encoded, outputs) == []

@@ -1,7 +1,7 @@
-"""TensorRT and the CUDA runtime as far as `backends.tensorrt` uses them, on host memory: no GPU, the same calls.
+"""A fake TensorRT and CUDA runtime on host memory, with the calls that `backends.tensorrt` makes.
 
-Device memory is host memory that only copies may reach. A stream collects work and does it when it is waited for; a
-captured stream does none. An engine computes each batch by a function of the test.
+Device memory is host memory that is accessed by copies only. A stream queues work and runs it when it is synchronized;
+a capturing stream records work and does not run it. An engine computes each batch with a function of the test.
 """
 
 from __future__ import annotations

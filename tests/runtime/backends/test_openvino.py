@@ -1,4 +1,4 @@
-"""OpenVINO in a precision of its own, whatever the bundle's is: given, or refused, and never another in silence."""
+"""OpenVINO compute precisions that override the bundle's are used or refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.models import tiny_model
 openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'longformer-lfx[openvino]'")
 
 
-def test_bfloat16_is_bfloat16_or_an_error(bundle: MakeBundle) -> None:
+def test_precision_bf16_computes_in_bfloat16_or_is_an_error(bundle: MakeBundle) -> None:
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         with pytest.raises(DependencyError, match="this CPU has no bfloat16 arithmetic"):
             Engine(bundle(), "openvino", precision="bf16")
@@ -27,7 +27,7 @@ def test_bfloat16_is_bfloat16_or_an_error(bundle: MakeBundle) -> None:
         report = compare_engine(engine, tiny_model(), full_cases, lambda step: None)
     assert (engine.precision, report.precision) == ("bf16", "bf16")
     assert not report.failures()
-    assert max(result.error for result in report.outputs.values()) > 1e-4  # it is not float32
+    assert max(result.error for result in report.outputs.values()) > 1e-4  # the outputs are not those of float32
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="OpenVINO fuses attention on x86 alone")
@@ -36,7 +36,7 @@ def test_attention_is_one_fused_layer(bundle: MakeBundle) -> None:
         layers = engine._backend._compiled.get_runtime_model().get_ops()  # type: ignore[attr-defined]
     kinds = Counter(layer.get_rt_info()["layerType"].astype(str) for layer in layers)
     assert kinds["Subgraph"] == tiny_model().config.num_hidden_layers
-    assert not {"MatMul", "Softmax"} & set(kinds)  # nothing of it is left outside
+    assert not {"MatMul", "Softmax"} & set(kinds)  # all of attention is in the fused layer
 
 
 def test_a_cpu_without_bfloat16_refuses_it(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,25 +45,23 @@ def test_a_cpu_without_bfloat16_refuses_it(bundle: MakeBundle, monkeypatch: pyte
         Engine(bundle(), "openvino", precision="bf16")
 
 
-def test_a_bfloat16_bundle_is_computed_in_float32_where_that_is_asked_for(bundle: MakeBundle) -> None:
+def test_precision_fp32_computes_a_bf16_bundle_in_float32(bundle: MakeBundle) -> None:
     ids = np.arange(3, 40)
-    with Engine(bundle(precision="bf16"), "openvino", precision="fp32") as wide, Engine(bundle()) as right:
-        assert wide.precision == "fp32"
-        found, wanted = wide.run(ids)["last_hidden_state"], right.run(ids)["last_hidden_state"]
-    assert np.allclose(found, wanted, atol=0.1)
+    with Engine(bundle(precision="bf16"), "openvino", precision="fp32") as upcast, Engine(bundle()) as original:
+        assert upcast.precision == "fp32"
+        actual, expected = upcast.run(ids)["last_hidden_state"], original.run(ids)["last_hidden_state"]
+    assert np.allclose(actual, expected, atol=0.1)
 
 
 @pytest.mark.parametrize(
     ("backend", "precision", "message"),
     [
-        ("onnxruntime", "bf16", "is OpenVINO's"),
+        ("onnxruntime", "bf16", "is an option of OpenVINO"),
         ("auto", "fp8", "choose one of: fp32, bf16"),
-        ("reference", "fp32", "is OpenVINO's"),
+        ("reference", "fp32", "is an option of OpenVINO"),
         ("openvino", "fp8", "choose one of: fp32, bf16"),
     ],
 )
-def test_a_precision_that_cannot_be_had_is_refused(
-    bundle: MakeBundle, backend: str, precision: str, message: str
-) -> None:
+def test_an_unsupported_precision_is_refused(bundle: MakeBundle, backend: str, precision: str, message: str) -> None:
     with pytest.raises(DependencyError, match=message):
         Engine(bundle(), backend, precision=precision)

@@ -1,4 +1,4 @@
-"""The host side of plans (memory, streams, graphs, profiles, threads), over a TensorRT made of host memory."""
+"""The TensorRT backend (memory, streams, CUDA graphs, profiles, threads) on the fake TensorRT of `fake_tensorrt`."""
 
 from __future__ import annotations
 
@@ -54,33 +54,33 @@ MANIFEST = PlanManifest(
 
 
 def compute(feeds: dict[str, Any]) -> dict[str, Any]:
-    """A model that is easy to know."""
+    """The outputs of a simple model."""
     ids = feeds["input_ids"] * feeds["attention_mask"] + 1000 * feeds["global_attention_mask"]
     hidden = ids[..., None] + np.arange(WIDTH)
     return {"last_hidden_state": hidden, "pooler_output": hidden.sum(axis=1)}
 
 
 def shape_of(name: str, shapes: dict[str, Any]) -> tuple[int, ...]:
-    """Of an output."""
+    """The shape of an output."""
     batch, seqlen = shapes["input_ids"]
     return (batch, seqlen, WIDTH) if name == "last_hidden_state" else (batch, WIDTH)
 
 
 @pytest.fixture
 def cuda() -> fake_tensorrt.Cuda:
-    """The CUDA runtime."""
+    """The fake CUDA runtime."""
     return fake_tensorrt.Cuda()
 
 
 @pytest.fixture
 def device_engine(cuda: fake_tensorrt.Cuda) -> fake_tensorrt.Engine:
-    """The engine that the plan becomes."""
+    """The fake engine that TensorRT loads."""
     outputs = [spec.name for spec in SIGNATURE.outputs]
     return fake_tensorrt.Engine(cuda, list(GRAPH_INPUTS), outputs, shape_of, compute)
 
 
 def write_plan(folder: Path, manifest: PlanManifest = MANIFEST) -> Path:
-    """A plan of any bytes, with its JSON."""
+    """Write a plan of any bytes and its JSON."""
     plan = folder / "model.plan"
     plan.write_bytes(b"plan")
     replace(manifest, plan={"sha256": sha256(plan), "bytes": 4}).write(plan)
@@ -89,7 +89,7 @@ def write_plan(folder: Path, manifest: PlanManifest = MANIFEST) -> Path:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, cuda: fake_tensorrt.Cuda, device_engine: Any, tmp_path: Path) -> Any:
-    """A machine with an H100, TensorRT 10.14.1 and the plugin."""
+    """A fake machine with an H100, TensorRT 10.14.1 and the plugin."""
     trt = fake_tensorrt.TensorRt("10.14.1", device_engine)
     monkeypatch.setattr(tensorrt, "require", lambda module, extra: trt)
     monkeypatch.setattr(tensorrt, "cudart", lambda: cuda)
@@ -102,12 +102,12 @@ IDS = np.arange(12).reshape(2, 6)
 
 
 def expected(ids: Any) -> dict[str, Any]:
-    """What the model says."""
+    """The outputs that the model must give."""
     ones = np.ones_like(ids)
     return compute({"input_ids": ids, "attention_mask": ones, "global_attention_mask": 0 * ones})
 
 
-def test_a_plan_answers_like_any_other_backend(machine: Any, tmp_path: Path) -> None:
+def test_a_plan_gives_the_model_s_outputs(machine: Any, tmp_path: Path) -> None:
     with Engine(write_plan(tmp_path)) as engine:
         assert engine.backend == "tensorrt 10.14.1 sm90"
         assert machine.loaded == [str(tmp_path / "liblfx_plugins.so")]
@@ -117,26 +117,26 @@ def test_a_plan_answers_like_any_other_backend(machine: Any, tmp_path: Path) -> 
         assert [row.shape for row in ragged["last_hidden_state"]] == [(3, WIDTH), (1, WIDTH)]
 
 
-def test_a_shape_that_comes_again_is_replayed_from_a_graph(machine: Any, cuda: Any, tmp_path: Path) -> None:
+def test_a_repeated_shape_is_replayed_from_a_graph(machine: Any, cuda: Any, tmp_path: Path) -> None:
     with Engine(write_plan(tmp_path)) as engine:
         for turn in range(6):
             ids = (IDS + turn) % 99
             np.testing.assert_array_equal(engine.run(ids)["pooler_output"], expected(ids)["pooler_output"])
         assert cuda.counts["graphs"] == 1
-        assert cuda.counts["launches"] == 5  # the first run is not captured
+        assert cuda.counts["launches"] == 5  # the first run is not a graph
         copies = cuda.counts["copies"]
         engine.run(IDS)
-        assert cuda.counts["copies"] == copies  # they are in the graph
+        assert cuda.counts["copies"] == copies  # the graph has the copies
 
 
-def test_another_shape_is_prepared_anew_and_its_graph_is_the_only_one(machine: Any, cuda: Any, tmp_path: Path) -> None:
+def test_a_new_shape_is_prepared_and_replaces_the_graph(machine: Any, cuda: Any, tmp_path: Path) -> None:
     larger = np.arange(40).reshape(2, 20)
     with Engine(write_plan(tmp_path)) as engine:
         for ids in (IDS, IDS, IDS, larger, IDS, IDS, larger, larger, larger, IDS):
             np.testing.assert_array_equal(engine.run(ids)["last_hidden_state"], expected(ids)["last_hidden_state"])
             assert cuda.counts["graphs"] <= 1
-        assert cuda.counts["launches"] == 2 + 1 + 2  # each second and later run of a shape in a row
-        assert len(cuda.memory) == 2 * 5  # device and host, of three inputs and two outputs
+        assert cuda.counts["launches"] == 2 + 1 + 2  # the second and later runs of a shape in a row
+        assert len(cuda.memory) == 2 * 5  # device and host memory of three inputs and two outputs
 
 
 def test_nothing_is_set_on_a_context_between_capture_and_replay(
@@ -152,15 +152,17 @@ def test_nothing_is_set_on_a_context_between_capture_and_replay(
         )
     with Engine(write_plan(tmp_path)) as engine:
         engine.run(IDS)
-        assert "set_input_shape" in calls and calls[-1] == "execute_async_v3"  # shapes are flushed by a plain run
+        assert (
+            "set_input_shape" in calls and calls[-1] == "execute_async_v3"
+        )  # a run without a graph applies the shapes
         calls.clear()
         engine.run(IDS)
-        assert calls == ["execute_async_v3"]  # the capture
+        assert calls == ["execute_async_v3"]  # the run that is captured
         engine.run(IDS)
         assert calls == ["execute_async_v3"]
 
 
-def test_a_stream_that_tensorrt_rtx_will_not_have_captured_is_not(
+def test_a_stream_that_tensorrt_rtx_cannot_capture_is_not_captured(
     machine: Any, cuda: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fake_tensorrt.Context, "is_stream_capturable", lambda self, stream: False, raising=False)
@@ -170,7 +172,7 @@ def test_a_stream_that_tensorrt_rtx_will_not_have_captured_is_not(
     assert cuda.counts["launches"] == 0
 
 
-def test_memory_that_cannot_be_had_leaks_nothing(machine: Any, cuda: Any, tmp_path: Path) -> None:
+def test_a_failed_allocation_leaks_nothing(machine: Any, cuda: Any, tmp_path: Path) -> None:
     engine = Engine(write_plan(tmp_path))
     original = cuda.cudaMallocHost
     cuda.cudaMallocHost = lambda size: (fake_tensorrt.Error.cudaErrorInvalidValue, 0)
@@ -192,7 +194,7 @@ def test_a_layer_that_cannot_be_captured_runs_without_a_graph(
     assert cuda.counts["launches"] == 0
 
 
-def test_every_thread_has_a_context_of_its_own(machine: Any, device_engine: Any, tmp_path: Path) -> None:
+def test_each_thread_has_its_own_context(machine: Any, device_engine: Any, tmp_path: Path) -> None:
     failures: list[Any] = []
     with Engine(write_plan(tmp_path)) as engine:
 
@@ -212,7 +214,7 @@ def test_every_thread_has_a_context_of_its_own(machine: Any, device_engine: Any,
     assert device_engine.contexts == 4
 
 
-def test_closing_gives_all_memory_back(machine: Any, cuda: Any, tmp_path: Path) -> None:
+def test_close_frees_all_memory(machine: Any, cuda: Any, tmp_path: Path) -> None:
     engine = Engine(write_plan(tmp_path))
     for _ in range(3):
         engine.run(IDS)
@@ -223,18 +225,18 @@ def test_closing_gives_all_memory_back(machine: Any, cuda: Any, tmp_path: Path) 
 
 
 def test_the_profile_follows_the_shape(machine: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    taken: list[int] = []
+    profiles: list[int] = []
     original = fake_tensorrt.Context.set_optimization_profile_async
     monkeypatch.setattr(
         fake_tensorrt.Context,
         "set_optimization_profile_async",
-        lambda self, profile, stream: taken.append(profile) or original(self, profile, stream),
+        lambda self, profile, stream: profiles.append(profile) or original(self, profile, stream),
     )
     with Engine(write_plan(tmp_path)) as engine:
         for shape in ((1, 10), (8, 32), (1, 60), (2, 33), (1, 5)):
             ids = np.ones(shape, int)
             np.testing.assert_array_equal(engine.run(ids)["pooler_output"], expected(ids)["pooler_output"])
-        assert taken == [1, 0]  # a new context has the first
+        assert profiles == [1, 0]  # a new context has profile 0 selected
         with pytest.raises(
             InputError, match=r"batch 3, seqlen 40 is outside what the plan was built for \(batch 1:1:8"
         ):
@@ -243,7 +245,7 @@ def test_the_profile_follows_the_shape(machine: Any, tmp_path: Path, monkeypatch
             engine.run(np.ones((9, 1), int))
 
 
-def test_what_does_not_fit_the_machine_is_one_clear_line(
+def test_a_plan_that_this_machine_cannot_run_is_refused_in_one_line(
     machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ArtifactError, match=r"was built for sm89, and this GPU is sm90; build it again here"):

@@ -1,4 +1,4 @@
-"""`build_engine` with TensorRT-RTX on a machine without a GPU: every task and precision, plugin and function body."""
+"""`build_engine` with TensorRT-RTX and without a GPU: all tasks and precisions, plugin and function bodies."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def _needs_tensorrt() -> None:
 
 @pytest.fixture(scope="module")
 def plan(bundle: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plan of the base model; not to be changed."""
+    """A plan of the base model, shared by tests that do not change it."""
     return build_engine(bundle(), tmp_path_factory.mktemp("plan") / "tiny.plan", **RTX, log=lambda line: None)
 
 
 @pytest.fixture
 def copy(plan: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be changed."""
+    """A copy of the plan for a test that changes it."""
     for path in (plan, json_path(plan)):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path / plan.name
@@ -60,7 +60,7 @@ def copy(plan: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("task", TASKS)
-def test_every_attention_node_of_every_task_becomes_a_plugin_layer(
+def test_all_attention_nodes_of_all_tasks_become_plugin_layers(
     task: str, precision: str, bundle: MakeBundle, tmp_path: Path
 ) -> None:
     built = build_engine(bundle(task), tmp_path / "one.plan", precision=precision, **RTX, log=lambda line: None)
@@ -91,7 +91,7 @@ def test_without_the_plugin_no_node_is_a_plugin_layer(precision: str, bundle: Ma
     ],
     ids=str,
 )
-def test_bundles_of_every_kind_build(
+def test_bundles_of_all_opsets_precisions_and_global_modes_build(
     options: dict[str, Any], precision: str | None, bundle: MakeBundle, tmp_path: Path
 ) -> None:
     built = build_engine(bundle(**options), tmp_path / "one.plan", precision=precision, **RTX, log=lambda line: None)
@@ -108,7 +108,7 @@ def test_a_bundle_of_inlined_functions_builds_without_the_plugin_only(bundle: Ma
 
 
 @pytest.mark.slow
-def test_the_base_shape_builds_with_all_its_attention_in_the_plugin(tmp_path: Path) -> None:
+def test_longformer_base_builds_with_all_its_attention_in_the_plugin(tmp_path: Path) -> None:
     base = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
     model = tiny_model(
         **base, vocab_size=50265, attention_window=[512] * 12, max_position_embeddings=4098, initializer_range=0.02
@@ -121,7 +121,7 @@ def test_the_base_shape_builds_with_all_its_attention_in_the_plugin(tmp_path: Pa
         assert (manifest.attention_nodes, manifest.plugin_layers) == (24, layers)
 
 
-def test_the_json_says_what_the_plan_is(plan: Path, bundle: MakeBundle) -> None:
+def test_the_json_describes_the_plan(plan: Path, bundle: MakeBundle) -> None:
     manifest = PlanManifest.read(plan)
     assert (manifest.flavor, manifest.target) == ("tensorrt-rtx", "sm89")
     assert [str(p) for p in manifest.profiles] == ["batch 1:1:8, seqlen 1:128:128"]
@@ -164,13 +164,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "target": ({"target": "ada"}, "--target 'ada' is no compute capability"),
     "unknown target": ({"target": "sm99"}, "target sm99 is not one that tensorrt_rtx .* builds for"),
     "seqlen": ({"seqlen": ["1:64:129"]}, "above the model's maximum 128"),
-    "batch": ({"batch": ["x"]}, "--batch 'x' is no size"),
+    "batch": ({"batch": ["x"]}, "--batch 'x' is not a size"),
     "slots": ({"max_global": 4000}, "--max-global 4000 is above 128, the most that this model"),
     "old target": ({"target": "sm75"}, "--target sm75 is older than the plugin's kernels, which begin at sm80"),
-    "cache": ({"options": Options(timing_cache=Path("cache"))}, "--timing-cache is TensorRT's"),
-    "compatible": ({"options": Options(version_compatible=True)}, "--version-compatible is TensorRT's"),
-    "digits": ({"batch": ["9" * 5000]}, "is no size"),
-    "short": ({"plugin": False, "seqlen": ["1:64:128"]}, "64 global slots need sequences of 63 tokens at least"),
+    "cache": ({"options": Options(timing_cache=Path("cache"))}, "--timing-cache is an option of TensorRT"),
+    "compatible": ({"options": Options(version_compatible=True)}, "--version-compatible is an option of TensorRT"),
+    "digits": ({"batch": ["9" * 5000]}, "is not a size"),
+    "short": ({"plugin": False, "seqlen": ["1:64:128"]}, "64 global slots need sequences of at least 63 tokens"),
     "long name": ({"output": "x" * 246 + ".plan"}, "File name too long"),
     "long path": ({"output": "x/" * 2500 + "one.plan"}, "File name too long"),
     "nul": ({"output": "a\0b.plan"}, "null"),
@@ -182,8 +182,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "batch type": ({"batch": 5}, "--batch is 5; give a list of MIN:OPT:MAX or numbers"),
     "seqlen type": ({"seqlen": "8"}, "--seqlen is '8'; give a list of MIN:OPT:MAX or numbers"),
     "no batch": ({"batch": []}, r"--batch is \[\]; give a list"),
-    "half a slot": ({"max_global": 1.5}, r"--max-global 1\.5 is no size"),
-    "true slots": ({"max_global": True}, "--max-global True is no size"),
+    "half a slot": ({"max_global": 1.5}, r"--max-global 1\.5 is not a size"),
+    "true slots": ({"max_global": True}, "--max-global True is not a size"),
     "precision": ({"precision": "int8"}, "precision 'int8' is not known; choose one of: fp32, fp16, bf16"),
     "precision type": ({"precision": []}, r"precision \[\] is not known"),
     "plugin type": ({"plugin": "no"}, "plugin is 'no'; give True or False"),
@@ -192,13 +192,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "level": ({"options": Options(optimization_level=6)}, "optimization_level 6 is out of range"),
     "refit": ({"options": Options(refit=1)}, "refit is 1; give True or False"),  # type: ignore[arg-type]
     "json folder": ({"output": "folder/one.plan"}, r"one\.plan\.json cannot be written: it is a folder"),
-    "output": ({"output": "one.engine"}, r"one\.engine is no name for a plan; end it with \.plan"),
+    "output": ({"output": "one.engine"}, r"one\.engine is not the name of a plan; give one that ends with \.plan"),
     "folder": ({"output": "nowhere/one.plan"}, "cannot be written"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_fit_is_refused_and_leaves_nothing(
+def test_bad_options_are_refused_and_leave_no_files(
     name: str, bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("path", [5, None, "x" * 300, "a/" * 2500, "a\0b"], ids=lambda path: str(path)[:5])
-def test_what_can_be_no_bundle_is_refused(path: Any, tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_a_bundle_is_refused(path: Any, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"bundle .*(give a path|give another path)"):
         build_engine(path, tmp_path / "one.plan", **RTX)
 
@@ -223,7 +223,7 @@ def test_a_bundle_of_links_builds(bundle: MakeBundle, tmp_path: Path) -> None:
     PlanManifest.read(built).verify(built)
 
 
-def test_a_disk_that_is_full_says_what_to_do(bundle: MakeBundle, small_disk: SmallDisk) -> None:
+def test_a_full_disk_is_an_error_with_a_cure(bundle: MakeBundle, small_disk: SmallDisk) -> None:
     folder = small_disk()
     full = r"one\.plan cannot be written: no disk space left; make room, or choose another --output"
     with pytest.raises(BuildError, match=full):
@@ -231,7 +231,7 @@ def test_a_disk_that_is_full_says_what_to_do(bundle: MakeBundle, small_disk: Sma
     assert list(folder.iterdir()) == []
 
 
-def test_a_temporary_folder_without_room_says_what_to_do(
+def test_a_full_temporary_folder_is_an_error_with_a_cure(
     bundle: MakeBundle, small_disk: SmallDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = small_disk()
@@ -244,7 +244,7 @@ def test_a_temporary_folder_without_room_says_what_to_do(
     assert not (tmp_path / "one.plan").exists()
 
 
-# A TensorRT that says which process it runs in, and then never ends.
+# A TensorRT that prints the id of its process and then never returns.
 HANGING = """
 import os, time
 
@@ -266,7 +266,7 @@ builder.build_engine(*sys.argv[1:], **options, log=lambda line: print(line, flus
 """
 
 
-def test_a_killed_build_takes_its_compiler_along_and_the_next_build_clears_up(
+def test_a_killed_build_ends_its_child_process_and_the_next_build_removes_its_files(
     bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "hanging.py").write_text(HANGING)
@@ -284,7 +284,7 @@ def test_a_killed_build_takes_its_compiler_along_and_the_next_build_clears_up(
         parent.kill()
         parent.wait()
         child = int(line.split()[-1])
-    assert list(plans.iterdir())  # what a kill leaves
+    assert list(plans.iterdir())  # files that the kill left
     assert list(temporary.glob(".lfx-*"))
     for _ in range(600):
         if not _runs(child):
@@ -304,7 +304,7 @@ def _runs(process: int) -> bool:
         return False
 
 
-def test_builds_at_once_leave_one_plan_with_its_own_json(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_concurrent_builds_leave_one_plan_with_its_own_json(bundle: MakeBundle, tmp_path: Path) -> None:
     failed: list[BaseException] = []
 
     def build(slots: int) -> None:
@@ -325,7 +325,7 @@ def test_builds_at_once_leave_one_plan_with_its_own_json(bundle: MakeBundle, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.plan", "one.plan.json"]
 
 
-def test_a_number_of_slots_that_the_bundle_does_not_have_is_refused(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_another_number_of_slots_than_the_bundle_s_is_refused(bundle: MakeBundle, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="--max-global 8 does not fit: the bundle was exported with 4; leave it out"):
         build_engine(bundle(max_global=4), tmp_path / "one.plan", max_global=8, **RTX)
 
@@ -347,7 +347,7 @@ def test_a_changed_bundle_is_refused(bundle: MakeBundle, tmp_path: Path) -> None
         build_engine(folder, tmp_path / "one.plan", **RTX)
 
 
-def test_heads_that_the_plugin_cannot_take_are_refused_by_name(tmp_path: Path) -> None:
+def test_heads_that_the_plugin_does_not_support_are_refused_by_name(tmp_path: Path) -> None:
     folder = export(tiny_model(hidden_size=24), tmp_path / "odd")
     with pytest.raises(BuildError, match=r"layer\.0.* has head size 12; the plugin takes multiples of 8 .*--no-plugin"):
         build_engine(folder, tmp_path / "one.plan", **RTX)
@@ -355,15 +355,15 @@ def test_heads_that_the_plugin_cannot_take_are_refused_by_name(tmp_path: Path) -
     assert PlanManifest.read(built).plugin_layers == 0
 
 
-def test_a_plan_without_a_gpu_is_one_clear_line(plan: Path) -> None:
+def test_a_plan_without_a_gpu_is_refused_in_one_line(plan: Path) -> None:
     if device.compute_capability() is not None:
         pytest.skip("this machine has a GPU")
-    with pytest.raises(LfxError, match="no NVIDIA GPU, or no driver for it; run the plan where there is one"):
+    with pytest.raises(LfxError, match="no NVIDIA GPU, or no driver for it; run the plan on a machine with one"):
         Engine(plan)
 
 
 def test_a_plan_runs_on_tensorrt_and_nothing_else(plan: Path, bundle: MakeBundle) -> None:
-    with pytest.raises(LfxError, match=r"backend 'onnxruntime' cannot run .* a plan is TensorRT's"):
+    with pytest.raises(LfxError, match=r"backend 'onnxruntime' cannot run .* a plan runs on TensorRT"):
         Engine(plan, "onnxruntime")
     with pytest.raises(LfxError, match="is no plan, and TensorRT runs plans; build one with: lfx build-engine"):
         Engine(bundle(), "tensorrt")
@@ -382,38 +382,38 @@ FOREIGN: dict[str, tuple[Any, str]] = {
     "a bundle's json": (lambda p: json_path(p).write_text('{"format_version": 1}'), "has format version None"),
     "other version": (lambda p: _edit(p, tensorrt_version="1.0"), "was built by tensorrt-rtx 1.0, and .* is here"),
     "other flavor": (lambda p: _edit(p, flavor="trt"), "flavor 'trt', which this lfx does not know"),
-    "no profiles": (lambda p: _edit(p, profiles=[{"batch": "x"}]), "is no size|is broken"),
+    "no profiles": (lambda p: _edit(p, profiles=[{"batch": "x"}]), "is not a size|is broken"),
 }
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_foreign_plan_is_one_clear_line(name: str, copy: Path) -> None:
+def test_a_foreign_plan_is_refused_in_one_line(name: str, copy: Path) -> None:
     change, reason = FOREIGN[name]
     change(copy)
     with pytest.raises(LfxError, match=reason):
         Engine(copy)
 
 
-def test_mutations_of_json_and_plan_are_refused(copy: Path) -> None:
+def test_random_changes_of_json_and_plan_are_refused(copy: Path) -> None:
     random = np.random.default_rng(0)
     refused = 0
     originals = {path: path.read_bytes() for path in (copy, json_path(copy))}
     for path, original in originals.items():
-        reach = 256 if path == copy else len(original)  # of the plan the header, and by its digest all the rest
+        reach = 256 if path == copy else len(original)  # only the header of the plan; its digest covers the rest
         for _ in range(200):
             data = bytearray(original)
             for _ in range(random.integers(1, 4)):
-                place = int(random.integers(reach))
+                position = int(random.integers(reach))
                 if random.integers(3) == 0:
-                    del data[place : place + int(random.integers(1, 9))]
+                    del data[position : position + int(random.integers(1, 9))]
                 else:
-                    data[place] ^= int(random.integers(1, 256))
+                    data[position] ^= int(random.integers(1, 256))
             path.write_bytes(data)
             try:
                 PlanManifest.read(copy).verify(copy)
             except ArtifactError:
                 refused += 1
-            else:  # white space
+            else:  # a change of white space only
                 assert json.loads(json_path(copy).read_text()) == json.loads(originals[json_path(copy)])
                 assert copy.read_bytes() == originals[copy]
         path.write_bytes(original)
@@ -429,7 +429,7 @@ def test_modules_come_from_the_installation_and_not_from_the_current_folder(
     assert build_engine(bundle(), "one.plan", **RTX, log=lambda line: None).is_file()
 
 
-def test_a_graph_that_is_not_the_bundle_s_is_refused(
+def test_a_prepared_graph_with_other_outputs_is_refused(
     bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = freeze.freeze_slots
@@ -461,12 +461,12 @@ def test_a_model_with_more_global_tokens_than_slots_is_refused(plan: Path) -> No
 
 
 def lfx(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The command."""
+    """Run the command."""
     command = [sys.executable, "-m", "lfx.cli", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
-def test_the_command_finds_the_bundle_of_this_folder(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_the_command_finds_the_bundle_in_the_current_folder(bundle: MakeBundle, tmp_path: Path) -> None:
     (tmp_path / "model").symlink_to(bundle())
     done = lfx("build-engine", "--fp16", "--flavor", "tensorrt-rtx", "--target", "sm89", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -482,7 +482,7 @@ def test_the_command_finds_the_bundle_of_this_folder(bundle: MakeBundle, tmp_pat
     assert refused.stderr.startswith("error: this machine has no NVIDIA GPU")
 
 
-def test_the_command_asks_which_bundle(tmp_path: Path) -> None:
+def test_the_command_asks_which_of_several_bundles(tmp_path: Path) -> None:
     done = lfx("build-engine", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (
         1,
@@ -509,7 +509,7 @@ def int8(bundle: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-def test_an_int8_bundle_is_built_with_its_integers(int8: Any, tmp_path: Path) -> None:
+def test_an_int8_bundle_builds(int8: Any, tmp_path: Path) -> None:
     plan = build_engine(int8("int8"), tmp_path / "one.plan", **RTX, log=lambda line: None)
     manifest = PlanManifest.read(plan)
     assert (manifest.signature.precision, manifest.plugin_layers) == ("int8", 2 * LAYERS)

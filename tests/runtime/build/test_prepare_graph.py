@@ -1,4 +1,4 @@
-"""The graph that TensorRT gets: constant slots, one form of the global rows, another precision, the same numbers."""
+"""The graph prepared for TensorRT: constant slots, one branch of the global rows, precision, and equal outputs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _ops(model: ir.Model) -> list[str]:
 
 
 @pytest.mark.parametrize(("slots", "heads"), [(1, 1), (HEAD_SIZE - 1, 1), (HEAD_SIZE, 2), (40, 2)])
-def test_freezing_leaves_the_cheaper_form_of_the_global_rows_and_no_if(
+def test_freezing_keeps_the_cheaper_branch_of_the_global_rows_and_no_if(
     slots: int, heads: int, bundle: MakeBundle
 ) -> None:
     model = _load(bundle())
@@ -48,28 +48,30 @@ def test_freezing_leaves_the_cheaper_form_of_the_global_rows_and_no_if(
     (topk,) = [node for node in model.graph if node.op_type == "TopK"]
     assert ir.convenience.get_const_tensor(topk.inputs[1]).numpy().tolist() == [slots]
     rows = [node for node in freeze.attention_nodes(model) if node.op_type == "GlobalAttention"]
-    assert [node.attributes["num_heads"].as_int() for node in rows] == [heads] * 2  # folded: one head as wide as all
+    assert [node.attributes["num_heads"].as_int() for node in rows] == [heads] * 2  # one head of the width of all heads
 
 
 @pytest.mark.parametrize("slots", [1, 4, HEAD_SIZE, 40])
-def test_a_frozen_graph_gives_the_bundle_s_numbers(slots: int, bundle: MakeBundle, tmp_path: Path) -> None:
+def test_a_frozen_graph_gives_the_bundle_s_outputs(slots: int, bundle: MakeBundle, tmp_path: Path) -> None:
     model = _load(bundle())
     freeze.freeze_slots(model, slots)
     freeze.name_plugins(model)
     path = _save(model, tmp_path)
     onnx.checker.check_model(path, full_check=True)
-    with Engine(bundle()) as right, Engine(path) as frozen:
+    with Engine(bundle()) as original, Engine(path) as frozen:
         limit = Manifest.read(bundle()).validation["outputs"]["last_hidden_state"]["tolerance"]
         for case in full_cases(8, 128)[::3]:
-            inputs = model_inputs(case, right.signature)
-            if inputs["global_attention_mask"].sum(axis=1).max() <= slots:  # also fewer tokens than slots
-                ours, theirs = engine_runner(frozen)(inputs), engine_runner(right)(inputs)
+            inputs = model_inputs(case, original.signature)
+            if (
+                inputs["global_attention_mask"].sum(axis=1).max() <= slots
+            ):  # includes sequences with fewer tokens than slots
+                ours, theirs = engine_runner(frozen)(inputs), engine_runner(original)(inputs)
                 for name in theirs:
                     np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=2 * limit)
 
 
 @pytest.mark.parametrize("options", [{"max_global": 4}, {"global_attention": "first"}, {"global_attention": "none"}])
-def test_a_graph_of_constant_slots_stays_as_it_is(options: dict[str, Any], bundle: MakeBundle) -> None:
+def test_a_graph_of_constant_slots_is_not_changed(options: dict[str, Any], bundle: MakeBundle) -> None:
     model = _load(bundle(**options))
     before = _ops(model)
     freeze.freeze_slots(model, 4)
@@ -82,7 +84,7 @@ def test_a_converted_graph_is_strongly_typed(precision: str, bundle: MakeBundle,
     freeze.freeze_slots(model, 4)
     freeze.convert(model, precision)
     path = _save(model, tmp_path)
-    onnx.checker.check_model(path, full_check=True)  # shape inference meets no contradiction of types
+    onnx.checker.check_model(path, full_check=True)  # shape inference finds no conflict of types
     dtype = freeze.DTYPES[precision][0]
     assert all(value.dtype != ir.DataType.FLOAT for value in model.graph.initializers.values())
     assert {str(value.dtype) for value in model.graph.outputs} == {"FLOAT"}
@@ -90,10 +92,10 @@ def test_a_converted_graph_is_strongly_typed(precision: str, bundle: MakeBundle,
     assert norms
     for node in norms:
         assert node.outputs[0].dtype == dtype
-        assert node.attributes["stash_type"].as_int() == 1  # sums in float32
+        assert node.attributes["stash_type"].as_int() == 1  # reduces in float32
 
 
-def test_a_weight_that_the_type_cannot_hold_is_refused_by_name(bundle: MakeBundle) -> None:
+def test_a_weight_above_the_dtype_s_maximum_is_refused_by_name(bundle: MakeBundle) -> None:
     model = _load(bundle())
     weight = model.graph.initializers["encoder.layer.0.output.dense.bias"]
     array = weight.const_value.numpy().copy()
@@ -118,7 +120,7 @@ def test_plugins_are_named_on_nodes_and_declared_in_functions(bundle: MakeBundle
         assert {"plugin_version", "plugin_namespace"} <= set(function.attributes)
 
 
-def test_inlined_functions_leave_standard_ops_under_names_of_their_own(bundle: MakeBundle) -> None:
+def test_inlined_functions_leave_standard_ops_with_unique_names(bundle: MakeBundle) -> None:
     model = _load(bundle(max_global=4))
     freeze.inline_functions(model)
     assert not freeze.attention_nodes(model)
@@ -127,11 +129,11 @@ def test_inlined_functions_leave_standard_ops_under_names_of_their_own(bundle: M
 
 
 class _Own(torch.nn.Module):
-    """A module with a TopK, or an If, of its own."""
+    """A user's module with a TopK or an If."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, op_type: str) -> None:
         super().__init__()
-        self.inner, self.kind = tiny_model(), kind
+        self.inner, self.op_type = tiny_model(), op_type
 
     def forward(
         self,
@@ -140,33 +142,33 @@ class _Own(torch.nn.Module):
         global_attention_mask: torch.Tensor | None = None,
     ) -> Any:
         hidden = self.inner(input_ids, attention_mask=attention_mask, global_attention_mask=global_attention_mask)[0]
-        if self.kind == "TopK":
+        if self.op_type == "TopK":
             return torch.sort(hidden[..., 0], dim=1, descending=True)[0]
         few = attention_mask.float().mean() < 0.75
         return torch.cond(few, lambda x: x * 2, lambda x: x * 3, (hidden,))
 
 
-@pytest.mark.parametrize(("kind", "options"), [("TopK", {}), ("If", {"max_global": 4})])
+@pytest.mark.parametrize(("op_type", "options"), [("TopK", {}), ("If", {"max_global": 4})])
 @pytest.mark.parametrize("inline", [False, True])
-def test_a_topk_and_an_if_of_the_user_s_own_stay_as_they_are(
-    kind: str, options: dict[str, Any], inline: bool, tmp_path: Path
+def test_a_topk_and_an_if_of_the_user_are_not_changed(
+    op_type: str, options: dict[str, Any], inline: bool, tmp_path: Path
 ) -> None:
-    bundle = export(_Own(kind).eval(), tmp_path / "own", inline_functions=inline, **options)
+    bundle = export(_Own(op_type).eval(), tmp_path / "own", inline_functions=inline, **options)
     model = _load(bundle)
     freeze.freeze_slots(model, 4)
-    assert _ops(model).count("TopK") == (2 if kind == "TopK" else 1)
-    assert _ops(model).count("If") == (0 if kind == "TopK" else 1)
+    assert _ops(model).count("TopK") == (2 if op_type == "TopK" else 1)
+    assert _ops(model).count("If") == (0 if op_type == "TopK" else 1)
     path = _save(model, tmp_path)
-    with Engine(bundle) as right, Engine(path) as frozen:
+    with Engine(bundle) as original, Engine(path) as frozen:
         for length in (1, 3, 20):
             ids = np.arange(length)[None] + 5
             for mask in (np.ones_like(ids), (ids < 7).astype(np.int64)):
                 np.testing.assert_allclose(
-                    frozen.run(ids, mask)["output"], right.run(ids, mask)["output"], rtol=0, atol=1e-5
+                    frozen.run(ids, mask)["output"], original.run(ids, mask)["output"], rtol=0, atol=1e-5
                 )
 
 
-def test_an_if_that_asks_something_else_is_refused(bundle: MakeBundle) -> None:
+def test_an_if_with_another_condition_is_refused(bundle: MakeBundle) -> None:
     model = _load(bundle())
     node = next(node for node in model.graph if node.op_type == "If")
     flag = ir.Value(name="flag", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))

@@ -1,4 +1,4 @@
-"""Whatever a file of documents holds: each line gets its row, with outputs or with an error, and the run ends."""
+"""Random files of documents: each line gets a row with outputs or with an error."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ def engine(bundle: MakeBundle) -> Any:
 
 
 @pytest.fixture(scope="module")
-def reader(bundle: MakeBundle, engine: Engine) -> Tokenizer:
+def tokenizer(bundle: MakeBundle, engine: Engine) -> Tokenizer:
     return Tokenizer(bundle("text-classification"), engine.signature)
 
 
-def run_lines(engine: Engine, reader: Tokenizer, content: list[bytes], stride: int | None) -> list[Any]:
+def run_lines(engine: Engine, tokenizer: Tokenizer, content: list[bytes], stride: int | None) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "in.jsonl", Path(folder) / "out.jsonl"
         source.write_bytes(b"".join(line + b"\n" for line in content))
-        run_documents(engine, reader, source, output, stride=stride)
+        run_documents(engine, tokenizer, source, output, stride=stride)
         return [parse_json(line) for line in output.read_bytes().splitlines()]
 
 
 @given(st.lists(lines, max_size=6), st.sampled_from([None, 5]))
-def test_every_line_gets_its_row(engine: Engine, reader: Tokenizer, content: list[bytes], stride: int | None) -> None:
-    rows = run_lines(engine, reader, content, stride)
+def test_each_line_gets_a_row(engine: Engine, tokenizer: Tokenizer, content: list[bytes], stride: int | None) -> None:
+    rows = run_lines(engine, tokenizer, content, stride)
     assert list(dict.fromkeys(row["line"] for row in rows)) == list(range(1, len(content) + 1))
     for row in rows:
         assert ("error" in row) != ("outputs" in row)
@@ -75,13 +75,13 @@ def test_every_line_gets_its_row(engine: Engine, reader: Tokenizer, content: lis
 
 @given(st.lists(documents, min_size=1, max_size=5))
 @settings(max_examples=settings.default.max_examples // 4)
-def test_parquet_holds_what_jsonl_holds(engine: Engine, reader: Tokenizer, found: list[Any]) -> None:
+def test_parquet_gives_the_rows_of_jsonl(engine: Engine, tokenizer: Tokenizer, values: list[Any]) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "in.jsonl").write_text("".join(json.dumps(value) + "\n" for value in found))
+        (folder / "in.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
         for output in ("out.jsonl", "out.parquet"):
-            run_documents(engine, reader, folder / "in.jsonl", folder / output)
+            run_documents(engine, tokenizer, folder / "in.jsonl", folder / output)
         rows = [parse_json(line) for line in (folder / "out.jsonl").read_bytes().splitlines()]
         table = parquet.read_table(folder / "out.parquet").to_pylist()
     assert len(table) == len(rows)
@@ -98,27 +98,25 @@ def test_parquet_holds_what_jsonl_holds(engine: Engine, reader: Tokenizer, found
 
 @given(st.binary(max_size=300), st.integers(0, 2))
 def test_a_journal_of_any_bytes_changes_no_result(
-    engine: Engine, reader: Tokenizer, junk: bytes, whole_lines: int
+    engine: Engine, tokenizer: Tokenizer, junk: bytes, whole_lines: int
 ) -> None:
     content = [b'{"input_ids": [5, 6]}', b'{"input_ids": [7]}']
-    wanted = run_lines(engine, reader, content, None)
+    expected = run_lines(engine, tokenizer, content, None)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "in.jsonl").write_bytes(b"".join(line + b"\n" for line in content))
         (folder / ".out.jsonl.partial").write_bytes(b'{"input": "x"}\n' * whole_lines + junk)
-        run_documents(engine, reader, folder / "in.jsonl", folder / "out.jsonl")
-        assert [parse_json(line) for line in (folder / "out.jsonl").read_bytes().splitlines()] == wanted
+        run_documents(engine, tokenizer, folder / "in.jsonl", folder / "out.jsonl")
+        assert [parse_json(line) for line in (folder / "out.jsonl").read_bytes().splitlines()] == expected
 
 
 @given(st.text(alphabet="the quick brown fox</s>", max_size=600), st.integers(1, 126))
-def test_windows_laid_over_one_another_are_the_whole_text(
-    reader: Tokenizer, engine: Engine, text: str, stride: int
-) -> None:
+def test_overlapping_windows_cover_the_whole_text(tokenizer: Tokenizer, engine: Engine, text: str, stride: int) -> None:
     limit = engine.signature.max_seqlen
     assert limit == 128
     try:
-        windows = [window.ids for window in reader.windows(text, None, stride)]
-        whole = [window.ids for window in reader.windows(text, None, END_TO_END)]
+        windows = [window.ids for window in tokenizer.windows(text, None, stride)]
+        whole = [window.ids for window in tokenizer.windows(text, None, END_TO_END)]
     except InputError:
         assert not text.strip()
         return
@@ -128,7 +126,7 @@ def test_windows_laid_over_one_another_are_the_whole_text(
 
 
 @given(st.text(max_size=60))
-def test_a_tokenizer_file_of_any_text_is_refused_in_one_line(text: str) -> None:
+def test_a_tokenizer_file_with_any_text_is_refused_in_one_line(text: str) -> None:
     signature = Signature("M", "feature-extraction", "fp32", (), (), (4,))
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""JSONL and Parquet: what is not whole is refused before anything runs, and what was computed can always be written."""
+"""JSONL and Parquet: bad files are refused before anything runs, and all computed rows can be written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OUTPUTS = [TensorSpec("logits", "float32", ("batch", 2))]
 
 
 def table(rows: list[dict[str, Any]], folder: Path, outputs: list[TensorSpec] = OUTPUTS) -> Any:
-    """Rows, written and read again."""
+    """Write rows to Parquet, and read them as a table."""
     path = folder / "out.parquet"
     write_rows(lambda: iter([json.dumps(row).encode() for row in rows]), path, outputs)
     return parquet.read_table(path)
@@ -49,13 +49,13 @@ IDS: dict[str, tuple[list[Any], list[Any]]] = {
 
 
 @pytest.mark.parametrize("name", IDS)
-def test_ids_of_any_type_are_written_as_text_where_no_column_holds_them(name: str, tmp_path: Path) -> None:
+def test_ids_are_written_as_text_if_no_column_type_holds_all(name: str, tmp_path: Path) -> None:
     given, written = IDS[name]
     rows = [{"line": i, **({"id": value} if value is not None else {})} for i, value in enumerate(given, 1)]
     assert table(rows, tmp_path).column("id").to_pylist() == written
 
 
-def test_rows_become_columns_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_written_in_several_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lfx.runtime.documents.formats._GROUP_BYTES", 200)
     answer = {"label": "a", "score": None}
     rows: list[dict[str, Any]] = [
@@ -63,18 +63,18 @@ def test_rows_become_columns_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest
         for i in range(1, 20)
     ]
     rows.insert(3, {"line": 3, "error": "bad"})
-    found = table(rows, tmp_path)
-    assert found.column_names == ["line", "window", "tokens", "answers", "outputs", "error"]
-    assert [{k: v for k, v in row.items() if v is not None} for row in found.to_pylist()] == rows
+    written = table(rows, tmp_path)
+    assert written.column_names == ["line", "window", "tokens", "answers", "outputs", "error"]
+    assert [{k: v for k, v in row.items() if v is not None} for row in written.to_pylist()] == rows
     assert parquet.ParquetFile(tmp_path / "out.parquet").num_row_groups > 4
 
 
-def test_no_rows_are_an_empty_table_with_lines(tmp_path: Path) -> None:
-    found = table([], tmp_path)
-    assert (found.column_names, found.num_rows) == (["line"], 0)
+def test_no_rows_give_an_empty_table_with_a_line_column(tmp_path: Path) -> None:
+    written = table([], tmp_path)
+    assert (written.column_names, written.num_rows) == (["line"], 0)
 
 
-def test_rows_of_a_model_with_outputs_per_token_alone_have_no_outputs_column(tmp_path: Path) -> None:
+def test_a_model_with_outputs_per_token_only_has_no_outputs_column(tmp_path: Path) -> None:
     rows = [{"line": 1, "tokens": 2, "answers": [{"token": "a", "label": "b", "score": 1.0}], "outputs": {}}]
     assert table(rows, tmp_path, []).to_pylist() == [{k: v for k, v in rows[0].items() if k != "outputs"}]
 
@@ -123,7 +123,7 @@ COLUMNS: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_columns_that_do_not_say_what_to_read_are_refused_first(
+def test_bad_columns_are_refused_before_anything_runs(
     name: str, bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, reason = COLUMNS[name]
@@ -135,7 +135,7 @@ def test_columns_that_do_not_say_what_to_read_are_refused_first(
 
 
 @pytest.mark.parametrize(("source", "output"), [("in.jsonl", "out.parquet"), ("in.parquet", "out.jsonl")])
-def test_a_missing_pyarrow_is_said_before_anything_runs(
+def test_a_missing_pyarrow_is_an_error_before_anything_runs(
     source: str, output: str, bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(name: str, package: str | None = None) -> Any:
@@ -153,7 +153,7 @@ def test_a_missing_pyarrow_is_said_before_anything_runs(
     assert not journal_path(tmp_path / output).exists()
 
 
-def test_rows_that_parquet_cannot_hold_are_kept_and_written_as_json_by_what_the_error_says(
+def test_rows_that_parquet_cannot_represent_are_written_as_json_as_the_error_says(
     bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.parquet"
@@ -174,7 +174,7 @@ def test_rows_that_parquet_cannot_hold_are_kept_and_written_as_json_by_what_the_
     assert len(other.read_text().splitlines()) == 3
 
 
-def test_equal_texts_of_a_parquet_file_are_held_once(tmp_path: Path) -> None:
+def test_repeated_texts_of_a_parquet_file_are_in_memory_once(tmp_path: Path) -> None:
     text = "fox " * 500_000
     table = pyarrow.table({"text": [text] * 256, "id": range(256), "input_ids": [[1, 2]] * 256})
     parquet.write_table(table, tmp_path / "in.parquet", compression="zstd")
@@ -189,16 +189,16 @@ def test_equal_texts_of_a_parquet_file_are_held_once(tmp_path: Path) -> None:
     assert pool.max_memory() < 32 * len(text)
 
 
-def test_one_row_of_parquet_that_cannot_be_read_is_one_refused_row(tmp_path: Path) -> None:
+def test_a_parquet_row_that_cannot_be_read_is_one_refused_row(tmp_path: Path) -> None:
     raw = pyarrow.array([b"the fox", b"\xff\xfe", b"dog"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": raw, "more": [1, 2, 3]}), tmp_path / "in.parquet")
-    found = list(read_documents(tmp_path / "in.parquet"))
-    assert [found[0], found[2]] == [(1, {"text": "the fox"}), (3, {"text": "dog"})]
-    assert isinstance(found[1][1], InputError)
+    documents = list(read_documents(tmp_path / "in.parquet"))
+    assert [documents[0], documents[2]] == [(1, {"text": "the fox"}), (3, {"text": "dog"})]
+    assert isinstance(documents[1][1], InputError)
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.parquet"])
-def test_documents_are_counted_and_read_from_any_of_them_on(name: str, tmp_path: Path) -> None:
+def test_documents_are_counted_and_read_from_any_start(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if name == "in.jsonl":
         path.write_text("".join(f'{{"text": "{i}"}}\n' for i in range(600)))
@@ -218,14 +218,16 @@ def test_documents_are_counted_and_read_from_any_of_them_on(name: str, tmp_path:
         ('{"id": ' + "9" * 5000 + "}", "broken JSON"),
     ],
 )
-def test_lines_that_are_not_quite_json_are_refused(line: str, reason: str, tmp_path: Path) -> None:
+def test_lines_that_are_not_strict_json_are_refused(line: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text(line + '\n{"text": "fox"}\n')
     (_, bad), (_, good) = read_documents(tmp_path / "in.jsonl")
     assert str(bad).startswith(reason)
     assert good == {"text": "fox"}
 
 
-def test_an_input_that_cannot_be_opened_is_the_inputs_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_input_that_cannot_be_opened_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def denied(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
@@ -237,8 +239,8 @@ def test_an_input_that_cannot_be_opened_is_the_inputs_error(tmp_path: Path, monk
         list(read_documents(path))
 
 
-def test_a_line_without_end_is_one_refused_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lfx.runtime.documents.formats._LONGEST_LINE", 40)
+def test_a_line_above_the_limit_is_one_refused_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfx.runtime.documents.formats._MAX_LINE_BYTES", 40)
     (tmp_path / "in.jsonl").write_bytes(b'{"input_ids": [5]}\n' + b"\0" * 1000 + b'\n{"input_ids": [6]}\n')
     first, long, last = read_documents(tmp_path / "in.jsonl")
     assert (first, last) == ((1, {"input_ids": [5]}), (3, {"input_ids": [6]}))

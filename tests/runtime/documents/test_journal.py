@@ -1,4 +1,4 @@
-"""The journal: whole chunks of the same run are gone on with, and nothing else is trusted or touched."""
+"""The journal: complete chunks of the same run are resumed, other content is dropped, other files are left alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHUNK = 4
 
 
 def stopped(output: Path, chunks: int = 2) -> Path:
-    """What a killed run leaves: whole chunks of three documents, and rows of one more; gives the journal's path."""
+    """Write the journal of a killed run: complete chunks of three documents and rows of one more; returns its path."""
     with Journal(output, HEADER, CHUNK) as journal:
         for chunk in range(chunks):
             for line in range(3):
@@ -34,12 +34,12 @@ def stopped(output: Path, chunks: int = 2) -> Path:
 
 
 def reopened(output: Path, header: dict[str, Any] = HEADER) -> tuple[int, int, list[int]]:
-    """Documents and refused ones that an opened journal tells, and the lines of its rows."""
+    """The counts of a journal that is opened again, and the lines of its rows."""
     with Journal(output, header, CHUNK) as journal:
         return journal.documents, journal.refused, [json.loads(row)["line"] for row in journal.rows()]
 
 
-def test_whole_chunks_are_gone_on_with_and_the_rest_is_cut(tmp_path: Path) -> None:
+def test_complete_chunks_are_resumed_and_the_rest_is_truncated(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     stopped(output)
     assert reopened(output) == (6, 2, [1, 2, 3, 4, 5, 6])
@@ -57,7 +57,7 @@ def test_a_journal_of_another_run_is_emptied(header: dict[str, Any], tmp_path: P
     assert journal_path(output).read_text() == json.dumps(header) + "\n"
 
 
-def test_every_cut_leaves_whole_chunks(tmp_path: Path) -> None:
+def test_a_journal_truncated_anywhere_keeps_its_complete_chunks(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     whole = stopped(output).read_bytes()
     seen = set()
@@ -69,7 +69,7 @@ def test_every_cut_leaves_whole_chunks(tmp_path: Path) -> None:
     assert seen == {0, 3, 6}
 
 
-def test_a_changed_byte_ends_what_is_kept(tmp_path: Path) -> None:
+def test_chunks_from_a_changed_byte_on_are_dropped(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     whole = stopped(output).read_bytes()
     second = whole.index(b'{"line": 4')
@@ -78,12 +78,12 @@ def test_a_changed_byte_ends_what_is_kept(tmp_path: Path) -> None:
         changed[position] ^= 1
         journal_path(output).write_bytes(changed)
         header, end = len(json.dumps(HEADER)) + 1, whole.rindex(b'{"line": 7')
-        right = 0 if position < header or position < second else 3 if position < end else 6
-        assert reopened(output)[0] == right
+        expected = 0 if position < header or position < second else 3 if position < end else 6
+        assert reopened(output)[0] == expected
 
 
 def sealed_marker(before: bytes, **changes: Any) -> bytes:
-    """A marker with the right digest."""
+    """A marker with the correct digest."""
     chunk = {"done": 3, "refused": 0, "sha256": hashlib.sha256(before).hexdigest(), **changes}
     return (json.dumps({"chunk": chunk}) + "\n").encode()
 
@@ -111,14 +111,14 @@ MARKERS: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("name", MARKERS)
-def test_a_marker_that_lfx_does_not_write_ends_what_is_kept(name: str, tmp_path: Path) -> None:
+def test_chunks_from_a_foreign_marker_on_are_dropped(name: str, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     stopped(output, chunks=1)
     assert reopened(output)[0] == 3
     before = journal_path(output).read_bytes() + b'{"line": 4}\n{"line": 5}\n{"line": 6}\n'
     journal_path(output).write_bytes(before + MARKERS[name](before))
     assert reopened(output) == (3, 1, [1, 2, 3])
-    journal_path(output).write_bytes(before + sealed_marker(before))  # the same with a right marker counts
+    journal_path(output).write_bytes(before + sealed_marker(before))  # with a correct marker the same rows are kept
     assert reopened(output)[0] == 6
 
 
@@ -134,7 +134,7 @@ def test_a_marker_that_lfx_does_not_write_ends_what_is_kept(name: str, tmp_path:
     ],
     ids=["none", "one is missing", "another line", "no JSON", "no object", "no line"],
 )
-def test_rows_that_are_not_of_the_marked_documents_end_what_is_kept(rows: bytes, tmp_path: Path) -> None:
+def test_chunks_whose_rows_are_of_other_documents_are_dropped(rows: bytes, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     stopped(output, chunks=1)
     assert reopened(output)[0] == 3
@@ -143,7 +143,7 @@ def test_rows_that_are_not_of_the_marked_documents_end_what_is_kept(rows: bytes,
     assert reopened(output) == (3, 1, [1, 2, 3])
 
 
-def test_more_documents_than_the_input_has_are_not_believed(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_a_journal_with_more_documents_than_the_input_is_dropped(bundle: MakeBundle, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"input_ids": [3, 4]}\n' * 2)
 
@@ -175,14 +175,14 @@ def fifo(path: Path, victim: Path) -> None:
     os.mkfifo(path)
 
 
-@pytest.mark.parametrize("place", [link, hard_link, folder, fifo])
-def test_what_is_in_the_journals_place_is_left_alone(
-    place: Callable[[Path, Path], None], bundle: MakeBundle, tmp_path: Path
+@pytest.mark.parametrize("make", [link, hard_link, folder, fifo])
+def test_a_foreign_file_of_the_journal_s_name_is_left_alone(
+    make: Callable[[Path, Path], None], bundle: MakeBundle, tmp_path: Path
 ) -> None:
     source, output, victim = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "victim"
     source.write_text('{"input_ids": [3, 4]}\n')
     victim.write_text("mine\n")
-    place(journal_path(output), victim)
+    make(journal_path(output), victim)
     with (
         Engine(bundle("text-classification"), threads=1) as engine,
         pytest.raises(InputError, match=r"out\.jsonl\.partial, the journal .* cannot be opened: .*; remove it"),
@@ -192,7 +192,7 @@ def test_what_is_in_the_journals_place_is_left_alone(
     assert not output.exists()
 
 
-def test_links_at_the_output_and_beside_it_keep_what_they_point_to(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_links_at_the_output_and_beside_it_keep_their_targets(bundle: MakeBundle, tmp_path: Path) -> None:
     source, output, victim = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "victim"
     source.write_text('{"input_ids": [3, 4]}\n')
     victim.write_text("mine\n")
@@ -206,7 +206,7 @@ def test_links_at_the_output_and_beside_it_keep_what_they_point_to(bundle: MakeB
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl", "victim", ".out.jsonl.ready"}
 
 
-def test_a_run_in_many_groups_and_chunks_goes_on_to_the_same_file(
+def test_a_run_of_many_groups_and_chunks_resumes_to_the_same_file(
     bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK", 3)
@@ -216,8 +216,8 @@ def test_a_run_in_many_groups_and_chunks_goes_on_to_the_same_file(
     source.write_text("".join(json.dumps({"text": "the fox " * (n // 2)}) + "\n" for n in lengths))
     bundled = bundle("text-classification")
     with Engine(bundled, threads=1) as engine:
-        reader = documents.Tokenizer(bundled, engine.signature)
-        run_documents(engine, reader, source, tmp_path / "right.jsonl", stride=20)
+        tokenizer = documents.Tokenizer(bundled, engine.signature)
+        run_documents(engine, tokenizer, source, tmp_path / "expected.jsonl", stride=20)
         infer, left = engine._backend.infer, [0]  # type: ignore[union-attr]
 
         def killed(feeds: Any) -> Any:
@@ -230,7 +230,7 @@ def test_a_run_in_many_groups_and_chunks_goes_on_to_the_same_file(
         for batches in (1, 3, 5, 4):
             left[0] = batches
             with pytest.raises(KeyboardInterrupt):
-                run_documents(engine, reader, source, output, stride=20)
+                run_documents(engine, tokenizer, source, output, stride=20)
         left[0] = 0
-        assert run_documents(engine, reader, source, output, stride=20).resumed_at in (3, 6)
-    assert output.read_bytes() == (tmp_path / "right.jsonl").read_bytes()
+        assert run_documents(engine, tokenizer, source, output, stride=20).resumed_at in (3, 6)
+    assert output.read_bytes() == (tmp_path / "expected.jsonl").read_bytes()

@@ -1,4 +1,4 @@
-"""Files of documents: every line gets its row, bad ones the reason, and a stopped run goes on to the same file."""
+"""`run_documents`: a row for each line, errors of bad lines, and resumed runs that give the same file."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def texts(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def write(path: Path, rows: list[Any]) -> Path:
-    """JSONL; a string is a line as it is."""
+    """Write JSONL; a string is written as a line unchanged."""
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """Of a JSONL file."""
+    """The rows of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -54,103 +54,103 @@ def engine(bundle: MakeBundle) -> Any:
 
 
 @pytest.fixture
-def reader(bundle: MakeBundle, engine: Engine) -> Tokenizer:
-    """Its tokenizer."""
+def tokenizer(bundle: MakeBundle, engine: Engine) -> Tokenizer:
+    """The tokenizer of the classifier."""
     return Tokenizer(bundle(CLASSIFIER), engine.signature)
 
 
-def test_every_document_gets_the_row_that_it_gets_alone(engine: Engine, reader: Tokenizer, tmp_path: Path) -> None:
+def test_each_document_gets_the_row_that_it_gets_alone(engine: Engine, tokenizer: Tokenizer, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", texts(40))
-    summary = run_documents(engine, reader, source, tmp_path / "out.jsonl")
-    found = rows(tmp_path / "out.jsonl")
+    summary = run_documents(engine, tokenizer, source, tmp_path / "out.jsonl")
+    written = rows(tmp_path / "out.jsonl")
     assert (summary.documents, summary.refused, summary.windows) == (40, 0, 40)
-    assert [row["line"] for row in found] == list(range(1, 41))
-    for row, document in zip(found, texts(40), strict=True):
-        ids = reader.encode(document["text"]).ids
+    assert [row["line"] for row in written] == list(range(1, 41))
+    for row, document in zip(written, texts(40), strict=True):
+        ids = tokenizer.encode(document["text"]).ids
         assert (row["id"], row["tokens"]) == (document["id"], len(ids))
         logits = engine.run(ids)["logits"]
         np.testing.assert_allclose(row["outputs"]["logits"], logits[0], rtol=0, atol=1e-5)
         assert row["answers"][0]["label"] == f"LABEL_{int(logits[0].argmax())}"
-    assert summary.tokens == sum(row["tokens"] for row in found)
+    assert summary.tokens == sum(row["tokens"] for row in written)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
 BAD: dict[str, tuple[Any, str]] = {
     "broken": ('{"text": "fox"', "broken JSON"),
     "empty": ("", "empty line"),
-    "a list": ([1], "list where an object with text or input_ids should be"),
-    "a wrong field": ({"body": "fox"}, "fields body; give either text or input_ids"),
-    "nothing": ({}, "fields none; give either text or input_ids"),
+    "a list": ([1], "the document is list; give an object with text or input_ids"),
+    "a wrong field": ({"body": "fox"}, "the document has the fields body; give either text or input_ids"),
+    "nothing": ({}, "the document has the fields none; give either text or input_ids"),
     "both": ({"text": "fox", "input_ids": [5]}, "give either text or input_ids"),
     "no string": ({"text": 5}, "text .* must be a string"),
     "blank": ({"text": "  "}, "text not empty"),
     "too long": ({"text": "fox " * 500}, r"above the model's maximum 128"),
     "an id too large": ({"input_ids": [5, 99]}, "99"),
-    "ids that are none": ({"input_ids": [1.5]}, "input_ids is no list of whole numbers"),
-    "no ids": ({"input_ids": []}, "input_ids is no list of whole numbers, one at least"),
+    "ids that are none": ({"input_ids": [1.5]}, "input_ids must be a list of at least one whole number"),
+    "no ids": ({"input_ids": []}, "input_ids must be a list of at least one whole number"),
     "deep": ("[" * 100000, "broken JSON"),
 }
 
 
-def test_bad_lines_are_reported_by_file_and_line_and_the_rest_is_done(
-    engine: Engine, reader: Tokenizer, tmp_path: Path
+def test_bad_lines_are_reported_by_file_and_line_and_the_rest_is_run(
+    engine: Engine, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     lines: list[Any] = []
     for bad, _ in BAD.values():
         lines += [{"text": "the fox"}, bad]
     source = write(tmp_path / "in.jsonl", lines)
     reported: list[str] = []
-    summary = run_documents(engine, reader, source, tmp_path / "out.jsonl", report=reported.append)
-    found = rows(tmp_path / "out.jsonl")
+    summary = run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", report=reported.append)
+    written = rows(tmp_path / "out.jsonl")
     assert (summary.documents, summary.refused) == (2 * len(BAD), len(BAD))
     for i, (_, reason) in enumerate(BAD.values()):
-        good, bad = found[2 * i], found[2 * i + 1]
-        assert "error" not in good and good["outputs"]["logits"] == found[0]["outputs"]["logits"]
+        good, bad = written[2 * i], written[2 * i + 1]
+        assert "error" not in good and good["outputs"]["logits"] == written[0]["outputs"]["logits"]
         assert set(bad) == {"line", "error"}
         assert reported[i] == f"{source}:{2 * i + 2}: {bad['error']}"
         with pytest.raises(AssertionError, match=reason):
             raise AssertionError(bad["error"])
 
 
-def test_bytes_that_are_no_utf8_are_one_bad_line(engine: Engine, reader: Tokenizer, tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_are_one_bad_line(engine: Engine, tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(b'{"text": "\xff"}\n{"text": "fox"}\n')
-    assert run_documents(engine, reader, tmp_path / "in.jsonl", tmp_path / "out.jsonl").refused == 1
+    assert run_documents(engine, tokenizer, tmp_path / "in.jsonl", tmp_path / "out.jsonl").refused == 1
     assert [row.get("error") for row in rows(tmp_path / "out.jsonl")] == ["not UTF-8", None]
 
 
 @pytest.mark.parametrize("stride", [1, 50, 126])
-def test_long_documents_are_cut_into_windows_and_nothing_is_left_out(
-    stride: int, engine: Engine, reader: Tokenizer, tmp_path: Path
+def test_long_documents_become_windows_that_cover_all_tokens(
+    stride: int, engine: Engine, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     text = " ".join(np.random.default_rng(0).choice(WORDS, 150))
-    whole = reader._tokenizer.encode(text, add_special_tokens=False).ids
-    windows = reader.windows(text, None, stride)
+    whole = tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
+    windows = tokenizer.windows(text, None, stride)
     for number, window in enumerate(windows):
         start = number * stride
-        assert window.ids[1:-1] == whole[start : start + 126]  # between the special tokens
+        assert window.ids[1:-1] == whole[start : start + 126]  # without the special tokens
     assert (len(windows) - 1) * stride + len(windows[-1].ids) - 2 == len(whole)
     source = write(tmp_path / "in.jsonl", [{"text": text}, {"text": "fox"}])
-    run_documents(engine, reader, source, tmp_path / "out.jsonl", stride=stride)
-    found = rows(tmp_path / "out.jsonl")
-    assert [(row["line"], row["window"]) for row in found] == [*((1, k) for k in range(len(windows))), (2, 0)]
-    assert len(reader.encode("the fox").ids) == 4  # the tokenizer is as it was
+    run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", stride=stride)
+    written = rows(tmp_path / "out.jsonl")
+    assert [(row["line"], row["window"]) for row in written] == [*((1, k) for k in range(len(windows))), (2, 0)]
+    assert len(tokenizer.encode("the fox").ids) == 4  # the tokenizer is unchanged
 
 
-def test_a_stride_that_would_leave_tokens_out_is_refused(engine: Engine, reader: Tokenizer) -> None:
+def test_a_stride_that_would_skip_tokens_is_refused(engine: Engine, tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"stride 127 does not fit: a window has room for 126 tokens .* give 1 to 126"):
-        reader.windows("fox " * 200, None, 127)
+        tokenizer.windows("fox " * 200, None, 127)
 
 
-def test_a_question_stands_before_every_window_of_its_document(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_each_window_of_a_document_begins_with_the_question(bundle: MakeBundle, tmp_path: Path) -> None:
     with Engine(bundle("question-answering")) as engine:
-        reader = Tokenizer(bundle("question-answering"), engine.signature)
+        tokenizer = Tokenizer(bundle("question-answering"), engine.signature)
         question, document = "the quick fox", "the lazy dog jumps over " * 40
-        windows = reader.windows(question, document, 60)
-        start = reader.encode(question, "dog").ids[:5]
+        windows = tokenizer.windows(question, document, 60)
+        start = tokenizer.encode(question, "dog").ids[:5]
         assert len(windows) > 2
         assert all(window.ids[:5] == start for window in windows)
         source = write(tmp_path / "in.jsonl", [{"text": question, "pair": document}, {"text": question}])
-        summary = run_documents(engine, reader, source, tmp_path / "out.jsonl", stride=60)
+        summary = run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", stride=60)
         assert (summary.refused, summary.windows) == (1, len(windows))
         assert all("answer" in row["answers"][0] for row in rows(tmp_path / "out.jsonl")[:-1])
 
@@ -163,7 +163,7 @@ def test_documents_of_ids_need_no_tokenizer(engine: Engine, tmp_path: Path) -> N
     assert "no tokenizer" in second["error"]
 
 
-def test_parquet_in_and_out(engine: Engine, reader: Tokenizer, tmp_path: Path) -> None:
+def test_parquet_in_and_out(engine: Engine, tokenizer: Tokenizer, tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"text": [d["text"] for d in texts(20)] + [None], "id": list(range(21))})
@@ -171,12 +171,12 @@ def test_parquet_in_and_out(engine: Engine, reader: Tokenizer, tmp_path: Path) -
     write(tmp_path / "in.jsonl", [*({**d, "id": i} for i, d in enumerate(texts(20))), {"id": 20}])
     for name in ("in.parquet", "in.jsonl"):
         for out in (f"{name}.parquet", f"{name}.jsonl"):
-            assert run_documents(engine, reader, tmp_path / name, tmp_path / out).refused == 1
-    right = rows(tmp_path / "in.jsonl.jsonl")
-    assert [r.get("outputs") for r in rows(tmp_path / "in.parquet.jsonl")] == [r.get("outputs") for r in right]
+            assert run_documents(engine, tokenizer, tmp_path / name, tmp_path / out).refused == 1
+    expected = rows(tmp_path / "in.jsonl.jsonl")
+    assert [r.get("outputs") for r in rows(tmp_path / "in.parquet.jsonl")] == [r.get("outputs") for r in expected]
     columns = parquet.read_table(tmp_path / "in.parquet.parquet").to_pylist()
     assert [row["id"] for row in columns] == list(range(21))
-    assert columns[3]["outputs"]["logits"] == right[3]["outputs"]["logits"]
+    assert columns[3]["outputs"]["logits"] == expected[3]["outputs"]["logits"]
     assert columns[20]["outputs"] is None and columns[20]["error"]
 
 
@@ -196,31 +196,33 @@ def test_parquet_in_and_out(engine: Engine, reader: Tokenizer, tmp_path: Path) -
         ("in.jsonl", "a\0.jsonl", "the output .* cannot be opened: embedded null byte"),
     ],
 )
-def test_files_that_cannot_be_are_refused(
-    source: str, output: str, reason: str, engine: Engine, reader: Tokenizer, tmp_path: Path
+def test_bad_paths_are_refused(
+    source: str, output: str, reason: str, engine: Engine, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     pytest.importorskip("pyarrow")
     for name in ("in.jsonl", "in.txt", "in.parquet"):
         write(tmp_path / name, texts(1))
     with pytest.raises(InputError, match=reason):
-        run_documents(engine, reader, tmp_path / source, tmp_path / output)
+        run_documents(engine, tokenizer, tmp_path / source, tmp_path / output)
 
 
 @pytest.mark.parametrize("name", ["in.JSONL", "in.ndjson"])
-def test_other_names_of_the_formats(name: str, engine: Engine, reader: Tokenizer, tmp_path: Path) -> None:
+def test_other_suffixes_of_the_formats_are_accepted(
+    name: str, engine: Engine, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     source = write(tmp_path / name, texts(3))
-    assert run_documents(engine, reader, source, tmp_path / "out.NDJSON").documents == 3
+    assert run_documents(engine, tokenizer, source, tmp_path / "out.NDJSON").documents == 3
     assert [row["line"] for row in rows(tmp_path / "out.NDJSON")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("cut", [1, 7, 200, 4000, 20000])
-def test_a_run_that_was_cut_anywhere_goes_on_to_the_same_file(
-    cut: int, engine: Engine, reader: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_was_stopped_anywhere_resumes_to_the_same_file(
+    cut: int, engine: Engine, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK", 16)
     source = write(tmp_path / "in.jsonl", [*texts(50), "broken", *texts(20, seed=1)])
-    run_documents(engine, reader, source, tmp_path / "right.jsonl")
-    right = (tmp_path / "right.jsonl").read_bytes()
+    run_documents(engine, tokenizer, source, tmp_path / "expected.jsonl")
+    expected = (tmp_path / "expected.jsonl").read_bytes()
 
     def stop(step: str) -> None:
         if step.startswith("64"):
@@ -228,19 +230,19 @@ def test_a_run_that_was_cut_anywhere_goes_on_to_the_same_file(
 
     output = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        run_documents(engine, reader, source, output, progress=stop)
+        run_documents(engine, tokenizer, source, output, progress=stop)
     assert not output.exists()
     partial = tmp_path / ".out.jsonl.partial"
-    partial.write_bytes(partial.read_bytes()[:-cut])  # what a killed process may leave
-    summary = run_documents(engine, reader, source, output)
+    partial.write_bytes(partial.read_bytes()[:-cut])  # as a killed process may leave it
+    summary = run_documents(engine, tokenizer, source, output)
     assert summary.resumed_at in range(0, 64, 16)
     assert (summary.documents, summary.refused) == (71, 1)
-    assert output.read_bytes() == right
+    assert output.read_bytes() == expected
     assert not partial.exists()
 
 
-def test_what_is_left_of_another_input_or_stride_is_not_gone_on_with(
-    engine: Engine, reader: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_journal_of_another_input_or_stride_is_not_resumed(
+    engine: Engine, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK", 4)
 
@@ -250,15 +252,15 @@ def test_what_is_left_of_another_input_or_stride_is_not_gone_on_with(
     for change in ("input", "stride"):
         source = write(tmp_path / "in.jsonl", texts(9))
         with pytest.raises(KeyboardInterrupt):
-            run_documents(engine, reader, source, tmp_path / "out.jsonl", progress=stop)
+            run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", progress=stop)
         if change == "input":
             write(source, texts(9, seed=5))
         stride = 50 if change == "stride" else None
-        assert run_documents(engine, reader, source, tmp_path / "out.jsonl", stride=stride).resumed_at == 0
+        assert run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", stride=stride).resumed_at == 0
 
 
 def command(bundle: Path, folder: Path, *options: str) -> list[str]:
-    """`lfx run` over documents."""
+    """The command `lfx run` on a file of documents."""
     arguments = ["run", str(bundle), "--input", str(folder / "in.jsonl"), "--output", str(folder / "out.jsonl")]
     return [sys.executable, "-m", "lfx.cli", *arguments, *options]
 
@@ -266,23 +268,23 @@ def command(bundle: Path, folder: Path, *options: str) -> list[str]:
 def test_the_command_killed_at_random_points_ends_with_the_same_file(bundle: MakeBundle, tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl", texts(3000))
     subprocess.run(command(bundle(CLASSIFIER), tmp_path), check=True, capture_output=True)
-    right = (tmp_path / "out.jsonl").read_bytes()
+    expected = (tmp_path / "out.jsonl").read_bytes()
     (tmp_path / "out.jsonl").unlink()
     partial = tmp_path / ".out.jsonl.partial"
     for share in sorted(np.random.default_rng(0).uniform(0.0, 0.8, 4)):
         process = subprocess.Popen(
             command(bundle(CLASSIFIER), tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        while not partial.exists() or partial.stat().st_size <= share * len(right):
+        while not partial.exists() or partial.stat().st_size <= share * len(expected):
             assert process.poll() is None
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     subprocess.run(command(bundle(CLASSIFIER), tmp_path), check=True, capture_output=True)
-    assert (tmp_path / "out.jsonl").read_bytes() == right
+    assert (tmp_path / "out.jsonl").read_bytes() == expected
 
 
-def test_the_command_says_what_it_did_and_exits_1_where_lines_were_refused(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_the_command_reports_its_counts_and_exits_1_if_lines_were_refused(bundle: MakeBundle, tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl", texts(5))
     done = subprocess.run(command(bundle(CLASSIFIER), tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -305,7 +307,7 @@ def test_the_command_says_what_it_did_and_exits_1_where_lines_were_refused(bundl
         (["--text", "fox", "--max-windows", "5"], "--max-windows needs --stride"),
     ],
 )
-def test_options_that_do_not_fit_are_usage(options: list[str], reason: str, bundle: MakeBundle) -> None:
+def test_options_that_do_not_apply_are_usage_errors(options: list[str], reason: str, bundle: MakeBundle) -> None:
     arguments = [sys.executable, "-m", "lfx.cli", "run", str(bundle(CLASSIFIER)), *options]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -334,7 +336,7 @@ def test_no_odd_document_stops_a_run(bundle: MakeBundle, tmp_path: Path, name: s
     assert re.search(reason, rows[1]["error"])
 
 
-def test_ids_of_two_kinds_go_to_parquet_as_text(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_ids_of_two_types_are_written_to_parquet_as_text(bundle: MakeBundle, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     source, output = tmp_path / "in.jsonl", tmp_path / "out.parquet"
     source.write_text('{"id": 1, "input_ids": [3, 4]}\n{"id": "a", "input_ids": [3, 4]}\n')
@@ -362,7 +364,7 @@ def test_a_second_run_of_the_same_output_is_refused(bundle: MakeBundle, tmp_path
     assert len(output.read_text().splitlines()) == 300
 
 
-def test_another_model_or_tokenizer_starts_again(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_another_model_or_tokenizer_starts_from_the_beginning(bundle: MakeBundle, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"text": "the fox"}\n' * 300)
     folder = bundle("text-classification")
@@ -390,24 +392,26 @@ def test_another_model_or_tokenizer_starts_again(bundle: MakeBundle, tmp_path: P
 
 @pytest.mark.parametrize("options", [{"stride": 0}, {"stride": True}, {"stride": "x"}, {"stride": 1.5}, {"stride": -1}])
 @pytest.mark.parametrize("name", ["stride", "max_windows"])
-def test_numbers_that_are_none_are_refused(
-    options: dict[str, Any], name: str, engine: Engine, reader: Tokenizer, tmp_path: Path
+def test_options_that_are_no_whole_numbers_are_refused(
+    options: dict[str, Any], name: str, engine: Engine, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     source = write(tmp_path / "in.jsonl", texts(1))
     wrong: Any = {"stride": 5, name: options["stride"]}
     with pytest.raises(InputError, match=rf"{name} .*give a whole number, 1 or more"):
-        run_documents(engine, reader, source, tmp_path / "out.jsonl", **wrong)
+        run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", **wrong)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_a_document_of_too_many_windows_is_refused_by_number(engine: Engine, reader: Tokenizer, tmp_path: Path) -> None:
+def test_a_document_of_too_many_windows_is_refused_by_number(
+    engine: Engine, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     documents_of = {"text": "the " * 140}, {"text": "the " * 141}
     source = write(tmp_path / "in.jsonl", list(documents_of))
-    summary = run_documents(engine, reader, source, tmp_path / "out.jsonl", stride=1, max_windows=15)
+    summary = run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", stride=1, max_windows=15)
     assert (summary.refused, summary.windows) == (1, 15)
     reason = "the document gives 16 windows, above the 15 allowed; give a larger --stride, or --max-windows 16"
     assert rows(tmp_path / "out.jsonl")[-1] == {"line": 2, "error": reason}
-    run_documents(engine, reader, source, tmp_path / "out.jsonl", stride=126)
+    run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", stride=126)
     assert documents.MAX_WINDOWS == 4096
 
 
@@ -420,22 +424,26 @@ def test_the_command_bounds_windows(bundle: MakeBundle, tmp_path: Path) -> None:
 
 
 def rewrite(source: Path) -> None:
-    """Other documents, of the same size and time."""
+    """Write other documents with the same size and modification time."""
     status = source.stat()
     source.write_text(source.read_text().replace("the", "fox"))
     os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def replaced(source: Path) -> None:
-    """Another file of the same name."""
+    """Replace the file by another of the same name."""
     other = source.with_name("other")
     other.write_text(source.read_text() + "{}\n")
     other.replace(source)
 
 
 @pytest.mark.parametrize("change", [rewrite, replaced, Path.unlink])
-def test_an_input_that_is_changed_during_a_run_is_said_and_its_rows_dropped(
-    change: Callable[[Path], None], engine: Engine, reader: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_input_that_changes_during_a_run_is_an_error_and_its_rows_are_dropped(
+    change: Callable[[Path], None],
+    engine: Engine,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK", 4)
     source, output = write(tmp_path / "in.jsonl", texts(12)), tmp_path / "out.jsonl"
@@ -447,13 +455,13 @@ def test_an_input_that_is_changed_during_a_run_is_said_and_its_rows_dropped(
     with pytest.raises(
         InputError, match=r"in\.jsonl was changed or removed during the run, .* two versions .* run again"
     ):
-        run_documents(engine, reader, source, output, progress=between_chunks)
+        run_documents(engine, tokenizer, source, output, progress=between_chunks)
     assert not output.exists()
     assert not (tmp_path / ".out.jsonl.partial").exists()
 
 
-def test_a_change_is_found_at_the_chunk_that_it_is_in(
-    engine: Engine, reader: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_change_of_the_input_is_detected_at_the_next_chunk(
+    engine: Engine, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK", 4)
     source, steps = write(tmp_path / "in.jsonl", texts(40)), []
@@ -463,12 +471,12 @@ def test_a_change_is_found_at_the_chunk_that_it_is_in(
         replaced(source)
 
     with pytest.raises(InputError, match="changed or removed"):
-        run_documents(engine, reader, source, tmp_path / "out.jsonl", progress=between_chunks)
+        run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", progress=between_chunks)
     assert steps == ["4 documents"]
 
 
-def test_a_disk_that_is_full_keeps_what_is_done(
-    engine: Engine, reader: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_keeps_completed_chunks(
+    engine: Engine, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, output = write(tmp_path / "in.jsonl", texts(3)), tmp_path / "out.jsonl"
 
@@ -477,13 +485,13 @@ def test_a_disk_that_is_full_keeps_what_is_done(
 
     with monkeypatch.context() as patched, pytest.raises(InputError, match="make room on its disk, and give the same"):
         patched.setattr(documents, "write_rows", full)
-        run_documents(engine, reader, source, output)
-    assert run_documents(engine, reader, source, output).resumed_at == 3
+        run_documents(engine, tokenizer, source, output)
+    assert run_documents(engine, tokenizer, source, output).resumed_at == 3
 
 
 def test_documents_for_calibration_are_read_one_by_one(engine: Engine, tmp_path: Path, bundle: MakeBundle) -> None:
     source = write(tmp_path / "in.jsonl", [{"text": "the " * 300}, {"input_ids": [5]}, {"text": ""}])
-    found = documents.encoded(source, engine.signature, bundle(CLASSIFIER))
-    assert [len(next(found).ids) for _ in range(4)] == [128, 128, 50, 1]
+    windows = documents.encoded(source, engine.signature, bundle(CLASSIFIER))
+    assert [len(next(windows).ids) for _ in range(4)] == [128, 128, 50, 1]
     with pytest.raises(InputError, match=r"in\.jsonl:3: text"):
-        next(found)
+        next(windows)
