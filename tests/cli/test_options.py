@@ -11,7 +11,7 @@ import pytest
 from lfx.cli import cli
 from lfx.errors import InputError, LfxError
 
-PATHS = {  # each option and argument that is a path, and a command that has it
+PATHS = {  # each path option and argument, with a command that has it
     "MODEL (a bundle or a plan)": ["inspect", "{}"],
     "MODEL": ["run", "{}", "--text", "a"],
     "BUNDLE": ["quantize", "{}", "--calibration", "x"],
@@ -39,6 +39,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder, which must still be empty after the test."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.mark.parametrize("command", cli.commands)
+def test_every_command_and_option_has_help(command: str) -> None:
+    assert cli.commands[command].help
+    for parameter in cli.commands[command].params:
+        assert not isinstance(parameter, click.Option) or parameter.help, parameter.name
 
 
 @pytest.mark.parametrize(("name", "arguments"), [*PATHS.items(), *FILES.items(), *FOLDERS.items()])

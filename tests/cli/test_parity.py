@@ -206,7 +206,7 @@ def test_int8_says_what_it_costs(bundles: Callable[..., Path], tmp_path: Path) -
     assert result.exit_code == 0, result.output
     assert re.search(r"logits: cosine 0\.\d+ with the float64 reference, \d of 7 labels agree", result.stdout)
     assert "int8: in tolerance" in result.stdout
-    assert "what int8 costs" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "measure the loss from int8" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def _plan(manifest: Manifest, **changes: Any) -> PlanManifest:
@@ -230,12 +230,12 @@ def _plan(manifest: Manifest, **changes: Any) -> PlanManifest:
     return PlanManifest(**{**fields, **changes})
 
 
-def run_plan(bundle: Path, manifest: PlanManifest, takes: Callable[[int, int], bool], **options: Any) -> None:
+def run_plan(bundle: Path, manifest: PlanManifest, supports_shape: Callable[[int, int], bool], **options: Any) -> None:
     """Run parity on a plan, with an engine that is the bundle's, limited to the plan's profile."""
 
     def open_engine(_: Path) -> Engine:
         engine = Engine(bundle)
-        engine.takes = takes  # type: ignore[method-assign]
+        engine.supports_shape = supports_shape  # type: ignore[method-assign]
         return engine
 
     settings: dict[str, Any] = {"source": None, "cases": "quick", "by_layer": False, "report": None, "as_json": True}
