@@ -101,8 +101,8 @@ def fetcher(model: str) -> Fetch:
     if model and folder.is_dir():
         return lambda name: _plain_file(folder / name)
     if not model or os.path.lexists(folder):
-        given = f"{model} is a file, not a folder" if model else "model is empty"
-        raise ExportError(f"{given}; give the folder that holds config.json and the weights, or a hub id")
+        problem = f"{model} is a file, not a folder" if model else "model is empty"
+        raise ExportError(f"{problem}; give the folder that holds config.json and the weights, or a hub id")
     if folder.is_absolute() or model.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model, re.ASCII):
         raise ExportError(f"{model} does not exist; give a folder with config.json and weights, or a hub id")
     return _hub(model)

@@ -73,20 +73,20 @@ def read_settings(path: Path, model: str) -> dict[str, Any]:
 
 
 def _check_settings(values: dict[str, Any], path: Path) -> None:
-    def whole(name: str, low: int, high: int = LARGEST) -> int:
+    def integer(name: str, low: int, high: int = LARGEST) -> int:
         return whole_number(values[name], f"{path}: {name}", low, high, ExportError)
 
-    vocab_size = whole("vocab_size", 1)
-    pad = whole("pad_token_id", 0, vocab_size - 1)
+    vocab_size = integer("vocab_size", 1)
+    pad = integer("pad_token_id", 0, vocab_size - 1)
     if values["sep_token_id"] is not None:
-        whole("sep_token_id", 0, vocab_size - 1)
-    hidden, heads = whole("hidden_size", 1), whole("num_attention_heads", 1)
+        integer("sep_token_id", 0, vocab_size - 1)
+    hidden, heads = integer("hidden_size", 1), integer("num_attention_heads", 1)
     if hidden % heads:
         raise ExportError(f"{path}: num_attention_heads {heads} does not divide hidden_size {hidden}")
     for name in ("intermediate_size", "type_vocab_size"):
-        whole(name, 1)
-    positions = whole("max_position_embeddings", pad + 2)
-    _check_windows(values["attention_window"], whole("num_hidden_layers", 1), positions, path)
+        integer(name, 1)
+    positions = integer("max_position_embeddings", pad + 2)
+    _check_windows(values["attention_window"], integer("num_hidden_layers", 1), positions, path)
     one_of(values["hidden_act"], f"{path}: hidden_act", ACT2FN, ExportError)
     real_number(values["layer_norm_eps"], f"{path}: layer_norm_eps", 0.0, 1.0, ExportError)
     for name in ("dtype", "torch_dtype"):

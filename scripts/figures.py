@@ -62,8 +62,9 @@ def run(op: Any, inputs: dict[str, Array], *inner: str, block: int = BLOCK, **at
         The output, then the values of `inner`.
     """
     body = ir.to_proto(function(op, opset=17))
-    for attribute in (a for node in body.node for a in node.attribute if list(a.ints) == [BLOCK]):
-        attribute.ints[:] = [block]
+    for tensor in (a.t for node in body.node for a in node.attribute if a.type == onnx.AttributeProto.TENSOR):
+        if onnx.numpy_helper.to_array(tensor).tolist() == [BLOCK]:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.array([block], np.int64)))
     defaults = {a.name: helper.get_attribute_value(a) for a in body.attribute_proto}
     names = [name for node in body.node for name in node.output]
     for variable in inner:  # onnxscript appends a number to a variable that is assigned again; take the last value

@@ -1,4 +1,4 @@
-"""The verdict: what passes, what fails, and that it can fail."""
+"""The verdict of a comparison: errors that pass, and errors that fail."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ NOISE = 1e-6
 
 
 def _report(shift: float = 0.0, witness_shift: float = 0.0, rows: int = 500, **options: object):
-    def right(inputs: Arrays) -> Arrays:
+    def exact(inputs: Arrays) -> Arrays:
         return {"logits": np.sin(inputs["input_ids"].astype(float))}
 
     def off_by(amount: float):
-        return lambda inputs: {"logits": right(inputs)["logits"] + amount}
+        return lambda inputs: {"logits": exact(inputs)["logits"] + amount}
 
     return compare(
         [Case(rows, 5), Case(1, 3)],
         lambda case: inputs_of(case, vocab_size=50, pad_token_id=1),
-        reference=right,
+        reference=exact,
         witness=off_by(NOISE + witness_shift),
         candidate=options.get("candidate", off_by(shift)),
         precision="fp32",
@@ -92,7 +92,7 @@ def test_a_model_that_gives_nan_is_refused_with_output_and_case(whose: str) -> N
 
     with pytest.raises(ParityError, match=r"logits of .* is NaN in 1 of 10 values, at batch 2, length 5"):
         report(Case(2, 5))
-    report(Case(2, 5, padding="empty_row"))  # a mean over no token is NaN by definition
+    report(Case(2, 5, padding="empty_row"))  # a mean over no token is NaN
 
 
 @pytest.mark.parametrize("fill", [-np.inf, np.finfo(np.float64).min, float(np.finfo(np.float32).min)])
@@ -124,14 +124,15 @@ def test_what_a_model_fills_in_loosens_nothing(fill: float) -> None:
 
 
 def test_a_label_is_the_largest_entry_and_of_many_labels_each_a_decision() -> None:
-    right, ours = np.array([[3.0, 1.0, -2.0], [-1.0, -3.0, -2.0]]), np.array([[3.0, -1.0, -2.0], [-3.0, -1.0, 2.0]])
+    expected = np.array([[3.0, 1.0, -2.0], [-1.0, -3.0, -2.0]])
+    actual = np.array([[3.0, -1.0, -2.0], [-3.0, -1.0, 2.0]])
     one, many = OutputResult(), OutputResult()
-    one.add_labels(right, ours, multi_label=False)
-    many.add_labels(right, ours, multi_label=True)
+    one.add_labels(expected, actual, multi_label=False)
+    many.add_labels(expected, actual, multi_label=True)
     assert (one.agreeing, one.labels) == (1, 2)
     assert (many.agreeing, many.labels) == (4, 6)
-    many.add_labels(right[:, :1], ours[:, :1], multi_label=True)
-    assert many.labels == 6  # a single entry is no choice
+    many.add_labels(expected[:, :1], actual[:, :1], multi_label=True)
+    assert many.labels == 6  # rows of a single entry are not counted
 
 
 def test_a_witness_that_computes_something_else_fails() -> None:

@@ -1,4 +1,4 @@
-"""`lfx bench`: the arithmetic of the rows, fairness by turns, and the command."""
+"""`lfx bench`: the figures of the rows, alternation of the contenders, and the command."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_rows_on_a_full_disk_say_what_to_do(small_disk: SmallDisk) -> None:
 
 
 def lfx(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The command."""
+    """Run the command."""
     command = [sys.executable, "-m", "lfx.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 

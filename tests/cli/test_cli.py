@@ -1,4 +1,4 @@
-"""The command itself, in processes of its own: results on stdout, progress on stderr, exit 0, 1 or 2."""
+"""The command in subprocesses: results on stdout, progress on stderr, exit status 0, 1 or 2."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ from tests.runtime.test_signing import Signer
 
 LABELS = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
 COMMANDS = tuple(cli.commands)
-# No look-up on the hub: every model here is a folder.
+# All models here are folders, so nothing is looked up on the hub.
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
-# Processes that import torch are started two at a time.
+# Number of processes that run at once; each imports torch.
 WORKERS = 2
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a command left."""
+    """The exit status and output of a command."""
 
     code: int
     stdout: str
     stderr: str
 
     def json(self) -> Any:
-        """The result: all of stdout, after success."""
+        """Parse stdout as JSON, after exit status 0."""
         assert self.code == 0, self.stderr
         return json.loads(self.stdout)
 
     def error(self) -> str:
-        """The one line of a refusal."""
+        """Return the one-line error, after exit status 1."""
         assert self.code == 1, self.stderr
         assert "Traceback" not in self.stderr
         lines = self.stderr.splitlines()
         (error,) = [line for line in lines if line.startswith("error:")]
         assert lines[-1] == error
-        assert "please report" not in error  # that would be an error nobody thought of
+        assert "please report" not in error  # only an unexpected error asks for a report
         return error
 
 
@@ -72,25 +72,25 @@ def _done(command: list[str], cwd: Path | None) -> Done:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with the checkpoint `checkpoints/tiny-reviews`."""
-    place = tmp_path_factory.mktemp("cli")
-    folder = save_tiny_checkpoint(place / "checkpoints" / "tiny-reviews", "text-classification", **LABELS)
+    workspace = tmp_path_factory.mktemp("cli")
+    folder = save_tiny_checkpoint(workspace / "checkpoints" / "tiny-reviews", "text-classification", **LABELS)
     tiny_tokenizer().save_pretrained(folder)
-    return place
+    return workspace
 
 
 @pytest.fixture(scope="module")
-def exported(place: Path) -> Done:
-    """The export of that checkpoint, with no option but --json."""
-    return lfx("export", "--model", "checkpoints/tiny-reviews", "--json", cwd=place)
+def exported(workspace: Path) -> Done:
+    """The export of that checkpoint, with --json."""
+    return lfx("export", "--model", "checkpoints/tiny-reviews", "--json", cwd=workspace)
 
 
 @pytest.fixture(scope="module")
-def reviews(exported: Done, place: Path) -> Path:
+def reviews(exported: Done, workspace: Path) -> Path:
     """The bundle that it wrote."""
     assert exported.code == 0, exported.stderr
-    return place / "tiny-reviews"
+    return workspace / "tiny-reviews"
 
 
 @pytest.fixture
@@ -155,10 +155,10 @@ def test_wrong_usage_exits_2_with_usage_on_stderr(arguments: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_export_writes_a_bundle_named_after_the_model(exported: Done, reviews: Path, place: Path) -> None:
+def test_export_writes_a_bundle_named_after_the_model(exported: Done, reviews: Path, workspace: Path) -> None:
     assert exported.json() == json.loads((reviews / MANIFEST).read_text())
     Manifest.read(reviews).verify(reviews)
-    assert sorted(path.name for path in place.iterdir()) == ["checkpoints", "tiny-reviews"]
+    assert sorted(path.name for path in workspace.iterdir()) == ["checkpoints", "tiny-reviews"]
     assert {path.name for path in reviews.iterdir()} >= {MODEL, WEIGHTS, "config.json", "tokenizer.json"}
     manifest = exported.json()
     assert (manifest["task"], manifest["opset"], manifest["precision"]) == ("text-classification", 17, "fp32")
@@ -259,7 +259,7 @@ def test_run_gives_a_score_for_each_choice(bundle: MakeBundle) -> None:
     ids = [tiny_tokenizer()("the fox", text).input_ids for text in pairs[1::2]]
     width = max(map(len, ids))
     rows = torch.tensor([[row + [1] * (width - len(row)) for row in ids]])
-    marks = torch.stack([(torch.arange(width) > 4).long()] * 3)[None]  # behind the second separator
+    marks = torch.stack([(torch.arange(width) > 4).long()] * 3)[None]  # after the second separator
     with torch.no_grad():
         model = tiny_model("multiple-choice")
         masks = {"attention_mask": (rows != 1).long(), "global_attention_mask": marks}
@@ -312,26 +312,26 @@ def test_a_reader_that_goes_away_is_no_crash(reviews: Path) -> None:
 
 
 def _scale_the_weights(folder: Path) -> None:
-    """Other numbers in a bundle that still verifies."""
+    """Change a weight of a bundle, so that its manifest still matches."""
     weights = np.fromfile(folder / WEIGHTS, dtype=np.float32)
     (weights * np.float32(1.01)).tofile(folder / WEIGHTS)
     Manifest.read(folder).write(folder)
 
 
 @pytest.fixture(scope="module")
-def parities(reviews: Path, place: Path) -> dict[str, Done]:
-    """`lfx parity` of a good bundle, of one with other numbers, and against another model."""
-    spoiled = Path(shutil.copytree(reviews, place / "spoiled"))
+def parities(reviews: Path, workspace: Path) -> dict[str, Done]:
+    """`lfx parity` of an unchanged bundle, of one with a changed weight, and against another model."""
+    spoiled = Path(shutil.copytree(reviews, workspace / "spoiled"))
     _scale_the_weights(spoiled)
-    save_tiny_checkpoint(place / "checkpoints" / "other", "text-classification", seed=1)
+    save_tiny_checkpoint(workspace / "checkpoints" / "other", "text-classification", seed=1)
     commands: dict[str, list[str | Path]] = {
         "good": [reviews, "--json"],
         "spoiled": [spoiled, "--json", "--backend", "openvino"],
         "other": [reviews, "--source", "checkpoints/other", "--json"],
-        "table": [reviews, "--source", place / "checkpoints" / "tiny-reviews"],
+        "table": [reviews, "--source", workspace / "checkpoints" / "tiny-reviews"],
     }
     with ThreadPoolExecutor(WORKERS) as pool:
-        done = pool.map(lambda arguments: lfx("parity", *arguments, cwd=place), commands.values())
+        done = pool.map(lambda arguments: lfx("parity", *arguments, cwd=workspace), commands.values())
         return dict(zip(commands, done, strict=True))
 
 
@@ -379,10 +379,10 @@ def test_parity_refuses_a_checkpoint_with_other_weights(parities: dict[str, Done
 
 
 @pytest.fixture(scope="module")
-def refused(place: Path) -> dict[str, Done]:
-    """Exports that cannot be, each in a folder of its own."""
-    good = place / "checkpoints" / "tiny-reviews"
-    other = place / "refused"
+def refused(workspace: Path) -> dict[str, Done]:
+    """Exports that are refused, each in its own folder."""
+    good = workspace / "checkpoints" / "tiny-reviews"
+    other = workspace / "refused"
     (other / "bert").mkdir(parents=True)
     (other / "bert" / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
     (other / "notes").mkdir()
@@ -394,7 +394,7 @@ def refused(place: Path) -> dict[str, Done]:
     }
 
     def run(item: tuple[str, list[str | Path]]) -> Done:
-        folder = place / f"cwd {item[0]}"
+        folder = workspace / f"cwd {item[0]}"
         folder.mkdir()
         return lfx("export", *item[1], cwd=folder)
 
@@ -411,13 +411,13 @@ def refused(place: Path) -> dict[str, Done]:
     ],
 )
 def test_export_refuses_in_one_line_and_writes_nothing(
-    name: str, message: str, refused: dict[str, Done], place: Path
+    name: str, message: str, refused: dict[str, Done], workspace: Path
 ) -> None:
     assert message in refused[name].error()
     assert refused[name].stdout == ""
-    assert list((place / f"cwd {name}").iterdir()) == []
-    assert sorted(path.name for path in (place / "refused").iterdir()) == ["bert", "notes"]
-    assert (place / "refused" / "notes" / "diary.txt").read_text() == "dear diary"
+    assert list((workspace / f"cwd {name}").iterdir()) == []
+    assert sorted(path.name for path in (workspace / "refused").iterdir()) == ["bert", "notes"]
+    assert (workspace / "refused" / "notes" / "diary.txt").read_text() == "dear diary"
 
 
 def _cut_manifest(folder: Path) -> None:
@@ -493,7 +493,7 @@ def test_a_bundle_without_tokenizer_says_what_to_do(copy: Path) -> None:
     assert "has no tokenizer.json" in lfx("run", copy, "--text", "fox").error()
 
 
-# A signal, the step of the export that it comes in, and the longest wait after that step began.
+# A signal, the step of the export in which it is sent, and the longest wait after the step began, in seconds.
 INTERRUPTS = [
     (signal.SIGINT, "importing torch", 1.0),
     (signal.SIGTERM, "tracing", 0.8),
@@ -505,7 +505,7 @@ STEPS = [f"{number.name} {step}" for number, step, _ in INTERRUPTS]
 
 @dataclass(frozen=True)
 class Interrupted:
-    """What an interrupted export left: its own outcome, and its folder."""
+    """The outcome of an interrupted export, and its folder."""
 
     done: Done
     folder: Path
@@ -532,13 +532,13 @@ def _interrupt(model: Path, folder: Path, number: signal.Signals, step: str, wai
 
 
 @pytest.fixture(scope="module")
-def interrupted(place: Path, reviews: Path) -> dict[str, Interrupted]:
-    """Exports into an empty folder, the last one over an older bundle."""
-    model = place / "checkpoints" / "tiny-reviews"
+def interrupted(workspace: Path, reviews: Path) -> dict[str, Interrupted]:
+    """Interrupted exports into an empty folder; the last one replaces an older bundle."""
+    model = workspace / "checkpoints" / "tiny-reviews"
     with ThreadPoolExecutor(WORKERS) as pool:
         jobs = {}
         for name, interrupt in zip(STEPS, INTERRUPTS, strict=True):
-            folder = place / name
+            folder = workspace / name
             folder.mkdir()
             if name == STEPS[-1]:
                 shutil.copytree(reviews, folder / "bundle")
@@ -730,7 +730,7 @@ def test_a_result_that_stdout_does_not_take_is_one_line(
 
 
 def test_nothing_that_is_opened_takes_the_place_of_a_closed_stream(reviews: Path, tmp_path: Path) -> None:
-    """Else what a library prints would land in the file."""
+    """Otherwise the output of a library would be written into the file."""
     code = f"""
 import os, sys
 from lfx.cli import main

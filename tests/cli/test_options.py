@@ -1,4 +1,4 @@
-"""What the command line refuses before anything is loaded: wrong paths and numbers, options that contradict."""
+"""Usage errors: invalid paths and numbers, and contradicting options, are refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from lfx.cli import cli
 from lfx.errors import InputError, LfxError
 
-PATHS = {  # each option and argument that is a path, and a command that has it
+PATHS = {  # each path option and argument, with a command that has it
     "MODEL (a bundle or a plan)": ["inspect", "{}"],
     "MODEL": ["run", "{}", "--text", "a"],
     "BUNDLE": ["quantize", "{}", "--calibration", "x"],
@@ -36,9 +36,16 @@ def lfx(arguments: list[str], value: str = "") -> None:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, empty; whatever a command wrongly begins to do finds and leaves nothing."""
+    """An empty current folder, which must still be empty after the test."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.mark.parametrize("command", cli.commands)
+def test_every_command_and_option_has_help(command: str) -> None:
+    assert cli.commands[command].help
+    for parameter in cli.commands[command].params:
+        assert not isinstance(parameter, click.Option) or parameter.help, parameter.name
 
 
 @pytest.mark.parametrize(("name", "arguments"), [*PATHS.items(), *FILES.items(), *FOLDERS.items()])
@@ -85,7 +92,7 @@ def test_an_output_file_that_is_a_folder_or_in_none_is_refused_at_once(name: str
             ["build-engine", "--timing-cache", "a.plan", "--output", "a.plan"],
             "--timing-cache and --output are the same",
         ),
-        (["bench", "x", "--source", "y"], "--source is what --against measures"),
+        (["bench", "x", "--source", "y"], "--source is the checkpoint that --against measures"),
         (["verify", "x", "--signature", "y"], "--signature needs --key"),
         (["export", "--model", ""], "it is empty"),
         (["parity", "x", "--source", ""], "it is empty"),

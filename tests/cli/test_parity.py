@@ -34,7 +34,7 @@ from tests.models import VOCAB_SIZE, save_tiny_checkpoint
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """bundles(task) -> a bundle whose checkpoint is a folder, so that parity finds it; made once."""
+    """bundles(task) returns a bundle whose checkpoint is a folder, which parity loads; made once per module."""
     made: dict[str, Path] = {}
 
     def make(task: str = "feature-extraction", **options: Any) -> Path:
@@ -52,7 +52,7 @@ def lfx(*arguments: Any) -> Result:
 
 
 def spoiled(bundle: Path, folder: Path, weight: str, change: float) -> Path:
-    """A copy whose `weight` is off, under a manifest that does not know."""
+    """Copy a bundle and change `weight`, with a manifest that matches the changed file."""
     copy = shutil.copytree(bundle, folder)
     model = onnx.load(str(copy / MODEL))
     tensor = next(t for t in model.graph.initializer if t.name == weight)
@@ -66,10 +66,10 @@ def spoiled(bundle: Path, folder: Path, weight: str, change: float) -> Path:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_right_bundle_parts_at_no_layer(bundles: Callable[..., Path], task: str) -> None:
-    found = lfx("parity", bundles(task), "--by-layer")
-    assert found.exit_code == 0, found.output
-    assert "all layers are in tolerance" in found.stdout
-    assert re.findall(r"attention_\d", found.stdout) == ["attention_0", "attention_1"]
+    result = lfx("parity", bundles(task), "--by-layer")
+    assert result.exit_code == 0, result.output
+    assert "all layers are in tolerance" in result.stdout
+    assert re.findall(r"attention_\d", result.stdout) == ["attention_0", "attention_1"]
 
 
 @pytest.mark.parametrize(
@@ -85,44 +85,44 @@ def test_the_first_layer_that_differs_is_named(
     bundles: Callable[..., Path], tmp_path: Path, weight: str, first: str
 ) -> None:
     folder = spoiled(bundles(), tmp_path / "spoiled", weight, 1e-3)
-    found = lfx("parity", folder, "--by-layer")
-    assert found.exit_code == 1
-    assert f"first out of tolerance: {first}\n" in found.stdout
-    assert isinstance(found.exception, Exception)
+    result = lfx("parity", folder, "--by-layer")
+    assert result.exit_code == 1
+    assert f"first out of tolerance: {first}\n" in result.stdout
+    assert isinstance(result.exception, Exception)
     assert parse_json(lfx("parity", folder, "--by-layer", "--json").stdout)["passed"] is False
 
 
 def test_json_has_the_layers_too(bundles: Callable[..., Path]) -> None:
-    found = parse_json(lfx("parity", bundles(), "--by-layer", "--json").stdout)
-    assert list(found["by_layer"]["outputs"]) == ["attention_0", "attention_1", "last_hidden_state", "pooler_output"]
-    assert list(found["outputs"]) == ["last_hidden_state", "pooler_output"]
-    assert found["passed"] is True
-    tolerances = [out["tolerance"] for out in found["by_layer"]["outputs"].values()]
-    assert tolerances[0] < tolerances[1]  # of one layer's roundings, and of two
+    result = parse_json(lfx("parity", bundles(), "--by-layer", "--json").stdout)
+    assert list(result["by_layer"]["outputs"]) == ["attention_0", "attention_1", "last_hidden_state", "pooler_output"]
+    assert list(result["outputs"]) == ["last_hidden_state", "pooler_output"]
+    assert result["passed"] is True
+    tolerances = [out["tolerance"] for out in result["by_layer"]["outputs"].values()]
+    assert tolerances[0] < tolerances[1]  # one layer rounds less than two
 
 
 def test_half_precision_by_layer(bundles: Callable[..., Path]) -> None:
-    found = lfx("parity", bundles(precision="fp16"), "--by-layer")
-    assert "all layers are in tolerance" in found.stdout, found.output
+    result = lfx("parity", bundles(precision="fp16"), "--by-layer")
+    assert "all layers are in tolerance" in result.stdout, result.output
 
 
 def test_an_inlined_bundle_shows_no_layers(bundles: Callable[..., Path], tmp_path: Path) -> None:
     folder = bundles(inline_functions=True)
     with pytest.raises(InputError, match="functions inlined"):
         lfx_raising("parity", folder, "--by-layer")
-    found = lfx("parity", folder, "--report", tmp_path / "page.html")
-    assert found.exit_code == 0, found.output
+    result = lfx("parity", folder, "--report", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
     assert "Error by layer" not in (tmp_path / "page.html").read_text()
 
 
 def lfx_raising(*arguments: Any) -> None:
-    found = lfx(*arguments)
-    assert found.exception is not None
-    raise found.exception
+    result = lfx(*arguments)
+    assert result.exception is not None
+    raise result.exception
 
 
 class Page(HTMLParser):
-    """What a page is made of."""
+    """Parses a page: its tags, and its links to other files."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -150,8 +150,8 @@ class Page(HTMLParser):
 
 def test_the_page_stands_alone_with_the_verdict_first(bundles: Callable[..., Path], tmp_path: Path) -> None:
     path = tmp_path / "page.html"
-    found = lfx("parity", bundles("text-classification"), "--report", path)
-    assert found.exit_code == 0, found.output
+    result = lfx("parity", bundles("text-classification"), "--report", path)
+    assert result.exit_code == 0, result.output
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == []
@@ -164,8 +164,8 @@ def test_the_page_stands_alone_with_the_verdict_first(bundles: Callable[..., Pat
 
 def test_a_failed_comparison_has_its_page_and_exits_1(bundles: Callable[..., Path], tmp_path: Path) -> None:
     folder = spoiled(bundles(), tmp_path / "spoiled", "encoder.layer.0.output.dense.weight.T", 1e-3)
-    found = lfx("parity", folder, "--report", tmp_path / "page.html")
-    assert found.exit_code == 1
+    result = lfx("parity", folder, "--report", tmp_path / "page.html")
+    assert result.exit_code == 1
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "Out of tolerance" in text
     assert "First out of tolerance: attention_1." in text
@@ -174,18 +174,18 @@ def test_a_failed_comparison_has_its_page_and_exits_1(bundles: Callable[..., Pat
 
 def test_names_in_the_page_are_text_and_not_markup(bundles: Callable[..., Path], tmp_path: Path) -> None:
     folder = shutil.copytree(bundles(), tmp_path / "<b>&bundle")
-    found = lfx("parity", folder, "--report", tmp_path / "page.html")
-    assert found.exit_code == 0, found.output
+    result = lfx("parity", folder, "--report", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
     assert "&lt;b&gt;&amp;bundle" in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert Page((tmp_path / "page.html").read_text(encoding="utf-8")).open == []
 
 
-@pytest.mark.parametrize("place", ["", "none/page.html"])
+@pytest.mark.parametrize("name", ["", "none/page.html"])
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(
-    bundles: Callable[..., Path], tmp_path: Path, place: str
+    bundles: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
     with pytest.raises(InputError, match="cannot be written"):
-        lfx_raising("parity", bundles(), "--report", tmp_path / place)
+        lfx_raising("parity", bundles(), "--report", tmp_path / name)
 
 
 def test_a_page_on_a_full_disk_says_what_to_do(bundles: Callable[..., Path], small_disk: SmallDisk) -> None:
@@ -202,11 +202,11 @@ def test_int8_says_what_it_costs(bundles: Callable[..., Path], tmp_path: Path) -
     rows = [{"input_ids": random.integers(3, VOCAB_SIZE, int(n)).tolist()} for n in random.integers(10, 120, 12)]
     text.write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = quantize(bundles("text-classification"), tmp_path / "int8", calibration=text)
-    found = lfx("parity", folder, "--by-layer", "--report", tmp_path / "page.html")
-    assert found.exit_code == 0, found.output
-    assert re.search(r"logits: cosine 0\.\d+ with the float64 reference, \d of 7 labels agree", found.stdout)
-    assert "int8: in tolerance" in found.stdout
-    assert "what int8 costs" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    result = lfx("parity", folder, "--by-layer", "--report", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"logits: cosine 0\.\d+ with the float64 reference, \d of 7 labels agree", result.stdout)
+    assert "int8: in tolerance" in result.stdout
+    assert "measure the loss from int8" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def _plan(manifest: Manifest, **changes: Any) -> PlanManifest:
@@ -230,12 +230,12 @@ def _plan(manifest: Manifest, **changes: Any) -> PlanManifest:
     return PlanManifest(**{**fields, **changes})
 
 
-def run_plan(bundle: Path, manifest: PlanManifest, takes: Callable[[int, int], bool], **options: Any) -> None:
-    """Parity of a plan, whose engine is the bundle's with the plan's limits."""
+def run_plan(bundle: Path, manifest: PlanManifest, supports_shape: Callable[[int, int], bool], **options: Any) -> None:
+    """Run parity on a plan, with an engine that is the bundle's, limited to the plan's profile."""
 
     def open_engine(_: Path) -> Engine:
         engine = Engine(bundle)
-        engine.takes = takes  # type: ignore[method-assign]
+        engine.supports_shape = supports_shape  # type: ignore[method-assign]
         return engine
 
     settings: dict[str, Any] = {"source": None, "cases": "quick", "by_layer": False, "report": None, "as_json": True}
@@ -272,7 +272,7 @@ def test_a_folder_that_made_the_bundle_is_compared_with_and_a_named_source_comes
 
 
 @pytest.mark.parametrize(
-    ("known", "reason", "place"),
+    ("recorded", "reason", "checkpoint"),
     [
         ({"kind": "hub", "model": "someone/model"}, "someone/model of the hub", "someone/model"),
         ({"kind": "hub", "model": "a b"}, "of the hub", "'a b'"),
@@ -286,13 +286,13 @@ def test_a_folder_that_made_the_bundle_is_compared_with_and_a_named_source_comes
     ],
 )
 def test_a_manifest_that_names_no_folder_here_is_not_followed(
-    known: Any, reason: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recorded: Any, reason: str, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "someone" / "model").mkdir(parents=True)  # a relative name is no folder that made a bundle
+    (tmp_path / "someone" / "model").mkdir(parents=True)  # a relative path is not taken for the checkpoint's folder
     with pytest.raises(InputError, match=reason) as caught:
-        checkpoint_of(Path("my bundle"), known, None, COMMAND)
-    assert str(caught.value).endswith(f"; give: lfx parity 'my bundle' --source {place}")
+        checkpoint_of(Path("my bundle"), recorded, None, COMMAND)
+    assert str(caught.value).endswith(f"; give: lfx parity 'my bundle' --source {checkpoint}")
 
 
 def test_options_of_other_types_are_refused(bundles: Callable[..., Path]) -> None:

@@ -1,4 +1,4 @@
-"""The page of `lfx parity --report`: what comes from a file or a config is text in it."""
+"""The page of `lfx parity --report` escapes all text that comes from files and configs."""
 
 from __future__ import annotations
 

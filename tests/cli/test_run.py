@@ -1,4 +1,4 @@
-"""What `lfx run` prints is JSON, what it writes is whole, and a path that no system has is one clear line."""
+"""`lfx run` prints valid JSON, writes files atomically, and reports an invalid path in one line."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def test_every_output_is_in_the_file_whatever_its_name(tmp_path: Path) -> None:
     names = ["logits", "file", "allow_pickle", "args", "x" * 300, "a/b"]
     arrays: dict[str, Any] = {name: np.full((2, 3), i, np.float32) for i, name in enumerate(names)}
     _save(tmp_path / "out", arrays)
-    with np.load(tmp_path / "out") as found:
-        assert sorted(found.files) == sorted(names)
-        assert all(np.array_equal(found[name], arrays[name]) for name in names)
+    with np.load(tmp_path / "out") as stored:
+        assert sorted(stored.files) == sorted(names)
+        assert all(np.array_equal(stored[name], arrays[name]) for name in names)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -1,4 +1,4 @@
-"""What reaches a terminal: text as it is, never as commands to it."""
+"""Output to a terminal: control characters are escaped, and interrupts end a command cleanly."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_table_shows_markup_emoji_and_control_characters(capsys: pytest.Captur
 def test_the_progress_bar_shows_markup_and_control_characters(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich treats stderr as a terminal
     monkeypatch.setenv("COLUMNS", "200")
     with progress() as step:
         step(f"step {HOSTILE}")
@@ -94,14 +94,14 @@ def test_a_message_that_cannot_be_written_is_dropped(number: int | None, monkeyp
 
 
 class _Full(io.StringIO):
-    """A stream that takes nothing."""
+    """A stream whose writes fail."""
 
     def __init__(self, number: int = errno.ENOSPC) -> None:
         super().__init__()
         self._number = number
 
     def flush(self) -> None:
-        """Fails."""
+        """Raise the error."""
         raise OSError(self._number, os.strerror(self._number))
 
 
@@ -114,7 +114,7 @@ def test_a_size_that_is_no_number_is_left_out(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_import_is_finished_before_an_interrupt_is_raised(tmp_path: Path) -> None:
-    # In the place of C++ modules that abort the process when the interrupt is raised inside an import of theirs.
+    # It stands for C++ modules that abort the process if an import inside them is interrupted.
     (tmp_path / "slow.py").write_text(
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(0.3)\nwhole = True\n"
     )
@@ -140,7 +140,7 @@ def test_what_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         catch_interrupts()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)

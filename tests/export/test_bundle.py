@@ -1,4 +1,4 @@
-"""A bundle is there whole or not at all, whatever other processes do and wherever this one is killed."""
+"""Bundles are written atomically, with other processes running, and wherever the process is killed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIGNATURE = Signature("LongformerModel", "feature-extraction", "fp32", IDS, (Ten
 
 
 def _write(folder: Path, text: str = "new") -> None:
-    """A bundle of three files, whose graph is `text`."""
+    """Write a bundle of three files, whose graph is `text`."""
     (folder / MODEL).write_text(text)
     (folder / "sub").mkdir(exist_ok=True)
     (folder / "sub" / "vocab.txt").write_text(text)
@@ -42,7 +42,7 @@ def _export(output: Path, text: str = "new") -> None:
 
 
 def _text(output: Path) -> str:
-    """The graph of a bundle, which is whole."""
+    """Return the graph of a bundle, and check that it is complete."""
     Manifest.read(output).verify(output)
     assert (output / "sub" / "vocab.txt").read_text() == (output / MODEL).read_text()
     return (output / MODEL).read_text()
@@ -53,7 +53,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _in_child(work: Callable[[], Any]) -> int:
-    """Start a process that does `work`, quietly; returns its id."""
+    """Run `work` in a child process; returns its id."""
     child = os.fork()
     if child == 0:
         try:
@@ -65,13 +65,13 @@ def _in_child(work: Callable[[], Any]) -> int:
 
 
 def _ended(child: int) -> int:
-    """Wait for a process; its exit status, or the negative number of the signal that killed it."""
+    """Wait for a process; returns its exit status, or the negative number of the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.fixture(params=["exchange", "two renames"])
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the system call that exchanges two names, and without."""
+    """Run the test with the system call that exchanges two paths, and without it."""
     if request.param == "two renames":
         monkeypatch.setattr(bundles, "exchange", lambda first, second: False)
     return str(request.param)
@@ -222,7 +222,7 @@ def test_the_current_folder_is_never_replaced(tmp_path: Path, monkeypatch: pytes
 
 
 def _export_killed_at(step: int, output: Path) -> None:
-    """Export, and be killed before the system call number `step` that changes or opens something."""
+    """Export, and kill the process before the system call number `step` that changes or opens a file."""
     calls = 0
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
@@ -237,7 +237,7 @@ def _export_killed_at(step: int, output: Path) -> None:
 
 
 def _steps(output: Path, before: Callable[[], None]) -> Iterator[int]:
-    """Kill an export at every step, from the first until one comes through."""
+    """Kill an export at each step, until one completes."""
     for step in range(1, 200):
         before()
         status = _ended(_in_child(lambda step=step: _export_killed_at(step, output)))
@@ -259,7 +259,7 @@ def test_a_kill_at_any_step_leaves_a_whole_bundle_and_the_next_export_clears_up(
             seen.add(_text(out))
         with pytest.raises(ValueError, match="no"), atomic_folder(out):
             raise ValueError("no")
-        assert _text(out) in ("old", "new")  # where it was moved aside, it is back
+        assert _text(out) in ("old", "new")  # an older bundle that was renamed is restored
         _export(out)
         assert _names(tmp_path) == ["out"]
     assert seen == {"old", "new"}
@@ -276,7 +276,7 @@ def test_a_kill_of_the_first_export_leaves_nothing_or_all(tmp_path: Path) -> Non
 def test_exports_at_once_in_processes_of_one_number_leave_one_bundle_whole(
     tmp_path: Path, bundle: MakeBundle, either_way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "getpid", lambda: 1)  # as in two containers
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # two containers have the same process ids
     models = [bundle("feature-extraction"), bundle("text-classification")]
 
     def export_often(model: Path) -> None:
@@ -361,7 +361,7 @@ def test_a_disk_too_small_is_refused_before_the_work(tmp_path: Path, monkeypatch
 
 
 class RustError(Exception):
-    """What a tokenizer raises; the system's error is in its text only."""
+    """Raise an error as a tokenizer does: the system's error is in its text only."""
 
 
 @pytest.mark.parametrize(

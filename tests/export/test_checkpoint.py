@@ -1,4 +1,4 @@
-"""Checkpoints from strangers: what their files may say, and one line for what they may not."""
+"""Untrusted checkpoints: the files that are read, and a one-line error for those that are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
-    """A checkpoint to spoil."""
+    """A checkpoint that a test may change."""
     return shutil.copytree(saved, tmp_path / "checkpoint")
 
 
@@ -61,7 +61,7 @@ def test_files_of_other_kinds_are_refused(folder: Path, name: str, make: Callabl
 
 
 def _shard(folder: Path, name: Any) -> None:
-    """The weights in one shard of another name, as an index has it."""
+    """Move the weights into one shard with an index."""
     keys = load_file(folder / "model.safetensors").keys()
     index = {"metadata": {}, "weight_map": dict.fromkeys(keys, name)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -80,12 +80,12 @@ def test_an_index_names_files_of_its_own_folder(folder: Path, tmp_path: Path) ->
     assert weights_sha256(load(str(folder))[0]) == weights_sha256(tiny_model(TASK))
     (folder / "a.safetensors").rename(tmp_path / "linked")
     assert "'a.safetensors', which is missing" in refusal(folder)
-    (folder / "a.safetensors").symlink_to(tmp_path / "linked")  # as the hub's cache has it
+    (folder / "a.safetensors").symlink_to(tmp_path / "linked")  # the hub's cache has links
     assert weights_sha256(load(str(folder))[0]) == weights_sha256(tiny_model(TASK))
 
 
 class _hidden:  # noqa: N801  it is a context manager
-    """A file under another name for a while."""
+    """Rename a file for the duration of a block."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.other = path, path.with_suffix(".hidden")
@@ -145,7 +145,7 @@ def test_a_name_that_is_no_checkpoint_is_refused_before_the_hub_is_asked(model: 
 
 @pytest.fixture
 def hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[str]]:
-    """A model of the hub, as its cache has it; returns the snapshot and the names that were asked for."""
+    """A model in the hub's cache; returns the snapshot and the list of requested names."""
     blobs, snapshot, asked = tmp_path / "blobs", tmp_path / "snapshots" / "c0ffee", []
     blobs.mkdir()
     snapshot.mkdir(parents=True)

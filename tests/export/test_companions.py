@@ -1,4 +1,4 @@
-"""config.json and the tokenizer's files beside the graph: all of them, and nothing that names code."""
+"""A bundle has config.json and the tokenizer's files, without keys that name code."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.models import tiny_config, tiny_tokenizer
 
 
 class OwnConfig(LongformerConfig):  # type: ignore[misc]
-    """A config that its author registered, so that save_pretrained copies this file."""
+    """A registered config, whose source save_pretrained copies."""
 
 
 class OwnTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
-    """The same of a tokenizer."""
+    """A registered tokenizer, whose source save_pretrained copies."""
 
 
 def test_a_config_is_written_without_code_and_its_object_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Models that are not plain Hugging Face ones: own embeddings, own heads, own use of the self-attention."""
+"""User models: custom embeddings, heads and uses of the self-attention."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_position_embeddings_replaced_by_xpos(tmp_path: Path) -> None:
 
 
 class _Sinusoid(nn.Module):
-    """Sinusoidal positions computed in the forward pass: no table, so no longest sequence."""
+    """Sinusoidal positions computed in the forward pass: no position table, so no maximum length."""
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
         rates = 10000.0 ** (-torch.arange(0, 16, dtype=torch.float32) / 16)
@@ -76,7 +76,7 @@ def test_max_seqlen_limits_a_model_without_a_table(tmp_path: Path) -> None:
 
 
 class _Ranker(nn.Module):
-    """A user's model: an encoder inside, a head and an output name of its own."""
+    """A user's model with an encoder, a custom head and a custom output name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def test_a_users_head_and_output_name(tmp_path: Path) -> None:
 
 
 class _Subclass(LongformerModel):
-    """Overrides forward and calls super: both halves must stay in force."""
+    """Overrides forward and calls super: both must run in the export."""
 
     def forward(self, input_ids: torch.Tensor, attention_mask: Any = None, **options: Any) -> torch.Tensor:
         return 2.0 * super().forward(input_ids, attention_mask=attention_mask, **options).last_hidden_state
@@ -127,7 +127,7 @@ def test_a_subclass_keeps_its_forward_around_the_replaced_one(tmp_path: Path) ->
 
 
 class _Bare(nn.Module):
-    """Calls LongformerSelfAttention itself, with Hugging Face's mask convention and embeddings of its own."""
+    """Calls LongformerSelfAttention directly, with Hugging Face's mask values and custom embeddings."""
 
     def __init__(self) -> None:
         super().__init__()

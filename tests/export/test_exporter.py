@@ -1,4 +1,4 @@
-"""`export`: what the written file is, for every opset, mode and precision; and what is refused."""
+"""`export`: the written file for all opsets, modes and precisions, and the refused arguments."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def _opsets(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """All nodes, those of branches included."""
-    found = []
+    """Return all nodes, with those in subgraphs."""
+    nodes = []
     for node in graph.node:
-        found.append(node)
+        nodes.append(node)
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                found += _nodes(attribute.g)
-    return found
+                nodes += _nodes(attribute.g)
+    return nodes
 
 
 def _answers(folder: Path, backend: str = "onnxruntime", **unused: Any) -> list[dict[str, np.ndarray]]:
@@ -214,10 +214,10 @@ def test_max_global_freezes_the_slots_in_the_cheaper_form(bundle: MakeBundle, sl
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_is_strongly_typed_with_float32_sums(bundle: MakeBundle, precision: str) -> None:
     model = _graph(bundle(precision=precision))
-    kind = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.BFLOAT16
+    data_type = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.BFLOAT16
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     weights = [t for t in inferred.graph.initializer if t.name.endswith((".weight", ".weight.T", ".bias"))]
-    assert weights and all(t.data_type == kind for t in weights)
+    assert weights and all(t.data_type == data_type for t in weights)
     for node in model.graph.node:
         if node.op_type == "LayerNormalization":
             stash = [a.i for a in node.attribute if a.name == "stash_type"]
@@ -376,18 +376,18 @@ def test_a_module_that_is_no_longformer_is_refused(tmp_path: Path) -> None:
 
 
 def test_wrong_numbers_leave_no_bundle_and_say_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A weight that changes on the way to the file is found by the validation."""
-    original = exporter.finish
+    """The validation detects a weight that differs in the file."""
+    original = exporter.finalize_graph
 
     def spoil(model: Any, **options: Any) -> Any:
-        finished = original(model, **options)
-        weight = finished.graph.initializers["encoder.layer.1.output.dense.bias"]
+        finalized = original(model, **options)
+        weight = finalized.graph.initializers["encoder.layer.1.output.dense.bias"]
         array = weight.const_value.numpy().copy()
         array[3] += 1e-3
         weight.const_value = exporter.ir.tensor(array, name=weight.name)
-        return finished
+        return finalized
 
-    monkeypatch.setattr(exporter, "finish", spoil)
+    monkeypatch.setattr(exporter, "finalize_graph", spoil)
     with pytest.raises(ParityError, match=r"last_hidden_state: error .* above the tolerance .* batch \d, length \d"):
         export(tiny_model(), tmp_path / "out")
     assert not list(tmp_path.iterdir())

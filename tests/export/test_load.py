@@ -1,4 +1,4 @@
-"""Checkpoints from a folder: what loads, and one clear line for what does not."""
+"""Checkpoints in a folder: those that load, and a one-line error for those that do not."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def _refusal(folder: Path, **options: Any) -> str:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_auto_reads_the_task_from_the_config(tmp_path: Path, task: str) -> None:
-    model, found = load(str(save_tiny_checkpoint(tmp_path / "c", task)))
-    assert found == task
+    model, loaded_task = load(str(save_tiny_checkpoint(tmp_path / "c", task)))
+    assert loaded_task == task
     assert type(model).__name__ == TASKS[task].architecture
     assert not model.training
     assert weights_sha256(model) == weights_sha256(tiny_model(task))
@@ -53,7 +53,7 @@ def test_a_config_without_architecture_is_the_bare_model(tmp_path: Path) -> None
 
 
 def test_the_bare_model_of_a_checkpoint_without_pooler_has_no_pooler_output(tmp_path: Path) -> None:
-    """A random pooler would be a wrong number in silence."""
+    """A randomly initialized pooler would give wrong outputs without an error."""
     from lfx.runtime import Engine
 
     folder = save_tiny_checkpoint(tmp_path / "c", "fill-mask")

@@ -41,7 +41,7 @@ def test_vectors_of_onnxruntime(case: dict[str, Any]) -> None:
         num_heads=heads,
     )
     inputs = {"q": query, "k": key, "v": value, "mask": mask, "index": index, "rows": context}
-    found = _run("BandedAttention", inputs, num_heads=heads, window=VECTORS["one_sided_window"])
-    wanted = np.float32(case["out"]).reshape(-1, hidden)
+    actual = _run("BandedAttention", inputs, num_heads=heads, window=VECTORS["one_sided_window"])
+    expected = np.float32(case["out"]).reshape(-1, hidden)
     real = mask[0] == 1
-    np.testing.assert_allclose(found[0][real], wanted[real], rtol=0, atol=1.01 * HALF_A_DIGIT)
+    np.testing.assert_allclose(actual[0][real], expected[real], rtol=0, atol=1.01 * HALF_A_DIGIT)

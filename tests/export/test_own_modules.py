@@ -1,4 +1,4 @@
-"""Modules that are more than Hugging Face's: exported right, or refused with the reason, and never wrong in silence."""
+"""User modules around Hugging Face's: exported correctly, or refused with the reason; never wrong without an error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FILLED = torch.finfo(torch.float32).min
 
 
 class Wrapped(nn.Module):
-    """A base model, and what `change` makes of its hidden states."""
+    """A base model, and a function `change` of its hidden states and ids."""
 
     def __init__(self, change: Callable[..., Any] = lambda x, ids: x, **options: Any) -> None:
         super().__init__()
@@ -37,13 +37,13 @@ class Wrapped(nn.Module):
 
 
 def same(module: nn.Module, folder: Path, ids: torch.Tensor = IDS, **masks: torch.Tensor) -> None:
-    """The bundle's first output is the module's."""
+    """Check that the first output of the bundle equals the module's."""
     with torch.inference_mode():
-        found = module(ids, **masks)
-    right = found if isinstance(found, torch.Tensor) else next(iter(found.values()))
+        outputs = module(ids, **masks)
+    expected = outputs if isinstance(outputs, torch.Tensor) else next(iter(outputs.values()))
     with Engine(folder) as engine:
-        ours = engine.run(ids.numpy(), **{name: mask.numpy() for name, mask in masks.items()})
-        np.testing.assert_allclose(next(iter(ours.values())), right.numpy(), rtol=0, atol=1e-5)
+        actual = engine.run(ids.numpy(), **{name: mask.numpy() for name, mask in masks.items()})
+        np.testing.assert_allclose(next(iter(actual.values())), expected.numpy(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -140,7 +140,7 @@ def test_a_module_that_reads_padding_never_gets_any(change: Callable[..., Any], 
 
 
 class Mean(nn.Module):
-    """A classification head that reads every position."""
+    """A classification head over the mean of all positions."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden.mean(dim=1)[:, :2]
@@ -198,26 +198,26 @@ class Rule(nn.Module):
     ) -> Any:
         if global_attention_mask is None and self.rule is not None:
             global_attention_mask = self.rule(input_ids)
-        found = self.classifier(input_ids, attention_mask=attention_mask, global_attention_mask=global_attention_mask)
-        return {"logits": found.logits}
+        outputs = self.classifier(input_ids, attention_mask=attention_mask, global_attention_mask=global_attention_mask)
+        return {"logits": outputs.logits}
 
 
 @pytest.mark.parametrize(
-    ("rule", "found"),
+    ("rule", "default_global"),
     [(None, "first"), (torch.zeros_like, "none"), (lambda ids: (ids % 3 == 0).long(), "required")],
     ids=["hugging face's", "none", "its own"],
 )
-def test_a_module_keeps_its_default_for_the_global_tokens(rule: Any, found: str, tmp_path: Path) -> None:
+def test_a_module_keeps_its_default_for_the_global_tokens(rule: Any, default_global: str, tmp_path: Path) -> None:
     module = Rule(rule).eval()
     folder = export(module, tmp_path / "out")
     with Engine(folder) as engine:
-        assert engine.signature.default_global == found
-        if found == "required":
+        assert engine.signature.default_global == default_global
+        if default_global == "required":
             with pytest.raises(InputError, match="a rule of its own when it gets no global_attention_mask; give one"):
                 engine.run(IDS.numpy())
     marks = {"global_attention_mask": (IDS == 5).long()}
     same(module, folder, **marks)
-    if found != "required":
+    if default_global != "required":
         same(module, folder)
 
 
@@ -300,17 +300,17 @@ class _Adapted(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("name", "change"),
     [("key_global", "adapter"), ("value_global", "no bias"), ("key_global", "hook"), ("query_global", "adapter")],
 )
-def test_projections_that_are_more_than_weight_and_bias(name: str, kind: str, tmp_path: Path) -> None:
+def test_projections_that_are_more_than_weight_and_bias(name: str, change: str, tmp_path: Path) -> None:
     module = tiny_model()
     for layer in module.encoder.layer:
         attention = layer.attention.self
-        if kind == "hook":
+        if change == "hook":
             getattr(attention, name).register_forward_hook(lambda _, inputs, output: output * 1.5)
         else:
-            new = _Adapted(32, 32) if kind == "adapter" else nn.Linear(32, 32, bias=False)
+            new = _Adapted(32, 32) if change == "adapter" else nn.Linear(32, 32, bias=False)
             setattr(attention, name, new)
     module.eval()
     marks = {"global_attention_mask": (IDS % 7 == 0).long()}

@@ -1,4 +1,4 @@
-"""Graph passes in pairs: this changes, this stays."""
+"""Graph passes, in pairs of a graph that is changed and one that is not."""
 
 from __future__ import annotations
 
@@ -187,12 +187,12 @@ def test_constants_become_tensors_inside_branches_too() -> None:
             >
         }""")
     assert make_constants_tensors(model.graph)
-    found = [
+    arrays = [
         node.attributes["value"].as_tensor().numpy()
         for node in ir.traversal.RecursiveGraphIterator(model.graph)
         if node.op_type == "Constant"
     ]
-    assert [(array.dtype.name, array.tolist()) for array in found] == [("float32", [0.5, 0.25]), ("int64", 3)]
+    assert [(array.dtype.name, array.tolist()) for array in arrays] == [("float32", [0.5, 0.25]), ("int64", 3)]
 
 
 def test_tensors_and_attributes_of_a_function_stay() -> None:

@@ -1,4 +1,4 @@
-"""What is found out about a module: whether it is still Hugging Face's own, and its rule for the global tokens."""
+"""Probing a module: whether it is an unchanged Hugging Face model, and its rule for the global tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_hugging_faces_own_models_are_known(task: str) -> None:
 
 
 class Subclass(type(tiny_model("text-classification"))):  # type: ignore[misc]
-    """The same forward, of a class that is not transformers' own."""
+    """A subclass with the same forward."""
 
 
 def _replace(model: Any, head: nn.Module) -> None:
@@ -58,7 +58,7 @@ def test_what_was_changed_is_not_known(change: Callable[[Any], Any]) -> None:
 
 
 class Bare(nn.Module):
-    """Self-attention without a LongformerModel around it, which takes lengths of whole windows only."""
+    """Self-attention without a LongformerModel, which needs lengths that are multiples of the window."""
 
     def __init__(self, window: int, *, fails: bool = False) -> None:
         super().__init__()
@@ -80,14 +80,14 @@ class Bare(nn.Module):
             marks[:, 0] = 1
         padding, is_global = mask == 0, marks == 1
         scores = torch.where(padding, -10000.0, torch.where(is_global, 10000.0, 0.0))
-        found = self.attention(
+        outputs = self.attention(
             self.embedding(input_ids),
             attention_mask=scores,
             is_index_masked=padding,
             is_index_global_attn=is_global,
             is_global_attn=bool(is_global.any()),
         )
-        return found[0]
+        return outputs[0]
 
 
 @pytest.mark.parametrize("window", [8, 10, 16])

@@ -1,4 +1,4 @@
-"""int8: which layers, which scales, what it costs, and that the verdict finds what computes something else."""
+"""int8: quantized layers, scales, accuracy, and a verdict that detects a wrong quantized model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def int8(bundle: MakeBundle, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """int8(task, **options) -> the quantized bundle; made once."""
+    """int8(task, **options) returns the quantized bundle; made once per module."""
     made: dict[tuple[Any, ...], Path] = {}
 
     def make(task: str = "feature-extraction", opset: int = 17, **options: Any) -> Path:
@@ -70,8 +70,8 @@ def int8(bundle: MakeBundle, text: Path, tmp_path_factory: pytest.TempPathFactor
 
 def test_the_linear_layers_and_no_others_are_int8(int8: Any) -> None:
     graph = onnx.load(str(int8() / MODEL)).graph
-    found = {t.name: numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8}
-    weights = {name: array for name, array in found.items() if array.ndim == 2}
+    arrays = {t.name: numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8}
+    weights = {name: array for name, array in arrays.items() if array.ndim == 2}
     assert sorted(name.removesuffix(".weight.T_quantized") for name in weights) == sorted(LAYERS)
     assert max(int(np.abs(array.astype(int)).max()) for array in weights.values()) <= 64  # seven bits
     assert sorted(Manifest.read(int8()).quantization["layers"]) == sorted(LAYERS)
@@ -112,7 +112,7 @@ def test_a_disk_that_fills_up_says_what_to_do(
 
 
 class Both(torch.nn.Module):
-    """A tensor that is an output, and the input of a linear layer."""
+    """A module with a tensor that is both an output and the input of a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,8 +136,8 @@ def test_only_what_a_product_reads_is_rounded(int8: Any, text: Path, tmp_path: P
         assert readers == {"MatMul"}
         assert not rounded & {output.name for output in graph.output}
     with Engine(both) as engine:
-        found = engine.run(np.arange(3, 80))
-    assert len(np.unique(found["hidden"])) > 2000  # eight bits would be 256 values
+        outputs = engine.run(np.arange(3, 80))
+    assert len(np.unique(outputs["hidden"])) > 2000  # eight bits would be 256 values
     assert "head" in Manifest.read(both).quantization["layers"]
 
 
@@ -196,11 +196,11 @@ def test_it_computes_what_int8_should(int8: Any, task: str, opset: int, activati
     assert not report.failures()
     for result in report.outputs.values():
         assert result.cosine() > 0.98
-        assert result.error > 1e-4  # it is not the float32 model
+        assert result.error > 1e-4  # the int8 model differs from the float32 model
 
 
 def test_the_witness_rounds_to_the_steps_of_the_file(int8: Any) -> None:
-    """One layer of PyTorch's witness beside the dequantized weight and scale that the file holds."""
+    """A layer of PyTorch's witness has the dequantized weight and the scale of the file."""
     folder = int8()
     graph = onnx.load(str(folder / MODEL)).graph
     values = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
@@ -213,11 +213,11 @@ def test_the_witness_rounds_to_the_steps_of_the_file(int8: Any) -> None:
     layer.register_forward_hook(lambda module, _, __: seen.append(module.weight))
     int8_runner(model, Manifest.read(folder).quantization)({"input_ids": np.arange(3, 20)[None]})
     assert np.abs(seen[0].detach().numpy().T - stored).max() <= 1e-6
-    assert np.abs(layer.weight.detach().numpy().T - stored).max() > 1e-4  # and the caller's model is as it was
+    assert np.abs(layer.weight.detach().numpy().T - stored).max() > 1e-4  # the caller's model is not changed
 
 
 def test_wrong_scales_are_found(int8: Any, tmp_path: Path) -> None:
-    """A layer whose input is rounded with a third of its scale cuts off what is large."""
+    """A layer whose scale is a third of the right one clips large values."""
     folder = shutil.copytree(int8(), tmp_path / "wrong")
     model = onnx.load(str(folder / MODEL), load_external_data=False)
     node = next(n for n in model.graph.node if n.op_type == "QuantizeLinear")
@@ -241,7 +241,7 @@ def test_a_layer_with_half_its_weights_is_found(int8: Any, tmp_path: Path, name:
 
 
 def _compare_changed(model: onnx.ModelProto, folder: Path) -> Report:
-    """Put a changed graph into a copy of a bundle, and compare it with the model."""
+    """Write a changed graph into a copy of a bundle, and compare it with the model."""
     onnx.save(model, str(folder / MODEL))
     quantization = Manifest.read(folder).quantization
     with Engine(_alone(folder)) as engine:
@@ -249,18 +249,18 @@ def _compare_changed(model: onnx.ModelProto, folder: Path) -> Report:
 
 
 def _alone(folder: Path) -> Path:
-    """The ONNX file without the manifest, which would refuse it as changed."""
+    """Open the ONNX file without the manifest, which would refuse the changed file."""
     (folder / "lfx.json").unlink()
     return folder / MODEL
 
 
 def test_layers_that_are_kept_stay_float32(int8: Any) -> None:
-    found = Manifest.read(int8(keep_float=("encoder.layer.0.*", "*.key"))).quantization["layers"]
-    assert sorted(found) == sorted(n for n in LAYERS if "layer.1" in n and not n.endswith(".key"))
+    layers = Manifest.read(int8(keep_float=("encoder.layer.0.*", "*.key"))).quantization["layers"]
+    assert sorted(layers) == sorted(n for n in LAYERS if "layer.1" in n and not n.endswith(".key"))
 
 
 class Shared(torch.nn.Module):
-    """One Longformer layer's projection called twice, and a product that is no module."""
+    """A Longformer with a projection that is called twice, and a matrix product outside a module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -299,9 +299,9 @@ def test_a_text_file_is_cut_into_windows(bundle: MakeBundle, tmp_path: Path) -> 
     made = quantize(bundle(), tmp_path / "int8", calibration=path, samples=6)
     calibration = Manifest.read(made).quantization["calibration"]
     assert calibration["windows"] >= 6
-    with Engine(made, "openvino") as engine, Engine(bundle()) as right:
+    with Engine(made, "openvino") as engine, Engine(bundle()) as original:
         ids = np.arange(3, 40)
-        a, b = engine.run(ids)["last_hidden_state"], right.run(ids)["last_hidden_state"]
+        a, b = engine.run(ids)["last_hidden_state"], original.run(ids)["last_hidden_state"]
     assert np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b) > 0.98
 
 

@@ -1,4 +1,4 @@
-"""config.json of checkpoints from strangers: what it may say, and one line for what it may not."""
+"""config.json of untrusted checkpoints: the values that are accepted, and a one-line error for the others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
-    """A checkpoint to spoil."""
+    """A checkpoint that a test may change."""
     return shutil.copytree(saved, tmp_path / "checkpoint")
 
 

@@ -1,4 +1,4 @@
-"""Standard tools rewrite an exported model, plain or inlined, and its numbers stay."""
+"""Standard tools rewrite an exported model, with functions or inlined, and its outputs stay the same."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.conftest import MakeBundle
 
 
 def answer(path: Path) -> np.ndarray:
-    """The first output for two rows, one of them padded, with global tokens."""
+    """Return the first output for two rows, one of them padded, with global tokens."""
     ids = np.random.default_rng(0).integers(3, 50, (2, 37))
     mask, marks = np.ones_like(ids), np.zeros_like(ids)
     mask[1, 20:] = 0
@@ -28,9 +28,9 @@ def answer(path: Path) -> np.ndarray:
     feeds = {"input_ids": ids, "attention_mask": mask, "global_attention_mask": marks}
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    found = onnxruntime.InferenceSession(path, options).run(None, feeds)[0]
-    assert isinstance(found, np.ndarray)
-    return found
+    output = onnxruntime.InferenceSession(path, options).run(None, feeds)[0]
+    assert isinstance(output, np.ndarray)
+    return output
 
 
 def slim(source: Path, target: Path) -> None:
@@ -60,8 +60,8 @@ def test_a_tool_keeps_the_model(
 ) -> None:
     source = bundle(**({"inline_functions": True} if inlined else {})) / MODEL
     tool(source, tmp_path / "changed.onnx")
-    wanted = answer(source)
+    expected = answer(source)
     # Each of the two models may be as far from the float64 reference as the export was allowed to be, in its own type.
     allowed = Manifest.read(source.parent).validation["outputs"]["last_hidden_state"]["tolerance"]
     growth = UNIT_ROUNDOFF[precision] / UNIT_ROUNDOFF["fp32"]
-    np.testing.assert_allclose(answer(tmp_path / "changed.onnx"), wanted, rtol=0, atol=allowed + allowed * growth)
+    np.testing.assert_allclose(answer(tmp_path / "changed.onnx"), expected, rtol=0, atol=allowed + allowed * growth)

@@ -67,5 +67,5 @@ def test_batches_of_documents_keep_their_rows(base_bundle: Path) -> None:
     rows = [random.integers(3, 50000, size).tolist() for size in (1000, 300)]
     with Engine(base_bundle) as engine:
         together = engine.run(rows)["last_hidden_state"]
-        for row, found in zip(rows, together, strict=True):
-            np.testing.assert_allclose(found, engine.run(row)["last_hidden_state"][0], atol=2e-5)
+        for row, actual in zip(rows, together, strict=True):
+            np.testing.assert_allclose(actual, engine.run(row)["last_hidden_state"][0], atol=2e-5)

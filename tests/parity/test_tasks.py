@@ -1,4 +1,4 @@
-"""End to end: every task, opset and precision against PyTorch, over the whole case list."""
+"""End to end: all tasks, opsets and precisions against PyTorch, over the full cases."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lfx.signature import TASKS
 from tests.conftest import MakeBundle
 from tests.models import WINDOW, tiny_model
 
-# The issue's own bound; what is measured is some hundred times less.
+# A chosen bound, not derived; the measured errors are about a hundred times smaller.
 LARGEST_FP32_ERROR = 1e-4
 
 
@@ -62,12 +62,12 @@ def test_the_case_list_is_what_is_promised() -> None:
 
 
 def test_a_longer_batch_does_not_change_its_rows(bundle: MakeBundle) -> None:
-    """What a row gets does not depend on its neighbours: batching in production is safe."""
+    """The outputs of a row do not depend on the other rows of its batch."""
     random = np.random.default_rng(0)
     rows = [random.integers(3, 99, size).tolist() for size in (1, 5, 16, 17, 40, 100)]
     marks = [[int(i % 7 == 0) for i in range(len(row))] for row in rows]
     with Engine(bundle(opset=17)) as engine:
         together = engine.run(rows, global_attention_mask=marks)["last_hidden_state"]
-        for row, mark, found in zip(rows, marks, together, strict=True):
+        for row, mark, actual in zip(rows, marks, together, strict=True):
             alone = engine.run(row, global_attention_mask=mark)["last_hidden_state"][0]
-            np.testing.assert_allclose(found, alone, atol=1e-5)
+            np.testing.assert_allclose(actual, alone, atol=1e-5)

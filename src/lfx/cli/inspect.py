@@ -48,7 +48,7 @@ def checked_manifest(model: Path) -> Manifest | PlanManifest:
 def _bundle_manifest(model: Path) -> Manifest:
     bundle, _ = locate(model)
     if bundle is None:
-        raise ArtifactError(f"{model} has no manifest beside it; give the bundle that lfx export wrote")
+        raise ArtifactError(f"{model} has no manifest in its folder; give the bundle that lfx export wrote")
     manifest = Manifest.read(bundle)
     manifest.verify(bundle)
     return manifest

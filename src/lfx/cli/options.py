@@ -90,20 +90,20 @@ class Command(click.Command):
         Raises:
             click.UsageError: an option is given twice, or an output path equals another path argument.
         """
-        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
-        _check_options([p for p in given if isinstance(p, click.Option) and not p.multiple], ctx)
+        _, _, options = self.make_parser(ctx).parse_args(args=list(args))
+        _check_options([p for p in options if isinstance(p, click.Option) and not p.multiple], ctx)
         rest = super().parse_args(ctx, args)
         _check_outputs([p for p in self.params if isinstance(p.type, FilePath)], ctx)
         return rest
 
 
-def _check_options(given: list[click.Option], ctx: click.Context) -> None:
-    for option in given:
-        labels = dict.fromkeys(_label(other) for other in given if other.name == option.name)
+def _check_options(options: list[click.Option], ctx: click.Context) -> None:
+    for option in options:
+        labels = dict.fromkeys(_label(other) for other in options if other.name == option.name)
         if len(labels) > 1:
             raise click.UsageError(f"{' and '.join(labels)} contradict each other; give one", ctx)
         may_repeat = option.is_flag and not option.secondary_opts
-        if given.count(option) > 1 and not may_repeat:
+        if options.count(option) > 1 and not may_repeat:
             raise click.UsageError(f"{_label(option)} is given more than once; give it once", ctx)
 
 
