@@ -196,7 +196,7 @@ def _target(model: str | nn.Module, output: str | Path | None) -> Path:
 def _task_of_module(module: nn.Module, task: str) -> str:
     if task != "auto":
         if is_hugging_face(module) and TASKS[task].architecture != type(module).__name__:
-            raise ExportError(f"task {task} is not that of a {type(module).__name__}; leave it out")
+            raise ExportError(f"task {task} is not the task of a {type(module).__name__}; leave it out")
         return task
     bases = {cls.__name__ for cls in type(module).__mro__}
     return next((name for name, known in TASKS.items() if known.architecture in bases), "feature-extraction")
@@ -331,8 +331,8 @@ def _signature(
         if tokens.mode != "mask" or tokens.max_slots is not None:
             option = f"max_global {tokens.max_slots}" if tokens.mode == "mask" else f"global_attention {tokens.mode!r}"
             raise ExportError(
-                f"{type(module).__name__} gives tokens global attention beside those of its global_attention_mask, "
-                f"which {option} would leave out; leave the option out"
+                f"{type(module).__name__} gives global attention to tokens that its global_attention_mask does not "
+                f"mark, which {option} would ignore; leave the option out"
             )
         signature = dataclasses.replace(signature, adds_globals=True)
     return signature

@@ -121,12 +121,12 @@ def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, task: s
             f"{model} has weights of other shapes than the config's: {_some(mismatched)}; give the config that "
             "belongs to them"
         )
-    # Weights of another head may be left out; those of another layer, or of an adapter on one, make another model.
+    # Weights of another head may be ignored. Those of a further layer, or of an adapter in a layer, change the outputs.
     unexpected = sorted(key for key in info.get("unexpected_keys", ()) if _IN_A_LAYER.search(key))
     if unexpected:
         raise ExportError(
-            f"{model} has weights that its config gives no layer for: {_some(unexpected)}; give the config that "
-            "belongs to them, and merge an adapter into its model"
+            f"{model} has weights for which its config has no layer: {_some(unexpected)}; give the config that belongs "
+            "to them, and merge an adapter into its model"
         )
     missing = sorted(key for key in info.get("missing_keys", ()) if not key.endswith("position_ids"))
     without_pooler = [key for key in missing if not key.startswith("pooler.")]

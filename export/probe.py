@@ -25,18 +25,18 @@ from lfx.signature import GRAPH_INPUTS, TASKS, Signature
 
 # The torch modules in transformers' Longformers. Each computes every token by itself.
 _TOKENWISE_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.Tanh, nn.ModuleList)
-_SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask", "unk")  # tokens whose ids a config has
-_LONG = 4096  # longest sequence, in tokens, that padding is tried with
+_SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask", "unk")  # special tokens whose ids a config may have
+_LONG = 4096  # longest sequence, in tokens, for which padding is tested
 Int64 = NDArray[np.int64]
 
 
 def default_global_of(module: nn.Module, signature: Signature) -> str:
     """Find the rule by which a module chooses its global tokens if it gets no global_attention_mask.
 
-    The global tokens that its attention layers get are compared, not its outputs: a label may be right by luck.
+    The inputs of its attention layers are compared, not its outputs: a label may be the same by chance.
 
     Args:
-        signature: of the module, with its task, ids and limits; its own `default_global` is not used.
+        signature: the module's, with its task, ids and limits; its `default_global` is not used.
     Returns:
         A `default_global` of `lfx.signature.Signature`; "required" if no known rule gives the module's global tokens.
     """
@@ -59,7 +59,7 @@ def default_global_of(module: nn.Module, signature: Signature) -> str:
 
 
 def adds_globals(module: nn.Module, signature: Signature) -> bool:
-    """Return whether a module gives tokens global attention beside those of the global_attention_mask that it gets."""
+    """Return whether a module gives global attention to tokens that its global_attention_mask does not mark."""
     if is_unchanged(module) or "global_attention_mask" not in forward_inputs(module):
         return False
     record = global_tokens_runner(module, forward_inputs(module))
@@ -76,7 +76,7 @@ def _with_mask(ids: Int64) -> dict[str, Int64]:
 
 
 def _same_globals(layers: list[NDArray[np.bool_]], mask: Int64) -> bool:
-    """Return whether each attention layer got the global tokens of a mask; transformers pads to whole windows."""
+    """Return whether all attention layers got the global tokens of a mask; transformers pads to a window's multiple."""
     rows = mask.reshape(-1, mask.shape[-1]) == 1
     return all(
         len(layer) == len(rows)
@@ -87,16 +87,16 @@ def _same_globals(layers: list[NDArray[np.bool_]], mask: Int64) -> bool:
 
 
 def _separator(signature: Signature) -> int | None:
-    """The separator's id, if it is in the vocabulary."""
+    """Return the separator's id if it is in the vocabulary."""
     sep, vocab_size = signature.sep_token_id, signature.vocab_size
     return sep if sep is not None and (vocab_size is None or sep < vocab_size) else None
 
 
 def _trial_ids(module: nn.Module, signature: Signature) -> Iterator[Int64]:
-    """Yield ids in which every special id of the model occurs, also in front; each row has three separators."""
+    """Yield ids that contain all special ids of the model, each also as a first token, and three separators per row."""
     step, vocab_size = granularity(module), signature.vocab_size
     length = min(step * -(-12 // step), signature.max_seqlen or 12 * step)
-    if length < 8:  # no room for what is planted
+    if length < 8:  # too short for the special ids and the separators
         yield model_inputs(Case(2, length), signature)["input_ids"]
         return
     separator = _separator(signature)
@@ -105,13 +105,13 @@ def _trial_ids(module: nn.Module, signature: Signature) -> Iterator[Int64]:
     special = sorted(token for token in known if 0 <= token < (vocab_size or 8) and token != separator)
     for first in range(0, len(special), 8):
         ids = model_inputs(Case(8, length), signature)["input_ids"]
-        planted = special[first : first + 8]
+        selected = special[first : first + 8]
         if separator is not None:
             ids[ids == separator] = special[0]
-        for row, token in enumerate(planted):
+        for row, token in enumerate(selected):
             ids[row, ..., 0] = token
-            inside = planted[: length - 6]
-            ids[row, ..., 5 : 5 + len(inside)] = inside
+            inner = selected[: length - 6]
+            ids[row, ..., 5 : 5 + len(inner)] = inner
         if separator is not None:
             ids[..., [3, 4, -1]] = separator
         yield ids

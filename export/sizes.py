@@ -1,7 +1,7 @@
-"""Check that the traced graph, which has one path, is the model at every batch size and sequence length.
+"""Check that the traced graph, which has one path, is valid for all batch sizes and sequence lengths.
 
-torch.export notes what it assumed of the sizes: ranges, and conditions such as `sequence != 100` from a branch on the
-shape. The exported ONNX file checks none of them.
+torch.export records its assumptions about the sizes: ranges, and conditions such as `sequence != 100` from a branch on
+the shape. The exported ONNX file does not check them.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch.utils._sympy.printers import PythonPrinter
 from lfx.errors import ExportError
 from lfx.signature import Signature
 
-# Sizes that a condition is tried with: every sequence length up to this one, and these of the other axes.
+# Sizes for which a condition is evaluated: all sequence lengths up to _LONGEST, and these of the other axes.
 _LONGEST = 4096
 _BATCH_SIZES = range(2, 65)
-_FEW_SIZES = range(2, 10)  # of an axis other than the sequence, in a condition on several axes
+_FEW_SIZES = range(2, 10)  # for an axis other than the sequence, in a condition on several axes
 
 
 def check_sizes(program: torch.onnx.ONNXProgram, signature: Signature, multiple_of: int) -> None:
     """Check that the traced graph is valid for all batch sizes and sequence lengths of the signature.
 
-    Size 1 is left to the comparison of the exported file with PyTorch.
+    Size 1 is checked by the comparison of the exported file with PyTorch.
 
     Args:
         multiple_of: the number that sequence lengths are multiples of.
@@ -40,12 +40,12 @@ def check_sizes(program: torch.onnx.ONNXProgram, signature: Signature, multiple_
         if not isinstance(size, torch.SymInt):
             raise ExportError(
                 f"{signature.architecture} takes the {axis} of the traced example, {size}, for a constant; compute "
-                "with the shape of its tensors, without int() or a table of sizes"
+                "with the shapes of its tensors, without int() or a table of sizes"
             )
         _check_range(axis, program.exported_program.range_constraints.get(size.node.expr), signature, multiple_of)
     environment = first.meta["val"].fake_mode.shape_env
     asserts = itertools.chain.from_iterable(environment.deferred_runtime_asserts.values())
-    for condition in (*(guard.expr for guard in environment.guards), *(found.expr for found in asserts)):
+    for condition in (*(guard.expr for guard in environment.guards), *(entry.expr for entry in asserts)):
         _check_condition(condition, environment.backed_var_to_val, sizes, signature, multiple_of)
 
 
@@ -64,29 +64,31 @@ def _check_range(axis: Any, bounds: Any, signature: Signature, multiple_of: int)
 
 
 def _check_condition(condition: Any, examples: Any, sizes: Any, signature: Signature, multiple_of: int) -> None:
-    """Evaluate what torch.export assumed for the sizes of the signature.
+    """Evaluate a condition of torch.export for the sizes of the signature.
 
     Args:
-        examples: symbol -> its size in the traced example; the sizes of the example's axes are unequal.
+        examples: symbol -> its size in the traced example, whose axes have different sizes.
         sizes: axis -> its symbolic size.
+    Raises:
+        ExportError: the condition is false for a size.
     """
     axes = {examples[size.node.expr]: axis for axis, size in sizes.items()}
     symbols = sorted(condition.free_symbols, key=str)
     if not symbols or not all(symbol in examples and examples[symbol] in axes for symbol in symbols):
-        return  # it depends on the data, as the number of global tokens does
+        return  # it depends on the data, such as the number of global tokens
     names = [axes[examples[symbol]] for symbol in symbols]
     holds = eval(f"lambda {', '.join(map(str, symbols))}: {PythonPrinter().doprint(condition)}", {"math": math})
-    for chosen in _choices(dict.fromkeys(names), signature, multiple_of):
-        if not holds(*(chosen[name] for name in names)):
-            where = ", ".join(f"{axis} {size}" for axis, size in chosen.items())
+    for shape in _shapes(dict.fromkeys(names), signature, multiple_of):
+        if not holds(*(shape[name] for name in names)):
+            text = ", ".join(f"{axis} {size}" for axis, size in shape.items())
             raise ExportError(
-                f"{signature.architecture} takes another path at {where}, and a graph has one path for all sizes; take "
+                f"{signature.architecture} takes another path at {text}, and a graph has one path for all sizes; take "
                 "the branch on the shape out of its forward"
             )
 
 
-def _choices(axes: dict[Any, None], signature: Signature, multiple_of: int) -> Iterator[dict[Any, int]]:
-    """Yield the sizes of some axes that a condition is tried with."""
+def _shapes(axes: dict[Any, None], signature: Signature, multiple_of: int) -> Iterator[dict[Any, int]]:
+    """Yield the sizes of some axes for which a condition is evaluated."""
     longest = min(signature.max_seqlen or _LONGEST, _LONGEST)
     ranges = []
     for axis in axes:

@@ -103,7 +103,7 @@ def test_a_module_that_fails_without_its_mask_has_no_known_rule() -> None:
 
 
 class Around(nn.Module):
-    """A model of a task, with a rule of its own for the global tokens, whose outputs say little of them."""
+    """A task's model with its own rule for the global tokens, on which its outputs depend little."""
 
     def __init__(self, rule: Callable[[Any], Any], task: str = "text-classification") -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def first(ids: torch.Tensor) -> torch.Tensor:
     [
         (first, "first"),
         (torch.zeros_like, "none"),
-        (lambda ids: None, "first"),  # the rule of the model inside
+        (lambda ids: None, "first"),  # the rule of the inner model
         (lambda ids: (ids == 0).long(), "required"),
         (lambda ids: (ids == 54).long(), "required"),
     ],
@@ -142,7 +142,7 @@ def test_a_rule_is_found_by_the_tokens_and_not_by_the_outputs(rule: Any, name: s
 
 
 class Choice(type(tiny_model("multiple-choice"))):  # type: ignore[misc]
-    """A subclass that changes nothing."""
+    """A subclass without changes."""
 
 
 def test_a_subclass_of_a_task_keeps_the_rule_of_the_task() -> None:
@@ -152,7 +152,7 @@ def test_a_subclass_of_a_task_keeps_the_rule_of_the_task() -> None:
 
 
 class Adding(Around):
-    """A model that gives separators global attention whatever the mask says."""
+    """A model that gives separators global attention for any mask."""
 
     def __init__(self) -> None:
         super().__init__(first)
@@ -182,7 +182,7 @@ def test_global_tokens_that_a_module_adds_are_found(module: Any, adds: bool) -> 
 
 @pytest.mark.parametrize("option", [{"max_global": 2}, {"global_attention": "first"}], ids=str)
 def test_an_option_that_would_leave_added_tokens_out_is_refused(option: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="gives tokens global attention beside those"):
+    with pytest.raises(ExportError, match="gives global attention to tokens that its global_attention_mask does not"):
         export(Adding().eval(), tmp_path / "out", **option)
 
 
@@ -193,7 +193,7 @@ def test_a_bundle_of_added_tokens_becomes_no_plan(tmp_path: Path) -> None:
 
 
 class Far(nn.Module):
-    """A head that reads positions far apart, and padding with them."""
+    """A head that reads distant positions, and padding among them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,5 +209,5 @@ def test_a_head_that_reads_padding_far_away_is_found() -> None:
 
 
 def test_a_task_of_another_class_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="task token-classification is not that of a LongformerForSequenceClass"):
+    with pytest.raises(ExportError, match="task token-classification is not the task of a LongformerForSequenceClass"):
         export(tiny_model("text-classification"), tmp_path / "out", task="token-classification")

@@ -30,8 +30,8 @@ SMALL_POOL, TAIL = 2000, 3.5  # a normally distributed error exceeds 3.5 standar
 # A reference value of FILL or more in magnitude is a mask fill value (an infinity or finfo.min), not a result. The same
 # value in float16 is LEAST_FILL or more.
 FILL, LEAST_FILL = 1e30, 65504.0
-# Errors of larger numbers are relative to this one, and so are the numbers: a smaller fill value, such as -1e9, would
-# otherwise raise the tolerance of all numbers of its output.
+# Numbers above LARGE in magnitude, and their errors, are scaled to LARGE. Otherwise a fill value below FILL, such as
+# -1e9, would raise the tolerance of all numbers of its output.
 LARGE = 100.0
 # Edges of the error histograms, four bins per decade: from below the rounding error of float32 to any large error.
 HISTOGRAM_EDGES = np.logspace(-12, 4, 65)
