@@ -121,14 +121,13 @@ class Postprocessor:
             return {"answer": "", "score": 0.0}
         # The last token is a separator.
         start_scores, end_scores = _softmax(start[first:-1]), _softmax(end[first:-1])
-        span, score = (0, 0), -1.0
-        for i in np.argsort(-start_scores)[:20]:
-            candidates = end_scores[i : i + max_length]
-            j = int(candidates.argmax())
-            if start_scores[i] * candidates[j] > score:
-                span, score = (int(i), int(i) + j), float(start_scores[i] * candidates[j])
-        ids = encoded.ids[first + span[0] : first + span[1] + 1]
-        return {"answer": self._tokenizer.decode(ids), "score": score}
+        # Row i has the ends of the spans that start at i; ends past the document score 0.
+        padded = np.concatenate([end_scores, np.zeros(max_length - 1, end_scores.dtype)])
+        lengths = np.lib.stride_tricks.sliding_window_view(padded, max_length).argmax(axis=-1)
+        scores = start_scores * padded[np.arange(len(lengths)) + lengths]
+        best = int(scores.argmax())
+        ids = encoded.ids[first + best : first + best + int(lengths[best]) + 1]
+        return {"answer": self._tokenizer.decode(ids), "score": float(scores[best])}
 
 
 def settings(path: Path) -> dict[str, Any]:

@@ -252,6 +252,21 @@ def test_the_best_span_is_the_best_of_all_pairs_of_start_and_end(folder: Path) -
         assert answer["score"] == pytest.approx(scores[first, last], rel=1e-4)
 
 
+def test_the_best_span_need_not_start_at_one_of_the_best_starts(folder: Path) -> None:
+    tokenizer = Tokenizer(folder, replace(signature("question-answering"), max_seqlen=None))
+    encoded = tokenizer.encode("the fox", "quick brown lazy dog " * 100)
+    first, count = 5, 400
+    start, end = np.random.default_rng(1).normal(size=(2, first + count + 1)).astype(np.float32)
+    start[first : first + 50] = 6.0  # likelier than the best span's start, with unlikely ends
+    start[first + 399], end[first + 399] = 5.5, 9.0
+    starts, ends = softmax(start[first:-1]), softmax(end[first:-1])
+    scores = {(i, j): starts[i] * ends[j] for i in range(count) for j in range(i, min(i + 30, count))}
+    i, j = max(scores, key=lambda span: scores[span])
+    assert (i, j) == (399, 399)
+    [answer] = Postprocessor(tokenizer).answers(encoded, {"start_logits": start[None], "end_logits": end[None]})
+    assert answer == {"answer": "dog", "score": pytest.approx(scores[i, j], rel=1e-4)}
+
+
 POST_PROCESSORS: dict[str, dict[str, Any] | None] = {
     "template": None,  # the post-processor of the tiny tokenizer
     "roberta": {
