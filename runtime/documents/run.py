@@ -75,7 +75,8 @@ def run_documents(
         InputError: an argument is out of range, a file cannot be read or written or has another suffix, or the input
             changed during the run.
         DependencyError: a file is Parquet and pyarrow is not installed.
-        LfxError: the engine cannot run any input. Completed chunks are kept, and the next run resumes after them.
+        LfxError: the engine cannot run any input, or another process wrote to the journal. Completed chunks are kept,
+            and the next run resumes after them.
     """
     if not isinstance(engine, Engine) or not isinstance(tokenizer, Tokenizer | None):
         raise InputError(
