@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, overload
 
 from lfx.checks import file_path, whole_number
 from lfx.errors import ArtifactError, InputError, LfxError, one_line
+from lfx.manifest import MANIFEST, Manifest
 from lfx.signature import Signature
 
 TOKENIZER, CONFIG, TOKENIZER_CONFIG = "tokenizer.json", "config.json", "tokenizer_config.json"
@@ -72,21 +74,25 @@ class Tokenizer:
     Args:
         folder: a bundle that `lfx export` wrote, or another folder with a tokenizer.json.
         signature: of the model that takes the ids.
+        unlisted: whether to read the files of a bundle even if its lfx.json does not list them. Default: False.
     Attributes:
         folder, signature: the arguments.
         sha256: one digest of the files that decide ids and answers: tokenizer.json, config.json and
             tokenizer_config.json.
     Raises:
-        ArtifactError: the folder has no tokenizer, or the tokenizer is broken.
+        ArtifactError: the folder has no tokenizer, the tokenizer is broken, or the folder is a bundle with a file of
+            these three that its lfx.json does not list.
         InputError: `signature` is no Signature.
     """
 
-    def __init__(self, folder: Path, signature: Signature) -> None:
+    def __init__(self, folder: Path, signature: Signature, *, unlisted: bool = False) -> None:
         from tokenizers import Tokenizer
 
         if not isinstance(signature, Signature):
             raise InputError(f"signature is {type(signature).__name__}; give the signature of an Engine")
         self.folder = file_path(folder, "the tokenizer's folder", ArtifactError)
+        if not unlisted:
+            _refuse_unlisted(self.folder)
         path = self.folder / TOKENIZER
         data = read_file(path)
         if data is None:
@@ -194,6 +200,19 @@ class Tokenizer:
         """The id of a vocabulary entry; None if the vocabulary does not have it."""
         index: int | None = self._tokenizer.token_to_id(token)
         return index
+
+
+def _refuse_unlisted(folder: Path) -> None:
+    """Raise ArtifactError if the folder is a bundle and has a file of a tokenizer that its manifest does not list."""
+    if not os.path.lexists(folder / MANIFEST):
+        return
+    listed = Manifest.read(folder).files
+    for name in (TOKENIZER, CONFIG, TOKENIZER_CONFIG):
+        if name not in listed and os.path.lexists(folder / name):
+            raise ArtifactError(
+                f"{folder / name} is not listed in {MANIFEST}, so nothing says what it is; remove it, or name the "
+                "folder with --tokenizer"
+            )
 
 
 def _check_text(text: Any, pair: Any) -> None:

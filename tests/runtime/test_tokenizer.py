@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 import tokenizers
 
+from lfx.cli.run import run_text
 from lfx.errors import ArtifactError, InputError
+from lfx.manifest import MANIFEST, sealed
 from lfx.runtime import Engine
 from lfx.runtime.postprocess import Postprocessor
 from lfx.runtime.tokenizer import MAX_FILE_BYTES, TOKENIZER, Encoded, Tokenizer
@@ -108,6 +111,22 @@ def test_a_bundle_without_tokenizer_is_an_artifact_error(folder: Path) -> None:
     (folder / TOKENIZER).unlink()
     with pytest.raises(ArtifactError, match=rf"has no {TOKENIZER}.*give ids to Engine.run"):
         Tokenizer(folder, signature("fill-mask"))
+
+
+def test_files_that_the_manifest_does_not_list_are_read_on_request(bundle: MakeBundle, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle("text-classification"), tmp_path / "bundle")
+    Tokenizer(copy, signature("text-classification"))
+    manifest = json.loads((copy / MANIFEST).read_text())
+    del manifest["files"]["config.json"]
+    (copy / MANIFEST).write_text(json.dumps(sealed(manifest)))
+    with pytest.raises(ArtifactError, match=r"config\.json is not listed in lfx\.json.*--tokenizer"):
+        Tokenizer(copy, signature("text-classification"))
+    with Engine(copy, threads=1) as engine, pytest.raises(ArtifactError, match="is not listed"):
+        run_text(engine, copy, "the fox", (), None, None, tokenizer=None, as_json=True)
+    with Engine(copy, threads=1) as engine:
+        run_text(engine, copy, "the fox", (), None, None, tokenizer=copy, as_json=True)
+    (copy / MANIFEST).unlink()  # a folder without a manifest is a lone tokenizer
+    Tokenizer(copy, signature("text-classification"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "fox", "{}", "[1]"])

@@ -125,7 +125,7 @@ def run_text(
     if output is not None:
         output_file(output, "--output")
     text = text if text is not None else _read_text(file)
-    reader = Tokenizer(tokenizer or _text_folder(model, engine), engine.signature)
+    reader = Tokenizer(tokenizer or _text_folder(model, engine), engine.signature, unlisted=tokenizer is not None)
     choices = engine.signature.task == "multiple-choice"
     if len(pair) > 1 and not choices:
         raise InputError(f"{engine.signature.task} takes one --pair, but {len(pair)} are given; leave the others out")
@@ -186,7 +186,9 @@ def run_documents(
     from lfx.runtime.tokenizer import TOKENIZER, Tokenizer
 
     folder = tokenizer or _text_folder(model, engine)
-    reader = Tokenizer(folder, engine.signature) if tokenizer or (folder / TOKENIZER).exists() else None
+    reader = None
+    if tokenizer or (folder / TOKENIZER).exists():
+        reader = Tokenizer(folder, engine.signature, unlisted=tokenizer is not None)
     start = time.perf_counter()
     try:
         with progress() as step:
