@@ -242,7 +242,8 @@ def read_file(path: Path) -> bytes | None:
                 f"{path} has {status.st_size:,} bytes, above the {MAX_FILE_BYTES:,} that lfx reads; export the "
                 "model again"
             )
-        return path.read_bytes()
+        with path.open("rb") as file:  # no more than its size, since a file of /proc may have no end
+            return file.read(status.st_size)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:

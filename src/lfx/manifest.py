@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,7 @@ WEIGHTS = "model.onnx.data"
 # The key of the digest of all other fields.
 _DIGEST = "manifest_sha256"
 MAX_JSON_BYTES = 64_000_000
+_PART_BYTES = 1 << 20  # of a file that are hashed at a time
 _CURE = "export the model again"
 # The fields of a manifest besides the signature's; see `lfx.checks.check_shape`. A measured error is a number and never
 # null: the export fails when an error is not finite.
@@ -159,7 +161,7 @@ class Manifest:
                 f"{path} has {size} bytes where {MANIFEST} says {entry['bytes']}; export the model again"
             )
         try:
-            digest = sha256(file)
+            digest = sha256(file, size)
         except OSError as error:
             raise ArtifactError(f"{path} cannot be read: {error.strerror}; make it readable") from error
         if digest != entry["sha256"]:
@@ -199,7 +201,7 @@ def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_limited(path: Path, max_bytes: int, cure: str) -> bytes:
-    """Read a file of at most `max_bytes`.
+    """Read a file of at most `max_bytes`; no more than its size, since a file of /proc may have no end.
 
     Args:
         cure: what to do about a broken file; the end of the message.
@@ -208,7 +210,7 @@ def read_limited(path: Path, max_bytes: int, cure: str) -> bytes:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
+            content = file.read(min(os.fstat(file.fileno()).st_size, max_bytes + 1))
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}; {cure}") from error
     if len(content) > max_bytes:
@@ -250,11 +252,17 @@ def parse_sealed(
     return data, signature
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file.
+def sha256(path: Path, size: int | None = None) -> str:
+    """Hex digest of a file, or of its first `size` bytes: a file of /proc has size 0 and may have no end.
 
     Raises:
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if size is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while size > 0 and (part := file.read(min(size, _PART_BYTES))):
+            digest.update(part)
+            size -= len(part)
+        return digest.hexdigest()

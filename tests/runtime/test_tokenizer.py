@@ -18,7 +18,7 @@ from lfx.errors import ArtifactError, InputError
 from lfx.manifest import MANIFEST, sealed
 from lfx.runtime import Engine
 from lfx.runtime.postprocess import Postprocessor
-from lfx.runtime.tokenizer import MAX_FILE_BYTES, TOKENIZER, Encoded, Tokenizer
+from lfx.runtime.tokenizer import MAX_FILE_BYTES, TOKENIZER, Encoded, Tokenizer, read_file
 from lfx.signature import GRAPH_INPUTS, Signature, TensorSpec
 from tests.conftest import MakeBundle
 from tests.models import tiny_tokenizer
@@ -459,6 +459,15 @@ def test_files_that_cannot_be_read_are_artifact_errors(folder: Path, file: str) 
     os.mkfifo(path)  # opening it would block until there is a writer
     with pytest.raises(ArtifactError, match=rf"{file} cannot be read: it is no file"):
         Postprocessor(Tokenizer(folder, signature("fill-mask")))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc")
+def test_no_more_of_a_tokenizer_is_read_than_its_size(folder: Path) -> None:
+    (folder / TOKENIZER).unlink()
+    (folder / TOKENIZER).symlink_to("/proc/self/status")  # a regular file of size 0, with content
+    assert read_file(folder / TOKENIZER) == b""
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer(folder, signature("fill-mask"))
 
 
 @pytest.mark.parametrize("path", ["x" * 5000, "a\0b", 5])
