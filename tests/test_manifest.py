@@ -235,6 +235,29 @@ def test_the_digest_of_the_start_of_a_file(size: int, bundle_folder: Path) -> No
     assert sha256(bundle_folder / WEIGHTS, size) == expected
 
 
+@pytest.mark.parametrize("name", [f"./{WEIGHTS}", f".//./{WEIGHTS}", "extra//vocab.txt", "extra/./vocab.txt"])
+def test_a_second_name_of_a_listed_file_is_refused(name: str, bundle_folder: Path) -> None:
+    files = Manifest.read(bundle_folder).files
+    entry = files[str(Path(name))]
+    manifest = Manifest.read(edit(bundle_folder, files={**files, name: entry}))
+    with pytest.raises(ArtifactError, match="write the path without"):
+        manifest.verify(bundle_folder)
+
+
+def test_a_file_that_many_names_link_to_is_hashed_once(
+    bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "large").write_bytes(bytes(100))
+    for i in range(20):
+        (bundle_folder / f"link{i}").symlink_to(tmp_path / "large")
+    MANIFEST_VALUE.write(bundle_folder)
+    hashed: list[Path] = []
+    monkeypatch.setattr("lfx.manifest.sha256", lambda path, size: hashed.append(path) or sha256(path, size))
+    listed = Manifest.read(bundle_folder).verify(bundle_folder)
+    assert len(listed) == 23
+    assert len(hashed) == 4
+
+
 @pytest.mark.parametrize(("old", "new"), [("question-answering", "fill-mask"), ("4096", "4097"), ("1e-06", "1e-03")])
 def test_a_manifest_that_was_edited_is_refused(old: str, new: str, bundle_folder: Path) -> None:
     text = (bundle_folder / MANIFEST).read_text()

@@ -140,10 +140,13 @@ class Manifest:
         """
         if MODEL not in self.files:
             raise ArtifactError(f"{bundle / MANIFEST} lists no {MODEL}; export the model again")
-        return {name: self._verified(bundle.resolve(), name, entry) for name, entry in self.files.items()}
+        digests: dict[Path, str] = {}  # many names may be links to one large file
+        return {name: self._verified(bundle.resolve(), name, entry, digests) for name, entry in self.files.items()}
 
-    def _verified(self, bundle: Path, name: str, entry: Mapping[str, Any]) -> Path:
+    def _verified(self, bundle: Path, name: str, entry: Mapping[str, Any], digests: dict[Path, str]) -> Path:
         path = bundle / name
+        if str(PurePosixPath(name)) != name:
+            raise ArtifactError(f"{bundle / MANIFEST} names {shown(name)}; write the path without '.' and empty parts")
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ArtifactError(f"{bundle / MANIFEST} names {name!r}, which is outside the bundle")
         try:
@@ -161,10 +164,11 @@ class Manifest:
                 f"{path} has {size} bytes where {MANIFEST} says {entry['bytes']}; export the model again"
             )
         try:
-            digest = sha256(file, size)
+            if file not in digests:
+                digests[file] = sha256(file, size)
         except OSError as error:
             raise ArtifactError(f"{path} cannot be read: {error.strerror}; make it readable") from error
-        if digest != entry["sha256"]:
+        if digests[file] != entry["sha256"]:
             raise ArtifactError(f"{path} was changed after the export (sha256 differs); export the model again")
         return file
 
