@@ -20,6 +20,8 @@ TOKENIZER, CONFIG, TOKENIZER_CONFIG = "tokenizer.json", "config.json", "tokenize
 END_TO_END = 0  # stride of windows without overlap: each begins at the end of the one before it
 MAX_FILE_BYTES = 1 << 29  # of a tokenizer or a config; the largest known tokenizers have a tenth of that
 
+MAX_CHARACTERS = 5_000_000  # of a text and its pair; the tokenizers library takes 200 bytes of memory for each
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -116,8 +118,8 @@ class Tokenizer:
         Returns:
             The ids and pieces, 1 to max_seqlen tokens; a longer text is an error and is never truncated.
         Raises:
-            InputError: an argument is no text, the tokenizer fails on it or has no tokens for it, or it has more tokens
-                than the model takes.
+            InputError: an argument is no text, the tokenizer fails on it or has no tokens for it, it has more tokens
+                than the model takes, or more than 5,000,000 characters.
         """
         encoded, _ = self._tokenize(text, pair)
         limit = self.signature.max_seqlen
@@ -218,6 +220,10 @@ def _refuse_unlisted(folder: Path) -> None:
 def _check_text(text: Any, pair: Any) -> None:
     if not isinstance(text, str) or not isinstance(pair, str | None):
         raise InputError(f"text and pair are {type(text).__name__} and {type(pair).__name__}; give strings")
+    if (length := len(text) + len(pair or "")) > MAX_CHARACTERS:
+        raise InputError(
+            f"the text has {length:,} characters, above the {MAX_CHARACTERS:,} that are tokenized at a time; split it"
+        )
     if not (is_utf8(text) and is_utf8(pair or "")):
         raise InputError("the text is not UTF-8; convert it first")
 

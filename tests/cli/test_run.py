@@ -74,7 +74,7 @@ def test_the_bundle_of_a_plan_is_looked_for_beside_it_alone(tmp_path: Path) -> N
 
 
 def test_a_text_without_end_is_refused(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("lfx.cli.run._LARGEST_TEXT", 10)
+    monkeypatch.setattr("lfx.runtime.tokenizer.MAX_CHARACTERS", 10)
     (tmp_path / "text.txt").write_text("the fox " * 2)
     folder = bundle("text-classification")
     with Engine(folder, threads=1) as engine, pytest.raises(InputError, match=r"more than 10 characters.*\.jsonl file"):

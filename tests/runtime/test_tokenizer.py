@@ -18,7 +18,7 @@ from lfx.errors import ArtifactError, InputError
 from lfx.manifest import MANIFEST, sealed
 from lfx.runtime import Engine
 from lfx.runtime.postprocess import Postprocessor
-from lfx.runtime.tokenizer import MAX_FILE_BYTES, TOKENIZER, Encoded, Tokenizer, read_file
+from lfx.runtime.tokenizer import MAX_CHARACTERS, MAX_FILE_BYTES, TOKENIZER, Encoded, Tokenizer, read_file
 from lfx.signature import GRAPH_INPUTS, Signature, TensorSpec
 from tests.conftest import MakeBundle
 from tests.models import tiny_tokenizer
@@ -367,6 +367,18 @@ def test_a_post_processor_that_repeats_the_text_is_refused(folder: Path) -> None
     change_tokenizer(folder, post_processor=template)
     with pytest.raises(InputError, match="repeats the text"):
         Tokenizer(folder, signature("feature-extraction")).windows("fox " * 50, None, 1)
+
+
+def test_a_text_that_takes_gigabytes_is_refused_before_it_is_tokenized(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Tokenizer(folder, replace(signature("feature-extraction"), max_seqlen=None))
+    assert tokenizer.encode("a" * 10, "b" * 10)
+    monkeypatch.setattr(tokenizer, "_tokenizer", None)
+    for text, pair in (("a" * (MAX_CHARACTERS + 1), None), ("a", "b" * MAX_CHARACTERS)):
+        for call in (tokenizer.encode, lambda t, p: tokenizer.windows(t, p, 1)):
+            with pytest.raises(InputError, match=r"the text has 5,000,001 characters, above the 5,000,000 "):
+                call(text, pair)
 
 
 def test_a_text_without_tokens_is_refused(folder: Path) -> None:
