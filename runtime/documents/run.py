@@ -155,7 +155,7 @@ def encoded(source: Path, signature: Signature, folder: Path) -> Iterator[Encode
         documents = read_documents(source)
     else:
         try:
-            documents = iter([(1, {"text": source.read_text(encoding="utf-8")})])
+            documents = iter([(1, {"text": source.read_text(encoding="utf-8-sig")})])
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{source} cannot be read as UTF-8 text: {error}") from error
     for line, document in documents:

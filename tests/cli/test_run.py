@@ -13,6 +13,7 @@ import pytest
 from lfx.cli.run import _save, _text_folder, run_text
 from lfx.errors import InputError
 from lfx.runtime import Engine
+from lfx.runtime.documents import encoded
 from tests.conftest import MakeBundle, SmallDisk
 
 
@@ -79,3 +80,17 @@ def test_a_text_without_end_is_refused(bundle: MakeBundle, monkeypatch: pytest.M
     folder = bundle("text-classification")
     with Engine(folder, threads=1) as engine, pytest.raises(InputError, match=r"more than 10 characters.*\.jsonl file"):
         run_text(engine, folder, None, (), tmp_path / "text.txt", None, tokenizer=None, as_json=True)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(
+    bundle: MakeBundle, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = bundle("text-classification")
+    printed = []
+    with Engine(folder, threads=1) as engine:
+        for encoding in ("utf-8", "utf-8-sig"):
+            (tmp_path / "text.txt").write_text("the fox", encoding=encoding)
+            run_text(engine, folder, None, (), tmp_path / "text.txt", None, tokenizer=None, as_json=True)
+            windows = encoded(tmp_path / "text.txt", engine.signature, folder)
+            printed.append((capsys.readouterr().out, [window.ids for window in windows]))
+    assert printed[0] == printed[1]

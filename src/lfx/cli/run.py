@@ -249,7 +249,7 @@ def _read_text(file: Path | None) -> str:
     assert file is not None
     file_path(file, "--input")
     try:
-        with file.open(encoding="utf-8") as source:  # a device may have no end, so read a limited length
+        with file.open(encoding="utf-8-sig") as source:  # a device may have no end, so read a limited length
             text = source.read(MAX_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from error
