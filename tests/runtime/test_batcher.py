@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -451,3 +453,32 @@ def test_batchers_that_close_each_other_from_callbacks_both_stop(engine: Engine)
         with batcher._changed:
             batcher._changed.notify_all()
     assert all(event.wait(LONG) for event in closed)
+
+
+def test_a_process_that_ends_completes_the_batch_and_fails_pending_requests(bundle: MakeBundle) -> None:
+    program = """
+import sys, threading, time
+from lfx.runtime import Batcher, Engine
+
+class Slow:
+    def __init__(self, engine):
+        self.engine, self.entered = engine, threading.Event()
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+    def run_together(self, requests):
+        self.entered.set()
+        time.sleep(1)
+        return self.engine.run_together(requests)
+
+engine = Slow(Engine(sys.argv[1], threads=1))
+batcher = Batcher(engine, max_delay_ms=0)
+def show(name):
+    return lambda future: print(name, type(future.exception()).__name__, flush=True)
+batcher.submit([3, 4]).add_done_callback(show("running"))
+engine.entered.wait()
+batcher.submit([3, 4]).add_done_callback(show("pending"))
+sys.exit(3)
+"""
+    ended = subprocess.run([sys.executable, "-c", program, bundle()], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (3, "")
+    assert ended.stdout.splitlines() == ["pending OverloadError", "running NoneType"]
