@@ -327,14 +327,20 @@ class Batcher:
         return group
 
     def _run(self, group: list[_Request]) -> None:
-        requests = [request for request in group if request.future.begin()]
-        if not requests:
-            return
+        if requests := [request for request in group if request.future.begin()]:
+            self._compute(requests)
+
+    def _compute(self, requests: list[_Request]) -> None:
+        """Run requests together and answer them; if that fails, run each alone, since one may be the cause."""
         try:
             results = self._engine.run_together([request.batch for request in requests])
             answers = list(zip(requests, results, strict=True))
         except BaseException as error:
-            self._fail(requests, error)
+            if len(requests) > 1 and isinstance(error, Exception):
+                for request in requests:
+                    self._compute([request])
+            else:
+                self._fail(requests, error)
             return
         now = time.monotonic()
         for request, result in answers:

@@ -175,6 +175,28 @@ def test_an_error_of_the_backend_reaches_all_requests_of_its_batch_and_no_other(
         assert batcher.submit([3, 4]).result(LONG)
 
 
+def test_a_request_that_the_backend_fails_on_does_not_fail_the_others_of_its_batch(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(feeds: dict[str, Any]) -> Any:
+        if (feeds["input_ids"] == 9).any():
+            raise LfxError("id 9 is outside a table of the model")
+        return infer(feeds)
+
+    infer = engine._backend.infer  # type: ignore[union-attr]
+    monkeypatch.setattr(engine._backend, "infer", fail)
+    recorded = Recorded(engine)
+    with Batcher(recorded, max_delay_ms=300) as batcher:  # type: ignore[arg-type]
+        futures = [batcher.submit([3, token]) for token in (4, 9, 5)]
+        for future, token in zip(futures, (4, 9, 5), strict=True):
+            if token == 9:
+                with pytest.raises(LfxError, match="outside a table"):
+                    future.result(LONG)
+            else:
+                assert answers_alike(future.result(LONG), engine.run([3, token]))
+    assert recorded.groups == [3, 1, 1, 1]
+
+
 def test_requests_fail_when_the_engine_is_closed_first(bundle: MakeBundle) -> None:
     engine = Engine(bundle(), threads=1)
     with Batcher(engine, max_delay_ms=100) as batcher:
