@@ -106,6 +106,8 @@ class Tokenizer:
             self._tokenizer = Tokenizer.from_buffer(data)
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
+            if getattr(self._tokenizer.model, "dropout", None):  # it would give a text other ids at each call
+                self._tokenizer.model.dropout = None
         self.sha256 = _digest(data, *(read_file(self.folder / name) for name in (CONFIG, TOKENIZER_CONFIG)))
         self.signature = signature
 

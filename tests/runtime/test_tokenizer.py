@@ -102,6 +102,14 @@ def test_encode_ignores_truncation_and_padding_of_the_tokenizer_file(folder: Pat
     assert len(Tokenizer(folder, signature("feature-extraction")).encode("the quick brown fox jumps").ids) == 7
 
 
+def test_encode_ignores_the_dropout_of_the_tokenizer_file(folder: Path) -> None:
+    expected = Tokenizer(folder, signature("feature-extraction")).encode("the quick fox")
+    model = json.loads((folder / TOKENIZER).read_text())["model"]
+    change_tokenizer(folder, model={**model, "dropout": 0.9})
+    tokenizer = Tokenizer(folder, signature("feature-extraction"))
+    assert [tokenizer.encode("the quick fox") for _ in range(10)] == [expected] * 10
+
+
 def test_decode_leaves_special_tokens_out(folder: Path) -> None:
     tokenizer = Tokenizer(folder, signature("feature-extraction"))
     assert tokenizer.decode(tokenizer.encode("quick fox").ids) == "quick fox"
