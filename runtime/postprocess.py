@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.checks import parse_json, whole_number
-from lfx.errors import ArtifactError, InputError, one_line
-from lfx.runtime.tokenizer import CONFIG, TOKENIZER_CONFIG, Encoded, Tokenizer, failing, is_utf8, read_file
+from lfx.checks import whole_number
+from lfx.errors import ArtifactError, InputError
+from lfx.runtime.tokenizer import CONFIG, TOKENIZER_CONFIG, Encoded, Tokenizer, failing, is_utf8, json_object, read_file
 from lfx.signature import is_multi_label
 
 
@@ -136,16 +136,7 @@ def settings(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: the file cannot be read, or holds no JSON object.
     """
-    data = read_file(path)
-    if data is None:
-        return {}
-    try:
-        value = parse_json(data)
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON ({one_line(error)}); export the model again") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path} holds {type(value).__name__}, not a JSON object; export the model again")
-    return value
+    return json_object(read_file(path), path)
 
 
 def _labels(path: Path) -> tuple[dict[str, str], str | None]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-from lfx.checks import file_path, whole_number
+from lfx.checks import file_path, parse_json, whole_number
 from lfx.errors import ArtifactError, InputError, LfxError, one_line
 from lfx.manifest import MANIFEST, Manifest
 from lfx.signature import Signature
@@ -108,7 +108,9 @@ class Tokenizer:
             self._tokenizer.no_padding()
             if getattr(self._tokenizer.model, "dropout", None):  # it would give a text other ids at each call
                 self._tokenizer.model.dropout = None
-        self.sha256 = _digest(data, *(read_file(self.folder / name) for name in (CONFIG, TOKENIZER_CONFIG)))
+        config, tokenizer_config = (read_file(self.folder / name) for name in (CONFIG, TOKENIZER_CONFIG))
+        self._tokenizer.encode_special_tokens = _splits_special_tokens(tokenizer_config, self.folder / TOKENIZER_CONFIG)
+        self.sha256 = _digest(data, config, tokenizer_config)
         self.signature = signature
 
     def encode(self, text: str, pair: str | None = None) -> Encoded:
@@ -256,6 +258,36 @@ def read_file(path: Path) -> bytes | None:
         return None
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {one_line(error)}; export the model again") from error
+
+
+def json_object(data: bytes | None, path: Path) -> dict[str, Any]:
+    """Parse a file's JSON object; an empty one if the file does not exist.
+
+    Args:
+        data: content of the file, or None.
+        path: of the file, for messages.
+    Raises:
+        ArtifactError: the file holds no JSON object.
+    """
+    if data is None:
+        return {}
+    try:
+        value = parse_json(data)
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not JSON ({one_line(error)}); export the model again") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} holds {type(value).__name__}, not a JSON object; export the model again")
+    return value
+
+
+def _splits_special_tokens(data: bytes | None, path: Path) -> bool:
+    """Whether special tokens in a text are tokenized as text; transformers keeps this in the tokenizer's config."""
+    split = json_object(data, path).get("split_special_tokens")
+    if not isinstance(split, bool | None):
+        raise ArtifactError(
+            f"{path}: split_special_tokens must be true, false or null; correct it, or export the model again"
+        )
+    return bool(split)
 
 
 def _digest(*files: bytes | None) -> str:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import tokenizers
+import transformers
 
 from lfx.cli.run import run_text
 from lfx.errors import ArtifactError, InputError
@@ -108,6 +109,16 @@ def test_encode_ignores_the_dropout_of_the_tokenizer_file(folder: Path) -> None:
     change_tokenizer(folder, model={**model, "dropout": 0.9})
     tokenizer = Tokenizer(folder, signature("feature-extraction"))
     assert [tokenizer.encode("the quick fox") for _ in range(10)] == [expected] * 10
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_special_tokens_in_a_text_are_split_as_by_transformers(split: bool, folder: Path) -> None:
+    path, text = folder / "tokenizer_config.json", "the fox <mask> </s>"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "split_special_tokens": split}))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = Tokenizer(folder, replace(signature("feature-extraction"), max_seqlen=None))
+    assert tokenizer.encode(text).ids == theirs(text)["input_ids"]
+    assert (MASK in tokenizer.encode(text).ids) != split
 
 
 def test_decode_leaves_special_tokens_out(folder: Path) -> None:
@@ -446,6 +457,7 @@ ODD_CONFIGS: dict[str, tuple[str, str, str]] = {
     "NaN": ("config.json", '{"dropout": NaN}', "NaN is not JSON"),
     "a key twice": ("config.json", '{"id2label": {}, "id2label": {}}', "the key 'id2label' stands twice"),
     "deep": ("config.json", '{"a": ' + "[" * 100_000, "is not JSON"),
+    "split a number": ("tokenizer_config.json", '{"split_special_tokens": 1}', "split_special_tokens must be true"),
     "mask a number": ("tokenizer_config.json", '{"mask_token": 5}', "mask_token must be a string"),
     "mask a list": ("tokenizer_config.json", '{"mask_token": ["<mask>"]}', "mask_token must be a string"),
     "mask no content": ("tokenizer_config.json", '{"mask_token": {"lstrip": true}}', "mask_token must be a string"),
