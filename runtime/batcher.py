@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import itertools
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
@@ -25,6 +28,7 @@ from lfx.signature import Signature
 _log = logging.getLogger("lfx")
 MAX_WORKERS = 1024
 _HOUR_MS = 3_600_000
+_EXIT_WAIT_S = 60.0  # a callback that never returns must not keep the process alive
 
 
 class _Worker(threading.Thread):
@@ -112,6 +116,8 @@ class Batcher:
     A Batcher works only in the process that made it. In a forked child, `submit` raises LfxError, pending requests get
     an LfxError and `close` returns immediately; make a new Engine and a new Batcher there.
 
+    When the process ends, pending requests get an OverloadError and the batch that is being computed is completed.
+
     Args:
         engine: runs the batches. `close` does not close it.
         max_delay_ms: longest time that a request waits for others, in milliseconds, 0 to 3,600,000. 0 runs what is
@@ -154,6 +160,7 @@ class Batcher:
         self._forked = False
         self._workers: list[_Worker] = []
         forks.watch(self)
+        _batchers.add(self)
         try:
             for _ in range(workers):
                 worker = _Worker(target=self._work, name="lfx-batcher", daemon=True)
@@ -230,6 +237,23 @@ class Batcher:
             request.future.abandon(error)
         self._pending, self._running = deque(), set()
 
+    def _end(self) -> None:
+        """Fail the pending requests, and wait for the workers, when the process ends.
+
+        Python ends a daemon thread that returns from C++ code at that time by force, which aborts the process.
+        """
+        if self._forked:
+            return
+        with self._changed:
+            self._closed, lost = True, list(self._pending)
+            self._pending.clear()
+            self._changed.notify_all()
+        try:
+            self._fail(lost, OverloadError("the process ends, and with it this Batcher"))
+        finally:
+            for worker in self._workers:
+                worker.join(_EXIT_WAIT_S)
+
     def _check_process(self) -> None:
         if self._forked:
             raise LfxError(forks.made_before("Batcher"))
@@ -303,14 +327,20 @@ class Batcher:
         return group
 
     def _run(self, group: list[_Request]) -> None:
-        requests = [request for request in group if request.future.begin()]
-        if not requests:
-            return
+        if requests := [request for request in group if request.future.begin()]:
+            self._compute(requests)
+
+    def _compute(self, requests: list[_Request]) -> None:
+        """Run requests together and answer them; if that fails, run each alone, since one may be the cause."""
         try:
             results = self._engine.run_together([request.batch for request in requests])
             answers = list(zip(requests, results, strict=True))
         except BaseException as error:
-            self._fail(requests, error)
+            if len(requests) > 1 and isinstance(error, Exception):
+                for request in requests:
+                    self._compute([request])
+            else:
+                self._fail(requests, error)
             return
         now = time.monotonic()
         for request, result in answers:
@@ -330,3 +360,13 @@ class Batcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+_batchers: weakref.WeakSet[Batcher] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    for batcher in list(_batchers):
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):  # of callbacks; the other Batchers end too
+            batcher._end()

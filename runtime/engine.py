@@ -96,6 +96,8 @@ class Engine:
         declared = ([s.name for s in self.signature.inputs], [s.name for s in self.signature.outputs])
         if (sorted(self._backend.input_names), self._backend.output_names) != (sorted(declared[0]), declared[1]):
             raise ArtifactError(f"{model} has other inputs or outputs than its manifest; export it again")
+        if "input_ids" not in declared[0]:
+            raise ArtifactError(f"{model} has no input input_ids; export it again")
         self.precision = precision or self.signature.precision
         self._reopen = functools.partial(
             type(self),
@@ -160,6 +162,7 @@ class Engine:
             its sequence's own length; outputs per sequence are stacked. The caller owns all arrays.
         Raises:
             InputError: the model cannot take a length, shape, dtype, mask value or token id; or the Engine is closed.
+            ArtifactError: an output has another number of axes or rows than the signature says.
             LfxError: the Engine was made before a fork, or the backend failed.
         Source: Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
         """
@@ -244,6 +247,7 @@ class Engine:
     def _infer(self, backend: backends.Backend, feeds: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
         outputs = backend.infer(feeds)
         ids = feeds["input_ids"]
+        _check_outputs(outputs, self.signature, len(ids))
         real = int(feeds["attention_mask"].sum()) if "attention_mask" in feeds else ids.size
         self.metrics.computed(len(ids), real, ids.size - real)
         return outputs
@@ -364,6 +368,19 @@ def _check_weight_bits(path: Path, signature: Signature, provider: str) -> None:
             f"{path} has int8 weights of 8 bits, which overflow on this CPU without VNNI; quantize it again without "
             "--full-range"
         )
+
+
+def _check_outputs(outputs: Mapping[str, Any], signature: Signature, batch: int) -> None:
+    """Raise ArtifactError for an output of a batch that has another form than the signature says."""
+    for spec in signature.outputs:
+        array = outputs[spec.name]
+        is_array = isinstance(array, np.ndarray) and array.ndim == len(spec.shape)
+        if not is_array or (spec.shape[:1] == ("batch",) and len(array) != batch):
+            shape = f"shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+            raise ArtifactError(
+                f"output {spec.name} of a batch of {batch} has {shape} where the model's signature says "
+                f"({', '.join(map(str, spec.shape))}); export the model again"
+            )
 
 
 def _checked_path(path: Any) -> Path:

@@ -132,7 +132,8 @@ class PlanManifest:
             ArtifactError: the plan was truncated, changed or exchanged.
         """
         try:
-            size, digest = plan.stat().st_size, sha256(plan)
+            size = plan.stat().st_size
+            digest = sha256(plan, size)
         except OSError as error:
             raise ArtifactError(f"{plan} cannot be read: {error.strerror}; {_CURE}") from error
         if size != self.plan["bytes"]:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.checks import parse_json, whole_number
-from lfx.errors import ArtifactError, InputError, one_line
-from lfx.runtime.tokenizer import CONFIG, TOKENIZER_CONFIG, Encoded, Tokenizer, failing, is_utf8, read_file
+from lfx.checks import whole_number
+from lfx.errors import ArtifactError, InputError
+from lfx.runtime.tokenizer import CONFIG, TOKENIZER_CONFIG, Encoded, Tokenizer, failing, is_utf8, json_object, read_file
 from lfx.signature import is_multi_label
 
 
@@ -121,14 +121,13 @@ class Postprocessor:
             return {"answer": "", "score": 0.0}
         # The last token is a separator.
         start_scores, end_scores = _softmax(start[first:-1]), _softmax(end[first:-1])
-        span, score = (0, 0), -1.0
-        for i in np.argsort(-start_scores)[:20]:
-            candidates = end_scores[i : i + max_length]
-            j = int(candidates.argmax())
-            if start_scores[i] * candidates[j] > score:
-                span, score = (int(i), int(i) + j), float(start_scores[i] * candidates[j])
-        ids = encoded.ids[first + span[0] : first + span[1] + 1]
-        return {"answer": self._tokenizer.decode(ids), "score": score}
+        # Row i has the ends of the spans that start at i; ends past the document score 0.
+        padded = np.concatenate([end_scores, np.zeros(max_length - 1, end_scores.dtype)])
+        lengths = np.lib.stride_tricks.sliding_window_view(padded, max_length).argmax(axis=-1)
+        scores = start_scores * padded[np.arange(len(lengths)) + lengths]
+        best = int(scores.argmax())
+        ids = encoded.ids[first + best : first + best + int(lengths[best]) + 1]
+        return {"answer": self._tokenizer.decode(ids), "score": float(scores[best])}
 
 
 def settings(path: Path) -> dict[str, Any]:
@@ -137,16 +136,7 @@ def settings(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: the file cannot be read, or holds no JSON object.
     """
-    data = read_file(path)
-    if data is None:
-        return {}
-    try:
-        value = parse_json(data)
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON ({one_line(error)}); export the model again") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path} holds {type(value).__name__}, not a JSON object; export the model again")
-    return value
+    return json_object(read_file(path), path)
 
 
 def _labels(path: Path) -> tuple[dict[str, str], str | None]:

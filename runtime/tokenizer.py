@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-from lfx.checks import file_path, whole_number
+from lfx.checks import file_path, parse_json, whole_number
 from lfx.errors import ArtifactError, InputError, LfxError, one_line
+from lfx.manifest import MANIFEST, Manifest
 from lfx.signature import Signature
 
 TOKENIZER, CONFIG, TOKENIZER_CONFIG = "tokenizer.json", "config.json", "tokenizer_config.json"
 END_TO_END = 0  # stride of windows without overlap: each begins at the end of the one before it
 MAX_FILE_BYTES = 1 << 29  # of a tokenizer or a config; the largest known tokenizers have a tenth of that
+
+MAX_CHARACTERS = 5_000_000  # of a text and its pair; the tokenizers library takes 200 bytes of memory for each
 
 
 @dataclass(frozen=True)
@@ -72,21 +76,25 @@ class Tokenizer:
     Args:
         folder: a bundle that `lfx export` wrote, or another folder with a tokenizer.json.
         signature: of the model that takes the ids.
+        unlisted: whether to read the files of a bundle even if its lfx.json does not list them. Default: False.
     Attributes:
         folder, signature: the arguments.
         sha256: one digest of the files that decide ids and answers: tokenizer.json, config.json and
             tokenizer_config.json.
     Raises:
-        ArtifactError: the folder has no tokenizer, or the tokenizer is broken.
+        ArtifactError: the folder has no tokenizer, the tokenizer is broken, or the folder is a bundle with a file of
+            these three that its lfx.json does not list.
         InputError: `signature` is no Signature.
     """
 
-    def __init__(self, folder: Path, signature: Signature) -> None:
+    def __init__(self, folder: Path, signature: Signature, *, unlisted: bool = False) -> None:
         from tokenizers import Tokenizer
 
         if not isinstance(signature, Signature):
             raise InputError(f"signature is {type(signature).__name__}; give the signature of an Engine")
         self.folder = file_path(folder, "the tokenizer's folder", ArtifactError)
+        if not unlisted:
+            _refuse_unlisted(self.folder)
         path = self.folder / TOKENIZER
         data = read_file(path)
         if data is None:
@@ -98,7 +106,11 @@ class Tokenizer:
             self._tokenizer = Tokenizer.from_buffer(data)
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
-        self.sha256 = _digest(data, *(read_file(self.folder / name) for name in (CONFIG, TOKENIZER_CONFIG)))
+            if getattr(self._tokenizer.model, "dropout", None):  # it would give a text other ids at each call
+                self._tokenizer.model.dropout = None
+        config, tokenizer_config = (read_file(self.folder / name) for name in (CONFIG, TOKENIZER_CONFIG))
+        self._tokenizer.encode_special_tokens = _splits_special_tokens(tokenizer_config, self.folder / TOKENIZER_CONFIG)
+        self.sha256 = _digest(data, config, tokenizer_config)
         self.signature = signature
 
     def encode(self, text: str, pair: str | None = None) -> Encoded:
@@ -110,8 +122,8 @@ class Tokenizer:
         Returns:
             The ids and pieces, 1 to max_seqlen tokens; a longer text is an error and is never truncated.
         Raises:
-            InputError: an argument is no text, the tokenizer fails on it or has no tokens for it, or it has more tokens
-                than the model takes.
+            InputError: an argument is no text, the tokenizer fails on it or has no tokens for it, it has more tokens
+                than the model takes, or more than 5,000,000 characters.
         """
         encoded, _ = self._tokenize(text, pair)
         limit = self.signature.max_seqlen
@@ -196,9 +208,26 @@ class Tokenizer:
         return index
 
 
+def _refuse_unlisted(folder: Path) -> None:
+    """Raise ArtifactError if the folder is a bundle and has a file of a tokenizer that its manifest does not list."""
+    if not os.path.lexists(folder / MANIFEST):
+        return
+    listed = Manifest.read(folder).files
+    for name in (TOKENIZER, CONFIG, TOKENIZER_CONFIG):
+        if name not in listed and os.path.lexists(folder / name):
+            raise ArtifactError(
+                f"{folder / name} is not listed in {MANIFEST}, so nothing says what it is; remove it, or name the "
+                "folder with --tokenizer"
+            )
+
+
 def _check_text(text: Any, pair: Any) -> None:
     if not isinstance(text, str) or not isinstance(pair, str | None):
         raise InputError(f"text and pair are {type(text).__name__} and {type(pair).__name__}; give strings")
+    if (length := len(text) + len(pair or "")) > MAX_CHARACTERS:
+        raise InputError(
+            f"the text has {length:,} characters, above the {MAX_CHARACTERS:,} that are tokenized at a time; split it"
+        )
     if not (is_utf8(text) and is_utf8(pair or "")):
         raise InputError("the text is not UTF-8; convert it first")
 
@@ -223,11 +252,42 @@ def read_file(path: Path) -> bytes | None:
                 f"{path} has {status.st_size:,} bytes, above the {MAX_FILE_BYTES:,} that lfx reads; export the "
                 "model again"
             )
-        return path.read_bytes()
+        with path.open("rb") as file:  # no more than its size, since a file of /proc may have no end
+            return file.read(status.st_size)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {one_line(error)}; export the model again") from error
+
+
+def json_object(data: bytes | None, path: Path) -> dict[str, Any]:
+    """Parse a file's JSON object; an empty one if the file does not exist.
+
+    Args:
+        data: content of the file, or None.
+        path: of the file, for messages.
+    Raises:
+        ArtifactError: the file holds no JSON object.
+    """
+    if data is None:
+        return {}
+    try:
+        value = parse_json(data)
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not JSON ({one_line(error)}); export the model again") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} holds {type(value).__name__}, not a JSON object; export the model again")
+    return value
+
+
+def _splits_special_tokens(data: bytes | None, path: Path) -> bool:
+    """Whether special tokens in a text are tokenized as text; transformers keeps this in the tokenizer's config."""
+    split = json_object(data, path).get("split_special_tokens")
+    if not isinstance(split, bool | None):
+        raise ArtifactError(
+            f"{path}: split_special_tokens must be true, false or null; correct it, or export the model again"
+        )
+    return bool(split)
 
 
 def _digest(*files: bytes | None) -> str:

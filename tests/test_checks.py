@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lfx.checks import parse_json
+from lfx.checks import NUMBER, check_shape, parse_json
 
 
 def test_the_last_of_many_keys_that_stands_twice_is_named() -> None:
@@ -19,3 +19,11 @@ def test_a_key_of_any_length_and_content_is_one_short_line() -> None:
         parse_json('{"%s": 1, "%s": 2}' % (("a\\n" * 10_000,) * 2))
     assert len(str(caught.value)) < 120
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["1e999", "-1e999", "1" + "0" * 400], ids=["inf", "-inf", "a long int"])
+def test_a_number_that_no_float_holds_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"the file: error is broken: .* where a finite number should be"):
+        check_shape(parse_json(f'{{"error": {text}}}'), {"error": NUMBER}, "the file")
+    check_shape(parse_json('{"error": 1e308}'), {"error": NUMBER}, "the file")
+    check_shape(parse_json('{"error": 0}'), {"error": NUMBER}, "the file")

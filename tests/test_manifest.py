@@ -13,7 +13,7 @@ import pytest
 import transformers
 
 from lfx.errors import ArtifactError
-from lfx.manifest import FORMAT_VERSION, MANIFEST, MODEL, WEIGHTS, Manifest, sealed
+from lfx.manifest import FORMAT_VERSION, MANIFEST, MODEL, WEIGHTS, Manifest, sealed, sha256
 from lfx.signature import GRAPH_INPUTS, TASKS, Signature, TensorSpec
 
 SIGNATURE = Signature(
@@ -211,6 +211,51 @@ def test_a_bundle_of_links_as_in_a_hub_cache_verifies(bundle_folder: Path, tmp_p
         if path.is_file():
             (linked / path.relative_to(bundle_folder)).symlink_to(path)
     Manifest.read(linked).verify(linked)
+
+
+ENDLESS = Path("/proc/self/pagemap")  # a regular file of size 0 from which 256 GB can be read
+
+
+@pytest.mark.skipif(not ENDLESS.is_file(), reason="no /proc")
+def test_no_more_of_a_file_is_read_than_its_size(bundle_folder: Path) -> None:
+    (bundle_folder / "extra" / "vocab.txt").unlink()
+    (bundle_folder / "extra" / "vocab.txt").symlink_to(ENDLESS)
+    files = Manifest.read(bundle_folder).files
+    entry = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    Manifest.read(edit(bundle_folder, files={**files, "extra/vocab.txt": entry})).verify(bundle_folder)
+    (bundle_folder / MANIFEST).unlink()
+    (bundle_folder / MANIFEST).symlink_to(ENDLESS)
+    with pytest.raises(ArtifactError, match=r"lfx\.json cannot be read"):
+        Manifest.read(bundle_folder)
+
+
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 300])
+def test_the_digest_of_the_start_of_a_file(size: int, bundle_folder: Path) -> None:
+    expected = hashlib.sha256(bytes(range(256))[:size]).hexdigest()
+    assert sha256(bundle_folder / WEIGHTS, size) == expected
+
+
+@pytest.mark.parametrize("name", [f"./{WEIGHTS}", f".//./{WEIGHTS}", "extra//vocab.txt", "extra/./vocab.txt"])
+def test_a_second_name_of_a_listed_file_is_refused(name: str, bundle_folder: Path) -> None:
+    files = Manifest.read(bundle_folder).files
+    entry = files[str(Path(name))]
+    manifest = Manifest.read(edit(bundle_folder, files={**files, name: entry}))
+    with pytest.raises(ArtifactError, match="write the path without"):
+        manifest.verify(bundle_folder)
+
+
+def test_a_file_that_many_names_link_to_is_hashed_once(
+    bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "large").write_bytes(bytes(100))
+    for i in range(20):
+        (bundle_folder / f"link{i}").symlink_to(tmp_path / "large")
+    MANIFEST_VALUE.write(bundle_folder)
+    hashed: list[Path] = []
+    monkeypatch.setattr("lfx.manifest.sha256", lambda path, size: hashed.append(path) or sha256(path, size))
+    listed = Manifest.read(bundle_folder).verify(bundle_folder)
+    assert len(listed) == 23
+    assert len(hashed) == 4
 
 
 @pytest.mark.parametrize(("old", "new"), [("question-answering", "fill-mask"), ("4096", "4097"), ("1e-06", "1e-03")])

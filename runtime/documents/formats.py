@@ -17,7 +17,8 @@ from lfx.signature import TensorSpec
 SUFFIXES = (".jsonl", ".ndjson", ".parquet")  # in lower or upper case
 FIELDS = ("text", "pair", "input_ids", "id")
 _MAX_LINE_BYTES = 50_000_000
-_BATCH_ROWS = 256  # rows of a Parquet file that are read at a time
+# Limits of what is read of a Parquet file at a time; a file of kilobytes may hold rows of millions of values.
+_BATCH_ROWS, _BATCH_VALUES = 256, 2_000_000
 _STRING_TYPES = ("string", "large_string")  # types of Parquet columns
 _GROUP_BYTES = 1 << 24  # JSON bytes of the rows of one Parquet row group
 _NUMBERS = {"score": "float64", "position": "int64", "choice": "int64"}  # fields of answers that are not strings
@@ -137,7 +138,7 @@ def _parquet_documents(source: Path, start: int) -> Iterator[tuple[int, Any]]:
     file = _open_parquet(source, [column.name for column in columns if str(column.type) in _STRING_TYPES])
     number = 0
     try:
-        for batch in file.iter_batches(_BATCH_ROWS, columns=[column.name for column in columns]):
+        for batch in file.iter_batches(_batch_rows(file.metadata), columns=[column.name for column in columns]):
             for i in range(batch.num_rows):
                 number += 1
                 if number > start:
@@ -146,6 +147,16 @@ def _parquet_documents(source: Path, start: int) -> Iterator[tuple[int, Any]]:
         raise
     except Exception as error:
         raise InputError(f"{source} cannot be read as Parquet: {one_line(error)}") from error
+
+
+def _batch_rows(metadata: Any) -> int:
+    """Number of rows to read at a time, by the row group with the most values in a row."""
+    rows = _BATCH_ROWS
+    columns = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] in FIELDS]
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for values in (group.column(i).num_values for i in columns):
+            rows = min(rows, _BATCH_VALUES * group.num_rows // max(values, 1))
+    return max(rows, 1)
 
 
 def _parquet_document(batch: Any, index: int) -> Any:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from lfx.checks import parse_json
-from lfx.errors import InputError, one_line
+from lfx.errors import InputError, LfxError, one_line
 from lfx.files import is_at, open_journal, try_lock
 
 _MARKER = b'{"chunk":'  # the start of a marker; a row starts with {"line":
@@ -74,8 +74,8 @@ class Journal:
         self.documents = self.refused = 0
         self._file.seek(0)
         self._file.truncate(0)
-        self._digest = hashlib.sha256(self._header)
-        self._file.write(self._header)
+        self._digest, self._size = hashlib.sha256(), 0
+        self._write(self._header)
 
     def _keep_complete_chunks(self) -> None:
         """Count the complete chunks at the start of the journal, and truncate the file after them."""
@@ -99,6 +99,7 @@ class Journal:
                 self._digest, end = digest.copy(), position
         self._file.seek(end)
         self._file.truncate(end)
+        self._size = end
 
     def _counts(self, line: bytes, digest: str) -> tuple[int, int] | None:
         """The numbers of documents and of refused ones in a marker; None if `end_chunk` did not write it."""
@@ -121,16 +122,36 @@ class Journal:
         Args:
             done: number of documents of the chunk, 1 to `chunk`.
             refused: number of these that were refused.
+        Raises:
+            LfxError: another process wrote to the file, which is possible on a file system without locks.
         """
         self._write(_marker(done, refused, self._digest.hexdigest()))
         self._file.flush()
         os.fsync(self._file.fileno())
+        if os.fstat(self._file.fileno()).st_size != self._size:
+            raise self._disturbed()
         self.documents, self.refused = self.documents + done, self.refused + refused
 
     def rows(self) -> Iterator[bytes]:
-        """Iterate over the lines of all rows, from the first."""
+        """Iterate over the lines of all rows, from the first.
+
+        Raises:
+            LfxError: another process wrote to the file; raised after the last row.
+        """
+        digest = hashlib.sha256(self._header)
         self._file.seek(len(self._header))
-        return (line for line in self._file if not line.startswith(_MARKER))
+        for line in self._file:
+            digest.update(line)
+            if not line.startswith(_MARKER):
+                yield line
+        if digest.digest() != self._digest.digest():
+            raise self._disturbed()
+
+    def _disturbed(self) -> LfxError:
+        return LfxError(
+            f"another process wrote to {self.path}, the journal of this run; wait for it, and give the same command "
+            "again: it resumes after the last chunk that is whole"
+        )
 
     def remove(self) -> None:
         """Delete the journal; nothing may be written afterwards."""
@@ -138,6 +159,7 @@ class Journal:
 
     def _write(self, line: bytes) -> None:
         self._digest.update(line)
+        self._size += len(line)
         self._file.write(line)
 
     def __enter__(self) -> Journal:

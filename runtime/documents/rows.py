@@ -20,6 +20,7 @@ from lfx.signature import Signature, TensorSpec
 
 # Limit of the bytes of outputs per token in one group of windows; a fill-mask model has 200 kB for each token.
 OUTPUT_BYTES = 1 << 30
+_MAX_ID_BYTES = 10_000  # of JSON; an id is copied to each row of its document
 
 Outputs = dict[str, NDArray[Any]]
 
@@ -212,12 +213,14 @@ def _checked_id(value: Any) -> Any:
     """Return the id of a document.
 
     Raises:
-        InputError: JSON cannot represent it.
+        InputError: JSON cannot represent it, or it has more than 10,000 bytes of JSON.
     """
     try:
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"id is {type(value).__name__}, which JSON cannot hold: {one_line(error, 80)}") from error
+    if len(text) > _MAX_ID_BYTES:
+        raise InputError(f"id has {len(text):,} bytes as JSON, above the {_MAX_ID_BYTES:,} allowed; shorten it")
     return value
 
 

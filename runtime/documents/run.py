@@ -48,8 +48,8 @@ def run_documents(
 ) -> Summary:
     """Run each document of a file, and write one row for each document or window.
 
-    A document is an object with `text`, and `pair` if the task takes one, or with `input_ids`. Its `id` is copied to
-    its rows; other fields are ignored.
+    A document is an object with `text`, and `pair` if the task takes one, or with `input_ids`. Its `id`, of at most
+    10,000 bytes as JSON, is copied to its rows; other fields are ignored.
 
     A row has `line` (the document's number in the input, from 1), `id`, `window` (from 0, with a stride only), `tokens`
     (number of tokens), `answers` (if there is a tokenizer and the task has answers) and `outputs` (the outputs without
@@ -75,7 +75,8 @@ def run_documents(
         InputError: an argument is out of range, a file cannot be read or written or has another suffix, or the input
             changed during the run.
         DependencyError: a file is Parquet and pyarrow is not installed.
-        LfxError: the engine cannot run any input. Completed chunks are kept, and the next run resumes after them.
+        LfxError: the engine cannot run any input, or another process wrote to the journal. Completed chunks are kept,
+            and the next run resumes after them.
     """
     if not isinstance(engine, Engine) or not isinstance(tokenizer, Tokenizer | None):
         raise InputError(
@@ -154,7 +155,7 @@ def encoded(source: Path, signature: Signature, folder: Path) -> Iterator[Encode
         documents = read_documents(source)
     else:
         try:
-            documents = iter([(1, {"text": source.read_text(encoding="utf-8")})])
+            documents = iter([(1, {"text": source.read_text(encoding="utf-8-sig")})])
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{source} cannot be read as UTF-8 text: {error}") from error
     for line, document in documents:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from lfx.errors import InputError, LfxError
 
-# Types of JSON values; see `check_shape`. A COUNT may be null.
+# Types of JSON values; see `check_shape`. A NUMBER is finite as a float; a COUNT may be null.
 NUMBER, COUNT = (int, float), (int, NoneType)
 LARGEST = 2**63 - 1  # default upper limit of whole numbers: the largest int64
 _MAX_DEPTH = 100  # levels of nested JSON, far below Python's recursion limit
@@ -144,7 +144,7 @@ def check_shape(value: Any, shape: Any, name: str) -> None:
             an object, which may have other keys too. A key that ends with "?" is optional; "*" stands for all keys.
         name: of the value, for the message.
     Raises:
-        ValueError: a value has another type or a key is missing; the message names it.
+        ValueError: a value has another type, a number is not finite or a key is missing; the message names it.
     """
     if isinstance(shape, dict):
         _require_type(value, (dict,), name)
@@ -169,6 +169,15 @@ def _require_type(value: Any, types: tuple[type, ...], name: str) -> None:
     if type(value) not in types:  # isinstance would take a bool for an int
         names = " or ".join("null" if allowed is NoneType else allowed.__name__ for allowed in types)
         raise ValueError(f"{name} is broken: {type(value).__name__} where {names} should be")
+    if float in types and not _is_finite(value):
+        raise ValueError(f"{name} is broken: {shown(value)} where a finite number should be")
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an int may be too large for a float
+        return False
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:

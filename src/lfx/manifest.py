@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,7 @@ WEIGHTS = "model.onnx.data"
 # The key of the digest of all other fields.
 _DIGEST = "manifest_sha256"
 MAX_JSON_BYTES = 64_000_000
+_PART_BYTES = 1 << 20  # of a file that are hashed at a time
 _CURE = "export the model again"
 # The fields of a manifest besides the signature's; see `lfx.checks.check_shape`. A measured error is a number and never
 # null: the export fails when an error is not finite.
@@ -138,10 +140,13 @@ class Manifest:
         """
         if MODEL not in self.files:
             raise ArtifactError(f"{bundle / MANIFEST} lists no {MODEL}; export the model again")
-        return {name: self._verified(bundle.resolve(), name, entry) for name, entry in self.files.items()}
+        digests: dict[Path, str] = {}  # many names may be links to one large file
+        return {name: self._verified(bundle.resolve(), name, entry, digests) for name, entry in self.files.items()}
 
-    def _verified(self, bundle: Path, name: str, entry: Mapping[str, Any]) -> Path:
+    def _verified(self, bundle: Path, name: str, entry: Mapping[str, Any], digests: dict[Path, str]) -> Path:
         path = bundle / name
+        if str(PurePosixPath(name)) != name:
+            raise ArtifactError(f"{bundle / MANIFEST} names {shown(name)}; write the path without '.' and empty parts")
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ArtifactError(f"{bundle / MANIFEST} names {name!r}, which is outside the bundle")
         try:
@@ -159,10 +164,11 @@ class Manifest:
                 f"{path} has {size} bytes where {MANIFEST} says {entry['bytes']}; export the model again"
             )
         try:
-            digest = sha256(file)
+            if file not in digests:
+                digests[file] = sha256(file, size)
         except OSError as error:
             raise ArtifactError(f"{path} cannot be read: {error.strerror}; make it readable") from error
-        if digest != entry["sha256"]:
+        if digests[file] != entry["sha256"]:
             raise ArtifactError(f"{path} was changed after the export (sha256 differs); export the model again")
         return file
 
@@ -199,7 +205,7 @@ def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_limited(path: Path, max_bytes: int, cure: str) -> bytes:
-    """Read a file of at most `max_bytes`.
+    """Read a file of at most `max_bytes`; no more than its size, since a file of /proc may have no end.
 
     Args:
         cure: what to do about a broken file; the end of the message.
@@ -208,7 +214,7 @@ def read_limited(path: Path, max_bytes: int, cure: str) -> bytes:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
+            content = file.read(min(os.fstat(file.fileno()).st_size, max_bytes + 1))
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}; {cure}") from error
     if len(content) > max_bytes:
@@ -250,11 +256,17 @@ def parse_sealed(
     return data, signature
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file.
+def sha256(path: Path, size: int | None = None) -> str:
+    """Hex digest of a file, or of its first `size` bytes: a file of /proc has size 0 and may have no end.
 
     Raises:
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if size is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while size > 0 and (part := file.read(min(size, _PART_BYTES))):
+            digest.update(part)
+            size -= len(part)
+        return digest.hexdigest()

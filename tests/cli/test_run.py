@@ -13,6 +13,7 @@ import pytest
 from lfx.cli.run import _save, _text_folder, run_text
 from lfx.errors import InputError
 from lfx.runtime import Engine
+from lfx.runtime.documents import encoded
 from tests.conftest import MakeBundle, SmallDisk
 
 
@@ -74,8 +75,22 @@ def test_the_bundle_of_a_plan_is_looked_for_beside_it_alone(tmp_path: Path) -> N
 
 
 def test_a_text_without_end_is_refused(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("lfx.cli.run._LARGEST_TEXT", 10)
+    monkeypatch.setattr("lfx.runtime.tokenizer.MAX_CHARACTERS", 10)
     (tmp_path / "text.txt").write_text("the fox " * 2)
     folder = bundle("text-classification")
     with Engine(folder, threads=1) as engine, pytest.raises(InputError, match=r"more than 10 characters.*\.jsonl file"):
         run_text(engine, folder, None, (), tmp_path / "text.txt", None, tokenizer=None, as_json=True)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(
+    bundle: MakeBundle, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = bundle("text-classification")
+    printed = []
+    with Engine(folder, threads=1) as engine:
+        for encoding in ("utf-8", "utf-8-sig"):
+            (tmp_path / "text.txt").write_text("the fox", encoding=encoding)
+            run_text(engine, folder, None, (), tmp_path / "text.txt", None, tokenizer=None, as_json=True)
+            windows = encoded(tmp_path / "text.txt", engine.signature, folder)
+            printed.append((capsys.readouterr().out, [window.ids for window in windows]))
+    assert printed[0] == printed[1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -171,6 +173,28 @@ def test_an_error_of_the_backend_reaches_all_requests_of_its_batch_and_no_other(
                 future.result(LONG)
         recorded.fails = None
         assert batcher.submit([3, 4]).result(LONG)
+
+
+def test_a_request_that_the_backend_fails_on_does_not_fail_the_others_of_its_batch(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(feeds: dict[str, Any]) -> Any:
+        if (feeds["input_ids"] == 9).any():
+            raise LfxError("id 9 is outside a table of the model")
+        return infer(feeds)
+
+    infer = engine._backend.infer  # type: ignore[union-attr]
+    monkeypatch.setattr(engine._backend, "infer", fail)
+    recorded = Recorded(engine)
+    with Batcher(recorded, max_delay_ms=300) as batcher:  # type: ignore[arg-type]
+        futures = [batcher.submit([3, token]) for token in (4, 9, 5)]
+        for future, token in zip(futures, (4, 9, 5), strict=True):
+            if token == 9:
+                with pytest.raises(LfxError, match="outside a table"):
+                    future.result(LONG)
+            else:
+                assert answers_alike(future.result(LONG), engine.run([3, token]))
+    assert recorded.groups == [3, 1, 1, 1]
 
 
 def test_requests_fail_when_the_engine_is_closed_first(bundle: MakeBundle) -> None:
@@ -451,3 +475,32 @@ def test_batchers_that_close_each_other_from_callbacks_both_stop(engine: Engine)
         with batcher._changed:
             batcher._changed.notify_all()
     assert all(event.wait(LONG) for event in closed)
+
+
+def test_a_process_that_ends_completes_the_batch_and_fails_pending_requests(bundle: MakeBundle) -> None:
+    program = """
+import sys, threading, time
+from lfx.runtime import Batcher, Engine
+
+class Slow:
+    def __init__(self, engine):
+        self.engine, self.entered = engine, threading.Event()
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+    def run_together(self, requests):
+        self.entered.set()
+        time.sleep(1)
+        return self.engine.run_together(requests)
+
+engine = Slow(Engine(sys.argv[1], threads=1))
+batcher = Batcher(engine, max_delay_ms=0)
+def show(name):
+    return lambda future: print(name, type(future.exception()).__name__, flush=True)
+batcher.submit([3, 4]).add_done_callback(show("running"))
+engine.entered.wait()
+batcher.submit([3, 4]).add_done_callback(show("pending"))
+sys.exit(3)
+"""
+    ended = subprocess.run([sys.executable, "-c", program, bundle()], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (3, "")
+    assert ended.stdout.splitlines() == ["pending OverloadError", "running NoneType"]

@@ -24,6 +24,7 @@ from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
 from lfx.manifest import MANIFEST, MODEL, WEIGHTS, sealed
 from lfx.runtime import Batcher, Engine, backends
 from lfx.runtime.backends.onnxruntime import SLOWER_ON_CPU
+from lfx.signature import Signature, TensorSpec
 from tests.conftest import MakeBundle
 from tests.models import VOCAB_SIZE, tiny_model
 
@@ -661,3 +662,54 @@ def test_int8_overflows_on_x86_without_vnni(
     assert machine.int8_overflows() is overflows
     monkeypatch.setattr(machine.platform, "machine", lambda: "aarch64")
     assert not machine.int8_overflows()
+
+
+def odd_model(path: Path, nodes: str, inputs: tuple[str, ...] = ("input_ids", "attention_mask")) -> Path:
+    """Write an ONNX file whose `logits` are not what its signature says: (batch, sequence)."""
+    declared = ", ".join(f"int64[batch, sequence] {name}" for name in inputs)
+    model = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["": 17]> g ({declared}) => (float[] logits) {{ {nodes} }}'
+    )
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    signature = Signature(
+        architecture="Odd",
+        task="feature-extraction",
+        precision="fp32",
+        inputs=tuple(TensorSpec(name, "int64", ("batch", "sequence")) for name in inputs),
+        outputs=(TensorSpec("logits", "float32", ("batch", "sequence")),),
+        attention_windows=(4,),
+    )
+    model.metadata_props.add(key="lfx", value=json.dumps(signature.to_dict()))
+    onnx.save(model, path)
+    return path
+
+
+ODD_MODELS = {
+    "no axes": "f = Cast<to: int = 1>(input_ids) logits = ReduceSum<keepdims: int = 0>(f)",
+    "one row": "f = Cast<to: int = 1>(input_ids) logits = ReduceMean<axes: ints = [0]>(f)",
+    "one axis": "f = Cast<to: int = 1>(input_ids) logits = ReduceMean<axes: ints = [1], keepdims: int = 0>(f)",
+}
+
+
+@pytest.mark.parametrize("name", ODD_MODELS)
+def test_outputs_that_are_not_what_the_signature_says_are_refused(name: str, tmp_path: Path) -> None:
+    with Engine(odd_model(tmp_path / "odd.onnx", ODD_MODELS[name])) as engine:
+        reason = r"output logits of a batch of 2 has shape .* where the model's signature says \(batch, sequence\)"
+        for run in (engine.run, lambda ids: list(engine.stream(ids))):
+            with pytest.raises(ArtifactError, match=reason):
+                run([[5, 6], [7]])
+        with pytest.raises(ArtifactError, match=reason):
+            engine.run([[5, 6], [7, 8]])
+
+
+def test_an_output_that_is_no_array_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = engine.run([5, 6])
+    monkeypatch.setattr(engine._backend, "infer", lambda feeds: {**outputs, "pooler_output": [1.0]})
+    with pytest.raises(ArtifactError, match="output pooler_output of a batch of 1 has list"):
+        engine.run([5, 6])
+
+
+def test_a_model_without_input_ids_is_refused(tmp_path: Path) -> None:
+    model = odd_model(tmp_path / "odd.onnx", "logits = Cast<to: int = 1>(attention_mask)", ("attention_mask",))
+    with pytest.raises(ArtifactError, match="has no input input_ids"):
+        Engine(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,11 +12,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import tokenizers
+import transformers
 
+from lfx.cli.run import run_text
 from lfx.errors import ArtifactError, InputError
+from lfx.manifest import MANIFEST, sealed
 from lfx.runtime import Engine
 from lfx.runtime.postprocess import Postprocessor
-from lfx.runtime.tokenizer import MAX_FILE_BYTES, TOKENIZER, Encoded, Tokenizer
+from lfx.runtime.tokenizer import MAX_CHARACTERS, MAX_FILE_BYTES, TOKENIZER, Encoded, Tokenizer, read_file
 from lfx.signature import GRAPH_INPUTS, Signature, TensorSpec
 from tests.conftest import MakeBundle
 from tests.models import tiny_tokenizer
@@ -99,6 +103,24 @@ def test_encode_ignores_truncation_and_padding_of_the_tokenizer_file(folder: Pat
     assert len(Tokenizer(folder, signature("feature-extraction")).encode("the quick brown fox jumps").ids) == 7
 
 
+def test_encode_ignores_the_dropout_of_the_tokenizer_file(folder: Path) -> None:
+    expected = Tokenizer(folder, signature("feature-extraction")).encode("the quick fox")
+    model = json.loads((folder / TOKENIZER).read_text())["model"]
+    change_tokenizer(folder, model={**model, "dropout": 0.9})
+    tokenizer = Tokenizer(folder, signature("feature-extraction"))
+    assert [tokenizer.encode("the quick fox") for _ in range(10)] == [expected] * 10
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_special_tokens_in_a_text_are_split_as_by_transformers(split: bool, folder: Path) -> None:
+    path, text = folder / "tokenizer_config.json", "the fox <mask> </s>"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "split_special_tokens": split}))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = Tokenizer(folder, replace(signature("feature-extraction"), max_seqlen=None))
+    assert tokenizer.encode(text).ids == theirs(text)["input_ids"]
+    assert (MASK in tokenizer.encode(text).ids) != split
+
+
 def test_decode_leaves_special_tokens_out(folder: Path) -> None:
     tokenizer = Tokenizer(folder, signature("feature-extraction"))
     assert tokenizer.decode(tokenizer.encode("quick fox").ids) == "quick fox"
@@ -108,6 +130,22 @@ def test_a_bundle_without_tokenizer_is_an_artifact_error(folder: Path) -> None:
     (folder / TOKENIZER).unlink()
     with pytest.raises(ArtifactError, match=rf"has no {TOKENIZER}.*give ids to Engine.run"):
         Tokenizer(folder, signature("fill-mask"))
+
+
+def test_files_that_the_manifest_does_not_list_are_read_on_request(bundle: MakeBundle, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle("text-classification"), tmp_path / "bundle")
+    Tokenizer(copy, signature("text-classification"))
+    manifest = json.loads((copy / MANIFEST).read_text())
+    del manifest["files"]["config.json"]
+    (copy / MANIFEST).write_text(json.dumps(sealed(manifest)))
+    with pytest.raises(ArtifactError, match=r"config\.json is not listed in lfx\.json.*--tokenizer"):
+        Tokenizer(copy, signature("text-classification"))
+    with Engine(copy, threads=1) as engine, pytest.raises(ArtifactError, match="is not listed"):
+        run_text(engine, copy, "the fox", (), None, None, tokenizer=None, as_json=True)
+    with Engine(copy, threads=1) as engine:
+        run_text(engine, copy, "the fox", (), None, None, tokenizer=copy, as_json=True)
+    (copy / MANIFEST).unlink()  # a folder without a manifest is a lone tokenizer
+    Tokenizer(copy, signature("text-classification"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "fox", "{}", "[1]"])
@@ -252,6 +290,21 @@ def test_the_best_span_is_the_best_of_all_pairs_of_start_and_end(folder: Path) -
         assert answer["score"] == pytest.approx(scores[first, last], rel=1e-4)
 
 
+def test_the_best_span_need_not_start_at_one_of_the_best_starts(folder: Path) -> None:
+    tokenizer = Tokenizer(folder, replace(signature("question-answering"), max_seqlen=None))
+    encoded = tokenizer.encode("the fox", "quick brown lazy dog " * 100)
+    first, count = 5, 400
+    start, end = np.random.default_rng(1).normal(size=(2, first + count + 1)).astype(np.float32)
+    start[first : first + 50] = 6.0  # likelier than the best span's start, with unlikely ends
+    start[first + 399], end[first + 399] = 5.5, 9.0
+    starts, ends = softmax(start[first:-1]), softmax(end[first:-1])
+    scores = {(i, j): starts[i] * ends[j] for i in range(count) for j in range(i, min(i + 30, count))}
+    i, j = max(scores, key=lambda span: scores[span])
+    assert (i, j) == (399, 399)
+    [answer] = Postprocessor(tokenizer).answers(encoded, {"start_logits": start[None], "end_logits": end[None]})
+    assert answer == {"answer": "dog", "score": pytest.approx(scores[i, j], rel=1e-4)}
+
+
 POST_PROCESSORS: dict[str, dict[str, Any] | None] = {
     "template": None,  # the post-processor of the tiny tokenizer
     "roberta": {
@@ -335,6 +388,18 @@ def test_a_post_processor_that_repeats_the_text_is_refused(folder: Path) -> None
         Tokenizer(folder, signature("feature-extraction")).windows("fox " * 50, None, 1)
 
 
+def test_a_text_that_takes_gigabytes_is_refused_before_it_is_tokenized(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Tokenizer(folder, replace(signature("feature-extraction"), max_seqlen=None))
+    assert tokenizer.encode("a" * 10, "b" * 10)
+    monkeypatch.setattr(tokenizer, "_tokenizer", None)
+    for text, pair in (("a" * (MAX_CHARACTERS + 1), None), ("a", "b" * MAX_CHARACTERS)):
+        for call in (tokenizer.encode, lambda t, p: tokenizer.windows(t, p, 1)):
+            with pytest.raises(InputError, match=r"the text has 5,000,001 characters, above the 5,000,000 "):
+                call(text, pair)
+
+
 def test_a_text_without_tokens_is_refused(folder: Path) -> None:
     change_tokenizer(folder, post_processor=None)
     with pytest.raises(InputError, match="no tokens for this text"):
@@ -392,6 +457,7 @@ ODD_CONFIGS: dict[str, tuple[str, str, str]] = {
     "NaN": ("config.json", '{"dropout": NaN}', "NaN is not JSON"),
     "a key twice": ("config.json", '{"id2label": {}, "id2label": {}}', "the key 'id2label' stands twice"),
     "deep": ("config.json", '{"a": ' + "[" * 100_000, "is not JSON"),
+    "split a number": ("tokenizer_config.json", '{"split_special_tokens": 1}', "split_special_tokens must be true"),
     "mask a number": ("tokenizer_config.json", '{"mask_token": 5}', "mask_token must be a string"),
     "mask a list": ("tokenizer_config.json", '{"mask_token": ["<mask>"]}', "mask_token must be a string"),
     "mask no content": ("tokenizer_config.json", '{"mask_token": {"lstrip": true}}', "mask_token must be a string"),
@@ -425,6 +491,15 @@ def test_files_that_cannot_be_read_are_artifact_errors(folder: Path, file: str) 
     os.mkfifo(path)  # opening it would block until there is a writer
     with pytest.raises(ArtifactError, match=rf"{file} cannot be read: it is no file"):
         Postprocessor(Tokenizer(folder, signature("fill-mask")))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc")
+def test_no_more_of_a_tokenizer_is_read_than_its_size(folder: Path) -> None:
+    (folder / TOKENIZER).unlink()
+    (folder / TOKENIZER).symlink_to("/proc/self/status")  # a regular file of size 0, with content
+    assert read_file(folder / TOKENIZER) == b""
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer(folder, signature("fill-mask"))
 
 
 @pytest.mark.parametrize("path", ["x" * 5000, "a\0b", 5])

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from lfx.cli.engine import OpenEngine
     from lfx.runtime import Engine
 
-_LARGEST_TEXT = 100_000_000  # largest text file, in characters
-
 
 @click.command("run", cls=Command)
 @click.argument("model", type=FilePath("a bundle or a plan"))
@@ -125,7 +123,7 @@ def run_text(
     if output is not None:
         output_file(output, "--output")
     text = text if text is not None else _read_text(file)
-    reader = Tokenizer(tokenizer or _text_folder(model, engine), engine.signature)
+    reader = Tokenizer(tokenizer or _text_folder(model, engine), engine.signature, unlisted=tokenizer is not None)
     choices = engine.signature.task == "multiple-choice"
     if len(pair) > 1 and not choices:
         raise InputError(f"{engine.signature.task} takes one --pair, but {len(pair)} are given; leave the others out")
@@ -186,7 +184,9 @@ def run_documents(
     from lfx.runtime.tokenizer import TOKENIZER, Tokenizer
 
     folder = tokenizer or _text_folder(model, engine)
-    reader = Tokenizer(folder, engine.signature) if tokenizer or (folder / TOKENIZER).exists() else None
+    reader = None
+    if tokenizer or (folder / TOKENIZER).exists():
+        reader = Tokenizer(folder, engine.signature, unlisted=tokenizer is not None)
     start = time.perf_counter()
     try:
         with progress() as step:
@@ -244,15 +244,17 @@ def _pad(rows: list[list[int]], pad_token_id: int) -> tuple[NDArray[Any], NDArra
 
 
 def _read_text(file: Path | None) -> str:
+    from lfx.runtime.tokenizer import MAX_CHARACTERS
+
     assert file is not None
     file_path(file, "--input")
     try:
-        with file.open(encoding="utf-8") as source:  # a device may have no end, so read a limited length
-            text = source.read(_LARGEST_TEXT + 1)
+        with file.open(encoding="utf-8-sig") as source:  # a device may have no end, so read a limited length
+            text = source.read(MAX_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from error
-    if len(text) > _LARGEST_TEXT:
-        raise InputError(f"{file} has more than {_LARGEST_TEXT:,} characters; split it into documents: a .jsonl file")
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"{file} has more than {MAX_CHARACTERS:,} characters; split it into documents: a .jsonl file")
     return text
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lfx.errors import DependencyError, InputError
@@ -187,6 +188,23 @@ def test_repeated_texts_of_a_parquet_file_are_in_memory_once(tmp_path: Path) -> 
     finally:
         pyarrow.set_memory_pool(before)
     assert pool.max_memory() < 32 * len(text)
+
+
+def test_few_long_rows_of_a_parquet_file_are_in_memory_at_once(tmp_path: Path) -> None:
+    ids, count = 500_000, 64
+    lists = pyarrow.ListArray.from_arrays(
+        pyarrow.array(range(0, ids * count + 1, ids), pyarrow.int32()), pyarrow.array(np.full(ids * count, 5))
+    )
+    parquet.write_table(pyarrow.table({"input_ids": lists}), tmp_path / "in.parquet", compression="zstd")
+    assert (tmp_path / "in.parquet").stat().st_size < 100_000
+    before, pool = pyarrow.default_memory_pool(), pyarrow.proxy_memory_pool(pyarrow.default_memory_pool())
+    pyarrow.set_memory_pool(pool)
+    try:
+        _, document = next(read_documents(tmp_path / "in.parquet"))
+    finally:
+        pyarrow.set_memory_pool(before)
+    assert document == {"input_ids": [5] * ids}
+    assert pool.max_memory() < 100_000_000  # all rows have 256,000,000 bytes
 
 
 def test_a_parquet_row_that_cannot_be_read_is_one_refused_row(tmp_path: Path) -> None:

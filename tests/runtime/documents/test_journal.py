@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lfx.errors import InputError
+from lfx.errors import InputError, LfxError
 from lfx.runtime import Engine
 from lfx.runtime.documents import run as documents
 from lfx.runtime.documents import run_documents
@@ -80,6 +80,44 @@ def test_chunks_from_a_changed_byte_on_are_dropped(tmp_path: Path) -> None:
         header, end = len(json.dumps(HEADER)) + 1, whole.rindex(b'{"line": 7')
         expected = 0 if position < header or position < second else 3 if position < end else 6
         assert reopened(output)[0] == expected
+
+
+def test_two_runs_without_locks_do_not_mix_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfx.runtime.documents.journal.try_lock", lambda descriptor: True)
+    output = tmp_path / "out.jsonl"
+    with Journal(output, HEADER, CHUNK) as first, Journal(output, HEADER, CHUNK) as second:
+        first.write({"line": 1})
+        first.end_chunk(1, 0)
+        second.write({"line": 1})
+        with pytest.raises(LfxError, match=r"another process wrote to .*out\.jsonl\.partial, the journal of this run"):
+            second.end_chunk(1, 0)
+        with pytest.raises(LfxError, match="another process wrote"):
+            list(first.rows())
+    assert reopened(output) == (1, 0, [1])
+
+
+def test_rows_that_another_process_changed_are_not_written(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    with Journal(output, HEADER, CHUNK) as journal:
+        journal.write({"line": 1})
+        journal.end_chunk(1, 0)
+        changed = journal.path.read_bytes().replace(b'"line": 1', b'"line": 2')
+        journal.path.write_bytes(changed)  # of the same size
+        with pytest.raises(LfxError, match="another process wrote"):
+            list(journal.rows())
+
+
+def test_rows_that_a_forked_child_flushes_are_noticed(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    with Journal(output, HEADER, CHUNK) as journal:
+        journal.write({"line": 1})
+        child = os.fork()
+        if child == 0:
+            journal._file.close()  # writes the child's copy of the buffer
+            os._exit(0)
+        os.waitpid(child, 0)
+        with pytest.raises(LfxError, match="another process wrote"):
+            journal.end_chunk(1, 0)
 
 
 def sealed_marker(before: bytes, **changes: Any) -> bytes:

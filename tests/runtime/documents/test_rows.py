@@ -116,6 +116,13 @@ def test_a_sequence_that_the_engine_fails_on_is_one_row(engine: Engine, tmp_path
         np.testing.assert_allclose(rows[i]["outputs"]["logits"], expected[i]["outputs"]["logits"], rtol=0, atol=1e-5)
 
 
+def test_an_id_that_would_multiply_the_output_is_one_row_with_an_error(engine: Engine, tmp_path: Path) -> None:
+    documents = [{"id": "é" * n, "input_ids": [3, 4]} for n in (4_999, 5_000)]
+    first, second = run(engine, tmp_path, documents)[1]
+    assert first["id"] == documents[0]["id"]
+    assert second == {"line": 2, "error": "id has 10,002 bytes as JSON, above the 10,000 allowed; shorten it"}
+
+
 def test_a_single_document_that_the_engine_fails_on_is_one_row(engine: Engine, tmp_path: Path) -> None:
     def fail(ids: Any) -> None:
         if ids.shape[1] > 20:
