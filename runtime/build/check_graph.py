@@ -9,7 +9,7 @@ from typing import Any
 
 from lfx.errors import BuildError
 from lfx.manifest import Manifest
-from lfx.parity import UNIT_ROUNDOFF, compare, quick_cases
+from lfx.parity import UNIT_ROUNDOFF, Case, compare, quick_cases
 from lfx.runtime.engine import Engine
 from lfx.runtime.runner import engine_runner, model_inputs
 from lfx.signature import Signature
@@ -47,7 +47,7 @@ def check_conversion(
         return {"checked": False, "reason": f"{backend} is not installed"}
     with Engine(bundle) as original, Engine(model, backend) as converted:
         report = compare(
-            quick_cases(max(signature.attention_windows), signature.max_seqlen),
+            _cases(manifest, signature),
             lambda case: model_inputs(case, signature),
             reference=engine_runner(original),
             witness=None,
@@ -72,3 +72,11 @@ def check_conversion(
                 f"{result.error:.3g}, which is more than rounding explains ({limit:.3g}), at {result.worst}"
             )
     return {"checked": True, "backend": backend_name, "outputs": measured}
+
+
+def _cases(manifest: Manifest, signature: Signature) -> list[Case]:
+    """The cases of export, and the longest sequence of the plan if the precision changes: positions may round there."""
+    cases = quick_cases(max(signature.attention_windows), signature.max_seqlen)
+    if signature.precision != manifest.signature.precision and signature.max_seqlen is not None:
+        cases.append(Case(1, signature.max_seqlen, "first"))
+    return list(dict.fromkeys(cases))
