@@ -59,14 +59,20 @@ def default_global_of(module: nn.Module, signature: Signature) -> str:
 
 
 def adds_globals(module: nn.Module, signature: Signature) -> bool:
-    """Return whether a module gives tokens global attention beside those of the global_attention_mask that it gets."""
-    if is_unchanged(module) or "global_attention_mask" not in forward_inputs(module):
+    """Return whether a module gives tokens global attention beside those of the global_attention_mask that it gets.
+
+    A module that gets none may give it to the first token, so that a row has at most one global token.
+    """
+    if is_unchanged(module):
         return False
+    takes_mask = "global_attention_mask" in forward_inputs(module)
     record = global_tokens_runner(module, forward_inputs(module))
     for ids in _trial_ids(module, signature):
         mask = np.zeros_like(ids)
-        mask[..., 1] = 1
-        if not _same_globals(record({**_with_mask(ids), "global_attention_mask": mask}), mask):
+        mask[..., int(takes_mask)] = 1
+        masks = (mask,) if takes_mask else (mask, np.zeros_like(ids))
+        layers = record({**_with_mask(ids), "global_attention_mask": mask})
+        if not all(any(_same_globals([layer], allowed) for allowed in masks) for layer in layers):
             return True
     return False
 
