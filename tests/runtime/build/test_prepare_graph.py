@@ -14,7 +14,7 @@ import pytest
 import torch
 from onnx_ir.passes.common import ShapeInferencePass
 
-from lfx.errors import BuildError
+from lfx.errors import ArtifactError, BuildError
 from lfx.export import export
 from lfx.manifest import MODEL, Manifest
 from lfx.parity import full_cases
@@ -152,6 +152,13 @@ def test_a_conversion_that_is_wrong_at_long_lengths_only_is_refused(
     freeze.prepare_graph(long_bundle / MODEL, tmp_path / MODEL, manifest, signature, 4, True)
     with pytest.raises(BuildError, match=r"last_hidden_state differs by .* at batch 1, length 4096"):
         check_conversion(long_bundle, manifest, tmp_path / MODEL, signature, lambda _: None, lambda _: None)
+
+
+@pytest.mark.parametrize("measured", [{}, {"outputs": {"last_hidden_state": {"torch_max_abs_error": 10**400}}}])
+def test_a_bundle_without_measured_errors_is_refused(measured: Any, bundle: MakeBundle, tmp_path: Path) -> None:
+    manifest = replace(Manifest.read(bundle()), validation=measured)
+    with pytest.raises(ArtifactError, match="no measured error of its output last_hidden_state; export the model"):
+        check_conversion(bundle(), manifest, tmp_path / MODEL, manifest.signature, lambda _: None, lambda _: None)
 
 
 class _FromIntegers(torch.nn.Module):
