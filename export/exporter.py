@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from lfx.manifest import MODEL, WEIGHTS, Manifest
 from lfx.signature import GRAPH_INPUTS, OPSETS, TASKS, Signature, TensorSpec
 
 Progress = Callable[[str], None]
+_TRACING = threading.Lock()  # torch.export patches torch while it traces
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -222,7 +224,7 @@ def _trace(
     batch, choices, sequence = (torch.export.Dim(name) for name in ("batch", "choices", "sequence"))
     axes = {0: batch, 1: choices, 2: sequence} if task == "multiple-choice" else {0: batch, 1: sequence}
     try:
-        with quiet(), torch.autocast("cpu", enabled=False):
+        with _TRACING, quiet(), torch.autocast("cpu", enabled=False):
             program = torch.onnx.export(
                 wrapper,
                 _example(module, task, inputs),
