@@ -292,6 +292,14 @@ def test_outputs_may_have_the_names_of_inner_values(tmp_path: Path) -> None:
     assert len(set(made)) == len(made)
 
 
+def test_outputs_may_have_the_names_that_lfx_gives_inner_values(tmp_path: Path) -> None:
+    def change(x: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"Mul_output": (x * 2) @ x.transpose(1, 2) * 0.03, "Add_output": x * 5 + 1}
+
+    module = Wrapped(change).eval()
+    same(module, export(module, tmp_path / "out"))
+
+
 class _Adapted(nn.Linear):
     """A linear layer with something added, as adapters do."""
 
@@ -348,6 +356,16 @@ def test_an_export_inside_autocast_is_a_float32_model(tmp_path: Path) -> None:
     module = tiny_model()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         folder = export(module, tmp_path / "out")
+    same(module, folder)
+
+
+def test_an_export_with_another_default_dtype_is_a_float32_model(tmp_path: Path) -> None:
+    module = Wrapped().eval()
+    torch.set_default_dtype(torch.float64)
+    try:
+        folder = export(module, tmp_path / "out")
+    finally:
+        torch.set_default_dtype(torch.float32)
     same(module, folder)
 
 
