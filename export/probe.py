@@ -224,6 +224,22 @@ def check_rows(module: nn.Module, signature: Signature) -> None:
                 )
 
 
+def check_long(module: nn.Module, signature: Signature) -> None:
+    """Check that a module runs on its longest sequence, of at most 4,096 tokens.
+
+    Raises:
+        ExportError: it fails, as one with a position table of its own does past the end of the table.
+    """
+    step = granularity(module)
+    length = min(signature.max_seqlen or _LONG, _LONG) // step * step
+    if is_unchanged(module) or length == 0:
+        return
+    try:
+        torch_runner(module, "fp32", forward_inputs(module))(model_inputs(Case(1, length), signature))
+    except ExportError as error:
+        raise ExportError(f"{error}; give max_seqlen, the longest sequence that the model takes") from error
+
+
 def granularity(module: nn.Module) -> int:
     """Return the number that a sequence length must be a multiple of in PyTorch; 1 if a LongformerModel pads."""
     if any(isinstance(m, hf.LongformerModel) for m in module.modules()):
