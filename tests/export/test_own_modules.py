@@ -359,6 +359,31 @@ def test_an_export_inside_autocast_is_a_float32_model(tmp_path: Path) -> None:
     same(module, folder)
 
 
+def test_a_model_that_was_made_in_inference_mode_exports(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        module = tiny_model()
+    same(module, export(module, tmp_path / "out"))
+
+
+def test_a_class_whose_new_takes_arguments_exports(tmp_path: Path) -> None:
+    class Made(Wrapped):
+        def __new__(cls, size: int) -> Any:
+            return super().__new__(cls)
+
+        def __init__(self, size: int) -> None:
+            super().__init__()
+
+    module = Made(3).eval()
+    same(module, export(module, tmp_path / "out"))
+
+
+def test_a_window_that_is_a_number_of_numpy_exports(tmp_path: Path) -> None:
+    module = tiny_model()
+    for layer in module.encoder.layer:
+        layer.attention.self.one_sided_attn_window_size = np.int64(8)
+    same(module, export(module, tmp_path / "out"))
+
+
 def test_an_export_with_another_default_dtype_is_a_float32_model(tmp_path: Path) -> None:
     module = Wrapped().eval()
     torch.set_default_dtype(torch.float64)
