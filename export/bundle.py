@@ -37,6 +37,8 @@ def check_target(output: Path) -> None:
             raise ExportError(refusal)
         if target.exists() and (target == current or target in current.parents):
             raise ExportError(f"{output} is the current folder or above it; name a folder inside it with --output")
+        if os.path.ismount(target):
+            raise ExportError(f"{output} is a mount point, which cannot be replaced; name a folder inside it")
     except (OSError, RuntimeError) as error:  # RuntimeError: a symbolic link that points to itself
         raise ExportError(why_unwritten(output, error, _CURE)) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lfx.export.options import at_least_1, check_choices, model_name
 from lfx.export.passes.opset import TRACED
 from lfx.export.probe import (
     adds_globals,
+    check_long,
     check_rows,
     default_global_of,
     forward_inputs,
@@ -37,11 +39,13 @@ from lfx.export.rewrite import ExportWrapper, GlobalTokens, attention_windows, r
 from lfx.export.sizes import check_sizes
 from lfx.export.torch_runners import TORCH_DTYPES
 from lfx.export.validate import validate
+from lfx.export.vocabulary import vocabulary
 from lfx.machine import package_versions
 from lfx.manifest import MODEL, WEIGHTS, Manifest
 from lfx.signature import GRAPH_INPUTS, OPSETS, TASKS, Signature, TensorSpec
 
 Progress = Callable[[str], None]
+_TRACING = threading.Lock()  # torch.export patches torch while it traces
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -114,6 +118,7 @@ def export(
     program, inputs = _trace(module, task, precision, tokens)
     signature = _signature(module, task, precision, tokens, program.model, inputs, max_seqlen)
     check_sizes(program, signature, granularity(module))
+    check_long(module, signature)
     check_rows(module, signature)
     signature = dataclasses.replace(signature, ignores_padding=ignores_padding(module, signature))
     if max_global is not None and max_global > (signature.max_seqlen or max_global):
@@ -222,7 +227,7 @@ def _trace(
     batch, choices, sequence = (torch.export.Dim(name) for name in ("batch", "choices", "sequence"))
     axes = {0: batch, 1: choices, 2: sequence} if task == "multiple-choice" else {0: batch, 1: sequence}
     try:
-        with quiet(), torch.autocast("cpu", enabled=False):
+        with _TRACING, quiet(), torch.autocast("cpu", enabled=False):
             program = torch.onnx.export(
                 wrapper,
                 _example(module, task, inputs),
@@ -305,8 +310,10 @@ def _signature(
     config = getattr(module, "config", None)
     all_embeddings = [m for m in module.modules() if isinstance(m, hf.LongformerEmbeddings)]
     embeddings = all_embeddings[0] if all_embeddings else None
-    vocab_size = getattr(embeddings.word_embeddings, "num_embeddings", None) if embeddings is not None else None
-    pad = embeddings.padding_idx if embeddings is not None else _token_id(config, "pad_token_id", None)
+    vocab_size = vocabulary(graph)
+    if vocab_size is None and embeddings is not None:
+        vocab_size = getattr(embeddings.word_embeddings, "num_embeddings", None)
+    pad = embeddings.padding_idx if embeddings is not None else _token_id(config, "pad_token_id", vocab_size)
     sep = _token_id(config, "sep_token_id", vocab_size)
     axes: tuple[str, ...] = ("batch", "choices", "sequence") if task == "multiple-choice" else ("batch", "sequence")
     signature = Signature(
@@ -321,7 +328,7 @@ def _signature(
         max_seqlen=_max_seqlen(all_embeddings, max_seqlen),
         vocab_size=vocab_size,
         max_global=tokens.max_slots,
-        pad_token_id=pad if pad is not None else 1,
+        pad_token_id=pad if pad is not None else min(1, (vocab_size or 2) - 1),
         sep_token_id=sep,
         lfx_version=lfx.__version__,
     )

@@ -99,7 +99,10 @@ def load_tokenizer(model: str) -> Any:
             return None
         try:
             return transformers.AutoTokenizer.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
-        except Exception as error:
+        except BaseException as error:
+            # A panic in the Rust code of the tokenizers library is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise ExportError(f"the tokenizer of {model} cannot be loaded: {_flat(error)}") from error
 
 
@@ -153,7 +156,7 @@ def check_weights(module: nn.Module) -> None:
     """Check that no parameter or buffer has a NaN, and no parameter an infinity; a buffer, such as a mask, may.
 
     Raises:
-        ExportError: names the tensor and the number of such values, or a tensor on the device meta.
+        ExportError: names the tensor and the number of such values, or a tensor that is sparse or without values.
     """
     parameters = dict(module.named_parameters())
     buffers = {
@@ -164,6 +167,8 @@ def check_weights(module: nn.Module) -> None:
     for name, tensor in {**parameters, **buffers}.items():
         if is_lazy(tensor):
             raise ExportError(f"{name} has no shape yet; run the module once before the export")
+        if tensor.layout != torch.strided:
+            raise ExportError(f"{name} is a sparse tensor; give it as a dense one, with to_dense()")
         if tensor.is_meta:
             raise ExportError(f"{name} is on the device meta, without values; load the weights first")
         values = tensor.detach().float()  # float64 values that overflow float32 count as infinite

@@ -59,14 +59,20 @@ def default_global_of(module: nn.Module, signature: Signature) -> str:
 
 
 def adds_globals(module: nn.Module, signature: Signature) -> bool:
-    """Return whether a module gives global attention to tokens that its global_attention_mask does not mark."""
-    if is_unchanged(module) or "global_attention_mask" not in forward_inputs(module):
+    """Return whether a module gives global attention to tokens that its global_attention_mask does not mark.
+
+    A module without that input may give it to the first token, so that a row has at most one global token.
+    """
+    if is_unchanged(module):
         return False
+    takes_mask = "global_attention_mask" in forward_inputs(module)
     record = global_tokens_runner(module, forward_inputs(module))
     for ids in _trial_ids(module, signature):
         mask = np.zeros_like(ids)
-        mask[..., 1] = 1
-        if not _same_globals(record({**_with_mask(ids), "global_attention_mask": mask}), mask):
+        mask[..., int(takes_mask)] = 1
+        masks = (mask,) if takes_mask else (mask, np.zeros_like(ids))
+        layers = record({**_with_mask(ids), "global_attention_mask": mask})
+        if not all(any(_same_globals([layer], allowed) for allowed in masks) for layer in layers):
             return True
     return False
 
@@ -216,6 +222,22 @@ def check_rows(module: nn.Module, signature: Signature) -> None:
                     f"output {spec.name} of a sequence depends on the other sequences of its batch, so a server cannot "
                     "batch requests; compute it within each sequence"
                 )
+
+
+def check_long(module: nn.Module, signature: Signature) -> None:
+    """Check that a module runs on its longest sequence, of at most 4,096 tokens.
+
+    Raises:
+        ExportError: it fails, as one with a position table of its own does past the end of the table.
+    """
+    step = granularity(module)
+    length = min(signature.max_seqlen or _LONG, _LONG) // step * step
+    if is_unchanged(module) or length == 0:
+        return
+    try:
+        torch_runner(module, "fp32", forward_inputs(module))(model_inputs(Case(1, length), signature))
+    except ExportError as error:
+        raise ExportError(f"{error}; give max_seqlen, the longest sequence that the model takes") from error
 
 
 def granularity(module: nn.Module) -> int:

@@ -120,7 +120,7 @@ class _SelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
             [query, key, value, key_mask, index, global_context],
             query.shape,
             num_heads=self.num_heads,
-            window=self.one_sided_attn_window_size,
+            window=int(self.one_sided_attn_window_size),
             dilation=1,
             causal=0,
             scale=scale,
@@ -222,7 +222,7 @@ def _is_plain(projection: nn.Module) -> bool:
 
 def attention_windows(model: nn.Module) -> list[int]:
     """Return the one-sided windows, in tokens, of all Longformer self-attention modules, in module order."""
-    return [m.one_sided_attn_window_size for m in model.modules() if isinstance(m, hf.LongformerSelfAttention)]
+    return [int(m.one_sided_attn_window_size) for m in model.modules() if isinstance(m, hf.LongformerSelfAttention)]
 
 
 def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -240,14 +240,17 @@ def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     def parameter(original: nn.Parameter) -> nn.Parameter:
         if id(original) not in parameters:
             same = not original.is_floating_point() or original.dtype == dtype
-            parameters[id(original)] = original if same else nn.Parameter(convert(original), requires_grad=False)
+            if original.is_inference():  # torch.export takes none
+                parameters[id(original)] = nn.Parameter(convert(original).clone(), requires_grad=False)
+            else:
+                parameters[id(original)] = original if same else nn.Parameter(convert(original), requires_grad=False)
         return parameters[id(original)]
 
     def module(original: nn.Module) -> nn.Module:
         if id(original) in modules:
             return modules[id(original)]
         cls = type(original)
-        made: nn.Module = cls.__new__(cls)
+        made: nn.Module = object.__new__(cls)  # without the arguments that a __new__ of the class may need
         modules[id(original)] = made
         for name, value in vars(original).items():
             made.__dict__[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value

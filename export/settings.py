@@ -32,6 +32,9 @@ CODE_KEYS = frozenset(
 )
 _JSON_BYTES = 16_000_000  # a config.json has about 1 kB, the index of a sharded checkpoint about 1 MB
 _LABELS = 1_000_000
+_LAYERS = 1000  # each costs about 100 kB and 6 ms, however few weights it has
+# Largest memory of one attention layer in PyTorch for a short sequence, which is padded to the window.
+_ATTENTION_BYTES = 8_000_000_000
 _DTYPES = ("auto", "float64", "float32", "float16", "bfloat16")
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -86,7 +89,7 @@ def _check_settings(values: dict[str, Any], path: Path) -> None:
     for name in ("intermediate_size", "type_vocab_size"):
         integer(name, 1)
     positions = integer("max_position_embeddings", pad + 2)
-    _check_windows(values["attention_window"], integer("num_hidden_layers", 1), positions, path)
+    _check_windows(values["attention_window"], integer("num_hidden_layers", 1, _LAYERS), heads, positions, path)
     one_of(values["hidden_act"], f"{path}: hidden_act", ACT2FN, ExportError)
     real_number(values["layer_norm_eps"], f"{path}: layer_norm_eps", 0.0, 1.0, ExportError)
     for name in ("dtype", "torch_dtype"):
@@ -97,7 +100,7 @@ def _check_settings(values: dict[str, Any], path: Path) -> None:
     _check_labels(values, path)
 
 
-def _check_windows(window: Any, layers: int, positions: int, path: Path) -> None:
+def _check_windows(window: Any, layers: int, heads: int, positions: int, path: Path) -> None:
     name = f"{path}: attention_window"
     # Hugging Face pads a sequence to a multiple of the window, so a huge window would allocate memory for padding.
     widest = max(2 * positions, 1024)
@@ -106,6 +109,12 @@ def _check_windows(window: Any, layers: int, positions: int, path: Path) -> None
     for width in window if isinstance(window, list) else [window]:
         if whole_number(width, name, 2, widest, ExportError) % 2:
             raise ExportError(f"{name} {width} is odd; give an even number, both sides together")
+        needed = 4 * 4 * heads * width * width  # four float32 copies of the scores, as measured
+        if needed > _ATTENTION_BYTES:
+            raise ExportError(
+                f"{name} {width} would take {needed / 1e9:.0f} GB for any sequence in Hugging Face's attention, and at "
+                f"most {_ATTENTION_BYTES / 1e9:.0f} GB are taken; give a smaller window"
+            )
 
 
 def _check_labels(values: dict[str, Any], path: Path) -> None:
@@ -143,7 +152,8 @@ def check_size(settings: dict[str, Any], stored: int, path: Path) -> None:
     hidden = values["hidden_size"]
     rows = values["vocab_size"] + values["max_position_embeddings"] + values["type_vocab_size"]
     layer = 7 * hidden * hidden + 2 * hidden * values["intermediate_size"]
-    numbers = rows * hidden + values["num_hidden_layers"] * layer
+    labels = max(values.get("num_labels") or 0, len(values["id2label"] or {}))
+    numbers = (rows + labels) * hidden + values["num_hidden_layers"] * layer
     if numbers > stored:
         raise ExportError(
             f"{path} describes a model of {numbers:,} weights or more, but its weight files have {stored:,} bytes; "

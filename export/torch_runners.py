@@ -80,7 +80,8 @@ def disturbed_runner(model: nn.Module, names: tuple[str, ...], start: int, amoun
 
     def overwrite(_: nn.Module, __: Any, outputs: Any) -> Any:
         hidden = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-        noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)) * amount
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(hidden.shape, generator=generator, dtype=hidden.dtype) * amount
         changed = torch.cat([hidden[:, :start], noise[:, start:]], dim=1)
         if isinstance(outputs, torch.Tensor):
             return changed

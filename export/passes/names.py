@@ -21,6 +21,7 @@ def name_after_modules(model: ir.Model, prefix: str) -> bool:
         True: the model is always changed.
     """
     kept = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
+    taken = {value.name for value in (*model.graph.inputs, *model.graph.outputs)} | model.graph.initializers.keys()
     seen: Counter[str] = Counter()
     scope = ""
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
@@ -34,7 +35,10 @@ def name_after_modules(model: ir.Model, prefix: str) -> bool:
         seen[base] += 1
         for i, value in enumerate(node.outputs):
             if id(value) not in kept:
-                value.name = f"{node.name}_output" if i == 0 else f"{node.name}_output_{i}"
+                name = f"{node.name}_output" if i == 0 else f"{node.name}_output_{i}"
+                while name in taken:
+                    name += "_"
+                value.name = name
         for key in [k for k in node.metadata_props if k.startswith("pkg.torch") or k == "namespace"]:
             del node.metadata_props[key]
     for value in model.graph.initializers.values():

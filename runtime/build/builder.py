@@ -163,10 +163,11 @@ def _checked(
     library = plugins.library() if plugin else None
     path = _output(output if output is not None else folder.resolve().name + SUFFIX)
     signature = _signature(manifest.signature, precision, slots, ranges)
-    if manifest.signature.adds_globals:
+    if signature.adds_globals and slots < (signature.max_seqlen or slots):
         raise BuildError(
-            f"{bundle} gives tokens global attention beside those of its mask, and TensorRT needs their number "
-            "constant; run the bundle itself"
+            f"{bundle} gives tokens global attention by a rule of its own, and TensorRT needs their number constant: "
+            f"{slots} slots may be too few for {signature.max_seqlen} tokens; give a --max-global of the longest "
+            "--seqlen, or run the bundle itself"
         )
     if manifest.quantization.get("activations", "int8") != "int8":
         raise BuildError(

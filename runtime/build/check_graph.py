@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lfx.errors import BuildError
+from lfx.errors import ArtifactError, BuildError
 from lfx.manifest import Manifest
-from lfx.parity import UNIT_ROUNDOFF, compare, quick_cases
+from lfx.parity import UNIT_ROUNDOFF, Case, compare, quick_cases
 from lfx.runtime.engine import Engine
 from lfx.runtime.runner import engine_runner, model_inputs
 from lfx.signature import Signature
@@ -39,15 +39,17 @@ def check_conversion(
         {"checked": True, "backend", "outputs": name -> {"max_abs_difference", "limit"}}, or {"checked": False,
         "reason"}.
     Raises:
+        ArtifactError: the bundle has no measured error of an output.
         BuildError: an output differs by more than the limit.
     """
     backend = "openvino" if signature.precision == "bf16" else "onnxruntime"
     if find_spec(backend) is None:
         log(f"warning: {backend} is not installed, so the {signature.precision} graph was not checked")
         return {"checked": False, "reason": f"{backend} is not installed"}
+    exported = {spec.name: _exported_error(manifest, spec.name) for spec in signature.outputs}
     with Engine(bundle) as original, Engine(model, backend) as converted:
         report = compare(
-            quick_cases(max(signature.attention_windows), signature.max_seqlen),
+            _cases(manifest, signature),
             lambda case: model_inputs(case, signature),
             reference=engine_runner(original),
             witness=None,
@@ -59,12 +61,8 @@ def check_conversion(
         backend_name = converted.backend
     measured = {}
     for name, result in report.outputs.items():
-        if manifest.quantization:
-            exported = manifest.quantization["accuracy"]["outputs"][name]["unfused_max_abs_error"]
-        else:
-            exported = manifest.validation["outputs"][name]["torch_max_abs_error"]
         growth = UNIT_ROUNDOFF[signature.precision] / UNIT_ROUNDOFF[manifest.signature.precision]
-        limit = 2 * exported * growth + report.band(name)
+        limit = 2 * exported[name] * growth + report.band(name)
         measured[name] = {"max_abs_difference": result.error, "limit": limit}
         if not result.error <= limit:
             raise BuildError(
@@ -72,3 +70,23 @@ def check_conversion(
                 f"{result.error:.3g}, which is more than rounding explains ({limit:.3g}), at {result.worst}"
             )
     return {"checked": True, "backend": backend_name, "outputs": measured}
+
+
+def _exported_error(manifest: Manifest, output: str) -> float:
+    """The error of an output that was measured at export; see `check_conversion`."""
+    try:
+        if manifest.quantization:
+            return float(manifest.quantization["accuracy"]["outputs"][output]["unfused_max_abs_error"])
+        return float(manifest.validation["outputs"][output]["torch_max_abs_error"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ArtifactError(
+            f"the bundle has no measured error of its output {output}; export the model again"
+        ) from error
+
+
+def _cases(manifest: Manifest, signature: Signature) -> list[Case]:
+    """The cases of export, and the longest sequence of the plan if the precision changes: positions may round there."""
+    cases = quick_cases(max(signature.attention_windows), signature.max_seqlen)
+    if signature.precision != manifest.signature.precision and signature.max_seqlen is not None:
+        cases.append(Case(1, signature.max_seqlen, "first"))
+    return list(dict.fromkeys(cases))

@@ -14,6 +14,7 @@ from onnx_ir.passes import common
 
 from lfx.errors import ArtifactError, BuildError, one_line
 from lfx.manifest import Manifest
+from lfx.runtime.build.from_integers import nodes_from_integers
 from lfx.runtime.plugin import HEAD_SIZE_MULTIPLE, NAMESPACE, VERSION
 from lfx.signature import GLOBAL_ROWS, GLOBAL_SLOTS, Signature
 
@@ -129,25 +130,22 @@ def _inline_branch(model: ir.Model, node: ir.Node, slots: int) -> None:
 def convert(model: ir.Model, precision: str) -> None:
     """Convert a float32 graph in place to a strongly typed float16 or bfloat16 graph.
 
-    Weights, constants and all activations change their dtype; outputs stay float32. LayerNormalization still reduces in
-    float32, by its stash_type, and so does the softmax of the attention ops.
+    Weights, constants and activations change their dtype; outputs stay float32, and so does what is computed from
+    integers and constants alone, such as sines of positions, until it meets a converted value. LayerNormalization still
+    reduces in float32, by its stash_type, and so does the softmax of the attention ops.
 
     Raises:
         BuildError: a weight is above the largest finite value of the dtype.
     """
     dtype, numpy_dtype = DTYPES[precision]
-    for value in list(model.graph.initializers.values()):
-        if value.dtype == ir.DataType.FLOAT and value.const_value is not None:
-            array = value.const_value.numpy()
-            size = np.abs(array)
-            # A mask fill value, the lowest float32, is clamped to the lowest value of the dtype; no weight may be.
-            too_large = size[(size > MAX_FINITE[precision]) & (size < MIN_FILL)]
-            if too_large.size:
-                raise BuildError(f"the weight {value.name} holds {too_large.max():.3g}, which {precision} cannot")
-            clamped = np.clip(array, -MAX_FINITE[precision], MAX_FINITE[precision]).astype(numpy_dtype)
-            value.const_value = ir.tensor(clamped, dtype=dtype, name=value.name)
+    in_float32 = nodes_from_integers(model)
+    kept = _keep_constants(model, in_float32, precision)
+    kept |= {output for node in in_float32 for output in node.outputs}
+    _convert_weights(model, kept, precision)
     outputs = set(model.graph.outputs)
     for node in _all_nodes(model):
+        if node in in_float32:
+            continue
         if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT:
             node.attributes["to"] = ir.AttrInt64("to", int(dtype))
         if node.op_type in ("Constant", "ConstantOfShape"):
@@ -156,11 +154,64 @@ def convert(model: ir.Model, precision: str) -> None:
                 node.attributes.clear()
                 node.attributes["value"] = ir.AttrTensor("value", ir.tensor(tensor.astype(numpy_dtype), dtype=dtype))
     for value in _values(model):
-        if value.dtype == ir.DataType.FLOAT:
+        if value.dtype == ir.DataType.FLOAT and value not in kept:
             value.dtype = dtype
+    for node in in_float32:
+        _cast_results(model, node, in_float32, dtype)
     for i, output in enumerate(list(model.graph.outputs)):
         if output in outputs and output.dtype == dtype:
             model.graph.outputs[i] = _cast_to_float(model, output)
+
+
+def _convert_weights(model: ir.Model, kept: set[ir.Value], precision: str) -> None:
+    dtype, numpy_dtype = DTYPES[precision]
+    for value in list(model.graph.initializers.values()):
+        if value.dtype == ir.DataType.FLOAT and value.const_value is not None and value not in kept:
+            array = value.const_value.numpy()
+            size = np.abs(array)
+            # A mask fill value, the lowest float32, is clamped to the lowest value of the dtype; no weight may be.
+            too_large = size[(size > MAX_FINITE[precision]) & (size < MIN_FILL)]
+            if too_large.size:
+                raise BuildError(f"the weight {value.name} holds {too_large.max():.3g}, which {precision} cannot")
+            clamped = np.clip(array, -MAX_FINITE[precision], MAX_FINITE[precision]).astype(numpy_dtype)
+            value.const_value = ir.tensor(clamped, dtype=dtype, name=value.name)
+
+
+def _keep_constants(model: ir.Model, in_float32: set[ir.Node], precision: str) -> set[ir.Value]:
+    """Give the nodes that stay in float32 constants in float32, with clamped mask fill values; returns these."""
+    kept = set()
+    for value in list(model.graph.initializers.values()):
+        readers = [use for use in value.uses() if use.node in in_float32]
+        if not readers or value.dtype != ir.DataType.FLOAT or value.const_value is None:
+            continue
+        array = value.const_value.numpy()
+        limit = MAX_FINITE[precision]
+        array = np.where(np.abs(array) < MIN_FILL, array, np.clip(array, -limit, limit)).astype(np.float32)
+        constant = _add_constant(model, f"{value.name}/float32", array)
+        for reader, index in readers:
+            reader.replace_input_with(index, constant)
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[str(value.name)]
+        kept.add(constant)
+    return kept
+
+
+def _cast_results(model: ir.Model, node: ir.Node, in_float32: set[ir.Node], dtype: ir.DataType) -> None:
+    """Cast the results of a node that stays in float32 for the nodes of `dtype`, and for the end of a subgraph."""
+    for value in node.outputs:
+        graph = node.graph
+        readers = [use for use in value.uses() if use.node not in in_float32]
+        ends = value.is_graph_output() and graph is not model.graph
+        if value.dtype != ir.DataType.FLOAT or graph is None or not (readers or ends):
+            continue
+        cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(dtype))], name=f"{node.name}/{value.name}/Cast")
+        cast.outputs[0].name, cast.outputs[0].dtype = f"{value.name}/{dtype}", dtype
+        cast.outputs[0].shape = value.shape
+        graph.insert_after(node, cast)
+        for reader, index in readers:
+            reader.replace_input_with(index, cast.outputs[0])
+        if ends:
+            graph.outputs[:] = [cast.outputs[0] if output is value else output for output in graph.outputs]
 
 
 def _value_of(node: ir.Node) -> np.ndarray | None:

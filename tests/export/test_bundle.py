@@ -18,7 +18,7 @@ import pytest
 from lfx.errors import ExportError
 from lfx.export import bundle as bundles
 from lfx.export import export, exporter
-from lfx.export.bundle import atomic_folder
+from lfx.export.bundle import atomic_folder, check_target
 from lfx.manifest import MANIFEST, MODEL, Manifest
 from lfx.signature import Signature, TensorSpec
 from tests.conftest import MakeBundle
@@ -314,6 +314,13 @@ def test_a_live_export_is_left_alone_by_another(tmp_path: Path) -> None:
 def test_a_path_that_cannot_be_is_one_line(output: Any, reason: str) -> None:
     with pytest.raises(ExportError, match=reason):
         export(tiny_model(), output)
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
+    with pytest.raises(ExportError, match="out is a mount point, which cannot be replaced; name a folder inside it"):
+        check_target(tmp_path / "out")
 
 
 def test_a_link_to_itself_is_one_line(tmp_path: Path) -> None:

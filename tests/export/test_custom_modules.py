@@ -10,9 +10,13 @@ import pytest
 import torch
 from rotary_embedding_torch import RotaryEmbedding
 from torch import nn
-from transformers.models.longformer.modeling_longformer import LongformerModel, LongformerSelfAttention
+from transformers.models.longformer.modeling_longformer import (
+    LongformerEncoder,
+    LongformerModel,
+    LongformerSelfAttention,
+)
 
-from lfx.errors import ExportError
+from lfx.errors import ExportError, InputError
 from lfx.export import export
 from lfx.export.rewrite import clone
 from lfx.runtime import Engine
@@ -73,6 +77,50 @@ def test_max_seqlen_limits_a_model_without_a_table(tmp_path: Path) -> None:
     model.embeddings.position_embeddings = _Sinusoid()
     with Engine(export(model, tmp_path / "out", max_seqlen=50)) as engine:
         assert engine.signature.max_seqlen == 50
+
+
+class _Tables(nn.Module):
+    """Embeddings of its own: 50 words, 70 tags, and positions unless it has none."""
+
+    def __init__(self, positions: int | None = None) -> None:
+        super().__init__()
+        self.words, self.tags = nn.Embedding(50, 32), nn.Embedding(70, 32)
+        self.positions = nn.Embedding(positions, 32) if positions is not None else None
+        self.encoder = LongformerEncoder(tiny_config())
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        x = self.words(input_ids) + self.tags(input_ids.reshape(-1)).reshape(*input_ids.shape, 32)
+        if self.positions is not None:
+            x = x + self.positions(torch.arange(input_ids.shape[1]))
+        length = input_ids.shape[1]
+        padding = -length % 32
+        x, mask = (
+            nn.functional.pad(x, (0, 0, 0, padding)),
+            nn.functional.pad(attention_mask - 1, (0, padding), value=-1),
+        )
+        return self.encoder(x, attention_mask=mask)[0][:, :length]
+
+
+def test_an_id_that_a_table_of_the_module_does_not_have_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = export(_Tables().eval(), tmp_path / "out")
+    for backend in ("onnxruntime", "openvino"):
+        pytest.importorskip(backend)
+        with Engine(folder, backend) as engine:
+            assert engine.signature.vocab_size == 50
+            engine.run([[3, 49]])
+            with pytest.raises(InputError, match="50"):
+                engine.run([[3, 50]])
+
+
+@pytest.mark.parametrize("wrong", [None, 96])
+def test_a_table_of_positions_of_the_module_needs_max_seqlen(wrong: int | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = _Tables(64).eval()
+    with pytest.raises(ExportError, match=r"fails on ids of shape .*; give max_seqlen, the longest sequence"):
+        export(module, tmp_path / "out", max_seqlen=wrong)
+    with Engine(export(module, tmp_path / "out", max_seqlen=64)) as engine:
+        assert engine.signature.max_seqlen == 64
 
 
 class _Ranker(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -334,6 +335,24 @@ def test_a_buffer_may_be_infinite_and_not_nan(tmp_path: Path) -> None:
 def test_a_model_without_values_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="on the device meta, without values"):
         export(tiny_model().to("meta"), tmp_path / "out")
+
+
+def test_a_sparse_weight_is_refused_by_name(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.extra = nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False)
+    with pytest.raises(ExportError, match="extra is a sparse tensor; give it as a dense one"):
+        export(model, tmp_path / "out")
+
+
+def test_exports_at_once_in_threads_are_each_right(tmp_path: Path) -> None:
+    models = [tiny_model(seed=seed) for seed in range(3)]
+    with ThreadPoolExecutor() as threads:
+        folders = list(threads.map(lambda i: export(models[i], tmp_path / str(i)), range(3)))
+    ids = np.arange(20)[None] + 3
+    for model, folder in zip(models, folders, strict=True):
+        with Engine(folder) as engine, torch.inference_mode():
+            expected = model(torch.from_numpy(ids)).last_hidden_state.numpy()
+            np.testing.assert_allclose(engine.run(ids)["last_hidden_state"], expected, rtol=0, atol=1e-5)
 
 
 def test_a_model_that_overflows_is_refused_with_the_output_and_the_case(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from transformers import BertConfig, BertModel
 
 from lfx.errors import ExportError
 from lfx.export import export
-from lfx.export.load import load, weights_sha256
+from lfx.export.load import load, load_tokenizer, weights_sha256
 from lfx.signature import TASKS
-from tests.models import save_tiny_checkpoint, tiny_model
+from tests.models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 
 def _edit_config(folder: Path, **changes: Any) -> None:
@@ -144,6 +144,16 @@ def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="tokenizer"):
         export(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_makes_its_library_panic_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path / "c")
+    tiny_tokenizer().save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "normalizer": normalizer}))
+    with pytest.raises(ExportError, match=r"the tokenizer of .* cannot be loaded"):
+        load_tokenizer(str(folder))
 
 
 def test_an_unknown_architecture_names_the_tasks(tmp_path: Path) -> None:

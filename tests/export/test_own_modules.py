@@ -292,6 +292,14 @@ def test_outputs_may_have_the_names_of_inner_values(tmp_path: Path) -> None:
     assert len(set(made)) == len(made)
 
 
+def test_outputs_may_have_the_names_that_lfx_gives_inner_values(tmp_path: Path) -> None:
+    def change(x: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"Mul_output": (x * 2) @ x.transpose(1, 2) * 0.03, "Add_output": x * 5 + 1}
+
+    module = Wrapped(change).eval()
+    same(module, export(module, tmp_path / "out"))
+
+
 class _Adapted(nn.Linear):
     """A linear layer with something added, as adapters do."""
 
@@ -348,6 +356,41 @@ def test_an_export_inside_autocast_is_a_float32_model(tmp_path: Path) -> None:
     module = tiny_model()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         folder = export(module, tmp_path / "out")
+    same(module, folder)
+
+
+def test_a_model_that_was_made_in_inference_mode_exports(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        module = tiny_model()
+    same(module, export(module, tmp_path / "out"))
+
+
+def test_a_class_whose_new_takes_arguments_exports(tmp_path: Path) -> None:
+    class Made(Wrapped):
+        def __new__(cls, size: int) -> Any:
+            return super().__new__(cls)
+
+        def __init__(self, size: int) -> None:
+            super().__init__()
+
+    module = Made(3).eval()
+    same(module, export(module, tmp_path / "out"))
+
+
+def test_a_window_that_is_a_number_of_numpy_exports(tmp_path: Path) -> None:
+    module = tiny_model()
+    for layer in module.encoder.layer:
+        layer.attention.self.one_sided_attn_window_size = np.int64(8)
+    same(module, export(module, tmp_path / "out"))
+
+
+def test_an_export_with_another_default_dtype_is_a_float32_model(tmp_path: Path) -> None:
+    module = Wrapped().eval()
+    torch.set_default_dtype(torch.float64)
+    try:
+        folder = export(module, tmp_path / "out")
+    finally:
+        torch.set_default_dtype(torch.float32)
     same(module, folder)
 
 

@@ -167,14 +167,25 @@ class Adding(Around):
         return super().forward(input_ids, attention_mask, torch.where(input_ids == 2, 1, marks))
 
 
+class Deciding(Around):
+    """A model that takes no global_attention_mask."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        return super().forward(input_ids, attention_mask, self.rule(input_ids))
+
+
 @pytest.mark.parametrize(
     ("module", "adds"),
     [
         (lambda: tiny_model("text-classification"), False),
         (lambda: Around(first).eval(), False),
         (lambda: Adding().eval(), True),
+        (lambda: Deciding(torch.zeros_like).eval(), False),
+        (lambda: Deciding(first).eval(), False),
+        (lambda: Deciding(lambda ids: (ids == 2).long()).eval(), True),
+        (lambda: Deciding(lambda ids: (ids % 3 == 0).long()).eval(), True),
     ],
-    ids=["hugging face's", "a rule", "separators"],
+    ids=["hugging face's", "a rule", "separators", "never", "always the first", "always separators", "any number"],
 )
 def test_global_tokens_that_a_module_adds_are_found(module: Any, adds: bool) -> None:
     assert adds_globals(module(), signature(vocab_size=55)) is adds
@@ -186,9 +197,10 @@ def test_an_option_that_would_leave_added_tokens_out_is_refused(option: dict[str
         export(Adding().eval(), tmp_path / "out", **option)
 
 
-def test_a_bundle_of_added_tokens_becomes_no_plan(tmp_path: Path) -> None:
-    bundle = export(Adding().eval(), tmp_path / "out")
-    with pytest.raises(BuildError, match="TensorRT needs their number constant"):
+@pytest.mark.parametrize("module", [Adding, lambda: Deciding(lambda ids: (ids == 2).long())], ids=["added", "no input"])
+def test_a_plan_with_fewer_slots_than_tokens_is_refused_for_a_rule_of_the_module(module: Any, tmp_path: Path) -> None:
+    bundle = export(module().eval(), tmp_path / "out")
+    with pytest.raises(BuildError, match="TensorRT needs their number constant: 64 slots may be too few for 128"):
         build_engine(bundle, tmp_path / "out.plan", flavor="tensorrt-rtx", target="sm89")
 
 

@@ -81,6 +81,21 @@ def test_a_config_with_a_wrong_value_is_refused(folder: Path, key: str, values: 
         (folder / "config.json").write_text(good)
 
 
+def test_more_layers_than_a_thousand_are_refused(folder: Path) -> None:
+    edit(folder, num_hidden_layers=1001, attention_window=8)
+    assert "num_hidden_layers 1001 is out of range" in refusal(folder)
+
+
+def test_more_labels_than_the_weights_can_hold_are_refused_before_the_model_is_made(folder: Path) -> None:
+    edit(folder, num_labels=1_000_000, id2label=None, label2id=None)
+    assert "describes a model of 32,0" in refusal(folder)
+
+
+def test_a_window_of_many_gigabytes_is_refused_by_name(folder: Path) -> None:
+    edit(folder, max_position_embeddings=30_000, attention_window=[8, 24_000])
+    assert "attention_window 24000 would take 18 GB for any sequence" in refusal(folder)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("architectures", None), ("sep_token_id", None), ("quantization_config", None), ("dtype", "float16")],

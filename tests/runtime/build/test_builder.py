@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
 from lfx.errors import ArtifactError, BuildError, InputError, LfxError, PluginError
 from lfx.export import export
@@ -329,6 +330,29 @@ def test_concurrent_builds_leave_one_plan_with_its_own_json(bundle: MakeBundle, 
 def test_another_number_of_slots_than_the_bundle_s_is_refused(bundle: MakeBundle, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="--max-global 8 does not fit: the bundle was exported with 4; leave it out"):
         build_engine(bundle(max_global=4), tmp_path / "one.plan", max_global=8, **RTX)
+
+
+class _Separators(torch.nn.Module):
+    """A model whose separators are global tokens, and whose positions are computed as floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_model()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        separators = (input_ids == 2).long()
+        hidden = self.inner(input_ids, attention_mask=attention_mask, global_attention_mask=separators)[0]
+        return hidden * torch.arange(input_ids.shape[1])[:, None].float().cos()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_model_that_chooses_global_tokens_needs_a_slot_for_each_token(precision: str, tmp_path: Path) -> None:
+    bundle = export(_Separators().eval(), tmp_path / "own")
+    options: dict[str, Any] = {"precision": precision, "seqlen": ["1:32:40"], **RTX, "log": lambda line: None}
+    with pytest.raises(BuildError, match="39 slots may be too few for 40 tokens"):
+        build_engine(bundle, tmp_path / "one.plan", max_global=39, **options)
+    manifest = PlanManifest.read(build_engine(bundle, tmp_path / "one.plan", max_global=40, **options))
+    assert manifest.signature.max_global == 40
 
 
 def test_a_half_precision_bundle_is_not_converted_again(bundle: MakeBundle, tmp_path: Path) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
+from onnx_ir.passes.common import ShapeInferencePass
 
-from lfx.errors import BuildError
+from lfx.errors import ArtifactError, BuildError
 from lfx.export import export
 from lfx.manifest import MODEL, Manifest
 from lfx.parity import full_cases
 from lfx.runtime import Engine
 from lfx.runtime.build import prepare_graph as freeze
+from lfx.runtime.build.check_graph import check_conversion
 from lfx.runtime.runner import engine_runner, model_inputs
 from tests.conftest import MakeBundle
 from tests.models import tiny_model
@@ -106,6 +110,118 @@ def test_a_weight_above_the_dtype_s_maximum_is_refused_by_name(bundle: MakeBundl
     model = _load(bundle())
     model.graph.initializers["encoder.layer.0.output.dense.bias"].const_value = ir.tensor(array)
     freeze.convert(model, "bf16")
+
+
+class _Sinusoids(torch.nn.Module):
+    """Position embeddings that are computed from the positions."""
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        rates = 10000.0 ** (-torch.arange(0, 16, dtype=torch.float32) / 16)
+        angles = position_ids[..., None].to(torch.float32) * rates
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+@pytest.fixture(scope="module")
+def long_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_model()
+    model.embeddings.position_embeddings = _Sinusoids()
+    return export(model.eval(), tmp_path_factory.mktemp("long") / "sines", max_seqlen=4096)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_positions_are_computed_in_float32_at_any_length(precision: str, long_bundle: Path, tmp_path: Path) -> None:
+    backend = "openvino" if precision == "bf16" else "onnxruntime"
+    pytest.importorskip(backend)
+    manifest = Manifest.read(long_bundle)
+    signature = replace(manifest.signature, precision=precision, max_global=4)
+    freeze.prepare_graph(long_bundle / MODEL, tmp_path / MODEL, manifest, signature, 4, True)
+    onnx.checker.check_model(tmp_path / MODEL, full_check=True)
+    checked: list[str] = []
+    result = check_conversion(long_bundle, manifest, tmp_path / MODEL, signature, checked.append, checked.append)
+    assert any("length 4096" in line for line in checked)
+    limit = 0.01 if precision == "fp16" else 0.1  # rounded positions gave 0.7 and 3.5
+    assert result["outputs"]["last_hidden_state"]["max_abs_difference"] < limit
+
+
+def test_a_conversion_that_is_wrong_at_long_lengths_only_is_refused(
+    long_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(freeze, "nodes_from_integers", lambda model: set())  # rounds the positions
+    manifest = Manifest.read(long_bundle)
+    signature = replace(manifest.signature, precision="fp16", max_global=4)
+    freeze.prepare_graph(long_bundle / MODEL, tmp_path / MODEL, manifest, signature, 4, True)
+    with pytest.raises(BuildError, match=r"last_hidden_state differs by .* at batch 1, length 4096"):
+        check_conversion(long_bundle, manifest, tmp_path / MODEL, signature, lambda _: None, lambda _: None)
+
+
+@pytest.mark.parametrize("measured", [{}, {"outputs": {"last_hidden_state": {"torch_max_abs_error": 10**400}}}])
+def test_a_bundle_without_measured_errors_is_refused(measured: Any, bundle: MakeBundle, tmp_path: Path) -> None:
+    manifest = replace(Manifest.read(bundle()), validation=measured)
+    with pytest.raises(ArtifactError, match="no measured error of its output last_hidden_state; export the model"):
+        check_conversion(bundle(), manifest, tmp_path / MODEL, manifest.signature, lambda _: None, lambda _: None)
+
+
+class _FromIntegers(torch.nn.Module):
+    """Integers as floats that meet weights, constants and hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.scale = tiny_model(), torch.nn.Parameter(torch.full((1,), 3.0))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        hidden = self.inner(input_ids, attention_mask=attention_mask)[0]
+        mask = attention_mask.float()
+        count = mask.sum(1, keepdim=True)
+        filled = hidden[..., 0] + (1.0 - mask) * torch.finfo(torch.float32).min
+        weighted = hidden * self.scale
+        return {
+            "mean": (weighted * mask[..., None]).sum(1) / count,
+            "filled": filled.softmax(-1),
+            "ids": (input_ids.float() * self.scale + 0.125) * 0.5,
+        }
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_floats_of_integers_meet_converted_values(precision: str, tmp_path: Path) -> None:
+    backend = "openvino" if precision == "bf16" else "onnxruntime"
+    pytest.importorskip(backend)
+    bundle = export(_FromIntegers().eval(), tmp_path / "own")
+    manifest = Manifest.read(bundle)
+    signature = replace(manifest.signature, precision=precision)
+    freeze.prepare_graph(bundle / MODEL, tmp_path / MODEL, manifest, signature, 4, True)
+    onnx.checker.check_model(tmp_path / MODEL, full_check=True)
+    with Engine(bundle) as original, Engine(tmp_path / MODEL, backend) as converted:
+        ids, mask = np.arange(40)[None] + 5, np.arange(40)[None] < 30
+        expected, actual = (engine.run(ids, mask.astype(np.int64)) for engine in (original, converted))
+    for name, array in expected.items():
+        atol = 0.0 if name == "ids" else 0.05 if precision == "fp16" else 0.4
+        np.testing.assert_allclose(actual[name], array, rtol=0, atol=atol, err_msg=name)
+
+
+def test_floats_of_integers_are_cast_at_the_end_of_a_subgraph() -> None:
+    model = ir.from_onnx_text("""
+        <ir_version: 9, opset_import: ["" : 17]>
+        graph (int64[n] ids, float16[n] h, bool flag) => (float[n] y)
+        <float[1] w = {3.0}>
+        {
+            x = Cast <to = 1> (h)
+            position = Cast <to = 1> (ids)
+            product = Mul (position, w)
+            branch = If (flag) <
+                then_branch = then_graph () => (float[n] a) { a = Cast <to = 1> (ids) },
+                else_branch = else_graph () => (float[n] b) { b = Mul (product, x) }
+            >
+            y = Mul (branch, w)
+        }
+    """)
+    ShapeInferencePass()(model)
+    freeze.convert(model, "fp16")
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    for flag, expected in ((True, [[6.0, 9.0]]), (False, [[18.0, 27.0]])):
+        inputs = {"ids": np.array([2, 3]), "h": np.ones(2, np.float16), "flag": np.array(flag)}
+        np.testing.assert_array_equal(session.run(None, inputs), expected)
 
 
 def test_plugins_are_named_on_nodes_and_declared_in_functions(bundle: MakeBundle) -> None:
