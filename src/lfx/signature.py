@@ -95,7 +95,8 @@ class Signature:
         sep_token_id: id of the separator; None if the model has none.
         ignores_padding: whether the outputs of a sequence do not depend on the padding after it. If False, only
             sequences of one length run together.
-        adds_globals: whether the model gives tokens global attention beside those of global_attention_mask.
+        adds_globals: whether the model gives global attention to tokens that global_attention_mask does not mark; for a
+            model without that input, to others than the first.
         weight_bits: of an int8 model, the bits that its weights use: 7 or 8; None for the others.
         lfx_version: version of lfx that exported the model.
     """
