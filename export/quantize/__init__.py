@@ -89,7 +89,9 @@ def quantize(
     progress("checking the bundle")
     artifact = check_bundle(folder, manifest)
     check_space(target, sum(entry["bytes"] for entry in manifest.files.values()))
-    windows, calibration_entry = read_calibration(calibration, manifest.signature, Path(tokenizer or folder), samples)
+    windows, calibration_entry = read_calibration(
+        calibration, manifest.signature, Path(tokenizer or folder), samples, unlisted=tokenizer is not None
+    )
     layers = _layers(folder, keep_float)
     weight_bits = 8 if full_range else 7
     signature = dataclasses.replace(manifest.signature, precision="int8", weight_bits=weight_bits)

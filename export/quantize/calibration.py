@@ -22,7 +22,7 @@ Feeds = dict[str, NDArray[np.int64]]
 
 
 def read_calibration(
-    source: Path, signature: Signature, folder: Path, samples: int
+    source: Path, signature: Signature, folder: Path, samples: int, *, unlisted: bool = False
 ) -> tuple[list[Feeds], dict[str, Any]]:
     """Read windows of a calibration file as graph inputs.
 
@@ -30,6 +30,7 @@ def read_calibration(
         source: a text file, .jsonl or .parquet.
         folder: holds the tokenizer.
         samples: largest number of windows, spread evenly over the file.
+        unlisted: as for `lfx.runtime.tokenizer.Tokenizer`.
     Returns:
         The windows, and the manifest's entry `calibration`: file, SHA-256, number of windows and of tokens.
     Raises:
@@ -37,11 +38,11 @@ def read_calibration(
         InputError: the file cannot be read, or the model cannot take a document in it.
     """
     limited = signature
-    lengths = [len(window.ids) for window in encoded(source, limited, folder)]
+    lengths = [len(window.ids) for window in encoded(source, limited, folder, unlisted=unlisted)]
     if len(lengths) < samples and not is_documents(source):  # cut a short text into more, shorter windows
         shorter = max(sum(lengths) // samples, SHORTEST)
         limited = dataclasses.replace(signature, max_seqlen=min(shorter, signature.max_seqlen or shorter))
-        lengths = [len(window.ids) for window in encoded(source, limited, folder)]
+        lengths = [len(window.ids) for window in encoded(source, limited, folder, unlisted=unlisted)]
     if len(lengths) < 2:
         raise ExportError(
             f"{source} gives {len(lengths)} windows of text; give a text of 2 or more: one calibrates, one measures "
@@ -49,7 +50,9 @@ def read_calibration(
         )
     # Read the file again, so that only the chosen windows are in memory.
     indices = set(np.linspace(0, len(lengths) - 1, min(samples, len(lengths))).astype(int).tolist())
-    chosen = [window.ids for i, window in enumerate(encoded(source, limited, folder)) if i in indices]
+    chosen = [
+        window.ids for i, window in enumerate(encoded(source, limited, folder, unlisted=unlisted)) if i in indices
+    ]
     feeds = [dict(prepare(ids, None, None, signature).feeds) for ids in chosen]
     about = {"file": source.name, "sha256": sha256(source), "windows": len(chosen), "tokens": sum(map(len, chosen))}
     return feeds, about

@@ -26,7 +26,7 @@ from lfx.runtime.documents.journal import Journal, journal_path
 from lfx.runtime.documents.rows import OUTPUT_BYTES, Runner, Summary, outputs_per_sequence, windows_of
 from lfx.runtime.engine import AHEAD, Engine
 from lfx.runtime.postprocess import Postprocessor
-from lfx.runtime.tokenizer import END_TO_END, TOKENIZER, Encoded, Tokenizer
+from lfx.runtime.tokenizer import END_TO_END, MAX_CHARACTERS, TOKENIZER, Encoded, Tokenizer
 from lfx.signature import Signature
 
 # Number of documents of a chunk. A stopped run resumes after its last complete chunk. Batches are formed within a
@@ -137,12 +137,13 @@ def _header(runner: Runner, digest: str) -> dict[str, Any]:
     }
 
 
-def encoded(source: Path, signature: Signature, folder: Path) -> Iterator[Encoded]:
+def encoded(source: Path, signature: Signature, folder: Path, *, unlisted: bool = False) -> Iterator[Encoded]:
     """Tokenize each document of a file; a long document becomes windows without overlap.
 
     Args:
         source: path of a file as for `run_documents`, or of a text file, which is one document.
         folder: of the tokenizer; it may have none if all documents have input_ids.
+        unlisted: as for `Tokenizer`.
     Yields:
         The windows in order; one document is in memory at a time.
     Raises:
@@ -150,12 +151,13 @@ def encoded(source: Path, signature: Signature, folder: Path) -> Iterator[Encode
     """
     source, folder = file_path(source, "the file of documents"), file_path(folder, "the tokenizer's folder")
     check_source(source)
-    tokenizer = Tokenizer(folder, signature) if (folder / TOKENIZER).exists() else None
+    tokenizer = Tokenizer(folder, signature, unlisted=unlisted) if (folder / TOKENIZER).exists() else None
     if is_documents(source):
         documents = read_documents(source)
     else:
         try:
-            documents = iter([(1, {"text": source.read_text(encoding="utf-8-sig")})])
+            with source.open(encoding="utf-8-sig") as file:
+                documents = iter([(1, {"text": file.read(MAX_CHARACTERS + 1)})])  # one more than is tokenized
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{source} cannot be read as UTF-8 text: {error}") from error
     for line, document in documents:

@@ -399,3 +399,15 @@ def test_more_samples_than_windows_take_them_all(bundle: MakeBundle, tmp_path: P
     path.write_text("".join(json.dumps({"input_ids": [5 + i, 6, 7]}) + "\n" for i in range(4)))
     made = quantize(bundle(), tmp_path / "int8", calibration=path, samples=10**12)
     assert Manifest.read(made).quantization["calibration"]["windows"] == 4
+
+
+def test_a_named_tokenizer_folder_is_read_as_it_is(bundle: MakeBundle, text: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle(), tmp_path / "with a tokenizer put beside it")
+    manifest = Manifest.read(folder)
+    files = {name: entry for name, entry in manifest.files.items() if "token" not in name}
+    data = dataclasses.replace(manifest, files=files).to_dict()
+    (folder / "lfx.json").write_text(json.dumps(data))
+    with pytest.raises(ArtifactError, match="is not listed in lfx.json"):
+        quantize(folder, tmp_path / "refused", calibration=text)
+    made = quantize(bundle(), tmp_path / "made", calibration=text, tokenizer=folder)
+    assert Manifest.read(made).quantization["calibration"]["windows"] > 1
