@@ -160,7 +160,6 @@ def _checked(
     _check_options(chosen, options)
     slots = _slots(max_global, manifest.signature)
     ranges = _profiles(batch, seqlen, slots, plugin, manifest.signature)
-    library = plugins.library() if plugin else None
     path = _output(output if output is not None else folder.resolve().name + SUFFIX)
     signature = _signature(manifest.signature, precision, slots, ranges)
     if signature.adds_globals and slots < (signature.max_seqlen or slots):
@@ -174,6 +173,7 @@ def _checked(
             f"{bundle} has {manifest.quantization['activations']} activations, and TensorRT takes int8; make it again "
             "with: lfx quantize --activations int8"
         )
+    library = plugins.library() if plugin else None
     return _Arguments(folder, manifest, signature, slots, ranges, chosen, target, library, options, path)
 
 

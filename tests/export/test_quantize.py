@@ -407,7 +407,7 @@ def test_a_named_tokenizer_folder_is_read_as_it_is(bundle: MakeBundle, text: Pat
     files = {name: entry for name, entry in manifest.files.items() if "token" not in name}
     data = dataclasses.replace(manifest, files=files).to_dict()
     (folder / "lfx.json").write_text(json.dumps(data))
-    with pytest.raises(ArtifactError, match="is not listed in lfx.json"):
+    with pytest.raises(ArtifactError, match=r"is not listed in lfx\.json"):
         quantize(folder, tmp_path / "refused", calibration=text)
     made = quantize(bundle(), tmp_path / "made", calibration=text, tokenizer=folder)
     assert Manifest.read(made).quantization["calibration"]["windows"] > 1

@@ -14,6 +14,7 @@ import onnxruntime
 import onnxslim
 import pytest
 from onnxruntime.transformers.float16 import convert_float_to_float16
+from packaging.version import Version
 
 from lfx.manifest import MODEL, Manifest
 from lfx.parity import UNIT_ROUNDOFF
@@ -70,6 +71,8 @@ CASES = [
 def test_a_tool_keeps_the_model(
     tool: Callable[[Path, Path], None], precision: str, options: dict[str, Any], bundle: MakeBundle, tmp_path: Path
 ) -> None:
+    if tool is halve and options and Version(onnxruntime.__version__) < Version("1.31"):
+        pytest.skip("the float16 converter of this ONNX Runtime writes casts of the wrong type for this model")
     source = bundle(**options) / MODEL
     tool(source, tmp_path / "changed.onnx")
     expected = answer(source)
