@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,15 +80,16 @@ def chain(copy: Path, linked: Path) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("links", [hub_cache, folder_per_file, hard_links, chain], ids=lambda f: f.__name__)
 def test_a_bundle_of_links_gives_the_outputs_of_the_bundle(
-    links: Callable[[Path, Path], None], backend: str, copy: Path, tmp_path: Path
+    links: Callable[[Path, Path], None], backend: str, copy: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    linked = tmp_path / "linked"
+    linked, temporary = tmp_path / "linked", tmp_path / "tmp"
     linked.mkdir()
+    temporary.mkdir()
     links(copy, linked)
-    before = set(Path(os.environ.get("TMPDIR", "/tmp")).glob(".lfx-*"))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     np.testing.assert_array_equal(answer(linked, backend), answer(copy, backend))
     np.testing.assert_array_equal(answer(linked / MODEL, backend), answer(copy, backend))
-    assert set(Path(os.environ.get("TMPDIR", "/tmp")).glob(".lfx-*")) <= before
+    assert not list(temporary.glob(".lfx-*"))
 
 
 @pytest.mark.parametrize("name", [MODEL, WEIGHTS])
@@ -184,7 +186,6 @@ def test_broken_metadata_is_an_artifact_error(metadata: str, copy: Path) -> None
 
 
 def test_many_processes_leave_no_temporary_files(copy: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    import tempfile
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
