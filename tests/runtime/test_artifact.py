@@ -186,7 +186,6 @@ def test_broken_metadata_is_an_artifact_error(metadata: str, copy: Path) -> None
 
 
 def test_many_processes_leave_no_temporary_files(copy: Path, tmp_path: Path, monkeypatch: Any) -> None:
-
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     linked = tmp_path / "linked"
