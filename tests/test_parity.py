@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -66,6 +67,29 @@ def test_where_few_numbers_are_compared_the_rms_error_of_pytorch_counts() -> Non
     band = few.band("logits")
     assert few.tolerance("logits") == pytest.approx(2 * 3.5 * NOISE + band, rel=1e-6)
     assert many.tolerance("logits") < few.tolerance("logits")
+
+
+def test_a_large_fill_value_does_not_raise_the_tolerance_of_the_others() -> None:
+    def filled(shift: float) -> Callable[[Arrays], Arrays]:
+        return lambda inputs: {
+            "logits": np.where(inputs["input_ids"] % 5 == 0, -1e9, np.sin(inputs["input_ids"]) + shift)
+        }
+
+    def report(shift: float) -> Report:
+        return compare(
+            [Case(500, 5)],
+            lambda case: inputs_of(case, vocab_size=50, pad_token_id=1),
+            reference=filled(0.0),
+            witness=filled(NOISE),
+            candidate=filled(shift),
+            precision="fp32",
+            layers=2,
+        )
+
+    report(NOISE).require()
+    assert report(NOISE).outputs["logits"].magnitude == 100.0
+    with pytest.raises(ParityError, match=r"error 0\.001 is above the tolerance"):
+        report(1e-3).require()
 
 
 def test_nan_fails() -> None:

@@ -102,6 +102,13 @@ def test_other_shapes_than_the_config_are_refused(tmp_path: Path) -> None:
         assert "weights" in _refusal(folder)
 
 
+def test_fewer_layers_than_the_weights_have_are_refused(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path)
+    _edit_config(tmp_path, num_hidden_layers=1, attention_window=[8])
+    with pytest.raises(ExportError, match=r"weights for which its config has no layer: encoder\.layer\.1\."):
+        load(str(tmp_path), "auto")
+
+
 def test_more_layers_than_the_weights_have_are_refused(tmp_path: Path) -> None:
     folder = save_tiny_checkpoint(tmp_path / "c")
     _edit_config(folder, num_hidden_layers=3, attention_window=[8, 8, 8])

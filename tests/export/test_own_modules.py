@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -410,3 +411,26 @@ def test_the_shorter_of_two_position_tables_is_the_limit(tmp_path: Path) -> None
 def test_a_window_that_hugging_face_cannot_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="attention_window of 2, which Hugging Face itself cannot run"):
         export(tiny_model(attention_window=2), tmp_path / "out")
+
+
+def twice(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(hidden, 2 * linear.weight)
+
+
+def test_a_projection_with_a_forward_of_its_own_is_called(tmp_path: Path) -> None:
+    model = tiny_model()
+    for module in model.modules():
+        if hasattr(module, "value_global"):
+            module.value_global.forward = MethodType(twice, module.value_global)
+    with Engine(export(model, tmp_path / "out")) as engine, torch.inference_mode():
+        marks = (IDS == 5).long()
+        expected = model(IDS, global_attention_mask=marks).last_hidden_state.numpy()
+        actual = engine.run(IDS.numpy(), global_attention_mask=marks.numpy())["last_hidden_state"]
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_a_layer_that_was_never_run_is_refused(tmp_path: Path) -> None:
+    module = Wrapped().eval()
+    module.extra = nn.LazyLinear(4)
+    with pytest.raises(ExportError, match=r"extra\.weight has no shape yet; run the module once"):
+        export(module, tmp_path / "out")

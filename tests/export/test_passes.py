@@ -37,6 +37,16 @@ def test_a_weight_that_is_only_transposed_is_stored_transposed() -> None:
     assert "w" not in model.graph.initializers
 
 
+def test_a_transpose_that_turns_nothing_stays() -> None:
+    model = _model("""
+        g (float[n, 2] x) => (float[n, 2] y) <float[2, 2] w = {1, 2, 3, 4}> {
+            t = Transpose<perm = [0, 1]>(w)
+            y = MatMul(x, t)
+        }""")
+    assert not transpose_weights(model)
+    assert list(model.graph.initializers) == ["w"]
+
+
 def test_a_tied_weight_stays_one_tensor() -> None:
     model = _model("""
         g (float[n, 2] x, int64[k] i) => (float[n, 3] y, float[k, 2] e) <float[3, 2] w = {1, 2, 3, 4, 5, 6}> {
