@@ -36,6 +36,7 @@ from lfx.export.probe import (
     is_hugging_face,
 )
 from lfx.export.rewrite import ExportWrapper, GlobalTokens, attention_windows, rewrite
+from lfx.export.settings import check_window_memory
 from lfx.export.sizes import check_sizes
 from lfx.export.torch_runners import TORCH_DTYPES
 from lfx.export.validate import validate
@@ -170,6 +171,9 @@ def _check_module(module: nn.Module, source: str) -> None:
         raise ExportError(
             f"{source} has an attention_window of 2, which Hugging Face itself cannot run; give 4 or more"
         )
+    for attention in (m for m in module.modules() if isinstance(m, hf.LongformerSelfAttention)):
+        window = 2 * int(attention.one_sided_attn_window_size)
+        check_window_memory(window, attention.num_heads, f"{source}: attention_window")
     if any(m.padding_idx is None for m in module.modules() if isinstance(m, hf.LongformerEmbeddings)):
         raise ExportError(
             f"{source} has no pad_token_id, without which Hugging Face itself cannot count positions; set it in the "
@@ -225,7 +229,7 @@ def _trace(
         rewrite(module, tokens, TORCH_DTYPES[precision]), inputs, tokens, "global_attention_mask" in takes
     ).eval()
     batch, choices, sequence = (torch.export.Dim(name) for name in ("batch", "choices", "sequence"))
-    axes = {0: batch, 1: choices, 2: sequence} if task == "multiple-choice" else {0: batch, 1: sequence}
+    axes = {0: batch, 1: choices, 2: sequence} if TASKS[task].has_choices else {0: batch, 1: sequence}
     try:
         with _TRACING, quiet(), torch.autocast("cpu", enabled=False):
             program = torch.onnx.export(
@@ -254,7 +258,7 @@ def _trace(
 def _example(module: nn.Module, task: str, inputs: list[str]) -> tuple[torch.Tensor, ...]:
     """Make inputs to trace with; the axes differ in size, so that torch.export merges no two of them."""
     length = 4 * max(attention_windows(module)) if granularity(module) > 1 else 29
-    shape = (2, 3, length) if task == "multiple-choice" else (3, length)
+    shape = (2, 3, length) if TASKS[task].has_choices else (3, length)
     ids = torch.arange(length).expand(shape) % 5 + 3
     return tuple(ids if name == "input_ids" else torch.ones(shape, dtype=torch.int64) for name in inputs)
 
@@ -315,7 +319,7 @@ def _signature(
         vocab_size = getattr(embeddings.word_embeddings, "num_embeddings", None)
     pad = embeddings.padding_idx if embeddings is not None else _token_id(config, "pad_token_id", vocab_size)
     sep = _token_id(config, "sep_token_id", vocab_size)
-    axes: tuple[str, ...] = ("batch", "choices", "sequence") if task == "multiple-choice" else ("batch", "sequence")
+    axes: tuple[str, ...] = ("batch", "choices", "sequence") if TASKS[task].has_choices else ("batch", "sequence")
     signature = Signature(
         architecture=type(module).__name__,
         task=task,

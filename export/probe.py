@@ -16,7 +16,7 @@ from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError, InputError
 from lfx.export.rewrite import attention_windows
-from lfx.export.torch_runners import disturbed_runner, global_tokens_runner, torch_runner
+from lfx.export.torch_runners import GlobalTokensRunner, disturbed_runner, global_tokens_runner, torch_runner
 from lfx.parity import Case, OutputResult, pair_tolerance
 from lfx.runtime.engine import check_cuttable, cut
 from lfx.runtime.inputs import default_global
@@ -26,7 +26,8 @@ from lfx.signature import GRAPH_INPUTS, TASKS, Signature
 # The torch modules in transformers' Longformers. Each computes every token by itself.
 _TOKENWISE_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.Tanh, nn.ModuleList)
 _SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask", "unk")  # special tokens whose ids a config may have
-_LONG = 4096  # longest sequence, in tokens, for which padding is tested
+_LONG = 4096  # longest sequence, in tokens, that is tried
+_ROWS = 5  # of the batch whose rows are compared with each alone
 Int64 = NDArray[np.int64]
 
 
@@ -40,10 +41,8 @@ def default_global_of(module: nn.Module, signature: Signature) -> str:
     Returns:
         A `default_global` of `lfx.signature.Signature`; "required" if no known rule gives the module's global tokens.
     """
-    trials = list(_trial_ids(module, signature))
-    record = global_tokens_runner(module, forward_inputs(module))
     try:
-        chosen = [record(_with_mask(ids)) for ids in trials]
+        trials = [(ids, record(_with_mask(ids))) for ids, record in _trials(module, signature)]
     except ExportError:
         # A module whose forward requires a global_attention_mask has no rule of its own.
         parameter = inspect.signature(module.forward).parameters["global_attention_mask"]
@@ -52,8 +51,7 @@ def default_global_of(module: nn.Module, signature: Signature) -> str:
     rules: tuple[str, ...] = ("none", "first", *separators)
     for rule in rules:
         ruled = replace(signature, default_global=rule)
-        masks = [default_global(ids, ruled) for ids in trials]
-        if all(map(_same_globals, chosen, masks)):
+        if all(_same_globals(layers, default_global(ids, ruled)) for ids, layers in trials):
             return rule
     return "required"
 
@@ -66,8 +64,7 @@ def adds_globals(module: nn.Module, signature: Signature) -> bool:
     if is_unchanged(module):
         return False
     takes_mask = "global_attention_mask" in forward_inputs(module)
-    record = global_tokens_runner(module, forward_inputs(module))
-    for ids in _trial_ids(module, signature):
+    for ids, record in _trials(module, signature):
         mask = np.zeros_like(ids)
         mask[..., int(takes_mask)] = 1
         masks = (mask,) if takes_mask else (mask, np.zeros_like(ids))
@@ -96,6 +93,39 @@ def _separator(signature: Signature) -> int | None:
     """Return the separator's id if it is in the vocabulary."""
     sep, vocab_size = signature.sep_token_id, signature.vocab_size
     return sep if sep is not None and (vocab_size is None or sep < vocab_size) else None
+
+
+def _trials(module: nn.Module, signature: Signature) -> Iterator[tuple[Int64, GlobalTokensRunner]]:
+    """Yield ids, and a function that returns the global tokens of all layers, or of the first one for many ids."""
+    names = forward_inputs(module)
+    all_layers, first_layer = (global_tokens_runner(module, names, first_layer=first) for first in (False, True))
+    for ids in _trial_ids(module, signature):
+        yield ids, all_layers
+    for ids in _vocabulary_ids(module, signature):
+        yield ids, first_layer
+
+
+def _vocabulary_ids(module: nn.Module, signature: Signature) -> Iterator[Int64]:
+    """Yield rows of up to 4,096 ids that together contain every id of the vocabulary."""
+    length, vocab_size = _long_length(module, signature), signature.vocab_size
+    if vocab_size is None or length < 8:
+        return
+    separator = _separator(signature)
+    separators = [3, 4, length - 1] if separator is not None else []
+    others = [position for position in range(length) if position not in separators]
+    ids = [token for token in range(vocab_size) if token != separator]
+    for start in range(0, len(ids), len(others)):
+        row = model_inputs(Case(1, length), signature)["input_ids"]
+        row[..., others] = np.resize(ids[start : start + len(others)], len(others))
+        if separators:
+            row[..., separators] = separator
+        yield row
+
+
+def _long_length(module: nn.Module, signature: Signature) -> int:
+    """Return the longest sequence that the module takes, of at most 4,096 tokens; 0 if there is none."""
+    step = granularity(module)
+    return min(signature.max_seqlen or _LONG, _LONG) // step * step
 
 
 def _trial_ids(module: nn.Module, signature: Signature) -> Iterator[Int64]:
@@ -173,7 +203,7 @@ def ignores_padding(module: nn.Module, signature: Signature) -> bool:
         return True
     limit = max_seqlen if max_seqlen is not None else _LONG
     pairs = [(step, 2 * step)] if step > 1 else [(min(12, limit // 2), min(96, limit))]
-    longest = min(limit, _LONG) // step * step
+    longest = _long_length(module, signature)
     if longest > pairs[0][1]:  # a head may read positions that are far apart
         pairs.append((longest // 2 // step * step, longest))
     if max_seqlen is not None and pairs[0][1] > max_seqlen:
@@ -211,10 +241,10 @@ def check_rows(module: nn.Module, signature: Signature) -> None:
         return  # lfx never batches such outputs
     step = granularity(module)
     length = step if step > 1 else min(12, signature.max_seqlen or 12)
-    inputs = model_inputs(Case(2, length), signature)
+    inputs = model_inputs(Case(_ROWS, length), signature)
     run = torch_runner(module, "fp32", forward_inputs(module))
     batched = run(inputs)
-    for row in range(2):
+    for row in range(_ROWS):
         single = run({name: array[row : row + 1] for name, array in inputs.items()})
         for spec in signature.outputs:
             if not _is_same(batched[spec.name][row], single[spec.name][0], module):
@@ -230,8 +260,7 @@ def check_long(module: nn.Module, signature: Signature) -> None:
     Raises:
         ExportError: it fails, as one with a position table of its own does past the end of the table.
     """
-    step = granularity(module)
-    length = min(signature.max_seqlen or _LONG, _LONG) // step * step
+    length = _long_length(module, signature)
     if is_unchanged(module) or length == 0:
         return
     try:

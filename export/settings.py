@@ -109,12 +109,24 @@ def _check_windows(window: Any, layers: int, heads: int, positions: int, path: P
     for width in window if isinstance(window, list) else [window]:
         if whole_number(width, name, 2, widest, ExportError) % 2:
             raise ExportError(f"{name} {width} is odd; give an even number, both sides together")
-        needed = 4 * 4 * heads * width * width  # four float32 copies of the scores, as measured
-        if needed > _ATTENTION_BYTES:
-            raise ExportError(
-                f"{name} {width} would take {needed / 1e9:.0f} GB for any sequence in Hugging Face's attention, and at "
-                f"most {_ATTENTION_BYTES / 1e9:.0f} GB are taken; give a smaller window"
-            )
+        check_window_memory(width, heads, name)
+
+
+def check_window_memory(width: int, heads: int, name: str) -> None:
+    """Check the memory that Hugging Face's attention takes for a sequence of any length, which it pads to the window.
+
+    Args:
+        width: attention window in tokens, both sides together.
+        name: of the window, for messages.
+    Raises:
+        ExportError: it is more than 8 GB.
+    """
+    needed = 4 * 4 * heads * width * width  # four float32 copies of the scores, as measured
+    if needed > _ATTENTION_BYTES:
+        raise ExportError(
+            f"{name} {width} would take {needed / 1e9:.0f} GB for any sequence in Hugging Face's attention, and at "
+            f"most {_ATTENTION_BYTES / 1e9:.0f} GB are taken; give a smaller window"
+        )
 
 
 def _check_labels(values: dict[str, Any], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from lfx.export.load import quiet
 from lfx.export.rewrite import clone, named_outputs, replace_attention
 from lfx.parity import Arrays, Runner
 
+GlobalTokensRunner = Callable[[Mapping[str, NDArray[np.int64]]], list[NDArray[np.bool_]]]
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -97,19 +99,24 @@ def disturbed_runner(model: nn.Module, names: tuple[str, ...], start: int, amoun
     return _runner(copied, names, by_layer=False)
 
 
-def global_tokens_runner(
-    model: nn.Module, names: tuple[str, ...]
-) -> Callable[[Mapping[str, NDArray[np.int64]]], list[NDArray[np.bool_]]]:
+class _RecordedError(ExportError):
+    """Ends a run once the first self-attention has been reached."""
+
+
+def global_tokens_runner(model: nn.Module, names: tuple[str, ...], *, first_layer: bool = False) -> GlobalTokensRunner:
     """Return a function that runs the model and returns, for each self-attention, which tokens attend globally there.
 
     Args:
         names: the inputs that are passed to `model.forward`.
+        first_layer: stop at the first self-attention, which takes a fraction of the time.
     """
     recorded: list[NDArray[np.bool_]] = []
 
     def record(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         mask = options["attention_mask"] if "attention_mask" in options else arguments[1]
         recorded.append((mask > 0).numpy().copy())
+        if first_layer:
+            raise _RecordedError
 
     copied = clone(model, torch.float32)
     for module in copied.modules():
@@ -119,7 +126,8 @@ def global_tokens_runner(
 
     def globals_of(inputs: Mapping[str, NDArray[np.int64]]) -> list[NDArray[np.bool_]]:
         recorded.clear()
-        run(dict(inputs))
+        with contextlib.suppress(_RecordedError):
+            run(dict(inputs))
         return list(recorded)
 
     return globals_of

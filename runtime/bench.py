@@ -109,6 +109,18 @@ def peak_memory_bytes() -> int | None:
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
+def check_plot(path: Path) -> None:
+    """Check that matplotlib is installed and writes files of this suffix.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+        InputError: it writes no such files.
+    """
+    formats = require("matplotlib.backend_bases", "report").FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in formats:
+        raise InputError(f"{path} has a suffix that no plot has; give one of: {', '.join(sorted(formats))}")
+
+
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Plot tokens per second over sequence length, on log axes, with one line for each contender and batch size.
 

@@ -228,7 +228,7 @@ class Engine:
         else:
             shapes = _checked_shapes(shapes, self.signature.max_seqlen)
         for batch, seqlen in shapes:
-            shape = (batch, 2, seqlen) if self.signature.task == "multiple-choice" else (batch, seqlen)
+            shape = (batch, 2, seqlen) if self.signature.has_choices else (batch, seqlen)
             try:
                 ids = np.full(shape, self.signature.pad_token_id, dtype=np.int64)
             except (MemoryError, ValueError) as error:

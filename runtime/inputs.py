@@ -1,4 +1,4 @@
-"""Checks ids and masks from the caller, and pads them into one batch of graph inputs."""
+"""Checks ids and masks from the caller, chooses the default global tokens, and pads all into one batch."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def _as_rows(value: Any, name: str, values: _Values, signature: Signature) -> li
 
 
 def _read_batch(value: Any, name: str, values: _Values, signature: Signature) -> list[Int64]:
-    rank = 2 if signature.task == "multiple-choice" else 1
+    rank = 2 if signature.has_choices else 1
     items: Sequence[Any] | NDArray[Any]
     if hasattr(value, "__array__"):
         array = _array(value, name)
@@ -251,7 +251,7 @@ def _array_of(items: list[Any], name: str, values: _Values, signature: Signature
 
 def _shapes(signature: Signature) -> str:
     """The allowed forms of ids and masks, for messages."""
-    if signature.task == "multiple-choice":
+    if signature.has_choices:
         return "an integer array (batch, choices, seqlen) or (choices, seqlen)"
     return "one sequence of integers, a list of sequences, or an integer array (batch, seqlen)"
 

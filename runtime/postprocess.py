@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +61,8 @@ class Postprocessor:
             The answers, scores from 0 to 1. text-classification: {label, score} of each class, best first; a regression
             has its values as scores. token-classification: {token, label, score} of each token, in order. fill-mask:
             {position, token, score} of the five best tokens for each mask. question-answering: the best {answer,
-            score}. multiple-choice: {choice, score} of each choice, best first. Empty for other tasks and if an output
-            has NaN.
+            score}. multiple-choice: {choice, score} of each choice, best first. Empty for other tasks, if an output has
+            NaN, and if the logits have other axes than the task's.
         Raises:
             InputError: the outputs are of another text or task, or an answer has an id that the tokenizer does not
                 have.
@@ -71,28 +73,16 @@ class Postprocessor:
         if any(np.isnan(array).any() or np.isposinf(array).any() for array in outputs.values()):
             return []
         task = self._tokenizer.signature.task
-        seqlen = None if task in ("text-classification", "multiple-choice") else len(encoded.ids)
-        if task == "question-answering":
-            start, end = (_output(outputs, name, task, seqlen) for name in ("start_logits", "end_logits"))
-            return [self._best_span(encoded, start, end)]
-        if task not in ("text-classification", "token-classification", "fill-mask", "multiple-choice"):
+        if task not in _HEADS:
             return []
-        logits = _output(outputs, "logits", task, seqlen)
-        if task == "fill-mask":
-            return self._mask_fillers(encoded, logits)
-        if task == "text-classification":
-            return self._classes(logits)
-        scores = _softmax(logits)
-        if task == "multiple-choice":
-            return [{"choice": int(i), "score": float(scores[i])} for i in np.argsort(-scores)]
-        best = scores.argmax(axis=-1)
-        return [
-            {"token": piece, "label": self.label(int(i)), "score": float(row[i])}
-            for piece, i, row in zip(encoded.pieces, best, scores, strict=True)
-        ]
+        head = _HEADS[task]
+        arrays = [_output(outputs, name, task, len(encoded.ids) if head.per_token else None) for name in head.outputs]
+        if any(array.ndim != head.axes for array in arrays):
+            return []
+        return head.read(self, encoded, *arrays)
 
-    def _classes(self, logits: NDArray[Any]) -> list[dict[str, Any]]:
-        """Label and score of each class, best first; of a regression each value in order."""
+    def _classes(self, _: Encoded, logits: NDArray[Any]) -> list[dict[str, Any]]:
+        """Label and score of each class, from logits (classes,), best first; of a regression each value in order."""
         if len(logits) == 1 or self._problem_type == "regression":
             return [{"label": self.label(i), "score": float(value)} for i, value in enumerate(logits)]
         if is_multi_label(self._tokenizer.signature, self._problem_type):
@@ -100,6 +90,20 @@ class Postprocessor:
         else:
             scores = _softmax(logits)
         return [{"label": self.label(int(i)), "score": float(scores[i])} for i in np.argsort(-scores)]
+
+    def _choices(self, _: Encoded, logits: NDArray[Any]) -> list[dict[str, Any]]:
+        """Each choice, from logits (choices,), best first."""
+        scores = _softmax(logits)
+        return [{"choice": int(i), "score": float(scores[i])} for i in np.argsort(-scores)]
+
+    def _token_labels(self, encoded: Encoded, logits: NDArray[Any]) -> list[dict[str, Any]]:
+        """The best label of each token, from logits (seqlen, classes)."""
+        scores = _softmax(logits)
+        best = scores.argmax(axis=-1)
+        return [
+            {"token": piece, "label": self.label(int(i)), "score": float(row[i])}
+            for piece, i, row in zip(encoded.pieces, best, scores, strict=True)
+        ]
 
     def _mask_fillers(self, encoded: Encoded, logits: NDArray[Any]) -> list[dict[str, Any]]:
         """The five best tokens for each mask token, from logits (seqlen, vocabulary)."""
@@ -113,12 +117,12 @@ class Postprocessor:
 
     def _best_span(
         self, encoded: Encoded, start: NDArray[Any], end: NDArray[Any], max_length: int = 30
-    ) -> dict[str, Any]:
+    ) -> list[dict[str, Any]]:
         """The best span of the document, from start and end logits (seqlen,); at most `max_length` tokens."""
         separators = [i for i, token in enumerate(encoded.ids) if token == self._tokenizer.signature.sep_token_id]
         first = separators[1] + 1 if len(separators) > 1 else 0
         if len(start) - first < 2:
-            return {"answer": "", "score": 0.0}
+            return [{"answer": "", "score": 0.0}]
         # The last token is a separator.
         start_scores, end_scores = _softmax(start[first:-1]), _softmax(end[first:-1])
         # Row i has the ends of the spans that start at i; ends past the document score 0.
@@ -127,7 +131,31 @@ class Postprocessor:
         scores = start_scores * padded[np.arange(len(lengths)) + lengths]
         best = int(scores.argmax())
         ids = encoded.ids[first + best : first + best + int(lengths[best]) + 1]
-        return {"answer": self._tokenizer.decode(ids), "score": float(scores[best])}
+        return [{"answer": self._tokenizer.decode(ids), "score": float(scores[best])}]
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A task's logits, and the method that converts those of one sequence to answers.
+
+    Attributes:
+        axes: number of axes without the batch.
+        per_token: whether the first axis is the sequence.
+    """
+
+    read: Callable[..., list[dict[str, Any]]]
+    axes: int
+    per_token: bool
+    outputs: tuple[str, ...] = ("logits",)
+
+
+_HEADS = {
+    "text-classification": _Head(Postprocessor._classes, 1, per_token=False),
+    "multiple-choice": _Head(Postprocessor._choices, 1, per_token=False),
+    "token-classification": _Head(Postprocessor._token_labels, 2, per_token=True),
+    "fill-mask": _Head(Postprocessor._mask_fillers, 2, per_token=True),
+    "question-answering": _Head(Postprocessor._best_span, 1, per_token=True, outputs=("start_logits", "end_logits")),
+}
 
 
 def settings(path: Path) -> dict[str, Any]:
@@ -169,9 +197,10 @@ def _output(outputs: dict[str, NDArray[Any]], name: str, task: str, seqlen: int 
     """One output without its batch axis; `seqlen` is the required length of an output per token, else None."""
     if name not in outputs:
         raise InputError(f"{task} needs the output {name}; the outputs are {', '.join(outputs) or 'none'}")
-    array: NDArray[Any] = outputs[name][0]
-    if seqlen is not None and len(array) != seqlen:
-        raise InputError(f"{name} has {len(array)} tokens and the text {seqlen}; give the outputs of this text")
+    array = np.asarray(outputs[name][0])
+    if seqlen is not None and array.shape[:1] != (seqlen,):
+        tokens = len(array) if array.ndim else "no"
+        raise InputError(f"{name} has {tokens} tokens and the text {seqlen}; give the outputs of this text")
     return array
 
 

@@ -22,7 +22,7 @@ def model_inputs(case: Case, signature: Signature) -> Arrays:
         vocab_size=signature.vocab_size or _DEFAULT_VOCAB_SIZE,
         pad_token_id=signature.pad_token_id,
         max_global=signature.max_global,
-        choices=2 if signature.task == "multiple-choice" else None,
+        choices=2 if signature.has_choices else None,
     )
 
 

@@ -47,12 +47,13 @@ def cpu() -> str:
                 _time(ours["median_ms"]),
                 f"**{row['speedup']:.2f}**",
                 f"{ours['tokens_per_second']:,.0f}",
+                f"{row['share_of_product']:.2f}",
                 " / ".join(f"{peaks[row['seqlen'], name]:.2f}" for name in row["contenders"]) + " GB",
                 f"{row['max_difference']:.1e}",
             ]
         )
     header = ["tokens", "globals", "Hugging Face eager", "lfx", "times as fast", "lfx tokens/s"]
-    header += ["peak memory, HF / lfx", "largest difference"]
+    header += ["share of MatMul's speed", "peak memory, HF / lfx", "largest difference"]
     note = f"\nBase shape, fp32, batch 1, {records[0]['threads']} threads. {_hardware(records[0])}.\n"
     return _rows(header, rows) + note + _growth(records)
 

@@ -244,12 +244,13 @@ def test_a_second_name_of_a_listed_file_is_refused(name: str, bundle_folder: Pat
         manifest.verify(bundle_folder)
 
 
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
 def test_a_file_that_many_names_link_to_is_hashed_once(
-    bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    link: Callable[[Path, Path], None], bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "large").write_bytes(bytes(100))
     for i in range(20):
-        (bundle_folder / f"link{i}").symlink_to(tmp_path / "large")
+        link(bundle_folder / f"link{i}", tmp_path / "large")
     MANIFEST_VALUE.write(bundle_folder)
     hashed: list[Path] = []
     monkeypatch.setattr("lfx.manifest.sha256", lambda path, size: hashed.append(path) or sha256(path, size))

@@ -1,7 +1,8 @@
 """The backends that run an ONNX file, all with the interface `infer(feeds) -> outputs`.
 
 A backend that is named explicitly is used or is an error; none falls back to another device or library. To add a
-backend, write a module here with a class that has the interface of `interface.Backend`, and add it to `load`.
+backend: a module here with a class like `reference.Reference`, its name in `BACKENDS` and a branch in `load`; its name
+in the docstring of `Engine` and in the help of `--backend` (`lfx.cli.engine`); an extra in pyproject.toml.
 """
 
 from __future__ import annotations

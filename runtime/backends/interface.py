@@ -12,6 +12,9 @@ Arrays = dict[str, NDArray[Any]]
 class Backend(Protocol):
     """A loaded model.
 
+    Its class is called with the path of an ONNX file first, and raises DependencyError if the library is not installed
+    and ArtifactError if the file cannot be loaded. `infer` raises LfxError.
+
     Attributes:
         name: library, version and device, for display.
         input_names, output_names: of the graph, in its order.

@@ -16,7 +16,7 @@ from lfx.runtime.engine import AHEAD, Engine
 from lfx.runtime.inputs import prepare
 from lfx.runtime.postprocess import Postprocessor
 from lfx.runtime.tokenizer import Encoded, Tokenizer
-from lfx.signature import Signature, TensorSpec
+from lfx.signature import TASKS, Signature, TensorSpec
 
 # Limit of the bytes of outputs per token in one group of windows; a fill-mask model has 200 kB for each token.
 OUTPUT_BYTES = 1 << 30
@@ -196,14 +196,16 @@ def _encode(
         fields = ", ".join(sorted(ascii(name)[1:-1] for name in document)) or "none"
         raise InputError(f"the document has the fields {fields}; give either text or input_ids")
     if ids is not None:
+        if pair is not None:
+            raise InputError("the document has input_ids and pair; give the ids of both texts as input_ids")
         if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
             raise InputError("input_ids must be a list of at least one whole number")
         prepare([ids], None, None, signature)  # checks the length before pieces are made
         return [Encoded(ids, [str(i) for i in ids])]
     if not isinstance(text, str) or not text.strip() or not isinstance(pair, str | None):
         raise InputError("text (and pair, if any) must be a string, and text not empty")
-    if signature.task == "question-answering" and pair is None:
-        raise InputError("question-answering needs the question as text and the document as pair")
+    if TASKS[signature.task].needs_pair and pair is None:
+        raise InputError(f"{signature.task} needs the question as text and the document as pair")
     if tokenizer is None:
         raise InputError("the model has no tokenizer, so documents must have input_ids")
     return [tokenizer.encode(text, pair)] if stride is None else tokenizer.windows(text, pair, stride)

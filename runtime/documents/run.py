@@ -170,7 +170,7 @@ def encoded(source: Path, signature: Signature, folder: Path, *, unlisted: bool 
 
 def _check_files(engine: Engine, source: Path, output: Path) -> tuple[Path, Path]:
     """Check the two paths before anything runs."""
-    if engine.signature.task == "multiple-choice":
+    if engine.signature.has_choices:
         raise InputError("files of documents are not run for multiple-choice; use Engine.run")
     source, output = file_path(source, "the input"), file_path(output, "the output")
     for path in (source, output):

@@ -140,10 +140,10 @@ class Manifest:
         """
         if MODEL not in self.files:
             raise ArtifactError(f"{bundle / MANIFEST} lists no {MODEL}; export the model again")
-        digests: dict[Path, str] = {}  # many names may be links to one large file
+        digests: dict[tuple[int, int], str] = {}  # many names may be links to one large file
         return {name: self._verified(bundle.resolve(), name, entry, digests) for name, entry in self.files.items()}
 
-    def _verified(self, bundle: Path, name: str, entry: Mapping[str, Any], digests: dict[Path, str]) -> Path:
+    def _verified(self, bundle: Path, name: str, entry: Mapping[str, Any], digests: dict[tuple[int, int], str]) -> Path:
         path = bundle / name
         if str(PurePosixPath(name)) != name:
             raise ArtifactError(f"{bundle / MANIFEST} names {shown(name)}; write the path without '.' and empty parts")
@@ -158,17 +158,18 @@ class Manifest:
             raise ArtifactError(f"{path} is missing; export the model again")
         if folder != path.parent:
             raise ArtifactError(f"{path.parent} is a link; a bundle's files may be links, and its folders may not")
-        size = file.stat().st_size
+        status = file.stat()
+        size, inode = status.st_size, (status.st_dev, status.st_ino)
         if size != entry["bytes"]:
             raise ArtifactError(
                 f"{path} has {size} bytes where {MANIFEST} says {entry['bytes']}; export the model again"
             )
         try:
-            if file not in digests:
-                digests[file] = sha256(file, size)
+            if inode not in digests:
+                digests[inode] = sha256(file, size)
         except OSError as error:
             raise ArtifactError(f"{path} cannot be read: {error.strerror}; make it readable") from error
-        if digests[file] != entry["sha256"]:
+        if digests[inode] != entry["sha256"]:
             raise ArtifactError(f"{path} was changed after the export (sha256 differs); export the model again")
         return file
 

@@ -61,7 +61,13 @@ def read_header(path: Path) -> Header:
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            entries = list(_entries(data, 0, len(data), "model", 0))
+            metadata: list[str] = []
+            weights: set[str] = set()
+            for message, key, value in _entries(data, 0, len(data), "model", 0):
+                if (message, key) == ("metadata", "lfx"):
+                    metadata.append(value)
+                elif (message, key) == ("external data", "location"):
+                    weights.add(value)
             nodes = _inlined_nodes(data)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}; make it readable") from error
@@ -72,11 +78,9 @@ def read_header(path: Path) -> Header:
             f"{path} has more than {_MAX_NODES:,} nodes once its functions are inlined, which no backend loads in "
             "reasonable time; export the model again"
         )
-    metadata = [value for message, key, value in entries if (message, key) == ("metadata", "lfx")]
     if len(metadata) > 1:
         raise ArtifactError(f"{path} has two entries of lfx metadata; export the model again")
-    weights = frozenset(value for message, key, value in entries if (message, key) == ("external data", "location"))
-    return Header(metadata[0] if metadata else None, weights)
+    return Header(metadata[0] if metadata else None, frozenset(weights))
 
 
 def _entries(data: mmap.mmap, start: int, end: int, message: str, depth: int) -> Iterator[tuple[str, str, str]]:
@@ -94,7 +98,10 @@ def _entries(data: mmap.mmap, start: int, end: int, message: str, depth: int) ->
 
 
 def _inlined_nodes(data: mmap.mmap) -> int:
-    """Number of nodes of the model with its functions inlined; counts no further than `_MAX_NODES` + 1."""
+    """Number of nodes of the model with its functions inlined; counts no further than `_MAX_NODES` + 1.
+
+    A graph or a function that calls more different ops ends the count, which bounds the memory.
+    """
     main_calls: Counter[Key] = Counter()
     functions: dict[Key, Counter[Key]] = {}
     with_graphs: set[Key] = set()  # what is called with a graph as attribute
@@ -104,6 +111,8 @@ def _inlined_nodes(data: mmap.mmap) -> int:
         calls: Counter[Key] = Counter()
         for key, has_graph in _calls(data, first, last, "graph" if field == 7 else "function", 0):
             calls[key] += 1
+            if len(calls) > _MAX_NODES:
+                return len(calls)
             if has_graph:
                 with_graphs.add(key)
         if field == 7:

@@ -49,11 +49,15 @@ class Task:
         default_global: the tokens that attend globally when the caller gives no global_attention_mask, by Hugging
             Face's rule: "none", "first" (the first token), "question" (tokens before the first separator) or
             "after_question" (tokens after the second separator).
+        needs_pair: whether every input is a pair of texts.
+        has_choices: whether the inputs have an axis of choices: (batch, choices, seqlen).
     """
 
     auto_class: str
     architecture: str
     default_global: str
+    needs_pair: bool = False
+    has_choices: bool = False
 
 
 TASKS: dict[str, Task] = {
@@ -61,8 +65,12 @@ TASKS: dict[str, Task] = {
     "fill-mask": Task("AutoModelForMaskedLM", "LongformerForMaskedLM", "none"),
     "text-classification": Task("AutoModelForSequenceClassification", "LongformerForSequenceClassification", "first"),
     "token-classification": Task("AutoModelForTokenClassification", "LongformerForTokenClassification", "none"),
-    "question-answering": Task("AutoModelForQuestionAnswering", "LongformerForQuestionAnswering", "question"),
-    "multiple-choice": Task("AutoModelForMultipleChoice", "LongformerForMultipleChoice", "after_question"),
+    "question-answering": Task(
+        "AutoModelForQuestionAnswering", "LongformerForQuestionAnswering", "question", needs_pair=True
+    ),
+    "multiple-choice": Task(
+        "AutoModelForMultipleChoice", "LongformerForMultipleChoice", "after_question", needs_pair=True, has_choices=True
+    ),
 }
 
 
@@ -123,6 +131,11 @@ class Signature:
     def may_pad(self) -> bool:
         """Whether padding may be added: the model takes an attention_mask and its outputs do not depend on padding."""
         return self.ignores_padding and any(spec.name == "attention_mask" for spec in self.inputs)
+
+    @property
+    def has_choices(self) -> bool:
+        """Whether the inputs have an axis of choices: (batch, choices, seqlen)."""
+        return TASKS[self.task].has_choices
 
     def to_dict(self) -> dict[str, Any]:
         """The signature as JSON types."""

@@ -101,6 +101,7 @@ def test_a_plot_on_a_full_disk_says_what_to_do(small_disk: SmallDisk) -> None:
 @pytest.mark.parametrize("name", ["plot.svg", "plot.PNG", "plot"])
 def test_a_plot_has_the_name_that_was_asked_for(name: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
+    bench.check_plot(tmp_path / name)
     bench.plot([{"contender": "a", "batch": 1, "seqlen": 64, "tokens_per_second": 1.0}], tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -163,6 +164,7 @@ def test_a_checkpoint_with_other_weights_is_not_measured(tmp_path: Path) -> None
         ({"against": ("pytorch",), "source": 5}, "source is 5"),
         ({"output": 5}, "output is 5"),
         ({"plot": "a\0b"}, "cannot be opened"),
+        ({"plot": Path("plot.xyz")}, "plot.xyz has a suffix that no plot has; give one of: .*png"),
     ],
 )
 def test_options_of_other_types_are_one_line(options: dict[str, Any], reason: str, bundle: MakeBundle) -> None:

@@ -80,8 +80,13 @@ def test_a_size_that_becomes_a_constant_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [lambda x, ids: x - x.mean(0), lambda x, ids: x * x[0, 0, 0], lambda x, ids: x.softmax(0)],
-    ids=["mean", "first row", "softmax"],
+    [
+        lambda x, ids: x - x.mean(0),
+        lambda x, ids: x * x[0, 0, 0],
+        lambda x, ids: x.softmax(0),
+        lambda x, ids: x + x[4:].sum(),
+    ],
+    ids=["mean", "first row", "softmax", "fifth row"],
 )
 def test_an_output_that_depends_on_other_sequences_is_refused(change: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="depends on the other sequences of its batch"):
@@ -411,6 +416,13 @@ def test_the_shorter_of_two_position_tables_is_the_limit(tmp_path: Path) -> None
 def test_a_window_that_hugging_face_cannot_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="attention_window of 2, which Hugging Face itself cannot run"):
         export(tiny_model(attention_window=2), tmp_path / "out")
+
+
+def test_a_window_that_takes_too_much_memory_is_refused_in_a_module_too(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.encoder.layer[1].attention.self.one_sided_attn_window_size = 10_000
+    with pytest.raises(ExportError, match="attention_window 20000 would take 13 GB"):
+        export(model, tmp_path / "out")
 
 
 def twice(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:

@@ -134,11 +134,12 @@ def first(ids: torch.Tensor) -> torch.Tensor:
         (lambda ids: None, "first"),  # the rule of the inner model
         (lambda ids: (ids == 0).long(), "required"),
         (lambda ids: (ids == 54).long(), "required"),
+        (lambda ids: (ids == 87).long(), "required"),
     ],
-    ids=["first", "none", "inner", "cls", "last id"],
+    ids=["first", "none", "inner", "cls", "id 54", "an id that the config does not name"],
 )
 def test_a_rule_is_found_by_the_tokens_and_not_by_the_outputs(rule: Any, name: str) -> None:
-    assert default_global_of(Around(rule).eval(), signature(vocab_size=55)) == name
+    assert default_global_of(Around(rule).eval(), signature(vocab_size=99)) == name
 
 
 class Choice(type(tiny_model("multiple-choice"))):  # type: ignore[misc]

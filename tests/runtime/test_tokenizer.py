@@ -1,4 +1,4 @@
-"""`Tokenizer` and `Postprocessor` of a bundle, without a model."""
+"""`Tokenizer` of a bundle, without a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from tests.models import tiny_tokenizer
 
 START, END, MASK = 0, 2, 4
 LONGEST = 12
-LABELS = {"0": "bad", "1": "good", "2": "so-so"}
 
 
 def signature(task: str) -> Signature:
@@ -41,27 +40,6 @@ def signature(task: str) -> Signature:
         max_seqlen=LONGEST,
         sep_token_id=END,
     )
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with the files that Tokenizer reads."""
-    tiny_tokenizer().save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"id2label": LABELS}))
-    return tmp_path
-
-
-def answers(folder: Path, task: str, text: str = "the fox", **outputs: Any) -> list[dict[str, Any]]:
-    """The answers for outputs that are given without the batch axis."""
-    tokenizer = Tokenizer(folder, signature(task))
-    arrays = {name: np.asarray([value], dtype=np.float32) for name, value in outputs.items()}
-    return Postprocessor(tokenizer).answers(tokenizer.encode(text), arrays)
-
-
-def softmax(values: Any) -> Any:
-    """Softmax in float64 over the last axis."""
-    shifted = np.exp(np.asarray(values, dtype=np.float64) - np.max(values, axis=-1, keepdims=True))
-    return shifted / shifted.sum(axis=-1, keepdims=True)
 
 
 def test_encode_gives_the_ids_of_transformers_special_tokens_included(folder: Path) -> None:
@@ -160,149 +138,6 @@ def test_a_broken_config_is_an_artifact_error(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
     with pytest.raises(ArtifactError, match=r"config\.json"):
         Postprocessor(Tokenizer(folder, signature("text-classification"))).label(0)
-
-
-def test_labels_come_from_the_config_or_are_those_of_transformers(folder: Path) -> None:
-    postprocessor = Postprocessor(Tokenizer(folder, signature("text-classification")))
-    assert [postprocessor.label(i) for i in (0, 2, 3)] == ["bad", "so-so", "LABEL_3"]
-    (folder / "config.json").unlink()
-    assert Postprocessor(Tokenizer(folder, signature("text-classification"))).label(0) == "LABEL_0"
-
-
-def test_the_bare_model_has_no_answers(folder: Path) -> None:
-    assert answers(folder, "feature-extraction", last_hidden_state=np.zeros((4, 8))) == []
-
-
-def test_text_classification_gives_all_labels_best_first(folder: Path) -> None:
-    results = answers(folder, "text-classification", logits=[1.0, 3.0, -2.0])
-    assert [list(answer) for answer in results] == [["label", "score"]] * 3
-    assert [answer["label"] for answer in results] == ["good", "bad", "so-so"]
-    assert [answer["score"] for answer in results] == pytest.approx(softmax([3.0, 1.0, -2.0]), rel=1e-5)
-
-
-def test_scores_of_extreme_logits_are_finite(folder: Path) -> None:
-    results = answers(folder, "text-classification", logits=[-1e30, 1e4, 1e4])
-    assert [answer["score"] for answer in results] == [0.5, 0.5, 0.0]
-
-
-def test_a_single_class_is_a_regression_with_the_raw_value(folder: Path) -> None:
-    assert answers(folder, "text-classification", logits=[-2.5]) == [{"label": "bad", "score": -2.5}]
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_multi_label_model_has_independent_scores(folder: Path) -> None:
-    config = {"id2label": LABELS, "problem_type": "multi_label_classification"}
-    (folder / "config.json").write_text(json.dumps(config))
-    results = answers(folder, "text-classification", logits=[2.0, -100.0, 2.5])
-    assert [answer["label"] for answer in results] == ["so-so", "bad", "good"]
-    expected = [1 / (1 + np.exp(-2.5)), 1 / (1 + np.exp(-2.0)), 0.0]
-    assert [answer["score"] for answer in results] == pytest.approx(expected, abs=1e-6)
-
-
-def test_token_classification_labels_all_tokens_in_order(folder: Path) -> None:
-    logits = [[0, 1, 0], [2, 0, 0], [0, 0, 5], [0, 3, 0]]
-    results = answers(folder, "token-classification", logits=logits)
-    assert [list(answer) for answer in results] == [["token", "label", "score"]] * 4
-    assert [answer["token"] for answer in results] == ["<s>", "the", "fox", "</s>"]
-    assert [answer["label"] for answer in results] == ["good", "bad", "so-so", "good"]
-    assert [answer["score"] for answer in results] == pytest.approx(softmax(logits).max(axis=-1), rel=1e-5)
-
-
-def test_fill_mask_gives_the_five_best_tokens_of_each_mask(folder: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    logits = np.random.default_rng(0).normal(size=(6, len(tokenizer)))
-    results = answers(folder, "fill-mask", "the <mask> <mask> fox", logits=logits)
-    assert [list(answer) for answer in results] == [["position", "token", "score"]] * 10
-    assert [answer["position"] for answer in results] == [2] * 5 + [3] * 5
-    for position, filled in ((2, results[:5]), (3, results[5:])):
-        scores = softmax(logits[position])
-        best = np.argsort(-scores)[:5]
-        assert [answer["score"] for answer in filled] == pytest.approx(scores[best], rel=1e-5)
-        assert [answer["token"] for answer in filled] == [
-            tokenizer.decode([i], skip_special_tokens=True).strip() for i in best
-        ]
-
-
-def test_fill_mask_without_a_mask_has_no_answers(folder: Path) -> None:
-    assert answers(folder, "fill-mask", "the fox", logits=np.zeros((4, 55))) == []
-
-
-def test_multiple_choice_gives_all_choices_best_first(folder: Path) -> None:
-    results = answers(folder, "multiple-choice", logits=[0.5, -1.0, 2.0, 0.0])
-    assert [list(answer) for answer in results] == [["choice", "score"]] * 4
-    assert [answer["choice"] for answer in results] == [2, 0, 3, 1]
-    assert [answer["score"] for answer in results] == pytest.approx(softmax([2.0, 0.5, 0.0, -1.0]), rel=1e-5)
-
-
-def ask(folder: Path, start: Any, end: Any) -> tuple[Encoded, dict[str, Any]]:
-    """The answer to the question "the fox" from "quick brown lazy dog", tokens 5 to 8 of 10."""
-    tokenizer = Tokenizer(folder, signature("question-answering"))
-    encoded = tokenizer.encode("the fox", "quick brown lazy dog")
-    outputs = {"start_logits": np.float32([start]), "end_logits": np.float32([end])}
-    results = Postprocessor(tokenizer).answers(encoded, outputs)
-    assert len(results) == 1
-    return encoded, results[0]
-
-
-def peak(*positions: int, of: int = 10) -> Any:
-    """Logits that are high at these positions, highest at the first."""
-    logits = np.zeros(of)
-    for rank, position in enumerate(positions):
-        logits[position] = 20.0 - 3 * rank
-    return logits
-
-
-def test_question_answering_gives_the_text_between_start_and_end(folder: Path) -> None:
-    encoded, answer = ask(folder, peak(6), peak(7))
-    assert encoded.pieces[5:9] == ["quick", "brown", "lazy", "dog"]
-    assert list(answer) == ["answer", "score"]
-    assert answer["answer"] == "brown lazy"
-    assert answer["score"] == pytest.approx(1.0, abs=1e-6)
-
-
-def test_an_answer_may_be_one_token_at_either_end(folder: Path) -> None:
-    assert ask(folder, peak(5), peak(5))[1]["answer"] == "quick"
-    assert ask(folder, peak(8), peak(8))[1]["answer"] == "dog"
-
-
-def test_the_answer_is_not_in_the_question(folder: Path) -> None:
-    assert ask(folder, peak(1, 7), peak(2, 8))[1]["answer"] == "lazy dog"
-
-
-def test_the_answer_is_not_the_final_separator(folder: Path) -> None:
-    assert ask(folder, peak(9, 7), peak(9, 8))[1]["answer"] == "lazy dog"
-
-
-def test_an_answer_does_not_end_before_it_starts(folder: Path) -> None:
-    assert ask(folder, peak(8, 5), peak(6))[1]["answer"] == "quick brown"
-
-
-def test_the_best_span_is_the_best_of_all_pairs_of_start_and_end(folder: Path) -> None:
-    random = np.random.default_rng(1)
-    for _ in range(50):
-        start, end = random.normal(size=(2, 10)) * 2
-        start[9] = end[9] = -30.0
-        encoded, answer = ask(folder, start, end)
-        begins, ends = softmax(start[5:]), softmax(end[5:])
-        scores = {(i, j): begins[i] * ends[j] for i in range(5) for j in range(i, 5)}
-        first, last = max(scores, key=lambda span: scores[span])
-        assert answer["answer"] == " ".join(encoded.pieces[5 + first : 5 + last + 1])
-        assert answer["score"] == pytest.approx(scores[first, last], rel=1e-4)
-
-
-def test_the_best_span_need_not_start_at_one_of_the_best_starts(folder: Path) -> None:
-    tokenizer = Tokenizer(folder, replace(signature("question-answering"), max_seqlen=None))
-    encoded = tokenizer.encode("the fox", "quick brown lazy dog " * 100)
-    first, count = 5, 400
-    start, end = np.random.default_rng(1).normal(size=(2, first + count + 1)).astype(np.float32)
-    start[first : first + 50] = 6.0  # likelier than the best span's start, with unlikely ends
-    start[first + 399], end[first + 399] = 5.5, 9.0
-    starts, ends = softmax(start[first:-1]), softmax(end[first:-1])
-    scores = {(i, j): starts[i] * ends[j] for i in range(count) for j in range(i, min(i + 30, count))}
-    i, j = max(scores, key=lambda span: scores[span])
-    assert (i, j) == (399, 399)
-    [answer] = Postprocessor(tokenizer).answers(encoded, {"start_logits": start[None], "end_logits": end[None]})
-    assert answer == {"answer": "dog", "score": pytest.approx(scores[i, j], rel=1e-4)}
 
 
 POST_PROCESSORS: dict[str, dict[str, Any] | None] = {
@@ -513,18 +348,6 @@ def test_an_id_outside_the_vocabulary_is_named(folder: Path) -> None:
     for wrong in (99, 2**40, -1):
         with pytest.raises(InputError, match=f"{wrong}"):
             tokenizer.decode([5, wrong])
-    logits = np.zeros((3, 99))
-    logits[1, 98] = 9.0
-    with pytest.raises(InputError, match="id 98 is not in the tokenizer's vocabulary"):
-        answers(folder, "fill-mask", "<mask>", logits=logits)
-
-
-def test_outputs_of_another_text_or_model_are_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match="needs the output logits; the outputs are other"):
-        answers(folder, "text-classification", other=[1.0])
-    for task in ("token-classification", "fill-mask"):
-        with pytest.raises(InputError, match="logits has 9 tokens and the text 4"):
-            answers(folder, task, logits=np.zeros((9, 55)))
 
 
 def test_arguments_of_another_type_are_refused(folder: Path) -> None:
@@ -561,26 +384,3 @@ def test_the_digest_covers_all_files_that_decide_an_answer(folder: Path) -> None
         (folder / file).write_text(content or (folder / TOKENIZER).read_text() + " ")
         digests.add(Tokenizer(folder, signature("fill-mask")).sha256)
     assert len(digests) == 4
-
-
-@pytest.mark.parametrize("logits", [[1.0, np.inf], [np.inf, np.inf]])
-def test_an_overflow_has_no_answer(folder: Path, logits: list[float]) -> None:
-    assert answers(folder, "text-classification", logits=logits) == []
-    assert answers(folder, "token-classification", logits=np.array([logits] * 4)) == []
-
-
-def test_an_output_of_one_number_a_sequence_has_no_answers(folder: Path) -> None:
-    tokenizer = Tokenizer(folder, signature("feature-extraction"))
-    assert Postprocessor(tokenizer).answers(tokenizer.encode("the fox"), {"score": np.float32([0.5])}) == []
-
-
-@pytest.mark.parametrize("task", ["question-answering", "text-classification", "token-classification"])
-def test_outputs_with_nan_have_no_answer(task: str, bundle: MakeBundle) -> None:
-    with Engine(bundle(task)) as engine:
-        tokenizer = Tokenizer(bundle(task), engine.signature)
-        encoded = tokenizer.encode("the quick <mask>", "brown fox" if task == "question-answering" else None)
-        outputs = {name: np.asarray(value) for name, value in engine.run(encoded.ids).items()}
-    assert Postprocessor(tokenizer).answers(encoded, outputs)
-    for array in outputs.values():
-        array[..., -1] = np.nan
-    assert Postprocessor(tokenizer).answers(encoded, outputs) == []

@@ -15,7 +15,7 @@ from lfx.cli.engine import engine_options
 from lfx.cli.options import MOST_TOKENS, Command, FilePath, FilledText, OutputPath
 from lfx.cli.source import checkpoint_of, load_checkpoint
 from lfx.cli.terminal import echo, echo_json, progress, table
-from lfx.errors import InputError, require
+from lfx.errors import InputError
 from lfx.files import replacing, why_unwritten
 from lfx.machine import cpu_name, package_versions
 
@@ -105,7 +105,7 @@ def run_bench(
     _check_outputs(output, plot)
     with progress() as step, open_engine(model) as engine:
         signature = engine.signature
-        if signature.task == "multiple-choice":
+        if signature.has_choices:
             raise InputError(
                 "multiple-choice is not measured: its batches have a third axis; give another task's model"
             )
@@ -186,11 +186,13 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
 def _check_outputs(output: Path | None, plot: Path | None) -> None:
     """Check the output paths before measuring, which takes minutes."""
+    from lfx.runtime.bench import check_plot
+
     for path, name in ((output, "--output"), (plot, "--plot")):
         if path is not None:
             output_file(path, name)
     if plot is not None:
-        require("matplotlib", "report")
+        check_plot(plot)
 
 
 def _torch_contenders(

@@ -16,6 +16,7 @@ from lfx.cli.options import MOST_TOKENS, Command, FilePath, OutputPath
 from lfx.cli.terminal import echo, echo_json, progress, table
 from lfx.errors import InputError
 from lfx.files import replacing, why_unwritten
+from lfx.signature import TASKS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -124,10 +125,10 @@ def run_text(
         output_file(output, "--output")
     text = text if text is not None else _read_text(file)
     reader = Tokenizer(tokenizer or _text_folder(model, engine), engine.signature, unlisted=tokenizer is not None)
-    choices = engine.signature.task == "multiple-choice"
+    choices = engine.signature.has_choices
     if len(pair) > 1 and not choices:
         raise InputError(f"{engine.signature.task} takes one --pair, but {len(pair)} are given; leave the others out")
-    if (engine.signature.task == "question-answering" and len(pair) != 1) or (choices and not pair):
+    if TASKS[engine.signature.task].needs_pair and not pair:
         raise InputError(f"{engine.signature.task} needs --text and --pair: " + _pair_help(choices))
     encoded = [reader.encode(text, second) for second in (pair or (None,))]
     if choices:

@@ -217,6 +217,12 @@ def test_an_answer_with_an_unknown_id_is_one_row_with_an_error(bundle: MakeBundl
     assert "error" not in rows[1]
 
 
+def test_a_pair_beside_ids_is_refused(engine: Engine, tmp_path: Path) -> None:
+    rows = run(engine, tmp_path, [{"input_ids": [3, 4], "pair": "the fox"}, {"input_ids": [3, 4], "pair": None}])[1]
+    assert rows[0]["error"] == "the document has input_ids and pair; give the ids of both texts as input_ids"
+    assert "error" not in rows[1]
+
+
 def test_names_of_fields_are_shown_without_control_characters(engine: Engine, tmp_path: Path) -> None:
     rows = run(engine, tmp_path, [{"\x1b[31m\n": 1}])[1]
     assert rows[0]["error"] == r"the document has the fields \x1b[31m\n; give either text or input_ids"
