@@ -120,8 +120,8 @@ def export(
     signature = _signature(module, task, precision, tokens, program.model, inputs, max_seqlen)
     check_sizes(program, signature, granularity(module))
     check_long(module, signature)
-    check_rows(module, signature)
     signature = dataclasses.replace(signature, ignores_padding=ignores_padding(module, signature))
+    check_rows(module, signature)
     if max_global is not None and max_global > (signature.max_seqlen or max_global):
         raise ExportError(f"max_global {max_global} is above the longest sequence, {signature.max_seqlen} tokens")
     progress("building the graph")

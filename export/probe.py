@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from lfx.signature import GRAPH_INPUTS, TASKS, Signature
 _TOKENWISE_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.Tanh, nn.ModuleList)
 _SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask", "unk")  # special tokens whose ids a config may have
 _LONG = 4096  # longest sequence, in tokens, that is tried
+_FEWEST_IDS = 8  # ids that are tried if the size of the vocabulary is not known
 _ROWS = 5  # of the batch whose rows are compared with each alone
 Int64 = NDArray[np.int64]
 
@@ -42,7 +43,7 @@ def default_global_of(module: nn.Module, signature: Signature) -> str:
         A `default_global` of `lfx.signature.Signature`; "required" if no known rule gives the module's global tokens.
     """
     try:
-        trials = [(ids, record(_with_mask(ids))) for ids, record in _trials(module, signature)]
+        trials = [(inputs, record(inputs)) for inputs, record in _trials(module, signature)]
     except ExportError:
         # A module whose forward requires a global_attention_mask has no rule of its own.
         parameter = inspect.signature(module.forward).parameters["global_attention_mask"]
@@ -51,7 +52,7 @@ def default_global_of(module: nn.Module, signature: Signature) -> str:
     rules: tuple[str, ...] = ("none", "first", *separators)
     for rule in rules:
         ruled = replace(signature, default_global=rule)
-        if all(_same_globals(layers, default_global(ids, ruled)) for ids, layers in trials):
+        if all(_same_globals(layers, _default_global(inputs, ruled)) for inputs, layers in trials):
             return rule
     return "required"
 
@@ -64,18 +65,20 @@ def adds_globals(module: nn.Module, signature: Signature) -> bool:
     if is_unchanged(module):
         return False
     takes_mask = "global_attention_mask" in forward_inputs(module)
-    for ids, record in _trials(module, signature):
-        mask = np.zeros_like(ids)
+    for inputs, record in _trials(module, signature):
+        real = inputs["attention_mask"]
+        mask = np.zeros_like(real)
         mask[..., int(takes_mask)] = 1
-        masks = (mask,) if takes_mask else (mask, np.zeros_like(ids))
-        layers = record({**_with_mask(ids), "global_attention_mask": mask})
+        masks = (mask * real,) if takes_mask else (mask * real, np.zeros_like(real))
+        layers = record({**inputs, "global_attention_mask": mask})
         if not all(any(_same_globals([layer], allowed) for allowed in masks) for layer in layers):
             return True
     return False
 
 
-def _with_mask(ids: Int64) -> dict[str, Int64]:
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+def _default_global(inputs: Mapping[str, Int64], signature: Signature) -> Int64:
+    """The mask of the tokens that attend globally by a known rule; padding never does."""
+    return default_global(inputs["input_ids"], signature) * inputs["attention_mask"]
 
 
 def _same_globals(layers: list[NDArray[np.bool_]], mask: Int64) -> bool:
@@ -95,23 +98,42 @@ def _separator(signature: Signature) -> int | None:
     return sep if sep is not None and (vocab_size is None or sep < vocab_size) else None
 
 
-def _trials(module: nn.Module, signature: Signature) -> Iterator[tuple[Int64, GlobalTokensRunner]]:
-    """Yield ids, and a function that returns the global tokens of all layers, or of the first one for many ids."""
+def _trials(module: nn.Module, signature: Signature) -> Iterator[tuple[dict[str, Int64], GlobalTokensRunner]]:
+    """Yield inputs, and a function that returns the global tokens of all layers, or of the first one for many ids."""
     names = forward_inputs(module)
     all_layers, first_layer = (global_tokens_runner(module, names, first_layer=first) for first in (False, True))
     for ids in _trial_ids(module, signature):
-        yield ids, all_layers
+        yield {"input_ids": ids, "attention_mask": np.ones_like(ids)}, all_layers
+    if "attention_mask" in names:
+        for inputs in _padded_inputs(module, signature):
+            yield inputs, all_layers
     for ids in _vocabulary_ids(module, signature):
-        yield ids, first_layer
+        yield {"input_ids": ids, "attention_mask": np.ones_like(ids)}, first_layer
+
+
+def _padded_inputs(module: nn.Module, signature: Signature) -> Iterator[dict[str, Int64]]:
+    """Yield a sequence with two tokens of padding on the left, and one on the right; the separators are apart."""
+    length = _short_length(module, signature)
+    if length < 10:
+        return
+    separator = _separator(signature)
+    for padded in (slice(0, 2), slice(length - 2, length)):
+        inputs = model_inputs(Case(1, length), signature)
+        if separator is not None:
+            inputs["input_ids"][inputs["input_ids"] == separator] = signature.pad_token_id
+            inputs["input_ids"][..., [4, 6, length - 3]] = separator
+        inputs["input_ids"][..., padded] = signature.pad_token_id
+        inputs["attention_mask"][..., padded] = 0
+        yield {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
 def _vocabulary_ids(module: nn.Module, signature: Signature) -> Iterator[Int64]:
-    """Yield rows of up to 4,096 ids that together contain every id of the vocabulary."""
-    length, vocab_size = _long_length(module, signature), signature.vocab_size
-    if vocab_size is None or length < 8:
+    """Yield rows of up to 4,096 ids that together contain every id of the vocabulary; the separators are apart."""
+    length = _long_length(module, signature)
+    if length < 8:
         return
-    separator = _separator(signature)
-    separators = [3, 4, length - 1] if separator is not None else []
+    separator, vocab_size = _separator(signature), signature.vocab_size or _FEWEST_IDS
+    separators = [3, 6, length - 1] if separator is not None else []
     others = [position for position in range(length) if position not in separators]
     ids = [token for token in range(vocab_size) if token != separator]
     for start in range(0, len(ids), len(others)):
@@ -122,6 +144,12 @@ def _vocabulary_ids(module: nn.Module, signature: Signature) -> Iterator[Int64]:
         yield row
 
 
+def _short_length(module: nn.Module, signature: Signature) -> int:
+    """Return a length of at least 12 tokens that the module takes; its longest sequence if that is shorter."""
+    step = granularity(module)
+    return min(step * -(-12 // step), signature.max_seqlen or 12 * step)
+
+
 def _long_length(module: nn.Module, signature: Signature) -> int:
     """Return the longest sequence that the module takes, of at most 4,096 tokens; 0 if there is none."""
     step = granularity(module)
@@ -130,15 +158,14 @@ def _long_length(module: nn.Module, signature: Signature) -> int:
 
 def _trial_ids(module: nn.Module, signature: Signature) -> Iterator[Int64]:
     """Yield ids that contain all special ids of the model, each also as a first token, and three separators per row."""
-    step, vocab_size = granularity(module), signature.vocab_size
-    length = min(step * -(-12 // step), signature.max_seqlen or 12 * step)
+    length, vocab_size = _short_length(module, signature), signature.vocab_size or _FEWEST_IDS
     if length < 8:  # too short for the special ids and the separators
         yield model_inputs(Case(2, length), signature)["input_ids"]
         return
     separator = _separator(signature)
     ids_of_config = (getattr(getattr(module, "config", None), f"{name}_token_id", None) for name in _SPECIAL)
-    known = {value for value in ids_of_config if type(value) is int} | set(range(min(vocab_size or 8, 64)))
-    special = sorted(token for token in known if 0 <= token < (vocab_size or 8) and token != separator)
+    known = {value for value in ids_of_config if type(value) is int} | set(range(min(vocab_size, 64)))
+    special = sorted(token for token in known if 0 <= token < vocab_size and token != separator)
     for first in range(0, len(special), 8):
         ids = model_inputs(Case(8, length), signature)["input_ids"]
         selected = special[first : first + 8]
@@ -230,6 +257,8 @@ def _ignores_padding(module: nn.Module, signature: Signature, length: int, padde
 def check_rows(module: nn.Module, signature: Signature) -> None:
     """Check that the outputs of a sequence do not depend on the other sequences of its batch.
 
+    Args:
+        signature: the module's; sequences of different lengths are tried if it says that padding may be added.
     Raises:
         ExportError: an output does.
     """
@@ -241,13 +270,24 @@ def check_rows(module: nn.Module, signature: Signature) -> None:
         return  # lfx never batches such outputs
     step = granularity(module)
     length = step if step > 1 else min(12, signature.max_seqlen or 12)
-    inputs = model_inputs(Case(_ROWS, length), signature)
+    _check_batch(module, signature, [length] * _ROWS)
+    shorter, longer = (length, 2 * length) if step > 1 else (length // 2, length)
+    if signature.may_pad and shorter > 0 and longer <= (signature.max_seqlen or longer):
+        _check_batch(module, signature, [longer, shorter, shorter, longer, shorter])
+
+
+def _check_batch(module: nn.Module, signature: Signature, lengths: list[int]) -> None:
+    """Compare each sequence of a batch, padded to the longest, with a run of the sequence alone."""
+    inputs = model_inputs(Case(len(lengths), max(lengths)), signature)
+    for row, length in enumerate(lengths):
+        inputs["input_ids"][row, ..., length:] = signature.pad_token_id
+        inputs["attention_mask"][row, ..., length:] = 0
     run = torch_runner(module, "fp32", forward_inputs(module))
     batched = run(inputs)
-    for row in range(_ROWS):
-        single = run({name: array[row : row + 1] for name, array in inputs.items()})
+    for row, length in enumerate(lengths):
+        single = run({name: array[row : row + 1, ..., :length] for name, array in inputs.items()})
         for spec in signature.outputs:
-            if not _is_same(batched[spec.name][row], single[spec.name][0], module):
+            if not _is_same(cut(batched[spec.name][row], spec.shape, length), single[spec.name][0], module):
                 raise ExportError(
                     f"output {spec.name} of a sequence depends on the other sequences of its batch, so a server cannot "
                     "batch requests; compute it within each sequence"

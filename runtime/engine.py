@@ -330,12 +330,13 @@ class Engine:
         self, backend: backends.Backend, feeds: dict[str, NDArray[np.int64]], lengths: Sequence[int]
     ) -> dict[str, list[NDArray[Any]]]:
         """Run padded rows in batches of neighbouring lengths; output name -> one unpadded array for each row."""
-        if len(set(lengths)) > 1:
+        ragged = len(set(lengths)) > 1
+        if ragged or any(spec.shape[:1] != ("batch",) for spec in self.signature.outputs):
             check_cuttable(self.signature)
-            if "attention_mask" not in feeds:
-                raise InputError(
-                    "this model takes no attention_mask, so no token can be masked; give sequences of one length"
-                )
+        if ragged and "attention_mask" not in feeds:
+            raise InputError(
+                "this model takes no attention_mask, so no token can be masked; give sequences of one length"
+            )
         shapes = {spec.name: spec.shape for spec in self.signature.outputs}
         rows: dict[str, list[Any]] = {name: [None] * len(lengths) for name in shapes}
         choices = feeds["input_ids"].shape[1] if feeds["input_ids"].ndim == 3 else 1
@@ -418,5 +419,5 @@ def check_cuttable(signature: Signature) -> None:
         if not spec.shape or spec.shape[0] != "batch" or unknown:
             raise InputError(
                 f"output {spec.name} ({', '.join(map(str, spec.shape))}) cannot be cut to each sequence's length; "
-                "run sequences of different lengths one by one"
+                "run the sequences one by one"
             )

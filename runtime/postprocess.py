@@ -22,7 +22,8 @@ class Postprocessor:
     Thread-safe.
 
     Args:
-        tokenizer: of the bundle. config.json and tokenizer_config.json are read from its folder, if they exist.
+        tokenizer: of the bundle. tokenizer_config.json is read from its folder, and config.json from its
+            `config_folder`, if they exist.
     Raises:
         ArtifactError: one of these files is broken.
         InputError: `tokenizer` is no Tokenizer.
@@ -32,7 +33,7 @@ class Postprocessor:
         if not isinstance(tokenizer, Tokenizer):
             raise InputError(f"tokenizer is {type(tokenizer).__name__}; give a Tokenizer")
         self._tokenizer = tokenizer
-        self._labels, self._problem_type = _labels(tokenizer.folder / CONFIG)
+        self._labels, self._problem_type = _labels(tokenizer.config_folder / CONFIG)
         path = tokenizer.folder / TOKENIZER_CONFIG
         mask_token = _mask_token(path)
         with failing(ArtifactError, f"{path} has a broken mask_token", "export the model again"):
@@ -83,10 +84,10 @@ class Postprocessor:
 
     def _classes(self, _: Encoded, logits: NDArray[Any]) -> list[dict[str, Any]]:
         """Label and score of each class, from logits (classes,), best first; of a regression each value in order."""
-        if len(logits) == 1 or self._problem_type == "regression":
-            return [{"label": self.label(i), "score": float(value)} for i, value in enumerate(logits)]
         if is_multi_label(self._tokenizer.signature, self._problem_type):
             scores = 0.5 * (1.0 + np.tanh(0.5 * logits))  # the sigmoid, without overflow
+        elif len(logits) == 1 or self._problem_type == "regression":
+            return [{"label": self.label(i), "score": float(value)} for i, value in enumerate(logits)]
         else:
             scores = _softmax(logits)
         return [{"label": self.label(int(i)), "score": float(scores[i])} for i in np.argsort(-scores)]
@@ -119,19 +120,32 @@ class Postprocessor:
         self, encoded: Encoded, start: NDArray[Any], end: NDArray[Any], max_length: int = 30
     ) -> list[dict[str, Any]]:
         """The best span of the document, from start and end logits (seqlen,); at most `max_length` tokens."""
-        separators = [i for i, token in enumerate(encoded.ids) if token == self._tokenizer.signature.sep_token_id]
-        first = separators[1] + 1 if len(separators) > 1 else 0
-        if len(start) - first < 2:
-            return [{"answer": "", "score": 0.0}]
-        # The last token is a separator.
-        start_scores, end_scores = _softmax(start[first:-1]), _softmax(end[first:-1])
+        document = self._document(encoded)
+        if not document:
+            return []
+        within = slice(document.start, document.stop)
+        start_scores, end_scores = _softmax(start[within]), _softmax(end[within])
         # Row i has the ends of the spans that start at i; ends past the document score 0.
         padded = np.concatenate([end_scores, np.zeros(max_length - 1, end_scores.dtype)])
         lengths = np.lib.stride_tricks.sliding_window_view(padded, max_length).argmax(axis=-1)
         scores = start_scores * padded[np.arange(len(lengths)) + lengths]
         best = int(scores.argmax())
-        ids = encoded.ids[first + best : first + best + int(lengths[best]) + 1]
-        return [{"answer": self._tokenizer.decode(ids), "score": float(scores[best])}]
+        last = best + int(lengths[best])
+        if encoded.offsets:
+            answer = encoded.text[encoded.offsets[best][0] : encoded.offsets[last][1]].strip()
+        else:
+            answer = self._tokenizer.decode(encoded.ids[document.start + best : document.start + last + 1])
+        return [{"answer": answer, "score": float(scores[best])}]
+
+    def _document(self, encoded: Encoded) -> range | None:
+        """The positions of the document; for ids without their text, those between the second separator and the last.
+
+        None if there are fewer separators.
+        """
+        if encoded.document is not None:
+            return encoded.document
+        separators = [i for i, token in enumerate(encoded.ids) if token == self._tokenizer.signature.sep_token_id]
+        return range(separators[1] + 1, len(encoded.ids) - 1) if len(separators) > 1 else None
 
 
 @dataclass(frozen=True)

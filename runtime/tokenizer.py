@@ -14,7 +14,7 @@ from typing import Any, overload
 from lfx.checks import file_path, parse_json, whole_number
 from lfx.errors import ArtifactError, InputError, LfxError, one_line
 from lfx.manifest import MANIFEST, Manifest
-from lfx.signature import Signature
+from lfx.signature import TASKS, Signature
 
 TOKENIZER, CONFIG, TOKENIZER_CONFIG = "tokenizer.json", "config.json", "tokenizer_config.json"
 END_TO_END = 0  # stride of windows without overlap: each begins at the end of the one before it
@@ -30,23 +30,33 @@ class Encoded:
     Attributes:
         ids: of the tokens, special tokens included.
         pieces: the vocabulary entry of each token.
+        document: positions in `ids` of the document's tokens, which are those of the pair if there is one; None if it
+            is not known.
+        text: of the document, or of the one that this is a window of.
+        offsets: first character and character past the end in `text` of each document token; empty for tasks that
+            take no pair.
     """
 
     ids: list[int]
     pieces: list[str]
+    document: range | None = None
+    text: str = ""
+    offsets: Sequence[tuple[int, int]] = ()
 
 
 class Windows(Sequence[Encoded]):
     """A lazy sequence of windows: slices of one long document between the same first and last tokens.
 
     Args:
-        encoded: the whole text: special tokens and question, the document, special tokens.
-        document: positions of the document's tokens in `encoded`, more than `size` of them.
+        encoded: the whole text: special tokens and question, the document, special tokens. The document has more than
+            `size` tokens.
         size: number of document tokens in a window.
         stride: number of tokens from the start of a window to the start of the next, 1 to `size`.
     """
 
-    def __init__(self, encoded: Encoded, document: range, size: int, stride: int) -> None:
+    def __init__(self, encoded: Encoded, size: int, stride: int) -> None:
+        assert encoded.document is not None
+        document = encoded.document
         count = 1 + -(-(len(document) - size) // stride)
         self._encoded, self._document, self._size = encoded, document, size
         self._starts = range(document.start, document.start + count * stride, stride)
@@ -66,8 +76,14 @@ class Windows(Sequence[Encoded]):
     def _window(self, start: int) -> Encoded:
         first, last = self._document.start, self._document.stop
         stop = min(start + self._size, last)
-        ids, pieces = self._encoded.ids, self._encoded.pieces
-        return Encoded(ids[:first] + ids[start:stop] + ids[last:], pieces[:first] + pieces[start:stop] + pieces[last:])
+        whole = self._encoded
+        return Encoded(
+            whole.ids[:first] + whole.ids[start:stop] + whole.ids[last:],
+            whole.pieces[:first] + whole.pieces[start:stop] + whole.pieces[last:],
+            range(first, first + stop - start),
+            whole.text,
+            whole.offsets[start - first : stop - first],
+        )
 
 
 class Tokenizer:
@@ -77,26 +93,30 @@ class Tokenizer:
         folder: a bundle that `lfx export` wrote, or another folder with a tokenizer.json.
         signature: of the model that takes the ids.
         unlisted: whether to read the files of a bundle even if its lfx.json does not list them. Default: False.
+        config_folder: folder of the config.json that has the labels. Default: `folder`.
     Attributes:
-        folder, signature: the arguments.
+        folder, signature, config_folder: the arguments.
         sha256: one digest of the files that decide ids and answers: tokenizer.json, config.json and
             tokenizer_config.json.
     Raises:
-        ArtifactError: the folder has no tokenizer, the tokenizer is broken, or the folder is a bundle with a file of
-            these three that its lfx.json does not list.
+        ArtifactError: the folder has no tokenizer, the tokenizer is broken, or a folder is a bundle with a file of
+            these three that its lfx.json does not list or that was changed after the export.
         InputError: `signature` is no Signature.
     """
 
-    def __init__(self, folder: Path, signature: Signature, *, unlisted: bool = False) -> None:
+    def __init__(
+        self, folder: Path, signature: Signature, *, unlisted: bool = False, config_folder: Path | None = None
+    ) -> None:
         from tokenizers import Tokenizer
 
         if not isinstance(signature, Signature):
             raise InputError(f"signature is {type(signature).__name__}; give the signature of an Engine")
         self.folder = file_path(folder, "the tokenizer's folder", ArtifactError)
-        if not unlisted:
-            _refuse_unlisted(self.folder)
+        self.config_folder = self.folder
+        if config_folder is not None:
+            self.config_folder = file_path(config_folder, "config_folder", ArtifactError)
         path = self.folder / TOKENIZER
-        data = read_file(path)
+        data = _read_listed(path, unlisted=unlisted)
         if data is None:
             raise ArtifactError(
                 f"{self.folder} has no {TOKENIZER}, since its checkpoint had no tokenizer; give ids to Engine.run "
@@ -108,7 +128,8 @@ class Tokenizer:
             self._tokenizer.no_padding()
             if getattr(self._tokenizer.model, "dropout", None):  # it would give a text other ids at each call
                 self._tokenizer.model.dropout = None
-        config, tokenizer_config = (read_file(self.folder / name) for name in (CONFIG, TOKENIZER_CONFIG))
+        config = _read_listed(self.config_folder / CONFIG, unlisted=unlisted and config_folder is None)
+        tokenizer_config = _read_listed(self.folder / TOKENIZER_CONFIG, unlisted=unlisted)
         self._tokenizer.encode_special_tokens = _splits_special_tokens(tokenizer_config, self.folder / TOKENIZER_CONFIG)
         self.sha256 = _digest(data, config, tokenizer_config)
         self.signature = signature
@@ -125,7 +146,7 @@ class Tokenizer:
             InputError: an argument is no text, the tokenizer fails on it or has no tokens for it, it has more tokens
                 than the model takes, or more than 5,000,000 characters.
         """
-        encoded, _ = self._tokenize(text, pair)
+        encoded = self._tokenize(text, pair)
         limit = self.signature.max_seqlen
         if limit is not None and len(encoded.ids) > limit:
             raise InputError(
@@ -149,11 +170,11 @@ class Tokenizer:
                 document, or `encode` refuses the text for another reason than its length.
         """
         stride = whole_number(stride, "stride", END_TO_END)
-        encoded, document = self._tokenize(text, pair)
+        encoded = self._tokenize(text, pair)
         limit = self.signature.max_seqlen
         if limit is None or len(encoded.ids) <= limit:
             return [encoded]
-        fixed = len(encoded.ids) - len(document)
+        fixed = len(encoded.ids) - len(encoded.document or ())
         size = limit - fixed
         if size < 1:
             raise InputError(
@@ -166,17 +187,17 @@ class Tokenizer:
                 f"stride {stride} does not fit: a window has room for {size} tokens of the document, so give 1 to "
                 f"{size}"
             )
-        return Windows(encoded, document, size, stride)
+        return Windows(encoded, size, stride)
 
-    def _tokenize(self, text: str, pair: str | None) -> tuple[Encoded, range]:
-        """Tokenize a text of any length; returns the positions of the document too: `pair`, or `text` alone."""
+    def _tokenize(self, text: str, pair: str | None) -> Encoded:
+        """Tokenize a text of any length."""
         _check_text(text, pair)
         with failing(InputError, "the tokenizer fails on this text", "use the tokenizer that belongs to this model"):
             encoding = self._tokenizer.encode(text, pair)
-            encoded = Encoded(list(encoding.ids), list(encoding.tokens))
-            sequences = list(encoding.sequence_ids)
+            ids, pieces, sequences = list(encoding.ids), list(encoding.tokens), list(encoding.sequence_ids)
+            offsets = encoding.offsets if TASKS[self.signature.task].needs_pair else []
             special = self._tokenizer.num_special_tokens_to_add(pair is not None)
-        if not encoded.ids:
+        if not ids:
             raise InputError("the tokenizer has no tokens for this text; leave it out")
         if sequences.count(None) != special:
             raise InputError(
@@ -185,7 +206,8 @@ class Tokenizer:
             )
         index = 0 if pair is None else 1
         first = sequences.index(index) if index in sequences else 0
-        return encoded, range(first, first + sequences.count(index))
+        document = range(first, first + sequences.count(index))
+        return Encoded(ids, pieces, document, text if pair is None else pair, offsets[document.start : document.stop])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Convert ids to text, without special tokens and surrounding white space.
@@ -208,17 +230,26 @@ class Tokenizer:
         return index
 
 
-def _refuse_unlisted(folder: Path) -> None:
-    """Raise ArtifactError if the folder is a bundle and has a file of a tokenizer that its manifest does not list."""
-    if not os.path.lexists(folder / MANIFEST):
-        return
-    listed = Manifest.read(folder).files
-    for name in (TOKENIZER, CONFIG, TOKENIZER_CONFIG):
-        if name not in listed and os.path.lexists(folder / name):
-            raise ArtifactError(
-                f"{folder / name} is not listed in {MANIFEST}, so nothing says what it is; remove it, or name the "
-                "folder with --tokenizer"
-            )
+def _read_listed(path: Path, *, unlisted: bool) -> bytes | None:
+    """`read_file`, and if the folder is a bundle, compare the content with its manifest.
+
+    Args:
+        unlisted: whether to read the file whatever the manifest says.
+    Raises:
+        ArtifactError: the manifest does not list the file, or the file was changed after the export.
+    """
+    if unlisted or not os.path.lexists(path.parent / MANIFEST):
+        return read_file(path)
+    entry = Manifest.read(path.parent).files.get(path.name)
+    if entry is None and os.path.lexists(path):
+        raise ArtifactError(
+            f"{path} is not listed in {MANIFEST}, so nothing says what it is; remove it, or name the folder with "
+            "--tokenizer"
+        )
+    data = read_file(path)
+    if entry is not None and hashlib.sha256(data or b"").hexdigest() != entry["sha256"]:
+        raise ArtifactError(f"{path} was changed after the export (sha256 differs); export the model again")
+    return data
 
 
 def _check_text(text: Any, pair: Any) -> None:

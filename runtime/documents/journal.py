@@ -32,14 +32,15 @@ class Journal:
     Args:
         output: path of the output file.
         header: all that decides the rows, as JSON types. A journal with the same header is resumed after its last
-            complete chunk; any other journal is emptied.
+            complete chunk; one with another header and complete chunks is refused; any other content is dropped.
         chunk: largest number of documents of a chunk.
     Attributes:
         path: of the journal.
         documents: number of documents in complete chunks.
         refused: number of these that were refused.
     Raises:
-        InputError: another run is writing to this output, or the journal's path is no file of lfx's.
+        InputError: another run is writing to this output, the journal has the rows of a run with another header, or
+            its path is no file of lfx's.
     """
 
     def __init__(self, output: Path, header: dict[str, Any], chunk: int) -> None:
@@ -64,10 +65,25 @@ class Journal:
         # `is_at` is False if another run ended, and removed the file, after this one opened it.
         if not try_lock(self._file.fileno()) or not is_at(self._file.fileno(), self.path):
             raise InputError(f"another run is writing {output}; wait for it, or give another --output")
-        if self._file.read(len(self._header)) == self._header:
+        header = self._file.readline()
+        if header == self._header:
             self._keep_complete_chunks()
-        else:
-            self.restart()
+            return
+        if differing := self._differing_keys(header):
+            raise InputError(
+                f"{self.path} has finished documents of a run with another {differing}; run it with the same options "
+                "to resume it, or remove that file to begin again"
+            )
+        self.restart()
+
+    def _differing_keys(self, header: bytes) -> str:
+        """The keys by which another run's header differs; empty if it is no header, or no chunk follows it."""
+        try:
+            ours, theirs = parse_json(self._header), parse_json(header)
+            keys = [key for key in ours if ours[key] != theirs[key]]
+        except (ValueError, KeyError, TypeError):
+            return ""
+        return ", ".join(keys) if any(line.startswith(_MARKER) for line in self._file) else ""
 
     def restart(self) -> None:
         """Remove all rows."""

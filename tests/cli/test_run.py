@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from lfx.cli.run import _save, _text_folder, run_text
-from lfx.errors import InputError
+from lfx.errors import ArtifactError, InputError
+from lfx.manifest import MANIFEST, sha256
 from lfx.runtime import Engine
 from lfx.runtime.documents import encoded
 from tests.conftest import MakeBundle, SmallDisk
@@ -72,6 +74,30 @@ def test_the_bundle_of_a_plan_is_looked_for_beside_it_alone(tmp_path: Path) -> N
     (tmp_path / "elsewhere").mkdir()
     engine: Any = SimpleNamespace(manifest=SimpleNamespace(bundle={"name": "../elsewhere"}))
     assert _text_folder(tmp_path / "plans" / "a.plan", engine) == tmp_path / "plans"
+
+
+def test_a_bundle_that_is_not_the_plans_gives_no_labels(bundle: MakeBundle, tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle("text-classification"), tmp_path / "a")
+    recorded = {"name": "a", "sha256": sha256(folder / MANIFEST)}
+    engine: Any = SimpleNamespace(manifest=SimpleNamespace(bundle=recorded))
+    assert _text_folder(tmp_path / "a.plan", engine) == folder
+    shutil.rmtree(folder)
+    shutil.copytree(bundle("token-classification"), folder)
+    with pytest.raises(ArtifactError, match=r"a is not the bundle that .*a\.plan was built from"):
+        _text_folder(tmp_path / "a.plan", engine)
+
+
+def test_labels_are_the_models_whatever_tokenizer_is_given(
+    bundle: MakeBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = bundle("text-classification")
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps({"id2label": {"0": "x", "1": "y", "2": "z"}}))
+    with Engine(folder, threads=1) as engine:
+        for tokenizer in (None, other):
+            run_text(engine, folder, "fox", (), None, None, tokenizer=tokenizer, as_json=True)
+    plain, given = capsys.readouterr().out.splitlines()
+    assert plain == given
 
 
 def test_a_text_without_end_is_refused(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

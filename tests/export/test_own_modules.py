@@ -94,6 +94,30 @@ def test_an_output_that_depends_on_other_sequences_is_refused(change: Callable[.
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, mask: x * torch.arange(x.shape[1])[:, None] / mask.sum(1).max(),
+        lambda x, mask: x * mask.sum(1).float().mean(),
+        lambda x, mask: x * (1 + mask.all(dim=0)[:, None].float()),
+    ],
+    ids=["longest", "mean length", "common tokens"],
+)
+def test_an_output_that_depends_on_the_padding_of_other_sequences_is_refused(
+    change: Callable[..., Any], tmp_path: Path
+) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_model()
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            return change(self.inner(input_ids, attention_mask=attention_mask)[0], attention_mask)
+
+    with pytest.raises(ExportError, match="depends on the other sequences of its batch"):
+        export(Masked().eval(), tmp_path / "out")
+
+
 def test_a_branch_beyond_the_longest_sequence_is_none(tmp_path: Path) -> None:
     module = Wrapped(lambda x, ids: x * 2 if ids.shape[1] > 100 else x).eval()
     same(module, export(module, tmp_path / "out", max_seqlen=100))
@@ -251,6 +275,13 @@ def test_outputs_that_cannot_be_cut_take_sequences_of_one_length(change: Any, tm
     same(module, folder)
     with Engine(folder) as engine, pytest.raises(InputError, match="cannot be cut to each sequence's length"):
         engine.run([[5, 6, 7], [8]])
+
+
+def test_sequences_of_a_batch_whose_rows_are_not_in_front_are_not_mixed(tmp_path: Path) -> None:
+    with Engine(export(Wrapped(lambda x, ids: x.transpose(0, 1)).eval(), tmp_path / "out")) as engine:
+        for documents in ([[5, 6]], [[5, 6], [7, 8]], [[5, 6], [7, 8], [9, 10]]):
+            with pytest.raises(InputError, match=r"cannot be cut .*; run the sequences one by one"):
+                list(engine.stream(documents))
 
 
 def test_both_axes_of_a_token_by_token_output_are_cut(tmp_path: Path) -> None:

@@ -126,6 +126,10 @@ def first(ids: torch.Tensor) -> torch.Tensor:
     return marks
 
 
+def places(ids: torch.Tensor) -> torch.Tensor:
+    return torch.arange(ids.shape[-1]).expand(ids.shape)
+
+
 @pytest.mark.parametrize(
     ("rule", "name"),
     [
@@ -135,11 +139,45 @@ def first(ids: torch.Tensor) -> torch.Tensor:
         (lambda ids: (ids == 0).long(), "required"),
         (lambda ids: (ids == 54).long(), "required"),
         (lambda ids: (ids == 87).long(), "required"),
+        (lambda ids: (places(ids) % 64 == 0).long(), "required"),
+        (lambda ids: (places(ids) < ids.shape[-1] // 32).long(), "required"),
+        (lambda ids: (places(ids) % 32 == 31).long(), "required"),
     ],
-    ids=["first", "none", "inner", "cls", "id 54", "an id that the config does not name"],
+    ids=["first", "none", "inner", "cls", "id 54", "unnamed id", "every 64th", "some in front", "from the 32nd"],
 )
 def test_a_rule_is_found_by_the_tokens_and_not_by_the_outputs(rule: Any, name: str) -> None:
     assert default_global_of(Around(rule).eval(), signature(vocab_size=99)) == name
+
+
+class FirstReal(Around):
+    """A model whose global token is the first one that is no padding."""
+
+    def __init__(self) -> None:
+        super().__init__(first)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        global_attention_mask: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        start = nn.functional.one_hot(attention_mask.argmax(-1), attention_mask.shape[-1])
+        return super().forward(
+            input_ids, attention_mask, start if global_attention_mask is None else global_attention_mask
+        )
+
+
+def test_a_rule_about_padding_is_found() -> None:
+    assert default_global_of(FirstReal().eval(), signature(vocab_size=99)) == "required"
+
+
+def test_a_rule_of_separators_that_stand_apart_is_found() -> None:
+    def after_second(ids: torch.Tensor) -> torch.Tensor:
+        separators = (ids == 2).long()
+        return (separators.cumsum(-1) - separators >= 2).long()
+
+    module = Around(after_second, "text-classification").eval()
+    assert default_global_of(module, signature(vocab_size=99, sep_token_id=2)) == "required"
 
 
 class Choice(type(tiny_model("multiple-choice"))):  # type: ignore[misc]
@@ -185,8 +223,18 @@ class Deciding(Around):
         (lambda: Deciding(first).eval(), False),
         (lambda: Deciding(lambda ids: (ids == 2).long()).eval(), True),
         (lambda: Deciding(lambda ids: (ids % 3 == 0).long()).eval(), True),
+        (lambda: Deciding(lambda ids: (places(ids) % 32 == 0).long()).eval(), True),
     ],
-    ids=["hugging face's", "a rule", "separators", "never", "always the first", "always separators", "any number"],
+    ids=[
+        "hugging face's",
+        "a rule",
+        "separators",
+        "never",
+        "always the first",
+        "always separators",
+        "any number",
+        "every 32nd",
+    ],
 )
 def test_global_tokens_that_a_module_adds_are_found(module: Any, adds: bool) -> None:
     assert adds_globals(module(), signature(vocab_size=55)) is adds

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from lfx.errors import InputError
 from lfx.runtime import Engine
@@ -70,6 +72,12 @@ def test_a_multi_label_model_has_independent_scores(folder: Path) -> None:
     assert [answer["score"] for answer in results] == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_multi_label_model_of_one_class_has_a_probability(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"problem_type": "multi_label_classification"}))
+    (result,) = answers(folder, "text-classification", logits=[-0.5])
+    assert result["score"] == pytest.approx(1 / (1 + np.exp(0.5)))
+
+
 def test_token_classification_labels_all_tokens_in_order(folder: Path) -> None:
     logits = [[0, 1, 0], [2, 0, 0], [0, 0, 5], [0, 3, 0]]
     results = answers(folder, "token-classification", logits=logits)
@@ -129,6 +137,31 @@ def test_question_answering_gives_the_text_between_start_and_end(folder: Path) -
     assert list(answer) == ["answer", "score"]
     assert answer["answer"] == "brown lazy"
     assert answer["score"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_an_answer_is_cut_from_the_text_between_its_characters(folder: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=byte_vocabulary(), merges=[]))  # a token is one byte
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    reader = Tokenizer(folder, replace(signature("question-answering"), max_seqlen=None))
+    encoded = reader.encode("?", "a\u65e5\u672cb")
+    assert len(encoded.ids) == 9
+    outputs = {"start_logits": peak(3, of=9)[None], "end_logits": peak(5, of=9)[None]}  # within both characters
+    assert Postprocessor(reader).answers(encoded, outputs)[0]["answer"] == "\u65e5\u672c"
+
+
+def byte_vocabulary() -> dict[str, int]:
+    return {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+
+
+@pytest.mark.parametrize(("ids", "found"), [([0, 5, 2, 2, 6, 7, 2], "7"), ([0, 5, 6, 7, 2], None)])
+def test_ids_without_their_text_have_an_answer_after_two_separators(ids: Any, found: Any, folder: Path) -> None:
+    tokenizer = Tokenizer(folder, signature("question-answering"))
+    logits = peak(len(ids) - 2, of=len(ids))[None]
+    outputs = {"start_logits": logits, "end_logits": logits}
+    results = Postprocessor(tokenizer).answers(Encoded(ids, [str(i) for i in ids]), outputs)
+    assert [answer["answer"] for answer in results] == ([tokenizer.decode([7])] if found else [])
 
 
 def test_an_answer_may_be_one_token_at_either_end(folder: Path) -> None:

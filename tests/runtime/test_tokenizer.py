@@ -99,6 +99,15 @@ def test_special_tokens_in_a_text_are_split_as_by_transformers(split: bool, fold
     assert (MASK in tokenizer.encode(text).ids) != split
 
 
+@pytest.mark.parametrize("name", [TOKENIZER, "config.json", "tokenizer_config.json"])
+def test_a_file_that_was_changed_after_the_export_is_refused(name: str, bundle: MakeBundle, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle("text-classification"), tmp_path / "bundle")
+    (copy / name).write_text((copy / name).read_text() + " ")
+    with pytest.raises(ArtifactError, match=rf"{name} was changed after the export \(sha256 differs\)"):
+        Tokenizer(copy, signature("text-classification"))
+    Tokenizer(copy, signature("text-classification"), unlisted=True)
+
+
 def test_decode_leaves_special_tokens_out(folder: Path) -> None:
     tokenizer = Tokenizer(folder, signature("feature-extraction"))
     assert tokenizer.decode(tokenizer.encode("quick fox").ids) == "quick fox"
@@ -167,7 +176,7 @@ def test_windows_equal_the_truncation_of_the_tokenizers_library(
 ) -> None:
     if POST_PROCESSORS[name]:
         change_tokenizer(folder, post_processor=POST_PROCESSORS[name])
-    tokenizer = Tokenizer(folder, signature("feature-extraction"))
+    tokenizer = Tokenizer(folder, signature("question-answering" if pair else "feature-extraction"))
     theirs = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
     question = "fox </s>"  # a special token in the text is one of its tokens
     for document in ("the <mask> dog </s> </s> lazy <s> " * 5, "the quick " * 40, "fox " * 12, "fox " * 13):
@@ -177,7 +186,12 @@ def test_windows_equal_the_truncation_of_the_tokenizers_library(
         strategy = "only_second" if pair else "only_first"
         theirs.enable_truncation(LONGEST, stride=LONGEST - fixed - stride, strategy=strategy)
         first = theirs.encode(*texts)
-        expected = [Encoded(list(e.ids), list(e.tokens)) for e in (first, *first.overflowing)]
+        expected = []
+        for encoding in (first, *first.overflowing):
+            positions = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence == int(pair)]
+            offsets = [encoding.offsets[i] for i in positions if pair]
+            positions_range = range(positions[0], positions[-1] + 1)
+            expected.append(Encoded(list(encoding.ids), list(encoding.tokens), positions_range, document, offsets))
         windows = tokenizer.windows(*texts, stride)
         assert len(windows) == len(expected) > 1
         assert list(windows) == expected

@@ -111,7 +111,9 @@ def run_bench(
             )
         lengths = _checked_lengths(lengths, signature.max_seqlen)
         # Default rules other than none and first need separators, which random ids do not have: give a mask of zeros.
-        masks = {} if signature.default_global in ("none", "first") else {"global_attention_mask": 0}
+        takes_mask = any(spec.name == "global_attention_mask" for spec in signature.inputs)
+        needs_mask = takes_mask and signature.default_global not in ("none", "first")
+        masks = {"global_attention_mask": 0} if needs_mask else {}
 
         def run(ids: Any) -> Any:
             return engine.run(ids, **{name: ids * value for name, value in masks.items()})

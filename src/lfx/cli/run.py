@@ -14,8 +14,9 @@ from lfx.checks import file_path, output_file
 from lfx.cli.engine import engine_options
 from lfx.cli.options import MOST_TOKENS, Command, FilePath, OutputPath
 from lfx.cli.terminal import echo, echo_json, progress, table
-from lfx.errors import InputError
+from lfx.errors import ArtifactError, InputError
 from lfx.files import replacing, why_unwritten
+from lfx.manifest import MANIFEST, sha256
 from lfx.signature import TASKS
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from lfx.cli.engine import OpenEngine
     from lfx.runtime import Engine
+    from lfx.runtime.tokenizer import Tokenizer
 
 
 @click.command("run", cls=Command)
@@ -119,12 +121,11 @@ def run_text(
     import numpy as np
 
     from lfx.runtime.postprocess import Postprocessor
-    from lfx.runtime.tokenizer import Tokenizer
 
     if output is not None:
         output_file(output, "--output")
     text = text if text is not None else _read_text(file)
-    reader = Tokenizer(tokenizer or _text_folder(model, engine), engine.signature, unlisted=tokenizer is not None)
+    reader = _open_tokenizer(model, engine, tokenizer)
     choices = engine.signature.has_choices
     if len(pair) > 1 and not choices:
         raise InputError(f"{engine.signature.task} takes one --pair, but {len(pair)} are given; leave the others out")
@@ -182,12 +183,11 @@ def run_documents(
         InputError: documents were refused; raised after the others are done.
     """
     from lfx.runtime import documents
-    from lfx.runtime.tokenizer import TOKENIZER, Tokenizer
+    from lfx.runtime.tokenizer import TOKENIZER
 
-    folder = tokenizer or _text_folder(model, engine)
     reader = None
-    if tokenizer or (folder / TOKENIZER).exists():
-        reader = Tokenizer(folder, engine.signature, unlisted=tokenizer is not None)
+    if tokenizer or (_text_folder(model, engine) / TOKENIZER).exists():
+        reader = _open_tokenizer(model, engine, tokenizer)
     start = time.perf_counter()
     try:
         with progress() as step:
@@ -215,18 +215,40 @@ def run_documents(
         raise InputError(f"{done.refused} of {done.documents} documents were refused; {output} says which and why")
 
 
+def _open_tokenizer(model: Path, engine: Engine, asked: Path | None) -> Tokenizer:
+    """Return the tokenizer of the folder `asked`, else of the model; labels are those of the model's config, if any."""
+    from lfx.runtime.tokenizer import CONFIG, Tokenizer
+
+    folder = _text_folder(model, engine)
+    if asked is None:
+        return Tokenizer(folder, engine.signature)
+    has_config = (folder / CONFIG).exists() and folder.resolve() != asked.resolve()
+    config_folder = folder if has_config else None
+    return Tokenizer(asked, engine.signature, unlisted=True, config_folder=config_folder)
+
+
 def _text_folder(model: Path, engine: Engine) -> Path:
     """Return the folder of the tokenizer: the bundle, or for a plan the bundle of that name in the plan's folder.
 
     If there is no such bundle, the folder of the plan or the .onnx file is returned.
+
+    Raises:
+        ArtifactError: the bundle of that name is not the one that the plan was built from.
     """
-    recorded = getattr(engine.manifest, "bundle", None)
-    bundle = model.parent
-    if recorded:
-        bundle = file_path(model.parent / Path(str(recorded.get("name", ""))).name, "the bundle that the plan names")
     if model.is_dir():
         return model
-    return bundle if bundle.is_dir() else model.parent
+    recorded = getattr(engine.manifest, "bundle", None)
+    if not recorded:
+        return model.parent
+    bundle = file_path(model.parent / Path(str(recorded.get("name", ""))).name, "the bundle that the plan names")
+    if not bundle.is_dir():
+        return model.parent
+    if not (bundle / MANIFEST).is_file() or sha256(bundle / MANIFEST) != recorded["sha256"]:
+        raise ArtifactError(
+            f"{bundle} is not the bundle that {model} was built from, so its tokenizer and labels may be others; build "
+            "the plan again, or move it to another folder and give --tokenizer"
+        )
+    return bundle
 
 
 def _pair_help(choices: bool) -> str:

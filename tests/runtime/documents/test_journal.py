@@ -49,12 +49,22 @@ def test_complete_chunks_are_resumed_and_the_rest_is_truncated(tmp_path: Path) -
     assert reopened(output) == (7, 2, [1, 2, 3, 4, 5, 6, 7])
 
 
-@pytest.mark.parametrize("header", [{"input": "b", "stride": 1}, {"input": "a", "stride": True}, {}])
-def test_a_journal_of_another_run_is_emptied(header: dict[str, Any], tmp_path: Path) -> None:
+def test_finished_documents_of_another_run_are_not_lost(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    stopped(output)
-    assert reopened(output, header) == (0, 0, [])
-    assert journal_path(output).read_text() == json.dumps(header) + "\n"
+    whole = stopped(output).read_bytes()
+    for header, differing in (({"input": "b", "stride": 2}, "input, stride"), ({**HEADER, "stride": 2}, "stride")):
+        with pytest.raises(InputError, match=f"partial has finished documents of a run with another {differing}; run"):
+            reopened(output, header)
+        assert journal_path(output).read_bytes() == whole
+
+
+@pytest.mark.parametrize("first", [b"", b"{}", b"[]", b"no JSON", json.dumps({"input": "b", "stride": 1}).encode()])
+def test_a_journal_without_finished_documents_is_emptied(first: bytes, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    rows = stopped(output, chunks=0).read_bytes().partition(b"\n")[2]
+    journal_path(output).write_bytes(first + b"\n" + rows)
+    assert reopened(output) == (0, 0, [])
+    assert journal_path(output).read_text() == json.dumps(HEADER) + "\n"
 
 
 def test_a_journal_truncated_anywhere_keeps_its_complete_chunks(tmp_path: Path) -> None:

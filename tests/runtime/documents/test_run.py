@@ -22,6 +22,7 @@ from lfx.errors import InputError
 from lfx.runtime import Engine
 from lfx.runtime.documents import run as documents
 from lfx.runtime.documents import run_documents
+from lfx.runtime.documents.journal import journal_path
 from lfx.runtime.tokenizer import Tokenizer
 from tests.conftest import MakeBundle
 
@@ -256,6 +257,9 @@ def test_a_journal_of_another_input_or_stride_is_not_resumed(
         if change == "input":
             write(source, texts(9, seed=5))
         stride = 50 if change == "stride" else None
+        with pytest.raises(InputError, match=f"finished documents of a run with another {change}; "):
+            run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", stride=stride)
+        journal_path(tmp_path / "out.jsonl").unlink()
         assert run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", stride=stride).resumed_at == 0
 
 
@@ -364,7 +368,7 @@ def test_a_second_run_of_the_same_output_is_refused(bundle: MakeBundle, tmp_path
     assert len(output.read_text().splitlines()) == 300
 
 
-def test_another_model_or_tokenizer_starts_from_the_beginning(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_the_rows_of_another_model_or_tokenizer_are_not_resumed(bundle: MakeBundle, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"text": "the fox"}\n' * 300)
     folder = bundle("text-classification")
@@ -378,15 +382,17 @@ def test_another_model_or_tokenizer_starts_from_the_beginning(bundle: MakeBundle
     with Engine(folder, threads=1) as engine:
         with pytest.raises(KeyboardInterrupt):
             run_documents(engine, Tokenizer(folder, engine.signature), source, output, progress=stop)
-        assert run_documents(engine, Tokenizer(other, engine.signature), source, output).resumed_at == 0
-        with pytest.raises(KeyboardInterrupt):
-            run_documents(engine, Tokenizer(folder, engine.signature), source, output, progress=stop)
+        with pytest.raises(InputError, match="finished documents of a run with another tokenizer; "):
+            run_documents(engine, Tokenizer(other, engine.signature), source, output)
     copy = tmp_path / "copy"
     copy.mkdir()
     model = onnx.load(str(folder / "model.onnx"))
     model.doc_string = "another"
     onnx.save(model, str(copy / "model.onnx"), save_as_external_data=True, location="model.onnx.data")
     with Engine(copy / "model.onnx", threads=1) as engine:
+        with pytest.raises(InputError, match="finished documents of a run with another model; "):
+            run_documents(engine, Tokenizer(folder, engine.signature), source, output)
+        journal_path(output).unlink()
         assert run_documents(engine, Tokenizer(folder, engine.signature), source, output).resumed_at == 0
 
 
