@@ -28,6 +28,7 @@ from lfx.export.passes.opset import TRACED
 from lfx.export.probe import (
     adds_globals,
     check_long,
+    check_repeatable,
     check_rows,
     default_global_of,
     forward_inputs,
@@ -120,6 +121,7 @@ def export(
     signature = _signature(module, task, precision, tokens, program.model, inputs, max_seqlen)
     check_sizes(program, signature, granularity(module))
     check_long(module, signature)
+    check_repeatable(module, signature)
     signature = dataclasses.replace(signature, ignores_padding=ignores_padding(module, signature))
     check_rows(module, signature)
     if max_global is not None and max_global > (signature.max_seqlen or max_global):

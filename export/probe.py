@@ -254,6 +254,34 @@ def _ignores_padding(module: nn.Module, signature: Signature, length: int, padde
     return True
 
 
+def check_repeatable(module: nn.Module, signature: Signature) -> None:
+    """Check that two runs of a module give the same outputs, and that they have the axes of the traced graph.
+
+    Raises:
+        ExportError: the module has random numbers, or an output has an axis that torch.export took for a constant.
+    """
+    if is_unchanged(module):
+        return
+    inputs = model_inputs(Case(_ROWS, _short_length(module, signature)), signature)
+    run = torch_runner(module, "fp32", forward_inputs(module))
+    first, second = run(inputs), run(inputs)
+    sizes = {"batch": _ROWS, "sequence": inputs["input_ids"].shape[-1]}
+    for spec in signature.outputs:
+        expected = tuple(sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in spec.shape)
+        actual = first[spec.name].shape
+        sizes_differ = any(isinstance(n, int) and n != m for n, m in zip(expected, actual, strict=False))
+        if len(actual) != len(expected) or sizes_differ:
+            raise ExportError(
+                f"output {spec.name} has shape {actual} where its traced graph has {expected}: torch.export takes a "
+                "size of the traced example for a constant, as in nn.LSTM and nn.GRU; use layers that take any length"
+            )
+        if not _is_same(second[spec.name], first[spec.name], module):
+            raise ExportError(
+                f"output {spec.name} differs between two runs on the same ids, so it contains random numbers, such as "
+                "dropout without training=self.training; leave them out"
+            )
+
+
 def check_rows(module: nn.Module, signature: Signature) -> None:
     """Check that the outputs of a sequence do not depend on the other sequences of its batch.
 
@@ -277,7 +305,11 @@ def check_rows(module: nn.Module, signature: Signature) -> None:
 
 
 def _check_batch(module: nn.Module, signature: Signature, lengths: list[int]) -> None:
-    """Compare each sequence of a batch, padded to the longest, with a run of the sequence alone."""
+    """Compare each sequence of a batch, padded to the longest, with a run of the sequence alone.
+
+    Raises:
+        ExportError: they differ.
+    """
     inputs = model_inputs(Case(len(lengths), max(lengths)), signature)
     for row, length in enumerate(lengths):
         inputs["input_ids"][row, ..., length:] = signature.pad_token_id
@@ -295,16 +327,20 @@ def _check_batch(module: nn.Module, signature: Signature, lengths: list[int]) ->
 
 
 def check_long(module: nn.Module, signature: Signature) -> None:
-    """Check that a module runs on its longest sequence, of at most 4,096 tokens.
+    """Check that a module runs on its longest sequence: whole to 4,096 tokens, up to its first attention beyond that.
 
     Raises:
         ExportError: it fails, as one with a position table of its own does past the end of the table.
     """
-    length = _long_length(module, signature)
+    length, names = _long_length(module, signature), forward_inputs(module)
     if is_unchanged(module) or length == 0:
         return
+    longest = (signature.max_seqlen or length) // granularity(module) * granularity(module)
     try:
-        torch_runner(module, "fp32", forward_inputs(module))(model_inputs(Case(1, length), signature))
+        torch_runner(module, "fp32", names)(model_inputs(Case(1, length), signature))
+        if longest > length:
+            inputs = model_inputs(Case(1, longest), signature)
+            global_tokens_runner(module, names, first_layer=True)(inputs)
     except ExportError as error:
         raise ExportError(f"{error}; give max_seqlen, the longest sequence that the model takes") from error
 

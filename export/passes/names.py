@@ -49,25 +49,30 @@ def name_after_modules(model: ir.Model, prefix: str) -> bool:
 def rename_dimensions(model: ir.Model, known: set[str], unknown: str) -> bool:
     """Rename the symbolic dimensions that torch.onnx generated (`u0`, `s7`) to `unknown`; expressions lose their name.
 
+    A second one becomes `unknown`_1, since a runtime may share memory between dimensions of one name.
+
     Args:
         known: names that are kept.
     Returns:
         Whether the model was changed.
     """
     changed = False
+    names: dict[str, str] = {}
     for value in _values(model.graph):
         if value.shape is None:
             continue
         axes: list[int | str | None] = [size if isinstance(size, int) else size.value for size in value.shape]
-        renamed = [axis if isinstance(axis, int) or axis in known else _rename(axis, unknown) for axis in axes]
+        renamed = [axis if isinstance(axis, int) or axis in known else _rename(axis, unknown, names) for axis in axes]
         if renamed != axes:
             value.shape = ir.Shape(renamed)
             changed = True
     return changed
 
 
-def _rename(axis: str | None, unknown: str) -> str | None:
-    return unknown if axis is not None and axis[:1] in "us" and axis[1:].isdigit() else None
+def _rename(axis: str | None, unknown: str, names: dict[str, str]) -> str | None:
+    if axis is None or axis[:1] not in "us" or not axis[1:].isdigit():
+        return None
+    return names.setdefault(axis, f"{unknown}_{len(names)}" if names else unknown)
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:

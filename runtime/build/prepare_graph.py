@@ -105,9 +105,14 @@ def freeze_slots(model: ir.Model, slots: int) -> None:
         _inline_branch(model, node, slots)
     common.RemoveUnusedNodesPass()(model)
     for value in _values(model):
-        if value.shape is not None and any(str(axis) == "global_slots" for axis in value.shape):
-            sizes = [slots if str(axis) == "global_slots" else axis for axis in value.shape]
+        if value.shape is not None and any(map(_is_slots, value.shape)):
+            sizes = [slots if _is_slots(axis) else axis for axis in value.shape]
             value.shape = ir.Shape(sizes)
+
+
+def _is_slots(axis: Any) -> bool:
+    """Whether an axis is named `global_slots`, or `global_slots_1` and so on."""
+    return str(axis).split("_")[:2] == ["global", "slots"]
 
 
 def _inline_branch(model: ir.Model, node: ir.Node, slots: int) -> None:

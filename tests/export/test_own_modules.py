@@ -118,6 +118,80 @@ def test_an_output_that_depends_on_the_padding_of_other_sequences_is_refused(
         export(Masked().eval(), tmp_path / "out")
 
 
+class Headed(nn.Module):
+    """A base model with a head of torch's layers."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.head = tiny_model(), head
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
+        hidden = self.inner(input_ids, attention_mask=attention_mask)[0]
+        if isinstance(self.head, nn.Conv1d):
+            return self.head(hidden.transpose(1, 2)).transpose(1, 2)
+        return self.head(hidden)[0] if isinstance(self.head, nn.RNNBase) else self.head(hidden)
+
+
+class AlwaysDropout(nn.Module):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(hidden, 0.1)
+
+
+CONSTANT = "takes a size of the traced example for a constant, as in nn.LSTM"
+
+
+@pytest.mark.parametrize(
+    ("head", "reason"),
+    [
+        (nn.LSTM(32, 16, batch_first=True, bidirectional=True), CONSTANT),
+        (nn.GRU(32, 16, batch_first=True), CONSTANT),
+        (AlwaysDropout(), "differs between two runs on the same ids"),
+    ],
+    ids=["LSTM", "GRU", "dropout"],
+)
+def test_heads_that_have_no_graph_are_refused_with_the_reason(head: nn.Module, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=reason):
+        export(Headed(head).eval(), tmp_path / "out")
+
+
+def test_a_convolution_over_the_tokens_is_exported(tmp_path: Path) -> None:
+    module = Headed(nn.Conv1d(32, 16, 3, padding=1)).eval()
+    folder = export(module, tmp_path / "out")
+    same(module, folder)
+    same(module, folder, IDS.expand(20, 40))
+
+
+def test_two_encoders_with_different_numbers_of_global_tokens(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.all = tiny_model(), tiny_model()
+
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            first = torch.zeros_like(input_ids)
+            first[:, 0] = 1
+            hidden = self.one(input_ids, global_attention_mask=first)[0]
+            return hidden + self.all(input_ids, global_attention_mask=torch.ones_like(input_ids))[0]
+
+    module = Two().eval()
+    same(module, export(module, tmp_path / "out"))
+
+
+def test_a_table_of_positions_beyond_4096_tokens_is_found_too_short(tmp_path: Path) -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.table = tiny_model(max_position_embeddings=6002), nn.Embedding(5000, 32)
+
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            places = torch.arange(input_ids.shape[1])
+            embedded = self.inner.embeddings.word_embeddings(input_ids) + self.table(places)
+            return self.inner(inputs_embeds=embedded)[0]
+
+    with pytest.raises(ExportError, match="give max_seqlen, the longest sequence that the model takes"):
+        export(Positions().eval(), tmp_path / "out", max_seqlen=6000)
+
+
 def test_a_branch_beyond_the_longest_sequence_is_none(tmp_path: Path) -> None:
     module = Wrapped(lambda x, ids: x * 2 if ids.shape[1] > 100 else x).eval()
     same(module, export(module, tmp_path / "out", max_seqlen=100))

@@ -121,6 +121,9 @@ def test_made_up_dimensions_are_renamed_and_known_ones_stay() -> None:
     model = _model("g (float[batch, u0] x) => (float[batch, u0] y) { y = Relu(x) }")
     assert rename_dimensions(model, {"batch"}, "global_slots")
     assert str(model.graph.inputs[0].shape) == "[batch,global_slots]"
+    model = _model("g (float[u0, u1, u0, s2] x) => (float[u0, u1, u0, s2] y) { y = Relu(x) }")
+    assert rename_dimensions(model, set(), "global_slots")
+    assert str(model.graph.inputs[0].shape) == "[global_slots,global_slots_1,global_slots,global_slots_2]"
     model = _model("g (float[batch, 3] x) => (float[batch, 3] y) { y = Relu(x) }")
     assert not rename_dimensions(model, {"batch"}, "global_slots")
 
