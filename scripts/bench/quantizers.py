@@ -1,7 +1,7 @@
 """Compare `lfx quantize` (ONNX Runtime's quantizer) with NNCF: base shape, the same text, error and latency.
 
     pip install nncf
-    python scripts/quantizers.py        # docs/records/quantizers.jsonl, ten minutes
+    python -m scripts.bench.quantizers        # docs/records/quantizers.jsonl, ten minutes
 
 Each quantizer calibrates on every second window of the example document; the error against the float32 model is
 measured on the others. NNCF runs with the settings of its documentation for transformers, which quantize attention too,
@@ -19,17 +19,18 @@ from pathlib import Path
 import nncf
 import numpy as np
 import onnx
-import record
-from checkpoints import DOCUMENT, save_base_checkpoint
 from onnx.inliner import inline_local_functions
 
 from lfx.export import export
 from lfx.export.quantize import quantize
 from lfx.manifest import MODEL, WEIGHTS
 from lfx.runtime import Engine
-from lfx.runtime.bench import Run, measure
+from lfx.runtime.bench import measure
 from lfx.runtime.inputs import prepare
 from lfx.runtime.tokenizer import Tokenizer
+from scripts import record
+from scripts.bench.contenders import Run, engine_run
+from scripts.checkpoints import DOCUMENT, save_base_checkpoint
 
 LENGTH, WINDOWS, ROUNDS = 512, 16, 7
 OUTPUT = "last_hidden_state"
@@ -81,10 +82,10 @@ def contenders(fp32: Path, calibration: list[np.ndarray], folder: Path, threads:
     signature = Engine(fp32, threads=threads).signature
     feeds = [dict(prepare(ids, None, None, signature).feeds) for ids in calibration]
     runs = {
-        "float32, ONNX Runtime": _engine_run(Engine(fp32, threads=threads)),
-        "float32, OpenVINO": _engine_run(Engine(fp32, "openvino", threads=threads)),
-        "lfx quantize, ONNX Runtime": _engine_run(Engine(int8, threads=threads)),
-        "lfx quantize, OpenVINO": _engine_run(Engine(int8, "openvino", threads=threads)),
+        "float32, ONNX Runtime": engine_run(Engine(fp32, threads=threads)),
+        "float32, OpenVINO": engine_run(Engine(fp32, "openvino", threads=threads)),
+        "lfx quantize, ONNX Runtime": engine_run(Engine(int8, threads=threads)),
+        "lfx quantize, OpenVINO": engine_run(Engine(int8, "openvino", threads=threads)),
     }
     for name, scope in (
         ("NNCF", nncf.IgnoredScope()),
@@ -102,12 +103,8 @@ def contenders(fp32: Path, calibration: list[np.ndarray], folder: Path, threads:
         path.parent.mkdir()
         onnx.save(model, str(path), save_as_external_data=True, location=WEIGHTS)
         for backend, label in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
-            runs[f"{name}, {label}"] = _engine_run(Engine(path, backend, threads=threads))
+            runs[f"{name}, {label}"] = engine_run(Engine(path, backend, threads=threads))
     return runs
-
-
-def _engine_run(engine: Engine) -> Run:
-    return lambda ids: engine.run(ids)[OUTPUT]
 
 
 if __name__ == "__main__":
