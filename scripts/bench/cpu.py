@@ -41,6 +41,7 @@ from scripts.checkpoints import BASE_MAX_SEQLEN, HIDDEN, INTERMEDIATE
 ROUNDS = {16: 25, 64: 25, 128: 15, 300: 9, 512: 9, 1024: 7, 2048: 5, 4096: 5, 8192: 2, 16384: 2}
 LONG_MAX_SEQLEN = 16384
 CONTENDERS = ("huggingface-eager", "lfx-onnxruntime")
+FIGURES = ("p5_ms", "p95_ms", "tokens_per_second")
 
 
 def main() -> None:
@@ -162,13 +163,11 @@ def _latency(bundle: Path, length: int, globals_: int, threads: int) -> dict[str
         "speedup": rows[eager]["times_the_first"],
         "product_flops_per_second": rate,
         "share_of_product": sum(base_model_flops(length, globals_)) / rows[ours]["p50_ms"] * 1000 / rate,
-        "contenders": {name: _summary(rows[name]) for name in CONTENDERS},
+        "contenders": {
+            name: {"median_ms": rows[name]["p50_ms"], **{figure: rows[name][figure] for figure in FIGURES}}
+            for name in CONTENDERS
+        },
     }
-
-
-def _summary(row: dict[str, Any]) -> dict[str, float]:
-    times = {"median_ms": row["p50_ms"], "p5_ms": row["p5_ms"], "p95_ms": row["p95_ms"]}
-    return {**times, "tokens_per_second": row["tokens_per_second"]}
 
 
 def _product(length: int, threads: int) -> Callable[[], Any]:

@@ -1,4 +1,7 @@
-"""The command of the GPU benchmarks: the library of the kernels, the options, the record and the verdicts."""
+"""The command of the GPU benchmarks: the library of the kernels, the options, the record and the verdicts.
+
+They run from a clone; where lfx is not installed, with PYTHONPATH=src.
+"""
 
 from __future__ import annotations
 

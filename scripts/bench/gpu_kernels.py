@@ -41,16 +41,7 @@ from typing import Any
 
 from scripts import record
 from scripts.bench import gpu, sass, timing
-from scripts.bench.band_cases import (
-    PEAKS,
-    Case,
-    band_or_global,
-    cases,
-    floors,
-    kernel_costs,
-    least_bytes,
-    useful_flops,
-)
+from scripts.bench.band_cases import PEAKS, Case, band_or_global, cases, floors, kernel_costs, least_bytes, useful_flops
 from scripts.bench.gpu import Rows
 from scripts.bench.launch import Kernels, run_banded
 from scripts.bench.timing import Contender
@@ -283,13 +274,9 @@ def measure(case: Case, kernels: Kernels, ceiling: dict[str, Contender], l2_byte
         except Exception as error:  # one contender that fails must not end the run
             results[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     del reference
-    flush = timing.flusher()
-    rounds = timing.rounds_for(contenders, flush, SECONDS_PER_CASE, MOST_ROUNDS)
-    times = timing.interleaved(contenders, rounds, flush)
-    for name, microseconds in times.items():
-        results.setdefault(name, {}).update(timing.summary(microseconds))
-        if name not in ceiling and "lfx" in times:
-            results[name]["times_slower"] = timing.ratio(microseconds, times["lfx"])
+    rounds, times = timing.measure(contenders, SECONDS_PER_CASE, MOST_ROUNDS)
+    for name, measured in times.items():
+        results.setdefault(name, {}).update(measured)
     return {**asdict(case), "rounds": rounds, "buffer_sets": len(sets), "witness_error": witness, "contenders": results}
 
 

@@ -296,13 +296,9 @@ def measure(
         except Exception as error:  # one contender that fails must not end the run
             results[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         print(f"{seqlen}x{batch} {name}: {results[name]}", flush=True)
-    flush = timing.flusher()
-    rounds = timing.rounds_for(contenders, flush, SECONDS_PER_SHAPE, MOST_ROUNDS) if contenders else 0
-    times = timing.interleaved(contenders, rounds, flush)
-    for name, microseconds in times.items():
-        results[name].update(timing.summary(microseconds))
-        if "lfx" in times:
-            results[name]["times_slower"] = timing.ratio(microseconds, times["lfx"])
+    rounds, times = timing.measure(contenders, SECONDS_PER_SHAPE, MOST_ROUNDS) if contenders else (0, {})
+    for name, measured in times.items():
+        results[name].update(measured)
     return {
         "seqlen": seqlen,
         "batch": batch,

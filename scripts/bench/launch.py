@@ -50,28 +50,22 @@ class Kernels:
 
 
 def banded_params(
-    inputs: Mapping[str, Any],
-    addresses: Mapping[str, int],
-    precision: str,
-    *,
-    num_heads: int,
-    window: int,
-    dilation: int = 1,
-    causal: int = 0,
+    inputs: Mapping[str, Any], addresses: Mapping[str, int], precision: str, num_heads: int, **attributes: int
 ) -> BandedParams:
     """Fill the parameters of BandedAttention.
 
     Args:
         inputs: arrays or tensors by name; only their shapes are read.
         addresses: of the inputs and of `context`.
+        attributes: window, and dilation and causal if they are not 1 and 0.
     """
-    attributes = {"window": window, "dilation": dilation, "causal": causal}
+    attributes = {"dilation": 1, "causal": 0, **attributes}
     shared = _shared_fields(inputs, precision, num_heads)
     return BandedParams(**addresses, **shared, **attributes, slots=inputs["global_index"].shape[1])
 
 
 def global_params(
-    inputs: Mapping[str, Any], addresses: Mapping[str, int], precision: str, *, num_heads: int
+    inputs: Mapping[str, Any], addresses: Mapping[str, int], precision: str, num_heads: int
 ) -> GlobalParams:
     """Fill the parameters of GlobalAttention, as `banded_params` does; `addresses` has `workspace` too."""
     shared = _shared_fields(inputs, precision, num_heads)
@@ -92,7 +86,7 @@ def run_banded(kernels: Kernels, inputs: Mapping[str, Any], out: Any, **attribut
         inputs: query, key and value (B, S, H·D), key_mask (B, S) int32, global_index (B, G) int32, and global_context
             (B, G, H·D).
         out: (B, S, H·D).
-        attributes: num_heads, window, dilation and causal.
+        attributes: num_heads, and those of `banded_params`.
     """
     params = banded_params(inputs, _addresses(**inputs, context=out), _precision(out), **attributes)
     return _launch(kernels.banded, params, out)
@@ -110,7 +104,7 @@ def run_global(
         scale: default: 1/√D.
     """
     addresses = _addresses(**inputs, context=out, workspace=workspace)
-    params = global_params(inputs, addresses, _precision(out), num_heads=num_heads)
+    params = global_params(inputs, addresses, _precision(out), num_heads)
     params.scale = scale or params.scale
     return _launch(kernels.global_, params, out)
 

@@ -30,7 +30,10 @@ def machine_code(library: Path) -> dict[Kernel, str]:
 def resources(library: Path) -> dict[Kernel, dict[str, int]]:
     """Return REG, STACK, SHARED and LOCAL of each kernel; dynamic shared memory is not counted."""
     parts = _by_kernel(cuobjdump("--dump-resource-usage", library), "Function ")
-    return {key: {name: int(n) for name, n in re.findall(r"([A-Z]+):(\d+)", text)} for key, text in parts.items()}
+    return {
+        key: {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+        for key, text in parts.items()
+    }
 
 
 def _by_kernel(text: str, start: str) -> dict[Kernel, str]:

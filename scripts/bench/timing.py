@@ -85,31 +85,31 @@ def interleaved(contenders: dict[str, Contender], rounds: int, flush: Callable[[
     return times
 
 
-def flusher() -> Callable[[], Any]:
-    """Return a function that overwrites the L2."""
+def measure(
+    contenders: dict[str, Contender], seconds: float, most_rounds: int
+) -> tuple[int, dict[str, dict[str, float]]]:
+    """Time all contenders, alternating, with the L2 flushed before each.
+
+    Args:
+        seconds: about the time that it takes, if that is 5 to `most_rounds` rounds.
+    Returns:
+        The number of rounds; and for each contender median_us, p5_us and p95_us of a call, and times_slower, the median
+        over the rounds of its time divided by that of the contender lfx, if there is one.
+    """
     import torch
 
-    scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
-    return scratch.zero_
-
-
-def rounds_for(contenders: dict[str, Contender], flush: Callable[[], Any], seconds: float, limit: int) -> int:
-    """Return the number of rounds that fit into `seconds`, 5 to `limit`, by timing one."""
-    import torch
-
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=DEVICE).zero_
     interleaved(contenders, 1, flush)
     torch.cuda.synchronize()
     started = time.perf_counter()
     interleaved(contenders, 1, flush)
-    return max(5, min(limit, int(seconds / (time.perf_counter() - started))))
-
-
-def summary(microseconds: list[float]) -> dict[str, float]:
-    """Return median, 5th and 95th percentile."""
-    p5, p95 = np.percentile(microseconds, [5, 95])
-    return {"median_us": statistics.median(microseconds), "p5_us": float(p5), "p95_us": float(p95)}
-
-
-def ratio(times: list[float], baseline: list[float]) -> float:
-    """Return the median over the rounds of time over baseline time."""
-    return statistics.median(a / b for a, b in zip(times, baseline, strict=True))
+    rounds = max(5, min(most_rounds, int(seconds / (time.perf_counter() - started))))
+    times = interleaved(contenders, rounds, flush)
+    results = {}
+    for name, microseconds in times.items():
+        p5, p50, p95 = map(float, np.percentile(microseconds, [5, 50, 95]))
+        results[name] = {"median_us": p50, "p5_us": p5, "p95_us": p95}
+        if "lfx" in times:
+            ratios = [a / b for a, b in zip(microseconds, times["lfx"], strict=True)]
+            results[name]["times_slower"] = statistics.median(ratios)
+    return rounds, results

@@ -157,7 +157,7 @@ class Global:
         scratch = Guarded(np.full(workspace(*sizes) // 4 if workspace is not None else 0, np.nan, np.float32))
         held |= {"context": context, "workspace": scratch}
         addresses = {name: memory.address for name, memory in held.items()}
-        params = global_params(self.inputs, addresses, self.precision, num_heads=self.num_heads)
+        params = global_params(self.inputs, addresses, self.precision, self.num_heads)
         assert not (function(ctypes.byref(params), None) if workspace is not None else function(ctypes.byref(params)))
         return context.array.astype(np.float64)
 
