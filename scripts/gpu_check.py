@@ -33,7 +33,7 @@ import numpy as np
 from lfx.parity import Case, full_cases
 from scripts import record
 from scripts.bench import gpu
-from scripts.bench.launch import Kernels, run_banded, run_global
+from scripts.bench.launch import Kernels, dtype_of, run_banded, run_global
 from tests.plugins.problems import Banded, Global, banded, enqueue_through_creator, global_
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -126,7 +126,7 @@ def run(kernels: Kernels, library: Path, problem: Problem, way: str, torch: Any)
     Returns:
         The context, float64.
     """
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[problem.precision]
+    dtype = dtype_of(problem.precision)
     tensors = {}
     for name, array in problem.inputs.items():
         tensor = torch.from_numpy(array if array.dtype == np.int32 else array.astype(np.float32))

@@ -101,14 +101,8 @@ def latency(runs: dict[str, Run], lengths: list[int], batches: list[int], about:
             for row in measure(selected, [length], [batch], rounds=rounds, warm_up=False, vocab_size=50000):
                 row["max_difference"] = largest.get(row["contender"])
                 record.update("backends", {**about, **row}, ("cpu", "batch", "seqlen", "contender"))
-                print(
-                    batch,
-                    length,
-                    row["contender"],
-                    f"{row['p50_ms']:.0f} ms",
-                    f"{row['times_the_first']:.3f}",
-                    flush=True,
-                )
+                figures = f"{row['p50_ms']:.0f} ms {row['times_the_first']:.3f}"
+                print(batch, length, row["contender"], figures, flush=True)
 
 
 def blocks(bundle: Path, folder: Path, length: int, threads: int) -> list[dict[str, Any]]:

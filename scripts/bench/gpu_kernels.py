@@ -43,7 +43,7 @@ from scripts import record
 from scripts.bench import gpu, sass, timing
 from scripts.bench.band_cases import PEAKS, Case, band_or_global, cases, floors, kernel_costs, least_bytes, useful_flops
 from scripts.bench.gpu import Rows
-from scripts.bench.launch import Kernels, run_banded
+from scripts.bench.launch import Kernels, dtype_of, run_banded
 from scripts.bench.timing import Contender
 
 MATMUL, COPY_BYTES = 8192, 1 << 30
@@ -189,13 +189,6 @@ def skipped(case: Case) -> dict[str, str]:
     if not case.required:
         reasons["flex-64"] = "only where a claim is about the case"
     return reasons
-
-
-def dtype_of(precision: str) -> Any:
-    """Return torch's dtype of a precision."""
-    import torch
-
-    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
 def flattened(out: Any) -> Any:

@@ -109,8 +109,15 @@ def run_global(
     return _launch(kernels.global_, params, out)
 
 
+def dtype_of(precision: str) -> Any:
+    """Return torch's dtype of a precision."""
+    import torch
+
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
 def _precision(tensor: Any) -> str:
-    return {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}[str(tensor.dtype)]
+    return next(precision for precision in TYPES if dtype_of(precision) == tensor.dtype)
 
 
 def _addresses(**tensors: Any) -> dict[str, int]:

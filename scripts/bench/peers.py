@@ -63,20 +63,14 @@ def main() -> None:
             rows.append({**about, "tool": "transformers OnnxExporter", **_try_transformers(model, dynamic)})
         for dynamo in (True, False):
             tool = f"torch.onnx.export, dynamo={dynamo}"
-            rows.append(
-                {**about, "tool": tool, **_attempt(_run_torch, model, cases, Path(folder) / "torch.onnx", dynamo)}
-            )
+            result = _attempt(_run_torch, model, cases, Path(folder) / "torch.onnx", dynamo)
+            rows.append({**about, "tool": tool, **result})
         for batch in (1, 2):
             tool = f"openvino.convert_model, traced at {batch} x 64"
             rows.append({**about, "tool": tool, **_attempt(_run_openvino, model, cases, batch)})
         if options.optimum_python:
-            rows.append(
-                {
-                    **about,
-                    "tool": "optimum-onnx",
-                    **_run_optimum(options.optimum_python, model, cases, Path(folder)),
-                }
-            )
+            result = _run_optimum(options.optimum_python, model, cases, Path(folder))
+            rows.append({**about, "tool": "optimum-onnx", **result})
         else:
             rows += [row for row in record.read("peers") if row["tool"] == "optimum-onnx"]
     print(record.write("peers", rows))
