@@ -90,10 +90,10 @@ fuzz: install  ## Fuzz inputs, documents, manifests and ONNX files for MINUTES; 
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz.py --minutes $(or $(MINUTES),10)
 
 bench: install  ## All CPU benchmarks, more than an hour; writes docs/records and the tables made from it.
-	$(BIN)/python scripts/bench_cpu.py
-	$(BIN)/python scripts/bench_backends.py
-	$(BIN)/python scripts/bench_runtime.py
-	$(BIN)/python scripts/peers.py
+	$(BIN)/python -m scripts.bench.cpu
+	$(BIN)/python -m scripts.bench.backends
+	$(BIN)/python -m scripts.bench.runtime
+	$(BIN)/python -m scripts.bench.peers
 	$(BIN)/python scripts/tables.py
 
 figures: install  ## Draw docs/figures from the running code.

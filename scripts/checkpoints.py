@@ -8,6 +8,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "examples" / "constitution.txt"
 BASE_MAX_SEQLEN = 4096
+# The shape of allenai/longformer-base-4096; the window is one-sided.
+LAYERS, HIDDEN, HEADS, INTERMEDIATE, WINDOW = 12, 768, 12, 3072, 256
 
 
 def base_model(max_seqlen: int = BASE_MAX_SEQLEN, seed: int = 0) -> Any:
@@ -18,11 +20,11 @@ def base_model(max_seqlen: int = BASE_MAX_SEQLEN, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     config = LongformerConfig(
         vocab_size=50265,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        attention_window=512,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=INTERMEDIATE,
+        attention_window=2 * WINDOW,
         max_position_embeddings=max_seqlen + 2,
         type_vocab_size=1,
         layer_norm_eps=1e-5,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from lfx.export import export
 from lfx.export.load import load, quiet
 from lfx.manifest import Manifest
 from lfx.parity import pair_tolerance
+from lfx.runtime.bench import measure
 
 HUB_ID = "allenai/longformer-base-4096"
 LENGTHS = (1, 100, 512, 1000, 4096)
@@ -51,7 +50,7 @@ def main() -> int:
         ids = _document_ids(bundle)
         _run_document(engine, ids)
         passed = _check_parity(engine, model, ids)
-        _compare_speed(engine, model, ids, options.threads)
+        _compare_speed(engine, model, options.threads)
     return 0 if passed else 1
 
 
@@ -112,39 +111,18 @@ def _check_parity(engine: runtime.Engine, model: Any, ids: list[int]) -> bool:
     return passed
 
 
-def _compare_speed(engine: runtime.Engine, model: Any, ids: list[int], threads: int) -> None:
+def _compare_speed(engine: runtime.Engine, model: Any, threads: int) -> None:
+    def pytorch(ids: Any) -> None:
+        with torch.inference_mode(), quiet():
+            model(torch.from_numpy(ids))
+
     table = Table("tokens", "PyTorch eager", "lfx", "lfx is", title=f"\nTokens per second, batch 1, {threads} threads")
+    contenders, vocab_size = {"PyTorch": pytorch, "lfx": engine.run}, model.config.vocab_size
     for length, rounds in ((512, 5), (4096, 3)):
-        piece = np.array([ids[:length]])
-
-        def pytorch(piece: Any = piece) -> None:
-            with torch.inference_mode(), quiet():
-                model(torch.from_numpy(piece))
-
-        def lfx(piece: Any = piece) -> None:
-            engine.run(piece)
-
-        pytorch_seconds, lfx_seconds = _interleaved(pytorch, lfx, rounds)
-        table.add_row(
-            f"{length}",
-            f"{length / pytorch_seconds:,.0f}",
-            f"{length / lfx_seconds:,.0f}",
-            f"{pytorch_seconds / lfx_seconds:.2f} times as fast",
-        )
+        eager, ours = measure(contenders, [length], [1], rounds=rounds, vocab_size=vocab_size)
+        rates = (f"{row['tokens_per_second']:,.0f}" for row in (eager, ours))
+        table.add_row(f"{length}", *rates, f"{1 / ours['times_the_first']:.2f} times as fast")
     console.print(table)
-
-
-def _interleaved(a: Callable[[], None], b: Callable[[], None], rounds: int) -> tuple[float, float]:
-    """Return the median seconds of each function, run alternately (A B A B) after one warm-up of both."""
-    a()
-    b()
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
-        for run, seconds in zip((a, b), times, strict=True):
-            started = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - started)
-    return statistics.median(times[0]), statistics.median(times[1])
 
 
 if __name__ == "__main__":

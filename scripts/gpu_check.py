@@ -1,7 +1,7 @@
 """Check the plugin and the plans on a machine with an NVIDIA GPU, and write the results to docs/records/gpu.jsonl.
 
-    python scripts/gpu_check.py --headers DIR     # TensorRT's headers, to build the plugin's library
-    python scripts/gpu_check.py --dry-run         # builds and counts the cases; needs no GPU
+    python -m scripts.gpu_check --headers DIR     # TensorRT's headers, to build the plugin's library
+    python -m scripts.gpu_check --dry-run         # builds and counts the cases; needs no GPU
 
 It builds the library for this GPU with nvcc, then
 
@@ -11,7 +11,7 @@ It builds the library for this GPU with nvcc, then
 2. runs some of the cases through the plugin's creator and `enqueue`, as TensorRT does, and in a captured CUDA graph;
 3. builds plans with TensorRT and TensorRT-RTX, if installed, and compares them with PyTorch.
 
-To run it under compute-sanitizer: compute-sanitizer --tool memcheck python scripts/gpu_check.py --quick
+To run it under compute-sanitizer: compute-sanitizer --tool memcheck python -m scripts.gpu_check --quick
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gpu  # first: it adds lfx and tests of a clone to sys.path
 import numpy as np
 
 from lfx.parity import Case, full_cases
-from lfx.runtime.plugin import TYPES, BandedParams, GlobalParams, Kernels
+from scripts import record
+from scripts.bench import gpu
+from scripts.bench.launch import Kernels, dtype_of, run_banded, run_global
 from tests.plugins.problems import Banded, Global, banded, enqueue_through_creator, global_
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -43,7 +44,7 @@ def main() -> None:
     """Build the library, run the checks and write the record; exits with 1 if a check fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--headers", type=Path, help="folder of NvInfer.h")
-    parser.add_argument("--record", type=Path, default=gpu.ROOT / "docs" / "records" / "gpu.jsonl")
+    parser.add_argument("--record", type=Path, default=record.RECORDS / "gpu.jsonl")
     parser.add_argument("--quick", action="store_true", help="check every tenth case only, for compute-sanitizer")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
@@ -56,8 +57,7 @@ def main() -> None:
             return
         rows = check(library, problems, options.headers is not None)
         rows += plans() if not options.quick else []
-    options.record.parent.mkdir(parents=True, exist_ok=True)
-    options.record.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    record.write(options.record, rows)
     failed = [row for row in rows if not row["passed"]]
     print(f"{len(rows)} rows in {options.record}, {len(failed)} failed")
     for row in failed[:20]:
@@ -88,7 +88,7 @@ def check(library: Path, problems: list[tuple[str, Problem]], through_creator: b
     import torch
 
     kernels = Kernels(library)
-    about = gpu.environment(torch)
+    about = record.gpu_environment(torch)
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for i, (precision, problem) in enumerate(problems):
         ways = ["launch"]
@@ -126,37 +126,29 @@ def run(kernels: Kernels, library: Path, problem: Problem, way: str, torch: Any)
     Returns:
         The context, float64.
     """
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[problem.precision]
+    dtype = dtype_of(problem.precision)
     tensors = {}
     for name, array in problem.inputs.items():
         tensor = torch.from_numpy(array if array.dtype == np.int32 else array.astype(np.float32))
         tensors[name] = tensor.to("cuda", torch.int32 if array.dtype == np.int32 else dtype)
     batch, rows, width = problem.inputs["query"].shape
-    size = width // problem.num_heads
     out = torch.full((batch, rows, width), float("nan"), dtype=dtype, device="cuda")
-    scratch_bytes = kernels.workspace_bytes(batch, rows, problem.num_heads, size)
+    scratch_bytes = kernels.workspace_bytes(batch, rows, problem.num_heads, width // problem.num_heads)
     scratch = torch.full((scratch_bytes // 4,), float("nan"), device="cuda")
-    values: dict[str, Any] = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    values.update(context=out.data_ptr(), batch=batch, num_heads=problem.num_heads, head_size=size)
-    values.update(scale=size**-0.5, type=TYPES[problem.precision], seqlen=problem.inputs["key"].shape[1])
-    params: Any
-    if isinstance(problem, Banded):
-        slots = problem.inputs["global_index"].shape[1]
-        params = BandedParams(
-            **values, slots=slots, window=problem.window, dilation=problem.dilation, causal=problem.causal
-        )
-        launch = kernels.banded
-    else:
-        params = GlobalParams(**values, queries=rows, workspace=scratch.data_ptr())
-        launch = kernels.global_
+
+    def launch() -> None:
+        if isinstance(problem, Banded):
+            run_banded(kernels, tensors, out, **problem.attributes)
+        else:
+            run_global(kernels, tensors, out, scratch, problem.num_heads)
+
     torch.cuda.synchronize()
     if way == "launch":
-        stream = torch.cuda.current_stream().cuda_stream
-        assert launch(ctypes.byref(params), stream) == 0
+        launch()
     elif way == "graph":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            assert launch(ctypes.byref(params), torch.cuda.current_stream().cuda_stream) == 0
+            launch()
         out.fill_(float("nan"))
         graph.replay()
     else:

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,9 @@ _PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "numpy"
 
 
 def environment() -> dict[str, Any]:
-    """Return date, commit, hardware and versions of this run."""
+    """Return date, commit, CPU and versions of this run."""
     return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--", "*.py") else ""),
+        **_date_and_commit(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -29,10 +29,30 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Replace the rows of the file `name`.jsonl, and return its path."""
-    RECORDS.mkdir(parents=True, exist_ok=True)
-    path = RECORDS / f"{name}.jsonl"
+def gpu_environment(torch: Any) -> dict[str, Any]:
+    """Return date, commit, GPU and versions of this run."""
+    return {
+        **_date_and_commit(),
+        "gpu": query_gpu("name,driver_version") or torch.cuda.get_device_name(),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "versions": package_versions(("triton", "transformers")),
+    }
+
+
+def query_gpu(fields: str) -> str:
+    """Query fields of the first GPU with nvidia-smi; returns an empty string without a GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    lines = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader").splitlines()
+    return lines[0] if lines else ""
+
+
+def write(name: str | Path, rows: list[dict[str, Any]]) -> Path:
+    """Replace the rows of the file `name`.jsonl in docs/records, or of the file at a Path, and return its path."""
+    path = name if isinstance(name, Path) else RECORDS / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -50,6 +70,15 @@ def read(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT)
-    return done.stdout.strip()
+def _date_and_commit() -> dict[str, str]:
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", "*.py")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") + ("+" if changed else ""),
+    }
+
+
+def _output(*command: str) -> str:
+    """Run a command; returns what it prints, or an empty string if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -10,6 +10,7 @@ import pytest
 
 from lfx.errors import PluginError
 from lfx.runtime import plugin as plugins
+from scripts.bench.launch import Kernels
 from tests.plugins.build import emulated_library, reference_library
 
 
@@ -25,9 +26,9 @@ def host_reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> plugins.Kernels:
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """The kernels' own source, compiled for the emulated machine."""
-    return plugins.Kernels(emulated_library(tmp_path_factory.mktemp("emulated")))
+    return Kernels(emulated_library(tmp_path_factory.mktemp("emulated")))
 
 
 @pytest.fixture(scope="session")

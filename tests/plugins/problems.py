@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lfx import reference
 from lfx.parity import Case, inputs_of
-from lfx.runtime.plugin import TYPES, BandedParams, GlobalParams
+from scripts.bench.launch import INPUTS, banded_params, global_params
 
 DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 UNIT_ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -49,35 +49,22 @@ class Banded:
     causal: int = 0
     precision: str = "fp32"
 
+    @property
+    def attributes(self) -> dict[str, int]:
+        """The op's attributes, in the order of the plugin's."""
+        return {name: getattr(self, name) for name in ("num_heads", "window", "dilation", "causal")}
+
     def dense(self) -> NDArray[np.float64]:
         """Returns the context by the dense definition."""
-        return reference.banded_attention(
-            **{name: np.asarray(array, np.float64) for name, array in self.inputs.items()},
-            num_heads=self.num_heads,
-            window=self.window,
-            dilation=self.dilation,
-            causal=bool(self.causal),
-        )
+        arrays = {name: np.asarray(array, np.float64) for name, array in self.inputs.items()}
+        return reference.banded_attention(**arrays, **{**self.attributes, "causal": bool(self.causal)})
 
     def run(self, function: Callable[..., Any], *rest: Any) -> NDArray[np.float64]:
         """Returns the context by a function of the C interface; the output starts as NaN."""
         held = {name: Guarded(array) for name, array in self.inputs.items()}
-        batch, seqlen, width = self.inputs["query"].shape
-        context = Guarded(np.full((batch, seqlen, width), np.nan, DTYPES[self.precision]))
-        params = BandedParams(
-            **{name: memory.address for name, memory in held.items()},
-            context=context.address,
-            batch=batch,
-            seqlen=seqlen,
-            slots=self.inputs["global_index"].shape[1],
-            num_heads=self.num_heads,
-            head_size=width // self.num_heads,
-            window=self.window,
-            dilation=self.dilation,
-            causal=self.causal,
-            scale=(width // self.num_heads) ** -0.5,
-            type=TYPES[self.precision],
-        )
+        held["context"] = context = Guarded(np.full(self.inputs["query"].shape, np.nan, DTYPES[self.precision]))
+        addresses = {name: memory.address for name, memory in held.items()}
+        params = banded_params(self.inputs, addresses, self.precision, **self.attributes)
         assert not function(ctypes.byref(params), *rest)
         return context.array.astype(np.float64)
 
@@ -147,6 +134,11 @@ class Global:
     num_heads: int
     precision: str = "fp32"
 
+    @property
+    def attributes(self) -> dict[str, int]:
+        """The op's attributes."""
+        return {"num_heads": self.num_heads}
+
     def dense(self) -> NDArray[np.float64]:
         """Returns the context by the dense definition."""
         arrays = {name: np.asarray(array, np.float64) for name, array in self.inputs.items()}
@@ -160,22 +152,12 @@ class Global:
         if share_values:
             held["value"] = held["key"]
         batch, queries, width = self.inputs["query"].shape
-        size = width // self.num_heads
         context = Guarded(np.full((batch, queries, width), np.nan, DTYPES[self.precision]))
-        scratch_bytes = workspace(batch, queries, self.num_heads, size) if workspace is not None else 0
-        scratch = Guarded(np.full(scratch_bytes // 4, np.nan, np.float32))
-        params = GlobalParams(
-            **{name: memory.address for name, memory in held.items()},
-            context=context.address,
-            workspace=scratch.address,
-            batch=batch,
-            seqlen=self.inputs["key"].shape[1],
-            queries=queries,
-            num_heads=self.num_heads,
-            head_size=size,
-            scale=size**-0.5,
-            type=TYPES[self.precision],
-        )
+        sizes = (batch, queries, self.num_heads, width // self.num_heads)
+        scratch = Guarded(np.full(workspace(*sizes) // 4 if workspace is not None else 0, np.nan, np.float32))
+        held |= {"context": context, "workspace": scratch}
+        addresses = {name: memory.address for name, memory in held.items()}
+        params = global_params(self.inputs, addresses, self.precision, self.num_heads)
         assert not (function(ctypes.byref(params), None) if workspace is not None else function(ctypes.byref(params)))
         return context.array.astype(np.float64)
 
@@ -213,11 +195,8 @@ def enqueue_through_creator(
         0, or the step that failed.
     """
     op = "BandedAttention" if isinstance(problem, Banded) else "GlobalAttention"
-    attributes = [problem.num_heads]
-    if isinstance(problem, Banded):
-        attributes += [problem.window, problem.dilation, problem.causal]
-    order = ("query", "key", "value", "key_mask", "global_index", "global_context")
-    names = [name for name in order if name in problem.inputs]
+    attributes = problem.attributes.values()
+    names = [name for name in INPUTS if name in problem.inputs]
     dims: list[int] = []
     for name in (*names, "query"):  # the context has the shape of the query
         shape = problem.inputs[name].shape

@@ -23,15 +23,13 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from lfx import reference
-from lfx.runtime.plugin import Kernels
+from scripts import record
+from scripts.bench import band_cases, gpu, launch, sass, timing
+from scripts.bench import gpu_kernels as bench
+from scripts.bench import gpu_model as whole
+from scripts.bench.launch import Kernels
 from tests.models import VOCAB_SIZE, tiny_model
 from tests.plugins.build import ROOT
-
-sys.path.append(str(ROOT / "scripts"))
-import band_cases
-import bench_kernels as bench
-import bench_model_gpu as whole
-import gpu
 
 SMALL = band_cases.Case(seqlen=64, window=8, globals=2, batch=2, heads=2, precision="fp32", head_size=16)
 CASES = [SMALL, replace(SMALL, globals=0), replace(SMALL, globals=20, seqlen=80), replace(SMALL, seqlen=16)]
@@ -197,7 +195,7 @@ def model_inputs(model: Any, globals_: int, padded: bool) -> tuple[torch.Tensor,
 
 @pytest.mark.parametrize(("globals_", "padded"), [(1, False), (3, False), (1, True), (0, True)])
 def test_the_model_around_our_ops_gives_hugging_faces_numbers(globals_: int, padded: bool, emulated: Kernels) -> None:
-    gpu.register(emulated)
+    launch.register(emulated)
     model = tiny_model()
     ids, mask, marks = model_inputs(model, globals_, padded)
     with torch.no_grad():
@@ -210,7 +208,7 @@ def test_the_model_around_our_ops_gives_hugging_faces_numbers(globals_: int, pad
 
 
 def test_the_model_around_our_ops_keeps_to_the_tolerance_in_float16(emulated: Kernels) -> None:
-    gpu.register(emulated)
+    launch.register(emulated)
     model = tiny_model()
     inputs = model_inputs(model, 1, False)
     half = tiny_model().half()
@@ -225,7 +223,8 @@ def test_the_model_around_flex_attention_gives_hugging_faces_numbers() -> None:
     model = tiny_model()
     inputs = model_inputs(model, 2, False)
     masks = {
-        window: create_block_mask(gpu.band_or_global(window, 2), None, None, 48, 48, device="cpu") for window in (4, 8)
+        window: create_block_mask(band_cases.band_or_global(window, 2), None, None, 48, 48, device="cpu")
+        for window in (4, 8)
     }
     with torch.no_grad():
         wanted = whole.eager(model, *inputs)
@@ -234,7 +233,7 @@ def test_the_model_around_flex_attention_gives_hugging_faces_numbers() -> None:
 
 
 def test_compiled_layers_keep_our_ops_whole_and_share_one_compilation(emulated: Kernels) -> None:
-    gpu.register(emulated)
+    launch.register(emulated)
     model = tiny_model(attention_window=[16, 16])
     inputs = model_inputs(model, 1, False)
     torch._dynamo.reset()
@@ -266,11 +265,11 @@ def test_contenders_take_turns_with_the_cache_emptied_before_each(monkeypatch: p
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    racing = {name: gpu.Contender(lambda name=name: done.append(name), calls=5) for name in "ab"}
-    found = gpu.interleaved(racing, 2, lambda: done.append("flush"))
+    racing = {name: timing.Contender(lambda name=name: done.append(name), calls=5) for name in "ab"}
+    found = timing.interleaved(racing, 2, lambda: done.append("flush"))
     assert done == ["flush", "event", "a", "event", "flush", "event", "b", "event"] * 2
     assert found == {"a": [100.0, 100.0], "b": [100.0, 100.0]}
-    on_host = gpu.interleaved({"c": gpu.Contender(lambda: None, on_host=True)}, 3, lambda: None)
+    on_host = timing.interleaved({"c": timing.Contender(lambda: None, on_host=True)}, 3, lambda: None)
     assert len(on_host["c"]) == 3
     assert all(0 < t < 1e6 for t in on_host["c"])
 
@@ -376,7 +375,7 @@ def test_the_models_shapes_are_those_of_the_claims_first() -> None:
 def test_straight_runs_of_machine_code() -> None:
     lines = ["MOV R1, R2", "LDS R3, [R1]", "@P0 BRA 0x10", "HMMA.16816.F32 R0, R1, R2, R3", "@!P1 BRA 0x0", "EXIT"]
     code = "".join(f"        /*{16 * i:04x}*/    {line} ;  /* 0x0 */\n" for i, line in enumerate(lines))
-    assert gpu.straight_runs(code) == [["MOV"], ["LDS", "BRA"], ["HMMA", "BRA"], ["EXIT"]]
+    assert sass.straight_runs(code) == [["MOV"], ["LDS", "BRA"], ["HMMA", "BRA"], ["EXIT"]]
 
 
 # ---- both scripts from end to end, but for the GPU -----------------------------------------------------------------
@@ -402,10 +401,10 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, emulated: Kernels) -
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(gpu, "require", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
-    monkeypatch.setattr(gpu, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu, "FLUSH_BYTES", 1)
-    monkeypatch.setattr(gpu, "capture", capture)
-    monkeypatch.setattr(gpu, "environment", lambda torch: {"gpu": "NVIDIA H200, 1.0"})
+    monkeypatch.setattr(timing, "DEVICE", "cpu")
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(timing, "capture", capture)
+    monkeypatch.setattr(record, "gpu_environment", lambda torch: {"gpu": "NVIDIA H200, 1.0"})
     for module in (bench, whole):
         monkeypatch.setattr(module, "Kernels", lambda path: emulated)
         monkeypatch.setattr(module, "MOST_ROUNDS", 5)
@@ -485,24 +484,24 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return gpu.build(tmp_path_factory.mktemp("library"), None, "sm_90")
 
 
-@pytest.mark.parametrize("script", ["bench_kernels.py", "bench_model_gpu.py"])
+@pytest.mark.parametrize("script", ["gpu_kernels", "gpu_model"])
 def test_a_dry_run_lists_everything_and_stops(script: str, built: Path, tmp_path: Path) -> None:
-    record = tmp_path / "record.jsonl"
-    command = [sys.executable, str(ROOT / "scripts" / script), "--dry-run", "--library", str(built)]
-    found = subprocess.run([*command, "--record", str(record)], check=True, capture_output=True, text=True)
+    path = tmp_path / "record.jsonl"
+    command = [sys.executable, "-m", f"scripts.bench.{script}", "--dry-run", "--library", str(built)]
+    found = subprocess.run([*command, "--record", str(path)], check=True, capture_output=True, text=True, cwd=ROOT)
     last = found.stdout.strip().splitlines()[-1]
-    count = len(band_cases.cases()) if script == "bench_kernels.py" else len(whole.SHAPES)
+    count = len(band_cases.cases()) if script == "gpu_kernels" else len(whole.SHAPES)
     assert last.startswith(f"dry run: {count} ")
     assert last.endswith("nothing was run on a GPU")
-    assert not record.exists()
+    assert not path.exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-@pytest.mark.parametrize("script", ["bench_kernels.py", "bench_model_gpu.py"])
+@pytest.mark.parametrize("script", ["gpu_kernels", "gpu_model"])
 def test_without_a_gpu_and_without_dry_run_they_say_so(script: str, built: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / script), "--library", str(built)]
+    command = [sys.executable, "-m", f"scripts.bench.{script}", "--library", str(built)]
     command += ["--record", str(tmp_path / "record.jsonl")]
-    found = subprocess.run(command, check=False, capture_output=True, text=True)
+    found = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 1
     assert "PyTorch sees no NVIDIA GPU; --dry-run shows" in found.stderr
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lfx.parity import Case
-from lfx.runtime.plugin import Kernels
+from scripts.bench.launch import Kernels
 from tests.plugins.build import EMULATED, KERNELS, ROOT, build_library, compiler
 from tests.plugins.problems import DTYPES, Banded, Global, Guarded, banded, enqueue_through_creator, global_
 

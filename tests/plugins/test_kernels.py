@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lfx.parity import Case, full_cases
-from lfx.runtime.plugin import Kernels
+from scripts.bench.launch import Kernels
 from tests.plugins.build import ROOT
 from tests.plugins.problems import Banded, Global, banded, global_
 
@@ -268,7 +268,7 @@ def test_the_suite_finds_a_broken_kernel(name: str, tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; import tests.plugins.build as build\n"
         "build.PLUGINS = Path(sys.argv[1])\n"
-        "from lfx.runtime.plugin import Kernels; from lfx.parity import Case\n"
+        "from scripts.bench.launch import Kernels; from lfx.parity import Case\n"
         "from tests.plugins.test_kernels import (\n"
         "    check, check_global, one_key_masked, several_tiles_in_a_part, some_slots_used)\n"
         "from tests.plugins.problems import banded, global_\n"

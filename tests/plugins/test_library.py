@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from onnx import TensorProto, helper
 
 from lfx.errors import BuildError
 from lfx.runtime.build.launch import _named_library, run_tensorrt
+from scripts.bench import sass
 
 pytestmark = pytest.mark.trt
 
@@ -24,38 +23,23 @@ ARCHITECTURES = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
 
 
 @pytest.fixture(scope="session")
-def cuobjdump() -> Path:
-    """NVIDIA's disassembler, from the package nvidia-cuda-cuobjdump."""
-    spec = importlib.util.find_spec("nvidia")
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        for found in Path(folder).glob("*/bin/cuobjdump"):
-            return found
-    pytest.skip("nvidia-cuda-cuobjdump is not installed")
-
-
-def _by_kernel(cuobjdump: Path, library: Path, option: str, start: str) -> dict[tuple[str, str], str]:
-    """(architecture, kernel) -> its part of cuobjdump's output; `start` precedes each kernel's name."""
-    # It calls nvdisasm, which a package of its own puts beside it.
-    environment = {**os.environ, "PATH": os.pathsep.join([str(cuobjdump.parent), os.environ["PATH"]])}
-    text = subprocess.run([cuobjdump, option, library], check=True, capture_output=True, text=True, env=environment)
-    found = {}
-    for section in re.split(r"\n\s*arch = ", text.stdout)[1:]:
-        for part in section.split(start)[1:]:
-            found[section.split()[0], part.split()[0].rstrip(":")] = part
-    return found
+def readable(library: Path) -> Path:
+    """The library, where there is NVIDIA's disassembler, from the package nvidia-cuda-cuobjdump."""
+    if sass.TOOL is None:
+        pytest.skip("nvidia-cuda-cuobjdump is not installed")
+    return library
 
 
 @pytest.fixture(scope="session")
-def kernels(library: Path, cuobjdump: Path) -> dict[tuple[str, str], str]:
+def kernels(readable: Path) -> dict[tuple[str, str], str]:
     """(architecture, kernel) -> its machine code."""
-    return _by_kernel(cuobjdump, library, "-sass", "Function : ")
+    return sass.machine_code(readable)
 
 
 @pytest.fixture(scope="session")
-def resources(library: Path, cuobjdump: Path) -> dict[tuple[str, str], dict[str, int]]:
+def resources(readable: Path) -> dict[tuple[str, str], dict[str, int]]:
     """(architecture, kernel) -> REG, STACK, SHARED and LOCAL; shared memory that is asked for at launch not counted."""
-    found = _by_kernel(cuobjdump, library, "--dump-resource-usage", "Function ")
-    return {key: {name: int(n) for name, n in re.findall(r"([A-Z]+):(\d+)", text)} for key, text in found.items()}
+    return sass.resources(readable)
 
 
 def test_the_library_exports_what_is_documented_and_needs_no_tensorrt(library: Path) -> None:
@@ -81,10 +65,9 @@ def test_there_is_code_for_every_architecture(kernels: dict[tuple[str, str], str
         assert {name for found, name in kernels if found == arch} == names
 
 
-def test_there_is_ptx_that_newer_gpus_compile(library: Path, cuobjdump: Path) -> None:
+def test_there_is_ptx_that_newer_gpus_compile(readable: Path) -> None:
     # PTX of a compute capability runs on that one and all later ones, machine code on later ones of the same major.
-    listed = subprocess.run([cuobjdump, "--list-ptx", library], check=True, capture_output=True, text=True).stdout
-    assert set(re.findall(r"sm_\d+", listed)) == {"sm_100"}
+    assert set(re.findall(r"sm_\d+", sass.cuobjdump("--list-ptx", readable))) == {"sm_100"}
 
 
 def test_float16_and_bfloat16_kernels_use_tensor_cores_and_float32_ones_do_not(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lfx.parity import Case, full_cases
-from lfx.runtime.plugin import BandedParams, GlobalParams
+from scripts.bench.launch import BandedParams, GlobalParams
 from tests.plugins.problems import banded, global_
 
 WINDOW = 8

@@ -1,6 +1,6 @@
 """Compare exporters with Hugging Face eager fp32, in nine cases of length, batch and global tokens.
 
-    python scripts/peers.py [--optimum-python PYTHON]      # writes docs/records/peers.jsonl
+    python -m scripts.bench.peers [--optimum-python PYTHON]      # writes docs/records/peers.jsonl
 
 The model has two layers, random weights and attention_window 32. All tools get the same model in the same run.
 optimum-onnx needs a separate environment (see peers_optimum.py); without one its row is kept.
@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import openvino
-import record
 import torch
 import transformers
 from transformers import LongformerConfig, LongformerModel
@@ -31,6 +30,7 @@ from transformers import LongformerConfig, LongformerModel
 from lfx.errors import one_line
 from lfx.export import export
 from lfx.runtime import Engine
+from scripts import record
 
 CASES = [(batch, seqlen, globals_) for batch, globals_ in ((1, 0), (2, 0), (2, 1)) for seqlen in (16, 64, 500)]
 # Chosen, and recorded in each row: 10 to 100 times the rounding error of two layers in float32, and less than 1 % of
@@ -63,20 +63,14 @@ def main() -> None:
             rows.append({**about, "tool": "transformers OnnxExporter", **_try_transformers(model, dynamic)})
         for dynamo in (True, False):
             tool = f"torch.onnx.export, dynamo={dynamo}"
-            rows.append(
-                {**about, "tool": tool, **_attempt(_run_torch, model, cases, Path(folder) / "torch.onnx", dynamo)}
-            )
+            result = _attempt(_run_torch, model, cases, Path(folder) / "torch.onnx", dynamo)
+            rows.append({**about, "tool": tool, **result})
         for batch in (1, 2):
             tool = f"openvino.convert_model, traced at {batch} x 64"
             rows.append({**about, "tool": tool, **_attempt(_run_openvino, model, cases, batch)})
         if options.optimum_python:
-            rows.append(
-                {
-                    **about,
-                    "tool": "optimum-onnx",
-                    **_run_optimum(options.optimum_python, model, cases, Path(folder)),
-                }
-            )
+            result = _run_optimum(options.optimum_python, model, cases, Path(folder))
+            rows.append({**about, "tool": "optimum-onnx", **result})
         else:
             rows += [row for row in record.read("peers") if row["tool"] == "optimum-onnx"]
     print(record.write("peers", rows))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from scripts.checkpoints import HEADS, HIDDEN, INTERMEDIATE, LAYERS, WINDOW
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 
@@ -62,6 +66,13 @@ def cases(quick: bool = False) -> list[Case]:
     return [c for c in all_cases if c.required] + [c for c in all_cases if not c.required and not quick]
 
 
+def band_or_global(window: int, globals_: int) -> Callable[..., Any]:
+    """Return FlexAttention's mask function: keys at most `window` tokens away, and the first `globals_` keys."""
+    if globals_ == 0:
+        return lambda batch, head, query, key: (query - key).abs() <= window
+    return lambda batch, head, query, key: ((query - key).abs() <= window) | (key < globals_)
+
+
 def useful_pairs(case: Case) -> int:
     """Return the number of unmasked (local query, key) pairs of one head and one batch row."""
     query = np.arange(case.globals, case.seqlen)
@@ -73,6 +84,12 @@ def useful_pairs(case: Case) -> int:
 def useful_flops(case: Case) -> int:
     """Return the floating-point operations of both matrix products over the useful pairs."""
     return 4 * case.head_size * useful_pairs(case) * case.heads * case.batch
+
+
+def base_model_flops(seqlen: int, globals_: int, batch: int = 1) -> tuple[int, int]:
+    """Return the floating-point operations of the base model's linear layers, and of its attention's useful pairs."""
+    linear = 2 * LAYERS * (4 * HIDDEN**2 + 2 * HIDDEN * INTERMEDIATE) * seqlen * batch
+    return linear, LAYERS * useful_flops(Case(seqlen, WINDOW, globals_, batch, HEADS, "fp16"))
 
 
 def least_bytes(case: Case) -> int:

@@ -1,7 +1,7 @@
 """Benchmark the base model in float16 on an NVIDIA GPU, and write docs/records/gpu_model.jsonl.
 
-    python scripts/bench_model_gpu.py --minutes 9     # starts with the shapes of the claims
-    python scripts/bench_model_gpu.py --dry-run       # builds, and lists the shapes and their work; needs no GPU
+    python -m scripts.bench.gpu_model --minutes 9     # starts with the shapes of the claims
+    python -m scripts.bench.gpu_model --dry-run       # builds, and lists the shapes and their work; needs no GPU
 
 The model has 12 layers, hidden size 768, 12 heads, attention_window 512 and random weights; the first token is global,
 and there is no padding. The time is from ids on the device to last_hidden_state and pooler_output on the device, except
@@ -31,24 +31,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gpu
 import numpy as np
 import torch
-from band_cases import PEAKS, Case, useful_flops
-from checkpoints import base_model
-from gpu import Contender, Rows
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
-from lfx.runtime.plugin import Kernels
+from scripts import record
+from scripts.bench import gpu, timing
+from scripts.bench.band_cases import PEAKS, band_or_global, base_model_flops
+from scripts.bench.gpu import Rows
+from scripts.bench.launch import Kernels, register
+from scripts.bench.timing import Contender
+from scripts.checkpoints import HIDDEN, INTERMEDIATE, LAYERS, WINDOW, base_model
 
 LIMITS_MS = {(4096, 1): 3.0, (16384, 1): 12.0}  # (length, batch) -> claimed milliseconds
 SHAPES = [
     *LIMITS_MS,
     *((n, b) for b in (1, 8) for n in (512, 1024, 2048, 4096, 8192, 16384) if (n, b) not in LIMITS_MS),
 ]
-LAYERS, HIDDEN, HEADS, INNER, WINDOW, GLOBALS = 12, 768, 12, 3072, 256, 1
+GLOBALS = 1
 MAX_SEQLEN = max(seqlen for seqlen, _ in SHAPES)
 SECONDS_PER_SHAPE, MOST_ROUNDS = 4.0, 50
 OURS = ("lfx", "lfx-eager", "lfx-tensorrt")
@@ -59,7 +61,7 @@ OPS = torch.ops.lfx_bench
 
 
 class KernelAttention(LongformerSelfAttention):  # type: ignore[misc]
-    """Self-attention with our kernels, through the custom ops of gpu.register."""
+    """Self-attention with our kernels, through the custom ops of launch.register."""
 
     def forward(self, hidden_states: Any, attention_mask: Any = None, **_: Any) -> tuple[Any]:
         """Compute the context.
@@ -207,7 +209,7 @@ def makers(
     """Return for each contender a function that makes it, and computes last_hidden_state (B, S, hidden) once."""
 
     def graph(whole: Whole) -> tuple[Contender, Any]:
-        captured, outputs = gpu.capture(lambda tensors: whole(*tensors), [inputs])
+        captured, outputs = timing.capture(lambda tensors: whole(*tensors), [inputs])
         outputs[0][0].fill_(float("nan"))
         captured.replay()
         return Contender(captured.replay), outputs[0][0]
@@ -216,12 +218,12 @@ def makers(
         return Contender(lambda: eager(model, *inputs), on_host=True), eager(model, *inputs)[0]
 
     def ours() -> Whole:
-        gpu.register(kernels)
+        register(kernels)
         return Whole(half, KernelAttention, GLOBALS)
 
     def flex(**attributes: Any) -> Whole:
-        mask_function = gpu.band_or_global(WINDOW, GLOBALS)
-        mask = create_block_mask(mask_function, None, None, shape[0], shape[0], device=gpu.DEVICE)
+        mask_function = band_or_global(WINDOW, GLOBALS)
+        mask = create_block_mask(mask_function, None, None, shape[0], shape[0], device=timing.DEVICE)
         return Whole(half, FlexAttention, GLOBALS, block_masks={WINDOW: mask}, **attributes)
 
     return {
@@ -258,7 +260,7 @@ def tensorrt(model: Any, shape: tuple[int, int], inputs: tuple[Any, Any, Any], f
     def run() -> np.ndarray:
         return np.asarray(engine.run(ids, mask, marks)["last_hidden_state"])
 
-    return Contender(run, on_host=True), torch.from_numpy(run()).to(gpu.DEVICE)
+    return Contender(run, on_host=True), torch.from_numpy(run()).to(timing.DEVICE)
 
 
 def skipped(shape: tuple[int, int], compile_all: bool) -> dict[str, str]:
@@ -278,7 +280,7 @@ def measure(
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # enough for a compilation per layer, if the layers cannot share one
     seqlen, batch = shape
-    inputs = inputs_of(seqlen, batch, gpu.DEVICE)
+    inputs = inputs_of(seqlen, batch, timing.DEVICE)
     expected = by_row(exact, inputs)
     witness = float((by_row(half, inputs).float() - expected).abs().max())
     results: dict[str, dict[str, Any]] = {name: {"skipped": text} for name, text in skipped(shape, compile_all).items()}
@@ -294,13 +296,9 @@ def measure(
         except Exception as error:  # one contender that fails must not end the run
             results[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         print(f"{seqlen}x{batch} {name}: {results[name]}", flush=True)
-    flush = gpu.flusher()
-    rounds = gpu.rounds_for(contenders, flush, SECONDS_PER_SHAPE, MOST_ROUNDS) if contenders else 0
-    times = gpu.interleaved(contenders, rounds, flush)
-    for name, microseconds in times.items():
-        results[name].update(gpu.summary(microseconds))
-        if "lfx" in times:
-            results[name]["times_slower"] = gpu.ratio(microseconds, times["lfx"])
+    rounds, times = timing.measure(contenders, SECONDS_PER_SHAPE, MOST_ROUNDS) if contenders else (0, {})
+    for name, measured in times.items():
+        results[name].update(measured)
     return {
         "seqlen": seqlen,
         "batch": batch,
@@ -317,10 +315,9 @@ def measure(
 
 def work(shape: tuple[int, int]) -> dict[str, float]:
     """Return GFLOP of the linear layers and of attention over unmasked pairs, and MB of the float16 weights."""
-    seqlen, batch = shape
-    weights = LAYERS * (4 * HIDDEN**2 + 2 * HIDDEN * INNER)
-    attention = LAYERS * useful_flops(Case(seqlen, WINDOW, GLOBALS, batch, HEADS, "fp16"))
-    return {"linear": 2e-9 * weights * seqlen * batch, "attention": 1e-9 * attention, "weights_mb": 2e-6 * weights}
+    linear, attention = base_model_flops(shape[0], GLOBALS, shape[1])
+    weights = LAYERS * (4 * HIDDEN**2 + 2 * HIDDEN * INTERMEDIATE)
+    return {"linear": 1e-9 * linear, "attention": 1e-9 * attention, "weights_mb": 2e-6 * weights}
 
 
 def right(row: dict[str, Any], name: str) -> bool:
@@ -398,18 +395,18 @@ def main() -> None:
 
 
 def run(
-    library: Path, shapes: list[tuple[int, int]], deadline: float, record: Path, compile_all: bool, folder: Path
+    library: Path, shapes: list[tuple[int, int]], deadline: float, path: Path, compile_all: bool, folder: Path
 ) -> Rows:
     """Measure the shapes on the GPU; see gpu.measure_all."""
     gpu.require()
-    kernels, about = Kernels(library), gpu.environment(torch)
-    exact = base_model(MAX_SEQLEN).to(gpu.DEVICE)
+    kernels, about = Kernels(library), record.gpu_environment(torch)
+    exact = base_model(MAX_SEQLEN).to(timing.DEVICE)
     half = copy.deepcopy(exact).half()
 
     def measure_one(shape: tuple[int, int]) -> dict[str, Any]:
         return {**about, **measure(shape, exact, half, kernels, folder, compile_all), "gflop": work(shape)}
 
-    return gpu.measure_all(shapes, measure_one, verdicts, deadline, record)
+    return gpu.measure_all(shapes, measure_one, verdicts, deadline, path)
 
 
 def dry_run(shapes: list[tuple[int, int]]) -> None:

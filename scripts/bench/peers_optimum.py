@@ -1,7 +1,7 @@
 """The optimum-onnx part of peers.py, in a separate environment: optimum-onnx pins another transformers version.
 
 python -m venv V && V/bin/pip install torch==2.13.0 optimum-onnx==0.1.0 transformers==4.57.6
-python scripts/peers.py --optimum-python V/bin/python
+python -m scripts.bench.peers --optimum-python V/bin/python
 """
 
 from __future__ import annotations

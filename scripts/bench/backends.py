@@ -1,7 +1,7 @@
 """Benchmark the CPU backends and PyTorch: base shape, alternating in one process.
 
-    python scripts/bench_backends.py                      # everything: an hour and more, and 24 GB
-    python scripts/bench_backends.py --measures latency --batch 8 --lengths 4096 --only "Hugging Face eager fp32" \\
+    python -m scripts.bench.backends                      # everything: an hour and more, and 24 GB
+    python -m scripts.bench.backends --measures latency --batch 8 --lengths 4096 --only "Hugging Face eager fp32" \\
         --only "lfx, ONNX Runtime fp32" --only "lfx, ONNX Runtime int8"                                # in less memory
 
 latency: docs/records/backends.jsonl, one row per contender, length and batch, written as soon as it is measured. The
@@ -19,7 +19,6 @@ import argparse
 import json
 import re
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import openvino
-import record
-import torch
-from checkpoints import DOCUMENT, save_base_checkpoint
 from onnx.inliner import inline_local_functions
-from transformers import LongformerModel, logging
 
 from lfx.errors import DependencyError
 from lfx.export import export
@@ -43,7 +38,10 @@ from lfx.manifest import MODEL
 from lfx.runtime import Engine
 from lfx.runtime.backends.onnxruntime import SLOWER_ON_CPU
 from lfx.runtime.backends.openvino import OPENVINO_TYPES
-from lfx.runtime.bench import Run, measure
+from lfx.runtime.bench import measure
+from scripts import record
+from scripts.bench.contenders import Run, differences, engine_run, huggingface_run
+from scripts.checkpoints import DOCUMENT, save_base_checkpoint
 
 LENGTHS = (512, 1024, 2048, 4096)
 ROUNDS = {1: 5, 8: 1}  # batch -> rounds; at batch 8 one run of all contenders takes minutes
@@ -98,19 +96,13 @@ def latency(runs: dict[str, Run], lengths: list[int], batches: list[int], about:
     for batch in batches:
         selected = {name: run for name, run in runs.items() if batch == 1 or HAS_BFLOAT16 or name != EAGER_BF16}
         for length in lengths:
-            differences = _differences(selected, length) if batch == 1 else {}
+            largest = differences(selected, length) if batch == 1 else {}
             rounds = ROUNDS.get(batch, 1)
             for row in measure(selected, [length], [batch], rounds=rounds, warm_up=False, vocab_size=50000):
-                row["max_difference"] = differences.get(row["contender"])
+                row["max_difference"] = largest.get(row["contender"])
                 record.update("backends", {**about, **row}, ("cpu", "batch", "seqlen", "contender"))
-                print(
-                    batch,
-                    length,
-                    row["contender"],
-                    f"{row['p50_ms']:.0f} ms",
-                    f"{row['times_the_first']:.3f}",
-                    flush=True,
-                )
+                figures = f"{row['p50_ms']:.0f} ms {row['times_the_first']:.3f}"
+                print(batch, length, row["contender"], figures, flush=True)
 
 
 def blocks(bundle: Path, folder: Path, length: int, threads: int) -> list[dict[str, Any]]:
@@ -128,7 +120,7 @@ def blocks(bundle: Path, folder: Path, length: int, threads: int) -> list[dict[s
         for data in bundle.glob(f"{MODEL}.*"):
             link_or_copy(data, target / data.name)
         for backend in ("onnxruntime", "openvino"):
-            runs[f"{backend} {size}"] = _engine_run(Engine(target / MODEL, backend, threads=threads))
+            runs[f"{backend} {size}"] = engine_run(Engine(target / MODEL, backend, threads=threads))
     rows = measure(runs, [length], [1], rounds=3, vocab_size=50000)
     for row in rows:
         backend, _, size = row.pop("contender").partition(" ")
@@ -160,10 +152,10 @@ def attention(length: int, threads: int) -> list[dict[str, Any]]:
         text = f'<ir_version: 10, opset_import: ["" : 23]> g {interface} {{ {nodes} }}'
         session = onnxruntime.InferenceSession(onnx.parser.parse_model(text).SerializeToString(), options)
         runs[name] = lambda _, session=session: session.run(None, feeds)[0]
-    first, second = (np.asarray(run(np.zeros(0))) for run in runs.values())
+    largest = max(differences(runs, length).values())
     rows = measure(runs, [length], [1], rounds=15, vocab_size=50000)
     for row in rows:
-        row["max_difference"] = float(np.abs(first - second).max())
+        row["max_difference"] = largest
         print(row["contender"], f"{row['p50_ms']:.0f} ms", flush=True)
     return rows
 
@@ -231,12 +223,10 @@ def openvino_counters(bundle: Path, feeds: Feeds, threads: int, precision: str) 
 
 def contenders(checkpoint: Path, fp32: Path, folder: Path, threads: int) -> dict[str, Run]:
     """Return the contenders: name -> a function that runs ids; the others are compared with the first."""
-    logging.set_verbosity_error()
-    torch.set_num_threads(threads)
     int8 = quantize(fp32, folder / "int8", calibration=DOCUMENT)
     runs: dict[str, Run] = {
-        EAGER: _torch_run(checkpoint, torch.float32),
-        EAGER_BF16: _torch_run(checkpoint, torch.bfloat16),
+        EAGER: huggingface_run(checkpoint, threads),
+        EAGER_BF16: huggingface_run(checkpoint, threads, "bfloat16"),
     }
     for name, bundle, backend, precision in (
         ("ONNX Runtime fp32", fp32, "onnxruntime", None),
@@ -250,30 +240,8 @@ def contenders(checkpoint: Path, fp32: Path, folder: Path, threads: int) -> dict
         except DependencyError as error:
             print(f"{name} is not measured: {error}")
             continue
-        runs[f"lfx, {name}"] = _engine_run(engine)
+        runs[f"lfx, {name}"] = engine_run(engine)
     return runs
-
-
-def _torch_run(checkpoint: Path, dtype: torch.dtype) -> Run:
-    model = LongformerModel.from_pretrained(checkpoint, dtype=dtype).eval()
-
-    def run(ids: np.ndarray) -> Any:
-        tensor = torch.from_numpy(ids)
-        with torch.inference_mode():
-            return model(tensor).last_hidden_state.float().numpy()
-
-    return run
-
-
-def _engine_run(engine: Engine) -> Callable[[np.ndarray], Any]:
-    return lambda ids: engine.run(ids)["last_hidden_state"]
-
-
-def _differences(runs: dict[str, Run], length: int) -> dict[str, float]:
-    """Run each contender once, as the warm-up; returns its largest difference from the first."""
-    ids = np.random.default_rng(length).integers(3, 50000, (1, length))
-    outputs = {name: np.asarray(run(ids)) for name, run in runs.items()}
-    return {name: float(np.abs(array - outputs[EAGER]).max()) for name, array in outputs.items()}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Benchmark BandedAttention against PyTorch's attentions on an NVIDIA GPU, and write docs/records/gpu_kernels.jsonl.
 
-    python scripts/bench_kernels.py --quick       # the cases of the claims
-    python scripts/bench_kernels.py --minutes 9   # then as many other cases as the time allows
-    python scripts/bench_kernels.py --dry-run     # builds, lists cases and bounds, reads the machine code: needs no GPU
+    python -m scripts.bench.gpu_kernels --quick       # the cases of the claims
+    python -m scripts.bench.gpu_kernels --minutes 9   # then as many other cases as the time allows
+    python -m scripts.bench.gpu_kernels --dry-run     # builds, lists cases and bounds, reads machine code: needs no GPU
 
 For each case it first measures all contenders' errors against float64, on the CUDA graph that is timed, with outputs
 filled with NaN before; ours may be at most twice the error of plain PyTorch operations in the same dtype. Then all
@@ -39,11 +39,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gpu
-from band_cases import PEAKS, Case, cases, floors, kernel_costs, least_bytes, useful_flops
-from gpu import Contender, Rows
-
-from lfx.runtime.plugin import Kernels
+from scripts import record
+from scripts.bench import gpu, sass, timing
+from scripts.bench.band_cases import PEAKS, Case, band_or_global, cases, floors, kernel_costs, least_bytes, useful_flops
+from scripts.bench.gpu import Rows
+from scripts.bench.launch import Kernels, dtype_of, run_banded
+from scripts.bench.timing import Contender
 
 MATMUL, COPY_BYTES = 8192, 1 << 30
 FASTER_THAN_FLEX, SHARE_OF_MATMUL = 1.3, 0.5  # the claims
@@ -58,7 +59,7 @@ SECONDS_PER_CASE, MOST_ROUNDS, MAX_SETS = 2.0, 50, 40
 
 def visible(case: Case, queries: Any, keys: Any) -> Any:
     """Return the attention mask of local queries, (queries, keys) bool."""
-    return gpu.band_or_global(case.window, case.globals)(0, 0, queries[:, None], keys[None, :])
+    return band_or_global(case.window, case.globals)(0, 0, queries[:, None], keys[None, :])
 
 
 def plain(case: Case, q: Any, k: Any, v: Any, block: int = 512) -> Any:
@@ -87,7 +88,7 @@ def flex(case: Case, device: str, block: int = 128) -> Callable[[Any], Any]:
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    mask_function = gpu.band_or_global(case.window, case.globals)
+    mask_function = band_or_global(case.window, case.globals)
     mask = create_block_mask(mask_function, None, None, case.seqlen, case.seqlen, device=device, BLOCK_SIZE=block)
     # The kernel's block size must divide the mask's.
     options = None if block == 128 else {"BLOCK_M": block, "BLOCK_N": block}
@@ -167,8 +168,13 @@ def lfx(case: Case, kernels: Kernels, device: str, dtype: Any) -> tuple[Callable
     index = index.to(device, torch.int32).repeat(case.batch, 1)
     mask = torch.ones((case.batch, case.seqlen), dtype=torch.int32, device=device)
     rows = torch.randn((case.batch, slots, case.heads * case.head_size), dtype=dtype, device=device)
-    sizes = {"num_heads": case.heads, "window": case.window}
-    return (lambda s: gpu.banded(kernels, s.q, s.k, s.v, mask, index, rows, s.out, **sizes)), rows
+    shared = {"key_mask": mask, "global_index": index, "global_context": rows}
+
+    def run(s: Any) -> Any:
+        inputs = {"query": s.q, "key": s.k, "value": s.v, **shared}
+        return run_banded(kernels, inputs, s.out, num_heads=case.heads, window=case.window)
+
+    return run, rows
 
 
 def skipped(case: Case) -> dict[str, str]:
@@ -183,13 +189,6 @@ def skipped(case: Case) -> dict[str, str]:
     if not case.required:
         reasons["flex-64"] = "only where a claim is about the case"
     return reasons
-
-
-def dtype_of(precision: str) -> Any:
-    """Return torch's dtype of a precision."""
-    import torch
-
-    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
 def flattened(out: Any) -> Any:
@@ -219,9 +218,9 @@ def ceilings(dtype: Any) -> dict[str, Contender]:
     """Make the contenders that measure attainable rates: a copy and a large matrix product, on random numbers."""
     import torch
 
-    a, b = (torch.randn((MATMUL, MATMUL), dtype=dtype, device=gpu.DEVICE) for _ in range(2))
+    a, b = (torch.randn((MATMUL, MATMUL), dtype=dtype, device=timing.DEVICE) for _ in range(2))
     product = torch.empty_like(a)
-    source = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8, device=gpu.DEVICE)
+    source = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8, device=timing.DEVICE)
     target = torch.empty_like(source)
     return {
         "matmul": Contender(lambda: torch.mm(a, b, out=product)),
@@ -234,7 +233,7 @@ def measure(case: Case, kernels: Kernels, ceiling: dict[str, Contender], l2_byte
     import torch
 
     torch._dynamo.reset()  # each case compiles for its own shape
-    device, dtype = gpu.DEVICE, dtype_of(case.precision)
+    device, dtype = timing.DEVICE, dtype_of(case.precision)
     sets = buffer_sets(case, l2_bytes, device, dtype)
     ours, global_context = lfx(case, kernels, device, dtype)
     make: dict[str, Callable[[], Callable[[Any], Any]]] = {
@@ -254,7 +253,7 @@ def measure(case: Case, kernels: Kernels, ceiling: dict[str, Contender], l2_byte
         if name in results:
             continue
         try:
-            graph, outputs = gpu.capture(maker(), sets)
+            graph, outputs = timing.capture(maker(), sets)
             for out in outputs:
                 out.fill_(float("nan"))
             graph.replay()
@@ -268,13 +267,9 @@ def measure(case: Case, kernels: Kernels, ceiling: dict[str, Contender], l2_byte
         except Exception as error:  # one contender that fails must not end the run
             results[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     del reference
-    flush = gpu.flusher()
-    rounds = gpu.rounds_for(contenders, flush, SECONDS_PER_CASE, MOST_ROUNDS)
-    times = gpu.interleaved(contenders, rounds, flush)
-    for name, microseconds in times.items():
-        results.setdefault(name, {}).update(gpu.summary(microseconds))
-        if name not in ceiling and "lfx" in times:
-            results[name]["times_slower"] = gpu.ratio(microseconds, times["lfx"])
+    rounds, times = timing.measure(contenders, SECONDS_PER_CASE, MOST_ROUNDS)
+    for name, measured in times.items():
+        results.setdefault(name, {}).update(measured)
     return {**asdict(case), "rounds": rounds, "buffer_sets": len(sets), "witness_error": witness, "contenders": results}
 
 
@@ -393,12 +388,12 @@ def main() -> None:
     gpu.conclude(table(rows), verdicts(rows))
 
 
-def run(library: Path, selected: list[Case], deadline: float, record: Path) -> Rows:
+def run(library: Path, selected: list[Case], deadline: float, path: Path) -> Rows:
     """Measure the cases on the GPU; see gpu.measure_all."""
     import torch
 
     gpu.require()
-    kernels, about = Kernels(library), gpu.environment(torch)
+    kernels, about = Kernels(library), record.gpu_environment(torch)
     l2_bytes = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
     peaks = next((peaks for name, peaks in PEAKS.items() if name in about["gpu"]), None)
     ceilings_of: dict[str, dict[str, Contender]] = {}
@@ -414,7 +409,7 @@ def run(library: Path, selected: list[Case], deadline: float, record: Path) -> R
         print(" | ".join(table_row(row)), flush=True)
         return row
 
-    return gpu.measure_all(selected, measure_one, verdicts, deadline, record)
+    return gpu.measure_all(selected, measure_one, verdicts, deadline, path)
 
 
 def dry_run(library: Path, selected: list[Case]) -> None:
@@ -434,12 +429,13 @@ def dry_run(library: Path, selected: list[Case]) -> None:
 
 def code_report(library: Path) -> str:
     """Return registers, shared memory and instructions of the kernel for head size 64, float16, as text."""
-    codes = gpu.machine_code(library)
-    if codes is None:
+    if sass.TOOL is None:
         return "machine code: not read, cuobjdump is not installed"
-    code = next(code for name, code in codes.items() if "bandedAttentionTensorCoresI6__halfLi64" in name)
-    registers = int(code.split("REG:")[1].split()[0])
-    runs = gpu.straight_runs(code)
+    key, code = next(
+        item for item in sass.machine_code(library).items() if "bandedAttentionTensorCoresI6__halfLi64" in item[0][1]
+    )
+    resources = sass.resources(library)[key]
+    runs = sass.straight_runs(code)
     products = sorted((run for run in runs if "HMMA" in run), key=lambda run: run.count("HMMA"))
     copies = [len(run) for run in runs if run.count("LDGSTS") == 8]
 
@@ -448,8 +444,8 @@ def code_report(library: Path) -> str:
         return f"{len(run)} instructions: {names}"
 
     return (
-        f"machine code, head size 64, float16: {code.splitlines()[0].split(' CONSTANT')[0]}; "
-        f"{65536 // (128 * (-(-registers // 8) * 8))} blocks of 128 threads a multiprocessor by registers\n"
+        f"machine code, head size 64, float16: {', '.join(f'{n} {name}' for name, n in resources.items())}; "
+        f"{65536 // (128 * (-(-resources['REG'] // 8) * 8))} blocks of 128 threads a multiprocessor by registers\n"
         f"  a tile of 64 keys wholly seen, a warp: {described(products[-1])}\n"
         f"  a group of 16 keys of another tile: {described(products[0])}\n"
         f"  the 8 asynchronous copies of a tile of the band, a thread: {min(copies)} to {max(copies)} instructions\n"

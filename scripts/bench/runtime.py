@@ -1,8 +1,8 @@
 """Benchmarks and load tests of an Engine: documents of mixed length, and many threads for minutes.
 
-    python scripts/bench_runtime.py --measures mixed        # docs/records/mixed.jsonl, about ten minutes
-    python scripts/bench_runtime.py --measures soak         # docs/records/soak.jsonl, five minutes
-    python scripts/bench_runtime.py --measures storm        # docs/records/storm.jsonl, ten minutes
+    python -m scripts.bench.runtime --measures mixed        # docs/records/mixed.jsonl, about ten minutes
+    python -m scripts.bench.runtime --measures soak         # docs/records/soak.jsonl, five minutes
+    python -m scripts.bench.runtime --measures storm        # docs/records/storm.jsonl, ten minutes
 
 mixed: throughput of documents of log-normal length, 50 to 4,096 tokens, base shape, alternating with documents of one
 length and the same number of tokens, so that changes of the machine's speed affect both. Some documents are run again
@@ -29,14 +29,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import record
-from checkpoints import base_model
+import psutil
 from transformers import LongformerConfig, LongformerModel
 
 from lfx.errors import LfxError, OverloadError
 from lfx.export import export
 from lfx.parity import pair_tolerance
 from lfx.runtime import Batcher, Engine
+from scripts import record
+from scripts.checkpoints import base_model
 
 DOCUMENTS, PARTS, ONE_BY_ONE = 200, 4, 12
 
@@ -137,7 +138,7 @@ def soak(bundle: Path, minutes: float, workers: int = 16) -> dict[str, Any]:
         resident = []
         for _ in range(10):
             time.sleep(minutes * 6)
-            resident.append(_resident_bytes())
+            resident.append(psutil.Process().memory_info().rss)
         stop.set()
         for thread in threads:
             thread.join()
@@ -201,7 +202,7 @@ def storm(bundle: Path, minutes: float, workers: int = 8) -> dict[str, Any]:
                 old, current[0] = current[0], Batcher(engine, max_delay_ms=1.0)
                 old.close()
                 counts["closes"] += 1
-            resident.append(_resident_bytes())
+            resident.append(psutil.Process().memory_info().rss)
         stop.set()
         for thread in threads:
             thread.join(timeout=300)
@@ -236,11 +237,6 @@ def _child_is_refused(batcher: Batcher) -> bool:
     os.kill(child, 9)
     os.waitpid(child, 0)
     return False
-
-
-def _resident_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
 
 
 if __name__ == "__main__":

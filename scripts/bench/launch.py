@@ -1,0 +1,181 @@
+"""The kernels' C interface (plugins/attention.h): parameters, launches on torch tensors, and torch's custom ops."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TYPES = {"fp32": 0, "fp16": 1, "bf16": 2}
+INPUTS = ("query", "key", "value", "key_mask", "global_index", "global_context")
+
+
+class BandedParams(ctypes.Structure):
+    """`lfx::BandedParams` of plugins/attention.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (*INPUTS, "context")),
+        *((name, ctypes.c_int32) for name in ("batch", "seqlen", "slots", "num_heads", "head_size")),
+        *((name, ctypes.c_int32) for name in ("window", "dilation", "causal")),
+        ("scale", ctypes.c_float),
+        ("type", ctypes.c_int32),
+    )
+
+
+class GlobalParams(ctypes.Structure):
+    """`lfx::GlobalParams` of plugins/attention.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (*INPUTS[:4], "context", "workspace")),
+        *((name, ctypes.c_int32) for name in ("batch", "seqlen", "queries", "num_heads", "head_size")),
+        ("scale", ctypes.c_float),
+        ("type", ctypes.c_int32),
+    )
+
+
+class Kernels:
+    """The launch functions of a library, which take parameters and a stream, and return a cudaError_t."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self.banded, self.global_ = library.lfxBandedAttention, library.lfxGlobalAttention
+        for function, params in ((self.banded, BandedParams), (self.global_, GlobalParams)):
+            function.restype = ctypes.c_int32
+            function.argtypes = [ctypes.POINTER(params), ctypes.c_void_p]
+        self.workspace_bytes = library.lfxGlobalWorkspaceBytes
+        self.workspace_bytes.restype = ctypes.c_size_t
+        self.workspace_bytes.argtypes = [ctypes.c_int32] * 4
+
+
+def banded_params(
+    inputs: Mapping[str, Any], addresses: Mapping[str, int], precision: str, num_heads: int, **attributes: int
+) -> BandedParams:
+    """Fill the parameters of BandedAttention.
+
+    Args:
+        inputs: arrays or tensors by name; only their shapes are read.
+        addresses: of the inputs and of `context`.
+        attributes: window, and dilation and causal if they are not 1 and 0.
+    """
+    attributes = {"dilation": 1, "causal": 0, **attributes}
+    shared = _shared_fields(inputs, precision, num_heads)
+    return BandedParams(**addresses, **shared, **attributes, slots=inputs["global_index"].shape[1])
+
+
+def global_params(
+    inputs: Mapping[str, Any], addresses: Mapping[str, int], precision: str, num_heads: int
+) -> GlobalParams:
+    """Fill the parameters of GlobalAttention, as `banded_params` does; `addresses` has `workspace` too."""
+    shared = _shared_fields(inputs, precision, num_heads)
+    return GlobalParams(**addresses, **shared, queries=inputs["query"].shape[1])
+
+
+def _shared_fields(inputs: Mapping[str, Any], precision: str, num_heads: int) -> dict[str, Any]:
+    batch, seqlen, width = inputs["key"].shape
+    size = width // num_heads
+    sizes = {"batch": batch, "seqlen": seqlen, "num_heads": num_heads, "head_size": size}
+    return {**sizes, "scale": size**-0.5, "type": TYPES[precision]}
+
+
+def run_banded(kernels: Kernels, inputs: Mapping[str, Any], out: Any, **attributes: int) -> Any:
+    """Run BandedAttention on torch tensors and write its output to `out`, which is returned.
+
+    Args:
+        inputs: query, key and value (B, S, H·D), key_mask (B, S) int32, global_index (B, G) int32, and global_context
+            (B, G, H·D).
+        out: (B, S, H·D).
+        attributes: num_heads, and those of `banded_params`.
+    """
+    params = banded_params(inputs, _addresses(**inputs, context=out), _precision(out), **attributes)
+    return _launch(kernels.banded, params, out)
+
+
+def run_global(
+    kernels: Kernels, inputs: Mapping[str, Any], out: Any, workspace: Any, num_heads: int, scale: float | None = None
+) -> Any:
+    """Run GlobalAttention on torch tensors and write its output to `out`, which is returned.
+
+    Args:
+        inputs: query (B, G, H·D), key and value (B, S, H·D), and key_mask (B, S) int32.
+        out: (B, G, H·D).
+        workspace: `workspace_bytes` bytes.
+        scale: default: 1/√D.
+    """
+    addresses = _addresses(**inputs, context=out, workspace=workspace)
+    params = global_params(inputs, addresses, _precision(out), num_heads)
+    params.scale = scale or params.scale
+    return _launch(kernels.global_, params, out)
+
+
+def dtype_of(precision: str) -> Any:
+    """Return torch's dtype of a precision."""
+    import torch
+
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+def _precision(tensor: Any) -> str:
+    return next(precision for precision in TYPES if dtype_of(precision) == tensor.dtype)
+
+
+def _addresses(**tensors: Any) -> dict[str, int]:
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+            raise ValueError(f"{name} is not contiguous and 16-byte aligned")
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+
+def _launch(function: Any, params: ctypes.Structure, out: Any) -> Any:
+    """Launch on torch's current stream, which is the captured one inside torch.cuda.graph; CPU tensors have none."""
+    stream = None
+    if out.is_cuda:
+        import torch
+
+        stream = torch.cuda.current_stream(out.device).cuda_stream
+    status = function(ctypes.byref(params), stream)
+    if status:
+        raise RuntimeError(f"the launch failed: CUDA error {status}")
+    return out
+
+
+_LOADED: list[Kernels] = []
+
+
+def register(kernels: Kernels) -> None:
+    """Define torch.ops.lfx_bench.banded_attention and global_attention, which run `kernels`, for any device.
+
+    torch.compile does not decompose custom ops, and CUDA graphs capture them.
+    """
+    _LOADED.append(kernels)
+    _define_ops()
+
+
+@functools.cache
+def _define_ops() -> None:
+    import torch
+
+    def banded_op(
+        query: Any, key: Any, value: Any, key_mask: Any, index: Any, rows: Any, num_heads: int, window: int
+    ) -> Any:
+        tensors = (x.contiguous() for x in (query, key, value, key_mask, index, rows))
+        inputs = dict(zip(INPUTS, tensors, strict=True))
+        return run_banded(_LOADED[-1], inputs, torch.empty_like(inputs["query"]), num_heads=num_heads, window=window)
+
+    def global_op(query: Any, hidden: Any, key_mask: Any, num_heads: int, scale: float) -> Any:
+        query, hidden, key_mask = (x.contiguous() for x in (query, hidden, key_mask))
+        batch, slots, width = query.shape
+        scratch_bytes = _LOADED[-1].workspace_bytes(batch, slots, num_heads, width // num_heads)
+        workspace = query.new_empty(scratch_bytes, dtype=torch.uint8)
+        inputs = {"query": query, "key": hidden, "value": hidden, "key_mask": key_mask}
+        return run_global(_LOADED[-1], inputs, torch.empty_like(query), workspace, num_heads, scale)
+
+    # Explicit schemas: torch cannot infer them from annotations that are strings.
+    tensors = "Tensor query, Tensor key, Tensor value, Tensor key_mask, Tensor index, Tensor rows"
+    schema = f"({tensors}, int num_heads, int window) -> Tensor"
+    banded_custom = torch.library.custom_op("lfx_bench::banded_attention", banded_op, mutates_args=(), schema=schema)
+    schema = "(Tensor query, Tensor hidden, Tensor key_mask, int num_heads, float scale) -> Tensor"
+    global_custom = torch.library.custom_op("lfx_bench::global_attention", global_op, mutates_args=(), schema=schema)
+    for op in (banded_custom, global_custom):
+        op.register_fake(lambda query, *_: torch.empty_like(query, memory_format=torch.contiguous_format))
