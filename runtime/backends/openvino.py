@@ -16,6 +16,11 @@ from lfx.runtime.backends.interface import AnyShape, Arrays
 OPENVINO_TYPES = {"fp32": "f32", "bf16": "bf16"}
 
 
+# OpenVINO keeps kernels for each shape of input that it has met, 5,000 of them by default, which takes gigabytes where
+# the lengths vary.
+_CACHED_KERNELS = 100
+
+
 class OpenVino(AnyShape):
     """OpenVINO on the CPU, which needs the lfx functions inlined. Without AMX it computes bf16 models in float32."""
 
@@ -83,7 +88,7 @@ def _config(core: Any, threads: int | None, precision: str | None, stored: str) 
             "this CPU has no bfloat16 arithmetic (AMX, or AVX-512 with bf16), so OpenVINO would compute in float32; "
             "leave precision out"
         )
-    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "CPU_RUNTIME_CACHE_CAPACITY": _CACHED_KERNELS}
     if precision is not None:
         config["INFERENCE_PRECISION_HINT"] = OPENVINO_TYPES[precision]
     elif stored != "bf16":
