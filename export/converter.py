@@ -23,6 +23,7 @@ from lfx.export.options import check_progress, model_name
 from lfx.export.sentence_folder import copy_modules
 from lfx.export.settings import check_settings, check_windows
 from lfx.export.torch_runners import reference_runner, torch_runner
+from lfx.files import why_unwritten
 from lfx.parity import Arrays, Case, Report, Runner, compare, inputs_of
 
 Progress = Callable[[str], None]
@@ -152,9 +153,13 @@ def _windows(window: int | list[int], encoder: Encoder, max_seqlen: int) -> tupl
 
 def _check_target(target: Path) -> None:
     """Refuse a folder with content, a bundle too: a checkpoint may be trained further, so it is never replaced."""
+    try:
+        taken = os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir()))
+    except OSError as error:
+        raise ExportError(why_unwritten(target, error, "choose another --output")) from error
+    if taken:
+        raise ExportError(f"{target} exists and is not an empty folder; remove it, or choose another --output")
     check_target(target)
-    if os.path.lexists(target) and any(target.iterdir()):
-        raise ExportError(f"{target} exists and is not empty; remove it, or choose another --output")
 
 
 def _size(original: Any, encoder: Encoder, max_seqlen: int) -> int:
@@ -183,6 +188,10 @@ def _config(
     if encoder.family.starts_at_zero and getattr(tokenizer, "pad_token_id", None) is not None:
         # The original numbers all tokens alike. A Longformer does not number padding, so it must know its id.
         settings["pad_token_id"] = tokenizer.pad_token_id
+    if settings["pad_token_id"] is None:
+        raise ExportError(
+            f"{encoder.path} has no pad_token_id, without which a Longformer cannot count positions; set it"
+        )
     for name, special in (("bos_token_id", "cls_token_id"), ("eos_token_id", "sep_token_id")):
         if settings[name] is None:
             settings[name] = getattr(tokenizer, special, None)
@@ -213,11 +222,16 @@ def _longformer(encoder: Encoder, config: transformers.LongformerConfig, origina
     if encoder.family.fixed.get("type_vocab_size"):  # the family has no token types
         weights[f"{base}embeddings.token_type_embeddings.weight"] = torch.zeros(1, config.hidden_size)
     if "lm_head.decoder.bias" in weights:
-        weights.setdefault("lm_head.bias", weights["lm_head.decoder.bias"])
+        weights.setdefault("lm_head.bias", weights["lm_head.decoder.bias"].clone())
     pooler = {} if encoder.task != "feature-extraction" else {"add_pooling_layer": "pooler.dense.weight" in weights}
     with torch.device("meta"):  # no memory, and no random numbers, for weights that are replaced
         model = getattr(transformers, encoder.architecture)(config, **pooler)
-    model.load_state_dict(weights, assign=True)
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    if missing or unexpected:  # in transformers 5.3, XLM-RoBERTa for multiple choice has no pooler
+        raise ExportError(
+            f"the {type(original).__name__} of transformers {transformers.__version__} has other weights than a "
+            f"Longformer needs ({', '.join((*missing, *unexpected))[:200]}); install a newer transformers"
+        )
     model.tie_weights()
     return model.eval()
 

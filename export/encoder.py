@@ -137,7 +137,7 @@ def _family(model_type: Any, model: str) -> Family:
 
 def _values(data: dict[str, Any], config_class: Any) -> dict[str, Any]:
     """Return all values of a config by their names in its class, which reads some of them under a second name too."""
-    values = config_class().to_dict()
+    values = {"tie_word_embeddings": True, **config_class().to_dict()}  # CamembertConfig lacks the key before 5.4
     for name in ("id2label", "label2id"):
         values.pop(name, None)  # the default, of two labels
     aliases = config_class.attribute_map
@@ -151,7 +151,7 @@ def _check_values(values: dict[str, Any], settings: dict[str, Any], family: Fami
         settings["pad_token_id"] = 0  # the tokenizer may have it
     layers = settings["num_hidden_layers"]
     windows = [4] * layers if isinstance(layers, int) and 0 < layers < 10_000 else 4
-    result = {"max_position_embeddings": 2**31, "attention_window": windows}
+    result = {"max_position_embeddings": 2**31, "attention_window": windows, "sep_token_id": None}
     check_settings({**transformers.LongformerConfig().to_dict(), **settings, **result}, path)
     unused = 0 if family.starts_at_zero else settings["pad_token_id"] + 1
     name = f"{path}: max_position_embeddings"

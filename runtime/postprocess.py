@@ -116,7 +116,9 @@ class Postprocessor:
     ) -> dict[str, Any]:
         """The best span of the document, from start and end logits (seqlen,); at most `max_length` tokens."""
         separators = [i for i, token in enumerate(encoded.ids) if token == self._tokenizer.signature.sep_token_id]
-        first = separators[1] + 1 if len(separators) > 1 else 0
+        # A pair has one separator after the question in BERT's format, and two in RoBERTa's.
+        two = len(separators) > 1 and separators[1] < len(encoded.ids) - 1
+        first = separators[int(two)] + 1 if len(separators) > 1 else 0
         if len(start) - first < 2:
             return {"answer": "", "score": 0.0}
         # The last token is a separator.
