@@ -260,6 +260,20 @@ def test_question_answering_gives_the_text_between_start_and_end(folder: Path) -
     assert answer["score"] == pytest.approx(1.0, abs=1e-6)
 
 
+def test_a_pair_in_the_format_of_bert_has_one_separator_after_the_question(folder: Path) -> None:
+    path = str(folder / TOKENIZER)
+    tokenizer = tokenizers.Tokenizer.from_file(path)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", START), ("</s>", END)]
+    )
+    tokenizer.save(path)
+    encoded, answer = ask(folder, peak(1, 5, of=9), peak(2, 6, of=9))
+    assert encoded.pieces[4:8] == ["quick", "brown", "lazy", "dog"]
+    assert answer["answer"] == "brown lazy"
+    assert ask(folder, peak(4, of=9), peak(4, of=9))[1]["answer"] == "quick"
+    assert ask(folder, peak(7, of=9), peak(7, of=9))[1]["answer"] == "dog"
+
+
 def test_an_answer_may_be_one_token_at_either_end(folder: Path) -> None:
     assert ask(folder, peak(5), peak(5))[1]["answer"] == "quick"
     assert ask(folder, peak(8), peak(8))[1]["answer"] == "dog"
