@@ -195,6 +195,9 @@ def _config(
     for name, special in (("bos_token_id", "cls_token_id"), ("eos_token_id", "sep_token_id")):
         if settings[name] is None:
             settings[name] = getattr(tokenizer, special, None)
+    if encoder.task == "fill-mask":  # a decoder that the checkpoint stores apart is not tied, whatever its config says
+        decoder, words = original.get_output_embeddings(), original.get_input_embeddings()
+        settings["tie_word_embeddings"] = decoder.weight.data_ptr() == words.weight.data_ptr()
     settings.update(
         id2label=original.config.id2label,
         label2id=original.config.label2id,
