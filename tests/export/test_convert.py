@@ -419,6 +419,21 @@ def test_a_folder_of_sentence_transformers_stays_one(tmp_path: Path, sentences: 
     assert read("tokenizer_config.json")["model_max_length"] == LENGTH
 
 
+def test_a_model_of_the_hub_comes_from_one_commit(
+    tmp_path: Path, sentences: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = Path(shutil.copytree(sentences, tmp_path / "hub" / "c0ffee"))
+
+    def cached_file(model: str, name: str, *, revision: str, **_: Any) -> str | None:
+        assert revision in ("main", "c0ffee")
+        return str(snapshot / name) if (snapshot / name).exists() else None
+
+    monkeypatch.setattr(transformers.utils, "cached_file", cached_file)
+    monkeypatch.chdir(tmp_path)
+    made = convert("me/model", "made", LENGTH, WINDOW)
+    assert (made / "2_Dense" / "pytorch_model.bin").exists()
+
+
 class _Bomb:
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("exploded"),))
