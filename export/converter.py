@@ -8,20 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from lfx.checks import file_path, whole_number
-from lfx.errors import ExportError, one_line
+from lfx.errors import ExportError
 from lfx.export import checkpoint
 from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.export.companions import raise_limits
 from lfx.export.encoder import Encoder, make_config, read_encoder
-from lfx.export.families import Family
 from lfx.export.load import check_weights, load, load_tokenizer, load_weights, quiet
+from lfx.export.longformer import make_longformer, make_longformer_config
 from lfx.export.options import check_progress, model_name
 from lfx.export.sentence_folder import copy_modules
-from lfx.export.settings import check_settings, check_windows
+from lfx.export.settings import check_windows
 from lfx.export.torch_runners import reference_runner, torch_runner
 from lfx.files import why_unwritten
 from lfx.parity import Arrays, Case, Report, Runner, compare, inputs_of
@@ -117,8 +114,8 @@ def convert_and_compare(
         _copy_tokenizer(encoder, folder, max_seqlen)
         copy_modules(encoder.fetch, folder, max_seqlen)
         progress("converting the weights")
-        config = _config(encoder, original, folder, max_seqlen, windows)
-        longformer = _longformer(encoder, config, original)
+        config = make_longformer_config(encoder, original, load_tokenizer(str(folder)), max_seqlen, windows)
+        longformer = make_longformer(encoder, original, config)
         progress("writing")
         longformer.save_pretrained(folder)
         del longformer
@@ -173,95 +170,6 @@ def _copy_tokenizer(encoder: Encoder, folder: Path, max_seqlen: int) -> None:
     """Copy the tokenizer's files; its class stays the family's, and its longest sequence becomes `max_seqlen`."""
     if checkpoint.copy_tokenizer(encoder.files.name, folder):
         raise_limits(folder, max_seqlen, encoder.tokenizer_class)
-
-
-def _config(
-    encoder: Encoder, original: Any, folder: Path, max_seqlen: int, windows: tuple[int, ...]
-) -> transformers.LongformerConfig:
-    """Make the Longformer's config; ids of special tokens that the original's config lacks are the tokenizer's."""
-    settings = dict(encoder.settings)
-    tokenizer = load_tokenizer(str(folder))
-    separator = getattr(tokenizer, "sep_token_id", None)
-    if separator is None and not encoder.family.starts_at_zero and isinstance(settings["eos_token_id"], int):
-        separator = settings["eos_token_id"]
-    settings["sep_token_id"] = separator
-    if encoder.family.starts_at_zero and getattr(tokenizer, "pad_token_id", None) is not None:
-        # The original numbers all tokens alike. A Longformer does not number padding, so it must know its id.
-        settings["pad_token_id"] = tokenizer.pad_token_id
-    if settings["pad_token_id"] is None:
-        raise ExportError(
-            f"{encoder.path} has no pad_token_id, without which a Longformer cannot count positions; set it"
-        )
-    for name, special in (("bos_token_id", "cls_token_id"), ("eos_token_id", "sep_token_id")):
-        if settings[name] is None:
-            settings[name] = getattr(tokenizer, special, None)
-    if encoder.task == "fill-mask":  # a decoder that the checkpoint stores apart is not tied, whatever its config says
-        decoder, words = original.get_output_embeddings(), original.get_input_embeddings()
-        settings["tie_word_embeddings"] = decoder.weight.data_ptr() == words.weight.data_ptr()
-    settings.update(
-        id2label=original.config.id2label,
-        label2id=original.config.label2id,
-        max_position_embeddings=max_seqlen + settings["pad_token_id"] + 1,
-        attention_window=list(windows),
-        architectures=[encoder.architecture],
-    )
-    check_settings({**transformers.LongformerConfig().to_dict(), **settings}, encoder.path)
-    try:
-        return transformers.LongformerConfig(**settings)
-    except Exception as error:
-        raise ExportError(f"{encoder.path} makes no config of a Longformer: {one_line(error)}") from error
-
-
-def _longformer(encoder: Encoder, config: transformers.LongformerConfig, original: Any) -> Any:
-    """Make the Longformer of the original's weights, which it shares; the projections of global tokens are copies."""
-    weights = _rename(original.state_dict(), encoder)
-    base = "longformer." if encoder.task != "feature-extraction" else ""
-    for name in list(weights):
-        for projection in ("query", "key", "value"):
-            if f".attention.self.{projection}." in name:
-                weights[name.replace(f".{projection}.", f".{projection}_global.")] = weights[name].clone()
-    table = f"{base}embeddings.position_embeddings.weight"
-    weights[table] = _repeat(weights[table], encoder.family, config)
-    if encoder.family.fixed.get("type_vocab_size"):  # the family has no token types
-        weights[f"{base}embeddings.token_type_embeddings.weight"] = torch.zeros(1, config.hidden_size)
-    if "lm_head.decoder.bias" in weights:
-        weights.setdefault("lm_head.bias", weights["lm_head.decoder.bias"].clone())
-    pooler = {} if encoder.task != "feature-extraction" else {"add_pooling_layer": "pooler.dense.weight" in weights}
-    with torch.device("meta"):  # no memory, and no random numbers, for weights that are replaced
-        model = getattr(transformers, encoder.architecture)(config, **pooler)
-    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
-    if missing or unexpected:  # in transformers 5.3, XLM-RoBERTa for multiple choice has no pooler
-        raise ExportError(
-            f"the {type(original).__name__} of transformers {transformers.__version__} has other weights than a "
-            f"Longformer needs ({', '.join((*missing, *unexpected))[:200]}); install a newer transformers"
-        )
-    model.tie_weights()
-    return model.eval()
-
-
-def _rename(weights: dict[str, torch.Tensor], encoder: Encoder) -> dict[str, torch.Tensor]:
-    """Give the original's weights the names that they have in the Longformer."""
-    family = encoder.family
-    names = dict(encoder.head)
-    if encoder.task != "feature-extraction":
-        names[family.base] = "longformer"
-    renamed = {}
-    for name, tensor in weights.items():
-        prefixes = [theirs for theirs in names if name.startswith(f"{theirs}.") or name == theirs]
-        theirs = max(prefixes, key=len, default="")
-        new = names[theirs] + name[len(theirs) :] if theirs else name
-        for part, ours in family.layers.items():
-            new = new.replace(part, ours)
-        renamed[new] = tensor
-    return renamed
-
-
-def _repeat(table: torch.Tensor, family: Family, config: transformers.LongformerConfig) -> torch.Tensor:
-    """Repeat the rows of a position table; the rows up to the padding id, which no token has, are not repeated."""
-    first = config.pad_token_id + 1
-    head = torch.zeros(first, table.shape[1]) if family.starts_at_zero else table[:first]
-    rows = table if family.starts_at_zero else table[first:]
-    return torch.cat([head, rows[torch.arange(config.max_position_embeddings - first) % len(rows)]])
 
 
 def _compare(encoder: Encoder, original: Any, folder: Path, equal_seqlen: int, progress: Progress) -> Report:

@@ -130,7 +130,7 @@ def _family(model_type: Any, model: str) -> Family:
         return FAMILIES[model_type]
     known = ", ".join(FAMILIES)
     if not isinstance(model_type, str):
-        raise ExportError(f"the config.json of {model} names no model_type; lfx convert takes {known}")
+        raise ExportError(f"the config.json of {model} names no model_type; set the one it has: {known}")
     reason = f": {REFUSED[model_type]}" if model_type in REFUSED else ""
     raise ExportError(f"{model} is a {model_type[:80]}, which cannot become a Longformer{reason}; give one of: {known}")
 

@@ -78,8 +78,12 @@ def _read_modules(path: Path) -> list[dict[str, Any]]:
 def _copy_module(fetch: Fetch, folder: Path, name: str) -> None:
     target = folder / name
     target.mkdir(exist_ok=True)
-    if (settings := fetch(f"{name}/config.json")) is not None:
-        _write(target / "config.json", read_object(settings))
+    if (path := fetch(f"{name}/config.json")) is not None:
+        settings = read_object(path)
+        activation = settings.get("activation_function", "torch.nn.")
+        if not isinstance(activation, str) or not activation.startswith("torch.nn."):  # it is imported by its name
+            raise ExportError(f"{path}: activation_function {str(activation)[:80]!r} is no class of torch.nn; refused")
+        _write(target / "config.json", settings)
     weights = next((file for kind in _WEIGHTS if (file := fetch(f"{name}/{kind}")) is not None), None)
     if weights is not None:
         check_dtypes(weights)

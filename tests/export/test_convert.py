@@ -18,6 +18,7 @@ from lfx.errors import ExportError, LfxError, ParityError
 from lfx.export import convert, export
 from lfx.export import encoder as encoders
 from lfx.export.converter import convert_and_compare
+from lfx.export.longformer import make_longformer
 from lfx.parity import pair_tolerance
 from lfx.runtime import Engine
 from lfx.signature import TASKS
@@ -459,6 +460,15 @@ def test_a_module_of_other_code_or_of_another_folder_is_refused(
     assert message in refusal(sentences, tmp_path / "made")
 
 
+def test_an_activation_of_other_code_is_refused(tmp_path: Path, sentences: Path) -> None:
+    path = sentences / "2_Dense" / "config.json"
+    edit(path, activation_function="torch.nn.modules.activation.Tanh")
+    assert convert(sentences, tmp_path / "made", LENGTH, WINDOW).exists()
+    for name in ("os.system", "torch.hub.load", 5, None):
+        edit(path, activation_function=name)
+        assert "is no class of torch.nn" in refusal(sentences, tmp_path / "other")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", "[5]", "null"])
 def test_a_broken_list_of_modules_is_refused(tmp_path: Path, sentences: Path, text: str) -> None:
     (sentences / "modules.json").write_text(text)
@@ -626,6 +636,11 @@ def test_a_short_longformer_may_be_asked_for(tmp_path: Path) -> None:
     assert convert_and_compare(model, tmp_path / "five", 5, 512, lambda step: None).equal_seqlen == 5
 
 
+def test_a_long_longformer_may_be_asked_for(tmp_path: Path) -> None:
+    longformer = opened(convert(save_tiny_encoder(tmp_path / "b", "Bert"), tmp_path / "made", 65_536, WINDOW))
+    assert longformer.embeddings.position_embeddings.num_embeddings == 65_537
+
+
 def test_an_output_with_content_is_refused(tmp_path: Path, bundle: MakeBundle) -> None:
     model = save_tiny_encoder(tmp_path / "b", "Bert")
     older = Path(shutil.copytree(bundle(), tmp_path / "bundle"))
@@ -637,6 +652,34 @@ def test_an_output_with_content_is_refused(tmp_path: Path, bundle: MakeBundle) -
     (tmp_path / "empty").mkdir()
     assert (convert(model, tmp_path / "empty", LENGTH, WINDOW) / "model.safetensors").exists()
     assert "does not exist" in refusal(model, tmp_path / "nowhere" / "made")
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        "embeddings.position_embeddings.weight",
+        "embeddings.token_type_embeddings.weight",
+        "encoder.layer.1.attention.self.key.weight",
+        "encoder.layer.0.attention.self.query_global.weight",
+        "encoder.layer.0.attention.self.key_global.weight",
+        "encoder.layer.1.attention.self.value_global.bias",
+        "pooler.dense.weight",
+    ],
+)
+def test_a_longformer_that_computes_something_else_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: str
+) -> None:
+    def spoiled(*arguments: Any) -> Any:
+        model = make_longformer(*arguments)
+        parameter = model.get_parameter(weight)
+        parameter.data = parameter.data.flip(0)
+        return model
+
+    monkeypatch.setattr("lfx.export.converter.make_longformer", spoiled)
+    folder = save_tiny_encoder(tmp_path / "b", "Bert")
+    with pytest.raises(ParityError, match="is above the tolerance"):
+        convert(folder, tmp_path / "made", LENGTH, WINDOW)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 @pytest.mark.parametrize("step", ["copying the tokenizer", "converting the weights", "writing", "comparing: batch 1"])
