@@ -12,6 +12,7 @@ from lfx.checks import whole_number
 from lfx.errors import ExportError, one_line
 from lfx.export.checkpoint import Checkpoint, Fetch, config_file, fetcher, weight_files
 from lfx.export.families import FAMILIES, GELU, REFUSED, Family, Names
+from lfx.export.sentence_folder import score_function
 from lfx.export.settings import check_settings, read_object, refuse_other_weights, without_code
 from lfx.signature import TASKS
 
@@ -110,6 +111,7 @@ def read_encoder(model: str) -> Encoder:
     _refuse_other_layers(values, model)
     ending = _ending(values, family, model)
     _refuse_activation(settings, family, ending, model)
+    settings.update(score_function(data, path))
 
     names = [family.settings.get(name, name) for name in _CARRIED if name not in family.fixed]
     names += [name for name in ("max_position_embeddings", "embedding_size", *_LABELS) if name in values]

@@ -40,11 +40,36 @@ def copy_modules(fetch: Fetch, folder: Path, max_seqlen: int) -> None:
     for module in modules[1:]:
         _copy_module(fetch, folder, module["path"])
     (folder / MODULES).write_text(json_text(modules, indent=2), encoding="utf-8")
-    if (settings := fetch(_MODEL)) is not None:
-        _write(folder / _MODEL, read_object(settings))
+    if (path := fetch(_MODEL)) is not None:
+        settings = read_object(path)
+        _check_function(settings, "activation_fn", path)
+        _write(folder / _MODEL, settings)
     encoder = next((found for name in _ENCODERS if (found := fetch(name)) is not None), None)
     if encoder is not None:
         _write(folder / _ENCODER, with_limit(read_object(encoder), max_seqlen))
+
+
+def score_function(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the settings of a config.json that say which function a CrossEncoder applies to the logits.
+
+    Raises:
+        ExportError: it is none of torch.nn.
+    """
+    old = "sbert_ce_default_activation_function"
+    _check_function(config, old, path)
+    settings = {old: config[old]} if config.get(old) is not None else {}
+    scores = config.get("sentence_transformers")
+    if isinstance(scores, dict) and "activation_fn" in scores:
+        _check_function(scores, "activation_fn", path)
+        settings["sentence_transformers"] = {"activation_fn": scores["activation_fn"]}
+    return settings
+
+
+def _check_function(settings: dict[str, Any], name: str, path: Path) -> None:
+    """Check a setting that names a function, which sentence-transformers imports by its name."""
+    function = settings.get(name)
+    if function is not None and not (isinstance(function, str) and function.startswith("torch.nn.")):
+        raise ExportError(f"{path}: {name} {str(function)[:80]!r} is no class of torch.nn; remove it")
 
 
 def _read_modules(path: Path) -> list[dict[str, Any]]:
@@ -80,9 +105,7 @@ def _copy_module(fetch: Fetch, folder: Path, name: str) -> None:
     target.mkdir(exist_ok=True)
     if (path := fetch(f"{name}/config.json")) is not None:
         settings = read_object(path)
-        activation = settings.get("activation_function", "torch.nn.")
-        if not isinstance(activation, str) or not activation.startswith("torch.nn."):  # it is imported by its name
-            raise ExportError(f"{path}: activation_function {str(activation)[:80]!r} is no class of torch.nn; refused")
+        _check_function(settings, "activation_function", path)
         _write(target / "config.json", settings)
     weights = next((file for kind in _WEIGHTS if (file := fetch(f"{name}/{kind}")) is not None), None)
     if weights is not None:

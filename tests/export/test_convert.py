@@ -464,9 +464,24 @@ def test_an_activation_of_other_code_is_refused(tmp_path: Path, sentences: Path)
     path = sentences / "2_Dense" / "config.json"
     edit(path, activation_function="torch.nn.modules.activation.Tanh")
     assert convert(sentences, tmp_path / "made", LENGTH, WINDOW).exists()
-    for name in ("os.system", "torch.hub.load", 5, None):
+    for name in ("os.system", "torch.hub.load", 5):
         edit(path, activation_function=name)
         assert "is no class of torch.nn" in refusal(sentences, tmp_path / "other")
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_the_score_function_of_a_cross_encoder_is_carried(tmp_path: Path, *, old: bool) -> None:
+    def setting(function: str) -> dict[str, Any]:
+        if old:
+            return {"sbert_ce_default_activation_function": function}
+        return {"sentence_transformers": {"activation_fn": function}}
+
+    folder = save_tiny_encoder(tmp_path / "c", "Bert", "ForSequenceClassification", num_labels=1)
+    edit(folder / "config.json", **setting("torch.nn.modules.linear.Identity"))
+    config = json.loads((convert(folder, tmp_path / "made", LENGTH, WINDOW) / "config.json").read_text())
+    assert config | setting("torch.nn.modules.linear.Identity") == config
+    edit(folder / "config.json", **setting("os.system"))
+    assert "'os.system' is no class of torch.nn" in refusal(folder, tmp_path / "other")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", "[5]", "null"])
