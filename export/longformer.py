@@ -79,7 +79,7 @@ def make_longformer(encoder: Encoder, original: Any, config: transformers.Longfo
     if encoder.family.fixed.get("type_vocab_size"):  # the family has no token types
         weights[f"{base}embeddings.token_type_embeddings.weight"] = torch.zeros(1, config.hidden_size)
     if "lm_head.decoder.bias" in weights:
-        weights.setdefault("lm_head.bias", weights["lm_head.decoder.bias"].clone())
+        weights["lm_head.bias"] = weights["lm_head.decoder.bias"].clone()  # the decoder's is the one that is added
     pooler = {} if encoder.task != "feature-extraction" else {"add_pooling_layer": "pooler.dense.weight" in weights}
     with torch.device("meta"):  # no memory, and no random numbers, for weights that are replaced
         model = getattr(transformers, encoder.architecture)(config, **pooler)

@@ -255,11 +255,16 @@ def test_a_decoder_is_tied_as_the_original_is(tmp_path: Path, family: str, tied:
     assert largest_difference(outputs_of(longformer, ids), outputs_of(original, ids)) <= 1
 
 
-def test_a_decoder_that_is_stored_apart_is_carried_apart(tmp_path: Path) -> None:
-    original = tiny_encoder("Bert", "ForMaskedLM", tie_word_embeddings=False)
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+@pytest.mark.parametrize("same_weight", [True, False])
+def test_a_decoder_that_is_stored_apart_is_carried_apart(tmp_path: Path, family: str, *, same_weight: bool) -> None:
+    """The two biases, of which one is added, differ in any case."""
+    original = tiny_encoder(family, "ForMaskedLM", tie_word_embeddings=False)
+    if same_weight:
+        original.get_output_embeddings().weight.data.copy_(original.get_input_embeddings().weight)
     original.save_pretrained(tmp_path / "original")
     edit(tmp_path / "original" / "config.json", tie_word_embeddings=True)
-    opens_as = transformers.BertForMaskedLM.from_pretrained(tmp_path / "original").eval()
+    opens_as = type(original).from_pretrained(tmp_path / "original").eval()
     longformer = opened(convert(tmp_path / "original", tmp_path / "made", LENGTH, WINDOW))
     ids = ids_of(1, EQUAL, 1)
     assert largest_difference(outputs_of(longformer, ids), outputs_of(opens_as, ids)) <= 1
