@@ -1,4 +1,4 @@
-"""Export of PyTorch models to ONNX; `export` is the only public name. Needs the extra [export]."""
+"""Export of PyTorch models to ONNX: `export`, and `convert` for encoders. Needs the extra [export]."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from lfx.errors import require
 for _module in ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxruntime"):
     require(_module, "export")
 
+from lfx.export.converter import convert  # noqa: E402
 from lfx.export.exporter import export  # noqa: E402
 
-__all__ = ["export"]
+__all__ = ["convert", "export"]

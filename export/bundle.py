@@ -43,16 +43,18 @@ def check_target(output: Path) -> None:
         raise ExportError(why_unwritten(output, error, _CURE)) from error
 
 
-def check_space(output: Path, needed_bytes: int) -> None:
+def check_space(output: Path, needed_bytes: int, content: str = "bundle") -> None:
     """Check that the disk of `output` has `needed_bytes` free.
 
+    Args:
+        content: what is written, for the message.
     Raises:
         ExportError: it has less.
     """
     free = shutil.disk_usage(output.resolve().parent).free
     if free < needed_bytes:
         raise ExportError(
-            f"no disk space: the bundle takes about {needed_bytes / 1e6:.0f} MB and {output.absolute().parent} "
+            f"no disk space: the {content} takes about {needed_bytes / 1e6:.0f} MB and {output.absolute().parent} "
             f"has {free / 1e6:.0f} MB free; make room, or {_CURE}"
         )
 

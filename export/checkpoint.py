@@ -23,7 +23,7 @@ import transformers
 
 from lfx.checks import file_path, json_text
 from lfx.errors import ExportError, one_line
-from lfx.export.settings import check_size, read_object, read_settings, without_code
+from lfx.export.settings import check_size, longformer_size, read_object, read_settings, without_code
 
 CONFIG = "config.json"
 Fetch = Callable[[str], Path | None]
@@ -52,7 +52,8 @@ class Checkpoint:
     Attributes:
         name: the folder or hub id, as the caller gave it.
         folder: holds the files; for a hub id, a folder in the hub's cache.
-        settings: arguments for LongformerConfig: the keys of config.json, except those that name code.
+        settings: arguments for LongformerConfig: the keys of config.json, except those that name code. Those of another
+            family's config class for the encoders that `convert` takes.
         weights: the weight files, one or several shards.
     """
 
@@ -75,20 +76,42 @@ def find(model: str) -> Checkpoint:
             names a file of another folder.
     """
     fetch = fetcher(model)
+    path = config_file(fetch, model)
+    settings = read_settings(path, model)
+    return Checkpoint(model, path.parent, settings, weight_files(fetch, model, path, longformer_size(settings)))
+
+
+def config_file(fetch: Fetch, model: str) -> Path:
+    """Return the path of a checkpoint's config.json.
+
+    Raises:
+        ExportError: it has none.
+    """
     path = fetch(CONFIG)
     if path is None:
         raise ExportError(f"{model} has no config.json; give a folder that save_pretrained wrote")
-    settings = read_settings(path, model)
+    return path
+
+
+def weight_files(fetch: Fetch, model: str, config: Path, numbers: int) -> tuple[Path, ...]:
+    """Return the checked weight files of a checkpoint.
+
+    Args:
+        config: path of its config.json, for messages.
+        numbers: number of weights that the config describes.
+    Raises:
+        ExportError: it is an adapter; or the files are missing, broken, too small, or hold something else than floats.
+    """
     if fetch("adapter_config.json") is not None:
         raise ExportError(
             f"{model} is a PEFT adapter (adapter_config.json), which names another model to load; merge the two with "
             "merge_and_unload(), save the result with save_pretrained, and export that folder"
         )
     weights = _weights(fetch, model)
-    check_size(settings, sum(file.stat().st_size for file in weights), path)
+    check_size(numbers, sum(file.stat().st_size for file in weights), config)
     for file in weights:
-        _check_dtypes(file)
-    return Checkpoint(model, path.parent, settings, weights)
+        check_dtypes(file)
+    return weights
 
 
 def fetcher(model: str) -> Fetch:
@@ -133,7 +156,9 @@ def _hub(model: str) -> Fetch:
             )
         if path is None:
             return None
-        revision = Path(path).parent.name  # the commit, so that all files come from one, even if main changes
+        revision = (
+            Path(path).parents[name.count("/")].name
+        )  # the commit, so that all files come from one, even if main changes
         return _plain_file(Path(path))
 
     return fetch
@@ -210,8 +235,12 @@ def _shard(fetch: Fetch, index: Path, name: str) -> Path:
     return path
 
 
-def _check_dtypes(file: Path) -> None:
-    """Refuse integers and 8-bit floats: they are quantized weights, which cannot be used without their scales."""
+def check_dtypes(file: Path) -> None:
+    """Refuse integers and 8-bit floats: they are quantized weights, which cannot be used without their scales.
+
+    Raises:
+        ExportError: the file holds such weights, is broken, or is a pickle of more than tensors.
+    """
     with _readable(file):
         for name, dtype in _dtypes(file):
             if dtype not in _FLOATS and not name.endswith("_ids"):  # older checkpoints hold position_ids

@@ -12,6 +12,7 @@ from lfx.checks import json_text
 from lfx.errors import ExportError, one_line
 from lfx.export.settings import read_object, without_code
 
+_LIMITS = ("max_length", "max_seq_length", "model_max_length")
 _TOKENIZERS = (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
 
 
@@ -72,6 +73,37 @@ def drop_code(folder: Path) -> None:
         settings = read_object(path)
         if (plain := without_code(settings)) != settings:
             _write(path, plain)
+
+
+def raise_limits(folder: Path, max_seqlen: int, tokenizer_class: str) -> None:
+    """Set the longest sequence of the tokenizer in a folder.
+
+    Args:
+        max_seqlen: the longest sequence, in tokens.
+        tokenizer_class: written where the tokenizer names no class: transformers would choose one by the model's type.
+    Raises:
+        ExportError: a file is no JSON object.
+    """
+    path = folder / "tokenizer_config.json"
+    settings = read_object(path) if path.exists() else {}
+    settings = with_limit({"tokenizer_class": tokenizer_class, **settings}, max_seqlen)
+    _write(path, {**settings, "model_max_length": max_seqlen})
+    path = folder / "tokenizer.json"
+    if path.exists():
+        tokenizer = read_object(path, path.stat().st_size)
+        if isinstance(tokenizer.get("truncation"), dict):
+            tokenizer["truncation"] = with_limit(tokenizer["truncation"], max_seqlen)
+            path.write_text(json_text(tokenizer), encoding="utf-8")
+
+
+def with_limit(value: Any, max_seqlen: int) -> Any:
+    """Replace the longest sequences in settings of a tokenizer or of sentence-transformers, at any depth."""
+    if isinstance(value, dict):
+        return {
+            key: max_seqlen if key in _LIMITS and type(item) is int else with_limit(item, max_seqlen)
+            for key, item in value.items()
+        }
+    return [with_limit(item, max_seqlen) for item in value] if isinstance(value, list) else value
 
 
 def _write(path: Path, settings: Any) -> None:

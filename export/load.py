@@ -21,7 +21,7 @@ from lfx.export import checkpoint
 from lfx.files import temporary_folder
 from lfx.signature import TASKS
 
-_IN_A_LAYER = re.compile(r"(^|\.)encoder\.layer\.\d+\.")
+_IN_A_LAYER = re.compile(r"(^|\.)(encoder|transformer)\.layer\.\d+\.")
 _BY_ARCHITECTURE = {task.architecture: name for name, task in TASKS.items()}
 
 
@@ -67,25 +67,40 @@ def load(model: str, task: str = "auto") -> tuple[nn.Module, str]:
             config = transformers.LongformerConfig(**files.settings, attn_implementation="eager")
         except Exception as error:
             raise ExportError(f"{files.folder / 'config.json'} is no config of a Longformer: {_flat(error)}") from error
-        loader = getattr(transformers, TASKS[task].auto_class)
-        try:
-            loaded, info = loader.from_pretrained(
-                files.folder,
-                config=config,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                ignore_mismatched_sizes=True,  # `_refuse_missing` names them
-                use_safetensors=files.is_safetensors,
-                weights_only=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        except Exception as error:
-            raise ExportError(f"the weights of {model} cannot be loaded: {_why(error)}") from error
-    _refuse_missing(loaded, info, model, task)
+        cure = f"it was not trained for {task}; choose the --task that it was trained for"
+        return load_weights(getattr(transformers, TASKS[task].auto_class), config, files, cure), task
+
+
+def load_weights(loader: Any, config: Any, files: checkpoint.Checkpoint, cure: str) -> nn.Module:
+    """Load a model in float32, in eval mode.
+
+    Args:
+        loader: a class of transformers, with `from_pretrained`.
+        cure: what to do where weights are missing, for the message.
+    Returns:
+        The model. The pooler is None if the checkpoint has no weights for it.
+    Raises:
+        ExportError: weights are missing, broken, or of other shapes than the config's.
+    """
+    try:
+        loaded, info = loader.from_pretrained(
+            files.folder,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            ignore_mismatched_sizes=True,  # `_refuse_missing` names them
+            use_safetensors=files.is_safetensors,
+            weights_only=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise ExportError(f"the weights of {files.name} cannot be loaded: {_why(error)}") from error
+    _refuse_missing(loaded, info, files.name, cure)
     loaded.config.return_dict = True  # a tuple would lose the output names
-    return loaded.eval(), task
+    model: nn.Module = loaded.eval()
+    return model
 
 
 def load_tokenizer(model: str) -> Any:
@@ -117,7 +132,7 @@ def _task_of(files: checkpoint.Checkpoint) -> str:
     raise ExportError(f"{files.name} has architecture {shown}; choose --task from: {', '.join(TASKS)}")
 
 
-def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, task: str) -> None:
+def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, cure: str) -> None:
     mismatched = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get("mismatched_keys", ()))
     if mismatched:
         raise ExportError(
@@ -137,10 +152,7 @@ def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, task: s
         loaded.pooler = None  # type: ignore[assignment]
         return
     if without_pooler:
-        raise ExportError(
-            f"{model} has no weights for {_some(without_pooler)}: it was not trained for {task}; "
-            "choose the --task that it was trained for"
-        )
+        raise ExportError(f"{model} has no weights for {_some(without_pooler)}: {cure}")
 
 
 def _some(names: list[str]) -> str:

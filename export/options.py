@@ -21,6 +21,15 @@ def check_choices(task: Any, precision: Any, global_attention: Any, inline_funct
     one_of(global_attention, "global_attention", GLOBAL_MODES, ExportError)
     if not isinstance(inline_functions, bool):
         raise ExportError(f"inline_functions is {type(inline_functions).__name__}; give True or False")
+    check_progress(progress)
+
+
+def check_progress(progress: Any) -> None:
+    """Check the type of `progress`.
+
+    Raises:
+        ExportError: it is no function.
+    """
     if not callable(progress):
         raise ExportError(
             f"progress is {type(progress).__name__}; give a function that takes a string, or leave it out"

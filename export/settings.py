@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers.activations import ACT2FN
 
 from lfx.checks import LARGEST, one_of, parse_json, real_number, whole_number
 from lfx.errors import ExportError, one_line
+from lfx.export.families import FAMILIES
 
 # Keys that make transformers fetch or import code, or load another model.
 CODE_KEYS = frozenset(
@@ -50,7 +52,30 @@ def read_settings(path: Path, model: str) -> dict[str, Any]:
     declared = data.get("model_type")
     if declared != "longformer":
         model_type = declared if isinstance(declared, str) else "model without a model_type"
-        raise ExportError(f"{model} is a {model_type}, not a longformer; lfx exports Longformer models only")
+        convert = f"; make one of it with: lfx convert --model {shlex.quote(model)} --output FOLDER"
+        cure = convert if model_type in FAMILIES else ""
+        raise ExportError(f"{model} is a {model_type}, not a longformer; lfx exports Longformer models only{cure}")
+    refuse_other_weights(data, path, model)
+    plain = transformers.LongformerConfig()
+    known = {*plain.to_dict(), "num_labels", "output_attentions", "torch_dtype"} - {"model_type"}
+    settings = {}
+    for key, value in data.items():
+        if _names_code(key) or key.startswith("_") or key in ("model_type", "transformers_version"):
+            continue
+        if key not in known and hasattr(plain, key):  # it would overwrite a method or a class attribute
+            raise ExportError(f"{path} has the key {key[:80]!r}, which is no setting of a Longformer; remove it")
+        settings[key] = without_code(value)
+    check_settings({**plain.to_dict(), **settings}, path)
+    # Weights of any dtype are loaded in float32.
+    return {key: value for key, value in settings.items() if key not in ("dtype", "torch_dtype")}
+
+
+def refuse_other_weights(data: dict[str, Any], path: Path, model: str) -> None:
+    """Refuse a config that names weights which transformers can load only with other code.
+
+    Raises:
+        ExportError: it does.
+    """
     if data.get("quantization_config") is not None:
         raise ExportError(
             f"{model} holds quantized weights (quantization_config), whose loaders fetch code; export the float "
@@ -61,21 +86,18 @@ def read_settings(path: Path, model: str) -> dict[str, Any]:
             f"{path} names its weights file with transformers_weights; rename that file to model.safetensors and "
             "remove the key"
         )
-    plain = transformers.LongformerConfig()
-    known = {*plain.to_dict(), "num_labels", "output_attentions", "torch_dtype"} - {"model_type"}
-    settings = {}
-    for key, value in data.items():
-        if _names_code(key) or key.startswith("_") or key in ("model_type", "transformers_version"):
-            continue
-        if key not in known and hasattr(plain, key):  # it would overwrite a method or a class attribute
-            raise ExportError(f"{path} has the key {key[:80]!r}, which is no setting of a Longformer; remove it")
-        settings[key] = without_code(value)
-    _check_settings({**plain.to_dict(), **settings}, path)
-    # Weights of any dtype are loaded in float32.
-    return {key: value for key, value in settings.items() if key not in ("dtype", "torch_dtype")}
 
 
-def _check_settings(values: dict[str, Any], path: Path) -> None:
+def check_settings(values: dict[str, Any], path: Path) -> None:
+    """Check the values of LongformerConfig's settings.
+
+    Args:
+        values: all of them, by their names in LongformerConfig.
+        path: of the config.json that they are from, for messages.
+    Raises:
+        ExportError: one is invalid, or two do not fit each other.
+    """
+
     def integer(name: str, low: int, high: int = LARGEST) -> int:
         return whole_number(values[name], f"{path}: {name}", low, high, ExportError)
 
@@ -89,7 +111,8 @@ def _check_settings(values: dict[str, Any], path: Path) -> None:
     for name in ("intermediate_size", "type_vocab_size"):
         integer(name, 1)
     positions = integer("max_position_embeddings", pad + 2)
-    _check_windows(values["attention_window"], integer("num_hidden_layers", 1, _LAYERS), heads, positions, path)
+    layers = integer("num_hidden_layers", 1, _LAYERS)
+    check_windows(values["attention_window"], layers, heads, positions, f"{path}: attention_window")
     one_of(values["hidden_act"], f"{path}: hidden_act", ACT2FN, ExportError)
     real_number(values["layer_norm_eps"], f"{path}: layer_norm_eps", 0.0, 1.0, ExportError)
     for name in ("dtype", "torch_dtype"):
@@ -100,8 +123,15 @@ def _check_settings(values: dict[str, Any], path: Path) -> None:
     _check_labels(values, path)
 
 
-def _check_windows(window: Any, layers: int, heads: int, positions: int, path: Path) -> None:
-    name = f"{path}: attention_window"
+def check_windows(window: Any, layers: int, heads: int, positions: int, name: str) -> None:
+    """Check an attention_window: an even number, or a list of one for each layer.
+
+    Args:
+        layers, heads, positions: num_hidden_layers, num_attention_heads and max_position_embeddings.
+        name: of the setting or option, for messages.
+    Raises:
+        ExportError: a number is odd or out of range, takes too much memory, or the list has another length.
+    """
     # Hugging Face pads a sequence to a multiple of the window, so a huge window would allocate memory for padding.
     widest = max(2 * positions, 1024)
     if isinstance(window, list) and len(window) != layers:
@@ -149,23 +179,28 @@ def _check_labels(values: dict[str, Any], path: Path) -> None:
         raise ExportError(f"{path}: id2label has a label that is no text; give strings")
 
 
-def check_size(settings: dict[str, Any], stored: int, path: Path) -> None:
+def longformer_size(settings: dict[str, Any]) -> int:
+    """Return the number of weights of the Longformer that a config describes, or a little less."""
+    values = {**transformers.LongformerConfig().to_dict(), **settings}
+    hidden = values["hidden_size"]
+    rows = values["vocab_size"] + values["max_position_embeddings"] + values["type_vocab_size"]
+    layer = 7 * hidden * hidden + 2 * hidden * values["intermediate_size"]
+    labels = max(values.get("num_labels") or 0, len(values["id2label"] or {}))
+    return int((rows + labels) * hidden + values["num_hidden_layers"] * layer)
+
+
+def check_size(numbers: int, stored: int, path: Path) -> None:
     """Check that the weight files can hold the model that the config describes.
 
     transformers allocates the model by the config before it reads the weights, so a large size in a small checkpoint
     would take memory.
 
     Args:
+        numbers: number of weights that the config describes.
         stored: bytes of all weight files.
     Raises:
         ExportError: they are fewer than the number of weights.
     """
-    values = {**transformers.LongformerConfig().to_dict(), **settings}
-    hidden = values["hidden_size"]
-    rows = values["vocab_size"] + values["max_position_embeddings"] + values["type_vocab_size"]
-    layer = 7 * hidden * hidden + 2 * hidden * values["intermediate_size"]
-    labels = max(values.get("num_labels") or 0, len(values["id2label"] or {}))
-    numbers = (rows + labels) * hidden + values["num_hidden_layers"] * layer
     if numbers > stored:
         raise ExportError(
             f"{path} describes a model of {numbers:,} weights or more, but its weight files have {stored:,} bytes; "

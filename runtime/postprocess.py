@@ -138,14 +138,18 @@ class Postprocessor:
         return [{"answer": answer, "score": float(scores[best])}]
 
     def _document(self, encoded: Encoded) -> range | None:
-        """The positions of the document; for ids without their text, those between the second separator and the last.
+        """The positions of the document; for ids without their text, those between the question and the last separator.
 
-        None if there are fewer separators.
+        None if there are fewer than two separators.
         """
         if encoded.document is not None:
             return encoded.document
         separators = [i for i, token in enumerate(encoded.ids) if token == self._tokenizer.signature.sep_token_id]
-        return range(separators[1] + 1, len(encoded.ids) - 1) if len(separators) > 1 else None
+        if len(separators) < 2:
+            return None
+        # A question is followed by two separators in RoBERTa's format, and by one in BERT's.
+        question_end = separators[1] if separators[1] == separators[0] + 1 else separators[0]
+        return range(question_end + 1, len(encoded.ids) - 1)
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,7 @@ def test_what_may_be_given_twice_may(arguments: list[str]) -> None:
         ["bench", "x", "--rounds", "{}"],
         ["build-engine", "x", "--workspace", "{}"],
         ["export", "--model", "x", "--max-global", "{}"],
+        ["convert", "--model", "x", "--output", "y", "--max-seqlen", "{}"],
         ["quantize", "x", "--calibration", "y", "--samples", "{}"],
     ],
     ids=lambda arguments: arguments[-2],

@@ -1,0 +1,117 @@
+"""A folder of sentence-transformers: the modules behind the encoder, and the longest sequence in its settings."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lfx.checks import json_text, parse_json
+from lfx.errors import ExportError, one_line
+from lfx.export.checkpoint import Fetch, check_dtypes
+from lfx.export.companions import with_limit
+from lfx.export.settings import read_object, without_code
+from lfx.files import copy
+
+MODULES = "modules.json"
+_MODULES_BYTES = 1_000_000
+_CARRIED = ("Pooling", "Normalize", "Dense", "Dropout", "LayerNorm")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_ENCODER = "sentence_bert_config.json"
+# Older versions name the settings of the encoder by its family; the first of these that exists counts.
+_ENCODERS = (
+    _ENCODER,
+    *(f"sentence_{name}_config.json" for name in ("roberta", "distilbert", "camembert", "xlm-roberta")),
+)
+_MODEL = "config_sentence_transformers.json"
+
+
+def copy_modules(fetch: Fetch, folder: Path, max_seqlen: int) -> None:
+    """Copy the files of sentence-transformers beside a converted encoder; none if the checkpoint has no modules.json.
+
+    Raises:
+        ExportError: a module is of a class that lfx does not know, or lies outside the checkpoint's folder; or a file
+            is broken.
+    """
+    path = fetch(MODULES)
+    if path is None:
+        return
+    modules = _read_modules(path)
+    for module in modules[1:]:
+        _copy_module(fetch, folder, module["path"])
+    (folder / MODULES).write_text(json_text(modules, indent=2), encoding="utf-8")
+    if (path := fetch(_MODEL)) is not None:
+        settings = read_object(path)
+        _check_function(settings, "activation_fn", path)
+        _write(folder / _MODEL, settings)
+    encoder = next((found for name in _ENCODERS if (found := fetch(name)) is not None), None)
+    if encoder is not None:
+        _write(folder / _ENCODER, with_limit(read_object(encoder), max_seqlen))
+
+
+def score_function(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the settings of a config.json that say which function a CrossEncoder applies to the logits.
+
+    Raises:
+        ExportError: it is none of torch.nn.
+    """
+    old = "sbert_ce_default_activation_function"
+    _check_function(config, old, path)
+    settings = {old: config[old]} if config.get(old) is not None else {}
+    scores = config.get("sentence_transformers")
+    if isinstance(scores, dict) and "activation_fn" in scores:
+        _check_function(scores, "activation_fn", path)
+        settings["sentence_transformers"] = {"activation_fn": scores["activation_fn"]}
+    return settings
+
+
+def _check_function(settings: dict[str, Any], name: str, path: Path) -> None:
+    """Check a setting that names a function, which sentence-transformers imports by its name."""
+    function = settings.get(name)
+    if function is not None and not (isinstance(function, str) and function.startswith("torch.nn.")):
+        raise ExportError(f"{path}: {name} {str(function)[:80]!r} is no class of torch.nn; remove it")
+
+
+def _read_modules(path: Path) -> list[dict[str, Any]]:
+    try:
+        if path.stat().st_size > _MODULES_BYTES:
+            raise ValueError(f"it has more than {_MODULES_BYTES:,} bytes")
+        modules = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} cannot be read: {one_line(error)}") from error
+    if not isinstance(modules, list) or not modules or not all(isinstance(module, dict) for module in modules):
+        raise ExportError(f"{path} is no list of modules; save the model again with sentence-transformers")
+    for i, module in enumerate(modules):
+        where, class_name = module.get("path"), module.get("type")
+        package, _, name = str(class_name).rpartition(".")
+        allowed = ("Transformer",) if i == 0 else _CARRIED
+        if package.partition(".")[0] != "sentence_transformers" or name not in allowed:
+            raise ExportError(
+                f"{path}: module {i} is {str(class_name)[:100]!r}; lfx converts a Transformer of "
+                f"sentence_transformers, followed by {', '.join(_CARRIED)}"
+            )
+        if i == 0 and where != "":
+            raise ExportError(
+                f"{path} has the encoder in the folder {str(where)[:80]!r}; load the model with sentence-transformers "
+                "and save it again, which puts it beside modules.json"
+            )
+        if i > 0 and (not isinstance(where, str) or not re.fullmatch(r"\w[\w.-]*", where, re.ASCII)):
+            raise ExportError(f"{path}: module {i} has the path {str(where)[:80]!r}; give a folder beside modules.json")
+    return modules
+
+
+def _copy_module(fetch: Fetch, folder: Path, name: str) -> None:
+    target = folder / name
+    target.mkdir(exist_ok=True)
+    if (path := fetch(f"{name}/config.json")) is not None:
+        settings = read_object(path)
+        _check_function(settings, "activation_function", path)
+        _write(target / "config.json", settings)
+    weights = next((file for kind in _WEIGHTS if (file := fetch(f"{name}/{kind}")) is not None), None)
+    if weights is not None:
+        check_dtypes(weights)
+        copy(weights, target / weights.name)
+
+
+def _write(path: Path, settings: dict[str, Any]) -> None:
+    path.write_text(json_text(without_code(settings), indent=2) + "\n", encoding="utf-8")
