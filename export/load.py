@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.parameter import is_lazy
+from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.checks import one_of
 from lfx.errors import ExportError, one_line
@@ -140,7 +141,7 @@ def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, cure: s
             "belongs to them"
         )
     # Weights of another head may be ignored. Those of a further layer, or of an adapter in a layer, change the outputs.
-    unexpected = sorted(key for key in info.get("unexpected_keys", ()) if _IN_A_LAYER.search(key))
+    unexpected = sorted(key for key in info.get("unexpected_keys", ()) if _is_in_a_part(key, loaded))
     if unexpected:
         raise ExportError(
             f"{model} has weights for which its config has no layer: {_some(unexpected)}; give the config that belongs "
@@ -153,6 +154,20 @@ def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, cure: s
         return
     if without_pooler:
         raise ExportError(f"{model} has no weights for {_some(without_pooler)}: {cure}")
+
+
+def _is_in_a_part(key: str, model: nn.Module) -> bool:
+    """Whether an unexpected weight belongs to a part that the model has, such as an encoder layer or its own head."""
+    if key.endswith("position_ids"):
+        return False
+    if _IN_A_LAYER.search(key):
+        return True
+    modules = dict(model.named_modules())
+    path = key.removeprefix("longformer.") if "longformer" not in modules else key
+    while path := path.rpartition(".")[0]:
+        if path in modules:
+            return not isinstance(modules[path], hf.LongformerModel)
+    return False
 
 
 def _some(names: list[str]) -> str:

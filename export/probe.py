@@ -129,7 +129,7 @@ def _padded_inputs(module: nn.Module, signature: Signature) -> Iterator[dict[str
 
 def _vocabulary_ids(module: nn.Module, signature: Signature) -> Iterator[Int64]:
     """Yield rows of up to 4,096 ids that together contain every id of the vocabulary; the separators are apart."""
-    length = _long_length(module, signature)
+    length = longest_trial(module, signature)
     if length < 8:
         return
     separator, vocab_size = _separator(signature), signature.vocab_size or _FEWEST_IDS
@@ -150,7 +150,7 @@ def _short_length(module: nn.Module, signature: Signature) -> int:
     return min(step * -(-12 // step), signature.max_seqlen or 12 * step)
 
 
-def _long_length(module: nn.Module, signature: Signature) -> int:
+def longest_trial(module: nn.Module, signature: Signature) -> int:
     """Return the longest sequence that the module takes, of at most 4,096 tokens; 0 if there is none."""
     step = granularity(module)
     return min(signature.max_seqlen or _LONG, _LONG) // step * step
@@ -230,7 +230,7 @@ def ignores_padding(module: nn.Module, signature: Signature) -> bool:
         return True
     limit = max_seqlen if max_seqlen is not None else _LONG
     pairs = [(step, 2 * step)] if step > 1 else [(min(12, limit // 2), min(96, limit))]
-    longest = _long_length(module, signature)
+    longest = longest_trial(module, signature)
     if longest > pairs[0][1]:  # a head may read positions that are far apart
         pairs.append((longest // 2 // step * step, longest))
     if max_seqlen is not None and pairs[0][1] > max_seqlen:
@@ -332,7 +332,7 @@ def check_long(module: nn.Module, signature: Signature) -> None:
     Raises:
         ExportError: it fails, as one with a position table of its own does past the end of the table.
     """
-    length, names = _long_length(module, signature), forward_inputs(module)
+    length, names = longest_trial(module, signature), forward_inputs(module)
     if is_unchanged(module) or length == 0:
         return
     longest = (signature.max_seqlen or length) // granularity(module) * granularity(module)

@@ -12,7 +12,7 @@ from torch import nn
 
 from lfx.errors import InputError
 from lfx.export.expose_layers import layer_name
-from lfx.export.probe import forward_inputs, granularity
+from lfx.export.probe import forward_inputs, granularity, is_unchanged, longest_trial
 from lfx.export.torch_runners import int8_runner, reference_runner, torch_runner
 from lfx.parity import UNIT_ROUNDOFF, Case, Report, compare, quick_cases
 from lfx.runtime import Engine
@@ -21,17 +21,38 @@ from lfx.signature import QUANTIZED, Signature, is_multi_label
 
 
 def validate(path: Path, module: nn.Module, signature: Signature, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Compare an ONNX file with PyTorch over `parity.quick_cases`.
+    """Compare an ONNX file with PyTorch over `parity.quick_cases`; in half precision, changed models on a long one too.
 
     Returns:
-        The entry `validation` of `lfx.json`.
+        The entry `validation` of `lfx.json`; it has the errors of the quick cases.
     Raises:
         ParityError: an output is out of tolerance; the message names the output, the case and the error.
     """
     with Engine(path, _backend(signature)) as engine:
         report = compare_engine(engine, module, quick_cases, progress)
         report.require()
+        if signature.precision != "fp32" and not is_unchanged(module):
+            _compare_long(engine, module, progress).require()
         return {"backend": engine.backend, "witness": f"torch {version('torch')}", **report.to_dict()}
+
+
+def _compare_long(engine: Engine, module: nn.Module, progress: Callable[[str], None]) -> Report:
+    """Compare an Engine with float32 PyTorch on the longest sequence, of at most 4,096 tokens.
+
+    Positions that a module computes in half precision are rounded there, by PyTorch too.
+    """
+    signature, inputs = engine.signature, forward_inputs(module)
+    return compare(
+        [Case(1, max(longest_trial(module, signature), 1), "first")],
+        lambda case: model_inputs(case, signature),
+        reference=torch_runner(module, "fp32", inputs),
+        witness=torch_runner(module, signature.precision, inputs),
+        candidate=engine_runner(engine),
+        precision=signature.precision,
+        layers=len(signature.attention_windows),
+        names=("PyTorch in float32", "PyTorch"),
+        on_case=lambda case: progress(f"comparing: {case}"),
+    )
 
 
 def compare_engine(

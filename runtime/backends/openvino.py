@@ -88,7 +88,12 @@ def _config(core: Any, threads: int | None, precision: str | None, stored: str) 
             "this CPU has no bfloat16 arithmetic (AMX, or AVX-512 with bf16), so OpenVINO would compute in float32; "
             "leave precision out"
         )
-    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "CPU_RUNTIME_CACHE_CAPACITY": _CACHED_KERNELS}
+    config: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "CPU_RUNTIME_CACHE_CAPACITY": _CACHED_KERNELS,
+        # By default OpenVINO rounds the activations of layers whose weights are stored in int8, without a warning.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+    }
     if precision is not None:
         config["INFERENCE_PRECISION_HINT"] = OPENVINO_TYPES[precision]
     elif stored != "bf16":

@@ -178,7 +178,8 @@ def _convert_weights(model: ir.Model, kept: set[ir.Value], precision: str) -> No
             too_large = size[(size > MAX_FINITE[precision]) & (size < MIN_FILL)]
             if too_large.size:
                 raise BuildError(f"the weight {value.name} holds {too_large.max():.3g}, which {precision} cannot")
-            clamped = np.clip(array, -MAX_FINITE[precision], MAX_FINITE[precision]).astype(numpy_dtype)
+            clamped = np.clip(array, -MAX_FINITE[precision], MAX_FINITE[precision])
+            clamped = np.where(np.isinf(array), array, clamped).astype(numpy_dtype)
             value.const_value = ir.tensor(clamped, dtype=dtype, name=value.name)
 
 
@@ -191,7 +192,8 @@ def _keep_constants(model: ir.Model, in_float32: set[ir.Node], precision: str) -
             continue
         array = value.const_value.numpy()
         limit = MAX_FINITE[precision]
-        array = np.where(np.abs(array) < MIN_FILL, array, np.clip(array, -limit, limit)).astype(np.float32)
+        is_fill = (np.abs(array) >= MIN_FILL) & np.isfinite(array)
+        array = np.where(is_fill, np.clip(array, -limit, limit), array).astype(np.float32)
         constant = _add_constant(model, f"{value.name}/float32", array)
         for reader, index in readers:
             reader.replace_input_with(index, constant)

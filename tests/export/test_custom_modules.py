@@ -16,7 +16,7 @@ from transformers.models.longformer.modeling_longformer import (
     LongformerSelfAttention,
 )
 
-from lfx.errors import ExportError, InputError
+from lfx.errors import ExportError, InputError, ParityError
 from lfx.export import export
 from lfx.export.rewrite import clone
 from lfx.runtime import Engine
@@ -70,6 +70,27 @@ def test_positions_without_a_table_have_no_longest_sequence(tmp_path: Path) -> N
     with Engine(folder) as engine:
         assert engine.signature.max_seqlen is None
     _check(folder, model, "last_hidden_state", (1, 129, 200))
+
+
+class _HalfPositions(nn.Module):
+    """Rotary code that computes positions in the dtype of a buffer, which half precision rounds from 2,048 on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rates", 100.0 ** (-torch.arange(0, 16, dtype=torch.float32) / 16))
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        angles = position_ids.type_as(self.rates)[..., None] * self.rates
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def test_positions_that_half_precision_rounds_are_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.embeddings.position_embeddings = _HalfPositions()
+    export(model, tmp_path / "fp32", max_seqlen=4096)
+    with pytest.raises(ParityError, match=r"PyTorch itself has error .* against PyTorch in float32 in fp16, above"):
+        export(model, tmp_path / "fp16", max_seqlen=4096, precision="fp16")
+    assert not (tmp_path / "fp16").exists()
 
 
 def test_max_seqlen_limits_a_model_without_a_table(tmp_path: Path) -> None:

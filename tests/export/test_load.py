@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
 from lfx.errors import ExportError
@@ -107,6 +108,30 @@ def test_fewer_layers_than_the_weights_have_are_refused(tmp_path: Path) -> None:
     _edit_config(tmp_path, num_hidden_layers=1, attention_window=[8])
     with pytest.raises(ExportError, match=r"weights for which its config has no layer: encoder\.layer\.1\."):
         load(str(tmp_path), "auto")
+
+
+@pytest.mark.parametrize(
+    ("key", "known"),
+    [
+        ("longformer.embeddings.word_embeddings.lora_embedding_A.default", False),
+        ("longformer.embeddings.projection.weight", False),
+        ("longformer.encoder.LayerNorm.weight", False),
+        ("classifier.dense.lora_A.default.weight", False),
+        ("classifier.dense2.weight", False),
+        ("longformer.embeddings.position_ids", True),
+        ("longformer.pooler.dense.weight", True),
+        ("qa_outputs.weight", True),
+    ],
+)
+def test_weights_of_a_part_that_the_model_has_are_not_left_out(key: str, known: bool, tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path, "text-classification")
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, key: torch.ones(4, 4)}, folder / "model.safetensors", {"format": "pt"})
+    if known:
+        load(str(folder), "auto")
+    else:
+        with pytest.raises(ExportError, match="has weights for which its config has no layer"):
+            load(str(folder), "auto")
 
 
 def test_more_layers_than_the_weights_have_are_refused(tmp_path: Path) -> None:

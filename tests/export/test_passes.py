@@ -152,6 +152,10 @@ def test_an_equal_split_loses_its_count_and_an_unequal_one_is_refused() -> None:
     [
         ("g (float[n] x, int64[1] a) => (float[m] y) { y = ReduceMax(x, a) }", "computed axes"),
         ("g (int64[n] x) => (int64[n] y) { y = BitwiseNot(x) }", "no form in opset 17"),
+        (
+            "g (float[n] x) => (float[1] y) <int64[1] a = {0}> { y = ReduceLogSumExp(x, a) }",
+            "no form in opset 17 that lfx can write; use --opset 18",
+        ),
         ("g (float[n] x) => (float[n] y) { y = ReduceMax<noop_with_empty_axes = 1>(x) }", "without axes"),
         (
             "g (float[n] x, int64[k] i, float[k] u) => (float[n] y)"

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from lfx.errors import DependencyError
+from lfx.export import export
 from lfx.export.validate import compare_engine
 from lfx.parity import full_cases
 from lfx.runtime import Engine
@@ -37,6 +42,41 @@ def test_attention_is_one_fused_layer(bundle: MakeBundle) -> None:
     kinds = Counter(layer.get_rt_info()["layerType"].astype(str) for layer in layers)
     assert kinds["Subgraph"] == tiny_model().config.num_hidden_layers
     assert not {"MatMul", "Softmax"} & set(kinds)  # all of attention is in the fused layer
+
+
+class QuantizedWeight(nn.Module):
+    """A base model with a head whose weight is stored in int8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_model(hidden_size=64)
+        self.register_buffer("weight", torch.randint(-127, 128, (64, 64), dtype=torch.int8))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.inner(input_ids, attention_mask=attention_mask)[0]
+        return torch.matmul(hidden, self.weight.to(hidden.dtype) * 0.01)
+
+
+def test_activations_in_front_of_int8_weights_stay_float32(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    bundle = export(QuantizedWeight().eval(), tmp_path / "out")
+    ids = np.arange(3, 80)
+    with Engine(bundle, "openvino") as engine, Engine(bundle, "onnxruntime") as other:
+        actual, expected = engine.run(ids)["output"], other.run(ids)["output"]
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_kernels_of_past_shapes_are_limited(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+    compile_model = openvino.Core.compile_model
+
+    def record(core: Any, model: Any, device: str, config: dict[str, Any]) -> Any:
+        given.append(config)
+        return compile_model(core, model, device, config)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", record)
+    Engine(bundle(), "openvino").close()
+    assert [config["CPU_RUNTIME_CACHE_CAPACITY"] for config in given] == [100]
 
 
 def test_a_cpu_without_bfloat16_refuses_it(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,27 @@ def test_floats_of_integers_meet_converted_values(precision: str, tmp_path: Path
         np.testing.assert_allclose(actual[name], array, rtol=0, atol=atol, err_msg=name)
 
 
+class _Infinite(torch.nn.Module):
+    """A head that masks padding with minus infinity: a row of padding alone is NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_model()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        hidden = self.inner(input_ids, attention_mask=attention_mask)[0]
+        scores = hidden[..., 0].masked_fill(attention_mask == 0, -torch.inf)
+        return {"weights": scores.softmax(-1), "pooled": (scores.softmax(-1)[..., None] * hidden).sum(1)}
+
+
+def test_infinities_stay_infinite_in_half_precision(tmp_path: Path) -> None:
+    bundle = export(_Infinite().eval(), tmp_path / "own")
+    manifest = Manifest.read(bundle)
+    signature = replace(manifest.signature, precision="fp16")
+    freeze.prepare_graph(bundle / MODEL, tmp_path / MODEL, manifest, signature, 4, True)
+    assert check_conversion(bundle, manifest, tmp_path / MODEL, signature, lambda _: None, lambda _: None)["checked"]
+
+
 def test_floats_of_integers_are_cast_at_the_end_of_a_subgraph() -> None:
     model = ir.from_onnx_text("""
         <ir_version: 9, opset_import: ["" : 17]>
