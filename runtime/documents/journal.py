@@ -14,6 +14,7 @@ from lfx.checks import parse_json
 from lfx.errors import InputError, LfxError, one_line
 from lfx.files import is_at, open_journal, try_lock
 
+_HEADER = b'{"journal":'  # the start of a header
 _MARKER = b'{"chunk":'  # the start of a marker; a row starts with {"line":
 
 
@@ -31,7 +32,7 @@ class Journal:
 
     Args:
         output: path of the output file.
-        header: all that decides the rows, as JSON types. A journal with the same header is resumed after its last
+        header: all that decides the rows, as JSON types; its first key is "journal". A journal with the same header is resumed after its last
             complete chunk; one with another header and complete chunks is refused; any other content is dropped.
         chunk: largest number of documents of a chunk.
     Attributes:
@@ -69,6 +70,8 @@ class Journal:
         if header == self._header:
             self._keep_complete_chunks()
             return
+        if header[: len(_HEADER)] != _HEADER[: len(header)]:  # a header may be cut anywhere
+            raise InputError(f"{self.path} is no journal of lfx; move it away, or give another --output")
         if differing := self._differing_keys(header):
             raise InputError(
                 f"{self.path} has finished documents of a run with another {differing}; run it with the same options "

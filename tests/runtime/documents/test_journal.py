@@ -18,7 +18,7 @@ from lfx.runtime.documents import run_documents
 from lfx.runtime.documents.journal import Journal, journal_path
 from tests.conftest import MakeBundle
 
-HEADER = {"input": "a", "stride": 1}
+HEADER = {"journal": 2, "input": "a", "stride": 1}
 CHUNK = 4
 
 
@@ -52,17 +52,18 @@ def test_complete_chunks_are_resumed_and_the_rest_is_truncated(tmp_path: Path) -
 def test_finished_documents_of_another_run_are_not_lost(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     whole = stopped(output).read_bytes()
-    for header, differing in (({"input": "b", "stride": 2}, "input, stride"), ({**HEADER, "stride": 2}, "stride")):
+    for change, differing in (({"input": "b", "stride": 2}, "input, stride"), ({"stride": 2}, "stride")):
+        header = {**HEADER, **change}
         with pytest.raises(InputError, match=f"partial has finished documents of a run with another {differing}; run"):
             reopened(output, header)
         assert journal_path(output).read_bytes() == whole
 
 
-@pytest.mark.parametrize("first", [b"", b"{}", b"[]", b"no JSON", json.dumps({"input": "b", "stride": 1}).encode()])
+@pytest.mark.parametrize("first", [b"", b'{"jour', b'{"journal": ', json.dumps({**HEADER, "input": "b"}).encode()])
 def test_a_journal_without_finished_documents_is_emptied(first: bytes, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     rows = stopped(output, chunks=0).read_bytes().partition(b"\n")[2]
-    journal_path(output).write_bytes(first + b"\n" + rows)
+    journal_path(output).write_bytes(first + b"\n" * (len(first) > 12) + rows * (len(first) > 12))
     assert reopened(output) == (0, 0, [])
     assert journal_path(output).read_text() == json.dumps(HEADER) + "\n"
 
@@ -88,8 +89,13 @@ def test_chunks_from_a_changed_byte_on_are_dropped(tmp_path: Path) -> None:
         changed[position] ^= 1
         journal_path(output).write_bytes(changed)
         header, end = len(json.dumps(HEADER)) + 1, whole.rindex(b'{"line": 7')
-        expected = 0 if position < header or position < second else 3 if position < end else 6
-        assert reopened(output)[0] == expected
+        try:
+            done = reopened(output)[0]
+        except InputError:  # the header is another run's, or none
+            assert position < header
+            assert journal_path(output).read_bytes() == changed
+            continue
+        assert done == (0 if position < second else 3 if position < end else 6)
 
 
 def test_two_runs_without_locks_do_not_mix_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
