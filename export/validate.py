@@ -28,6 +28,7 @@ def validate(path: Path, module: nn.Module, signature: Signature, progress: Call
     Raises:
         ParityError: an output is out of tolerance; the message names the output, the case and the error.
     """
+    progress("comparing: opening the bundle")
     with Engine(path, _backend(signature)) as engine:
         report = compare_engine(engine, module, quick_cases, progress)
         report.require()

@@ -174,6 +174,7 @@ def test_export_shows_its_steps_on_stderr(exported: Done) -> None:
         "… tracing",
         "… building the graph",
         "… writing",
+        "… comparing: opening the bundle",
         "… comparing: loading the references",
     ]
 
