@@ -9,7 +9,7 @@ HEADERS := $(CURDIR)/build/headers
 # Where pip looks for PyTorch's CPU build, beside the places that it is configured with.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Every extra but gpu, whose onnxruntime-gpu takes the place of onnxruntime.
-EXTRAS := export,cpu,rtx,openvino,report,parquet,metrics,verify,fuzz,test
+EXTRAS := export,cpu,rtx,openvino,report,parquet,metrics,verify,demo,fuzz,test
 
 # Two processes of one thread each: most of the tests trace and load, which one thread does.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
@@ -52,7 +52,7 @@ $(STAMP): pyproject.toml requirements.lock CMakeLists.txt $(wildcard plugins/*.c
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-demo: install  ## Export, run a real document, check parity, compare speed with PyTorch's.
+demo: install  ## Convert and export a trained model, answer questions with it, check parity, compare speed with PyTorch's.
 	$(BIN)/python scripts/demo.py
 
 test: install  ## Everything, the full-size shape included.
