@@ -241,7 +241,7 @@ def check_dtypes(file: Path) -> None:
     Raises:
         ExportError: the file holds such weights, is broken, or is a pickle of more than tensors.
     """
-    with _readable(file):
+    with readable(file):
         for name, dtype in _dtypes(file):
             if dtype not in _FLOATS and not name.endswith("_ids"):  # older checkpoints hold position_ids
                 raise ExportError(
@@ -261,7 +261,8 @@ def _dtypes(file: Path) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def _readable(file: Path) -> Iterator[None]:
+def readable(file: Path) -> Iterator[None]:
+    """Convert an exception while a weight file is read to an ExportError."""
     try:
         yield
     except ExportError:

@@ -20,11 +20,13 @@ import lfx
 from lfx.checks import file_path, whole_number
 from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
+from lfx.export.checkpoint import fetcher
 from lfx.export.companions import check_tokenizer, write_config, write_tokenizer
 from lfx.export.graph import finalize_graph
 from lfx.export.load import check_weights, load, load_tokenizer, quiet, weights_sha256
-from lfx.export.options import at_least_1, check_choices, model_name
+from lfx.export.options import at_least_1, check_choices, check_pooling, model_name
 from lfx.export.passes.opset import TRACED
+from lfx.export.pooling import LongformerForSentenceEmbedding
 from lfx.export.probe import (
     adds_globals,
     check_long,
@@ -37,6 +39,8 @@ from lfx.export.probe import (
     is_hugging_face,
 )
 from lfx.export.rewrite import ExportWrapper, GlobalTokens, attention_windows, rewrite
+from lfx.export.sentence_folder import copy_settings
+from lfx.export.sentence_model import EncoderSettings, add_lower_case, read_encoder_settings
 from lfx.export.settings import check_window_memory
 from lfx.export.sizes import check_sizes
 from lfx.export.torch_runners import TORCH_DTYPES
@@ -44,7 +48,7 @@ from lfx.export.validate import validate
 from lfx.export.vocabulary import vocabulary
 from lfx.machine import package_versions
 from lfx.manifest import MODEL, WEIGHTS, Manifest
-from lfx.signature import GRAPH_INPUTS, OPSETS, TASKS, Signature, TensorSpec
+from lfx.signature import GRAPH_INPUTS, OPSETS, SENTENCE_EMBEDDING, TASKS, Signature, TensorSpec
 
 Progress = Callable[[str], None]
 _TRACING = threading.Lock()  # torch.export patches torch while it traces
@@ -59,6 +63,7 @@ def export(
     opset: int = 17,
     precision: str = "fp32",
     global_attention: str = "mask",
+    pooling: str | None = None,
     max_global: int | None = None,
     max_seqlen: int | None = None,
     inline_functions: bool = False,
@@ -73,16 +78,20 @@ def export(
             (batch, seqlen) int64, or (batch, choices, seqlen) for multiple choice. The module is not changed.
         output: the bundle's folder; default: the model's name in the current folder. An older bundle of that name is
             replaced; a folder with other files is refused.
-        task: one of `lfx.signature.TASKS`; "auto" reads it from the config, or from the module's class.
+        task: one of `lfx.signature.TASKS`; "auto" reads it from the config, or from the module's class, and is
+            sentence-embedding for a folder of sentence-transformers with a pooling.
         opset: ONNX opset, 17 to 23.
         precision: fp32, fp16 or bf16, of weights and arithmetic. Softmax and layer norm accumulate in float32, and the
             outputs are float32 in all three.
         global_attention: "mask" makes global_attention_mask a graph input; "first" fixes the first token of every
             row; "none" leaves global attention out.
+        pooling: one of `lfx.signature.POOLINGS`: sentence embeddings of a LongformerModel, or of a checkpoint without a
+            pooling of its own. They are not normalized, as those of sentence-transformers for such a model.
         max_global: constant number of global slots, 1 to max_seqlen; None = the largest number of global tokens in
             a row of the batch.
         max_seqlen: longest sequence in tokens, 1 or more; default: the largest that Hugging Face's position embeddings
-            allow, or no limit if the model has none.
+            allow, or no limit if the model has none. For sentence embeddings of a folder of sentence-transformers: the
+            length from which on that truncates, if it is shorter.
         inline_functions: write standard ops only, without the domain lfx.
         tokenizer: a transformers tokenizer or processor, saved into the bundle; default: the checkpoint's, if any.
         progress: called with the name of each step.
@@ -98,16 +107,20 @@ def export(
     if max_global is not None and global_attention != "mask":
         raise ExportError(f"max_global {max_global} needs global_attention 'mask'; leave one of the two out")
     check_tokenizer(tokenizer)
+    check_pooling(pooling, task)
     model = model if isinstance(model, nn.Module) else model_name(model)
     source, source_type = _source(model)
     target = _target(model, output)
     check_target(target)
     if isinstance(model, nn.Module):
-        module, task = model, _task_of_module(model, task)
+        module = model if pooling is None else _with_pooling(model, pooling)
+        task = _task_of_module(module, task)
     else:
         progress("loading the checkpoint")
-        module, task = load(source, task)
+        module, task = load(source, task, pooling)
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(source)
+        if task == SENTENCE_EMBEDDING and pooling is None:
+            max_seqlen = _follow_encoder_settings(read_encoder_settings(fetcher(source)), module, tokenizer, max_seqlen)
     _check_module(module, source)
     _check_global_option(module, global_attention, max_global)
     check_weights(module)
@@ -143,11 +156,13 @@ def export(
         _check_file(folder / MODEL, opset)
         write_config(getattr(module, "config", None), folder)
         write_tokenizer(tokenizer, folder)
+        if source_type != "module":
+            copy_settings(fetcher(source), folder)
         Manifest(
             signature=signature,
             opset=opset,
             inlined=inline_functions,
-            source={"model": source, "kind": source_type, "sha256": weights_sha256(module)},
+            source={"model": source, "kind": source_type, "sha256": weights_sha256(module), **_recorded(pooling)},
             versions={"lfx": lfx.__version__, **package_versions(_PACKAGES)},
             validation=validate(folder / MODEL, module, signature, progress),
         ).write(folder)
@@ -191,6 +206,33 @@ def _check_global_option(module: nn.Module, global_attention: str, max_global: i
             f"{option} cannot be used: {type(module).__name__}.forward takes no global_attention_mask, so it decides "
             "itself which tokens are global; leave the option out"
         )
+
+
+def _recorded(pooling: str | None) -> dict[str, str]:
+    """The entry of the manifest's `source` by which `lfx parity` loads the model again."""
+    return {} if pooling is None else {"pooling": pooling}
+
+
+def _with_pooling(module: nn.Module, pooling: str) -> nn.Module:
+    if not isinstance(module, hf.LongformerModel):
+        raise ExportError(
+            f"pooling {pooling!r} needs a LongformerModel, and this is a {type(module).__name__}; return the pooled "
+            "vector from its forward, and leave pooling out"
+        )
+    return LongformerForSentenceEmbedding(module, (pooling,)).train(module.training)
+
+
+def _follow_encoder_settings(
+    settings: EncoderSettings, module: nn.Module, tokenizer: Any, max_seqlen: int | None
+) -> int | None:
+    """Make the tokenizer and the longest sequence those of sentence-transformers; returns the longest sequence."""
+    if settings.lower_case and tokenizer is not None:
+        add_lower_case(tokenizer)
+    if max_seqlen is not None:
+        return max_seqlen
+    embeddings = [m for m in module.modules() if isinstance(m, hf.LongformerEmbeddings)]
+    limits = [settings.max_seqlen or getattr(tokenizer, "model_max_length", None), _max_seqlen(embeddings, None)]
+    return min((int(limit) for limit in limits if limit is not None), default=None)
 
 
 def _target(model: str | nn.Module, output: str | Path | None) -> Path:

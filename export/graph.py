@@ -19,7 +19,8 @@ from lfx.export.passes.names import name_after_modules, rename_dimensions
 from lfx.export.passes.opset import TRACED, set_opset
 from lfx.export.passes.tensor_constants import make_constants_tensors
 from lfx.export.passes.weights import transpose_weights
-from lfx.signature import GLOBAL_ROWS, GLOBAL_SLOTS
+from lfx.export.pooling import IN_FLOAT32_MODULES
+from lfx.signature import GLOBAL_ROWS, GLOBAL_SLOTS, IN_FLOAT32, SENTENCE_EMBEDDING
 
 # Largest constant, in elements, that constant folding reads or writes; weights are never folded.
 _FOLD_LIMIT = 256
@@ -66,6 +67,8 @@ def finalize_graph(
     set_opset(model, opset)
     name_after_modules(model, prefix)
     _mark_global_nodes(model)
+    if metadata["task"] == SENTENCE_EMBEDDING:
+        _mark_pooling(model)
     if any(node.domain == functions.DOMAIN for node in ir.traversal.RecursiveGraphIterator(model.graph)):
         model.opset_imports[functions.DOMAIN] = functions.VERSION
         for definition in functions.OPS:
@@ -101,6 +104,13 @@ def _mark_global_nodes(model: ir.Model) -> None:
                         producer.name = f"{producer.name}{GLOBAL_SLOTS}"
                     break
                 index = producer.inputs[1] if producer.op_type == "Where" else producer.inputs[0]
+
+
+def _mark_pooling(model: ir.Model) -> None:
+    """Mark the nodes of `export.pooling` that compute in float32, which `build-engine` does not convert."""
+    for node in model.graph:
+        if str(node.name).startswith(IN_FLOAT32_MODULES):
+            node.name = f"{node.name}{IN_FLOAT32}"
 
 
 def _inside(node: ir.Node) -> list[ir.Node]:

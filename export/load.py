@@ -19,8 +19,10 @@ from transformers.models.longformer import modeling_longformer as hf
 from lfx.checks import one_of
 from lfx.errors import ExportError, one_line
 from lfx.export import checkpoint
+from lfx.export.options import check_pooling
+from lfx.export.sentence_model import add_pooling, has_pooling
 from lfx.files import temporary_folder
-from lfx.signature import TASKS
+from lfx.signature import SENTENCE_EMBEDDING, TASKS
 
 _IN_A_LAYER = re.compile(r"(^|\.)(encoder|transformer)\.layer\.\d+\.")
 _BY_ARCHITECTURE = {task.architecture: name for name, task in TASKS.items()}
@@ -47,29 +49,34 @@ def quiet() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def load(model: str, task: str = "auto") -> tuple[nn.Module, str]:
+def load(model: str, task: str = "auto", pooling: str | None = None) -> tuple[nn.Module, str]:
     """Load a Longformer checkpoint in float32, in eval mode, without running its code: see `lfx.export.checkpoint`.
 
     Args:
         model: a folder with config.json and weights, or a model id of the hub.
-        task: one of `lfx.signature.TASKS`; "auto" takes it from the architecture in the config.
+        task: one of `lfx.signature.TASKS`; "auto" takes it from the architecture in the config, and is
+            sentence-embedding for a folder of sentence-transformers with a pooling, or with the argument `pooling`.
+        pooling: one of `lfx.signature.POOLINGS`, for sentence embeddings of a checkpoint without a pooling.
     Returns:
         The model and the name of its task. The pooler is None if the checkpoint has no weights for it.
     Raises:
-        ExportError: the checkpoint does not exist or is not a Longformer; or weights are missing, broken, or of other
-            shapes than the config's.
+        ExportError: the checkpoint does not exist or is not a Longformer; weights are missing, broken, or of other
+            shapes than the config's; or the pooling is missing, or does something that lfx does not know.
     """
     one_of(task, "task", ("auto", *TASKS), ExportError)
+    check_pooling(pooling, task)
     with quiet():
-        files = checkpoint.find(model)
-        task = _task_of(files) if task == "auto" else task
+        files, fetch = checkpoint.find(model), checkpoint.fetcher(model)
+        if task == "auto":
+            task = SENTENCE_EMBEDDING if pooling is not None or has_pooling(fetch) else _task_of(files)
         try:
             # Always eager: another attn_implementation may be code of the hub.
             config = transformers.LongformerConfig(**files.settings, attn_implementation="eager")
         except Exception as error:
             raise ExportError(f"{files.folder / 'config.json'} is no config of a Longformer: {_flat(error)}") from error
         cure = f"it was not trained for {task}; choose the --task that it was trained for"
-        return load_weights(getattr(transformers, TASKS[task].auto_class), config, files, cure), task
+        loaded = load_weights(getattr(transformers, TASKS[task].auto_class), config, files, cure)
+        return (add_pooling(loaded, fetch, model, pooling) if task == SENTENCE_EMBEDDING else loaded), task
 
 
 def load_weights(loader: Any, config: Any, files: checkpoint.Checkpoint, cure: str) -> nn.Module:

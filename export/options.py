@@ -7,7 +7,7 @@ from typing import Any
 
 from lfx.checks import file_path, one_of, whole_number
 from lfx.errors import ExportError
-from lfx.signature import GLOBAL_MODES, PRECISIONS, TASKS
+from lfx.signature import GLOBAL_MODES, POOLINGS, PRECISIONS, SENTENCE_EMBEDDING, TASKS
 
 
 def check_choices(task: Any, precision: Any, global_attention: Any, inline_functions: Any, progress: Any) -> None:
@@ -22,6 +22,21 @@ def check_choices(task: Any, precision: Any, global_attention: Any, inline_funct
     if not isinstance(inline_functions, bool):
         raise ExportError(f"inline_functions is {type(inline_functions).__name__}; give True or False")
     check_progress(progress)
+
+
+def check_pooling(pooling: Any, task: str) -> None:
+    """Check the argument `pooling`, which is for sentence embeddings; None is none.
+
+    Raises:
+        ExportError: it is unknown, or the task is another.
+    """
+    if pooling is None:
+        return
+    one_of(pooling, "pooling", POOLINGS, ExportError)
+    if task not in ("auto", SENTENCE_EMBEDDING):
+        raise ExportError(
+            f"pooling {pooling!r} is for the task {SENTENCE_EMBEDDING}, not {task}; leave one of them out"
+        )
 
 
 def check_progress(progress: Any) -> None:

@@ -15,6 +15,8 @@ from transformers import activations
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError, InputError
+from lfx.export import pooling
+from lfx.export.pooling import LongformerForSentenceEmbedding
 from lfx.export.rewrite import attention_windows
 from lfx.export.torch_runners import GlobalTokensRunner, disturbed_runner, global_tokens_runner, torch_runner
 from lfx.parity import Case, OutputResult, pair_tolerance
@@ -23,8 +25,8 @@ from lfx.runtime.inputs import default_global
 from lfx.runtime.runner import model_inputs
 from lfx.signature import GRAPH_INPUTS, TASKS, Signature
 
-# The torch modules in transformers' Longformers. Each computes every token by itself.
-_TOKENWISE_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.Tanh, nn.ModuleList)
+# The torch modules in transformers' Longformers and behind a pooling. Each computes every token by itself.
+_TOKENWISE_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList, *pooling.ACTIVATIONS.values())
 _SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask", "unk")  # special tokens whose ids a config may have
 _LONG = 4096  # longest sequence, in tokens, that is tried
 _FEWEST_IDS = 8  # ids that are tried if the size of the vocabulary is not known
@@ -181,12 +183,17 @@ def _trial_ids(module: nn.Module, signature: Signature) -> Iterator[Int64]:
 
 
 def is_hugging_face(module: nn.Module) -> bool:
-    """Return whether a module is of one of transformers' task classes, whose default global tokens are known."""
+    """Return whether a module is of one of transformers' task classes, whose default global tokens are known.
+
+    A LongformerModel with the pooling of `lfx.export.pooling` is such a module too.
+    """
+    if type(module) is LongformerForSentenceEmbedding:
+        return is_hugging_face(module.longformer)
     return type(module).__module__ == hf.__name__ and type(module).__name__ in {t.architecture for t in TASKS.values()}
 
 
 def is_unchanged(module: nn.Module) -> bool:
-    """Return whether a module is of one of transformers' task classes, with no submodule replaced, patched or hooked.
+    """Return whether `is_hugging_face` holds, with no submodule replaced, patched or hooked.
 
     Such a model masks padding, and computes each sequence of a batch by itself.
     """
@@ -194,7 +201,8 @@ def is_unchanged(module: nn.Module) -> bool:
 
 
 def _is_original(part: nn.Module) -> bool:
-    known_class = type(part) in _TOKENWISE_MODULES or type(part).__module__ in (hf.__name__, activations.__name__)
+    known_modules = (hf.__name__, activations.__name__, pooling.__name__)
+    known_class = type(part) in _TOKENWISE_MODULES or type(part).__module__ in known_modules
     no_forward = type(part) is nn.ModuleList  # it defines none
     own_forward = (no_forward or type(part).forward.__module__ == type(part).__module__) and "forward" not in vars(part)
     return known_class and own_forward and not part._forward_hooks and not part._forward_pre_hooks

@@ -23,9 +23,11 @@ from lfx.manifest import Manifest, sha256
 from lfx.runtime import backends, forks
 from lfx.runtime.artifact import open_artifact
 from lfx.runtime.batching import TOKEN_BUDGET, batches
+from lfx.runtime.embedding import SENTENCE_OUTPUT, check_task, embedding_size, encode_texts
 from lfx.runtime.inputs import Batch, join, prepare
 from lfx.runtime.metrics import Metrics
 from lfx.runtime.plan import SUFFIX, PlanManifest
+from lfx.runtime.tokenizer import Tokenizer, text_folder
 from lfx.signature import QUANTIZED, Signature
 
 MAX_THREADS = 1024
@@ -88,6 +90,7 @@ class Engine:
         self.threads = threads
         self.metrics = Metrics()
         self._forked = False
+        self._tokenizer: Tokenizer | None = None
         self.manifest: Manifest | PlanManifest | None = None
         is_plan = model.suffix == SUFFIX and not model.is_dir()
         load = self._load_plan if is_plan else self._load_onnx
@@ -99,9 +102,10 @@ class Engine:
         if "input_ids" not in declared[0]:
             raise ArtifactError(f"{model} has no input input_ids; export it again")
         self.precision = precision or self.signature.precision
+        self._path = model.absolute()
         self._reopen = functools.partial(
             type(self),
-            model.absolute(),
+            self._path,
             backend,
             provider=provider,
             threads=threads,
@@ -175,6 +179,47 @@ class Engine:
             raise
         self.metrics.answered(time.perf_counter() - start)
         return outputs
+
+    def embed(
+        self,
+        texts: str | Iterable[str],
+        *,
+        prompt: str | None = None,
+        truncate: bool = False,
+        tokenizer: Tokenizer | None = None,
+    ) -> NDArray[np.float32]:
+        """Compute the sentence embeddings of texts, in batches of neighbouring lengths; see `token_budget`.
+
+        Args:
+            texts: one text, or any number of texts.
+            prompt: is put before each text; an empty string is none. Default: the default prompt of the checkpoint's
+                config_sentence_transformers.json, if it has one.
+            truncate: cut a text of more tokens than the model's maximum to its beginning; otherwise it is an error.
+            tokenizer: Default: the one in the bundle; for a plan the bundle is looked for beside it.
+        Returns:
+            (number of texts, dimensions) float32, in the order given. One text is a batch of one.
+        Raises:
+            InputError: the model has another task, `texts` holds something else than texts, a text is too long or
+                cannot be tokenized (the message has its index from 0), or the Engine is closed.
+            ArtifactError: there is no tokenizer, or it is broken.
+            LfxError: the Engine was made before a fork, or the backend failed.
+        """
+        start = time.perf_counter()
+        try:
+            self.check_usable()
+            check_task(self.signature)
+            if tokenizer is None:
+                tokenizer = self._tokenizer = self._tokenizer or Tokenizer(
+                    text_folder(self._path, self.manifest), self.signature
+                )
+            ids = encode_texts(texts, tokenizer, prompt=prompt, truncate=truncate)
+            size = embedding_size(self.signature)
+            rows = [outputs[SENTENCE_OUTPUT] for outputs in self.stream(ids)]
+        except BaseException:
+            self.metrics.failed()
+            raise
+        self.metrics.answered(time.perf_counter() - start)
+        return np.stack(rows) if rows else np.zeros((0, size), np.float32)
 
     async def run_async(self, ids: Any, attention_mask: Any = None, global_attention_mask: Any = None) -> Outputs:
         """`run` in a thread, for asyncio. For many concurrent requests see `lfx.runtime.Batcher`."""

@@ -19,8 +19,8 @@ class Snapshot:
     """The values of all counters at one moment.
 
     Attributes:
-        requests: number of answered calls of `Engine.run` and answered requests of a `Batcher`. Neither this nor
-            `failed` counts documents of `Engine.stream`; the counters below do.
+        requests: number of answered calls of `Engine.run` and `Engine.embed` and answered requests of a `Batcher`.
+            Neither this nor `failed` counts documents of `Engine.stream`; the counters below do.
         failed: number of calls and requests that raised an error.
         sequences: number of sequences that the backend computed.
         batches: number of batches that the backend computed.

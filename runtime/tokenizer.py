@@ -13,10 +13,11 @@ from typing import Any, overload
 
 from lfx.checks import file_path, parse_json, whole_number
 from lfx.errors import ArtifactError, InputError, LfxError, one_line
-from lfx.manifest import MANIFEST, Manifest
-from lfx.signature import TASKS, Signature
+from lfx.manifest import MANIFEST, Manifest, sha256
+from lfx.signature import SENTENCE_EMBEDDING, TASKS, Signature
 
 TOKENIZER, CONFIG, TOKENIZER_CONFIG = "tokenizer.json", "config.json", "tokenizer_config.json"
+PROMPTS = "config_sentence_transformers.json"
 END_TO_END = 0  # stride of windows without overlap: each begins at the end of the one before it
 MAX_FILE_BYTES = 1 << 29  # of a tokenizer or a config; the largest known tokenizers have a tenth of that
 
@@ -93,14 +94,16 @@ class Tokenizer:
         folder: a bundle that `lfx export` wrote, or another folder with a tokenizer.json.
         signature: of the model that takes the ids.
         unlisted: whether to read the files of a bundle even if its lfx.json does not list them. Default: False.
-        config_folder: folder of the config.json that has the labels. Default: `folder`.
+        config_folder: folder of the config.json that has the labels, and of config_sentence_transformers.json. Default:
+            `folder`.
     Attributes:
         folder, signature, config_folder: the arguments.
-        sha256: one digest of the files that decide ids and answers: tokenizer.json, config.json and
-            tokenizer_config.json.
+        prompt: is put before a text for sentence embeddings: the default prompt of sentence-transformers, or empty.
+        sha256: one digest of the files that decide ids and answers: tokenizer.json, config.json, tokenizer_config.json
+            and, for sentence embeddings, config_sentence_transformers.json.
     Raises:
         ArtifactError: the folder has no tokenizer, the tokenizer is broken, or a folder is a bundle with a file of
-            these three that its lfx.json does not list or that was changed after the export.
+            these that its lfx.json does not list or that was changed after the export.
         InputError: `signature` is no Signature.
     """
 
@@ -131,22 +134,28 @@ class Tokenizer:
         config = _read_listed(self.config_folder / CONFIG, unlisted=unlisted and config_folder is None)
         tokenizer_config = _read_listed(self.folder / TOKENIZER_CONFIG, unlisted=unlisted)
         self._tokenizer.encode_special_tokens = _splits_special_tokens(tokenizer_config, self.folder / TOKENIZER_CONFIG)
-        self.sha256 = _digest(data, config, tokenizer_config)
+        self.prompt, files = "", [data, config, tokenizer_config]
+        if signature.task == SENTENCE_EMBEDDING:
+            path = self.config_folder / PROMPTS
+            files.append(_read_listed(path, unlisted=unlisted and config_folder is None))
+            self.prompt = _default_prompt(files[-1], path)
+        self.sha256 = _digest(*files)
         self.signature = signature
 
-    def encode(self, text: str, pair: str | None = None) -> Encoded:
+    def encode(self, text: str, pair: str | None = None, *, prompt: str | None = None) -> Encoded:
         """Tokenize a text, or a pair of texts, with the model's special tokens.
 
         Args:
             text: any text; the question, for question-answering.
             pair: the second text, such as the document of a question. Default: none.
+            prompt: is put before the text. Default: the attribute `prompt`.
         Returns:
             The ids and pieces, 1 to max_seqlen tokens; a longer text is an error and is never truncated.
         Raises:
             InputError: an argument is no text, the tokenizer fails on it or has no tokens for it, it has more tokens
                 than the model takes, or more than 5,000,000 characters.
         """
-        encoded = self._tokenize(text, pair)
+        encoded = self._tokenize(text, pair, prompt)
         limit = self.signature.max_seqlen
         if limit is not None and len(encoded.ids) > limit:
             raise InputError(
@@ -155,7 +164,7 @@ class Tokenizer:
             )
         return encoded
 
-    def windows(self, text: str, pair: str | None, stride: int) -> Sequence[Encoded]:
+    def windows(self, text: str, pair: str | None, stride: int, *, prompt: str | None = None) -> Sequence[Encoded]:
         """Tokenize a text of any length into windows of at most max_seqlen tokens.
 
         Args:
@@ -163,6 +172,8 @@ class Tokenizer:
             pair: the document of a question. Every window then begins with the question.
             stride: number of tokens from the start of a window to the start of the next, 1 or more; END_TO_END for
                 windows without overlap.
+            prompt: is put before the document, so that the first window begins with it. Default: the attribute
+                `prompt`.
         Returns:
             The windows in order, one for a short text. They are slices of one encoding, each made when it is indexed.
         Raises:
@@ -170,7 +181,7 @@ class Tokenizer:
                 document, or `encode` refuses the text for another reason than its length.
         """
         stride = whole_number(stride, "stride", END_TO_END)
-        encoded = self._tokenize(text, pair)
+        encoded = self._tokenize(text, pair, prompt)
         limit = self.signature.max_seqlen
         if limit is None or len(encoded.ids) <= limit:
             return [encoded]
@@ -189,9 +200,12 @@ class Tokenizer:
             )
         return Windows(encoded, size, stride)
 
-    def _tokenize(self, text: str, pair: str | None) -> Encoded:
+    def _tokenize(self, text: str, pair: str | None, prompt: str | None) -> Encoded:
         """Tokenize a text of any length."""
         _check_text(text, pair)
+        if prompt := self.prompt if prompt is None else prompt:
+            text = f"{prompt}{text}"
+            _check_text(text, pair)
         with failing(InputError, "the tokenizer fails on this text", "use the tokenizer that belongs to this model"):
             encoding = self._tokenizer.encode(text, pair)
             ids, pieces, sequences = list(encoding.ids), list(encoding.tokens), list(encoding.sequence_ids)
@@ -319,6 +333,44 @@ def _splits_special_tokens(data: bytes | None, path: Path) -> bool:
             f"{path}: split_special_tokens must be true, false or null; correct it, or export the model again"
         )
     return bool(split)
+
+
+def _default_prompt(data: bytes | None, path: Path) -> str:
+    """The prompt that sentence-transformers puts before a text by default; empty if there is none."""
+    settings = json_object(data, path)
+    name, prompts = settings.get("default_prompt_name"), settings.get("prompts") or {}
+    if name is None:
+        return ""
+    prompt = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
+    if not isinstance(prompt, str) or not is_utf8(prompt):
+        raise ArtifactError(f"{path}: default_prompt_name names no prompt; correct it, or export the model again")
+    return prompt
+
+
+def text_folder(model: Path, manifest: Any) -> Path:
+    """Return the folder of the tokenizer: the bundle, or for a plan the bundle of that name in the plan's folder.
+
+    If there is no such bundle, the folder of the plan or the .onnx file is returned.
+
+    Args:
+        model: the bundle, the .onnx file or the plan. manifest: of an Engine that opened it.
+    Raises:
+        ArtifactError: the bundle of that name is not the one that the plan was built from.
+    """
+    if model.is_dir():
+        return model
+    recorded = getattr(manifest, "bundle", None)
+    if not recorded:
+        return model.parent
+    bundle = file_path(model.parent / Path(str(recorded.get("name", ""))).name, "the bundle that the plan names")
+    if not bundle.is_dir():
+        return model.parent
+    if not (bundle / MANIFEST).is_file() or sha256(bundle / MANIFEST) != recorded["sha256"]:
+        raise ArtifactError(
+            f"{bundle} is not the bundle that {model} was built from, so its tokenizer and labels may be others; build "
+            "the plan again, or move it to another folder and give --tokenizer"
+        )
+    return bundle
 
 
 def _digest(*files: bytes | None) -> str:

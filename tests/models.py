@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 import transformers
 from transformers import LongformerConfig
 
-from lfx.signature import TASKS
+from lfx.export.pooling import LongformerForSentenceEmbedding, Normalize
+from lfx.signature import SENTENCE_EMBEDDING, TASKS
 
 VOCAB_SIZE = 99
 WINDOW = 8  # one-sided, of the widest layer
@@ -33,6 +35,8 @@ def tiny_config(**changes: Any) -> LongformerConfig:
 
 def tiny_model(task: str = "feature-extraction", seed: int = 0, **changes: Any) -> Any:
     """A random model of a task's architecture, every parameter drawn (fresh biases would be zeros), in eval mode."""
+    if task == SENTENCE_EMBEDDING:
+        return LongformerForSentenceEmbedding(tiny_model(seed=seed, **changes), ["mean"], [Normalize()]).eval()
     torch.manual_seed(seed)
     model = getattr(transformers, TASKS[task].architecture)(tiny_config(**changes)).eval()
     with torch.no_grad():
@@ -43,8 +47,27 @@ def tiny_model(task: str = "feature-extraction", seed: int = 0, **changes: Any) 
 
 
 def save_tiny_checkpoint(folder: Path, task: str = "feature-extraction", **changes: Any) -> Path:
-    """A checkpoint as `save_pretrained` writes it, without tokenizer."""
+    """A checkpoint as `save_pretrained` writes it, without tokenizer; sentence embeddings are normalized means."""
+    if task == SENTENCE_EMBEDDING:
+        return make_sentence_folder(save_tiny_checkpoint(folder, **changes), {"pooling_mode": "mean"}, Normalize={})
     tiny_model(task, **changes).save_pretrained(folder)
+    return folder
+
+
+def make_sentence_folder(folder: Path, pooling: dict[str, Any], **modules: dict[str, Any]) -> Path:
+    """Make a folder of sentence-transformers of a checkpoint: a Pooling, and modules by class, with their settings."""
+    settings = {"Pooling": {"embedding_dimension": 32, **pooling}, **modules}
+    paths = {name: f"{i}_{name}" for i, name in enumerate(settings, 1)}
+    for name, path in paths.items():
+        (folder / path).mkdir()
+        (folder / path / "config.json").write_text(json.dumps(settings[name]))
+    entries = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for i, (name, path) in enumerate({"Transformer": "", **paths}.items())
+    ]
+    (folder / "modules.json").write_text(json.dumps(entries))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": None, "do_lower_case": False}))
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {}}))
     return folder
 
 

@@ -104,9 +104,10 @@ def quantize(
             scratch / MODEL, made / MODEL, windows[::2], layers, activations=activations, full_range=full_range
         )
         scales = finalize_quantized(made / MODEL, signature, layers)
-        for path in folder.iterdir():
-            if path.is_file() and path.name in manifest.files and not path.name.startswith(MODEL):
-                shutil.copyfile(path, made / path.name)
+        for name in manifest.files:
+            if not name.startswith(MODEL):
+                (made / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(folder / name, made / name)
         drop_code(made)
         report = measure_accuracy(folder, made / MODEL, windows[1::2], signature, progress)
         report.require()

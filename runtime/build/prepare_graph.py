@@ -16,7 +16,7 @@ from lfx.errors import ArtifactError, BuildError, one_line
 from lfx.manifest import Manifest
 from lfx.runtime.build.from_integers import nodes_from_integers
 from lfx.runtime.plugin import HEAD_SIZE_MULTIPLE, NAMESPACE, VERSION
-from lfx.signature import GLOBAL_ROWS, GLOBAL_SLOTS, Signature
+from lfx.signature import GLOBAL_ROWS, GLOBAL_SLOTS, IN_FLOAT32, Signature
 
 DOMAIN = "lfx"
 DTYPES: dict[str, tuple[ir.DataType, Any]] = {
@@ -136,14 +136,16 @@ def convert(model: ir.Model, precision: str) -> None:
     """Convert a float32 graph in place to a strongly typed float16 or bfloat16 graph.
 
     Weights, constants and activations change their dtype; outputs stay float32, and so does what is computed from
-    integers and constants alone, such as sines of positions, until it meets a converted value. LayerNormalization still
-    reduces in float32, by its stash_type, and so does the softmax of the attention ops.
+    integers and constants alone, such as sines of positions, until it meets a converted value, and the pooling of
+    sentence embeddings. LayerNormalization still reduces in float32, by its stash_type, and so does the softmax of the
+    attention ops.
 
     Raises:
         BuildError: a weight is above the largest finite value of the dtype.
     """
     dtype, numpy_dtype = DTYPES[precision]
-    in_float32 = nodes_from_integers(model)
+    pooling = {node for node in model.graph if str(node.name).endswith(IN_FLOAT32)}
+    in_float32 = nodes_from_integers(model) | pooling
     kept = _keep_constants(model, in_float32, precision)
     kept |= {output for node in in_float32 for output in node.outputs}
     _convert_weights(model, kept, precision)
@@ -163,6 +165,7 @@ def convert(model: ir.Model, precision: str) -> None:
             value.dtype = dtype
     for node in in_float32:
         _cast_results(model, node, in_float32, dtype)
+    _cast_inputs(model, pooling, dtype)
     for i, output in enumerate(list(model.graph.outputs)):
         if output in outputs and output.dtype == dtype:
             model.graph.outputs[i] = _cast_to_float(model, output)
@@ -219,6 +222,21 @@ def _cast_results(model: ir.Model, node: ir.Node, in_float32: set[ir.Node], dtyp
             reader.replace_input_with(index, cast.outputs[0])
         if ends:
             graph.outputs[:] = [cast.outputs[0] if output is value else output for output in graph.outputs]
+
+
+def _cast_inputs(model: ir.Model, nodes: set[ir.Node], dtype: ir.DataType) -> None:
+    """Cast the values of `dtype` that nodes in float32 read, each once, where it is computed."""
+    values = {value for node in nodes for value in node.inputs if value is not None and value.dtype == dtype}
+    for value in values:
+        producer = value.producer()
+        assert producer is not None  # a constant is in float32 already
+        cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(ir.DataType.FLOAT))], name=f"{value.name}/Cast")
+        cast.outputs[0].name, cast.outputs[0].dtype = f"{value.name}/{ir.DataType.FLOAT}", ir.DataType.FLOAT
+        cast.outputs[0].shape = value.shape
+        model.graph.insert_after(producer, cast)
+        for reader, index in list(value.uses()):
+            if reader in nodes:
+                reader.replace_input_with(index, cast.outputs[0])
 
 
 def _value_of(node: ir.Node) -> np.ndarray | None:

@@ -13,8 +13,10 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 QUANTIZED = "int8"  # precision of a bundle that `lfx quantize` made from an fp32 bundle
 OPSETS = (17, 23)
 GLOBAL_MODES = ("mask", "first", "none")
-# Suffixes by which `runtime.build.prepare_graph` finds two types of nodes that `export.graph` wrote.
-GLOBAL_SLOTS, GLOBAL_ROWS = "#global_slots", "#global_rows"
+SENTENCE_EMBEDDING = "sentence-embedding"  # the task, whose output is sentence_embedding
+POOLINGS = ("mean", "cls", "max", "weightedmean", "mean_sqrt_len_tokens", "lasttoken")  # names of sentence-transformers
+# Suffixes by which `runtime.build.prepare_graph` finds three types of nodes that `export.graph` wrote.
+GLOBAL_SLOTS, GLOBAL_ROWS, IN_FLOAT32 = "#global_slots", "#global_rows", "#float32"
 GRAPH_INPUTS = ("input_ids", "attention_mask", "global_attention_mask")
 _TENSORS = [{"name": str, "dtype": str, "shape": [(int, str)]}]
 # The fields of a signature in JSON; see `lfx.checks.check_shape`.
@@ -41,11 +43,11 @@ _SIGNATURE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Task:
-    """One of Hugging Face's tasks.
+    """One of Hugging Face's tasks, or the sentence embeddings of sentence-transformers.
 
     Attributes:
-        auto_class: the transformers class that loads a model of this task.
-        architecture: the class name in a checkpoint's config.
+        auto_class: the transformers class that loads a model of this task, for sentence embeddings its encoder.
+        architecture: the class name in a checkpoint's config; for sentence embeddings a class of `lfx.export.pooling`.
         default_global: the tokens that attend globally when the caller gives no global_attention_mask, by Hugging
             Face's rule: "none", "first" (the first token), "question" (tokens before the first separator) or
             "after_question" (tokens after the second separator).
@@ -71,6 +73,7 @@ TASKS: dict[str, Task] = {
     "multiple-choice": Task(
         "AutoModelForMultipleChoice", "LongformerForMultipleChoice", "after_question", needs_pair=True, has_choices=True
     ),
+    SENTENCE_EMBEDDING: Task("AutoModel", "LongformerForSentenceEmbedding", "none"),
 }
 
 

@@ -9,7 +9,7 @@ import click
 from lfx.cli.options import MOST_TOKENS, Command, FilledText, OutputPath
 from lfx.cli.terminal import echo, echo_json, progress
 from lfx.manifest import Manifest
-from lfx.signature import GLOBAL_MODES, OPSETS, PRECISIONS, TASKS
+from lfx.signature import GLOBAL_MODES, OPSETS, POOLINGS, PRECISIONS, TASKS
 
 
 @click.command("export", cls=Command)
@@ -45,6 +45,16 @@ from lfx.signature import GLOBAL_MODES, OPSETS, PRECISIONS, TASKS
     help="Read global tokens from a graph input, fix the first token of each row, or leave global attention out.",
 )
 @click.option(
+    "--pooling",
+    type=click.Choice(POOLINGS),
+    help="Export sentence embeddings, pooled like this.  [default: the pooling of a sentence-transformers folder]",
+)
+@click.option(
+    "--max-seqlen",
+    type=click.IntRange(1, MOST_TOKENS),
+    help="Set the longest sequence in tokens.  [default: the largest that the checkpoint allows]",
+)
+@click.option(
     "--max-global",
     type=click.IntRange(1, MOST_TOKENS),
     help="Fix the number of global slots.  [default: the largest number of global tokens in the batch]",
@@ -58,6 +68,8 @@ def command(
     output: Path | None,
     precision: str,
     global_attention: str,
+    pooling: str | None,
+    max_seqlen: int | None,
     max_global: int | None,
     inline_functions: bool,
     as_json: bool,
@@ -74,6 +86,8 @@ def command(
             opset=opset,
             precision=precision,
             global_attention=global_attention,
+            pooling=pooling,
+            max_seqlen=max_seqlen,
             max_global=max_global,
             inline_functions=inline_functions,
             progress=step,

@@ -14,9 +14,8 @@ from lfx.checks import file_path, output_file
 from lfx.cli.engine import engine_options
 from lfx.cli.options import MOST_TOKENS, Command, FilePath, OutputPath
 from lfx.cli.terminal import echo, echo_json, progress, table
-from lfx.errors import ArtifactError, InputError
+from lfx.errors import InputError
 from lfx.files import replacing, why_unwritten
-from lfx.manifest import MANIFEST, sha256
 from lfx.signature import TASKS
 
 if TYPE_CHECKING:
@@ -183,10 +182,10 @@ def run_documents(
         InputError: documents were refused; raised after the others are done.
     """
     from lfx.runtime import documents
-    from lfx.runtime.tokenizer import TOKENIZER
+    from lfx.runtime.tokenizer import TOKENIZER, text_folder
 
     reader = None
-    if tokenizer or (_text_folder(model, engine) / TOKENIZER).exists():
+    if tokenizer or (text_folder(model, engine.manifest) / TOKENIZER).exists():
         reader = _open_tokenizer(model, engine, tokenizer)
     start = time.perf_counter()
     try:
@@ -217,38 +216,14 @@ def run_documents(
 
 def _open_tokenizer(model: Path, engine: Engine, asked: Path | None) -> Tokenizer:
     """Return the tokenizer of the folder `asked`, else of the model; labels are those of the model's config, if any."""
-    from lfx.runtime.tokenizer import CONFIG, Tokenizer
+    from lfx.runtime.tokenizer import CONFIG, Tokenizer, text_folder
 
-    folder = _text_folder(model, engine)
+    folder = text_folder(model, engine.manifest)
     if asked is None:
         return Tokenizer(folder, engine.signature)
     has_config = (folder / CONFIG).exists() and folder.resolve() != asked.resolve()
     config_folder = folder if has_config else None
     return Tokenizer(asked, engine.signature, unlisted=True, config_folder=config_folder)
-
-
-def _text_folder(model: Path, engine: Engine) -> Path:
-    """Return the folder of the tokenizer: the bundle, or for a plan the bundle of that name in the plan's folder.
-
-    If there is no such bundle, the folder of the plan or the .onnx file is returned.
-
-    Raises:
-        ArtifactError: the bundle of that name is not the one that the plan was built from.
-    """
-    if model.is_dir():
-        return model
-    recorded = getattr(engine.manifest, "bundle", None)
-    if not recorded:
-        return model.parent
-    bundle = file_path(model.parent / Path(str(recorded.get("name", ""))).name, "the bundle that the plan names")
-    if not bundle.is_dir():
-        return model.parent
-    if not (bundle / MANIFEST).is_file() or sha256(bundle / MANIFEST) != recorded["sha256"]:
-        raise ArtifactError(
-            f"{bundle} is not the bundle that {model} was built from, so its tokenizer and labels may be others; build "
-            "the plan again, or move it to another folder and give --tokenizer"
-        )
-    return bundle
 
 
 def _pair_help(choices: bool) -> str:

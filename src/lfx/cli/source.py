@@ -56,7 +56,8 @@ def load_checkpoint(source: str, task: str, recorded: Mapping[str, Any] | None, 
     from lfx.export.load import load, weights_sha256
 
     step("loading the checkpoint")
-    module, _ = load(source, task)
+    pooling = recorded.get("pooling") if recorded is not None else None
+    module, _ = load(source, task, pooling)
     if recorded is not None and weights_sha256(module) != recorded.get("sha256"):
         raise ArtifactError(
             f"{source} has other weights than the bundle was made from (sha256 differs); "
