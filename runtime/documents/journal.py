@@ -32,8 +32,9 @@ class Journal:
 
     Args:
         output: path of the output file.
-        header: all that decides the rows, as JSON types; its first key is "journal". A journal with the same header is resumed after its last
-            complete chunk; one with another header and complete chunks is refused; any other content is dropped.
+        header: all that decides the rows, as JSON types; its first key is "journal". A journal with the same header is
+            resumed after its last complete chunk; one with another header and complete chunks is refused; any other
+            content is dropped.
         chunk: largest number of documents of a chunk.
     Attributes:
         path: of the journal.
