@@ -149,10 +149,10 @@ class Handler(BaseHTTPRequestHandler):
         outputs = server.batcher.submit(encoded.ids).result()
         return {"tokens": len(encoded.ids), "answers": server.postprocessor.answers(encoded, outputs)}
 
-    def _reply(self, status: int, body: str, kind: str = "application/json") -> None:
+    def _reply(self, status: int, body: str, content_type: str = "application/json") -> None:
         data = body.encode()
         self.send_response(status)
-        self.send_header("Content-Type", kind)
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(data)))
         if status == 503:
             self.send_header("Retry-After", "1")

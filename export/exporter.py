@@ -191,7 +191,7 @@ def _target(model: str | nn.Module, output: str | Path | None) -> Path:
     if output is not None:
         return file_path(output, "output", ExportError)
     if isinstance(model, nn.Module):
-        raise ExportError("a module has no name to write to; give export(..., output=FOLDER)")
+        raise ExportError("a module has no name for the output folder; give export(..., output=FOLDER)")
     name = Path(model).resolve().name if Path(model).is_dir() else model.rstrip("/").rpartition("/")[2]
     target = Path(name)
     is_checkpoint = Path(model).is_dir() and target.resolve() == Path(model).resolve()

@@ -82,7 +82,7 @@ def _with_mask(ids: Int64) -> dict[str, Int64]:
 
 
 def _same_globals(layers: list[NDArray[np.bool_]], mask: Int64) -> bool:
-    """Return whether all attention layers got the global tokens of a mask; transformers pads to a window's multiple."""
+    """Return whether every attention layer got exactly the global tokens of a mask, and none in its padding."""
     rows = mask.reshape(-1, mask.shape[-1]) == 1
     return all(
         len(layer) == len(rows)

@@ -240,7 +240,7 @@ def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     def parameter(original: nn.Parameter) -> nn.Parameter:
         if id(original) not in parameters:
             same = not original.is_floating_point() or original.dtype == dtype
-            if original.is_inference():  # torch.export takes none
+            if original.is_inference():  # torch.export does not accept inference tensors
                 parameters[id(original)] = nn.Parameter(convert(original).clone(), requires_grad=False)
             else:
                 parameters[id(original)] = original if same else nn.Parameter(convert(original), requires_grad=False)
@@ -256,7 +256,7 @@ def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             made.__dict__[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
         made.__dict__["training"] = False
         if "chunk_size_feed_forward" in made.__dict__:
-            made.__dict__["chunk_size_feed_forward"] = 0  # chunks need a length that is a multiple
+            made.__dict__["chunk_size_feed_forward"] = 0  # chunking needs a length that is a multiple of the chunk size
         for name, weight in original._parameters.items():
             made._parameters[name] = None if weight is None else parameter(weight)
         for name, buffer in original._buffers.items():

@@ -24,7 +24,7 @@ class Batch:
 
     Attributes:
         feeds: input name -> (batch, seqlen) int64, for multiple choice (batch, choices, seqlen); padded on the right.
-        lengths: of the sequences, in tokens; None if all have one length, so that nothing was padded.
+        lengths: number of tokens of each sequence; None if all have one length, so that nothing was padded.
     """
 
     feeds: dict[str, Int64]

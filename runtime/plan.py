@@ -43,12 +43,12 @@ class PlanManifest:
     """The content of `MODEL.plan.json`.
 
     Attributes:
-        signature: of the plan; its precision, max_seqlen and max_global may differ from the bundle's.
+        signature: the plan's signature; its precision, max_seqlen and max_global may differ from the bundle's.
         flavor: "tensorrt" or "tensorrt-rtx".
-        tensorrt_version: of the library that built the plan.
+        tensorrt_version: version of the library that built the plan.
         target: compute capability that the plan was built for, such as "sm89".
         profiles: one or more optimization profiles, by their index in the plan.
-        plugin_version: of the lfx plugin; None if the plan does not use it.
+        plugin_version: version of the lfx plugin; None if the plan does not use it.
         attention_nodes: number of attention nodes of the ONNX graph.
         plugin_layers: number of these that are plugin layers of the plan.
         bundle: {"name", "sha256" of its lfx.json}.
@@ -106,7 +106,7 @@ class PlanManifest:
         """Parse the bytes of a plan's JSON.
 
         Args:
-            path: of the JSON file, for messages.
+            path: path of the JSON file, for messages.
         Raises:
             ArtifactError: the JSON is truncated, changed or of another format.
         """

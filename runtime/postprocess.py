@@ -20,7 +20,8 @@ class Postprocessor:
     Thread-safe.
 
     Args:
-        tokenizer: of the bundle. config.json and tokenizer_config.json are read from its folder, if they exist.
+        tokenizer: the bundle's tokenizer. config.json and tokenizer_config.json are read from its folder if they
+            exist.
     Raises:
         ArtifactError: one of these files is broken.
         InputError: `tokenizer` is no Tokenizer.
@@ -40,7 +41,7 @@ class Postprocessor:
         """The name of a class, from the checkpoint's config.
 
         Args:
-            index: of the class, 0 or more.
+            index: index of the class, 0 or more.
         Returns:
             The name, or LABEL_<index> if the config has none.
         Raises:

@@ -120,7 +120,7 @@ def check_signature(content: bytes, manifest: Path, key: str | Path, path: Path)
         content: the signed bytes.
         manifest: path of the file that they were read from, for messages.
         key: as for `verify`.
-        path: of the signature.
+        path: path of the signature.
     Returns:
         The key's id and the trusted comment.
     Raises:

@@ -28,7 +28,7 @@ class Encoded:
     """A tokenized text.
 
     Attributes:
-        ids: of the tokens, special tokens included.
+        ids: ids of the tokens, special tokens included.
         pieces: the vocabulary entry of each token.
     """
 
@@ -75,7 +75,7 @@ class Tokenizer:
 
     Args:
         folder: a bundle that `lfx export` wrote, or another folder with a tokenizer.json.
-        signature: of the model that takes the ids.
+        signature: signature of the model that takes the ids.
         unlisted: whether to read the files of a bundle even if its lfx.json does not list them. Default: False.
     Attributes:
         folder, signature: the arguments.
@@ -216,8 +216,8 @@ def _refuse_unlisted(folder: Path) -> None:
     for name in (TOKENIZER, CONFIG, TOKENIZER_CONFIG):
         if name not in listed and os.path.lexists(folder / name):
             raise ArtifactError(
-                f"{folder / name} is not listed in {MANIFEST}, so nothing says what it is; remove it, or name the "
-                "folder with --tokenizer"
+                f"{folder / name} is not listed in {MANIFEST}, so its content cannot be checked; remove it, or "
+                "name the folder with --tokenizer"
             )
 
 
@@ -265,7 +265,7 @@ def json_object(data: bytes | None, path: Path) -> dict[str, Any]:
 
     Args:
         data: content of the file, or None.
-        path: of the file, for messages.
+        path: path of the file, for messages.
     Raises:
         ArtifactError: the file holds no JSON object.
     """

@@ -16,10 +16,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 
 def test_every_table_is_what_the_records_say() -> None:
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "tables.py"), "--check"], capture_output=True, text=True, check=False
     )
-    assert found.returncode == 0, found.stdout
+    assert done.returncode == 0, done.stdout
 
 
 def test_every_command_and_option_is_on_the_page_of_commands() -> None:

@@ -72,17 +72,17 @@ def test_many_at_once_get_their_own_answers(address: str, bundle: MakeBundle) ->
     words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
     texts = [" ".join(words[i % 9 :] + words * (i % 3)) for i in range(24)]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda text: post(address, json.dumps({"text": text}).encode()), texts))
+        replies = list(pool.map(lambda text: post(address, json.dumps({"text": text}).encode()), texts))
     folder = bundle("text-classification")
     with Engine(folder) as engine:
         reader = Tokenizer(folder, engine.signature)
-        for text, (status, reply) in zip(texts, found, strict=True):
+        for text, (status, reply) in zip(texts, replies, strict=True):
             encoded = reader.encode(text)
-            right = Postprocessor(reader).answers(encoded, engine.run(encoded.ids))  # type: ignore[arg-type]
+            expected = Postprocessor(reader).answers(encoded, engine.run(encoded.ids))  # type: ignore[arg-type]
             assert status == 200
             assert reply["tokens"] == len(encoded.ids)
-            assert [a["label"] for a in reply["answers"]] == [a["label"] for a in right]
-            assert np.allclose([a["score"] for a in reply["answers"]], [a["score"] for a in right], atol=1e-5)
+            assert [a["label"] for a in reply["answers"]] == [a["label"] for a in expected]
+            assert np.allclose([a["score"] for a in reply["answers"]], [a["score"] for a in expected], atol=1e-5)
 
 
 @pytest.mark.parametrize("length", ["-1", "abc", "99999999999", "9" * 5000])
@@ -160,8 +160,8 @@ def test_texts_are_tokenized_one_at_a_time(bundle: MakeBundle, monkeypatch: pyte
 
     monkeypatch.setattr(Tokenizer, "encode", alone)
     with running(bundle("text-classification")) as server, ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: post(address_of(server), b'{"text": "the quick fox"}'), range(40)))
-    assert {status for status, _ in found} == {200}
+        replies = list(pool.map(lambda _: post(address_of(server), b'{"text": "the quick fox"}'), range(40)))
+    assert {status for status, _ in replies} == {200}
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /run HT", b"POST /run HTTP/1.0\r\nContent-Length: 50\r\n\r\n{"])

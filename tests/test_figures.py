@@ -58,12 +58,12 @@ def test_drawn_blocks_hold_each_query_once_and_the_keys_that_it_sees() -> None:
 
 @pytest.mark.parametrize(("seqlen", "window"), [(8, 2), (12, 2), (96, 16)])
 def test_hugging_faces_chunks_are_those_of_chunk_and_their_scores_are_the_band(seqlen: int, window: int) -> None:
-    found = figures.hugging_face(seqlen, window)
+    drawn = figures.hugging_face(seqlen, window)
     chunks = LongformerSelfAttention._chunk(torch.arange(seqlen).reshape(1, seqlen, 1), window)[0, :, :, 0]
     for name in ("queries", "keys"):
-        np.testing.assert_array_equal(found[name], chunks)
+        np.testing.assert_array_equal(drawn[name], chunks)
     defined = set(zip(*np.nonzero(_defined(figures.op_inputs(seqlen), window=window)), strict=True))
-    pairs = found["band"]
+    pairs = drawn["band"]
     assert {tuple(pair) for pair in pairs.reshape(-1, 2) if pair[0] >= 0} == defined
     assert defined <= {(q, k) for qs, ks in zip(chunks.tolist(), chunks.tolist(), strict=True) for q in qs for k in ks}
     rows, columns = np.nonzero(pairs[..., 0] >= 0)

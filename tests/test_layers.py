@@ -15,15 +15,15 @@ LAYERS = ("core", "runtime", "export", "cli")
 
 def modules() -> dict[str, Path]:
     """Dotted name -> file, of all modules of the package; the two links are followed."""
-    found = {}
+    files = {}
     folders = [SOURCE]
     while folders:
         folder = folders.pop()
         folders += [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(("_", "."))]
         for path in folder.glob("*.py"):
             parts = ("lfx", *path.relative_to(SOURCE).with_suffix("").parts)
-            found[".".join(parts).removesuffix(".__init__")] = path
-    return found
+            files[".".join(parts).removesuffix(".__init__")] = path
+    return files
 
 
 MODULES = modules()

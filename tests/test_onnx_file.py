@@ -51,8 +51,8 @@ def model_with_weights_everywhere() -> onnx.ModelProto:
 def test_weights_are_found_in_all_fields_that_can_have_them(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(model_with_weights_everywhere().SerializeToString())
-    places = ("graph", "branch", "constant", "list", "values", "indices", "function", "default", "training")
-    assert read_header(path) == Header("größe", frozenset(f"{place}.bin" for place in places))
+    locations = ("graph", "branch", "constant", "list", "values", "indices", "function", "default", "training")
+    assert read_header(path) == Header("größe", frozenset(f"{location}.bin" for location in locations))
 
 
 @pytest.mark.parametrize("options", [{}, {"inline_functions": True}, {"precision": "fp16"}], ids=str)

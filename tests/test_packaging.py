@@ -114,12 +114,12 @@ def test_every_package_that_the_makefile_names_is_in_the_lock() -> None:
 
 
 def test_the_lock_has_pytorchs_cpu_build_for_linux() -> None:
-    found = {str(pin.marker): (str(pin.specifier), hashes) for pin, hashes in lock_entries() if pin.name == "torch"}
-    assert found['sys_platform == "linux"'] == (
+    pins = {str(pin.marker): (str(pin.specifier), hashes) for pin, hashes in lock_entries() if pin.name == "torch"}
+    assert pins['sys_platform == "linux"'] == (
         f"=={lock.TORCH_VERSION}+cpu",
         [f"sha256:{digest}" for digest in lock.TORCH_CPU.values()],
     )
-    assert found['sys_platform != "linux"'][0] == f"=={lock.TORCH_VERSION}"
+    assert pins['sys_platform != "linux"'][0] == f"=={lock.TORCH_VERSION}"
     assert not {"triton", "nvidia-cublas", "nvidia-cudnn-cu13"} & {pin.name for pin, _ in lock_entries()}
 
 
@@ -143,16 +143,16 @@ def test_make_says_where_it_cannot_install(pretence: str, message: str, tmp_path
     code = f"import platform, sys; platform.system = lambda: 'Linux'; {pretence}; exec(sys.argv[2])"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
     python.chmod(0o755)
-    found = subprocess.run(["make", "lock", f"PYTHON={python}"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode != 0
-    assert found.stderr.startswith(message)
+    done = subprocess.run(["make", "lock", f"PYTHON={python}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.startswith(message)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_says_that_there_is_no_such_python() -> None:
-    found = subprocess.run(["make", "lock", "PYTHON=no-python"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode != 0
-    assert found.stderr.startswith("no-python was not found; try: make PYTHON=python3.11")
+    done = subprocess.run(["make", "lock", "PYTHON=no-python"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.startswith("no-python was not found; try: make PYTHON=python3.11")
 
 
 @pytest.mark.parametrize("name", ["test", "release"])
@@ -202,8 +202,8 @@ def test_a_wheel_without_the_plugin_is_pure_python_and_has_both_linked_folders(c
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.iterdir()
     assert wheel.name.endswith("-py3-none-any.whl")
-    with zipfile.ZipFile(wheel) as found:
-        assert {"lfx/cli/__init__.py", "lfx/export/exporter.py", "lfx/runtime/engine.py"} <= set(found.namelist())
+    with zipfile.ZipFile(wheel) as archive:
+        assert {"lfx/cli/__init__.py", "lfx/export/exporter.py", "lfx/runtime/engine.py"} <= set(archive.namelist())
 
 
 @pytest.mark.parametrize("name", ["export", "runtime"])

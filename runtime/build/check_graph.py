@@ -73,7 +73,7 @@ def check_conversion(
 
 
 def _exported_error(manifest: Manifest, output: str) -> float:
-    """The error of an output that was measured at export; see `check_conversion`."""
+    """The error that the export measured for an output; see `check_conversion`."""
     try:
         if manifest.quantization:
             return float(manifest.quantization["accuracy"]["outputs"][output]["unfused_max_abs_error"])

@@ -34,7 +34,7 @@ def prepare_graph(
 
     Args:
         source: the bundle's ONNX file. target: of the prepared graph; its weights are written beside it.
-        manifest: of the bundle. signature: of the plan.
+        manifest: the bundle's manifest. signature: the plan's signature.
         slots: number of global slots.
         plugin: whether attention nodes become plugin layers; otherwise their function bodies are inlined.
     Returns:

@@ -35,7 +35,7 @@ class Journal:
             complete chunk; any other journal is emptied.
         chunk: largest number of documents of a chunk.
     Attributes:
-        path: of the journal.
+        path: path of the journal.
         documents: number of documents in complete chunks.
         refused: number of these that were refused.
     Raises:

@@ -121,7 +121,7 @@ class Manifest:
         """Parse the bytes of a manifest.
 
         Args:
-            path: of the manifest, for messages.
+            path: path of the manifest, for messages.
         Raises:
             ArtifactError: the manifest is truncated, changed or of another format.
         """
@@ -228,7 +228,7 @@ def parse_sealed(
     """Parse a JSON object written with `sealed` that holds a signature and the fields of `shape`.
 
     Args:
-        path: of the file, for messages.
+        path: path of the file, for messages.
         version: name of the field of the format version, and the version that this lfx reads.
         shape: types of the fields; see `lfx.checks.check_shape`.
         cure: what to do about a broken file; the end of the message.

@@ -83,7 +83,7 @@ class Signature:
         architecture: class name of the PyTorch model.
         task: a key of `TASKS`.
         precision: "fp32", "fp16", "bf16" or "int8".
-        inputs, outputs: of the graph, in its order.
+        inputs, outputs: inputs and outputs of the graph, in its order.
         attention_windows: one-sided window of each layer, in tokens.
         default_global: global tokens when the caller gives no global_attention_mask: see `Task`, or "required": the
             caller must give the mask, since the model follows a rule that lfx does not know.

@@ -50,7 +50,7 @@ def same(module: nn.Module, folder: Path, ids: torch.Tensor = IDS, **masks: torc
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_branch_on_the_shape_is_refused(axis: int, tmp_path: Path) -> None:
     module = Wrapped(lambda x, ids: x * 2 if ids.shape[axis] > 100 else x).eval()
-    with pytest.raises(ExportError, match=r"takes another path outside (batch|sequence) \d+ to 100"):
+    with pytest.raises(ExportError, match=r"takes another branch outside (batch|sequence) \d+ to 100"):
         export(module, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -67,7 +67,7 @@ BRANCHES: dict[str, Callable[[Any], bool]] = {
 @pytest.mark.parametrize("where", BRANCHES)
 def test_a_branch_on_some_sizes_is_refused(where: str, tmp_path: Path) -> None:
     module = Wrapped(lambda x, ids: x * 2 if BRANCHES[where](ids) else x).eval()
-    with pytest.raises(ExportError, match=f"takes another path (at ({where})|outside)"):
+    with pytest.raises(ExportError, match=f"takes another branch (at ({where})|outside)"):
         export(module, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

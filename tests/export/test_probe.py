@@ -116,8 +116,8 @@ class Around(nn.Module):
         global_attention_mask: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         marks = self.rule(input_ids) if global_attention_mask is None else global_attention_mask
-        found = self.model(input_ids, attention_mask=attention_mask, global_attention_mask=marks)
-        return {"label": found.logits.argmax(-1)}
+        outputs = self.model(input_ids, attention_mask=attention_mask, global_attention_mask=marks)
+        return {"label": outputs.logits.argmax(-1)}
 
 
 def first(ids: torch.Tensor) -> torch.Tensor:

@@ -208,7 +208,7 @@ def enqueue_through_creator(
     """Run the plugin as TensorRT does; see tests/plugins/enqueue.cpp.
 
     Args:
-        addresses: of the inputs; context: of the output; workspace: address and bytes.
+        addresses: addresses of the inputs; context: address of the output; workspace: its address and bytes.
     Returns:
         0, or the step that failed.
     """

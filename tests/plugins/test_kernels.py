@@ -162,28 +162,28 @@ def test_accumulators_are_rescaled_across_the_tiles_of_a_part(emulated: Kernels,
 def test_keys_and_values_may_be_one_tensor(emulated: Kernels) -> None:
     problem = global_(Case(2, 100, "none", "right"), 3, 1, 256, precision="fp16")
     problem.inputs["value"] = problem.inputs["key"]
-    right = problem.run(emulated.global_, emulated.workspace_bytes)
+    expected = problem.run(emulated.global_, emulated.workspace_bytes)
     shared = problem.run(emulated.global_, emulated.workspace_bytes, share_values=True)
-    np.testing.assert_array_equal(shared, right)
+    np.testing.assert_array_equal(shared, expected)
 
 
 def test_masked_keys_of_global_attention_are_never_read(emulated: Kernels) -> None:
     for precision, width in ((p, w) for p in PRECISIONS for w in (32, 256)):
         problem = global_(Case(1, 130, "none", "right"), 3, 1, width, precision=precision)
-        right = problem.run(emulated.global_, emulated.workspace_bytes)
+        expected = problem.run(emulated.global_, emulated.workspace_bytes)
         for name in ("key", "value"):
             problem.inputs[name][0, problem.inputs["key_mask"][0] == 0] = np.nan
-        np.testing.assert_array_equal(problem.run(emulated.global_, emulated.workspace_bytes), right)
+        np.testing.assert_array_equal(problem.run(emulated.global_, emulated.workspace_bytes), expected)
 
 
 def test_masked_keys_are_never_read(emulated: Kernels) -> None:
     for precision in PRECISIONS:
         problem = banded(Case(1, 130, "none", "right"), 1, 32, 20, precision=precision)
-        right = problem.run(emulated.banded, None)
+        expected = problem.run(emulated.banded, None)
         masked = problem.inputs["key_mask"][0] == 0
         for name in ("key", "value"):
             problem.inputs[name][0, masked] = np.nan
-        np.testing.assert_array_equal(problem.run(emulated.banded, None), right)
+        np.testing.assert_array_equal(problem.run(emulated.banded, None), expected)
 
 
 def test_the_guard_page_after_an_input_works() -> None:

@@ -28,8 +28,8 @@ def cuobjdump() -> Path:
     """NVIDIA's disassembler, from the package nvidia-cuda-cuobjdump."""
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        for found in Path(folder).glob("*/bin/cuobjdump"):
-            return found
+        for tool in Path(folder).glob("*/bin/cuobjdump"):
+            return tool
     pytest.skip("nvidia-cuda-cuobjdump is not installed")
 
 
@@ -38,11 +38,11 @@ def _by_kernel(cuobjdump: Path, library: Path, option: str, start: str) -> dict[
     # It calls nvdisasm, which a package of its own puts beside it.
     environment = {**os.environ, "PATH": os.pathsep.join([str(cuobjdump.parent), os.environ["PATH"]])}
     text = subprocess.run([cuobjdump, option, library], check=True, capture_output=True, text=True, env=environment)
-    found = {}
+    sections = {}
     for section in re.split(r"\n\s*arch = ", text.stdout)[1:]:
         for part in section.split(start)[1:]:
-            found[section.split()[0], part.split()[0].rstrip(":")] = part
-    return found
+            sections[section.split()[0], part.split()[0].rstrip(":")] = part
+    return sections
 
 
 @pytest.fixture(scope="session")
@@ -54,8 +54,8 @@ def kernels(library: Path, cuobjdump: Path) -> dict[tuple[str, str], str]:
 @pytest.fixture(scope="session")
 def resources(library: Path, cuobjdump: Path) -> dict[tuple[str, str], dict[str, int]]:
     """(architecture, kernel) -> REG, STACK, SHARED and LOCAL; shared memory that is asked for at launch not counted."""
-    found = _by_kernel(cuobjdump, library, "--dump-resource-usage", "Function ")
-    return {key: {name: int(n) for name, n in re.findall(r"([A-Z]+):(\d+)", text)} for key, text in found.items()}
+    sections = _by_kernel(cuobjdump, library, "--dump-resource-usage", "Function ")
+    return {key: {name: int(n) for name, n in re.findall(r"([A-Z]+):(\d+)", text)} for key, text in sections.items()}
 
 
 def test_the_library_exports_what_is_documented_and_needs_no_tensorrt(library: Path) -> None:
@@ -78,7 +78,7 @@ def test_there_is_code_for_every_architecture(kernels: dict[tuple[str, str], str
     names = {name for _, name in kernels}
     assert len(names) == 9 + 5 + 3  # BandedAttention; GlobalAttention; combineParts
     for arch in ARCHITECTURES:
-        assert {name for found, name in kernels if found == arch} == names
+        assert {name for kernel_arch, name in kernels if kernel_arch == arch} == names
 
 
 def test_there_is_ptx_that_newer_gpus_compile(library: Path, cuobjdump: Path) -> None:
@@ -110,8 +110,8 @@ def test_no_kernel_spills_registers(kernels: dict[tuple[str, str], str]) -> None
 
 def test_no_kernel_has_local_memory_or_a_stack(resources: dict[tuple[str, str], dict[str, int]]) -> None:
     assert len(resources) == len(ARCHITECTURES) * 17
-    for key, found in resources.items():
-        assert found["LOCAL"] == found["STACK"] == 0, key
+    for key, usage in resources.items():
+        assert usage["LOCAL"] == usage["STACK"] == 0, key
 
 
 # Of a multiprocessor: 65,536 registers, given to warps in units of 256, and this much shared memory; a block costs
@@ -138,18 +138,18 @@ def test_as_many_blocks_of_banded_attention_are_resident_as_the_readme_says(
     head_size: int, resident: dict[str, int], others: int, resources: dict[tuple[str, str], dict[str, int]]
 ) -> None:
     shared = 2 * (64 + 4 * 64) * head_size + 4 * (64 + 1 + 2 * 9)  # queries, two tiles of keys and values; tables
-    for (arch, name), found in resources.items():
+    for (arch, name), usage in resources.items():
         if re.search(rf"bandedAttentionTensorCores.*Li{head_size}E", name):
-            assert _resident(arch, found["REG"], 128, shared) == resident.get(arch, others), (arch, name)
+            assert _resident(arch, usage["REG"], 128, shared) == resident.get(arch, others), (arch, name)
 
 
 def test_two_blocks_of_folded_global_rows_are_resident_where_264_are_started_for(
     resources: dict[tuple[str, str], dict[str, int]],
 ) -> None:
     shared = 2 * (16 + 32) * (768 + 8) + 4 * 16 * (32 + 4)  # one head as wide as the base model
-    for (arch, name), found in resources.items():
+    for (arch, name), usage in resources.items():
         if "globalAttentionTensorCores" in name and "Li1024E" in name:
-            assert _resident(arch, found["REG"], 256, shared) >= (1 if SHARED_KB[arch] == 100 else 2), (arch, name)
+            assert _resident(arch, usage["REG"], 256, shared) >= (1 if SHARED_KB[arch] == 100 else 2), (arch, name)
 
 
 @pytest.mark.parametrize("head_size", [32, 64, 128])

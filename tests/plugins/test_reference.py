@@ -44,11 +44,11 @@ def test_global_attention_is_the_dense_definition(host_reference: Any, queries: 
 
 def test_an_index_outside_the_sequence_is_an_unused_slot(host_reference: Any) -> None:
     problem = banded(Case(1, 40, "scattered"), 1, 8, 4)
-    right = problem.run(host_reference.lfxBandedAttentionReference)
+    expected = problem.run(host_reference.lfxBandedAttentionReference)
     unused = np.flatnonzero(problem.inputs["global_index"][0] < 0)
     for far in (40, 2**31 - 1, -7):
         problem.inputs["global_index"][0, unused] = far
-        np.testing.assert_array_equal(problem.run(host_reference.lfxBandedAttentionReference), right)
+        np.testing.assert_array_equal(problem.run(host_reference.lfxBandedAttentionReference), expected)
 
 
 BANDED = {"batch": 1, "seqlen": 8, "slots": 1, "num_heads": 1, "head_size": 8, "window": 2, "dilation": 1, "scale": 1.0}

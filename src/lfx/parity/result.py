@@ -160,7 +160,7 @@ class Report:
         outputs: output name -> its errors over all cases.
         rows: for each case, the errors of each output.
         depth: output name -> number of attention layers before it, if fewer than `layers`.
-        names: of the reference and of the witness, for messages.
+        names: names of the reference and of the witness, for messages.
     """
 
     precision: str
