@@ -59,7 +59,7 @@ def finalize_graph(
     _simplify(model, weights)
     for value in model.graph.outputs:
         if value.is_initializer():
-            raise ExportError(f"output {value.name!r} is the same whatever the input; leave it out")
+            raise ExportError(f"output {value.name!r} does not depend on the inputs; leave it out")
     share_constants(model, weights)
     common.CommonSubexpressionEliminationPass()(model)
     reorder_gelu(model)

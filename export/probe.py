@@ -23,7 +23,7 @@ from lfx.runtime.inputs import default_global
 from lfx.runtime.runner import model_inputs
 from lfx.signature import GRAPH_INPUTS, TASKS, Signature
 
-# The torch modules in transformers' Longformers. Each computes every token by itself.
+# The torch modules in transformers' Longformers. Each computes every token independently of the others.
 _TOKENWISE_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.Tanh, nn.ModuleList)
 _SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask", "unk")  # special tokens whose ids a config may have
 _LONG = 4096  # longest sequence, in tokens, for which padding is tested
@@ -131,14 +131,14 @@ def is_hugging_face(module: nn.Module) -> bool:
 def is_unchanged(module: nn.Module) -> bool:
     """Return whether a module is of one of transformers' task classes, with no submodule replaced, patched or hooked.
 
-    Such a model masks padding, and computes each sequence of a batch by itself.
+    Such a model masks padding, and computes each sequence of a batch independently of the others.
     """
     return is_hugging_face(module) and all(_is_original(part) for part in module.modules())
 
 
 def _is_original(part: nn.Module) -> bool:
     known_class = type(part) in _TOKENWISE_MODULES or type(part).__module__ in (hf.__name__, activations.__name__)
-    no_forward = type(part) is nn.ModuleList  # it defines none
+    no_forward = type(part) is nn.ModuleList  # it defines no forward
     own_forward = (no_forward or type(part).forward.__module__ == type(part).__module__) and "forward" not in vars(part)
     return known_class and own_forward and not part._forward_hooks and not part._forward_pre_hooks
 

@@ -39,7 +39,7 @@ def check_sizes(program: torch.onnx.ONNXProgram, signature: Signature, multiple_
     for axis, size in sizes.items():
         if not isinstance(size, torch.SymInt):
             raise ExportError(
-                f"{signature.architecture} takes the {axis} of the traced example, {size}, for a constant; compute "
+                f"{signature.architecture} treats the {axis} of the traced example, {size}, as a constant; compute "
                 "with the shapes of its tensors, without int() or a table of sizes"
             )
         _check_range(axis, program.exported_program.range_constraints.get(size.node.expr), signature, multiple_of)

@@ -25,7 +25,7 @@ __device__ __forceinline__ float warpMax(float x)
     return x;
 }
 
-// The same for the sum.
+// The sum, likewise.
 template <int kLANES>
 __device__ __forceinline__ float warpSum(float x)
 {

@@ -368,5 +368,5 @@ _batchers: weakref.WeakSet[Batcher] = weakref.WeakSet()
 @atexit.register
 def _end_all() -> None:
     for batcher in list(_batchers):
-        with contextlib.suppress(SystemExit, KeyboardInterrupt):  # of callbacks; the other Batchers end too
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):  # raised by a callback; the other Batchers end too
             batcher._end()

@@ -139,7 +139,7 @@ class PlanManifest:
         if size != self.plan["bytes"]:
             raise ArtifactError(
                 f"{plan} has {size} bytes where {json_path(plan).name} says {self.plan['bytes']}: "
-                f"it is cut, or another plan; {_CURE}"
+                f"it is truncated, or another plan; {_CURE}"
             )
         if digest != self.plan["sha256"]:
             raise ArtifactError(f"{plan} was changed after the build (sha256 differs); {_CURE}")

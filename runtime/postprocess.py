@@ -55,7 +55,7 @@ class Postprocessor:
 
         Args:
             encoded: the sequence, from `Tokenizer.encode` or `Tokenizer.windows`.
-            outputs: of `Engine.run` for this sequence; output name -> array with a batch axis of 1.
+            outputs: what `Engine.run` returned for this sequence; output name -> array with a batch axis of 1.
         Returns:
             The answers, scores from 0 to 1. text-classification: {label, score} of each class, best first; a regression
             has its values as scores. token-classification: {token, label, score} of each token, in order. fill-mask:

@@ -1,4 +1,4 @@
-"""What docs/chunking.md draws and says is what the code does and what the definition says."""
+"""docs/chunking.md agrees with the code and with the definition, in its figures and in its text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAGE = ROOT / "docs" / "chunking.md"
 
 
 def _defined(inputs: dict[str, np.ndarray], **given: Any) -> np.ndarray:
-    """(S, S) bool by the dense definition: which keys each row of the result is made of."""
+    """The keys that each query sees by the dense definition, (S, S) bool."""
     query, key, value, key_mask, index = (inputs[n] for n in ("query", "key", "value", "key_mask", "global_index"))
     rows = reference.global_attention(query[:, : index.shape[1]], key, value, key_mask, num_heads=1)
     return reference.banded_attention(query, key, value, key_mask, index, rows, num_heads=1, **given)[0] > 0
@@ -91,7 +91,7 @@ def test_drawn_rectangles_cover_what_is_seen_and_cost_what_the_page_says() -> No
     assert computed["Hugging Face"] == (seqlen // window - 1) * (2 * window) ** 2 + seqlen * slots
 
 
-def test_each_position_takes_the_row_that_it_should() -> None:
+def test_each_position_takes_its_own_row_of_the_pool() -> None:
     rows, queries = figures.pool_rows(**figures.BACK)
     for position, row in enumerate(rows):
         if position in figures.BACK["global_at"]:
@@ -141,7 +141,7 @@ def test_the_figures_in_docs_are_drawn_from_the_code_as_it_is(drawn: Path, name:
     np.testing.assert_allclose(numbers, _parts(kept)[1], atol=0.01, err_msg="run: python scripts/figures.py")
 
 
-# What the page says of exports, on Hugging Face's own methods: window 2, two heads of size 2.
+# The page's statements about exports, tested on Hugging Face's own methods: window 2, two heads of size 2.
 
 
 def _scores(x: torch.Tensor) -> torch.Tensor:
@@ -158,7 +158,7 @@ def _attention() -> LongformerSelfAttention:
 
 
 def _traced(method: Callable[[torch.Tensor], torch.Tensor], batch: int) -> Callable[[torch.Tensor], np.ndarray]:
-    """The method through the TorchScript exporter, batch and length dynamic, the example of length 8."""
+    """Export the method with the TorchScript exporter: dynamic batch and length, from an example of length 8."""
 
     class Module(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What lfx is installed with: the bounds in pyproject.toml, the lowest versions, the lock, and what CI runs."""
+"""Installation of lfx: the bounds in pyproject.toml, the lowest versions, the lock, and what CI runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def lowest_pins() -> dict[str, str]:
 
 
 def lock_entries() -> list[tuple[Requirement, list[str]]]:
-    """Each entry of the lock: what it pins, and its hashes."""
+    """The requirement and the hashes of each entry of the lock."""
     text = re.sub(r"^ *#.*\n", "", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE)
     entries = []
     for line in text.replace("\\\n", "").splitlines():
@@ -99,7 +99,7 @@ def test_every_package_of_the_lock_is_pinned_with_sha256_hashes() -> None:
 
 @pytest.mark.parametrize("name", [name for name in DEPENDENCIES if name not in lock.LEFT_OUT])
 def test_the_lock_has_every_dependency_within_its_bounds(name: str) -> None:
-    """Where it fails, `make lock` is to be run."""
+    """If it fails, run `make lock`."""
     for requirement in requirements(name):
         pins = [pin.specifier for pin, _ in lock_entries() if pin.name == canonicalize_name(requirement.name)]
         assert pins, requirement
@@ -124,7 +124,7 @@ def test_the_lock_has_pytorchs_cpu_build_for_linux() -> None:
 
 
 def test_a_lock_with_a_torch_whose_hashes_are_not_known_is_refused() -> None:
-    with pytest.raises(SystemExit, match="the lock has not torch"):
+    with pytest.raises(SystemExit, match="the lock does not have torch"):
         lock.with_torch_cpu("torch==9.9.9 \\\n    --hash=sha256:00\n    # via longformer-lfx\n")
 
 
@@ -169,7 +169,7 @@ def test_workflows_run_make_targets_with_pinned_actions_and_may_only_read(name: 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a wheel is built from."""
+    """A copy of the files that a wheel is built from."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("build_backend", "export", "plugins", "runtime", "src"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "_lib"))

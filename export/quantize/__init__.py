@@ -60,7 +60,7 @@ def quantize(
         samples: largest number of windows, 2 or more, spread evenly over the file.
         activations: "uint8", asymmetric, which is fastest on CPUs; or "int8", symmetric, which TensorRT needs.
         full_range: use 8 bits for weights instead of 7. It is more accurate, but overflows on x86 CPUs without VNNI,
-            which refuse it.
+            where lfx refuses the model.
         keep_float: patterns of layer names, such as "encoder.layer.11.*", that stay float32.
         tokenizer: a folder with a tokenizer; default: the bundle's.
         progress: called with the name of each step.

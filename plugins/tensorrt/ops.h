@@ -1,4 +1,4 @@
-// What distinguishes the two ops for the plugin: name, attributes, inputs, shapes, and how the kernels are launched.
+// The properties in which the two ops differ for the plugin: name, attributes, inputs, shapes, and how the kernels are launched.
 #pragma once
 
 #include "attention.h"

@@ -32,7 +32,7 @@ def check_conversion(
     Graphs in float32, float16 and int8 run in ONNX Runtime, those in bfloat16 in OpenVINO.
 
     Args:
-        model: the prepared graph. signature: of the plan.
+        model: the prepared graph. signature: the plan's signature.
         progress: called with a description of each case.
         log: called with a warning if the backend is not installed, so that nothing can be checked.
     Returns:

@@ -81,7 +81,8 @@ class Journal:
         """Count the complete chunks at the start of the journal, and truncate the file after them."""
         self._digest = hashlib.sha256(self._header)
         digest, position = self._digest.copy(), len(self._header)
-        end, numbers = position, set[int]()  # of the last complete chunk; of the documents after it
+        # `end` is the end of the last complete chunk, `numbers` are those of the documents after it.
+        end, numbers = position, set[int]()
         for line in self._file:
             position += len(line)
             if line.startswith(_MARKER):

@@ -136,8 +136,8 @@ class Runner:
             raise
         except Exception:
             raise LfxError(
-                f"the engine fails on every input: {_reason(failure)}; what is done is kept, and the same command "
-                "resumes from there"
+                f"the engine fails on every input: {_reason(failure)}; completed documents are kept, and the same "
+                "command resumes after them"
             ) from failure
 
     def _row(self, window: _Window, outputs: Outputs | Exception) -> dict[str, Any]:

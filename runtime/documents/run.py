@@ -113,8 +113,8 @@ def run_documents(
     except OSError as error:
         cure = "make room on its disk" if is_disk_full(error) else "fix the cause"
         raise InputError(
-            f"{output} cannot be written: {one_line(error)}; {cure}, and give the same command again: what is done is "
-            "kept, and it resumes from there"
+            f"{output} cannot be written: {one_line(error)}; {cure}, and give the same command again: completed "
+            "documents are kept, and it resumes after them"
         ) from error
     return summary
 

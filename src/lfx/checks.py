@@ -201,7 +201,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"the key {shown(next(name for name in counts if counts[name] > 1))} stands twice")
+        raise ValueError(f"the key {shown(next(name for name in counts if counts[name] > 1))} appears twice")
     return value
 
 

@@ -22,7 +22,7 @@ WEIGHTS = "model.onnx.data"
 # The key of the digest of all other fields.
 _DIGEST = "manifest_sha256"
 MAX_JSON_BYTES = 64_000_000
-_PART_BYTES = 1 << 20  # of a file that are hashed at a time
+_PART_BYTES = 1 << 20  # number of bytes that are hashed at a time
 _CURE = "export the model again"
 # The fields of a manifest besides the signature's; see `lfx.checks.check_shape`. A measured error is a number and never
 # null: the export fails when an error is not finite.

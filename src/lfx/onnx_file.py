@@ -97,7 +97,7 @@ def _inlined_nodes(data: mmap.mmap) -> int:
     """Number of nodes of the model with its functions inlined; counts no further than `_MAX_NODES` + 1."""
     main_calls: Counter[Key] = Counter()
     functions: dict[Key, Counter[Key]] = {}
-    with_graphs: set[Key] = set()  # what is called with a graph as attribute
+    with_graphs: set[Key] = set()  # functions and ops that are called with a graph as attribute
     for field, first, last in _byte_fields(data, 0, len(data)):
         if field not in (7, 25):
             continue

@@ -59,6 +59,6 @@ def test_config_files_lose_what_names_code_and_others_stay(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("tokenizer", [5, "bert", tiny_tokenizer()._tokenizer])
-def test_what_is_no_tokenizer_is_refused(tokenizer: Any) -> None:
+def test_an_object_that_is_no_tokenizer_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ExportError, match="give one of transformers"):
         check_tokenizer(tokenizer)

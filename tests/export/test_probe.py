@@ -51,7 +51,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_was_changed_is_not_known(change: Callable[[Any], Any]) -> None:
+def test_changed_models_are_not_known(change: Callable[[Any], Any]) -> None:
     model = tiny_model("text-classification")
     change(model)
     assert not is_unchanged(model)
@@ -215,7 +215,7 @@ class Far(nn.Module):
         return self.model(input_ids, attention_mask=attention_mask).last_hidden_state[:, ::128].mean(dim=1)
 
 
-def test_a_head_that_reads_padding_far_away_is_found() -> None:
+def test_a_head_that_reads_distant_padding_is_detected() -> None:
     outputs = (TensorSpec("output", "float32", ("batch", 32)),)
     assert not ignores_padding(Far().eval(), signature(max_seqlen=598, outputs=outputs))
 

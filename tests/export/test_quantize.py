@@ -217,7 +217,7 @@ def test_the_witness_rounds_to_the_steps_of_the_file(int8: Any) -> None:
 
 
 def test_wrong_scales_are_found(int8: Any, tmp_path: Path) -> None:
-    """A layer whose scale is a third of the right one clips large values."""
+    """A layer whose scale is a third of the correct one clips large values."""
     folder = shutil.copytree(int8(), tmp_path / "wrong")
     model = onnx.load(str(folder / MODEL), load_external_data=False)
     node = next(n for n in model.graph.node if n.op_type == "QuantizeLinear")
@@ -273,7 +273,7 @@ class Shared(torch.nn.Module):
         return self.twice(torch.tanh(self.twice(hidden))) @ self.matrix
 
 
-def test_what_is_no_linear_layer_with_one_input_stays_float32(text: Path, tmp_path: Path) -> None:
+def test_shared_projections_and_other_matrix_products_stay_float32(text: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Shared().eval()
     folder = quantize(export(model, tmp_path / "fp32"), tmp_path / "int8", calibration=text)
@@ -341,7 +341,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_done_is_refused_and_leaves_nothing(
+def test_bad_arguments_are_refused_and_leave_nothing(
     bundle: MakeBundle, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -98,7 +98,7 @@ struct Fiber
     bool started;
     std::vector<uint8_t> stack;
     std::vector<Copy> open;               // copies since the last commitCopies()
-    std::deque<std::vector<Copy>> groups; // closed, not yet waited for
+    std::deque<std::vector<Copy>> groups; // committed, not yet waited for
 };
 
 inline Fiber* current = nullptr;
@@ -149,7 +149,7 @@ inline void resume(Fiber& fiber)
     }
 }
 
-// Executes the operation that the fibers from `first` wait for, if all of them do; returns whether it did.
+// Executes the operation that `count` fibers from `first` on wait for, once all of them wait; returns whether it executed.
 template <typename Finish>
 bool together(size_t first, size_t count, State state, Finish finish)
 {

@@ -30,13 +30,13 @@ def check(problem: Banded, kernels: Kernels) -> None:
 
 
 def check_global(problem: Global, kernels: Kernels) -> None:
-    """The same for GlobalAttention."""
+    """`check` for GlobalAttention."""
     error = np.abs(problem.run(kernels.global_, kernels.workspace_bytes) - problem.dense()).max()
     assert error <= problem.tolerance()
 
 
 def one_key_masked(key: int, precision: str) -> Banded:
-    """Tiles of visible keys but one. Their scores are negative, so that a zero-filled key would outweigh them."""
+    """Keys that are visible except one. Their scores are negative, so that a zero-filled key would outweigh them."""
     problem = banded(Case(1, 330), 1, 64, 100, precision=precision)
     problem.inputs["key_mask"][0, key] = 0
     problem.inputs["key"] = np.abs(problem.inputs["key"])
@@ -56,7 +56,7 @@ def some_slots_used(used: list[int], slots: int, precision: str) -> Banded:
 
 
 def several_tiles_in_a_part(precision: str) -> list[Global]:
-    """270 blocks, for more than which the keys are not split: a block visits three tiles, of 64 keys and of 32."""
+    """270 blocks, too many to split the keys: each block visits three tiles, of 64 keys or of 32."""
     return [
         global_(Case(1, 140), 2, 270, 8, precision=precision),
         global_(Case(9, 70), 1, 30, 136, precision=precision),

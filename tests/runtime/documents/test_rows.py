@@ -144,7 +144,7 @@ def test_an_engine_that_fails_on_all_inputs_stops_the_run_and_keeps_completed_ch
             raise LfxError("ONNX Runtime failed: the device is lost")
 
     watch(engine, fail)
-    reason = "the engine fails on every input: ONNX Runtime failed: the device is lost; what is done is kept"
+    reason = "the engine fails on every input: ONNX Runtime failed: the device is lost; completed documents are kept"
     with pytest.raises(LfxError, match=reason):
         run(engine, tmp_path, [{"input_ids": [3, 4]}] * 300, progress=broken.append)
     broken.clear()
