@@ -1,5 +1,5 @@
-// Shared by the kernels of GlobalAttention: how keys are split, the block's part of the problem, the softmax of its rows,
-// and the partial results in the workspace.
+// Shared by the kernels of GlobalAttention: how keys are split, the block's part of the problem, the softmax of its
+// rows, and the partial results in the workspace.
 #pragma once
 
 #include "attention.h"

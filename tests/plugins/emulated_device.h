@@ -149,7 +149,7 @@ inline void resume(Fiber& fiber)
     }
 }
 
-// Executes the operation that `count` fibers from `first` on wait for, once all of them wait; returns whether it executed.
+// Executes the operation that `count` fibers from `first` on wait for, if all of them wait; returns whether it did.
 template <typename Finish>
 bool together(size_t first, size_t count, State state, Finish finish)
 {
