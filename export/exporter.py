@@ -217,12 +217,12 @@ def _trace(
     Raises:
         ExportError: the module takes no input_ids, cannot be traced, or has an output that cannot be named.
     """
-    takes = forward_inputs(module)
-    if "input_ids" not in takes:
+    accepted = forward_inputs(module)
+    if "input_ids" not in accepted:
         raise ExportError(f"{type(module).__name__}.forward takes no input_ids; lfx feeds it {', '.join(GRAPH_INPUTS)}")
-    inputs = [name for name in takes if tokens.mode == "mask" or name != "global_attention_mask"]
+    inputs = [name for name in accepted if tokens.mode == "mask" or name != "global_attention_mask"]
     wrapper = ExportWrapper(
-        rewrite(module, tokens, TORCH_DTYPES[precision]), inputs, tokens, "global_attention_mask" in takes
+        rewrite(module, tokens, TORCH_DTYPES[precision]), inputs, tokens, "global_attention_mask" in accepted
     ).eval()
     batch, choices, sequence = (torch.export.Dim(name) for name in ("batch", "choices", "sequence"))
     axes = {0: batch, 1: choices, 2: sequence} if task == "multiple-choice" else {0: batch, 1: sequence}

@@ -112,8 +112,8 @@ def _check_windows(window: Any, layers: int, heads: int, positions: int, path: P
         needed = 4 * 4 * heads * width * width  # four float32 copies of the scores, as measured
         if needed > _ATTENTION_BYTES:
             raise ExportError(
-                f"{name} {width} would take {needed / 1e9:.0f} GB for any sequence in Hugging Face's attention, and at "
-                f"most {_ATTENTION_BYTES / 1e9:.0f} GB are taken; give a smaller window"
+                f"{name} {width} would take {needed / 1e9:.0f} GB for any sequence in Hugging Face's attention, above "
+                f"the {_ATTENTION_BYTES / 1e9:.0f} GB allowed; give a smaller window"
             )
 
 

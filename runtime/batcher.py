@@ -249,7 +249,7 @@ class Batcher:
             self._pending.clear()
             self._changed.notify_all()
         try:
-            self._fail(lost, OverloadError("the process ends, and with it this Batcher"))
+            self._fail(lost, OverloadError("the process ended before this request ran"))
         finally:
             for worker in self._workers:
                 worker.join(_EXIT_WAIT_S)

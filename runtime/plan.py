@@ -98,7 +98,7 @@ class PlanManifest:
         if not plan.is_file():
             raise ArtifactError(f"{plan} does not exist; build it with: lfx build-engine BUNDLE")
         if not path.is_file():
-            raise ArtifactError(f"{plan} has no {path.name} beside it, which describes it; {_CURE}")
+            raise ArtifactError(f"{plan} needs {path.name} beside it, which describes the plan; {_CURE}")
         return cls.parse(read_limited(path, MAX_JSON_BYTES, _CURE), path)
 
     @classmethod

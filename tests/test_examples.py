@@ -105,7 +105,7 @@ def test_a_body_of_no_known_or_too_great_a_length_is_refused(address: str, lengt
         json.dumps({"text": "fox " * 500}).encode(),
     ],
 )
-def test_bad_requests_are_told_why(address: str, body: bytes) -> None:
+def test_bad_requests_get_the_reason(address: str, body: bytes) -> None:
     status, reply = post(address, body)
     assert status == 400
     assert reply["error"]

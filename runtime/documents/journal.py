@@ -151,7 +151,7 @@ class Journal:
     def _disturbed(self) -> LfxError:
         return LfxError(
             f"another process wrote to {self.path}, the journal of this run; wait for it, and give the same command "
-            "again: it resumes after the last chunk that is whole"
+            "again: it resumes after the last complete chunk"
         )
 
     def remove(self) -> None:

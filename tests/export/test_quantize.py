@@ -141,7 +141,7 @@ def test_only_what_a_product_reads_is_rounded(int8: Any, text: Path, tmp_path: P
     assert "head" in Manifest.read(both).quantization["layers"]
 
 
-def test_eight_bits_are_for_cpus_that_can_add_them(
+def test_full_range_is_refused_on_cpus_that_overflow(
     bundle: MakeBundle, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not int8_overflows():

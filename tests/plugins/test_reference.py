@@ -72,8 +72,8 @@ GLOBAL = {"batch": 1, "seqlen": 8, "queries": 1, "num_heads": 1, "head_size": 8,
 def test_sizes_out_of_range_are_refused_by_name(host_reference: Any, change: dict[str, Any], reason: str) -> None:
     for params, values in ((BandedParams, BANDED), (GlobalParams, GLOBAL)):
         name = "lfxBandedAttentionReference" if params is BandedParams else "lfxGlobalAttentionReference"
-        said = getattr(host_reference, name)(ctypes.byref(params(**{**values, **change})))
-        assert said.decode().startswith(reason)
+        message = getattr(host_reference, name)(ctypes.byref(params(**{**values, **change})))
+        assert message.decode().startswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -88,5 +88,5 @@ def test_sizes_out_of_range_are_refused_by_name(host_reference: Any, change: dic
     ],
 )
 def test_attributes_out_of_range_are_refused_by_name(host_reference: Any, change: dict[str, Any], reason: str) -> None:
-    said = host_reference.lfxBandedAttentionReference(ctypes.byref(BandedParams(**{**BANDED, **change})))
-    assert said.decode().startswith(reason)
+    message = host_reference.lfxBandedAttentionReference(ctypes.byref(BandedParams(**{**BANDED, **change})))
+    assert message.decode().startswith(reason)

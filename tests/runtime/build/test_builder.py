@@ -405,7 +405,7 @@ FOREIGN: dict[str, tuple[Any, str]] = {
     "cut": (lambda p: p.write_bytes(p.read_bytes()[:1000]), "has 1000 bytes where tiny.plan.json says"),
     "another plan": (lambda p: p.write_bytes(bytes(p.stat().st_size)), "sha256 differs"),
     "a bundle's json": (lambda p: json_path(p).write_text('{"format_version": 1}'), "has format version None"),
-    "other version": (lambda p: _edit(p, tensorrt_version="1.0"), "was built by tensorrt-rtx 1.0, and .* is here"),
+    "other version": (lambda p: _edit(p, tensorrt_version="1.0"), "was built by tensorrt-rtx 1.0, and .* is installed"),
     "other flavor": (lambda p: _edit(p, flavor="trt"), "flavor 'trt', which this lfx does not know"),
     "no profiles": (lambda p: _edit(p, profiles=[{"batch": "x"}]), "is not a size|is broken"),
 }
