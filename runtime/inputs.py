@@ -214,7 +214,7 @@ def _items(value: Sequence[Any], name: str) -> list[Any]:
     length = len(value)
     items = list(itertools.islice(value, length + 1))
     if len(items) != length:
-        raise InputError(f"{name} has length {length} and another number of items; give a list")
+        raise InputError(f"{name} has a length of {length}, but not that number of items; give a list")
     return items
 
 

@@ -154,10 +154,10 @@ def _checked(
     if folder is None:
         raise BuildError(f"{bundle} is a file without its bundle; give the folder that lfx export wrote")
     manifest = Manifest.read(folder)
-    chosen = choose_flavor(flavor)
+    flavor_name = choose_flavor(flavor)
     options = options if options is not None else Options()
-    _check_target(chosen, target, flag(plugin, "plugin", BuildError))
-    _check_options(chosen, options)
+    _check_target(flavor_name, target, flag(plugin, "plugin", BuildError))
+    _check_options(flavor_name, options)
     slots = _slots(max_global, manifest.signature)
     ranges = _profiles(batch, seqlen, slots, plugin, manifest.signature)
     path = _output(output if output is not None else folder.resolve().name + SUFFIX)
@@ -174,7 +174,7 @@ def _checked(
             "with: lfx quantize --activations int8"
         )
     library = plugins.library() if plugin else None
-    return _Arguments(folder, manifest, signature, slots, ranges, chosen, target, library, options, path)
+    return _Arguments(folder, manifest, signature, slots, ranges, flavor_name, target, library, options, path)
 
 
 def _profiles(

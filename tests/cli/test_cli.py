@@ -88,7 +88,7 @@ def exported(workspace: Path) -> Done:
 
 @pytest.fixture(scope="module")
 def reviews(exported: Done, workspace: Path) -> Path:
-    """The bundle that it wrote."""
+    """The exported bundle."""
     assert exported.code == 0, exported.stderr
     return workspace / "tiny-reviews"
 
@@ -689,7 +689,7 @@ LOCALES = (
 
 
 @pytest.mark.parametrize("locale", LOCALES, ids=lambda locale: " ".join(locale.values()))
-def test_names_that_the_locale_does_not_know_are_printed(locale: dict[str, str], copy: Path) -> None:
+def test_names_that_the_locale_cannot_encode_are_printed(locale: dict[str, str], copy: Path) -> None:
     _rename_labels(copy)
     folder = os.fsencode(copy)
     odd = folder + b"\xff"

@@ -50,7 +50,7 @@ def test_a_tokenizer_is_written_without_code(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.rglob("*.py"))
 
 
-def test_config_files_lose_what_names_code_and_others_stay(tmp_path: Path) -> None:
+def test_config_files_lose_keys_that_name_code_and_other_files_stay(tmp_path: Path) -> None:
     (tmp_path / "processor_config.json").write_text('{"image_processor": {"auto_map": {}, "size": 3}}')
     (tmp_path / "vocab.json").write_text('{"auto_map": 5}')
     drop_code(tmp_path)

@@ -394,7 +394,9 @@ def test_a_module_that_is_no_longformer_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_numbers_leave_no_bundle_and_say_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inaccurate_graph_leaves_no_bundle_and_names_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The validation detects a weight that differs in the file."""
     original = exporter.finalize_graph
 

@@ -37,7 +37,7 @@ def test_a_weight_that_is_only_transposed_is_stored_transposed() -> None:
     assert "w" not in model.graph.initializers
 
 
-def test_a_transpose_that_turns_nothing_stays() -> None:
+def test_a_transpose_that_swaps_no_axes_stays() -> None:
     model = _model("""
         g (float[n, 2] x) => (float[n, 2] y) <float[2, 2] w = {1, 2, 3, 4}> {
             t = Transpose<perm = [0, 1]>(w)

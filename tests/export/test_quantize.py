@@ -353,7 +353,7 @@ def test_bad_arguments_are_refused_and_leave_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "one.jsonl"]
 
 
-def test_the_bundle_itself_is_no_output(bundle: MakeBundle, text: Path, tmp_path: Path) -> None:
+def test_the_bundle_itself_is_refused_as_the_output(bundle: MakeBundle, text: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(bundle(), tmp_path / "bundle")
     with pytest.raises(ExportError, match="would be lost"):
         quantize(folder, folder, calibration=text)

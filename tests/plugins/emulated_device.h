@@ -442,8 +442,8 @@ inline void loadMatrices(uint32_t (&r)[4], void const* row, bool transposed)
                     {
                         int const row = mine.transposed ? lane % 4 * 2 + i : lane / 4;
                         int const column = mine.transposed ? lane / 4 : lane % 4 * 2 + i;
-                        uint32_t const found = static_cast<MatrixLoad*>(lanes[m * 8 + row])->row[column];
-                        pair |= found << 16 * i;
+                        uint32_t const element = static_cast<MatrixLoad*>(lanes[m * 8 + row])->row[column];
+                        pair |= element << 16 * i;
                     }
                     mine.registers[m] = pair;
                 }
