@@ -91,7 +91,7 @@ def _mark_global_nodes(model: ir.Model) -> None:
     `build-engine` makes the number of global slots constant at these nodes; the mark tells them from a user's own.
     """
     for node in model.graph:
-        if node.op_type == "If" and any(inner.domain == functions.DOMAIN for inner in _inside(node)):
+        if node.op_type == "If" and any(inner.domain == functions.DOMAIN for inner in _branch_nodes(node)):
             node.name = f"{node.name}{GLOBAL_ROWS}"
         if node.domain == functions.DOMAIN and node.op_type == "BandedAttention":
             index = node.inputs[4]
@@ -103,7 +103,7 @@ def _mark_global_nodes(model: ir.Model) -> None:
                 index = producer.inputs[1] if producer.op_type == "Where" else producer.inputs[0]
 
 
-def _inside(node: ir.Node) -> list[ir.Node]:
+def _branch_nodes(node: ir.Node) -> list[ir.Node]:
     branches = (node.attributes["then_branch"], node.attributes["else_branch"])
     return [inner for branch in branches for inner in branch.as_graph()]
 

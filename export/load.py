@@ -82,7 +82,7 @@ def load(model: str, task: str = "auto") -> tuple[nn.Module, str]:
                 output_loading_info=True,
             )
         except Exception as error:
-            raise ExportError(f"the weights of {model} cannot be loaded: {_why(error)}") from error
+            raise ExportError(f"the weights of {model} cannot be loaded: {_reason(error)}") from error
     _refuse_missing(loaded, info, model, task)
     loaded.config.return_dict = True  # a tuple would lose the output names
     return loaded.eval(), task
@@ -121,14 +121,14 @@ def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, task: s
     mismatched = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get("mismatched_keys", ()))
     if mismatched:
         raise ExportError(
-            f"{model} has weights of other shapes than the config's: {_some(mismatched)}; give the config that "
+            f"{model} has weights of other shapes than the config's: {_listed(mismatched)}; give the config that "
             "belongs to them"
         )
     # Weights of another head may be ignored. Those of a further layer, or of an adapter in a layer, change the outputs.
     unexpected = sorted(key for key in info.get("unexpected_keys", ()) if _IN_A_LAYER.search(key))
     if unexpected:
         raise ExportError(
-            f"{model} has weights for which its config has no layer: {_some(unexpected)}; give the config that belongs "
+            f"{model} has weights for which its config has no layer: {_listed(unexpected)}; give the config that belongs "
             "to them, and merge an adapter into its model"
         )
     missing = sorted(key for key in info.get("missing_keys", ()) if not key.endswith("position_ids"))
@@ -138,16 +138,16 @@ def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, task: s
         return
     if without_pooler:
         raise ExportError(
-            f"{model} has no weights for {_some(without_pooler)}: it was not trained for {task}; "
+            f"{model} has no weights for {_listed(without_pooler)}: it was not trained for {task}; "
             "choose the --task that it was trained for"
         )
 
 
-def _some(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _why(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     text = one_line(error)
     return text if isinstance(error, (OSError, ValueError, AssertionError)) else f"{type(error).__name__}: {text}"
 
