@@ -128,8 +128,8 @@ def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, task: s
     unexpected = sorted(key for key in info.get("unexpected_keys", ()) if _IN_A_LAYER.search(key))
     if unexpected:
         raise ExportError(
-            f"{model} has weights for which its config has no layer: {_listed(unexpected)}; give the config that belongs "
-            "to them, and merge an adapter into its model"
+            f"{model} has weights for which its config has no layer: {_listed(unexpected)}; give the config that "
+            "belongs to them, and merge an adapter into its model"
         )
     missing = sorted(key for key in info.get("missing_keys", ()) if not key.endswith("position_ids"))
     without_pooler = [key for key in missing if not key.startswith("pooler.")]

@@ -127,12 +127,12 @@ class _Arguments:
 
     bundle: Path
     manifest: Manifest
-    signature: Signature  # of the plan
+    signature: Signature  # the plan's
     slots: int
     profiles: tuple[Profile, ...]
     flavor: str
     target: str | None
-    library: Path | None  # of the plugin; None builds attention from the function bodies
+    library: Path | None  # the plugin library; None builds attention from the function bodies
     options: Options
     output: Path
 
@@ -280,18 +280,18 @@ def _local_target() -> str:
     return compute_capability() or ""
 
 
-def _slots(asked: str | int | None, signature: Signature) -> int:
+def _slots(requested: str | int | None, signature: Signature) -> int:
     """Number of global slots of the plan, from the option --max-global."""
     fixed = 1 if signature.global_attention != "mask" else signature.max_global
-    if asked is None:
+    if requested is None:
         return fixed if fixed is not None else min(64, signature.max_seqlen or 64)
-    slots = Range.parse(asked, "--max-global").max
+    slots = Range.parse(requested, "--max-global").max
     if fixed is not None and slots != fixed:
-        raise BuildError(f"--max-global {asked} does not fit: the bundle was exported with {fixed}; leave it out")
+        raise BuildError(f"--max-global {requested} does not fit: the bundle was exported with {fixed}; leave it out")
     limit = min(MAX_SLOTS, signature.max_seqlen or MAX_SLOTS)
     if slots > limit:
         raise BuildError(
-            f"--max-global {asked} is above {limit}, the most that this model and TensorRT take; give fewer"
+            f"--max-global {requested} is above {limit}, the most that this model and TensorRT take; give fewer"
         )
     return slots
 
@@ -313,15 +313,15 @@ def _check_options(flavor: str, options: Options) -> None:
     if options.optimization_level is not None:
         whole_number(options.optimization_level, "optimization_level", 0, 5, BuildError)
     if flavor == "tensorrt-rtx" and (options.timing_cache is not None or options.version_compatible):
-        asked = "--timing-cache" if options.timing_cache is not None else "--version-compatible"
-        raise BuildError(f"{asked} is an option of TensorRT, and TensorRT-RTX has no such option; leave it out")
+        option = "--timing-cache" if options.timing_cache is not None else "--version-compatible"
+        raise BuildError(f"{option} is an option of TensorRT, and TensorRT-RTX has no such option; leave it out")
     if options.timing_cache is not None:
         output_file(options.timing_cache, "--timing-cache", BuildError)
 
 
-def _output(asked: str | Path) -> Path:
+def _output(output: str | Path) -> Path:
     """The path of the plan, from the option --output; its JSON must be writable too."""
-    path = output_file(asked, "--output", BuildError)
+    path = output_file(output, "--output", BuildError)
     if path.suffix != SUFFIX:
         raise BuildError(f"{path} is not the name of a plan; give one that ends with {SUFFIX}")
     output_file(json_path(path), "--output", BuildError)

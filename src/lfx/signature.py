@@ -97,7 +97,7 @@ class Signature:
             sequences of one length run together.
         adds_globals: whether the model gives global attention to tokens that global_attention_mask does not mark; for a
             model without that input, to others than the first.
-        weight_bits: of an int8 model, the bits that its weights use: 7 or 8; None for the others.
+        weight_bits: number of bits that the weights of an int8 model use, 7 or 8; None for other models.
         lfx_version: version of lfx that exported the model.
     """
 
