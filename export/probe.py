@@ -36,14 +36,14 @@ def default_global_of(module: nn.Module, signature: Signature) -> str:
     The inputs of its attention layers are compared, not its outputs: a label may be the same by chance.
 
     Args:
-        signature: the module's, with its task, ids and limits; its `default_global` is not used.
+        signature: the module's signature, with task, ids and limits; its `default_global` is not used.
     Returns:
         A `default_global` of `lfx.signature.Signature`; "required" if no known rule gives the module's global tokens.
     """
     trials = list(_trial_ids(module, signature))
     record = global_tokens_runner(module, forward_inputs(module))
     try:
-        chosen = [record(_with_mask(ids)) for ids in trials]
+        global_tokens = [record(_with_mask(ids)) for ids in trials]
     except ExportError:
         # A module whose forward requires a global_attention_mask has no rule of its own.
         parameter = inspect.signature(module.forward).parameters["global_attention_mask"]
@@ -53,7 +53,7 @@ def default_global_of(module: nn.Module, signature: Signature) -> str:
     for rule in rules:
         ruled = replace(signature, default_global=rule)
         masks = [default_global(ids, ruled) for ids in trials]
-        if all(map(_same_globals, chosen, masks)):
+        if all(map(_same_globals, global_tokens, masks)):
             return rule
     return "required"
 

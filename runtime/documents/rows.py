@@ -163,7 +163,7 @@ def windows_of(
     """Tokenize and check one document.
 
     Args:
-        document: from `read_documents`.
+        document: a document from `read_documents`.
         tokenizer: None if documents have input_ids.
         stride: as for `Tokenizer.windows`; None = one window.
         max_windows: largest number of windows; None = no limit.

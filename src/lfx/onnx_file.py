@@ -168,7 +168,7 @@ def _byte_fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, i
         if wire_type == _BYTES:
             size, position = _varint(data, position)
             if position + size > end:
-                raise ValueError("it is cut")
+                raise ValueError("it is truncated")
             yield tag >> 3, position, position + size
             position += size
         elif wire_type == _VARINT:
@@ -178,7 +178,7 @@ def _byte_fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, i
         else:
             raise ValueError(f"wire type {wire_type}")
     if position != end:
-        raise ValueError("it is cut")
+        raise ValueError("it is truncated")
 
 
 def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
