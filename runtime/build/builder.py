@@ -79,9 +79,9 @@ def build_engine(
             bundle's.
         batch, seqlen: lists of MIN:OPT:MAX or numbers, one entry for each optimization profile; a single entry is used
             for all. Default: batch 1:1:8, and all lengths that the model takes, tuned for the longest.
-        max_global: number of global slots of a sequence, 1 or more; MIN:OPT:MAX counts as MAX. TensorRT needs a constant;
-            fewer slots are faster, and a sequence with more global tokens is refused. Default: the number that the
-            bundle was exported with, else 64.
+        max_global: number of global slots of a sequence, 1 or more; MIN:OPT:MAX counts as MAX. TensorRT needs a
+            constant; fewer slots are faster, and a sequence with more global tokens is refused. Default: the number
+            that the bundle was exported with, else 64.
         flavor: "tensorrt" or "tensorrt-rtx". Default: the installed one, "tensorrt" if both are.
         target: compute capability to build for without a GPU, such as "sm89"; TensorRT-RTX only. Default: that of the
             first GPU.
