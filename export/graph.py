@@ -88,7 +88,8 @@ def finalize_graph(
 def _mark_global_nodes(model: ir.Model) -> None:
     """Mark by name the TopK that lists the global tokens, and each If that chooses the form of the global context.
 
-    `build-engine` makes the number of global slots constant at these nodes; the mark tells them from a user's own.
+    `build-engine` makes the number of global slots constant at these nodes; the mark distinguishes them from nodes of
+    the user's own code.
     """
     for node in model.graph:
         if node.op_type == "If" and any(inner.domain == functions.DOMAIN for inner in _branch_nodes(node)):

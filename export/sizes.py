@@ -58,8 +58,8 @@ def _check_range(axis: Any, bounds: Any, signature: Signature, multiple_of: int)
     if low > max(multiple_of, 2) or (high is not None and (limit is None or high < limit)):
         cure = f"export with max_seqlen={high}" if axis == "sequence" and high is not None and low < 2 else ""
         raise ExportError(
-            f"{signature.architecture} takes another branch outside {axis} {low} to {high or 'any'}, and a graph "
-            f"has one for all sizes; {cure or 'remove the branch on the shape from its forward'}"
+            f"{signature.architecture} takes another branch outside {axis} {low} to {high or 'any'}, but a graph "
+            f"has the same branch for all sizes; {cure or 'remove the branch on the shape from its forward'}"
         )
 
 
@@ -82,8 +82,8 @@ def _check_condition(condition: Any, examples: Any, sizes: Any, signature: Signa
         if not holds(*(shape[name] for name in names)):
             text = ", ".join(f"{axis} {size}" for axis, size in shape.items())
             raise ExportError(
-                f"{signature.architecture} takes another branch at {text}, and a graph has one for all sizes; "
-                "remove the branch on the shape from its forward"
+                f"{signature.architecture} takes another branch at {text}, but a graph has the same branch for all "
+                "sizes; remove the branch on the shape from its forward"
             )
 
 

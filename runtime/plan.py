@@ -129,7 +129,7 @@ class PlanManifest:
         """Compare the plan with its digest.
 
         Raises:
-            ArtifactError: the plan was truncated, changed or exchanged.
+            ArtifactError: the plan was truncated, changed or replaced.
         """
         try:
             size = plan.stat().st_size

@@ -232,14 +232,14 @@ def _build_plan(
     ).write(built)
 
 
-def _job(arguments: _Arguments, model: Path, built: Path) -> dict[str, Any]:
+def _job(arguments: _Arguments, model: Path, plan: Path) -> dict[str, Any]:
     """The job of `trt_process`, as JSON types."""
     options = arguments.options
     return {
         "module": FLAVORS[arguments.flavor].module,
         "extra": FLAVORS[arguments.flavor].extra,
         "onnx": str(model),
-        "plan": str(built),
+        "plan": str(plan),
         "plugin": str(arguments.library) if arguments.library is not None else None,
         "target": arguments.target,
         "profiles": [

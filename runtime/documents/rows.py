@@ -243,7 +243,7 @@ def outputs_per_sequence(signature: Signature) -> list[TensorSpec]:
 
 
 def _output_bytes_per_token(signature: Signature) -> int:
-    """Bytes of all outputs per token, for one token."""
+    """Bytes that one token adds to the outputs that have a sequence axis."""
     shapes = [spec.shape for spec in signature.outputs if "sequence" in spec.shape]
     return sum(4 * math.prod(size for size in shape if isinstance(size, int)) for shape in shapes)
 

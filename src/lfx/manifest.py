@@ -257,7 +257,7 @@ def parse_sealed(
 
 
 def sha256(path: Path, size: int | None = None) -> str:
-    """Hex digest of a file, or of its first `size` bytes: a file of /proc has size 0 and may have no end.
+    """Hex digest of a file, or of its first `size` bytes; give `size` for a file that may have no end, as in /proc.
 
     Raises:
         OSError: the file cannot be read.

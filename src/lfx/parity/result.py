@@ -123,7 +123,7 @@ class OutputResult:
         return largest
 
     def add_labels(self, expected: NDArray[Any], actual: NDArray[Any], *, multi_label: bool) -> None:
-        """Count the rows with the reference's argmax, or with `multi_label` the entries with the reference's sign.
+        """Count the rows whose argmax is the reference's, or with `multi_label` the entries whose sign is.
 
         Rows of a single entry are not counted.
         """
