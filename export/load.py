@@ -153,7 +153,7 @@ def _reason(error: BaseException) -> str:
 
 
 def check_weights(module: nn.Module) -> None:
-    """Check that no parameter or buffer has a NaN, and no parameter an infinity; a mask in a buffer may have infinities.
+    """Check that no parameter or buffer has a NaN, and no parameter an infinity; a buffer may, such as a mask.
 
     Raises:
         ExportError: names the tensor and the number of such values, or a tensor that is sparse or without values.

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "chunking.md"
 
 
-def _defined(inputs: dict[str, np.ndarray], **given: Any) -> np.ndarray:
+def _visible_by_definition(inputs: dict[str, np.ndarray], **given: Any) -> np.ndarray:
     """The keys that each query sees by the dense definition, (S, S) bool."""
     query, key, value, key_mask, index = (inputs[n] for n in ("query", "key", "value", "key_mask", "global_index"))
     rows = reference.global_attention(query[:, : index.shape[1]], key, value, key_mask, num_heads=1)
@@ -37,7 +37,7 @@ def test_a_drawn_mask_is_the_definition(name: str) -> None:
     given = dict(figures.MASKS[name])
     drawn = figures.mask_panel(**given)
     inputs = figures.op_inputs(len(drawn), given.pop("global_at", ()))
-    np.testing.assert_array_equal(drawn, _defined(inputs, **given))
+    np.testing.assert_array_equal(drawn, _visible_by_definition(inputs, **given))
 
 
 def test_the_block_size_is_the_one_constant_that_the_figures_replace() -> None:
@@ -51,7 +51,7 @@ def test_drawn_blocks_hold_each_query_once_and_the_keys_that_it_sees() -> None:
     seqlen, global_at = figures.CHUNKS["seqlen"], figures.CHUNKS["global_at"]
     np.testing.assert_array_equal(queries.ravel(), range(seqlen))
     np.testing.assert_array_equal(keys[:, : len(global_at)], [global_at] * len(keys))
-    defined = _defined(figures.op_inputs(seqlen), window=figures.CHUNKS["window"])
+    defined = _visible_by_definition(figures.op_inputs(seqlen), window=figures.CHUNKS["window"])
     for block, span in zip(queries, keys[:, len(global_at) :], strict=True):
         assert set(np.flatnonzero(defined[block].any(axis=0))) <= set(span)
 
@@ -62,7 +62,7 @@ def test_hugging_faces_chunks_are_those_of_chunk_and_their_scores_are_the_band(s
     chunks = LongformerSelfAttention._chunk(torch.arange(seqlen).reshape(1, seqlen, 1), window)[0, :, :, 0]
     for name in ("queries", "keys"):
         np.testing.assert_array_equal(drawn[name], chunks)
-    defined = set(zip(*np.nonzero(_defined(figures.op_inputs(seqlen), window=window)), strict=True))
+    defined = set(zip(*np.nonzero(_visible_by_definition(figures.op_inputs(seqlen), window=window)), strict=True))
     pairs = drawn["band"]
     assert {tuple(pair) for pair in pairs.reshape(-1, 2) if pair[0] >= 0} == defined
     assert defined <= {(q, k) for qs, ks in zip(chunks.tolist(), chunks.tolist(), strict=True) for q in qs for k in ks}
@@ -79,7 +79,7 @@ def test_drawn_rectangles_cover_what_is_seen_and_cost_what_the_page_says() -> No
     keys = seen[:, slots:].copy()
     assert not keys[:, global_at].any()  # a global key is counted once: in front
     keys[:, global_at] = seen[:, :slots]
-    defined = _defined(figures.op_inputs(seqlen, figures.BLOCKS["global_at"]), window=window)
+    defined = _visible_by_definition(figures.op_inputs(seqlen, figures.BLOCKS["global_at"]), window=window)
     np.testing.assert_array_equal(keys[others], defined[others])
     for products in ways.values():
         covered = np.zeros_like(seen)

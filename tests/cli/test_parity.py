@@ -35,14 +35,14 @@ from tests.models import VOCAB_SIZE, save_tiny_checkpoint
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """bundles(task) returns a bundle whose checkpoint is a folder, which parity loads; made once per module."""
-    made: dict[str, Path] = {}
+    cache: dict[str, Path] = {}
 
     def make(task: str = "feature-extraction", **options: Any) -> Path:
         key = f"{task} {options}"
-        if key not in made:
+        if key not in cache:
             folder = tmp_path_factory.mktemp("parity")
-            made[key] = export(save_tiny_checkpoint(folder / "checkpoint", task), folder / "bundle", **options)
-        return made[key]
+            cache[key] = export(save_tiny_checkpoint(folder / "checkpoint", task), folder / "bundle", **options)
+        return cache[key]
 
     return make
 

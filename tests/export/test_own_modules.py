@@ -289,8 +289,8 @@ def test_outputs_may_have_the_names_of_inner_values(tmp_path: Path) -> None:
     folder = export(module, tmp_path / "out")
     same(module, folder)
     model = onnx.load(folder / "model.onnx", load_external_data=False)
-    made = [value for node in model.graph.node for value in node.output]
-    assert len(set(made)) == len(made)
+    values = [value for node in model.graph.node for value in node.output]
+    assert len(set(values)) == len(values)
 
 
 def test_outputs_may_have_the_names_that_lfx_gives_inner_values(tmp_path: Path) -> None:

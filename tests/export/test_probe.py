@@ -192,7 +192,7 @@ def test_global_tokens_that_a_module_adds_are_found(module: Any, adds: bool) -> 
 
 
 @pytest.mark.parametrize("option", [{"max_global": 2}, {"global_attention": "first"}], ids=str)
-def test_an_option_that_would_leave_added_tokens_out_is_refused(option: dict[str, Any], tmp_path: Path) -> None:
+def test_an_option_without_room_for_added_tokens_is_refused(option: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="gives global attention to tokens that its global_attention_mask does not"):
         export(Adding().eval(), tmp_path / "out", **option)
 

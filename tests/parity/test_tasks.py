@@ -51,7 +51,7 @@ def test_every_mode_of_export_agrees_with_pytorch(bundle: MakeBundle, options: d
     assert max(result.error for result in report.outputs.values()) <= LARGEST_FP32_ERROR
 
 
-def test_the_case_list_is_what_is_promised() -> None:
+def test_full_cases_have_all_lengths_around_the_window() -> None:
     cases = full_cases(WINDOW, 128)
     lengths = {case.seqlen for case in cases}
     window = 2 * WINDOW

@@ -523,13 +523,13 @@ def int8(bundle: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> Any:
     rows = [{"input_ids": random.integers(3, VOCAB_SIZE, int(n)).tolist()} for n in random.integers(10, 120, 12)]
     (folder / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    made: dict[str, Path] = {}
+    cache: dict[str, Path] = {}
 
     def make(activations: str) -> Path:
-        if activations not in made:
+        if activations not in cache:
             text = folder / "documents.jsonl"
-            made[activations] = quantize(bundle(), folder / activations, calibration=text, activations=activations)
-        return made[activations]
+            cache[activations] = quantize(bundle(), folder / activations, calibration=text, activations=activations)
+        return cache[activations]
 
     return make
 

@@ -74,17 +74,17 @@ def test_rows_are_yielded_before_the_next_group_is_made(
     engine: Engine, bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lfx.runtime.documents.rows.AHEAD", 4)
-    made: list[int] = []
+    calls: list[int] = []
     tokenizer = Tokenizer(bundle(CLASSIFIER), engine.signature)
     answers = Postprocessor.answers
 
     def noted(*arguments: Any) -> Any:
-        made.append(1)
+        calls.append(1)
         return answers(*arguments)
 
     seen: list[int] = []
     monkeypatch.setattr(Postprocessor, "answers", noted)
-    watch(engine, lambda ids: seen.append(len(made)))
+    watch(engine, lambda ids: seen.append(len(calls)))
     run(engine, tmp_path, [{"text": "the " * 140}], tokenizer, stride=1)
     assert set(seen) == {0, 4, 8, 12}
 
