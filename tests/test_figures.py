@@ -178,8 +178,8 @@ def _traced(method: Callable[[torch.Tensor], torch.Tensor], batch: int) -> Calla
 
 def test_exported_strides_are_those_of_the_example() -> None:
     exported = _traced(_context, batch=2)
-    right, longer = torch.randn(2, 8, 2, 2), torch.randn(2, 12, 2, 2)
-    np.testing.assert_allclose(exported(right), _context(right), atol=1e-5)
+    same_length, longer = torch.randn(2, 8, 2, 2), torch.randn(2, 12, 2, 2)
+    np.testing.assert_allclose(exported(same_length), _context(same_length), atol=1e-5)
     same = np.isclose(exported(longer), _context(longer), atol=1e-5).all(axis=(1, 3))  # (batch, heads)
     assert same.tolist() == [[True, False], [False, False]]
 

@@ -130,7 +130,7 @@ def test_a_lock_with_a_torch_whose_hashes_are_not_known_is_refused() -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize(
-    ("pretence", "message"),
+    ("fake_machine", "message"),
     [
         ("sys.version_info = (3, 10, 1)", "lfx needs Python 3.11 or later"),
         ("platform.system = lambda: 'Darwin'", "make install is for Linux on x86_64, this is Darwin on"),
@@ -138,9 +138,9 @@ def test_a_lock_with_a_torch_whose_hashes_are_not_known_is_refused() -> None:
     ],
     ids=["old-python", "other-system", "other-machine"],
 )
-def test_make_says_where_it_cannot_install(pretence: str, message: str, tmp_path: Path) -> None:
+def test_make_says_where_it_cannot_install(fake_machine: str, message: str, tmp_path: Path) -> None:
     python = tmp_path / "python"
-    code = f"import platform, sys; platform.system = lambda: 'Linux'; {pretence}; exec(sys.argv[2])"
+    code = f"import platform, sys; platform.system = lambda: 'Linux'; {fake_machine}; exec(sys.argv[2])"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
     python.chmod(0o755)
     done = subprocess.run(["make", "lock", f"PYTHON={python}"], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -310,9 +310,9 @@ def _spoil(model: nn.Module, name: str, value: float) -> nn.Module:
 BIAS = "encoder.layer.1.output.dense.bias"
 
 
-@pytest.mark.parametrize(("value", "what"), [(float("nan"), "NaN"), (float("inf"), "an infinity")])
-def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, value: float, what: str) -> None:
-    with pytest.raises(ExportError, match=f"{BIAS} holds {what} in 3 of 32 values"):
+@pytest.mark.parametrize(("value", "value_name"), [(float("nan"), "NaN"), (float("inf"), "an infinity")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, value: float, value_name: str) -> None:
+    with pytest.raises(ExportError, match=f"{BIAS} holds {value_name} in 3 of 32 values"):
         export(_spoil(tiny_model(), BIAS, value), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -61,11 +61,11 @@ class Banded:
 
     def run(self, function: Callable[..., Any], *rest: Any) -> NDArray[np.float64]:
         """Returns the context by a function of the C interface; the output starts as NaN."""
-        held = {name: Guarded(array) for name, array in self.inputs.items()}
+        guarded = {name: Guarded(array) for name, array in self.inputs.items()}
         batch, seqlen, width = self.inputs["query"].shape
         context = Guarded(np.full((batch, seqlen, width), np.nan, DTYPES[self.precision]))
         params = BandedParams(
-            **{name: memory.address for name, memory in held.items()},
+            **{name: memory.address for name, memory in guarded.items()},
             context=context.address,
             batch=batch,
             seqlen=seqlen,
@@ -156,16 +156,16 @@ class Global:
         self, function: Callable[..., Any], workspace: Callable[..., int] | None = None, share_values: bool = False
     ) -> NDArray[np.float64]:
         """Returns the context by a function of the C interface; output and workspace start as NaN."""
-        held = {name: Guarded(array) for name, array in self.inputs.items()}
+        guarded = {name: Guarded(array) for name, array in self.inputs.items()}
         if share_values:
-            held["value"] = held["key"]
+            guarded["value"] = guarded["key"]
         batch, queries, width = self.inputs["query"].shape
         size = width // self.num_heads
         context = Guarded(np.full((batch, queries, width), np.nan, DTYPES[self.precision]))
         scratch_bytes = workspace(batch, queries, self.num_heads, size) if workspace is not None else 0
         scratch = Guarded(np.full(scratch_bytes // 4, np.nan, np.float32))
         params = GlobalParams(
-            **{name: memory.address for name, memory in held.items()},
+            **{name: memory.address for name, memory in guarded.items()},
             context=context.address,
             workspace=scratch.address,
             batch=batch,

@@ -51,10 +51,10 @@ def helper(includes: list[str], tmp_path_factory: pytest.TempPathFactory) -> cty
 
 def run(helper: ctypes.CDLL, library: Path, problem: Banded | Global, workspace_bytes: int) -> Any:
     """Returns the step that failed, or 0, and the context."""
-    held = {name: Guarded(array) for name, array in problem.inputs.items()}
+    guarded = {name: Guarded(array) for name, array in problem.inputs.items()}
     context = Guarded(np.full(problem.inputs["query"].shape, np.nan, DTYPES[problem.precision]))
     scratch = Guarded(np.full(max(workspace_bytes // 4, 1), np.nan, np.float32))
-    addresses = {name: memory.address for name, memory in held.items()}
+    addresses = {name: memory.address for name, memory in guarded.items()}
     workspace = (scratch.address, workspace_bytes)
     code = enqueue_through_creator(helper, str(library), problem, addresses, context.address, workspace, None)
     return code, context.array.astype(np.float64)

@@ -93,8 +93,8 @@ def test_float16_and_bfloat16_kernels_use_tensor_cores_and_float32_ones_do_not(
     seen = set()
     for (arch, name), code in kernels.items():
         if "TensorCores" in name:
-            wanted = "HMMA.16816.F32.BF16" if "bfloat16" in name else r"HMMA.16816.F32 "
-            assert re.search(wanted, code), (arch, name)
+            instruction = "HMMA.16816.F32.BF16" if "bfloat16" in name else r"HMMA.16816.F32 "
+            assert re.search(instruction, code), (arch, name)
             assert "LDSM" in code, (arch, name)  # fragments come by ldmatrix
             assert "LDGSTS" in code, (arch, name)  # tiles come by cp.async
             seen.add(name)

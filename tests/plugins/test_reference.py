@@ -46,8 +46,8 @@ def test_an_index_outside_the_sequence_is_an_unused_slot(host_reference: Any) ->
     problem = banded(Case(1, 40, "scattered"), 1, 8, 4)
     expected = problem.run(host_reference.lfxBandedAttentionReference)
     unused = np.flatnonzero(problem.inputs["global_index"][0] < 0)
-    for far in (40, 2**31 - 1, -7):
-        problem.inputs["global_index"][0, unused] = far
+    for outside in (40, 2**31 - 1, -7):
+        problem.inputs["global_index"][0, unused] = outside
         np.testing.assert_array_equal(problem.run(host_reference.lfxBandedAttentionReference), expected)
 
 
