@@ -228,7 +228,7 @@ def check_long(module: nn.Module, signature: Signature) -> None:
     """Check that a module runs on its longest sequence, of at most 4,096 tokens.
 
     Raises:
-        ExportError: it fails, as one with a position table of its own does past the end of the table.
+        ExportError: it fails, for example because a position table of its own is shorter.
     """
     step = granularity(module)
     length = min(signature.max_seqlen or _LONG, _LONG) // step * step

@@ -266,11 +266,11 @@ def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         return new
 
     copied = module(model)
-    for made in modules.values():
-        for name, value in vars(made).items():
+    for new in modules.values():
+        for name, value in vars(new).items():
             # A method that was set on an instance is bound to the copy of that instance.
             if isinstance(value, MethodType) and id(value.__self__) in modules:
-                made.__dict__[name] = MethodType(value.__func__, modules[id(value.__self__)])
+                new.__dict__[name] = MethodType(value.__func__, modules[id(value.__self__)])
     return copied
 
 

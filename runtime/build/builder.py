@@ -117,7 +117,7 @@ def build_engine(
     except LfxError as error:
         if not is_disk_full(error):
             raise
-        raise BuildError(why_unwritten(path, error, f"{_CURE}, or a temporary folder with room by TMPDIR")) from error
+        raise BuildError(why_unwritten(path, error, f"{_CURE}, or set TMPDIR to a folder with room")) from error
     return path
 
 
@@ -193,12 +193,12 @@ def _profiles(
 
 
 def _build_plan(
-    arguments: _Arguments, source: Path, scratch: Path, built: Path, progress: Progress, log: Callable[[str], None]
+    arguments: _Arguments, source: Path, scratch: Path, plan: Path, progress: Progress, log: Callable[[str], None]
 ) -> None:
     """Prepare and check the graph, build the plan, and write both the plan and its JSON.
 
     Args:
-        source: the bundle's ONNX file. scratch: a temporary folder. built: path of the plan.
+        source: the bundle's ONNX file. scratch: a temporary folder. plan: path of the plan.
     """
     progress("preparing the graph")
     require("onnx_ir", "rtx")
@@ -207,7 +207,7 @@ def _build_plan(
     model, plugin = scratch / MODEL, arguments.library is not None
     nodes = prepare_graph(source, model, arguments.manifest, arguments.signature, arguments.slots, plugin)
     conversion = check_conversion(arguments.bundle, arguments.manifest, model, arguments.signature, progress, log)
-    job = _job(arguments, model, built)
+    job = _job(arguments, model, plan)
     result = run_tensorrt(job, scratch, progress, log)
     if plugin and result["plugin_layers"] != nodes:
         raise BuildError(
@@ -228,8 +228,8 @@ def _build_plan(
         options={name: job[name] for name in ("workspace_bytes", "optimization_level", "flags")},
         versions=package_versions(("onnx", "onnx-ir", "onnxruntime", "numpy")),
         conversion=conversion,
-        plan={"sha256": sha256(built), "bytes": built.stat().st_size},
-    ).write(built)
+        plan={"sha256": sha256(plan), "bytes": plan.stat().st_size},
+    ).write(plan)
 
 
 def _job(arguments: _Arguments, model: Path, plan: Path) -> dict[str, Any]:
