@@ -169,7 +169,7 @@ def _convert_weights(model: ir.Model, kept: set[ir.Value], precision: str) -> No
         if value.dtype == ir.DataType.FLOAT and value.const_value is not None and value not in kept:
             array = value.const_value.numpy()
             size = np.abs(array)
-            # A mask fill value, the lowest float32, is clamped to the lowest value of the dtype; no weight may be.
+            # A mask fill value, the lowest float32, is clamped to the lowest value of the dtype; a weight never is.
             too_large = size[(size > MAX_FINITE[precision]) & (size < MIN_FILL)]
             if too_large.size:
                 raise BuildError(

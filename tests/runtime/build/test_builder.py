@@ -237,9 +237,7 @@ def test_a_full_temporary_folder_is_an_error_with_a_cure(
 ) -> None:
     folder = small_disk()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    with pytest.raises(
-        BuildError, match=r"no disk space left; make room, or .* set TMPDIR to a folder with room"
-    ):
+    with pytest.raises(BuildError, match=r"no disk space left; make room, or .* set TMPDIR to a folder with room"):
         build_engine(bundle(), tmp_path / "one.plan", **RTX, log=lambda line: None)
     assert list(folder.iterdir()) == []
     assert not (tmp_path / "one.plan").exists()
