@@ -178,7 +178,7 @@ __device__ __forceinline__ void attendGroups(
     accumulate(rows, scores, values, scaleLog2);
 }
 
-// Computes a tile whose queries all see all keys as a whole, and of any other tile the groups with a visible key.
+// Computes the tile as a whole if all queries see all of its keys, otherwise only the groups with a visible key.
 template <typename T, int kD>
 __device__ __forceinline__ void attendTile(
     WarpRows<T, kD>& rows, T const* keys, T const* values, float scaleLog2, Visibility const& visibility)
