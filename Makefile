@@ -14,7 +14,8 @@ EXTRAS := export,cpu,rtx,openvino,report,parquet,metrics,verify,fuzz,test
 # Two processes of one thread each: most of the tests trace and load models, which uses one thread.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
-# $(call locked,NAMES): the lock's entries of the packages NAME or NAME|NAME, with their hashes. locked_without: all others.
+# locked: the lock's entries of the packages in the argument (NAME or NAME|NAME), with their hashes; locked_without: all
+# the other entries.
 locked = sed -En '/^($(1))==/,/[^\\]$$/p' requirements.lock
 locked_without = sed -E '/^($(1))==/,/[^\\]$$/d' requirements.lock
 # $(call install,VENV,OPTIONS): installs the requirements on its stdin, and checks their hashes.

@@ -398,7 +398,7 @@ def _edit(plan: Path, **changes: Any) -> None:
 
 
 FOREIGN: dict[str, tuple[Any, str]] = {
-    "no json": (lambda p: json_path(p).unlink(), r"has no tiny\.plan\.json beside it"),
+    "no json": (lambda p: json_path(p).unlink(), r"needs tiny\.plan\.json beside it"),
     "no plan": (lambda p: p.unlink(), "does not exist; build it with: lfx build-engine BUNDLE"),
     "cut": (lambda p: p.write_bytes(p.read_bytes()[:1000]), "has 1000 bytes where tiny.plan.json says"),
     "another plan": (lambda p: p.write_bytes(bytes(p.stat().st_size)), "sha256 differs"),
