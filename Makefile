@@ -4,20 +4,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# TensorRT's headers, to compile the plugin with: a package that carries a copy of them. Nothing of it is installed.
+# Folder of a package that carries a copy of TensorRT's headers, to compile the plugin. The package is not installed in .venv.
 HEADERS := $(CURDIR)/build/headers
-# Where pip looks for PyTorch's CPU build, beside the places that it is configured with.
+# The index that pip searches for PyTorch's CPU build, in addition to the indexes that it is configured with.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Every extra but gpu, whose onnxruntime-gpu takes the place of onnxruntime.
 EXTRAS := export,cpu,rtx,openvino,report,parquet,metrics,verify,demo,fuzz,test
 
-# Two processes of one thread each: most of the tests trace and load, which one thread does.
+# Two processes of one thread each: most of the tests trace and load models, which uses one thread.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
-# The lock's entries of these packages (NAME or NAME|NAME), with their hashes; and all but these.
+# locked: the lock's entries of the packages in the argument (NAME or NAME|NAME), with their hashes; locked_without: all
+# the other entries.
 locked = sed -En '/^($(1))==/,/[^\\]$$/p' requirements.lock
 locked_without = sed -E '/^($(1))==/,/[^\\]$$/d' requirements.lock
-# $(call install,VENV,OPTIONS): installs what it reads, if its hashes are the lock's.
+# $(call install,VENV,OPTIONS): installs the requirements on its stdin, and checks their hashes.
 install = $(1)/bin/python -m pip install --quiet --require-hashes $(2) --requirement /dev/stdin
 
 define PREFLIGHT
@@ -42,7 +43,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml requirements.lock CMakeLists.txt $(wildcard plugins/*.c* plugins/*.h plugins/*/*.*)
 	$(call venv,$(VENV))
-	# setuptools builds packages of the lock. One request to TORCH_INDEX, since it may not be reached.
+	# setuptools builds packages of the lock. No more than one retry of TORCH_INDEX, which may be unreachable.
 	$(call locked,pip|setuptools) | $(call install,$(VENV))
 	@$(call locked,torch) | $(call install,$(VENV),--no-deps --extra-index-url $(TORCH_INDEX) --retries 1) || { echo \
 	"PyTorch's CPU build was not found at $(TORCH_INDEX); name another index: make TORCH_INDEX=URL" >&2; exit 1; }

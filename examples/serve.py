@@ -5,7 +5,7 @@
     curl localhost:8000/metrics
 
 Requests that arrive together run together. A bad request gets 400 and the reason, a body that is longer than any text
-that the model takes 413, an overload 503; a client that is too slow is hung up on.
+that the model takes 413, an overload 503. A client that is too slow is disconnected.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from lfx.runtime import Batcher, Engine
 from lfx.runtime.postprocess import Postprocessor
 from lfx.runtime.tokenizer import Tokenizer
 
-# Bytes of a body for each token of the model's longest sequence. English has 4 to 5 and Chinese 3 in UTF-8; a letter
-# that JSON escapes has 6.
+# Largest body, in bytes per token of the model's longest sequence. In UTF-8, English has 4 to 5 bytes per token and
+# Chinese 3; a character that JSON escapes has 6.
 BYTES_PER_TOKEN = 16
-OTHER_BYTES = 1024  # of a body: what is no text
-NO_LIMIT_TOKENS = 16_384  # longest sequence that is served of a model without a limit
+OTHER_BYTES = 1024  # of a body besides its text
+NO_LIMIT_TOKENS = 16_384  # longest sequence of a model without a limit
 
 
 class Server(ThreadingHTTPServer):
     """One thread for each connection.
 
     Args:
-        max_requests: most requests that are tokenized or computed, or wait for it; one more gets 503.
-        client_seconds: a client has so long to send its request, and as long again to take each part of the reply.
+        max_requests: largest number of requests that are tokenized, computed or waiting; the next one gets 503.
+        client_seconds: time limit for a client to send its request, and again to receive each part of the reply.
     """
 
     def __init__(self, bundle: Path, port: int, max_delay_ms: float, max_requests: int, client_seconds: float) -> None:
@@ -47,7 +47,7 @@ class Server(ThreadingHTTPServer):
         self.tokenizer = Tokenizer(bundle, self.engine.signature)
         self.postprocessor = Postprocessor(self.tokenizer)
         self.batcher = Batcher(self.engine, max_delay_ms=max_delay_ms)
-        self.tokenizing = threading.Lock()  # one text at a time: its encoding is many times as large
+        self.tokenizing = threading.Lock()  # one text at a time: an encoding takes many times the memory of its text
         self.largest_body = (self.engine.signature.max_seqlen or NO_LIMIT_TOKENS) * BYTES_PER_TOKEN + OTHER_BYTES
         self.client_seconds = client_seconds
         self._slots = threading.BoundedSemaphore(max_requests)
@@ -55,20 +55,20 @@ class Server(ThreadingHTTPServer):
 
     @contextlib.contextmanager
     def slot(self) -> Iterator[None]:
-        """A place among `max_requests`.
+        """Hold one of the `max_requests` slots.
 
         Raises:
             OverloadError: all are taken.
         """
         if not self._slots.acquire(blocking=False):
-            raise OverloadError("too many requests are in work; try again later")
+            raise OverloadError("too many requests are in progress; try again later")
         try:
             yield
         finally:
             self._slots.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hung up is no error of the server's."""
+        """Ignore the errors of a client that disconnected."""
         if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
@@ -79,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def setup(self) -> None:
-        """Give the client its time: each wait is bounded by a timeout, and all of the request by a timer."""
+        """Limit the client's time: each wait by a timeout, and the whole request by a timer."""
         self.timeout = self.server.client_seconds
         super().setup()
         self._timer = threading.Timer(self.server.client_seconds, self._stop_reading)
@@ -87,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
         self._timer.start()
 
     def finish(self) -> None:
-        """The timer ends with the connection."""
+        """Stop the timer with the connection."""
         self._timer.cancel()
         super().finish()
 
@@ -96,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RD)
 
     def do_GET(self) -> None:
-        """Metrics, and a check of health."""
+        """Reply with the metrics, or to a health check."""
         if self.path == "/metrics":
             self._reply(200, self.server.engine.metrics.prometheus(), "text/plain; version=0.0.4")
         else:
@@ -110,7 +110,7 @@ class Handler(BaseHTTPRequestHandler):
         elif not (length.isascii() and length.isdigit()):
             self._reply(411, "{}")
         elif len(length) > 9 or int(length) > self.server.largest_body:
-            reason = f"the body is above {self.server.largest_body:,} bytes, which no text that the model takes needs"
+            reason = f"the body is above {self.server.largest_body:,} bytes, more than any text that the model takes"
             self._reply(413, json_text({"error": reason}))
             self._discard(int(length[:12]))
         else:
@@ -118,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
             self._reply(status, json_text(answer))
 
     def _discard(self, size: int) -> None:
-        """Take in a refused body, for as long as a client has: closing before that resets the reply away."""
+        """Read and drop a refused body, within the client's time limit: closing earlier would reset the connection."""
         while size > 0 and (part := self.rfile.read1(65_536)):
             size -= len(part)
 
@@ -149,10 +149,10 @@ class Handler(BaseHTTPRequestHandler):
         outputs = server.batcher.submit(encoded.ids).result()
         return {"tokens": len(encoded.ids), "answers": server.postprocessor.answers(encoded, outputs)}
 
-    def _reply(self, status: int, body: str, kind: str = "application/json") -> None:
+    def _reply(self, status: int, body: str, content_type: str = "application/json") -> None:
         data = body.encode()
         self.send_response(status)
-        self.send_header("Content-Type", kind)
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(data)))
         if status == 503:
             self.send_header("Retry-After", "1")
@@ -160,7 +160,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
-        """The metrics say what happened."""
+        """Log nothing; the metrics count the requests."""
 
 
 def make_server(

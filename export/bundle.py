@@ -91,7 +91,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     except Exception as error:
         if not is_disk_full(error):
             raise
-        cure = f"{_CURE}, or a temporary folder with room by TMPDIR"
+        cure = f"{_CURE}, or set TMPDIR to a folder with room"
         raise ExportError(why_unwritten(output, error, cure)) from error
 
 

@@ -239,7 +239,7 @@ def _target(model: str | nn.Module, output: str | Path | None) -> Path:
     if output is not None:
         return file_path(output, "output", ExportError)
     if isinstance(model, nn.Module):
-        raise ExportError("a module has no name to write to; give export(..., output=FOLDER)")
+        raise ExportError("a module has no name for the output folder; give export(..., output=FOLDER)")
     name = Path(model).resolve().name if Path(model).is_dir() else model.rstrip("/").rpartition("/")[2]
     target = Path(name)
     is_checkpoint = Path(model).is_dir() and target.resolve() == Path(model).resolve()
@@ -265,12 +265,12 @@ def _trace(
     Raises:
         ExportError: the module takes no input_ids, cannot be traced, or has an output that cannot be named.
     """
-    takes = forward_inputs(module)
-    if "input_ids" not in takes:
+    accepted = forward_inputs(module)
+    if "input_ids" not in accepted:
         raise ExportError(f"{type(module).__name__}.forward takes no input_ids; lfx feeds it {', '.join(GRAPH_INPUTS)}")
-    inputs = [name for name in takes if tokens.mode == "mask" or name != "global_attention_mask"]
+    inputs = [name for name in accepted if tokens.mode == "mask" or name != "global_attention_mask"]
     wrapper = ExportWrapper(
-        rewrite(module, tokens, TORCH_DTYPES[precision]), inputs, tokens, "global_attention_mask" in takes
+        rewrite(module, tokens, TORCH_DTYPES[precision]), inputs, tokens, "global_attention_mask" in accepted
     ).eval()
     batch, choices, sequence = (torch.export.Dim(name) for name in ("batch", "choices", "sequence"))
     axes = {0: batch, 1: choices, 2: sequence} if TASKS[task].has_choices else {0: batch, 1: sequence}

@@ -60,7 +60,7 @@ def finalize_graph(
     _simplify(model, weights)
     for value in model.graph.outputs:
         if value.is_initializer():
-            raise ExportError(f"output {value.name!r} is the same whatever the input; leave it out")
+            raise ExportError(f"output {value.name!r} does not depend on the inputs; leave it out")
     share_constants(model, weights)
     common.CommonSubexpressionEliminationPass()(model)
     reorder_gelu(model)
@@ -91,10 +91,11 @@ def finalize_graph(
 def _mark_global_nodes(model: ir.Model) -> None:
     """Mark by name the TopK that lists the global tokens, and each If that chooses the form of the global context.
 
-    `build-engine` makes the number of global slots constant at these nodes; the mark tells them from a user's own.
+    `build-engine` makes the number of global slots constant at these nodes; the mark distinguishes them from nodes of
+    the user's own code.
     """
     for node in model.graph:
-        if node.op_type == "If" and any(inner.domain == functions.DOMAIN for inner in _inside(node)):
+        if node.op_type == "If" and any(inner.domain == functions.DOMAIN for inner in _branch_nodes(node)):
             node.name = f"{node.name}{GLOBAL_ROWS}"
         if node.domain == functions.DOMAIN and node.op_type == "BandedAttention":
             index = node.inputs[4]
@@ -113,7 +114,7 @@ def _mark_pooling(model: ir.Model) -> None:
             node.name = f"{node.name}{IN_FLOAT32}"
 
 
-def _inside(node: ir.Node) -> list[ir.Node]:
+def _branch_nodes(node: ir.Node) -> list[ir.Node]:
     branches = (node.attributes["then_branch"], node.attributes["else_branch"])
     return [inner for branch in branches for inner in branch.as_graph()]
 

@@ -104,7 +104,7 @@ def load_weights(loader: Any, config: Any, files: checkpoint.Checkpoint, cure: s
             output_loading_info=True,
         )
     except Exception as error:
-        raise ExportError(f"the weights of {files.name} cannot be loaded: {_why(error)}") from error
+        raise ExportError(f"the weights of {files.name} cannot be loaded: {_reason(error)}") from error
     _refuse_missing(loaded, info, files.name, cure)
     loaded.config.return_dict = True  # a tuple would lose the output names
     model: nn.Module = loaded.eval()
@@ -144,15 +144,15 @@ def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, cure: s
     mismatched = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get("mismatched_keys", ()))
     if mismatched:
         raise ExportError(
-            f"{model} has weights of other shapes than the config's: {_some(mismatched)}; give the config that "
+            f"{model} has weights of other shapes than the config's: {_listed(mismatched)}; give the config that "
             "belongs to them"
         )
     # Weights of another head may be ignored. Those of a further layer, or of an adapter in a layer, change the outputs.
     unexpected = sorted(key for key in info.get("unexpected_keys", ()) if _is_in_a_part(key, loaded))
     if unexpected:
         raise ExportError(
-            f"{model} has weights for which its config has no layer: {_some(unexpected)}; give the config that belongs "
-            "to them, and merge an adapter into its model"
+            f"{model} has weights for which its config has no layer: {_listed(unexpected)}; give the config that "
+            "belongs to them, and merge an adapter into its model"
         )
     missing = sorted(key for key in info.get("missing_keys", ()) if not key.endswith("position_ids"))
     without_pooler = [key for key in missing if not key.startswith("pooler.")]
@@ -160,7 +160,7 @@ def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, cure: s
         loaded.pooler = None  # type: ignore[assignment]
         return
     if without_pooler:
-        raise ExportError(f"{model} has no weights for {_some(without_pooler)}: {cure}")
+        raise ExportError(f"{model} has no weights for {_listed(without_pooler)}: {cure}")
 
 
 def _is_in_a_part(key: str, model: nn.Module) -> bool:
@@ -177,17 +177,17 @@ def _is_in_a_part(key: str, model: nn.Module) -> bool:
     return False
 
 
-def _some(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _why(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     text = one_line(error)
     return text if isinstance(error, (OSError, ValueError, AssertionError)) else f"{type(error).__name__}: {text}"
 
 
 def check_weights(module: nn.Module) -> None:
-    """Check that no parameter or buffer has a NaN, and no parameter an infinity; a buffer, such as a mask, may.
+    """Check that no parameter or buffer has a NaN, and no parameter an infinity; a buffer may, such as a mask.
 
     Raises:
         ExportError: names the tensor and the number of such values, or a tensor that is sparse or without values.

@@ -25,7 +25,7 @@ from lfx.runtime.inputs import default_global
 from lfx.runtime.runner import model_inputs
 from lfx.signature import GRAPH_INPUTS, TASKS, Signature
 
-# The torch modules in transformers' Longformers and behind a pooling. Each computes every token by itself.
+# The torch modules in transformers' Longformers and behind a pooling. Each computes every token independently of the others.
 _TOKENWISE_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList, *pooling.ACTIVATIONS.values())
 _SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask", "unk")  # special tokens whose ids a config may have
 _LONG = 4096  # longest sequence, in tokens, that is tried
@@ -40,7 +40,7 @@ def default_global_of(module: nn.Module, signature: Signature) -> str:
     The inputs of its attention layers are compared, not its outputs: a label may be the same by chance.
 
     Args:
-        signature: the module's, with its task, ids and limits; its `default_global` is not used.
+        signature: the module's signature, with task, ids and limits; its `default_global` is not used.
     Returns:
         A `default_global` of `lfx.signature.Signature`; "required" if no known rule gives the module's global tokens.
     """
@@ -84,7 +84,7 @@ def _default_global(inputs: Mapping[str, Int64], signature: Signature) -> Int64:
 
 
 def _same_globals(layers: list[NDArray[np.bool_]], mask: Int64) -> bool:
-    """Return whether all attention layers got the global tokens of a mask; transformers pads to a window's multiple."""
+    """Return whether every attention layer got exactly the global tokens of a mask, and none in its padding."""
     rows = mask.reshape(-1, mask.shape[-1]) == 1
     return all(
         len(layer) == len(rows)
@@ -195,7 +195,7 @@ def is_hugging_face(module: nn.Module) -> bool:
 def is_unchanged(module: nn.Module) -> bool:
     """Return whether `is_hugging_face` holds, with no submodule replaced, patched or hooked.
 
-    Such a model masks padding, and computes each sequence of a batch by itself.
+    Such a model masks padding, and computes each sequence of a batch independently of the others.
     """
     return is_hugging_face(module) and all(_is_original(part) for part in module.modules())
 
@@ -203,7 +203,7 @@ def is_unchanged(module: nn.Module) -> bool:
 def _is_original(part: nn.Module) -> bool:
     known_modules = (hf.__name__, activations.__name__, pooling.__name__)
     known_class = type(part) in _TOKENWISE_MODULES or type(part).__module__ in known_modules
-    no_forward = type(part) is nn.ModuleList  # it defines none
+    no_forward = type(part) is nn.ModuleList  # it defines no forward
     own_forward = (no_forward or type(part).forward.__module__ == type(part).__module__) and "forward" not in vars(part)
     return known_class and own_forward and not part._forward_hooks and not part._forward_pre_hooks
 
@@ -338,7 +338,7 @@ def check_long(module: nn.Module, signature: Signature) -> None:
     """Check that a module runs on its longest sequence: whole to 4,096 tokens, up to its first attention beyond that.
 
     Raises:
-        ExportError: it fails, as one with a position table of its own does past the end of the table.
+        ExportError: it fails, for example because a position table of its own is shorter.
     """
     length, names = longest_trial(module, signature), forward_inputs(module)
     if is_unchanged(module) or length == 0:

@@ -240,7 +240,7 @@ def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     def parameter(original: nn.Parameter) -> nn.Parameter:
         if id(original) not in parameters:
             same = not original.is_floating_point() or original.dtype == dtype
-            if original.is_inference():  # torch.export takes none
+            if original.is_inference():  # torch.export does not accept inference tensors
                 parameters[id(original)] = nn.Parameter(convert(original).clone(), requires_grad=False)
             else:
                 parameters[id(original)] = original if same else nn.Parameter(convert(original), requires_grad=False)
@@ -250,27 +250,27 @@ def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if id(original) in modules:
             return modules[id(original)]
         cls = type(original)
-        made: nn.Module = object.__new__(cls)  # without the arguments that a __new__ of the class may need
-        modules[id(original)] = made
+        new: nn.Module = object.__new__(cls)  # without the arguments that a __new__ of the class may need
+        modules[id(original)] = new
         for name, value in vars(original).items():
-            made.__dict__[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
-        made.__dict__["training"] = False
-        if "chunk_size_feed_forward" in made.__dict__:
-            made.__dict__["chunk_size_feed_forward"] = 0  # chunks need a length that is a multiple
+            new.__dict__[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
+        new.__dict__["training"] = False
+        if "chunk_size_feed_forward" in new.__dict__:
+            new.__dict__["chunk_size_feed_forward"] = 0  # chunking needs a length that is a multiple of the chunk size
         for name, weight in original._parameters.items():
-            made._parameters[name] = None if weight is None else parameter(weight)
+            new._parameters[name] = None if weight is None else parameter(weight)
         for name, buffer in original._buffers.items():
-            made._buffers[name] = None if buffer is None else convert(buffer).clone()
+            new._buffers[name] = None if buffer is None else convert(buffer).clone()
         for name, child in original._modules.items():
-            made._modules[name] = None if child is None else module(child)
-        return made
+            new._modules[name] = None if child is None else module(child)
+        return new
 
     copied = module(model)
-    for made in modules.values():
-        for name, value in vars(made).items():
+    for new in modules.values():
+        for name, value in vars(new).items():
             # A method that was set on an instance is bound to the copy of that instance.
             if isinstance(value, MethodType) and id(value.__self__) in modules:
-                made.__dict__[name] = MethodType(value.__func__, modules[id(value.__self__)])
+                new.__dict__[name] = MethodType(value.__func__, modules[id(value.__self__)])
     return copied
 
 

@@ -154,8 +154,8 @@ def check_window_memory(width: int, heads: int, name: str) -> None:
     needed = 4 * 4 * heads * width * width  # four float32 copies of the scores, as measured
     if needed > _ATTENTION_BYTES:
         raise ExportError(
-            f"{name} {width} would take {needed / 1e9:.0f} GB for any sequence in Hugging Face's attention, and at "
-            f"most {_ATTENTION_BYTES / 1e9:.0f} GB are taken; give a smaller window"
+            f"{name} {width} would take {needed / 1e9:.0f} GB for any sequence in Hugging Face's attention, above "
+            f"the {_ATTENTION_BYTES / 1e9:.0f} GB allowed; give a smaller window"
         )
 
 

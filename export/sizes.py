@@ -32,7 +32,7 @@ def check_sizes(program: torch.onnx.ONNXProgram, signature: Signature, multiple_
     Args:
         multiple_of: the number that sequence lengths are multiples of.
     Raises:
-        ExportError: the model takes another path at some size, or computes with one size as a constant.
+        ExportError: the model takes another branch at some size, or computes with one size as a constant.
     """
     assert program.exported_program is not None
     first = next(node for node in program.exported_program.graph.nodes if node.name.startswith("tensors"))
@@ -40,7 +40,7 @@ def check_sizes(program: torch.onnx.ONNXProgram, signature: Signature, multiple_
     for axis, size in sizes.items():
         if not isinstance(size, torch.SymInt):
             raise ExportError(
-                f"{signature.architecture} takes the {axis} of the traced example, {size}, for a constant; compute "
+                f"{signature.architecture} treats the {axis} of the traced example, {size}, as a constant; compute "
                 "with the shapes of its tensors, without int() or a table of sizes"
             )
         _check_range(axis, program.exported_program.range_constraints.get(size.node.expr), signature, multiple_of)
@@ -61,8 +61,8 @@ def _check_range(axis: Any, bounds: Any, signature: Signature, multiple_of: int)
     if low > max(multiple_of, 2) or (high is not None and (limit is None or high < limit)):
         cure = f"export with max_seqlen={high}" if axis == "sequence" and high is not None and low < 2 else ""
         raise ExportError(
-            f"{signature.architecture} takes another path outside {axis} {low} to {high or 'any'}, and a graph has one "
-            f"path for all sizes; {cure or 'take the branch on the shape out of its forward'}"
+            f"{signature.architecture} takes another branch outside {axis} {low} to {high or 'any'}, but a graph "
+            f"has the same branch for all sizes; {cure or 'remove the branch on the shape from its forward'}"
         )
 
 
@@ -85,8 +85,8 @@ def _check_condition(condition: Any, examples: Any, sizes: Any, signature: Signa
         if not holds(*(shape[name] for name in names)):
             text = ", ".join(f"{axis} {size}" for axis, size in shape.items())
             raise ExportError(
-                f"{signature.architecture} takes another path at {text}, and a graph has one path for all sizes; take "
-                "the branch on the shape out of its forward"
+                f"{signature.architecture} takes another branch at {text}, but a graph has the same branch for all "
+                "sizes; remove the branch on the shape from its forward"
             )
 
 

@@ -66,7 +66,8 @@ constexpr int32_t kHEAD_SIZE_MULTIPLE = 8; // kernels copy 16 bytes at a time
 constexpr int32_t kMAX_SEQLEN = 1 << 18;
 constexpr int32_t kMAX_REACH = 1 << 17; // keys that the band of 64 queries covers; each takes a bit of shared memory
 
-// Why the kernels do not support these sizes and attributes, or nullptr if they do. Pointers are not checked.
+// Returns the reason why the kernels do not support these sizes and attributes, or nullptr if they do. Pointers are not
+// checked.
 char const* unsupportedReason(BandedParams const& params) noexcept;
 char const* unsupportedReason(GlobalParams const& params) noexcept;
 

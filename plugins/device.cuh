@@ -108,7 +108,7 @@ __device__ __forceinline__ void loadMatrices(uint32_t (&r)[4], void const* row)
         : "memory");
 }
 
-// The same, with each matrix transposed.
+// loadMatrices() with each matrix transposed.
 __device__ __forceinline__ void loadMatricesTransposed(uint32_t (&r)[4], void const* row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -125,7 +125,7 @@ __device__ __forceinline__ void copyAsync(void* shared, void const* global, bool
         : "memory");
 }
 
-// Closes the current group of copies.
+// Commits the copies since the last commit as one group.
 __device__ __forceinline__ void commitCopies()
 {
     asm volatile("cp.async.commit_group;" ::: "memory");

@@ -116,7 +116,7 @@ public:
     }
 
 private:
-    // What a token is; the token of global slot g is kGLOBAL + g.
+    // Type of a token; the token of global slot g has kGLOBAL + g.
     static constexpr int32_t kPADDING = -1;
     static constexpr int32_t kLOCAL = 0;
     static constexpr int32_t kGLOBAL = 1;

@@ -25,7 +25,7 @@ __device__ __forceinline__ float warpMax(float x)
     return x;
 }
 
-// The same for the sum.
+// Sum over kLANES neighbouring lanes (a power of 2), in each of them. All lanes of the warp call it.
 template <int kLANES>
 __device__ __forceinline__ float warpSum(float x)
 {

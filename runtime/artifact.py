@@ -28,8 +28,8 @@ class Artifact:
     Attributes:
         path: the ONNX file, links not resolved.
         bundle: folder of the bundle; None for a single ONNX file.
-        manifest: of the bundle; None for a single ONNX file.
-        signature: of the model; equal in the manifest and in the ONNX file.
+        manifest: the bundle's manifest; None for a single ONNX file.
+        signature: the model's signature; equal in the manifest and in the ONNX file.
         files: name of the ONNX file and of each weight file -> its path with links resolved.
     """
 

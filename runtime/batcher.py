@@ -249,7 +249,7 @@ class Batcher:
             self._pending.clear()
             self._changed.notify_all()
         try:
-            self._fail(lost, OverloadError("the process ends, and with it this Batcher"))
+            self._fail(lost, OverloadError("the process ended before this request ran"))
         finally:
             for worker in self._workers:
                 worker.join(_EXIT_WAIT_S)
@@ -357,7 +357,7 @@ class Batcher:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
@@ -368,5 +368,5 @@ _batchers: weakref.WeakSet[Batcher] = weakref.WeakSet()
 @atexit.register
 def _end_all() -> None:
     for batcher in list(_batchers):
-        with contextlib.suppress(SystemExit, KeyboardInterrupt):  # of callbacks; the other Batchers end too
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):  # raised by a callback; the other Batchers end too
             batcher._end()

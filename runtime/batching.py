@@ -22,7 +22,7 @@ def batches(
     """Group sequences into batches at the lowest total cost: tokens, padding and the fixed cost of each batch.
 
     Args:
-        lengths: of the sequences, in tokens, 1 or more each.
+        lengths: number of tokens of each sequence, 1 or more.
         budget: largest number of tokens of a batch, padding included. A longer sequence is a batch of its own.
         supports_shape: (batch, seqlen) -> whether the backend takes that shape. Batch sizes are tried in ascending
             order up to the first one that it does not take.

@@ -35,7 +35,7 @@ def measure(
 
     Args:
         contenders: name -> a function of ids, (batch, seqlen) int64. The others are compared with the first one.
-        lengths: of the sequences, in tokens, 1 or more each.
+        lengths: numbers of tokens of a sequence, 1 or more each.
         batch_sizes: 1 or more each.
         rounds: number of timed runs of each contender, 1 or more.
         warm_up: whether each contender runs once before it is timed. False is for contenders that have run before and
@@ -126,7 +126,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     Args:
         rows: as `measure` returns them.
-        path: of the figure. Its suffix decides the format; PNG without a suffix.
+        path: path of the figure. Its suffix decides the format; PNG without a suffix.
     Raises:
         DependencyError: matplotlib is not installed.
         InputError: the file cannot be written.

@@ -58,7 +58,7 @@ class Engine:
             more. A longer sequence runs alone. Default: 8,192.
     Attributes:
         signature: inputs, outputs and limits of the model.
-        manifest: of the bundle or the plan; None for a single ONNX file.
+        manifest: manifest of the bundle or the plan; None for a single ONNX file.
         backend: name, version and device of the backend.
         precision: the argument, or the model's own.
         threads: the argument.
@@ -402,7 +402,7 @@ class Engine:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 

@@ -20,19 +20,19 @@ class Flavor:
 FLAVORS = {"tensorrt": Flavor("tensorrt", "gpu"), "tensorrt-rtx": Flavor("tensorrt_rtx", "rtx")}
 
 
-def choose_flavor(asked: str | None) -> str:
+def choose_flavor(requested: str | None) -> str:
     """Return the name of the requested flavor, or of the first installed one.
 
     Args:
-        asked: a key of `FLAVORS`; None = the first that is installed.
+        requested: a key of `FLAVORS`; None = the first that is installed.
     Raises:
         BuildError: there is no such flavor.
         DependencyError: the flavor is not installed, or none is.
     """
-    if asked is not None:
-        one_of(asked, "flavor", FLAVORS, BuildError)
-        require(FLAVORS[asked].module, FLAVORS[asked].extra)
-        return asked
+    if requested is not None:
+        one_of(requested, "flavor", FLAVORS, BuildError)
+        require(FLAVORS[requested].module, FLAVORS[requested].extra)
+        return requested
     for name, flavor in FLAVORS.items():
         if find_spec(flavor.module) is not None:
             return name

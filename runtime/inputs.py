@@ -24,7 +24,7 @@ class Batch:
 
     Attributes:
         feeds: input name -> (batch, seqlen) int64, for multiple choice (batch, choices, seqlen); padded on the right.
-        lengths: of the sequences, in tokens; None if all have one length, so that nothing was padded.
+        lengths: number of tokens of each sequence; None if all have one length, so that nothing was padded.
     """
 
     feeds: dict[str, Int64]
@@ -214,7 +214,7 @@ def _items(value: Sequence[Any], name: str) -> list[Any]:
     length = len(value)
     items = list(itertools.islice(value, length + 1))
     if len(items) != length:
-        raise InputError(f"{name} has length {length} and another number of items; give a list")
+        raise InputError(f"{name} has a length of {length}, but not that number of items; give a list")
     return items
 
 

@@ -43,12 +43,12 @@ class PlanManifest:
     """The content of `MODEL.plan.json`.
 
     Attributes:
-        signature: of the plan; its precision, max_seqlen and max_global may differ from the bundle's.
+        signature: the plan's signature; its precision, max_seqlen and max_global may differ from the bundle's.
         flavor: "tensorrt" or "tensorrt-rtx".
-        tensorrt_version: of the library that built the plan.
+        tensorrt_version: version of the library that built the plan.
         target: compute capability that the plan was built for, such as "sm89".
         profiles: one or more optimization profiles, by their index in the plan.
-        plugin_version: of the lfx plugin; None if the plan does not use it.
+        plugin_version: version of the lfx plugin; None if the plan does not use it.
         attention_nodes: number of attention nodes of the ONNX graph.
         plugin_layers: number of these that are plugin layers of the plan.
         bundle: {"name", "sha256" of its lfx.json}.
@@ -98,7 +98,7 @@ class PlanManifest:
         if not plan.is_file():
             raise ArtifactError(f"{plan} does not exist; build it with: lfx build-engine BUNDLE")
         if not path.is_file():
-            raise ArtifactError(f"{plan} has no {path.name} beside it, which describes it; {_CURE}")
+            raise ArtifactError(f"{plan} needs {path.name} beside it, which describes the plan; {_CURE}")
         return cls.parse(read_limited(path, MAX_JSON_BYTES, _CURE), path)
 
     @classmethod
@@ -106,7 +106,7 @@ class PlanManifest:
         """Parse the bytes of a plan's JSON.
 
         Args:
-            path: of the JSON file, for messages.
+            path: path of the JSON file, for messages.
         Raises:
             ArtifactError: the JSON is truncated, changed or of another format.
         """
@@ -129,7 +129,7 @@ class PlanManifest:
         """Compare the plan with its digest.
 
         Raises:
-            ArtifactError: the plan was truncated, changed or exchanged.
+            ArtifactError: the plan was truncated, changed or replaced.
         """
         try:
             size = plan.stat().st_size
@@ -139,7 +139,7 @@ class PlanManifest:
         if size != self.plan["bytes"]:
             raise ArtifactError(
                 f"{plan} has {size} bytes where {json_path(plan).name} says {self.plan['bytes']}: "
-                f"it is cut, or another plan; {_CURE}"
+                f"it is truncated, or another plan; {_CURE}"
             )
         if digest != self.plan["sha256"]:
             raise ArtifactError(f"{plan} was changed after the build (sha256 differs); {_CURE}")

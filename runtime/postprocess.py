@@ -22,7 +22,7 @@ class Postprocessor:
     Thread-safe.
 
     Args:
-        tokenizer: of the bundle. tokenizer_config.json is read from its folder, and config.json from its
+        tokenizer: the bundle's tokenizer. tokenizer_config.json is read from its folder, and config.json from its
             `config_folder`, if they exist.
     Raises:
         ArtifactError: one of these files is broken.
@@ -43,7 +43,7 @@ class Postprocessor:
         """The name of a class, from the checkpoint's config.
 
         Args:
-            index: of the class, 0 or more.
+            index: index of the class, 0 or more.
         Returns:
             The name, or LABEL_<index> if the config has none.
         Raises:
@@ -57,7 +57,7 @@ class Postprocessor:
 
         Args:
             encoded: the sequence, from `Tokenizer.encode` or `Tokenizer.windows`.
-            outputs: of `Engine.run` for this sequence; output name -> array with a batch axis of 1.
+            outputs: what `Engine.run` returned for this sequence; output name -> array with a batch axis of 1.
         Returns:
             The answers, scores from 0 to 1. text-classification: {label, score} of each class, best first; a regression
             has its values as scores. token-classification: {token, label, score} of each token, in order. fill-mask:

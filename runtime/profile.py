@@ -31,7 +31,7 @@ class Range:
         """Parse MIN:OPT:MAX, or one number for all three.
 
         Args:
-            name: of the option, for messages.
+            name: name of the option, for messages.
         Raises:
             BuildError: the text has another form, or its sizes are out of order or above 2^31 - 1.
         """

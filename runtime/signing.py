@@ -120,7 +120,7 @@ def check_signature(content: bytes, manifest: Path, key: str | Path, path: Path)
         content: the signed bytes.
         manifest: path of the file that they were read from, for messages.
         key: as for `verify`.
-        path: of the signature.
+        path: path of the signature.
     Returns:
         The key's id and the trusted comment.
     Raises:
@@ -167,7 +167,7 @@ def _is_signed(public_key: bytes, signature: bytes, content: bytes) -> bool:
 
 def _key_line(key: str | Path) -> str:
     """The base64 of a key, given as that line or as the path of a file with a comment and the line."""
-    # A string that looks like a key is one, even if a file has that name.
+    # A string that looks like a key is read as a key, even if a file has that name.
     if isinstance(key, str) and _KEY.fullmatch(key):
         return key
     path = file_path(key, "key", ArtifactError)

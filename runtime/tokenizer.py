@@ -29,11 +29,11 @@ class Encoded:
     """A tokenized text.
 
     Attributes:
-        ids: of the tokens, special tokens included.
+        ids: ids of the tokens, special tokens included.
         pieces: the vocabulary entry of each token.
         document: positions in `ids` of the document's tokens, which are those of the pair if there is one; None if it
             is not known.
-        text: of the document, or of the one that this is a window of.
+        text: the document, or the whole document of a window.
         offsets: first character and character past the end in `text` of each document token; empty for tasks that
             take no pair.
     """
@@ -92,7 +92,7 @@ class Tokenizer:
 
     Args:
         folder: a bundle that `lfx export` wrote, or another folder with a tokenizer.json.
-        signature: of the model that takes the ids.
+        signature: signature of the model that takes the ids.
         unlisted: whether to read the files of a bundle even if its lfx.json does not list them. Default: False.
         config_folder: folder of the config.json that has the labels, and of config_sentence_transformers.json. Default:
             `folder`.
@@ -257,8 +257,8 @@ def _read_listed(path: Path, *, unlisted: bool) -> bytes | None:
     entry = Manifest.read(path.parent).files.get(path.name)
     if entry is None and os.path.lexists(path):
         raise ArtifactError(
-            f"{path} is not listed in {MANIFEST}, so nothing says what it is; remove it, or name the folder with "
-            "--tokenizer"
+            f"{path} is not listed in {MANIFEST}, so its content cannot be checked; remove it, or name the folder "
+            "with --tokenizer"
         )
     data = read_file(path)
     if entry is not None and hashlib.sha256(data or b"").hexdigest() != entry["sha256"]:
@@ -310,7 +310,7 @@ def json_object(data: bytes | None, path: Path) -> dict[str, Any]:
 
     Args:
         data: content of the file, or None.
-        path: of the file, for messages.
+        path: path of the file, for messages.
     Raises:
         ArtifactError: the file holds no JSON object.
     """

@@ -238,7 +238,11 @@ def as_strided() -> Any:
 def skew() -> Any:
     """Draw how Hugging Face skews diagonals to columns: the scores of a chunk, with longer rows, and the band."""
     chunks, window = hugging_face(**SKEW), SKEW["window"]
-    tables = {"one chunk": chunks["scores"][1], "read one wider": chunks["skewed"][1], "the band": chunks["band"]}
+    tables = {
+        "one chunk": chunks["scores"][1],
+        "read with longer rows": chunks["skewed"][1],
+        "the band": chunks["band"],
+    }
     figure, grid = plt.subplots(1, 3, figsize=(6, 4.8), width_ratios=[t.shape[1] for t in tables.values()])
     ramp = [mpl.colors.to_hex(c) for c in mpl.colormaps["PuOr"](np.linspace(0.28, 0.72, 2 * window + 1))]
     for axes, (title, pairs) in zip(grid, tables.items(), strict=True):

@@ -57,7 +57,7 @@ def with_torch_cpu(lock: str) -> str:
     entry = re.search(r"^torch==(\S+) \\\n((?: +--hash=\S+(?: \\)?\n)+)", lock, re.MULTILINE)
     if entry is None or entry[1] != TORCH_VERSION:
         sys.exit(
-            f"the lock has not torch {TORCH_VERSION}, whose hashes scripts/lock.py has; its first lines say what to do"
+            f"the lock does not have torch {TORCH_VERSION}, whose hashes are in scripts/lock.py; see its docstring"
         )
     hashes = " \\\n".join(f"    --hash=sha256:{digest}" for digest in TORCH_CPU.values())
     linux = f"torch=={TORCH_VERSION}+cpu ; sys_platform == 'linux' \\\n{hashes}\n"

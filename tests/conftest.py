@@ -25,14 +25,14 @@ settings.load_profile("lfx")
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
     """bundle(task, **export options) -> the folder of a tiny exported model with a tokenizer; made once, shared."""
-    made: dict[tuple[Any, ...], Path] = {}
+    cache: dict[tuple[Any, ...], Path] = {}
 
     def make(task: str = "feature-extraction", **options: Any) -> Path:
         key = (task, *sorted(options.items()))
-        if key not in made:
+        if key not in cache:
             folder = tmp_path_factory.mktemp("bundle") / task
-            made[key] = export(tiny_model(task), folder, tokenizer=tiny_tokenizer(), **options)
-        return made[key]
+            cache[key] = export(tiny_model(task), folder, tokenizer=tiny_tokenizer(), **options)
+        return cache[key]
 
     return make
 

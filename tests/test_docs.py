@@ -1,4 +1,4 @@
-"""The pages say what the code does and what the records hold."""
+"""The pages agree with the code and with the records."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_every_table_is_what_the_records_say() -> None:
-    found = subprocess.run(
+def test_every_table_agrees_with_the_records() -> None:
+    done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "tables.py"), "--check"], capture_output=True, text=True, check=False
     )
-    assert found.returncode == 0, found.stdout
+    assert done.returncode == 0, done.stdout
 
 
 def test_every_command_and_option_is_on_the_page_of_commands() -> None:
@@ -33,7 +33,7 @@ def test_every_command_and_option_is_on_the_page_of_commands() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
+def test_links_within_the_repository_exist(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target

@@ -1,4 +1,4 @@
-"""The example server: right answers to many at once, bad requests refused, metrics that Prometheus reads."""
+"""The example server: correct answers to concurrent requests, bad requests refused, metrics that Prometheus reads."""
 
 from __future__ import annotations
 
@@ -68,21 +68,21 @@ def post(address: str, body: bytes) -> tuple[int, Any]:
         return error.code, json.load(error)
 
 
-def test_many_at_once_get_their_own_answers(address: str, bundle: MakeBundle) -> None:
+def test_concurrent_requests_get_their_own_answers(address: str, bundle: MakeBundle) -> None:
     words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
     texts = [" ".join(words[i % 9 :] + words * (i % 3)) for i in range(24)]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda text: post(address, json.dumps({"text": text}).encode()), texts))
+        replies = list(pool.map(lambda text: post(address, json.dumps({"text": text}).encode()), texts))
     folder = bundle("text-classification")
     with Engine(folder) as engine:
         reader = Tokenizer(folder, engine.signature)
-        for text, (status, reply) in zip(texts, found, strict=True):
+        for text, (status, reply) in zip(texts, replies, strict=True):
             encoded = reader.encode(text)
-            right = Postprocessor(reader).answers(encoded, engine.run(encoded.ids))  # type: ignore[arg-type]
+            expected = Postprocessor(reader).answers(encoded, engine.run(encoded.ids))  # type: ignore[arg-type]
             assert status == 200
             assert reply["tokens"] == len(encoded.ids)
-            assert [a["label"] for a in reply["answers"]] == [a["label"] for a in right]
-            assert np.allclose([a["score"] for a in reply["answers"]], [a["score"] for a in right], atol=1e-5)
+            assert [a["label"] for a in reply["answers"]] == [a["label"] for a in expected]
+            assert np.allclose([a["score"] for a in reply["answers"]], [a["score"] for a in expected], atol=1e-5)
 
 
 @pytest.mark.parametrize("length", ["-1", "abc", "99999999999", "9" * 5000])
@@ -105,13 +105,13 @@ def test_a_body_of_no_known_or_too_great_a_length_is_refused(address: str, lengt
         json.dumps({"text": "fox " * 500}).encode(),
     ],
 )
-def test_bad_requests_are_told_why(address: str, body: bytes) -> None:
+def test_bad_requests_get_the_reason(address: str, body: bytes) -> None:
     status, reply = post(address, body)
     assert status == 400
     assert reply["error"]
 
 
-def test_a_body_that_no_text_of_the_model_needs_is_refused_unread(
+def test_a_body_larger_than_any_text_of_the_model_is_refused_unread(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     example = load_example()
@@ -124,7 +124,7 @@ def test_a_body_that_no_text_of_the_model_needs_is_refused_unread(
         assert f"above {largest:,} bytes" in reply["error"]
 
 
-def test_requests_beyond_those_in_work_get_503_and_are_told_to_come_back(
+def test_requests_above_max_requests_get_503_and_retry_after(
     bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, go_on = threading.Event(), threading.Event()
@@ -160,12 +160,12 @@ def test_texts_are_tokenized_one_at_a_time(bundle: MakeBundle, monkeypatch: pyte
 
     monkeypatch.setattr(Tokenizer, "encode", alone)
     with running(bundle("text-classification")) as server, ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: post(address_of(server), b'{"text": "the quick fox"}'), range(40)))
-    assert {status for status, _ in found} == {200}
+        replies = list(pool.map(lambda _: post(address_of(server), b'{"text": "the quick fox"}'), range(40)))
+    assert {status for status, _ in replies} == {200}
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /run HT", b"POST /run HTTP/1.0\r\nContent-Length: 50\r\n\r\n{"])
-def test_a_client_that_sends_no_more_is_hung_up_on(
+def test_a_client_that_stops_sending_is_disconnected(
     sent: bytes, bundle: MakeBundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with (
@@ -178,7 +178,7 @@ def test_a_client_that_sends_no_more_is_hung_up_on(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_client_that_sends_a_byte_now_and_then_is_hung_up_on(bundle: MakeBundle) -> None:
+def test_a_client_that_sends_byte_by_byte_is_disconnected(bundle: MakeBundle) -> None:
     with (
         running(bundle("text-classification"), client_seconds=0.5) as server,
         socket.create_connection(server.server_address, timeout=60) as client,

@@ -1,4 +1,4 @@
-"""What docs/chunking.md draws and says is what the code does and what the definition says."""
+"""docs/chunking.md agrees with the code and with the definition, in its figures and in its text."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "chunking.md"
 
 
-def _defined(inputs: dict[str, np.ndarray], **given: Any) -> np.ndarray:
-    """(S, S) bool by the dense definition: which keys each row of the result is made of."""
+def _visible_by_definition(inputs: dict[str, np.ndarray], **given: Any) -> np.ndarray:
+    """The keys that each query sees by the dense definition, (S, S) bool."""
     query, key, value, key_mask, index = (inputs[n] for n in ("query", "key", "value", "key_mask", "global_index"))
     rows = reference.global_attention(query[:, : index.shape[1]], key, value, key_mask, num_heads=1)
     return reference.banded_attention(query, key, value, key_mask, index, rows, num_heads=1, **given)[0] > 0
@@ -37,7 +37,7 @@ def test_a_drawn_mask_is_the_definition(name: str) -> None:
     given = dict(figures.MASKS[name])
     drawn = figures.mask_panel(**given)
     inputs = figures.op_inputs(len(drawn), given.pop("global_at", ()))
-    np.testing.assert_array_equal(drawn, _defined(inputs, **given))
+    np.testing.assert_array_equal(drawn, _visible_by_definition(inputs, **given))
 
 
 def test_the_block_size_is_the_one_constant_that_the_figures_replace() -> None:
@@ -51,19 +51,19 @@ def test_drawn_blocks_hold_each_query_once_and_the_keys_that_it_sees() -> None:
     seqlen, global_at = figures.CHUNKS["seqlen"], figures.CHUNKS["global_at"]
     np.testing.assert_array_equal(queries.ravel(), range(seqlen))
     np.testing.assert_array_equal(keys[:, : len(global_at)], [global_at] * len(keys))
-    defined = _defined(figures.op_inputs(seqlen), window=figures.CHUNKS["window"])
+    defined = _visible_by_definition(figures.op_inputs(seqlen), window=figures.CHUNKS["window"])
     for block, span in zip(queries, keys[:, len(global_at) :], strict=True):
         assert set(np.flatnonzero(defined[block].any(axis=0))) <= set(span)
 
 
 @pytest.mark.parametrize(("seqlen", "window"), [(8, 2), (12, 2), (96, 16)])
 def test_hugging_faces_chunks_are_those_of_chunk_and_their_scores_are_the_band(seqlen: int, window: int) -> None:
-    found = figures.hugging_face(seqlen, window)
+    drawn = figures.hugging_face(seqlen, window)
     chunks = LongformerSelfAttention._chunk(torch.arange(seqlen).reshape(1, seqlen, 1), window)[0, :, :, 0]
     for name in ("queries", "keys"):
-        np.testing.assert_array_equal(found[name], chunks)
-    defined = set(zip(*np.nonzero(_defined(figures.op_inputs(seqlen), window=window)), strict=True))
-    pairs = found["band"]
+        np.testing.assert_array_equal(drawn[name], chunks)
+    defined = set(zip(*np.nonzero(_visible_by_definition(figures.op_inputs(seqlen), window=window)), strict=True))
+    pairs = drawn["band"]
     assert {tuple(pair) for pair in pairs.reshape(-1, 2) if pair[0] >= 0} == defined
     assert defined <= {(q, k) for qs, ks in zip(chunks.tolist(), chunks.tolist(), strict=True) for q in qs for k in ks}
     rows, columns = np.nonzero(pairs[..., 0] >= 0)
@@ -79,7 +79,7 @@ def test_drawn_rectangles_cover_what_is_seen_and_cost_what_the_page_says() -> No
     keys = seen[:, slots:].copy()
     assert not keys[:, global_at].any()  # a global key is counted once: in front
     keys[:, global_at] = seen[:, :slots]
-    defined = _defined(figures.op_inputs(seqlen, figures.BLOCKS["global_at"]), window=window)
+    defined = _visible_by_definition(figures.op_inputs(seqlen, figures.BLOCKS["global_at"]), window=window)
     np.testing.assert_array_equal(keys[others], defined[others])
     for products in ways.values():
         covered = np.zeros_like(seen)
@@ -91,7 +91,7 @@ def test_drawn_rectangles_cover_what_is_seen_and_cost_what_the_page_says() -> No
     assert computed["Hugging Face"] == (seqlen // window - 1) * (2 * window) ** 2 + seqlen * slots
 
 
-def test_each_position_takes_the_row_that_it_should() -> None:
+def test_each_position_takes_its_own_row_of_the_pool() -> None:
     rows, queries = figures.pool_rows(**figures.BACK)
     for position, row in enumerate(rows):
         if position in figures.BACK["global_at"]:
@@ -141,7 +141,7 @@ def test_the_figures_in_docs_are_drawn_from_the_code_as_it_is(drawn: Path, name:
     np.testing.assert_allclose(numbers, _parts(kept)[1], atol=0.01, err_msg="run: python scripts/figures.py")
 
 
-# What the page says of exports, on Hugging Face's own methods: window 2, two heads of size 2.
+# The page's statements about exports, tested on Hugging Face's own methods: window 2, two heads of size 2.
 
 
 def _scores(x: torch.Tensor) -> torch.Tensor:
@@ -158,7 +158,7 @@ def _attention() -> LongformerSelfAttention:
 
 
 def _traced(method: Callable[[torch.Tensor], torch.Tensor], batch: int) -> Callable[[torch.Tensor], np.ndarray]:
-    """The method through the TorchScript exporter, batch and length dynamic, the example of length 8."""
+    """Export the method with the TorchScript exporter: dynamic batch and length, from an example of length 8."""
 
     class Module(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -178,8 +178,8 @@ def _traced(method: Callable[[torch.Tensor], torch.Tensor], batch: int) -> Calla
 
 def test_exported_strides_are_those_of_the_example() -> None:
     exported = _traced(_context, batch=2)
-    right, longer = torch.randn(2, 8, 2, 2), torch.randn(2, 12, 2, 2)
-    np.testing.assert_allclose(exported(right), _context(right), atol=1e-5)
+    same_length, longer = torch.randn(2, 8, 2, 2), torch.randn(2, 12, 2, 2)
+    np.testing.assert_allclose(exported(same_length), _context(same_length), atol=1e-5)
     same = np.isclose(exported(longer), _context(longer), atol=1e-5).all(axis=(1, 3))  # (batch, heads)
     assert same.tolist() == [[True, False], [False, False]]
 

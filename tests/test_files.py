@@ -41,7 +41,7 @@ def test_a_link_is_replaced_and_its_target_stays(tmp_path: Path) -> None:
     assert not (tmp_path / "out.txt").is_symlink()
 
 
-def test_a_name_of_the_greatest_length_is_written(tmp_path: Path) -> None:
+def test_a_name_of_the_maximum_length_is_written(tmp_path: Path) -> None:
     with replacing(tmp_path / ("x" * 255)) as path:
         path.write_text("new")
     assert [len(path.name) for path in tmp_path.iterdir()] == [255]
@@ -89,7 +89,7 @@ def test_the_next_write_removes_the_leftovers_of_a_kill_at_any_step(tmp_path: Pa
             assert step > 8
             return
         assert status == -signal.SIGKILL
-    raise AssertionError("it never came through")
+    raise AssertionError("no write completed")
 
 
 def test_folders_of_live_processes_and_of_other_targets_stay(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What imports what: core ← runtime ← export ← cli, without a circle, and nothing imports tests or scripts."""
+"""Direction of imports: core ← runtime ← export ← cli, without a cycle; nothing imports tests or scripts."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "lfx"
-# Each may import those in front of it, and itself.
+# Each may import those before it, and itself.
 LAYERS = ("core", "runtime", "export", "cli")
 
 
 def modules() -> dict[str, Path]:
     """Dotted name -> file, of all modules of the package; the two links are followed."""
-    found = {}
+    files = {}
     folders = [SOURCE]
     while folders:
         folder = folders.pop()
         folders += [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(("_", "."))]
         for path in folder.glob("*.py"):
             parts = ("lfx", *path.relative_to(SOURCE).with_suffix("").parts)
-            found[".".join(parts).removesuffix(".__init__")] = path
-    return found
+            files[".".join(parts).removesuffix(".__init__")] = path
+    return files
 
 
 MODULES = modules()
@@ -64,9 +64,9 @@ def test_a_module_imports_its_own_layer_and_those_below(module: str) -> None:
             assert layer(name) in allowed, f"{module} imports {name}"
 
 
-def test_no_circle_of_imports() -> None:
+def test_imports_have_no_cycle() -> None:
     graph = {module: {name for name in imports(module) if name in MODULES} for module in MODULES}
-    # A package's own module hands out what its parts have; they do not ask it for anything.
+    # A package re-exports names of its submodules, and they do not import from it.
     while leaves := [module for module, names in graph.items() if not names & graph.keys() - {module}]:
         for module in leaves:
             del graph[module]

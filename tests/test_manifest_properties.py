@@ -64,10 +64,10 @@ json_values = st.recursive(
 )
 
 
-def places(value: Any) -> list[tuple[Any, ...]]:
+def paths(value: Any) -> list[tuple[Any, ...]]:
     """The path of every value inside a JSON value."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [(), *((key, *path) for key, inner in items for path in places(inner))]
+    return [(), *((key, *path) for key, inner in items for path in paths(inner))]
 
 
 @st.composite
@@ -75,7 +75,7 @@ def spoiled(draw: st.DrawFn, original: dict[str, Any]) -> dict[str, Any]:
     """A JSON object with one to three of its values replaced or removed."""
     data = json.loads(json.dumps(copy.deepcopy(original)))
     for _ in range(draw(st.integers(1, 3))):
-        path = draw(st.sampled_from(places(data)[1:]))
+        path = draw(st.sampled_from(paths(data)[1:]))
         parent = data
         for key in path[:-1]:
             parent = parent[key]
@@ -83,7 +83,7 @@ def spoiled(draw: st.DrawFn, original: dict[str, Any]) -> dict[str, Any]:
             del parent[path[-1]]
         else:
             parent[path[-1]] = draw(json_values)
-        if not places(data)[1:]:
+        if not paths(data)[1:]:
             break
     return data
 

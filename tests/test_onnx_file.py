@@ -51,8 +51,8 @@ def model_with_weights_everywhere() -> onnx.ModelProto:
 def test_weights_are_found_in_all_fields_that_can_have_them(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(model_with_weights_everywhere().SerializeToString())
-    places = ("graph", "branch", "constant", "list", "values", "indices", "function", "default", "training")
-    assert read_header(path) == Header("größe", frozenset(f"{place}.bin" for place in places))
+    locations = ("graph", "branch", "constant", "list", "values", "indices", "function", "default", "training")
+    assert read_header(path) == Header("größe", frozenset(f"{location}.bin" for location in locations))
 
 
 @pytest.mark.parametrize("options", [{}, {"inline_functions": True}, {"precision": "fp16"}], ids=str)
@@ -81,9 +81,9 @@ def calling(calls: dict[str, list[str]], graph: list[str]) -> bytes:
     """A model whose graph and functions have one node for each name that they call, the last one in a subgraph."""
 
     def nodes(names: list[str]) -> list[onnx.NodeProto]:
-        made = [helper.make_node(name, [], [f"o{i}"], domain="x" * (name in calls)) for i, name in enumerate(names)]
-        inner = helper.make_graph(made[-1:], "branch", [], [])
-        return [*made[:-1], helper.make_node("If", ["c"], ["y"], then_branch=inner)]
+        protos = [helper.make_node(name, [], [f"o{i}"], domain="x" * (name in calls)) for i, name in enumerate(names)]
+        inner = helper.make_graph(protos[-1:], "branch", [], [])
+        return [*protos[:-1], helper.make_node("If", ["c"], ["y"], then_branch=inner)]
 
     versions = [helper.make_opsetid("", 17), helper.make_opsetid("x", 1)]
     functions = [helper.make_function("x", name, [], ["y"], nodes(names), versions) for name, names in calls.items()]

@@ -1,4 +1,4 @@
-"""What lfx is installed with: the bounds in pyproject.toml, the lowest versions, the lock, and what CI runs."""
+"""Installation of lfx: the bounds in pyproject.toml, the lowest versions, the lock, and what CI runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def lowest_pins() -> dict[str, str]:
 
 
 def lock_entries() -> list[tuple[Requirement, list[str]]]:
-    """Each entry of the lock: what it pins, and its hashes."""
+    """The requirement and the hashes of each entry of the lock."""
     text = re.sub(r"^ *#.*\n", "", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE)
     entries = []
     for line in text.replace("\\\n", "").splitlines():
@@ -99,7 +99,7 @@ def test_every_package_of_the_lock_is_pinned_with_sha256_hashes() -> None:
 
 @pytest.mark.parametrize("name", [name for name in DEPENDENCIES if name not in lock.LEFT_OUT])
 def test_the_lock_has_every_dependency_within_its_bounds(name: str) -> None:
-    """Where it fails, `make lock` is to be run."""
+    """If it fails, run `make lock`."""
     for requirement in requirements(name):
         pins = [pin.specifier for pin, _ in lock_entries() if pin.name == canonicalize_name(requirement.name)]
         assert pins, requirement
@@ -114,23 +114,23 @@ def test_every_package_that_the_makefile_names_is_in_the_lock() -> None:
 
 
 def test_the_lock_has_pytorchs_cpu_build_for_linux() -> None:
-    found = {str(pin.marker): (str(pin.specifier), hashes) for pin, hashes in lock_entries() if pin.name == "torch"}
-    assert found['sys_platform == "linux"'] == (
+    pins = {str(pin.marker): (str(pin.specifier), hashes) for pin, hashes in lock_entries() if pin.name == "torch"}
+    assert pins['sys_platform == "linux"'] == (
         f"=={lock.TORCH_VERSION}+cpu",
         [f"sha256:{digest}" for digest in lock.TORCH_CPU.values()],
     )
-    assert found['sys_platform != "linux"'][0] == f"=={lock.TORCH_VERSION}"
+    assert pins['sys_platform != "linux"'][0] == f"=={lock.TORCH_VERSION}"
     assert not {"triton", "nvidia-cublas", "nvidia-cudnn-cu13"} & {pin.name for pin, _ in lock_entries()}
 
 
 def test_a_lock_with_a_torch_whose_hashes_are_not_known_is_refused() -> None:
-    with pytest.raises(SystemExit, match="the lock has not torch"):
+    with pytest.raises(SystemExit, match="the lock does not have torch"):
         lock.with_torch_cpu("torch==9.9.9 \\\n    --hash=sha256:00\n    # via longformer-lfx\n")
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize(
-    ("pretence", "message"),
+    ("fake_machine", "message"),
     [
         ("sys.version_info = (3, 10, 1)", "lfx needs Python 3.11 or later"),
         ("platform.system = lambda: 'Darwin'", "make install is for Linux on x86_64, this is Darwin on"),
@@ -138,21 +138,21 @@ def test_a_lock_with_a_torch_whose_hashes_are_not_known_is_refused() -> None:
     ],
     ids=["old-python", "other-system", "other-machine"],
 )
-def test_make_says_where_it_cannot_install(pretence: str, message: str, tmp_path: Path) -> None:
+def test_make_says_where_it_cannot_install(fake_machine: str, message: str, tmp_path: Path) -> None:
     python = tmp_path / "python"
-    code = f"import platform, sys; platform.system = lambda: 'Linux'; {pretence}; exec(sys.argv[2])"
+    code = f"import platform, sys; platform.system = lambda: 'Linux'; {fake_machine}; exec(sys.argv[2])"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
     python.chmod(0o755)
-    found = subprocess.run(["make", "lock", f"PYTHON={python}"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode != 0
-    assert found.stderr.startswith(message)
+    done = subprocess.run(["make", "lock", f"PYTHON={python}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.startswith(message)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_says_that_there_is_no_such_python() -> None:
-    found = subprocess.run(["make", "lock", "PYTHON=no-python"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode != 0
-    assert found.stderr.startswith("no-python was not found; try: make PYTHON=python3.11")
+    done = subprocess.run(["make", "lock", "PYTHON=no-python"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.startswith("no-python was not found; try: make PYTHON=python3.11")
 
 
 @pytest.mark.parametrize("name", ["test", "release"])
@@ -169,7 +169,7 @@ def test_workflows_run_make_targets_with_pinned_actions_and_may_only_read(name: 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a wheel is built from."""
+    """A copy of the files that a wheel is built from."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("build_backend", "export", "plugins", "runtime", "src"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "_lib"))
@@ -202,8 +202,8 @@ def test_a_wheel_without_the_plugin_is_pure_python_and_has_both_linked_folders(c
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.iterdir()
     assert wheel.name.endswith("-py3-none-any.whl")
-    with zipfile.ZipFile(wheel) as found:
-        assert {"lfx/cli/__init__.py", "lfx/export/exporter.py", "lfx/runtime/engine.py"} <= set(found.namelist())
+    with zipfile.ZipFile(wheel) as archive:
+        assert {"lfx/cli/__init__.py", "lfx/export/exporter.py", "lfx/runtime/engine.py"} <= set(archive.namelist())
 
 
 @pytest.mark.parametrize("name", ["export", "runtime"])

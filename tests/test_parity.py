@@ -120,7 +120,7 @@ def test_a_model_that_gives_nan_is_refused_with_output_and_case(whose: str) -> N
 
 
 @pytest.mark.parametrize("fill", [-np.inf, np.finfo(np.float64).min, float(np.finfo(np.float32).min)])
-def test_what_a_model_fills_in_loosens_nothing(fill: float) -> None:
+def test_fill_values_do_not_raise_the_tolerance(fill: float) -> None:
     def filled(by: float, amount: float):
         def run(inputs: Arrays) -> Arrays:
             logits = np.sin(inputs["input_ids"].astype(float)) + amount

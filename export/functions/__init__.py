@@ -12,7 +12,7 @@ Block form: each block of queries gathers the keys of its windows, so that atten
 over (B·d·N, H), without diagonal skewing, a loop, or padding of the sequence. Queries, keys and values are gathered
 per head from the outputs of the projections, viewed as (B, S·H, D), without a transpose. The result is plain rank-4
 attention, which OpenVINO fuses into one layer. The output is one gather from the concatenation of the computed rows,
-the global rows and a zero row, which stands for every masked query.
+the global rows and a zero row, which every masked query takes.
 
 All index and mask nodes depend only on the mask and the shape. They are the same in all layers of one window size,
 and a runtime with common subexpression elimination, such as ONNX Runtime, computes them once.

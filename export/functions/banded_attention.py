@@ -1,4 +1,4 @@
-"""`BandedAttention`: each query attends a window and the global tokens. `lfx.export.functions` has the letters."""
+"""`BandedAttention`: each query attends a window and the global tokens. `lfx.export.functions` explains the letters."""
 
 from __future__ import annotations
 

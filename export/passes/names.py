@@ -47,7 +47,7 @@ def name_after_modules(model: ir.Model, prefix: str) -> bool:
 
 
 def rename_dimensions(model: ir.Model, known: set[str], unknown: str) -> bool:
-    """Rename the symbolic dimensions that torch.onnx generated (`u0`, `s7`) to `unknown`; expressions lose their name.
+    """Rename the symbolic dimensions that torch.onnx generated (`u0`, `s7`) to `unknown`; expressions become unnamed.
 
     A second one becomes `unknown`_1, since a runtime may share memory between dimensions of one name.
 

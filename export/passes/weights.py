@@ -47,6 +47,6 @@ def transpose_weights(model: ir.Model) -> bool:
 
 
 def _swaps_axes(node: ir.Node) -> bool:
-    """Return whether a node is a Transpose that swaps the two axes of a matrix; it does without `perm`."""
+    """Return whether a node is a Transpose that swaps the two axes of a matrix, as one without `perm` does."""
     permutation = node.attributes.get("perm")
     return node.op_type == "Transpose" and (permutation is None or list(permutation.as_ints()) == [1, 0])

@@ -60,7 +60,7 @@ def quantize(
         samples: largest number of windows, 2 or more, spread evenly over the file.
         activations: "uint8", asymmetric, which is fastest on CPUs; or "int8", symmetric, which TensorRT needs.
         full_range: use 8 bits for weights instead of 7. It is more accurate, but overflows on x86 CPUs without VNNI,
-            which refuse it.
+            where lfx refuses the model.
         keep_float: patterns of layer names, such as "encoder.layer.11.*", that stay float32.
         tokenizer: a folder with a tokenizer; default: the bundle's.
         progress: called with the name of each step.
@@ -95,21 +95,21 @@ def quantize(
     layers = _layers(folder, keep_float)
     weight_bits = 8 if full_range else 7
     signature = dataclasses.replace(manifest.signature, precision="int8", weight_bits=weight_bits)
-    with atomic_folder(target) as made, temporary_folder("quantize") as scratch:
+    with atomic_folder(target) as new_folder, temporary_folder("quantize") as scratch:
         # The quantizer writes into the folder of its input, and does not follow links to weights.
         for name, file in artifact.files.items():
             copy(file, scratch / name)
         progress(f"calibrating on {len(windows[::2])} windows")
         _quantize_graph(
-            scratch / MODEL, made / MODEL, windows[::2], layers, activations=activations, full_range=full_range
+            scratch / MODEL, new_folder / MODEL, windows[::2], layers, activations=activations, full_range=full_range
         )
-        scales = finalize_quantized(made / MODEL, signature, layers)
+        scales = finalize_quantized(new_folder / MODEL, signature, layers)
         for name in manifest.files:
             if not name.startswith(MODEL):
-                (made / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(folder / name, made / name)
-        drop_code(made)
-        report = measure_accuracy(folder, made / MODEL, windows[1::2], signature, progress)
+                (new_folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(folder / name, new_folder / name)
+        drop_code(new_folder)
+        report = measure_accuracy(folder, new_folder / MODEL, windows[1::2], signature, progress)
         report.require()
         dataclasses.replace(
             manifest,
@@ -123,7 +123,7 @@ def quantize(
                 "layers": scales,
                 "accuracy": summary(report),
             },
-        ).write(made)
+        ).write(new_folder)
     return target
 
 

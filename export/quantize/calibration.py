@@ -50,11 +50,16 @@ def read_calibration(
         )
     # Read the file again, so that only the chosen windows are in memory.
     indices = set(np.linspace(0, len(lengths) - 1, min(samples, len(lengths))).astype(int).tolist())
-    chosen = [
+    window_ids = [
         window.ids for i, window in enumerate(encoded(source, limited, folder, unlisted=unlisted)) if i in indices
     ]
-    feeds = [dict(prepare(ids, None, None, signature).feeds) for ids in chosen]
-    about = {"file": source.name, "sha256": sha256(source), "windows": len(chosen), "tokens": sum(map(len, chosen))}
+    feeds = [dict(prepare(ids, None, None, signature).feeds) for ids in window_ids]
+    about = {
+        "file": source.name,
+        "sha256": sha256(source),
+        "windows": len(window_ids),
+        "tokens": sum(map(len, window_ids)),
+    }
     return feeds, about
 
 

@@ -1,4 +1,4 @@
-// What the kernels of BandedAttention share: the block's part of the problem, its tables, and the tiles that it visits.
+// Shared by the kernels of BandedAttention: the block's part of the problem, its tables, and the tiles that it visits.
 #pragma once
 
 #include "attention.h"
@@ -19,7 +19,7 @@ constexpr int kMAX_TILE_KEYS = 64;
 constexpr int kWORD_BITS = 32; // of Block::localKeys
 static_assert(kWORD_BITS == kWARP_SIZE, "a ballot of a warp makes one word");
 
-// What a row of the context holds: zeros, the result of attention, or slot g of global_context, as kGLOBAL_ROW + g.
+// Content of a row of the context: zeros, the result of attention, or slot g of global_context, as kGLOBAL_ROW + g.
 constexpr int32_t kZERO_ROW = -1; // padding, or past the end
 constexpr int32_t kLOCAL_ROW = 0;
 constexpr int32_t kGLOBAL_ROW = 1;
@@ -99,7 +99,7 @@ struct Block
         return (row * params.numHeads + head) * params.headSize;
     }
 
-    // 16 bytes of a context row that is not local: of global_context, or zeros.
+    // Returns 16 bytes of a context row that is not local, from global_context or zeros.
     template <typename T>
     __device__ __forceinline__ uint4 givenChunk(int32_t content, int32_t chunk) const
     {
@@ -129,7 +129,7 @@ struct Block
     uint32_t* localKeys; // one bit for each key of the band, and zeros up to the end of the last tile; see isLocal()
 
 private:
-    // Rows and keys as the key mask has them.
+    // Marks the rows and keys that the key mask masks as padding, and all others as local.
     __device__ __forceinline__ void markPadding() const
     {
         int32_t const* const mask = params.keyMask + static_cast<size_t>(batch) * params.seqlen;
@@ -156,7 +156,7 @@ private:
         }
     }
 
-    // Global tokens are no longer local, neither as rows nor as keys of the band.
+    // Marks the rows of global tokens as global, and removes their keys from the local keys of the band.
     __device__ __forceinline__ void markGlobalTokens() const
     {
         int32_t const* const index = params.globalIndex + static_cast<size_t>(batch) * params.slots;

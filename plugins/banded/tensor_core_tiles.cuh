@@ -6,7 +6,7 @@
 namespace lfx::banded
 {
 
-// kD: columns of a tile in shared memory, 32, 64 or 128; heads are filled up to it with zeros.
+// kD: columns of a tile in shared memory, 32, 64 or 128; smaller heads are padded with zeros.
 template <int kD>
 struct TensorCoreTraits : BlockTraits
 {
@@ -43,7 +43,7 @@ LFX_HOST_DEVICE int32_t swizzled(int32_t row, int32_t chunk)
     return row * kD + ((chunk ^ permutation) << 3);
 }
 
-// What a thread copies of each tile: the same 16-byte chunk of every kROWS-th row.
+// The part of each tile that a thread copies: the same 16-byte chunk of every kROWS-th row.
 template <int kD>
 struct ThreadCopy
 {

@@ -178,7 +178,7 @@ __device__ __forceinline__ void attendGroups(
     accumulate(rows, scores, values, scaleLog2);
 }
 
-// A tile of which every query sees every key is computed at once, other tiles by their groups with a visible key.
+// Computes the tile as a whole if all queries see all of its keys, otherwise only the groups with a visible key.
 template <typename T, int kD>
 __device__ __forceinline__ void attendTile(
     WarpRows<T, kD>& rows, T const* keys, T const* values, float scaleLog2, Visibility const& visibility)

@@ -14,7 +14,7 @@ struct Visibility
     uint32_t last;    // last key of a query's band, counted from its first
     bool all;         // every query sees every key
 
-    // The same for the groups from `group` on.
+    // The visibility of the groups from `group` on.
     __device__ __forceinline__ Visibility from(int32_t group) const
     {
         return {keys >> group * 16, groups, distance + group * 16, last, all};

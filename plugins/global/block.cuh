@@ -1,5 +1,5 @@
-// What the kernels of GlobalAttention share: how keys are split, the block's part of the problem, the softmax of its rows,
-// and the partial results in the workspace.
+// Shared by the kernels of GlobalAttention: how keys are split, the block's part of the problem, the softmax of its
+// rows, and the partial results in the workspace.
 #pragma once
 
 #include "attention.h"
@@ -96,7 +96,7 @@ struct ScoreTile
         return static_cast<T*>(memory)[row * kWEIGHT_STRIDE + key];
     }
 
-    // What the accumulated row is multiplied by before this tile is added.
+    // The factor by which the accumulated row is multiplied before this tile is added.
     __device__ __forceinline__ float& factor(int32_t row) const
     {
         return static_cast<float*>(memory)[row * kSTRIDE + kKEYS];

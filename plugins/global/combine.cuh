@@ -14,7 +14,7 @@ struct CombineTraits
     static constexpr size_t kSHARED_BYTES = sizeof(float) * kWARPS * (kCOLUMNS + 1);
 };
 
-// A block computes 32 columns of a query, one a lane; each warp adds up every eighth part.
+// A block computes 32 columns of a query, one per lane; each warp adds up every eighth part.
 template <typename T>
 __global__ void __launch_bounds__(CombineTraits::kTHREADS) combineParts(GlobalParams p)
 {

@@ -81,8 +81,8 @@ __device__ __forceinline__ void copyRows(T* target, SharedMemory<T, kMAX_HEAD_SI
     }
 }
 
-// Each warp computes 8 keys over a part of the head; the warps of the same keys add theirs up in shared memory. Ends with
-// a barrier: the scores are complete, and the keys may be overwritten.
+// Each warp computes 8 keys over a part of the head; the warps of the same keys add their partial scores in shared
+// memory. Ends with a barrier: the scores are complete, and the keys may be overwritten.
 template <typename T, int kMAX_HEAD_SIZE>
 __device__ __forceinline__ void computeScores(SharedMemory<T, kMAX_HEAD_SIZE> const& shared)
 {

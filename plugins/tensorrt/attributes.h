@@ -33,7 +33,7 @@ struct AttributeField
 std::vector<AttributeField> fieldsOf(GlobalAttributes& attributes);
 std::vector<AttributeField> fieldsOf(BandedAttributes& attributes);
 
-// Copies the fields that have an attribute's name. Returns what is wrong with one, or an empty string.
+// Copies the fields that have an attribute's name. Returns the error of a field, or an empty string.
 std::string readAttributes(nvinfer1::PluginFieldCollection const* collection, GlobalAttributes& attributes);
 std::string readAttributes(nvinfer1::PluginFieldCollection const* collection, BandedAttributes& attributes);
 

@@ -43,7 +43,7 @@ std::string allShapes(typename Op::Shapes const& shapes)
     return text;
 }
 
-// What is wrong with the inputs, or an empty string if the kernels support them.
+// Returns the reason why the kernels do not support the inputs, or an empty string if they do.
 template <typename Op>
 std::string inputError(
     typename Op::Attributes const& attributes, typename Op::Shapes const& shapes, nvinfer1::DataType dataType)

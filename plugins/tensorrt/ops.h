@@ -1,4 +1,4 @@
-// What distinguishes the two ops for the plugin: name, attributes, inputs, shapes, and how the kernels are launched.
+// The differences of the two ops for the plugin: name, attributes, inputs, shapes, and the launch of the kernels.
 #pragma once
 
 #include "attention.h"

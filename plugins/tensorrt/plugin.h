@@ -1,4 +1,4 @@
-// The TensorRT plugin of an op: it answers what TensorRT asks and launches the kernels.
+// The TensorRT plugin of an op: it implements TensorRT's plugin interface and launches the kernels.
 #pragma once
 
 #include "tensorrt/inputs.h"

@@ -28,10 +28,10 @@ def load(
     Args:
         model: the ONNX file, with its weights beside it; no symbolic links.
         backend: one of `BACKENDS`.
-        provider: ONNX Runtime's, a key of `PROVIDERS`; "cpu" for the other backends.
+        provider: ONNX Runtime's execution provider, a key of `PROVIDERS`; "cpu" for the other backends.
         threads: number of CPU threads of a run; None = the backend's default.
         precision: OpenVINO compute precision; None = the file's.
-        stored_precision: of the file.
+        stored_precision: precision of the file.
     Raises:
         DependencyError: the backend is not known, not installed, or cannot run this model.
         ArtifactError: the backend cannot load the file.

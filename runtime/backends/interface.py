@@ -17,7 +17,7 @@ class Backend(Protocol):
 
     Attributes:
         name: library, version and device, for display.
-        input_names, output_names: of the graph, in its order.
+        input_names, output_names: names of the graph's inputs and outputs, in its order.
     """
 
     name: str

@@ -32,7 +32,7 @@ class OpenVino(AnyShape):
         """Load an ONNX file.
 
         Args:
-            threads: of a run; None = OpenVINO's default.
+            threads: number of threads of a run; None = OpenVINO's default.
             precision: compute precision, "fp32" or "bf16"; None = the file's.
             stored: precision of the file.
         """

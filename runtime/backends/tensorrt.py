@@ -36,8 +36,8 @@ class TensorRt:
         compatible = "VERSION_COMPATIBLE" in manifest.options.get("flags", [])
         if trt.__version__ != manifest.tensorrt_version and not compatible:
             raise ArtifactError(
-                f"{plan} was built by {manifest.flavor} {manifest.tensorrt_version}, and {trt.__version__} is here; "
-                "install that version, or build the plan again with: lfx build-engine"
+                f"{plan} was built by {manifest.flavor} {manifest.tensorrt_version}, and {trt.__version__} is "
+                "installed; install that version, or build the plan again with: lfx build-engine"
             )
         library = plugins.library() if manifest.plugin_layers else None
         capability = require_gpu()

@@ -79,9 +79,9 @@ def build_engine(
             bundle's.
         batch, seqlen: lists of MIN:OPT:MAX or numbers, one entry for each optimization profile; a single entry is used
             for all. Default: batch 1:1:8, and all lengths that the model takes, tuned for the longest.
-        max_global: number of global slots of a sequence, 1 or more; of MIN:OPT:MAX the MAX. TensorRT needs a constant;
-            fewer slots are faster, and a sequence with more global tokens is refused. Default: the number that the
-            bundle was exported with, else 64.
+        max_global: number of global slots of a sequence, 1 or more; MIN:OPT:MAX counts as MAX. TensorRT needs a
+            constant; fewer slots are faster, and a sequence with more global tokens is refused. Default: the number
+            that the bundle was exported with, else 64.
         flavor: "tensorrt" or "tensorrt-rtx". Default: the installed one, "tensorrt" if both are.
         target: compute capability to build for without a GPU, such as "sm89"; TensorRT-RTX only. Default: that of the
             first GPU.
@@ -117,7 +117,7 @@ def build_engine(
     except LfxError as error:
         if not is_disk_full(error):
             raise
-        raise BuildError(why_unwritten(path, error, f"{_CURE}, or a temporary folder with room by TMPDIR")) from error
+        raise BuildError(why_unwritten(path, error, f"{_CURE}, or set TMPDIR to a folder with room")) from error
     return path
 
 
@@ -127,12 +127,12 @@ class _Arguments:
 
     bundle: Path
     manifest: Manifest
-    signature: Signature  # of the plan
+    signature: Signature  # the plan's
     slots: int
     profiles: tuple[Profile, ...]
     flavor: str
     target: str | None
-    library: Path | None  # of the plugin; None builds attention from the function bodies
+    library: Path | None  # the plugin library; None builds attention from the function bodies
     options: Options
     output: Path
 
@@ -154,10 +154,10 @@ def _checked(
     if folder is None:
         raise BuildError(f"{bundle} is a file without its bundle; give the folder that lfx export wrote")
     manifest = Manifest.read(folder)
-    chosen = choose_flavor(flavor)
+    flavor_name = choose_flavor(flavor)
     options = options if options is not None else Options()
-    _check_target(chosen, target, flag(plugin, "plugin", BuildError))
-    _check_options(chosen, options)
+    _check_target(flavor_name, target, flag(plugin, "plugin", BuildError))
+    _check_options(flavor_name, options)
     slots = _slots(max_global, manifest.signature)
     ranges = _profiles(batch, seqlen, slots, plugin, manifest.signature)
     path = _output(output if output is not None else folder.resolve().name + SUFFIX)
@@ -174,7 +174,7 @@ def _checked(
             "with: lfx quantize --activations int8"
         )
     library = plugins.library() if plugin else None
-    return _Arguments(folder, manifest, signature, slots, ranges, chosen, target, library, options, path)
+    return _Arguments(folder, manifest, signature, slots, ranges, flavor_name, target, library, options, path)
 
 
 def _profiles(
@@ -193,12 +193,12 @@ def _profiles(
 
 
 def _build_plan(
-    arguments: _Arguments, source: Path, scratch: Path, built: Path, progress: Progress, log: Callable[[str], None]
+    arguments: _Arguments, source: Path, scratch: Path, plan: Path, progress: Progress, log: Callable[[str], None]
 ) -> None:
     """Prepare and check the graph, build the plan, and write both the plan and its JSON.
 
     Args:
-        source: the bundle's ONNX file. scratch: a temporary folder. built: path of the plan.
+        source: the bundle's ONNX file. scratch: a temporary folder. plan: path of the plan.
     """
     progress("preparing the graph")
     require("onnx_ir", "rtx")
@@ -207,7 +207,7 @@ def _build_plan(
     model, plugin = scratch / MODEL, arguments.library is not None
     nodes = prepare_graph(source, model, arguments.manifest, arguments.signature, arguments.slots, plugin)
     conversion = check_conversion(arguments.bundle, arguments.manifest, model, arguments.signature, progress, log)
-    job = _job(arguments, model, built)
+    job = _job(arguments, model, plan)
     result = run_tensorrt(job, scratch, progress, log)
     if plugin and result["plugin_layers"] != nodes:
         raise BuildError(
@@ -228,18 +228,18 @@ def _build_plan(
         options={name: job[name] for name in ("workspace_bytes", "optimization_level", "flags")},
         versions=package_versions(("onnx", "onnx-ir", "onnxruntime", "numpy")),
         conversion=conversion,
-        plan={"sha256": sha256(built), "bytes": built.stat().st_size},
-    ).write(built)
+        plan={"sha256": sha256(plan), "bytes": plan.stat().st_size},
+    ).write(plan)
 
 
-def _job(arguments: _Arguments, model: Path, built: Path) -> dict[str, Any]:
+def _job(arguments: _Arguments, model: Path, plan: Path) -> dict[str, Any]:
     """The job of `trt_process`, as JSON types."""
     options = arguments.options
     return {
         "module": FLAVORS[arguments.flavor].module,
         "extra": FLAVORS[arguments.flavor].extra,
         "onnx": str(model),
-        "plan": str(built),
+        "plan": str(plan),
         "plugin": str(arguments.library) if arguments.library is not None else None,
         "target": arguments.target,
         "profiles": [
@@ -280,18 +280,18 @@ def _local_target() -> str:
     return compute_capability() or ""
 
 
-def _slots(asked: str | int | None, signature: Signature) -> int:
+def _slots(requested: str | int | None, signature: Signature) -> int:
     """Number of global slots of the plan, from the option --max-global."""
     fixed = 1 if signature.global_attention != "mask" else signature.max_global
-    if asked is None:
+    if requested is None:
         return fixed if fixed is not None else min(64, signature.max_seqlen or 64)
-    slots = Range.parse(asked, "--max-global").max
+    slots = Range.parse(requested, "--max-global").max
     if fixed is not None and slots != fixed:
-        raise BuildError(f"--max-global {asked} does not fit: the bundle was exported with {fixed}; leave it out")
+        raise BuildError(f"--max-global {requested} does not fit: the bundle was exported with {fixed}; leave it out")
     limit = min(MAX_SLOTS, signature.max_seqlen or MAX_SLOTS)
     if slots > limit:
         raise BuildError(
-            f"--max-global {asked} is above {limit}, the most that this model and TensorRT take; give fewer"
+            f"--max-global {requested} is above {limit}, the most that this model and TensorRT take; give fewer"
         )
     return slots
 
@@ -313,15 +313,15 @@ def _check_options(flavor: str, options: Options) -> None:
     if options.optimization_level is not None:
         whole_number(options.optimization_level, "optimization_level", 0, 5, BuildError)
     if flavor == "tensorrt-rtx" and (options.timing_cache is not None or options.version_compatible):
-        asked = "--timing-cache" if options.timing_cache is not None else "--version-compatible"
-        raise BuildError(f"{asked} is an option of TensorRT, and TensorRT-RTX has no such option; leave it out")
+        option = "--timing-cache" if options.timing_cache is not None else "--version-compatible"
+        raise BuildError(f"{option} is an option of TensorRT, and TensorRT-RTX has no such option; leave it out")
     if options.timing_cache is not None:
         output_file(options.timing_cache, "--timing-cache", BuildError)
 
 
-def _output(asked: str | Path) -> Path:
+def _output(output: str | Path) -> Path:
     """The path of the plan, from the option --output; its JSON must be writable too."""
-    path = output_file(asked, "--output", BuildError)
+    path = output_file(output, "--output", BuildError)
     if path.suffix != SUFFIX:
         raise BuildError(f"{path} is not the name of a plan; give one that ends with {SUFFIX}")
     output_file(json_path(path), "--output", BuildError)

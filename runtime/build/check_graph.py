@@ -25,16 +25,16 @@ def check_conversion(
 ) -> dict[str, Any]:
     """Require that the outputs of the prepared graph differ from the bundle's by no more than rounding errors.
 
-    The limit is derived from an error e that was measured at export, in the bundle's precision of unit roundoff u. In a
-    precision of unit roundoff u' the rounding errors of the same model grow to e · u'/u, so the limit is
+    The limit is derived from an error e that was measured at export in the bundle's precision, whose unit roundoff is
+    u. In a precision whose unit roundoff is u' the rounding errors of the same model grow to e · u'/u, so the limit is
     2 · e · u'/u + band, as in `lfx.parity`. For an int8 bundle e is the error of its quantized graph without fused
     layers: sums in another order round some activations to a neighbouring step. For other bundles e is PyTorch's error.
     Graphs in float32, float16 and int8 run in ONNX Runtime, those in bfloat16 in OpenVINO.
 
     Args:
-        model: the prepared graph. signature: of the plan.
+        model: the prepared graph. signature: the plan's signature.
         progress: called with a description of each case.
-        log: called with a warning if the backend is not installed, so that nothing can be checked.
+        log: called with a warning if the backend is not installed; nothing can be checked then.
     Returns:
         {"checked": True, "backend", "outputs": name -> {"max_abs_difference", "limit"}}, or {"checked": False,
         "reason"}.
@@ -73,7 +73,7 @@ def check_conversion(
 
 
 def _exported_error(manifest: Manifest, output: str) -> float:
-    """The error of an output that was measured at export; see `check_conversion`."""
+    """The error that the export measured for an output; see `check_conversion`."""
     try:
         if manifest.quantization:
             return float(manifest.quantization["accuracy"]["outputs"][output]["unfused_max_abs_error"])

@@ -33,8 +33,8 @@ def prepare_graph(
     """Write the graph that TensorRT builds from.
 
     Args:
-        source: the bundle's ONNX file. target: of the prepared graph; its weights are written beside it.
-        manifest: of the bundle. signature: of the plan.
+        source: the bundle's ONNX file. target: path of the prepared graph; its weights are written beside it.
+        manifest: the bundle's manifest. signature: the plan's signature.
         slots: number of global slots.
         plugin: whether attention nodes become plugin layers; otherwise their function bodies are inlined.
     Returns:
@@ -135,10 +135,10 @@ def _inline_branch(model: ir.Model, node: ir.Node, slots: int) -> None:
 def convert(model: ir.Model, precision: str) -> None:
     """Convert a float32 graph in place to a strongly typed float16 or bfloat16 graph.
 
-    Weights, constants and activations change their dtype; outputs stay float32, and so does what is computed from
-    integers and constants alone, such as sines of positions, until it meets a converted value, and the pooling of
-    sentence embeddings. LayerNormalization still reduces in float32, by its stash_type, and so does the softmax of the
-    attention ops.
+    Weights, constants and activations change their dtype. Outputs stay float32. Values computed from integers and
+    constants alone, such as sines of positions, stay float32 until a node combines them with a converted value, and so
+    does the pooling of sentence embeddings. LayerNormalization still reduces in float32, by its stash_type, and so does
+    the softmax of the attention ops.
 
     Raises:
         BuildError: a weight is above the largest finite value of the dtype.
@@ -177,10 +177,12 @@ def _convert_weights(model: ir.Model, kept: set[ir.Value], precision: str) -> No
         if value.dtype == ir.DataType.FLOAT and value.const_value is not None and value not in kept:
             array = value.const_value.numpy()
             size = np.abs(array)
-            # A mask fill value, the lowest float32, is clamped to the lowest value of the dtype; no weight may be.
+            # A mask fill value, the lowest float32, is clamped to the lowest value of the dtype; a weight never is.
             too_large = size[(size > MAX_FINITE[precision]) & (size < MIN_FILL)]
             if too_large.size:
-                raise BuildError(f"the weight {value.name} holds {too_large.max():.3g}, which {precision} cannot")
+                raise BuildError(
+                    f"the weight {value.name} holds {too_large.max():.3g}, which {precision} cannot represent"
+                )
             clamped = np.clip(array, -MAX_FINITE[precision], MAX_FINITE[precision])
             clamped = np.where(np.isinf(array), array, clamped).astype(numpy_dtype)
             value.const_value = ir.tensor(clamped, dtype=dtype, name=value.name)

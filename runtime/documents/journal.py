@@ -37,7 +37,7 @@ class Journal:
             content is dropped.
         chunk: largest number of documents of a chunk.
     Attributes:
-        path: of the journal.
+        path: path of the journal.
         documents: number of documents in complete chunks.
         refused: number of these that were refused.
     Raises:
@@ -101,7 +101,8 @@ class Journal:
         """Count the complete chunks at the start of the journal, and truncate the file after them."""
         self._digest = hashlib.sha256(self._header)
         digest, position = self._digest.copy(), len(self._header)
-        end, numbers = position, set[int]()  # of the last complete chunk; of the documents after it
+        # `end` is the end of the last complete chunk, `numbers` are those of the documents after it.
+        end, numbers = position, set[int]()
         for line in self._file:
             position += len(line)
             if line.startswith(_MARKER):
@@ -170,7 +171,7 @@ class Journal:
     def _disturbed(self) -> LfxError:
         return LfxError(
             f"another process wrote to {self.path}, the journal of this run; wait for it, and give the same command "
-            "again: it resumes after the last chunk that is whole"
+            "again: it resumes after the last complete chunk"
         )
 
     def remove(self) -> None:
@@ -186,7 +187,7 @@ class Journal:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
 

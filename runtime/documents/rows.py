@@ -136,8 +136,8 @@ class Runner:
             raise
         except Exception:
             raise LfxError(
-                f"the engine fails on every input: {_reason(failure)}; what is done is kept, and the same command "
-                "resumes from there"
+                f"the engine fails on every input: {_reason(failure)}; completed documents are kept, and the same "
+                "command resumes after them"
             ) from failure
 
     def _row(self, window: _Window, outputs: Outputs | Exception) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def windows_of(
     """Tokenize and check one document.
 
     Args:
-        document: from `read_documents`.
+        document: a document from `read_documents`.
         tokenizer: None if documents have input_ids.
         stride: as for `Tokenizer.windows`; None = one window.
         max_windows: largest number of windows; None = no limit.
@@ -245,7 +245,7 @@ def outputs_per_sequence(signature: Signature) -> list[TensorSpec]:
 
 
 def _output_bytes_per_token(signature: Signature) -> int:
-    """Bytes of all outputs per token, for one token."""
+    """Bytes that one token adds to the outputs that have a sequence axis."""
     shapes = [spec.shape for spec in signature.outputs if "sequence" in spec.shape]
     return sum(4 * math.prod(size for size in shape if isinstance(size, int)) for shape in shapes)
 

@@ -61,7 +61,7 @@ def run_documents(
 
     Args:
         engine: the model; multiple-choice is not supported.
-        tokenizer: of the model; None if all documents have input_ids.
+        tokenizer: the model's tokenizer; None if all documents have input_ids.
         source, output: paths with the suffix .jsonl, .ndjson or .parquet.
         stride: number of tokens from the start of a window to the start of the next, 1 or more, for documents longer
             than the model's maximum. Default: such documents are refused.
@@ -113,8 +113,8 @@ def run_documents(
     except OSError as error:
         cure = "make room on its disk" if is_disk_full(error) else "fix the cause"
         raise InputError(
-            f"{output} cannot be written: {one_line(error)}; {cure}, and give the same command again: what is done is "
-            "kept, and it resumes from there"
+            f"{output} cannot be written: {one_line(error)}; {cure}, and give the same command again: completed "
+            "documents are kept, and it resumes after them"
         ) from error
     return summary
 
@@ -142,7 +142,7 @@ def encoded(source: Path, signature: Signature, folder: Path, *, unlisted: bool 
 
     Args:
         source: path of a file as for `run_documents`, or of a text file, which is one document.
-        folder: of the tokenizer; it may have none if all documents have input_ids.
+        folder: folder of the tokenizer's files; it may have none if all documents have input_ids.
         unlisted: as for `Tokenizer`.
     Yields:
         The windows in order; one document is in memory at a time.

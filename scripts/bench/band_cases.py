@@ -25,7 +25,7 @@ class Peaks:
 
 
 # Source: NVIDIA's H100 and H200 datasheets (SXM, dense: half of the figure with sparsity); exponentials: Shah et al.
-# 2024, arXiv:2407.08608, section 3.1; shared memory: 32 banks of 4 bytes a clock (CUDA programming guide), at the
+# 2024, arXiv:2407.08608, section 3.1; shared memory: 32 banks of 4 bytes per clock (CUDA programming guide), at the
 # 1.83 GHz and 132 multiprocessors from which the exponentials' figure follows.
 HOPPER = {"exponentials": 3.9e12, "shared_bytes": 132 * 128 * 1.83e9}
 PEAKS = {

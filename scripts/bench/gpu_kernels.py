@@ -445,8 +445,8 @@ def code_report(library: Path) -> str:
 
     return (
         f"machine code, head size 64, float16: {', '.join(f'{n} {name}' for name, n in resources.items())}; "
-        f"{65536 // (128 * (-(-resources['REG'] // 8) * 8))} blocks of 128 threads a multiprocessor by registers\n"
-        f"  a tile of 64 keys wholly seen, a warp: {described(products[-1])}\n"
+        f"{65536 // (128 * (-(-resources['REG'] // 8) * 8))} blocks of 128 threads per multiprocessor by registers\n"
+        f"  per warp, for 64 keys that all its queries see: {described(products[-1])}\n"
         f"  a group of 16 keys of another tile: {described(products[0])}\n"
         f"  the 8 asynchronous copies of a tile of the band, a thread: {min(copies)} to {max(copies)} instructions\n"
     )

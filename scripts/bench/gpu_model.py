@@ -320,14 +320,14 @@ def work(shape: tuple[int, int]) -> dict[str, float]:
     return {"linear": 1e-9 * linear, "attention": 1e-9 * attention, "weights_mb": 2e-6 * weights}
 
 
-def right(row: dict[str, Any], name: str) -> bool:
+def is_right(row: dict[str, Any], name: str) -> bool:
     """Return whether a contender's error is at most twice that of Hugging Face's float16."""
     return bool(row["contenders"].get(name, {}).get("max_error", float("inf")) <= 2 * row["witness_error"])
 
 
 def fastest(row: dict[str, Any]) -> tuple[str, float] | None:
     """Return the fastest of our contenders that is in tolerance, and its milliseconds."""
-    medians = {name: row["contenders"].get(name, {}).get("median_us") for name in OURS if right(row, name)}
+    medians = {name: row["contenders"].get(name, {}).get("median_us") for name in OURS if is_right(row, name)}
     times = {name: median_us / 1e3 for name, median_us in medians.items() if median_us is not None}
     return min(times.items(), key=lambda item: item[1]) if times else None
 
@@ -343,7 +343,7 @@ def table(rows: Rows) -> str:
             text = "failed" if "failed" in result else "skipped" if "skipped" in result else "-"
             if "median_us" in result:
                 median, p5, p95 = (result[key] / 1e3 for key in ("median_us", "p5_us", "p95_us"))
-                text = f"{median:.2f} ({p5:.2f}-{p95:.2f})" + ("" if right(row, name) else " WRONG")
+                text = f"{median:.2f} ({p5:.2f}-{p95:.2f})" + ("" if is_right(row, name) else " WRONG")
             line.append(text)
         lines.append(line)
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
@@ -355,7 +355,7 @@ def verdicts(rows: Rows) -> Rows:
         f"{name} at {row['seqlen']}x{row['batch']}"
         for row in rows
         for name in OURS
-        if "max_error" in row["contenders"].get(name, {}) and not right(row, name)
+        if "max_error" in row["contenders"].get(name, {}) and not is_right(row, name)
     ]
     checked = any("max_error" in row["contenders"].get(name, {}) for row in rows for name in OURS)
     claim = "ours is right to twice Hugging Face's own float16 error"

@@ -24,7 +24,7 @@ def whole_number(value: Any, name: str, low: int, high: int = LARGEST, error: ty
 
     Args:
         value: a Python or numpy integer; bool is refused.
-        name: of the option, for the message.
+        name: name of the option, for the message.
         low, high: smallest and largest allowed value, both included.
         error: the type of LfxError to raise.
     Raises:
@@ -142,7 +142,7 @@ def check_shape(value: Any, shape: Any, name: str) -> None:
     Args:
         shape: the expected types. A type, or a tuple of types, for a plain value; [shape] for a list; {key: shape} for
             an object, which may have other keys too. A key that ends with "?" is optional; "*" stands for all keys.
-        name: of the value, for the message.
+        name: name of the value, for the message.
     Raises:
         ValueError: a value has another type, a number is not finite or a key is missing; the message names it.
     """
@@ -201,7 +201,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"the key {shown(next(name for name in counts if counts[name] > 1))} stands twice")
+        raise ValueError(f"the key {shown(next(name for name in counts if counts[name] > 1))} appears twice")
     return value
 
 

@@ -95,13 +95,13 @@ def temporary_folder(purpose: str) -> Iterator[Path]:
     Raises:
         LfxError: there is no such folder, or no disk space in it.
     """
-    made = False
+    entered = False
     try:
         with private_folder(Path(tempfile.gettempdir()), purpose) as folder:
-            made = True
+            entered = True
             yield folder
     except OSError as error:
-        if made and not is_disk_full(error):
+        if entered and not is_disk_full(error):
             raise
         parent = Path(tempfile.tempdir or "a folder for temporary files")
         raise LfxError(why_unwritten(parent, error, "set TMPDIR to a folder with room")) from error

@@ -22,7 +22,7 @@ WEIGHTS = "model.onnx.data"
 # The key of the digest of all other fields.
 _DIGEST = "manifest_sha256"
 MAX_JSON_BYTES = 64_000_000
-_PART_BYTES = 1 << 20  # of a file that are hashed at a time
+_PART_BYTES = 1 << 20  # number of bytes that are hashed at a time
 _CURE = "export the model again"
 # The fields of a manifest besides the signature's; see `lfx.checks.check_shape`. A measured error is a number and never
 # null: the export fails when an error is not finite.
@@ -121,7 +121,7 @@ class Manifest:
         """Parse the bytes of a manifest.
 
         Args:
-            path: of the manifest, for messages.
+            path: path of the manifest, for messages.
         Raises:
             ArtifactError: the manifest is truncated, changed or of another format.
         """
@@ -229,7 +229,7 @@ def parse_sealed(
     """Parse a JSON object written with `sealed` that holds a signature and the fields of `shape`.
 
     Args:
-        path: of the file, for messages.
+        path: path of the file, for messages.
         version: name of the field of the format version, and the version that this lfx reads.
         shape: types of the fields; see `lfx.checks.check_shape`.
         cure: what to do about a broken file; the end of the message.
@@ -258,7 +258,7 @@ def parse_sealed(
 
 
 def sha256(path: Path, size: int | None = None) -> str:
-    """Hex digest of a file, or of its first `size` bytes: a file of /proc has size 0 and may have no end.
+    """Hex digest of a file, or of its first `size` bytes; give `size` for a file that may have no end, as in /proc.
 
     Raises:
         OSError: the file cannot be read.

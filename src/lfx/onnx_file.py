@@ -104,7 +104,7 @@ def _inlined_nodes(data: mmap.mmap) -> int:
     """
     main_calls: Counter[Key] = Counter()
     functions: dict[Key, Counter[Key]] = {}
-    with_graphs: set[Key] = set()  # what is called with a graph as attribute
+    with_graphs: set[Key] = set()  # functions and ops that are called with a graph as attribute
     for field, first, last in _byte_fields(data, 0, len(data)):
         if field not in (7, 25):
             continue
@@ -177,7 +177,7 @@ def _byte_fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, i
         if wire_type == _BYTES:
             size, position = _varint(data, position)
             if position + size > end:
-                raise ValueError("it is cut")
+                raise ValueError("it is truncated")
             yield tag >> 3, position, position + size
             position += size
         elif wire_type == _VARINT:
@@ -187,7 +187,7 @@ def _byte_fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, i
         else:
             raise ValueError(f"wire type {wire_type}")
     if position != end:
-        raise ValueError("it is cut")
+        raise ValueError("it is truncated")
 
 
 def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:

@@ -94,7 +94,7 @@ class Signature:
         architecture: class name of the PyTorch model.
         task: a key of `TASKS`.
         precision: "fp32", "fp16", "bf16" or "int8".
-        inputs, outputs: of the graph, in its order.
+        inputs, outputs: inputs and outputs of the graph, in its order.
         attention_windows: one-sided window of each layer, in tokens.
         default_global: global tokens when the caller gives no global_attention_mask: see `Task`, or "required": the
             caller must give the mask, since the model follows a rule that lfx does not know.
@@ -108,7 +108,7 @@ class Signature:
             sequences of one length run together.
         adds_globals: whether the model gives global attention to tokens that global_attention_mask does not mark; for a
             model without that input, to others than the first.
-        weight_bits: of an int8 model, the bits that its weights use: 7 or 8; None for the others.
+        weight_bits: number of bits that the weights of an int8 model use, 7 or 8; None for other models.
         lfx_version: version of lfx that exported the model.
     """
 

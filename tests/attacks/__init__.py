@@ -1,7 +1,7 @@
 """Threats as programs: each file is named for what lfx refuses, and its `attack(folder)` returns the refusal.
 
-An attack builds its threat inside `folder`, tries it through lfx's own functions, and raises AssertionError where it
-got through. `python -m tests.attacks` runs them all, `python -m tests.attacks NAME` one.
+An attack builds its threat inside `folder`, tries it through lfx's own functions, and raises AssertionError if it
+succeeds. `python -m tests.attacks` runs them all, `python -m tests.attacks NAME` one.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def run(name: str, folder: Path) -> str:
     """Run one attack in an empty folder.
 
     Returns:
-        The one line with which lfx refused it.
+        lfx's one-line refusal.
     Raises:
-        AssertionError: the attack got through.
+        AssertionError: the attack succeeded.
     """
     refusal = importlib.import_module(f"tests.attacks.{name}").attack(folder)
     assert isinstance(refusal, str), f"{name} was not refused"

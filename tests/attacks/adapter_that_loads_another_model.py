@@ -11,7 +11,7 @@ from tests.models import save_tiny_checkpoint
 
 
 def attack(folder: Path) -> str:
-    """Beside whole weights too."""
+    """The adapter is beside complete weights."""
     checkpoint = save_tiny_checkpoint(folder / "checkpoint")
     adapter = {"peft_type": "LORA", "base_model_name_or_path": "someone/model"}
     (checkpoint / "adapter_config.json").write_text(json.dumps(adapter))

@@ -13,7 +13,7 @@ from tests.attacks import make_bundle, refused
 
 
 def attack(folder: Path) -> str:
-    """To `lfx parity`, and to `lfx bench --against pytorch`."""
+    """`lfx parity` and `lfx bench --against pytorch` do not fetch it."""
     bundle = make_bundle(folder / "bundle")
     manifest = Manifest.read(bundle)
     manifest = dataclasses.replace(manifest, source={**manifest.source, "kind": "hub", "model": "someone/model"})

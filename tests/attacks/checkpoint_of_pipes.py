@@ -1,4 +1,4 @@
-"""A named pipe in the place of each file of a checkpoint: whoever opens it waits for ever."""
+"""A named pipe in place of each file of a checkpoint: a program that opens it waits forever."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.models import save_tiny_checkpoint, tiny_tokenizer
 
 
 def attack(folder: Path) -> str:
-    """One file after the other."""
+    """Replace one file after the other by a pipe."""
     checkpoint = save_tiny_checkpoint(folder / "checkpoint")
     tiny_tokenizer().save_pretrained(checkpoint)
     for name in ("adapter_config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors", "config.json"):

@@ -1,4 +1,4 @@
-"""A config.json of a few hundred bytes that has terabytes allocated, or a loop run for years."""
+"""A config.json of a few hundred bytes that makes its reader allocate terabytes, or loop for years."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.models import save_tiny_checkpoint
 
 
 def attack(folder: Path) -> str:
-    """Each size in turn."""
+    """Try each size of the config in turn."""
     checkpoint = save_tiny_checkpoint(folder / "checkpoint")
     config = checkpoint / "config.json"
     good = json.loads(config.read_text())

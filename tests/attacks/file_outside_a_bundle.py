@@ -11,7 +11,7 @@ from tests.attacks import make_bundle, refused
 
 
 def attack(folder: Path) -> str:
-    """The manifest names ../secret, with its right digest."""
+    """The manifest names ../secret, with its correct digest."""
     bundle = make_bundle(folder / "bundle")
     (folder / "secret").write_text("key")
     data = json.loads((bundle / MANIFEST).read_text())

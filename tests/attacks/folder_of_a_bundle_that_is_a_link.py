@@ -1,4 +1,4 @@
-"""A folder inside a bundle leads somewhere else."""
+"""A folder inside a bundle is a link to a folder outside."""
 
 from __future__ import annotations
 

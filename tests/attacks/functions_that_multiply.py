@@ -13,7 +13,7 @@ from tests.attacks import make_bundle, refused
 
 
 def attack(folder: Path) -> str:
-    """A model of lfx's own, with one node more that calls the first of them."""
+    """A model that lfx exported, with a node added that calls the first function."""
     source = make_bundle(folder / "bundle") / MODEL
     model = onnx.load(source)
     for number in range(40):

@@ -12,7 +12,7 @@ from tests.attacks import make_bundle
 
 
 def attack(folder: Path) -> str:
-    """Labels that clear the screen, and that are rich's markup, are shown as they are."""
+    """One label clears the screen, another is rich's markup: neither takes effect."""
     bundle = make_bundle(folder / "bundle", "text-classification")
     config = json.loads((bundle / "config.json").read_text())
     config["id2label"] = {"0": "\x1b[2Jgone", "1": "[/b][u]ax"}

@@ -1,4 +1,4 @@
-"""A config.json asks for a quantizer, some of which fetch their kernels from the hub."""
+"""A config.json names a quantizer; some quantizers fetch their kernels from the hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.models import save_tiny_checkpoint
 
 
 def attack(folder: Path) -> str:
-    """The method does not matter."""
+    """lfx refuses any method."""
     checkpoint = save_tiny_checkpoint(folder / "checkpoint")
     config = checkpoint / "config.json"
     method = {"quant_method": "finegrained_fp8"}

@@ -1,4 +1,4 @@
-"""A process forks with a Batcher, whose workers do not exist in the child: a request there would wait for ever."""
+"""A process forks with a Batcher, whose workers do not exist in the child: a request there would wait forever."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.attacks import make_bundle, refused
 
 
 def attack(folder: Path) -> str:
-    """The child asks; it answers its parent through a pipe."""
+    """The child submits a request, and sends the refusal to its parent through a pipe."""
     with Engine(make_bundle(folder / "bundle")) as engine, Batcher(engine) as batcher:
         batcher.submit([5, 6]).result(timeout=60)
         reader, writer = os.pipe()

@@ -11,7 +11,7 @@ from tests.models import save_tiny_checkpoint, tiny_tokenizer
 
 
 def attack(folder: Path) -> str:
-    """The tokenizer is made from the checkpoint's own files, and there is nothing else to be read."""
+    """The tokenizer is made from the checkpoint's own files, and no other file is read."""
     checkpoint = save_tiny_checkpoint(folder / "checkpoint")
     tiny_tokenizer().save_pretrained(checkpoint)
     (checkpoint / "tokenizer.json").rename(folder / "tokenizer.4.0.0.json")

@@ -13,7 +13,7 @@ from tests.models import save_tiny_checkpoint
 
 
 def attack(folder: Path) -> str:
-    """By a relative, an absolute and a nested path."""
+    """The index names them by a relative, an absolute and a nested path."""
     checkpoint = save_tiny_checkpoint(folder / "checkpoint")
     (folder / "other").mkdir()
     outside = (checkpoint / "model.safetensors").rename(folder / "other" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""A pickle in the place of weights, which runs a function when it is loaded."""
+"""A pickle in place of the weights runs a function when it is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Program:
 
 
 def attack(folder: Path) -> str:
-    """As large as the weights that it replaces."""
+    """The pickle is as large as the weights that it replaces."""
     checkpoint = save_tiny_checkpoint(folder / "checkpoint")
     size = (checkpoint / "model.safetensors").stat().st_size
     (checkpoint / "model.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""Weights are exchanged, and left out of the manifest so that no digest tells."""
+"""Weights are replaced, and left out of the manifest so that no digest shows it."""
 
 from __future__ import annotations
 

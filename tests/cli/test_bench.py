@@ -29,7 +29,7 @@ def test_contenders_take_turns_on_the_same_ids_after_a_warm_up() -> None:
     assert [row["contender"] for row in rows] == ["a", "b"]
 
 
-def test_rows_say_what_the_clock_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_have_the_measured_times(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
 
@@ -64,7 +64,7 @@ def test_rows_say_what_the_clock_said(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_measured_is_refused_before_anything_runs(wrong: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_refused_before_anything_runs(wrong: dict[str, Any], message: str) -> None:
     def never(ids: Any) -> None:
         raise AssertionError("it ran")
 
@@ -72,7 +72,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(wrong: dict[str
         bench.measure(**{"contenders": {"a": never}, "lengths": [8], "batch_sizes": [1], **wrong})
 
 
-def test_a_plot_is_written_and_a_place_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_a_plot_is_written_and_a_missing_folder_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [
         {"contender": name, "batch": batch, "seqlen": n, "tokens_per_second": 100.0 * n}
@@ -99,14 +99,14 @@ def test_a_plot_on_a_full_disk_says_what_to_do(small_disk: SmallDisk) -> None:
 
 
 @pytest.mark.parametrize("name", ["plot.svg", "plot.PNG", "plot"])
-def test_a_plot_has_the_name_that_was_asked_for(name: str, tmp_path: Path) -> None:
+def test_a_plot_has_the_requested_name(name: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     bench.check_plot(tmp_path / name)
     bench.plot([{"contender": "a", "batch": 1, "seqlen": 64, "tokens_per_second": 1.0}], tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_plot_in_a_format_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_plot_in_an_unknown_format_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [{"contender": "a", "batch": 1, "seqlen": 64, "tokens_per_second": 1.0}]
     with pytest.raises(InputError, match=r"plot\.xyz cannot be written: .*choose another --plot, such as plot\.png"):
@@ -167,7 +167,9 @@ def test_a_checkpoint_with_other_weights_is_not_measured(tmp_path: Path) -> None
         ({"plot": Path("plot.xyz")}, "plot.xyz has a suffix that no plot has; give one of: .*png"),
     ],
 )
-def test_options_of_other_types_are_one_line(options: dict[str, Any], reason: str, bundle: MakeBundle) -> None:
+def test_options_of_other_types_are_errors_of_one_line(
+    options: dict[str, Any], reason: str, bundle: MakeBundle
+) -> None:
     settings = {"lengths": (8,), "batch_sizes": (1,), "rounds": 1, "against": (), "source": None, "output": None}
     with pytest.raises(InputError, match=reason):
         run_bench(bundle(), Engine, **{**settings, "plot": None, "as_json": True, **options})
@@ -188,7 +190,7 @@ def test_the_command_alone_shows_the_memory_of_its_process(bundle: MakeBundle) -
         (["--against", "pytorch"], r"made from a module in memory.*give: lfx bench \S+ --against pytorch --source"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(options: list[str], reason: str, bundle: MakeBundle) -> None:
+def test_bad_options_are_refused_in_one_line(options: list[str], reason: str, bundle: MakeBundle) -> None:
     done = lfx("bench", bundle(), *options)
     assert (done.returncode, done.stdout) == (1, "")
     with pytest.raises(AssertionError, match=reason):

@@ -88,7 +88,7 @@ def exported(workspace: Path) -> Done:
 
 @pytest.fixture(scope="module")
 def reviews(exported: Done, workspace: Path) -> Path:
-    """The bundle that it wrote."""
+    """The exported bundle."""
     assert exported.code == 0, exported.stderr
     return workspace / "tiny-reviews"
 
@@ -298,7 +298,7 @@ def test_inspect_shows_the_limits_to_people(reviews: Path) -> None:
         assert text in done.stdout, text
 
 
-def test_a_reader_that_goes_away_is_no_crash(reviews: Path) -> None:
+def test_a_closed_pipe_on_stdout_is_no_crash(reviews: Path) -> None:
     end, start = os.pipe()
     os.close(end)
     with os.fdopen(start, "wb") as pipe:
@@ -443,7 +443,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("command", [["run", "--text", "fox"], ["inspect"], ["parity"]], ids=lambda c: c[0])
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_bundle_is_one_line(name: str, command: list[str], copy: Path) -> None:
+def test_a_broken_bundle_is_an_error_of_one_line(name: str, command: list[str], copy: Path) -> None:
     change, message = BROKEN[name]
     change(copy)
     done = lfx(command[0], copy, *command[1:], "--json")
@@ -481,7 +481,7 @@ def test_the_longest_text_still_runs(reviews: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "review.txt"])
-def test_a_path_that_is_no_bundle_is_one_line(path: str, tmp_path: Path) -> None:
+def test_a_path_that_is_no_bundle_is_an_error_of_one_line(path: str, tmp_path: Path) -> None:
     (tmp_path / "review.txt").write_text("fox")
     for command in (["run", path, "--text", "fox"], ["inspect", path], ["parity", path]):
         assert "bundle" in lfx(*command, cwd=tmp_path).error()
@@ -513,8 +513,8 @@ class Interrupted:
 
 
 def _interrupt(model: Path, folder: Path, number: signal.Signals, step: str, wait_s: float) -> Interrupted:
-    # As the installed script starts it: under `python -m`, CPython itself exits with 130 where the interrupt
-    # went through exec() of a text, which torch does while tracing, even though it was caught.
+    # Started as by the installed script. Under `python -m`, CPython itself exits with 130 if the interrupt passed
+    # through exec() of source text, which torch calls while tracing, even if the interrupt was caught.
     start = "from lfx.cli import main; main()"
     command = [sys.executable, "-c", start, "export", "--model", str(model), "--output", "bundle"]
     with subprocess.Popen(
@@ -637,7 +637,7 @@ def _rename_labels(folder: Path) -> None:
     Manifest.read(folder).write(folder)
 
 
-def test_labels_and_paths_are_shown_as_they_are(copy: Path, tmp_path: Path) -> None:
+def test_labels_and_paths_are_printed_without_markup_and_control_characters(copy: Path, tmp_path: Path) -> None:
     _rename_labels(copy)
     (tmp_path / "[b]\x1b[7m.jsonl").write_text("5\n")
     plain = lfx("run", copy, "--text", "the fox")
@@ -649,7 +649,7 @@ def test_labels_and_paths_are_shown_as_they_are(copy: Path, tmp_path: Path) -> N
     assert not {"\x1b", "\u202e"} & set(plain.stdout + documents.stdout + documents.stderr)
 
 
-def test_log_lines_of_tensorrt_are_shown_as_they_are(
+def test_log_lines_of_tensorrt_are_printed_without_markup_and_control_characters(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def build(*_: Any, log: Callable[[str], None], **options: Any) -> Path:
@@ -690,7 +690,7 @@ LOCALES = (
 
 
 @pytest.mark.parametrize("locale", LOCALES, ids=lambda locale: " ".join(locale.values()))
-def test_names_that_the_locale_does_not_know_are_printed(locale: dict[str, str], copy: Path) -> None:
+def test_names_that_the_locale_cannot_encode_are_printed(locale: dict[str, str], copy: Path) -> None:
     _rename_labels(copy)
     folder = os.fsencode(copy)
     odd = folder + b"\xff"
@@ -721,7 +721,7 @@ FULL, CLOSED = (">/dev/full", "No space left on device"), (">&-", "stdout cannot
         ),
     ],
 )
-def test_a_result_that_stdout_does_not_take_is_one_line(
+def test_a_result_that_stdout_does_not_take_is_an_error_of_one_line(
     arguments: str, stream: str, message: str, reviews: Path
 ) -> None:
     command = [sys.executable, "-m", "lfx.cli", *arguments.format(reviews).split()]
@@ -730,7 +730,7 @@ def test_a_result_that_stdout_does_not_take_is_one_line(
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_nothing_that_is_opened_takes_the_place_of_a_closed_stream(reviews: Path, tmp_path: Path) -> None:
+def test_no_file_gets_the_descriptor_of_a_closed_stream(reviews: Path, tmp_path: Path) -> None:
     """Otherwise the output of a library would be written into the file."""
     code = f"""
 import os, sys
@@ -771,7 +771,7 @@ ODD_FILES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
-def test_a_file_that_is_no_artifact_is_one_line(command: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_artifact_is_an_error_of_one_line(command: str, tmp_path: Path) -> None:
     for name, make in ODD_FILES.items():
         make(tmp_path / name)
         with pytest.raises(ArtifactError, match=name):
@@ -781,7 +781,7 @@ def test_a_file_that_is_no_artifact_is_one_line(command: str, tmp_path: Path) ->
             cli.main([command, name], standalone_mode=False)
 
 
-def test_inspect_of_a_manifest_that_lacks_a_number_is_one_line(copy: Path) -> None:
+def test_inspect_of_a_manifest_that_lacks_a_number_is_an_error_of_one_line(copy: Path) -> None:
     manifest = Manifest.read(copy)
     for result in ({}, {"max_abs_error": None, "tolerance": 1}, {"max_abs_error": "1", "tolerance": 1}, 5):
         dataclasses.replace(manifest, validation={"outputs": {"logits": result}}).write(copy)
@@ -831,7 +831,7 @@ main()
         ("__import__('lfx.errors').errors.LfxError('a' * 5000 + '; do this')", "aaa; do this"),
     ],
 )
-def test_what_the_system_refuses_is_no_error_of_ours(error: str, message: str, tmp_path: Path) -> None:
+def test_errors_of_the_system_are_one_line_with_a_cure(error: str, message: str, tmp_path: Path) -> None:
     done = _done([sys.executable, "-c", REFUSED.format(error=error)], tmp_path)
     assert message in done.error()
     assert len(done.stderr) < 2000

@@ -67,7 +67,7 @@ def test_a_device_or_a_pipe_is_not_replaced(name: str, arguments: list[str], pat
 
 
 @pytest.mark.parametrize(("name", "arguments"), FILES.items())
-def test_an_output_file_that_is_a_folder_or_in_none_is_refused_at_once(name: str, arguments: list[str]) -> None:
+def test_an_output_that_is_a_folder_or_in_a_missing_folder_is_refused_at_once(name: str, arguments: list[str]) -> None:
     Path("there").mkdir()
     with pytest.raises(InputError, match=f"{name} there cannot be written: it is a folder; give the name of a file"):
         lfx(arguments, "there")
@@ -115,7 +115,7 @@ def test_options_that_contradict_each_other_are_wrong_usage(arguments: list[str]
     ],
     ids=" ".join,
 )
-def test_what_may_be_given_twice_may(arguments: list[str]) -> None:
+def test_repeatable_options_may_be_repeated(arguments: list[str]) -> None:
     with pytest.raises(LfxError, match="nowhere"):
         lfx(arguments)
 

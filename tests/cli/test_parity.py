@@ -35,14 +35,14 @@ from tests.models import VOCAB_SIZE, save_tiny_checkpoint
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """bundles(task) returns a bundle whose checkpoint is a folder, which parity loads; made once per module."""
-    made: dict[str, Path] = {}
+    cache: dict[str, Path] = {}
 
     def make(task: str = "feature-extraction", **options: Any) -> Path:
         key = f"{task} {options}"
-        if key not in made:
+        if key not in cache:
             folder = tmp_path_factory.mktemp("parity")
-            made[key] = export(save_tiny_checkpoint(folder / "checkpoint", task), folder / "bundle", **options)
-        return made[key]
+            cache[key] = export(save_tiny_checkpoint(folder / "checkpoint", task), folder / "bundle", **options)
+        return cache[key]
 
     return make
 
@@ -65,7 +65,7 @@ def spoiled(bundle: Path, folder: Path, weight: str, change: float) -> Path:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_right_bundle_parts_at_no_layer(bundles: Callable[..., Path], task: str) -> None:
+def test_an_unchanged_bundle_is_in_tolerance_at_every_layer(bundles: Callable[..., Path], task: str) -> None:
     result = lfx("parity", bundles(task), "--by-layer")
     assert result.exit_code == 0, result.output
     assert "all layers are in tolerance" in result.stdout
@@ -106,7 +106,7 @@ def test_half_precision_by_layer(bundles: Callable[..., Path]) -> None:
     assert "all layers are in tolerance" in result.stdout, result.output
 
 
-def test_an_inlined_bundle_shows_no_layers(bundles: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_inlined_bundle_has_no_layers_to_compare(bundles: Callable[..., Path], tmp_path: Path) -> None:
     folder = bundles(inline_functions=True)
     with pytest.raises(InputError, match="functions inlined"):
         lfx_raising("parity", folder, "--by-layer")
@@ -148,7 +148,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_stands_alone_with_the_verdict_first(bundles: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_page_is_self_contained_with_the_verdict_first(bundles: Callable[..., Path], tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     result = lfx("parity", bundles("text-classification"), "--report", path)
     assert result.exit_code == 0, result.output
@@ -162,7 +162,7 @@ def test_the_page_stands_alone_with_the_verdict_first(bundles: Callable[..., Pat
     assert "logits; 5 cases, fp32" in text
 
 
-def test_a_failed_comparison_has_its_page_and_exits_1(bundles: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_failed_comparison_writes_the_page_and_exits_1(bundles: Callable[..., Path], tmp_path: Path) -> None:
     folder = spoiled(bundles(), tmp_path / "spoiled", "encoder.layer.0.output.dense.weight.T", 1e-3)
     result = lfx("parity", folder, "--report", tmp_path / "page.html")
     assert result.exit_code == 1
@@ -196,7 +196,7 @@ def test_a_page_on_a_full_disk_says_what_to_do(bundles: Callable[..., Path], sma
     assert [path.name for path in folder.iterdir()] == ["ballast"]
 
 
-def test_int8_says_what_it_costs(bundles: Callable[..., Path], tmp_path: Path) -> None:
+def test_int8_reports_its_loss_of_accuracy(bundles: Callable[..., Path], tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     text = tmp_path / "documents.jsonl"
     rows = [{"input_ids": random.integers(3, VOCAB_SIZE, int(n)).tolist()} for n in random.integers(10, 120, 12)]
@@ -252,7 +252,7 @@ def test_a_plan_is_compared_in_the_shapes_that_it_was_built_for(
     assert {case["batch"] for case in cases} == {1}
 
 
-def test_what_a_plan_does_not_show_is_refused(bundles: Callable[..., Path]) -> None:
+def test_comparisons_that_a_plan_cannot_make_are_refused(bundles: Callable[..., Path]) -> None:
     folder = bundles()
     manifest = _plan(Manifest.read(folder))
     with pytest.raises(InputError, match="none of the lengths"):
@@ -264,7 +264,7 @@ def test_what_a_plan_does_not_show_is_refused(bundles: Callable[..., Path]) -> N
 COMMAND = "lfx parity {} --source {}"
 
 
-def test_a_folder_that_made_the_bundle_is_compared_with_and_a_named_source_comes_first(tmp_path: Path) -> None:
+def test_the_recorded_folder_is_the_source_unless_another_is_named(tmp_path: Path) -> None:
     known = {"kind": "folder", "model": str(tmp_path)}
     assert checkpoint_of(Path("b"), known, None, COMMAND) == str(tmp_path)
     for manifest in (known, {"kind": "hub", "model": "someone/model"}, {}, None):

@@ -25,7 +25,7 @@ def _measured() -> Report:
     return compare(cases, make, reference=run, witness=run, candidate=off, precision="fp32", layers=2)
 
 
-def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
+def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     facts = {"artifact": f"bundle{EVIL}", "model": EVIL, EVIL: "x", "compared with": f"{EVIL}\udcff"}
     report.write(tmp_path / "page.html", facts, _measured(), _measured())

@@ -40,7 +40,7 @@ def test_a_full_disk_says_what_to_do_and_keeps_the_older_file(small_disk: SmallD
     assert [path.name for path in folder.iterdir()] == ["out.npz"]
 
 
-def test_the_json_of_outputs_that_are_no_numbers_is_json(
+def test_nan_and_infinity_become_null_in_json(
     bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = bundle("text-classification")
@@ -56,20 +56,20 @@ def test_the_json_of_outputs_that_are_no_numbers_is_json(
 
 
 @pytest.mark.parametrize("path", ["x" * 5000, "a\0b"])
-def test_a_path_that_no_system_has_is_an_input_error(path: str, bundle: MakeBundle) -> None:
+def test_an_impossible_path_is_an_input_error(path: str, bundle: MakeBundle) -> None:
     folder = bundle("text-classification")
     with Engine(folder, threads=1) as engine, pytest.raises(InputError, match=r"--input .* cannot be opened"):
         run_text(engine, folder, None, (), Path(path), None, tokenizer=None, as_json=True)
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
-def test_a_plan_that_names_no_possible_bundle_is_an_input_error(name: str, tmp_path: Path) -> None:
+def test_a_plan_that_names_an_impossible_bundle_is_an_input_error(name: str, tmp_path: Path) -> None:
     engine: Any = SimpleNamespace(manifest=SimpleNamespace(bundle={"name": name}))
     with pytest.raises(InputError, match="the bundle that the plan names"):
         _text_folder(tmp_path / "a.plan", engine)
 
 
-def test_the_bundle_of_a_plan_is_looked_for_beside_it_alone(tmp_path: Path) -> None:
+def test_the_bundle_of_a_plan_is_searched_in_its_folder_only(tmp_path: Path) -> None:
     (tmp_path / "plans").mkdir()
     (tmp_path / "elsewhere").mkdir()
     engine: Any = SimpleNamespace(manifest=SimpleNamespace(bundle={"name": "../elsewhere"}))

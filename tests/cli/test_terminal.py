@@ -64,7 +64,7 @@ def test_the_progress_bar_shows_markup_and_control_characters(
     assert not {"\x07", "\x9b", "\u202e"} & set(err)
 
 
-def test_progress_where_there_is_no_terminal_is_a_line_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_without_a_terminal_is_one_line_per_step(capsys: pytest.CaptureFixture[str]) -> None:
     with progress() as step:
         step(HOSTILE)
     assert capsys.readouterr().err == f"… {SHOWN}\n"
@@ -114,7 +114,7 @@ def test_a_size_that_is_no_number_is_left_out(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_import_is_finished_before_an_interrupt_is_raised(tmp_path: Path) -> None:
-    # It stands for C++ modules that abort the process if an import inside them is interrupted.
+    # It represents C++ modules that abort the process if an import inside them is interrupted.
     (tmp_path / "slow.py").write_text(
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(0.3)\nwhole = True\n"
     )
@@ -136,7 +136,7 @@ except KeyboardInterrupt:
     assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
 
 
-def test_what_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ignored_signals_stay_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:

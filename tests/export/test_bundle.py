@@ -77,7 +77,7 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return str(request.param)
 
 
-def test_success_takes_the_name(tmp_path: Path) -> None:
+def test_a_complete_folder_is_renamed_to_the_output(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "out") as folder:
         _write(folder)
         assert not (tmp_path / "out").exists()
@@ -109,7 +109,7 @@ def test_an_empty_folder_is_replaced(tmp_path: Path, either_way: str) -> None:
     assert _names(tmp_path) == ["out"]
 
 
-def test_what_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
+def test_a_path_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("too")
@@ -136,7 +136,7 @@ def test_a_bundle_with_other_files_in_it_is_never_replaced(tmp_path: Path, stran
 
 
 @pytest.mark.parametrize("text", ['{"files": {"thesis.txt": {}}}', "{", "[]", ""])
-def test_a_manifest_without_a_right_seal_gives_no_leave_to_remove_what_it_names(tmp_path: Path, text: str) -> None:
+def test_files_that_a_manifest_without_a_valid_seal_names_are_kept(tmp_path: Path, text: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / MANIFEST).write_text(text)
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
@@ -147,14 +147,14 @@ def test_a_manifest_without_a_right_seal_gives_no_leave_to_remove_what_it_names(
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_signature_beside_the_manifest_goes_with_its_bundle(tmp_path: Path, either_way: str) -> None:
+def test_a_signature_beside_the_manifest_is_removed_with_its_bundle(tmp_path: Path, either_way: str) -> None:
     _export(tmp_path / "out", "old")
     (tmp_path / "out" / f"{MANIFEST}.minisig").write_text("signed")
     _export(tmp_path / "out")
     assert _names(tmp_path / "out") == [MANIFEST, MODEL, "sub"]
 
 
-def test_links_in_an_older_bundle_go_and_their_targets_stay(tmp_path: Path, either_way: str) -> None:
+def test_links_in_an_older_bundle_are_removed_and_their_targets_stay(tmp_path: Path, either_way: str) -> None:
     _export(tmp_path / "out", "old")
     shutil.move(tmp_path / "out" / MODEL, tmp_path / "stored")
     shutil.move(tmp_path / "out" / "sub" / "vocab.txt", tmp_path / "vocabulary")
@@ -166,7 +166,7 @@ def test_links_in_an_older_bundle_go_and_their_targets_stay(tmp_path: Path, eith
     assert _names(tmp_path) == ["out", "stored", "vocabulary"]
 
 
-def test_a_file_that_comes_into_the_older_bundle_during_the_export_stays(tmp_path: Path, either_way: str) -> None:
+def test_a_file_added_to_the_older_bundle_during_the_export_is_kept(tmp_path: Path, either_way: str) -> None:
     _export(tmp_path / "out", "old")
     with (
         pytest.raises(ExportError, match=r"holds other files too \(thesis.txt\)"),
@@ -179,7 +179,7 @@ def test_a_file_that_comes_into_the_older_bundle_during_the_export_stays(tmp_pat
     assert _names(tmp_path) == ["out"]
 
 
-def test_a_file_that_comes_into_the_older_bundle_at_the_very_end_is_kept(
+def test_a_file_added_to_the_older_bundle_after_the_rename_is_kept(
     tmp_path: Path, either_way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _export(tmp_path / "out", "old")
@@ -246,7 +246,7 @@ def _steps(output: Path, before: Callable[[], None]) -> Iterator[int]:
             assert step > 20
             return
         assert status == -signal.SIGKILL
-    raise AssertionError("it never came through")
+    raise AssertionError("no export completed")
 
 
 def test_a_kill_at_any_step_leaves_a_whole_bundle_and_the_next_export_clears_up(
@@ -273,7 +273,7 @@ def test_a_kill_of_the_first_export_leaves_nothing_or_all(tmp_path: Path) -> Non
         assert _names(tmp_path) == ["out"]
 
 
-def test_exports_at_once_in_processes_of_one_number_leave_one_bundle_whole(
+def test_concurrent_exports_of_processes_with_equal_ids_leave_one_whole_bundle(
     tmp_path: Path, bundle: MakeBundle, either_way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "getpid", lambda: 1)  # two containers have the same process ids
@@ -311,7 +311,7 @@ def test_a_live_export_is_left_alone_by_another(tmp_path: Path) -> None:
         (5, "output is 5; give a path"),
     ],
 )
-def test_a_path_that_cannot_be_is_one_line(output: Any, reason: str) -> None:
+def test_an_impossible_path_is_an_error_of_one_line(output: Any, reason: str) -> None:
     with pytest.raises(ExportError, match=reason):
         export(tiny_model(), output)
 
@@ -323,14 +323,14 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: p
         check_target(tmp_path / "out")
 
 
-def test_a_link_to_itself_is_one_line(tmp_path: Path) -> None:
+def test_a_link_to_itself_is_an_error_of_one_line(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to("out")
     with pytest.raises(ExportError, match=r"out cannot be written: .*loop"):
         export(tiny_model(), tmp_path / "out")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_folders_that_may_not_be_read_or_written_are_one_line() -> None:
+def test_folders_that_may_not_be_read_or_written_are_errors_of_one_line() -> None:
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         closed = Path(name) / "closed"
@@ -380,7 +380,7 @@ class RustError(Exception):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_disk_that_fills_up_is_one_line(tmp_path: Path, error: Exception) -> None:
+def test_a_disk_that_fills_up_is_an_error_of_one_line(tmp_path: Path, error: Exception) -> None:
     full = "out cannot be written: no disk space left; make room, or choose another --output"
     with pytest.raises(ExportError, match=full), atomic_folder(tmp_path / "out") as folder:
         (folder / MODEL).write_bytes(b"half")
@@ -399,7 +399,7 @@ def test_an_export_on_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: py
     assert _names(tmp_path) == []
 
 
-def test_an_error_that_only_follows_a_full_disk_is_full_disk_too(tmp_path: Path) -> None:
+def test_an_error_caused_by_a_full_disk_is_reported_as_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="no disk space left"), atomic_folder(tmp_path / "out"):
         try:
             raise OSError(errno.ENOSPC, "No space left on device")

@@ -47,7 +47,7 @@ def refusal(folder: Path) -> str:
     return message
 
 
-def test_a_kernel_of_the_hub_is_not_attended_with(folder: Path) -> None:
+def test_attention_never_uses_a_kernel_of_the_hub(folder: Path) -> None:
     edit(folder, _attn_implementation="someone/kernel", attn_implementation={"": "someone/kernel"})
     assert load(str(folder))[0].config._attn_implementation == "eager"
 

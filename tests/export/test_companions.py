@@ -50,7 +50,7 @@ def test_a_tokenizer_is_written_without_code(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.rglob("*.py"))
 
 
-def test_config_files_lose_what_names_code_and_others_stay(tmp_path: Path) -> None:
+def test_config_files_lose_keys_that_name_code_and_other_files_stay(tmp_path: Path) -> None:
     (tmp_path / "processor_config.json").write_text('{"image_processor": {"auto_map": {}, "size": 3}}')
     (tmp_path / "vocab.json").write_text('{"auto_map": 5}')
     drop_code(tmp_path)
@@ -59,6 +59,6 @@ def test_config_files_lose_what_names_code_and_others_stay(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("tokenizer", [5, "bert", tiny_tokenizer()._tokenizer])
-def test_what_is_no_tokenizer_is_refused(tokenizer: Any) -> None:
+def test_an_object_that_is_no_tokenizer_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ExportError, match="give one of transformers"):
         check_tokenizer(tokenizer)

@@ -270,7 +270,7 @@ class _Branching(nn.Module):
         return states if float(states.sum()) > 0 else -states
 
 
-def test_a_model_that_cannot_be_traced_is_one_line(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_traced_is_an_error_of_one_line(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="_Branching cannot be traced") as caught:
         export(_Branching(), tmp_path / "out")
     assert "\n" not in str(caught.value)

@@ -295,7 +295,7 @@ def test_options_out_of_range_are_refused(tmp_path: Path, options: dict[str, Any
 
 
 @pytest.mark.parametrize("model", [5, None, [], b"x", "", "x" * 5000, Path("x" * 5000), "a\0b", nn.Linear])
-def test_what_is_no_model_is_refused(tmp_path: Path, model: Any) -> None:
+def test_a_model_of_another_type_is_refused(tmp_path: Path, model: Any) -> None:
     with pytest.raises(ExportError, match=r"^model "):
         export(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -310,9 +310,9 @@ def _spoil(model: nn.Module, name: str, value: float) -> nn.Module:
 BIAS = "encoder.layer.1.output.dense.bias"
 
 
-@pytest.mark.parametrize(("value", "what"), [(float("nan"), "NaN"), (float("inf"), "an infinity")])
-def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, value: float, what: str) -> None:
-    with pytest.raises(ExportError, match=f"{BIAS} holds {what} in 3 of 32 values"):
+@pytest.mark.parametrize(("value", "value_name"), [(float("nan"), "NaN"), (float("inf"), "an infinity")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, value: float, value_name: str) -> None:
+    with pytest.raises(ExportError, match=f"{BIAS} holds {value_name} in 3 of 32 values"):
         export(_spoil(tiny_model(), BIAS, value), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -344,7 +344,7 @@ def test_a_sparse_weight_is_refused_by_name(tmp_path: Path) -> None:
         export(model, tmp_path / "out")
 
 
-def test_exports_at_once_in_threads_are_each_right(tmp_path: Path) -> None:
+def test_concurrent_exports_in_threads_are_correct(tmp_path: Path) -> None:
     models = [tiny_model(seed=seed) for seed in range(3)]
     with ThreadPoolExecutor() as threads:
         folders = list(threads.map(lambda i: export(models[i], tmp_path / str(i)), range(3)))
@@ -367,7 +367,7 @@ def test_a_model_that_overflows_is_refused_with_the_output_and_the_case(tmp_path
 
 @pytest.mark.parametrize("name", ["pad_token_id", "sep_token_id"])
 @pytest.mark.parametrize("value", [10**30, -1])
-def test_a_token_of_a_module_that_is_none_is_refused(tmp_path: Path, name: str, value: int) -> None:
+def test_a_special_token_id_out_of_range_is_refused(tmp_path: Path, name: str, value: int) -> None:
     class Own(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -394,7 +394,9 @@ def test_a_module_that_is_no_longformer_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_numbers_leave_no_bundle_and_say_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inaccurate_graph_leaves_no_bundle_and_names_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The validation detects a weight that differs in the file."""
     original = exporter.finalize_graph
 

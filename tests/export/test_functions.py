@@ -194,7 +194,7 @@ def test_global_attention_over_a_row_without_real_keys_is_zero() -> None:
 
 
 @pytest.mark.parametrize("opset", range(17, 24))
-def test_bodies_mean_the_same_in_every_opset(opset: int) -> None:
+def test_bodies_give_the_same_outputs_in_every_opset(opset: int) -> None:
     inputs = _banded(37)
     model = _model("BandedAttention", inputs, opset, num_heads=2, window=4, dilation=2)
     onnx.checker.check_model(onnx.load_from_string(model), full_check=True)

@@ -50,7 +50,7 @@ def same(module: nn.Module, folder: Path, ids: torch.Tensor = IDS, **masks: torc
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_branch_on_the_shape_is_refused(axis: int, tmp_path: Path) -> None:
     module = Wrapped(lambda x, ids: x * 2 if ids.shape[axis] > 100 else x).eval()
-    with pytest.raises(ExportError, match=r"takes another path outside (batch|sequence) \d+ to 100"):
+    with pytest.raises(ExportError, match=r"takes another branch outside (batch|sequence) \d+ to 100"):
         export(module, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -67,14 +67,14 @@ BRANCHES: dict[str, Callable[[Any], bool]] = {
 @pytest.mark.parametrize("where", BRANCHES)
 def test_a_branch_on_some_sizes_is_refused(where: str, tmp_path: Path) -> None:
     module = Wrapped(lambda x, ids: x * 2 if BRANCHES[where](ids) else x).eval()
-    with pytest.raises(ExportError, match=f"takes another path (at ({where})|outside)"):
+    with pytest.raises(ExportError, match=f"takes another branch (at ({where})|outside)"):
         export(module, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_size_that_becomes_a_constant_is_refused(tmp_path: Path) -> None:
     module = Wrapped(lambda x, ids: x * {100: 2.0}.get(int(ids.shape[1]), 1.0)).eval()
-    with pytest.raises(ExportError, match="takes the sequence of the traced example, 29, for a constant"):
+    with pytest.raises(ExportError, match="treats the sequence of the traced example, 29, as a constant"):
         export(module, tmp_path / "out")
 
 
@@ -263,7 +263,7 @@ class MeanChoice(LongformerForMultipleChoice):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("task", ["text-classification", "multiple-choice"])
-def test_a_head_of_ones_own_in_a_known_class_is_tried_too(task: str, tmp_path: Path) -> None:
+def test_a_replaced_head_in_a_known_class_is_probed(task: str, tmp_path: Path) -> None:
     module = tiny_model(task)
     assert Engine(export(module, tmp_path / "as it is")).signature.ignores_padding
     if task == "text-classification":
@@ -281,7 +281,7 @@ class LargestOf(LongformerModel):  # type: ignore[misc]
         return hidden.amax(dim=1)[:, :1]
 
 
-def test_a_model_that_reads_padding_in_its_own_forward_is_found(tmp_path: Path) -> None:
+def test_a_model_whose_own_forward_reads_padding_is_detected(tmp_path: Path) -> None:
     model = tiny_model()
     model.__class__ = LargestOf
     assert not Engine(export(model, tmp_path / "out")).signature.ignores_padding
@@ -380,7 +380,7 @@ def test_both_axes_of_a_token_by_token_output_are_cut(tmp_path: Path) -> None:
         (lambda x, ids: ["a", "b"], "output output_0 is str"),
         (lambda x, ids: (x * 2, 5), "output output_1 is int"),
         (lambda x, ids: x.to(torch.complex64), "output output is torch.complex64"),
-        (lambda x, ids: {"a": x * 2, "b": torch.ones(3)}, "output 'b' is the same whatever the input"),
+        (lambda x, ids: {"a": x * 2, "b": torch.ones(3)}, "output 'b' does not depend on the inputs"),
         (lambda x, ids: {"a" * 300: x * 2}, "rename it: at most 100 letters"),
         (lambda x, ids: {"a/b": x * 2}, "rename it: at most 100 letters"),
         (lambda x, ids: {"ü": x * 2}, "rename it: at most 100 letters"),
@@ -399,8 +399,8 @@ def test_outputs_may_have_the_names_of_inner_values(tmp_path: Path) -> None:
     folder = export(module, tmp_path / "out")
     same(module, folder)
     model = onnx.load(folder / "model.onnx", load_external_data=False)
-    made = [value for node in model.graph.node for value in node.output]
-    assert len(set(made)) == len(made)
+    values = [value for node in model.graph.node for value in node.output]
+    assert len(set(values)) == len(values)
 
 
 def test_outputs_may_have_the_names_that_lfx_gives_inner_values(tmp_path: Path) -> None:

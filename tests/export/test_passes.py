@@ -37,7 +37,7 @@ def test_a_weight_that_is_only_transposed_is_stored_transposed() -> None:
     assert "w" not in model.graph.initializers
 
 
-def test_a_transpose_that_turns_nothing_stays() -> None:
+def test_a_transpose_that_swaps_no_axes_stays() -> None:
     model = _model("""
         g (float[n, 2] x) => (float[n, 2] y) <float[2, 2] w = {1, 2, 3, 4}> {
             t = Transpose<perm = [0, 1]>(w)
@@ -76,7 +76,7 @@ def test_gelu_is_reordered() -> None:
     assert [value.name for value in outer.inputs if value] == ["d", "half"]
 
 
-def test_what_only_looks_like_gelu_stays() -> None:
+def test_nodes_that_only_resemble_gelu_stay() -> None:
     assert not reorder_gelu(_model(_GELU.replace("FACTOR", "0.25")))
     assert not reorder_gelu(_model("g (float[n] x) => (float[n] y) { a = Mul(x, x)  y = Mul(x, a) }"))
 
@@ -164,7 +164,7 @@ def test_an_equal_split_loses_its_count_and_an_unequal_one_is_refused() -> None:
         ),
     ],
 )
-def test_what_opset_17_cannot_say_is_refused_with_the_cure(text: str, message: str) -> None:
+def test_an_op_without_a_form_in_opset_17_is_refused_with_the_cure(text: str, message: str) -> None:
     with pytest.raises(ExportError, match=message):
         set_opset(_model(text), 17)
 

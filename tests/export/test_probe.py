@@ -51,7 +51,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_was_changed_is_not_known(change: Callable[[Any], Any]) -> None:
+def test_changed_models_are_not_known(change: Callable[[Any], Any]) -> None:
     model = tiny_model("text-classification")
     change(model)
     assert not is_unchanged(model)
@@ -116,8 +116,8 @@ class Around(nn.Module):
         global_attention_mask: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         marks = self.rule(input_ids) if global_attention_mask is None else global_attention_mask
-        found = self.model(input_ids, attention_mask=attention_mask, global_attention_mask=marks)
-        return {"label": found.logits.argmax(-1)}
+        outputs = self.model(input_ids, attention_mask=attention_mask, global_attention_mask=marks)
+        return {"label": outputs.logits.argmax(-1)}
 
 
 def first(ids: torch.Tensor) -> torch.Tensor:
@@ -241,7 +241,7 @@ def test_global_tokens_that_a_module_adds_are_found(module: Any, adds: bool) -> 
 
 
 @pytest.mark.parametrize("option", [{"max_global": 2}, {"global_attention": "first"}], ids=str)
-def test_an_option_that_would_leave_added_tokens_out_is_refused(option: dict[str, Any], tmp_path: Path) -> None:
+def test_an_option_without_room_for_added_tokens_is_refused(option: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="gives global attention to tokens that its global_attention_mask does not"):
         export(Adding().eval(), tmp_path / "out", **option)
 
@@ -264,7 +264,7 @@ class Far(nn.Module):
         return self.model(input_ids, attention_mask=attention_mask).last_hidden_state[:, ::128].mean(dim=1)
 
 
-def test_a_head_that_reads_padding_far_away_is_found() -> None:
+def test_a_head_that_reads_distant_padding_is_detected() -> None:
     outputs = (TensorSpec("output", "float32", ("batch", 32)),)
     assert not ignores_padding(Far().eval(), signature(max_seqlen=598, outputs=outputs))
 

@@ -56,14 +56,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def int8(bundle: MakeBundle, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """int8(task, **options) returns the quantized bundle; made once per module."""
-    made: dict[tuple[Any, ...], Path] = {}
+    cache: dict[tuple[Any, ...], Path] = {}
 
     def make(task: str = "feature-extraction", opset: int = 17, **options: Any) -> Path:
         key = (task, opset, *sorted(options.items()))
-        if key not in made:
+        if key not in cache:
             folder = tmp_path_factory.mktemp("int8") / task
-            made[key] = quantize(bundle(task, opset=opset), folder, calibration=text, **options)
-        return made[key]
+            cache[key] = quantize(bundle(task, opset=opset), folder, calibration=text, **options)
+        return cache[key]
 
     return make
 
@@ -84,11 +84,11 @@ def test_nothing_is_written_into_the_bundle_and_modes_follow_the_umask(
     before = bundle().stat().st_mtime_ns
     umask = os.umask(0o022)
     try:
-        made = quantize(bundle(), tmp_path / "int8", calibration=text)
+        quantized = quantize(bundle(), tmp_path / "int8", calibration=text)
     finally:
         os.umask(umask)
     assert bundle().stat().st_mtime_ns == before
-    assert {stat.S_IMODE(path.stat().st_mode) for path in made.iterdir()} == {0o644}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in quantized.iterdir()} == {0o644}
     assert [path.name for path in tmp_path.iterdir()] == ["int8"]
 
 
@@ -141,12 +141,12 @@ def test_only_what_a_product_reads_is_rounded(int8: Any, text: Path, tmp_path: P
     assert "head" in Manifest.read(both).quantization["layers"]
 
 
-def test_eight_bits_are_for_cpus_that_can_add_them(
+def test_full_range_is_refused_on_cpus_that_overflow(
     bundle: MakeBundle, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not int8_overflows():
-        made = quantize(bundle(), tmp_path / "made", calibration=text, full_range=True)
-        arrays = [numpy_helper.to_array(t) for t in onnx.load(str(made / MODEL)).graph.initializer]
+        quantized = quantize(bundle(), tmp_path / "made", calibration=text, full_range=True)
+        arrays = [numpy_helper.to_array(t) for t in onnx.load(str(quantized / MODEL)).graph.initializer]
         assert max(int(np.abs(a.astype(int)).max()) for a in arrays if a.dtype == np.int8 and a.ndim == 2) == 127
     monkeypatch.setattr("lfx.export.quantize.int8_overflows", lambda: True)
     with pytest.raises(ExportError, match="no VNNI"):
@@ -217,7 +217,7 @@ def test_the_witness_rounds_to_the_steps_of_the_file(int8: Any) -> None:
 
 
 def test_wrong_scales_are_found(int8: Any, tmp_path: Path) -> None:
-    """A layer whose scale is a third of the right one clips large values."""
+    """A layer whose scale is a third of the correct one clips large values."""
     folder = shutil.copytree(int8(), tmp_path / "wrong")
     model = onnx.load(str(folder / MODEL), load_external_data=False)
     node = next(n for n in model.graph.node if n.op_type == "QuantizeLinear")
@@ -273,7 +273,7 @@ class Shared(torch.nn.Module):
         return self.twice(torch.tanh(self.twice(hidden))) @ self.matrix
 
 
-def test_what_is_no_linear_layer_with_one_input_stays_float32(text: Path, tmp_path: Path) -> None:
+def test_shared_projections_and_other_matrix_products_stay_float32(text: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Shared().eval()
     folder = quantize(export(model, tmp_path / "fp32"), tmp_path / "int8", calibration=text)
@@ -296,10 +296,10 @@ def test_accuracy_is_measured_on_text_that_did_not_calibrate(int8: Any, text: Pa
 def test_a_text_file_is_cut_into_windows(bundle: MakeBundle, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("the quick brown fox jumps over the lazy dog " * 40)
-    made = quantize(bundle(), tmp_path / "int8", calibration=path, samples=6)
-    calibration = Manifest.read(made).quantization["calibration"]
+    quantized = quantize(bundle(), tmp_path / "int8", calibration=path, samples=6)
+    calibration = Manifest.read(quantized).quantization["calibration"]
     assert calibration["windows"] >= 6
-    with Engine(made, "openvino") as engine, Engine(bundle()) as original:
+    with Engine(quantized, "openvino") as engine, Engine(bundle()) as original:
         ids = np.arange(3, 40)
         a, b = engine.run(ids)["last_hidden_state"], original.run(ids)["last_hidden_state"]
     assert np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b) > 0.98
@@ -312,10 +312,10 @@ def test_a_bundle_of_links_is_quantized_too(bundle: MakeBundle, text: Path, tmp_
     for path in bundle().iterdir():
         link(path, folder / path.name)
     try:
-        made = quantize(folder, tmp_path / "int8", calibration=text)
+        quantized = quantize(folder, tmp_path / "int8", calibration=text)
     finally:
         shutil.rmtree(folder)
-    assert len(Manifest.read(made).quantization["layers"]) == len(LAYERS)
+    assert len(Manifest.read(quantized).quantization["layers"]) == len(LAYERS)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -341,7 +341,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_done_is_refused_and_leaves_nothing(
+def test_bad_arguments_are_refused_and_leave_nothing(
     bundle: MakeBundle, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -353,7 +353,7 @@ def test_what_cannot_be_done_is_refused_and_leaves_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "one.jsonl"]
 
 
-def test_the_bundle_itself_is_no_output(bundle: MakeBundle, text: Path, tmp_path: Path) -> None:
+def test_the_bundle_itself_is_refused_as_the_output(bundle: MakeBundle, text: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(bundle(), tmp_path / "bundle")
     with pytest.raises(ExportError, match="would be lost"):
         quantize(folder, folder, calibration=text)
@@ -397,8 +397,8 @@ def test_broken_steps_of_a_manifest_are_refused(int8: Any, change: dict[str, Any
 def test_more_samples_than_windows_take_them_all(bundle: MakeBundle, tmp_path: Path) -> None:
     path = tmp_path / "documents.jsonl"
     path.write_text("".join(json.dumps({"input_ids": [5 + i, 6, 7]}) + "\n" for i in range(4)))
-    made = quantize(bundle(), tmp_path / "int8", calibration=path, samples=10**12)
-    assert Manifest.read(made).quantization["calibration"]["windows"] == 4
+    quantized = quantize(bundle(), tmp_path / "int8", calibration=path, samples=10**12)
+    assert Manifest.read(quantized).quantization["calibration"]["windows"] == 4
 
 
 def test_a_named_tokenizer_folder_is_read_as_it_is(bundle: MakeBundle, text: Path, tmp_path: Path) -> None:
@@ -409,5 +409,5 @@ def test_a_named_tokenizer_folder_is_read_as_it_is(bundle: MakeBundle, text: Pat
     (folder / "lfx.json").write_text(json.dumps(data))
     with pytest.raises(ArtifactError, match=r"is not listed in lfx\.json"):
         quantize(folder, tmp_path / "refused", calibration=text)
-    made = quantize(bundle(), tmp_path / "made", calibration=text, tokenizer=folder)
-    assert Manifest.read(made).quantization["calibration"]["windows"] > 1
+    quantized = quantize(bundle(), tmp_path / "made", calibration=text, tokenizer=folder)
+    assert Manifest.read(quantized).quantization["calibration"]["windows"] > 1

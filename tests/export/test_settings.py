@@ -105,7 +105,7 @@ def test_a_config_with_an_unusual_value_is_taken(folder: Path, key: str, value: 
     assert weights_sha256(load(str(folder), TASK)[0]) == weights_sha256(tiny_model(TASK))
 
 
-def test_what_names_code_is_left_out_at_any_depth() -> None:
+def test_keys_that_name_code_are_removed_at_any_depth() -> None:
     config = {"auto_map": {"A": "b"}, "_attn_implementation": "x/y", "kept": [{"custom_pipelines": 1, "a": 2}], "b": 3}
     assert without_code(config) == {"kept": [{"a": 2}], "b": 3}
 
@@ -115,7 +115,7 @@ def test_what_names_code_is_left_out_at_any_depth() -> None:
     [
         (b"[" * 10**6, "nested too deeply"),
         (b"\xff\xfe\xff", "decode"),
-        (b'{"a": 1, "a": 2}', "stands twice"),
+        (b'{"a": 1, "a": 2}', "appears twice"),
         (b"5", "int"),
     ],
 )

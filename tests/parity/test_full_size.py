@@ -39,7 +39,7 @@ def base_bundle(base_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return export(base_model, tmp_path_factory.mktemp("base") / "out")
 
 
-def test_the_base_shape_is_pytorchs_numbers_at_4096_tokens(base_model: Any, base_bundle: Path) -> None:
+def test_the_base_shape_agrees_with_pytorch_at_4096_tokens(base_model: Any, base_bundle: Path) -> None:
     with Engine(base_bundle) as engine:
         report = compare(
             CASES,

@@ -25,7 +25,7 @@ def _compare(folder: Path, task: str, backend: str = "auto", **changes: object) 
 
 @pytest.mark.parametrize("opset", [17, 21])
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_is_pytorchs_numbers_in_fp32(bundle: MakeBundle, task: str, opset: int) -> None:
+def test_every_task_agrees_with_pytorch_in_fp32(bundle: MakeBundle, task: str, opset: int) -> None:
     report = _compare(bundle(task, opset=opset), task)
     assert not report.failures()
     assert len(report.rows) >= 60
@@ -45,13 +45,13 @@ def test_bf16_is_within_the_derived_tolerance(bundle: MakeBundle, backend: str) 
 
 
 @pytest.mark.parametrize("options", [{"max_global": 5}, {"global_attention": "first"}, {"inline_functions": True}])
-def test_every_mode_of_export_is_pytorchs_numbers(bundle: MakeBundle, options: dict[str, object]) -> None:
+def test_every_mode_of_export_agrees_with_pytorch(bundle: MakeBundle, options: dict[str, object]) -> None:
     report = _compare(bundle(**options), "feature-extraction")
     assert not report.failures()
     assert max(result.error for result in report.outputs.values()) <= LARGEST_FP32_ERROR
 
 
-def test_the_case_list_is_what_is_promised() -> None:
+def test_full_cases_have_all_lengths_around_the_window() -> None:
     cases = full_cases(WINDOW, 128)
     lengths = {case.seqlen for case in cases}
     window = 2 * WINDOW

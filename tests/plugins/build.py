@@ -16,9 +16,9 @@ KERNELS = ["banded/banded_attention.cu", "global/global_attention.cu", "limits.c
 
 def compiler() -> str:
     """The C++ compiler that the README asks for."""
-    found = shutil.which("c++") or shutil.which("g++")
-    assert found is not None, "a C++ compiler is needed, as the README says"
-    return found
+    path = shutil.which("c++") or shutil.which("g++")
+    assert path is not None, "a C++ compiler is needed, as the README says"
+    return path
 
 
 def build_library(folder: Path, name: str, sources: list[str], *flags: str) -> Path:

@@ -98,7 +98,7 @@ struct Fiber
     bool started;
     std::vector<uint8_t> stack;
     std::vector<Copy> open;               // copies since the last commitCopies()
-    std::deque<std::vector<Copy>> groups; // closed, not yet waited for
+    std::deque<std::vector<Copy>> groups; // committed, not yet waited for
 };
 
 inline Fiber* current = nullptr;
@@ -149,7 +149,7 @@ inline void resume(Fiber& fiber)
     }
 }
 
-// Executes the operation that the fibers from `first` wait for, if all of them do; returns whether it did.
+// Executes the operation that `count` fibers from `first` on wait for, if all of them wait; returns whether it did.
 template <typename Finish>
 bool together(size_t first, size_t count, State state, Finish finish)
 {
@@ -442,8 +442,8 @@ inline void loadMatrices(uint32_t (&r)[4], void const* row, bool transposed)
                     {
                         int const row = mine.transposed ? lane % 4 * 2 + i : lane / 4;
                         int const column = mine.transposed ? lane / 4 : lane % 4 * 2 + i;
-                        uint32_t const found = static_cast<MatrixLoad*>(lanes[m * 8 + row])->row[column];
-                        pair |= found << 16 * i;
+                        uint32_t const element = static_cast<MatrixLoad*>(lanes[m * 8 + row])->row[column];
+                        pair |= element << 16 * i;
                     }
                     mine.registers[m] = pair;
                 }

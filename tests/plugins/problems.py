@@ -61,9 +61,9 @@ class Banded:
 
     def run(self, function: Callable[..., Any], *rest: Any) -> NDArray[np.float64]:
         """Returns the context by a function of the C interface; the output starts as NaN."""
-        held = {name: Guarded(array) for name, array in self.inputs.items()}
-        held["context"] = context = Guarded(np.full(self.inputs["query"].shape, np.nan, DTYPES[self.precision]))
-        addresses = {name: memory.address for name, memory in held.items()}
+        guarded = {name: Guarded(array) for name, array in self.inputs.items()}
+        guarded["context"] = context = Guarded(np.full(self.inputs["query"].shape, np.nan, DTYPES[self.precision]))
+        addresses = {name: memory.address for name, memory in guarded.items()}
         params = banded_params(self.inputs, addresses, self.precision, **self.attributes)
         assert not function(ctypes.byref(params), *rest)
         return context.array.astype(np.float64)
@@ -148,15 +148,15 @@ class Global:
         self, function: Callable[..., Any], workspace: Callable[..., int] | None = None, share_values: bool = False
     ) -> NDArray[np.float64]:
         """Returns the context by a function of the C interface; output and workspace start as NaN."""
-        held = {name: Guarded(array) for name, array in self.inputs.items()}
+        guarded = {name: Guarded(array) for name, array in self.inputs.items()}
         if share_values:
-            held["value"] = held["key"]
+            guarded["value"] = guarded["key"]
         batch, queries, width = self.inputs["query"].shape
         context = Guarded(np.full((batch, queries, width), np.nan, DTYPES[self.precision]))
         sizes = (batch, queries, self.num_heads, width // self.num_heads)
         scratch = Guarded(np.full(workspace(*sizes) // 4 if workspace is not None else 0, np.nan, np.float32))
-        held |= {"context": context, "workspace": scratch}
-        addresses = {name: memory.address for name, memory in held.items()}
+        guarded |= {"context": context, "workspace": scratch}
+        addresses = {name: memory.address for name, memory in guarded.items()}
         params = global_params(self.inputs, addresses, self.precision, self.num_heads)
         assert not (function(ctypes.byref(params), None) if workspace is not None else function(ctypes.byref(params)))
         return context.array.astype(np.float64)
@@ -190,7 +190,7 @@ def enqueue_through_creator(
     """Run the plugin as TensorRT does; see tests/plugins/enqueue.cpp.
 
     Args:
-        addresses: of the inputs; context: of the output; workspace: address and bytes.
+        addresses: addresses of the inputs; context: address of the output; workspace: its address and bytes.
     Returns:
         0, or the step that failed.
     """

@@ -40,7 +40,7 @@ def visible_of_the_reference(case: band_cases.Case) -> np.ndarray:
     size = case.seqlen
     index = np.arange(case.globals)[None] if case.globals else np.full((1, 1), -1)
     flat = np.zeros((1, size, size))
-    found = reference.banded_attention(
+    actual = reference.banded_attention(
         flat,
         flat,
         np.eye(size)[None],
@@ -50,7 +50,7 @@ def visible_of_the_reference(case: band_cases.Case) -> np.ndarray:
         num_heads=1,
         window=case.window,
     )
-    return found[0] > 0  # rows of global tokens are empty: they are given
+    return actual[0] > 0  # rows of global tokens are empty: they are given
 
 
 def drawn(case: band_cases.Case, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
@@ -64,7 +64,7 @@ def dense(case: band_cases.Case, s: SimpleNamespace) -> torch.Tensor:
     slots = max(case.globals, 1)
     index = np.arange(slots) if case.globals else np.array([-1])
     arrays = [x.double().numpy() for x in (s.q, s.k, s.v)]
-    found = reference.banded_attention(
+    actual = reference.banded_attention(
         *arrays,
         np.ones((case.batch, case.seqlen)),
         np.tile(index, (case.batch, 1)),
@@ -72,17 +72,17 @@ def dense(case: band_cases.Case, s: SimpleNamespace) -> torch.Tensor:
         num_heads=case.heads,
         window=case.window,
     )
-    return torch.from_numpy(found)[:, case.globals :]
+    return torch.from_numpy(actual)[:, case.globals :]
 
 
 def test_cases_are_those_of_the_claims_first_and_then_every_combination() -> None:
-    every, quick = band_cases.cases(), band_cases.cases(quick=True)
-    assert len(every) == len(set(every)) == 7 * 2 * 2 * 3 * 2 * 2
-    assert every[: len(quick)] == quick
+    all_cases, quick = band_cases.cases(), band_cases.cases(quick=True)
+    assert len(all_cases) == len(set(all_cases)) == 7 * 2 * 2 * 3 * 2 * 2
+    assert all_cases[: len(quick)] == quick
     assert all(case.required for case in quick)
     assert len(quick) == 4 * 2 * 2 * 2
     assert {case.seqlen for case in quick} == {4096, 8192, 16384, 32768}
-    assert not any(case.required for case in every[len(quick) :])
+    assert not any(case.required for case in all_cases[len(quick) :])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -101,8 +101,8 @@ def test_a_query_in_the_middle_sees_513_keys_and_the_global_one() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_mask_function_is_the_references_visible_mask(case: band_cases.Case) -> None:
     at = torch.arange(case.seqlen)
-    found = bench.visible(case, at, at)[case.globals :]
-    assert np.array_equal(found.numpy(), visible_of_the_reference(case)[case.globals :])
+    actual = bench.visible(case, at, at)[case.globals :]
+    assert np.array_equal(actual.numpy(), visible_of_the_reference(case)[case.globals :])
 
 
 def test_kernel_costs_are_those_of_the_readme() -> None:
@@ -113,11 +113,11 @@ def test_kernel_costs_are_those_of_the_readme() -> None:
 
 def test_floors_follow_the_published_rates() -> None:
     case = band_cases.Case(4096, 256, 1, 8, 12, "fp16")
-    found = band_cases.floors(case, band_cases.Peaks(1e15, 1e12, 1e12, 1e13))
-    assert found["arithmetic_us"] == pytest.approx(band_cases.useful_flops(case) / 1e9)
-    assert found["bytes_us"] == pytest.approx(band_cases.least_bytes(case) / 1e6)
+    actual = band_cases.floors(case, band_cases.Peaks(1e15, 1e12, 1e12, 1e13))
+    assert actual["arithmetic_us"] == pytest.approx(band_cases.useful_flops(case) / 1e9)
+    assert actual["bytes_us"] == pytest.approx(band_cases.least_bytes(case) / 1e6)
     assert band_cases.least_bytes(case) == pytest.approx(4 * 8 * 4096 * 768 * 2, rel=0.01)
-    assert found["exponentials_us"] == pytest.approx(found["arithmetic_us"] * 1000 / 256)
+    assert actual["exponentials_us"] == pytest.approx(actual["arithmetic_us"] * 1000 / 256)
 
 
 def test_the_floors_in_the_readme_are_those_of_the_function() -> None:
@@ -126,11 +126,8 @@ def test_the_floors_in_the_readme_are_those_of_the_function() -> None:
     rows = re.findall(r"^\| (8|1) \| ([\d,]+) \| (.*) \|$", readme, re.MULTILINE)
     assert len(rows) == 4
     for batch, tokens, figures in rows:
-        found = band_cases.floors(band_cases.Case(int(tokens.replace(",", "")), 256, 1, int(batch), 12, "fp16"), peaks)
-        assert figures == " | ".join(f"{value:.1f}" for value in found.values())
-
-
-# ---- the contenders' numbers --------------------------------------------------------------------------------------
+        actual = band_cases.floors(band_cases.Case(int(tokens.replace(",", "")), 256, 1, int(batch), 12, "fp16"), peaks)
+        assert figures == " | ".join(f"{value:.1f}" for value in actual.values())
 
 
 def contender(name: str, case: band_cases.Case, kernels: Kernels) -> Any:
@@ -149,9 +146,11 @@ def contender(name: str, case: band_cases.Case, kernels: Kernels) -> Any:
 def test_every_contender_computes_the_references_rows(name: str, case: band_cases.Case, emulated: Kernels) -> None:
     s = drawn(case)
     with torch.no_grad():
-        found = bench.flattened(contender(name, case, emulated)(s))
-    assert found.shape == s.q.shape
-    assert bench._error(found, torch.cat([found[:, : case.globals].double(), dense(case, s)], 1), slice(0, None)) < 1e-5
+        actual = bench.flattened(contender(name, case, emulated)(s))
+    assert actual.shape == s.q.shape
+    assert (
+        bench._error(actual, torch.cat([actual[:, : case.globals].double(), dense(case, s)], 1), slice(0, None)) < 1e-5
+    )
 
 
 def test_ours_keeps_the_given_global_rows_and_sees_two_precisions(emulated: Kernels) -> None:
@@ -178,9 +177,6 @@ def test_a_tensor_that_is_not_contiguous_is_refused(emulated: Kernels) -> None:
         run(s)
 
 
-# ---- the model around our attention --------------------------------------------------------------------------------
-
-
 def model_inputs(model: Any, globals_: int, padded: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ids and masks, (2, 48): `globals_` tokens in front."""
     torch.manual_seed(globals_)
@@ -199,11 +195,11 @@ def test_the_model_around_our_ops_gives_hugging_faces_numbers(globals_: int, pad
     model = tiny_model()
     ids, mask, marks = model_inputs(model, globals_, padded)
     with torch.no_grad():
-        wanted = whole.eager(model, ids, mask, marks)
-        found = whole.Whole(model, whole.KernelAttention, max(globals_, 1))(ids, mask, marks)
+        expected = whole.eager(model, ids, mask, marks)
+        actual = whole.Whole(model, whole.KernelAttention, max(globals_, 1))(ids, mask, marks)
     real = mask.bool()
-    assert (found[0] - wanted[0])[real].abs().max() < 1e-5
-    assert (found[1] - wanted[1]).abs().max() < 1e-5
+    assert (actual[0] - expected[0])[real].abs().max() < 1e-5
+    assert (actual[1] - expected[1]).abs().max() < 1e-5
     assert type(model.encoder.layer[0].attention.self) is not whole.KernelAttention  # a copy was changed
 
 
@@ -213,10 +209,10 @@ def test_the_model_around_our_ops_keeps_to_the_tolerance_in_float16(emulated: Ke
     inputs = model_inputs(model, 1, False)
     half = tiny_model().half()
     with torch.no_grad():
-        wanted = whole.by_row(model, inputs)
-        witness = (whole.by_row(half, inputs).float() - wanted).abs().max()
-        found = whole.Whole(half, whole.KernelAttention, 1)(*inputs)[0]
-    assert (found.float() - wanted).abs().max() <= 2 * witness
+        expected = whole.by_row(model, inputs)
+        witness = (whole.by_row(half, inputs).float() - expected).abs().max()
+        actual = whole.Whole(half, whole.KernelAttention, 1)(*inputs)[0]
+    assert (actual.float() - expected).abs().max() <= 2 * witness
 
 
 def test_the_model_around_flex_attention_gives_hugging_faces_numbers() -> None:
@@ -227,9 +223,9 @@ def test_the_model_around_flex_attention_gives_hugging_faces_numbers() -> None:
         for window in (4, 8)
     }
     with torch.no_grad():
-        wanted = whole.eager(model, *inputs)
-        found = whole.Whole(model, whole.FlexAttention, 2, block_masks=masks)(*inputs)
-    assert (found[0] - wanted[0]).abs().max() < 1e-5
+        expected = whole.eager(model, *inputs)
+        actual = whole.Whole(model, whole.FlexAttention, 2, block_masks=masks)(*inputs)
+    assert (actual[0] - expected[0]).abs().max() < 1e-5
 
 
 def test_compiled_layers_keep_our_ops_whole_and_share_one_compilation(emulated: Kernels) -> None:
@@ -239,15 +235,12 @@ def test_compiled_layers_keep_our_ops_whole_and_share_one_compilation(emulated: 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
-        wanted = whole.eager(model, *inputs)[0]
+        expected = whole.eager(model, *inputs)[0]
         compiled = whole.compile_layers(whole.Whole(model, whole.KernelAttention, 1), backend="aot_eager")
-        found = compiled(*inputs)[0]
-    assert (found - wanted).abs().max() < 1e-5
+        actual = compiled(*inputs)[0]
+    assert (actual - expected).abs().max() < 1e-5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
-
-
-# ---- timing, tables and verdicts -----------------------------------------------------------------------------------
 
 
 def test_contenders_take_turns_with_the_cache_emptied_before_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,9 +259,9 @@ def test_contenders_take_turns_with_the_cache_emptied_before_each(monkeypatch: p
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     racing = {name: timing.Contender(lambda name=name: done.append(name), calls=5) for name in "ab"}
-    found = timing.interleaved(racing, 2, lambda: done.append("flush"))
+    actual = timing.interleaved(racing, 2, lambda: done.append("flush"))
     assert done == ["flush", "event", "a", "event", "flush", "event", "b", "event"] * 2
-    assert found == {"a": [100.0, 100.0], "b": [100.0, 100.0]}
+    assert actual == {"a": [100.0, 100.0], "b": [100.0, 100.0]}
     on_host = timing.interleaved({"c": timing.Contender(lambda: None, on_host=True)}, 3, lambda: None)
     assert len(on_host["c"]) == 3
     assert all(0 < t < 1e6 for t in on_host["c"])
@@ -298,12 +291,12 @@ REQUIRED = band_cases.Case(4096, 256, 1, 8, 12, "fp16")
 
 def test_rates_and_table_say_what_the_rows_say() -> None:
     row = invented(REQUIRED, us=100.0, flex=140.0)
-    found = bench.rates(row)
-    assert found["tflops"] == pytest.approx(band_cases.useful_flops(REQUIRED) / 1e-4 / 1e12)
-    assert found["of_matmul"] == pytest.approx(found["tflops"] / 800)
-    assert found["of_copy"] == pytest.approx(band_cases.least_bytes(REQUIRED) / 1e-4 / 3e12)
-    assert found["of_ceiling"] == max(found["of_matmul"], found["of_copy"])
-    assert found["band_of_matmul"] < found["of_matmul"]  # no credit for the global key
+    actual = bench.rates(row)
+    assert actual["tflops"] == pytest.approx(band_cases.useful_flops(REQUIRED) / 1e-4 / 1e12)
+    assert actual["of_matmul"] == pytest.approx(actual["tflops"] / 800)
+    assert actual["of_copy"] == pytest.approx(band_cases.least_bytes(REQUIRED) / 1e-4 / 3e12)
+    assert actual["of_ceiling"] == max(actual["of_matmul"], actual["of_copy"])
+    assert actual["band_of_matmul"] < actual["of_matmul"]  # no credit for the global key
     header, rule, line = bench.table([row]).splitlines()
     assert header.count("|") == rule.count("|") == line.count("|")
     assert "| yes | 100.0 (100.0-100.0) |" in line
@@ -325,7 +318,7 @@ def test_verdicts_hold_fail_and_stay_open() -> None:
     assert [v["holds"] for v in bench.verdicts([])] == [None, None, None]
 
 
-def test_a_wrong_an_unwritten_and_a_failed_result_are_told() -> None:
+def test_wrong_missing_and_failed_results_are_reported() -> None:
     wrong = invented(REQUIRED, us=100.0, flex=140.0, error=2.1e-4)
     unwritten = invented(REQUIRED, us=100.0, flex=140.0)
     unwritten["contenders"]["lfx"]["all_written"] = False
@@ -376,9 +369,6 @@ def test_straight_runs_of_machine_code() -> None:
     lines = ["MOV R1, R2", "LDS R3, [R1]", "@P0 BRA 0x10", "HMMA.16816.F32 R0, R1, R2, R3", "@!P1 BRA 0x0", "EXIT"]
     code = "".join(f"        /*{16 * i:04x}*/    {line} ;  /* 0x0 */\n" for i, line in enumerate(lines))
     assert sass.straight_runs(code) == [["MOV"], ["LDS", "BRA"], ["HMMA", "BRA"], ["EXIT"]]
-
-
-# ---- both scripts from end to end, but for the GPU -----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -457,7 +447,7 @@ def test_the_models_benchmark_from_its_shapes_to_its_record(no_gpu: Path, monkey
     for row in rows:
         for name in ("lfx", "lfx-eager", "flex", "flex-eager", "huggingface"):
             assert row["contenders"][name].get("median_us", 0) > 0, (name, row["contenders"][name])
-            assert whole.right(row, name)
+            assert whole.is_right(row, name)
     assert rows[0]["contenders"]["huggingface-compiled"]["median_us"] > 0
     assert rows[1]["contenders"]["huggingface-compiled"]["skipped"]
     assert [verdict["holds"] for verdict in whole.verdicts(rows)] == [True, True]
@@ -473,9 +463,6 @@ def tiny_inputs(seqlen: int, batch: int, device: str) -> tuple[torch.Tensor, tor
     return ids, torch.ones_like(ids), marks
 
 
-# ---- dry runs ------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library, as the scripts build it."""
@@ -488,8 +475,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_dry_run_lists_everything_and_stops(script: str, built: Path, tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     command = [sys.executable, "-m", f"scripts.bench.{script}", "--dry-run", "--library", str(built)]
-    found = subprocess.run([*command, "--record", str(path)], check=True, capture_output=True, text=True, cwd=ROOT)
-    last = found.stdout.strip().splitlines()[-1]
+    done = subprocess.run([*command, "--record", str(path)], check=True, capture_output=True, text=True, cwd=ROOT)
+    last = done.stdout.strip().splitlines()[-1]
     count = len(band_cases.cases()) if script == "gpu_kernels" else len(whole.SHAPES)
     assert last.startswith(f"dry run: {count} ")
     assert last.endswith("nothing was run on a GPU")
@@ -501,7 +488,7 @@ def test_a_dry_run_lists_everything_and_stops(script: str, built: Path, tmp_path
 def test_without_a_gpu_and_without_dry_run_they_say_so(script: str, built: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", f"scripts.bench.{script}", "--library", str(built)]
     command += ["--record", str(tmp_path / "record.jsonl")]
-    found = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
-    assert found.returncode == 1
-    assert "PyTorch sees no NVIDIA GPU; --dry-run shows" in found.stderr
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "PyTorch sees no NVIDIA GPU; --dry-run shows" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -51,10 +51,10 @@ def helper(includes: list[str], tmp_path_factory: pytest.TempPathFactory) -> cty
 
 def run(helper: ctypes.CDLL, library: Path, problem: Banded | Global, workspace_bytes: int) -> Any:
     """Returns the step that failed, or 0, and the context."""
-    held = {name: Guarded(array) for name, array in problem.inputs.items()}
+    guarded = {name: Guarded(array) for name, array in problem.inputs.items()}
     context = Guarded(np.full(problem.inputs["query"].shape, np.nan, DTYPES[problem.precision]))
     scratch = Guarded(np.full(max(workspace_bytes // 4, 1), np.nan, np.float32))
-    addresses = {name: memory.address for name, memory in held.items()}
+    addresses = {name: memory.address for name, memory in guarded.items()}
     workspace = (scratch.address, workspace_bytes)
     code = enqueue_through_creator(helper, str(library), problem, addresses, context.address, workspace, None)
     return code, context.array.astype(np.float64)
@@ -94,7 +94,7 @@ def test_shapes_that_do_not_fit_are_refused_by_name(
     assert "query has width 32; it must be a multiple of num_heads 3" in capfd.readouterr().err
 
 
-def test_wrong_attributes_make_no_plugin(
+def test_a_plugin_with_wrong_attributes_is_not_created(
     helper: ctypes.CDLL, plugin_library: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     problem = banded(Case(1, 40, "first"), 2, 16, 8)
@@ -103,5 +103,5 @@ def test_wrong_attributes_make_no_plugin(
     assert "dilation 0 is out of range; it must be 1 or more" in capfd.readouterr().err
 
 
-def test_scratch_that_is_too_small_would_be_seen(helper: ctypes.CDLL, plugin_library: Path) -> None:
+def test_a_too_small_workspace_is_detected(helper: ctypes.CDLL, plugin_library: Path) -> None:
     assert run(helper, plugin_library, global_(Case(1, 40), 3, 2, 16), 16)[0] == 6

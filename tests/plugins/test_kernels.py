@@ -30,13 +30,13 @@ def check(problem: Banded, kernels: Kernels) -> None:
 
 
 def check_global(problem: Global, kernels: Kernels) -> None:
-    """The same for GlobalAttention."""
+    """`check` for GlobalAttention."""
     error = np.abs(problem.run(kernels.global_, kernels.workspace_bytes) - problem.dense()).max()
     assert error <= problem.tolerance()
 
 
 def one_key_masked(key: int, precision: str) -> Banded:
-    """Tiles of visible keys but one. Their scores are negative, so that a zero-filled key would outweigh them."""
+    """Keys that are visible except one. Their scores are negative, so that a zero-filled key would outweigh them."""
     problem = banded(Case(1, 330), 1, 64, 100, precision=precision)
     problem.inputs["key_mask"][0, key] = 0
     problem.inputs["key"] = np.abs(problem.inputs["key"])
@@ -56,7 +56,7 @@ def some_slots_used(used: list[int], slots: int, precision: str) -> Banded:
 
 
 def several_tiles_in_a_part(precision: str) -> list[Global]:
-    """270 blocks, for more than which the keys are not split: a block visits three tiles, of 64 keys and of 32."""
+    """270 blocks, too many to split the keys: each block visits three tiles, of 64 keys or of 32."""
     return [
         global_(Case(1, 140), 2, 270, 8, precision=precision),
         global_(Case(9, 70), 1, 30, 136, precision=precision),
@@ -162,28 +162,28 @@ def test_accumulators_are_rescaled_across_the_tiles_of_a_part(emulated: Kernels,
 def test_keys_and_values_may_be_one_tensor(emulated: Kernels) -> None:
     problem = global_(Case(2, 100, "none", "right"), 3, 1, 256, precision="fp16")
     problem.inputs["value"] = problem.inputs["key"]
-    right = problem.run(emulated.global_, emulated.workspace_bytes)
+    expected = problem.run(emulated.global_, emulated.workspace_bytes)
     shared = problem.run(emulated.global_, emulated.workspace_bytes, share_values=True)
-    np.testing.assert_array_equal(shared, right)
+    np.testing.assert_array_equal(shared, expected)
 
 
 def test_masked_keys_of_global_attention_are_never_read(emulated: Kernels) -> None:
     for precision, width in ((p, w) for p in PRECISIONS for w in (32, 256)):
         problem = global_(Case(1, 130, "none", "right"), 3, 1, width, precision=precision)
-        right = problem.run(emulated.global_, emulated.workspace_bytes)
+        expected = problem.run(emulated.global_, emulated.workspace_bytes)
         for name in ("key", "value"):
             problem.inputs[name][0, problem.inputs["key_mask"][0] == 0] = np.nan
-        np.testing.assert_array_equal(problem.run(emulated.global_, emulated.workspace_bytes), right)
+        np.testing.assert_array_equal(problem.run(emulated.global_, emulated.workspace_bytes), expected)
 
 
 def test_masked_keys_are_never_read(emulated: Kernels) -> None:
     for precision in PRECISIONS:
         problem = banded(Case(1, 130, "none", "right"), 1, 32, 20, precision=precision)
-        right = problem.run(emulated.banded, None)
+        expected = problem.run(emulated.banded, None)
         masked = problem.inputs["key_mask"][0] == 0
         for name in ("key", "value"):
             problem.inputs[name][0, masked] = np.nan
-        np.testing.assert_array_equal(problem.run(emulated.banded, None), right)
+        np.testing.assert_array_equal(problem.run(emulated.banded, None), expected)
 
 
 def test_the_guard_page_after_an_input_works() -> None:

@@ -62,7 +62,7 @@ def test_there_is_code_for_every_architecture(kernels: dict[tuple[str, str], str
     names = {name for _, name in kernels}
     assert len(names) == 9 + 5 + 3  # BandedAttention; GlobalAttention; combineParts
     for arch in ARCHITECTURES:
-        assert {name for found, name in kernels if found == arch} == names
+        assert {name for kernel_arch, name in kernels if kernel_arch == arch} == names
 
 
 def test_there_is_ptx_that_newer_gpus_compile(readable: Path) -> None:
@@ -76,8 +76,8 @@ def test_float16_and_bfloat16_kernels_use_tensor_cores_and_float32_ones_do_not(
     seen = set()
     for (arch, name), code in kernels.items():
         if "TensorCores" in name:
-            wanted = "HMMA.16816.F32.BF16" if "bfloat16" in name else r"HMMA.16816.F32 "
-            assert re.search(wanted, code), (arch, name)
+            instruction = "HMMA.16816.F32.BF16" if "bfloat16" in name else r"HMMA.16816.F32 "
+            assert re.search(instruction, code), (arch, name)
             assert "LDSM" in code, (arch, name)  # fragments come by ldmatrix
             assert "LDGSTS" in code, (arch, name)  # tiles come by cp.async
             seen.add(name)
@@ -93,12 +93,12 @@ def test_no_kernel_spills_registers(kernels: dict[tuple[str, str], str]) -> None
 
 def test_no_kernel_has_local_memory_or_a_stack(resources: dict[tuple[str, str], dict[str, int]]) -> None:
     assert len(resources) == len(ARCHITECTURES) * 17
-    for key, found in resources.items():
-        assert found["LOCAL"] == found["STACK"] == 0, key
+    for key, usage in resources.items():
+        assert usage["LOCAL"] == usage["STACK"] == 0, key
 
 
-# Of a multiprocessor: 65,536 registers, given to warps in units of 256, and this much shared memory; a block costs
-# 1 KiB of it more than it asks for. Source: CUDA C++ Programming Guide, "Technical Specifications per Compute
+# A multiprocessor has 65,536 registers, allocated to warps in units of 256, and this much shared memory; a block takes
+# 1 KiB more of it than it requests. Source: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability".
 SHARED_KB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
 
@@ -117,30 +117,30 @@ def _resident(arch: str, registers: int, threads: int, shared_bytes: int) -> int
         (128, {"sm_80": 2, "sm_90": 2, "sm_100": 2}, 1),
     ],
 )
-def test_as_many_blocks_of_banded_attention_are_resident_as_the_readme_says(
+def test_resident_blocks_of_banded_attention_are_those_of_the_readme(
     head_size: int, resident: dict[str, int], others: int, resources: dict[tuple[str, str], dict[str, int]]
 ) -> None:
     shared = 2 * (64 + 4 * 64) * head_size + 4 * (64 + 1 + 2 * 9)  # queries, two tiles of keys and values; tables
-    for (arch, name), found in resources.items():
+    for (arch, name), usage in resources.items():
         if re.search(rf"bandedAttentionTensorCores.*Li{head_size}E", name):
-            assert _resident(arch, found["REG"], 128, shared) == resident.get(arch, others), (arch, name)
+            assert _resident(arch, usage["REG"], 128, shared) == resident.get(arch, others), (arch, name)
 
 
-def test_two_blocks_of_folded_global_rows_are_resident_where_264_are_started_for(
+def test_two_blocks_of_folded_global_rows_are_resident_on_gpus_with_enough_shared_memory(
     resources: dict[tuple[str, str], dict[str, int]],
 ) -> None:
     shared = 2 * (16 + 32) * (768 + 8) + 4 * 16 * (32 + 4)  # one head as wide as the base model
-    for (arch, name), found in resources.items():
+    for (arch, name), usage in resources.items():
         if "globalAttentionTensorCores" in name and "Li1024E" in name:
-            assert _resident(arch, found["REG"], 256, shared) >= (1 if SHARED_KB[arch] == 100 else 2), (arch, name)
+            assert _resident(arch, usage["REG"], 256, shared) >= (1 if SHARED_KB[arch] == 100 else 2), (arch, name)
 
 
 @pytest.mark.parametrize("head_size", [32, 64, 128])
-def test_a_tile_takes_the_products_of_its_arithmetic_and_one_load_for_two_of_them(
+def test_a_tile_has_no_more_products_than_needed_and_one_load_for_two_products(
     head_size: int, kernels: dict[tuple[str, str], str]
 ) -> None:
-    # 16 queries by 64 keys, scores and context, in products of 16 by 8 by 16; then the same of a group of 16 keys, for
-    # tiles that are not wholly seen. Fragments of the queries are kept in registers up to a head size of 64.
+    # Scores and context of 16 queries by 64 keys take products of 16 by 8 by 16. The kernel has a second loop for one
+    # group of 16 keys, for tiles that its queries see in part. Query fragments stay in registers up to head size 64.
     products = 2 * ((64 + 16) // 8) * (head_size // 16)
     query_loads = head_size // 16 * (1 if head_size <= 64 else 2)
     seen = 0
@@ -256,7 +256,7 @@ def test_the_rtx_library_is_found_under_the_name_that_its_parser_opens(tmp_path:
     assert (Path(_named_library(tmp_path)) / "libtensorrt_rtx.so").exists()
 
 
-def test_the_compiler_says_what_is_wrong_with_a_library_that_is_none(tmp_path: Path) -> None:
+def test_a_file_that_is_no_library_is_a_build_error(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     (tmp_path / "broken.so").write_bytes(b"no library")
     with pytest.raises(BuildError):

@@ -44,11 +44,11 @@ def test_global_attention_is_the_dense_definition(host_reference: Any, queries: 
 
 def test_an_index_outside_the_sequence_is_an_unused_slot(host_reference: Any) -> None:
     problem = banded(Case(1, 40, "scattered"), 1, 8, 4)
-    right = problem.run(host_reference.lfxBandedAttentionReference)
+    expected = problem.run(host_reference.lfxBandedAttentionReference)
     unused = np.flatnonzero(problem.inputs["global_index"][0] < 0)
-    for far in (40, 2**31 - 1, -7):
-        problem.inputs["global_index"][0, unused] = far
-        np.testing.assert_array_equal(problem.run(host_reference.lfxBandedAttentionReference), right)
+    for outside in (40, 2**31 - 1, -7):
+        problem.inputs["global_index"][0, unused] = outside
+        np.testing.assert_array_equal(problem.run(host_reference.lfxBandedAttentionReference), expected)
 
 
 BANDED = {"batch": 1, "seqlen": 8, "slots": 1, "num_heads": 1, "head_size": 8, "window": 2, "dilation": 1, "scale": 1.0}
@@ -72,8 +72,8 @@ GLOBAL = {"batch": 1, "seqlen": 8, "queries": 1, "num_heads": 1, "head_size": 8,
 def test_sizes_out_of_range_are_refused_by_name(host_reference: Any, change: dict[str, Any], reason: str) -> None:
     for params, values in ((BandedParams, BANDED), (GlobalParams, GLOBAL)):
         name = "lfxBandedAttentionReference" if params is BandedParams else "lfxGlobalAttentionReference"
-        said = getattr(host_reference, name)(ctypes.byref(params(**{**values, **change})))
-        assert said.decode().startswith(reason)
+        message = getattr(host_reference, name)(ctypes.byref(params(**{**values, **change})))
+        assert message.decode().startswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -88,5 +88,5 @@ def test_sizes_out_of_range_are_refused_by_name(host_reference: Any, change: dic
     ],
 )
 def test_attributes_out_of_range_are_refused_by_name(host_reference: Any, change: dict[str, Any], reason: str) -> None:
-    said = host_reference.lfxBandedAttentionReference(ctypes.byref(BandedParams(**{**BANDED, **change})))
-    assert said.decode().startswith(reason)
+    message = host_reference.lfxBandedAttentionReference(ctypes.byref(BandedParams(**{**BANDED, **change})))
+    assert message.decode().startswith(reason)

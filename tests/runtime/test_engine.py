@@ -358,7 +358,7 @@ def test_a_file_that_is_no_model_is_an_artifact_error(name: str, content: bytes,
     [
         ("weights cut", rf"{MODEL} cannot be loaded"),
         ("weights gone", rf"{MODEL} has weights in '{WEIGHTS}'.* is no file"),
-        ("model cut", rf"{MODEL} is no ONNX file \(it is cut\)"),
+        ("model cut", rf"{MODEL} is no ONNX file \(it is truncated\)"),
     ],
 )
 def test_a_broken_single_onnx_file_is_an_artifact_error(broken: str, message: str, backend: str, copy: Path) -> None:

@@ -96,14 +96,14 @@ def requests(draw: st.DrawFn, choices: tuple[int, ...] = ()) -> dict[str, Any]:
             mask[...] = random.random(shape) < draw(st.sampled_from((0.2, 0.9)))
         masks.append(mask)
         marks.append((random.random(shape) < draw(st.sampled_from((0.0, 0.05, 0.5, 1.0)))).astype(int))
-    given_mask, given_marks = draw(st.booleans()), bool(choices) or draw(st.booleans())
-    masks = masks if given_mask else [np.ones_like(row) for row in ids]
-    marks = marks if given_marks else [np.zeros_like(row) for row in ids]
+    has_mask, has_marks = draw(st.booleans()), bool(choices) or draw(st.booleans())
+    masks = masks if has_mask else [np.ones_like(row) for row in ids]
+    marks = marks if has_marks else [np.zeros_like(row) for row in ids]
     return {
         "rows": list(zip(ids, masks, marks, strict=True)),
         "ids": in_form(draw, ids, INTEGERS),
-        "mask": in_form(draw, masks, MASKS) if given_mask else None,
-        "marks": in_form(draw, marks, MASKS) if given_marks else None,
+        "mask": in_form(draw, masks, MASKS) if has_mask else None,
+        "marks": in_form(draw, marks, MASKS) if has_marks else None,
     }
 
 

@@ -199,9 +199,9 @@ def test_a_callback_may_fork_and_its_child_has_the_answer(engine: Engine) -> Non
     with Batcher(engine, max_delay_ms=3_000_000) as batcher:
         asked, other = (batcher.submit([5, 6]) for _ in range(2))
         asked.add_done_callback(fork)
-    other_s, own = result[0]
-    assert other_s.startswith("this Batcher was made before a fork")
-    np.testing.assert_array_equal(own, asked.result(LONG)["pooler_output"])
+    others_error, own_result = result[0]
+    assert others_error.startswith("this Batcher was made before a fork")
+    np.testing.assert_array_equal(own_result, asked.result(LONG)["pooler_output"])
 
 
 def test_a_cancelled_request_is_cancelled_in_the_child(engine: Engine) -> None:

@@ -150,7 +150,7 @@ except DependencyError as error:
     assert "pip install 'longformer-lfx[cpu]'" in python(code, str(bundle())).stdout
 
 
-def test_a_backend_that_breaks_while_it_is_imported_is_one_line(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_a_backend_that_breaks_while_it_is_imported_is_an_error_of_one_line(bundle: MakeBundle, tmp_path: Path) -> None:
     (tmp_path / "onnxruntime.py").write_text("raise ImportError('libcublas.so.12: cannot open shared object')")
     command = COMMAND.format(blocked=(), arguments=("run", str(bundle()), "--text", "fox"))
     done = python(f"import sys; sys.path.insert(0, sys.argv[1]){command}", str(tmp_path))

@@ -250,14 +250,14 @@ BAD_CHOICE_MASKS = {
 }
 
 
-@pytest.mark.parametrize("which", GRAPH_INPUTS[1:])
+@pytest.mark.parametrize("mask_name", GRAPH_INPUTS[1:])
 @pytest.mark.parametrize("name", BAD_CHOICE_MASKS)
-def test_bad_masks_of_choices_are_refused(which: str, name: str) -> None:
+def test_bad_masks_of_choices_are_refused(mask_name: str, name: str) -> None:
     mask, message = BAD_CHOICE_MASKS[name]
-    masks = {"attention_mask": None, "global_attention_mask": None, which: mask}
-    with pytest.raises(InputError, match=message.format(name=which)) as caught:
+    masks = {"attention_mask": None, "global_attention_mask": None, mask_name: mask}
+    with pytest.raises(InputError, match=message.format(name=mask_name)) as caught:
         prepare([[3, 4], [5, 6]], *masks.values(), replace(CHOICES, default_global="none"))
-    assert which in str(caught.value)
+    assert mask_name in str(caught.value)
 
 
 def test_multiple_choice_pads_examples_of_different_lengths() -> None:
@@ -372,8 +372,8 @@ BAD_IDS = {
     "range without end in a batch": ([[3], range(2 * 10**12)], r"input_ids\[1\] has 2000000000000 tokens"),
     "view without end": (np.broadcast_to(np.array(3), (2 * 10**12,)), "2000000000000 tokens"),
     "views without end": (np.broadcast_to(np.array(3), (2 * 10**6, 2 * 10**6)), "2000000 tokens"),
-    "length that is too short": (Items(2, [3, 4, 5]), "has length 2 and another number of items"),
-    "length that is too long": (Items(4, [3, 4, 5]), "has length 4 and another number of items"),
+    "length that is too short": (Items(2, [3, 4, 5]), "has a length of 2, but not that number of items"),
+    "length that is too long": (Items(4, [3, 4, 5]), "has a length of 4, but not that number of items"),
     "length that is negative": (Items(-4, [3, 4, 5]), "cannot be read"),
     "length that raises": (Items(KeyError("mine"), [3]), "cannot be read as an array .*mine"),
     "item that raises": (Items(2, OSError("mine")), "cannot be read as an array .*mine"),
@@ -500,14 +500,14 @@ BAD_MASKS = {
 }
 
 
-@pytest.mark.parametrize("which", GRAPH_INPUTS[1:])
+@pytest.mark.parametrize("mask_name", GRAPH_INPUTS[1:])
 @pytest.mark.parametrize("name", BAD_MASKS)
-def test_bad_masks_are_refused(which: str, name: str) -> None:
+def test_bad_masks_are_refused(mask_name: str, name: str) -> None:
     mask, message = BAD_MASKS[name]
-    masks = {"attention_mask": None, "global_attention_mask": None, which: mask}
-    with pytest.raises(InputError, match=message.format(name=which)) as caught:
+    masks = {"attention_mask": None, "global_attention_mask": None, mask_name: mask}
+    with pytest.raises(InputError, match=message.format(name=mask_name)) as caught:
         prepare([[3, 4, 5], [6, 7, 8]], *masks.values(), signature())
-    assert which in str(caught.value)
+    assert mask_name in str(caught.value)
 
 
 def test_a_padded_rectangle_is_no_mask_for_ragged_ids() -> None:

@@ -295,7 +295,7 @@ def test_a_key_given_as_text_is_not_read_from_a_file_of_that_name(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kind", "message"),
+    ("arguments", "error_type", "message"),
     [
         ((5,), InputError, "path is 5; give a path"),
         (("nowhere",), ArtifactError, "nowhere does not exist"),
@@ -305,10 +305,14 @@ def test_a_key_given_as_text_is_not_read_from_a_file_of_that_name(
     ],
 )
 def test_a_wrong_argument_is_refused_in_one_line(
-    arguments: tuple[object, ...], kind: type[LfxError], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[object, ...],
+    error_type: type[LfxError],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(kind, match=message):
+    with pytest.raises(error_type, match=message):
         verify(*arguments)  # type: ignore[arg-type]
 
 

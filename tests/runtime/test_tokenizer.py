@@ -304,7 +304,7 @@ ODD_CONFIGS: dict[str, tuple[str, str, str]] = {
     "a label no text": ("config.json", r'{"id2label": {"0": "\ud800"}}', "id2label must be an object"),
     "problem type": ("config.json", '{"problem_type": ["regression"]}', "problem_type must be a string or null"),
     "NaN": ("config.json", '{"dropout": NaN}', "NaN is not JSON"),
-    "a key twice": ("config.json", '{"id2label": {}, "id2label": {}}', "the key 'id2label' stands twice"),
+    "a key twice": ("config.json", '{"id2label": {}, "id2label": {}}', "the key 'id2label' appears twice"),
     "deep": ("config.json", '{"a": ' + "[" * 100_000, "is not JSON"),
     "split a number": ("tokenizer_config.json", '{"split_special_tokens": 1}', "split_special_tokens must be true"),
     "mask a number": ("tokenizer_config.json", '{"mask_token": 5}', "mask_token must be a string"),

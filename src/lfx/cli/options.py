@@ -92,9 +92,9 @@ class Command(click.Command):
         """
         _, _, options = self.make_parser(ctx).parse_args(args=list(args))
         _check_options([p for p in options if isinstance(p, click.Option) and not p.multiple], ctx)
-        rest = super().parse_args(ctx, args)
+        remaining = super().parse_args(ctx, args)
         _check_outputs([p for p in self.params if isinstance(p.type, FilePath)], ctx)
-        return rest
+        return remaining
 
 
 def _check_options(options: list[click.Option], ctx: click.Context) -> None:

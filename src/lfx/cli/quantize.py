@@ -54,14 +54,14 @@ def command(bundle: Path, output: Path | None, as_json: bool, **options: Any) ->
         step("importing torch")
         from lfx.export.quantize import quantize
 
-        made = quantize(bundle, output, progress=step, **options)
-    manifest = Manifest.read(made)
+        quantized = quantize(bundle, output, progress=step, **options)
+    manifest = Manifest.read(quantized)
     if as_json:
         echo_json(manifest.to_dict(), indent=1)
         return
     accuracy = manifest.quantization["accuracy"]
     size = sum(entry["bytes"] for entry in manifest.files.values())
-    echo(f"{made}: {len(manifest.quantization['layers'])} linear layers in int8, {size / 1e6:,.0f} MB")
+    echo(f"{quantized}: {len(manifest.quantization['layers'])} linear layers in int8, {size / 1e6:,.0f} MB")
     echo(f"compared with {accuracy['reference']}:")
     for name, result in accuracy["outputs"].items():
         agreement = result.get("label_agreement")

@@ -176,7 +176,7 @@ def run_documents(
     """Run a model on a file of documents, write the results to `output`, and print their number.
 
     Args:
-        stride: distance of the windows of a long document, in tokens; None = documents are not cut.
+        stride: number of tokens from the start of a window to the start of the next; None = documents are not cut.
         max_windows: largest number of windows of a document; None = `lfx.runtime.documents.MAX_WINDOWS`.
     Raises:
         InputError: documents were refused; raised after the others are done.

@@ -110,7 +110,7 @@ def inputs_of(
         pad_token_id: the id of padding; the only id if vocab_size is 1.
         max_global: largest number of global tokens in a row; None = no limit.
         choices: for multiple choice, the size of the second axis of all inputs.
-        seed: of the ids and the positions.
+        seed: seed of the ids and the positions.
     Returns:
         input_ids, attention_mask, global_attention_mask: (batch, seqlen) or (batch, choices, seqlen) int64.
     """

@@ -39,7 +39,7 @@ def compare(
         precision: fp32, fp16, bf16 or int8, of the witness and the candidate.
         layers: number of attention layers, for the rounding band.
         depth: output name -> number of attention layers before it, if fewer than `layers`.
-        names: of reference and witness, for messages; default: those of `Report`.
+        names: names of reference and witness, for messages; default: those of `Report`.
         multi_label: each entry of the logits is a decision by its sign; otherwise the argmax is.
         on_case: called before each case, to show progress.
     Returns:

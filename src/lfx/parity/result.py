@@ -123,7 +123,7 @@ class OutputResult:
         return largest
 
     def add_labels(self, expected: NDArray[Any], actual: NDArray[Any], *, multi_label: bool) -> None:
-        """Count the rows with the reference's argmax, or with `multi_label` the entries with the reference's sign.
+        """Count the rows whose argmax is the reference's, or with `multi_label` the entries whose sign is.
 
         Rows of a single entry are not counted.
         """
@@ -160,7 +160,7 @@ class Report:
         outputs: output name -> its errors over all cases.
         rows: for each case, the errors of each output.
         depth: output name -> number of attention layers before it, if fewer than `layers`.
-        names: of the reference and of the witness, for messages.
+        names: names of the reference and of the witness, for messages.
     """
 
     precision: str

@@ -250,7 +250,7 @@ def test_a_plan_that_this_machine_cannot_run_is_refused_in_one_line(
 ) -> None:
     with pytest.raises(ArtifactError, match=r"was built for sm89, and this GPU is sm90; build it again here"):
         Engine(write_plan(tmp_path, replace(MANIFEST, target="sm89")))
-    with pytest.raises(ArtifactError, match=r"built by tensorrt 10\.13, and 10\.14\.1 is here"):
+    with pytest.raises(ArtifactError, match=r"built by tensorrt 10\.13, and 10\.14\.1 is installed"):
         Engine(write_plan(tmp_path, replace(MANIFEST, tensorrt_version="10.13")))
     compatible = replace(MANIFEST, tensorrt_version="10.13", options={"flags": ["VERSION_COMPATIBLE"]})
     Engine(write_plan(tmp_path, compatible)).close()

@@ -237,9 +237,7 @@ def test_a_full_temporary_folder_is_an_error_with_a_cure(
 ) -> None:
     folder = small_disk()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    with pytest.raises(
-        BuildError, match=r"no disk space left; make room, or .* a temporary folder with room by TMPDIR"
-    ):
+    with pytest.raises(BuildError, match=r"no disk space left; make room, or .* set TMPDIR to a folder with room"):
         build_engine(bundle(), tmp_path / "one.plan", **RTX, log=lambda line: None)
     assert list(folder.iterdir()) == []
     assert not (tmp_path / "one.plan").exists()
@@ -400,12 +398,12 @@ def _edit(plan: Path, **changes: Any) -> None:
 
 
 FOREIGN: dict[str, tuple[Any, str]] = {
-    "no json": (lambda p: json_path(p).unlink(), r"has no tiny\.plan\.json beside it"),
+    "no json": (lambda p: json_path(p).unlink(), r"needs tiny\.plan\.json beside it"),
     "no plan": (lambda p: p.unlink(), "does not exist; build it with: lfx build-engine BUNDLE"),
     "cut": (lambda p: p.write_bytes(p.read_bytes()[:1000]), "has 1000 bytes where tiny.plan.json says"),
     "another plan": (lambda p: p.write_bytes(bytes(p.stat().st_size)), "sha256 differs"),
     "a bundle's json": (lambda p: json_path(p).write_text('{"format_version": 1}'), "has format version None"),
-    "other version": (lambda p: _edit(p, tensorrt_version="1.0"), "was built by tensorrt-rtx 1.0, and .* is here"),
+    "other version": (lambda p: _edit(p, tensorrt_version="1.0"), "was built by tensorrt-rtx 1.0, and .* is installed"),
     "other flavor": (lambda p: _edit(p, flavor="trt"), "flavor 'trt', which this lfx does not know"),
     "no profiles": (lambda p: _edit(p, profiles=[{"batch": "x"}]), "is not a size|is broken"),
 }
@@ -523,13 +521,13 @@ def int8(bundle: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> Any:
     rows = [{"input_ids": random.integers(3, VOCAB_SIZE, int(n)).tolist()} for n in random.integers(10, 120, 12)]
     (folder / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    made: dict[str, Path] = {}
+    cache: dict[str, Path] = {}
 
     def make(activations: str) -> Path:
-        if activations not in made:
+        if activations not in cache:
             text = folder / "documents.jsonl"
-            made[activations] = quantize(bundle(), folder / activations, calibration=text, activations=activations)
-        return made[activations]
+            cache[activations] = quantize(bundle(), folder / activations, calibration=text, activations=activations)
+        return cache[activations]
 
     return make
 

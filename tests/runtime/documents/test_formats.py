@@ -230,7 +230,7 @@ def test_documents_are_counted_and_read_from_any_start(name: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"text": "fox", "text": "dog"}', "broken JSON: the key 'text' stands twice"),
+        ('{"text": "fox", "text": "dog"}', "broken JSON: the key 'text' appears twice"),
         ('{"text": "fox", "id": NaN}', "broken JSON: NaN is not JSON"),
         ('{"text": "fox", "x": {"y": -Infinity}}', "broken JSON: -Infinity is not JSON"),
         ('{"id": ' + "9" * 5000 + "}", "broken JSON"),

@@ -74,17 +74,17 @@ def test_rows_are_yielded_before_the_next_group_is_made(
     engine: Engine, bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lfx.runtime.documents.rows.AHEAD", 4)
-    made: list[int] = []
+    calls: list[int] = []
     tokenizer = Tokenizer(bundle(CLASSIFIER), engine.signature)
     answers = Postprocessor.answers
 
     def noted(*arguments: Any) -> Any:
-        made.append(1)
+        calls.append(1)
         return answers(*arguments)
 
     seen: list[int] = []
     monkeypatch.setattr(Postprocessor, "answers", noted)
-    watch(engine, lambda ids: seen.append(len(made)))
+    watch(engine, lambda ids: seen.append(len(calls)))
     run(engine, tmp_path, [{"text": "the " * 140}], tokenizer, stride=1)
     assert set(seen) == {0, 4, 8, 12}
 
@@ -144,7 +144,7 @@ def test_an_engine_that_fails_on_all_inputs_stops_the_run_and_keeps_completed_ch
             raise LfxError("ONNX Runtime failed: the device is lost")
 
     watch(engine, fail)
-    reason = "the engine fails on every input: ONNX Runtime failed: the device is lost; what is done is kept"
+    reason = "the engine fails on every input: ONNX Runtime failed: the device is lost; completed documents are kept"
     with pytest.raises(LfxError, match=reason):
         run(engine, tmp_path, [{"input_ids": [3, 4]}] * 300, progress=broken.append)
     broken.clear()

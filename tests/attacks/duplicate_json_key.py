@@ -11,7 +11,7 @@ from tests.attacks import make_bundle
 
 
 def attack(folder: Path) -> str:
-    """The row says so, and has no outputs."""
+    """The document's row has an error and no outputs."""
     (folder / "in.jsonl").write_text('{"input_ids": [5], "input_ids": [6]}\n')
     with Engine(make_bundle(folder / "bundle")) as engine:
         run_documents(engine, None, folder / "in.jsonl", folder / "out.jsonl")

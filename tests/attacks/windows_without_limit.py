@@ -12,7 +12,7 @@ from tests.attacks import make_bundle
 
 
 def attack(folder: Path) -> str:
-    """The document is refused in its row, and the run goes on."""
+    """The document is refused in its row, and the run continues."""
     lines = [{"text": "fox " * 20_000}, {"text": "the fox"}]
     (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     bundle = make_bundle(folder / "bundle")

@@ -1,4 +1,4 @@
-"""Ids that are a list which holds itself, or letters, which are sequences of letters without end."""
+"""Ids that are a list that contains itself, or a string, whose items are strings again without end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.attacks import make_bundle, refused
 
 
 def attack(folder: Path) -> str:
-    """A list that holds itself; UserString; a range that is never written out."""
+    """A list that contains itself; a UserString; a range too long to be copied."""
     circle: list[object] = []
     circle.append(circle)
     with Engine(make_bundle(folder / "bundle")) as engine:
