@@ -181,7 +181,7 @@ def _compare(encoder: Encoder, original: Any, folder: Path, equal_seqlen: int, p
     The original in float64 is the reference. The global tokens change nothing there, since a window has all tokens.
     """
     progress("comparing: loading the Longformer")
-    longformer, task = load(str(folder))
+    longformer, task = load(str(folder), encoder.task)
     config: Any = longformer.config
     choices = 2 if task == "multiple-choice" else None
     names = ("input_ids", "attention_mask")

@@ -46,22 +46,23 @@ class Pooling(nn.Module):
             is_real = mask.unsqueeze(-1) > 0
             largest = torch.where(is_real, hidden, float("-inf")).amax(dim=1)
             return torch.where(is_real.any(dim=1), largest, 0.0)
-        return (hidden * _weights(mode, mask).unsqueeze(-1)).sum(dim=1)
+        weights, divisor = _weights(mode, mask)
+        # A product of matrices, since ONNX Runtime's ReduceSum adds one token after the other and rounds twice as much.
+        return torch.matmul(weights.unsqueeze(1), hidden).squeeze(1) / divisor
 
 
-def _weights(mode: str, mask: torch.Tensor) -> torch.Tensor:
-    """Return the weight of each token in the sum that pools a sequence, (B, S); the weight of padding is 0."""
+def _weights(mode: str, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weight of each token in a sum over the sequence, (B, S), 0 for padding, and its divisor, (B, 1)."""
     count = mask.sum(dim=1, keepdim=True)
-    if mode == "cls":
-        return mask * (torch.cumsum(mask, dim=1) == 1)
-    if mode == "lasttoken":
-        return mask * (torch.cumsum(mask, dim=1) == count)
+    if mode in ("cls", "lasttoken"):
+        number = torch.cumsum(mask, dim=1)  # of the real token, from 1
+        return mask * (number == (1 if mode == "cls" else count)), torch.ones_like(count)
     if mode == "weightedmean":  # by the position, which counts from the first real token and does not leave out holes
         has_begun = (torch.cumsum(mask, dim=1) > 0).to(mask.dtype)
         weights = mask * torch.cumsum(has_begun, dim=1)
-        return weights / weights.sum(dim=1, keepdim=True).clamp(min=1.0)
+        return weights, weights.sum(dim=1, keepdim=True).clamp(min=1.0)
     divisor = count.clamp(min=1.0)
-    return mask / (divisor.sqrt() if mode == "mean_sqrt_len_tokens" else divisor)
+    return mask, divisor.sqrt() if mode == "mean_sqrt_len_tokens" else divisor
 
 
 class Normalize(nn.Module):
