@@ -25,7 +25,7 @@ from lfx.runtime.inputs import default_global
 from lfx.runtime.runner import model_inputs
 from lfx.signature import GRAPH_INPUTS, TASKS, Signature
 
-# The torch modules in transformers' Longformers and behind a pooling. Each computes every token independently of the others.
+# The torch modules of transformers' Longformers and of poolings. Each computes every token independently of the others.
 _TOKENWISE_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList, *pooling.ACTIVATIONS.values())
 _SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask", "unk")  # special tokens whose ids a config may have
 _LONG = 4096  # longest sequence, in tokens, that is tried
