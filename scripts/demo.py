@@ -90,7 +90,7 @@ def _answer_questions(engine: runtime.Engine) -> bool:
     names = list(texts)
     table = Table("question", "article", "cosine", "it begins")
     all_right = True
-    for question, similarities in zip(QUESTIONS, engine.embed(QUESTIONS) @ vectors.T, strict=True):
+    for question, similarities in zip(QUESTIONS, engine.embed(list(QUESTIONS)) @ vectors.T, strict=True):
         best = int(similarities.argmax())
         right = names[best] == QUESTIONS[question]
         all_right &= right

@@ -38,7 +38,7 @@ def right_answers(engine: Engine) -> list[str]:
     """The questions whose nearest article is the right one."""
     texts = articles()
     names = list(texts)
-    nearest = (engine.embed(QUESTIONS) @ engine.embed(texts.values()).T).argmax(axis=1)
+    nearest = (engine.embed(list(QUESTIONS)) @ engine.embed(texts.values()).T).argmax(axis=1)
     return [question for question, i in zip(QUESTIONS, nearest, strict=True) if names[i] == QUESTIONS[question]]
 
 
