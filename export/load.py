@@ -23,6 +23,7 @@ from lfx.files import temporary_folder
 from lfx.signature import TASKS
 
 _IN_A_LAYER = re.compile(r"(^|\.)(encoder|transformer)\.layer\.\d+\.")
+_NEXT_SENTENCE = "cls.seq_relationship."  # BERT's head for pretraining, inside the module of its masked LM head
 _BY_ARCHITECTURE = {task.architecture: name for name, task in TASKS.items()}
 
 
@@ -158,7 +159,7 @@ def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, cure: s
 
 def _is_in_a_part(key: str, model: nn.Module) -> bool:
     """Whether an unexpected weight belongs to a part that the model has, such as an encoder layer or its own head."""
-    if key.endswith("position_ids"):
+    if key.endswith("position_ids") or key.startswith(_NEXT_SENTENCE):
         return False
     if _IN_A_LAYER.search(key):
         return True
