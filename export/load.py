@@ -14,7 +14,6 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.parameter import is_lazy
-from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.checks import one_of
 from lfx.errors import ExportError, one_line
@@ -164,10 +163,11 @@ def _is_in_a_part(key: str, model: nn.Module) -> bool:
     if _IN_A_LAYER.search(key):
         return True
     modules = dict(model.named_modules())
-    path = key.removeprefix("longformer.") if "longformer" not in modules else key
+    base = str(model.base_model_prefix)
+    path = key if base in modules else key.removeprefix(f"{base}.")
     while path := path.rpartition(".")[0]:
         if path in modules:
-            return not isinstance(modules[path], hf.LongformerModel)
+            return path != base
     return False
 
 
