@@ -14,7 +14,6 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.parameter import is_lazy
-from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.checks import one_of
 from lfx.errors import ExportError, one_line
@@ -25,6 +24,7 @@ from lfx.files import temporary_folder
 from lfx.signature import SENTENCE_EMBEDDING, TASKS
 
 _IN_A_LAYER = re.compile(r"(^|\.)(encoder|transformer)\.layer\.\d+\.")
+_NEXT_SENTENCE = "cls.seq_relationship."  # BERT's head for pretraining, inside the module of its masked LM head
 _BY_ARCHITECTURE = {task.architecture: name for name, task in TASKS.items()}
 
 
@@ -165,15 +165,16 @@ def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, cure: s
 
 def _is_in_a_part(key: str, model: nn.Module) -> bool:
     """Whether an unexpected weight belongs to a part that the model has, such as an encoder layer or its own head."""
-    if key.endswith("position_ids"):
+    if key.endswith("position_ids") or key.startswith(_NEXT_SENTENCE):
         return False
     if _IN_A_LAYER.search(key):
         return True
     modules = dict(model.named_modules())
-    path = key.removeprefix("longformer.") if "longformer" not in modules else key
+    base = str(model.base_model_prefix)
+    path = key if base in modules else key.removeprefix(f"{base}.")
     while path := path.rpartition(".")[0]:
         if path in modules:
-            return not isinstance(modules[path], hf.LongformerModel)
+            return path != base
     return False
 
 

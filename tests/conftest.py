@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -20,6 +21,19 @@ SmallDisk = Callable[[], Path]
 # `make fuzz` raises the number of examples. No deadline: a test does not fail by the clock.
 settings.register_profile("lfx", max_examples=int(os.environ.get("LFX_FUZZ_EXAMPLES", "200")), deadline=None)
 settings.load_profile("lfx")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_registry_of_onnx_functions() -> Iterator[None]:
+    """Let torch.onnx make its registry of ONNX functions once; otherwise each export takes 0.4 s to make it."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:  # private to torch
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
 
 
 @pytest.fixture(scope="session")

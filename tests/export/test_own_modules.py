@@ -26,12 +26,15 @@ IDS = torch.arange(40)[None] % 50 + 3
 FILLED = torch.finfo(torch.float32).min
 
 
+ONE_LAYER: dict[str, Any] = {"num_hidden_layers": 1, "attention_window": [16]}
+
+
 class Wrapped(nn.Module):
-    """A base model, and a function `change` of its hidden states and ids."""
+    """A base model of one layer, and a function `change` of its hidden states and ids."""
 
     def __init__(self, change: Callable[..., Any] = lambda x, ids: x, **options: Any) -> None:
         super().__init__()
-        self.inner, self.change = tiny_model(**options), change
+        self.inner, self.change = tiny_model(**{**ONE_LAYER, **options}), change
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
         return self.change(self.inner(input_ids, attention_mask=attention_mask)[0], input_ids)
@@ -109,7 +112,7 @@ def test_an_output_that_depends_on_the_padding_of_other_sequences_is_refused(
     class Masked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = tiny_model()
+            self.inner = tiny_model(**ONE_LAYER)
 
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
             return change(self.inner(input_ids, attention_mask=attention_mask)[0], attention_mask)
@@ -123,7 +126,7 @@ class Headed(nn.Module):
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
-        self.inner, self.head = tiny_model(), head
+        self.inner, self.head = tiny_model(**ONE_LAYER), head
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
         hidden = self.inner(input_ids, attention_mask=attention_mask)[0]
