@@ -305,6 +305,9 @@ def test_texts_become_lower_case_if_sentence_transformers_converts_them(tmp_path
     with Engine(export(folder, tmp_path / "b")) as engine:
         assert np.array_equal(engine.embed(WORDS.upper()), engine.embed(WORDS))
     tokenizer = load_tokenizer(str(folder))
+    before = tokenizer.backend_tokenizer.to_str()
+    export(folder, tmp_path / "given", tokenizer=tokenizer)
+    assert tokenizer.backend_tokenizer.to_str() == before
     add_lower_case(tokenizer)
     once = tokenizer.backend_tokenizer.to_str()
     add_lower_case(tokenizer)

@@ -94,9 +94,9 @@ def test_what_is_no_text_is_refused(texts: Any, options: dict[str, Any], reason:
 
 
 def test_a_model_of_another_task_is_refused(bundle: MakeBundle) -> None:
-    with Engine(bundle("text-classification")) as engine:
-        with pytest.raises(InputError, match="task sentence-embedding, and this one is for text-classification"):
-            engine.embed(TEXTS)
+    reason = "task sentence-embedding, and this one is for text-classification"
+    with Engine(bundle("text-classification")) as engine, pytest.raises(InputError, match=reason):
+        engine.embed(TEXTS)
 
 
 def test_a_closed_engine_is_refused(bundle: MakeBundle) -> None:
