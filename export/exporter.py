@@ -118,11 +118,7 @@ def export(
     else:
         progress("loading the checkpoint")
         module, task = load(source, task, pooling)
-        has_settings = task == SENTENCE_EMBEDDING and pooling is None
-        settings = read_encoder_settings(fetcher(source)) if has_settings else EncoderSettings()
-        if tokenizer is None:
-            tokenizer = load_tokenizer(source, lower_case=settings.lower_case)
-        max_seqlen = max_seqlen or (_longest_text(settings, module, tokenizer) if has_settings else None)
+        tokenizer, max_seqlen = _load_texts(source, module, tokenizer, max_seqlen, task if pooling is None else "")
     _check_module(module, source)
     _check_global_option(module, global_attention, max_global)
     check_weights(module)
@@ -222,6 +218,22 @@ def _with_pooling(module: nn.Module, pooling: str) -> nn.Module:
             "vector from its forward, and leave pooling out"
         )
     return LongformerForSentenceEmbedding(module, (pooling,)).train(module.training)
+
+
+def _load_texts(
+    source: str, module: nn.Module, tokenizer: Any, max_seqlen: int | None, task: str
+) -> tuple[Any, int | None]:
+    """Return the tokenizer and the longest sequence: the caller's, or those of the checkpoint.
+
+    Args:
+        task: for sentence-embedding, the settings of sentence-transformers are followed.
+    """
+    settings = read_encoder_settings(fetcher(source)) if task == SENTENCE_EMBEDDING else EncoderSettings()
+    if tokenizer is None:
+        tokenizer = load_tokenizer(source, lower_case=settings.lower_case)
+    if max_seqlen is None and task == SENTENCE_EMBEDDING:
+        max_seqlen = _longest_text(settings, module, tokenizer)
+    return tokenizer, max_seqlen
 
 
 def _longest_text(settings: EncoderSettings, module: nn.Module, tokenizer: Any) -> int | None:
