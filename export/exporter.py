@@ -118,7 +118,8 @@ def export(
     else:
         progress("loading the checkpoint")
         module, task = load(source, task, pooling)
-        tokenizer, max_seqlen = _load_texts(source, module, tokenizer, max_seqlen, task if pooling is None else "")
+        follow = task == SENTENCE_EMBEDDING and pooling is None
+        tokenizer, max_seqlen = _load_texts(source, module, tokenizer, max_seqlen, follow=follow)
     _check_module(module, source)
     _check_global_option(module, global_attention, max_global)
     check_weights(module)
@@ -221,17 +222,17 @@ def _with_pooling(module: nn.Module, pooling: str) -> nn.Module:
 
 
 def _load_texts(
-    source: str, module: nn.Module, tokenizer: Any, max_seqlen: int | None, task: str
+    source: str, module: nn.Module, tokenizer: Any, max_seqlen: int | None, *, follow: bool
 ) -> tuple[Any, int | None]:
     """Return the tokenizer and the longest sequence: the caller's, or those of the checkpoint.
 
     Args:
-        task: for sentence-embedding, the settings of sentence-transformers are followed.
+        follow: whether to follow the settings of sentence-transformers.
     """
-    settings = read_encoder_settings(fetcher(source)) if task == SENTENCE_EMBEDDING else EncoderSettings()
+    settings = read_encoder_settings(fetcher(source)) if follow else EncoderSettings()
     if tokenizer is None:
         tokenizer = load_tokenizer(source, lower_case=settings.lower_case)
-    if max_seqlen is None and task == SENTENCE_EMBEDDING:
+    if max_seqlen is None and follow:
         max_seqlen = _longest_text(settings, module, tokenizer)
     return tokenizer, max_seqlen
 
