@@ -36,12 +36,18 @@ FLAGS = {
     "lasttoken": "pooling_mode_lasttoken",
 }
 ALL_OFF = dict.fromkeys(FLAGS.values(), False)
+LONG = 4098  # positions, for 4,096 tokens
 WORDS = "the quick brown fox jumps over the lazy dog"
 
 
 def sentences(folder: Path, pooling: dict[str, Any] | None = None, **modules: dict[str, Any]) -> Path:
     """A folder of sentence-transformers with a tokenizer."""
-    tiny_tokenizer().save_pretrained(save_tiny_checkpoint(folder))
+    return add_sentences(save_tiny_checkpoint(folder), pooling, **modules)
+
+
+def add_sentences(folder: Path, pooling: dict[str, Any] | None = None, **modules: dict[str, Any]) -> Path:
+    """Make a checkpoint a folder of sentence-transformers, with a tokenizer."""
+    tiny_tokenizer().save_pretrained(folder)
     return make_sentence_folder(folder, {"pooling_mode": "mean"} if pooling is None else pooling, **modules)
 
 
@@ -70,25 +76,27 @@ def padded(rows: list[list[int]], side: str) -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture(scope="module")
 def all_modes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A folder whose vectors are those of all modes, one after the other, and its bundle."""
-    folder = sentences(tmp_path_factory.mktemp("all") / "c", {"pooling_mode": POOLINGS})
+    folder = save_tiny_checkpoint(tmp_path_factory.mktemp("all") / "c", max_position_embeddings=LONG)
+    add_sentences(folder, {"pooling_mode": POOLINGS}, Normalize={})
     return folder, export(folder, folder.parent / "b")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_bundle_is_the_pooled_hidden_states_of_torch(side: str, all_modes: tuple[Path, Path]) -> None:
     random = np.random.default_rng(0)
-    rows = [random.integers(3, 99, size).tolist() for size in (3, 128, 17, 1, 40)]
-    expected = []
+    rows = [random.integers(3, 99, size).tolist() for size in (3, 4000, 17, 1, 40)]
+    model, expected = tiny_model(max_position_embeddings=LONG), []
     for row in rows:
         with torch.no_grad():
-            hidden = tiny_model()(torch.tensor([row])).last_hidden_state[0].double().numpy()
-        expected.append(np.concatenate([pooled(mode, hidden, [1] * len(row)) for mode in POOLINGS]))
+            hidden = model(torch.tensor([row])).last_hidden_state[0].double().numpy()
+        vector = np.concatenate([pooled(mode, hidden, [1] * len(row)) for mode in POOLINGS])
+        expected.append(vector / np.linalg.norm(vector))
     with Engine(all_modes[1]) as engine:
         assert engine.signature.task == "sentence-embedding"
         assert engine.signature.default_global == "none"
         assert [(spec.name, spec.shape) for spec in engine.signature.outputs] == [(OUTPUT, ("batch", 6 * 32))]
-        np.testing.assert_allclose(engine.run(*padded(rows, side))[OUTPUT], expected, rtol=2e-6, atol=2e-5)
-        np.testing.assert_allclose(engine.run(rows)[OUTPUT], expected, rtol=2e-6, atol=2e-5)
+        np.testing.assert_allclose(engine.run(*padded(rows, side))[OUTPUT], expected, atol=2e-6)
+        np.testing.assert_allclose(engine.run(rows)[OUTPUT], expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -341,9 +349,10 @@ def test_the_vectors_are_those_of_sentence_transformers(new: bool, tmp_path: Pat
     reason = "sentence-transformers is not installed: the modes are compared with their definition alone"
     sentence_transformers = pytest.importorskip("sentence_transformers", reason=reason)
     settings = {"pooling_mode": POOLINGS} if new else dict.fromkeys(FLAGS.values(), True)
-    folder = sentences(tmp_path / "c", settings, Normalize={})
+    folder = save_tiny_checkpoint(tmp_path / "c", max_position_embeddings=LONG)
+    add_sentences(folder, settings, Normalize={})
     theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
-    texts = [" ".join((WORDS.split() * 3)[:size]) for size in (1, 3, 9, 20)]
+    texts = [" ".join((WORDS.split() * 500)[:size]) for size in (1, 3, 9, 20, 600, 3998)]
     with Engine(export(folder, tmp_path / "b")) as engine:
         np.testing.assert_allclose(engine.embed(texts), theirs.encode(texts), atol=2e-6)
         for side in ("left", "right"):
