@@ -40,7 +40,7 @@ from lfx.export.probe import (
 )
 from lfx.export.rewrite import ExportWrapper, GlobalTokens, attention_windows, rewrite
 from lfx.export.sentence_folder import copy_settings
-from lfx.export.sentence_model import EncoderSettings, add_lower_case, read_encoder_settings
+from lfx.export.sentence_model import EncoderSettings, read_encoder_settings
 from lfx.export.settings import check_window_memory
 from lfx.export.sizes import check_sizes
 from lfx.export.torch_runners import TORCH_DTYPES
@@ -102,12 +102,12 @@ def export(
         ParityError: an output of the exported graph is out of tolerance; no file is left.
     """
     check_choices(task, precision, global_attention, inline_functions, progress)
+    check_pooling(pooling, task)
+    check_tokenizer(tokenizer)
     opset = whole_number(opset, "opset", *OPSETS, ExportError)
     max_global, max_seqlen = at_least_1(max_global, "max_global"), at_least_1(max_seqlen, "max_seqlen")
     if max_global is not None and global_attention != "mask":
         raise ExportError(f"max_global {max_global} needs global_attention 'mask'; leave one of the two out")
-    check_tokenizer(tokenizer)
-    check_pooling(pooling, task)
     model = model if isinstance(model, nn.Module) else model_name(model)
     source, source_type = _source(model)
     target = _target(model, output)
@@ -118,9 +118,8 @@ def export(
     else:
         progress("loading the checkpoint")
         module, task = load(source, task, pooling)
-        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(source)
-        if task == SENTENCE_EMBEDDING and pooling is None:
-            max_seqlen = _follow_encoder_settings(read_encoder_settings(fetcher(source)), module, tokenizer, max_seqlen)
+        follow = task == SENTENCE_EMBEDDING and pooling is None
+        tokenizer, max_seqlen = _load_texts(source, module, tokenizer, max_seqlen, follow=follow)
     _check_module(module, source)
     _check_global_option(module, global_attention, max_global)
     check_weights(module)
@@ -222,17 +221,29 @@ def _with_pooling(module: nn.Module, pooling: str) -> nn.Module:
     return LongformerForSentenceEmbedding(module, (pooling,)).train(module.training)
 
 
-def _follow_encoder_settings(
-    settings: EncoderSettings, module: nn.Module, tokenizer: Any, max_seqlen: int | None
-) -> int | None:
-    """Make the tokenizer and the longest sequence those of sentence-transformers; returns the longest sequence."""
-    if settings.lower_case and tokenizer is not None:
-        add_lower_case(tokenizer)
-    if max_seqlen is not None:
-        return max_seqlen
-    embeddings = [m for m in module.modules() if isinstance(m, hf.LongformerEmbeddings)]
-    limits = [settings.max_seqlen or getattr(tokenizer, "model_max_length", None), _max_seqlen(embeddings, None)]
-    return min((int(limit) for limit in limits if limit is not None), default=None)
+def _load_texts(
+    source: str, module: nn.Module, tokenizer: Any, max_seqlen: int | None, *, follow: bool
+) -> tuple[Any, int | None]:
+    """Return the tokenizer and the longest sequence: the caller's, or those of the checkpoint.
+
+    Args:
+        follow: whether to follow the settings of sentence-transformers.
+    """
+    settings = read_encoder_settings(fetcher(source)) if follow else EncoderSettings()
+    if tokenizer is None:
+        tokenizer = load_tokenizer(source, lower_case=settings.lower_case)
+    if max_seqlen is None and follow:
+        max_seqlen = _longest_text(settings, module, tokenizer)
+    return tokenizer, max_seqlen
+
+
+def _longest_text(settings: EncoderSettings, module: nn.Module, tokenizer: Any) -> int | None:
+    """Return the length in tokens from which on sentence-transformers truncates a text, at most the model's own."""
+    longest = settings.max_seqlen or getattr(tokenizer, "model_max_length", None)
+    limit = _max_seqlen([m for m in module.modules() if isinstance(m, hf.LongformerEmbeddings)], None)
+    if type(longest) is not int or longest < 1:
+        return limit
+    return longest if limit is None else min(longest, limit)
 
 
 def _target(model: str | nn.Module, output: str | Path | None) -> Path:

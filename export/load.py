@@ -19,7 +19,7 @@ from lfx.checks import one_of
 from lfx.errors import ExportError, one_line
 from lfx.export import checkpoint
 from lfx.export.options import check_pooling
-from lfx.export.sentence_model import add_pooling, has_pooling
+from lfx.export.sentence_model import add_lower_case, add_pooling, has_pooling
 from lfx.files import temporary_folder
 from lfx.signature import SENTENCE_EMBEDDING, TASKS
 
@@ -111,22 +111,29 @@ def load_weights(loader: Any, config: Any, files: checkpoint.Checkpoint, cure: s
     return model
 
 
-def load_tokenizer(model: str) -> Any:
+def load_tokenizer(model: str, *, lower_case: bool = False) -> Any:
     """Load a checkpoint's tokenizer; returns None if it has none.
 
+    Args:
+        lower_case: make it convert texts to lower case first.
     Raises:
-        ExportError: the tokenizer cannot be loaded.
+        ExportError: the tokenizer cannot be loaded, or cannot convert to lower case.
     """
     with quiet(), temporary_folder("tokenizer") as scratch:
         if not checkpoint.copy_tokenizer(model, scratch):
             return None
         try:
-            return transformers.AutoTokenizer.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                scratch, local_files_only=True, trust_remote_code=False
+            )
         except BaseException as error:
             # A panic in the Rust code of the tokenizers library is no Exception.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise ExportError(f"the tokenizer of {model} cannot be loaded: {_flat(error)}") from error
+        if lower_case:
+            add_lower_case(tokenizer)
+        return tokenizer
 
 
 def _task_of(files: checkpoint.Checkpoint) -> str:

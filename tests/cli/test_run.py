@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfx.cli.run import _save, _text_folder, run_text
+from lfx.cli.run import _save, run_text
 from lfx.errors import ArtifactError, InputError
 from lfx.manifest import MANIFEST, sha256
 from lfx.runtime import Engine
 from lfx.runtime.documents import encoded
+from lfx.runtime.tokenizer import text_folder
 from tests.conftest import MakeBundle, SmallDisk
 
 
@@ -64,27 +65,26 @@ def test_an_impossible_path_is_an_input_error(path: str, bundle: MakeBundle) -> 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
 def test_a_plan_that_names_an_impossible_bundle_is_an_input_error(name: str, tmp_path: Path) -> None:
-    engine: Any = SimpleNamespace(manifest=SimpleNamespace(bundle={"name": name}))
+    manifest = SimpleNamespace(bundle={"name": name})
     with pytest.raises(InputError, match="the bundle that the plan names"):
-        _text_folder(tmp_path / "a.plan", engine)
+        text_folder(tmp_path / "a.plan", manifest)
 
 
 def test_the_bundle_of_a_plan_is_searched_in_its_folder_only(tmp_path: Path) -> None:
     (tmp_path / "plans").mkdir()
     (tmp_path / "elsewhere").mkdir()
-    engine: Any = SimpleNamespace(manifest=SimpleNamespace(bundle={"name": "../elsewhere"}))
-    assert _text_folder(tmp_path / "plans" / "a.plan", engine) == tmp_path / "plans"
+    manifest = SimpleNamespace(bundle={"name": "../elsewhere"})
+    assert text_folder(tmp_path / "plans" / "a.plan", manifest) == tmp_path / "plans"
 
 
 def test_a_bundle_that_is_not_the_plans_gives_no_labels(bundle: MakeBundle, tmp_path: Path) -> None:
     folder = shutil.copytree(bundle("text-classification"), tmp_path / "a")
-    recorded = {"name": "a", "sha256": sha256(folder / MANIFEST)}
-    engine: Any = SimpleNamespace(manifest=SimpleNamespace(bundle=recorded))
-    assert _text_folder(tmp_path / "a.plan", engine) == folder
+    manifest = SimpleNamespace(bundle={"name": "a", "sha256": sha256(folder / MANIFEST)})
+    assert text_folder(tmp_path / "a.plan", manifest) == folder
     shutil.rmtree(folder)
     shutil.copytree(bundle("token-classification"), folder)
     with pytest.raises(ArtifactError, match=r"a is not the bundle that .*a\.plan was built from"):
-        _text_folder(tmp_path / "a.plan", engine)
+        text_folder(tmp_path / "a.plan", manifest)
 
 
 def test_labels_are_the_models_whatever_tokenizer_is_given(

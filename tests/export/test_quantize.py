@@ -27,7 +27,7 @@ from lfx.manifest import MODEL, Manifest
 from lfx.parity import Report, full_cases
 from lfx.runtime import Engine
 from tests.conftest import MakeBundle, SmallDisk
-from tests.models import VOCAB_SIZE, tiny_model
+from tests.models import VOCAB_SIZE, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 LAYERS = [
     f"encoder.layer.{layer}.{name}"
@@ -90,6 +90,17 @@ def test_nothing_is_written_into_the_bundle_and_modes_follow_the_umask(
     assert bundle().stat().st_mtime_ns == before
     assert {stat.S_IMODE(path.stat().st_mode) for path in quantized.iterdir()} == {0o644}
     assert [path.name for path in tmp_path.iterdir()] == ["int8"]
+
+
+def test_files_in_folders_are_kept(text: Path, tmp_path: Path) -> None:
+    checkpoint = save_tiny_checkpoint(tmp_path / "c", "sentence-embedding")
+    tiny_tokenizer().save_pretrained(checkpoint)
+    folder = export(checkpoint, tmp_path / "b")
+    made = quantize(folder, tmp_path / "int8", calibration=text)
+    assert Manifest.read(made).files.keys() == Manifest.read(folder).files.keys()
+    assert (made / "1_Pooling" / "config.json").read_bytes() == (folder / "1_Pooling" / "config.json").read_bytes()
+    with Engine(folder) as original, Engine(made) as quantized:
+        assert float((original.embed("the fox") * quantized.embed("the fox")).sum()) > 0.98
 
 
 def test_a_full_disk_says_what_to_do(bundle: MakeBundle, text: Path, small_disk: SmallDisk) -> None:
