@@ -18,6 +18,8 @@ from torch.nn.parameter import is_lazy
 from lfx.checks import one_of
 from lfx.errors import ExportError, one_line
 from lfx.export import checkpoint
+from lfx.export.loop_attention import asks_for_loop_attention, use_loop_attention
+from lfx.export.original import RENAMED
 from lfx.files import temporary_folder
 from lfx.signature import TASKS
 
@@ -53,7 +55,8 @@ def load(model: str, task: str = "auto") -> tuple[nn.Module, str]:
         model: a folder with config.json and weights, or a model id of the hub.
         task: one of `lfx.signature.TASKS`; "auto" takes it from the architecture in the config.
     Returns:
-        The model and the name of its task. The pooler is None if the checkpoint has no weights for it.
+        The model and the name of its task. The pooler is None if the checkpoint has no weights for it. A model with
+        dilation or causal windows has `lfx.export.loop_attention`.
     Raises:
         ExportError: the checkpoint does not exist or is not a Longformer; or weights are missing, broken, or of other
             shapes than the config's.
@@ -68,7 +71,8 @@ def load(model: str, task: str = "auto") -> tuple[nn.Module, str]:
         except Exception as error:
             raise ExportError(f"{files.folder / 'config.json'} is no config of a Longformer: {_flat(error)}") from error
         cure = f"it was not trained for {task}; choose the --task that it was trained for"
-        return load_weights(getattr(transformers, TASKS[task].auto_class), config, files, cure), task
+        loaded = load_weights(getattr(transformers, TASKS[task].auto_class), config, files, cure)
+        return (use_loop_attention(loaded) if asks_for_loop_attention(config) else loaded), task
 
 
 def load_weights(loader: Any, config: Any, files: checkpoint.Checkpoint, cure: str) -> nn.Module:
@@ -93,6 +97,7 @@ def load_weights(loader: Any, config: Any, files: checkpoint.Checkpoint, cure: s
             weights_only=True,
             local_files_only=True,
             trust_remote_code=False,
+            key_mapping=RENAMED,
             output_loading_info=True,
         )
     except Exception as error:

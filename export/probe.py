@@ -15,8 +15,10 @@ from transformers import activations
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError, InputError
-from lfx.export.rewrite import attention_windows
+from lfx.export import loop_attention, unpadded
+from lfx.export.rewrite import attention_windows, chunked_attention
 from lfx.export.torch_runners import GlobalTokensRunner, disturbed_runner, global_tokens_runner, torch_runner
+from lfx.export.windows import both_sides
 from lfx.parity import Case, OutputResult, pair_tolerance
 from lfx.runtime.engine import check_cuttable, cut
 from lfx.runtime.inputs import default_global
@@ -25,6 +27,7 @@ from lfx.signature import GRAPH_INPUTS, TASKS, Signature
 
 # The torch modules in transformers' Longformers. Each computes every token by itself.
 _TOKENWISE_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.Tanh, nn.ModuleList)
+_MODULES = (hf.__name__, unpadded.__name__, loop_attention.__name__)  # of the Longformers' classes
 _SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask", "unk")  # special tokens whose ids a config may have
 _LONG = 4096  # longest sequence, in tokens, that is tried
 _FEWEST_IDS = 8  # ids that are tried if the size of the vocabulary is not known
@@ -182,7 +185,7 @@ def _trial_ids(module: nn.Module, signature: Signature) -> Iterator[Int64]:
 
 def is_hugging_face(module: nn.Module) -> bool:
     """Return whether a module is of one of transformers' task classes, whose default global tokens are known."""
-    return type(module).__module__ == hf.__name__ and type(module).__name__ in {t.architecture for t in TASKS.values()}
+    return type(module).__module__ in _MODULES and type(module).__name__ in {t.architecture for t in TASKS.values()}
 
 
 def is_unchanged(module: nn.Module) -> bool:
@@ -194,7 +197,7 @@ def is_unchanged(module: nn.Module) -> bool:
 
 
 def _is_original(part: nn.Module) -> bool:
-    known_class = type(part) in _TOKENWISE_MODULES or type(part).__module__ in (hf.__name__, activations.__name__)
+    known_class = type(part) in _TOKENWISE_MODULES or type(part).__module__ in (*_MODULES, activations.__name__)
     no_forward = type(part) is nn.ModuleList  # it defines none
     own_forward = (no_forward or type(part).forward.__module__ == type(part).__module__) and "forward" not in vars(part)
     return known_class and own_forward and not part._forward_hooks and not part._forward_pre_hooks
@@ -346,10 +349,13 @@ def check_long(module: nn.Module, signature: Signature) -> None:
 
 
 def granularity(module: nn.Module) -> int:
-    """Return the number that a sequence length must be a multiple of in PyTorch; 1 if a LongformerModel pads."""
+    """Return the number that a sequence length must be a multiple of in PyTorch.
+
+    It is 1 if a LongformerModel pads, or if all self-attention takes any length, as LoopSelfAttention does.
+    """
     if any(isinstance(m, hf.LongformerModel) for m in module.modules()):
         return 1
-    return math.lcm(*(2 * window for window in attention_windows(module)))
+    return math.lcm(*(both_sides(m.one_sided_attn_window_size) for m in chunked_attention(module)))
 
 
 def forward_inputs(module: nn.Module) -> tuple[str, ...]:
