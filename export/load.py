@@ -7,7 +7,8 @@ import hashlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -71,16 +72,19 @@ def load(model: str, task: str = "auto") -> tuple[nn.Module, str]:
         except Exception as error:
             raise ExportError(f"{files.folder / 'config.json'} is no config of a Longformer: {_flat(error)}") from error
         cure = f"it was not trained for {task}; choose the --task that it was trained for"
-        loaded = load_weights(getattr(transformers, TASKS[task].auto_class), config, files, cure)
+        loaded = load_weights(getattr(transformers, TASKS[task].auto_class), config, files, cure, RENAMED)
         return (use_loop_attention(loaded) if asks_for_loop_attention(config) else loaded), task
 
 
-def load_weights(loader: Any, config: Any, files: checkpoint.Checkpoint, cure: str) -> nn.Module:
+def load_weights(
+    loader: Any, config: Any, files: checkpoint.Checkpoint, cure: str, renamed: Mapping[str, str] = MappingProxyType({})
+) -> nn.Module:
     """Load a model in float32, in eval mode.
 
     Args:
         loader: a class of transformers, with `from_pretrained`.
         cure: what to do where weights are missing, for the message.
+        renamed: patterns of weights' names, and what replaces them.
     Returns:
         The model. The pooler is None if the checkpoint has no weights for it.
     Raises:
@@ -97,7 +101,7 @@ def load_weights(loader: Any, config: Any, files: checkpoint.Checkpoint, cure: s
             weights_only=True,
             local_files_only=True,
             trust_remote_code=False,
-            key_mapping=RENAMED,
+            key_mapping=dict(renamed),
             output_loading_info=True,
         )
     except Exception as error:
