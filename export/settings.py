@@ -118,8 +118,9 @@ def check_settings(values: dict[str, Any], path: Path) -> None:
     layers = integer("num_hidden_layers", 1, _LAYERS)
     check_windows(values["attention_window"], layers, heads, positions, f"{path}: attention_window")
     layer_dilations(values.get("attention_dilation"), layers, heads, f"{path}: attention_dilation", positions)
-    if values.get("autoregressive") not in (None, True, False):
-        raise ExportError(f"{path}: autoregressive is {shown(values['autoregressive'])}; give true or false")
+    autoregressive = values.get("autoregressive")
+    if autoregressive is not None and not isinstance(autoregressive, bool):
+        raise ExportError(f"{path}: autoregressive is {shown(autoregressive)}; give true or false")
     one_of(values["hidden_act"], f"{path}: hidden_act", ACT2FN, ExportError)
     real_number(values["layer_norm_eps"], f"{path}: layer_norm_eps", 0.0, 1.0, ExportError)
     for name in ("dtype", "torch_dtype"):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LongformerModel
 
@@ -18,6 +19,7 @@ from lfx.export import LoopSelfAttention, export, use_loop_attention
 from lfx.export.load import load
 from lfx.export.torch_runners import reference_runner, torch_runner
 from lfx.parity import Case, full_cases, inputs_of
+from lfx.runtime import Engine
 from tests.models import VOCAB_SIZE, WINDOW, tiny_config, tiny_model
 
 PATTERNS: dict[str, dict[str, Any]] = {
@@ -189,6 +191,41 @@ def test_a_config_of_hugging_faces_settings_keeps_hugging_faces_attention(tmp_pa
 def test_export_refuses_a_module_that_ignores_its_config(tmp_path: Path, setting: dict[str, Any]) -> None:
     with pytest.raises(ExportError, match=r"which its LongformerSelfAttention ignores; call lfx\.export\.use_loop"):
         export(tiny_model(**setting), tmp_path / "out")
+
+
+class Own(nn.Module):
+    """A module of a user's own around one self-attention."""
+
+    def __init__(self, attention: type[LoopSelfAttention]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = tiny_config(
+            hidden_size=16, num_hidden_layers=1, attention_window=[2], attention_dilation=[[1, 7]], autoregressive=True
+        )
+        self.embedding, self.attention = nn.Embedding(50, 16), attention(config, 0)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.attention(self.embedding(input_ids), attention_mask=attention_mask - 1.0)[0]
+
+
+class Doubled(LoopSelfAttention):
+    """A user's subclass."""
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return (super().forward(*args, **options)[0] * 2,)
+
+
+@pytest.mark.parametrize("attention", [LoopSelfAttention, Doubled])
+def test_a_module_around_it_is_exported_at_any_length(attention: type[LoopSelfAttention], tmp_path: Path) -> None:
+    """Also with a one-sided window of 1, on which Hugging Face's attention fails."""
+    module = Own(attention).eval()
+    with Engine(export(module, tmp_path / "out")) as engine:
+        assert engine.signature.attention_windows == (7,)
+        for length in (1, 2, 13, 30):
+            ids = torch.arange(length)[None]
+            with torch.inference_mode():
+                expected = module(ids, torch.ones_like(ids)).numpy()
+            np.testing.assert_allclose(engine.run(ids.numpy())["output"], expected, rtol=0, atol=1e-5)
 
 
 def test_attention_weights_are_refused() -> None:
