@@ -9,5 +9,6 @@ for _module in ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxr
 
 from lfx.export.converter import convert  # noqa: E402
 from lfx.export.exporter import export  # noqa: E402
+from lfx.export.loop_attention import LoopSelfAttention, use_loop_attention  # noqa: E402
 
-__all__ = ["convert", "export"]
+__all__ = ["LoopSelfAttention", "convert", "export", "use_loop_attention"]

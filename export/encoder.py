@@ -12,6 +12,7 @@ from lfx.checks import whole_number
 from lfx.errors import ExportError, one_line
 from lfx.export.checkpoint import Checkpoint, Fetch, config_file, fetcher, weight_files
 from lfx.export.families import FAMILIES, GELU, REFUSED, Family, Names
+from lfx.export.original import is_original
 from lfx.export.sentence_folder import score_function
 from lfx.export.settings import check_settings, read_object, refuse_other_weights, without_code
 from lfx.signature import TASKS
@@ -102,6 +103,8 @@ def read_encoder(model: str) -> Encoder:
     fetch = fetcher(model)
     path = config_file(fetch, model)
     data = read_object(path)
+    if is_original(data):
+        raise ExportError(f"{model} is a Longformer of the original code already; use: lfx export --model {model}")
     family = _family(data.get("model_type"), model)
     refuse_other_weights(data, path, model)
     config_class = getattr(transformers, f"{family.prefix}Config")

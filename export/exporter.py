@@ -24,6 +24,7 @@ from lfx.export.checkpoint import fetcher
 from lfx.export.companions import check_tokenizer, write_config, write_tokenizer
 from lfx.export.graph import finalize_graph
 from lfx.export.load import check_weights, load, load_tokenizer, quiet, weights_sha256
+from lfx.export.loop_attention import asks_for_loop_attention
 from lfx.export.options import at_least_1, check_choices, check_pooling, model_name
 from lfx.export.passes.opset import TRACED
 from lfx.export.pooling import LongformerForSentenceEmbedding
@@ -38,7 +39,7 @@ from lfx.export.probe import (
     ignores_padding,
     is_hugging_face,
 )
-from lfx.export.rewrite import ExportWrapper, GlobalTokens, attention_windows, rewrite
+from lfx.export.rewrite import ExportWrapper, GlobalTokens, attention_windows, chunked_attention, is_causal, rewrite
 from lfx.export.sentence_folder import copy_settings
 from lfx.export.sentence_model import EncoderSettings, read_encoder_settings
 from lfx.export.settings import check_window_memory
@@ -46,6 +47,7 @@ from lfx.export.sizes import check_sizes
 from lfx.export.torch_runners import TORCH_DTYPES
 from lfx.export.validate import validate
 from lfx.export.vocabulary import vocabulary
+from lfx.export.windows import both_sides
 from lfx.machine import package_versions
 from lfx.manifest import MODEL, WEIGHTS, Manifest
 from lfx.signature import GRAPH_INPUTS, OPSETS, SENTENCE_EMBEDDING, TASKS, Signature, TensorSpec
@@ -180,16 +182,20 @@ def _source(model: str | nn.Module) -> tuple[str, str]:
 
 def _check_module(module: nn.Module, source: str) -> None:
     """Refuse modules without Longformer self-attention, and configs that Hugging Face itself cannot run."""
-    windows = attention_windows(module)
-    if not windows:
+    if not attention_windows(module):
         raise ExportError(f"{source} contains no Longformer self-attention; lfx exports Longformer models only")
-    if min(windows) < 2:
-        raise ExportError(
-            f"{source} has an attention_window of 2, which Hugging Face itself cannot run; give 4 or more"
-        )
-    for attention in (m for m in module.modules() if isinstance(m, hf.LongformerSelfAttention)):
-        window = 2 * int(attention.one_sided_attn_window_size)
+    for attention in chunked_attention(module):
+        window = both_sides(int(attention.one_sided_attn_window_size))
+        if window < 4:
+            raise ExportError(
+                f"{source} has an attention_window of 2, which Hugging Face itself cannot run; give 4 or more"
+            )
         check_window_memory(window, attention.num_heads, f"{source}: attention_window")
+        if type(attention) is hf.LongformerSelfAttention and asks_for_loop_attention(attention.config):
+            raise ExportError(
+                f"the config of {source} has a dilation or autoregressive, which its LongformerSelfAttention ignores; "
+                "call lfx.export.use_loop_attention(model), or remove both from the config"
+            )
     if any(m.padding_idx is None for m in module.modules() if isinstance(m, hf.LongformerEmbeddings)):
         raise ExportError(
             f"{source} has no pad_token_id, without which Hugging Face itself cannot count positions; set it in the "
@@ -382,6 +388,7 @@ def _signature(
         inputs=tuple(TensorSpec(name, "int64", axes) for name in inputs),
         outputs=tuple(_output_spec(value) for value in graph.graph.outputs),
         attention_windows=tuple(attention_windows(module)),
+        causal=is_causal(module),
         default_global=tokens.mode if tokens.mode != "mask" else TASKS[task].default_global,
         global_attention=tokens.mode,
         max_seqlen=_max_seqlen(all_embeddings, max_seqlen),

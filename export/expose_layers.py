@@ -37,11 +37,12 @@ def expose_layers(bundle: Path, signature: Signature, folder: Path) -> Path:
             f"{bundle} has its functions inlined, so it has no attention nodes to compare; export it without "
             "--inline-functions to compare it by layer"
         )
+    contexts = _contexts(model.graph, nodes)
     shape = ("rows", "sequence", "hidden")
-    specs = [TensorSpec(layer_name(i), "float32", shape) for i in range(len(nodes))]
+    specs = [TensorSpec(layer_name(i), "float32", shape) for i in range(len(contexts))]
     infos = [helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, shape) for spec in specs]
-    for node, spec in zip(nodes, specs, strict=True):
-        cast = helper.make_node("Cast", [node.output[0]], [spec.name], spec.name, to=TensorProto.FLOAT)
+    for context, spec in zip(contexts, specs, strict=True):
+        cast = helper.make_node("Cast", [context], [spec.name], spec.name, to=TensorProto.FLOAT)
         model.graph.node.append(cast)
     outputs = [*infos, *model.graph.output]
     del model.graph.output[:]
@@ -53,3 +54,33 @@ def expose_layers(bundle: Path, signature: Signature, folder: Path) -> Path:
     for name in read_header(bundle / MODEL).weights:
         link_or_copy(bundle / name, folder / name)
     return folder / MODEL
+
+
+def _contexts(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> list[str]:
+    """Return the name of the context of each attention layer, in order.
+
+    It is the output of the layer's node, or of the Concat that joins the nodes of a layer whose heads have different
+    dilations.
+    """
+    producers = {name: node for node in graph.node for name in node.output}
+    attention = {node.output[0]: node for node in nodes}
+    joined: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type == "Concat":
+            sources = {_unsliced(name, producers) for name in node.input}
+            scopes = {_scope(attention[name]) if name in attention else None for name in sources}
+            if len(sources) > 1 and scopes == {_scope(node)}:
+                joined.update(dict.fromkeys(sources, node.output[0]))
+    return list(dict.fromkeys(joined.get(name, name) for name in attention))
+
+
+def _unsliced(name: str, producers: dict[str, onnx.NodeProto]) -> str:
+    """Return the name of the value that a value is a slice of."""
+    while name in producers and producers[name].op_type == "Slice":
+        name = producers[name].input[0]
+    return name
+
+
+def _scope(node: onnx.NodeProto) -> str:
+    """Return the path of the torch module that a node was traced from."""
+    return str(node.name).rpartition("/")[0]

@@ -7,7 +7,8 @@ import hashlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from torch.nn.parameter import is_lazy
 from lfx.checks import one_of
 from lfx.errors import ExportError, one_line
 from lfx.export import checkpoint
+from lfx.export.loop_attention import asks_for_loop_attention, use_loop_attention
 from lfx.export.options import check_pooling
+from lfx.export.original import RENAMED
 from lfx.export.sentence_model import add_lower_case, add_pooling, has_pooling
 from lfx.files import temporary_folder
 from lfx.signature import SENTENCE_EMBEDDING, TASKS
@@ -58,7 +61,8 @@ def load(model: str, task: str = "auto", pooling: str | None = None) -> tuple[nn
             sentence-embedding for a folder of sentence-transformers with a pooling, or with the argument `pooling`.
         pooling: one of `lfx.signature.POOLINGS`, for sentence embeddings of a checkpoint without a pooling.
     Returns:
-        The model and the name of its task. The pooler is None if the checkpoint has no weights for it.
+        The model and the name of its task. The pooler is None if the checkpoint has no weights for it. A model with
+        dilation or causal windows has `lfx.export.loop_attention`.
     Raises:
         ExportError: the checkpoint does not exist or is not a Longformer; weights are missing, broken, or of other
             shapes than the config's; or the pooling is missing, or does something that lfx does not know.
@@ -75,16 +79,21 @@ def load(model: str, task: str = "auto", pooling: str | None = None) -> tuple[nn
         except Exception as error:
             raise ExportError(f"{files.folder / 'config.json'} is no config of a Longformer: {_flat(error)}") from error
         cure = f"it was not trained for {task}; choose the --task that it was trained for"
-        loaded = load_weights(getattr(transformers, TASKS[task].auto_class), config, files, cure)
+        loaded = load_weights(getattr(transformers, TASKS[task].auto_class), config, files, cure, RENAMED)
+        if asks_for_loop_attention(config):
+            loaded = use_loop_attention(loaded)
         return (add_pooling(loaded, fetch, model, pooling) if task == SENTENCE_EMBEDDING else loaded), task
 
 
-def load_weights(loader: Any, config: Any, files: checkpoint.Checkpoint, cure: str) -> nn.Module:
+def load_weights(
+    loader: Any, config: Any, files: checkpoint.Checkpoint, cure: str, renamed: Mapping[str, str] = MappingProxyType({})
+) -> nn.Module:
     """Load a model in float32, in eval mode.
 
     Args:
         loader: a class of transformers, with `from_pretrained`.
         cure: what to do where weights are missing, for the message.
+        renamed: patterns of weights' names, and what replaces them.
     Returns:
         The model. The pooler is None if the checkpoint has no weights for it.
     Raises:
@@ -101,6 +110,7 @@ def load_weights(loader: Any, config: Any, files: checkpoint.Checkpoint, cure: s
             weights_only=True,
             local_files_only=True,
             trust_remote_code=False,
+            key_mapping=dict(renamed),
             output_loading_info=True,
         )
     except Exception as error:

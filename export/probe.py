@@ -15,10 +15,11 @@ from transformers import activations
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError, InputError
-from lfx.export import pooling
+from lfx.export import loop_attention, pooling, unpadded
 from lfx.export.pooling import LongformerForSentenceEmbedding
-from lfx.export.rewrite import attention_windows
+from lfx.export.rewrite import attention_windows, chunked_attention
 from lfx.export.torch_runners import GlobalTokensRunner, disturbed_runner, global_tokens_runner, torch_runner
+from lfx.export.windows import both_sides
 from lfx.parity import Case, OutputResult, pair_tolerance
 from lfx.runtime.engine import check_cuttable, cut
 from lfx.runtime.inputs import default_global
@@ -27,6 +28,7 @@ from lfx.signature import GRAPH_INPUTS, TASKS, Signature
 
 # The torch modules of transformers' Longformers and of poolings. Each computes every token independently of the others.
 _TOKENWISE_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList, *pooling.ACTIVATIONS.values())
+_MODULES = (hf.__name__, unpadded.__name__, loop_attention.__name__)  # of the Longformers' classes
 _SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask", "unk")  # special tokens whose ids a config may have
 _LONG = 4096  # longest sequence, in tokens, that is tried
 _FEWEST_IDS = 8  # ids that are tried if the size of the vocabulary is not known
@@ -189,7 +191,7 @@ def is_hugging_face(module: nn.Module) -> bool:
     """
     if type(module) is LongformerForSentenceEmbedding:
         return is_hugging_face(module.longformer)
-    return type(module).__module__ == hf.__name__ and type(module).__name__ in {t.architecture for t in TASKS.values()}
+    return type(module).__module__ in _MODULES and type(module).__name__ in {t.architecture for t in TASKS.values()}
 
 
 def is_unchanged(module: nn.Module) -> bool:
@@ -201,7 +203,7 @@ def is_unchanged(module: nn.Module) -> bool:
 
 
 def _is_original(part: nn.Module) -> bool:
-    known_modules = (hf.__name__, activations.__name__, pooling.__name__)
+    known_modules = (*_MODULES, activations.__name__, pooling.__name__)
     known_class = type(part) in _TOKENWISE_MODULES or type(part).__module__ in known_modules
     no_forward = type(part) is nn.ModuleList  # it defines no forward
     own_forward = (no_forward or type(part).forward.__module__ == type(part).__module__) and "forward" not in vars(part)
@@ -354,10 +356,13 @@ def check_long(module: nn.Module, signature: Signature) -> None:
 
 
 def granularity(module: nn.Module) -> int:
-    """Return the number that a sequence length must be a multiple of in PyTorch; 1 if a LongformerModel pads."""
+    """Return the number that a sequence length must be a multiple of in PyTorch.
+
+    It is 1 if a LongformerModel pads, or if all self-attention takes any length, as LoopSelfAttention does.
+    """
     if any(isinstance(m, hf.LongformerModel) for m in module.modules()):
         return 1
-    return math.lcm(*(2 * window for window in attention_windows(module)))
+    return math.lcm(*(both_sides(m.one_sided_attn_window_size) for m in chunked_attention(module)))
 
 
 def forward_inputs(module: nn.Module) -> tuple[str, ...]:

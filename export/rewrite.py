@@ -2,9 +2,11 @@
 
 torch.onnx traces the copy. The modules keep their names and parameters; these classes are replaced:
 
-    LongformerSelfAttention -> _SelfAttention   three projections, the global context, one lfx::BandedAttention
-    LongformerEncoder       -> _Encoder         no `.item()`, no removal of padding
-    LongformerModel         -> _Model           no padding to a multiple of the window, no 4-D mask
+    LongformerSelfAttention -> _SelfAttention             three projections, the global context, lfx::BandedAttention
+    LongformerEncoder       -> unpadded.LongformerEncoder  no `.item()`, no removal of padding
+    LongformerModel         -> unpadded.LongformerModel    no padding to a multiple of the window, no 4-D mask
+
+The heads of one dilation are one node of BandedAttention.
 
 A user's subclass of such a class is replaced by a subclass of both, the user's first in the method resolution order,
 so that its own `forward` and the `super()` calls in it still work.
@@ -13,6 +15,7 @@ so that its own `forward` and the `super()` calls in it still work.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MethodType
@@ -25,7 +28,9 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError
+from lfx.export import unpadded
 from lfx.export.functions import DOMAIN, VERSION
+from lfx.export.loop_attention import LoopSelfAttention
 
 
 @dataclass
@@ -83,7 +88,7 @@ def _op(name: str, inputs: list[torch.Tensor], shape: Any, **attributes: int | f
     )
 
 
-class _SelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
+class _SelfAttention(LoopSelfAttention):
     lfx_globals: GlobalTokens
 
     def forward(
@@ -102,7 +107,6 @@ class _SelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
         key_mask, index, gather_index = self.lfx_globals.indices(attention_mask)
         batch, slots = index.shape
         query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
-        scale = self.head_dim**-0.5
         if self.lfx_globals.mode == "none":
             global_context = hidden_states.new_zeros((batch, 1, self.embed_dim))
         else:
@@ -115,17 +119,36 @@ class _SelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
                 version=13,
             )
             global_context = self._global_context(self.query_global(global_hidden), hidden_states, key_mask)
-        context = _op(
-            "BandedAttention",
-            [query, key, value, key_mask, index, global_context],
-            query.shape,
-            num_heads=self.num_heads,
-            window=int(self.one_sided_attn_window_size),
-            dilation=1,
-            causal=0,
-            scale=scale,
-        )
-        return (context,)
+        contexts = {}
+        for dilation, heads in self.groups.items():
+            inputs = [self._columns(x, heads) for x in (query, key, value, global_context)]
+            contexts[dilation] = _op(
+                "BandedAttention",
+                [*inputs[:3], key_mask, index, inputs[3]],
+                inputs[0].shape,
+                num_heads=len(heads),
+                window=int(self.one_sided_attn_window_size),
+                dilation=dilation,
+                causal=int(self.causal),
+                scale=self.head_dim**-0.5,
+            )
+        return (self._in_head_order(contexts),)
+
+    def _in_head_order(self, contexts: dict[int, torch.Tensor]) -> torch.Tensor:
+        """Join the contexts (B, S, h·D) of the groups of heads, by dilation, to (B, S, H·D)."""
+        dilations = {head: dilation for dilation, heads in self.groups.items() for head in heads}
+        parts = []
+        for dilation, run in itertools.groupby(range(self.num_heads), key=dilations.__getitem__):
+            columns = [self.groups[dilation].index(head) for head in run]
+            parts.append(self._columns(contexts[dilation], columns))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _columns(self, tensor: torch.Tensor, heads: list[int]) -> torch.Tensor:
+        """Return the columns (B, S, len(heads)·D) of some heads, in ascending order, of a tensor (B, S, h·D)."""
+        if tensor.shape[-1] == len(heads) * self.head_dim:
+            return tensor
+        slices = [tensor[..., first * self.head_dim : end * self.head_dim] for first, end in _ranges(heads)]
+        return slices[0] if len(slices) == 1 else torch.cat(slices, dim=-1)
 
     def _global_context(self, query: torch.Tensor, hidden_states: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
         """Compute the context of the global tokens.
@@ -152,66 +175,15 @@ class _SelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
         return "FoldedGlobalContext" if slots < self.head_dim else "ProjectedGlobalContext"
 
 
-class _Encoder(hf.LongformerEncoder):  # type: ignore[misc]
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        padding_len: int = 0,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
-    ) -> Any:
-        states = [hidden_states]
-        for layer in self.layer:
-            states.append(layer(states[-1], attention_mask=attention_mask, output_attentions=output_attentions)[0])
-        all_states = tuple(states) if output_hidden_states else None
-        if not return_dict:
-            return tuple(item for item in (states[-1], all_states) if item is not None)
-        return hf.LongformerBaseModelOutput(last_hidden_state=states[-1], hidden_states=all_states)
-
-
-class _Model(hf.LongformerModel):  # type: ignore[misc]
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        global_attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        embedded = self.embeddings(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-        )
-        if attention_mask is None:
-            attention_mask = torch.ones(embedded.shape[:2], dtype=torch.int64)
-        if global_attention_mask is None:
-            global_attention_mask = torch.zeros_like(attention_mask)
-        merged = self._merge_to_attention_mask(attention_mask, global_attention_mask) - 1
-        return_dict = return_dict if return_dict is not None else self.config.return_dict
-        encoded = self.encoder(
-            embedded,
-            attention_mask=merged,
-            output_attentions=bool(output_attentions),
-            output_hidden_states=bool(
-                output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
-            ),
-            return_dict=return_dict,
-        )
-        pooled = self.pooler(encoded[0]) if self.pooler is not None else None
-        if not return_dict:
-            return (encoded[0], pooled, *encoded[1:])
-        return hf.LongformerBaseModelOutputWithPooling(
-            last_hidden_state=encoded[0], pooler_output=pooled, hidden_states=encoded.hidden_states
-        )
+def _ranges(heads: list[int]) -> list[tuple[int, int]]:
+    """Join ascending head numbers into ranges: [0, 1, 4] becomes [(0, 2), (4, 5)]."""
+    ranges: list[tuple[int, int]] = []
+    for head in heads:
+        if ranges and ranges[-1][1] == head:
+            ranges[-1] = (ranges[-1][0], head + 1)
+        else:
+            ranges.append((head, head + 1))
+    return ranges
 
 
 def _is_plain(projection: nn.Module) -> bool:
@@ -221,8 +193,28 @@ def _is_plain(projection: nn.Module) -> bool:
 
 
 def attention_windows(model: nn.Module) -> list[int]:
-    """Return the one-sided windows, in tokens, of all Longformer self-attention modules, in module order."""
-    return [int(m.one_sided_attn_window_size) for m in model.modules() if isinstance(m, hf.LongformerSelfAttention)]
+    """Return how far each Longformer self-attention sees on one side, in tokens, in module order.
+
+    It is the one-sided window times the largest dilation of its heads.
+    """
+    return [
+        m.reach if isinstance(m, LoopSelfAttention) else int(m.one_sided_attn_window_size)
+        for m in model.modules()
+        if isinstance(m, hf.LongformerSelfAttention)
+    ]
+
+
+def chunked_attention(model: nn.Module) -> list[hf.LongformerSelfAttention]:
+    """Return the self-attention modules with Hugging Face's chunks, which take multiples of the window only."""
+    return [
+        m for m in model.modules() if isinstance(m, hf.LongformerSelfAttention) and not isinstance(m, LoopSelfAttention)
+    ]
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Return whether no window of any layer has keys after the query."""
+    layers = [m for m in model.modules() if isinstance(m, hf.LongformerSelfAttention)]
+    return bool(layers) and all(isinstance(m, LoopSelfAttention) and m.causal for m in layers)
 
 
 def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -278,14 +270,15 @@ def replace_attention(model: nn.Module, attention: type[hf.LongformerSelfAttenti
     """Replace the classes of the Longformer modules in `model`, in place; self-attention becomes `attention`."""
     replacements: dict[type[nn.Module], type[nn.Module]] = {
         hf.LongformerSelfAttention: attention,
-        hf.LongformerEncoder: _Encoder,
-        hf.LongformerModel: _Model,
+        hf.LongformerEncoder: unpadded.LongformerEncoder,
+        hf.LongformerModel: unpadded.LongformerModel,
     }
     for module in model.modules():
         for original, replacement in replacements.items():
             if isinstance(module, original):
                 cls = type(module)
-                module.__class__ = replacement if cls is original else type(cls.__name__, (cls, replacement), {})
+                own = not issubclass(replacement, cls)  # a user's subclass
+                module.__class__ = type(cls.__name__, (cls, replacement), {}) if own else replacement
     return model
 
 

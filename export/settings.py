@@ -9,9 +9,11 @@ from typing import Any
 import transformers
 from transformers.activations import ACT2FN
 
-from lfx.checks import LARGEST, one_of, parse_json, real_number, whole_number
+from lfx.checks import LARGEST, one_of, parse_json, real_number, shown, whole_number
 from lfx.errors import ExportError, one_line
 from lfx.export.families import FAMILIES
+from lfx.export.original import from_original, is_original
+from lfx.export.windows import layer_dilations
 
 # Keys that make transformers fetch or import code, or load another model.
 CODE_KEYS = frozenset(
@@ -42,13 +44,15 @@ _PROBLEMS = ("regression", "single_label_classification", "multi_label_classific
 
 
 def read_settings(path: Path, model: str) -> dict[str, Any]:
-    """Read a checkpoint's config.json as arguments for LongformerConfig.
+    """Read a checkpoint's config.json, Hugging Face's or the original code's, as arguments for LongformerConfig.
 
     Raises:
         ExportError: the config is not a Longformer's, has an invalid value, or names weights that transformers can
             load only with other code.
     """
     data = read_object(path)
+    if is_original(data):
+        data = from_original(data, path)
     declared = data.get("model_type")
     if declared != "longformer":
         model_type = declared if isinstance(declared, str) else "model without a model_type"
@@ -113,6 +117,10 @@ def check_settings(values: dict[str, Any], path: Path) -> None:
     positions = integer("max_position_embeddings", pad + 2)
     layers = integer("num_hidden_layers", 1, _LAYERS)
     check_windows(values["attention_window"], layers, heads, positions, f"{path}: attention_window")
+    layer_dilations(values.get("attention_dilation"), layers, heads, f"{path}: attention_dilation", positions)
+    autoregressive = values.get("autoregressive")
+    if autoregressive is not None and not isinstance(autoregressive, bool):
+        raise ExportError(f"{path}: autoregressive is {shown(autoregressive)}; give true or false")
     one_of(values["hidden_act"], f"{path}: hidden_act", ACT2FN, ExportError)
     real_number(values["layer_norm_eps"], f"{path}: layer_norm_eps", 0.0, 1.0, ExportError)
     for name in ("dtype", "torch_dtype"):

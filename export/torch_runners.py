@@ -17,6 +17,7 @@ from lfx import reference
 from lfx.errors import ArtifactError, ExportError, one_line
 from lfx.export.expose_layers import layer_name
 from lfx.export.load import quiet
+from lfx.export.loop_attention import LoopSelfAttention
 from lfx.export.rewrite import clone, named_outputs, replace_attention
 from lfx.parity import Arrays, Runner
 
@@ -24,8 +25,8 @@ GlobalTokensRunner = Callable[[Mapping[str, NDArray[np.int64]]], list[NDArray[np
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class _DenseSelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
-    def forward(
+class _DenseSelfAttention(LoopSelfAttention):
+    def forward(  # type: ignore[override]
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor]:
         mask = attention_mask.numpy()
@@ -43,16 +44,22 @@ class _DenseSelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
             key_mask,
             num_heads=self.num_heads,
         )
-        context = reference.banded_attention(
-            self.query(hidden_states).numpy(),
-            self.key(hidden_states).numpy(),
-            self.value(hidden_states).numpy(),
-            key_mask,
-            index,
-            global_context,
-            num_heads=self.num_heads,
-            window=self.one_sided_attn_window_size,
-        )
+        query, key, value = (layer(hidden_states).numpy() for layer in (self.query, self.key, self.value))
+        context = np.zeros_like(query)
+        for dilation, heads in self.groups.items():
+            columns = np.concatenate([np.arange(self.head_dim) + head * self.head_dim for head in heads])
+            context[..., columns] = reference.banded_attention(
+                query[..., columns],
+                key[..., columns],
+                value[..., columns],
+                key_mask,
+                index,
+                global_context[..., columns],
+                num_heads=len(heads),
+                window=self.one_sided_attn_window_size,
+                dilation=dilation,
+                causal=self.causal,
+            )
         return (torch.from_numpy(context),)
 
 

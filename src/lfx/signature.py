@@ -27,6 +27,7 @@ _SIGNATURE: dict[str, Any] = {
     "inputs": _TENSORS,
     "outputs": _TENSORS,
     "attention_windows": [int],
+    "causal?": bool,
     "default_global?": str,
     "global_attention?": str,
     "max_seqlen?": COUNT,
@@ -95,7 +96,9 @@ class Signature:
         task: a key of `TASKS`.
         precision: "fp32", "fp16", "bf16" or "int8".
         inputs, outputs: inputs and outputs of the graph, in its order.
-        attention_windows: one-sided window of each layer, in tokens.
+        attention_windows: of each layer, the distance in tokens from a query to the farthest key of its window: the
+            one-sided window times the largest dilation of its heads.
+        causal: whether no window has keys after the query. Global tokens see all tokens, and are seen by all.
         default_global: global tokens when the caller gives no global_attention_mask: see `Task`, or "required": the
             caller must give the mask, since the model follows a rule that lfx does not know.
         global_attention: "mask" (an input), "first" (the first token, always) or "none".
@@ -128,6 +131,7 @@ class Signature:
     ignores_padding: bool = True
     adds_globals: bool = False
     weight_bits: int | None = None
+    causal: bool = False
     lfx_version: str = ""
 
     @property

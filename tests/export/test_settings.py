@@ -48,6 +48,11 @@ WRONG: list[tuple[str, list[Any]]] = [
     ("sep_token_id", [10**30, -1, "x", 99]),
     ("vocab_size", [0, -5, "x", None, 10**12]),
     ("attention_window", [7, 0, "x", None, {}, [], [8], [8, 7], [8, [8]], 10**12]),
+    (
+        "attention_dilation",
+        [0, -1, "x", 1.5, True, {}, [], [1], [1, 0], [1, [1, 1, 1]], [1, [1, "x"]], [1, [[1, 1]]], 10**12],
+    ),
+    ("autoregressive", ["true", 1, [], {}]),
     ("max_position_embeddings", [0, 1, 2, "x", 10**12]),
     ("num_hidden_layers", [0, "x", None, 10**9]),
     ("num_attention_heads", [0, 3, "x", 10**9]),

@@ -91,11 +91,15 @@ def _plan(manifest: PlanManifest) -> Iterator[list[str]]:
 
 
 def _model(signature: Signature) -> Iterator[list[str]]:
-    windows = sorted({2 * window for window in signature.attention_windows})
+    sides = 1 if signature.causal else 2
+    windows = sorted({sides * window for window in signature.attention_windows})
     yield ["architecture", f"{signature.architecture}, {len(signature.attention_windows)} layers"]
     yield ["task", signature.task]
     yield ["precision", signature.precision]
-    yield ["attention window", f"{', '.join(map(str, windows))} tokens in all"]
+    yield [
+        "attention window",
+        f"{', '.join(map(str, windows))} tokens {'back (causal)' if signature.causal else 'in all'}",
+    ]
     yield ["longest sequence", str(signature.max_seqlen or "no limit")]
     yield ["vocabulary", str(signature.vocab_size or "not checked")]
     yield ["global attention", _global_text(signature)]

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from lfx.errors import ArtifactError, BuildError, InputError, LfxError, PluginError
-from lfx.export import export
+from lfx.export import export, use_loop_attention
 from lfx.export.quantize import quantize
 from lfx.manifest import MANIFEST, Manifest, sealed, sha256
 from lfx.runtime import Engine, build_engine, device
@@ -98,6 +98,18 @@ def test_bundles_of_all_opsets_precisions_and_global_modes_build(
     built = build_engine(bundle(**options), tmp_path / "one.plan", precision=precision, **RTX, log=lambda line: None)
     manifest = PlanManifest.read(built)
     assert manifest.plugin_layers == manifest.attention_nodes == (LAYERS if "none" in options.values() else 2 * LAYERS)
+
+
+@pytest.mark.parametrize("plugin", [True, False])
+def test_heads_of_different_dilations_build(plugin: bool, tmp_path: Path) -> None:
+    config = {"num_attention_heads": 4, "attention_dilation": [[1, 2, 2, 4], [3, 1, 3, 1]], "autoregressive": True}
+    bundle = export(use_loop_attention(tiny_model(**config)), tmp_path / "bundle")
+    options = {"precision": "fp16", "plugin": plugin, "max_global": 4, **RTX}
+    built = build_engine(bundle, tmp_path / "one.plan", **options, log=lambda line: None)
+    manifest = PlanManifest.read(built)
+    # Three and two groups of heads, and the global tokens of each layer.
+    assert (manifest.attention_nodes, manifest.plugin_layers) == (5 + LAYERS, 5 + LAYERS if plugin else 0)
+    assert (manifest.signature.attention_windows, manifest.signature.causal) == ((16, 24), True)
 
 
 def test_a_bundle_of_inlined_functions_builds_without_the_plugin_only(bundle: MakeBundle, tmp_path: Path) -> None:

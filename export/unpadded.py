@@ -1,0 +1,78 @@
+"""Hugging Face's LongformerModel and LongformerEncoder for self-attention that takes a sequence of any length.
+
+Theirs pad a sequence to a multiple of the window and build a 4-D mask of S² elements. These do neither, and have no
+`.item()`, so that torch.export can trace them. They keep the names, which a saved config holds as its architecture.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.models.longformer import modeling_longformer as hf
+
+
+class LongformerEncoder(hf.LongformerEncoder):  # type: ignore[misc]
+    """Calls the layers with the attention mask alone, and removes no padding."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        padding_len: int = 0,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+    ) -> Any:
+        states = [hidden_states]
+        for layer in self.layer:
+            states.append(layer(states[-1], attention_mask=attention_mask, output_attentions=output_attentions)[0])
+        all_states = tuple(states) if output_hidden_states else None
+        if not return_dict:
+            return tuple(item for item in (states[-1], all_states) if item is not None)
+        return hf.LongformerBaseModelOutput(last_hidden_state=states[-1], hidden_states=all_states)
+
+
+class LongformerModel(hf.LongformerModel):  # type: ignore[misc]
+    """Hands the encoder a mask (B, S): -1 masked, 0 local, 1 global."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        embedded = self.embeddings(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+        )
+        if attention_mask is None:
+            attention_mask = torch.ones(embedded.shape[:2], dtype=torch.int64, device=embedded.device)
+        if global_attention_mask is None:
+            global_attention_mask = torch.zeros_like(attention_mask)
+        merged = self._merge_to_attention_mask(attention_mask, global_attention_mask) - 1
+        return_dict = return_dict if return_dict is not None else self.config.return_dict
+        encoded = self.encoder(
+            embedded,
+            attention_mask=merged,
+            output_attentions=bool(output_attentions),
+            output_hidden_states=bool(
+                output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
+            ),
+            return_dict=return_dict,
+        )
+        pooled = self.pooler(encoded[0]) if self.pooler is not None else None
+        if not return_dict:
+            return (encoded[0], pooled, *encoded[1:])
+        return hf.LongformerBaseModelOutputWithPooling(
+            last_hidden_state=encoded[0], pooler_output=pooled, hidden_states=encoded.hidden_states
+        )
