@@ -15,7 +15,7 @@ from lfx.files import copy
 from lfx.runtime.tokenizer import PROMPTS
 
 MODULES = "modules.json"
-_MODULES_BYTES = 1_000_000
+_MODULES_BYTES, _MOST_MODULES = 1_000_000, 100
 _CARRIED = ("Pooling", "Normalize", "Dense", "Dropout", "LayerNorm")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _ENCODER = "sentence_bert_config.json"
@@ -114,6 +114,8 @@ def list_modules(path: Path) -> list[dict[str, Any]]:
         raise ExportError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(modules, list) or not modules or not all(isinstance(module, dict) for module in modules):
         raise ExportError(f"{path} is no list of modules; save the model again with sentence-transformers")
+    if len(modules) > _MOST_MODULES:
+        raise ExportError(f"{path} has {len(modules):,} modules; at most {_MOST_MODULES} are read")
     for i, module in enumerate(modules):
         where = module.get("path")
         if not isinstance(where, str) or not re.fullmatch(r"(\w[\w.-]*)?", where, re.ASCII):

@@ -26,6 +26,7 @@ from lfx.export.sentence_folder import (
 )
 from lfx.export.settings import read_object
 from lfx.runtime.tokenizer import PROMPTS
+from lfx.signature import POOLINGS
 
 # The flags of a Pooling before sentence-transformers 5.6, in the order in which it concatenates the vectors.
 _FLAGS = {
@@ -47,7 +48,7 @@ _FIXED: dict[str, Any] = {
     "processing_kwargs": {},
     "query_expansion": None,
 }
-_BARE = "or export the bare model with --task feature-extraction"
+_BARE = "export the bare model with --task feature-extraction"
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,12 @@ def read_encoder_settings(fetch: Fetch) -> EncoderSettings:
     path, settings = read_settings_of(fetch)
     for name, known in _FIXED.items():
         if settings.get(name) and settings[name] != known:
-            raise ExportError(f"{path}: lfx knows no {name} but {known!r}; save the model without it, {_BARE}")
+            raise ExportError(f"{path}: lfx knows no {name} but {known!r}; save the model without it, or {_BARE}")
     modality = settings.get("modality_config")
     if modality is not None:
         text = modality.get("text") if isinstance(modality, dict) else None
         if text != {"method": "forward", "method_output_name": "last_hidden_state"}:
-            raise ExportError(f"{path}: modality_config pools another output than last_hidden_state; {_BARE[3:]}")
+            raise ExportError(f"{path}: modality_config pools another output than last_hidden_state; {_BARE}")
     limit = settings.get("max_seq_length")
     if limit is not None:
         limit = whole_number(limit, f"{path}: max_seq_length", 1, error=ExportError)
@@ -133,10 +134,10 @@ def add_pooling(longformer: nn.Module, fetch: Fetch, model: str, pooling: str | 
         raise ExportError(f"{model} has no pooling of sentence-transformers; choose one, such as --pooling mean")
     modules = read_modules(path)
     if class_name(modules[1]) != "Pooling" or any(class_name(module) == "Pooling" for module in modules[2:]):
-        raise ExportError(f"{path}: a Pooling must follow the Transformer, and there must be one; {_BARE[3:]}")
-    hidden: Any = longformer.config
-    modes = _read_pooling(fetch, modules[1]["path"], hidden.hidden_size)
-    size, added = hidden.hidden_size * len(modes), []
+        raise ExportError(f"{path}: a Pooling must follow the Transformer, and there must be one; {_BARE}")
+    config: Any = longformer.config
+    modes = _read_pooling(fetch, modules[1]["path"], config.hidden_size)
+    size, added = config.hidden_size * len(modes), []
     for module in modules[2:]:
         made, size = _read_module(fetch, class_name(module), module["path"], size)
         if made is not None:
@@ -156,23 +157,25 @@ def _read_pooling(fetch: Fetch, name: str, hidden_size: int) -> tuple[str, ...]:
     if not flag(settings.get("include_prompt", True), f"{path}: include_prompt", ExportError):
         raise ExportError(
             f"{path}: include_prompt is false, so the tokens of a prompt are not pooled; a graph does not know which "
-            f"these are: pool them too, {_BARE}"
+            f"these are: pool them too, or {_BARE}"
         )
     modes = settings.get("pooling_mode")
     if modes is None:
         modes = [mode for key, mode in _FLAGS.items() if flag(settings.get(key, False), f"{path}: {key}", ExportError)]
         return tuple(modes) or ("mean",)
     modes = [modes] if isinstance(modes, str) else modes
-    if not isinstance(modes, list) or not all(isinstance(mode, str) for mode in modes):
-        raise ExportError(f"{path}: pooling_mode is neither a name nor a list of names; save the model again")
+    if not isinstance(modes, list) or len(modes) > len(POOLINGS) or not all(isinstance(mode, str) for mode in modes):
+        raise ExportError(
+            f"{path}: pooling_mode is no name, and no list of up to {len(POOLINGS)}; save the model again"
+        )
     return tuple(modes)
 
 
-def _read_module(fetch: Fetch, kind: str, name: str, size: int) -> tuple[nn.Module | None, int]:
+def _read_module(fetch: Fetch, module_class: str, name: str, size: int) -> tuple[nn.Module | None, int]:
     """Read the module in the folder `name`.
 
     Args:
-        kind: its class.
+        module_class: of sentence-transformers.
         size: number of values of the vector that it gets.
     Returns:
         The module, None for one that does nothing; and the number of values that it gives.
@@ -182,14 +185,14 @@ def _read_module(fetch: Fetch, kind: str, name: str, size: int) -> tuple[nn.Modu
     for key in ("module_input_name", "module_output_name"):
         if settings.get(key) not in (None, "sentence_embedding"):
             raise ExportError(
-                f"{path}: {key} is {str(settings[key])[:80]!r}, and lfx knows sentence_embedding alone; {_BARE[3:]}"
+                f"{path}: {key} is {str(settings[key])[:80]!r}, and lfx knows sentence_embedding alone; {_BARE}"
             )
-    if kind == "Normalize":
+    if module_class == "Normalize":
         return Normalize(), size
-    if kind == "Dropout":
+    if module_class == "Dropout":
         return None, size
     weights = _load_weights(fetch, name)
-    if kind == "LayerNorm":
+    if module_class == "LayerNorm":
         return _with_weights(nn.LayerNorm(size), weights, "norm", name), size
     return _read_dense(settings, path, weights, name, size)
 

@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
+from torch import nn
 
-from lfx.export import export, use_loop_attention
+from lfx.export import LoopSelfAttention, export, use_loop_attention
 from lfx.export.expose_layers import expose_layers
 from lfx.export.validate import compare_engine
 from lfx.parity import Case, Report, full_cases, quick_cases
 from lfx.runtime import Engine
 from tests.export.test_loop_attention import VARIABLE_GLOBALS
-from tests.models import tiny_model
+from tests.models import tiny_config, tiny_model
 from tests.parity.test_tasks import LARGEST_FP32_ERROR
 
 BY_HEAD = [[1, 2, 2, 4], [3, 1, 3, 1]]  # heads that lie together, and heads that alternate
@@ -111,6 +113,33 @@ def test_each_layer_is_compared_whole(bundles: Any, pattern: str, tmp_path: Path
     assert not report.failures()
     assert {"attention_0", "attention_1"} <= report.outputs.keys()
     assert "attention_2" not in report.outputs
+
+
+class Siamese(nn.Module):
+    """Two self-attention layers whose contexts the module itself joins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = tiny_config(attention_dilation=[[1, 2], 3], attention_window=[8, 8])
+        self.embedding = nn.Embedding(50, 32)
+        self.layers = nn.ModuleList([LoopSelfAttention(config, i) for i in range(2)])
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        states, mask = self.embedding(input_ids), attention_mask - 1.0
+        return torch.cat([layer(states, attention_mask=mask)[0] for layer in self.layers], dim=-1)
+
+
+def test_layers_that_a_module_joins_are_compared_each(tmp_path: Path) -> None:
+    module = Siamese().eval()
+    bundle = export(module, tmp_path / "bundle")
+    with Engine(bundle) as engine:
+        signature = engine.signature
+    (tmp_path / "exposed").mkdir()
+    with Engine(expose_layers(bundle, signature, tmp_path / "exposed")) as engine:
+        report = compare_engine(engine, module, quick_cases, lambda step: None, by_layer=True)
+    assert not report.failures()
+    assert list(report.outputs) == ["attention_0", "attention_1", "output"]
 
 
 @EACH

@@ -148,9 +148,10 @@ def test_the_default_prompt_is_put_before_each_text_unless_another_is_given(engi
 @pytest.mark.parametrize("settings", [{"default_prompt_name": "none"}, {"default_prompt_name": 5}, {"prompts": 5}, []])
 def test_a_broken_prompt_is_an_artifact_error(settings: Any, prompted: Path) -> None:
     settings = settings and {"prompts": {"a": 5}, "default_prompt_name": "a", **settings}
-    (prompted / PROMPTS).write_text(json.dumps(settings))
-    with Engine(prompted) as engine, pytest.raises(ArtifactError, match="was changed after the export"):
-        engine.embed(TEXTS)
+    with Engine(prompted) as engine:
+        (prompted / PROMPTS).write_text(json.dumps(settings))
+        with pytest.raises(ArtifactError, match="was changed after the export"):
+            engine.embed(TEXTS)
     Manifest.read(prompted).write(prompted)
     with Engine(prompted) as engine, pytest.raises(ArtifactError, match=PROMPTS):
         engine.embed(TEXTS)

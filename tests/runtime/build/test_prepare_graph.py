@@ -16,12 +16,14 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from lfx.errors import ArtifactError, BuildError
 from lfx.export import export
+from lfx.export.pooling import Dense, LongformerForSentenceEmbedding, Normalize
 from lfx.manifest import MODEL, Manifest
 from lfx.parity import full_cases
 from lfx.runtime import Engine
 from lfx.runtime.build import prepare_graph as freeze
 from lfx.runtime.build.check_graph import check_conversion
 from lfx.runtime.runner import engine_runner, model_inputs
+from lfx.signature import POOLINGS
 from tests.conftest import MakeBundle
 from tests.models import tiny_model
 
@@ -80,6 +82,29 @@ def test_a_graph_of_constant_slots_is_not_changed(options: dict[str, Any], bundl
     before = _ops(model)
     freeze.freeze_slots(model, 4)
     assert _ops(model) == before
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_pooling_and_norm_stay_in_float32(precision: str, tmp_path: Path) -> None:
+    modules = [Dense(32 * len(POOLINGS), 8, torch.nn.Tanh()), Normalize()]
+    bundle = export(LongformerForSentenceEmbedding(tiny_model(), POOLINGS, modules), tmp_path / "b")
+    model = _load(bundle)
+    freeze.freeze_slots(model, 4)
+    freeze.convert(model, precision)
+    path = _save(model, tmp_path)
+    onnx.checker.check_model(path, full_check=True)
+    dtype = freeze.DTYPES[precision][0]
+    for node in (node for node in model.graph if node.op_type != "Cast"):
+        dtypes = {value.dtype for value in (*node.inputs, *node.outputs) if value is not None}
+        if str(node.name).startswith(("pooling/", "normalize_")):
+            assert dtype not in dtypes, node.name
+        if str(node.name).startswith("dense_"):
+            assert ir.DataType.FLOAT not in dtypes, node.name
+    backend = "openvino" if precision == "bf16" else "onnxruntime"
+    with Engine(bundle) as original, Engine(path, backend) as converted:
+        vectors = [engine.run([[5, 6, 7, 8, 9, 10]])["sentence_embedding"] for engine in (original, converted)]
+        np.testing.assert_allclose(*vectors, atol=0.05)
+        assert abs(np.linalg.norm(vectors[1]) - 1) < 1e-5
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
