@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def read_encoder(model: str) -> Encoder:
     path = config_file(fetch, model)
     data = read_object(path)
     if is_original(data):
-        raise ExportError(f"{model} is a Longformer of the original code already; use: lfx export --model {model}")
+        command = f"lfx export --model {shlex.quote(model)}"
+        raise ExportError(f"{model} is a Longformer of the original code already; use: {command}")
     family = _family(data.get("model_type"), model)
     refuse_other_weights(data, path, model)
     config_class = getattr(transformers, f"{family.prefix}Config")

@@ -115,11 +115,12 @@ class LoopSelfAttention(hf.LongformerSelfAttention):  # type: ignore[misc]
         keys, values, visible = pad(key), pad(value), pad(local)
         columns = [slice(before + offset, before + offset + seqlen) for offset in offsets]
         wide = torch.promote_types(query.dtype, torch.float32)  # of sums, as in a matrix product
+        hidden_score = torch.finfo(query.dtype).min  # finite: a masked query sees no key, and has no NaN gradients
         slot_keys, slot_values, used = slots
         scores = torch.einsum("bshd,bghd->bshg", query.to(wide), slot_keys.to(wide))
-        scores = scores.masked_fill(~used[:, None, None, :], torch.finfo(wide).min)
+        scores = scores.masked_fill(~used[:, None, None, :], hidden_score)
         local_scores = [
-            (query.to(wide) * keys[:, at].to(wide)).sum(-1).masked_fill(~visible[:, at, None], torch.finfo(wide).min)
+            (query.to(wide) * keys[:, at].to(wide)).sum(-1).masked_fill(~visible[:, at, None], hidden_score)
             for at in columns
         ]
         scores = torch.cat([scores, torch.stack(local_scores, dim=-1)], dim=-1).to(query.dtype)  # (B, S, h, G + keys)

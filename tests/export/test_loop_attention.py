@@ -118,6 +118,17 @@ def test_gradients_are_those_of_dense_attention() -> None:
     assert torch.autograd.gradcheck(run, (hidden, *parameters), fast_mode=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_padding_gives_no_gradient_that_is_not_a_number(dtype: torch.dtype) -> None:
+    model = looped(attention_dilation=[1, [2, 1, 2, 1]], autoregressive=True).to(dtype)
+    ids, mask = torch.arange(80).reshape(2, 40) % 50 + 3, torch.ones(2, 40, dtype=torch.int64)
+    mask[0, :20], mask[1] = 0, 0
+    model(ids, mask).last_hidden_state[0, 20:].float().square().sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
 def test_a_causal_token_does_not_depend_on_later_ones() -> None:
     model = looped(attention_dilation=[1, [2, 1, 2, 1]], autoregressive=True)
     ids = torch.arange(60)[None] % 50 + 3
