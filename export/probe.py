@@ -31,6 +31,7 @@ _TOKENWISE_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.Modu
 _MODULES = (hf.__name__, unpadded.__name__, loop_attention.__name__)  # of the Longformers' classes
 _SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask", "unk")  # special tokens whose ids a config may have
 _LONG = 4096  # longest sequence, in tokens, that is tried
+_GIVE_MAX_SEQLEN = "give max_seqlen, the longest sequence that the model takes"
 _FEWEST_IDS = 8  # ids that are tried if the size of the vocabulary is not known
 _ROWS = 5  # of the batch whose rows are compared with each alone
 Int64 = NDArray[np.int64]
@@ -112,7 +113,19 @@ def _trials(module: nn.Module, signature: Signature) -> Iterator[tuple[dict[str,
         for inputs in _padded_inputs(module, signature):
             yield inputs, all_layers
     for ids in _vocabulary_ids(module, signature):
-        yield {"input_ids": ids, "attention_mask": np.ones_like(ids)}, first_layer
+        yield {"input_ids": ids, "attention_mask": np.ones_like(ids)}, _naming_max_seqlen(first_layer)
+
+
+def _naming_max_seqlen(record: GlobalTokensRunner) -> GlobalTokensRunner:
+    """Add to the errors of a run on a long sequence that max_seqlen may be too large."""
+
+    def run(inputs: Mapping[str, Int64]) -> list[NDArray[np.bool_]]:
+        try:
+            return record(inputs)
+        except ExportError as error:
+            raise ExportError(f"{error}; {_GIVE_MAX_SEQLEN}") from error
+
+    return run
 
 
 def _padded_inputs(module: nn.Module, signature: Signature) -> Iterator[dict[str, Int64]]:
@@ -352,7 +365,7 @@ def check_long(module: nn.Module, signature: Signature) -> None:
             inputs = model_inputs(Case(1, longest), signature)
             global_tokens_runner(module, names, first_layer=True)(inputs)
     except ExportError as error:
-        raise ExportError(f"{error}; give max_seqlen, the longest sequence that the model takes") from error
+        raise ExportError(f"{error}; {_GIVE_MAX_SEQLEN}") from error
 
 
 def granularity(module: nn.Module) -> int:
