@@ -68,14 +68,16 @@ class Checkpoint:
         return self.weights[0].suffix == ".safetensors"
 
 
-def find(model: str) -> Checkpoint:
+def find(model: str, fetch: Fetch | None = None) -> Checkpoint:
     """Find and check the files of a checkpoint; the files of a hub id are downloaded.
 
+    Args:
+        fetch: from `fetcher`, which takes all files of a hub id from one commit. Default: a new one.
     Raises:
         ExportError: the checkpoint does not exist, is not a Longformer, or has a file that is broken, names code, or
             names a file of another folder.
     """
-    fetch = fetcher(model)
+    fetch = fetch if fetch is not None else fetcher(model)
     path = config_file(fetch, model)
     settings = read_settings(path, model)
     return Checkpoint(model, path.parent, settings, weight_files(fetch, model, path, longformer_size(settings)))

@@ -119,9 +119,10 @@ def export(
         task = _task_of_module(module, task)
     else:
         progress("loading the checkpoint")
-        module, task = load(source, task, pooling)
-        follow = task == SENTENCE_EMBEDDING and pooling is None
-        tokenizer, max_seqlen = _load_texts(source, module, tokenizer, max_seqlen, follow=follow)
+        fetch = fetcher(source)
+        module, task = load(source, task, pooling, fetch)
+        settings = read_encoder_settings(fetch) if task == SENTENCE_EMBEDDING and pooling is None else None
+        tokenizer, max_seqlen = _load_texts(source, module, tokenizer, max_seqlen, settings)
     _check_module(module, source)
     _check_global_option(module, global_attention, max_global)
     check_weights(module)
@@ -158,7 +159,7 @@ def export(
         write_config(getattr(module, "config", None), folder)
         write_tokenizer(tokenizer, folder)
         if source_type != "module":
-            copy_settings(fetcher(source), folder)
+            copy_settings(fetch, folder)
         Manifest(
             signature=signature,
             opset=opset,
@@ -228,17 +229,16 @@ def _with_pooling(module: nn.Module, pooling: str) -> nn.Module:
 
 
 def _load_texts(
-    source: str, module: nn.Module, tokenizer: Any, max_seqlen: int | None, *, follow: bool
+    source: str, module: nn.Module, tokenizer: Any, max_seqlen: int | None, settings: EncoderSettings | None
 ) -> tuple[Any, int | None]:
     """Return the tokenizer and the longest sequence: the caller's, or those of the checkpoint.
 
     Args:
-        follow: whether to follow the settings of sentence-transformers.
+        settings: of sentence-transformers, which are followed; None = there are none.
     """
-    settings = read_encoder_settings(fetcher(source)) if follow else EncoderSettings()
     if tokenizer is None:
-        tokenizer = load_tokenizer(source, lower_case=settings.lower_case)
-    if max_seqlen is None and follow:
+        tokenizer = load_tokenizer(source, lower_case=settings is not None and settings.lower_case)
+    if max_seqlen is None and settings is not None:
         max_seqlen = _longest_text(settings, module, tokenizer)
     return tokenizer, max_seqlen
 

@@ -52,7 +52,9 @@ def quiet() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def load(model: str, task: str = "auto", pooling: str | None = None) -> tuple[nn.Module, str]:
+def load(
+    model: str, task: str = "auto", pooling: str | None = None, fetch: checkpoint.Fetch | None = None
+) -> tuple[nn.Module, str]:
     """Load a Longformer checkpoint in float32, in eval mode, without running its code: see `lfx.export.checkpoint`.
 
     Args:
@@ -60,6 +62,7 @@ def load(model: str, task: str = "auto", pooling: str | None = None) -> tuple[nn
         task: one of `lfx.signature.TASKS`; "auto" takes it from the architecture in the config, and is
             sentence-embedding for a folder of sentence-transformers with a pooling, or with the argument `pooling`.
         pooling: one of `lfx.signature.POOLINGS`, for sentence embeddings of a checkpoint without a pooling.
+        fetch: of the checkpoint, from `lfx.export.checkpoint.fetcher`. Default: a new one.
     Returns:
         The model and the name of its task. The pooler is None if the checkpoint has no weights for it. A model with
         dilation or causal windows has `lfx.export.loop_attention`.
@@ -70,7 +73,8 @@ def load(model: str, task: str = "auto", pooling: str | None = None) -> tuple[nn
     one_of(task, "task", ("auto", *TASKS), ExportError)
     check_pooling(pooling, task)
     with quiet():
-        files, fetch = checkpoint.find(model), checkpoint.fetcher(model)
+        fetch = fetch if fetch is not None else checkpoint.fetcher(model)
+        files = checkpoint.find(model, fetch)
         if task == "auto":
             task = SENTENCE_EMBEDDING if pooling is not None or has_pooling(fetch) else _task_of(files)
         try:
