@@ -14,7 +14,7 @@ import transformers
 
 from lfx.errors import ArtifactError
 from lfx.manifest import FORMAT_VERSION, MANIFEST, MODEL, WEIGHTS, Manifest, sealed, sha256
-from lfx.signature import GRAPH_INPUTS, TASKS, Signature, TensorSpec
+from lfx.signature import GRAPH_INPUTS, SENTENCE_EMBEDDING, TASKS, Signature, TensorSpec
 
 SIGNATURE = Signature(
     architecture="LongformerForQuestionAnswering",
@@ -69,7 +69,7 @@ def edit(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [task for task in TASKS if task != SENTENCE_EMBEDDING])  # its class is lfx's own
 def test_tasks_name_the_classes_of_transformers(task: str) -> None:
     auto_class = getattr(transformers, TASKS[task].auto_class)
     model_class = auto_class._model_mapping[transformers.LongformerConfig]

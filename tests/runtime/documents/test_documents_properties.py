@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -96,17 +97,23 @@ def test_parquet_gives_the_rows_of_jsonl(engine: Engine, tokenizer: Tokenizer, v
             assert other["id"] == row["id"]
 
 
-@given(st.binary(max_size=300), st.integers(0, 2))
+@given(st.binary(max_size=300), st.integers(0, 2), st.booleans())
 def test_a_journal_of_any_bytes_changes_no_result(
-    engine: Engine, tokenizer: Tokenizer, junk: bytes, whole_lines: int
+    engine: Engine, tokenizer: Tokenizer, junk: bytes, whole_lines: int, has_header: bool
 ) -> None:
     content = [b'{"input_ids": [5, 6]}', b'{"input_ids": [7]}']
     expected = run_lines(engine, tokenizer, content, None)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "in.jsonl").write_bytes(b"".join(line + b"\n" for line in content))
-        (folder / ".out.jsonl.partial").write_bytes(b'{"input": "x"}\n' * whole_lines + junk)
-        run_documents(engine, tokenizer, folder / "in.jsonl", folder / "out.jsonl")
+        journal = b'{"journal": 2, "input": "x"}\n' * has_header + b'{"input": "x"}\n' * whole_lines + junk
+        (folder / ".out.jsonl.partial").write_bytes(journal)
+        try:
+            run_documents(engine, tokenizer, folder / "in.jsonl", folder / "out.jsonl")
+        except InputError as error:  # it is no journal, or another run's
+            assert re.search("is no journal of lfx|has finished documents of a run with another", str(error))
+            assert (folder / ".out.jsonl.partial").read_bytes() == journal
+            return
         assert [parse_json(line) for line in (folder / "out.jsonl").read_bytes().splitlines()] == expected
 
 
