@@ -167,10 +167,10 @@ def _short_length(module: nn.Module, signature: Signature) -> int:
     return min(step * -(-12 // step), signature.max_seqlen or 12 * step)
 
 
-def longest_trial(module: nn.Module, signature: Signature) -> int:
-    """Return the longest sequence that the module takes, of at most 4,096 tokens; 0 if there is none."""
+def longest_trial(module: nn.Module, signature: Signature, limit: int = _LONG) -> int:
+    """Return the longest sequence that the module takes, of at most `limit` tokens; 0 if there is none."""
     step = granularity(module)
-    return min(signature.max_seqlen or _LONG, _LONG) // step * step
+    return min(signature.max_seqlen or limit, limit) // step * step
 
 
 def _trial_ids(module: nn.Module, signature: Signature) -> Iterator[Int64]:
@@ -358,7 +358,7 @@ def check_long(module: nn.Module, signature: Signature) -> None:
     length, names = longest_trial(module, signature), forward_inputs(module)
     if is_unchanged(module) or length == 0:
         return
-    longest = (signature.max_seqlen or length) // granularity(module) * granularity(module)
+    longest = longest_trial(module, signature, signature.max_seqlen or _LONG)
     try:
         torch_runner(module, "fp32", names)(model_inputs(Case(1, length), signature))
         if longest > length:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -118,8 +118,10 @@ class Tokenizer:
         self.config_folder = self.folder
         if config_folder is not None:
             self.config_folder = file_path(config_folder, "config_folder", ArtifactError)
+        listed = None if unlisted else _listed_files(self.folder)
+        listed_configs = listed if config_folder is None else _listed_files(self.config_folder)
         path = self.folder / TOKENIZER
-        data = _read_listed(path, unlisted=unlisted)
+        data = _read_listed(path, listed)
         if data is None:
             raise ArtifactError(
                 f"{self.folder} has no {TOKENIZER}, since its checkpoint had no tokenizer; give ids to Engine.run "
@@ -131,13 +133,13 @@ class Tokenizer:
             self._tokenizer.no_padding()
             if getattr(self._tokenizer.model, "dropout", None):  # it would give a text other ids at each call
                 self._tokenizer.model.dropout = None
-        config = _read_listed(self.config_folder / CONFIG, unlisted=unlisted and config_folder is None)
-        tokenizer_config = _read_listed(self.folder / TOKENIZER_CONFIG, unlisted=unlisted)
+        config = _read_listed(self.config_folder / CONFIG, listed_configs)
+        tokenizer_config = _read_listed(self.folder / TOKENIZER_CONFIG, listed)
         self._tokenizer.encode_special_tokens = _splits_special_tokens(tokenizer_config, self.folder / TOKENIZER_CONFIG)
         self.prompt, files = "", [data, config, tokenizer_config]
         if signature.task == SENTENCE_EMBEDDING:
             path = self.config_folder / PROMPTS
-            files.append(_read_listed(path, unlisted=unlisted and config_folder is None))
+            files.append(_read_listed(path, listed_configs))
             self.prompt = _default_prompt(files[-1], path)
         self.sha256 = _digest(*files)
         self.signature = signature
@@ -244,17 +246,22 @@ class Tokenizer:
         return index
 
 
-def _read_listed(path: Path, *, unlisted: bool) -> bytes | None:
-    """`read_file`, and if the folder is a bundle, compare the content with its manifest.
+def _listed_files(folder: Path) -> Mapping[str, Any] | None:
+    """The files that a bundle's manifest lists; None if the folder is no bundle."""
+    return Manifest.read(folder).files if os.path.lexists(folder / MANIFEST) else None
+
+
+def _read_listed(path: Path, listed: Mapping[str, Any] | None) -> bytes | None:
+    """`read_file`, and compare the content with the entry of a manifest.
 
     Args:
-        unlisted: whether to read the file whatever the manifest says.
+        listed: the files of the manifest; None = the file is read as it is.
     Raises:
         ArtifactError: the manifest does not list the file, or the file was changed after the export.
     """
-    if unlisted or not os.path.lexists(path.parent / MANIFEST):
+    if listed is None:
         return read_file(path)
-    entry = Manifest.read(path.parent).files.get(path.name)
+    entry = listed.get(path.name)
     if entry is None and os.path.lexists(path):
         raise ArtifactError(
             f"{path} is not listed in {MANIFEST}, so its content cannot be checked; remove it, or name the folder "
