@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from lfx.cli.engine import OpenEngine
     from lfx.runtime import Engine
-    from lfx.runtime.tokenizer import Tokenizer
 
 
 @click.command("run", cls=Command)
@@ -120,11 +119,12 @@ def run_text(
     import numpy as np
 
     from lfx.runtime.postprocess import Postprocessor
+    from lfx.runtime.tokenizer import open_tokenizer
 
     if output is not None:
         output_file(output, "--output")
     text = text if text is not None else _read_text(file)
-    reader = _open_tokenizer(model, engine, tokenizer)
+    reader = open_tokenizer(model, engine.manifest, engine.signature, tokenizer)
     choices = engine.signature.has_choices
     if len(pair) > 1 and not choices:
         raise InputError(f"{engine.signature.task} takes one --pair, but {len(pair)} are given; leave the others out")
@@ -182,11 +182,11 @@ def run_documents(
         InputError: documents were refused; raised after the others are done.
     """
     from lfx.runtime import documents
-    from lfx.runtime.tokenizer import TOKENIZER, text_folder
+    from lfx.runtime.tokenizer import TOKENIZER, open_tokenizer, text_folder
 
     reader = None
     if tokenizer or (text_folder(model, engine.manifest) / TOKENIZER).exists():
-        reader = _open_tokenizer(model, engine, tokenizer)
+        reader = open_tokenizer(model, engine.manifest, engine.signature, tokenizer)
     start = time.perf_counter()
     try:
         with progress() as step:
@@ -212,18 +212,6 @@ def run_documents(
         echo(f"{done.tokens:,} tokens in {seconds:.1f} s, {done.tokens / seconds:,.0f} tokens/s")
     if done.refused:
         raise InputError(f"{done.refused} of {done.documents} documents were refused; {output} says which and why")
-
-
-def _open_tokenizer(model: Path, engine: Engine, asked: Path | None) -> Tokenizer:
-    """Return the tokenizer of the folder `asked`, else of the model; labels are those of the model's config, if any."""
-    from lfx.runtime.tokenizer import CONFIG, Tokenizer, text_folder
-
-    folder = text_folder(model, engine.manifest)
-    if asked is None:
-        return Tokenizer(folder, engine.signature)
-    has_config = (folder / CONFIG).exists() and folder.resolve() != asked.resolve()
-    config_folder = folder if has_config else None
-    return Tokenizer(asked, engine.signature, unlisted=True, config_folder=config_folder)
 
 
 def _pair_help(choices: bool) -> str:
