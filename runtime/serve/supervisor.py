@@ -1,8 +1,8 @@
 """Runs several worker processes, which share one listening socket.
 
 A connection that no worker has taken yet waits in the socket, and so survives the end of a worker. The supervisor
-starts a new worker for one that was killed. The first worker takes connections while it opens the models, so that /health can
-say so; the others, and those that replace one, take them when their models are ready.
+starts a new worker for one that was killed. The first worker takes connections while it opens the models, so that
+/health can say so; the others, and those that replace one, take them when their models are ready.
 """
 
 from __future__ import annotations

@@ -27,9 +27,12 @@ def main() -> int:
         except (OSError, ValueError):
             pass  # the supervisor has ended
 
-    line = sys.stdin.buffer.readline()
-    if not line:
-        return 1
+    line = b""
+    while not line.endswith(b"\n"):
+        part = os.read(0, 65_536)  # not sys.stdin, which a thread that waits in it blocks at the end of the process
+        if not part:
+            return 1
+        line += part
     given = json.loads(line)
     threading.Thread(target=_end_with_supervisor, daemon=True).start()
     try:
@@ -55,7 +58,7 @@ def main() -> int:
 
 def _end_with_supervisor() -> None:
     """Stop when stdin ends: the supervisor has ended, perhaps by SIGKILL."""
-    while sys.stdin.buffer.read(1):
+    while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 
