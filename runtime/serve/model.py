@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.errors import InputError, LengthError
+from lfx.errors import ArtifactError, InputError, LengthError
 from lfx.runtime import Batcher, Engine
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.engine import Outputs
@@ -196,11 +196,17 @@ class ServedModel:
         """The answers of the task: see `Postprocessor.answers`. An answer to a question has its place in the text too.
 
         Empty for a model without a tokenizer.
+
+        Raises:
+            ArtifactError: an answer has an id that the tokenizer does not have.
         """
         if self._postprocessor is None:
             return []
         arrays = {name: np.asarray(value) for name, value in outputs.items()}
-        answers = self._postprocessor.answers(prepared.encoded, arrays)
+        try:
+            answers = self._postprocessor.answers(prepared.encoded, arrays)
+        except InputError as error:  # the text is not the cause
+            raise ArtifactError(str(error)) from error
         if answers and (span := self._postprocessor.answer_range(prepared.encoded, arrays)) is not None:
             answers[0] |= {"start": span[0], "end": span[1]}
         return answers

@@ -90,6 +90,7 @@ class Server(uvicorn.Server):
         self._settings, self._report, self._early, self._workers = settings, report, early, workers
         self._when_ready: Callable[[], None] = lambda: None
         self._tasks: list[asyncio.Task[None]] = []
+        self._watchdog: threading.Timer | None = None
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
         config = uvicorn.Config(
             make_app(self.service, self.stats),
@@ -116,8 +117,12 @@ class Server(uvicorn.Server):
         """
         self._when_ready = when_ready
         _raise_file_limit()
-        self.run([sock])
-        self.service.close()
+        try:
+            self.run([sock])
+            self.service.close()
+        finally:
+            if self._watchdog is not None:
+                self._watchdog.cancel()
         if self.failure is not None:
             raise self.failure
 
@@ -206,9 +211,9 @@ class Server(uvicorn.Server):
         self.service.state = "stopping"
         self._report(f"stopping: {self.service.in_progress} texts are in progress")
         # A batch that is being computed cannot be cancelled, and the process must end.
-        watchdog = threading.Timer(self._settings.stop_seconds + _LAST_SECONDS, self._give_up)
-        watchdog.daemon = True
-        watchdog.start()
+        self._watchdog = threading.Timer(self._settings.stop_seconds + _LAST_SECONDS, self._give_up)
+        self._watchdog.daemon = True
+        self._watchdog.start()
 
     def _give_up(self) -> None:
         self._report(f"the batch in progress did not end within {self._settings.stop_seconds + _LAST_SECONDS:g} s")
