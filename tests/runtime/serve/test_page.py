@@ -55,7 +55,7 @@ def page(request: pytest.FixtureRequest, browser: Browser, server: Running) -> I
     opened.on("pageerror", lambda error: problems.append(str(error)))
     opened.on("dialog", lambda dialog: problems.append(dialog.message))
     opened.goto(server.address)
-    opened.wait_for_function("document.querySelectorAll('#model option').length > 0")
+    opened.wait_for_selector("#model option", state="attached")
     yield opened
     assert all(url.startswith((server.address, "data:")) for url in asked), asked
     expected = getattr(opened, "expected_problems", 0)
@@ -75,7 +75,7 @@ def use(page: Page, model: str, text: str, **fields: str) -> str:
         page.fill(f"#{name}", value)
     page.check("#truncate")
     page.click("#go")
-    page.wait_for_function("!document.querySelector('#go').disabled")
+    page.wait_for_selector("#go:not([disabled])")
     assert page.is_hidden("#error"), page.inner_text("#error")
     facts = page.inner_text("#facts")
     assert re.search(r"Latency\s+[\d,]+ ms", facts)
@@ -129,7 +129,7 @@ def test_a_key_is_asked_for(browser: Browser, bundle: MakeBundle) -> None:
         page.goto(server.address)
         page.fill("#key", "sesame")
         page.press("#key", "Tab")
-        page.wait_for_function("document.querySelectorAll('#model option').length > 0")
+        page.wait_for_selector("#model option", state="attached")
         assert "LABEL_" in use(page, "cls", "the fox")
         page.close()
 
