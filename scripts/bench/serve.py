@@ -4,8 +4,8 @@
     python -m scripts.bench.serve --clients 20 --seconds 5 --output /tmp/serve.jsonl
 
 The server and the clients are processes of their own. Each client has one connection, and asks again when it is
-answered. The documents are slices of the constitution, of log-normal length; the model is a small classifier with random
-weights. `Engine.run` gets all documents in one list, so that it can batch them best, before and after the clients:
+answered. The documents are slices of the constitution, of log-normal length; the model is a small random classifier.
+`Engine.run` gets all documents in one list, so that it can batch them best, before and after the clients:
 changes of the machine's speed affect both. Each answer is compared with that of a one-by-one run. The clients use the
 CPU too; their share of its time is in the record.
 """
