@@ -85,9 +85,9 @@ def measure(bundle: Path, texts: list[str], clients: int, seconds: float, thread
         ids = [reader.encode(text).ids for text in texts]
         expected = [np.asarray(engine.run(row)["logits"])[0].tolist() for row in ids]
         tokens = [len(row) for row in ids]
-        before = engine_rate(engine, ids, seconds / 3)
+        before, cpu_before = engine_rate(engine, ids, seconds / 3)
         under_load = load(bundle, texts, expected, tokens, clients, seconds, threads)
-        after = engine_rate(engine, ids, seconds / 3)
+        after, cpu_after = engine_rate(engine, ids, seconds / 3)
     bare = (before + after) / 2
     return {
         "shape": "4 layers, hidden 256, window 64",
@@ -98,19 +98,21 @@ def measure(bundle: Path, texts: list[str], clients: int, seconds: float, thread
         "shortest": min(tokens),
         "longest": max(tokens),
         "engine_tokens_per_second": {"before": before, "after": after},
+        "engine_tokens_per_cpu_second": (cpu_before + cpu_after) / 2,
         "share_of_engine": under_load["tokens_per_second"] / bare,
         **under_load,
     }
 
 
-def engine_rate(engine: Any, ids: list[list[int]], seconds: float) -> float:
-    """Tokens per second of `Engine.run` on all documents."""
+def engine_rate(engine: Any, ids: list[list[int]], seconds: float) -> tuple[float, float]:
+    """Tokens per second of `Engine.run` on all documents, and tokens per second of CPU time."""
     engine.run(ids)
-    start, count = time.perf_counter(), 0
+    start, cpu, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - start < seconds:
         engine.run(ids)
         count += 1
-    return count * sum(map(len, ids)) / (time.perf_counter() - start)
+    tokens = count * sum(map(len, ids))
+    return tokens / (time.perf_counter() - start), tokens / (time.process_time() - cpu)
 
 
 def load(
@@ -147,6 +149,7 @@ def load(
     return {
         "answered": len(latencies),
         "tokens_per_second": answered / counts["elapsed"],
+        "tokens_per_cpu_second": answered / server_cpu,
         "latency_ms": {
             name: float(np.percentile(latencies, share)) * 1000
             for name, share in (("p50", 50), ("p95", 95), ("p99", 99))

@@ -31,14 +31,17 @@ def test_every_operation_is_tried(server: Running) -> None:
     assert sorted(operation.ok().label for operation in schema.get_all_operations()) == OPERATIONS
 
 
-@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["right", "wrong"])
-@pytest.mark.parametrize("label", OPERATIONS)
+CASES = [
+    *(pytest.param(label, GenerationMode.POSITIVE, id=f"{label}-right") for label in OPERATIONS),
+    *(pytest.param(label, GenerationMode.NEGATIVE, id=f"{label}-wrong") for label in OPERATIONS if "POST" in label),
+]
+
+
+@pytest.mark.parametrize(("label", "mode"), CASES)
 def test_no_request_gets_a_server_error(label: str, mode: GenerationMode, server: Running) -> None:
     schema = schemathesis.openapi.from_url(f"{server.address}/openapi.json")
     method, path = label.split()
     operation = schema[path][method]
-    if mode is GenerationMode.NEGATIVE and not (operation.body or operation.path_parameters):
-        return  # it has nothing that could be wrong
 
     @settings(max_examples=25, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode))
