@@ -16,25 +16,22 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.checks import LARGEST, file_path, one_of, shown, whole_number
-from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
-from lfx.machine import int8_overflows
-from lfx.manifest import Manifest, sha256
+from lfx.checks import LARGEST, one_of, shown, whole_number
+from lfx.errors import ArtifactError, InputError, LfxError
+from lfx.manifest import sha256
 from lfx.runtime import backends, forks
-from lfx.runtime.artifact import open_artifact
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.embedding import SENTENCE_OUTPUT, check_task, embedding_size, encode_texts
 from lfx.runtime.inputs import Feeds, prepare, prepare_each, seqlen_of, stack
+from lfx.runtime.loading import load_model
 from lfx.runtime.metrics import Metrics
-from lfx.runtime.plan import SUFFIX, PlanManifest
 from lfx.runtime.ragged import Row, run_rows
 from lfx.runtime.tokenizer import Tokenizer, text_folder
-from lfx.signature import QUANTIZED, Signature
+from lfx.signature import Signature
 
 MAX_THREADS = 1024
 # Number of sequences that `Engine.stream` reads and sorts by length at a time.
 AHEAD = 256
-PRECISIONS = ("fp32", "bf16")
 ON_ERROR = ("raise", "return")
 Outputs = dict[str, NDArray[Any] | list[NDArray[Any]]]
 
@@ -84,27 +81,17 @@ class Engine:
         if threads is not None:
             threads = whole_number(threads, "threads", 1, MAX_THREADS)
         self.token_budget = whole_number(token_budget, "token_budget", low=1)
-        one_of(backend, "backend", ("auto", *backends.BACKENDS, "tensorrt"), DependencyError)
-        one_of(provider, "provider", backends.PROVIDERS, DependencyError)
-        if precision is not None:
-            one_of(precision, "precision", PRECISIONS, DependencyError)
-        model = _checked_path(path)
         self.threads = threads
         self.metrics = Metrics()
         self._forked = False
         self._tokenizer: Tokenizer | None = None
-        self.manifest: Manifest | PlanManifest | None = None
-        is_plan = model.suffix == SUFFIX and not model.is_dir()
-        load = self._load_plan if is_plan else self._load_onnx
-        self._backend: backends.Backend | None = load(model, backend, provider, threads, precision)
-        self.backend = self._backend.name
-        declared = ([s.name for s in self.signature.inputs], [s.name for s in self.signature.outputs])
-        if (sorted(self._backend.input_names), self._backend.output_names) != (sorted(declared[0]), declared[1]):
-            raise ArtifactError(f"{model} has other inputs or outputs than its manifest; export it again")
-        if "input_ids" not in declared[0]:
-            raise ArtifactError(f"{model} has no input input_ids; export it again")
+        model = load_model(path, backend, provider, threads, precision)
+        self.manifest, self.signature = model.manifest, model.signature
+        self._files = tuple(model.artifact.files.values()) if model.artifact is not None else ()
+        self._backend: backends.Backend | None = model.backend
+        self.backend = model.backend.name
         self.precision = precision or self.signature.precision
-        self._path = model.absolute()
+        self._path = model.path.absolute()
         self._reopen = functools.partial(
             type(self),
             self._path,
@@ -115,41 +102,6 @@ class Engine:
             token_budget=self.token_budget,
         )
         forks.watch(self)
-
-    def _load_plan(
-        self, plan: Path, backend: str, provider: str, threads: int | None, precision: str | None
-    ) -> backends.Backend:
-        """Check a plan and its options, and load it into TensorRT."""
-        if precision is not None:
-            raise DependencyError(f"{plan} is a plan, whose precision is fixed; leave precision out")
-        if threads is not None:
-            raise DependencyError(f"{plan} is a plan, which runs on the GPU; leave threads out")
-        if backend not in ("auto", "tensorrt") or provider != "cpu":
-            option = f"backend {backend!r}" if backend not in ("auto", "tensorrt") else f"provider {provider!r}"
-            raise DependencyError(
-                f"{option} cannot run {plan}: a plan runs on TensorRT; leave backend and provider out"
-            )
-        self.manifest = PlanManifest.read(plan)
-        self.manifest.verify(plan)
-        self.signature = self.manifest.signature
-        from lfx.runtime.backends.tensorrt import TensorRt
-
-        return TensorRt(plan, self.manifest)
-
-    def _load_onnx(
-        self, path: Path, backend: str, provider: str, threads: int | None, precision: str | None
-    ) -> backends.Backend:
-        """Check a bundle or an ONNX file, choose the backend for "auto", and load the model into it."""
-        self._artifact = open_artifact(path)
-        self.manifest, self.signature = self._artifact.manifest, self._artifact.signature
-        _check_weight_bits(path, self.signature, provider)
-        stored = self.signature.precision
-        if backend == "auto" and (precision is not None or (stored == "bf16" and provider == "cpu")):
-            backend = "openvino"  # the only one with a choice of precision, and with all bf16 kernels on the CPU
-        backend = "onnxruntime" if backend == "auto" else backend
-        # The reference backend is the onnx package, which refuses files with more than one hard link.
-        with self._artifact.plain_files(unshared=backend == "reference") as model:
-            return backends.load(model, backend, provider, threads, precision, stored)
 
     @overload
     def run(
@@ -278,7 +230,7 @@ class Engine:
         """Digest of the model: its manifest's, or those of a single ONNX file and of its weight files."""
         if self.manifest is not None:
             return str(self.manifest.to_dict()["manifest_sha256"])
-        return " ".join(sha256(file) for file in self._artifact.files.values())
+        return " ".join(sha256(file) for file in self._files)
 
     def supports_shape(self, batch: int, seqlen: int) -> bool:
         """Whether the Engine can run a batch of this shape: within the model's limits and, for a plan, in a profile."""
@@ -452,15 +404,6 @@ class Engine:
         self.close()
 
 
-def _check_weight_bits(path: Path, signature: Signature, provider: str) -> None:
-    """Raise DependencyError if this CPU overflows on the model's int8 weights."""
-    if signature.precision == QUANTIZED and signature.weight_bits != 7 and provider == "cpu" and int8_overflows():
-        raise DependencyError(
-            f"{path} has int8 weights of 8 bits, which overflow on this CPU without VNNI; quantize it again without "
-            "--full-range"
-        )
-
-
 def _check_outputs(outputs: Mapping[str, Any], signature: Signature, batch: int) -> None:
     """Raise ArtifactError for an output of a batch that has another form than the signature says."""
     for spec in signature.outputs:
@@ -472,14 +415,6 @@ def _check_outputs(outputs: Mapping[str, Any], signature: Signature, batch: int)
                 f"output {spec.name} of a batch of {batch} has {shape} where the model's signature says "
                 f"({', '.join(map(str, spec.shape))}); export the model again"
             )
-
-
-def _checked_path(path: Any) -> Path:
-    if not isinstance(path, str | Path):
-        raise InputError(f"path is {type(path).__name__}; give the path of a bundle, an .onnx file or a plan")
-    if path == "":
-        raise ArtifactError("path is empty; give the path of a bundle, made with: lfx export")
-    return file_path(path, "path", ArtifactError)
 
 
 def _checked_shapes(shapes: Any, longest: int | None) -> list[tuple[int, int]]:
