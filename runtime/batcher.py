@@ -208,6 +208,11 @@ class Batcher:
             raise
         return request.future
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes requests: it was not closed, no worker died, and it was made in this process."""
+        return not self._closed
+
     async def run(self, ids: Any, attention_mask: Any = None, global_attention_mask: Any = None) -> Outputs:
         """`submit` for asyncio. A call that is cancelled while it is pending is not computed."""
         return await asyncio.wrap_future(self.submit(ids, attention_mask, global_attention_mask))

@@ -109,9 +109,9 @@ def _add_errors(app: FastAPI) -> None:
 def _add_monitoring(app: FastAPI, service: Service, stats: Stats) -> None:
     @app.get("/health", summary="Whether the models are ready", responses={503: {"description": "Not ready."}})
     async def health() -> Response:
-        ready = service.state == "ready"
-        reply = _json({"status": service.state}, 200 if ready else 503)
-        if not ready:
+        condition = service.condition
+        reply = _json({"status": condition}, 200 if condition == "ready" else 503)
+        if condition != "ready":
             reply.headers["Retry-After"] = "1"
         return reply
 

@@ -91,6 +91,7 @@ class Server(uvicorn.Server):
         self._when_ready: Callable[[], None] = lambda: None
         self._tasks: list[asyncio.Task[None]] = []
         self._watchdog: threading.Timer | None = None
+        self._opener: threading.Thread | None = None
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
         config = uvicorn.Config(
             make_app(self.service, self.stats),
@@ -126,6 +127,15 @@ class Server(uvicorn.Server):
         if self.failure is not None:
             raise self.failure
 
+    def leave(self) -> None:
+        """End the process at once if a model is still being opened.
+
+        Python would end that thread by force when it returns from C++ code, which aborts the process.
+        """
+        if self._opener is not None and self._opener.is_alive():
+            sys.stderr.flush()
+            os._exit(0)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the models, and take connections before that or after it."""
         await self.stats.start()
@@ -155,7 +165,8 @@ class Server(uvicorn.Server):
                 loop.call_soon_threadsafe(_finish, opened, error)
 
         # A daemon: the server stops without waiting for a model to be opened.
-        threading.Thread(target=load, name="lfx-open", daemon=True).start()
+        self._opener = threading.Thread(target=load, name="lfx-open", daemon=True)
+        self._opener.start()
         try:
             await opened
         except LfxError as error:
@@ -257,3 +268,4 @@ def serve(settings: Settings, report: Report) -> None:
 
     server.run_on(sock, when_ready)
     report("stopped")
+    server.leave()

@@ -59,6 +59,12 @@ class Service:
             self.state = "ready"
 
     @property
+    def condition(self) -> str:
+        """`state`, or "failed" if a model takes no requests any more."""
+        failed = self.state == "ready" and not all(model.batcher.is_open for model in self.models.values())
+        return "failed" if failed else self.state
+
+    @property
     def max_body_bytes(self) -> int:
         """Largest body of a request."""
         if self.settings.max_body_bytes is not None:

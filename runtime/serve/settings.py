@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lfx.checks import file_path, shown
+from lfx.checks import file_path, real_number, shown
 from lfx.errors import InputError
 
 KEEP_ALIVE_SECONDS = 60  # longest time that a connection is idle between two requests
@@ -44,6 +44,8 @@ class Settings:
         stop_seconds: longest time after a SIGTERM for the requests in progress to be answered.
         max_connections: largest number of open connections of a worker; further ones get status 503.
         log_requests: whether each request is logged on stderr, as a line of JSON.
+    Raises:
+        InputError: a time is out of range, or NaN.
     """
 
     models: dict[str, str]
@@ -66,6 +68,10 @@ class Settings:
     stop_seconds: float = 30.0
     max_connections: int = 4096
     log_requests: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("answer_seconds", "client_seconds", "stop_seconds"):
+            real_number(getattr(self, name), name, 0.01, 86_400)
 
     def to_json(self) -> str:
         """The settings as one line of JSON."""

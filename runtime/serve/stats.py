@@ -68,7 +68,7 @@ class Stats:
         return {
             "worker": self._worker,
             "pid": os.getpid(),
-            "state": self._service.state,
+            "state": self._service.condition,
             "in_progress": self._service.in_progress,
             "memory": None if now is None else dataclasses.asdict(now),
             "requests": [[route, status, count] for (route, status), count in self._requests.items()],

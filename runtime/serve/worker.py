@@ -50,6 +50,7 @@ def main() -> int:
             early=given["early"],
         )
         server.run_on(socket.socket(fileno=given["socket"]), lambda: tell({"ready": str(memory() or "")}))
+        server.leave()
     except LfxError as error:
         tell({"error": str(error)})
         return 1

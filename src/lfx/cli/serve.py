@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from lfx.cli.engine import add_engine_options
-from lfx.cli.options import MOST_TOKENS, Command, FilePath
+from lfx.cli.options import MOST_TOKENS, Command, FilePath, FilledText
 from lfx.cli.terminal import echo
 
 MOST_SECONDS = 86_400.0
@@ -15,7 +15,7 @@ _Seconds = click.FloatRange(0.05, MOST_SECONDS)
 
 
 @click.command("serve", cls=Command)
-@click.argument("models", nargs=-1, required=True, metavar="[NAME=]BUNDLE_OR_PLAN…")
+@click.argument("models", nargs=-1, required=True, type=FilledText(), metavar="[NAME=]BUNDLE_OR_PLAN…")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address; 0.0.0.0 is every one.")
 @click.option(
     "--port", type=click.IntRange(0, 65_535), default=8000, show_default=True, help="Listen on this port; 0 is any."
@@ -25,6 +25,7 @@ _Seconds = click.FloatRange(0.05, MOST_SECONDS)
 )
 @click.option(
     "--api-key",
+    type=FilledText(),
     envvar="LFX_API_KEY",
     show_envvar=True,
     help="Require this key: Authorization: Bearer KEY. The environment hides it from other users' ps.",

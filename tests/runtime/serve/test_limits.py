@@ -324,6 +324,14 @@ def test_requests_wait_for_the_models_no_longer_than_health_says(
         assert run(server).status_code == 200
 
 
+def test_health_says_that_a_model_takes_no_requests_any_more(model: dict[str, Path]) -> None:
+    with running(model) as server, server.client() as client:
+        server.server.service.models["cls"].batcher.close()
+        health = client.get("/health")
+        assert (health.status_code, health.json()) == (503, {"status": "failed"})
+        assert client.post("/run", content=BODY).status_code == 429
+
+
 def test_health_says_that_the_server_stops(model: dict[str, Path]) -> None:
     with running(model) as server, server.client() as client:
         server.server.service.state = "stopping"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -31,9 +33,14 @@ def test_every_operation_is_tried(server: Running) -> None:
     assert sorted(operation.ok().label for operation in schema.get_all_operations()) == OPERATIONS
 
 
+# Wrong requests have wrong bodies; the routes with a name take the same as those without.
 CASES = [
     *(pytest.param(label, GenerationMode.POSITIVE, id=f"{label}-right") for label in OPERATIONS),
-    *(pytest.param(label, GenerationMode.NEGATIVE, id=f"{label}-wrong") for label in OPERATIONS if "POST" in label),
+    *(
+        pytest.param(label, GenerationMode.NEGATIVE, id=f"{label}-wrong")
+        for label in OPERATIONS
+        if re.fullmatch(r"POST [^{]+", label)
+    ),
 ]
 
 
@@ -43,7 +50,7 @@ def test_no_request_gets_a_server_error(label: str, mode: GenerationMode, server
     method, path = label.split()
     operation = schema[path][method]
 
-    @settings(max_examples=25, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=20, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode))
     def try_one(case: schemathesis.Case) -> None:
         reply = case.call(timeout=120)

@@ -190,6 +190,27 @@ def test_a_missing_extra_is_one_line_with_the_cure(module: str) -> None:
     assert done.stderr == f"error: {module} is not installed; install it with: pip install 'longformer-lfx[serve]'\n"
 
 
+def test_a_stop_does_not_wait_for_a_model_that_is_being_opened() -> None:
+    code = """
+import sys, time
+from lfx.runtime.serve import service
+def opening(*_):
+    print("opening", file=sys.stderr, flush=True)
+    time.sleep(3600)
+service.ServedModel = opening
+sys.argv = ["lfx", "serve", "x", "--port", "0"]
+from lfx.cli import main
+main()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert [process.stderr.readline() for _ in range(2)][1] == "opening\n"
+    process.terminate()
+    lines = process.stderr.read().splitlines()
+    assert process.wait(WAIT_SECONDS) == 0
+    assert lines == ["stopping: 0 texts are in progress", "stopped"]
+
+
 def test_models_are_named_for_their_paths_or_by_name(tmp_path: Path) -> None:
     odd = tmp_path / "a=b"
     odd.mkdir()
