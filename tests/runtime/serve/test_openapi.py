@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -34,13 +32,10 @@ def test_every_operation_is_tried(server: Running) -> None:
 
 
 # Wrong requests have wrong bodies; the routes with a name take the same as those without.
+WITH_BODIES = [label for label in OPERATIONS if label.startswith("POST") and "{" not in label]
 CASES = [
     *(pytest.param(label, GenerationMode.POSITIVE, id=f"{label}-right") for label in OPERATIONS),
-    *(
-        pytest.param(label, GenerationMode.NEGATIVE, id=f"{label}-wrong")
-        for label in OPERATIONS
-        if re.fullmatch(r"POST [^{]+", label)
-    ),
+    *(pytest.param(label, GenerationMode.NEGATIVE, id=f"{label}-wrong") for label in WITH_BODIES),
 ]
 
 
