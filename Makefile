@@ -94,6 +94,7 @@ bench: install  ## All CPU benchmarks, more than an hour; writes docs/records an
 	$(BIN)/python -m scripts.bench.cpu
 	$(BIN)/python -m scripts.bench.backends
 	$(BIN)/python -m scripts.bench.runtime
+	$(BIN)/python -m scripts.bench.serve
 	$(BIN)/python -m scripts.bench.peers
 	$(BIN)/python scripts/tables.py
 

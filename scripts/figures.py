@@ -7,7 +7,6 @@ comments use the letters of export/functions, and w = one-sided window. Each fig
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -336,6 +335,3 @@ def serve(records: list[dict[str, Any]], path: Path) -> None:
 if __name__ == "__main__":
     mpl.use("Agg")
     main(*map(Path, sys.argv[1:2]))
-    SERVE = FOLDER.parent / "records" / "serve.jsonl"
-    if len(sys.argv) == 1 and SERVE.exists():
-        serve([json.loads(line) for line in SERVE.read_text(encoding="utf-8").splitlines()], FOLDER / "serve.png")

@@ -275,9 +275,13 @@ def _profile(records: list[dict[str, Any]]) -> str:
 
 
 def chart() -> None:
-    """Plot tokens per second over length, of all contenders on the latest measured CPU."""
+    """Plot tokens per second over length, of all contenders on the latest measured CPU, and the server under load."""
     records = record.read("backends")
     plot([row for row in records if row["cpu"] == _cpus(records)[0]], ROOT / "docs" / "figures" / "throughput.png")
+    if (record.RECORDS / "serve.jsonl").exists():
+        import figures
+
+        figures.serve(record.read("serve"), ROOT / "docs" / "figures" / "serve.png")
 
 
 TABLES: dict[str, Callable[[], str]] = {

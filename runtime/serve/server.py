@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -25,7 +26,8 @@ from lfx.runtime.serve.service import Service
 from lfx.runtime.serve.settings import KEEP_ALIVE_SECONDS, Settings
 from lfx.runtime.serve.stats import Stats
 
-Report = Callable[[str], None]
+Report = Callable[[str], None]  # is called with each line for the operator
+Announce = Callable[[dict[str, Any]], None]  # is called with each state, for scripts
 BACKLOG = 2048  # connections that the system keeps until a worker takes them
 # Number of connections that a worker takes at a time, so that those of a burst are shared by the workers.
 _ACCEPTED_AT_A_TIME = 4
@@ -246,24 +248,31 @@ def _raise_file_limit() -> None:
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = max(soft, 10_240) if hard == resource.RLIM_INFINITY else hard  # macOS takes no more
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def serve(settings: Settings, report: Report) -> None:
+def serve(settings: Settings, report: Report, announce: Announce) -> None:
     """Serve in this process until a SIGTERM or SIGINT.
 
+    Args:
+        settings: what is served.
+        report: is called with each line for the operator.
+        announce: is called when the server listens, and when it is ready.
     Raises:
         InputError: the address cannot be used.
         LfxError: a model cannot be opened.
     """
     sock = listen(settings)
     address = address_of(sock)
+    announce({"state": "opening", "address": address, "models": list(settings.models)})
     report(f"{address} opens {', '.join(settings.models)}")
     server = Server(settings, report)
 
     def when_ready() -> None:
         now = memory()
+        announce({"state": "ready", "address": address, "worker": 0, "pid": os.getpid()})
         report(f"{address} is ready" + (f": {now}" if now else ""))
 
     server.run_on(sock, when_ready)

@@ -16,12 +16,13 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from lfx.errors import DependencyError, LfxError
-from lfx.runtime.serve.server import Report, address_of, listen
+from lfx.runtime.serve.server import Announce, Report, address_of, listen
 from lfx.runtime.serve.settings import Settings
 
 _POLL_SECONDS = 0.1
@@ -29,9 +30,13 @@ _KILL_SECONDS = 10.0  # after stop_seconds
 _RESTART_SECONDS = 1.0  # between two starts of one worker
 
 
-def supervise(settings: Settings, report: Report) -> None:
+def supervise(settings: Settings, report: Report, announce: Announce) -> None:
     """Serve with `settings.workers` processes until a SIGTERM or SIGINT.
 
+    Args:
+        settings: what is served.
+        report: is called with each line for the operator.
+        announce: is called when the server listens, and when a worker is ready.
     Raises:
         DependencyError: this system cannot share a socket with other processes.
         InputError: the address cannot be used.
@@ -44,17 +49,21 @@ def supervise(settings: Settings, report: Report) -> None:
         plans = any(path.endswith(".plan") for path in settings.models.values())
         settings = settings if plans else replace(settings, threads=shared)
     sock = listen(settings)
+    announce({"state": "opening", "address": address_of(sock), "models": list(settings.models)})
     report(f"{address_of(sock)} opens {', '.join(settings.models)} in {settings.workers} workers")
     with tempfile.TemporaryDirectory(prefix="lfx-serve-") as folder:
-        _Supervisor(settings, sock, Path(folder), report).run()
+        _Supervisor(settings, sock, Path(folder), report, announce).run()
     report("stopped")
 
 
 class _Supervisor:
     """The workers, and what was asked of this process."""
 
-    def __init__(self, settings: Settings, sock: socket.socket, folder: Path, report: Report) -> None:
+    def __init__(
+        self, settings: Settings, sock: socket.socket, folder: Path, report: Report, announce: Announce
+    ) -> None:
         self._settings, self._sock, self._folder, self._report = settings, sock, folder, report
+        self._announce = announce
         self._workers: list[_Worker] = []
         self._signals = 0
 
@@ -77,7 +86,12 @@ class _Supervisor:
         self._signals += 1
 
     def _start(self, number: int, *, early: bool) -> _Worker:
-        return _Worker(number, self._settings, self._sock, self._folder, self._report, early=early)
+        address = address_of(self._sock)
+
+        def when_ready(pid: int) -> None:
+            self._announce({"state": "ready", "address": address, "worker": number, "pid": pid})
+
+        return _Worker(number, self._settings, self._sock, self._folder, self._report, when_ready, early=early)
 
     def _replace_ended(self) -> None:
         for i, worker in enumerate(self._workers):
@@ -123,12 +137,20 @@ class _Worker:
     """
 
     def __init__(
-        self, number: int, settings: Settings, sock: socket.socket, folder: Path, report: Report, *, early: bool
+        self,
+        number: int,
+        settings: Settings,
+        sock: socket.socket,
+        folder: Path,
+        report: Report,
+        when_ready: Callable[[int], None],
+        *,
+        early: bool,
     ) -> None:
         self.started = time.monotonic()
         self.was_ready = False
         self.failure: str | None = None
-        self._number, self._report = number, report
+        self._number, self._report, self._when_ready = number, report, when_ready
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lfx.runtime.serve.worker"],
             stdin=subprocess.PIPE,
@@ -166,6 +188,7 @@ class _Worker:
                 self._report(f"worker {self._number} (pid {self.process.pid}) {told['report']}")
             elif "ready" in told:
                 self.was_ready = True
+                self._when_ready(self.process.pid)
                 memory = f": {told['ready']}" if told["ready"] else ""
                 self._report(f"worker {self._number} (pid {self.process.pid}) is ready{memory}")
 

@@ -23,10 +23,11 @@ class EmbedRequest(Body):
     """A request for embeddings."""
 
     inputs: str | list[str] = Field(description="give a text or a list of texts")
-    truncate: bool = Field(False, description="true: a text longer than the model takes is cut")
+    truncate: bool | None = Field(False, description="true: a text longer than the model takes is cut")
     truncation_direction: str = Field("Right", description=_DIRECTION, pattern="^[Rr]ight$")
-    normalize: bool = Field(True, description="true: each embedding has length 1")
+    normalize: bool | None = Field(True, description="true: each embedding has length 1")
     prompt_name: None = Field(None, description="null: the checkpoint's default prompt. No other value")
+    dimensions: None = Field(None, description="null: the model's own size. No other value")
 
 
 class PredictRequest(Body):
@@ -35,7 +36,7 @@ class PredictRequest(Body):
     inputs: str | list[str] | list[list[str]] = Field(
         description="give a text, a pair [text, text], or a batch [[text], [text, text], …]"
     )
-    truncate: bool = Field(False, description="true: a text longer than the model takes is cut")
+    truncate: bool | None = Field(False, description="true: a text longer than the model takes is cut")
     truncation_direction: str = Field("Right", description=_DIRECTION, pattern="^[Rr]ight$")
     raw_scores: bool = Field(False, description="true: the scores are logits")
 
@@ -59,8 +60,8 @@ async def embeddings(service: Service, data: bytes, name: str | None) -> Respons
     model = service.model(name)
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     _check_filled(texts)
-    rows, _ = await embed(service, model, [Input(text, truncate=body.truncate) for text in texts])
-    if body.normalize:
+    rows, _ = await embed(service, model, [Input(text, truncate=bool(body.truncate)) for text in texts])
+    if body.normalize is not False:
         rows = [_normalized(row) for row in rows]
     return await service.render(lambda: Response(dumps(rows), media_type="application/json"))
 
@@ -75,7 +76,7 @@ async def predictions(service: Service, data: bytes, name: str | None) -> Respon
     is_batch = isinstance(body.inputs, list) and any(isinstance(item, list) for item in body.inputs)
     pairs = [_pair(item) for item in (body.inputs if is_batch else [body.inputs])]
     _check_filled([text for text, _ in pairs])
-    computed = await service.run(model, [Input(text, pair, truncate=body.truncate) for text, pair in pairs])
+    computed = await service.run(model, [Input(text, pair, truncate=bool(body.truncate)) for text, pair in pairs])
 
     def reply() -> Response:
         results = []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from lfx.cli.engine import add_engine_options
 from lfx.cli.options import MOST_TOKENS, Command, FilePath, FilledText
-from lfx.cli.terminal import echo
+from lfx.cli.terminal import echo, echo_json
 
 MOST_SECONDS = 86_400.0
 _Seconds = click.FloatRange(0.05, MOST_SECONDS)
@@ -91,9 +92,10 @@ _Seconds = click.FloatRange(0.05, MOST_SECONDS)
     help="Wait so many seconds after SIGTERM for requests in progress.",
 )
 @click.option("--log-requests", is_flag=True, help="Log each request as a line of JSON on stderr, without its text.")
+@click.option("--json", "as_json", is_flag=True, help="Print lines of JSON: the address, and when it is ready.")
 @click.option("--tokenizer", type=FilePath(), help="Read the tokenizer of a single model from this folder.")
 @add_engine_options
-def command(models: tuple[str, ...], tokenizer: Path | None, **options: object) -> None:
+def command(models: tuple[str, ...], tokenizer: Path | None, as_json: bool, **options: object) -> None:
     """Answer requests over HTTP with bundles or plans, until SIGTERM.
 
     POST /run takes every task; /v1/embeddings is OpenAI's, /embed and /predict are those of text-embeddings-inference.
@@ -112,11 +114,15 @@ def command(models: tuple[str, ...], tokenizer: Path | None, **options: object) 
     def report(line: str) -> None:
         echo(line, err=True)
 
+    def announce(state: dict[str, Any]) -> None:
+        if as_json:
+            echo_json(state)
+
     if settings.workers == 1:
         from lfx.runtime.serve.server import serve
 
-        serve(settings, report)
+        serve(settings, report, announce)
     else:
         from lfx.runtime.serve.supervisor import supervise
 
-        supervise(settings, report)
+        supervise(settings, report, announce)

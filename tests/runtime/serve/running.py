@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import re
@@ -87,7 +88,7 @@ class Command:
     def __init__(self, *arguments: str | Path, **environment: str) -> None:
         command = [sys.executable, "-m", "lfx.cli", "serve", *map(str, arguments), "--port", "0", "--threads", "1"]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
         )
         self.lines: list[str] = []
         self._new: queue.Queue[str | None] = queue.Queue()
@@ -112,6 +113,12 @@ class Command:
     def client(self) -> httpx.Client:
         """A client that waits."""
         return httpx.Client(base_url=self.address, timeout=WAIT_SECONDS, trust_env=False)
+
+    def announced(self) -> dict[str, Any]:
+        """The next line of --json."""
+        assert self.process.stdout is not None
+        state: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return state
 
     def stop(self) -> int:
         """Send SIGTERM, and return the exit status."""

@@ -46,7 +46,7 @@ def ask(address: str) -> httpx.Response:
 
 
 def test_at_sigterm_what_came_is_answered_and_nothing_new_is_taken(model: Path) -> None:
-    with Command(model, "--max-delay", "4000", "--stop-time", "100") as server, server.client() as client:
+    with Command(model, "--max-delay", "8000", "--stop-time", "100") as server, server.client() as client:
         server.wait_for("is ready")
         host, port = server.address.removeprefix("http://").split(":")
         half = socket.create_connection((host, int(port)), timeout=WAIT_SECONDS)
@@ -95,7 +95,11 @@ def test_a_stop_ends_within_its_bound_and_says_so_to_the_clients(model: Path, se
 @pytest.fixture(scope="module")
 def workers(model: Path) -> Iterator[Command]:
     """Two workers, ready."""
-    with Command(f"cls={model}", "--workers", "2") as server:
+    with Command(f"cls={model}", "--workers", "2", "--json") as server:
+        assert server.announced() == {"state": "opening", "address": server.address, "models": ["cls"]}
+        states = [server.announced(), server.announced()]
+        assert {state["worker"] for state in states} == {0, 1}
+        assert {(state["state"], state["address"]) for state in states} == {("ready", server.address)}
         server.wait_for("is ready")
         server.wait_for("is ready")
         yield server
