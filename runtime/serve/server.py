@@ -32,6 +32,7 @@ BACKLOG = 2048  # connections that the system keeps until a worker takes them
 # Number of connections that a worker takes at a time, so that those of a burst are shared by the workers.
 _ACCEPTED_AT_A_TIME = 4
 _SWEEP_SECONDS = 0.25
+_LAST_WORDS_SECONDS = 1.0  # for the replies to requests that were cancelled
 _LAST_SECONDS = 5.0  # after stop_seconds: to cancel what is left, and for the batch that is being computed
 
 
@@ -94,6 +95,7 @@ class Server(uvicorn.Server):
         self._tasks: list[asyncio.Task[None]] = []
         self._watchdog: threading.Timer | None = None
         self._opener: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
         config = uvicorn.Config(
             make_app(self.service, self.stats),
@@ -140,6 +142,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the models, and take connections before that or after it."""
+        self._loop = asyncio.get_running_loop()
         await self.stats.start()
         opening = asyncio.create_task(self._open())
         self._tasks = [opening, asyncio.create_task(self._sweep())]
@@ -193,7 +196,7 @@ class Server(uvicorn.Server):
         # uvicorn has cancelled the requests that were left; they still say so to their clients.
         left = [task for task in self.server_state.tasks if not task.done()]
         if left:
-            await asyncio.wait(left, timeout=1.0)
+            await asyncio.wait(left, timeout=_LAST_WORDS_SECONDS)
         for task in self._tasks:
             task.cancel()
 
@@ -218,7 +221,8 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop; a second signal does not wait for requests in progress."""
         if self.should_exit:
-            self.force_exit = True
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._cancel_requests)
             return
         self.should_exit = True
         self.service.state = "stopping"
@@ -227,6 +231,17 @@ class Server(uvicorn.Server):
         self._watchdog = threading.Timer(self._settings.stop_seconds + _LAST_SECONDS, self._give_up)
         self._watchdog.daemon = True
         self._watchdog.start()
+
+    def _cancel_requests(self) -> None:
+        """Cancel the requests in progress; `Gate` says so to their clients."""
+        for task in list(self.server_state.tasks):
+            task.cancel()
+        asyncio.get_running_loop().call_later(_LAST_WORDS_SECONDS, self._break_connections)
+
+    def _break_connections(self) -> None:
+        self.force_exit = True
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     def _give_up(self) -> None:
         self._report(f"the batch in progress did not end within {self._settings.stop_seconds + _LAST_SECONDS:g} s")
