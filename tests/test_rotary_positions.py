@@ -1,0 +1,46 @@
+"""examples/rotary_positions.py: xPos as a table and as a rotation, exported with PyTorch's numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "rotary_positions.py"
+
+
+@pytest.fixture(scope="module")
+def example() -> Any:
+    spec = importlib.util.spec_from_file_location("rotary_positions", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_both_models_are_exported_with_the_numbers_of_pytorch(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert example.main(["--lengths", "1,200"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "longest sequence" in line] == [
+        "table: longest sequence not limited",
+        "rotated: longest sequence not limited",
+    ]
+    assert sum("tokens: largest difference from PyTorch" in line for line in lines) == 4
+    assert lines[-1] == "the outputs are PyTorch's"
+
+
+def test_rotated_scores_depend_on_the_distance_alone(example: Any) -> None:
+    torch.manual_seed(0)
+    attention = example.rotated_model().encoder.layer[0].attention.self
+    same_token = torch.randn(example.HIDDEN).expand(1, 50, -1)
+    with torch.inference_mode():
+        query, key = (
+            layer(same_token).unflatten(-1, (example.HEADS, -1)) for layer in (attention.query, attention.key)
+        )
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, key)[0]
+    torch.testing.assert_close(scores[:, 1:, 1:], scores[:, :-1, :-1], rtol=0, atol=1e-4)
+    assert (scores[:, 0] - scores[:, 0, :1]).abs().max() > 0.01  # other distances have other scores
