@@ -158,31 +158,32 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
         `reason` why there is nothing.
     """
     result: dict[str, Any] = {}
-    model = row.model(folder)
-    bundle = _attempt(result, "exported", functools.partial(_export, row, model, folder / "bundle"))
-    if bundle is None:
+
+    def attempt(name: str, run: Callable[[], tuple[Any, dict[str, Any]]]) -> Any:
+        """Store what a run measured, or why it failed; returns what it made."""
+        try:
+            made, measured = run()
+        except LfxError as error:
+            result[name] = {"ok": False, "reason": one_line(error, 400).replace(f"{folder}/", "")}
+            return None
+        result[name] = {"ok": True, **measured}
+        return made
+
+    made = attempt("exported", functools.partial(_export, row, folder))
+    if made is None:
         return result
-    module = model if isinstance(model, nn.Module) else load(str(model))[0]
+    bundle, module = made
     for backend in BACKENDS:
-        _attempt(result, backend, functools.partial(_compare, row, bundle, module, backend))
+        attempt(backend, functools.partial(_compare, row, bundle, module, backend))
     for name, plugin in (("function", False), ("plugin", True)):
-        _attempt(result, name, functools.partial(_build, bundle, folder / f"{name}.plan", plugin))
+        attempt(name, functools.partial(_build, bundle, folder / f"{name}.plan", plugin))
     return result
 
 
-def _attempt(result: dict[str, Any], name: str, run: Callable[[], tuple[Any, dict[str, Any]]]) -> Any:
-    """Store what a run measured, or why it failed; returns what it made."""
-    try:
-        made, measured = run()
-    except LfxError as error:
-        result[name] = {"ok": False, "reason": one_line(error, 300)}
-        return None
-    result[name] = {"ok": True, **measured}
-    return made
-
-
-def _export(row: Row, model: nn.Module | Path, bundle: Path) -> tuple[Path, dict[str, Any]]:
-    export(model, bundle, **row.options)
+def _export(row: Row, folder: Path) -> tuple[tuple[Path, nn.Module], dict[str, Any]]:
+    """Export the model of a row; returns the bundle and the float32 module, and what the manifest says."""
+    model = row.model(folder)
+    bundle = export(model, folder / "bundle", **row.options)
     if row.activations:
         text = bundle.with_name("documents.jsonl")
         random = np.random.default_rng(0)
@@ -190,7 +191,8 @@ def _export(row: Row, model: nn.Module | Path, bundle: Path) -> tuple[Path, dict
         text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids), encoding="utf-8")
         bundle = quantize(bundle, bundle.with_name("int8"), calibration=text, activations=row.activations)
     manifest = Manifest.read(bundle)
-    return bundle, {"opset": manifest.opset, "precision": manifest.signature.precision}
+    module = model if isinstance(model, nn.Module) else load(str(model))[0]
+    return (bundle, module), {"opset": manifest.opset, "precision": manifest.signature.precision}
 
 
 def _compare(row: Row, bundle: Path, module: nn.Module, backend: str) -> tuple[Report, dict[str, Any]]:
