@@ -1,6 +1,6 @@
 """Export each model class and feature, compare it with the reference in each backend, and build plans of it.
 
-    python -m scripts.support              # writes docs/records/support.jsonl; some 10 minutes on one core
+    python -m scripts.support              # writes docs/records/support.jsonl; some 7 minutes on one core
     python -m scripts.support causal bf16  # these rows alone, which replace those of the record
 
 The models are tiny and random, those of the tests. Each cell is the result of a run: the largest error over the cases

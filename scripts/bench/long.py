@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from lfx.manifest import Manifest
 from lfx.parity import Arrays
 from lfx.runtime import Engine
 from lfx.runtime.bench import measure, peak_memory_bytes
@@ -214,16 +215,7 @@ def _parent(options: argparse.Namespace, setup: Setup, work: Path) -> list[dict[
         run_child("memory", work, shape, bundle=ONE_LAYER, length=length)
         checks[length] = check_layer(setup, length, np.load(work / f"{length}.npz")["rows"])
     slices = check_slices(setup, saved.__getitem__)
-    about = {
-        **record.environment(),
-        "shape": "tiny" if options.tiny else "longformer-base",
-        "layers": setup.layers,
-        "window": setup.window,
-        "dtype": "fp32",
-        "threads": options.threads,
-        "batch": 1,
-        "rounds": options.rounds,
-    }
+    about = _about(options, setup, work)
     return [
         {
             **about,
@@ -237,6 +229,21 @@ def _parent(options: argparse.Namespace, setup: Setup, work: Path) -> list[dict[
         }
         for length in setup.lengths
     ]
+
+
+def _about(options: argparse.Namespace, setup: Setup, work: Path) -> dict[str, Any]:
+    return {
+        **record.environment(),
+        "shape": "tiny" if options.tiny else "longformer-base",
+        "layers": setup.layers,
+        "window": setup.window,
+        "dtype": "fp32",
+        "threads": options.threads,
+        "batch": 1,
+        "globals": 0,
+        "rounds": options.rounds,
+        "model_sha256": Manifest.read(work / "whole").source["sha256"],
+    }
 
 
 def parser() -> argparse.ArgumentParser:
