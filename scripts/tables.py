@@ -268,7 +268,7 @@ def support() -> str:
     tables = []
     for group in dict.fromkeys(row["group"] for row in records):
         rows = [[row["name"], *_support(row)] for row in records if row["group"] == group]
-        header = [group, "exported", "largest error of its tolerance", "ONNX Runtime", "OpenVINO"]
+        header = [group, "exported", "parity error", "ONNX Runtime", "OpenVINO"]
         tables.append(_rows([*header, "TensorRT from the function", "TensorRT from the plugin"], rows))
     plan = next(row["plugin"] for row in records if row.get("plugin", {}).get("ok"))
     note = f"\n{_hardware(records[0])}, OpenVINO {records[0]['versions']['openvino']}, {plan['flavor']} for "
