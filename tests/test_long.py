@@ -13,7 +13,7 @@ import torch
 from lfx.export.torch_runners import reference_runner
 from scripts import record
 from scripts.bench import long
-from scripts.bench.long_reference import OUTPUT, compare_rows, layer_rows, slice_rows
+from scripts.bench.long_reference import OUTPUT, compare_rows, layer_rows, reference_of, slice_rows
 
 SETUP = long.Setup(**{**vars(long.TINY), "lengths": (200, 300), "window": 8, "rows": 5})
 
@@ -30,11 +30,16 @@ def test_a_row_depends_on_the_tokens_within_the_reach_of_all_layers() -> None:
     model, ids = SETUP.model(SETUP.layers), SETUP.ids(200)
     expected, reach = dense(model, ids), SETUP.layers * SETUP.window
     for rows in SETUP.places(200).values():
-        actual = slice_rows(reference_runner, model, ids, rows, reach)[OUTPUT]
+        actual = slice_rows(reference_of(model), ids, rows)[OUTPUT]
         np.testing.assert_allclose(actual, expected[:, rows.start : rows.stop], rtol=0, atol=1e-12)
+        witnessed = slice_rows(model, ids, rows)[OUTPUT]
+        np.testing.assert_allclose(witnessed, actual, rtol=0, atol=1e-5)
     rows = SETUP.places(200)["inner"]
-    too_short = slice_rows(reference_runner, model, ids, rows, reach - SETUP.window)[OUTPUT]
-    assert np.abs(too_short - expected[:, rows.start : rows.stop]).max() > 1e-6
+    for distance, changes in ((reach, True), (reach + 1, False)):
+        changed = ids.copy()
+        changed[0, rows.start - distance] += 1
+        different = np.abs(dense(model, changed)[:, rows.start] - expected[:, rows.start]).max() > 0
+        assert different == changes
 
 
 def test_rows_of_one_layer_are_those_of_the_dense_reference() -> None:

@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LongformerModel
+
+from lfx.errors import ParityError
+from lfx.export import export
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "rotary_positions.py"
 
@@ -44,3 +48,13 @@ def test_rotated_scores_depend_on_the_distance_alone(example: Any) -> None:
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key)[0]
     torch.testing.assert_close(scores[:, 1:, 1:], scores[:, :-1, :-1], rtol=0, atol=1e-4)
     assert (scores[:, 0] - scores[:, 0, :1]).abs().max() > 0.01  # other distances have other scores
+
+
+def test_rotation_in_hugging_faces_attention_is_refused(example: Any, tmp_path: Path) -> None:
+    """It calls its projections with (seqlen, batch, hidden)."""
+    model = LongformerModel(example.config()).eval()
+    rotary = example.RotaryEmbedding(dim=example.HIDDEN // example.HEADS, use_xpos=True, cache_if_possible=False)
+    for layer in model.encoder.layer:
+        layer.attention.self.query = example.Rotated(layer.attention.self.query, rotary, 1)
+    with pytest.raises(ParityError, match="the two do not compute the same"):
+        export(model, tmp_path / "bundle")

@@ -5,8 +5,8 @@
 
 The dense reference of such a sequence is out of reach, so it is computed for what these rows of the output depend on:
 
-- rows of the whole model, without global tokens. A row depends on the tokens at most layers · window away and on
-  nothing else, so the reference runs on those alone, at their positions: the first, the last, and inner rows.
+- the first, the last and inner rows of the whole model, without global tokens. A row depends on the tokens at most
+  layers · window away and on nothing else, so the reference runs on those alone, at their positions.
 - rows of a model of one layer, with global tokens all over the sequence. A row of its output depends on all keys, but
   on no other query, so the reference computes these rows alone, each over the whole sequence: those of global tokens,
   those around the ends of blocks and of the sequence, and random ones. Every layer of a model is the same node.
@@ -115,17 +115,16 @@ def check_slices(setup: Setup, rows_of: Callable[[int], Arrays]) -> dict[int, li
     Returns:
         The results by length.
     """
-    from lfx.export.torch_runners import reference_runner, torch_runner
-    from scripts.bench.long_reference import compare_rows, slice_rows
+    from scripts.bench.long_reference import compare_rows, reference_of, slice_rows
 
-    model, reach = setup.model(setup.layers), setup.layers * setup.window
+    model = setup.model(setup.layers)
+    reference = reference_of(model)
     known: dict[range, list[Arrays]] = {}  # first and inner rows are those of the shorter sequences
     results: dict[int, list[dict[str, Any]]] = {}
     for length in setup.lengths:
         for place, rows in setup.places(length).items():
             if rows not in known:
-                ids = setup.ids(length)
-                known[rows] = [slice_rows(make, model, ids, rows, reach) for make in (reference_runner, torch_runner)]
+                known[rows] = [slice_rows(m, setup.ids(length), rows) for m in (reference, model)]
             compared = compare_rows(*known[rows], rows_of(length)[place], setup.layers)
             results.setdefault(length, []).append({"model": "whole", "place": place, **compared})
             print(length, results[length][-1], flush=True)

@@ -2,39 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from lfx.parity import Arrays, Case, Runner, compare
+from lfx.export.rewrite import clone, replace_attention
+from lfx.export.torch_runners import _DenseSelfAttention as DenseSelfAttention
+from lfx.parity import Arrays, Case, compare
 
 OUTPUT = "last_hidden_state"
 
 
-def slice_rows(make_runner: Callable[[nn.Module], Runner], model: Any, ids: Any, rows: range, reach: int) -> Arrays:
-    """Run a model without global tokens on the tokens that `rows` of its output depend on; returns these rows.
+def reference_of(model: nn.Module) -> nn.Module:
+    """Copy a model to float64, with dense attention."""
+    return replace_attention(clone(model, torch.float64), DenseSelfAttention)
+
+
+@torch.inference_mode()
+def slice_rows(model: Any, ids: Any, rows: range) -> Arrays:
+    """Run a LongformerModel without global tokens on the tokens that `rows` of its output depend on.
+
+    After each layer, the tokens that the remaining layers do not see are left out.
 
     Args:
-        make_runner: makes a function from inputs to outputs of a module, such as `reference_runner`.
-        model: a LongformerModel. Its table of positions is replaced while it runs.
+        model: of one window for all layers; `reference_of` a model, or Hugging Face's.
         ids: (1, seqlen), none of them padding.
-        reach: distance in tokens from a row of the output to the farthest token that it depends on.
+    Returns:
+        These rows of the output.
     """
-    start, stop = max(rows.start - reach, 0), min(rows.stop + reach, ids.shape[1])
-    table = model.embeddings.position_embeddings
-    first = table.padding_idx + 1  # row of the first token's position
-    weight = torch.cat([table.weight[:first], table.weight[first + start : first + stop]])
-    model.embeddings.position_embeddings = nn.Embedding.from_pretrained(weight.detach(), padding_idx=table.padding_idx)
-    try:
-        ids = ids[:, start:stop]
-        masks = {"attention_mask": np.ones_like(ids), "global_attention_mask": np.zeros_like(ids)}
-        outputs = make_runner(model)({"input_ids": ids, **masks})
-    finally:
-        model.embeddings.position_embeddings = table
-    return {OUTPUT: outputs[OUTPUT][:, rows.start - start : rows.stop - start]}
+    window, layers = model.encoder.layer[0].attention.self.one_sided_attn_window_size, model.encoder.layer
+
+    def tokens(reach: int) -> range:
+        return range(max(rows.start - reach, 0), min(rows.stop + reach, ids.shape[1]))
+
+    seen = tokens(len(layers) * window)
+    positions = torch.arange(seen.start, seen.stop)[None] + model.embeddings.padding_idx + 1
+    hidden = model.embeddings(torch.from_numpy(ids[:, seen.start : seen.stop]), position_ids=positions)
+    for remaining, layer in zip(reversed(range(len(layers))), layers, strict=True):
+        needed = tokens(remaining * window)
+        hidden = _run_layer(layer, hidden)[:, needed.start - seen.start : needed.stop - seen.start]
+        seen = needed
+    return {OUTPUT: hidden.numpy()}
+
+
+def _run_layer(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Run one layer on (1, seqlen, hidden), padded to a multiple of the whole window, as Hugging Face's needs it."""
+    seqlen = hidden.shape[1]
+    padding = -seqlen % (2 * layer.attention.self.one_sided_attn_window_size)
+    mask = torch.zeros(1, seqlen + padding, dtype=hidden.dtype)
+    mask[:, seqlen:] = -10000.0
+    flags = {"is_index_masked": mask < 0, "is_index_global_attn": mask > 0, "is_global_attn": False}
+    outputs = layer(nn.functional.pad(hidden, (0, 0, 0, padding)), attention_mask=mask, **flags)
+    return outputs[0][:, :seqlen]
 
 
 @torch.inference_mode()
