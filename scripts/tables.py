@@ -253,9 +253,9 @@ def long() -> str:
     header.append(f"parity error, one layer with {first['checks'][-1]['globals']} global tokens")
     times = [last[figure] / first[figure] for figure in ("seqlen", "median_ms", "peak_bytes")]
     above = [row["peak_bytes"] - row["open_bytes"] for row in (first, last)]
-    note = f"\nBase shape of {first['layers']} layers, fp32, batch 1, no global tokens where none are named, "
-    note += f"{first['threads']} threads, medians of {first['rounds']} turns. Parity error: against float64, of the "
-    note += f"tolerance. {_hardware(first)}.\n"
+    note = f"\nBase shape of {first['layers']} layers, fp32, batch 1, without global tokens unless stated, "
+    note += f"{first['threads']} threads, medians of {first['rounds']} turns. Parity errors are against float64, each "
+    note += f"followed by its tolerance. {_hardware(first)}.\n"
     note += f"From {first['seqlen']:,} to {last['seqlen']:,} tokens, {times[0]:.0f} times as many, the time grows "
     note += f"{times[1]:.2f} times and the peak memory {times[2]:.2f} times (what a run adds to the open engine, "
     note += f"{above[1] / above[0]:.2f} times).\n"
