@@ -376,7 +376,8 @@ class Engine:
     ) -> dict[str, list[NDArray[Any]]]:
         """Run padded rows in batches of neighbouring lengths; output name -> one unpadded array for each row."""
         ragged = len(set(lengths)) > 1
-        if ragged or any(spec.shape[:1] != ("batch",) for spec in self.signature.outputs):
+        uncut = self.signature.output_attentions or any(s.shape[:1] != ("batch",) for s in self.signature.outputs)
+        if ragged or uncut:
             check_cuttable(self.signature)
         if ragged and "attention_mask" not in feeds:
             raise InputError(
@@ -459,6 +460,11 @@ def cut(row: NDArray[Any], axes: tuple[int | str, ...], length: int) -> NDArray[
 
 def check_cuttable(signature: Signature) -> None:
     """Raise InputError for an output that `cut` cannot slice: batch is not its first axis, or an axis is unknown."""
+    if signature.output_attentions:
+        raise InputError(
+            "the width of this model's attention outputs is that of the whole batch; give Engine.run one sequence or an "
+            "array (batch, seqlen), or use a bundle exported without --output-attentions"
+        )
     for spec in signature.outputs:
         unknown = [axis for axis in spec.shape[1:] if isinstance(axis, str) and axis not in ("sequence", "choices")]
         if not spec.shape or spec.shape[0] != "batch" or unknown:

@@ -17,6 +17,8 @@ SENTENCE_EMBEDDING = "sentence-embedding"  # the task, whose output is sentence_
 POOLINGS = ("mean", "cls", "max", "weightedmean", "mean_sqrt_len_tokens", "lasttoken")  # names of sentence-transformers
 # Suffixes by which `runtime.build.prepare_graph` finds three types of nodes that `export.graph` wrote.
 GLOBAL_SLOTS, GLOBAL_ROWS, IN_FLOAT32 = "#global_slots", "#global_rows", "#float32"
+# Names of the attention outputs, with a dot and the layer's number after them; Hugging Face's.
+ATTENTIONS, GLOBAL_ATTENTIONS = "attentions", "global_attentions"
 GRAPH_INPUTS = ("input_ids", "attention_mask", "global_attention_mask")
 _TENSORS = [{"name": str, "dtype": str, "shape": [(int, str)]}]
 # The fields of a signature in JSON; see `lfx.checks.check_shape`.
@@ -38,6 +40,7 @@ _SIGNATURE: dict[str, Any] = {
     "ignores_padding?": bool,
     "adds_globals?": bool,
     "weight_bits?": COUNT,
+    "output_attentions?": bool,
     "lfx_version?": str,
 }
 
@@ -112,6 +115,8 @@ class Signature:
         adds_globals: whether the model gives global attention to tokens that global_attention_mask does not mark; for a
             model without that input, to others than the first.
         weight_bits: number of bits that the weights of an int8 model use, 7 or 8; None for other models.
+        output_attentions: whether the outputs `attentions.0`, … and, unless global_attention is "none",
+            `global_attentions.0`, … are the attention probabilities of each layer.
         lfx_version: version of lfx that exported the model.
     """
 
@@ -131,6 +136,7 @@ class Signature:
     ignores_padding: bool = True
     adds_globals: bool = False
     weight_bits: int | None = None
+    output_attentions: bool = False
     causal: bool = False
     lfx_version: str = ""
 
@@ -138,6 +144,12 @@ class Signature:
     def may_pad(self) -> bool:
         """Whether padding may be added: the model takes an attention_mask and its outputs do not depend on padding."""
         return self.ignores_padding and any(spec.name == "attention_mask" for spec in self.inputs)
+
+    @property
+    def attention_outputs(self) -> frozenset[str]:
+        """Names of the outputs that are attention probabilities."""
+        prefixes = (f"{ATTENTIONS}.", f"{GLOBAL_ATTENTIONS}.") if self.output_attentions else ()
+        return frozenset(spec.name for spec in self.outputs if spec.name.startswith(prefixes))
 
     @property
     def has_choices(self) -> bool:

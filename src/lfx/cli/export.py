@@ -60,6 +60,9 @@ from lfx.signature import GLOBAL_MODES, OPSETS, POOLINGS, PRECISIONS, TASKS
     help="Fix the number of global slots.  [default: the largest number of global tokens in the batch]",
 )
 @click.option("--inline-functions", is_flag=True, help="Write standard ops only, without the domain lfx.")
+@click.option(
+    "--output-attentions", is_flag=True, help="Add the attention probabilities of each layer to the outputs."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest instead of a summary.")
 def command(
     model: str,
@@ -72,6 +75,7 @@ def command(
     max_seqlen: int | None,
     max_global: int | None,
     inline_functions: bool,
+    output_attentions: bool,
     as_json: bool,
 ) -> None:
     """Export a Longformer to an ONNX bundle and validate it against PyTorch."""
@@ -90,6 +94,7 @@ def command(
             max_seqlen=max_seqlen,
             max_global=max_global,
             inline_functions=inline_functions,
+            output_attentions=output_attentions,
             progress=step,
         )
     manifest = Manifest.read(bundle)
