@@ -1,8 +1,10 @@
 """`BandedAttentionProbabilities` and `GlobalAttentionProbabilities`: attention weights in Hugging Face's layout.
 
-Only a bundle with attention outputs has these nodes, beside the attention nodes. They read the same tensors and share no
-arithmetic with them: the keys are scaled instead of the queries, so that no runtime merges the two, and the other
-outputs are those of a bundle without attention outputs, bit for bit. `lfx.export.functions` explains the letters.
+Only a bundle with attention outputs has these nodes, beside the attention nodes, whose inputs they read. The other outputs
+of such a bundle are those of a bundle without, bit for bit, because a runtime fuses the attention nodes in the same way:
+the blocks differ, so that scores and softmax are not merged with those of the attention nodes; the scaling of the query
+is the same, so that it is merged, and stays the only reader of the projection (OpenVINO fuses the two only then).
+`lfx.export.functions` explains the letters in shapes.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ def BandedAttentionProbabilities(  # noqa: N802, PLR0915
     query,  # (B, S, H·D)
     key,  # (B, S, H·D)
     key_mask,  # (B, S) int32, 1 = real token
-    global_index,  # (B, G) int32, -1 = unused slot; used slots come first
+    global_index,  # (B, G) int32, -1 = unused slot
     num_heads: int,
     window: int,
     scale: float = 0.0,
@@ -59,9 +61,12 @@ def BandedAttentionProbabilities(  # noqa: N802, PLR0915
     # Attention mask of each block: the used global slots, and the keys in the band that are real and not global.
     offset = op.Sub(key_range, op.Unsqueeze(op.Squeeze(query_range, axis0), axis1))  # (b, W): column of HF's window
     in_band = op.And(op.GreaterOrEqual(offset, axis0), op.LessOrEqual(offset, both_sides))
-    slot_token = op.Cast(global_index, to=7)
-    slot_used = op.GreaterOrEqual(slot_token, axis0)
-    token_or_end = op.Where(slot_used, slot_token, seqlen)  # unused slots write past the end
+    unordered = op.Cast(global_index, to=7)
+    unordered = op.Where(op.GreaterOrEqual(unordered, axis0), unordered, seqlen)
+    # Ascending positions, unused slots last: the TopK that lists the global tokens finds equal flags, which OpenVINO
+    # orders as it likes. Unused slots write past the end.
+    token_or_end, _ = op.TopK(unordered, slots, axis=1, largest=0, sorted=1)
+    slot_used = op.Less(token_or_end, seqlen)
     is_local = op.ScatterElements(
         op.Concat(op.Cast(key_mask, to=7), op.Expand(axis0, op.Concat(batch, axis1, axis=0)), axis=1),
         token_or_end,
@@ -80,9 +85,9 @@ def BandedAttentionProbabilities(  # noqa: N802, PLR0915
     default_scale = op.Reciprocal(op.Sqrt(op.Cast(head_size, to=1)))
     scale_attribute = op.Cast(op.Constant(value_float=scale), to=1)  # some tools inline the attribute as float64
     factor = op.Where(op.Equal(scale_attribute, op.Constant(value_float=0.0)), default_scale, scale_attribute)
-    scaled = op.Mul(key, op.CastLike(factor, key))
-    slot_index = op.Unsqueeze(op.Max(slot_token, axis0), axis2)  # (B, G, 1)
-    k = op.Concat(op.GatherND(scaled, slot_index, batch_dims=1), scaled, axis=1)  # (B, G + S, H·D)
+    scaled = op.Mul(query, op.CastLike(factor, query))
+    slot_index = op.Unsqueeze(op.Min(token_or_end, last_token), axis2)  # (B, G, 1)
+    k = op.Concat(op.GatherND(key, slot_index, batch_dims=1), key, axis=1)  # (B, G + S, H·D)
 
     # Gather each block's queries and keys per head: head h of token t is row t·H + h.
     head = op.Unsqueeze(op.Range(start, op.Squeeze(heads), stride), axis1)  # (H, 1)
@@ -91,7 +96,7 @@ def BandedAttentionProbabilities(  # noqa: N802, PLR0915
     rows_shape = op.Concat(batch, inferred, head_size, axis=0)
     query_shape = op.Concat(inferred, heads, block, head_size, axis=0)
     key_shape = op.Concat(inferred, heads, keys, head_size, axis=0)
-    q_block = op.Reshape(op.Gather(op.Reshape(query, rows_shape), query_row, axis=1), query_shape)  # (B·N, H, b, D)
+    q_block = op.Reshape(op.Gather(op.Reshape(scaled, rows_shape), query_row, axis=1), query_shape)  # (B·N, H, b, D)
     k_block = op.Reshape(op.Gather(op.Reshape(k, rows_shape), key_row, axis=1), key_shape)  # (B·N, H, X, D)
     scores = op.MatMul(q_block, op.Transpose(k_block, perm=[0, 1, 3, 2]))  # (B·N, H, b, X)
     weights = op.Softmax(op.Add(op.Cast(scores, to=1), bias), axis=-1)
@@ -122,7 +127,7 @@ def GlobalAttentionProbabilities(  # noqa: N802
     query,  # (B, G, H·D)
     key,  # (B, S, H·D)
     key_mask,  # (B, S) int32, 1 = real token
-    global_index,  # (B, G) int32, -1 = unused slot; used slots come first
+    global_index,  # (B, G) int32, -1 = unused slot
     num_heads: int,
     scale: float = 0.0,
 ):
@@ -138,15 +143,24 @@ def GlobalAttentionProbabilities(  # noqa: N802
     default_scale = op.Reciprocal(op.Sqrt(op.Cast(head_size, to=1)))
     scale_attribute = op.Cast(op.Constant(value_float=scale), to=1)  # some tools inline the attribute as float64
     factor = op.Where(op.Equal(scale_attribute, op.Constant(value_float=0.0)), default_scale, scale_attribute)
-    scaled = op.Mul(key, op.CastLike(factor, key))
-    q = op.Transpose(op.Reshape(query, split), perm=[0, 2, 3, 1])  # (B, H, D, G)
-    k = op.Transpose(op.Reshape(scaled, split), perm=[0, 2, 1, 3])  # (B, H, S, D)
+    scaled = op.Mul(query, op.CastLike(factor, query))
+
+    # Queries by ascending position, those of unused slots last, as in BandedAttentionProbabilities.
+    seqlen = op.Shape(key, start=1, end=2)
+    slots = op.Shape(global_index, start=1, end=2)
+    slot_token = op.Cast(global_index, to=7)
+    slot_token = op.Where(op.GreaterOrEqual(slot_token, axis0), slot_token, seqlen)
+    position, order = op.TopK(slot_token, slots, axis=1, largest=0, sorted=1)
+    slot_used = op.Less(position, seqlen)
+    scaled = op.GatherND(scaled, op.Unsqueeze(order, op.Constant(value_ints=[2])), batch_dims=1)
+
+    q = op.Transpose(op.Reshape(scaled, split), perm=[0, 2, 3, 1])  # (B, H, D, G)
+    k = op.Transpose(op.Reshape(key, split), perm=[0, 2, 1, 3])  # (B, H, S, D)
     visible = op.Unsqueeze(op.Cast(key_mask, to=9), op.Constant(value_ints=[1, 3]))  # (B, 1, S, 1)
     bias = op.Where(visible, op.Constant(value_float=0.0), op.Constant(value_float=MASK_FILL))
     weights = op.Softmax(op.Add(op.Cast(op.MatMul(k, q), to=1), bias), axis=2)  # (B, H, S, G)
-    slot_used = op.GreaterOrEqual(op.Cast(global_index, to=7), axis0)
     visible = op.And(visible, op.Unsqueeze(slot_used, op.Constant(value_ints=[1, 2])))
     weights = op.Where(visible, weights, op.Constant(value_float=0.0))
-    slot_number = op.Add(op.Range(start, op.Squeeze(op.Shape(global_index, start=1, end=2)), stride), axis1)
+    slot_number = op.Add(op.Range(start, op.Squeeze(slots), stride), axis1)
     used = op.Reshape(op.ReduceMax(op.Where(slot_used, slot_number, axis0), keepdims=0), axis1)
     return op.Slice(weights, axis0, used, axis3)
