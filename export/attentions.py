@@ -21,8 +21,8 @@ def check_layout(module: nn.Module) -> None:
     """
     if any(isinstance(part, LoopSelfAttention) for part in module.modules()):
         raise ExportError(
-            "output_attentions cannot be used with dilation or causal windows, which Hugging Face's layout of attention "
-            "probabilities has no columns for; leave it out"
+            "output_attentions cannot be used with dilation or causal windows, for which Hugging Face's layout of "
+            "attention probabilities has no columns; leave it out"
         )
 
 

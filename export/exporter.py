@@ -117,7 +117,6 @@ def export(
         ParityError: an output of the exported graph is out of tolerance; no file is left.
     """
     check_choices(task, precision, global_attention, inline_functions, progress)
-    flag(output_attentions, "output_attentions", ExportError)
     check_pooling(pooling, task)
     check_tokenizer(tokenizer)
     opset = whole_number(opset, "opset", *OPSETS, ExportError)
@@ -138,9 +137,9 @@ def export(
         settings = read_encoder_settings(fetch) if task == SENTENCE_EMBEDDING and pooling is None else None
         tokenizer, max_seqlen = _load_texts(source, module, tokenizer, max_seqlen, settings)
     _check_module(module, source)
-    _check_global_option(module, global_attention, max_global)
-    if output_attentions:
+    if flag(output_attentions, "output_attentions", ExportError):
         check_layout(module)
+    _check_global_option(module, global_attention, max_global)
     check_weights(module)
     weights = [*module.parameters(), *module.buffers()]
     weight_bytes = sum(t.numel() for t in weights) * TORCH_DTYPES[precision].itemsize
@@ -150,15 +149,7 @@ def export(
     tokens = GlobalTokens(mode=global_attention, max_slots=max_global)
     program, inputs = _trace(module, task, precision, tokens, output_attentions=output_attentions)
     signature = _signature(module, task, precision, tokens, program.model, inputs, max_seqlen)
-    outputs = signature.outputs
-    if output_attentions:  # what follows runs the module, whose own outputs these are not
-        signature = without_attentions(signature)
-    check_sizes(program, signature, granularity(module))
-    check_long(module, signature)
-    check_repeatable(module, signature)
-    signature = dataclasses.replace(signature, ignores_padding=ignores_padding(module, signature))
-    check_rows(module, signature)
-    signature = dataclasses.replace(signature, outputs=outputs, output_attentions=output_attentions)
+    signature = _check_model(module, program, signature, output_attentions=output_attentions)
     if max_global is not None and max_global > (signature.max_seqlen or max_global):
         raise ExportError(f"max_global {max_global} is above the longest sequence, {signature.max_seqlen} tokens")
     progress("building the graph")
@@ -222,6 +213,25 @@ def _check_module(module: nn.Module, source: str) -> None:
             f"{source} has no pad_token_id, without which Hugging Face itself cannot count positions; set it in the "
             "config"
         )
+
+
+def _check_model(
+    module: nn.Module, program: torch.onnx.ONNXProgram, signature: Signature, *, output_attentions: bool
+) -> Signature:
+    """Run the module to check that its traced graph is valid for all inputs, and complete the signature.
+
+    Raises:
+        ExportError: it is not.
+    """
+    outputs = signature.outputs
+    if output_attentions:  # the module returns its own outputs alone
+        signature = without_attentions(signature)
+    check_sizes(program, signature, granularity(module))
+    check_long(module, signature)
+    check_repeatable(module, signature)
+    signature = dataclasses.replace(signature, ignores_padding=ignores_padding(module, signature))
+    check_rows(module, signature)
+    return dataclasses.replace(signature, outputs=outputs, output_attentions=output_attentions)
 
 
 def _check_global_option(module: nn.Module, global_attention: str, max_global: int | None) -> None:

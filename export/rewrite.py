@@ -34,7 +34,6 @@ from lfx.export.loop_attention import LoopSelfAttention
 from lfx.export.windows import both_sides
 from lfx.signature import ATTENTIONS, GLOBAL_ATTENTIONS
 
-
 # Local and global probabilities of each call of a self-attention, in order; without global attention, local ones alone.
 Attentions = list[tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -110,7 +109,9 @@ class _SelfAttention(LoopSelfAttention):
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor]:
         if output_attentions:
-            raise ExportError("output_attentions is set in a call; leave it out, and export with output_attentions=True")
+            raise ExportError(
+                "output_attentions is set in a call; leave it out, and export with output_attentions=True"
+            )
         if attention_mask is None:
             raise ExportError("LongformerSelfAttention was called without attention_mask; pass (batch, seqlen)")
         key_mask, index, gather_index = self.lfx_globals.indices(attention_mask)
@@ -376,7 +377,9 @@ class ExportWrapper(nn.Module):
             return outputs
         named = named_attentions(self.attentions)
         if taken := named.keys() & outputs.keys():
-            raise ExportError(f"the model has an output {min(taken)!r} of its own; rename it, or leave out the attentions")
+            raise ExportError(
+                f"the model has an output {min(taken)!r} of its own; rename it, or leave out the attentions"
+            )
         return {**outputs, **named}
 
 

@@ -27,7 +27,12 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 class _DenseSelfAttention(LoopSelfAttention):
     def forward(  # type: ignore[override]
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, *_: Any, output_attentions: Collection[str] = (), **__: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        *_: Any,
+        output_attentions: Collection[str] = (),
+        **__: Any,
     ) -> tuple[torch.Tensor, ...]:
         mask = attention_mask.numpy()
         key_mask, is_global = mask >= 0, mask > 0
@@ -234,7 +239,9 @@ def _record_attentions(model: nn.Module, seqlen: list[int]) -> Attentions:
 
     def record(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], outputs: Any) -> Any:
         if not isinstance(outputs, tuple) or len(outputs) < 2:
-            raise ExportError(f"{type(module).__name__} returns no attention probabilities; leave output_attentions out")
+            raise ExportError(
+                f"{type(module).__name__} returns no attention probabilities; leave output_attentions out"
+            )
         mask = options["attention_mask"] if "attention_mask" in options else arguments[1]
         counts = (mask > 0).sum(dim=1)
         local = outputs[1].transpose(1, 2)[:, :, : seqlen[-1]]
@@ -255,7 +262,9 @@ def _named(layers: Attentions, names: Collection[str]) -> dict[str, torch.Tensor
     return {name: tensor for name, tensor in named_attentions(layers).items() if name in names}
 
 
-def _runner(model: nn.Module, names: tuple[str, ...] | None, by_layer: bool, attentions: Collection[str] = ()) -> Runner:
+def _runner(
+    model: nn.Module, names: tuple[str, ...] | None, by_layer: bool, attentions: Collection[str] = ()
+) -> Runner:
     contexts: list[torch.Tensor] = []
     lengths = [0]
     layers = _record_attentions(model, lengths) if attentions else []
@@ -276,7 +285,11 @@ def _runner(model: nn.Module, names: tuple[str, ...] | None, by_layer: bool, att
         except Exception as error:
             shape = tuple(inputs["input_ids"].shape)
             raise ExportError(f"the PyTorch model itself fails on ids of shape {shape}: {one_line(error)}") from error
-        outputs = {**{layer_name(i): c[:, :seqlen] for i, c in enumerate(contexts)}, **outputs, **_named(layers, attentions)}
+        outputs = {
+            **{layer_name(i): c[:, :seqlen] for i, c in enumerate(contexts)},
+            **outputs,
+            **_named(layers, attentions),
+        }
         return {name: (out.double() if out.is_floating_point() else out).numpy() for name, out in outputs.items()}
 
     return run

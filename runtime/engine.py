@@ -462,8 +462,8 @@ def check_cuttable(signature: Signature) -> None:
     """Raise InputError for an output that `cut` cannot slice: batch is not its first axis, or an axis is unknown."""
     if signature.output_attentions:
         raise InputError(
-            "the width of this model's attention outputs is that of the whole batch; give Engine.run one sequence or an "
-            "array (batch, seqlen), or use a bundle exported without --output-attentions"
+            "the width of this model's attention outputs depends on the whole batch; give Engine.run one sequence or "
+            "an array (batch, seqlen), or use a bundle exported without --output-attentions"
         )
     for spec in signature.outputs:
         unknown = [axis for axis in spec.shape[1:] if isinstance(axis, str) and axis not in ("sequence", "choices")]

@@ -74,6 +74,7 @@ def strongest(
     local, global_ = _layers(outputs, row, length)
     if not local:
         raise InputError("the outputs have no attention probabilities; export with --output-attentions")
+    _check_layout(local, global_, length)
     # Rows of global tokens are zero in the local probabilities, and those of other tokens sum to 1.
     tokens = np.flatnonzero(local[0][0].sum(axis=-1) < 0.5)
     anchor = int(tokens[0]) if len(tokens) else 0
@@ -81,7 +82,8 @@ def strongest(
     slots = np.concatenate([tokens, np.full(count - len(tokens), _APART)])
     layers, heads = len(local), local[0].shape[0]
     widest = max(weights.shape[-1] - count for weights in local)
-    means = [np.zeros((length, count + widest), np.float32)] + [np.zeros((length, len(tokens)), np.float32)]
+    local_mean = np.zeros((length, count + widest), np.float32)
+    rows_mean = np.zeros((length, len(tokens)), np.float32)
     to_anchor = np.zeros((layers, heads, length), np.float32)
     of_anchor = np.zeros((layers, heads, length), np.float32) if len(tokens) else None
     by_head, by_layer = [], []
@@ -95,9 +97,9 @@ def strongest(
         mean, global_mean = weights.mean(axis=0), rows.mean(axis=0)
         by_layer.append(_spans(mean, global_mean, slots, tokens, anchor, top[1]))
         margin = (widest - (mean.shape[-1] - count)) // 2  # of a layer with a narrower window
-        means[0][:, :count] += mean[:, :count] / layers
-        means[0][:, count + margin : means[0].shape[1] - margin] += mean[:, count:] / layers
-        means[1] += global_mean / layers
+        local_mean[:, :count] += mean[:, :count] / layers
+        local_mean[:, count + margin : count + widest - margin] += mean[:, count:] / layers
+        rows_mean += global_mean / layers
     return Strongest(
         anchor,
         tokens,
@@ -105,7 +107,7 @@ def strongest(
         of_anchor,
         _stack(by_head, (layers, heads)),
         _stack(by_layer, (layers,)),
-        _spans(means[0], means[1], slots, tokens, anchor, top[2]),
+        _spans(local_mean, rows_mean, slots, tokens, anchor, top[2]),
     )
 
 
@@ -113,12 +115,32 @@ def _layers(outputs: Mapping[str, NDArray[Any]], row: int, length: int) -> tuple
     """Local probabilities (H, S, x + 2·window + 1) and global ones (H, S, x) of each layer, of one row."""
 
     def read(prefix: str) -> list[Float]:
-        layers = []
+        layers: list[Float] = []
         while (name := f"{prefix}.{len(layers)}") in outputs:
             layers.append(outputs[name][row][:, :length])
         return layers
 
     return read(ATTENTIONS), read(GLOBAL_ATTENTIONS)
+
+
+def _check_layout(local: list[Float], global_: list[Float], length: int) -> None:
+    """Check that the outputs of a bundle, which a stranger may have made, have the layout of docs/ops.md.
+
+    Raises:
+        InputError: they do not.
+    """
+    heads = len(local[0])
+    count = global_[0].shape[-1] if global_ else 0
+    widths = [weights.shape[-1] - count for weights in local]
+    same = all(weights.shape[:2] == (heads, length) for weights in (*local, *global_))
+    if (
+        not same
+        or not all(width > 0 and width % 2 for width in widths)
+        or len(global_) not in (0, len(local))
+        or any(weights.shape[-1] != count for weights in global_)
+        or int((local[0][0].sum(axis=-1) < 0.5).sum()) > count
+    ):
+        raise InputError("the attention outputs do not have Hugging Face's layout; export the model again")
 
 
 def _to_anchor(weights: Float, rows: Float, tokens: NDArray[np.int64], count: int) -> Float:
@@ -154,10 +176,7 @@ def _spans(
         of_globals = rows.T
         positions = _largest(of_globals, KEPT)
         joined = _join(np.take_along_axis(of_globals, positions, axis=1), positions, anchor, top)
-        for array, values in zip(
-            (spans.start, spans.length, spans.weight), (joined.start, joined.length, joined.weight), strict=True
-        ):
-            array[tokens] = values
+        spans.start[tokens], spans.length[tokens], spans.weight[tokens] = joined.start, joined.length, joined.weight
     return spans
 
 

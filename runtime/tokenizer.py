@@ -241,7 +241,7 @@ class Tokenizer:
         return Encoded(ids, pieces, document, text if pair is None else pair, offsets[document.start : document.stop])
 
     def token_texts(self, text: str, pair: str | None = None) -> list[TokenText]:
-        """The tokens that `encode` makes of a text, or a pair, as parts of these texts; raises the errors of `encode`."""
+        """The tokens that `encode` makes of a text or a pair, as parts of them; raises the errors of `encode`."""
         encoded = self.encode(text, pair)
         with failing(InputError, "the tokenizer fails on this text", "use the tokenizer that belongs to this model"):
             encoding = self._tokenizer.encode(f"{self.prompt}{text}", pair)

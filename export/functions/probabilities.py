@@ -1,9 +1,9 @@
 """`BandedAttentionProbabilities` and `GlobalAttentionProbabilities`: attention weights in Hugging Face's layout.
 
-Only a bundle with attention outputs has these nodes, beside the attention nodes, whose inputs they read. The other outputs
-of such a bundle are those of a bundle without, bit for bit, because a runtime fuses the attention nodes in the same way:
-the blocks differ, so that scores and softmax are not merged with those of the attention nodes; the scaling of the query
-is the same, so that it is merged, and stays the only reader of the projection (OpenVINO fuses the two only then).
+Only a bundle with attention outputs has these nodes, beside the attention nodes, whose inputs they read. The other
+outputs of such a bundle are bitwise those of a bundle without, because a runtime fuses the attention nodes in the same
+way: the blocks differ, so that scores and softmax are not merged with those of the attention nodes; the scaling of the
+query is the same, so that it is merged and stays the only reader of the projection. OpenVINO fuses the two only then.
 `lfx.export.functions` explains the letters in shapes.
 """
 
@@ -26,7 +26,7 @@ def BandedAttentionProbabilities(  # noqa: N802, PLR0915
     window: int,
     scale: float = 0.0,
 ):
-    """Weights of BandedAttention without dilation, (B, H, S, x + 2·window + 1) float32; x = largest count of globals."""
+    """Weights of BandedAttention without dilation, (B, H, S, x + 2·window + 1); docs/ops.md has the definition."""
     axis0 = op.Constant(value_ints=[0])
     axis1 = op.Constant(value_ints=[1])
     axis2 = op.Constant(value_ints=[2])
@@ -131,7 +131,7 @@ def GlobalAttentionProbabilities(  # noqa: N802
     num_heads: int,
     scale: float = 0.0,
 ):
-    """Weights of GlobalAttention, (B, H, S, x) float32; x = largest count of globals."""
+    """Weights of GlobalAttention, (B, H, S, x) float32; docs/ops.md has the definition."""
     axis0 = op.Constant(value_ints=[0])
     axis1 = op.Constant(value_ints=[1])
     axis3 = op.Constant(value_ints=[3])

@@ -73,10 +73,10 @@ def test_probabilities_are_hugging_faces_in_all_layers(
                 if theirs.global_attentions is None:
                     continue
                 # Hugging Face's also has the padding to a multiple of the window, with probability 0.
-                expected = theirs.global_attentions[layer][:, :, : case.seqlen].numpy()
+                rows = theirs.global_attentions[layer][:, :, : case.seqlen].numpy()
                 for row, count in enumerate(counts):
                     np.testing.assert_allclose(
-                        actual[row, ..., :count], expected[row, ..., :count], atol=LARGEST_DIFFERENCE, err_msg=str(case)
+                        actual[row, ..., :count], rows[row, ..., :count], atol=LARGEST_DIFFERENCE, err_msg=str(case)
                     )
                     assert not actual[row, ..., count:].any(), case  # theirs are uniform filler
 

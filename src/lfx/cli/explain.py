@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,7 +11,7 @@ from lfx.cli.engine import engine_options
 from lfx.cli.options import Command, FilePath, OutputPath
 from lfx.cli.run import encode_text, open_tokenizer, read_text
 from lfx.cli.terminal import echo, echo_json, progress
-from lfx.errors import ArtifactError, InputError
+from lfx.errors import ArtifactError
 from lfx.signature import Signature
 
 if TYPE_CHECKING:
@@ -98,4 +98,5 @@ def check_attentions(model: Path, signature: Signature) -> None:
 
 def _facts(signature: Signature, tokens: int, pair: tuple[str, ...], row: int) -> str:
     choice = f", choice {row} of {len(pair)}" if signature.has_choices else ""
-    return f"{signature.architecture}, {signature.task}{choice}, {len(signature.attention_windows)} layers, {tokens:,} tokens"
+    layers = len(signature.attention_windows)
+    return f"{signature.architecture}, {signature.task}{choice}, {layers} layers, {tokens:,} tokens"

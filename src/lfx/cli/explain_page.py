@@ -24,7 +24,7 @@ from lfx.errors import InputError
 from lfx.files import replacing, why_unwritten
 
 if TYPE_CHECKING:
-    from lfx.runtime.strongest import Strongest
+    from lfx.runtime.strongest import Spans, Strongest
     from lfx.runtime.tokenizer import TokenText
 
 MAX_BYTES = 4_900_000  # of a page, unless its text and the classification token's weights alone are larger
@@ -104,7 +104,7 @@ def _hash(template: str, tag: str) -> str:
 
 
 def _packed(weights: Strongest, max_bytes: int) -> tuple[bytes, list[tuple[str, int]]]:
-    """Compress the weights, and as many spans of each token as fit: first those of the mean, then layers, then heads.
+    """Compress the weights, and as many spans of each token as fit.
 
     Returns:
         A gzip stream, and the name and size of each section in it, in order.
@@ -126,19 +126,31 @@ def _groups(weights: Strongest) -> Iterator[tuple[bool, dict[str, bytes]]]:
     yield True, {"to_anchor": _codes(weights.to_anchor)}
     if weights.of_anchor is not None:
         yield True, {"of_anchor": _codes(weights.of_anchor)}
-    for name, spans in (("model", weights.model), ("layer", weights.layers), ("head", weights.heads)):
-        queries = np.arange(spans.start.shape[-2])
-        for rank in range(spans.start.shape[-1]):
-            length = np.minimum(spans.length[..., rank], 255)
-            distance = np.where(length > 0, (spans.start[..., rank] - queries) % LONGEST, 0)
-            codes = {"low": distance % 256, "high": distance // 256, "length": length}
-            group = {part: array.astype(np.uint8).tobytes() for part, array in codes.items()}
-            group["weight"] = _codes(np.where(length > 0, spans.weight[..., rank], 0.0))
-            yield name == "model", {f"{name}{rank}_{part}": content for part, content in group.items()}
+    for rank in range(weights.model.start.shape[-1]):
+        yield True, _group("model", weights.model, rank)
+    # The strongest span of each head comes before the weaker ones of the layers' means.
+    layers = [_group("layer", weights.layers, rank) for rank in range(weights.layers.start.shape[-1])]
+    heads = (_group("head", weights.heads, rank) for rank in range(weights.heads.start.shape[-1]))
+    for group in (*layers[:2], next(heads, {}), *layers[2:]):
+        yield False, group
+    for group in heads:
+        yield False, group
+
+
+def _group(name: str, spans: Spans, rank: int) -> dict[str, bytes]:
+    """The sections of the spans of one rank, 0 = the strongest."""
+    length = np.minimum(spans.length[..., rank], 255)
+    distance = np.where(length > 0, (spans.start[..., rank] - np.arange(spans.start.shape[-2])) % LONGEST, 0)
+    codes = {"low": distance % 256, "high": distance // 256, "length": length}
+    return {
+        **{f"{name}{rank}_{part}": array.astype(np.uint8).tobytes() for part, array in codes.items()},
+        f"{name}{rank}_weight": _codes(np.where(length > 0, spans.weight[..., rank], 0.0)),
+    }
 
 
 def _codes(weights: NDArray[Any]) -> bytes:
-    return np.rint(255 * np.sqrt(np.clip(np.nan_to_num(weights), 0.0, 1.0))).astype(np.uint8).tobytes()
+    codes: NDArray[np.uint8] = np.rint(255 * np.sqrt(np.clip(np.nan_to_num(weights), 0.0, 1.0))).astype(np.uint8)
+    return codes.tobytes()
 
 
 def _token(token: TokenText) -> list[Any]:

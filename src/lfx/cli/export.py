@@ -60,9 +60,7 @@ from lfx.signature import GLOBAL_MODES, OPSETS, POOLINGS, PRECISIONS, TASKS
     help="Fix the number of global slots.  [default: the largest number of global tokens in the batch]",
 )
 @click.option("--inline-functions", is_flag=True, help="Write standard ops only, without the domain lfx.")
-@click.option(
-    "--output-attentions", is_flag=True, help="Add the attention probabilities of each layer to the outputs."
-)
+@click.option("--output-attentions", is_flag=True, help="Add the attention probabilities of each layer to the outputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest instead of a summary.")
 def command(
     model: str,
