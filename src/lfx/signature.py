@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,6 +209,24 @@ class Signature:
         for group in (self.inputs, self.outputs):
             if not group or len({spec.name for spec in group}) < len(group):
                 raise ArtifactError("the model has no inputs or no outputs, or two of one name; export the model again")
+
+
+def grouped(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group output names for display: those of one kind of attention probabilities of all layers, and each other alone.
+
+    Returns:
+        A label -> its names, such as "attentions.0 to 11" -> ["attentions.0", …, "attentions.11"].
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        prefix, _, number = name.partition(".")
+        groups.setdefault(
+            prefix if prefix in (ATTENTIONS, GLOBAL_ATTENTIONS) and number.isdigit() else name, []
+        ).append(name)
+    return {
+        f"{group[0]} to {group[-1].partition('.')[2]}" if len(group) > 1 else group[0]: group
+        for group in groups.values()
+    }
 
 
 def is_multi_label(signature: Signature, problem_type: Any) -> bool:

@@ -20,8 +20,9 @@ from lfx.parity import GLOBALS, PADDINGS, Arrays, Case
 from lfx.reference import banded_probabilities, global_probabilities
 from lfx.runtime import Batcher, Engine
 from lfx.runtime.build import build_engine
+from lfx.runtime.documents import run_documents
 from lfx.runtime.runner import engine_runner, model_inputs
-from lfx.signature import Signature
+from lfx.signature import Signature, grouped
 from tests.conftest import MakeBundle
 from tests.models import WINDOW, tiny_config, tiny_model
 
@@ -150,6 +151,18 @@ def test_the_manifest_says_so(bundle: MakeBundle, with_attentions: Path) -> None
     assert signature.attention_outputs == frozenset()
 
 
+def test_the_layers_of_a_kind_are_shown_together() -> None:
+    names = ["logits", "attentions.0", "attentions.1", "global_attentions.0", "attentions.x", "a.0", "a.1"]
+    assert grouped(names) == {
+        "logits": ["logits"],
+        "attentions.0 to 1": ["attentions.0", "attentions.1"],
+        "global_attentions.0": ["global_attentions.0"],
+        "attentions.x": ["attentions.x"],
+        "a.0": ["a.0"],
+        "a.1": ["a.1"],
+    }
+
+
 def test_a_wrong_probability_fails_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*arguments: Any, **options: Any) -> Any:
         return banded_probabilities(*arguments, **options) * 1.01
@@ -193,6 +206,7 @@ def test_what_needs_rows_or_constant_sizes_refuses_the_bundle(with_attentions: P
             lambda: engine.run([[5, 6, 7], [8, 9]]),
             lambda: list(engine.stream([[5, 6, 7]])),
             lambda: Batcher(engine),
+            lambda: run_documents(engine, None, tmp_path / "x.jsonl", tmp_path / "y.jsonl"),
         ):
             with pytest.raises(InputError, match="without --output-attentions"):
                 refused()
