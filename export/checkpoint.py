@@ -29,11 +29,13 @@ CONFIG = "config.json"
 Fetch = Callable[[str], Path | None]
 
 _TOKENIZER_BYTES = 256_000_000
-_VOCABULARIES = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "sentencepiece.bpe.model"}
 _SETTINGS = "tokenizer_config.json"
+_SENTENCEPIECE = ("sentencepiece.bpe.model", "spiece.model", "spm.model", "tokenizer.model")
+_VOCABULARIES = {"tokenizer.json", _SETTINGS, "vocab.json", "vocab.txt", *_SENTENCEPIECE}
 _TOKENIZER = (
     *sorted(_VOCABULARIES),
     "merges.txt",
+    "bpe.codes",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
@@ -202,8 +204,16 @@ def copy_tokenizer(model: str, folder: Path) -> bool:
             raise ExportError(f"{path} has {path.stat().st_size:,} bytes; at most {_TOKENIZER_BYTES:,} are read")
         else:
             shutil.copyfile(path, folder / name)
-    (folder / CONFIG).write_text('{"model_type": "longformer"}', encoding="utf-8")
+    (folder / CONFIG).write_text(json_text(_tokenizer_keys(fetch)), encoding="utf-8")
     return True
+
+
+def _tokenizer_keys(fetch: Fetch) -> dict[str, str]:
+    """The keys of config.json that AutoTokenizer reads: the tokenizer's class, and the model's type."""
+    path = fetch(CONFIG)
+    name = read_object(path).get("tokenizer_class") if path is not None else None
+    keys = {"model_type": "longformer"}
+    return {**keys, "tokenizer_class": name} if isinstance(name, str) else keys
 
 
 def _weights(fetch: Fetch, model: str) -> tuple[Path, ...]:
