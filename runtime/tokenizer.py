@@ -151,6 +151,7 @@ class Tokenizer:
         config = _read_listed(self.config_folder / CONFIG, listed_configs)
         tokenizer_config = _read_listed(self.folder / TOKENIZER_CONFIG, listed)
         self._tokenizer.encode_special_tokens = _splits_special_tokens(tokenizer_config, self.folder / TOKENIZER_CONFIG)
+        self._keeps_end = _keeps_end(tokenizer_config, self.folder / TOKENIZER_CONFIG)
         self.prompt, files = "", [data, config, tokenizer_config]
         if signature.task == SENTENCE_EMBEDDING:
             path = self.config_folder / PROMPTS
@@ -216,6 +217,18 @@ class Tokenizer:
                 f"{size}"
             )
         return Windows(encoded, size, stride)
+
+    def truncate(self, text: str, pair: str | None = None, *, prompt: str | None = None) -> Encoded:
+        """`encode`, with a document of more tokens than the model takes cut to its beginning.
+
+        It is cut to its end if the truncation_side of tokenizer_config.json is "left", as transformers does.
+
+        Raises:
+            InputError: what `windows` raises.
+        """
+        if self._keeps_end:
+            return self.windows(text, pair, 1, prompt=prompt)[-1]
+        return self.windows(text, pair, END_TO_END, prompt=prompt)[0]
 
     def _tokenize(self, text: str, pair: str | None, prompt: str | None) -> Encoded:
         """Tokenize a text of any length."""
@@ -374,13 +387,23 @@ def _splits_special_tokens(data: bytes | None, path: Path) -> bool:
     return bool(split)
 
 
+def _keeps_end(data: bytes | None, path: Path) -> bool:
+    """Whether a text that is too long loses its beginning; transformers keeps this in the tokenizer's config."""
+    side = json_object(data, path).get("truncation_side")
+    if side not in ("left", "right", None):
+        raise ArtifactError(f"{path}: truncation_side must be left or right; correct it, or export the model again")
+    return bool(side == "left")
+
+
 def _default_prompt(data: bytes | None, path: Path) -> str:
     """The prompt that sentence-transformers puts before a text by default; empty if there is none."""
     settings = json_object(data, path)
     name, prompts = settings.get("default_prompt_name"), settings.get("prompts") or {}
     if name is None:
         return ""
-    prompt = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
+    # sentence-transformers has these two in every model, empty unless the checkpoint gives them.
+    known = {"query": "", "document": "", **prompts} if isinstance(prompts, dict) else {}
+    prompt = known.get(name) if isinstance(name, str) else None
     if not isinstance(prompt, str) or not is_utf8(prompt):
         raise ArtifactError(f"{path}: default_prompt_name names no prompt; correct it, or export the model again")
     return prompt

@@ -330,6 +330,7 @@ ODD_CONFIGS: dict[str, tuple[str, str, str]] = {
     "a key twice": ("config.json", '{"id2label": {}, "id2label": {}}', "the key 'id2label' appears twice"),
     "deep": ("config.json", '{"a": ' + "[" * 100_000, "is not JSON"),
     "split a number": ("tokenizer_config.json", '{"split_special_tokens": 1}', "split_special_tokens must be true"),
+    "truncation up": ("tokenizer_config.json", '{"truncation_side": "up"}', "truncation_side must be left or right"),
     "mask a number": ("tokenizer_config.json", '{"mask_token": 5}', "mask_token must be a string"),
     "mask a list": ("tokenizer_config.json", '{"mask_token": ["<mask>"]}', "mask_token must be a string"),
     "mask no content": ("tokenizer_config.json", '{"mask_token": {"lstrip": true}}', "mask_token must be a string"),
