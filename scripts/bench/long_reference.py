@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from lfx.export.rewrite import clone, replace_attention
+from lfx.export.rewrite import clone
 from lfx.export.torch_runners import _DenseSelfAttention as DenseSelfAttention
+from lfx.export.unpadded import replace_attention
 from lfx.parity import Arrays, Case, compare
 
 OUTPUT = "last_hidden_state"
