@@ -22,6 +22,7 @@ from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.export.checkpoint import fetcher
 from lfx.export.companions import check_tokenizer, write_config, write_tokenizer
+from lfx.export.decompose import decomposing_in_place
 from lfx.export.graph import finalize_graph
 from lfx.export.load import check_weights, load, load_tokenizer, quiet, weights_sha256
 from lfx.export.loop_attention import asks_for_loop_attention
@@ -292,7 +293,7 @@ def _trace(
     batch, choices, sequence = (torch.export.Dim(name) for name in ("batch", "choices", "sequence"))
     axes = {0: batch, 1: choices, 2: sequence} if TASKS[task].has_choices else {0: batch, 1: sequence}
     try:
-        with _TRACING, quiet(), torch.autocast("cpu", enabled=False):
+        with _TRACING, quiet(), torch.autocast("cpu", enabled=False), decomposing_in_place():
             program = torch.onnx.export(
                 wrapper,
                 _example(module, task, inputs),

@@ -315,7 +315,10 @@ class ExportWrapper(nn.Module):
             arguments["global_attention_mask"] = mask
         outputs = named_outputs(self.model(**arguments))
         # Outputs are float32 in any precision: numpy has no bfloat16, and float16 would round once more.
-        return {name: out.float() if out.is_floating_point() else out for name, out in outputs.items()}
+        return {
+            name: out.float() if out.is_floating_point() and out.dtype != torch.float32 else out
+            for name, out in outputs.items()
+        }
 
 
 def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
