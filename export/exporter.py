@@ -20,7 +20,7 @@ import lfx
 from lfx.checks import file_path, whole_number
 from lfx.errors import ExportError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
-from lfx.export.checkpoint import fetcher
+from lfx.export.checkpoint import Fetch, fetcher
 from lfx.export.companions import check_tokenizer, write_config, write_tokenizer
 from lfx.export.decompose import decomposing_in_place
 from lfx.export.graph import finalize_graph
@@ -41,7 +41,7 @@ from lfx.export.probe import (
     is_hugging_face,
 )
 from lfx.export.rewrite import ExportWrapper, GlobalTokens, attention_windows, chunked_attention, is_causal, rewrite
-from lfx.export.sentence_folder import copy_settings
+from lfx.export.sentence_folder import check_modules, copy_settings
 from lfx.export.sentence_model import EncoderSettings, read_encoder_settings
 from lfx.export.settings import check_window_memory
 from lfx.export.sizes import check_sizes
@@ -122,7 +122,7 @@ def export(
         progress("loading the checkpoint")
         fetch = fetcher(source)
         module, task = load(source, task, pooling, fetch)
-        settings = read_encoder_settings(fetch) if task == SENTENCE_EMBEDDING and pooling is None else None
+        settings = _encoder_settings(fetch, task, pooling)
         tokenizer, max_seqlen = _load_texts(source, module, tokenizer, max_seqlen, settings)
     _check_module(module, source)
     _check_global_option(module, global_attention, max_global)
@@ -227,6 +227,12 @@ def _with_pooling(module: nn.Module, pooling: str) -> nn.Module:
             "vector from its forward, and leave pooling out"
         )
     return LongformerForSentenceEmbedding(module, (pooling,)).train(module.training)
+
+
+def _encoder_settings(fetch: Fetch, task: str, pooling: str | None) -> EncoderSettings | None:
+    """Check the settings of sentence-transformers, and return those of the encoder if the embeddings follow them."""
+    check_modules(fetch)
+    return read_encoder_settings(fetch) if task == SENTENCE_EMBEDDING and pooling is None else None
 
 
 def _load_texts(

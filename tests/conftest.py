@@ -1,8 +1,11 @@
-"""Fixtures that several folders use; each export is made once a session."""
+"""Fixtures that several folders use."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
+import inspect
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -17,6 +20,7 @@ from tests.models import tiny_model, tiny_tokenizer
 
 MakeBundle = Callable[..., Path]
 SmallDisk = Callable[[], Path]
+DEFAULTS = inspect.signature(export).parameters
 
 # `make fuzz` raises the number of examples. No deadline: a test does not fail by the clock.
 settings.register_profile("lfx", max_examples=int(os.environ.get("LFX_FUZZ_EXAMPLES", "200")), deadline=None)
@@ -38,17 +42,33 @@ def one_registry_of_onnx_functions() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
-    """bundle(task, **export options) -> the folder of a tiny exported model with a tokenizer; made once, shared."""
-    cache: dict[tuple[Any, ...], Path] = {}
+    """bundle(task, **export options) -> the folder of a tiny exported model with a tokenizer.
+
+    It is made once and shared by all tests of all workers, which only read it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all workers
 
     def make(task: str = "feature-extraction", **options: Any) -> Path:
-        key = (task, *sorted(options.items()))
-        if key not in cache:
-            folder = tmp_path_factory.mktemp("bundle") / task
-            cache[key] = export(tiny_model(task), folder, tokenizer=tiny_tokenizer(), **options)
-        return cache[key]
+        changed = {name: value for name, value in options.items() if DEFAULTS[name].default != value}
+        name = ",".join([task, *(f"{name}={changed[name]}" for name in sorted(changed))])
+        folder = root / "bundles" / name / task
+        with _locked(root / f"{name}.lock"):
+            if not folder.exists():
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                export(tiny_model(task), folder, tokenizer=tiny_tokenizer(), **options)
+        return folder
 
     return make
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Wait until no other process has the lock."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture
