@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import gc
 import inspect
 import os
 import subprocess
@@ -27,16 +28,27 @@ settings.register_profile("lfx", max_examples=int(os.environ.get("LFX_FUZZ_EXAMP
 settings.load_profile("lfx")
 
 
+# torch and transformers make many objects that live on; by default Python searches them for garbage all the time.
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def one_registry_of_onnx_functions() -> Iterator[None]:
-    """Let torch.onnx make its registry of ONNX functions once; otherwise each export takes 0.4 s to make it."""
+def tables_of_torch_onnx() -> Iterator[None]:
+    """Let torch.onnx make its tables of functions and decompositions once; each export takes 0.5 s to make them."""
     try:
+        from torch.onnx._internal.exporter._decomp import create_onnx_friendly_decomposition_table
         from torch.onnx._internal.exporter._registration import ONNXRegistry
     except ImportError:  # private to torch
         yield
         return
+    table = functools.cache(lambda functions: create_onnx_friendly_decomposition_table(set(functions)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        patch.setattr(
+            "torch.onnx._internal.exporter._decomp.create_onnx_friendly_decomposition_table",
+            lambda functions: dict(table(frozenset(functions))),
+        )
         yield
 
 
