@@ -202,8 +202,16 @@ def copy_tokenizer(model: str, folder: Path) -> bool:
             raise ExportError(f"{path} has {path.stat().st_size:,} bytes; at most {_TOKENIZER_BYTES:,} are read")
         else:
             shutil.copyfile(path, folder / name)
-    (folder / CONFIG).write_text('{"model_type": "longformer"}', encoding="utf-8")
+    (folder / CONFIG).write_text(json_text(_tokenizer_keys(fetch)), encoding="utf-8")
     return True
+
+
+def _tokenizer_keys(fetch: Fetch) -> dict[str, str]:
+    """The keys of config.json that AutoTokenizer reads: the tokenizer's class, and the model's type."""
+    path = fetch(CONFIG)
+    name = read_object(path).get("tokenizer_class") if path is not None else None
+    keys = {"model_type": "longformer"}
+    return {**keys, "tokenizer_class": name} if isinstance(name, str) else keys
 
 
 def _weights(fetch: Fetch, model: str) -> tuple[Path, ...]:

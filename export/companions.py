@@ -86,7 +86,8 @@ def raise_limits(folder: Path, max_seqlen: int, tokenizer_class: str) -> None:
     """
     path = folder / "tokenizer_config.json"
     settings = read_object(path) if path.exists() else {}
-    settings = with_limit({"tokenizer_class": tokenizer_class, **settings}, max_seqlen)
+    named = settings.get("tokenizer_class") or tokenizer_class
+    settings = with_limit({**settings, "tokenizer_class": named}, max_seqlen)
     _write(path, {**settings, "model_max_length": max_seqlen})
     path = folder / "tokenizer.json"
     if path.exists():

@@ -148,6 +148,11 @@ def _windows(window: int | list[int], encoder: Encoder, max_seqlen: int) -> tupl
     """Return the attention_window of each layer."""
     layers, heads = encoder.settings["num_hidden_layers"], encoder.settings["num_attention_heads"]
     check_windows(window, layers, heads, max_seqlen, "attention_window")
+    if isinstance(window, list) and any(max(window) % width for width in window):
+        raise ExportError(
+            f"attention_window {','.join(map(str, window))}: the largest is no multiple of each, and Hugging Face pads "
+            "sequences to the largest only; give windows that divide it"
+        )
     return tuple(window) if isinstance(window, list) else (window,) * layers
 
 

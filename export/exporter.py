@@ -25,7 +25,7 @@ from lfx.export.companions import check_tokenizer, write_config, write_tokenizer
 from lfx.export.decompose import decomposing_in_place
 from lfx.export.graph import finalize_graph
 from lfx.export.load import check_weights, load, load_tokenizer, quiet, weights_sha256
-from lfx.export.loop_attention import asks_for_loop_attention
+from lfx.export.loop_attention import LoopSelfAttention, asks_for_loop_attention
 from lfx.export.options import at_least_1, check_choices, check_pooling, model_name
 from lfx.export.passes.opset import TRACED
 from lfx.export.pooling import LongformerForSentenceEmbedding
@@ -193,7 +193,7 @@ def _check_module(module: nn.Module, source: str) -> None:
                 f"{source} has an attention_window of 2, which Hugging Face itself cannot run; give 4 or more"
             )
         check_window_memory(window, attention.num_heads, f"{source}: attention_window")
-        if type(attention) is hf.LongformerSelfAttention and asks_for_loop_attention(attention.config):
+        if not isinstance(attention, LoopSelfAttention) and asks_for_loop_attention(attention.config):
             raise ExportError(
                 f"the config of {source} has a dilation or autoregressive, which its LongformerSelfAttention ignores; "
                 "call lfx.export.use_loop_attention(model), or remove both from the config"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import re
 import warnings
@@ -145,9 +146,25 @@ def load_tokenizer(model: str, *, lower_case: bool = False) -> Any:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise ExportError(f"the tokenizer of {model} cannot be loaded: {_flat(error)}") from error
+        _refuse_without_tokens(tokenizer, model)
         if lower_case:
             add_lower_case(tokenizer)
         return tokenizer
+
+
+def _refuse_without_tokens(tokenizer: Any, model: str) -> None:
+    """Refuse a tokenizer that makes no token of any text: one whose class does not read its vocabulary file."""
+    try:
+        words = (word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens)
+        texts = ("the text", "文", *itertools.islice(words, 100))
+        lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    except Exception as error:
+        raise ExportError(f"the tokenizer of {model} fails on a text: {_flat(error)}") from error
+    if not any(lengths):
+        raise ExportError(
+            f"the tokenizer of {model}, a {type(tokenizer).__name__}, makes no token of any text; its vocabulary "
+            "belongs to another class: name it as tokenizer_class in tokenizer_config.json"
+        )
 
 
 def _task_of(files: checkpoint.Checkpoint) -> str:

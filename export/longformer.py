@@ -42,6 +42,8 @@ def make_longformer_config(
         raise ExportError(
             f"{encoder.path} has no pad_token_id, without which a Longformer cannot count positions; set it"
         )
+    if encoder.family.starts_at_zero:
+        _refuse_padding_in_texts(settings, tokenizer, encoder)
     for name, special in (("bos_token_id", "cls_token_id"), ("eos_token_id", "sep_token_id")):
         if settings[name] is None:
             settings[name] = getattr(tokenizer, special, None)
@@ -60,6 +62,18 @@ def make_longformer_config(
         return transformers.LongformerConfig(**settings)
     except Exception as error:
         raise ExportError(f"{encoder.path} makes no config of a Longformer: {one_line(error)}") from error
+
+
+def _refuse_padding_in_texts(settings: dict[str, Any], tokenizer: Any, encoder: Encoder) -> None:
+    """Refuse a padding id that texts contain: the original numbers these tokens, and a Longformer would not."""
+    pad = settings["pad_token_id"]
+    for name in ("cls_token_id", "sep_token_id", "unk_token_id", "mask_token_id", "bos_token_id", "eos_token_id"):
+        if pad in (settings.get(name), getattr(tokenizer, name, None)):
+            raise ExportError(
+                f"{encoder.files.name} pads with the id {pad}, which is its {name} too: a Longformer does not count "
+                "padding as a position, so it would differ from the original on texts with that token; give the "
+                "tokenizer and the config a padding token of their own"
+            )
 
 
 def make_longformer(encoder: Encoder, original: Any, config: transformers.LongformerConfig) -> Any:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError
-from lfx.export import unpadded
+from lfx.export.unpadded import replace_attention
 from lfx.export.windows import head_dilations, head_groups, layer_dilations
 
 
@@ -187,14 +187,7 @@ def use_loop_attention(model: nn.Module) -> nn.Module:
     Raises:
         ExportError: attention_dilation does not fit the numbers of layers and heads.
     """
-    replacements = {
-        hf.LongformerSelfAttention: LoopSelfAttention,
-        hf.LongformerEncoder: unpadded.LongformerEncoder,
-        hf.LongformerModel: unpadded.LongformerModel,
-    }
-    for module in model.modules():
-        if type(module) in replacements:
-            module.__class__ = replacements[type(module)]
+    for module in replace_attention(model, LoopSelfAttention).modules():
         if isinstance(module, LoopSelfAttention):
             module.read_config(module.config, module.layer_id)
     return model

@@ -21,8 +21,8 @@ from lfx.export.rewrite import attention_windows, chunked_attention
 from lfx.export.torch_runners import GlobalTokensRunner, disturbed_runner, global_tokens_runner, torch_runner
 from lfx.export.windows import both_sides
 from lfx.parity import Case, OutputResult, pair_tolerance
-from lfx.runtime.engine import check_cuttable, cut
 from lfx.runtime.inputs import default_global
+from lfx.runtime.ragged import check_cuttable, cut
 from lfx.runtime.runner import model_inputs
 from lfx.signature import GRAPH_INPUTS, TASKS, Signature
 

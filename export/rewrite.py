@@ -28,9 +28,9 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError
-from lfx.export import unpadded
 from lfx.export.functions import DOMAIN, VERSION
 from lfx.export.loop_attention import LoopSelfAttention
+from lfx.export.unpadded import replace_attention
 
 
 @dataclass
@@ -264,22 +264,6 @@ def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             if isinstance(value, MethodType) and id(value.__self__) in modules:
                 new.__dict__[name] = MethodType(value.__func__, modules[id(value.__self__)])
     return copied
-
-
-def replace_attention(model: nn.Module, attention: type[hf.LongformerSelfAttention]) -> nn.Module:
-    """Replace the classes of the Longformer modules in `model`, in place; self-attention becomes `attention`."""
-    replacements: dict[type[nn.Module], type[nn.Module]] = {
-        hf.LongformerSelfAttention: attention,
-        hf.LongformerEncoder: unpadded.LongformerEncoder,
-        hf.LongformerModel: unpadded.LongformerModel,
-    }
-    for module in model.modules():
-        for original, replacement in replacements.items():
-            if isinstance(module, original):
-                cls = type(module)
-                own = not issubclass(replacement, cls)  # a user's subclass
-                module.__class__ = type(cls.__name__, (cls, replacement), {}) if own else replacement
-    return model
 
 
 def rewrite(model: nn.Module, tokens: GlobalTokens, dtype: torch.dtype) -> nn.Module:

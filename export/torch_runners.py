@@ -18,7 +18,8 @@ from lfx.errors import ArtifactError, ExportError, one_line
 from lfx.export.expose_layers import layer_name
 from lfx.export.load import quiet
 from lfx.export.loop_attention import LoopSelfAttention
-from lfx.export.rewrite import clone, named_outputs, replace_attention
+from lfx.export.rewrite import clone, named_outputs
+from lfx.export.unpadded import replace_attention
 from lfx.parity import Arrays, Runner
 
 GlobalTokensRunner = Callable[[Mapping[str, NDArray[np.int64]]], list[NDArray[np.bool_]]]

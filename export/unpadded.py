@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.models.longformer import modeling_longformer as hf
 
 
@@ -76,3 +77,24 @@ class LongformerModel(hf.LongformerModel):  # type: ignore[misc]
         return hf.LongformerBaseModelOutputWithPooling(
             last_hidden_state=encoded[0], pooler_output=pooled, hidden_states=encoded.hidden_states
         )
+
+
+def replace_attention(model: nn.Module, attention: type[hf.LongformerSelfAttention]) -> nn.Module:
+    """Replace the classes of the Longformer modules in `model`, in place; self-attention becomes `attention`.
+
+    A module of a user's subclass becomes one of a new class of that name, whose bases are the subclass and the
+    replacement, so that the subclass's own methods stay.
+    """
+    replacements: dict[type[nn.Module], type[nn.Module]] = {
+        hf.LongformerSelfAttention: attention,
+        hf.LongformerEncoder: LongformerEncoder,
+        hf.LongformerModel: LongformerModel,
+    }
+    for module in model.modules():
+        for original, replacement in replacements.items():
+            if isinstance(module, original) and not isinstance(module, replacement):
+                cls = type(module)
+                own = not issubclass(replacement, cls)
+                names = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+                module.__class__ = type(cls.__name__, (cls, replacement), names) if own else replacement
+    return model

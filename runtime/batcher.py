@@ -21,8 +21,9 @@ from lfx.checks import real_number, whole_number
 from lfx.errors import InputError, LfxError, OverloadError, one_line
 from lfx.runtime import forks
 from lfx.runtime.batching import batches
-from lfx.runtime.engine import AHEAD, Engine, Outputs, check_cuttable
-from lfx.runtime.inputs import Batch, prepare
+from lfx.runtime.engine import AHEAD, Engine, Outputs
+from lfx.runtime.inputs import Feeds, prepare, seqlen_of
+from lfx.runtime.ragged import check_cuttable
 from lfx.signature import Signature
 
 _log = logging.getLogger("lfx")
@@ -87,24 +88,24 @@ class _RequestFuture(Future[Outputs]):
 
 @dataclass(frozen=True, eq=False)
 class _Request:
-    batch: Batch
+    feeds: Feeds
     arrived: float  # time.monotonic
     future: _RequestFuture
 
     @property
     def seqlen(self) -> int:
         """Number of tokens of the sequence, or of each choice."""
-        return int(self.batch.feeds["input_ids"].shape[-1])
+        return seqlen_of(self.feeds)
 
     @property
     def tokens(self) -> int:
         """Number of tokens of all choices together."""
-        return int(self.batch.feeds["input_ids"].size)
+        return int(self.feeds["input_ids"].size)
 
     @property
     def leading_shape(self) -> tuple[int, ...]:
         """Axes of input_ids before the sequence: (1,), or (1, choices). Requests of one batch have the same."""
-        return self.batch.feeds["input_ids"].shape[:-1]
+        return self.feeds["input_ids"].shape[:-1]
 
 
 class Batcher:
@@ -185,13 +186,12 @@ class Batcher:
         self._check_process()
         arrived = time.monotonic()
         try:
-            batch = prepare(ids, attention_mask, global_attention_mask, self._engine.signature)
-            shape = batch.feeds["input_ids"].shape
-            if shape[0] != 1:
+            sequences = prepare(ids, attention_mask, global_attention_mask, self._engine.signature)
+            if len(sequences) != 1:
                 raise InputError(
-                    f"submit was given {shape[0]} sequences; submit them one by one, and they run together"
+                    f"submit was given {len(sequences)} sequences; submit them one by one, and they run together"
                 )
-            request = _Request(batch, arrived, _RequestFuture())
+            request = _Request(sequences[0], arrived, _RequestFuture())
             with self._changed:
                 if self._broken is not None:
                     raise LfxError(f"a worker of this Batcher died ({one_line(self._broken)}); make a new one")
@@ -333,7 +333,7 @@ class Batcher:
     def _compute(self, requests: list[_Request]) -> None:
         """Run requests together and answer them; if that fails, run each alone, since one may be the cause."""
         try:
-            results = self._engine.run_together([request.batch for request in requests])
+            results = self._engine.run_together([request.feeds for request in requests])
             answers = list(zip(requests, results, strict=True))
         except BaseException as error:
             if len(requests) > 1 and isinstance(error, Exception):

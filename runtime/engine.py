@@ -11,29 +11,28 @@ from collections import UserString
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.checks import LARGEST, file_path, one_of, shown, whole_number
-from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
-from lfx.machine import int8_overflows
-from lfx.manifest import Manifest, sha256
+from lfx.checks import LARGEST, one_of, shown, whole_number
+from lfx.errors import ArtifactError, InputError, LfxError
+from lfx.manifest import sha256
 from lfx.runtime import backends, forks
-from lfx.runtime.artifact import open_artifact
-from lfx.runtime.batching import TOKEN_BUDGET, batches
+from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.embedding import SENTENCE_OUTPUT, check_task, embedding_size, encode_texts
-from lfx.runtime.inputs import Batch, join, prepare
+from lfx.runtime.inputs import Feeds, prepare, prepare_each, seqlen_of, stack
+from lfx.runtime.loading import load_model
 from lfx.runtime.metrics import Metrics
-from lfx.runtime.plan import SUFFIX, PlanManifest
+from lfx.runtime.ragged import Row, run_rows
 from lfx.runtime.tokenizer import Tokenizer, text_folder
-from lfx.signature import QUANTIZED, Signature
+from lfx.signature import Signature
 
 MAX_THREADS = 1024
 # Number of sequences that `Engine.stream` reads and sorts by length at a time.
 AHEAD = 256
-PRECISIONS = ("fp32", "bf16")
+ON_ERROR = ("raise", "return")
 Outputs = dict[str, NDArray[Any] | list[NDArray[Any]]]
 
 
@@ -82,27 +81,17 @@ class Engine:
         if threads is not None:
             threads = whole_number(threads, "threads", 1, MAX_THREADS)
         self.token_budget = whole_number(token_budget, "token_budget", low=1)
-        one_of(backend, "backend", ("auto", *backends.BACKENDS, "tensorrt"), DependencyError)
-        one_of(provider, "provider", backends.PROVIDERS, DependencyError)
-        if precision is not None:
-            one_of(precision, "precision", PRECISIONS, DependencyError)
-        model = _checked_path(path)
         self.threads = threads
         self.metrics = Metrics()
         self._forked = False
         self._tokenizer: Tokenizer | None = None
-        self.manifest: Manifest | PlanManifest | None = None
-        is_plan = model.suffix == SUFFIX and not model.is_dir()
-        load = self._load_plan if is_plan else self._load_onnx
-        self._backend: backends.Backend | None = load(model, backend, provider, threads, precision)
-        self.backend = self._backend.name
-        declared = ([s.name for s in self.signature.inputs], [s.name for s in self.signature.outputs])
-        if (sorted(self._backend.input_names), self._backend.output_names) != (sorted(declared[0]), declared[1]):
-            raise ArtifactError(f"{model} has other inputs or outputs than its manifest; export it again")
-        if "input_ids" not in declared[0]:
-            raise ArtifactError(f"{model} has no input input_ids; export it again")
+        model = load_model(path, backend, provider, threads, precision)
+        self.manifest, self.signature = model.manifest, model.signature
+        self._files = tuple(model.artifact.files.values()) if model.artifact is not None else ()
+        self._backend: backends.Backend | None = model.backend
+        self.backend = model.backend.name
         self.precision = precision or self.signature.precision
-        self._path = model.absolute()
+        self._path = model.path.absolute()
         self._reopen = functools.partial(
             type(self),
             self._path,
@@ -114,42 +103,29 @@ class Engine:
         )
         forks.watch(self)
 
-    def _load_plan(
-        self, plan: Path, backend: str, provider: str, threads: int | None, precision: str | None
-    ) -> backends.Backend:
-        """Check a plan and its options, and load it into TensorRT."""
-        if precision is not None:
-            raise DependencyError(f"{plan} is a plan, whose precision is fixed; leave precision out")
-        if threads is not None:
-            raise DependencyError(f"{plan} is a plan, which runs on the GPU; leave threads out")
-        if backend not in ("auto", "tensorrt") or provider != "cpu":
-            option = f"backend {backend!r}" if backend not in ("auto", "tensorrt") else f"provider {provider!r}"
-            raise DependencyError(
-                f"{option} cannot run {plan}: a plan runs on TensorRT; leave backend and provider out"
-            )
-        self.manifest = PlanManifest.read(plan)
-        self.manifest.verify(plan)
-        self.signature = self.manifest.signature
-        from lfx.runtime.backends.tensorrt import TensorRt
+    @overload
+    def run(
+        self,
+        ids: Any,
+        attention_mask: Any = None,
+        global_attention_mask: Any = None,
+        *,
+        on_error: Literal["raise"] = "raise",
+    ) -> Outputs: ...
 
-        return TensorRt(plan, self.manifest)
+    @overload
+    def run(
+        self,
+        ids: Any,
+        attention_mask: Any = None,
+        global_attention_mask: Any = None,
+        *,
+        on_error: Literal["return"],
+    ) -> list[Row | LfxError]: ...
 
-    def _load_onnx(
-        self, path: Path, backend: str, provider: str, threads: int | None, precision: str | None
-    ) -> backends.Backend:
-        """Check a bundle or an ONNX file, choose the backend for "auto", and load the model into it."""
-        self._artifact = open_artifact(path)
-        self.manifest, self.signature = self._artifact.manifest, self._artifact.signature
-        _check_weight_bits(path, self.signature, provider)
-        stored = self.signature.precision
-        if backend == "auto" and (precision is not None or (stored == "bf16" and provider == "cpu")):
-            backend = "openvino"  # the only one with a choice of precision, and with all bf16 kernels on the CPU
-        backend = "onnxruntime" if backend == "auto" else backend
-        # The reference backend is the onnx package, which refuses files with more than one hard link.
-        with self._artifact.plain_files(unshared=backend == "reference") as model:
-            return backends.load(model, backend, provider, threads, precision, stored)
-
-    def run(self, ids: Any, attention_mask: Any = None, global_attention_mask: Any = None) -> Outputs:
+    def run(
+        self, ids: Any, attention_mask: Any = None, global_attention_mask: Any = None, *, on_error: str = "raise"
+    ) -> Outputs | list[Row | LfxError]:
         """Run one batch.
 
         Args:
@@ -159,21 +135,33 @@ class Engine:
             attention_mask: same shape as ids; 1 = real token, 0 = padding. Default: all 1.
             global_attention_mask: same shape as ids; 1 = attends globally. Default: the task's own rule,
                 `signature.default_global`.
+            on_error: "raise", or "return": a sequence that the model cannot take, or whose batch fails in the backend,
+                gets its error, and the others are run. Default: "raise".
         Returns:
             Output name -> value, batch axis first. If all sequences have one length, each value is an array, such as
             last_hidden_state (batch, seqlen, hidden) float32. Sequences of different lengths run in batches of
             neighbouring lengths, see `token_budget`. Then the value of an output per token is a list of arrays, each of
             its sequence's own length; outputs per sequence are stacked. The caller owns all arrays.
+
+            With on_error="return" a list with one item for each sequence: what `stream` yields for it, or its error.
         Raises:
-            InputError: the model cannot take a length, shape, dtype, mask value or token id; or the Engine is closed.
+            InputError: the model cannot take a length, shape, dtype, mask value or token id; `on_error` is not known;
+                or the Engine is closed.
             ArtifactError: an output has another number of axes or rows than the signature says.
             LfxError: the Engine was made before a fork, or the backend failed.
         Source: Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
         """
         start = time.perf_counter()
         try:
-            batch = prepare(ids, attention_mask, global_attention_mask, self.signature)
-            outputs = self._run_batch(batch)
+            one_of(on_error, "on_error", ON_ERROR, InputError)
+            backend = self._open()
+            outputs: Outputs | list[Row | LfxError]
+            if on_error == "return":
+                sequences = prepare_each(ids, attention_mask, global_attention_mask, self.signature)
+                outputs = self._run_rows(backend, sequences, keep_errors=True)
+            else:
+                batch = prepare(ids, attention_mask, global_attention_mask, self.signature)
+                outputs = self._run_batch(backend, batch)
         except BaseException:
             self.metrics.failed()
             raise
@@ -225,27 +213,24 @@ class Engine:
         """`run` in a thread, for asyncio. For many concurrent requests see `lfx.runtime.Batcher`."""
         return await asyncio.to_thread(self.run, ids, attention_mask, global_attention_mask)
 
-    def run_together(self, requests: Sequence[Batch]) -> list[Outputs]:
-        """Run prepared requests of one sequence each, in batches of neighbouring lengths; see `lfx.runtime.Batcher`.
+    def run_together(self, requests: Sequence[Feeds]) -> list[Outputs]:
+        """Run prepared sequences in batches of neighbouring lengths; see `lfx.runtime.Batcher`.
 
         Returns:
-            For each request, what `run` returns for it alone: arrays with a batch axis of 1.
+            For each sequence, what `run` returns for it alone: arrays with a batch axis of 1.
         Raises:
-            InputError: the requests have different numbers of choices, or the Engine is closed.
+            InputError: the sequences have different numbers of choices, or the Engine is closed.
             LfxError: the Engine was made before a fork, or the backend failed.
         """
-        if len(requests) == 0:
-            return []
-        feeds, lengths = join(requests, self.signature.pad_token_id)
-        rows = self._run_rows(self._open(), feeds, lengths)
-        return [{name: arrays[i][None] for name, arrays in rows.items()} for i in range(len(requests))]
+        rows = self._run_rows(self._open(), requests)
+        return [{name: array[None] for name, array in row.items()} for row in rows]
 
     @property
     def identity(self) -> str:
         """Digest of the model: its manifest's, or those of a single ONNX file and of its weight files."""
         if self.manifest is not None:
             return str(self.manifest.to_dict()["manifest_sha256"])
-        return " ".join(sha256(file) for file in self._artifact.files.values())
+        return " ".join(sha256(file) for file in self._files)
 
     def supports_shape(self, batch: int, seqlen: int) -> bool:
         """Whether the Engine can run a batch of this shape: within the model's limits and, for a plan, in a profile."""
@@ -279,17 +264,20 @@ class Engine:
             except (MemoryError, ValueError) as error:
                 raise InputError(f"a batch of {batch} sequences of {seqlen} tokens does not fit in memory") from error
             global_mask = np.zeros_like(ids) if has_global_mask else None
-            self._open().infer(dict(prepare(ids, None, global_mask, self.signature).feeds))
+            sequences = prepare(ids, None, global_mask, self.signature)
+            self._open().infer(stack(sequences, self.signature.pad_token_id))
 
-    def _run_batch(self, batch: Batch) -> Outputs:
-        backend = self._open()
-        if batch.lengths is None:
-            return dict(self._infer(backend, dict(batch.feeds)))
-        rows = self._run_rows(backend, batch.feeds, batch.lengths)
-        per_token = {spec.name for spec in self.signature.outputs if "sequence" in spec.shape}
-        return {name: arrays if name in per_token else np.stack(arrays) for name, arrays in rows.items()}
+    def _run_batch(self, backend: backends.Backend, sequences: Sequence[Feeds]) -> Outputs:
+        if len({seqlen_of(feeds) for feeds in sequences}) == 1:
+            return dict(self._infer(backend, stack(sequences, self.signature.pad_token_id)))
+        rows = self._run_rows(backend, sequences)
+        outputs: Outputs = {}
+        for spec in self.signature.outputs:
+            arrays = [row[spec.name] for row in rows]
+            outputs[spec.name] = arrays if "sequence" in spec.shape else np.stack(arrays)
+        return outputs
 
-    def _infer(self, backend: backends.Backend, feeds: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
+    def _infer(self, backend: backends.Backend, feeds: Feeds) -> Row:
         outputs = backend.infer(feeds)
         ids = feeds["input_ids"]
         _check_outputs(outputs, self.signature, len(ids))
@@ -297,22 +285,38 @@ class Engine:
         self.metrics.computed(len(ids), real, ids.size - real)
         return outputs
 
-    def stream(self, documents: Iterable[Any], *, ahead: int = AHEAD) -> Iterator[dict[str, NDArray[Any]]]:
+    @overload
+    def stream(
+        self, documents: Iterable[Any], *, ahead: int = AHEAD, on_error: Literal["raise"] = "raise"
+    ) -> Iterator[Row]: ...
+
+    @overload
+    def stream(
+        self, documents: Iterable[Any], *, ahead: int = AHEAD, on_error: Literal["return"]
+    ) -> Iterator[Row | LfxError]: ...
+
+    def stream(
+        self, documents: Iterable[Any], *, ahead: int = AHEAD, on_error: str = "raise"
+    ) -> Iterator[Row] | Iterator[Row | LfxError]:
         """Run more sequences than fit in memory, in batches of neighbouring lengths.
 
         Args:
             documents: an iterable of sequences of integers, (seqlen,); for multiple choice (choices, seqlen).
             ahead: number of documents that are read, sorted by length and run at a time, 1 or more. Default: 256. The
                 same documents in the same order form the same batches, so their results are bitwise equal.
+            on_error: "raise", or "return": a document that the model cannot take, or whose batch fails in the backend,
+                gets its error, and the others are run. Default: "raise".
         Yields:
-            For each document, in the order given: output name -> array, without the batch axis.
+            For each document, in the order given: output name -> array, without the batch axis; with on_error="return",
+            its LfxError where it has one.
         Raises:
-            InputError: at once, if `ahead` is out of range, `documents` is not iterable or the Engine is closed. While
-                iterating, if the model cannot take a document: the message has its index from 0, and no document that
-                was read together with it is run. Errors that `documents` raises pass through.
+            InputError: at once, if `ahead` is out of range, `on_error` is not known, `documents` is not iterable or the
+                Engine is closed. While iterating, if the model cannot take a document: the message has its index from
+                0, and no document that was read together with it is run. Errors that `documents` raises pass through.
             LfxError: the Engine was made before a fork, or the backend failed.
         """
         ahead = whole_number(ahead, "ahead", 1, sys.maxsize)
+        one_of(on_error, "on_error", ON_ERROR, InputError)
         self.check_usable()
         if isinstance(documents, str | bytes | bytearray | memoryview | UserString | Mapping):
             raise InputError(f"documents is {type(documents).__name__}; give an iterable of sequences of integers")
@@ -322,26 +326,30 @@ class Engine:
             raise InputError(
                 f"documents is {type(documents).__name__}; give an iterable of sequences of integers"
             ) from error
-        return self._stream(iterator, ahead)
+        return self._stream(iterator, ahead, keep_errors=on_error == "return")
 
-    def _stream(self, documents: Iterator[Any], ahead: int) -> Iterator[dict[str, NDArray[Any]]]:
-        first = 0  # index of the chunk's first document
+    def _stream(self, documents: Iterator[Any], ahead: int, *, keep_errors: bool) -> Iterator[Any]:
+        indices = itertools.count()
         while chunk := list(itertools.islice(documents, ahead)):
-            requests = [self._prepare_document(document, first + i) for i, document in enumerate(chunk)]
-            first += len(chunk)
-            feeds, lengths = join(requests, self.signature.pad_token_id)
-            rows = self._run_rows(self._open(), feeds, lengths)
-            for i in range(len(chunk)):
-                yield {name: arrays[i] for name, arrays in rows.items()}
+            sequences = [
+                self._prepare_document(document, index, keep_error=keep_errors)
+                for document, index in zip(chunk, indices, strict=False)
+            ]
+            yield from self._run_rows(self._open(), sequences, keep_errors=keep_errors)
 
-    def _prepare_document(self, document: Any, index: int) -> Batch:
+    def _prepare_document(self, document: Any, index: int, *, keep_error: bool) -> Feeds | LfxError:
         try:
-            batch = prepare(document, None, None, self.signature)
+            try:
+                sequences = prepare(document, None, None, self.signature)
+            except InputError as error:
+                raise InputError(f"document {index}: {error}") from error
+            if len(sequences) != 1:
+                raise InputError(f"document {index} has {len(sequences)} sequences; give each as a document of its own")
         except InputError as error:
-            raise InputError(f"document {index}: {error}") from error
-        if (count := len(batch.feeds["input_ids"])) != 1:
-            raise InputError(f"document {index} has {count} sequences; give each as a document of its own")
-        return batch
+            if keep_error:
+                return error
+            raise
+        return sequences[0]
 
     def check_usable(self) -> None:
         """Raise an error if the Engine cannot run.
@@ -372,27 +380,16 @@ class Engine:
         return self._reopen, ()
 
     def _run_rows(
-        self, backend: backends.Backend, feeds: dict[str, NDArray[np.int64]], lengths: Sequence[int]
-    ) -> dict[str, list[NDArray[Any]]]:
-        """Run padded rows in batches of neighbouring lengths; output name -> one unpadded array for each row."""
-        ragged = len(set(lengths)) > 1
-        if ragged or any(spec.shape[:1] != ("batch",) for spec in self.signature.outputs):
-            check_cuttable(self.signature)
-        if ragged and "attention_mask" not in feeds:
-            raise InputError(
-                "this model takes no attention_mask, so no token can be masked; give sequences of one length"
-            )
-        shapes = {spec.name: spec.shape for spec in self.signature.outputs}
-        rows: dict[str, list[Any]] = {name: [None] * len(lengths) for name in shapes}
-        choices = feeds["input_ids"].shape[1] if feeds["input_ids"].ndim == 3 else 1
-        budget, pad = max(self.token_budget // choices, 1), self.signature.may_pad
-        for indices in batches(lengths, budget, backend.supports_shape, pad=pad):
-            longest = max(lengths[i] for i in indices)
-            outputs = self._infer(backend, {name: array[indices][..., :longest] for name, array in feeds.items()})
-            for name, array in outputs.items():
-                for row, i in zip(array, indices, strict=True):
-                    rows[name][i] = cut(row, shapes[name], lengths[i])
-        return rows
+        self, backend: backends.Backend, sequences: Sequence[Feeds | LfxError], *, keep_errors: bool = False
+    ) -> list[Any]:
+        return run_rows(
+            sequences,
+            lambda feeds: self._infer(backend, feeds),
+            self.signature,
+            self.token_budget,
+            backend.supports_shape,
+            keep_errors=keep_errors,
+        )
 
     def close(self) -> None:
         """Free the model. Calling it again does nothing."""
@@ -405,15 +402,6 @@ class Engine:
         self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _check_weight_bits(path: Path, signature: Signature, provider: str) -> None:
-    """Raise DependencyError if this CPU overflows on the model's int8 weights."""
-    if signature.precision == QUANTIZED and signature.weight_bits != 7 and provider == "cpu" and int8_overflows():
-        raise DependencyError(
-            f"{path} has int8 weights of 8 bits, which overflow on this CPU without VNNI; quantize it again without "
-            "--full-range"
-        )
 
 
 def _check_outputs(outputs: Mapping[str, Any], signature: Signature, batch: int) -> None:
@@ -429,14 +417,6 @@ def _check_outputs(outputs: Mapping[str, Any], signature: Signature, batch: int)
             )
 
 
-def _checked_path(path: Any) -> Path:
-    if not isinstance(path, str | Path):
-        raise InputError(f"path is {type(path).__name__}; give the path of a bundle, an .onnx file or a plan")
-    if path == "":
-        raise ArtifactError("path is empty; give the path of a bundle, made with: lfx export")
-    return file_path(path, "path", ArtifactError)
-
-
 def _checked_shapes(shapes: Any, longest: int | None) -> list[tuple[int, int]]:
     checked = []
     try:
@@ -450,19 +430,3 @@ def _checked_shapes(shapes: Any, longest: int | None) -> list[tuple[int, int]]:
     except (TypeError, ValueError) as error:
         raise InputError(f"shapes is {shown(shapes)}; give a list of pairs (batch, seqlen)") from error
     return checked
-
-
-def cut(row: NDArray[Any], axes: tuple[int | str, ...], length: int) -> NDArray[Any]:
-    """Copy one sequence's row of an output, sliced to `length` on its sequence axes; `axes` has the batch first."""
-    return row[tuple(slice(length) if axis == "sequence" else slice(None) for axis in axes[1:])].copy()
-
-
-def check_cuttable(signature: Signature) -> None:
-    """Raise InputError for an output that `cut` cannot slice: batch is not its first axis, or an axis is unknown."""
-    for spec in signature.outputs:
-        unknown = [axis for axis in spec.shape[1:] if isinstance(axis, str) and axis not in ("sequence", "choices")]
-        if not spec.shape or spec.shape[0] != "batch" or unknown:
-            raise InputError(
-                f"output {spec.name} ({', '.join(map(str, spec.shape))}) cannot be cut to each sequence's length; "
-                "run the sequences one by one"
-            )

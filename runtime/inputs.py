@@ -1,11 +1,12 @@
-"""Checks ids and masks from the caller, chooses the default global tokens, and pads all into one batch."""
+"""Checks ids and masks from the caller, chooses the default global tokens, and pads sequences into batches."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import numbers
 from collections import UserString
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,72 +17,97 @@ from lfx.errors import InputError, one_line
 from lfx.signature import Signature
 
 Int64 = NDArray[np.int64]
+Feeds = dict[str, Int64]  # input name -> array
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The graph inputs of one batch.
+def prepare(ids: Any, attention_mask: Any, global_attention_mask: Any, signature: Signature) -> list[Feeds]:
+    """Check one batch, and make the graph inputs of each sequence; see `Engine.run` for the arguments.
 
-    Attributes:
-        feeds: input name -> (batch, seqlen) int64, for multiple choice (batch, choices, seqlen); padded on the right.
-        lengths: number of tokens of each sequence; None if all have one length, so that nothing was padded.
-    """
-
-    feeds: dict[str, Int64]
-    lengths: tuple[int, ...] | None
-
-
-def prepare(ids: Any, attention_mask: Any, global_attention_mask: Any, signature: Signature) -> Batch:
-    """Check and pad one batch; see `Engine.run` for the arguments.
-
+    Returns:
+        For each sequence: input name -> (1, seqlen) int64, for multiple choice (1, choices, seqlen).
     Raises:
         InputError: the model cannot take a length, shape, dtype, mask value or token id.
     """
     rows = _as_rows(ids, "input_ids", _IDS, signature)
     if len({row.shape[:-1] for row in rows}) > 1:
         raise InputError(f"input_ids have different numbers of choices; give {_shapes(signature)}")
-    lengths = [row.shape[-1] for row in rows]
-    ragged = len(set(lengths)) > 1
-    width = max(lengths)
-    input_ids = _stack(rows, width, signature.pad_token_id)
-
-    mask_rows = _mask_rows(attention_mask, "attention_mask", rows, signature)
-    mask = _stack(mask_rows if mask_rows is not None else [np.ones_like(row) for row in rows], width, 0)
-    global_rows = _mask_rows(global_attention_mask, "global_attention_mask", rows, signature)
-    feeds = {"input_ids": input_ids, "attention_mask": mask}
+    masks = _mask_rows(attention_mask, "attention_mask", rows, signature)
+    global_masks = _mask_rows(global_attention_mask, "global_attention_mask", rows, signature)
     names = {spec.name for spec in signature.inputs}
-    if "global_attention_mask" in names:
-        global_mask = _stack(global_rows, width, 0) if global_rows is not None else default_global(input_ids, signature)
-        _check_globals(global_mask * mask, signature)
-        feeds["global_attention_mask"] = global_mask
-    elif global_rows is not None:
+    if global_masks is not None and "global_attention_mask" not in names:
         raise InputError(
             f"this model has its global attention fixed ({signature.global_attention}) and takes no "
             "global_attention_mask; leave it out, or export again with --global-attention mask"
         )
-    if "attention_mask" not in names and not mask.all():
-        raise InputError("this model takes no attention_mask, so no token can be masked; give sequences of one length")
-    return Batch({name: feeds[name] for name in feeds if name in names}, tuple(lengths) if ragged else None)
+    batch = []
+    for i, row in enumerate(rows):
+        feeds = {"input_ids": row[None], "attention_mask": (np.ones_like(row) if masks is None else masks[i])[None]}
+        if "global_attention_mask" in names:
+            marks = default_global(row, signature) if global_masks is None else global_masks[i]
+            _check_globals(marks * feeds["attention_mask"], signature)
+            feeds["global_attention_mask"] = marks[None]
+        if "attention_mask" not in names and not feeds["attention_mask"].all():
+            raise InputError("this model takes no attention_mask, so no token can be masked; leave padding out")
+        batch.append({name: feeds[name] for name in feeds if name in names})
+    return batch
 
 
-def join(requests: Sequence[Batch], pad_token_id: int) -> tuple[dict[str, Int64], list[int]]:
-    """Stack prepared requests of one sequence each into one batch.
+def prepare_each(
+    ids: Any, attention_mask: Any, global_attention_mask: Any, signature: Signature
+) -> list[Feeds | InputError]:
+    """`prepare`, with the InputError of a sequence that the model cannot take in the place of its inputs.
 
-    Args:
-        requests: each with feeds (1, seqlen), or (1, choices, seqlen) with one number of choices for all.
-    Returns:
-        The feeds, (batch, seqlen) or (batch, choices, seqlen), padded to the longest; and the length of each request.
     Raises:
-        InputError: the requests have different numbers of choices.
+        InputError: an argument cannot be split into sequences, or a mask has another number of them than the ids.
     """
-    if len({request.feeds["input_ids"].shape[:-1] for request in requests}) > 1:
+    sequences = _split(ids, "input_ids", signature)
+    masks = _split_mask(attention_mask, "attention_mask", len(sequences), signature)
+    global_masks = _split_mask(global_attention_mask, "global_attention_mask", len(sequences), signature)
+    return [_prepare_one(*arguments, signature) for arguments in zip(sequences, masks, global_masks, strict=True)]
+
+
+def _prepare_one(ids: Any, mask: Any, global_mask: Any, signature: Signature) -> Feeds | InputError:
+    rank = 2 if signature.has_choices else 1
+    try:
+        if _depth(ids, rank) < rank:
+            raise InputError(f"input_ids is {type(ids).__name__}; give {_shapes(signature)}")
+        mask, global_mask = (None if value is None else [value] for value in (mask, global_mask))
+        return prepare([ids], mask, global_mask, signature)[0]
+    except InputError as error:
+        return error
+
+
+def _split_mask(value: Any, name: str, count: int, signature: Signature) -> Sequence[Any] | NDArray[Any]:
+    """The rows of a mask for `count` sequences; None for each where there is no mask."""
+    if value is None:
+        return [None] * count
+    rows = _split(value, name, signature)
+    if len(rows) != count:
+        raise InputError(f"{name} has {len(rows)} sequences where input_ids has {count}; make them equal")
+    return rows
+
+
+def stack(sequences: Sequence[Feeds], pad_token_id: int) -> Feeds:
+    """Stack the prepared inputs of sequences into those of one batch, padded on the right to the longest.
+
+    Returns:
+        Input name -> (batch, seqlen) int64, for multiple choice (batch, choices, seqlen).
+    Raises:
+        InputError: the sequences have different numbers of choices.
+    """
+    shapes = {feeds["input_ids"].shape for feeds in sequences}
+    if len({shape[:-1] for shape in shapes}) > 1:
         raise InputError("the sequences have different numbers of choices; run them one by one")
-    lengths = [request.feeds["input_ids"].shape[-1] for request in requests]
-    feeds = {
-        name: _stack([r.feeds[name][0] for r in requests], max(lengths), pad_token_id if name == "input_ids" else 0)
-        for name in requests[0].feeds
+    width = max(shape[-1] for shape in shapes)
+    return {
+        name: _stack([feeds[name][0] for feeds in sequences], width, pad_token_id if name == "input_ids" else 0)
+        for name in sequences[0]
     }
-    return feeds, lengths
+
+
+def seqlen_of(feeds: Feeds) -> int:
+    """Number of tokens of a prepared sequence, or of each of its choices."""
+    return int(feeds["input_ids"].shape[-1])
 
 
 def default_global(input_ids: Int64, signature: Signature) -> Int64:
@@ -130,17 +156,34 @@ class _Values:
 
 def _as_rows(value: Any, name: str, values: _Values, signature: Signature) -> list[Int64]:
     """Read a batch into one int64 array for each sequence: (seqlen,), or (choices, seqlen) for multiple choice."""
+    items = _split(value, name, signature)
+    rank, several = 2 if signature.has_choices else 1, len(items) > 1
+    with _readable(name, signature):
+        return [
+            _read(item, f"{name}[{i}]" if several else name, rank, values, signature) for i, item in enumerate(items)
+        ]
+
+
+def _split(value: Any, name: str, signature: Signature) -> Sequence[Any] | NDArray[Any]:
+    """Split a batch into its sequences; one sequence is a batch of one."""
     if value is None or _is_text(value):
         raise InputError(f"{name} is {type(value).__name__}; give token ids: a list of integers or an integer array")
+    with _readable(name, signature):
+        return _sequences(value, name, signature)
+
+
+@contextlib.contextmanager
+def _readable(name: str, signature: Signature) -> Iterator[None]:
+    """Turn errors of the caller's object into InputError: it may raise anything, such as a tensor on a GPU."""
     try:
-        return _read_batch(value, name, values, signature)
+        yield
     except InputError:
         raise
-    except Exception as error:  # the caller's object may raise anything, such as a tensor on a GPU
+    except Exception as error:
         raise InputError(f"{name} cannot be read as an array ({one_line(error)}); give {_shapes(signature)}") from error
 
 
-def _read_batch(value: Any, name: str, values: _Values, signature: Signature) -> list[Int64]:
+def _sequences(value: Any, name: str, signature: Signature) -> Sequence[Any] | NDArray[Any]:
     rank = 2 if signature.has_choices else 1
     items: Sequence[Any] | NDArray[Any]
     if hasattr(value, "__array__"):
@@ -159,8 +202,7 @@ def _read_batch(value: Any, name: str, values: _Values, signature: Signature) ->
         items = [value] if depth <= rank else _items(value, name)
     if len(items) == 0:
         raise InputError(f"{name} is an empty batch; give at least one sequence of at least one token")
-    several = len(items) > 1
-    return [_read(item, f"{name}[{i}]" if several else name, rank, values, signature) for i, item in enumerate(items)]
+    return items
 
 
 def _read(value: Any, name: str, rank: int, values: _Values, signature: Signature) -> Int64:

@@ -6,7 +6,7 @@ import numpy as np
 
 from lfx.parity import Arrays, Case, Runner, inputs_of
 from lfx.runtime.engine import Engine
-from lfx.signature import Signature
+from lfx.signature import GRAPH_INPUTS, Signature
 
 # Ids are below this for a model of unknown vocabulary, one without Hugging Face's word embedding.
 _DEFAULT_VOCAB_SIZE = 8
@@ -31,7 +31,7 @@ def engine_runner(engine: Engine) -> Runner:
     names = {spec.name for spec in engine.signature.inputs}
 
     def run(inputs: Arrays) -> Arrays:
-        masks = {name: inputs[name] for name in inputs if name in names and name != "input_ids"}
-        return {name: np.asarray(value) for name, value in engine.run(inputs["input_ids"], **masks).items()}
+        ids, *masks = (inputs.get(name) if name in names else None for name in GRAPH_INPUTS)
+        return {name: np.asarray(value) for name, value in engine.run(ids, *masks).items()}
 
     return run

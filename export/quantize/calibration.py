@@ -53,7 +53,7 @@ def read_calibration(
     window_ids = [
         window.ids for i, window in enumerate(encoded(source, limited, folder, unlisted=unlisted)) if i in indices
     ]
-    feeds = [dict(prepare(ids, None, None, signature).feeds) for ids in window_ids]
+    feeds = [prepare(ids, None, None, signature)[0] for ids in window_ids]
     about = {
         "file": source.name,
         "sha256": sha256(source),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lfx.errors import ArtifactError, BuildError
+from lfx.errors import ArtifactError, BuildError, LfxError
 from lfx.manifest import Manifest
-from lfx.parity import UNIT_ROUNDOFF, Case, compare, quick_cases
+from lfx.parity import UNIT_ROUNDOFF, Arrays, Case, Runner, compare, quick_cases
 from lfx.runtime.engine import Engine
 from lfx.runtime.runner import engine_runner, model_inputs
 from lfx.signature import Signature
@@ -40,20 +41,20 @@ def check_conversion(
         "reason"}.
     Raises:
         ArtifactError: the bundle has no measured error of an output.
-        BuildError: an output differs by more than the limit.
+        BuildError: an output differs by more than the limit, or the backend cannot run the graph.
     """
     backend = "openvino" if signature.precision == "bf16" else "onnxruntime"
     if find_spec(backend) is None:
         log(f"warning: {backend} is not installed, so the {signature.precision} graph was not checked")
         return {"checked": False, "reason": f"{backend} is not installed"}
     exported = {spec.name: _exported_error(manifest, spec.name) for spec in signature.outputs}
-    with Engine(bundle) as original, Engine(model, backend) as converted:
+    with Engine(bundle) as original, _converted(model, backend, signature.precision) as converted:
         report = compare(
             _cases(manifest, signature),
             lambda case: model_inputs(case, signature),
             reference=engine_runner(original),
             witness=None,
-            candidate=engine_runner(converted),
+            candidate=_explained(engine_runner(converted), signature.precision),
             precision=signature.precision,
             layers=len(signature.attention_windows),
             on_case=lambda case: progress(f"checking the graph: {case}"),
@@ -70,6 +71,31 @@ def check_conversion(
                 f"{result.error:.3g}, which is more than rounding explains ({limit:.3g}), at {result.worst}"
             )
     return {"checked": True, "backend": backend_name, "outputs": measured}
+
+
+def _converted(model: Path, backend: str, precision: str) -> Engine:
+    with _explain(precision):
+        return Engine(model, backend)
+
+
+def _explained(run: Runner, precision: str) -> Runner:
+    def run_explained(inputs: Arrays) -> Arrays:
+        with _explain(precision):
+            return run(inputs)
+
+    return run_explained
+
+
+@contextlib.contextmanager
+def _explain(precision: str) -> Iterator[None]:
+    """Say what to do where the backend has no kernel of this precision for an operator of the model's own head."""
+    try:
+        yield
+    except LfxError as error:
+        raise BuildError(
+            f"the {precision} graph for TensorRT cannot be compared with the bundle: {error}; if an operator of the "
+            f"model has no {precision} kernel there, build in another precision"
+        ) from error
 
 
 def _exported_error(manifest: Manifest, output: str) -> float:

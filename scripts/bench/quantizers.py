@@ -80,7 +80,7 @@ def contenders(
     lines = itertools.chain.from_iterable((ids, ids) for ids in calibration)
     text.write_text("".join(json.dumps({"input_ids": ids[0].tolist()}) + "\n" for ids in lines), encoding="utf-8")
     int8 = quantize(fp32, folder / "int8", calibration=text, samples=2 * len(calibration))
-    feeds = [dict(prepare(ids, None, None, float_engine.signature).feeds) for ids in calibration]
+    feeds = [prepare(ids, None, None, float_engine.signature)[0] for ids in calibration]
     runs = {
         "float32, ONNX Runtime": engine_run(float_engine),
         "float32, OpenVINO": engine_run(Engine(fp32, "openvino", threads=threads)),

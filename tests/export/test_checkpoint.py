@@ -13,10 +13,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from lfx.errors import ExportError
 from lfx.export.checkpoint import fetcher, find
 from lfx.export.load import load, load_tokenizer, weights_sha256
+from tests.encoders import save_wordpieces
 from tests.models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 TASK = "text-classification"
@@ -189,6 +191,24 @@ def test_a_tokenizer_is_made_from_the_checkpoints_own_files(folder: Path, tmp_pa
     assert ids == tiny_tokenizer()("the quick brown fox")["input_ids"]
     os.truncate(folder / "tokenizer.json", 10**11)
     with pytest.raises(ExportError, match="at most 256,000,000 are read"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("settings", [None, {"do_lower_case": True}, {"tokenizer_class": None}])
+def test_the_tokenizers_class_may_be_named_by_the_config(folder: Path, settings: dict[str, Any] | None) -> None:
+    save_wordpieces(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tokenizer_class": "BertTokenizer"}))
+    if settings is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    ids = load_tokenizer(str(folder))("A fox?").input_ids
+    assert len(ids) == 5
+    assert ids == AutoTokenizer.from_pretrained(folder)("A fox?").input_ids
+
+
+def test_a_tokenizer_of_another_class_than_its_vocabulary_is_refused(folder: Path) -> None:
+    save_wordpieces(folder)  # which Longformer's own class does not read
+    with pytest.raises(ExportError, match=r"makes no token of any text.*name it as tokenizer_class"):
         load_tokenizer(str(folder))
 
 

@@ -340,6 +340,8 @@ def test_the_tokenizer_stays_the_family_s_and_its_limit_is_raised(tmp_path: Path
     folder = save_tiny_encoder(tmp_path / "original", family)
     (save or tiny_tokenizer().save_pretrained)(folder)
     before = AutoTokenizer.from_pretrained(folder)
+    if save is save_wordpieces:
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": null}')
     made = convert(folder, tmp_path / "made", LENGTH, WINDOW)
     after = AutoTokenizer.from_pretrained(made)
     assert json.loads((made / "tokenizer_config.json").read_text())["tokenizer_class"] == type(before).__name__
@@ -382,6 +384,23 @@ def test_the_padding_id_of_the_tokenizer_counts_for_a_bert(tmp_path: Path) -> No
     assert longformer.config.pad_token_id == 1
     ids = torch.tensor([[0, 5, 6, 2]])
     assert largest_difference(outputs_of(longformer, ids), outputs_of(tiny_encoder("Bert"), ids)) <= 1
+
+
+@pytest.mark.parametrize("token", ["[SEP]", "[UNK]"])
+def test_a_bert_whose_padding_id_occurs_in_texts_is_refused(tmp_path: Path, token: str) -> None:
+    folder = save_wordpieces(save_tiny_encoder(tmp_path / "original", "Bert"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = token
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ExportError, match=rf"pads with the id {tokenizer.pad_token_id}, which is its \w+_token_id too"):
+        convert(folder, tmp_path / "made", LENGTH, WINDOW)
+    assert not (tmp_path / "made").exists()
+
+
+def test_windows_that_hugging_face_cannot_run_together_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny_encoder(tmp_path / "original", "Bert")
+    with pytest.raises(ExportError, match="attention_window 8,10: the largest is no multiple of each"):
+        convert(folder, tmp_path / "made", LENGTH, [8, 10])
 
 
 MODULES = [

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LongformerModel
+from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError
 from lfx.export import LoopSelfAttention, export, use_loop_attention
@@ -67,6 +68,40 @@ def test_without_dilation_it_is_hugging_faces_attention() -> None:
         real = inputs["attention_mask"] == 1
         actual, expected = (run(inputs)["last_hidden_state"][real] for run in (ours, theirs))
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+
+
+class OwnModel(LongformerModel):
+    """A subclass of Hugging Face's model, as users write."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, global_attention_mask: Any = None) -> Any:
+        """Adds 1."""
+        outputs = super().forward(input_ids, attention_mask, global_attention_mask)
+        return {"last_hidden_state": outputs.last_hidden_state + 1}
+
+
+class OwnAttention(hf.LongformerSelfAttention):
+    """A subclass of Hugging Face's attention."""
+
+
+def test_subclasses_follow_the_config_too(tmp_path: Path) -> None:
+    expected = looped(attention_dilation=[1, [1, 4, 1, 2]])
+    model = tiny_model(num_attention_heads=4, attention_dilation=[1, [1, 4, 1, 2]])
+    model.__class__ = OwnModel
+    for module in model.modules():
+        if type(module) is hf.LongformerSelfAttention:
+            module.__class__ = OwnAttention
+    with pytest.raises(ExportError, match=r"call lfx\.export\.use_loop_attention"):
+        export(model, tmp_path / "refused")
+    own = use_loop_attention(use_loop_attention(model))
+    assert isinstance(own, OwnModel)
+    assert type(own).__module__ == __name__
+    ids = torch.arange(3, 50)[None]
+    with torch.no_grad():
+        states = expected(ids).last_hidden_state
+        torch.testing.assert_close(own(ids)["last_hidden_state"] - 1, states, rtol=0, atol=1e-6)
+    with Engine(export(own, tmp_path / "bundle")) as engine:
+        actual = engine.run(ids.numpy())["last_hidden_state"]
+    np.testing.assert_allclose(actual - 1, states.numpy(), rtol=0, atol=1e-5)
 
 
 class Largest(TorchDispatchMode):

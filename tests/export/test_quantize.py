@@ -179,11 +179,11 @@ def test_weights_of_eight_bits_are_not_run_where_they_overflow(
     if lone:
         (folder / "lfx.json").unlink()
     path = folder / MODEL if lone else folder
-    monkeypatch.setattr("lfx.runtime.engine.int8_overflows", lambda: True)
+    monkeypatch.setattr("lfx.runtime.loading.int8_overflows", lambda: True)
     with pytest.raises(DependencyError, match="without --full-range"):
         Engine(path)
     Engine(int8()).close()  # of 7 bits
-    monkeypatch.setattr("lfx.runtime.engine.int8_overflows", lambda: False)
+    monkeypatch.setattr("lfx.runtime.loading.int8_overflows", lambda: False)
     Engine(path).close()
 
 

@@ -171,6 +171,50 @@ def test_supports_shape_refuses_arguments_that_are_no_shape(shape: tuple[Any, An
         engine.supports_shape(*shape)
 
 
+def test_on_error_return_gives_each_sequence_its_outputs_or_its_error(engine: Engine) -> None:
+    too_long = [5] * (engine.signature.max_seqlen + 1)
+    rows = engine.run([RAGGED[0], too_long, RAGGED[1], [VOCAB_SIZE], RAGGED[2]], on_error="return")
+    assert "above the model's maximum" in str(rows[1])
+    assert "outside the vocabulary" in str(rows[3])
+    for row, ids in zip((rows[0], rows[2], rows[4]), RAGGED[:3], strict=True):
+        assert_same({name: array[None] for name, array in row.items()}, engine.run(ids))
+    streamed = list(engine.stream([RAGGED[0], too_long, RAGGED[1]], on_error="return"))
+    assert isinstance(streamed[1], InputError)
+    assert "document 1" in str(streamed[1])
+    assert_same(streamed[2], rows[2])
+    assert engine.run([too_long], on_error="return")[0].args == engine.run([too_long], on_error="return")[0].args
+
+
+def test_on_error_return_keeps_the_error_of_a_batch_that_fails_in_the_backend(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infer = type(engine._backend).infer
+
+    def fail_on_long(self: Any, feeds: dict[str, Any]) -> Any:
+        if feeds["input_ids"].shape[1] > 20:
+            raise LfxError("out of memory")
+        return infer(self, feeds)
+
+    monkeypatch.setattr(type(engine._backend), "infer", fail_on_long)
+    monkeypatch.setattr(engine, "token_budget", 17)
+    rows = engine.run(RAGGED, on_error="return")
+    assert [isinstance(row, LfxError) for row in rows] == [False, True, False, False]
+    with pytest.raises(LfxError, match="out of memory"):
+        engine.run(RAGGED)
+
+
+def test_on_error_return_raises_what_concerns_the_whole_call(bundle: MakeBundle) -> None:
+    engine = Engine(bundle())
+    for call in (engine.run, engine.stream):
+        with pytest.raises(InputError, match="on_error 'ignore' is not known; choose one of: raise, return"):
+            call([[5]], on_error="ignore")
+    with pytest.raises(InputError, match="give token ids"):
+        engine.run("text", on_error="return")
+    engine.close()
+    with pytest.raises(InputError, match="closed"):
+        engine.run([[5]], on_error="return")
+
+
 def test_run_together_of_no_requests_gives_no_outputs(engine: Engine) -> None:
     assert engine.run_together([]) == []
 

@@ -19,7 +19,7 @@ from transformers.models.longformer.modeling_longformer import _compute_global_a
 
 from lfx.errors import InputError
 from lfx.runtime import inputs
-from lfx.runtime.inputs import default_global, prepare
+from lfx.runtime.inputs import Feeds, default_global, prepare, prepare_each, seqlen_of, stack
 from lfx.signature import GRAPH_INPUTS, Signature, TensorSpec
 
 PAD, SEP, VOCAB, LONGEST = 1, 2, 20, 12
@@ -111,6 +111,11 @@ class NoArray:
         return self.value
 
 
+def batch_of(ids: Any, mask: Any, global_mask: Any, signature: Signature) -> Feeds:
+    """The inputs of one batch, as the graph gets them."""
+    return stack(prepare(ids, mask, global_mask, signature), signature.pad_token_id)
+
+
 def circle() -> list[Any]:
     """A list that contains itself."""
     nested: list[Any] = []
@@ -150,12 +155,11 @@ MASKED = np.ma.masked_array([3, 4], mask=[0, 1])
     ids=lambda value: f"{type(value).__name__}-{np.ndim(value)}",
 )
 def test_one_sequence_in_any_form_is_a_batch_of_one(ids: Any) -> None:
-    batch = prepare(ids, None, None, signature())
-    assert batch.lengths is None
-    assert list(batch.feeds) == list(GRAPH_INPUTS)
+    batch = batch_of(ids, None, None, signature())
+    assert list(batch) == list(GRAPH_INPUTS)
     for name, expected in zip(GRAPH_INPUTS, ([5, 6, 7], [1, 1, 1], [0, 0, 0]), strict=True):
-        assert batch.feeds[name].dtype == np.int64
-        assert batch.feeds[name].tolist() == [expected]
+        assert batch[name].dtype == np.int64
+        assert batch[name].tolist() == [expected]
 
 
 @pytest.mark.parametrize(
@@ -172,47 +176,45 @@ def test_one_sequence_in_any_form_is_a_batch_of_one(ids: Any) -> None:
     ids=lambda value: type(value).__name__,
 )
 def test_a_batch_in_any_form_keeps_its_rows(ids: Any) -> None:
-    batch = prepare(ids, None, None, signature())
-    assert batch.lengths is None
-    assert batch.feeds["input_ids"].tolist() == [[3, 4], [5, 6], [7, 8]]
-    assert batch.feeds["attention_mask"].tolist() == [[1, 1]] * 3
+    batch = batch_of(ids, None, None, signature())
+    assert batch["input_ids"].tolist() == [[3, 4], [5, 6], [7, 8]]
+    assert batch["attention_mask"].tolist() == [[1, 1]] * 3
 
 
 def test_ragged_sequences_are_padded_with_the_pad_id_and_masked() -> None:
-    batch = prepare([[3], [4, 5, 6], [7, 8]], None, None, signature(pad_token_id=9))
-    assert batch.lengths == (1, 3, 2)
-    assert batch.feeds["input_ids"].tolist() == [[3, 9, 9], [4, 5, 6], [7, 8, 9]]
-    assert batch.feeds["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 0]]
-    assert batch.feeds["global_attention_mask"].tolist() == [[0, 0, 0]] * 3
+    batch = batch_of([[3], [4, 5, 6], [7, 8]], None, None, signature(pad_token_id=9))
+    assert batch["input_ids"].tolist() == [[3, 9, 9], [4, 5, 6], [7, 8, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 0]]
+    assert batch["global_attention_mask"].tolist() == [[0, 0, 0]] * 3
 
 
 def test_ragged_masks_keep_their_values_and_are_padded_with_zeros() -> None:
-    batch = prepare([[3, 4], [5, 6, 7]], [[0, 1], [1, 1, 0]], [[1, 1], [0, 1, 0]], signature())
-    assert batch.feeds["attention_mask"].tolist() == [[0, 1, 0], [1, 1, 0]]
-    assert batch.feeds["global_attention_mask"].tolist() == [[1, 1, 0], [0, 1, 0]]
+    batch = batch_of([[3, 4], [5, 6, 7]], [[0, 1], [1, 1, 0]], [[1, 1], [0, 1, 0]], signature())
+    assert batch["attention_mask"].tolist() == [[0, 1, 0], [1, 1, 0]]
+    assert batch["global_attention_mask"].tolist() == [[1, 1, 0], [0, 1, 0]]
 
 
 @pytest.mark.parametrize("dtype", [bool, np.int8, np.float32])
 def test_a_mask_of_any_numeric_dtype_becomes_int64(dtype: Any) -> None:
     mask = np.array([[1, 0, 1]], dtype=dtype)
-    batch = prepare([3, 4, 5], mask, mask, signature())
+    batch = batch_of([3, 4, 5], mask, mask, signature())
     for name in GRAPH_INPUTS[1:]:
-        assert batch.feeds[name].dtype == np.int64
-        assert batch.feeds[name].tolist() == [[1, 0, 1]]
+        assert batch[name].dtype == np.int64
+        assert batch[name].tolist() == [[1, 0, 1]]
 
 
 def test_feeds_are_copies() -> None:
     ids, mask, marks = (np.array([[3, 4, 5]]), np.array([[1, 1, 0]]), np.array([[1, 0, 0]]))
-    batch = prepare(ids, mask, marks, signature())
-    for feed in batch.feeds.values():
+    batch = batch_of(ids, mask, marks, signature())
+    for feed in batch.values():
         feed[:] = 9
     assert [ids.tolist(), mask.tolist(), marks.tolist()] == [[[3, 4, 5]], [[1, 1, 0]], [[1, 0, 0]]]
 
 
 def test_multiple_choice_takes_one_example_or_a_batch() -> None:
     one = [[3, 2, 4, 2, 2], [3, 2, 2, 5, 2]]
-    assert prepare(one, None, None, CHOICES).feeds["input_ids"].shape == (1, 2, 5)
-    assert prepare([one, one, one], None, None, CHOICES).feeds["input_ids"].shape == (3, 2, 5)
+    assert batch_of(one, None, None, CHOICES)["input_ids"].shape == (1, 2, 5)
+    assert batch_of([one, one, one], None, None, CHOICES)["input_ids"].shape == (3, 2, 5)
 
 
 @pytest.mark.parametrize(
@@ -232,9 +234,9 @@ def test_multiple_choice_takes_one_example_or_a_batch() -> None:
     ids=lambda value: f"{type(value).__name__}-{np.ndim(value)}",
 )
 def test_choices_in_any_form_are_a_batch_of_one(ids: Any) -> None:
-    batch = prepare(ids, [[1, 0], [1, 1]], None, replace(CHOICES, default_global="none"))
-    assert batch.feeds["input_ids"].tolist() == [[[3, 4], [5, 6]]]
-    assert batch.feeds["attention_mask"].tolist() == [[[1, 0], [1, 1]]]
+    batch = batch_of(ids, [[1, 0], [1, 1]], None, replace(CHOICES, default_global="none"))
+    assert batch["input_ids"].tolist() == [[[3, 4], [5, 6]]]
+    assert batch["attention_mask"].tolist() == [[[1, 0], [1, 1]]]
 
 
 BAD_CHOICE_MASKS = {
@@ -261,10 +263,9 @@ def test_bad_masks_of_choices_are_refused(mask_name: str, name: str) -> None:
 
 
 def test_multiple_choice_pads_examples_of_different_lengths() -> None:
-    batch = prepare([[[3, 4], [5, 6]], [[7], [8]]], None, None, replace(CHOICES, default_global="none"))
-    assert batch.lengths == (2, 1)
-    assert batch.feeds["input_ids"].tolist() == [[[3, 4], [5, 6]], [[7, PAD], [8, PAD]]]
-    assert batch.feeds["attention_mask"].tolist() == [[[1, 1], [1, 1]], [[1, 0], [1, 0]]]
+    batch = batch_of([[[3, 4], [5, 6]], [[7], [8]]], None, None, replace(CHOICES, default_global="none"))
+    assert batch["input_ids"].tolist() == [[[3, 4], [5, 6]], [[7, PAD], [8, PAD]]]
+    assert batch["attention_mask"].tolist() == [[[1, 1], [1, 1]], [[1, 0], [1, 0]]]
 
 
 def test_default_globals_none_and_first() -> None:
@@ -306,10 +307,10 @@ def test_default_globals_of_choices_follow_each_choice() -> None:
 
 def test_a_given_mask_replaces_the_default_globals() -> None:
     first = signature(default_global="first")
-    assert prepare([3, 4], None, None, first).feeds["global_attention_mask"].tolist() == [[1, 0]]
-    assert prepare([3, 4], None, [0, 1], first).feeds["global_attention_mask"].tolist() == [[0, 1]]
-    without_separators = prepare([3, 4], None, [1, 0], QUESTION)
-    assert without_separators.feeds["global_attention_mask"].tolist() == [[1, 0]]
+    assert batch_of([3, 4], None, None, first)["global_attention_mask"].tolist() == [[1, 0]]
+    assert batch_of([3, 4], None, [0, 1], first)["global_attention_mask"].tolist() == [[0, 1]]
+    without_separators = batch_of([3, 4], None, [1, 0], QUESTION)
+    assert without_separators["global_attention_mask"].tolist() == [[1, 0]]
 
 
 @pytest.mark.parametrize("separators", [0, 2, 4])
@@ -407,24 +408,24 @@ def test_bad_ids_are_refused(name: str) -> None:
 def test_ids_of_a_read_only_array_are_accepted(tmp_path: Path) -> None:
     np.array([[3, 4], [5, 6]]).tofile(tmp_path / "ids")
     ids = np.memmap(tmp_path / "ids", dtype=np.int64, mode="r", shape=(2, 2))
-    batch = prepare(ids, None, None, signature())
-    batch.feeds["input_ids"][:] = 9  # the feeds are copies
+    batch = batch_of(ids, None, None, signature())
+    batch["input_ids"][:] = 9  # the feeds are copies
     assert ids.tolist() == [[3, 4], [5, 6]]
 
 
 def test_a_mask_may_mix_booleans_and_numbers() -> None:
     mask = [True, 0, 1.0]
-    assert prepare([3, 4, 5], mask, None, signature()).feeds["attention_mask"].tolist() == [[1, 0, 1]]
+    assert batch_of([3, 4, 5], mask, None, signature())["attention_mask"].tolist() == [[1, 0, 1]]
 
 
 def test_ids_at_the_limits_are_accepted() -> None:
-    batch = prepare([[0] * LONGEST, [VOCAB - 1] * LONGEST], None, None, signature())
-    assert batch.feeds["input_ids"].tolist() == [[0] * LONGEST, [VOCAB - 1] * LONGEST]
+    batch = batch_of([[0] * LONGEST, [VOCAB - 1] * LONGEST], None, None, signature())
+    assert batch["input_ids"].tolist() == [[0] * LONGEST, [VOCAB - 1] * LONGEST]
 
 
 def test_without_limits_any_length_and_any_id_are_accepted() -> None:
     free = signature(max_seqlen=None, vocab_size=None)
-    assert prepare([10**12] * 5000, None, None, free).feeds["input_ids"].tolist() == [[10**12] * 5000]
+    assert batch_of([10**12] * 5000, None, None, free)["input_ids"].tolist() == [[10**12] * 5000]
     with pytest.raises(InputError):
         prepare([2**63 + 5], None, None, free)  # fits uint64, not the graph's int64
 
@@ -517,7 +518,7 @@ def test_a_padded_rectangle_is_no_mask_for_ragged_ids() -> None:
 
 def test_too_many_globals_are_refused_and_masked_ones_do_not_count() -> None:
     two = signature(max_global=2)
-    marks = prepare([[3, 4, 5], [6, 7, 8]], None, [[1, 0, 1], [0, 1, 1]], two).feeds["global_attention_mask"]
+    marks = batch_of([[3, 4, 5], [6, 7, 8]], None, [[1, 0, 1], [0, 1, 1]], two)["global_attention_mask"]
     assert marks.tolist() == [[1, 0, 1], [0, 1, 1]]
     with pytest.raises(InputError, match=r"3 global tokens in a row, above this model's maximum 2.*global 3"):
         prepare([[3, 4, 5], [6, 7, 8]], None, [[0, 0, 1], [1, 1, 1]], two)
@@ -536,26 +537,62 @@ def test_too_many_globals_in_one_choice_are_refused() -> None:
 
 
 def test_a_model_with_fixed_globals_takes_no_global_mask() -> None:
-    assert list(prepare([3, 4], None, None, FIXED_FIRST).feeds) == ["input_ids", "attention_mask"]
+    assert list(batch_of([3, 4], None, None, FIXED_FIRST)) == ["input_ids", "attention_mask"]
     with pytest.raises(InputError, match=r"fixed \(first\).*leave it out"):
         prepare([3, 4], None, [1, 0], FIXED_FIRST)
 
 
-def test_a_model_without_attention_mask_takes_sequences_of_one_length_only() -> None:
+def test_a_model_without_attention_mask_takes_no_padding() -> None:
     bare = signature(inputs=(TensorSpec("input_ids", "int64", ("batch", "sequence")),))
-    assert list(prepare([[3, 4], [5, 6]], [[1, 1], [1, 1]], None, bare).feeds) == ["input_ids"]
-    for ids, mask in (([[3, 4], [5]], None), ([3, 4], [1, 0])):
-        with pytest.raises(InputError, match="takes no attention_mask"):
-            prepare(ids, mask, None, bare)
+    assert list(batch_of([[3, 4], [5, 6]], [[1, 1], [1, 1]], None, bare)) == ["input_ids"]
+    with pytest.raises(InputError, match="takes no attention_mask, so no token can be masked; leave padding out"):
+        prepare([3, 4], [1, 0], None, bare)
+
+
+SEQUENCES = [[3, 4], [5, VOCAB], [6], [], 7, "text", [1.5], [3] * (LONGEST + 1), [[8]], None, [9, 10, 11]]
+
+
+@pytest.mark.parametrize("as_sequence", [list, tuple], ids=["list", "tuple"])
+def test_each_sequence_gets_its_inputs_or_its_own_error(as_sequence: Any) -> None:
+    prepared = prepare_each(as_sequence(SEQUENCES), None, None, signature())
+    assert [i for i, item in enumerate(prepared) if not isinstance(item, InputError)] == [0, 2, 10]
+    for i in (0, 2, 10):
+        alone = prepare(SEQUENCES[i], None, None, signature())[0]
+        assert {name: array.tolist() for name, array in prepared[i].items()} == {
+            name: array.tolist() for name, array in alone.items()
+        }
+        assert seqlen_of(prepared[i]) == len(SEQUENCES[i])
+    messages = {i: str(item) for i, item in enumerate(prepared) if isinstance(item, InputError)}
+    for i, message in {1: "vocabulary", 3: "empty", 4: "int", 5: "str", 6: "float", 7: "maximum 12", 9: "None"}.items():
+        assert message in messages[i]
+
+
+def test_masks_of_each_sequence_are_checked_alone() -> None:
+    ids, two = [[3, 4], [5, 6, 7], [8]], signature(max_global=1)
+    prepared = prepare_each(ids, [[1, 0], [1, 1], [1]], [[1, 0], [0, 1, 0], [1]], two)
+    assert prepared[0]["attention_mask"].tolist() == [[1, 0]]
+    assert "shape (1, 2) where input_ids has (1, 3)" in str(prepared[1])
+    assert prepared[2]["global_attention_mask"].tolist() == [[1]]
+    assert "2 global tokens" in str(prepare_each([[3, 4], [5]], None, [[1, 1], [1]], two)[0])
+    with pytest.raises(InputError, match="attention_mask has 2 sequences where input_ids has 3"):
+        prepare_each(ids, [[1, 1], [1]], None, two)
+
+
+def test_choices_of_each_sequence_are_checked_alone() -> None:
+    prepared = prepare_each(
+        [[[3, 4], [5, 6]], [[3], [4, 5]], [3, 4]], None, None, replace(CHOICES, default_global="none")
+    )
+    assert prepared[0]["input_ids"].shape == (1, 2, 2)
+    assert "ragged inside" in str(prepared[1])
+    assert isinstance(prepared[2], InputError)
 
 
 @given(st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=LONGEST), min_size=1, max_size=6))
 def test_all_lists_of_sequences_within_the_limits_round_trip(rows: list[list[int]]) -> None:
-    batch = prepare(rows, None, None, signature())
+    batch = batch_of(rows, None, None, signature())
     lengths = [len(row) for row in rows]
-    ids, mask = batch.feeds["input_ids"], batch.feeds["attention_mask"]
-    assert batch.lengths == (tuple(lengths) if len(set(lengths)) > 1 else None)
-    assert ids.shape == mask.shape == batch.feeds["global_attention_mask"].shape == (len(rows), max(lengths))
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert ids.shape == mask.shape == batch["global_attention_mask"].shape == (len(rows), max(lengths))
     for row, length, padded, real in zip(rows, lengths, ids.tolist(), mask.tolist(), strict=True):
         assert padded == row + [PAD] * (max(lengths) - length)
         assert real == [1] * length + [0] * (max(lengths) - length)
@@ -590,12 +627,12 @@ JUNK = ARRAYS | st.recursive(LEAVES | ARRAYS, _nested, max_leaves=8)
 @given(ids=st.just([3, 4]) | JUNK, mask=st.none() | JUNK, marks=st.none() | JUNK)
 def test_junk_is_refused_with_an_input_error_or_fits_the_graph(ids: Any, mask: Any, marks: Any) -> None:
     try:
-        batch = prepare(ids, mask, marks, signature())
+        batch = batch_of(ids, mask, marks, signature())
     except InputError as error:
         assert str(error)
         return
     for name in GRAPH_INPUTS:
-        feed = batch.feeds[name]
+        feed = batch[name]
         assert feed.dtype == np.int64
         assert feed.ndim == 2
         assert feed.size > 0
@@ -612,4 +649,4 @@ def test_ids_that_another_thread_changes_after_the_check_have_no_effect(monkeypa
         ids[:] = -5  # as another thread could
 
     monkeypatch.setattr(inputs, "_IDS", replace(inputs._IDS, check=check_and_change))
-    assert prepare(ids, None, None, signature()).feeds["input_ids"].tolist() == [[3, 4, 5]]
+    assert batch_of(ids, None, None, signature())["input_ids"].tolist() == [[3, 4, 5]]

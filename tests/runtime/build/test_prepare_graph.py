@@ -179,6 +179,28 @@ def test_a_conversion_that_is_wrong_at_long_lengths_only_is_refused(
         check_conversion(long_bundle, manifest, tmp_path / MODEL, signature, lambda _: None, lambda _: None)
 
 
+def test_an_operator_without_a_half_precision_kernel_is_refused_with_the_way_out(
+    bundle: MakeBundle, tmp_path: Path
+) -> None:
+    manifest = Manifest.read(bundle())
+    signature = replace(manifest.signature, precision="fp16", max_global=4)
+    freeze.prepare_graph(bundle() / MODEL, tmp_path / MODEL, manifest, signature, 4, True)
+    model = onnx.load(tmp_path / MODEL)
+    for node in model.graph.node:
+        node.output[:] = ["summed" if name == "last_hidden_state" else name for name in node.output]
+        node.input[:] = ["summed" if name == "last_hidden_state" else name for name in node.input]
+    index = onnx.numpy_helper.from_array(np.zeros((1, 1, 1), np.int64), "index")
+    update = onnx.numpy_helper.from_array(np.zeros((1, 1, 1), np.float16), "update")
+    model.graph.initializer.extend([index, update])
+    inputs, outputs = ["summed", "index", "update"], ["last_hidden_state"]
+    model.graph.node.append(onnx.helper.make_node("ScatterElements", inputs, outputs, axis=1, reduction="add"))
+    onnx.save(model, tmp_path / MODEL)
+    with pytest.raises(
+        BuildError, match=r"fp16 graph .* cannot be compared .*ScatterElements.*build in another precision"
+    ):
+        check_conversion(bundle(), manifest, tmp_path / MODEL, signature, lambda _: None, lambda _: None)
+
+
 @pytest.mark.parametrize("measured", [{}, {"outputs": {"last_hidden_state": {"torch_max_abs_error": 10**400}}}])
 def test_a_bundle_without_measured_errors_is_refused(measured: Any, bundle: MakeBundle, tmp_path: Path) -> None:
     manifest = replace(Manifest.read(bundle()), validation=measured)

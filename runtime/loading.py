@@ -1,0 +1,104 @@
+"""Opens a bundle, an ONNX file or a plan, checks it, and loads it into a backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lfx.checks import file_path, one_of
+from lfx.errors import ArtifactError, DependencyError, InputError
+from lfx.machine import int8_overflows
+from lfx.manifest import Manifest
+from lfx.runtime import backends
+from lfx.runtime.artifact import Artifact, open_artifact
+from lfx.runtime.plan import SUFFIX, PlanManifest
+from lfx.signature import QUANTIZED, Signature
+
+COMPUTE_PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in a backend, and what is known about it.
+
+    Attributes:
+        path: the bundle, ONNX file or plan.
+        manifest: None for a single ONNX file.
+        artifact: the files of a bundle or ONNX file; None for a plan.
+    """
+
+    path: Path
+    backend: backends.Backend
+    signature: Signature
+    manifest: Manifest | PlanManifest | None
+    artifact: Artifact | None
+
+
+def load_model(path: Any, backend: str, provider: str, threads: int | None, precision: str | None) -> LoadedModel:
+    """Check a model's files and load it; see `lfx.runtime.Engine` for the arguments.
+
+    Raises:
+        InputError: `path` has another type.
+        ArtifactError: a file is missing, truncated, changed or no model.
+        DependencyError: the backend, provider or precision is not known, not installed, or cannot run this model.
+    """
+    one_of(backend, "backend", ("auto", *backends.BACKENDS, "tensorrt"), DependencyError)
+    one_of(provider, "provider", backends.PROVIDERS, DependencyError)
+    if precision is not None:
+        one_of(precision, "precision", COMPUTE_PRECISIONS, DependencyError)
+    file = _checked_path(path)
+    load = _load_plan if file.suffix == SUFFIX and not file.is_dir() else _load_onnx
+    model = load(file, backend, provider, threads, precision)
+    names = ([spec.name for spec in model.signature.inputs], [spec.name for spec in model.signature.outputs])
+    if (sorted(model.backend.input_names), model.backend.output_names) != (sorted(names[0]), names[1]):
+        raise ArtifactError(f"{file} has other inputs or outputs than its manifest; export it again")
+    if "input_ids" not in names[0]:
+        raise ArtifactError(f"{file} has no input input_ids; export it again")
+    return model
+
+
+def _load_plan(plan: Path, backend: str, provider: str, threads: int | None, precision: str | None) -> LoadedModel:
+    if precision is not None:
+        raise DependencyError(f"{plan} is a plan, whose precision is fixed; leave precision out")
+    if threads is not None:
+        raise DependencyError(f"{plan} is a plan, which runs on the GPU; leave threads out")
+    if backend not in ("auto", "tensorrt") or provider != "cpu":
+        option = f"backend {backend!r}" if backend not in ("auto", "tensorrt") else f"provider {provider!r}"
+        raise DependencyError(f"{option} cannot run {plan}: a plan runs on TensorRT; leave backend and provider out")
+    manifest = PlanManifest.read(plan)
+    manifest.verify(plan)
+    from lfx.runtime.backends.tensorrt import TensorRt
+
+    return LoadedModel(plan, TensorRt(plan, manifest), manifest.signature, manifest, None)
+
+
+def _load_onnx(path: Path, backend: str, provider: str, threads: int | None, precision: str | None) -> LoadedModel:
+    artifact = open_artifact(path)
+    signature = artifact.signature
+    _check_weight_bits(path, signature, provider)
+    stored = signature.precision
+    if backend == "auto" and (precision is not None or (stored == "bf16" and provider == "cpu")):
+        backend = "openvino"  # the only one with a choice of precision, and with all bf16 kernels on the CPU
+    backend = "onnxruntime" if backend == "auto" else backend
+    # The reference backend is the onnx package, which refuses files with more than one hard link.
+    with artifact.plain_files(unshared=backend == "reference") as model:
+        loaded = backends.load(model, backend, provider, threads, precision, stored)
+    return LoadedModel(path, loaded, signature, artifact.manifest, artifact)
+
+
+def _check_weight_bits(path: Path, signature: Signature, provider: str) -> None:
+    """Raise DependencyError if this CPU overflows on the model's int8 weights."""
+    if signature.precision == QUANTIZED and signature.weight_bits != 7 and provider == "cpu" and int8_overflows():
+        raise DependencyError(
+            f"{path} has int8 weights of 8 bits, which overflow on this CPU without VNNI; quantize it again without "
+            "--full-range"
+        )
+
+
+def _checked_path(path: Any) -> Path:
+    if not isinstance(path, str | Path):
+        raise InputError(f"path is {type(path).__name__}; give the path of a bundle, an .onnx file or a plan")
+    if path == "":
+        raise ArtifactError("path is empty; give the path of a bundle, made with: lfx export")
+    return file_path(path, "path", ArtifactError)
