@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import functools
 import gc
 import inspect
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +20,7 @@ from lfx.export import export
 from tests.models import tiny_model, tiny_tokenizer
 
 MakeBundle = Callable[..., Path]
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 SmallDisk = Callable[[], Path]
 DEFAULTS = inspect.signature(export).parameters
 
@@ -53,34 +54,40 @@ def tables_of_torch_onnx() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
-    """bundle(task, **export options) -> the folder of a tiny exported model with a tokenizer.
-
-    It is made once and shared by all tests of all workers, which only read it.
-    """
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """made_once(name, make) -> a folder that make(folder) has filled, once for all workers."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent  # of all workers
 
-    def make(task: str = "feature-extraction", **options: Any) -> Path:
-        changed = {name: value for name, value in options.items() if DEFAULTS[name].default != value}
-        name = ",".join([task, *(f"{name}={changed[name]}" for name in sorted(changed))])
-        folder = root / "bundles" / name / task
-        with _locked(root / f"{name}.lock"):
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, unfinished = root / name, root / f"{name}.unfinished"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be making it
             if not folder.exists():
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                export(tiny_model(task), folder, tokenizer=tiny_tokenizer(), **options)
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                make(unfinished)
+                unfinished.rename(folder)
         return folder
 
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def bundle(made_once: MakeOnce) -> MakeBundle:
+    """bundle(task, **export options) -> the folder of a tiny exported model with a tokenizer, which tests only read."""
+
+    def make(task: str = "feature-extraction", **options: Any) -> Path:
+        changed = {name: value for name, value in options.items() if DEFAULTS[name].default != value}
+        name = ",".join(["bundle", task, *(f"{name}={changed[name]}" for name in sorted(changed))])
+
+        def fill(folder: Path) -> None:
+            export(tiny_model(task), folder / task, tokenizer=tiny_tokenizer(), **options)
+
+        return made_once(name, fill) / task
+
     return make
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Wait until no other process has the lock."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @pytest.fixture
