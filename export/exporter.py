@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 from transformers.models.longformer import modeling_longformer as hf
 
 import lfx
-from lfx.checks import file_path, whole_number
+from lfx.checks import file_path, flag, whole_number
 from lfx.errors import ExportError, one_line
+from lfx.export.attentions import check_layout, free_axes, without_attentions
 from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.export.checkpoint import Fetch, fetcher
 from lfx.export.companions import check_tokenizer, write_config, write_tokenizer
@@ -40,7 +41,15 @@ from lfx.export.probe import (
     ignores_padding,
     is_hugging_face,
 )
-from lfx.export.rewrite import ExportWrapper, GlobalTokens, attention_windows, chunked_attention, is_causal, rewrite
+from lfx.export.rewrite import (
+    Attentions,
+    ExportWrapper,
+    GlobalTokens,
+    attention_windows,
+    chunked_attention,
+    is_causal,
+    rewrite,
+)
 from lfx.export.sentence_folder import check_modules, copy_settings
 from lfx.export.sentence_model import EncoderSettings, read_encoder_settings
 from lfx.export.settings import check_window_memory
@@ -70,6 +79,7 @@ def export(
     max_global: int | None = None,
     max_seqlen: int | None = None,
     inline_functions: bool = False,
+    output_attentions: bool = False,
     tokenizer: Any = None,
     progress: Progress = lambda step: None,
 ) -> Path:
@@ -96,6 +106,9 @@ def export(
             allow, or no limit if the model has none. For sentence embeddings of a folder of sentence-transformers: the
             length from which on that truncates, if it is shorter.
         inline_functions: write standard ops only, without the domain lfx.
+        output_attentions: add the attention probabilities of each layer to the outputs, as Hugging Face's
+            output_attentions does; docs/ops.md has their layout. Such a bundle is for looking at a model: it is slower,
+            and takes memory in proportion to layers, heads, tokens and window.
         tokenizer: a transformers tokenizer or processor, saved into the bundle; default: the checkpoint's, if any.
         progress: called with the name of each step.
     Returns:
@@ -125,6 +138,8 @@ def export(
         settings = _encoder_settings(fetch, task, pooling)
         tokenizer, max_seqlen = _load_texts(source, module, tokenizer, max_seqlen, settings)
     _check_module(module, source)
+    if flag(output_attentions, "output_attentions", ExportError):
+        check_layout(module)
     _check_global_option(module, global_attention, max_global)
     check_weights(module)
     weights = [*module.parameters(), *module.buffers()]
@@ -133,13 +148,9 @@ def export(
 
     progress("tracing")
     tokens = GlobalTokens(mode=global_attention, max_slots=max_global)
-    program, inputs = _trace(module, task, precision, tokens)
+    program, inputs = _trace(module, task, precision, tokens, output_attentions=output_attentions)
     signature = _signature(module, task, precision, tokens, program.model, inputs, max_seqlen)
-    check_sizes(program, signature, granularity(module))
-    check_long(module, signature)
-    check_repeatable(module, signature)
-    signature = dataclasses.replace(signature, ignores_padding=ignores_padding(module, signature))
-    check_rows(module, signature)
+    signature = _check_model(module, program, signature, output_attentions=output_attentions)
     if max_global is not None and max_global > (signature.max_seqlen or max_global):
         raise ExportError(f"max_global {max_global} is above the longest sequence, {signature.max_seqlen} tokens")
     progress("building the graph")
@@ -203,6 +214,25 @@ def _check_module(module: nn.Module, source: str) -> None:
             f"{source} has no pad_token_id, without which Hugging Face itself cannot count positions; set it in the "
             "config"
         )
+
+
+def _check_model(
+    module: nn.Module, program: torch.onnx.ONNXProgram, signature: Signature, *, output_attentions: bool
+) -> Signature:
+    """Run the module to check that its traced graph is valid for all inputs, and complete the signature.
+
+    Raises:
+        ExportError: it is not.
+    """
+    outputs = signature.outputs
+    if output_attentions:  # the module returns its own outputs alone
+        signature = without_attentions(signature)
+    check_sizes(program, signature, granularity(module))
+    check_long(module, signature)
+    check_repeatable(module, signature)
+    signature = dataclasses.replace(signature, ignores_padding=ignores_padding(module, signature))
+    check_rows(module, signature)
+    return dataclasses.replace(signature, outputs=outputs, output_attentions=output_attentions)
 
 
 def _check_global_option(module: nn.Module, global_attention: str, max_global: int | None) -> None:
@@ -280,7 +310,7 @@ def _task_of_module(module: nn.Module, task: str) -> str:
 
 
 def _trace(
-    module: nn.Module, task: str, precision: str, tokens: GlobalTokens
+    module: nn.Module, task: str, precision: str, tokens: GlobalTokens, *, output_attentions: bool
 ) -> tuple[torch.onnx.ONNXProgram, list[str]]:
     """Trace the rewritten module with torch.onnx.
 
@@ -293,8 +323,13 @@ def _trace(
     if "input_ids" not in accepted:
         raise ExportError(f"{type(module).__name__}.forward takes no input_ids; lfx feeds it {', '.join(GRAPH_INPUTS)}")
     inputs = [name for name in accepted if tokens.mode == "mask" or name != "global_attention_mask"]
+    attentions: Attentions | None = [] if output_attentions else None
     wrapper = ExportWrapper(
-        rewrite(module, tokens, TORCH_DTYPES[precision]), inputs, tokens, "global_attention_mask" in accepted
+        rewrite(module, tokens, TORCH_DTYPES[precision], attentions),
+        inputs,
+        tokens,
+        "global_attention_mask" in accepted,
+        attentions,
     ).eval()
     batch, choices, sequence = (torch.export.Dim(name) for name in ("batch", "choices", "sequence"))
     axes = {0: batch, 1: choices, 2: sequence} if TASKS[task].has_choices else {0: batch, 1: sequence}
@@ -320,6 +355,8 @@ def _trace(
     assert program.exported_program is not None
     outputs = pytree.tree_unflatten(list(program.model.graph.outputs), program.exported_program.call_spec.out_spec)
     _name_outputs(outputs, {*inputs, *(name for name, _ in module.named_parameters())})
+    if output_attentions:
+        free_axes(outputs, has_choices=TASKS[task].has_choices)
     return program, inputs
 
 

@@ -45,6 +45,21 @@ class Encoded:
     offsets: Sequence[tuple[int, int]] = ()
 
 
+@dataclass(frozen=True)
+class TokenText:
+    """A token as a part of the text that it was made from.
+
+    Attributes:
+        before: the characters between the previous token and this one, such as a space.
+        text: the token's characters; of a special token its vocabulary entry, and empty if a previous token has them.
+        special: whether it is a special token.
+    """
+
+    before: str
+    text: str
+    special: bool
+
+
 class Windows(Sequence[Encoded]):
     """A lazy sequence of windows: slices of one long document between the same first and last tokens.
 
@@ -224,6 +239,23 @@ class Tokenizer:
         first = sequences.index(index) if index in sequences else 0
         document = range(first, first + sequences.count(index))
         return Encoded(ids, pieces, document, text if pair is None else pair, offsets[document.start : document.stop])
+
+    def token_texts(self, text: str, pair: str | None = None) -> list[TokenText]:
+        """The tokens that `encode` makes of a text or a pair, as parts of them; raises the errors of `encode`."""
+        encoded = self.encode(text, pair)
+        with failing(InputError, "the tokenizer fails on this text", "use the tokenizer that belongs to this model"):
+            encoding = self._tokenizer.encode(f"{self.prompt}{text}", pair)
+            offsets, sequences = list(encoding.offsets), list(encoding.sequence_ids)
+        sources, ends = (f"{self.prompt}{text}", pair or ""), [0, 0]
+        texts = []
+        for piece, (start, end), sequence in zip(encoded.pieces, offsets, sequences, strict=True):
+            if sequence is None:
+                texts.append(TokenText("", piece, special=True))
+                continue
+            source, last = sources[sequence], ends[sequence]
+            texts.append(TokenText(source[last:start], source[max(start, last) : end], special=False))
+            ends[sequence] = max(end, last)
+        return texts
 
     def decode(self, ids: Iterable[int]) -> str:
         """Convert ids to text, without special tokens and surrounding white space.
