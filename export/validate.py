@@ -105,6 +105,7 @@ def compare_engine(
             for i in range(layers)
             for name in (layer_name(i), f"{ATTENTIONS}.{i}", f"{GLOBAL_ATTENTIONS}.{i}")
         },
+        probabilities=attentions,
         multi_label=is_multi_label(signature, getattr(getattr(module, "config", None), "problem_type", None)),
         on_case=lambda case: progress(f"comparing: {case}"),
     )

@@ -135,14 +135,14 @@ def test_no_text_becomes_markup_or_script() -> None:
 
 def test_the_policy_allows_the_pages_own_script_alone_and_no_request() -> None:
     text = page("title", "facts", tokens(["a"]), weights(9, 1, 1), [])
-    found = Elements(text)
-    (policy,) = [a["content"] for tag, a in found.elements if tag == "meta" and "http-equiv" in a]
+    elements = Elements(text)
+    (policy,) = [a["content"] for tag, a in elements.elements if tag == "meta" and "http-equiv" in a]
     assert policy is not None
     assert policy.startswith("default-src 'none'; ")
-    for tag, content in (("script", scripts(text)[2]), ("style", next(c for t, c in found.content if t == "style"))):
+    for tag, content in (("script", scripts(text)[2]), ("style", next(c for t, c in elements.content if t == "style"))):
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}';" in policy
-    assert not any({"src", "href", "style", "onclick"} & attributes.keys() for _, attributes in found.elements)
+    assert not any({"src", "href", "style", "onclick"} & attributes.keys() for _, attributes in elements.elements)
     assert not re.search(r"https?:|innerHTML|\burl\(|@import|fetch\(", text)
 
 

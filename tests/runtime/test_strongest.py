@@ -51,31 +51,31 @@ def spans_of(weights: np.ndarray, anchor: int, top: int) -> list[tuple[int, int,
 
 def check(spans: Spans, dense: np.ndarray, anchor: int, top: int) -> None:
     """Compare spans (…, S, top) with dense weights (…, S, S)."""
-    for place in np.ndindex(dense.shape[:-1]):
-        expected = spans_of(dense[place], anchor, top)
-        assert [int(n) for n in spans.start[place][: len(expected)]] == [start for start, _, _ in expected]
-        assert [int(n) for n in spans.length[place][: len(expected)]] == [length for _, length, _ in expected]
-        np.testing.assert_allclose(spans.weight[place][: len(expected)], [w for _, _, w in expected], rtol=1e-4)
-        assert not spans.length[place][len(expected) :].any()
+    for index in np.ndindex(dense.shape[:-1]):
+        expected = spans_of(dense[index], anchor, top)
+        assert [int(n) for n in spans.start[index][: len(expected)]] == [start for start, _, _ in expected]
+        assert [int(n) for n in spans.length[index][: len(expected)]] == [length for _, length, _ in expected]
+        np.testing.assert_allclose(spans.weight[index][: len(expected)], [w for _, _, w in expected], rtol=1e-4)
+        assert not spans.length[index][len(expected) :].any()
 
 
 @pytest.mark.parametrize("tokens", [[], [0], [3, 4, 5, 40], [59]], ids=["none", "first", "scattered", "last"])
 @pytest.mark.parametrize("unused", [0, 2])
 def test_spans_are_those_of_a_search_token_by_token(tokens: list[int], unused: int) -> None:
     outputs, dense = layers_of([16, 5], tokens, 60, len(tokens) + unused)
-    found = strongest(outputs, 60, top=(3, 4, 5))
+    result = strongest(outputs, 60, top=(3, 4, 5))
     anchor = tokens[0] if tokens else 0
-    assert found.anchor == anchor
-    assert found.global_tokens.tolist() == tokens
-    check(found.heads, dense, anchor, 3)
-    check(found.layers, dense.mean(axis=1), anchor, 4)
-    check(found.model, dense.mean(axis=(0, 1)), anchor, 5)
-    np.testing.assert_allclose(found.to_anchor, dense[..., anchor], rtol=1e-6)
+    assert result.anchor == anchor
+    assert result.global_tokens.tolist() == tokens
+    check(result.heads, dense, anchor, 3)
+    check(result.layers, dense.mean(axis=1), anchor, 4)
+    check(result.model, dense.mean(axis=(0, 1)), anchor, 5)
+    np.testing.assert_allclose(result.to_anchor, dense[..., anchor], rtol=1e-6)
     if tokens:
-        assert found.of_anchor is not None
-        np.testing.assert_allclose(found.of_anchor, dense[:, :, anchor], rtol=1e-6)
+        assert result.of_anchor is not None
+        np.testing.assert_allclose(result.of_anchor, dense[:, :, anchor], rtol=1e-6)
     else:
-        assert found.of_anchor is None
+        assert result.of_anchor is None
 
 
 @pytest.mark.parametrize("seqlen", [1, 2, 5])
@@ -84,8 +84,8 @@ def test_a_short_sequence_of_a_padded_batch_has_its_own_spans(seqlen: int) -> No
     padded = {
         name: np.pad(array, ((1, 0), (0, 0), (0, 3), (0, 0))) for name, array in outputs.items()
     }  # row 1 of a batch of longer rows
-    found = strongest(padded, seqlen, row=1)
-    check(found.heads, dense, 0, 4)
+    result = strongest(padded, seqlen, row=1)
+    check(result.heads, dense, 0, 4)
 
 
 def test_another_layout_is_refused() -> None:
