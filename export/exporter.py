@@ -21,8 +21,9 @@ from lfx.checks import file_path, flag, whole_number
 from lfx.errors import ExportError, one_line
 from lfx.export.attentions import check_layout, free_axes, without_attentions
 from lfx.export.bundle import atomic_folder, check_space, check_target
-from lfx.export.checkpoint import fetcher
+from lfx.export.checkpoint import Fetch, fetcher
 from lfx.export.companions import check_tokenizer, write_config, write_tokenizer
+from lfx.export.decompose import decomposing_in_place
 from lfx.export.graph import finalize_graph
 from lfx.export.load import check_weights, load, load_tokenizer, quiet, weights_sha256
 from lfx.export.loop_attention import LoopSelfAttention, asks_for_loop_attention
@@ -49,7 +50,7 @@ from lfx.export.rewrite import (
     is_causal,
     rewrite,
 )
-from lfx.export.sentence_folder import copy_settings
+from lfx.export.sentence_folder import check_modules, copy_settings
 from lfx.export.sentence_model import EncoderSettings, read_encoder_settings
 from lfx.export.settings import check_window_memory
 from lfx.export.sizes import check_sizes
@@ -134,7 +135,7 @@ def export(
         progress("loading the checkpoint")
         fetch = fetcher(source)
         module, task = load(source, task, pooling, fetch)
-        settings = read_encoder_settings(fetch) if task == SENTENCE_EMBEDDING and pooling is None else None
+        settings = _encoder_settings(fetch, task, pooling)
         tokenizer, max_seqlen = _load_texts(source, module, tokenizer, max_seqlen, settings)
     _check_module(module, source)
     if flag(output_attentions, "output_attentions", ExportError):
@@ -258,6 +259,12 @@ def _with_pooling(module: nn.Module, pooling: str) -> nn.Module:
     return LongformerForSentenceEmbedding(module, (pooling,)).train(module.training)
 
 
+def _encoder_settings(fetch: Fetch, task: str, pooling: str | None) -> EncoderSettings | None:
+    """Check the settings of sentence-transformers, and return those of the encoder if the embeddings follow them."""
+    check_modules(fetch)
+    return read_encoder_settings(fetch) if task == SENTENCE_EMBEDDING and pooling is None else None
+
+
 def _load_texts(
     source: str, module: nn.Module, tokenizer: Any, max_seqlen: int | None, settings: EncoderSettings | None
 ) -> tuple[Any, int | None]:
@@ -327,7 +334,7 @@ def _trace(
     batch, choices, sequence = (torch.export.Dim(name) for name in ("batch", "choices", "sequence"))
     axes = {0: batch, 1: choices, 2: sequence} if TASKS[task].has_choices else {0: batch, 1: sequence}
     try:
-        with _TRACING, quiet(), torch.autocast("cpu", enabled=False):
+        with _TRACING, quiet(), torch.autocast("cpu", enabled=False), decomposing_in_place():
             program = torch.onnx.export(
                 wrapper,
                 _example(module, task, inputs),

@@ -356,7 +356,10 @@ class ExportWrapper(nn.Module):
             self.attentions.clear()
         outputs = named_outputs(self.model(**arguments))
         # Outputs are float32 in any precision: numpy has no bfloat16, and float16 would round once more.
-        outputs = {name: out.float() if out.is_floating_point() else out for name, out in outputs.items()}
+        outputs = {
+            name: out.float() if out.is_floating_point() and out.dtype != torch.float32 else out
+            for name, out in outputs.items()
+        }
         if self.attentions is None:
             return outputs
         named = named_attentions(self.attentions)
