@@ -91,7 +91,9 @@ fuzz: install  ## Fuzz inputs, documents, manifests and ONNX files for MINUTES; 
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz.py --minutes $(or $(MINUTES),10)
 
 bench: install  ## All CPU benchmarks, more than an hour; writes docs/records and the tables made from it.
+	$(BIN)/python -m scripts.support
 	$(BIN)/python -m scripts.bench.cpu
+	$(BIN)/python -m scripts.bench.long
 	$(BIN)/python -m scripts.bench.backends
 	$(BIN)/python -m scripts.bench.runtime
 	$(BIN)/python -m scripts.bench.serve

@@ -29,11 +29,13 @@ CONFIG = "config.json"
 Fetch = Callable[[str], Path | None]
 
 _TOKENIZER_BYTES = 256_000_000
-_VOCABULARIES = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "sentencepiece.bpe.model"}
 _SETTINGS = "tokenizer_config.json"
+_SENTENCEPIECE = ("sentencepiece.bpe.model", "spiece.model", "spm.model", "tokenizer.model")
+_VOCABULARIES = {"tokenizer.json", _SETTINGS, "vocab.json", "vocab.txt", *_SENTENCEPIECE}
 _TOKENIZER = (
     *sorted(_VOCABULARIES),
     "merges.txt",
+    "bpe.codes",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",

@@ -17,11 +17,13 @@ from torch.utils import _pytree as pytree
 from transformers.models.longformer import modeling_longformer as hf
 
 import lfx
-from lfx.checks import file_path, whole_number
+from lfx.checks import file_path, flag, whole_number
 from lfx.errors import ExportError, one_line
+from lfx.export.attentions import check_layout, free_axes, without_attentions
 from lfx.export.bundle import atomic_folder, check_space, check_target
-from lfx.export.checkpoint import fetcher
+from lfx.export.checkpoint import Fetch, fetcher
 from lfx.export.companions import check_tokenizer, write_config, write_tokenizer
+from lfx.export.decompose import decomposing_in_place
 from lfx.export.graph import finalize_graph
 from lfx.export.load import check_weights, load, load_tokenizer, quiet, weights_sha256
 from lfx.export.loop_attention import LoopSelfAttention, asks_for_loop_attention
@@ -39,8 +41,16 @@ from lfx.export.probe import (
     ignores_padding,
     is_hugging_face,
 )
-from lfx.export.rewrite import ExportWrapper, GlobalTokens, attention_windows, chunked_attention, is_causal, rewrite
-from lfx.export.sentence_folder import copy_settings
+from lfx.export.rewrite import (
+    Attentions,
+    ExportWrapper,
+    GlobalTokens,
+    attention_windows,
+    chunked_attention,
+    is_causal,
+    rewrite,
+)
+from lfx.export.sentence_folder import check_modules, copy_settings
 from lfx.export.sentence_model import EncoderSettings, read_encoder_settings
 from lfx.export.settings import check_window_memory
 from lfx.export.sizes import check_sizes
@@ -69,6 +79,7 @@ def export(
     max_global: int | None = None,
     max_seqlen: int | None = None,
     inline_functions: bool = False,
+    output_attentions: bool = False,
     tokenizer: Any = None,
     progress: Progress = lambda step: None,
 ) -> Path:
@@ -95,6 +106,9 @@ def export(
             allow, or no limit if the model has none. For sentence embeddings of a folder of sentence-transformers: the
             length from which on that truncates, if it is shorter.
         inline_functions: write standard ops only, without the domain lfx.
+        output_attentions: add the attention probabilities of each layer to the outputs, as Hugging Face's
+            output_attentions does; docs/ops.md has their layout. Such a bundle is for looking at a model: it is slower,
+            and takes memory in proportion to layers, heads, tokens and window.
         tokenizer: a transformers tokenizer or processor, saved into the bundle; default: the checkpoint's, if any.
         progress: called with the name of each step.
     Returns:
@@ -121,9 +135,11 @@ def export(
         progress("loading the checkpoint")
         fetch = fetcher(source)
         module, task = load(source, task, pooling, fetch)
-        settings = read_encoder_settings(fetch) if task == SENTENCE_EMBEDDING and pooling is None else None
+        settings = _encoder_settings(fetch, task, pooling)
         tokenizer, max_seqlen = _load_texts(source, module, tokenizer, max_seqlen, settings)
     _check_module(module, source)
+    if flag(output_attentions, "output_attentions", ExportError):
+        check_layout(module)
     _check_global_option(module, global_attention, max_global)
     check_weights(module)
     weights = [*module.parameters(), *module.buffers()]
@@ -132,13 +148,9 @@ def export(
 
     progress("tracing")
     tokens = GlobalTokens(mode=global_attention, max_slots=max_global)
-    program, inputs = _trace(module, task, precision, tokens)
+    program, inputs = _trace(module, task, precision, tokens, output_attentions=output_attentions)
     signature = _signature(module, task, precision, tokens, program.model, inputs, max_seqlen)
-    check_sizes(program, signature, granularity(module))
-    check_long(module, signature)
-    check_repeatable(module, signature)
-    signature = dataclasses.replace(signature, ignores_padding=ignores_padding(module, signature))
-    check_rows(module, signature)
+    signature = _check_model(module, program, signature, output_attentions=output_attentions)
     if max_global is not None and max_global > (signature.max_seqlen or max_global):
         raise ExportError(f"max_global {max_global} is above the longest sequence, {signature.max_seqlen} tokens")
     progress("building the graph")
@@ -204,6 +216,25 @@ def _check_module(module: nn.Module, source: str) -> None:
         )
 
 
+def _check_model(
+    module: nn.Module, program: torch.onnx.ONNXProgram, signature: Signature, *, output_attentions: bool
+) -> Signature:
+    """Run the module to check that its traced graph is valid for all inputs, and complete the signature.
+
+    Raises:
+        ExportError: it is not.
+    """
+    outputs = signature.outputs
+    if output_attentions:  # the module returns its own outputs alone
+        signature = without_attentions(signature)
+    check_sizes(program, signature, granularity(module))
+    check_long(module, signature)
+    check_repeatable(module, signature)
+    signature = dataclasses.replace(signature, ignores_padding=ignores_padding(module, signature))
+    check_rows(module, signature)
+    return dataclasses.replace(signature, outputs=outputs, output_attentions=output_attentions)
+
+
 def _check_global_option(module: nn.Module, global_attention: str, max_global: int | None) -> None:
     """Refuse options about global tokens for a model whose forward takes no global_attention_mask."""
     if "global_attention_mask" not in forward_inputs(module) and (global_attention != "mask" or max_global is not None):
@@ -226,6 +257,12 @@ def _with_pooling(module: nn.Module, pooling: str) -> nn.Module:
             "vector from its forward, and leave pooling out"
         )
     return LongformerForSentenceEmbedding(module, (pooling,)).train(module.training)
+
+
+def _encoder_settings(fetch: Fetch, task: str, pooling: str | None) -> EncoderSettings | None:
+    """Check the settings of sentence-transformers, and return those of the encoder if the embeddings follow them."""
+    check_modules(fetch)
+    return read_encoder_settings(fetch) if task == SENTENCE_EMBEDDING and pooling is None else None
 
 
 def _load_texts(
@@ -273,7 +310,7 @@ def _task_of_module(module: nn.Module, task: str) -> str:
 
 
 def _trace(
-    module: nn.Module, task: str, precision: str, tokens: GlobalTokens
+    module: nn.Module, task: str, precision: str, tokens: GlobalTokens, *, output_attentions: bool
 ) -> tuple[torch.onnx.ONNXProgram, list[str]]:
     """Trace the rewritten module with torch.onnx.
 
@@ -286,13 +323,18 @@ def _trace(
     if "input_ids" not in accepted:
         raise ExportError(f"{type(module).__name__}.forward takes no input_ids; lfx feeds it {', '.join(GRAPH_INPUTS)}")
     inputs = [name for name in accepted if tokens.mode == "mask" or name != "global_attention_mask"]
+    attentions: Attentions | None = [] if output_attentions else None
     wrapper = ExportWrapper(
-        rewrite(module, tokens, TORCH_DTYPES[precision]), inputs, tokens, "global_attention_mask" in accepted
+        rewrite(module, tokens, TORCH_DTYPES[precision], attentions),
+        inputs,
+        tokens,
+        "global_attention_mask" in accepted,
+        attentions,
     ).eval()
     batch, choices, sequence = (torch.export.Dim(name) for name in ("batch", "choices", "sequence"))
     axes = {0: batch, 1: choices, 2: sequence} if TASKS[task].has_choices else {0: batch, 1: sequence}
     try:
-        with _TRACING, quiet(), torch.autocast("cpu", enabled=False):
+        with _TRACING, quiet(), torch.autocast("cpu", enabled=False), decomposing_in_place():
             program = torch.onnx.export(
                 wrapper,
                 _example(module, task, inputs),
@@ -313,6 +355,8 @@ def _trace(
     assert program.exported_program is not None
     outputs = pytree.tree_unflatten(list(program.model.graph.outputs), program.exported_program.call_spec.out_spec)
     _name_outputs(outputs, {*inputs, *(name for name, _ in module.named_parameters())})
+    if output_attentions:
+        free_axes(outputs, has_choices=TASKS[task].has_choices)
     return program, inputs
 
 

@@ -146,24 +146,29 @@ def load_tokenizer(model: str, *, lower_case: bool = False) -> Any:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise ExportError(f"the tokenizer of {model} cannot be loaded: {_flat(error)}") from error
-        _refuse_without_tokens(tokenizer, model)
+        _refuse_without_words(tokenizer, model)
         if lower_case:
             add_lower_case(tokenizer)
         return tokenizer
 
 
-def _refuse_without_tokens(tokenizer: Any, model: str) -> None:
-    """Refuse a tokenizer that makes no token of any text: one whose class does not read its vocabulary file."""
+def _refuse_without_words(tokenizer: Any, model: str) -> None:
+    """Refuse a tokenizer without the words of its vocabulary: a file is missing, or another class reads it."""
+    special = set(tokenizer.all_special_ids)  # that of unknown words too
+    words = {
+        number: word
+        for word, number in tokenizer.get_vocab().items()
+        if number not in special and any(map(str.isalnum, word))
+    }
+    texts = ("the text", *itertools.islice(words.values(), 100))
     try:
-        words = (word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens)
-        texts = ("the text", "文", *itertools.islice(words, 100))
-        lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+        is_empty = all(words.keys().isdisjoint(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
     except Exception as error:
         raise ExportError(f"the tokenizer of {model} fails on a text: {_flat(error)}") from error
-    if not any(lengths):
+    if is_empty:
         raise ExportError(
-            f"the tokenizer of {model}, a {type(tokenizer).__name__}, makes no token of any text; its vocabulary "
-            "belongs to another class: name it as tokenizer_class in tokenizer_config.json"
+            f"the tokenizer of {model}, a {type(tokenizer).__name__}, knows no word: the file of its vocabulary is "
+            "missing, or belongs to another class, to be named as tokenizer_class in tokenizer_config.json"
         )
 
 

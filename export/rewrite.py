@@ -31,6 +31,11 @@ from lfx.errors import ExportError
 from lfx.export.functions import DOMAIN, VERSION
 from lfx.export.loop_attention import LoopSelfAttention
 from lfx.export.unpadded import replace_attention
+from lfx.export.windows import both_sides
+from lfx.signature import ATTENTIONS, GLOBAL_ATTENTIONS
+
+# Local and global probabilities of each call of a self-attention, in order; without global attention, local ones alone.
+Attentions = list[tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass
@@ -82,14 +87,17 @@ class GlobalTokens:
         return torch.where(top.values > 0, top.indices.to(torch.int32), -1)
 
 
-def _op(name: str, inputs: list[torch.Tensor], shape: Any, **attributes: int | float) -> torch.Tensor:
-    return ops.symbolic(
-        f"{DOMAIN}::{name}", inputs, {**attributes}, dtype=inputs[0].dtype, shape=shape, version=VERSION
-    )
+def _op(
+    name: str, inputs: list[torch.Tensor], shape: Any, *, dtype: torch.dtype | None = None, **attributes: int | float
+) -> torch.Tensor:
+    """Add a node of domain lfx to the trace; `dtype` is that of its output, by default that of its first input."""
+    dtype = inputs[0].dtype if dtype is None else dtype
+    return ops.symbolic(f"{DOMAIN}::{name}", inputs, {**attributes}, dtype=dtype, shape=shape, version=VERSION)
 
 
 class _SelfAttention(LoopSelfAttention):
     lfx_globals: GlobalTokens
+    lfx_attentions: Attentions | None = None  # None = the probabilities are no outputs
 
     def forward(
         self,
@@ -101,12 +109,15 @@ class _SelfAttention(LoopSelfAttention):
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor]:
         if output_attentions:
-            raise ExportError("output_attentions is set, but lfx never stores the attention weights; leave it out")
+            raise ExportError(
+                "output_attentions is set in a call; leave it out, and export with output_attentions=True"
+            )
         if attention_mask is None:
             raise ExportError("LongformerSelfAttention was called without attention_mask; pass (batch, seqlen)")
         key_mask, index, gather_index = self.lfx_globals.indices(attention_mask)
         batch, slots = index.shape
         query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
+        global_query = None
         if self.lfx_globals.mode == "none":
             global_context = hidden_states.new_zeros((batch, 1, self.embed_dim))
         else:
@@ -118,7 +129,11 @@ class _SelfAttention(LoopSelfAttention):
                 shape=(batch, slots, hidden_states.shape[2]),
                 version=13,
             )
-            global_context = self._global_context(self.query_global(global_hidden), hidden_states, key_mask)
+            global_query = self.query_global(global_hidden)
+            global_context = self._global_context(global_query, hidden_states, key_mask)
+        if self.lfx_attentions is not None:
+            global_key = None if global_query is None else self.key_global(hidden_states)
+            self.lfx_attentions.append(self._probabilities(query, key, global_query, global_key, key_mask, index))
         contexts = {}
         for dilation, heads in self.groups.items():
             inputs = [self._columns(x, heads) for x in (query, key, value, global_context)]
@@ -133,6 +148,31 @@ class _SelfAttention(LoopSelfAttention):
                 scale=self.head_dim**-0.5,
             )
         return (self._in_head_order(contexts),)
+
+    def _probabilities(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        global_query: torch.Tensor | None,
+        global_key: torch.Tensor | None,
+        key_mask: torch.Tensor,
+        index: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the local and the global probabilities; the global ones are None without global attention."""
+        (batch, seqlen), slots, window = key_mask.shape, index.shape[1], int(self.one_sided_attn_window_size)
+        attributes = {"num_heads": self.num_heads, "scale": self.head_dim**-0.5}
+        local = _op(
+            "BandedAttentionProbabilities",
+            [query, key, key_mask, index],
+            (batch, self.num_heads, seqlen, slots + both_sides(window) + 1),
+            dtype=torch.float32,
+            window=window,
+            **attributes,
+        )
+        if global_query is None or global_key is None:
+            return local, None
+        inputs, shape = [global_query, global_key, key_mask, index], (batch, self.num_heads, seqlen, slots)
+        return local, _op("GlobalAttentionProbabilities", inputs, shape, dtype=torch.float32, **attributes)
 
     def _in_head_order(self, contexts: dict[int, torch.Tensor]) -> torch.Tensor:
         """Join the contexts (B, S, h·D) of the groups of heads, by dilation, to (B, S, H·D)."""
@@ -266,12 +306,18 @@ def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copied
 
 
-def rewrite(model: nn.Module, tokens: GlobalTokens, dtype: torch.dtype) -> nn.Module:
-    """Copy `model` and replace its self-attention by the lfx ops, for torch.onnx to trace; `model` is not changed."""
+def rewrite(
+    model: nn.Module, tokens: GlobalTokens, dtype: torch.dtype, attentions: Attentions | None = None
+) -> nn.Module:
+    """Copy `model` and replace its self-attention by the lfx ops, for torch.onnx to trace; `model` is not changed.
+
+    Args:
+        attentions: a list that each self-attention appends its probabilities to; None = they are not computed.
+    """
     rewritten = replace_attention(clone(model, dtype), _SelfAttention)
     for module in rewritten.modules():
         if isinstance(module, _SelfAttention):
-            module.lfx_globals = tokens
+            module.lfx_globals, module.lfx_attentions = tokens, attentions
     return rewritten
 
 
@@ -283,11 +329,20 @@ class ExportWrapper(nn.Module):
         inputs: names of the graph inputs, a subset of the parameters of `model.forward`.
         tokens: the GlobalTokens that were given to `rewrite`.
         takes_global_mask: whether `model.forward` has the parameter global_attention_mask.
+        attentions: the list that was given to `rewrite`, whose tensors become outputs; None = there is none.
     """
 
-    def __init__(self, model: nn.Module, inputs: list[str], tokens: GlobalTokens, takes_global_mask: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: list[str],
+        tokens: GlobalTokens,
+        takes_global_mask: bool,
+        attentions: Attentions | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.inputs, self.tokens, self.takes_global_mask = model, inputs, tokens, takes_global_mask
+        self.attentions = attentions
 
     def forward(self, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         arguments = dict(zip(self.inputs, tensors, strict=True))
@@ -297,9 +352,28 @@ class ExportWrapper(nn.Module):
             if self.tokens.mode == "first":
                 mask = torch.cat([torch.ones_like(mask[..., :1]), mask[..., 1:]], dim=-1)
             arguments["global_attention_mask"] = mask
+        if self.attentions is not None:
+            self.attentions.clear()
         outputs = named_outputs(self.model(**arguments))
         # Outputs are float32 in any precision: numpy has no bfloat16, and float16 would round once more.
-        return {name: out.float() if out.is_floating_point() else out for name, out in outputs.items()}
+        outputs = {
+            name: out.float() if out.is_floating_point() and out.dtype != torch.float32 else out
+            for name, out in outputs.items()
+        }
+        if self.attentions is None:
+            return outputs
+        named = named_attentions(self.attentions)
+        if taken := named.keys() & outputs.keys():
+            raise ExportError(
+                f"the model has an output {min(taken)!r} of its own; rename it, or leave out the attentions"
+            )
+        return {**outputs, **named}
+
+
+def named_attentions(layers: Attentions) -> dict[str, torch.Tensor]:
+    """Name the probabilities of all layers: `attentions.0`, …, then `global_attentions.0`, …."""
+    local = {f"{ATTENTIONS}.{i}": probabilities for i, (probabilities, _) in enumerate(layers)}
+    return {**local, **{f"{GLOBAL_ATTENTIONS}.{i}": p for i, (_, p) in enumerate(layers) if p is not None}}
 
 
 def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:

@@ -49,6 +49,16 @@ def copy_modules(fetch: Fetch, folder: Path, max_seqlen: int) -> None:
         _write(folder / _ENCODER, with_limit(encoder, max_seqlen))
 
 
+def check_modules(fetch: Fetch) -> None:
+    """Check that `copy_settings` can read the modules, before the long steps of an export.
+
+    Raises:
+        ExportError: modules.json is broken, or a module lies outside the checkpoint's folder.
+    """
+    if (path := fetch(MODULES)) is not None:
+        list_modules(path)
+
+
 def copy_settings(fetch: Fetch, folder: Path) -> None:
     """Copy the settings of sentence-transformers into a bundle: JSON files only, whatever the classes of the modules.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from lfx.errors import ArtifactError, ExportError, one_line
 from lfx.export.expose_layers import layer_name
 from lfx.export.load import quiet
 from lfx.export.loop_attention import LoopSelfAttention
-from lfx.export.rewrite import clone, named_outputs
+from lfx.export.rewrite import Attentions, clone, named_attentions, named_outputs
 from lfx.export.unpadded import replace_attention
 from lfx.parity import Arrays, Runner
 
@@ -28,8 +28,13 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 class _DenseSelfAttention(LoopSelfAttention):
     def forward(  # type: ignore[override]
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor]:
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        *_: Any,
+        output_attentions: Collection[str] = (),
+        **__: Any,
+    ) -> tuple[torch.Tensor, ...]:
         mask = attention_mask.numpy()
         key_mask, is_global = mask >= 0, mask > 0
         slots = max(1, int(is_global.sum(axis=1).max()))
@@ -61,11 +66,26 @@ class _DenseSelfAttention(LoopSelfAttention):
                 dilation=dilation,
                 causal=self.causal,
             )
-        return (torch.from_numpy(context),)
+        if not output_attentions:
+            return (torch.from_numpy(context),)
+        options = {"num_heads": self.num_heads}
+        window = self.one_sided_attn_window_size
+        local = reference.banded_probabilities(query, key, key_mask, index, window=window, **options)
+        outputs = (torch.from_numpy(context), torch.from_numpy(local).transpose(1, 2))
+        if not is_global.any():
+            return outputs
+        projected = (self.query_global(global_hidden).numpy(), self.key_global(hidden_states).numpy())
+        global_ = reference.global_probabilities(*projected, key_mask, index, **options)
+        return (*outputs, torch.from_numpy(global_).transpose(2, 3))
 
 
 def torch_runner(
-    model: nn.Module, precision: str = "fp32", names: tuple[str, ...] | None = None, *, by_layer: bool = False
+    model: nn.Module,
+    precision: str = "fp32",
+    names: tuple[str, ...] | None = None,
+    *,
+    by_layer: bool = False,
+    attentions: Collection[str] = (),
 ) -> Runner:
     """Return a function that runs the model in `precision`.
 
@@ -73,8 +93,9 @@ def torch_runner(
         precision: fp32, fp16 or bf16.
         names: the inputs that are passed to `model.forward`; None = all.
         by_layer: add the output of each self-attention to the outputs, named by `layer_name`.
+        attentions: names of the attention outputs of a graph, which are added to the outputs.
     """
-    return _runner(clone(model, TORCH_DTYPES[precision]), names, by_layer)
+    return _runner(clone(model, TORCH_DTYPES[precision]), names, by_layer, attentions)
 
 
 def disturbed_runner(model: nn.Module, names: tuple[str, ...], start: int, amount: float) -> Runner:
@@ -141,14 +162,17 @@ def global_tokens_runner(model: nn.Module, names: tuple[str, ...], *, first_laye
     return globals_of
 
 
-def reference_runner(model: nn.Module, names: tuple[str, ...] | None = None, *, by_layer: bool = False) -> Runner:
+def reference_runner(
+    model: nn.Module, names: tuple[str, ...] | None = None, *, by_layer: bool = False, attentions: Collection[str] = ()
+) -> Runner:
     """Return a function that runs the model in float64 with dense attention: the reference of `lfx.parity`.
 
     Args:
         names: the inputs that are passed to `model.forward`; None = all.
         by_layer: add the output of each self-attention to the outputs, named by `layer_name`.
+        attentions: names of the attention outputs of a graph, which are added to the outputs.
     """
-    return _runner(replace_attention(clone(model, torch.float64), _DenseSelfAttention), names, by_layer)
+    return _runner(replace_attention(clone(model, torch.float64), _DenseSelfAttention), names, by_layer, attentions)
 
 
 def int8_runner(
@@ -199,14 +223,60 @@ def _fake_quantize(scale: float, zero_point: int, low: int, high: int) -> Callab
     return hook
 
 
-def _runner(model: nn.Module, names: tuple[str, ...] | None, by_layer: bool) -> Runner:
+def _record_attentions(model: nn.Module, seqlen: list[int]) -> Attentions:
+    """Make each self-attention of a model append its probabilities to a list, which is returned.
+
+    The probabilities are those that Hugging Face's `output_attentions` gives, cut to the sequence as a graph has them:
+    its global ones have the padding to a multiple of the window too, its unused slots of a row with fewer global
+    tokens are uniform and become 0, and without any global token there are no global ones instead of an empty array.
+
+    Args:
+        seqlen: the length of the sequence is its last entry.
+    """
+    layers: Attentions = []
+
+    def ask(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return arguments[:5], {**options, "output_attentions": True}
+
+    def record(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], outputs: Any) -> Any:
+        if not isinstance(outputs, tuple) or len(outputs) < 2:
+            raise ExportError(
+                f"{type(module).__name__} returns no attention probabilities; leave output_attentions out"
+            )
+        mask = options["attention_mask"] if "attention_mask" in options else arguments[1]
+        counts = (mask > 0).sum(dim=1)
+        local = outputs[1].transpose(1, 2)[:, :, : seqlen[-1]]
+        shape = (*local.shape[:3], int(counts.max()))
+        global_ = outputs[2].transpose(2, 3)[:, :, : seqlen[-1]] if len(outputs) > 2 else local.new_zeros(shape)
+        used = torch.arange(shape[-1]) < counts[:, None]
+        layers.append((local, torch.where(used[:, None, None, :], global_, 0.0)))
+        return outputs[:1]
+
+    for module in model.modules():
+        if isinstance(module, hf.LongformerSelfAttention):
+            module.register_forward_pre_hook(ask, with_kwargs=True)
+            module.register_forward_hook(record, with_kwargs=True)
+    return layers
+
+
+def _named(layers: Attentions, names: Collection[str]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in named_attentions(layers).items() if name in names}
+
+
+def _runner(
+    model: nn.Module, names: tuple[str, ...] | None, by_layer: bool, attentions: Collection[str] = ()
+) -> Runner:
     contexts: list[torch.Tensor] = []
+    lengths = [0]
+    layers = _record_attentions(model, lengths) if attentions else []
     for module in model.modules() if by_layer else ():
         if isinstance(module, hf.LongformerSelfAttention):
             module.register_forward_hook(lambda _, __, outputs: contexts.append(outputs[0]))
 
     def run(inputs: Arrays) -> Arrays:
         contexts.clear()
+        layers.clear()
+        seqlen = lengths[-1] = inputs["input_ids"].shape[-1]  # Hugging Face pads to a multiple of the window
         tensors = {k: torch.from_numpy(v) for k, v in inputs.items() if names is None or k in names}
         try:
             with torch.inference_mode(), torch.autocast("cpu", enabled=False), quiet():
@@ -216,8 +286,11 @@ def _runner(model: nn.Module, names: tuple[str, ...] | None, by_layer: bool) -> 
         except Exception as error:
             shape = tuple(inputs["input_ids"].shape)
             raise ExportError(f"the PyTorch model itself fails on ids of shape {shape}: {one_line(error)}") from error
-        seqlen = inputs["input_ids"].shape[-1]  # Hugging Face's layers see padding up to a multiple of the window
-        outputs = {**{layer_name(i): c[:, :seqlen] for i, c in enumerate(contexts)}, **outputs}
+        outputs = {
+            **{layer_name(i): c[:, :seqlen] for i, c in enumerate(contexts)},
+            **outputs,
+            **_named(layers, attentions),
+        }
         return {name: (out.double() if out.is_floating_point() else out).numpy() for name, out in outputs.items()}
 
     return run

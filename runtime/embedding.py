@@ -7,7 +7,7 @@ from typing import Any
 
 from lfx.checks import flag
 from lfx.errors import ArtifactError, InputError
-from lfx.runtime.tokenizer import END_TO_END, Tokenizer
+from lfx.runtime.tokenizer import Tokenizer
 from lfx.signature import SENTENCE_EMBEDDING, Signature
 
 SENTENCE_OUTPUT = "sentence_embedding"
@@ -53,10 +53,7 @@ def encode_texts(texts: Any, tokenizer: Any, *, prompt: Any, truncate: Any) -> I
 def _encode(texts: Iterable[Any], tokenizer: Tokenizer, prompt: str | None, truncate: bool) -> Iterator[list[int]]:
     for i, text in enumerate(texts):
         try:
-            if truncate:
-                encoded = tokenizer.windows(text, None, END_TO_END, prompt=prompt)[0]
-            else:
-                encoded = tokenizer.encode(text, prompt=prompt)
+            encoded = (tokenizer.truncate if truncate else tokenizer.encode)(text, prompt=prompt)
         except InputError as error:
             raise InputError(f"text {i}: {error}") from error
         yield encoded.ids

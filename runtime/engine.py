@@ -182,7 +182,8 @@ class Engine:
             texts: one text, or any number of texts.
             prompt: is put before each text; an empty string is none. Default: the default prompt of the checkpoint's
                 config_sentence_transformers.json, if it has one.
-            truncate: cut a text of more tokens than the model's maximum to its beginning; otherwise it is an error.
+            truncate: cut a text of more tokens than the model's maximum, see `Tokenizer.truncate`; otherwise it is an
+                error.
             tokenizer: Default: the one in the bundle; for a plan the bundle is looked for beside it.
         Returns:
             (number of texts, dimensions) float32, in the order given. One text is a batch of one.

@@ -45,7 +45,8 @@ def run_rows(
         return rows
     lengths = [seqlen_of(feeds) for _, feeds in valid]
     inputs = valid[0][1]
-    if len(set(lengths)) > 1 or any(spec.shape[:1] != ("batch",) for spec in signature.outputs):
+    uncut = signature.output_attentions or any(spec.shape[:1] != ("batch",) for spec in signature.outputs)
+    if len(set(lengths)) > 1 or uncut:
         check_cuttable(signature)
     choices = inputs["input_ids"].size // lengths[0]  # 1 for other tasks than multiple choice
     for group in batches(lengths, max(token_budget // choices, 1), supports_shape, pad=signature.may_pad):
@@ -76,6 +77,11 @@ def cut(row: NDArray[Any], axes: tuple[int | str, ...], length: int) -> NDArray[
 
 def check_cuttable(signature: Signature) -> None:
     """Raise InputError for an output that `cut` cannot slice: batch is not its first axis, or an axis is unknown."""
+    if signature.output_attentions:
+        raise InputError(
+            "the width of this model's attention outputs depends on the whole batch; give Engine.run one sequence or "
+            "an array (batch, seqlen), or use a bundle exported without --output-attentions"
+        )
     for spec in signature.outputs:
         unknown = [axis for axis in spec.shape[1:] if isinstance(axis, str) and axis not in ("sequence", "choices")]
         if not spec.shape or spec.shape[0] != "batch" or unknown:

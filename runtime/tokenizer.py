@@ -45,6 +45,21 @@ class Encoded:
     offsets: Sequence[tuple[int, int]] = ()
 
 
+@dataclass(frozen=True)
+class TokenText:
+    """A token as a part of the text that it was made from.
+
+    Attributes:
+        before: the characters between the previous token and this one, such as a space.
+        text: the token's characters; of a special token its vocabulary entry, and empty if a previous token has them.
+        special: whether it is a special token.
+    """
+
+    before: str
+    text: str
+    special: bool
+
+
 class Windows(Sequence[Encoded]):
     """A lazy sequence of windows: slices of one long document between the same first and last tokens.
 
@@ -136,6 +151,7 @@ class Tokenizer:
         config = _read_listed(self.config_folder / CONFIG, listed_configs)
         tokenizer_config = _read_listed(self.folder / TOKENIZER_CONFIG, listed)
         self._tokenizer.encode_special_tokens = _splits_special_tokens(tokenizer_config, self.folder / TOKENIZER_CONFIG)
+        self._keeps_end = _keeps_end(tokenizer_config, self.folder / TOKENIZER_CONFIG)
         self.prompt, files = "", [data, config, tokenizer_config]
         if signature.task == SENTENCE_EMBEDDING:
             path = self.config_folder / PROMPTS
@@ -202,6 +218,18 @@ class Tokenizer:
             )
         return Windows(encoded, size, stride)
 
+    def truncate(self, text: str, pair: str | None = None, *, prompt: str | None = None) -> Encoded:
+        """`encode`, with a document of more tokens than the model takes cut to its beginning.
+
+        It is cut to its end if the truncation_side of tokenizer_config.json is "left", as transformers does.
+
+        Raises:
+            InputError: what `windows` raises.
+        """
+        if self._keeps_end:
+            return self.windows(text, pair, 1, prompt=prompt)[-1]
+        return self.windows(text, pair, END_TO_END, prompt=prompt)[0]
+
     def _tokenize(self, text: str, pair: str | None, prompt: str | None) -> Encoded:
         """Tokenize a text of any length."""
         _check_text(text, pair)
@@ -224,6 +252,23 @@ class Tokenizer:
         first = sequences.index(index) if index in sequences else 0
         document = range(first, first + sequences.count(index))
         return Encoded(ids, pieces, document, text if pair is None else pair, offsets[document.start : document.stop])
+
+    def token_texts(self, text: str, pair: str | None = None) -> list[TokenText]:
+        """The tokens that `encode` makes of a text or a pair, as parts of them; raises the errors of `encode`."""
+        encoded = self.encode(text, pair)
+        with failing(InputError, "the tokenizer fails on this text", "use the tokenizer that belongs to this model"):
+            encoding = self._tokenizer.encode(f"{self.prompt}{text}", pair)
+            offsets, sequences = list(encoding.offsets), list(encoding.sequence_ids)
+        sources, ends = (f"{self.prompt}{text}", pair or ""), [0, 0]
+        texts = []
+        for piece, (start, end), sequence in zip(encoded.pieces, offsets, sequences, strict=True):
+            if sequence is None:
+                texts.append(TokenText("", piece, special=True))
+                continue
+            source, last = sources[sequence], ends[sequence]
+            texts.append(TokenText(source[last:start], source[max(start, last) : end], special=False))
+            ends[sequence] = max(end, last)
+        return texts
 
     def decode(self, ids: Iterable[int]) -> str:
         """Convert ids to text, without special tokens and surrounding white space.
@@ -342,13 +387,23 @@ def _splits_special_tokens(data: bytes | None, path: Path) -> bool:
     return bool(split)
 
 
+def _keeps_end(data: bytes | None, path: Path) -> bool:
+    """Whether a text that is too long loses its beginning; transformers keeps this in the tokenizer's config."""
+    side = json_object(data, path).get("truncation_side")
+    if side not in ("left", "right", None):
+        raise ArtifactError(f"{path}: truncation_side must be left or right; correct it, or export the model again")
+    return bool(side == "left")
+
+
 def _default_prompt(data: bytes | None, path: Path) -> str:
     """The prompt that sentence-transformers puts before a text by default; empty if there is none."""
     settings = json_object(data, path)
     name, prompts = settings.get("default_prompt_name"), settings.get("prompts") or {}
     if name is None:
         return ""
-    prompt = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
+    # sentence-transformers has these two in every model, empty unless the checkpoint gives them.
+    known = {"query": "", "document": "", **prompts} if isinstance(prompts, dict) else {}
+    prompt = known.get(name) if isinstance(name, str) else None
     if not isinstance(prompt, str) or not is_utf8(prompt):
         raise ArtifactError(f"{path}: default_prompt_name names no prompt; correct it, or export the model again")
     return prompt

@@ -12,24 +12,24 @@ BASE_MAX_SEQLEN = 4096
 LAYERS, HIDDEN, HEADS, INTERMEDIATE, WINDOW = 12, 768, 12, 3072, 256
 
 
-def base_model(max_seqlen: int = BASE_MAX_SEQLEN, seed: int = 0) -> Any:
-    """Make a LongformerModel of the shape of allenai/longformer-base-4096, in eval mode."""
+def base_model(max_seqlen: int = BASE_MAX_SEQLEN, seed: int = 0, **changes: Any) -> Any:
+    """Make a LongformerModel of the shape of allenai/longformer-base-4096, in eval mode; `changes` go to its config."""
     import torch
     from transformers import LongformerConfig, LongformerModel
 
     torch.manual_seed(seed)
-    config = LongformerConfig(
-        vocab_size=50265,
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        intermediate_size=INTERMEDIATE,
-        attention_window=2 * WINDOW,
-        max_position_embeddings=max_seqlen + 2,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-    )
-    return LongformerModel(config).eval()
+    settings = {
+        "vocab_size": 50265,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "intermediate_size": INTERMEDIATE,
+        "attention_window": 2 * WINDOW,
+        "max_position_embeddings": max_seqlen + 2,
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-5,
+    }
+    return LongformerModel(LongformerConfig(**{**settings, **changes})).eval()
 
 
 def trained_tokenizer(text: str, vocab_size: int = 4000) -> Any:

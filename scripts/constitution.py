@@ -1,11 +1,13 @@
-"""The articles of examples/constitution.txt, and questions that one of them answers."""
+"""The documents of the demo: the articles of the Constitution and The Federalist, No. 10, and questions about them."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "examples" / "constitution.txt"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+DOCUMENT = EXAMPLES / "constitution.txt"
+FEDERALIST = "The Federalist, No. 10"
 # Question -> the article that answers it.
 QUESTIONS = {
     "How can the Constitution be amended?": "Article V",
@@ -22,6 +24,11 @@ QUESTIONS = {
     "How many terms may a President serve?": "Amendment XXII",
     "Can eighteen year olds vote?": "Amendment XXVI",
 }
+# Questions that the essay answers, which is one document of some 3,500 tokens.
+FEDERALIST_QUESTIONS = {
+    "Why is a large republic safer from factions than a small one?": FEDERALIST,
+    "What causes factions, and how can their effects be controlled?": FEDERALIST,
+}
 
 
 def articles() -> dict[str, str]:
@@ -36,3 +43,8 @@ def articles() -> dict[str, str]:
         elif name:
             found.setdefault(name, []).append(line)
     return {name: "\n".join(lines) for name, lines in found.items()}
+
+
+def essay() -> str:
+    """Return the text of The Federalist, No. 10, whole."""
+    return (EXAMPLES / "federalist_10.txt").read_text(encoding="utf-8")

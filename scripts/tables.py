@@ -274,6 +274,70 @@ def _profile(records: list[dict[str, Any]]) -> str:
     return _rows(header, rows) + note
 
 
+def long() -> str:
+    """Make the table of long sequences: time, memory, and the errors of the rows that are compared."""
+    if not (record.RECORDS / "long.jsonl").exists():
+        return "Not measured yet.\n"
+    records = record.read("long")
+    rows = []
+    for row in records:
+        errors = []
+        for model in ("whole", "one layer"):
+            checks = [check for check in row["checks"] if check["model"] == model]
+            worst = max(checks, key=lambda check: check["error"] / check["tolerance"])
+            counted = sum(check["rows"] for check in checks)
+            errors.append(f"{worst['error']:.1e} of {worst['tolerance']:.1e}, {counted} rows")
+        memory = f"{row['peak_bytes'] / 1e9:.2f} GB"
+        rows.append(
+            [f"{row['seqlen']:,}", _time(row["median_ms"]), f"{row['tokens_per_second']:,.0f}", memory, *errors]
+        )
+    first, last = records[0], records[-1]
+    header = ["tokens", "time", "tokens/s", "peak memory", f"parity error, {first['layers']} layers"]
+    header.append(f"parity error, one layer with {first['checks'][-1]['globals']} global tokens")
+    times = [last[figure] / first[figure] for figure in ("seqlen", "median_ms", "peak_bytes")]
+    above = [row["peak_bytes"] - row["open_bytes"] for row in (first, last)]
+    note = f"\nBase shape of {first['layers']} layers, fp32, batch 1, without global tokens unless stated, "
+    note += f"{first['threads']} threads, medians of {first['rounds']} turns. Parity errors are against float64, each "
+    note += f"followed by its tolerance. {_hardware(first)}.\n"
+    note += f"From {first['seqlen']:,} to {last['seqlen']:,} tokens, {times[0]:.0f} times as many, the time grows "
+    note += f"{times[1]:.2f} times and the peak memory {times[2]:.2f} times (what a run adds to the open engine, "
+    note += f"{above[1] / above[0]:.2f} times).\n"
+    return _rows(header, rows) + note
+
+
+def support() -> str:
+    """Make the tables of model classes and features: exported, compared in each backend, built."""
+    records = record.read("support")
+    tables = []
+    for group in dict.fromkeys(row["group"] for row in records):
+        rows = [[row["name"], *_support(row)] for row in records if row["group"] == group]
+        header = [group, "exported", "parity error", "ONNX Runtime", "OpenVINO"]
+        tables.append(_rows([*header, "TensorRT from the function", "TensorRT from the plugin"], rows))
+    plan = next(row["plugin"] for row in records if row.get("plugin", {}).get("ok"))
+    note = f"\n{_hardware(records[0])}, OpenVINO {records[0]['versions']['openvino']}, {plan['flavor']} for "
+    note += f"{plan['target']}.\n"
+    return "\n".join(tables) + note
+
+
+def _support(row: dict[str, Any]) -> list[str]:
+    """Make the cells of one model class or feature."""
+    if not row["exported"]["ok"]:
+        return [_reason(row["exported"]), *[""] * 5]
+    compared = [row[backend] for backend in ("onnxruntime", "openvino") if row[backend]["ok"]]
+    worst = max(compared, key=lambda cell: cell["error"] / cell["tolerance"], default=None)
+    cells = ["yes", f"{worst['error']:.1e} of {worst['tolerance']:.1e}" if worst else ""]
+    for backend in ("onnxruntime", "openvino"):
+        cells.append(f"{row[backend]['cases']} cases" if row[backend]["ok"] else _reason(row[backend]))
+    cells.append("built" if row["function"]["ok"] else _reason(row["function"]))
+    counts = "built, {plugin_layers} of {attention_nodes} attention nodes are plugin layers"
+    cells.append(counts.format_map(row["plugin"]) if row["plugin"]["ok"] else _reason(row["plugin"]))
+    return cells
+
+
+def _reason(cell: dict[str, Any]) -> str:
+    return "no: " + cell["reason"].replace("|", "\\|")
+
+
 def chart() -> None:
     """Plot tokens per second over length, of all contenders on the latest measured CPU, and the server under load."""
     records = record.read("backends")
@@ -295,6 +359,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "quantizers": quantizers,
     "profile": profile,
+    "long": long,
+    "support": support,
 }
 
 

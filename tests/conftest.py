@@ -1,9 +1,13 @@
-"""Fixtures that several folders use; each export is made once a session."""
+"""Fixtures that several folders use."""
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import gc
+import inspect
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,37 +20,72 @@ from lfx.export import export
 from tests.models import tiny_model, tiny_tokenizer
 
 MakeBundle = Callable[..., Path]
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 SmallDisk = Callable[[], Path]
+DEFAULTS = inspect.signature(export).parameters
 
 # `make fuzz` raises the number of examples. No deadline: a test does not fail by the clock.
 settings.register_profile("lfx", max_examples=int(os.environ.get("LFX_FUZZ_EXAMPLES", "200")), deadline=None)
 settings.load_profile("lfx")
 
 
+# torch and transformers make many objects that live on; by default Python searches them for garbage all the time.
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def one_registry_of_onnx_functions() -> Iterator[None]:
-    """Let torch.onnx make its registry of ONNX functions once; otherwise each export takes 0.4 s to make it."""
+def tables_of_torch_onnx() -> Iterator[None]:
+    """Let torch.onnx make its tables of functions and decompositions once; each export takes 0.5 s to make them."""
     try:
+        from torch.onnx._internal.exporter._decomp import create_onnx_friendly_decomposition_table
         from torch.onnx._internal.exporter._registration import ONNXRegistry
     except ImportError:  # private to torch
         yield
         return
+    table = functools.cache(lambda functions: create_onnx_friendly_decomposition_table(set(functions)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        patch.setattr(
+            "torch.onnx._internal.exporter._decomp.create_onnx_friendly_decomposition_table",
+            lambda functions: dict(table(frozenset(functions))),
+        )
         yield
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
-    """bundle(task, **export options) -> the folder of a tiny exported model with a tokenizer; made once, shared."""
-    cache: dict[tuple[Any, ...], Path] = {}
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """made_once(name, make) -> a folder that make(folder) has filled, once for all workers."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all workers
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, unfinished = root / name, root / f"{name}.unfinished"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be making it
+            if not folder.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def bundle(made_once: MakeOnce) -> MakeBundle:
+    """bundle(task, **export options) -> the folder of a tiny exported model with a tokenizer, which tests only read."""
 
     def make(task: str = "feature-extraction", **options: Any) -> Path:
-        key = (task, *sorted(options.items()))
-        if key not in cache:
-            folder = tmp_path_factory.mktemp("bundle") / task
-            cache[key] = export(tiny_model(task), folder, tokenizer=tiny_tokenizer(), **options)
-        return cache[key]
+        changed = {name: value for name, value in options.items() if DEFAULTS[name].default != value}
+        name = ",".join(["bundle", task, *(f"{name}={changed[name]}" for name in sorted(changed))])
+
+        def fill(folder: Path) -> None:
+            export(tiny_model(task), folder / task, tokenizer=tiny_tokenizer(), **options)
+
+        return made_once(name, fill) / task
 
     return make
 

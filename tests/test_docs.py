@@ -44,3 +44,15 @@ def test_the_readme_shows_the_two_commands_and_the_peers_first() -> None:
     assert "make demo" in first_screen
     assert "make test" in first_screen
     assert "optimum-onnx" in first_screen
+
+
+def test_the_page_of_what_works_names_tests_that_exist() -> None:
+    """In a row of docs/forms.md, a name in snake case is a test of one of the files that the row links to."""
+    page = ROOT / "docs" / "forms.md"
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| ") and "../tests/" in line]
+    assert len(rows) > 20
+    for row in rows:
+        files = re.findall(r"\]\((\.\./tests/[^)]+)\)", row)
+        text = "".join((page.parent / file).read_text() for file in files)
+        for name in re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+){2,})`", row.rpartition(" | ")[2]):
+            assert f"def test_{name}(" in text, name

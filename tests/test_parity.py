@@ -22,6 +22,7 @@ from lfx.parity import (
     full_cases,
     inputs_of,
     quick_cases,
+    rounding_band,
 )
 
 NOISE = 1e-6
@@ -60,6 +61,25 @@ def test_tolerance_is_the_documented_sum() -> None:
     report = _report()
     band = math.sqrt(24) * 2.0**-24 * report.outputs["logits"].magnitude
     assert report.tolerance("logits") == pytest.approx(2 * NOISE + band, rel=1e-6)
+
+
+def test_the_band_of_probabilities_grows_with_the_range_of_the_scores() -> None:
+    """Scores in float32, as far apart as in trained models, round by more than the band of the largest probability."""
+    scores = np.random.default_rng(0).normal(0.0, 20.0, (1000, 64))
+
+    def softmax(values: np.ndarray) -> np.ndarray:
+        shifted = np.exp(values - values.max(-1, keepdims=True))
+        return shifted / shifted.sum(-1, keepdims=True)
+
+    exact = softmax(scores)
+    rounded = softmax(scores * (1 + 32 * 2.0**-24 * np.sign(np.sin(np.arange(64)))))
+    for probabilities in (frozenset(), frozenset({"attentions.0"})):
+        report = Report("fp32", 1, probabilities=probabilities)
+        report.outputs["attentions.0"] = OutputResult()
+        report.outputs["attentions.0"].add(Case(1, 64), exact, rounded, rounded)
+        assert report.passed("attentions.0") == bool(probabilities)
+    plain, wide = (rounding_band("fp32", 1, exact.max()), report.band("attentions.0"))
+    assert wide == pytest.approx(plain * (1 - math.log(exact.min())))
 
 
 def test_where_few_numbers_are_compared_the_rms_error_of_pytorch_counts() -> None:

@@ -28,6 +28,7 @@ from lfx.export.functions.banded_attention import BLOCK, BandedAttention
 from lfx.export.functions.domain import DOMAIN, MASK_FILL, VERSION
 from lfx.export.functions.global_attention import GlobalAttention
 from lfx.export.functions.global_context import FoldedGlobalContext, GlobalContext, ProjectedGlobalContext
+from lfx.export.functions.probabilities import BandedAttentionProbabilities, GlobalAttentionProbabilities
 from lfx.export.passes.tensor_constants import make_constants_tensors
 
 if TYPE_CHECKING:
@@ -41,15 +42,17 @@ __all__ = [
     "OPS",
     "VERSION",
     "BandedAttention",
+    "BandedAttentionProbabilities",
     "FoldedGlobalContext",
     "GlobalAttention",
+    "GlobalAttentionProbabilities",
     "GlobalContext",
     "ProjectedGlobalContext",
     "function",
 ]
 
 # OPS are nodes of the exported graph; the exporter inlines HELPERS.
-OPS = (BandedAttention, GlobalAttention)
+OPS = (BandedAttention, GlobalAttention, BandedAttentionProbabilities, GlobalAttentionProbabilities)
 HELPERS = (GlobalContext, FoldedGlobalContext, ProjectedGlobalContext)
 
 

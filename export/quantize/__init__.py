@@ -145,6 +145,11 @@ def _check_types(full_range: Any, keep_float: Any, tokenizer: Any, progress: Any
 def _check_bundle(signature: Signature, folder: Path) -> None:
     if signature.precision != "fp32":
         raise ExportError(f"{folder} is {signature.precision}; int8 is made from an fp32 bundle: export it again")
+    if signature.output_attentions:
+        raise ExportError(
+            f"{folder} has attention outputs, which calibration would keep in memory for all windows; export it "
+            "without --output-attentions"
+        )
     if signature.has_choices:
         raise ExportError(
             "multiple-choice cannot be calibrated: its inputs have a third axis, choices, which documents do not have; "

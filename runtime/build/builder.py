@@ -154,6 +154,11 @@ def _checked(
     if folder is None:
         raise BuildError(f"{bundle} is a file without its bundle; give the folder that lfx export wrote")
     manifest = Manifest.read(folder)
+    if manifest.signature.output_attentions:
+        raise BuildError(
+            f"{bundle} has attention outputs, whose size depends on the number of global tokens, and TensorRT needs it "
+            "constant; export it without --output-attentions"
+        )
     flavor_name = choose_flavor(flavor)
     options = options if options is not None else Options()
     _check_target(flavor_name, target, flag(plugin, "plugin", BuildError))

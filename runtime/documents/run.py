@@ -26,6 +26,7 @@ from lfx.runtime.documents.journal import Journal, journal_path
 from lfx.runtime.documents.rows import OUTPUT_BYTES, Runner, Summary, outputs_per_sequence, windows_of
 from lfx.runtime.engine import AHEAD, Engine
 from lfx.runtime.postprocess import Postprocessor
+from lfx.runtime.ragged import check_cuttable
 from lfx.runtime.tokenizer import END_TO_END, MAX_CHARACTERS, TOKENIZER, Encoded, Tokenizer
 from lfx.signature import Signature
 
@@ -172,6 +173,8 @@ def _check_files(engine: Engine, source: Path, output: Path) -> tuple[Path, Path
     """Check the two paths before anything runs."""
     if engine.signature.has_choices:
         raise InputError("files of documents are not run for multiple-choice; use Engine.run")
+    if engine.signature.output_attentions:
+        check_cuttable(engine.signature)
     source, output = file_path(source, "the input"), file_path(output, "the output")
     for path in (source, output):
         if not is_documents(path):

@@ -92,15 +92,96 @@ def global_attention(
     return out
 
 
+def banded_probabilities(
+    query: ArrayLike,
+    key: ArrayLike,
+    key_mask: ArrayLike,
+    global_index: ArrayLike,
+    *,
+    num_heads: int,
+    window: int,
+    scale: float | None = None,
+) -> Float:
+    """The weights of `banded_attention` without dilation, in the layout of Hugging Face's `attentions`.
+
+    Args:
+        query, key, key_mask, global_index, num_heads, window, scale: those of `banded_attention`.
+    Returns:
+        (B, H, S, x + 2·window + 1) float64; x = largest number of global tokens in a batch row. Columns 0 to x - 1 have
+        the weights of the global tokens in the order of global_index; column x + c of query i has that of key
+        i - window + c, 0 if the key is global. Rows of masked and of global tokens are 0.
+    """
+    q, k = (np.asarray(x, dtype=np.float64) for x in (query, key))
+    real = np.asarray(key_mask).astype(bool)
+    index = np.asarray(global_index).astype(np.int64)
+    batch, seqlen, width = q.shape
+    head_size = width // num_heads
+    scale = scale if scale is not None else head_size**-0.5
+    most = int((index >= 0).sum(axis=1).max())
+    positions = np.arange(seqlen)
+    band = abs(positions[None, :] - positions[:, None]) <= window
+    columns = positions[:, None] + np.arange(2 * window + 1)
+    out = np.zeros((batch, num_heads, seqlen, most + 2 * window + 1))
+    for b in range(batch):
+        used = index[b][index[b] >= 0]
+        is_global = np.isin(positions, used)
+        visible = (band & real[b][None, :]) | is_global[None, :]
+        for h in range(num_heads):
+            head = slice(h * head_size, (h + 1) * head_size)
+            weights = _weights(q[b][:, head], k[b][:, head], visible, scale)
+            out[b, h, :, : len(used)] = weights[:, used]
+            padded = np.pad(np.where(is_global, 0.0, weights), ((0, 0), (window, window)))
+            out[b, h, :, most:] = np.take_along_axis(padded, columns, axis=1)
+        out[b][:, ~real[b] | is_global] = 0.0
+    return out
+
+
+def global_probabilities(
+    query: ArrayLike,
+    key: ArrayLike,
+    key_mask: ArrayLike,
+    global_index: ArrayLike,
+    *,
+    num_heads: int,
+    scale: float | None = None,
+) -> Float:
+    """The weights of `global_attention`, in the layout of Hugging Face's `global_attentions`.
+
+    Args:
+        query, key, key_mask, num_heads, scale: those of `global_attention`.
+        global_index: (B, G), unused slots -1.
+    Returns:
+        (B, H, S, x) float64; x = largest number of global tokens in a batch row. 0 for unused slots.
+    """
+    q, k = (np.asarray(x, dtype=np.float64) for x in (query, key))
+    real = np.asarray(key_mask).astype(bool)
+    used = np.asarray(global_index) >= 0
+    head_size = q.shape[2] // num_heads
+    scale = scale if scale is not None else head_size**-0.5
+    out = np.zeros((len(q), num_heads, k.shape[1], int(used.sum(axis=1).max())))
+    for b, h in np.ndindex(out.shape[:2]):
+        head = slice(h * head_size, (h + 1) * head_size)
+        count = int(used[b].sum())
+        visible = np.broadcast_to(real[b], (count, k.shape[1]))
+        out[b, h, :, :count] = _weights(q[b][used[b]][:, head], k[b][:, head], visible, scale).T
+    return out
+
+
+def _weights(q: Float, k: Float, visible: NDArray[np.bool_], scale: float) -> Float:
+    """Attention weights of one head, (Q, D) over (S, D); a query without visible keys gets 0."""
+    scores = np.where(visible, q @ k.T * scale, -np.inf)
+    row_max = scores.max(axis=1, keepdims=True, initial=-np.inf)
+    weights = np.exp(scores - np.where(np.isfinite(row_max), row_max, 0.0))
+    row_sum = weights.sum(axis=1, keepdims=True)
+    result: Float = weights / np.where(row_sum > 0, row_sum, 1.0)
+    return result
+
+
 def _attend(q: Float, k: Float, v: Float, visible: NDArray[np.bool_], num_heads: int, scale: float) -> Float:
     """Masked attention of one batch row, (Q, H·D) over (S, H·D), head by head; a query without visible keys gets 0."""
     head_size = q.shape[1] // num_heads
     out = np.zeros_like(q)
     for head in range(num_heads):
         columns = slice(head * head_size, (head + 1) * head_size)
-        scores = np.where(visible, q[:, columns] @ k[:, columns].T * scale, -np.inf)
-        row_max = scores.max(axis=1, keepdims=True, initial=-np.inf)
-        weights = np.exp(scores - np.where(np.isfinite(row_max), row_max, 0.0))
-        row_sum = weights.sum(axis=1, keepdims=True)
-        out[:, columns] = (weights / np.where(row_sum > 0, row_sum, 1.0)) @ v[:, columns]
+        out[:, columns] = _weights(q[:, columns], k[:, columns], visible, scale) @ v[:, columns]
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ SENTENCE_EMBEDDING = "sentence-embedding"  # the task, whose output is sentence_
 POOLINGS = ("mean", "cls", "max", "weightedmean", "mean_sqrt_len_tokens", "lasttoken")  # names of sentence-transformers
 # Suffixes by which `runtime.build.prepare_graph` finds three types of nodes that `export.graph` wrote.
 GLOBAL_SLOTS, GLOBAL_ROWS, IN_FLOAT32 = "#global_slots", "#global_rows", "#float32"
+# Names of the attention outputs, with a dot and the layer's number after them; Hugging Face's.
+ATTENTIONS, GLOBAL_ATTENTIONS = "attentions", "global_attentions"
 GRAPH_INPUTS = ("input_ids", "attention_mask", "global_attention_mask")
 _TENSORS = [{"name": str, "dtype": str, "shape": [(int, str)]}]
 # The fields of a signature in JSON; see `lfx.checks.check_shape`.
@@ -38,6 +41,7 @@ _SIGNATURE: dict[str, Any] = {
     "ignores_padding?": bool,
     "adds_globals?": bool,
     "weight_bits?": COUNT,
+    "output_attentions?": bool,
     "lfx_version?": str,
 }
 
@@ -112,6 +116,8 @@ class Signature:
         adds_globals: whether the model gives global attention to tokens that global_attention_mask does not mark; for a
             model without that input, to others than the first.
         weight_bits: number of bits that the weights of an int8 model use, 7 or 8; None for other models.
+        output_attentions: whether the outputs `attentions.0`, … and, unless global_attention is "none",
+            `global_attentions.0`, … are the attention probabilities of each layer.
         lfx_version: version of lfx that exported the model.
     """
 
@@ -131,6 +137,7 @@ class Signature:
     ignores_padding: bool = True
     adds_globals: bool = False
     weight_bits: int | None = None
+    output_attentions: bool = False
     causal: bool = False
     lfx_version: str = ""
 
@@ -138,6 +145,12 @@ class Signature:
     def may_pad(self) -> bool:
         """Whether padding may be added: the model takes an attention_mask and its outputs do not depend on padding."""
         return self.ignores_padding and any(spec.name == "attention_mask" for spec in self.inputs)
+
+    @property
+    def attention_outputs(self) -> frozenset[str]:
+        """Names of the outputs that are attention probabilities."""
+        prefixes = (f"{ATTENTIONS}.", f"{GLOBAL_ATTENTIONS}.") if self.output_attentions else ()
+        return frozenset(spec.name for spec in self.outputs if spec.name.startswith(prefixes))
 
     @property
     def has_choices(self) -> bool:
@@ -196,6 +209,24 @@ class Signature:
         for group in (self.inputs, self.outputs):
             if not group or len({spec.name for spec in group}) < len(group):
                 raise ArtifactError("the model has no inputs or no outputs, or two of one name; export the model again")
+
+
+def grouped(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group output names for display: those of one kind of attention probabilities of all layers, and each other alone.
+
+    Returns:
+        A label -> its names, such as "attentions.0 to 11" -> ["attentions.0", …, "attentions.11"].
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        prefix, _, number = name.partition(".")
+        groups.setdefault(
+            prefix if prefix in (ATTENTIONS, GLOBAL_ATTENTIONS) and number.isdigit() else name, []
+        ).append(name)
+    return {
+        f"{group[0]} to {group[-1].partition('.')[2]}" if len(group) > 1 else group[0]: group
+        for group in groups.values()
+    }
 
 
 def is_multi_label(signature: Signature, problem_type: Any) -> bool:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from lfx.errors import ExportError
-from lfx.export.checkpoint import fetcher, find
+from lfx.export.checkpoint import copy_tokenizer, fetcher, find
 from lfx.export.load import load, load_tokenizer, weights_sha256
 from tests.encoders import save_wordpieces
 from tests.models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
@@ -208,8 +208,23 @@ def test_the_tokenizers_class_may_be_named_by_the_config(folder: Path, settings:
 
 def test_a_tokenizer_of_another_class_than_its_vocabulary_is_refused(folder: Path) -> None:
     save_wordpieces(folder)  # which Longformer's own class does not read
-    with pytest.raises(ExportError, match=r"makes no token of any text.*name it as tokenizer_class"):
+    with pytest.raises(ExportError, match=r"a Roberta\w+, knows no word: .* to be named as tokenizer_class"):
         load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("name", ["AlbertTokenizer", "T5Tokenizer", "RobertaTokenizer", "BertTokenizer"])
+def test_a_tokenizer_without_its_vocabulary_is_refused(folder: Path, name: str) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    with pytest.raises(ExportError, match=f"a {name}, knows no word: the file of its vocabulary is missing"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "spm.model", "tokenizer.model", "sentencepiece.bpe.model"])
+def test_vocabularies_of_sentencepiece_are_copied(folder: Path, name: str, tmp_path: Path) -> None:
+    (folder / name).write_text("pieces")
+    (tmp_path / "copy").mkdir()
+    assert copy_tokenizer(str(folder), tmp_path / "copy")
+    assert (tmp_path / "copy" / name).read_text() == "pieces"
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])

@@ -347,15 +347,19 @@ def test_a_pooled_longformer_is_known_and_a_subclass_is_not() -> None:
 
 
 @pytest.mark.parametrize("new", [False, True])
-def test_the_vectors_are_those_of_sentence_transformers(new: bool, tmp_path: Path) -> None:
+def test_the_vectors_are_those_of_sentence_transformers(
+    new: bool, all_modes: tuple[Path, Path], tmp_path: Path
+) -> None:
     reason = "sentence-transformers is not installed: the modes are compared with their definition alone"
     sentence_transformers = pytest.importorskip("sentence_transformers", reason=reason)
-    settings = {"pooling_mode": POOLINGS} if new else dict.fromkeys(FLAGS.values(), True)
-    folder = save_tiny_checkpoint(tmp_path / "c", max_position_embeddings=LONG)
-    add_sentences(folder, settings, Normalize={})
+    folder, bundle = all_modes
+    if not new:
+        folder = save_tiny_checkpoint(tmp_path / "c", max_position_embeddings=LONG)
+        add_sentences(folder, dict.fromkeys(FLAGS.values(), True), Normalize={})
+        bundle = export(folder, tmp_path / "b")
     theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
     texts = [" ".join((WORDS.split() * 500)[:size]) for size in (1, 3, 9, 20, 600, 3998)]
-    with Engine(export(folder, tmp_path / "b")) as engine:
+    with Engine(bundle) as engine:
         np.testing.assert_allclose(engine.embed(texts), theirs.encode(texts), atol=2e-6)
         for side in ("left", "right"):
             theirs.tokenizer.padding_side = side

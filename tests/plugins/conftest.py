@@ -11,13 +11,14 @@ import pytest
 from lfx.errors import PluginError
 from lfx.runtime import plugin as plugins
 from scripts.bench.launch import Kernels
+from tests.conftest import MakeOnce
 from tests.plugins.build import emulated_library, reference_library
 
 
 @pytest.fixture(scope="session")
-def host_reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def host_reference(made_once: MakeOnce) -> Any:
     """plugins/reference.cpp."""
-    library = reference_library(tmp_path_factory.mktemp("reference"))
+    library = ctypes.CDLL(str(made_once("reference", reference_library) / "liblfx_reference.so"))
     for name in ("lfxBandedAttentionReference", "lfxGlobalAttentionReference"):
         function = getattr(library, name)
         function.restype = ctypes.c_char_p
@@ -26,9 +27,9 @@ def host_reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+def emulated(made_once: MakeOnce) -> Kernels:
     """The kernels' own source, compiled for the emulated machine."""
-    return Kernels(emulated_library(tmp_path_factory.mktemp("emulated")))
+    return Kernels(made_once("emulated", emulated_library) / "liblfx_emulated.so")
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from lfx.cli.run import run_text
 from lfx.errors import ArtifactError, InputError
@@ -143,6 +144,29 @@ def test_the_default_prompt_is_put_before_each_text_unless_another_is_given(engi
         assert np.array_equal(opened.embed(TEXTS, prompt="lazy "), engine.embed([f"lazy {text}" for text in TEXTS]))
         assert np.array_equal(opened.embed(TEXTS, prompt=""), engine.embed(TEXTS))
         assert Tokenizer(prompted, opened.signature).sha256 != Tokenizer(engine._path, opened.signature).sha256
+
+
+@pytest.mark.parametrize("prompts", [{}, {"a": "b"}, None])
+def test_the_prompts_query_and_document_are_empty_unless_given(prompts: Any, engine: Engine, prompted: Path) -> None:
+    (prompted / PROMPTS).write_text(json.dumps({"prompts": prompts, "default_prompt_name": "document"}))
+    Manifest.read(prompted).write(prompted)
+    with Engine(prompted, threads=1) as opened:
+        assert np.array_equal(opened.embed(TEXTS), engine.embed(TEXTS))
+
+
+def test_a_long_text_is_cut_to_its_end_if_the_tokenizer_truncates_on_the_left(
+    engine: Engine, bundle: MakeBundle, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(bundle(TASK), tmp_path / "left")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "truncation_side": "left"}))
+    Manifest.read(folder).write(folder)
+    theirs = AutoTokenizer.from_pretrained(folder)(LONG, truncation=True, max_length=128).input_ids
+    with Engine(folder, threads=1) as opened:
+        assert Tokenizer(folder, opened.signature).truncate(LONG).ids == theirs
+        np.testing.assert_allclose(
+            opened.embed(LONG, truncate=True), engine.run(theirs)["sentence_embedding"], rtol=0, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("settings", [{"default_prompt_name": "none"}, {"default_prompt_name": 5}, {"prompts": 5}, []])

@@ -52,6 +52,29 @@ def test_encode_gives_the_ids_of_transformers_special_tokens_included(folder: Pa
     assert tokenizer.encode("the fox", "dog").ids.count(END) == 3
 
 
+def test_the_texts_of_the_tokens_are_the_parts_of_the_text(folder: Path) -> None:
+    tokenizer = Tokenizer(folder, signature("question-answering"))
+    for text, pair in (("  the\n\nquick", None), ("the fox", " lazy  dog"), ("é the é", "<mask>")):
+        texts = tokenizer.token_texts(text, pair)
+        encoded = tokenizer.encode(text, pair)
+        assert len(texts) == len(encoded.ids)
+        assert [part.text for part in texts if part.special] == ["<s>", "</s>"] + ["</s>"] * 2 * (pair is not None)
+        parts = "".join(part.before + part.text for part in texts if not part.special)
+        assert parts == text + (pair or "")
+    with pytest.raises(InputError, match="13 tokens"):
+        tokenizer.token_texts("the " * (LONGEST - 1))
+
+
+def test_a_character_of_several_tokens_is_the_first_ones(tmp_path: Path) -> None:
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(["the"], vocab_size=300)
+    tokenizer.save(str(tmp_path / TOKENIZER))
+    texts = Tokenizer(tmp_path, signature("fill-mask")).token_texts("a 🦊 b")
+    assert len(texts) > 5
+    assert "".join(part.before + part.text for part in texts) == "a 🦊 b"
+    assert [part.text for part in texts].count("") >= 2
+
+
 def test_encode_takes_the_longest_text_and_refuses_one_token_more(folder: Path) -> None:
     tokenizer = Tokenizer(folder, signature("feature-extraction"))
     assert len(tokenizer.encode("the " * (LONGEST - 2)).ids) == LONGEST
@@ -307,6 +330,7 @@ ODD_CONFIGS: dict[str, tuple[str, str, str]] = {
     "a key twice": ("config.json", '{"id2label": {}, "id2label": {}}', "the key 'id2label' appears twice"),
     "deep": ("config.json", '{"a": ' + "[" * 100_000, "is not JSON"),
     "split a number": ("tokenizer_config.json", '{"split_special_tokens": 1}', "split_special_tokens must be true"),
+    "truncation up": ("tokenizer_config.json", '{"truncation_side": "up"}', "truncation_side must be left or right"),
     "mask a number": ("tokenizer_config.json", '{"mask_token": 5}', "mask_token must be a string"),
     "mask a list": ("tokenizer_config.json", '{"mask_token": ["<mask>"]}', "mask_token must be a string"),
     "mask no content": ("tokenizer_config.json", '{"mask_token": {"lstrip": true}}', "mask_token must be a string"),

@@ -12,7 +12,7 @@ from lfx.cli.options import Command, FilePath
 from lfx.cli.terminal import echo_json, table
 from lfx.errors import ArtifactError
 from lfx.manifest import Manifest, locate
-from lfx.signature import Signature
+from lfx.signature import Signature, grouped
 
 if TYPE_CHECKING:
     from lfx.runtime.plan import PlanManifest
@@ -63,9 +63,14 @@ def _bundle(manifest: Manifest) -> Iterator[list[str]]:
     yield ["model", str(manifest.source.get("model"))]
     yield from _model(manifest.signature)
     yield ["opset", f"{manifest.opset}{', functions inlined' if manifest.inlined else ''}"]
-    for name, result in manifest.validation.get("outputs", {}).items():
+    measured = manifest.validation.get("outputs", {})
+    for name, group in grouped(measured).items():
         label = "float32 validated" if manifest.quantization else "validated"
-        yield [label, f"{name}: error {result['max_abs_error']:.2g}, tolerance {result['tolerance']:.2g}"]
+        error, tolerance = (
+            max(measured[o]["max_abs_error"] for o in group),
+            min(measured[o]["tolerance"] for o in group),
+        )
+        yield [label, f"{name}: error {error:.2g}, tolerance {tolerance:.2g}"]
     for name, result in manifest.quantization.get("accuracy", {}).get("outputs", {}).items():
         agreement = f", labels agree {result['label_agreement']:.1%}" if "label_agreement" in result else ""
         text = f"{name}: cosine {result['cosine']:.5f} with float32, error {result['max_abs_error']:.2g}{agreement}"

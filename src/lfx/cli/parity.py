@@ -17,7 +17,7 @@ from lfx.cli.terminal import echo, echo_json, progress, table
 from lfx.errors import InputError, require
 from lfx.files import temporary_folder
 from lfx.manifest import Manifest, locate
-from lfx.signature import QUANTIZED
+from lfx.signature import QUANTIZED, grouped
 
 if TYPE_CHECKING:
     from lfx.cli.engine import OpenEngine
@@ -163,16 +163,18 @@ def _facts(model: Path, manifest: Manifest | PlanManifest, engine: Engine, sourc
 
 
 def _show(report: Report, facts: dict[str, str]) -> None:
-    names = list(report.outputs)
-    header = ["batch", "length", "globals", "padding", *(f"{o} error" for o in names)]
-    rows = [
-        [str(c.batch), str(c.seqlen), c.globals, c.padding, *(f"{errors[o].error:.2e}" for o in names)]
-        for c, errors in report.rows
-    ]
-    rows.append(["", "", "", "tolerance", *(f"{report.tolerance(o):.2e}" for o in names)])
-    rows.append(["", "", "", "PyTorch's error", *(f"{report.outputs[o].witness_error:.2e}" for o in names)])
+    groups = grouped(report.outputs)  # of a group, the largest errors and the smallest tolerance
+    header = ["batch", "length", "globals", "padding", *(f"{label} error" for label in groups)]
+    rows = []
+    for c, errors in report.rows:
+        largest = (max(errors[o].error for o in group) for group in groups.values())
+        rows.append([str(c.batch), str(c.seqlen), c.globals, c.padding, *(f"{error:.2e}" for error in largest)])
+    tolerances = (min(map(report.tolerance, group)) for group in groups.values())
+    witness = (max(report.outputs[o].witness_error for o in group) for group in groups.values())
+    rows.append(["", "", "", "tolerance", *(f"{tolerance:.2e}" for tolerance in tolerances)])
+    rows.append(["", "", "", "PyTorch's error", *(f"{error:.2e}" for error in witness)])
     table(header, rows)
-    for name in names if report.precision == QUANTIZED else ():
+    for name in report.outputs if report.precision == QUANTIZED else ():
         result = report.outputs[name]
         agreement = f", {result.agreeing} of {result.labels} labels agree" if result.labels else ""
         echo(f"{name}: cosine {result.cosine():.5f} with the float64 reference{agreement}")

@@ -16,6 +16,7 @@ from lfx import __version__
 from lfx.errors import InputError, require
 from lfx.files import replacing, why_unwritten
 from lfx.parity import HISTOGRAM_EDGES, Report
+from lfx.signature import grouped
 
 # Okabe and Ito's palette, which colour-blind readers can distinguish.
 _ARTIFACT, _TORCH, _TOLERANCE = "#0072b2", "#e69f00", "#d55e00"
@@ -165,18 +166,17 @@ def _figure(draw: Callable[[Any], None], caption: str) -> str:
 
 def _over_length(axes: Any, report: Report) -> None:
     markers = "osD^vPX*"
-    for i, name in enumerate(report.outputs):
+    for i, (name, group) in enumerate(grouped(report.outputs).items()):  # the largest errors and smallest tolerance
         lengths = [case.seqlen for case, _ in report.rows]
         marker = markers[i % len(markers)]
         for label, colour, values in (
-            ("PyTorch", _TORCH, [errors[name].witness_error for _, errors in report.rows]),
-            ("artifact", _ARTIFACT, [errors[name].error for _, errors in report.rows]),
+            ("PyTorch", _TORCH, [max(errors[o].witness_error for o in group) for _, errors in report.rows]),
+            ("artifact", _ARTIFACT, [max(errors[o].error for o in group) for _, errors in report.rows]),
         ):
             clamped = np.maximum(values, HISTOGRAM_EDGES[0])  # a log axis has no 0
             axes.scatter(lengths, clamped, s=22, marker=marker, color=colour, alpha=0.7, label=f"{label}, {name}")
-        axes.axhline(
-            report.tolerance(name), color=_TOLERANCE, lw=1.2, ls=("--", "-.", ":")[i % 3], label=f"tolerance, {name}"
-        )
+        tolerance = min(map(report.tolerance, group))
+        axes.axhline(tolerance, color=_TOLERANCE, lw=1.2, ls=("--", "-.", ":")[i % 3], label=f"tolerance, {name}")
     axes.set(xlabel="sequence length, tokens", ylabel="largest absolute error", xscale="log", yscale="log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from lfx.cli.engine import OpenEngine
     from lfx.runtime import Engine
+    from lfx.runtime.tokenizer import Encoded, Tokenizer
 
 
 @click.command("run", cls=Command)
@@ -119,23 +120,13 @@ def run_text(
     import numpy as np
 
     from lfx.runtime.postprocess import Postprocessor
-    from lfx.runtime.tokenizer import open_tokenizer
 
     if output is not None:
         output_file(output, "--output")
-    text = text if text is not None else _read_text(file)
-    reader = open_tokenizer(model, engine.manifest, engine.signature, tokenizer)
-    choices = engine.signature.has_choices
-    if len(pair) > 1 and not choices:
-        raise InputError(f"{engine.signature.task} takes one --pair, but {len(pair)} are given; leave the others out")
-    if TASKS[engine.signature.task].needs_pair and not pair:
-        raise InputError(f"{engine.signature.task} needs --text and --pair: " + _pair_help(choices))
-    encoded = [reader.encode(text, second) for second in (pair or (None,))]
-    if choices:
-        ids, mask = _pad([e.ids for e in encoded], engine.signature.pad_token_id)
-        outputs = engine.run(ids, mask)
-    else:
-        outputs = engine.run(encoded[0].ids)
+    text = text if text is not None else read_text(file)
+    reader = open_tokenizer(model, engine, tokenizer)
+    encoded, ids, mask = encode_text(reader, text, pair)
+    outputs = engine.run(ids, mask)
     arrays = {name: np.asarray(value) for name, value in outputs.items()}
     answers = Postprocessor(reader).answers(encoded[0], arrays)
     if output is not None:
@@ -151,6 +142,30 @@ def run_text(
         echo(f"{name}: shape {tuple(array.shape)}, first values {first}")
     if answers:
         table(list(answers[0]), [[_cell(v) for v in answer.values()] for answer in answers[:40]])
+
+
+def encode_text(
+    reader: Tokenizer, text: str, pair: tuple[str, ...]
+) -> tuple[list[Encoded], NDArray[Any], NDArray[Any] | None]:
+    """Tokenize a text and its pair, or a prompt and its choices.
+
+    Returns:
+        The encodings, and the ids and the attention mask for `Engine.run`; the mask is None for a single sequence.
+    Raises:
+        InputError: the task needs another number of texts.
+    """
+    import numpy as np
+
+    signature = reader.signature
+    choices = signature.has_choices
+    if len(pair) > 1 and not choices:
+        raise InputError(f"{signature.task} takes one --pair, but {len(pair)} are given; leave the others out")
+    if TASKS[signature.task].needs_pair and not pair:
+        raise InputError(f"{signature.task} needs --text and --pair: " + _pair_help(choices))
+    encoded = [reader.encode(text, second) for second in (pair or (None,))]
+    if choices:
+        return encoded, *_pad([e.ids for e in encoded], signature.pad_token_id)
+    return encoded, np.array(encoded[0].ids), None
 
 
 def _describe(arrays: dict[str, NDArray[Any]], per_token: set[str]) -> dict[str, Any]:
@@ -182,11 +197,11 @@ def run_documents(
         InputError: documents were refused; raised after the others are done.
     """
     from lfx.runtime import documents
-    from lfx.runtime.tokenizer import TOKENIZER, open_tokenizer, text_folder
+    from lfx.runtime.tokenizer import TOKENIZER, text_folder
 
     reader = None
     if tokenizer or (text_folder(model, engine.manifest) / TOKENIZER).exists():
-        reader = open_tokenizer(model, engine.manifest, engine.signature, tokenizer)
+        reader = open_tokenizer(model, engine, tokenizer)
     start = time.perf_counter()
     try:
         with progress() as step:
@@ -214,6 +229,13 @@ def run_documents(
         raise InputError(f"{done.refused} of {done.documents} documents were refused; {output} says which and why")
 
 
+def open_tokenizer(model: Path, engine: Engine, asked: Path | None) -> Tokenizer:
+    """Return the tokenizer of the folder `asked`, else of the model; see `lfx.runtime.tokenizer.open_tokenizer`."""
+    from lfx.runtime import tokenizer
+
+    return tokenizer.open_tokenizer(model, engine.manifest, engine.signature, asked)
+
+
 def _pair_help(choices: bool) -> str:
     return "the prompt, and one --pair for each choice" if choices else "the question, and the document as --pair"
 
@@ -229,7 +251,12 @@ def _pad(rows: list[list[int]], pad_token_id: int) -> tuple[NDArray[Any], NDArra
     return ids, mask
 
 
-def _read_text(file: Path | None) -> str:
+def read_text(file: Path | None) -> str:
+    """Read the text of the option --input.
+
+    Raises:
+        InputError: the file cannot be read as UTF-8, or is too long.
+    """
     from lfx.runtime.tokenizer import MAX_CHARACTERS
 
     assert file is not None

@@ -13,6 +13,10 @@ logits of a classifier, is too small: the witness's largest error then counts as
 square, which a normally distributed error exceeds once in 2,000. A witness error above `WITNESS_BANDS` bands means
 that the reference and the witness compute different functions, and fails too.
 
+An attention probability is exp(score - largest score) / sum, so an absolute error of a score is a relative error of
+the probability, and the error of a score grows with the scores. Their range is -ln of the smallest positive
+probability p, so the band of probabilities is 1 - ln(p) times as wide.
+
 In int8 the witness is PyTorch with the same linear layers quantized with the same scales, and u is half the scale of
 weights in [-1, 1]. The loss from int8 is a property of the model, not an error of the artifact: the verdict says
 whether the artifact computes the quantized model, and cosine and label agreement measure the loss. Quantization

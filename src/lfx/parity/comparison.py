@@ -25,6 +25,7 @@ def compare(
     precision: str,
     layers: int,
     depth: Mapping[str, int] | None = None,
+    probabilities: frozenset[str] = frozenset(),
     names: tuple[str, str] | None = None,
     multi_label: bool = False,
     on_case: Callable[[Case], None] = lambda case: None,
@@ -39,6 +40,7 @@ def compare(
         precision: fp32, fp16, bf16 or int8, of the witness and the candidate.
         layers: number of attention layers, for the rounding band.
         depth: output name -> number of attention layers before it, if fewer than `layers`.
+        probabilities: names of the outputs that are results of a softmax.
         names: names of reference and witness, for messages; default: those of `Report`.
         multi_label: each entry of the logits is a decision by its sign; otherwise the argmax is.
         on_case: called before each case, to show progress.
@@ -47,7 +49,9 @@ def compare(
     Raises:
         ParityError: an output is missing, has another shape than the reference's, or is NaN in reference or witness.
     """
-    report = Report(precision, layers, depth=dict(depth or {}), names=names or Report.names)
+    report = Report(
+        precision, layers, depth=dict(depth or {}), probabilities=probabilities, names=names or Report.names
+    )
     for case in cases:
         on_case(case)
         inputs = make_inputs(case)

@@ -72,6 +72,7 @@ class OutputResult:
         error, witness_error: largest absolute error of the candidate and of the witness.
         worst: the case with the candidate's largest error.
         magnitude: largest absolute value of the reference, without mask fill values.
+        smallest: smallest positive value of the reference, at most 1.
         squares, witness_squares: sums of squared errors, of the candidate and of the witness, over `count` numbers.
         products: sums of candidate · reference, candidate² and reference².
         labels, agreeing: number of decisions of a head, and of those that equal the reference's.
@@ -81,6 +82,7 @@ class OutputResult:
     error: float = 0.0
     witness_error: float = 0.0
     magnitude: float = 0.0
+    smallest: float = 1.0
     worst: Case | None = None
     count: int = 0
     squares: float = 0.0
@@ -117,6 +119,7 @@ class OutputResult:
         self.count += witness_errors.size
         expected, actual = np.where(filled, 0.0, expected), np.where(filled, 0.0, np.nan_to_num(actual))
         self.magnitude = max(self.magnitude, _largest(expected))
+        self.smallest = float(np.min(expected, initial=self.smallest, where=expected > 0))
         self.products += [float((actual * expected).sum()), float((actual**2).sum()), float((expected**2).sum())]
         self.histogram += np.histogram(np.abs(errors), HISTOGRAM_EDGES)[0]
         self.witness_histogram += np.histogram(np.abs(witness_errors), HISTOGRAM_EDGES)[0]
@@ -160,6 +163,7 @@ class Report:
         outputs: output name -> its errors over all cases.
         rows: for each case, the errors of each output.
         depth: output name -> number of attention layers before it, if fewer than `layers`.
+        probabilities: names of the outputs that are results of a softmax.
         names: names of the reference and of the witness, for messages.
     """
 
@@ -168,11 +172,16 @@ class Report:
     outputs: dict[str, OutputResult] = field(default_factory=dict)
     rows: list[tuple[Case, dict[str, Errors]]] = field(default_factory=list)
     depth: dict[str, int] = field(default_factory=dict)
+    probabilities: frozenset[str] = frozenset()
     names: tuple[str, str] = ("the dense float64 reference", "PyTorch")
 
     def band(self, output: str) -> float:
-        """Return the rounding band of an output, an absolute error; see `rounding_band`."""
-        return rounding_band(self.precision, self.depth.get(output, self.layers), self.outputs[output].magnitude)
+        """Return the rounding band of an output, an absolute error; see `rounding_band` and `lfx.parity`."""
+        result = self.outputs[output]
+        magnitude = result.magnitude
+        if output in self.probabilities:
+            magnitude *= 1.0 - math.log(result.smallest)
+        return rounding_band(self.precision, self.depth.get(output, self.layers), magnitude)
 
     def tolerance(self, output: str) -> float:
         """Return the largest absolute error of the candidate that is in tolerance."""

@@ -100,12 +100,17 @@ def test_bundles_of_all_opsets_precisions_and_global_modes_build(
     assert manifest.plugin_layers == manifest.attention_nodes == (LAYERS if "none" in options.values() else 2 * LAYERS)
 
 
-@pytest.mark.parametrize("plugin", [True, False])
-def test_heads_of_different_dilations_build(plugin: bool, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def dilated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose heads have different dilations."""
     config = {"num_attention_heads": 4, "attention_dilation": [[1, 2, 2, 4], [3, 1, 3, 1]], "autoregressive": True}
-    bundle = export(use_loop_attention(tiny_model(**config)), tmp_path / "bundle")
+    return export(use_loop_attention(tiny_model(**config)), tmp_path_factory.mktemp("dilated") / "bundle")
+
+
+@pytest.mark.parametrize("plugin", [True, False])
+def test_heads_of_different_dilations_build(plugin: bool, dilated: Path, tmp_path: Path) -> None:
     options = {"precision": "fp16", "plugin": plugin, "max_global": 4, **RTX}
-    built = build_engine(bundle, tmp_path / "one.plan", **options, log=lambda line: None)
+    built = build_engine(dilated, tmp_path / "one.plan", **options, log=lambda line: None)
     manifest = PlanManifest.read(built)
     # Three and two groups of heads, and the global tokens of each layer.
     assert (manifest.attention_nodes, manifest.plugin_layers) == (5 + LAYERS, 5 + LAYERS if plugin else 0)
@@ -355,13 +360,20 @@ class _Separators(torch.nn.Module):
         return hidden * torch.arange(input_ids.shape[1])[:, None].float().cos()
 
 
+@pytest.fixture(scope="module")
+def separators(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of that model."""
+    return export(_Separators().eval(), tmp_path_factory.mktemp("separators") / "own")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_a_model_that_chooses_global_tokens_needs_a_slot_for_each_token(precision: str, tmp_path: Path) -> None:
-    bundle = export(_Separators().eval(), tmp_path / "own")
+def test_a_model_that_chooses_global_tokens_needs_a_slot_for_each_token(
+    precision: str, separators: Path, tmp_path: Path
+) -> None:
     options: dict[str, Any] = {"precision": precision, "seqlen": ["1:32:40"], **RTX, "log": lambda line: None}
     with pytest.raises(BuildError, match="39 slots may be too few for 40 tokens"):
-        build_engine(bundle, tmp_path / "one.plan", max_global=39, **options)
-    manifest = PlanManifest.read(build_engine(bundle, tmp_path / "one.plan", max_global=40, **options))
+        build_engine(separators, tmp_path / "one.plan", max_global=39, **options)
+    manifest = PlanManifest.read(build_engine(separators, tmp_path / "one.plan", max_global=40, **options))
     assert manifest.signature.max_global == 40
 
 

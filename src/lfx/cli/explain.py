@@ -1,0 +1,102 @@
+"""`lfx explain`: write an HTML page that shows which tokens each token of a text attends to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lfx.cli.engine import engine_options
+from lfx.cli.options import Command, FilePath, OutputPath
+from lfx.cli.run import encode_text, open_tokenizer, read_text
+from lfx.cli.terminal import echo, echo_json, progress
+from lfx.errors import ArtifactError
+from lfx.signature import Signature
+
+if TYPE_CHECKING:
+    from lfx.cli.engine import OpenEngine
+
+
+@click.command("explain", cls=Command)
+@click.argument("model", type=FilePath("a bundle with attention outputs"))
+@click.option("--text", help="Explain this text: the question for question answering, the prompt for multiple choice.")
+@click.option(
+    "--pair", multiple=True, help="Add a second text: the document for a question, or one choice (repeatable)."
+)
+@click.option("--input", "file", type=FilePath(), help="Explain the text in this file.")
+@click.option("--tokenizer", type=FilePath(), help="Read the tokenizer from this folder.  [default: the bundle's]")
+@click.option(
+    "--output",
+    type=OutputPath(),
+    default="explain.html",
+    show_default=True,
+    help="Write the page to this file.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the page's path, size and number of tokens as JSON.")
+@engine_options
+def command(
+    model: Path,
+    text: str | None,
+    pair: tuple[str, ...],
+    file: Path | None,
+    tokenizer: Path | None,
+    output: Path,
+    as_json: bool,
+    open_engine: OpenEngine,
+) -> None:
+    """Write an HTML page with a text and, for each token, the tokens that it attends to, by layer and head.
+
+    The bundle is exported with --output-attentions. For multiple choice, the page shows the best choice.
+    """
+    if (text is None) == (file is None):
+        raise click.UsageError("give either --text or --input")
+    import numpy as np
+
+    from lfx.cli.explain_page import TOP, write
+    from lfx.runtime.postprocess import Postprocessor
+    from lfx.runtime.strongest import strongest
+
+    text = text if text is not None else read_text(file)
+    with progress() as step:
+        step("opening the bundle")
+        with open_engine(model) as engine:
+            signature = engine.signature
+            check_attentions(model, signature)
+            reader = open_tokenizer(model, engine, tokenizer)
+            encoded, ids, mask = encode_text(reader, text, pair)
+            step(f"running {ids.size:,} tokens")
+            outputs = {name: np.asarray(value) for name, value in engine.run(ids, mask).items()}
+            backend = engine.backend
+        own = {name: value for name, value in outputs.items() if name not in signature.attention_outputs}
+        answers = Postprocessor(reader).answers(encoded[0], own)
+        row = int(answers[0]["choice"]) if signature.has_choices and answers else 0
+        step("selecting the strongest weights")
+        weights = strongest(outputs, len(encoded[row].ids), row=row, top=TOP)
+        step("writing the page")
+        tokens = reader.token_texts(text, pair[row] if pair else None)
+        title = f"Attention of {model.resolve().name}"
+        write(output, title, _facts(signature, len(tokens), pair, row), tokens, weights, answers)
+    size = output.stat().st_size
+    if as_json:
+        echo_json({"page": str(output), "bytes": size, "tokens": len(tokens), "backend": backend})
+    else:
+        echo(f"{output}: {len(tokens):,} tokens, {size / 1e6:.1f} MB, {backend}")
+
+
+def check_attentions(model: Path, signature: Signature) -> None:
+    """Check that a model has attention outputs.
+
+    Raises:
+        ArtifactError: it has none.
+    """
+    if not signature.output_attentions:
+        raise ArtifactError(
+            f"{model} has no attention outputs; export the checkpoint with: lfx export --model … --output-attentions"
+        )
+
+
+def _facts(signature: Signature, tokens: int, pair: tuple[str, ...], row: int) -> str:
+    choice = f", choice {row} of {len(pair)}" if signature.has_choices else ""
+    layers = len(signature.attention_windows)
+    return f"{signature.architecture}, {signature.task}{choice}, {layers} layers, {tokens:,} tokens"

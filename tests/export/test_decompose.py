@@ -1,0 +1,105 @@
+"""Decomposing in place gives the graph that torch itself decomposes; other programs are left to torch."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from lfx.export import decompose, export, exporter
+from lfx.runtime import Engine
+from tests.models import tiny_model
+
+# Names of torch's own nodes, which it records in the file.
+RECORDS = ("pkg.onnxscript.optimizer.folded_from", "pkg.torch.export.ExportedProgram.graph_signature")
+
+
+def _graph(folder: Path) -> onnx.ModelProto:
+    """Return the graph and its weights, without torch's records."""
+    model = onnx.load(folder / "model.onnx")
+    for message in (model.graph, *model.graph.value_info):
+        kept = [entry for entry in message.metadata_props if entry.key not in RECORDS]
+        del message.metadata_props[:]
+        message.metadata_props.extend(kept)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("question-answering", {}),
+        ("multiple-choice", {"max_global": 3}),
+        ("sentence-embedding", {"precision": "fp16"}),
+        ("fill-mask", {"global_attention": "first"}),
+    ],
+    ids=["question answering", "slots", "fp16 embeddings", "fixed global token"],
+)
+def test_the_graph_is_the_one_that_torch_decomposes(
+    task: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    original = decompose.decompose
+    monkeypatch.setattr(decompose, "decompose", lambda *graph: results.append(original(*graph)) or results[-1])
+    in_place = export(tiny_model(task), tmp_path / "in place", **options)
+    assert results == [True]
+    monkeypatch.setattr(exporter, "decomposing_in_place", contextlib.nullcontext)
+    by_torch = export(tiny_model(task), tmp_path / "by torch", **options)
+    assert results == [True]
+    assert _graph(in_place) == _graph(by_torch)
+
+
+class Decomposed(nn.Module):
+    """A model whose head is more than one op after its decomposition."""
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self.inner, self.head = tiny_model(num_hidden_layers=1, attention_window=[8]), head
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.head(self.inner(input_ids).last_hidden_state)
+        return output
+
+
+def _in_place(hidden: torch.Tensor) -> torch.Tensor:
+    hidden = hidden + 1
+    hidden.select(2, 0).mul_(2)  # writes through a view
+    return hidden
+
+
+@pytest.mark.parametrize(
+    "head",
+    [_in_place, lambda x: x.std(dim=2), lambda x: x.flatten(2).unflatten(2, (2, 16)) * torch.tensor([2.0])],
+    ids=["in place", "std", "constant"],
+)
+def test_other_programs_are_left_to_torch(head: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    original = decompose.decompose
+    monkeypatch.setattr(decompose, "decompose", lambda *graph: results.append(original(*graph)) or results[-1])
+    module = Decomposed(head).eval()
+    folder = export(module, tmp_path / "out")
+    assert results == [False]
+    ids = torch.arange(40)[None] % 50 + 3
+    with Engine(folder) as engine, torch.inference_mode():
+        np.testing.assert_allclose(engine.run(ids.numpy())["output"], module(ids).numpy(), rtol=0, atol=1e-5)
+
+
+def test_one_tensor_under_two_names_is_still_refused(tmp_path: Path) -> None:
+    """A conversion to the same dtype gives the same tensor."""
+    module = Decomposed(lambda x: {"a": x, "b": x.float()}).eval()
+    with pytest.raises(exporter.ExportError, match="outputs 'a' and 'b' are one tensor"):
+        export(module, tmp_path / "out")
+
+
+def test_torch_gets_its_method_back(tmp_path: Path) -> None:
+    before = ExportedProgram.run_decompositions
+    with pytest.raises(ValueError, match="stop"), decompose.decomposing_in_place():
+        assert ExportedProgram.run_decompositions is not before
+        raise ValueError("stop")
+    assert ExportedProgram.run_decompositions is before
