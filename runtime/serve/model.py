@@ -17,7 +17,7 @@ from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.engine import Outputs
 from lfx.runtime.postprocess import ANSWERED_TASKS, Postprocessor
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
-from lfx.runtime.tokenizer import END_TO_END, TOKENIZER, Encoded, Tokenizer, open_tokenizer, text_folder
+from lfx.runtime.tokenizer import TOKENIZER, Encoded, Tokenizer, open_tokenizer, text_folder
 from lfx.signature import SENTENCE_EMBEDDING, TASKS
 
 
@@ -32,7 +32,7 @@ class Input:
         ids: the model's ids, special tokens included: (seqlen,), or (choices, seqlen).
         attention_mask, global_attention_mask: for ids, of their shape; see `Engine.run`.
         prompt: is put before the text; None = the checkpoint's default prompt.
-        truncate: a text that is longer than the model takes is cut to its beginning.
+        truncate: a text that is longer than the model takes is cut, as `Tokenizer.truncate` does.
     """
 
     text: str | None = None
@@ -181,16 +181,13 @@ class ServedModel:
             raise InputError(f"the model {self.name} has no tokenizer; give ids")
         if item.prompt is not None and self.signature.task != SENTENCE_EMBEDDING:
             raise InputError(f"{self.signature.task} takes no prompt; leave it out")
-        if item.truncate:
-            windows = self._tokenizer.windows(text, pair, END_TO_END, prompt=item.prompt)
-            return windows[0], len(windows) > 1
         try:
             return self._tokenizer.encode(text, pair, prompt=item.prompt), False
         except LengthError as error:
+            if item.truncate:
+                return self._tokenizer.truncate(text, pair, prompt=item.prompt), True
             reason = str(error).partition(";")[0]
-            raise LengthError(
-                f"{reason}; shorten it, or give truncate: true to have it cut to its beginning"
-            ) from error
+            raise LengthError(f"{reason}; shorten it, or give truncate: true to have it cut") from error
 
     def answers(self, prepared: Prepared, outputs: Outputs) -> list[dict[str, Any]]:
         """The answers of the task: see `Postprocessor.answers`. An answer to a question has its place in the text too.

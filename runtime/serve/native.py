@@ -38,7 +38,7 @@ class RunRequest(StrictBody):
         description="give a text, an object with text (and pair or choices) or with ids, or a list of these"
     )
     model: str | None = Field(None, description="name of a model; the first one if it is left out")
-    truncate: bool = Field(False, description="true: a text longer than the model takes is cut to its beginning")
+    truncate: bool = Field(False, description="true: a text longer than the model takes is cut")
     prompt: str | None = Field(None, description="is put before each text, for sentence embeddings")
     outputs: list[str] | None = Field(
         None,

@@ -26,7 +26,7 @@ class EmbeddingsRequest(Body):
     encoding_format: Literal["float", "base64"] = Field("float", description="give float or base64")
     dimensions: int | None = Field(None, description="the model's own size, a whole number; no other one")
     user: str | None = Field(None, description="give a string; it is not used")
-    truncate: bool = Field(False, description="true: a text longer than the model takes is cut to its beginning")
+    truncate: bool = Field(False, description="true: a text longer than the model takes is cut")
 
 
 EXAMPLES: dict[str, Any] = {

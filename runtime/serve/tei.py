@@ -16,7 +16,7 @@ from lfx.runtime.serve.model import Input
 from lfx.runtime.serve.replies import RefusalError, dumps
 from lfx.runtime.serve.service import Service
 
-_DIRECTION = "right: the end of a text is cut. No other value"
+_DIRECTION = "right: the end of a text is cut, or what the tokenizer's truncation_side says. No other value"
 
 
 class EmbedRequest(Body):
