@@ -9,8 +9,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lfx.checks import parse_json
 from lfx.runtime.serve.replies import RefusalError
+from lfx.runtime.serve.service import Service
 
 _LONGEST_MESSAGE = 300
+_SMALL_BYTES = 32_768  # parsed in less than a millisecond, so that other requests need not wait for it
 
 
 class Body(BaseModel):
@@ -28,7 +30,14 @@ class StrictBody(Body):
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 
-def read_body(data: bytes, form: type[AnyBody]) -> AnyBody:
+async def read_body(service: Service, data: bytes, form: type[AnyBody]) -> AnyBody:
+    """`parse_body`, in the thread that tokenizes if the body is large."""
+    if len(data) <= _SMALL_BYTES:
+        return parse_body(data, form)
+    return await service.parse(lambda: parse_body(data, form))
+
+
+def parse_body(data: bytes, form: type[AnyBody]) -> AnyBody:
     """Parse and check a body.
 
     Raises:

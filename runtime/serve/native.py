@@ -71,7 +71,7 @@ REPLY: dict[str, Any] = {
 async def run(service: Service, data: bytes, name: str | None) -> Response:
     """Answer a request for the model `name`, or for the one that its body names."""
     start = time.perf_counter()
-    body = await service.parse(lambda: read_body(data, RunRequest))
+    body = await read_body(service, data, RunRequest)
     model = service.model(name or body.model)
     items = body.inputs if isinstance(body.inputs, list) else [body.inputs]
     if not items:

@@ -44,7 +44,7 @@ REPLY: dict[str, Any] = {
 
 async def embeddings(service: Service, data: bytes) -> Response:
     """Answer POST /v1/embeddings."""
-    body = await service.parse(lambda: read_body(data, EmbeddingsRequest))
+    body = await read_body(service, data, EmbeddingsRequest)
     model = service.model(body.model)
     items = _inputs(body)
     if not items:

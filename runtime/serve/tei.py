@@ -56,7 +56,7 @@ PREDICT_REPLY: Any = [{"score": 0.98, "label": "POSITIVE"}]
 
 async def embeddings(service: Service, data: bytes, name: str | None) -> Response:
     """Answer POST /embed: a list of embeddings."""
-    body = await service.parse(lambda: read_body(data, EmbedRequest))
+    body = await read_body(service, data, EmbedRequest)
     model = service.model(name)
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     _check_filled(texts)
@@ -68,7 +68,7 @@ async def embeddings(service: Service, data: bytes, name: str | None) -> Respons
 
 async def predictions(service: Service, data: bytes, name: str | None) -> Response:
     """Answer POST /predict: the labels and scores of a text, best first, or a list of these for a batch."""
-    body = await service.parse(lambda: read_body(data, PredictRequest))
+    body = await read_body(service, data, PredictRequest)
     model = service.model(name)
     if model.signature.task != "text-classification":
         reason = f"the model {model.name} is no classifier of texts: its task is {model.signature.task}"

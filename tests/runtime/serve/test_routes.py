@@ -18,7 +18,7 @@ from lfx.parity import pair_tolerance
 from lfx.runtime import Engine
 from lfx.runtime.postprocess import Postprocessor
 from lfx.runtime.serve import native, openai, tei
-from lfx.runtime.serve.body import read_body
+from lfx.runtime.serve.body import parse_body
 from lfx.runtime.serve.replies import MAX_JSON_NUMBERS, RefusalError, check_size, dumps
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, OTHER_BYTES
 from lfx.runtime.tokenizer import Tokenizer
@@ -327,7 +327,7 @@ def test_openapi_has_an_example_of_every_request_that_the_server_takes(client: h
         assert "$ref" not in json.dumps(content["schema"])
         assert len(content["examples"]) >= 2
         for example in content["examples"].values():
-            read_body(json.dumps(example["value"]).encode(), forms[path.rsplit("/", 1)[-1]])  # type: ignore[type-var]
+            parse_body(json.dumps(example["value"]).encode(), forms[path.rsplit("/", 1)[-1]])  # type: ignore[type-var]
         assert "example" in operation["responses"]["200"]["content"]["application/json"]
         assert {"413", "422", "429", "503"} <= set(operation["responses"])
 
