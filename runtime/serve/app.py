@@ -1,4 +1,9 @@
-"""The routes, with their OpenAPI description."""
+"""The routes, with their OpenAPI description.
+
+To add a route that takes texts: a body with examples and a handler in `native`, `openai` or `tei` (or a module beside
+them), and an `add` in `_add_models`; its path in `gate.KNOWN_PATHS`; the form of its errors in `replies.error_body`, if
+it is not lfx's own; tests in tests/runtime/serve/test_routes.py; a row in docs/deployment.md.
+"""
 
 from __future__ import annotations
 
