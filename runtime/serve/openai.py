@@ -24,7 +24,7 @@ class EmbeddingsRequest(Body):
     )
     model: str | None = Field(None, description="name of a model; the first one if it is left out")
     encoding_format: Literal["float", "base64"] = Field("float", description="give float or base64")
-    dimensions: int | None = Field(None, description="the model's own size, a whole number; no other one")
+    dimensions: int | None = Field(None, description="the model's embedding size; no other number is accepted")
     user: str | None = Field(None, description="give a string; it is not used")
     truncate: bool = Field(False, description="true: a text longer than the model takes is cut")
 
