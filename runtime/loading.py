@@ -52,7 +52,7 @@ def load_model(path: Any, backend: str, provider: str, threads: int | None, prec
     model = load(file, backend, provider, threads, precision)
     names = ([spec.name for spec in model.signature.inputs], [spec.name for spec in model.signature.outputs])
     if (sorted(model.backend.input_names), model.backend.output_names) != (sorted(names[0]), names[1]):
-        raise ArtifactError(f"the inputs and outputs of {file} are not those of its manifest; export it again")
+        raise ArtifactError(f"{file} has other inputs or outputs than its manifest; export it again")
     if "input_ids" not in names[0]:
         raise ArtifactError(f"{file} has no input input_ids; export it again")
     return model

@@ -31,7 +31,7 @@ def run_rows(
         infer: runs one batch: input name -> array, to output name -> array, both with the batch axis first.
         token_budget: largest number of tokens of a batch, padding included.
         supports_shape: see `lfx.runtime.batching.batches`.
-        keep_errors: return, and do not raise, the error of a batch that fails in the backend, for each of its sequences.
+        keep_errors: return the error of a batch that fails in the backend for each of its sequences; do not raise it.
     Returns:
         For each sequence: output name -> its unpadded array, without the batch axis; or its error.
     Raises:

@@ -308,7 +308,7 @@ def main(folder: Path = FOLDER) -> None:
 
 
 def serve(records: list[dict[str, Any]], path: Path) -> None:
-    """Draw docs/records/serve.jsonl: the server's throughput beside the Engine's, and its latency, over the clients."""
+    """Draw docs/records/serve.jsonl over the number of clients: throughput of server and Engine, and latency."""
     records = sorted(records, key=lambda row: row["clients"])
     clients = [row["clients"] for row in records]
     with mpl.rc_context(STYLE):

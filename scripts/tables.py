@@ -133,7 +133,7 @@ def documents() -> str:
 
 
 def serve() -> str:
-    """Make the table of the server under load, beside `Engine.run`."""
+    """Make the table of the load test: the server beside `Engine.run`."""
     if not (record.RECORDS / "serve.jsonl").exists():
         return "No load test is recorded yet: `python -m scripts.bench.serve`.\n"
     records, rows = record.read("serve"), []
@@ -339,7 +339,7 @@ def _reason(cell: dict[str, Any]) -> str:
 
 
 def chart() -> None:
-    """Plot tokens per second over length, of all contenders on the latest measured CPU, and the server under load."""
+    """Plot tokens per second over length, for all contenders on the latest measured CPU, and the load test."""
     records = record.read("backends")
     plot([row for row in records if row["cpu"] == _cpus(records)[0]], ROOT / "docs" / "figures" / "throughput.png")
     if (record.RECORDS / "serve.jsonl").exists():
