@@ -316,7 +316,7 @@ def serve(records: list[dict[str, Any]], path: Path) -> None:
         bare = [sum(row["engine_tokens_per_second"].values()) / 2 for row in records]
         rate.plot(clients, bare, "--", color=ORANGE, marker="s", label="Engine.run alone")
         rate.plot(clients, [row["tokens_per_second"] for row in records], color=BLUE, marker="o", label="lfx serve")
-        rate.set(title="Throughput", ylabel="tokens per second", ylim=(0, None))
+        rate.set(title="Throughput", ylabel="tokens per second", ylim=(0, 1.15 * max(bare)))
         for name, style in (("p50", "-"), ("p95", "--"), ("p99", ":")):
             values = [row["latency_ms"][name] / 1000 for row in records]
             latency.plot(clients, values, style, color=BLUE, marker="o", label=name)

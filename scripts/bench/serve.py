@@ -32,7 +32,7 @@ import psutil
 from scripts import record
 
 CLIENTS = (1, 8, 32, 200)
-SHAPE = {"hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 1024}
+SHAPE = {"hidden_size": 384, "num_attention_heads": 12, "num_hidden_layers": 6, "intermediate_size": 1536}  # of MiniLM
 MAX_SEQLEN, DOCUMENTS = 1024, 256
 
 
@@ -90,7 +90,7 @@ def measure(bundle: Path, texts: list[str], clients: int, seconds: float, thread
         after, cpu_after = engine_rate(engine, ids, seconds / 3)
     bare = (before + after) / 2
     return {
-        "shape": "4 layers, hidden 256, window 64",
+        "shape": "6 layers, hidden 384, window 64",
         "threads": threads,
         "clients": clients,
         "seconds": seconds,
