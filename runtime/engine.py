@@ -220,7 +220,7 @@ class Engine:
         Returns:
             For each sequence, what `run` returns for it alone: arrays with a batch axis of 1.
         Raises:
-            InputError: the sequences have different numbers of choices, or the Engine is closed.
+            InputError: the Engine is closed.
             LfxError: the Engine was made before a fork, or the backend failed.
         """
         rows = self._run_rows(self._open(), requests)

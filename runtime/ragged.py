@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,8 +36,7 @@ def run_rows(
     Returns:
         For each sequence: output name -> its unpadded array, without the batch axis; or its error.
     Raises:
-        InputError: the sequences have different numbers of choices; or the model has an output that cannot be sliced
-            and the sequences have different lengths.
+        InputError: the model has an output that cannot be sliced, and the sequences have different lengths.
         LfxError: what `infer` raises.
     """
     rows: list[Row | LfxError] = [item if isinstance(item, LfxError) else {} for item in sequences]
@@ -48,19 +48,22 @@ def run_rows(
     has_unsplittable = signature.output_attentions or any(spec.shape[:1] != ("batch",) for spec in signature.outputs)
     if len(set(lengths)) > 1 or has_unsplittable:
         check_cuttable(signature)
-    choices = valid[0][1]["input_ids"].size // lengths[0]  # 1 except for multiple choice
-    for group in batches(lengths, max(token_budget // choices, 1), supports_shape, pad=signature.may_pad):
-        feeds = stack([valid[i][1] for i in group], signature.pad_token_id)
-        try:
-            results = list(_cut_rows(infer(feeds), [lengths[i] for i in group], signature))
-        except ArtifactError:
-            raise
-        except LfxError as error:
-            if not keep_errors:
+    for shape in dict.fromkeys(feeds["input_ids"].shape[:-1] for _, feeds in valid):  # (1,), or (1, choices)
+        members = [(i, feeds) for i, feeds in valid if feeds["input_ids"].shape[:-1] == shape]
+        lengths = [seqlen_of(feeds) for _, feeds in members]
+        budget = max(token_budget // math.prod(shape), 1)
+        for group in batches(lengths, budget, supports_shape, pad=signature.may_pad):
+            feeds = stack([members[i][1] for i in group], signature.pad_token_id)
+            try:
+                results = list(_cut_rows(infer(feeds), [lengths[i] for i in group], signature))
+            except ArtifactError:
                 raise
-            results = [error] * len(group)
-        for i, result in zip(group, results, strict=True):
-            rows[valid[i][0]] = result
+            except LfxError as error:
+                if not keep_errors:
+                    raise
+                results = [error] * len(group)
+            for i, result in zip(group, results, strict=True):
+                rows[members[i][0]] = result
     return rows
 
 

@@ -61,11 +61,12 @@ class Gate:
     async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         try:
             self._check_key(scope)
-            if scope["method"] == "POST":
+            takes_body = scope["method"] == "POST" and scope["path"] not in OPEN_PATHS
+            if takes_body:
                 self._service.check_ready()
             # The body counts as buffered until the request is answered, since the task holds it until then.
             with _Body(self) as body:
-                if not await body.read(scope, receive):
+                if takes_body and not await body.read(scope, receive):
                     return
                 await _run_while_connected(lambda: self._app(scope, body.replay, send), receive)
         except RefusalError as refusal:

@@ -152,6 +152,8 @@ class ServedModel:
             raise InputError("an input has both ids and a text; give one of them")
         if not self.signature.has_choices and any(isinstance(token, list) for token in item.ids):
             raise InputError("ids contain a list; give each sequence as an input of its own")
+        if self.signature.has_choices:
+            self._check_choices(len(item.ids))
         future = self.batcher.submit(item.ids, item.attention_mask, item.global_attention_mask)
         rows = item.ids if self.signature.has_choices else [item.ids]
         ids = [int(token) for token in rows[0]]
@@ -162,10 +164,7 @@ class ServedModel:
         assert item.text is not None
         if not item.choices or item.pair is not None:
             raise InputError(f"{self.signature.task} needs the prompt as text, and a list of choices")
-        if len(item.choices) > self._max_choices:
-            raise LengthError(
-                f"an input has {len(item.choices)} choices, above the {self._max_choices} that this server takes"
-            )
+        self._check_choices(len(item.choices))
         encoded = [self._encode(item.text, choice, item) for choice in item.choices]
         seqlen = max(len(choice.ids) for choice, _ in encoded)
         ids = np.full((len(encoded), seqlen), self.signature.pad_token_id)
@@ -174,6 +173,10 @@ class ServedModel:
             ids[i, : len(choice.ids)], mask[i, : len(choice.ids)] = choice.ids, 1
         truncated = any(cut for _, cut in encoded)
         return Prepared(encoded[0][0], int(mask.sum()), truncated, self.batcher.submit(ids, mask))
+
+    def _check_choices(self, count: int) -> None:
+        if count > self._max_choices:
+            raise LengthError(f"an input has {count} choices, above the {self._max_choices} that this server takes")
 
     def _encode(self, text: str, pair: str | None, item: Input) -> tuple[Encoded, bool]:
         """Tokenize a text; returns its encoding, and whether it was cut."""

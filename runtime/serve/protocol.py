@@ -10,6 +10,7 @@ import asyncio
 import time
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from lfx.runtime.serve.replies import RETRY_AFTER_SECONDS, dumps
@@ -17,6 +18,7 @@ from lfx.runtime.serve.settings import MAX_HEADER_BYTES
 
 # Time that idle connections stay open when the server stops, since a request may be in transit.
 STOP_GRACE_SECONDS = 0.5
+MAX_PIPELINED = 64  # requests that wait on a connection for the reply to an earlier one
 _REASONS = {408: "Request Timeout", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}
 
 
@@ -37,17 +39,49 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._receive_deadline: float | None = time.monotonic() + self.client_seconds
         self._in_message, self._in_headers, self._header_bytes = False, False, 0
-        self._unread_bytes, self._read_deadline = 0, 0.0
+        self._read_deadline = time.monotonic() + self.client_seconds
         self._is_stopping = False
         if len(self.connections) > self.max_connections:
             self._refuse(503, f"this server takes {self.max_connections} connections; try again later")
 
     def data_received(self, data: bytes) -> None:
         """Parse the bytes that arrived; refuse the request if its headers or its trailers are too long."""
+        self._unset_keepalive_if_required()
         self._header_bytes += len(data)
-        super().data_received(data)
+        self._parse(data)
         if self._in_message and self._header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
             self._end_request(431, f"the headers are above {MAX_HEADER_BYTES:,} bytes; send less")
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Parse a request that asks for another protocol as one that does not: RFC 9110, section 7.8, allows that.
+
+        httptools takes the bytes after the headers for the other protocol's, and parses the body as the next request.
+
+        Args:
+            rest: the bytes after the headers.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self.send_400_response("CONNECT is for proxies.")
+            return
+        lines = [method + b" " + self.url + b" HTTP/" + self.parser.get_http_version().encode("ascii")]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = [token.strip() for token in value.split(b",")]
+                lines.append(b"connection: " + b", ".join(token for token in tokens if token.lower() != b"upgrade"))
+            elif name != b"upgrade":
+                lines.append(name + b": " + value)
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self._parse(b"\r\n".join([*lines, b"", b""]) + rest)
 
     def on_message_begin(self) -> None:
         """Start the time limit of a request; that of the first request started with the connection."""
@@ -68,13 +102,19 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Start the app on the request; if the server is stopping, the connection is closed after the reply."""
+        if self.parser.should_upgrade():
+            return  # `_ignore_upgrade` follows
         self._in_headers = False
         super().on_headers_complete()
+        if len(self.pipeline) > MAX_PIPELINED:
+            self.transport.abort()
         if self._is_stopping:
             self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         """End the time limit of the request."""
+        if self.parser.should_upgrade():
+            return
         super().on_message_complete()
         self._in_message, self._receive_deadline = False, None
 
@@ -83,12 +123,15 @@ class Protocol(HttpToolsProtocol):
         if self._receive_deadline is not None and now > self._receive_deadline and not self.transport.is_closing():
             self._end_request(408, f"the request was not received within {self.client_seconds:g} s; send it faster")
             return
-        unread = self.transport.get_write_buffer_size()
-        if unread == 0 or unread < self._unread_bytes or self._unread_bytes == 0:
+        if self.unread_bytes == 0:
             self._read_deadline = now + self.client_seconds
-        self._unread_bytes = unread
-        if unread and now > self._read_deadline:
+        elif now > self._read_deadline:
             self.transport.abort()
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes of replies that the client has not read yet, besides those in the system's buffers."""
+        return int(self.transport.get_write_buffer_size())
 
     def _end_request(self, status: int, message: str) -> None:
         """Refuse the request that is being received, and close the connection."""

@@ -112,6 +112,10 @@ class Server(uvicorn.Server):
             backlog=BACKLOG if workers == 1 else _ACCEPTED_AT_A_TIME,
         )
         super().__init__(config)
+        self.service.unread_bytes = self._unread_bytes
+
+    def _unread_bytes(self) -> int:
+        return sum(connection.unread_bytes for connection in self.server_state.connections)  # type: ignore[union-attr]
 
     def run_on(self, sock: socket.socket, when_ready: Callable[[], None]) -> None:
         """Answer on a listening socket until a SIGTERM or SIGINT, or until the models cannot be opened.

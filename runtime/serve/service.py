@@ -15,7 +15,7 @@ from lfx.errors import LfxError
 from lfx.runtime.engine import Outputs
 from lfx.runtime.serve.model import Input, Prepared, ServedModel
 from lfx.runtime.serve.replies import RefusalError, busy, unavailable
-from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
+from lfx.runtime.serve.settings import BYTES_PER_TOKEN, MAX_UNREAD_BYTES, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
 
 Result = TypeVar("Result")
 # Fields of the log line of the request in progress: its model, number of texts and number of tokens.
@@ -42,6 +42,8 @@ class Service:
         # another thread, so that they do not wait for tokenization.
         self._tokenizing = ThreadPoolExecutor(1, "lfx-tokenize")
         self._answering = ThreadPoolExecutor(1, "lfx-answer")
+        self._rendering = asyncio.Lock()
+        self.unread_bytes: Callable[[], int] = lambda: 0
 
     def load(self) -> None:
         """Open and warm up all models.
@@ -79,10 +81,11 @@ class Service:
             raise unavailable("the models are being opened; try again later")
 
     def check_ready(self) -> None:
-        """Raise RefusalError while the models are being opened, and while max_pending texts are in progress."""
+        """Raise RefusalError while the models are being opened, and if the texts or the replies are at their limit."""
         self.check_opened()
         if self.in_progress >= self.settings.max_pending:
             raise busy(f"{self.in_progress} texts are in progress; try again later")
+        self._check_unread()
 
     def model(self, name: str | None) -> ServedModel:
         """Return the model named `name`; None = the first.
@@ -108,8 +111,19 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
 
     async def render(self, work: Callable[[], Result]) -> Result:
-        """Run a function in the thread that makes answers and replies."""
-        return await asyncio.get_running_loop().run_in_executor(self._answering, work)
+        """Run a function in the thread that makes answers and replies.
+
+        Raises:
+            RefusalError: the replies that clients have not read yet are MAX_UNREAD_BYTES or more.
+        """
+        # One at a time: a reply is counted as unread when the next one is made.
+        async with self._rendering:
+            self._check_unread()
+            return await asyncio.get_running_loop().run_in_executor(self._answering, work)
+
+    def _check_unread(self) -> None:
+        if self.unread_bytes() >= MAX_UNREAD_BYTES:
+            raise busy("the replies that clients have not read yet fill the memory for them; try again later")
 
     async def run(self, model: ServedModel, inputs: Sequence[Input]) -> list[Computed]:
         """Tokenize and compute the inputs of one request; if the call is cancelled, those pending are not computed.

@@ -14,6 +14,7 @@ from lfx.errors import InputError
 KEEP_ALIVE_SECONDS = 60  # longest time that a connection is idle between two requests
 MAX_HEADER_BYTES = 65_536
 MAX_BUFFERED_BYTES = 256 << 20  # of the bodies of all requests that are being received or are in progress
+MAX_UNREAD_BYTES = 256 << 20  # of the replies of a worker that their clients have not read yet
 # Default limit of a body, in bytes per token of the longest sequence. In UTF-8, English has 4 to 5 bytes per token and
 # Chinese 3; a character that JSON escapes has 6.
 BYTES_PER_TOKEN = 16
@@ -72,6 +73,12 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("answer_seconds", "client_seconds", "stop_seconds"):
             real_number(getattr(self, name), name, 0.01, 86_400)
+        key = self.api_key
+        if key is not None and not (key and key == key.strip() and key.isprintable()):
+            raise InputError(
+                "the API key is empty, begins or ends with a space, or has a character that no header can carry; give "
+                "another key"
+            )
 
     def to_json(self) -> str:
         """The settings as one line of JSON."""

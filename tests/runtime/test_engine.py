@@ -203,6 +203,15 @@ def test_on_error_return_keeps_the_error_of_a_batch_that_fails_in_the_backend(
         engine.run(RAGGED)
 
 
+def test_on_error_return_takes_different_numbers_of_choices(bundle: MakeBundle) -> None:
+    with Engine(bundle("multiple-choice"), threads=1) as engine:
+        documents = [[[5, 6, 7]] * 2, [[5, 6, 8]] * 3, [[5]], [[9, 9, 9]] * 3]
+        alone = [engine.run(document) for document in documents]
+        for rows in (engine.stream(documents), engine.stream(documents, on_error="return")):
+            for row, expected in zip(rows, alone, strict=True):
+                assert_same({name: array[None] for name, array in row.items()}, expected)
+
+
 def test_on_error_return_raises_what_concerns_the_whole_call(bundle: MakeBundle) -> None:
     engine = Engine(bundle())
     for call in (engine.run, engine.stream):

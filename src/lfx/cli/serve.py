@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ def command(models: tuple[str, ...], tokenizer: Path | None, as_json: bool, **op
     check_installed()
     from lfx.runtime.serve.settings import Settings, named_models
 
+    if os.environ.get("LFX_API_KEY") == "" and options["api_key"] is None:  # click ignores an empty variable
+        raise click.UsageError("LFX_API_KEY is empty; give it the key, or unset it to serve without a key")
     named = named_models(models)
     if tokenizer is not None and len(named) > 1:
         raise click.UsageError("--tokenizer is for a single model; give one model")

@@ -16,9 +16,10 @@ from typing import Any
 import httpx
 import pytest
 
+from lfx.errors import InputError
 from lfx.runtime.batcher import Batcher
 from lfx.runtime.serve import gate, service
-from lfx.runtime.serve.protocol import MAX_HEADER_BYTES
+from lfx.runtime.serve.settings import MAX_HEADER_BYTES, MAX_UNREAD_BYTES, Settings
 from lfx.runtime.tokenizer import Tokenizer
 from tests.conftest import MakeBundle
 from tests.runtime.serve.running import WAIT_SECONDS, Running, running, wait_until
@@ -266,6 +267,70 @@ def test_trailers_without_end_are_refused_and_not_kept(part: bytes, model: dict[
                 client.sendall(part)
                 time.sleep(0.001)
         assert received(client).startswith(b"HTTP/1.1 431 ")
+
+
+UPGRADE = b"Connection: keep-alive, Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAA\r\n"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_request_for_another_protocol_is_answered_in_http(chunked: bool, server_of_one: Running) -> None:
+    """Java's HttpClient asks for HTTP/2 in its first request. The body must not be taken for a request."""
+    smuggled = b"GET /nope HTTP/1.1\r\n\r\n"
+    body = b'{"inputs":"the fox"}' + b" " * 20 + smuggled
+    size = b"Transfer-Encoding: chunked\r\n" if chunked else b"Content-Length: %d\r\n" % len(body)
+    sent = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if chunked else body
+    with connected(server_of_one, b"POST /run HTTP/1.1\r\nHost: a\r\n" + UPGRADE + size + b"\r\n") as client:
+        client.sendall(sent + REQUEST)
+        data = b""
+        while data.count(b"HTTP/1.1 ") < 2 or not data.endswith(b"}"):
+            data += client.recv(65_536)
+    assert [part[:3] for part in data.split(b"HTTP/1.1 ")[1:]] == [b"422", b"200"]  # the body is no JSON
+    with connected(server_of_one, b"GET /health HTTP/1.1\r\nHost: a\r\n" + UPGRADE + b"\r\n" + REQUEST) as client:
+        data = b""
+        while data.count(b"HTTP/1.1 200 ") < 2 or not data.endswith(b"}"):
+            data += client.recv(65_536)
+    with connected(server_of_one, b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n" + REQUEST) as client:
+        assert received(client).startswith(b"HTTP/1.1 400 ")
+
+
+def test_pipelined_requests_have_a_limit(server_of_one: Running) -> None:
+    with connected(server_of_one) as client, contextlib.suppress(OSError):
+        client.sendall(REQUEST + b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" * 10_000)
+        data = b""
+        while part := client.recv(65_536):
+            data += part
+        assert data.count(b"HTTP/1.1 ") < 1000
+    assert run(server_of_one).status_code == 200
+
+
+def test_replies_that_are_not_read_fill_a_bounded_memory(
+    model: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(model) as server:
+        server.server.service.unread_bytes = lambda: MAX_UNREAD_BYTES
+        reply = run(server)
+        assert reply.status_code == 429
+        assert "replies that clients have not read" in reply.json()["error"]
+        server.server.service.unread_bytes = server.server._unread_bytes
+        assert run(server).status_code == 200
+
+
+def test_bodies_of_paths_without_a_key_are_not_buffered(model: dict[str, Path]) -> None:
+    head = b"%b HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n"
+    held: list[int] = []
+    with running(model, api_key="secret") as server:
+        application = server.server.config.loaded_app
+        for request in (b"GET /health", b"POST /health", b"GET /", b"POST /openapi.json"):
+            with connected(server, head % request + b"a" * 999_000) as client:
+                assert received(client).startswith(b"HTTP/1.1 ")
+                held.append(application._buffered)
+    assert held == [0] * 4
+
+
+@pytest.mark.parametrize("key", ["", " ", "key ", "line\n", "two\nlines", "\udcff"])
+def test_keys_that_no_header_can_carry_are_refused(key: str) -> None:
+    with pytest.raises(InputError, match="the API key is empty, begins or ends with a space"):
+        Settings({"a": "b"}, api_key=key)
 
 
 def test_trailers_are_dropped(server_of_one: Running) -> None:
