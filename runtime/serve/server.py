@@ -28,6 +28,7 @@ from lfx.runtime.serve.stats import Stats
 
 Report = Callable[[str], None]  # is called with each line for the operator
 Announce = Callable[[dict[str, Any]], None]  # is called with each state, for scripts
+OTHER_FILES = 64  # open files of the process besides its connections
 BACKLOG = 2048  # connections that the system queues until a worker accepts them
 # Number of connections that a worker accepts at a time, so that the workers share a burst of connections.
 _ACCEPTED_AT_A_TIME = 4
@@ -98,9 +99,10 @@ class Server(uvicorn.Server):
         self._opener: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
+        self._max_connections = connection_limit(settings.max_connections)
         config = uvicorn.Config(
             make_app(self.service, self.stats),
-            http=make_protocol(settings.client_seconds, settings.max_connections),
+            http=make_protocol(settings.client_seconds, self._max_connections),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -126,7 +128,8 @@ class Server(uvicorn.Server):
             LfxError: a model cannot be opened.
         """
         self._when_ready = when_ready
-        _raise_file_limit()
+        if self._max_connections < self._settings.max_connections:
+            self._report(f"takes {self._max_connections} connections, since the system limits open files (ulimit -n)")
         try:
             self.run([sock])
             self.service.close()
@@ -263,14 +266,18 @@ def _complete(opened: asyncio.Future[None], error: LfxError | None) -> None:
         opened.set_exception(error)
 
 
-def _raise_file_limit() -> None:
-    """Raise the limit of open files, which also limits connections, to the largest that the system allows."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
+def connection_limit(wanted: int) -> int:
+    """Raise the limit of open files to the largest that the system allows; return how many connections it leaves."""
+    try:
         import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = max(soft, 10_240) if hard == resource.RLIM_INFINITY else hard  # macOS takes no more
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except ImportError:  # Windows has no such limit
+        return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        files = max(soft, 10_240) if hard == resource.RLIM_INFINITY else hard  # macOS takes no more
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if soft == resource.RLIM_INFINITY else min(wanted, max(soft - OTHER_FILES, 1))
 
 
 def serve(settings: Settings, report: Report, announce: Announce) -> None:

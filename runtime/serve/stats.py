@@ -10,17 +10,19 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lfx.errors import require
+from lfx.errors import one_line, require
 from lfx.runtime.metrics import Snapshot, families
 from lfx.runtime.serve.memory import memory
 from lfx.runtime.serve.service import Service
 
+_log = logging.getLogger("lfx")
 _WORKER_SECONDS = 1.0  # longest wait for another worker
 _MAX_BYTES = 1 << 20  # of the counters of another worker
 
@@ -45,11 +47,21 @@ class Stats:
         self._requests[route, str(status) if status else "gone"] += 1
 
     async def start(self) -> None:
-        """Offer this worker's counters to the other workers."""
-        if self._folder is not None:
-            path = self._folder / f"{self._worker}.sock"
+        """Offer this worker's counters to the other workers; if the folder cannot have a socket, log that."""
+        if self._folder is None:
+            return
+        path = self._folder / f"{self._worker}.sock"
+        try:
             path.unlink(missing_ok=True)  # left by a worker that was killed
             self._server = await asyncio.start_unix_server(self._send_values, path)
+        except OSError as error:  # the path is too long, or the file system has no sockets
+            _log.warning(
+                "worker %d: /metrics of the other workers lacks this worker's counters: %s: %s; set TMPDIR to another "
+                "folder with a short path",
+                self._worker,
+                path,
+                one_line(error),
+            )
 
     def stop(self) -> None:
         """Stop offering them."""

@@ -3,6 +3,9 @@
 A connection that no worker has accepted yet waits in the socket's queue, and so survives the end of a worker. The
 supervisor replaces a worker that was killed. The first worker accepts connections while it opens the models, so that
 /health can report that; the others, and their replacements, accept connections when their models are ready.
+
+A replacement opens the files that are there at that time. If they are of another model than those of the older workers,
+the supervisor restarts the older workers, one by one.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from lfx.runtime.serve.settings import Settings
 _POLL_SECONDS = 0.1
 _KILL_SECONDS = 10.0  # after stop_seconds, until the workers are killed
 _RESTART_SECONDS = 1.0  # shortest time between two starts of one worker
+_MAX_DOUBLINGS = 6  # of the pause after a replacement that did not become ready: 2, 4, 8, … 64 s
 
 
 def supervise(settings: Settings, report: Report, announce: Announce) -> None:
@@ -65,6 +69,7 @@ class _Supervisor:
         self._settings, self._sock, self._folder, self._report = settings, sock, folder, report
         self._announce = announce
         self._workers: list[_Worker] = []
+        self._were_ready = False  # whether all workers were ready once
         self._signals = 0
 
     def run(self) -> None:
@@ -76,7 +81,9 @@ class _Supervisor:
             self._workers = [self._start(number, early=number == 0) for number in range(self._settings.workers)]
             while not self._signals:
                 time.sleep(_POLL_SECONDS)
+                self._were_ready = self._were_ready or all(worker.was_ready for worker in self._workers)
                 self._replace_ended()
+                self._restart_outdated()
         finally:
             self._stop()
             for number, handler in previous.items():
@@ -85,33 +92,64 @@ class _Supervisor:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
 
-    def _start(self, number: int, *, early: bool) -> _Worker:
+    def _start(self, number: int, *, early: bool, failed_starts: int = 0) -> _Worker:
         address = address_of(self._sock)
 
         def when_ready(pid: int) -> None:
             self._announce({"state": "ready", "address": address, "worker": number, "pid": pid})
 
-        return _Worker(number, self._settings, self._sock, self._folder, self._report, when_ready, early=early)
+        worker = _Worker(number, self._settings, self._sock, self._folder, self._report, when_ready, early=early)
+        worker.failed_starts = failed_starts
+        return worker
 
     def _replace_ended(self) -> None:
         for i, worker in enumerate(self._workers):
             status = worker.process.poll()
             if status is None:
                 continue
-            worker.join_reader()
-            if worker.failure is not None:
-                raise LfxError(worker.failure)
-            reason = f"signal {-status}" if status < 0 else f"status {status}"
-            if not worker.was_ready:
-                raise LfxError(f"worker {i} ended with {reason} before it was ready")
-            self._report(f"worker {i} (pid {worker.process.pid}) ended with {reason}; a new one starts")
-            time.sleep(max(0.0, _RESTART_SECONDS - (time.monotonic() - worker.started)))
-            self._workers[i] = self._start(i, early=False)
+            if worker.replace_at is None:
+                worker.replace_at = self._note_end(worker, status)
+            if time.monotonic() >= worker.replace_at:
+                self._workers[i] = self._start(i, early=False, failed_starts=worker.failed_starts)
+
+    def _note_end(self, worker: _Worker, status: int) -> float:
+        """Report the end of a worker, and return the time when another replaces it.
+
+        Raises:
+            LfxError: the worker did not become ready at the start of the server.
+        """
+        worker.join_reader()
+        reason = f"signal {-status}" if status < 0 else f"status {status}"
+        if worker.was_ready:
+            worker.failed_starts = 0
+            self._report(f"{worker} ended with {reason}; a new one starts")
+            return worker.started + _RESTART_SECONDS
+        if not self._were_ready:
+            raise LfxError(worker.failure or f"worker {worker.number} ended with {reason} before it was ready")
+        worker.failed_starts += 1
+        pause = _RESTART_SECONDS * (1 << min(worker.failed_starts, _MAX_DOUBLINGS))
+        failure = f": {worker.failure}" if worker.failure else ""
+        self._report(f"{worker} ended with {reason} before it was ready{failure}; a new one starts in {pause:g} s")
+        return time.monotonic() + pause
+
+    def _restart_outdated(self) -> None:
+        """Stop one worker whose models differ from those of the newest, unless a worker is opening or stopping."""
+        running = [worker for worker in self._workers if worker.process.poll() is None]
+        if not running or not all(worker.was_ready and not worker.is_stopping for worker in running):
+            return
+        newest = max(running, key=lambda worker: worker.started)
+        for worker in running:
+            names = [name for name in newest.identities if worker.identities[name] != newest.identities[name]]
+            if names:
+                self._report(f"{worker} is restarted: {newest} has opened other files of {', '.join(names)}")
+                worker.ask_to_stop()
+                return
 
     def _stop(self) -> None:
         """Stop the workers, and kill those that do not end in time."""
         for worker in self._workers:
-            worker.ask_to_stop()
+            if not worker.is_stopping:
+                worker.ask_to_stop()
         deadline = time.monotonic() + self._settings.stop_seconds + _KILL_SECONDS
         asked_again = False
         while any(worker.process.poll() is None for worker in self._workers):
@@ -131,9 +169,14 @@ class _Worker:
     """A worker process.
 
     Attributes:
+        number: its index among the workers.
         started: the time when it was started, of time.monotonic.
         was_ready: whether it became ready.
+        identities: name -> `Engine.identity` of each model, once it was ready.
+        is_stopping: whether it was asked to stop.
         failure: the error that it ended with; None if it reported none.
+        failed_starts: number of its predecessors, and itself, that ended before they were ready, since one was ready.
+        replace_at: the time when another replaces it, of time.monotonic; None until its end was seen.
     """
 
     def __init__(
@@ -148,9 +191,12 @@ class _Worker:
         early: bool,
     ) -> None:
         self.started = time.monotonic()
-        self.was_ready = False
+        self.was_ready = self.is_stopping = False
+        self.identities: dict[str, str] = {}
         self.failure: str | None = None
-        self._number, self._report, self._when_ready = number, report, when_ready
+        self.failed_starts = 0
+        self.replace_at: float | None = None
+        self.number, self._report, self._when_ready = number, report, when_ready
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lfx.runtime.serve.worker"],
             stdin=subprocess.PIPE,
@@ -185,18 +231,23 @@ class _Worker:
             if "error" in message:
                 self.failure = str(message["error"])
             elif "report" in message:
-                self._report(f"worker {self._number} (pid {self.process.pid}) {message['report']}")
+                self._report(f"{self} {message['report']}")
             elif "ready" in message:
-                self.was_ready = True
                 self._when_ready(self.process.pid)
                 memory = f": {message['ready']}" if message["ready"] else ""
-                self._report(f"worker {self._number} (pid {self.process.pid}) is ready{memory}")
+                self._report(f"{self} is ready{memory}")
+                self.identities = message["identities"]
+                self.was_ready = True
 
     def join_reader(self) -> None:
         """Wait until all messages of a worker that has ended are read."""
         self._reader.join(5.0)
 
     def ask_to_stop(self) -> None:
-        """Send SIGTERM."""
+        """Send SIGTERM; a second one cancels the requests in progress."""
+        self.is_stopping = True
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+
+    def __str__(self) -> str:
+        return f"worker {self.number} (pid {self.process.pid})"

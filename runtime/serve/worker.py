@@ -49,7 +49,12 @@ def main() -> int:
             folder=Path(given["folder"]),
             early=given["early"],
         )
-        server.run_on(socket.socket(fileno=given["socket"]), lambda: send({"ready": str(memory() or "")}))
+
+        def when_ready() -> None:
+            identities = {name: model.engine.identity for name, model in server.service.models.items()}
+            send({"ready": str(memory() or ""), "identities": identities})
+
+        server.run_on(socket.socket(fileno=given["socket"]), when_ready)
         server.exit_if_opening()
     except LfxError as error:
         send({"error": str(error)})

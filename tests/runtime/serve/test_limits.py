@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import socket
 import struct
 import threading
@@ -19,6 +20,7 @@ import pytest
 from lfx.errors import InputError
 from lfx.runtime.batcher import Batcher
 from lfx.runtime.serve import gate, service
+from lfx.runtime.serve.server import OTHER_FILES
 from lfx.runtime.serve.settings import MAX_HEADER_BYTES, MAX_UNREAD_BYTES, Settings
 from lfx.runtime.tokenizer import Tokenizer
 from tests.conftest import MakeBundle
@@ -247,6 +249,18 @@ def test_connections_above_the_limit_get_503(model: dict[str, Path]) -> None:
         assert reply.startswith(b"HTTP/1.1 503 ")
         assert b"retry-after: 1\r\n" in reply
         assert b"this server takes 2 connections" in reply
+
+
+def test_no_more_connections_are_taken_than_the_system_has_files_for(
+    model: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (OTHER_FILES + 2, OTHER_FILES + 2))
+    with running(model) as server, connected(server), connected(server):
+        assert any("takes 2 connections" in line for line in server.reports)
+        wait_until(lambda: len(server.server.server_state.connections) == 2)
+        with connected(server) as third:
+            assert received(third).startswith(b"HTTP/1.1 503 ")
 
 
 def test_headers_without_end_are_refused(model: dict[str, Path]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -146,6 +147,81 @@ def test_a_worker_that_is_killed_is_replaced_and_no_answer_is_lost_or_wrong(work
     workers.wait_for("worker 1")
     with workers.client() as client:
         wait_until(lambda: gauge(client, "lfx_ready") == 2)
+
+
+@pytest.fixture
+def replaceable(model: Path, tmp_path: Path) -> Iterator[tuple[Command, Path]]:
+    """Two workers, ready, and their bundle, which a test may replace."""
+    path = tmp_path / "m"
+    shutil.copytree(model, path)
+    with Command(path, "--workers", "2") as server:
+        server.wait_for("is ready")
+        server.wait_for("is ready")
+        yield server, path
+        assert server.stop() == 0
+
+
+def kill_worker(server: Command, number: int) -> None:
+    """Kill the process that is this worker now."""
+    pids = re.findall(rf"worker {number} \(pid (\d+)\) is ready", "\n".join(server.lines))
+    os.kill(int(pids[-1]), signal.SIGKILL)
+
+
+def test_a_replacement_that_cannot_start_is_tried_again_and_the_others_answer(
+    replaceable: tuple[Command, Path],
+) -> None:
+    server, path = replaceable
+    path.rename(path.with_name("away"))
+    kill_worker(server, 1)
+    first = server.wait_for("before it was ready")
+    assert re.match(r"worker 1 \(pid \d+\) ended with status 1 before it was ready: .*does not exist", first)
+    assert first.endswith("a new one starts in 2 s")
+    assert ask(server.address).status_code == 200
+    assert server.wait_for("before it was ready").endswith("a new one starts in 4 s")
+    assert ask(server.address).status_code == 200
+    path.with_name("away").rename(path)
+    server.wait_for("is ready")
+    with server.client() as client:
+        wait_until(lambda: gauge(client, "lfx_ready") == 2)
+
+
+def test_a_bundle_that_is_replaced_is_opened_by_all_workers_once_one_has_opened_it(
+    replaceable: tuple[Command, Path], bundle: MakeBundle
+) -> None:
+    server, path = replaceable
+
+    def identity() -> str:
+        return str(httpx.get(f"{server.address}/info", timeout=WAIT_SECONDS).json()["model_sha"])
+
+    old = identity()
+    path.rename(path.with_name("old"))
+    shutil.copytree(bundle("text-classification", opset=18), path)
+    kill_worker(server, 0)
+    line = server.wait_for("is restarted")
+    assert re.fullmatch(r"worker 1 \(pid \d+\) is restarted: worker 0 \(pid \d+\) has opened other files of m", line)
+    server.wait_for("worker 1")  # it stops
+    server.wait_for("is ready")
+    with server.client() as client:
+        wait_until(lambda: gauge(client, "lfx_ready") == 2)
+    identities = {identity() for _ in range(10)}
+    assert len(identities) == 1
+    assert identities != {old}
+    assert sum("is restarted" in line for line in server.lines) == 1
+
+
+def test_workers_serve_where_the_folder_of_temporary_files_cannot_have_sockets(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / ("t" * 100)
+    folder.mkdir()
+    with Command(model, "--workers", "2", TMPDIR=str(folder)) as server:
+        for _ in range(2):
+            assert "lacks this worker's counters" in server.wait_for("set TMPDIR to another folder with a short path")
+        server.wait_for("is ready")
+        server.wait_for("is ready")
+        assert ask(server.address).status_code == 200
+        with server.client() as client:
+            assert gauge(client, "lfx_ready") == 1  # the worker that was asked
+        assert server.stop() == 0
+        assert "Traceback" not in "\n".join(server.lines)
 
 
 def test_workers_end_with_their_supervisor(model: Path) -> None:
