@@ -25,6 +25,7 @@ from lfx.export.checkpoint import Fetch, fetcher
 from lfx.export.companions import check_tokenizer, write_config, write_tokenizer
 from lfx.export.decompose import decomposing_in_place
 from lfx.export.graph import finalize_graph
+from lfx.export.layout import LAYOUTS, NAMES, check_options, refuse_dynamic, write_layout
 from lfx.export.load import check_weights, load, load_tokenizer, quiet, weights_sha256
 from lfx.export.loop_attention import LoopSelfAttention, asks_for_loop_attention
 from lfx.export.options import at_least_1, check_choices, check_pooling, model_name
@@ -41,7 +42,6 @@ from lfx.export.probe import (
     ignores_padding,
     is_hugging_face,
 )
-from lfx.export.layout import LAYOUTS, NAMES, check_options, refuse_dynamic, write_layout
 from lfx.export.rewrite import (
     Attentions,
     ExportWrapper,

@@ -1,4 +1,4 @@
-"""`relayout` and `export(layout="hf")`: other runtimes give Engine's numbers with input_ids and attention_mask alone."""
+"""`relayout` and `export(layout="hf")`: from ids and attention_mask alone, runtimes give the numbers of Engine."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def run_documents(
     from lfx.runtime.tokenizer import TOKENIZER, text_folder
 
     reader = None
-    if tokenizer or (text_folder(model, engine.manifest) / TOKENIZER).exists():
+    if tokenizer or (text_folder(engine.path, engine.manifest) / TOKENIZER).exists():
         reader = open_tokenizer(model, engine, tokenizer)
     start = time.perf_counter()
     try:
@@ -233,7 +233,7 @@ def open_tokenizer(model: Path, engine: Engine, asked: Path | None) -> Tokenizer
     """Return the tokenizer of the folder `asked`, else of the model; labels are those of the model's config, if any."""
     from lfx.runtime.tokenizer import CONFIG, Tokenizer, text_folder
 
-    folder = text_folder(model, engine.manifest)
+    folder = text_folder(engine.path, engine.manifest)
     if asked is None:
         return Tokenizer(folder, engine.signature)
     has_config = (folder / CONFIG).exists() and folder.resolve() != asked.resolve()
