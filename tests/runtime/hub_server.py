@@ -91,8 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            private = bool(asked.get("private")) or asked.get("visibility") == "private"  # before and since version 2
             exists = name in self.hub.repositories
-            self.hub.repositories.setdefault(name, Repository(private=bool(asked.get("private"))))
+            self.hub.repositories.setdefault(name, Repository(private=private))
             address = f"{self.hub.address}/{name}"
             self._send({"url": address, "error": "You already created this model repo"}, 409 if exists else 200)
         elif path == "/api/validate-yaml":

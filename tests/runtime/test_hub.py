@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -192,7 +191,9 @@ def test_a_card_of_the_user_is_kept_and_one_of_lfx_replaced(hub: Hub, bundle: Ma
 def test_the_commands_push_run_and_inspect(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:
     def lfx(*arguments: str) -> str:
         command = [sys.executable, "-m", "lfx.cli", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=dict(os.environ))
+        done = subprocess.run(
+            command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=120
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
