@@ -51,7 +51,11 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
         return command(open_engine=open_engine, **others)
 
-    decorated: Callable[..., Any] = with_engine
+    return add_engine_options(with_engine)
+
+
+def add_engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of an Engine to a command, which gets their values: backend, provider, threads, precision."""
     for option in reversed(_ENGINE_OPTIONS):
-        decorated = option(decorated)
-    return decorated
+        command = option(command)
+    return command

@@ -152,7 +152,7 @@ def encode_text(
     Returns:
         The encodings, and the ids and the attention mask for `Engine.run`; the mask is None for a single sequence.
     Raises:
-        InputError: the task needs another number of texts.
+        InputError: the number of texts does not fit the task.
     """
     import numpy as np
 
@@ -229,16 +229,11 @@ def run_documents(
         raise InputError(f"{done.refused} of {done.documents} documents were refused; {output} says which and why")
 
 
-def open_tokenizer(model: Path, engine: Engine, asked: Path | None) -> Tokenizer:
-    """Return the tokenizer of the folder `asked`, else of the model; labels are those of the model's config, if any."""
-    from lfx.runtime.tokenizer import CONFIG, Tokenizer, text_folder
+def open_tokenizer(model: Path, engine: Engine, given: Path | None) -> Tokenizer:
+    """Open the tokenizer in the folder `given`, or the model's own; see `lfx.runtime.tokenizer.open_tokenizer`."""
+    from lfx.runtime import tokenizer
 
-    folder = text_folder(engine.path, engine.manifest)
-    if asked is None:
-        return Tokenizer(folder, engine.signature)
-    has_config = (folder / CONFIG).exists() and folder.resolve() != asked.resolve()
-    config_folder = folder if has_config else None
-    return Tokenizer(asked, engine.signature, unlisted=True, config_folder=config_folder)
+    return tokenizer.open_tokenizer(engine.path, engine.manifest, engine.signature, given)
 
 
 def _pair_help(choices: bool) -> str:
