@@ -23,6 +23,7 @@ INPUTS: dict[str, Any] = {
     "mask": [[1] * 40, [1] * 20 + [0] * 20],
     "texts": ["the quick brown fox", "the lazy dog jumps over the fox"],
 }
+_BROWSER = next((name for name in ("chromium", "chromium-browser", "google-chrome") if shutil.which(name)), None)
 _SECONDS = 120
 
 
@@ -105,8 +106,9 @@ def missing() -> str | None:
     """Say what is not installed; None if all clients are."""
     if not PYTHON.exists() or not (NODE / "node_modules").is_dir():
         return "the clients' own environments are not set up: make clients"
-    absent = [name for name in ("node", "chromium") if shutil.which(name) is None]
-    return f"{absent[0]} is not installed: apt-get install nodejs chromium" if absent else None
+    if shutil.which("node") is None or _BROWSER is None:
+        return "node or Chromium is not installed: apt-get install nodejs npm chromium"
+    return None
 
 
 def run(case: Case, folder: Path) -> dict[str, Any]:
