@@ -158,7 +158,7 @@ class _SelfAttention(LoopSelfAttention):
         key_mask: torch.Tensor,
         index: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Add the nodes of the local and the global probabilities; the latter is None without global attention."""
+        """Add the nodes of the probabilities; returns the local and the global ones, None without global attention."""
         (batch, seqlen), slots, window = key_mask.shape, index.shape[1], int(self.one_sided_attn_window_size)
         attributes = {"num_heads": self.num_heads, "scale": self.head_dim**-0.5}
         local = _op(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
 from lfx.checks import parse_json
 from lfx.runtime.serve.replies import RefusalError
@@ -28,6 +28,17 @@ class StrictBody(Body):
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)
+Item = TypeVar("Item")
+
+
+class _FailFast(FailFast):
+    """pydantic's FailFast, which a union of types can hold: a union needs types with a hash."""
+
+    __hash__ = object.__hash__
+
+
+# A list whose check ends at its first wrong item: a million wrong items would give a million errors.
+List = Annotated[list[Item], _FailFast()]
 
 
 async def read_body(service: Service, data: bytes, form: type[AnyBody]) -> AnyBody:

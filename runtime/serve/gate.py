@@ -22,7 +22,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 # Paths that need no key, for browsers and monitoring. They reveal no texts; /metrics has the names of the models.
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/openapi.json"})
-# Paths that a refused request is counted under. All others are counted as "other", so that clients cannot add labels.
+# Paths under which a request is counted that is refused before it reaches a route. Other paths are counted as "other",
+# so that clients cannot create labels.
 KNOWN_PATHS = OPEN_PATHS | {"/run", "/embed", "/predict", "/info", "/models", "/v1/models", "/v1/embeddings"}
 
 

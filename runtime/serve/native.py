@@ -10,12 +10,12 @@ from fastapi import Response
 from pydantic import Field
 
 from lfx.errors import InputError
-from lfx.runtime.serve.body import StrictBody, read_body
+from lfx.runtime.serve.body import List, StrictBody, read_body
 from lfx.runtime.serve.model import Input, ServedModel
 from lfx.runtime.serve.replies import array_reply, check_size, dumps
 from lfx.runtime.serve.service import Computed, Service
 
-Ids = list[int] | list[list[int]]
+Ids = List[int] | List[List[int]]
 
 
 class OneInput(StrictBody):
@@ -23,7 +23,7 @@ class OneInput(StrictBody):
 
     text: str | None = Field(None, description="the text; for question answering the question")
     pair: str | None = Field(None, description="the document of a question, or the second text of a pair")
-    choices: list[str] | None = Field(None, description="the choices after the text, for multiple choice")
+    choices: List[str] | None = Field(None, description="the choices after the text, for multiple choice")
     ids: Ids | None = Field(
         None, description="the model's ids with its special tokens; for multiple choice a list for each choice"
     )
@@ -34,13 +34,13 @@ class OneInput(StrictBody):
 class RunRequest(StrictBody):
     """A request for one or several inputs."""
 
-    inputs: str | OneInput | list[str | OneInput] = Field(
+    inputs: str | OneInput | List[str | OneInput] = Field(
         description="give a text, an object with text (and pair or choices) or with ids, or a list of these"
     )
     model: str | None = Field(None, description="name of a model; the first one if it is left out")
     truncate: bool = Field(False, description="true: a text longer than the model takes is cut")
     prompt: str | None = Field(None, description="for sentence embeddings: a text to put before each text")
-    outputs: list[str] | None = Field(
+    outputs: List[str] | None = Field(
         None,
         description="names of the model's outputs to return. If it is left out: none for a model with answers, and "
         "otherwise the outputs without a sequence axis",

@@ -9,7 +9,7 @@ from fastapi import Response
 from pydantic import Field
 
 from lfx.runtime.embedding import embedding_size
-from lfx.runtime.serve.body import Body, read_body
+from lfx.runtime.serve.body import Body, List, read_body
 from lfx.runtime.serve.embeddings import embed
 from lfx.runtime.serve.model import Input
 from lfx.runtime.serve.replies import RefusalError, dumps
@@ -19,7 +19,7 @@ from lfx.runtime.serve.service import Service
 class EmbeddingsRequest(Body):
     """OpenAI's request. The field `truncate` is lfx's."""
 
-    input: str | list[str] | list[int] | list[list[int]] = Field(
+    input: str | List[str] | List[int] | List[List[int]] = Field(
         description="give a text, a list of texts, a list of token ids, or a list of lists of token ids"
     )
     model: str | None = Field(None, description="name of a model; the first one if it is left out")

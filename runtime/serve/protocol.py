@@ -36,27 +36,35 @@ class Protocol(HttpToolsProtocol):
         """Refuse the connection if there are too many."""
         super().connection_made(transport)
         self._receive_deadline: float | None = time.monotonic() + self.client_seconds
-        self._in_headers, self._header_bytes = False, 0
+        self._in_message, self._in_headers, self._header_bytes = False, False, 0
         self._unread_bytes, self._read_deadline = 0, 0.0
         self._is_stopping = False
         if len(self.connections) > self.max_connections:
             self._refuse(503, f"this server takes {self.max_connections} connections; try again later")
 
     def data_received(self, data: bytes) -> None:
-        """Parse the bytes that arrived; refuse the request if its headers are too long."""
-        were_in_headers = self._in_headers
+        """Parse the bytes that arrived; refuse the request if its headers or its trailers are too long."""
+        self._header_bytes += len(data)
         super().data_received(data)
-        if were_in_headers and self._in_headers and not self.transport.is_closing():
-            self._header_bytes += len(data)
-            if self._header_bytes > MAX_HEADER_BYTES:
-                self._refuse(431, f"the headers are above {MAX_HEADER_BYTES:,} bytes; send less")
+        if self._in_message and self._header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+            self._end_request(431, f"the headers are above {MAX_HEADER_BYTES:,} bytes; send less")
 
     def on_message_begin(self) -> None:
         """Start the time limit of a request; that of the first request started with the connection."""
         super().on_message_begin()
-        self._in_headers, self._header_bytes = True, 0
+        self._in_message, self._in_headers, self._header_bytes = True, True, 0
         if self._receive_deadline is None:
             self._receive_deadline = time.monotonic() + self.client_seconds
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header; drop the trailers of a chunked body, which uvicorn would add to the headers."""
+        if self._in_headers:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        """Pass on a part of the body; what comes after it counts as headers until the next part."""
+        self._header_bytes = 0
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
         """Start the app on the request; if the server is stopping, the connection is closed after the reply."""
@@ -68,12 +76,12 @@ class Protocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """End the time limit of the request."""
         super().on_message_complete()
-        self._receive_deadline = None
+        self._in_message, self._receive_deadline = False, None
 
     def check_time(self, now: float) -> None:
         """End the connection if its client is too slow. The server calls this several times a second."""
         if self._receive_deadline is not None and now > self._receive_deadline and not self.transport.is_closing():
-            self._expire()
+            self._end_request(408, f"the request was not received within {self.client_seconds:g} s; send it faster")
             return
         unread = self.transport.get_write_buffer_size()
         if unread == 0 or unread < self._unread_bytes or self._unread_bytes == 0:
@@ -82,15 +90,15 @@ class Protocol(HttpToolsProtocol):
         if unread and now > self._read_deadline:
             self.transport.abort()
 
-    def _expire(self) -> None:
-        """End a request that was not received in time, or a connection that has sent no request."""
+    def _end_request(self, status: int, message: str) -> None:
+        """Refuse the request that is being received, and close the connection."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # the app stops waiting for the body
             self.cycle.message_event.set()
         if self.cycle is not None and self.cycle.response_started:
             self.transport.close()  # the request was refused, and the client is still sending it
         else:
-            self._refuse(408, f"the request was not received within {self.client_seconds:g} s; send it faster")
+            self._refuse(status, message)
 
     def _refuse(self, status: int, message: str) -> None:
         """Reply without the app, and close the connection."""

@@ -33,7 +33,7 @@ BACKLOG = 2048  # connections that the system queues until a worker accepts them
 _ACCEPTED_AT_A_TIME = 4
 _CHECK_SECONDS = 0.25  # between two checks of the clients' time limits
 _CANCELLED_REPLY_SECONDS = 1.0  # to send the replies to cancelled requests
-_EXIT_SECONDS = 5.0  # after stop_seconds: to cancel the remaining requests, and to finish the batch that is computed
+_EXIT_SECONDS = 5.0  # after stop_seconds: to cancel the remaining requests, and to finish the batch in progress
 
 
 def listen(settings: Settings) -> socket.socket:

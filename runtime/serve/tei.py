@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 import lfx
-from lfx.runtime.serve.body import Body, read_body
+from lfx.runtime.serve.body import Body, List, read_body
 from lfx.runtime.serve.embeddings import embed
 from lfx.runtime.serve.model import Input
 from lfx.runtime.serve.replies import RefusalError, dumps
@@ -22,7 +22,7 @@ _DIRECTION = "right: cut the end of a text, or the side that the tokenizer's tru
 class EmbedRequest(Body):
     """A request for embeddings."""
 
-    inputs: str | list[str] = Field(description="give a text or a list of texts")
+    inputs: str | List[str] = Field(description="give a text or a list of texts")
     truncate: bool | None = Field(False, description="true: a text longer than the model takes is cut")
     truncation_direction: str = Field("Right", description=_DIRECTION, pattern="^[Rr]ight$")
     normalize: bool | None = Field(True, description="true: each embedding has length 1")
@@ -33,7 +33,7 @@ class EmbedRequest(Body):
 class PredictRequest(Body):
     """A request for labels."""
 
-    inputs: str | list[str] | list[list[str]] = Field(
+    inputs: str | List[str] | List[List[str]] = Field(
         description="give a text, a pair [text, text], or a batch [[text], [text, text], …]"
     )
     truncate: bool | None = Field(False, description="true: a text longer than the model takes is cut")

@@ -147,7 +147,7 @@ def check_layer(setup: Setup, length: int, actual: Any) -> dict[str, Any]:
 
 
 def run_once(setup: Setup, bundle: Path, length: int, threads: int, rows: Path) -> dict[str, Any]:
-    """Run a bundle on one sequence, and save the rows that are compared to `rows`.
+    """Run a bundle on one sequence, and save the rows that are compared in the file `rows`.
 
     Returns:
         Peak memory of this process: `open_bytes` after the bundle was opened, `peak_bytes` after the run.

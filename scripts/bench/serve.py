@@ -88,7 +88,7 @@ def measure(bundle: Path, texts: list[str], clients: int, seconds: float, thread
         before, cpu_before = engine_rate(engine, ids, seconds / 3)
         under_load = load(bundle, texts, expected, tokens, clients, seconds, threads)
         after, cpu_after = engine_rate(engine, ids, seconds / 3)
-    bare = (before + after) / 2
+    engine_alone = (before + after) / 2
     return {
         "shape": "6 layers, hidden 384, window 64",
         "threads": threads,
@@ -99,7 +99,7 @@ def measure(bundle: Path, texts: list[str], clients: int, seconds: float, thread
         "longest": max(tokens),
         "engine_tokens_per_second": {"before": before, "after": after},
         "engine_tokens_per_cpu_second": (cpu_before + cpu_after) / 2,
-        "share_of_engine": under_load["tokens_per_second"] / bare,
+        "share_of_engine": under_load["tokens_per_second"] / engine_alone,
         **under_load,
     }
 

@@ -115,7 +115,7 @@ def run_text(
     """Run a model on one text, from `text` or `file`, and print the outputs and the answers in them.
 
     Raises:
-        InputError: the file or the tokenizer cannot be read, or the task needs another number of texts.
+        InputError: the file or the tokenizer cannot be read, or the number of texts does not fit the task.
     """
     import numpy as np
 
