@@ -37,7 +37,7 @@ define venv
 $(PYTHON) -m venv $(1)
 endef
 
-.PHONY: install demo test test-fast test-lowest check lock fuzz bench figures dist clean
+.PHONY: clients install demo test test-fast test-lowest check lock fuzz bench figures dist clean
 
 install: $(STAMP)
 
@@ -56,11 +56,27 @@ $(STAMP): pyproject.toml requirements.lock CMakeLists.txt $(wildcard plugins/*.c
 demo: install  ## Convert and export a trained model, answer questions with it, check parity, compare speed with PyTorch's.
 	$(BIN)/python -m scripts.demo
 
-test: install  ## Everything, the full-size shape included.
+# Clients of the hub's layout that need other versions than lfx does, and those of npm: build/clients/python has only
+# what differs, and finds the rest in .venv.
+CLIENTS := build/clients
+clients: $(CLIENTS)/.installed  ## Set up the environments of the tests with other clients of the hub.
+
+$(CLIENTS)/.installed: $(STAMP) tests/clients/requirements.txt tests/clients/package.json tests/clients/package-lock.json
+	rm -rf $(CLIENTS)
+	$(PYTHON) -m venv $(CLIENTS)/python
+	$(CLIENTS)/python/bin/python -m pip install --quiet --no-deps --requirement tests/clients/requirements.txt
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > build/site-packages
+	cp build/site-packages "$$($(CLIENTS)/python/bin/python -c 'import site; print(site.getsitepackages()[0])')/rest.pth"
+	mkdir -p $(CLIENTS)/node
+	cp tests/clients/package.json tests/clients/package-lock.json $(CLIENTS)/node
+	cd $(CLIENTS)/node && npm ci --silent --ignore-scripts
+	touch $@
+
+test: install clients  ## Everything, the full-size shape included.
 	$(FAST)
 	$(BIN)/python -m pytest -m slow
 
-test-fast: install  ## Without the full-size shape.
+test-fast: install clients  ## Without the full-size shape.
 	$(FAST)
 
 test-lowest: .venv-lowest/.installed  ## Without the full-size shape, on the lowest versions that pyproject.toml allows.
@@ -90,8 +106,9 @@ lock:  ## Write requirements.lock again from pyproject.toml; OPTIONS=--upgrade t
 fuzz: install  ## Fuzz inputs, documents, manifests and ONNX files for MINUTES; writes docs/records/fuzz.jsonl.
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz.py --minutes $(or $(MINUTES),10)
 
-bench: install  ## All CPU benchmarks, more than an hour; writes docs/records and the tables made from it.
+bench: install clients  ## All CPU benchmarks, more than an hour; writes docs/records and the tables made from it.
 	$(BIN)/python -m scripts.support
+	$(BIN)/python -m scripts.compatibility
 	$(BIN)/python -m scripts.bench.cpu
 	$(BIN)/python -m scripts.bench.long
 	$(BIN)/python -m scripts.bench.backends

@@ -1,11 +1,15 @@
-"""The build backend: scikit-build-core, and two things that it cannot know.
+"""The build backend: scikit-build-core, and three things that it cannot know.
 
-A wheel without the plugin is pure Python, and its tag says so. And a checkout without symbolic links, Windows' default,
-has text files in the place of the links src/lfx/export and src/lfx/runtime, from which no package can be built.
+The sdist has files in the place of the links src/lfx/export and src/lfx/runtime, which Windows cannot unpack. A wheel
+without the plugin is pure Python, and its tag says so. And a checkout without symbolic links, Windows' default, has
+text files in the place of the links, from which no package can be built.
 """
 
 from __future__ import annotations
 
+import io
+import posixpath
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +17,6 @@ from typing import Any
 
 from scikit_build_core import build as backend
 from scikit_build_core.build import (
-    build_sdist,
     get_requires_for_build_editable,
     get_requires_for_build_sdist,
     get_requires_for_build_wheel,
@@ -34,6 +37,26 @@ __all__ = [
 
 _LINKS = (Path("src/lfx/export"), Path("src/lfx/runtime"))
 Settings = dict[str, Any] | None
+
+
+def build_sdist(sdist_directory: str, config_settings: Settings = None) -> str:
+    """Build an sdist without links; see PEP 517."""
+    name = backend.build_sdist(sdist_directory, config_settings)
+    path = Path(sdist_directory) / name
+    with tarfile.open(path) as archive:
+        files = {member.name: (member, archive.extractfile(member)) for member in archive if member.isfile()}
+        contents = {name: (member, file.read()) for name, (member, file) in files.items() if file is not None}
+        links = {member.name: member.linkname for member in archive if member.issym()}
+    for link, target in links.items():
+        source = posixpath.normpath(posixpath.join(posixpath.dirname(link), target))
+        for file, (member, content) in list(contents.items()):
+            if file.startswith(f"{source}/"):
+                contents[link + file[len(source) :]] = (member, content)
+    with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT) as archive:
+        for file, (member, content) in sorted(contents.items()):
+            member.name, member.pax_headers = file, {}
+            archive.addfile(member, io.BytesIO(content))
+    return name
 
 
 def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:

@@ -9,6 +9,7 @@ for _module in ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxr
 
 from lfx.export.converter import convert  # noqa: E402
 from lfx.export.exporter import export  # noqa: E402
+from lfx.export.layout import relayout  # noqa: E402
 from lfx.export.loop_attention import LoopSelfAttention, use_loop_attention  # noqa: E402
 
-__all__ = ["LoopSelfAttention", "convert", "export", "use_loop_attention"]
+__all__ = ["LoopSelfAttention", "convert", "export", "relayout", "use_loop_attention"]

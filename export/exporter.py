@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from transformers.models.longformer import modeling_longformer as hf
 
 import lfx
-from lfx.checks import file_path, flag, whole_number
+from lfx.checks import file_path, flag, one_of, whole_number
 from lfx.errors import ExportError, one_line
 from lfx.export.attentions import check_layout, free_axes, without_attentions
 from lfx.export.bundle import atomic_folder, check_space, check_target
@@ -25,6 +25,7 @@ from lfx.export.checkpoint import Fetch, fetcher
 from lfx.export.companions import check_tokenizer, write_config, write_tokenizer
 from lfx.export.decompose import decomposing_in_place
 from lfx.export.graph import finalize_graph
+from lfx.export.layout import LAYOUTS, NAMES, check_options, refuse_dynamic, write_layout
 from lfx.export.load import check_weights, load, load_tokenizer, quiet, weights_sha256
 from lfx.export.loop_attention import LoopSelfAttention, asks_for_loop_attention
 from lfx.export.options import at_least_1, check_choices, check_pooling, model_name
@@ -81,6 +82,8 @@ def export(
     inline_functions: bool = False,
     output_attentions: bool = False,
     tokenizer: Any = None,
+    layout: str = "lfx",
+    model_type: str | None = None,
     progress: Progress = lambda step: None,
 ) -> Path:
     """Export a Longformer to an ONNX bundle and validate it against PyTorch.
@@ -110,6 +113,9 @@ def export(
             output_attentions does; docs/ops.md has their layout. Such a bundle is meant for analysis: it is slower, and
             needs memory in proportion to layers · heads · tokens · window.
         tokenizer: a transformers tokenizer or processor, saved into the bundle; default: the checkpoint's, if any.
+        layout: "lfx", or "hf": the layout that other clients of the hub read, see `lfx.export.relayout`; the default
+            output is then the model's name with -hf.
+        model_type: for the layout "hf"; see `lfx.export.relayout`.
         progress: called with the name of each step.
     Returns:
         The bundle's folder.
@@ -119,6 +125,7 @@ def export(
     """
     check_choices(task, precision, global_attention, inline_functions, progress)
     check_pooling(pooling, task)
+    _check_layout(layout, model_type, precision, output_attentions=output_attentions)
     check_tokenizer(tokenizer)
     opset = whole_number(opset, "opset", *OPSETS, ExportError)
     max_global, max_seqlen = at_least_1(max_global, "max_global"), at_least_1(max_seqlen, "max_seqlen")
@@ -126,8 +133,9 @@ def export(
         raise ExportError(f"max_global {max_global} needs global_attention 'mask'; leave one of the two out")
     model = model if isinstance(model, nn.Module) else model_name(model)
     source, source_type = _source(model)
-    target = _target(model, output)
+    target = _target(model, output, layout)
     check_target(target)
+    fetch: Fetch | None = None
     if isinstance(model, nn.Module):
         module = model if pooling is None else _with_pooling(model, pooling)
         task = _task_of_module(module, task)
@@ -138,13 +146,13 @@ def export(
         settings = _encoder_settings(fetch, task, pooling)
         tokenizer, max_seqlen = _load_texts(source, module, tokenizer, max_seqlen, settings)
     _check_module(module, source)
+    if layout == "hf" and global_attention == "mask" and max_global is None:
+        global_attention = _static_globals(module, task)
     if flag(output_attentions, "output_attentions", ExportError):
         check_layout(module)
     _check_global_option(module, global_attention, max_global)
     check_weights(module)
-    weights = [*module.parameters(), *module.buffers()]
-    weight_bytes = sum(t.numel() for t in weights) * TORCH_DTYPES[precision].itemsize
-    check_space(target, int(weight_bytes * 1.05) + 2_000_000)  # a margin for the graph and the tokenizer
+    _check_space(target, module, precision, layout)
 
     progress("tracing")
     tokens = GlobalTokens(mode=global_attention, max_slots=max_global)
@@ -163,24 +171,77 @@ def export(
         inline_functions=inline_functions,
         metadata=signature.to_dict(),
     )
+    manifest = Manifest(
+        signature=signature,
+        opset=opset,
+        inlined=inline_functions,
+        source={"model": source, "kind": source_type, "sha256": weights_sha256(module), **_recorded(pooling)},
+        versions={"lfx": lfx.__version__, **package_versions(_PACKAGES)},
+    )
     with atomic_folder(target) as folder, quiet():
         progress("writing")
-        ir.save(model_ir, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=1024)
+        bundle = folder / "bundle" if layout == "hf" else folder
+        bundle.mkdir(exist_ok=True)
+        ir.save(model_ir, bundle / MODEL, external_data=WEIGHTS, size_threshold_bytes=1024)
         del program, model_ir
-        _check_file(folder / MODEL, opset)
-        write_config(getattr(module, "config", None), folder)
-        write_tokenizer(tokenizer, folder)
-        if source_type != "module":
-            copy_settings(fetch, folder)
-        Manifest(
-            signature=signature,
-            opset=opset,
-            inlined=inline_functions,
-            source={"model": source, "kind": source_type, "sha256": weights_sha256(module), **_recorded(pooling)},
-            versions={"lfx": lfx.__version__, **package_versions(_PACKAGES)},
-            validation=validate(folder / MODEL, module, signature, progress),
-        ).write(folder)
+        _complete_bundle(bundle, manifest, module, tokenizer, fetch, progress)
+        if layout == "hf":
+            write_layout([bundle], folder, model_type=model_type, in_own_file=None, fetch=fetch, progress=progress)
     return target
+
+
+def _complete_bundle(
+    folder: Path, manifest: Manifest, module: nn.Module, tokenizer: Any, fetch: Fetch | None, progress: Progress
+) -> None:
+    """Check the written model, write the files beside it, compare it with PyTorch, and write the manifest.
+
+    Args:
+        fetch: of the checkpoint; None for a module in memory.
+    Raises:
+        ExportError: the model's file is not valid, or a file of the checkpoint is broken.
+        ParityError: an output is out of tolerance.
+    """
+    _check_file(folder / MODEL, manifest.opset)
+    write_config(getattr(module, "config", None), folder)
+    write_tokenizer(tokenizer, folder)
+    if fetch is not None:
+        copy_settings(fetch, folder)
+    validation = validate(folder / MODEL, module, manifest.signature, progress)
+    dataclasses.replace(manifest, validation=validation).write(folder)
+
+
+def _check_space(target: Path, module: nn.Module, precision: str, layout: str) -> None:
+    weights = [*module.parameters(), *module.buffers()]
+    weight_bytes = sum(t.numel() for t in weights) * TORCH_DTYPES[precision].itemsize
+    copies = 2 if layout == "hf" else 1
+    check_space(target, copies * (int(weight_bytes * 1.05) + 2_000_000))  # a margin for the graph and the tokenizer
+
+
+def _check_layout(layout: Any, model_type: Any, precision: str, *, output_attentions: Any) -> None:
+    """Check the layout, and the options that it excludes.
+
+    Raises:
+        ExportError: the layout or its model_type is not known, or another option cannot be used with it.
+    """
+    one_of(layout, "layout", LAYOUTS, ExportError)
+    check_options(model_type)
+    if layout == "lfx" and model_type is not None:
+        raise ExportError(f"model_type {model_type!r} is for the layout hf; leave it out")
+    if layout == "hf" and (precision not in NAMES or output_attentions):
+        option = f"precision {precision}" if precision not in NAMES else "output_attentions"
+        raise ExportError(f"{option} is not for the layout hf, whose clients cannot use it; leave one of them out")
+
+
+def _static_globals(module: nn.Module, task: str) -> str:
+    """Return the rule for the global tokens of the layout hf; "mask" for a module that has a rule of its own.
+
+    Raises:
+        ExportError: the task's rule depends on the input.
+    """
+    if "global_attention_mask" not in forward_inputs(module) or not is_hugging_face(module):
+        return "mask"
+    refuse_dynamic(task, TASKS[task].default_global)
+    return TASKS[task].default_global
 
 
 def _source(model: str | nn.Module) -> tuple[str, str]:
@@ -289,12 +350,14 @@ def _longest_text(settings: EncoderSettings, module: nn.Module, tokenizer: Any) 
     return longest if limit is None else min(longest, limit)
 
 
-def _target(model: str | nn.Module, output: str | Path | None) -> Path:
+def _target(model: str | nn.Module, output: str | Path | None, layout: str) -> Path:
     if output is not None:
         return file_path(output, "output", ExportError)
     if isinstance(model, nn.Module):
         raise ExportError("a module has no name for the output folder; give export(..., output=FOLDER)")
     name = Path(model).resolve().name if Path(model).is_dir() else model.rstrip("/").rpartition("/")[2]
+    if layout == "hf":
+        name = f"{name}-hf"
     target = Path(name)
     is_checkpoint = Path(model).is_dir() and target.resolve() == Path(model).resolve()
     return Path(f"{name}-onnx") if is_checkpoint else target

@@ -17,6 +17,7 @@ from lfx.runtime.tokenizer import PROMPTS
 MODULES = "modules.json"
 _MODULES_BYTES, _MOST_MODULES = 1_000_000, 100
 _CARRIED = ("Pooling", "Normalize", "Dense", "Dropout", "LayerNorm")
+_WITH_WEIGHTS = ("Dense", "LayerNorm")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _ENCODER = "sentence_bert_config.json"
 # Older versions name the settings of the encoder by its family; the first of these that exists counts.
@@ -170,9 +171,23 @@ def _copy_module(fetch: Fetch, folder: Path, name: str) -> None:
         settings = read_object(path)
         check_function(settings, "activation_function", path)
         _write(target / "config.json", settings)
+    copy_weights(fetch, folder, name)
+
+
+def copy_weights(fetch: Fetch, folder: Path, name: str) -> None:
+    """Copy the checked weight file of the module in the folder `name`, if it has one.
+
+    Raises:
+        ExportError: the file holds something else than floats, or is broken.
+    """
     weights = module_weights(fetch, name)
     if weights is not None:
-        copy(weights, target / weights.name)
+        copy(weights, folder / name / weights.name)
+
+
+def has_weights(module: dict[str, Any]) -> bool:
+    """Whether a module of modules.json is of a class with weights."""
+    return class_name(module) in _WITH_WEIGHTS
 
 
 def module_weights(fetch: Fetch, name: str) -> Path | None:

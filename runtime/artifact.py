@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from shutil import copyfile
 
 from lfx.checks import parse_json, shown
 from lfx.errors import ArtifactError
 from lfx.files import link_or_copy, temporary_folder
-from lfx.manifest import MANIFEST, MODEL, Manifest, locate
+from lfx.manifest import MANIFEST, Manifest, locate
 from lfx.onnx_file import read_header
 from lfx.signature import Signature
 
@@ -82,23 +82,24 @@ def open_artifact(path: Path) -> Artifact:
 def check_bundle(bundle: Path, manifest: Manifest) -> Artifact:
     """`open_artifact` for a bundle whose manifest was already read."""
     listed = manifest.verify(bundle)
-    model = bundle / MODEL
-    header = read_header(listed[MODEL])
+    model, folder = bundle / manifest.model_file, PurePosixPath(manifest.model_file).parent
+    header = read_header(listed[manifest.model_file])
     for name in header.weights:
         if Path(name).name != name:
             raise ArtifactError(f"{model} has weights in {name!r}, outside its folder; put them beside it")
-        if name not in listed:
+        if str(folder / name) not in listed:
             raise ArtifactError(f"{model} has weights in {name!r}, which {MANIFEST} does not list; export it again")
     stored = _signature(model, header.metadata)
     if stored != manifest.signature:
         listed_fields, stored_fields = manifest.signature.to_dict(), stored.to_dict()
         name = next(name for name in listed_fields if listed_fields[name] != stored_fields[name])
         raise ArtifactError(
-            f"{bundle / MANIFEST} says {name} {shown(listed_fields[name])} where {MODEL} says "
+            f"{bundle / MANIFEST} says {name} {shown(listed_fields[name])} where {model.name} says "
             f"{shown(stored_fields[name])}; "
             "export the model again"
         )
-    return Artifact(model, bundle, manifest, stored, {name: listed[name] for name in (MODEL, *sorted(header.weights))})
+    files = {name: listed[str(folder / name)] for name in (model.name, *sorted(header.weights))}
+    return Artifact(model, bundle, manifest, stored, files)
 
 
 def _open_single(model: Path) -> Artifact:

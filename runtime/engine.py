@@ -43,7 +43,8 @@ class Engine:
     there. An Engine can be pickled for spawned processes, which open the same path with the same options.
 
     Args:
-        path: a bundle, an ONNX file that `lfx export` wrote, or a plan that `lfx build-engine` wrote. Bundles and plans
+        path: a bundle, an ONNX file that `lfx export` wrote, or a plan that `lfx build-engine` wrote; or, where there
+            is no such path, a repository of the Hugging Face hub: "org/name", or "org/name@revision". Bundles and plans
             are checked against the digests in their manifest.
         backend: "onnxruntime", "openvino", "reference" (the onnx package's reference evaluator, slow), "tensorrt"
             (plans only), or "auto". Default: "auto": TensorRT for a plan; OpenVINO if `precision` is given, and for a
@@ -56,6 +57,7 @@ class Engine:
         token_budget: largest number of tokens, padding included, of a batch of sequences of different lengths, 1 or
             more. A longer sequence runs alone. Default: 8,192.
     Attributes:
+        path: absolute path of the bundle, ONNX file or plan; of a repository, in the hub's cache.
         signature: inputs, outputs and limits of the model.
         manifest: manifest of the bundle or the plan; None for a single ONNX file.
         backend: name, version and device of the backend.
@@ -64,7 +66,7 @@ class Engine:
         metrics: the Engine's counters; see `lfx.runtime.metrics`.
     Raises:
         InputError: an argument has another type or is out of range.
-        ArtifactError: a file is missing, truncated, changed or no model.
+        ArtifactError: a file is missing, truncated, changed or no model, or the hub does not give it.
         DependencyError: the backend, provider or precision is not known, not installed, or cannot run this model.
     """
 
@@ -91,10 +93,10 @@ class Engine:
         self._backend: backends.Backend | None = model.backend
         self.backend = model.backend.name
         self.precision = precision or self.signature.precision
-        self._path = model.path.absolute()
+        self.path = model.path.absolute()
         self._reopen = functools.partial(
             type(self),
-            self._path,
+            self.path,
             backend,
             provider=provider,
             threads=threads,
@@ -199,7 +201,7 @@ class Engine:
             check_task(self.signature)
             if tokenizer is None:
                 tokenizer = self._tokenizer = self._tokenizer or Tokenizer(
-                    text_folder(self._path, self.manifest), self.signature
+                    text_folder(self.path, self.manifest), self.signature
                 )
             ids = encode_texts(texts, tokenizer, prompt=prompt, truncate=truncate)
             size = embedding_size(self.signature)

@@ -12,6 +12,7 @@ from lfx.machine import int8_overflows
 from lfx.manifest import Manifest
 from lfx.runtime import backends
 from lfx.runtime.artifact import Artifact, open_artifact
+from lfx.runtime.hub import local_path
 from lfx.runtime.plan import SUFFIX, PlanManifest
 from lfx.signature import QUANTIZED, Signature
 
@@ -23,7 +24,7 @@ class LoadedModel:
     """A model that was loaded into a backend, with its signature and files.
 
     Attributes:
-        path: the bundle, ONNX file or plan.
+        path: the bundle, ONNX file or plan; for a repository of the hub, its folder in the hub's cache.
         manifest: None for a single ONNX file.
         artifact: the files of a bundle or ONNX file; None for a plan.
     """
@@ -40,14 +41,14 @@ def load_model(path: Any, backend: str, provider: str, threads: int | None, prec
 
     Raises:
         InputError: `path` has another type.
-        ArtifactError: a file is missing, truncated, changed or no model.
+        ArtifactError: a file is missing, truncated, changed or no model, or cannot be fetched.
         DependencyError: the backend, provider or precision is not known, not installed, or cannot run this model.
     """
     one_of(backend, "backend", ("auto", *backends.BACKENDS, "tensorrt"), DependencyError)
     one_of(provider, "provider", backends.PROVIDERS, DependencyError)
     if precision is not None:
         one_of(precision, "precision", COMPUTE_PRECISIONS, DependencyError)
-    file = _checked_path(path)
+    file = local_path(_checked_path(path))
     load = _load_plan if file.suffix == SUFFIX and not file.is_dir() else _load_onnx
     model = load(file, backend, provider, threads, precision)
     names = ([spec.name for spec in model.signature.inputs], [spec.name for spec in model.signature.outputs])

@@ -15,9 +15,11 @@ import tempfile
 import venv
 from pathlib import Path
 
-from scikit_build_core.build import build_sdist
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+
+from lfx_build import build_sdist  # noqa: E402  # the folder is not on the path before
+
 DIST = ROOT / "dist"
 HEADERS = ROOT / "build" / "headers" / "kernel_lens" / "include" / "tensorrt"
 

@@ -110,6 +110,20 @@ def peers() -> str:
     return _rows(["tool", "right", "what happened"], rows) + note
 
 
+def compatibility() -> str:
+    """Make the table of other clients of the hub."""
+    records = record.read("compatibility")
+    rows = []
+    for row in records:
+        error = str(row.get("error", "")).replace("|", " ").replace("`", "'")
+        result = f"no: `{error[:100]}{'…' if len(error) > 100 else ''}`"
+        if "error" not in row:
+            result = f"yes: {row['output']}, largest difference {row['max_difference']:.1e}"
+        rows.append([f"{row['client']} {row['version']}", row["model"], row["how"], result])
+    note = f"\nTiny models; the difference is that from Engine. {records[0]['date']}.\n"
+    return _rows(["client", "model", "option", "runs"], rows) + note
+
+
 def documents() -> str:
     """Make the paragraphs about mixed lengths and many threads."""
     lines = []
@@ -352,6 +366,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu,
     "export": export,
     "peers": peers,
+    "compatibility": compatibility,
     "documents": documents,
     "serve": serve,
     "backends": backends,

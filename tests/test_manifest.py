@@ -179,6 +179,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights gone": (lambda b: (b / WEIGHTS).unlink(), rf"{WEIGHTS} is missing"),
     "weights a folder": (lambda b: [(b / WEIGHTS).unlink(), (b / WEIGHTS).mkdir()], rf"{WEIGHTS} is missing"),
     "no model listed": (lambda b: edit(b, files={}), rf"lists no {MODEL}"),
+    "another model listed": (lambda b: edit(b, model_file="onnx/model.onnx"), r"lists no onnx/model\.onnx"),
     "another size": (lambda b: edit(b, files={MODEL: {"bytes": 5, "sha256": ""}}), "has 500 bytes where"),
 }
 

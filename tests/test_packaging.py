@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -19,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from scripts import lock
+from scripts import lock, sizes
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -209,6 +210,29 @@ def test_a_wheel_without_the_plugin_is_pure_python_and_has_both_linked_folders(c
             "lfx/runtime/engine.py",
             "lfx/runtime/serve/page.html",
         } <= set(archive.namelist())
+
+
+def test_an_sdist_has_files_in_the_place_of_links(checkout: Path, tmp_path: Path) -> None:
+    """Windows cannot unpack links."""
+    code = "import sys; sys.path.insert(0, 'build_backend'); import lfx_build; lfx_build.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=checkout, check=True, capture_output=True)
+    (sdist,) = tmp_path.iterdir()
+    with tarfile.open(sdist) as archive:
+        assert all(member.isfile() for member in archive)
+        names = {name.partition("/")[2] for name in archive.getnames()}
+        assert {"src/lfx/export/exporter.py", "src/lfx/runtime/engine.py", "export/exporter.py"} <= names
+        root = sdist.name.removesuffix(".tar.gz")
+        for name in ("export/exporter.py", "runtime/engine.py"):
+            copies = [archive.extractfile(f"{root}/{folder}{name}") for folder in ("", "src/lfx/")]
+            contents = [file.read() for file in copies if file is not None]
+            assert contents[0] == contents[1] == (checkout / name).read_bytes()
+
+
+@pytest.mark.parametrize("extras", [("cpu",), ("cpu", "serve")], ids=",".join)
+def test_serving_on_the_cpu_brings_no_torch(extras: tuple[str, ...]) -> None:
+    installed = sizes.closure(extras)
+    assert "onnxruntime" in installed
+    assert not {"torch", "transformers", "onnx", "onnxscript", "openvino", "tensorrt"} & installed
 
 
 @pytest.mark.parametrize("name", ["export", "runtime"])

@@ -80,6 +80,8 @@ def quantize(
     _check_types(full_range, keep_float, tokenizer, progress)
     manifest = Manifest.read(folder)
     _check_bundle(manifest.signature, folder)
+    if manifest.model_file != MODEL:
+        raise ExportError(f"{folder} has the layout hf; quantize the bundle that it was made from, then relayout both")
     if full_range and int8_overflows():
         raise ExportError(
             "full_range cannot be checked here: this CPU has no VNNI, so it overflows on 8 bits of weight; leave it "

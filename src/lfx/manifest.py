@@ -40,6 +40,7 @@ FILE = {"sha256": str, "bytes": int}
 _MANIFEST: dict[str, Any] = {
     "opset": int,
     "inlined": bool,
+    "model_file?": str,
     "source": dict,
     "versions": dict,
     "validation": {"outputs?": {"*": {**_MEASURED, "torch_max_abs_error": NUMBER}}},
@@ -58,6 +59,7 @@ class Manifest:
         source: {"model": hub id, folder or class name, "kind": "hub", "folder" or "module", "sha256": of the weights}.
         versions: package name -> version at export.
         inlined: whether the lfx functions are inlined, so that the graph has no attention nodes.
+        model_file: path of the ONNX file in the bundle; in the layout of the hub `onnx/model.onnx`.
         validation: errors measured against PyTorch at export; see `lfx.parity.Report.to_dict`.
         files: name -> {"sha256", "bytes"} of every other file of the bundle.
         quantization: settings and measured accuracy of an int8 bundle, see `lfx.export.quantize`; else empty.
@@ -68,6 +70,7 @@ class Manifest:
     source: dict[str, Any]
     versions: dict[str, str]
     inlined: bool = False
+    model_file: str = MODEL
     validation: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +83,7 @@ class Manifest:
                 **self.signature.to_dict(),
                 "opset": self.opset,
                 "inlined": self.inlined,
+                **({"model_file": self.model_file} if self.model_file != MODEL else {}),
                 "source": self.source,
                 "versions": self.versions,
                 "validation": self.validation,
@@ -91,7 +95,7 @@ class Manifest:
     def write(self, bundle: Path) -> None:
         """Write `lfx.json` with the digest of every other file in `bundle`."""
         files = {
-            str(path.relative_to(bundle)): {"sha256": sha256(path), "bytes": path.stat().st_size}
+            path.relative_to(bundle).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
             for path in sorted(bundle.rglob("*"))
             if path.is_file() and path.name != MANIFEST
         }
@@ -138,8 +142,8 @@ class Manifest:
         Raises:
             ArtifactError: a file is missing, truncated, changed or outside the bundle.
         """
-        if MODEL not in self.files:
-            raise ArtifactError(f"{bundle / MANIFEST} lists no {MODEL}; export the model again")
+        if self.model_file not in self.files:
+            raise ArtifactError(f"{bundle / MANIFEST} lists no {self.model_file}; export the model again")
         digests: dict[tuple[int, int], str] = {}  # many names may be links to one large file
         return {name: self._verified(bundle.resolve(), name, entry, digests) for name, entry in self.files.items()}
 

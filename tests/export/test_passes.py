@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from lfx.errors import ExportError
 from lfx.export.passes.constants import share_constants
 from lfx.export.passes.gelu import reorder_gelu
+from lfx.export.passes.hidden_states import add_hidden_states
 from lfx.export.passes.names import name_after_modules, rename_dimensions
 from lfx.export.passes.opset import set_opset
+from lfx.export.passes.static_globals import fix_globals
 from lfx.export.passes.tensor_constants import make_constants_tensors
 from lfx.export.passes.weights import transpose_weights
 
@@ -226,3 +229,47 @@ def test_tensors_and_attributes_of_a_function_stay() -> None:
     (function,) = model.functions.values()
     assert not make_constants_tensors(function)
     assert [list(node.attributes) for node in function if node.op_type == "Constant"] == [["value_int"], ["value"]]
+
+
+_MASK_READER = """
+    g (int64[batch, sequence] input_ids, int64[batch, sequence] {name}) => (int64[batch, sequence] y) {{
+        y = Identity({name})
+    }}"""
+
+
+@pytest.mark.parametrize(("mode", "row"), [("first", [1, 0, 0]), ("none", [0, 0, 0])])
+def test_the_global_attention_mask_is_computed_by_the_rule(mode: str, row: list[int]) -> None:
+    model = _model(_MASK_READER.format(name="global_attention_mask"))
+    assert fix_globals(model, mode)
+    assert [value.name for value in model.graph.inputs] == ["input_ids"]
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    (answer,) = session.run(None, {"input_ids": np.zeros((2, 3), np.int64)})
+    assert np.asarray(answer).tolist() == [row, row]
+
+
+def test_a_graph_without_a_global_attention_mask_stays() -> None:
+    model = _model(_MASK_READER.format(name="attention_mask"))
+    assert not fix_globals(model, "first")
+    assert len(model.graph.inputs) == 2
+
+
+_POOLED = """
+    g (float[b, s, 4] x, float[4] scale) => (float[b, 4] y) {
+        h = LayerNormalization(x, scale)
+        axes = Constant<value = int64[1] {1}>()
+        y = ReduceMean<keepdims = 0>(h, axes)
+    }"""
+
+
+def test_the_hidden_states_before_a_pooling_become_the_first_output() -> None:
+    model = _model(_POOLED)
+    model.graph[0].outputs[0].shape = ir.Shape(["b", "s", 4])
+    model.graph[2].name = "pooling/ReduceMean"
+    assert add_hidden_states(model) == 4
+    assert [value.name for value in model.graph.outputs] == ["last_hidden_state", "y"]
+
+
+def test_a_graph_without_a_pooling_gets_no_output() -> None:
+    model = _model(_POOLED)
+    assert add_hidden_states(model) is None
+    assert [value.name for value in model.graph.outputs] == ["y"]

@@ -61,6 +61,20 @@ from lfx.signature import GLOBAL_MODES, OPSETS, POOLINGS, PRECISIONS, TASKS, gro
 )
 @click.option("--inline-functions", is_flag=True, help="Write standard ops only, without the domain lfx.")
 @click.option("--output-attentions", is_flag=True, help="Add the attention probabilities of each layer to the outputs.")
+@click.option(
+    "--layout",
+    type=click.Choice(["lfx", "hf"]),
+    default="lfx",
+    show_default=True,
+    help="Write a bundle, or the files that other clients of the hub read: onnx/model.onnx of standard ops, with the "
+    "global tokens fixed by the task's rule.",
+)
+@click.option(
+    "--model-type",
+    type=click.Choice(["longformer", "roberta"]),
+    help="With --layout hf, write this model_type into config.json; transformers.js classifies as roberta alone.  "
+    "[default: the checkpoint's]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest instead of a summary.")
 def command(
     model: str,
@@ -74,6 +88,8 @@ def command(
     max_global: int | None,
     inline_functions: bool,
     output_attentions: bool,
+    layout: str,
+    model_type: str | None,
     as_json: bool,
 ) -> None:
     """Export a Longformer to an ONNX bundle and validate it against PyTorch."""
@@ -93,6 +109,8 @@ def command(
             max_global=max_global,
             inline_functions=inline_functions,
             output_attentions=output_attentions,
+            layout=layout,
+            model_type=model_type,
             progress=step,
         )
     manifest = Manifest.read(bundle)

@@ -36,8 +36,10 @@ def checked_manifest(model: Path) -> Manifest | PlanManifest:
     Raises:
         ArtifactError: there is no manifest, or a file differs from it.
     """
+    from lfx.runtime.hub import local_path
     from lfx.runtime.plan import SUFFIX, PlanManifest
 
+    model = local_path(model)
     if model.suffix != SUFFIX or model.is_dir():
         return _bundle_manifest(model)
     manifest = PlanManifest.read(model)

@@ -1,0 +1,324 @@
+"""`relayout`: write a bundle in the layout that other clients of the hub read.
+
+    config.json, tokenizer.json, …, modules.json     as in the bundle
+    onnx/model.onnx, onnx/model.onnx_data            float32; _fp16 and _quantized (int8) beside it
+    lfx.json                                         with `model_file` onnx/model.onnx: `Engine` opens the folder
+
+These clients feed input_ids and attention_mask alone and read standard ops alone. So the functions are inlined, and
+the global tokens are fixed by the rule of the task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.external_data import load_to_model
+from onnx_ir.passes import common
+
+from lfx.checks import file_path, flag, json_text, one_of
+from lfx.errors import ExportError, ParityError, one_line
+from lfx.export.bundle import atomic_folder, check_space, check_target
+from lfx.export.checkpoint import Fetch
+from lfx.export.options import check_progress
+from lfx.export.passes.hidden_states import add_hidden_states
+from lfx.export.passes.static_globals import fix_globals
+from lfx.export.passes.tensor_constants import make_constants_tensors
+from lfx.export.sentence_folder import MODULES, copy_weights, has_weights, read_modules
+from lfx.export.settings import read_object
+from lfx.manifest import MODEL, Manifest
+from lfx.parity import quick_cases
+from lfx.runtime import Engine
+from lfx.runtime.artifact import Artifact, check_bundle
+from lfx.runtime.runner import engine_runner, model_inputs
+from lfx.signature import QUANTIZED, SENTENCE_EMBEDDING, Signature, TensorSpec
+
+LAYOUTS = ("lfx", "hf")
+MODEL_TYPES = ("longformer", "roberta")
+FOLDER = "onnx"
+# Names that transformers.js has for the precisions; none for bf16.
+NAMES = {"fp32": MODEL, "fp16": "model_fp16.onnx", QUANTIZED: "model_quantized.onnx"}
+MAX_FILE_BYTES = 2_000_000_000  # an ONNX file, a protobuf message, has fewer than 2^31 bytes
+_GLOBAL_MASK = "global_attention_mask"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+
+Progress = Callable[[str], None]
+
+
+def relayout(
+    bundle: str | Path,
+    output: str | Path | None = None,
+    *,
+    others: Sequence[str | Path] = (),
+    model_type: str | None = None,
+    external_data: bool | None = None,
+    progress: Progress = lambda step: None,
+) -> Path:
+    """Write a bundle in the layout of the hub, for transformers.js, optimum, sentence-transformers and others.
+
+    Args:
+        bundle: an fp32, fp16 or int8 bundle. Its global tokens become those of its task's default, which must be the
+            first token or none.
+        output: the new folder; default: the bundle's name with -hf, in the current folder.
+        others: bundles of the same checkpoint in other precisions, which are written beside the first.
+        model_type: written into config.json in place of its own. transformers.js has no classification for
+            "longformer", and runs these models as "roberta".
+        external_data: write the weights to a file of their own, model.onnx_data. Default: from 2 GB on, which one file
+            cannot hold.
+        progress: called with the name of each step.
+    Returns:
+        The new folder, which `Engine` opens too.
+    Raises:
+        ArtifactError: a bundle is none, or is broken.
+        ExportError: the global tokens depend on the input, a bundle does not belong to the first, or an option cannot
+            be used.
+        ParityError: a written model does not give the bundle's outputs.
+    """
+    folder = file_path(bundle, "bundle", ExportError)
+    if not isinstance(others, Sequence) or isinstance(others, str | bytes):
+        raise ExportError(f"others is {type(others).__name__}; give a list of bundles")
+    folders = [folder, *(file_path(other, f"others[{i}]", ExportError) for i, other in enumerate(others))]
+    check_options(model_type)
+    if external_data is not None:
+        flag(external_data, "external_data", ExportError)
+    check_progress(progress)
+    target = Path(f"{folder.resolve().name}-hf") if output is None else file_path(output, "output", ExportError)
+    check_target(target)
+    if target.resolve() in [path.resolve() for path in folders]:
+        raise ExportError(f"{target} is a bundle that is read, which would be lost; give another output")
+    manifests = [Manifest.read(path) for path in folders]
+    check_space(target, sum(entry["bytes"] for manifest in manifests for entry in manifest.files.values()))
+    with atomic_folder(target) as new:
+        write_layout(folders, new, model_type=model_type, in_own_file=external_data, progress=progress)
+    return target
+
+
+def check_options(model_type: Any) -> None:
+    """Check the options of the layout.
+
+    Raises:
+        ExportError: one is not known.
+    """
+    if model_type is not None:
+        one_of(model_type, "model_type", MODEL_TYPES, ExportError)
+
+
+def static_mode(signature: Signature) -> str:
+    """Return how the global tokens of a model are fixed: "first" or "none", or "mask" if it has no input for them.
+
+    Raises:
+        ExportError: the task's rule depends on the input.
+    """
+    if signature.global_attention != "mask" or all(spec.name != _GLOBAL_MASK for spec in signature.inputs):
+        return signature.global_attention
+    refuse_dynamic(signature.task, signature.default_global)
+    return signature.default_global
+
+
+def refuse_dynamic(task: str, rule: str) -> None:
+    """Refuse a rule for the global tokens that a fixed graph cannot follow.
+
+    Raises:
+        ExportError: the rule depends on the input.
+    """
+    if rule not in ("first", "none"):
+        where = {"question": "the question", "after_question": "the answer"}.get(rule, "by a rule of the model's own")
+        raise ExportError(
+            f"{task} has its global tokens on {where}, which differ in every input, and the clients of the layout hf "
+            "give no global_attention_mask; use the layout lfx, or fix the tokens with --global-attention first or "
+            "none, which changes the answers"
+        )
+
+
+def write_layout(
+    bundles: Sequence[Path],
+    folder: Path,
+    *,
+    model_type: str | None,
+    in_own_file: bool | None,
+    fetch: Fetch | None = None,
+    progress: Progress,
+) -> None:
+    """Write bundles of one checkpoint to an empty folder, in the layout of the hub.
+
+    Args:
+        fetch: of the checkpoint, from which the weights of modules of sentence-transformers are copied.
+        in_own_file: whether the weights are written to files of their own; None = from 2 GB on.
+    Raises:
+        ArtifactError, ExportError, ParityError: see `relayout`.
+    """
+    progress("checking the bundle")
+    artifacts = [check_bundle(bundle, Manifest.read(bundle)) for bundle in bundles]
+    _check_together(artifacts)
+    names = {}
+    (folder / FOLDER).mkdir()
+    for artifact in artifacts:
+        name = NAMES[artifact.signature.precision]
+        progress(f"writing {name}")
+        names[name] = _write_model(artifact, folder / FOLDER / name, in_own_file)
+        progress(f"comparing {name} with its bundle")
+        _compare(artifact, folder / FOLDER / name)
+    manifest, name = artifacts[0].manifest, NAMES[artifacts[0].signature.precision]
+    assert manifest is not None
+    _copy_files(artifacts[0], folder, fetch)
+    _edit_config(folder / "config.json", model_type, [name for name in names if _has_data(folder / FOLDER / name)])
+    _edit_tokenizer(folder / _TOKENIZER_CONFIG)
+    for bundle in bundles:
+        if folder in bundle.parents:  # an export's own, which is no part of the result
+            shutil.rmtree(bundle)
+    dataclasses.replace(manifest, signature=names[name], inlined=True, model_file=f"{FOLDER}/{name}").write(folder)
+
+
+def _check_together(artifacts: Sequence[Artifact]) -> None:
+    first = artifacts[0].manifest
+    assert first is not None
+    precisions: set[str] = set()
+    for artifact in artifacts:
+        manifest, precision = artifact.manifest, artifact.signature.precision
+        assert manifest is not None
+        if precision not in NAMES:
+            raise ExportError(f"{artifact.bundle} is {precision}, which no client of the layout hf runs; give fp32")
+        if precision in precisions:
+            raise ExportError(f"two bundles are {precision}; give one of each precision")
+        precisions.add(precision)
+        if artifact.signature.output_attentions:
+            raise ExportError(f"{artifact.bundle} has attention outputs; export it without --output-attentions")
+        if (manifest.source.get("sha256"), manifest.signature.task) != (
+            first.source.get("sha256"),
+            first.signature.task,
+        ):
+            raise ExportError(
+                f"{artifact.bundle} was made from another checkpoint, or for another task, than {artifacts[0].bundle}; "
+                "give bundles of one checkpoint"
+            )
+        static_mode(artifact.signature)
+
+
+def _write_model(artifact: Artifact, path: Path, in_own_file: bool | None) -> Signature:
+    """Write the ONNX file of a bundle with standard ops alone, and return its signature."""
+    signature, mode = artifact.signature, static_mode(artifact.signature)
+    with artifact.plain_files(unshared=True) as source:
+        model = ir.load(source)
+        inputs, outputs = signature.inputs, signature.outputs
+        if fix_globals(model, mode, adds_globals=signature.adds_globals):
+            inputs = tuple(spec for spec in inputs if spec.name != _GLOBAL_MASK)
+            rule = mode if not signature.adds_globals else signature.default_global
+            signature = dataclasses.replace(
+                signature, global_attention=mode, default_global=rule, max_global=None, inputs=inputs
+            )
+        if signature.task == SENTENCE_EMBEDDING and (width := add_hidden_states(model)) is not None:
+            hidden = TensorSpec("last_hidden_state", "float32", ("batch", "sequence", width))
+            signature = dataclasses.replace(signature, outputs=(hidden, *outputs))
+        common.InlinePass()(model)
+        make_constants_tensors(model.graph)
+        common.CommonSubexpressionEliminationPass()(model)
+        common.RemoveUnusedNodesPass()(model)
+        common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+        common.RemoveUnusedOpsetsPass()(model)
+        common.TopologicalSortPass()(model)
+        model.metadata_props["lfx"] = json_text(signature.to_dict())
+        tensors = [value.const_value for value in model.graph.initializers.values()]
+        size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        if in_own_file is False and size >= MAX_FILE_BYTES:
+            raise ExportError(
+                f"the weights take {size / 1e9:.1f} GB, above the 2 GB of one file; leave external_data out"
+            )
+        if in_own_file or size >= MAX_FILE_BYTES:
+            ir.save(model, path, external_data=f"{path.name}_data", size_threshold_bytes=1024)
+        else:
+            ir.save(load_to_model(model), path)
+    _check_ops(path)
+    return signature
+
+
+def _check_ops(path: Path) -> None:
+    """Check the written file with onnx.checker, and that it uses the domain of ONNX alone."""
+    try:
+        onnx.checker.check_model(path)
+    except Exception as error:
+        raise ExportError(f"{path.name} does not pass onnx.checker: {one_line(error)}; please report this") from error
+    header = onnx.load(path, load_external_data=False)
+    domains = {entry.domain for entry in header.opset_import} - {"", "ai.onnx"}
+    if domains or header.functions:
+        raise ExportError(f"{path.name} still uses the domains {sorted(domains)}; please report this")
+
+
+def _compare(artifact: Artifact, path: Path) -> None:
+    """Check that a written model gives the outputs of its bundle, within the tolerance that the bundle was held to.
+
+    Raises:
+        ParityError: it does not.
+    """
+    assert artifact.manifest is not None
+    measured = artifact.manifest.validation.get("outputs", {})
+    if artifact.manifest.quantization:
+        measured = artifact.manifest.quantization["accuracy"]["outputs"]
+    with Engine(artifact.path, "onnxruntime") as old, Engine(path, "onnxruntime") as new:
+        windows, longest = new.signature.attention_windows, new.signature.max_seqlen
+        for case in quick_cases(max(windows), longest):
+            inputs = model_inputs(case, new.signature)
+            expected, actual = engine_runner(old)(inputs), engine_runner(new)(inputs)
+            for name, array in expected.items():
+                error = float(abs(actual[name] - array).max(initial=0.0))
+                limit = measured[name]["tolerance"]
+                if not error <= limit:
+                    raise ParityError(
+                        f"{path.name}: {name} differs from the bundle's by {error:.3g}, above the tolerance "
+                        f"{limit:.3g}, at {case}; please report this"
+                    )
+
+
+def _copy_files(artifact: Artifact, folder: Path, fetch: Fetch | None) -> None:
+    """Copy every file of a bundle but the model, and the weights of sentence-transformers' modules."""
+    bundle, manifest = artifact.bundle, artifact.manifest
+    assert bundle is not None and manifest is not None
+    model = Path(manifest.model_file)
+    left_out = {manifest.model_file, *((model.parent / name).as_posix() for name in artifact.files)}
+    for name in manifest.files:
+        if name not in left_out and not name.startswith(f"{FOLDER}/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle / name, folder / name)
+    if not (folder / MODULES).exists():
+        return
+    modules = read_modules(folder / MODULES)
+    if fetch is not None:
+        for module in modules[1:]:
+            copy_weights(fetch, folder, module["path"])
+    elif without := [module["path"] for module in modules[1:] if has_weights(module)]:
+        raise ExportError(
+            f"{bundle} does not have the weights of {without[0]}, which sentence-transformers loads; use lfx export "
+            "--layout hf with the checkpoint"
+        )
+
+
+def _has_data(path: Path) -> bool:
+    return path.with_name(f"{path.name}_data").exists()
+
+
+def _edit_config(path: Path, model_type: str | None, with_data: Sequence[str]) -> None:
+    """Set the model's type, and tell transformers.js which ONNX files have their weights in another file."""
+    if not path.exists():
+        if model_type is not None:
+            raise ExportError("the bundle has no config.json, in which model_type would be written; leave it out")
+        return
+    settings = read_object(path)
+    if model_type is not None:
+        settings["model_type"] = model_type
+    if with_data:
+        settings["transformers.js_config"] = {"use_external_data_format": dict.fromkeys(with_data, 1)}
+    path.write_text(json_text(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _edit_tokenizer(path: Path) -> None:
+    """Name a class of tokenizer that transformers 4 knows too."""
+    if not path.exists():
+        return
+    settings = read_object(path)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json_text(settings, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,44 @@
+"""The models that the clients run, and what Engine answers for each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lfx.export import export, relayout
+from lfx.export.quantize import quantize
+from lfx.runtime import Engine
+from tests.clients.clients import INPUTS, slug
+from tests.models import make_sentence_folder, save_tiny_checkpoint, tiny_model, tiny_tokenizer
+
+
+def make_models(root: Path) -> None:
+    """Fill a folder with one folder for each name in `clients.CASES`."""
+    tokenizer = tiny_tokenizer()
+    base = export(tiny_model(), root / slug("bundle (layout lfx)"), tokenizer=tokenizer)
+    classifier = export(tiny_model("text-classification"), root / "classifier bundle", tokenizer=tokenizer)
+    text = root / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 40)
+    int8 = quantize(base, root / "int8", calibration=text, samples=4)
+    relayout(base, root / "base")
+    relayout(base, root / slug("base with model.onnx_data"), external_data=True)
+    relayout(int8, root / slug("int8 of base"))
+    relayout(classifier, root / "classifier")
+    relayout(classifier, root / slug("classifier, --model-type roberta"), model_type="roberta")
+    checkpoint = save_tiny_checkpoint(root / "checkpoint")
+    tokenizer.save_pretrained(checkpoint)
+    make_sentence_folder(checkpoint, {}, Normalize={})
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}  # as versions before 6 write it
+    (checkpoint / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    export(checkpoint, root / slug("sentence embedding"), layout="hf")
+
+
+def expected(folder: Path, output: str) -> np.ndarray[Any, Any]:
+    """What Engine answers for the inputs of the cases."""
+    with Engine(folder) as engine:
+        if output == "sentence_embedding":
+            return engine.embed(INPUTS["texts"])
+        return np.asarray(engine.run(np.array(INPUTS["ids"]), np.array(INPUTS["mask"]))[output])

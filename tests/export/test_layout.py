@@ -1,0 +1,245 @@
+"""`relayout` and `export(layout="hf")`: from ids and attention_mask alone, runtimes give the numbers of Engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+
+from lfx.errors import ExportError, InputError, ParityError
+from lfx.export import export, relayout
+from lfx.export.quantize import quantize
+from lfx.manifest import MANIFEST, Manifest
+from lfx.runtime import Engine
+from lfx.signature import SENTENCE_EMBEDDING
+from tests.conftest import MakeBundle, MakeOnce
+from tests.models import make_sentence_folder, save_tiny_checkpoint, tiny_model, tiny_tokenizer
+
+IDS = np.random.default_rng(0).integers(3, 50, (2, 37))
+MASK = np.ones_like(IDS)
+MASK[1, 20:] = 0
+FEEDS = {"input_ids": IDS, "attention_mask": MASK}
+
+
+def by_onnxruntime(path: Path) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(path)
+    return dict(zip([o.name for o in session.get_outputs()], session.run(None, FEEDS), strict=True))
+
+
+def by_openvino(path: Path) -> dict[str, np.ndarray]:
+    compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return {output.any_name: value for output, value in compiled(FEEDS).items()}
+
+
+def by_engine(path: Path) -> dict[str, Any]:
+    with Engine(path) as engine:
+        return engine.run(IDS, MASK)
+
+
+def assert_same(actual: dict[str, np.ndarray], expected: dict[str, Any], bundle: Path) -> None:
+    """Every output of `expected` is within the tolerance that the bundle was held to."""
+    for name, measured in Manifest.read(bundle).validation["outputs"].items():
+        np.testing.assert_allclose(actual[name], expected[name], rtol=0, atol=measured["tolerance"])
+
+
+@pytest.mark.parametrize("run", [by_onnxruntime, by_openvino, by_engine], ids=lambda run: run.__name__)
+@pytest.mark.parametrize("task", ["feature-extraction", "text-classification", "token-classification", "fill-mask"])
+def test_a_bundle_in_the_layout_of_the_hub_gives_the_engines_numbers(
+    run: Any, task: str, bundle: MakeBundle, made_once: MakeOnce
+) -> None:
+    folder = made_once(f"hf-{task}", lambda new: relayout(bundle(task), new / "hf")) / "hf"
+    source = bundle(task)
+    assert_same(run(folder if run is by_engine else folder / "onnx" / "model.onnx"), by_engine(source), source)
+
+
+@pytest.mark.parametrize("run", [by_onnxruntime, by_openvino, by_engine], ids=lambda run: run.__name__)
+def test_an_export_in_the_layout_of_the_hub_gives_pytorchs_numbers(
+    run: Any, bundle: MakeBundle, made_once: MakeOnce
+) -> None:
+    def make(new: Path) -> None:
+        export(tiny_model("text-classification"), new / "hf", layout="hf", tokenizer=tiny_tokenizer())
+
+    folder, source = made_once("export-hf", make) / "hf", bundle("text-classification")
+    assert_same(run(folder if run is by_engine else folder / "onnx" / "model.onnx"), by_engine(source), source)
+
+
+def test_the_files_are_those_of_the_layout(bundle: MakeBundle, tmp_path: Path) -> None:
+    folder = relayout(bundle("text-classification"), tmp_path / "hf", model_type="roberta", external_data=True)
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {"onnx/model.onnx", "onnx/model.onnx_data", "config.json", "tokenizer.json", MANIFEST} <= names
+    assert not {"model.onnx", "model.onnx.data", "bundle"} & names
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "roberta"
+    assert config["transformers.js_config"] == {"use_external_data_format": {"model.onnx": 1}}
+    model = onnx.load(folder / "onnx" / "model.onnx", load_external_data=False)
+    assert [value.name for value in model.graph.input] == ["input_ids", "attention_mask"]
+    assert {entry.domain for entry in model.opset_import} == {""}
+    assert not model.functions
+    assert {entry.value for tensor in model.graph.initializer for entry in tensor.external_data} >= {"model.onnx_data"}
+    assert_same(by_engine(folder), by_engine(bundle("text-classification")), bundle("text-classification"))
+
+
+def test_weights_below_two_gigabytes_are_in_the_model_file(bundle: MakeBundle, tmp_path: Path) -> None:
+    folder = relayout(bundle(), tmp_path / "hf")
+    assert [path.name for path in (folder / "onnx").iterdir()] == ["model.onnx"]
+    assert "transformers.js_config" not in json.loads((folder / "config.json").read_text())
+
+
+def test_without_global_tokens_the_weights_of_global_attention_are_left_out(bundle: MakeBundle, tmp_path: Path) -> None:
+    model = onnx.load(relayout(bundle(), tmp_path / "hf") / "onnx" / "model.onnx")
+    assert not [tensor.name for tensor in model.graph.initializer if "_global" in tensor.name]
+
+
+def test_int8_and_fp16_stand_beside_fp32_with_their_own_data(bundle: MakeBundle, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 40)
+    fp32, fp16 = bundle(), bundle(precision="fp16")
+    int8 = quantize(fp32, tmp_path / "int8", calibration=text, samples=4)
+    folder = relayout(fp32, tmp_path / "hf", others=[int8, fp16], external_data=True)
+    for name, source in (("model_quantized", int8), ("model_fp16", fp16)):
+        path = folder / "onnx" / f"{name}.onnx"
+        model = onnx.load(path, load_external_data=False)
+        locations = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
+        assert locations == {f"{name}.onnx_data"}
+        expected = by_engine(source)["last_hidden_state"]
+        manifest = Manifest.read(source)
+        measured = manifest.quantization["accuracy"] if manifest.quantization else manifest.validation
+        limit = measured["outputs"]["last_hidden_state"]["tolerance"]
+        np.testing.assert_allclose(by_onnxruntime(path)["last_hidden_state"], expected, rtol=0, atol=limit)
+
+
+def test_question_answering_is_refused_with_the_reason(bundle: MakeBundle, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="question-answering has its global tokens on the question, which differ"):
+        relayout(bundle("question-answering"), tmp_path / "hf")
+    with pytest.raises(ExportError, match="global_attention_mask; use the layout lfx"):
+        export(tiny_model("question-answering"), tmp_path / "hf", layout="hf")
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "hub"}, "layout 'hub' is not known; choose one of: lfx, hf"),
+        ({"model_type": "roberta"}, "model_type 'roberta' is for the layout hf"),
+        ({"layout": "hf", "model_type": "bert"}, "model_type 'bert' is not known"),
+        ({"layout": "hf", "precision": "bf16"}, "precision bf16 is not for the layout hf"),
+        ({"layout": "hf", "output_attentions": True}, "output_attentions is not for the layout hf"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_export_refuses_options_that_the_layout_excludes(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=message):
+        export(tiny_model(), tmp_path / "out", **options)
+
+
+def test_relayout_refuses_bundles_that_do_not_belong_together(bundle: MakeBundle, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="two bundles are fp32"):
+        relayout(bundle(), tmp_path / "hf", others=[bundle()])
+    with pytest.raises(ExportError, match="from another checkpoint, or for another task"):
+        relayout(bundle(), tmp_path / "hf", others=[bundle("text-classification", precision="fp16")])
+    with pytest.raises(ExportError, match="others is str; give a list"):
+        relayout(bundle(), tmp_path / "hf", others="other")
+    with pytest.raises(ExportError, match="is a bundle that is read"):
+        own = shutil.copytree(bundle(), tmp_path / "own")
+        relayout(own, own)
+
+
+def test_a_wrong_model_is_not_written(bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfx.export.layout.fix_globals", lambda model, mode, adds_globals: _negate(model))
+    with pytest.raises(ParityError, match=r"model\.onnx: logits differs from the bundle's by"):
+        relayout(bundle("text-classification", global_attention="first"), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def _negate(model: Any) -> bool:
+    (output,) = model.graph.outputs
+    node = output.producer()
+    weight = next(v for v in node.inputs if v is not None and v.const_value is not None)
+    import onnx_ir as ir
+
+    weight.const_value = ir.tensor(-weight.const_value.numpy(), name=weight.name)
+    return False
+
+
+def test_a_folder_of_the_layout_is_replaced_by_a_new_one(bundle: MakeBundle, tmp_path: Path) -> None:
+    first = relayout(bundle(), tmp_path / "hf", external_data=True)
+    second = relayout(bundle(), tmp_path / "hf")
+    assert first == second
+    assert not (second / "onnx" / "model.onnx_data").exists()
+
+
+def test_quantize_refuses_the_layout(bundle: MakeBundle, tmp_path: Path) -> None:
+    folder = relayout(bundle(), tmp_path / "hf")
+    with pytest.raises(ExportError, match="quantize the bundle that it was made from"):
+        quantize(folder, tmp_path / "int8", calibration=tmp_path / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def sentence_layout(made_once: MakeOnce) -> Path:
+    """A model of sentence-transformers with a Dense, exported in the layout of the hub; and its checkpoint."""
+
+    def make(new: Path) -> None:
+        checkpoint = save_tiny_checkpoint(new / "checkpoint")
+        tiny_tokenizer().save_pretrained(checkpoint)
+        dense = {"in_features": 32, "out_features": 16, "bias": True, "activation_function": "torch.nn.Tanh"}
+        make_sentence_folder(checkpoint, {"pooling_mode": "mean"}, Dense=dense, Normalize={})
+        import torch
+        from safetensors.torch import save_file
+
+        generator = torch.Generator().manual_seed(0)
+        weights = {"linear.weight": torch.randn(16, 32, generator=generator), "linear.bias": torch.zeros(16)}
+        save_file(weights, checkpoint / "2_Dense" / "model.safetensors")
+        export(checkpoint, new / "hf", layout="hf")
+
+    return made_once("sentence-hf", make)
+
+
+def test_sentence_embeddings_have_the_hidden_states_and_all_files_of_the_modules(sentence_layout: Path) -> None:
+    folder = sentence_layout / "hf"
+    outputs = by_onnxruntime(folder / "onnx" / "model.onnx")
+    assert list(outputs) == ["last_hidden_state", "sentence_embedding"]
+    assert outputs["last_hidden_state"].shape == (2, 37, 32)
+    mean = (outputs["last_hidden_state"] * MASK[..., None]).sum(1) / MASK.sum(1, keepdims=True)
+    assert mean.shape == (2, 32)
+    assert {"modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"} <= set(
+        Manifest.read(folder).files
+    )
+    texts = ["the quick brown fox", "the lazy dog jumps over the fox"]
+    from sentence_transformers import SentenceTransformer
+
+    expected = SentenceTransformer(str(sentence_layout / "checkpoint"), device="cpu").encode(texts)
+    with Engine(folder) as engine:
+        np.testing.assert_allclose(engine.embed(texts), expected, rtol=0, atol=1e-6)
+
+
+def test_relayout_needs_the_checkpoint_for_modules_with_weights(sentence_layout: Path, tmp_path: Path) -> None:
+    bundle = export(sentence_layout / "checkpoint", tmp_path / "bundle")
+    with pytest.raises(ExportError, match="does not have the weights of 2_Dense"):
+        relayout(bundle, tmp_path / "hf")
+
+
+def test_relayout_of_a_sentence_embedding_adds_the_hidden_states(bundle: MakeBundle, tmp_path: Path) -> None:
+    folder = relayout(bundle(SENTENCE_EMBEDDING, precision="fp16"), tmp_path / "hf")
+    assert list(by_onnxruntime(folder / "onnx" / "model_fp16.onnx")) == ["last_hidden_state", "sentence_embedding"]
+
+
+def test_the_command_exports_in_the_layout(tmp_path: Path) -> None:
+    checkpoint = save_tiny_checkpoint(tmp_path / "classifier", "text-classification")
+    command = [sys.executable, "-m", "lfx.cli", "export", "--model", str(checkpoint), "--layout", "hf"]
+    done = subprocess.run(
+        [*command, "--model-type", "roberta"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("classifier-hf: text-classification")
+    assert (tmp_path / "classifier-hf" / "onnx" / "model.onnx").is_file()
+    with Engine(tmp_path / "classifier-hf") as engine, pytest.raises(InputError, match="global_attention_mask"):
+        engine.run(IDS, MASK, MASK)

@@ -1,0 +1,203 @@
+"""`lfx push` and `Engine("org/name")`, with a server on this machine that speaks the hub's HTTP API."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from lfx.errors import ArtifactError, InputError, LfxError
+from lfx.export import relayout
+from lfx.manifest import MANIFEST, Manifest
+from lfx.runtime import Engine
+from lfx.runtime.hub import local_path, push
+from lfx.runtime.model_card import MARK, model_card
+from tests.conftest import MakeBundle
+from tests.runtime.hub_server import TOKEN, Hub, running_hub
+
+NAME = "org/tiny"
+IDS = np.arange(5, 25)[None]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub for this process and for those that it starts, with a cache of its own."""
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    with running_hub() as server:
+        cache = str(tmp_path / "cache")
+        variables = {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN, "HF_HUB_CACHE": cache, "HF_HUB_DISABLE_XET": "1"}
+        for name, value in {**variables, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}.items():
+            monkeypatch.setenv(name, value)
+        # huggingface_hub reads its variables when it is imported.
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield server
+
+
+def test_a_pushed_bundle_is_opened_by_its_name(hub: Hub, bundle: MakeBundle) -> None:
+    source = bundle("text-classification")
+    commit = push(source, NAME)
+    assert commit == f"{hub.address}/{NAME}/commit/{hub.repositories[NAME].commit}"
+    assert set(hub.repositories[NAME].files) == {*Manifest.read(source).files, MANIFEST, "README.md"}
+    assert hub.objects  # the larger files went through Git LFS
+    with Engine(NAME) as engine, Engine(source) as local:
+        np.testing.assert_array_equal(engine.run(IDS)["logits"], local.run(IDS)["logits"])
+        assert engine.identity == local.identity
+        again = pickle.loads(pickle.dumps(engine))
+        np.testing.assert_array_equal(again.run(IDS)["logits"], local.run(IDS)["logits"])
+
+
+def test_a_bundle_in_the_layout_of_the_hub_is_pushed_and_opened(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:
+    push(relayout(bundle(), tmp_path / "hf"), NAME)
+    assert "onnx/model.onnx" in hub.repositories[NAME].files
+    with Engine(f"{NAME}@{hub.repositories[NAME].commit}") as engine, Engine(bundle()) as local:
+        expected = local.run(IDS)["last_hidden_state"]
+        np.testing.assert_allclose(engine.run(IDS)["last_hidden_state"], expected, rtol=0, atol=1e-5)
+
+
+def test_only_listed_files_are_fetched_and_a_second_time_none(hub: Hub, bundle: MakeBundle) -> None:
+    push(bundle(), NAME)
+    hub.repositories[NAME].files["tokenizer.model"] = b"from another tool"
+    hub.requests.clear()
+    folder = local_path(Path(NAME))
+    assert not (folder / "tokenizer.model").exists()
+    assert sum(request.startswith("GET") for request in hub.requests) == len(Manifest.read(bundle()).files) + 1
+    hub.requests.clear()
+    assert local_path(Path(NAME)) == folder
+    assert not [request for request in hub.requests if request.startswith("GET")]
+
+
+def test_files_of_the_hub_are_checked_against_the_manifest(hub: Hub, bundle: MakeBundle) -> None:
+    push(bundle(), NAME)
+    files = hub.repositories[NAME].files
+    files["model.onnx.data"] = files["model.onnx.data"][:-1] + b"\x00"
+    with pytest.raises(ArtifactError, match=r"model\.onnx\.data was changed after the export"):
+        Engine(NAME)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "a\\b", "C:/b", "a//b", "./a"])
+def test_a_manifest_of_the_hub_that_names_another_place_is_refused(name: str, hub: Hub, bundle: MakeBundle) -> None:
+    push(bundle(), NAME)
+    from lfx.manifest import sealed
+
+    manifest = json.loads(hub.repositories[NAME].files[MANIFEST])
+    manifest["files"][name] = {"sha256": "", "bytes": 0}
+    hub.repositories[NAME].files[MANIFEST] = json.dumps(sealed(manifest)).encode()
+    with pytest.raises(ArtifactError, match="which is no path inside the repository"):
+        Engine(NAME)
+
+
+def test_a_folder_wins_over_a_repository_of_its_name(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:
+    (tmp_path / "org").mkdir()
+    (tmp_path / NAME).symlink_to(bundle())
+    with Engine(NAME):
+        pass
+    with pytest.raises(ArtifactError, match="org/other does not exist; make a bundle"):
+        Engine("org/other")
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("name", ["org/none", "org/none@branch"])
+def test_a_repository_that_does_not_exist_is_one_line(name: str, hub: Hub) -> None:
+    with pytest.raises(
+        ArtifactError, match=f"^{name} is no folder here, and cannot be fetched from the hub: .*; check the name"
+    ):
+        Engine(name)
+
+
+def test_a_private_repository_needs_the_token(hub: Hub, bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    push(bundle(), NAME, private=True)
+    assert hub.repositories[NAME].private
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ArtifactError, match="give the token of a private repository as HF_TOKEN"):
+        Engine(NAME)
+    with pytest.raises(LfxError, match="org/other cannot be uploaded: "):
+        push(bundle(), "org/other")
+
+
+def test_a_repository_is_public_unless_asked_for(hub: Hub, bundle: MakeBundle) -> None:
+    push(bundle(), NAME)
+    assert not hub.repositories[NAME].private
+
+
+@pytest.mark.parametrize("name", ["", "name", "a/b/c", "org/name@main", None])
+def test_push_refuses_what_is_no_repository(name: Any, bundle: MakeBundle) -> None:
+    with pytest.raises(InputError, match="give ORG/NAME"):
+        push(bundle(), name)
+
+
+def test_push_refuses_a_broken_bundle(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:
+    import shutil
+
+    copied = shutil.copytree(bundle(), tmp_path / "broken")
+    (copied / "config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"config\.json has 2 bytes"):
+        push(copied, NAME)
+    assert not hub.requests
+
+
+def test_the_card_has_the_validation_table(bundle: MakeBundle) -> None:
+    manifest = Manifest.read(bundle("text-classification"))
+    card = model_card(manifest, NAME)
+    _, head, text = card.split("---\n", 2)
+    assert yaml.safe_load(head) == {
+        "library_name": "lfx",
+        "pipeline_tag": "text-classification",
+        "tags": ["longformer", "onnx", "lfx"],
+    }
+    measured = manifest.validation["outputs"]["logits"]
+    row = next(line for line in text.splitlines() if line.startswith("| logits |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:4] == [f"{measured[key]:.2g}" for key in ("max_abs_error", "torch_max_abs_error", "tolerance")]
+    assert 'engine = runtime.Engine("org/tiny")' in text
+
+
+def test_names_in_a_card_are_no_markup(bundle: MakeBundle) -> None:
+    import dataclasses
+
+    manifest = dataclasses.replace(Manifest.read(bundle()), source={"model": "/home/me/<b>|x`", "kind": "folder"})
+    card = model_card(manifest, NAME)
+    assert r"\<b\>\|x\`" in card
+    assert "/home/me" not in card
+
+
+def test_a_card_of_the_user_is_kept_and_one_of_lfx_replaced(hub: Hub, bundle: MakeBundle) -> None:
+    push(bundle(), NAME)
+    files = hub.repositories[NAME].files
+    files["README.md"] = files["README.md"].replace(b"## Validation", b"")
+    push(bundle(), NAME)
+    assert b"## Validation" in files["README.md"]
+    assert MARK.encode() in files["README.md"]
+    files["README.md"] = b"# My own words"
+    hub.repositories[NAME].commit = "1" * 40
+    push(bundle(), NAME)
+    assert files["README.md"] == b"# My own words"
+
+
+def test_the_commands_push_run_and_inspect(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:
+    def lfx(*arguments: str) -> str:
+        command = [sys.executable, "-m", "lfx.cli", *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    pushed = json.loads(lfx("push", str(bundle("text-classification")), NAME, "--json"))
+    assert pushed["commit"].startswith(f"{hub.address}/{NAME}/commit/")
+    assert "LABEL" in lfx("run", NAME, "--text", "the quick brown fox")
+    assert "text-classification" in lfx("inspect", NAME)
