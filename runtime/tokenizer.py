@@ -435,6 +435,22 @@ def text_folder(model: Path, manifest: Any) -> Path:
     return bundle
 
 
+def tokenizer_of(model: Path, manifest: Any, signature: Signature, asked: Path | None = None) -> Tokenizer:
+    """Open the tokenizer of the folder `asked`, else of a model; labels are those of the model's config, if any.
+
+    Args:
+        model, manifest: path and manifest of a bundle or a plan.
+    Raises:
+        ArtifactError: there is no tokenizer, or it is broken.
+        InputError: a path is broken.
+    """
+    folder = text_folder(model, manifest)
+    if asked is None:
+        return Tokenizer(folder, signature)
+    has_config = (folder / CONFIG).exists() and folder.resolve() != asked.resolve()
+    return Tokenizer(asked, signature, unlisted=True, config_folder=folder if has_config else None)
+
+
 def _digest(*files: bytes | None) -> str:
     """One digest of several files' contents; None is a file that does not exist."""
     parts = (hashlib.sha256(data).hexdigest() if data is not None else "none" for data in files)

@@ -39,6 +39,13 @@ _ENGINE_OPTIONS = (
 )
 
 
+def engine_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of an Engine to a command, which gets their values: backend, provider, threads and precision."""
+    for option in reversed(_ENGINE_OPTIONS):
+        command = option(command)
+    return command
+
+
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of an Engine to a command, which gets one argument: `open_engine(path)` returns the Engine."""
 
@@ -51,7 +58,4 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
         return command(open_engine=open_engine, **others)
 
-    decorated: Callable[..., Any] = with_engine
-    for option in reversed(_ENGINE_OPTIONS):
-        decorated = option(decorated)
-    return decorated
+    return engine_arguments(with_engine)

@@ -231,14 +231,9 @@ def run_documents(
 
 def open_tokenizer(model: Path, engine: Engine, asked: Path | None) -> Tokenizer:
     """Return the tokenizer of the folder `asked`, else of the model; labels are those of the model's config, if any."""
-    from lfx.runtime.tokenizer import CONFIG, Tokenizer, text_folder
+    from lfx.runtime.tokenizer import tokenizer_of
 
-    folder = text_folder(model, engine.manifest)
-    if asked is None:
-        return Tokenizer(folder, engine.signature)
-    has_config = (folder / CONFIG).exists() and folder.resolve() != asked.resolve()
-    config_folder = folder if has_config else None
-    return Tokenizer(asked, engine.signature, unlisted=True, config_folder=config_folder)
+    return tokenizer_of(model, engine.manifest, engine.signature, asked)
 
 
 def _pair_help(choices: bool) -> str:
