@@ -9,7 +9,7 @@ HEADERS := $(CURDIR)/build/headers
 # The index that pip searches for PyTorch's CPU build, in addition to the indexes that it is configured with.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Every extra but gpu, whose onnxruntime-gpu takes the place of onnxruntime.
-EXTRAS := export,cpu,rtx,openvino,report,parquet,metrics,verify,ray,demo,fuzz,test
+EXTRAS := export,cpu,rtx,openvino,report,parquet,metrics,verify,serve,ray,demo,fuzz,test
 
 # Two processes of one thread each: most of the tests trace and load models, which uses one thread.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
@@ -96,6 +96,7 @@ bench: install  ## All CPU benchmarks, more than an hour; writes docs/records an
 	$(BIN)/python -m scripts.bench.long
 	$(BIN)/python -m scripts.bench.backends
 	$(BIN)/python -m scripts.bench.runtime
+	$(BIN)/python -m scripts.bench.serve
 	$(BIN)/python -m scripts.bench.peers
 	$(BIN)/python scripts/tables.py
 

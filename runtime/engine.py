@@ -8,7 +8,7 @@ import itertools
 import sys
 import time
 from collections import UserString
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -238,6 +238,15 @@ class Engine:
         batch, seqlen = whole_number(batch, "batch", 1), whole_number(seqlen, "seqlen", 1)
         longest = self.signature.max_seqlen
         return (longest is None or seqlen <= longest) and self._open().supports_shape(batch, seqlen)
+
+    def shape_check(self) -> Callable[[int, int], bool]:
+        """`supports_shape` for lengths within the model's limits; it is for many calls.
+
+        Raises:
+            InputError: the Engine is closed.
+            LfxError: the Engine was made before a fork.
+        """
+        return self._open().supports_shape
 
     def warm_up(self, shapes: Iterable[tuple[int, int]] | None = None) -> None:
         """Run batches of padding ids, so that memory, kernels and CUDA graphs are ready before the first real batch.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.errors import InputError, one_line
+from lfx.errors import InputError, LengthError, one_line
 from lfx.signature import Signature
 
 Int64 = NDArray[np.int64]
@@ -300,7 +300,7 @@ def _shapes(signature: Signature) -> str:
 
 def _check_length(length: int, name: str, signature: Signature) -> None:
     if signature.max_seqlen is not None and length > signature.max_seqlen:
-        raise InputError(
+        raise LengthError(
             f"{name} has {length} tokens, above the model's maximum {signature.max_seqlen}; cut or split it"
         )
 

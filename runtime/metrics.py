@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,21 +128,36 @@ class Metrics:
 
     def collect(self) -> Iterable[Any]:
         """Yield the metric families; prometheus_client calls this. See `register`."""
-        core = require("prometheus_client.core", "metrics")
-        now = self.snapshot()
-        for name, help_text in (
-            ("requests", "Calls that were answered"),
-            ("failed", "Calls that raised an error"),
-            ("sequences", "Sequences that the backend computed"),
-            ("batches", "Batches that the backend computed"),
-            ("tokens", "Real tokens that were computed"),
-            ("padding_tokens", "Padding tokens that were computed"),
-        ):
-            yield core.CounterMetricFamily(f"lfx_{name}", help_text, value=getattr(now, name))
+        return families({(): self.snapshot()})
+
+
+def families(snapshots: Mapping[tuple[str, ...], Snapshot], labels: Sequence[str] = ()) -> Iterator[Any]:
+    """Yield the metric families of prometheus_client for the counters of several Engines.
+
+    Args:
+        snapshots: values of the labels -> the counters with these labels.
+        labels: names of the labels.
+    Raises:
+        DependencyError: prometheus_client is not installed.
+    """
+    core = require("prometheus_client.core", "metrics")
+    for name, help_text in (
+        ("requests", "Calls that were answered"),
+        ("failed", "Calls that raised an error"),
+        ("sequences", "Sequences that the backend computed"),
+        ("batches", "Batches that the backend computed"),
+        ("tokens", "Real tokens that were computed"),
+        ("padding_tokens", "Padding tokens that were computed"),
+    ):
+        counter = core.CounterMetricFamily(f"lfx_{name}", help_text, labels=labels)
+        for values, snapshot in snapshots.items():
+            counter.add_metric(values, getattr(snapshot, name))
+        yield counter
+    histogram = core.HistogramMetricFamily("lfx_latency_seconds", "Latency of the answered calls", labels=labels)
+    for values, snapshot in snapshots.items():
         cumulative, buckets = 0, []
-        for edge, count in zip((*map(str, LATENCY_BUCKETS), "+Inf"), now.latency_counts, strict=True):
+        for edge, count in zip((*map(str, LATENCY_BUCKETS), "+Inf"), snapshot.latency_counts, strict=True):
             cumulative += count
             buckets.append((edge, cumulative))
-        yield core.HistogramMetricFamily(
-            "lfx_latency_seconds", "Latency of the answered calls", buckets=buckets, sum_value=now.latency_seconds
-        )
+        histogram.add_metric(values, buckets=buckets, sum_value=snapshot.latency_seconds)
+    yield histogram

@@ -116,13 +116,41 @@ class Postprocessor:
                 fillers.append({"position": position, "token": text, "score": float(scores[token])})
         return fillers
 
-    def _best_span(
-        self, encoded: Encoded, start: NDArray[Any], end: NDArray[Any], max_length: int = 30
-    ) -> list[dict[str, Any]]:
-        """The best span of the document, from start and end logits (seqlen,); at most `max_length` tokens."""
+    def answer_range(self, encoded: Encoded, outputs: dict[str, NDArray[Any]]) -> tuple[int, int] | None:
+        """The first character of the answer to a question in `encoded.text`, and the one past its end.
+
+        Args:
+            encoded, outputs: as those of `answers`, which gave an answer for them.
+        Returns:
+            None for another task, for ids without their text, and if there is no answer.
+        """
+        if self._tokenizer.signature.task != "question-answering" or not encoded.offsets:
+            return None
+        start, end = (_output(outputs, name, "", len(encoded.ids)) for name in ("start_logits", "end_logits"))
+        span = self._span(encoded, start, end)
+        if span is None:
+            return None
+        first, stop = encoded.offsets[span.first][0], encoded.offsets[span.last][1]
+        text = encoded.text[first:stop]
+        return first + len(text) - len(text.lstrip()), stop - (len(text) - len(text.rstrip()))
+
+    def _best_span(self, encoded: Encoded, start: NDArray[Any], end: NDArray[Any]) -> list[dict[str, Any]]:
+        """The text and the score of the best span of the document, from start and end logits (seqlen,)."""
+        span = self._span(encoded, start, end)
+        if span is None:
+            return []
+        if encoded.offsets:
+            answer = encoded.text[encoded.offsets[span.first][0] : encoded.offsets[span.last][1]].strip()
+        else:
+            first = span.document.start
+            answer = self._tokenizer.decode(encoded.ids[first + span.first : first + span.last + 1])
+        return [{"answer": answer, "score": span.score}]
+
+    def _span(self, encoded: Encoded, start: NDArray[Any], end: NDArray[Any], max_length: int = 30) -> _Span | None:
+        """The best span of the document, at most `max_length` tokens; None if there is no document."""
         document = self._document(encoded)
         if not document:
-            return []
+            return None
         within = slice(document.start, document.stop)
         start_scores, end_scores = _softmax(start[within]), _softmax(end[within])
         # Row i has the ends of the spans that start at i; ends past the document score 0.
@@ -130,12 +158,7 @@ class Postprocessor:
         lengths = np.lib.stride_tricks.sliding_window_view(padded, max_length).argmax(axis=-1)
         scores = start_scores * padded[np.arange(len(lengths)) + lengths]
         best = int(scores.argmax())
-        last = best + int(lengths[best])
-        if encoded.offsets:
-            answer = encoded.text[encoded.offsets[best][0] : encoded.offsets[last][1]].strip()
-        else:
-            answer = self._tokenizer.decode(encoded.ids[document.start + best : document.start + last + 1])
-        return [{"answer": answer, "score": float(scores[best])}]
+        return _Span(document, best, best + int(lengths[best]), float(scores[best]))
 
     def _document(self, encoded: Encoded) -> range | None:
         """The positions of the document; for ids without their text, those between the question and the last separator.
@@ -150,6 +173,16 @@ class Postprocessor:
         # A question is followed by two separators in RoBERTa's format, and by one in BERT's.
         question_end = separators[1] if separators[1] == separators[0] + 1 else separators[0]
         return range(question_end + 1, len(encoded.ids) - 1)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """An answer: its first and last token, counted from the start of the document, and its score."""
+
+    document: range
+    first: int
+    last: int
+    score: float
 
 
 @dataclass(frozen=True)
@@ -178,6 +211,7 @@ _HEADS = {
         Postprocessor._best_span, 1, per_token=True, fields=("answer", "score"), outputs=("start_logits", "end_logits")
     ),
 }
+ANSWERED_TASKS = frozenset(_HEADS)
 
 
 def answer_fields(task: str) -> tuple[str, ...]:

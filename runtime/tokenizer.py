@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from lfx.checks import file_path, parse_json, whole_number
-from lfx.errors import ArtifactError, InputError, LfxError, one_line
+from lfx.errors import ArtifactError, InputError, LengthError, LfxError, one_line
 from lfx.manifest import MANIFEST, Manifest, sha256
 from lfx.signature import SENTENCE_EMBEDDING, TASKS, Signature
 
@@ -176,7 +176,7 @@ class Tokenizer:
         encoded = self._tokenize(text, pair, prompt)
         limit = self.signature.max_seqlen
         if limit is not None and len(encoded.ids) > limit:
-            raise InputError(
+            raise LengthError(
                 f"the text has {len(encoded.ids)} tokens, above the model's maximum {limit}; shorten or split it "
                 "(lfx run --stride cuts the documents of a .jsonl file)"
             )
@@ -435,14 +435,13 @@ def text_folder(model: Path, manifest: Any) -> Path:
     return bundle
 
 
-def tokenizer_of(model: Path, manifest: Any, signature: Signature, asked: Path | None = None) -> Tokenizer:
-    """Open the tokenizer of the folder `asked`, else of a model; labels are those of the model's config, if any.
+def open_tokenizer(model: Path, manifest: Any, signature: Signature, asked: Path | None = None) -> Tokenizer:
+    """Return the tokenizer of the folder `asked`, else of the model; labels are those of the model's config, if any.
 
     Args:
-        model, manifest: path and manifest of a bundle or a plan.
+        model: the bundle, the .onnx file or the plan. manifest, signature: of an Engine that opened it.
     Raises:
         ArtifactError: there is no tokenizer, or it is broken.
-        InputError: a path is broken.
     """
     folder = text_folder(model, manifest)
     if asked is None:

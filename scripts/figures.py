@@ -307,6 +307,31 @@ def main(folder: Path = FOLDER) -> None:
             plt.close(figure)
 
 
+def serve(records: list[dict[str, Any]], path: Path) -> None:
+    """Draw docs/records/serve.jsonl: the server's throughput beside the Engine's, and its latency, over the clients."""
+    records = sorted(records, key=lambda row: row["clients"])
+    clients = [row["clients"] for row in records]
+    with mpl.rc_context(STYLE):
+        figure, (rate, latency) = plt.subplots(1, 2, figsize=(11, 4.2))
+        bare = [sum(row["engine_tokens_per_second"].values()) / 2 for row in records]
+        rate.plot(clients, bare, "--", color=ORANGE, marker="s", label="Engine.run alone")
+        rate.plot(clients, [row["tokens_per_second"] for row in records], color=BLUE, marker="o", label="lfx serve")
+        rate.set(title="Throughput", ylabel="tokens per second", ylim=(0, None))
+        for name, style in (("p50", "-"), ("p95", "--"), ("p99", ":")):
+            values = [row["latency_ms"][name] / 1000 for row in records]
+            latency.plot(clients, values, style, color=BLUE, marker="o", label=name)
+        latency.set(title="Latency", ylabel="seconds", yscale="log")
+        for axes in (rate, latency):
+            axes.set_xscale("log")
+            axes.set_xticks(clients, [str(count) for count in clients])
+            axes.minorticks_off()
+            axes.set_xlabel("clients that ask at the same time")
+            axes.grid(visible=True, alpha=0.25)
+            axes.legend(frameon=False)
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+
 if __name__ == "__main__":
     mpl.use("Agg")
     main(*map(Path, sys.argv[1:2]))

@@ -132,6 +132,49 @@ def documents() -> str:
     return "\n\n".join(lines) + "\n"
 
 
+def serve() -> str:
+    """Make the table of the server under load, beside `Engine.run`."""
+    if not (record.RECORDS / "serve.jsonl").exists():
+        return "No load test is recorded yet: `python -m scripts.bench.serve`.\n"
+    records, rows = record.read("serve"), []
+    for row in records:
+        latency, resident = row["latency_ms"], [size / 1e6 for size in row["resident_bytes"]]
+        others = {status: count for status, count in row["statuses"].items() if status != "200"}
+        rows.append(
+            [
+                f"{row['clients']}",
+                f"{row['answered']:,}",
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['share_of_engine']:.0%}",
+                *(_time(latency[name]) for name in ("p50", "p95", "p99")),
+                ", ".join(f"{count:,} with {status}" for status, count in others.items()) or "none",
+                f"{row['broken_connections']}",
+                f"{row['largest_difference']:.1e}",
+                f"{resident[0]:.0f} to {resident[-1]:.0f} MB",
+            ]
+        )
+    first = records[0]
+    header = [
+        "clients",
+        "answers",
+        "tokens/s",
+        "of `Engine.run`",
+        "median",
+        "p95",
+        "p99",
+        "refused",
+        "broken connections",
+    ]
+    header += ["largest difference from one-by-one runs", "memory, first and last tenth"]
+    note = (
+        f"\n{first['shape']}, {first['threads']} threads, {first['seconds']:g} s each, {first['documents']} documents "
+        f"of {first['shortest']} to {first['longest']:,} tokens, asked again and again; `Engine.run` gets all of them "
+        f"in one list, before and after. {_hardware(first)}.\n\n"
+        "![Throughput and latency over the number of clients](figures/serve.png)\n"
+    )
+    return _rows(header, rows) + note
+
+
 def backends() -> str:
     """Make a table per CPU: seconds of each contender, and its speed relative to the first."""
     records = record.read("backends")
@@ -296,9 +339,13 @@ def _reason(cell: dict[str, Any]) -> str:
 
 
 def chart() -> None:
-    """Plot tokens per second over length, of all contenders on the latest measured CPU."""
+    """Plot tokens per second over length, of all contenders on the latest measured CPU, and the server under load."""
     records = record.read("backends")
     plot([row for row in records if row["cpu"] == _cpus(records)[0]], ROOT / "docs" / "figures" / "throughput.png")
+    if (record.RECORDS / "serve.jsonl").exists():
+        import figures
+
+        figures.serve(record.read("serve"), ROOT / "docs" / "figures" / "serve.png")
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -306,6 +353,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "export": export,
     "peers": peers,
     "documents": documents,
+    "serve": serve,
     "backends": backends,
     "blocks": blocks,
     "attention": attention,

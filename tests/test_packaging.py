@@ -203,7 +203,12 @@ def test_a_wheel_without_the_plugin_is_pure_python_and_has_both_linked_folders(c
     (wheel,) = tmp_path.iterdir()
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
-        assert {"lfx/cli/__init__.py", "lfx/export/exporter.py", "lfx/runtime/engine.py"} <= set(archive.namelist())
+        assert {
+            "lfx/cli/__init__.py",
+            "lfx/export/exporter.py",
+            "lfx/runtime/engine.py",
+            "lfx/runtime/serve/page.html",
+        } <= set(archive.namelist())
 
 
 @pytest.mark.parametrize("name", ["export", "runtime"])

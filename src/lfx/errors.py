@@ -5,6 +5,7 @@ LfxError
 ├── BuildError       an engine that cannot be built
 ├── PluginError      the plugin library is missing, cannot be loaded or does not support the model
 ├── InputError       ids, masks or text that the model cannot take
+│   └── LengthError  a sequence of more tokens than the model takes
 ├── ParityError      an artifact whose outputs differ from the model's by more than the tolerance
 ├── ArtifactError    a bundle or plan that is missing, truncated, changed or of another format
 ├── OverloadError    more pending requests than a Batcher's max_pending, or a closed Batcher
@@ -49,6 +50,10 @@ class PluginError(LfxError):
 
 class InputError(LfxError):
     """Ids, masks or text that the model cannot take."""
+
+
+class LengthError(InputError):
+    """A sequence of more tokens than the model takes."""
 
 
 class ParityError(LfxError):

@@ -33,7 +33,7 @@ pytest.importorskip("ray")
 parquet = pytest.importorskip("pyarrow.parquet")
 pytestmark = pytest.mark.usefixtures("cluster")
 
-WORDS = "the quick brown fox jumps over a lazy dog".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 ONE, TWO = PoolSize(actors=1), PoolSize(actors=2)
 
 

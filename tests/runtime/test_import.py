@@ -44,6 +44,7 @@ def lfx_without(blocked: tuple[str, ...], *arguments: str) -> subprocess.Complet
         "lfx",
         "lfx.runtime",
         "lfx.runtime.tokenizer",
+        "lfx.runtime.serve.server",
         "lfx.signature",
         "lfx.manifest",
         "lfx.machine",

@@ -39,13 +39,6 @@ _ENGINE_OPTIONS = (
 )
 
 
-def engine_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of an Engine to a command, which gets their values: backend, provider, threads and precision."""
-    for option in reversed(_ENGINE_OPTIONS):
-        command = option(command)
-    return command
-
-
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of an Engine to a command, which gets one argument: `open_engine(path)` returns the Engine."""
 
@@ -58,4 +51,11 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
         return command(open_engine=open_engine, **others)
 
-    return engine_arguments(with_engine)
+    return add_engine_options(with_engine)
+
+
+def add_engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of an Engine to a command, which gets their values: backend, provider, threads, precision."""
+    for option in reversed(_ENGINE_OPTIONS):
+        command = option(command)
+    return command

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lfx.cli.engine import engine_arguments
+from lfx.cli.engine import add_engine_options
 from lfx.cli.options import MOST_TOKENS, Command, FilePath, FilledText
 from lfx.cli.terminal import echo, echo_json
 from lfx.errors import InputError
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 )
 @click.option("--tokenizer", type=FilePath(), help="Read the tokenizer from this folder.  [default: the bundle's]")
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
-@engine_arguments
+@add_engine_options
 def command(
     source: str,
     output: Path,

@@ -230,10 +230,10 @@ def run_documents(
 
 
 def open_tokenizer(model: Path, engine: Engine, asked: Path | None) -> Tokenizer:
-    """Return the tokenizer of the folder `asked`, else of the model; labels are those of the model's config, if any."""
-    from lfx.runtime.tokenizer import tokenizer_of
+    """Return the tokenizer of the folder `asked`, else of the model; see `lfx.runtime.tokenizer.open_tokenizer`."""
+    from lfx.runtime import tokenizer
 
-    return tokenizer_of(model, engine.manifest, engine.signature, asked)
+    return tokenizer.open_tokenizer(model, engine.manifest, engine.signature, asked)
 
 
 def _pair_help(choices: bool) -> str:

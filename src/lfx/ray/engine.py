@@ -17,7 +17,7 @@ from lfx.runtime.documents.rows import Runner, Summary
 from lfx.runtime.documents.run import MAX_WINDOWS, row_options
 from lfx.runtime.postprocess import Postprocessor
 from lfx.runtime.ragged import check_cuttable
-from lfx.runtime.tokenizer import TOKENIZER, text_folder, tokenizer_of
+from lfx.runtime.tokenizer import TOKENIZER, open_tokenizer, text_folder
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class DocumentEngine:
         max_windows = whole_number(options.max_windows, "max_windows", 1)
         asked = None if options.tokenizer is None else Path(options.tokenizer)
         has_tokenizer = asked is not None or (text_folder(model, engine.manifest) / TOKENIZER).exists()
-        tokenizer = tokenizer_of(model, engine.manifest, engine.signature, asked) if has_tokenizer else None
+        tokenizer = open_tokenizer(model, engine.manifest, engine.signature, asked) if has_tokenizer else None
         postprocessor = None if tokenizer is None else Postprocessor(tokenizer)
         self._runner = engine, tokenizer, postprocessor, stride, max_windows
         self.columns = Columns.of(engine.signature, tokenizer is not None, stride is not None)

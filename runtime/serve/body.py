@@ -1,0 +1,98 @@
+"""The bodies of requests: strict JSON, and errors that name the field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lfx.checks import parse_json
+from lfx.runtime.serve.replies import RefusalError
+from lfx.runtime.serve.service import Service
+
+_LONGEST_MESSAGE = 300
+_SMALL_BYTES = 32_768  # parsed in less than a millisecond, so that other requests need not wait for it
+
+
+class Body(BaseModel):
+    """A body. Values are not converted: "1" is no number, and 1 is not true. Other fields are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class StrictBody(Body):
+    """A body without other fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+async def read_body(service: Service, data: bytes, form: type[AnyBody]) -> AnyBody:
+    """`parse_body`, in the thread that tokenizes if the body is large."""
+    if len(data) <= _SMALL_BYTES:
+        return parse_body(data, form)
+    return await service.parse(lambda: parse_body(data, form))
+
+
+def parse_body(data: bytes, form: type[AnyBody]) -> AnyBody:
+    """Parse and check a body.
+
+    Raises:
+        RefusalError: it is not JSON, or of another form; the message names the first field that is.
+    """
+    try:
+        value = parse_json(data)
+    except json.JSONDecodeError as error:
+        raise RefusalError(422, f"the body is not JSON: {error.msg} at character {error.pos}") from error
+    except ValueError as error:
+        raise RefusalError(422, f"the body is not JSON: {str(error)[:_LONGEST_MESSAGE]}") from error
+    if not isinstance(value, dict):
+        raise RefusalError(422, f"the body is {type(value).__name__}; give a JSON object")
+    try:
+        return form.model_validate(value)
+    except ValidationError as error:
+        raise RefusalError(422, _explain(error, form)) from error
+
+
+def _explain(error: ValidationError, form: type[Body]) -> str:
+    """The first error. For a field that may have several forms, pydantic reports each; the description says all."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    first = problems[0]
+    path = first["loc"]
+    field = form.model_fields.get(str(path[0])) if path else None
+    where = ".".join(str(part) for part in path[:1] if part) or "the body"
+    message = first["msg"]
+    if field is not None and first["type"] != "missing" and field.description:
+        message = field.description
+    return f"{where}: {message}"[:_LONGEST_MESSAGE]
+
+
+def request_body(form: type[Body], examples: dict[str, Any]) -> dict[str, Any]:
+    """The OpenAPI description of a body: for `openapi_extra` of a route, which reads the body by itself.
+
+    Args:
+        examples: what an example shows -> the example.
+    """
+    schema = _inlined(form.model_json_schema())
+    described = {name: {"summary": name, "value": value} for name, value in examples.items()}
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema, "examples": described}}}
+    }
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A JSON schema with its definitions in the places that refer to them; they do not refer to one another."""
+    definitions = schema.pop("$defs", {})
+
+    def inline(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "$ref" in value:
+                return inline(definitions[value["$ref"].rsplit("/", 1)[-1]])
+            return {key: inline(item) for key, item in value.items()}
+        return [inline(item) for item in value] if isinstance(value, list) else value
+
+    inlined: dict[str, Any] = inline(schema)
+    return inlined

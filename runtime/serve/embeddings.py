@@ -1,0 +1,32 @@
+"""Sentence embeddings of the inputs of a request, for the APIs of OpenAI and text-embeddings-inference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfx.errors import InputError
+from lfx.runtime.embedding import SENTENCE_OUTPUT, check_task
+from lfx.runtime.serve.model import Input, ServedModel
+from lfx.runtime.serve.replies import RefusalError, check_size
+from lfx.runtime.serve.service import Service
+
+
+async def embed(service: Service, model: ServedModel, items: Sequence[Input]) -> tuple[list[NDArray[np.float32]], int]:
+    """The embedding of each input, and the number of tokens of all.
+
+    Raises:
+        RefusalError: the model is of another task, or the request is refused.
+        LfxError: the model cannot take an input, or failed.
+    """
+    try:
+        check_task(model.signature)
+    except InputError as error:
+        reason = f"the model {model.name} gives no sentence embeddings: its task is {model.signature.task}"
+        raise RefusalError(424, reason, "Backend", "model_not_supported") from error
+    computed = await service.run(model, items)
+    rows = [np.asarray(outputs[SENTENCE_OUTPUT])[0].astype(np.float32, copy=False) for _, outputs in computed]
+    check_size(list(rows), "float")
+    return rows, sum(prepared.tokens for prepared, _ in computed)

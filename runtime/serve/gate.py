@@ -1,0 +1,179 @@
+"""ASGI middleware in front of the routes: key, size of the body, clients that have gone, counters and the log."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import sys
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from lfx.runtime.serve.replies import RefusalError, busy, error_reply, unavailable
+from lfx.runtime.serve.service import Service, note
+from lfx.runtime.serve.settings import MAX_BUFFERED_BYTES
+from lfx.runtime.serve.stats import Stats
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+# Paths that need no key: they say nothing of texts or models, or are what a monitor reads.
+OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/openapi.json"})
+# Names of routes in the counters, whose number must not grow with the addresses that clients make up.
+KNOWN_PATHS = OPEN_PATHS | {"/run", "/embed", "/predict", "/info", "/models", "/v1/models", "/v1/embeddings"}
+
+
+class Gate:
+    """Passes a request on when its body is complete, and cancels it when its client has gone."""
+
+    def __init__(self, app: App, service: Service, stats: Stats) -> None:
+        self._app, self._service, self._stats = app, service, stats
+        self._buffered = 0
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), 0
+        note.set({})
+
+        async def counted_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, counted_send)
+        finally:
+            # A request that is refused here has no route yet.
+            path = scope["path"] if scope["path"] in KNOWN_PATHS else "other"
+            route = getattr(scope.get("route"), "path", path)
+            self._stats.count(route, status)
+            if self._service.settings.log_requests:
+                _log(scope, status, time.perf_counter() - start)
+
+    async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        try:
+            self._check_key(scope)
+            if scope["method"] == "POST":
+                self._service.check_ready()
+            # The body counts as buffered until it is answered: it is then still in the task's memory.
+            with _Body(self) as body:
+                if not await body.read(scope, receive):
+                    return
+                await _until_gone(lambda: self._app(scope, body.replay, send), receive)
+        except RefusalError as refusal:
+            await error_reply(scope["path"], refusal)(scope, receive, send)
+        except asyncio.CancelledError:  # the server stops, and the time for it is over
+            if self._service.state != "stopping":
+                raise
+            stopped = unavailable("the server stopped before the request was answered; try again")
+            await error_reply(scope["path"], stopped)(scope, receive, send)
+
+    def _check_key(self, scope: MutableMapping[str, Any]) -> None:
+        """Raise RefusalError unless the request has the key, or needs none."""
+        key = self._service.settings.api_key
+        if key is None or scope["path"] in OPEN_PATHS:
+            return
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, token = given.partition(b" ")
+        if not hmac.compare_digest(token.strip(), key.encode()) or scheme.lower() != b"bearer":
+            raise RefusalError(
+                401,
+                "the API key is missing or wrong; send the header Authorization: Bearer KEY",
+                code="invalid_api_key",
+            )
+
+
+class _Body:
+    """The body of one request, and its share of the memory for bodies."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate, self._parts, self._size = gate, list[bytes](), 0
+        self._replayed = False
+
+    def __enter__(self) -> _Body:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._gate._buffered -= self._size
+
+    async def read(self, scope: MutableMapping[str, Any], receive: Receive) -> bool:
+        """Read the whole body; False if the client has gone.
+
+        Raises:
+            RefusalError: it is too large, or the bodies of all requests are.
+        """
+        limit = self._gate._service.max_body_bytes
+        for name, value in scope["headers"]:
+            if name == b"content-length" and value.isdigit() and (len(value) > 18 or int(value) > limit):
+                raise _too_large(limit)
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return False
+            part, more = message.get("body", b""), message.get("more_body", False)
+            self._parts.append(part)
+            self._size += len(part)
+            self._gate._buffered += len(part)
+            if self._size > limit:
+                raise _too_large(limit)
+            if self._gate._buffered > MAX_BUFFERED_BYTES:
+                raise busy("the bodies of the requests in progress fill the memory for them; try again later")
+        return True
+
+    async def replay(self) -> Message:
+        """Give the body to the app, then wait: `_until_gone` looks after a client that has gone."""
+        if not self._replayed:
+            self._replayed = True
+            body = b"".join(self._parts)
+            self._parts.clear()
+            return {"type": "http.request", "body": body, "more_body": False}
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+def _too_large(limit: int) -> RefusalError:
+    return RefusalError(413, f"the body is above {limit:,} bytes, the limit of this server; send less in a request")
+
+
+async def _until_gone(work: Callable[[], Awaitable[None]], receive: Receive) -> None:
+    """Run the app; cancel it when the client has closed the connection."""
+    answer = asyncio.ensure_future(work())
+    gone = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            await answer
+    finally:
+        for task in (answer, gone):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _log(scope: MutableMapping[str, Any], status: int, seconds: float) -> None:
+    """Print a request as a line of JSON on stderr, without its text and its key."""
+    client = scope.get("client")
+    line = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "client": client[0] if client else None,
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": status or "gone",
+        "ms": round(seconds * 1000, 3),
+        **note.get(),
+    }
+    with contextlib.suppress(OSError, ValueError):
+        print(json.dumps(line), file=sys.stderr, flush=True)

@@ -1,0 +1,47 @@
+"""The memory of this process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of a process, in bytes.
+
+    Attributes:
+        resident: all of it that is in RAM.
+        shared: the part of `resident` that are pages of files, such as mapped weights, which other processes that map
+            the same files use too; None where the system does not say.
+    """
+
+    resident: int
+    shared: int | None
+
+    def __str__(self) -> str:
+        shared = "" if self.shared is None else f", {_megabytes(self.shared)} of it pages of files, shared"
+        return f"{_megabytes(self.resident)} resident{shared}"
+
+
+def memory() -> Memory | None:
+    """The memory of this process; None where the system does not say."""
+    try:
+        fields = Path("/proc/self/statm").read_text().split()
+        page = os.sysconf("SC_PAGE_SIZE")
+        return Memory(int(fields[1]) * page, int(fields[2]) * page)
+    except (OSError, ValueError, IndexError, AttributeError):
+        pass
+    try:
+        import resource
+        import sys
+
+        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    except ImportError:
+        return None
+    return Memory(largest if sys.platform == "darwin" else largest * 1024, None)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"

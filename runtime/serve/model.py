@@ -1,0 +1,220 @@
+"""A model that is served: its Engine, Batcher, tokenizer and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfx.errors import ArtifactError, InputError, LengthError
+from lfx.runtime import Batcher, Engine
+from lfx.runtime.batching import TOKEN_BUDGET
+from lfx.runtime.engine import Outputs
+from lfx.runtime.postprocess import ANSWERED_TASKS, Postprocessor
+from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
+from lfx.runtime.tokenizer import TOKENIZER, Encoded, Tokenizer, open_tokenizer, text_folder
+from lfx.signature import SENTENCE_EMBEDDING, TASKS
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a request: a text with what belongs to it, or ids.
+
+    Attributes:
+        text: the text; the question, for question answering.
+        pair: the document of a question, or the second text of a pair.
+        choices: the choices after `text`, for multiple choice.
+        ids: the model's ids, special tokens included: (seqlen,), or (choices, seqlen).
+        attention_mask, global_attention_mask: for ids, of their shape; see `Engine.run`.
+        prompt: is put before the text; None = the checkpoint's default prompt.
+        truncate: a text that is longer than the model takes is cut, as `Tokenizer.truncate` does.
+    """
+
+    text: str | None = None
+    pair: str | None = None
+    choices: Sequence[str] | None = None
+    ids: Any = None
+    attention_mask: Any = None
+    global_attention_mask: Any = None
+    prompt: str | None = None
+    truncate: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An input that was tokenized.
+
+    Attributes:
+        encoded: the text; for multiple choice the first choice.
+        tokens: number of real tokens.
+        truncated: whether the text was cut.
+        future: of the model's outputs.
+    """
+
+    encoded: Encoded
+    tokens: int
+    truncated: bool
+    future: Future[Outputs]
+
+
+class ServedModel:
+    """One model of the server. Thread-safe.
+
+    Raises:
+        LfxError: the model or its tokenizer cannot be opened.
+    """
+
+    def __init__(self, name: str, path: str, settings: Settings) -> None:
+        self.name = name
+        self.engine = Engine(
+            path,
+            settings.backend,
+            provider=settings.provider,
+            threads=settings.threads,
+            precision=settings.precision,
+            token_budget=settings.token_budget or TOKEN_BUDGET,
+        )
+        self.signature = self.engine.signature
+        self._max_choices = settings.max_inputs
+        self._tokenizer: Tokenizer | None = None
+        self._postprocessor: Postprocessor | None = None
+        asked = None if settings.tokenizer is None else Path(settings.tokenizer)
+        if asked is not None or (text_folder(Path(path), self.engine.manifest) / TOKENIZER).exists():
+            self._tokenizer = open_tokenizer(Path(path), self.engine.manifest, self.signature, asked)
+            self._postprocessor = Postprocessor(self._tokenizer)
+        self.engine.warm_up()
+        # The Service bounds the texts in progress; its last request may have max_inputs of them.
+        most = settings.max_pending + settings.max_inputs
+        self.batcher = Batcher(self.engine, max_delay_ms=settings.max_delay_ms, max_pending=most)
+
+    @property
+    def largest_body(self) -> int:
+        """Default limit of the body of a request for one text, in bytes."""
+        return (self.signature.max_seqlen or NO_LIMIT_TOKENS) * BYTES_PER_TOKEN + OTHER_BYTES
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the model takes texts."""
+        return self._tokenizer is not None
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether its task has answers, such as labels, beside its outputs."""
+        return self.has_tokenizer and self.signature.task in ANSWERED_TASKS
+
+    def describe(self) -> dict[str, Any]:
+        """What the model takes and gives, for clients."""
+        needs_pair = TASKS[self.signature.task].needs_pair
+        return {
+            "name": self.name,
+            "task": self.signature.task,
+            "takes_texts": self.has_tokenizer,
+            "needs_pair": needs_pair and not self.signature.has_choices,
+            "needs_choices": self.signature.has_choices,
+            "max_seqlen": self.signature.max_seqlen,
+            "precision": self.engine.precision,
+            "backend": self.engine.backend,
+            "outputs": [
+                {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in self.signature.outputs
+            ],
+        }
+
+    def submit(self, item: Input) -> Prepared:
+        """Tokenize an input and submit it to the Batcher.
+
+        Raises:
+            LengthError: the input has more tokens than the model takes.
+            InputError: the model cannot take it for another reason.
+            OverloadError: too many inputs are waiting.
+        """
+        if item.ids is not None:
+            return self._submit_ids(item)
+        if item.text is None:
+            raise InputError("an input has neither text nor ids; give one of them")
+        if item.attention_mask is not None or item.global_attention_mask is not None:
+            raise InputError("an input has a mask and no ids; give ids, or leave the mask out")
+        if self.signature.has_choices:
+            return self._submit_choices(item)
+        if item.choices is not None:
+            raise InputError(f"{self.signature.task} takes no choices; leave them out")
+        if TASKS[self.signature.task].needs_pair and item.pair is None:
+            raise InputError(f"{self.signature.task} needs the question as text, and the document as pair")
+        encoded, truncated = self._encode(item.text, item.pair, item)
+        return Prepared(encoded, len(encoded.ids), truncated, self.batcher.submit(encoded.ids))
+
+    def _submit_ids(self, item: Input) -> Prepared:
+        if item.text is not None or item.pair is not None or item.choices is not None:
+            raise InputError("an input has both ids and a text; give one of them")
+        if not self.signature.has_choices and any(isinstance(token, list) for token in item.ids):
+            raise InputError("ids hold a list; give each sequence as an input of its own")
+        future = self.batcher.submit(item.ids, item.attention_mask, item.global_attention_mask)
+        rows = item.ids if self.signature.has_choices else [item.ids]
+        ids = [int(token) for token in rows[0]]
+        tokens = sum(map(len, rows))
+        return Prepared(Encoded(ids, [str(token) for token in ids]), tokens, False, future)
+
+    def _submit_choices(self, item: Input) -> Prepared:
+        assert item.text is not None
+        if not item.choices or item.pair is not None:
+            raise InputError(f"{self.signature.task} needs the prompt as text, and a list of choices")
+        if len(item.choices) > self._max_choices:
+            raise LengthError(
+                f"an input has {len(item.choices)} choices, above the {self._max_choices} that this server takes"
+            )
+        encoded = [self._encode(item.text, choice, item) for choice in item.choices]
+        seqlen = max(len(choice.ids) for choice, _ in encoded)
+        ids = np.full((len(encoded), seqlen), self.signature.pad_token_id)
+        mask = np.zeros_like(ids)
+        for i, (choice, _) in enumerate(encoded):
+            ids[i, : len(choice.ids)], mask[i, : len(choice.ids)] = choice.ids, 1
+        truncated = any(cut for _, cut in encoded)
+        return Prepared(encoded[0][0], int(mask.sum()), truncated, self.batcher.submit(ids, mask))
+
+    def _encode(self, text: str, pair: str | None, item: Input) -> tuple[Encoded, bool]:
+        """The tokens, and whether the text was cut."""
+        if self._tokenizer is None:
+            raise InputError(f"the model {self.name} has no tokenizer; give ids")
+        if item.prompt is not None and self.signature.task != SENTENCE_EMBEDDING:
+            raise InputError(f"{self.signature.task} takes no prompt; leave it out")
+        try:
+            return self._tokenizer.encode(text, pair, prompt=item.prompt), False
+        except LengthError as error:
+            if item.truncate:
+                return self._tokenizer.truncate(text, pair, prompt=item.prompt), True
+            reason = str(error).partition(";")[0]
+            raise LengthError(f"{reason}; shorten it, or give truncate: true to have it cut") from error
+
+    def answers(self, prepared: Prepared, outputs: Outputs) -> list[dict[str, Any]]:
+        """The answers of the task: see `Postprocessor.answers`. An answer to a question has its place in the text too.
+
+        Empty for a model without a tokenizer.
+
+        Raises:
+            ArtifactError: an answer has an id that the tokenizer does not have.
+        """
+        if self._postprocessor is None:
+            return []
+        arrays = {name: np.asarray(value) for name, value in outputs.items()}
+        try:
+            answers = self._postprocessor.answers(prepared.encoded, arrays)
+        except InputError as error:  # the text is not the cause
+            raise ArtifactError(str(error)) from error
+        if answers and (span := self._postprocessor.answer_range(prepared.encoded, arrays)) is not None:
+            answers[0] |= {"start": span[0], "end": span[1]}
+        return answers
+
+    def raw_scores(self, outputs: Outputs) -> list[dict[str, Any]]:
+        """The label and the logit of each class, best first."""
+        logits: NDArray[Any] = np.asarray(outputs["logits"])[0]
+        label = self._postprocessor.label if self._postprocessor is not None else "LABEL_{}".format
+        return [{"label": label(int(i)), "score": float(logits[i])} for i in np.argsort(-logits)]
+
+    def close(self) -> None:
+        """Answer what is waiting, and free the model."""
+        self.batcher.close()
+        self.engine.close()

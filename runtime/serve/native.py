@@ -1,0 +1,119 @@
+"""lfx's own endpoint: every task, texts or ids, answers and outputs."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+import numpy as np
+from fastapi import Response
+from pydantic import Field
+
+from lfx.errors import InputError
+from lfx.runtime.serve.body import StrictBody, read_body
+from lfx.runtime.serve.model import Input, ServedModel
+from lfx.runtime.serve.replies import array_reply, check_size, dumps
+from lfx.runtime.serve.service import Computed, Service
+
+Ids = list[int] | list[list[int]]
+
+
+class OneInput(StrictBody):
+    """A text with what belongs to it, or ids."""
+
+    text: str | None = Field(None, description="the text; for question answering the question")
+    pair: str | None = Field(None, description="the document of a question, or the second text of a pair")
+    choices: list[str] | None = Field(None, description="the choices after the text, for multiple choice")
+    ids: Ids | None = Field(
+        None, description="the model's ids with its special tokens; for multiple choice a list for each choice"
+    )
+    attention_mask: Ids | None = Field(None, description="for ids: 1 = a real token, 0 = padding")
+    global_attention_mask: Ids | None = Field(None, description="for ids: 1 = the token attends globally")
+
+
+class RunRequest(StrictBody):
+    """A request for one or several inputs."""
+
+    inputs: str | OneInput | list[str | OneInput] = Field(
+        description="give a text, an object with text (and pair or choices) or with ids, or a list of these"
+    )
+    model: str | None = Field(None, description="name of a model; the first one if it is left out")
+    truncate: bool = Field(False, description="true: a text longer than the model takes is cut")
+    prompt: str | None = Field(None, description="is put before each text, for sentence embeddings")
+    outputs: list[str] | None = Field(
+        None,
+        description="names of the model's outputs to return; if it is left out, those per sequence of a model without "
+        "answers",
+    )
+    encoding: Literal["float", "base64"] = Field(
+        "float", description="give float, for lists of numbers, or base64, for little-endian bytes"
+    )
+
+
+EXAMPLES: dict[str, Any] = {
+    "a text": {"inputs": "A long document …"},
+    "a question": {"inputs": {"text": "Who?", "pair": "A long document …"}},
+    "several texts, cut if they are too long": {"inputs": ["One …", "Another …"], "truncate": True},
+    "ids, and an output": {"inputs": {"ids": [0, 713, 2]}, "outputs": ["logits"]},
+    "multiple choice": {"inputs": {"text": "The sky is", "choices": ["blue", "loud"]}},
+}
+REPLY: dict[str, Any] = {
+    "model": "my-bundle",
+    "task": "text-classification",
+    "results": [
+        {"tokens": 3, "truncated": False, "answers": [{"label": "POSITIVE", "score": 0.98}], "outputs": {}},
+    ],
+    "tokens": 3,
+    "latency_ms": 12.5,
+}
+
+
+async def run(service: Service, data: bytes, name: str | None) -> Response:
+    """Answer a request for the model `name`, or for the one that its body names."""
+    start = time.perf_counter()
+    body = await read_body(service, data, RunRequest)
+    model = service.model(name or body.model)
+    items = body.inputs if isinstance(body.inputs, list) else [body.inputs]
+    if not items:
+        raise InputError("inputs is an empty list; give at least one")
+    names = _output_names(model, body.outputs)
+    computed = await service.run(model, [_input(item, body) for item in items])
+    return await service.render(lambda: _reply(model, computed, names, body.encoding, start))
+
+
+def _input(item: str | OneInput, body: RunRequest) -> Input:
+    if isinstance(item, str):
+        return Input(item, prompt=body.prompt, truncate=body.truncate)
+    return Input(**dict(item), prompt=body.prompt, truncate=body.truncate)
+
+
+def _output_names(model: ServedModel, asked: list[str] | None) -> list[str]:
+    specs = {spec.name: spec for spec in model.signature.outputs}
+    if asked is None:
+        return [] if model.has_answers else [name for name, spec in specs.items() if "sequence" not in spec.shape]
+    for name in asked:
+        if name not in specs:
+            raise InputError(f"the model has no output {name[:100]!r}; its outputs are {', '.join(specs)}")
+    return list(dict.fromkeys(asked))
+
+
+def _reply(model: ServedModel, computed: list[Computed], names: list[str], encoding: str, start: float) -> Response:
+    arrays = [{name: np.asarray(outputs[name])[0] for name in names} for _, outputs in computed]
+    check_size([array for row in arrays for array in row.values()], encoding)
+    results = [
+        {
+            "tokens": prepared.tokens,
+            "truncated": prepared.truncated,
+            "answers": model.answers(prepared, outputs),
+            "outputs": {name: array_reply(array, encoding) for name, array in row.items()},
+        }
+        for (prepared, outputs), row in zip(computed, arrays, strict=True)
+    ]
+    reply = {
+        "model": model.name,
+        "task": model.signature.task,
+        "results": results,
+        "tokens": sum(prepared.tokens for prepared, _ in computed),
+        "latency_ms": round((time.perf_counter() - start) * 1000, 3),
+    }
+    return Response(dumps(reply), media_type="application/json")

@@ -1,0 +1,128 @@
+"""JSON replies, and errors in the form that each API's clients expect."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from typing import Any
+
+import numpy as np
+from fastapi import Response
+from numpy.typing import NDArray
+
+from lfx.errors import ArtifactError, InputError, LengthError, LfxError, OverloadError
+
+# json.dumps keeps the interpreter to itself, half a second for as many numbers; base64 does not.
+MAX_JSON_NUMBERS = 500_000
+MAX_OUTPUT_BYTES = 64 << 20
+RETRY_AFTER_SECONDS = 1
+
+
+class RefusalError(Exception):
+    """A request that is not answered.
+
+    Args:
+        status: HTTP status.
+        message: what was given, what is allowed and what to do.
+        kind: the error_type of text-embeddings-inference.
+        code: the error.code of OpenAI's API.
+    """
+
+    def __init__(self, status: int, message: str, kind: str = "Validation", code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.kind, self.code = status, message, kind, code
+
+
+def busy(message: str) -> RefusalError:
+    """Too many requests: status 429."""
+    return RefusalError(429, message, "Overloaded", "rate_limit_exceeded")
+
+
+def unavailable(message: str) -> RefusalError:
+    """The server cannot answer now: status 503."""
+    return RefusalError(503, message, "Unhealthy", "server_unavailable")
+
+
+def refusal_of(error: LfxError) -> RefusalError:
+    """The refusal for an error of lfx."""
+    message = str(error)
+    if isinstance(error, OverloadError):
+        return busy(message)
+    if isinstance(error, LengthError):
+        return RefusalError(413, message, "Validation", "context_length_exceeded")
+    if isinstance(error, InputError):
+        return RefusalError(422, message, "Tokenizer")
+    kind = "the model's outputs are wrong" if isinstance(error, ArtifactError) else "the model failed"
+    return RefusalError(500, f"{kind}: {message}", "Backend", "server_error")
+
+
+def error_body(path: str, refusal: RefusalError) -> dict[str, Any]:
+    """The body of an error: OpenAI's below /v1, that of text-embeddings-inference for its routes, else lfx's own."""
+    if path.startswith("/v1/"):
+        kinds = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error", 500: "server_error"}
+        kind = kinds.get(refusal.status, "invalid_request_error")
+        return {"error": {"message": refusal.message, "type": kind, "param": None, "code": refusal.code}}
+    if path.endswith(("/embed", "/predict")):
+        return {"error": refusal.message, "error_type": refusal.kind}
+    return {"error": refusal.message}
+
+
+def error_reply(path: str, refusal: RefusalError) -> Response:
+    """The reply to a request that is refused."""
+    # OpenAI's API has 400 for a request of another form.
+    status = 400 if refusal.status == 422 and path.startswith("/v1/") else refusal.status
+    headers = {}
+    if status in (429, 503):
+        headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(dumps(error_body(path, refusal)), status, headers, "application/json")
+
+
+def dumps(value: Any) -> bytes:
+    """Serialize to JSON. Arrays become lists; NaN and infinities, which JSON does not have, become null."""
+    return json.dumps(_plain(value), allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind != "f" or np.isfinite(value).all():
+            return value.tolist()
+        plain = value.astype(object)
+        plain[~np.isfinite(value)] = None
+        return plain.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def array_reply(array: NDArray[Any], encoding: str) -> Any:
+    """An output for a reply: the array, which `dumps` makes a list, or its bytes in base64."""
+    if encoding == "float":
+        return array
+    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    return {
+        "dtype": str(array.dtype),
+        "shape": list(array.shape),
+        "base64": base64.b64encode(little.tobytes()).decode("ascii"),
+    }
+
+
+def check_size(arrays: list[NDArray[Any]], encoding: str) -> None:
+    """Raise RefusalError if the outputs are too large for one reply."""
+    numbers, size = sum(array.size for array in arrays), sum(array.nbytes for array in arrays)
+    if encoding == "float" and numbers > MAX_JSON_NUMBERS:
+        raise RefusalError(
+            413,
+            f"the outputs have {numbers:,} numbers, above the {MAX_JSON_NUMBERS:,} of a JSON reply; give "
+            'encoding: "base64", or ask for fewer outputs or texts',
+        )
+    if size > MAX_OUTPUT_BYTES:
+        raise RefusalError(
+            413,
+            f"the outputs have {size:,} bytes, above the {MAX_OUTPUT_BYTES:,} of a reply; ask for fewer outputs or "
+            "texts",
+        )

@@ -1,0 +1,295 @@
+"""Runs the server in this process: opens the models, answers, and stops within a bound."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from lfx.errors import InputError, LfxError, one_line
+from lfx.runtime.serve.app import make_app
+from lfx.runtime.serve.memory import memory
+from lfx.runtime.serve.protocol import make_protocol
+from lfx.runtime.serve.service import Service
+from lfx.runtime.serve.settings import KEEP_ALIVE_SECONDS, Settings
+from lfx.runtime.serve.stats import Stats
+
+Report = Callable[[str], None]  # is called with each line for the operator
+Announce = Callable[[dict[str, Any]], None]  # is called with each state, for scripts
+BACKLOG = 2048  # connections that the system keeps until a worker takes them
+# Number of connections that a worker takes at a time, so that those of a burst are shared by the workers.
+_ACCEPTED_AT_A_TIME = 4
+_SWEEP_SECONDS = 0.25
+_LAST_WORDS_SECONDS = 1.0  # for the replies to requests that were cancelled
+_LAST_SECONDS = 5.0  # after stop_seconds: to cancel what is left, and for the batch that is being computed
+
+
+def listen(settings: Settings) -> socket.socket:
+    """A socket that listens at the address of the settings.
+
+    Raises:
+        InputError: the address cannot be used.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+        if os.name == "posix":  # on Windows it lets two servers have one port
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except (OSError, UnicodeError) as error:
+        raise InputError(
+            f"{settings.host}:{settings.port} cannot be listened on: {one_line(error)}; choose another --host or --port"
+        ) from error
+    return sock
+
+
+def address_of(sock: socket.socket) -> str:
+    """The address of a listening socket, for a browser."""
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """A server of one process.
+
+    Args:
+        settings: what is served.
+        report: is called with each line for the operator.
+        worker, workers: number of this process, from 0, and of all.
+        folder: of the workers' sockets; see `Stats`.
+        early: whether connections are taken while the models are being opened, so that /health can say so.
+    Attributes:
+        failure: the error that ended the server; None = it was stopped.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        report: Report,
+        *,
+        worker: int = 0,
+        workers: int = 1,
+        folder: Path | None = None,
+        early: bool = True,
+    ) -> None:
+        self.service = Service(settings)
+        self.stats = Stats(self.service, worker, folder, workers)
+        self.failure: LfxError | None = None
+        self._settings, self._report, self._early, self._workers = settings, report, early, workers
+        self._when_ready: Callable[[], None] = lambda: None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._watchdog: threading.Timer | None = None
+        self._opener: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)
+        config = uvicorn.Config(
+            make_app(self.service, self.stats),
+            http=make_protocol(settings.client_seconds, settings.max_connections),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=max(round(settings.stop_seconds), 1),
+            backlog=BACKLOG if workers == 1 else _ACCEPTED_AT_A_TIME,
+        )
+        super().__init__(config)
+
+    def run_on(self, sock: socket.socket, when_ready: Callable[[], None]) -> None:
+        """Answer on a listening socket until a SIGTERM or SIGINT, or until the models cannot be opened.
+
+        Args:
+            when_ready: is called once, when the models are ready.
+        Raises:
+            LfxError: a model cannot be opened.
+        """
+        self._when_ready = when_ready
+        _raise_file_limit()
+        try:
+            self.run([sock])
+            self.service.close()
+        finally:
+            if self._watchdog is not None:
+                self._watchdog.cancel()
+        if self.failure is not None:
+            raise self.failure
+
+    def leave(self) -> None:
+        """End the process at once if a model is still being opened.
+
+        Python would end that thread by force when it returns from C++ code, which aborts the process.
+        """
+        if self._opener is not None and self._opener.is_alive():
+            sys.stderr.flush()
+            os._exit(0)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the models, and take connections before that or after it."""
+        self._loop = asyncio.get_running_loop()
+        await self.stats.start()
+        opening = asyncio.create_task(self._open())
+        self._tasks = [opening, asyncio.create_task(self._sweep())]
+        if not self._early:
+            while not opening.done() and not self.should_exit:
+                await asyncio.wait([opening], timeout=0.1)
+        if not self.should_exit:
+            await super().startup(sockets)
+            for sock in sockets or []:
+                sock.listen(BACKLOG)  # uvicorn has set it to the number that is taken at a time
+
+    async def _open(self) -> None:
+        loop = asyncio.get_running_loop()
+        opened: asyncio.Future[None] = loop.create_future()
+
+        def load() -> None:
+            error: LfxError | None = None
+            try:
+                self.service.load()
+            except LfxError as problem:
+                error = problem
+            except BaseException as problem:
+                error = LfxError(f"the models cannot be opened: {one_line(problem)}")
+            with contextlib.suppress(RuntimeError):  # the loop was closed: the server stopped meanwhile
+                loop.call_soon_threadsafe(_finish, opened, error)
+
+        # A daemon: the server stops without waiting for a model to be opened.
+        self._opener = threading.Thread(target=load, name="lfx-open", daemon=True)
+        self._opener.start()
+        try:
+            await opened
+        except LfxError as error:
+            self.failure, self.should_exit = error, True
+            return
+        if not self.should_exit:
+            self._when_ready()
+
+    async def _sweep(self) -> None:
+        """End connections whose clients are too slow."""
+        while True:
+            await asyncio.sleep(min(_SWEEP_SECONDS, self._settings.client_seconds / 4))
+            now = time.monotonic()
+            for connection in list(self.server_state.connections):
+                connection.check_time(now)  # type: ignore[union-attr]  # it is a `protocol.Protocol`
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no connections, answer the requests in progress, and cancel those that are left after stop_seconds."""
+        self.service.state = "stopping"
+        self.stats.stop()
+        await super().shutdown(sockets)
+        # uvicorn has cancelled the requests that were left; they still say so to their clients.
+        left = [task for task in self.server_state.tasks if not task.done()]
+        if left:
+            await asyncio.wait(left, timeout=_LAST_WORDS_SECONDS)
+        for task in self._tasks:
+            task.cancel()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop at the first SIGTERM or SIGINT, and do not wait for requests after the second.
+
+        uvicorn raises the signal again after it has stopped; here a server that was asked to stop has succeeded.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+        numbers = [number for name in names if signal.getsignal(number := getattr(signal, name)) != signal.SIG_IGN]
+        previous = {number: signal.signal(number, self.handle_exit) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop; a second signal does not wait for requests in progress."""
+        if self.should_exit:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._cancel_requests)
+            return
+        self.should_exit = True
+        self.service.state = "stopping"
+        self._report(f"stopping: {self.service.in_progress} texts are in progress")
+        # A batch that is being computed cannot be cancelled, and the process must end.
+        self._watchdog = threading.Timer(self._settings.stop_seconds + _LAST_SECONDS, self._give_up)
+        self._watchdog.daemon = True
+        self._watchdog.start()
+
+    def _cancel_requests(self) -> None:
+        """Cancel the requests in progress; `Gate` says so to their clients."""
+        for task in list(self.server_state.tasks):
+            task.cancel()
+        asyncio.get_running_loop().call_later(_LAST_WORDS_SECONDS, self._break_connections)
+
+    def _break_connections(self) -> None:
+        self.force_exit = True
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+    def _give_up(self) -> None:
+        self._report(f"the batch in progress did not end within {self._settings.stop_seconds + _LAST_SECONDS:g} s")
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _finish(opened: asyncio.Future[None], error: LfxError | None) -> None:
+    if opened.done():
+        return
+    if error is None:
+        opened.set_result(None)
+    else:
+        opened.set_exception(error)
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open files, and so connections, as the system lets this process have."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = max(soft, 10_240) if hard == resource.RLIM_INFINITY else hard  # macOS takes no more
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def serve(settings: Settings, report: Report, announce: Announce) -> None:
+    """Serve in this process until a SIGTERM or SIGINT.
+
+    Args:
+        settings: what is served.
+        report: is called with each line for the operator.
+        announce: is called when the server listens, and when it is ready.
+    Raises:
+        InputError: the address cannot be used.
+        LfxError: a model cannot be opened.
+    """
+    sock = listen(settings)
+    address = address_of(sock)
+    announce({"state": "opening", "address": address, "models": list(settings.models)})
+    report(f"{address} opens {', '.join(settings.models)}")
+    server = Server(settings, report)
+
+    def when_ready() -> None:
+        now = memory()
+        announce({"state": "ready", "address": address, "worker": 0, "pid": os.getpid()})
+        report(f"{address} is ready" + (f": {now}" if now else ""))
+
+    server.run_on(sock, when_ready)
+    report("stopped")
+    server.leave()

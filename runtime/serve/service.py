@@ -1,0 +1,193 @@
+"""The models of one process, and the requests in progress."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from lfx.checks import shown
+from lfx.errors import LfxError
+from lfx.runtime.engine import Outputs
+from lfx.runtime.serve.model import Input, Prepared, ServedModel
+from lfx.runtime.serve.replies import RefusalError, busy, unavailable
+from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
+
+Result = TypeVar("Result")
+# What the log says of the request in progress: its model, and the numbers of texts and tokens.
+note: ContextVar[dict[str, Any]] = ContextVar("note")
+Computed = tuple[Prepared, Outputs]
+
+
+class Service:
+    """Opens the models in a thread, and runs requests on them.
+
+    Attributes:
+        settings: the argument.
+        models: name -> model, once `load` is done.
+        state: "warming up", "ready" or "stopping".
+        in_progress: number of texts that are tokenized, waiting or computed.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.models: dict[str, ServedModel] = {}
+        self.state = "warming up"
+        self.in_progress = 0
+        # One text at a time: an encoding takes many times the memory of its text. The answers do not wait for it.
+        self._tokenizing = ThreadPoolExecutor(1, "lfx-tokenize")
+        self._answering = ThreadPoolExecutor(1, "lfx-answer")
+
+    def load(self) -> None:
+        """Open and warm up all models.
+
+        Raises:
+            LfxError: one cannot be opened.
+        """
+        models = {}
+        for name, path in self.settings.models.items():
+            try:
+                models[name] = ServedModel(name, path, self.settings)
+            except LfxError as error:
+                raise type(error)(f"{name}: {error}" if len(self.settings.models) > 1 else str(error)) from error
+        self.models = models
+        if self.state == "warming up":
+            self.state = "ready"
+
+    @property
+    def condition(self) -> str:
+        """`state`, or "failed" if a model takes no requests any more."""
+        failed = self.state == "ready" and not all(model.batcher.is_open for model in self.models.values())
+        return "failed" if failed else self.state
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Largest body of a request."""
+        if self.settings.max_body_bytes is not None:
+            return self.settings.max_body_bytes
+        one = [model.largest_body for model in self.models.values()]
+        return max(one, default=NO_LIMIT_TOKENS * BYTES_PER_TOKEN + OTHER_BYTES) * self.settings.max_inputs
+
+    def check_opened(self) -> None:
+        """Raise RefusalError while the models are being opened."""
+        if not self.models:
+            raise unavailable("the models are being opened; try again later")
+
+    def check_ready(self) -> None:
+        """Raise RefusalError while the models are being opened, and when the largest number of texts is in progress."""
+        self.check_opened()
+        if self.in_progress >= self.settings.max_pending:
+            raise busy(f"{self.in_progress} texts are in progress; try again later")
+
+    def model(self, name: str | None) -> ServedModel:
+        """The model of a name; None is the first.
+
+        Raises:
+            RefusalError: there is none of that name.
+        """
+        self.check_ready()
+        if name is None:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            raise self.no_such_model(name)
+        return self.models[name]
+
+    def no_such_model(self, name: str) -> RefusalError:
+        """The refusal of a request for a model that is not served."""
+        names = ", ".join(self.settings.models)
+        message = f"the model {shown(name)} does not exist; the models are: {names}"
+        return RefusalError(404, message, code="model_not_found")
+
+    async def parse(self, work: Callable[[], Result]) -> Result:
+        """Run a function in the thread that tokenizes."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+
+    async def render(self, work: Callable[[], Result]) -> Result:
+        """Run a function in the thread that makes answers and replies."""
+        return await asyncio.get_running_loop().run_in_executor(self._answering, work)
+
+    async def run(self, model: ServedModel, inputs: Sequence[Input]) -> list[Computed]:
+        """Tokenize and compute the inputs of one request. If the call is cancelled, what is pending is not computed.
+
+        Raises:
+            RefusalError: too many inputs, too many texts are in progress, or the time is over.
+            LfxError: the model cannot take an input, or failed.
+        """
+        if len(inputs) > self.settings.max_inputs:
+            raise RefusalError(
+                413,
+                f"the request has {len(inputs)} inputs, above the {self.settings.max_inputs} that this server takes; "
+                "send several requests",
+            )
+        with self._counted(len(inputs)), _Submissions() as submissions:
+            try:
+                async with asyncio.timeout(self.settings.answer_seconds):
+                    for item in inputs:
+                        await self.parse(lambda item=item: submissions.submit(model, item))  # type: ignore[misc]
+                    prepared = submissions.prepared
+                    outputs = await asyncio.gather(*(asyncio.wrap_future(one.future) for one in prepared))
+            except TimeoutError as error:
+                raise unavailable(
+                    f"the request was not computed within {self.settings.answer_seconds:g} s; send less, or try again "
+                    "later"
+                ) from error
+        note.get({}).update(model=model.name, texts=len(prepared), tokens=sum(one.tokens for one in prepared))
+        return list(zip(prepared, outputs, strict=True))
+
+    @contextlib.contextmanager
+    def _counted(self, count: int) -> Iterator[None]:
+        """Count texts as in progress.
+
+        Raises:
+            RefusalError: there are too many.
+        """
+        # A request of several texts may be larger than what is left, but is taken only if not all is taken.
+        self.check_ready()
+        self.in_progress += count
+        try:
+            yield
+        finally:
+            self.in_progress -= count
+
+    def close(self) -> None:
+        """Free the models. What is pending is answered first, so cancel it if it must not be."""
+        self.state = "stopping"
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._answering.shutdown(wait=False, cancel_futures=True)
+        for model in self.models.values():
+            model.close()
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What each model takes and gives."""
+        return [model.describe() for model in self.models.values()]
+
+
+class _Submissions:
+    """The inputs of one request that were submitted; cancelled on exit unless they are done."""
+
+    def __init__(self) -> None:
+        self.prepared: list[Prepared] = []
+        self._futures: list[Future[Outputs]] = []
+        self._ended = threading.Event()
+
+    def submit(self, model: ServedModel, item: Input) -> None:
+        """Submit one input; called in the thread that tokenizes, which may still run when the request has ended."""
+        if self._ended.is_set():
+            return
+        prepared = model.submit(item)
+        self.prepared.append(prepared)
+        self._futures.append(prepared.future)
+        if self._ended.is_set():
+            prepared.future.cancel()
+
+    def __enter__(self) -> _Submissions:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for future in self._futures:
+            future.cancel()

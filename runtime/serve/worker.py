@@ -1,0 +1,68 @@
+"""A worker process of `lfx serve --workers N`: `python -m lfx.runtime.serve.worker`, started by the supervisor."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from lfx.errors import LfxError
+
+
+def main() -> int:
+    """Read the settings from stdin, serve, and tell the supervisor on stdout; returns the exit status."""
+    # What the worker tells has a descriptor of its own, so that nothing that a library prints is mixed with it.
+    telling = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def tell(value: dict[str, Any]) -> None:
+        try:
+            telling.write(json.dumps(value) + "\n")
+            telling.flush()
+        except (OSError, ValueError):
+            pass  # the supervisor has ended
+
+    line = b""
+    while not line.endswith(b"\n"):
+        part = os.read(0, 65_536)  # not sys.stdin, which a thread that waits in it blocks at the end of the process
+        if not part:
+            return 1
+        line += part
+    given = json.loads(line)
+    threading.Thread(target=_end_with_supervisor, daemon=True).start()
+    try:
+        from lfx.runtime.serve.memory import memory
+        from lfx.runtime.serve.server import Server
+        from lfx.runtime.serve.settings import Settings
+
+        settings = Settings.from_json(given["settings"])
+        server = Server(
+            settings,
+            lambda text: tell({"report": text}),
+            worker=given["worker"],
+            workers=settings.workers,
+            folder=Path(given["folder"]),
+            early=given["early"],
+        )
+        server.run_on(socket.socket(fileno=given["socket"]), lambda: tell({"ready": str(memory() or "")}))
+        server.leave()
+    except LfxError as error:
+        tell({"error": str(error)})
+        return 1
+    return 0
+
+
+def _end_with_supervisor() -> None:
+    """Stop when stdin ends: the supervisor has ended, perhaps by SIGKILL."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

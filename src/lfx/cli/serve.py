@@ -1,0 +1,128 @@
+"""`lfx serve`: answer requests over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lfx.cli.engine import add_engine_options
+from lfx.cli.options import MOST_TOKENS, Command, FilePath, FilledText
+from lfx.cli.terminal import echo, echo_json
+
+MOST_SECONDS = 86_400.0
+_Seconds = click.FloatRange(0.05, MOST_SECONDS)
+
+
+@click.command("serve", cls=Command)
+@click.argument("models", nargs=-1, required=True, type=FilledText(), metavar="[NAME=]BUNDLE_OR_PLAN…")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address; 0.0.0.0 is every one.")
+@click.option(
+    "--port", type=click.IntRange(0, 65_535), default=8000, show_default=True, help="Listen on this port; 0 is any."
+)
+@click.option(
+    "--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Set the number of processes."
+)
+@click.option(
+    "--api-key",
+    type=FilledText(),
+    envvar="LFX_API_KEY",
+    show_envvar=True,
+    help="Require this key: Authorization: Bearer KEY. The environment hides it from other users' ps.",
+)
+@click.option(
+    "--max-delay",
+    "max_delay_ms",
+    type=click.FloatRange(0, 3_600_000),
+    default=5.0,
+    show_default=True,
+    help="Let a text wait so many ms for others to run with it.",
+)
+@click.option(
+    "--token-budget",
+    type=click.IntRange(1, MOST_TOKENS),
+    help="Bound the tokens of a batch, padding included.  [default: 8192]",
+)
+@click.option(
+    "--max-pending",
+    type=click.IntRange(1, 1_000_000),
+    default=512,
+    show_default=True,
+    help="Answer 429 when a worker has so many texts in progress.",
+)
+@click.option(
+    "--max-inputs", type=click.IntRange(1, 100_000), default=32, show_default=True, help="Bound the texts of a request."
+)
+@click.option(
+    "--max-body",
+    "max_body_bytes",
+    type=click.IntRange(1, 1 << 28),
+    help="Bound the bytes of a request.  [default: 16 for each token of --max-inputs texts]",
+)
+@click.option(
+    "--max-connections",
+    type=click.IntRange(1, 1_000_000),
+    default=4096,
+    show_default=True,
+    help="Bound the open connections of a worker.",
+)
+@click.option(
+    "--answer-time",
+    "answer_seconds",
+    type=_Seconds,
+    default=120.0,
+    show_default=True,
+    help="Cancel a request that is not answered in so many seconds.",
+)
+@click.option(
+    "--client-time",
+    "client_seconds",
+    type=_Seconds,
+    default=20.0,
+    show_default=True,
+    help="Disconnect a client that needs more seconds to send its request or read its reply.",
+)
+@click.option(
+    "--stop-time",
+    "stop_seconds",
+    type=_Seconds,
+    default=30.0,
+    show_default=True,
+    help="Wait so many seconds after SIGTERM for requests in progress.",
+)
+@click.option("--log-requests", is_flag=True, help="Log each request as a line of JSON on stderr, without its text.")
+@click.option("--json", "as_json", is_flag=True, help="Print lines of JSON: the address, and when it is ready.")
+@click.option("--tokenizer", type=FilePath(), help="Read the tokenizer of a single model from this folder.")
+@add_engine_options
+def command(models: tuple[str, ...], tokenizer: Path | None, as_json: bool, **options: object) -> None:
+    """Answer requests over HTTP with bundles or plans, until SIGTERM.
+
+    POST /run takes every task; /v1/embeddings is OpenAI's, /embed and /predict are those of text-embeddings-inference.
+    The page at / tries the models. A model is named for its path, or NAME=PATH; requests that name none use the first.
+    """
+    from lfx.runtime.serve import check_installed
+
+    check_installed()
+    from lfx.runtime.serve.settings import Settings, named_models
+
+    named = named_models(models)
+    if tokenizer is not None and len(named) > 1:
+        raise click.UsageError("--tokenizer is for a single model; give one model")
+    settings = Settings(named, tokenizer=None if tokenizer is None else str(tokenizer), **options)  # type: ignore[arg-type]
+
+    def report(line: str) -> None:
+        echo(line, err=True)
+
+    def announce(state: dict[str, Any]) -> None:
+        if as_json:
+            echo_json(state)
+
+    if settings.workers == 1:
+        from lfx.runtime.serve.server import serve
+
+        serve(settings, report, announce)
+    else:
+        from lfx.runtime.serve.supervisor import supervise
+
+        supervise(settings, report, announce)

@@ -1,0 +1,339 @@
+"""Limits: key, size, number and time of requests, slow clients, clients that have gone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from lfx.runtime.batcher import Batcher
+from lfx.runtime.serve import gate, service
+from lfx.runtime.serve.protocol import MAX_HEADER_BYTES
+from lfx.runtime.tokenizer import Tokenizer
+from tests.conftest import MakeBundle
+from tests.runtime.serve.running import WAIT_SECONDS, Running, running, wait_until
+
+BODY = b'{"inputs":"the fox"}'
+REQUEST = b"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
+
+
+@pytest.fixture
+def model(bundle: MakeBundle) -> dict[str, Path]:
+    return {"cls": bundle("text-classification")}
+
+
+@contextlib.contextmanager
+def connected(server: Running, sent: bytes = b"") -> Iterator[socket.socket]:
+    """A connection that has sent something."""
+    with socket.create_connection(server.socket_address, timeout=WAIT_SECONDS) as connection:
+        connection.sendall(sent)
+        yield connection
+
+
+def received(connection: socket.socket) -> bytes:
+    """All that comes until the server closes the connection."""
+    parts = []
+    with contextlib.suppress(ConnectionError):
+        while part := connection.recv(65_536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+class Held:
+    """Tokenizer.encode, which waits until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entered, self.go_on = threading.Event(), threading.Event()
+        encode = Tokenizer.encode
+
+        def waiting(reader: Tokenizer, *arguments: Any, **options: Any) -> Any:
+            self.entered.set()
+            assert self.go_on.wait(WAIT_SECONDS)
+            return encode(reader, *arguments, **options)
+
+        monkeypatch.setattr(Tokenizer, "encode", waiting)
+
+
+def run(server: Running) -> httpx.Response:
+    with server.client() as client:
+        return client.post("/run", content=BODY)
+
+
+def test_a_key_is_required_where_texts_and_models_are(model: dict[str, Path]) -> None:
+    with running(model, api_key="s\u00e9same") as server, server.client() as client:
+        right = {"Authorization": "Bearer s\u00e9same".encode()}
+        for path in ("/", "/health", "/metrics", "/openapi.json"):
+            assert client.get(path).status_code == 200
+        for headers in (
+            {},
+            {"Authorization": "Bearer sesam"},
+            {"Authorization": "Basic s"},
+            {"Authorization": "Bearer"},
+        ):
+            for path in ("/models", "/v1/models", "/info", "/nope"):
+                refused = client.get(path, headers=headers)
+                assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+            refused = client.post("/v1/embeddings", headers=headers, content=b" " * 10_000_000)
+            assert refused.json()["error"]["code"] == "invalid_api_key"
+        assert client.post("/run", headers=right, content=BODY).status_code == 200
+        assert "HTTPBearer" in client.get("/openapi.json").json()["components"]["securitySchemes"]
+
+
+@pytest.mark.parametrize(("path", "kind"), [("/run", None), ("/predict", "Overloaded"), ("/v1/embeddings", None)])
+def test_texts_above_max_pending_get_429_and_retry_after(
+    path: str, kind: str | None, model: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch)
+    with running(model, max_pending=1) as server, ThreadPoolExecutor(1) as pool, server.client() as client:
+        first = pool.submit(run, server)
+        assert held.entered.wait(WAIT_SECONDS)
+        refused = client.post(path, content=BODY)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert "1 texts are in progress; try again later" in refused.text
+        assert refused.json().get("error_type") == kind
+        assert client.get("/health").status_code == 200
+        held.go_on.set()
+        assert first.result().status_code == 200
+        assert run(server).status_code == 200
+
+
+def test_bodies_above_the_memory_for_them_get_429(model: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "MAX_BUFFERED_BYTES", 3000)
+    with running(model) as server, connected(server) as other:
+        other.sendall(b"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: 2000\r\n\r\n" + b" " * 1900)
+        wait_until(lambda: server.server.config.app._buffered == 1900)  # type: ignore[union-attr]
+        with server.client() as client:
+            assert client.post("/run", content=b" " * 1500 + BODY).status_code == 429
+            assert client.post("/run", content=BODY).status_code == 200
+    assert server.server.config.app._buffered == 0  # type: ignore[union-attr]
+
+
+def test_texts_are_tokenized_one_at_a_time(model: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = threading.Lock()
+    encode = Tokenizer.encode
+
+    def alone(reader: Tokenizer, *arguments: Any, **options: Any) -> Any:
+        assert busy.acquire(blocking=False)
+        try:
+            return encode(reader, *arguments, **options)
+        finally:
+            busy.release()
+
+    monkeypatch.setattr(Tokenizer, "encode", alone)
+    with running(model) as server, ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda _: run(server), range(40)))
+    assert {reply.status_code for reply in replies} == {200}
+
+
+def test_a_request_that_is_not_answered_in_time_gets_503_and_is_not_computed(
+    model: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    futures: list[Future[Any]] = []
+    submit = Batcher.submit
+
+    def noted(batcher: Batcher, *arguments: Any) -> Any:
+        futures.append(submit(batcher, *arguments))
+        return futures[-1]
+
+    monkeypatch.setattr(Batcher, "submit", noted)
+    with running(model, answer_seconds=0.3, max_delay_ms=1000) as server:
+        late = run(server)
+        assert (late.status_code, late.headers["retry-after"]) == (503, "1")
+        assert "not computed within 0.3 s" in late.json()["error"]
+        assert futures[0].cancelled()
+        assert server.server.service.in_progress == 0
+
+
+@pytest.mark.parametrize("lingering", [False, True], ids=["close", "reset"])
+def test_what_a_client_that_has_gone_asked_for_is_not_computed(
+    lingering: bool, model: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with running(model, max_delay_ms=2000, log_requests=True) as server:
+        metrics = server.server.service.models["cls"].engine.metrics
+        with connected(server, REQUEST) as client:
+            wait_until(lambda: server.server.service.in_progress == 1)
+            if lingering:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        wait_until(lambda: server.server.service.in_progress == 0)
+        assert run(server).status_code == 200
+        assert metrics.snapshot().sequences == 1
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [(line["path"], line["status"]) for line in lines] == [("/run", "gone"), ("/run", 200)]
+    assert (lines[1]["model"], lines[1]["texts"], lines[1]["client"]) == ("cls", 1, "127.0.0.1")
+    assert "fox" not in json.dumps(lines)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"", b" 408 "),
+        (b"POST /run HT", b" 408 "),
+        (b"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n{", b" 408 "),
+        (b"POST /run HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{", b" 408 "),
+        (b"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: 999999999\r\n\r\n{", b" 413 "),
+    ],
+    ids=["nothing", "line", "body", "chunk", "refused"],
+)
+def test_a_client_that_stops_sending_is_disconnected(sent: bytes, status: bytes, model: dict[str, Path]) -> None:
+    with running(model, client_seconds=0.5) as server, connected(server, sent) as client:
+        assert status in received(client).partition(b"\r\n")[0]
+        assert run(server).status_code == 200
+
+
+def test_a_client_that_sends_byte_by_byte_is_disconnected(model: dict[str, Path]) -> None:
+    with running(model, client_seconds=0.6) as server:
+        head = b"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: 2000\r\n\r\n"
+        with connected(server, head) as client:
+            ended = threading.Event()
+
+            def drip() -> None:
+                with contextlib.suppress(OSError):
+                    while not ended.wait(0.1):
+                        client.sendall(b" ")
+
+            thread = threading.Thread(target=drip)
+            thread.start()
+            received(client)
+            ended.set()
+            thread.join()
+            wait_until(lambda: not server.server.server_state.connections)
+
+
+def test_a_client_that_does_not_read_its_reply_is_disconnected(model: dict[str, Path]) -> None:
+    with running(model, client_seconds=0.5) as server:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with connection:
+            connection.connect(server.socket_address)
+            connection.settimeout(0.2)
+            with contextlib.suppress(OSError):  # of the server, which has ended the connection
+                while True:
+                    try:
+                        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 20)
+                    except TimeoutError:
+                        if not server.server.server_state.connections:
+                            break
+            wait_until(lambda: not server.server.server_state.connections)
+        assert run(server).status_code == 200
+
+
+def test_500_slow_connections_do_not_keep_others_from_their_answers(model: dict[str, Path]) -> None:
+    with running(model, client_seconds=60) as server, contextlib.ExitStack() as stack:
+        heads = (b"", b"POST /run HT", b"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n{")
+        slow = [stack.enter_context(connected(server, heads[i % 3])) for i in range(500)]
+        wait_until(lambda: len(server.server.server_state.connections) == 500)
+        with ThreadPoolExecutor(4) as pool:
+            assert {reply.status_code for reply in pool.map(lambda _: run(server), range(20))} == {200}
+        slow[2].sendall(b'"inputs":"the fox"}' + b" " * 30)
+        assert b" 200 " in slow[2].recv(4096)
+
+
+def test_connections_above_the_limit_get_503(model: dict[str, Path]) -> None:
+    with running(model, max_connections=2) as server, connected(server), connected(server):
+        wait_until(lambda: len(server.server.server_state.connections) == 2)
+        with connected(server) as third:
+            reply = received(third)
+        assert reply.startswith(b"HTTP/1.1 503 ")
+        assert b"retry-after: 1\r\n" in reply
+        assert b"this server takes 2 connections" in reply
+
+
+def test_headers_without_end_are_refused(model: dict[str, Path]) -> None:
+    with running(model) as server, connected(server, b"GET / HTTP/1.1\r\n") as client:
+        with contextlib.suppress(OSError):
+            for _ in range(3 * MAX_HEADER_BYTES // 1000):
+                client.sendall(b"a: " + b"b" * 997)
+                time.sleep(0.001)  # so that they come in several parts
+        assert received(client).startswith(b"HTTP/1.1 431 ")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x00\xff" * 50 + b"\r\n\r\n",
+        b"POST /run HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"POST /run HTTP/1.1\r\nContent-Length: abc\r\n\r\n",
+        b"POST /run HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+        b"POST /run HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /run HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+    ids=["bytes", "negative", "letters", "huge", "two-lengths", "chunk"],
+)
+def test_what_is_no_http_gets_400(sent: bytes, model: dict[str, Path], server_of_one: Running) -> None:
+    with connected(server_of_one, sent) as client:
+        assert b" 400 " in received(client).partition(b"\r\n")[0]
+    assert run(server_of_one).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def server_of_one(bundle: MakeBundle) -> Iterator[Running]:
+    with running({"cls": bundle("text-classification")}) as server:
+        yield server
+
+
+def test_pipelined_requests_are_answered_in_order(server_of_one: Running) -> None:
+    with connected(server_of_one, b"GET /nope HTTP/1.1\r\nHost: a\r\n\r\n" + REQUEST * 2) as client:
+        data = b""
+        while data.count(b"HTTP/1.1 ") < 3 or not data.endswith(b"}"):
+            data += client.recv(65_536)
+    assert [part[:3] for part in data.split(b"HTTP/1.1 ")[1:]] == [b"404", b"200", b"200"]
+
+
+def test_requests_wait_for_the_models_no_longer_than_health_says(
+    model: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, go_on = threading.Event(), threading.Event()
+    make = service.ServedModel
+
+    def waiting(*arguments: Any) -> Any:
+        opened.set()
+        assert go_on.wait(WAIT_SECONDS)
+        return make(*arguments)
+
+    monkeypatch.setattr(service, "ServedModel", waiting)
+    statuses: list[int] = []
+
+    def look(address: str) -> None:
+        with httpx.Client(base_url=address, timeout=WAIT_SECONDS, trust_env=False) as client:
+            health = client.get("/health")
+            statuses.append(health.status_code)
+            assert health.json() == {"status": "warming up"}
+            for reply in (health, client.post("/run", content=BODY), client.get("/models"), client.get("/info")):
+                statuses.append(reply.status_code)
+                assert reply.headers["retry-after"] == "1"
+
+    def before_ready(address: str) -> None:
+        assert opened.wait(WAIT_SECONDS)
+        try:
+            look(address)
+        finally:
+            go_on.set()
+
+    with running(model, before_ready=before_ready) as server:
+        assert set(statuses) == {503}
+        assert run(server).status_code == 200
+
+
+def test_health_says_that_a_model_takes_no_requests_any_more(model: dict[str, Path]) -> None:
+    with running(model) as server, server.client() as client:
+        server.server.service.models["cls"].batcher.close()
+        health = client.get("/health")
+        assert (health.status_code, health.json()) == (503, {"status": "failed"})
+        assert client.post("/run", content=BODY).status_code == 429
+
+
+def test_health_says_that_the_server_stops(model: dict[str, Path]) -> None:
+    with running(model) as server, server.client() as client:
+        server.server.service.state = "stopping"
+        health = client.get("/health")
+        assert (health.status_code, health.json()) == (503, {"status": "stopping"})

@@ -1,0 +1,228 @@
+"""`lfx serve` as a process: starting, stopping with requests in flight, and workers that are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from lfx.errors import InputError
+from lfx.runtime.serve.settings import named_models
+from tests.conftest import MakeBundle
+from tests.runtime.serve.running import WAIT_SECONDS, Command, wait_until
+from tests.runtime.test_import import lfx_without
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs SIGTERM")
+BODY = {"inputs": "the quick brown fox"}
+
+
+@pytest.fixture(scope="module")
+def model(bundle: MakeBundle) -> Path:
+    return bundle("text-classification")
+
+
+def gauge(client: httpx.Client, name: str) -> float:
+    """The sum of a metric over the workers."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return sum(sample.value for family in families for sample in family.samples if sample.name == name)
+
+
+def ask(address: str) -> httpx.Response:
+    """Ask on a connection of its own."""
+    return httpx.post(f"{address}/run", json=BODY, timeout=WAIT_SECONDS)
+
+
+def test_at_sigterm_what_came_is_answered_and_nothing_new_is_taken(model: Path) -> None:
+    with Command(model, "--max-delay", "8000", "--stop-time", "100") as server, server.client() as client:
+        server.wait_for("is ready")
+        host, port = server.address.removeprefix("http://").split(":")
+        half = socket.create_connection((host, int(port)), timeout=WAIT_SECONDS)
+        text = json.dumps(BODY).encode()
+        half.sendall(b"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s" % (len(text), text[:5]))
+        silent = socket.create_connection((host, int(port)), timeout=WAIT_SECONDS)
+        with ThreadPoolExecutor(40) as pool:
+            replies = [
+                pool.submit(httpx.post, f"{server.address}/run", json=BODY, timeout=WAIT_SECONDS) for _ in range(40)
+            ]
+            wait_until(lambda: gauge(client, "lfx_texts_in_progress") == 40)
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for("stopping: 40 texts are in progress")
+            half.sendall(text[5:])
+            assert silent.recv(100) == b""  # no request came on it
+            with pytest.raises(OSError, match="refused"):
+                socket.create_connection((host, int(port)), timeout=WAIT_SECONDS)
+            assert [reply.result().status_code for reply in replies] == [200] * 40
+            assert half.recv(100).startswith(b"HTTP/1.1 200 ")
+        half.close()
+        silent.close()
+        assert server.wait() == 0
+        assert server.lines[-1] == "stopped"
+
+
+@pytest.mark.parametrize("second", [True, False], ids=["second-signal", "stop-time"])
+def test_a_stop_ends_within_its_bound_and_says_so_to_the_clients(model: Path, second: bool) -> None:
+    options = ["--max-delay", "3600000", "--stop-time", "3600" if second else "1"]
+    with Command(model, *options) as server, server.client() as client, ThreadPoolExecutor(1) as pool:
+        server.wait_for("is ready")
+        late = pool.submit(ask, server.address)
+        wait_until(lambda: gauge(client, "lfx_texts_in_progress") == 1)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("stopping")
+        if second:
+            server.process.send_signal(signal.SIGINT)
+        reply = late.result()
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+        assert "the server stopped before the request was answered" in reply.json()["error"]
+        assert server.wait() == 0
+
+
+@pytest.fixture(scope="module")
+def workers(model: Path) -> Iterator[Command]:
+    """Two workers, ready."""
+    with Command(f"cls={model}", "--workers", "2", "--json") as server:
+        assert server.announced() == {"state": "opening", "address": server.address, "models": ["cls"]}
+        states = [server.announced(), server.announced()]
+        assert {state["worker"] for state in states} == {0, 1}
+        assert {(state["state"], state["address"]) for state in states} == {("ready", server.address)}
+        server.wait_for("is ready")
+        server.wait_for("is ready")
+        yield server
+        assert server.stop() == 0
+
+
+def test_workers_share_a_port_and_say_their_memory(workers: Command) -> None:
+    ready = [line for line in workers.lines if "is ready" in line]
+    assert {line.split(" (")[0] for line in ready} == {"worker 0", "worker 1"}
+    assert all(re.search(r"\d MB resident", line) for line in ready)
+    with workers.client() as client:
+        families = {family.name: family for family in text_string_to_metric_families(client.get("/metrics").text)}
+        for name in ("lfx_resident_bytes", "lfx_ready"):
+            assert {sample.labels["worker"] for sample in families[name].samples} == {"0", "1"}
+            assert all(sample.value > 0 for sample in families[name].samples)
+        before = gauge(client, "lfx_requests_total")
+        assert {client.post("/run", json=BODY).status_code for _ in range(10)} == {200}
+        assert gauge(client, "lfx_requests_total") == before + 10
+
+
+def test_a_worker_that_is_killed_is_replaced_and_no_answer_is_lost_or_wrong(workers: Command) -> None:
+    with workers.client() as client:
+        expected = client.post("/predict", json=BODY).json()
+    asked = threading.Event()
+    broken = []
+
+    def ask_until_answered(_: int) -> Any:
+        """Ask on a new connection, and again if it was broken, as HTTP clients do."""
+        while True:
+            try:
+                return httpx.post(f"{workers.address}/predict", json=BODY, timeout=WAIT_SECONDS).json()
+            except httpx.TransportError as error:
+                broken.append(error)
+            finally:
+                asked.set()
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(ask_until_answered, i) for i in range(150)]
+        assert asked.wait(WAIT_SECONDS)
+        pid = int(re.findall(r"worker 1 \(pid (\d+)\) is ready", "\n".join(workers.lines))[-1])
+        os.kill(pid, signal.SIGKILL)
+        for answer in answers:
+            assert [label["label"] for label in answer.result()] == [label["label"] for label in expected]
+            assert abs(answer.result()[0]["score"] - expected[0]["score"]) < 1e-5
+    assert len(broken) <= 8  # no more than the requests that it had taken
+    workers.wait_for(f"worker 1 (pid {pid}) ended with signal 9; a new one starts")
+    workers.wait_for("worker 1")
+    with workers.client() as client:
+        wait_until(lambda: gauge(client, "lfx_ready") == 2)
+
+
+def test_workers_end_with_their_supervisor(model: Path) -> None:
+    with Command(model, "--workers", "2") as server:
+        lines = [server.wait_for("is ready"), server.wait_for("is ready")]
+        pids = [int(re.findall(r"pid (\d+)", line)[0]) for line in lines]
+        server.process.kill()
+        server.process.wait()
+
+    def is_gone(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z"
+        except OSError:
+            return True
+
+    if sys.platform == "linux":
+        wait_until(lambda: all(map(is_gone, pids)))
+
+
+def failing(*arguments: str | Path) -> str:
+    """The one-line error of a start that fails."""
+    command = [sys.executable, "-m", "lfx.cli", "serve", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_SECONDS, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: ")
+    return error
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_start_that_fails_is_one_line(workers: str, model: Path, tmp_path: Path) -> None:
+    assert "does not exist" in failing(tmp_path / "nowhere", "--port", "0", "--workers", workers)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"127.0.0.1:{port} cannot be listened on" in failing(model, "--port", port, "--workers", workers)
+
+
+@pytest.mark.parametrize("module", ["fastapi", "uvicorn", "httptools"])
+def test_a_missing_extra_is_one_line_with_the_cure(module: str) -> None:
+    done = lfx_without((module,), "serve", "nowhere")
+    assert done.returncode == 1
+    assert done.stderr == f"error: {module} is not installed; install it with: pip install 'longformer-lfx[serve]'\n"
+
+
+def test_a_stop_does_not_wait_for_a_model_that_is_being_opened() -> None:
+    code = """
+import sys, time
+from lfx.runtime.serve import service
+def opening(*_):
+    print("opening", file=sys.stderr, flush=True)
+    time.sleep(3600)
+service.ServedModel = opening
+sys.argv = ["lfx", "serve", "x", "--port", "0"]
+from lfx.cli import main
+main()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert [process.stderr.readline() for _ in range(2)][1] == "opening\n"
+    process.terminate()
+    lines = process.stderr.read().splitlines()
+    assert process.wait(WAIT_SECONDS) == 0
+    assert lines == ["stopping: 0 texts are in progress", "stopped"]
+
+
+def test_models_are_named_for_their_paths_or_by_name(tmp_path: Path) -> None:
+    odd = tmp_path / "a=b"
+    odd.mkdir()
+    assert named_models(("x/my-bundle/", "org/emb=y.plan", str(odd))) == {
+        "my-bundle": "x/my-bundle/",
+        "org/emb": "y.plan",
+        "a-b": str(odd),
+    }
+    for arguments in (("a/x", "b/x"), ("x=a", "x=b")):
+        with pytest.raises(InputError, match="two models are named x; give each another name: NAME=PATH"):
+            named_models(arguments)
+    for argument in ("a b=c", "../a=c", "/a=c", "a//b=c", "a/=c", "\u00e9=c", "x=", "=", "x" * 201 + "=c"):
+        with pytest.raises(InputError):
+            named_models((argument,))
