@@ -106,6 +106,12 @@ def command(
         options["max_windows"] = max_windows
     engine = EngineOptions(model, **options)
     start = time.perf_counter()
+    begun = list[float]()  # when the first actor had opened the model
+
+    def follow(state: Progress) -> None:
+        begun.append(time.perf_counter())
+        show(state, begun[0])
+
     try:
         with _progress_bar() as show:
             done, facts = map_documents(
@@ -115,26 +121,32 @@ def command(
                 PoolSize(actors, cpus, gpus),
                 address=address,
                 file_format=file_format,
-                progress=show,
+                progress=follow,
                 report=lambda line: echo(line, err=True),
             )
     except KeyboardInterrupt:
         echo("finished documents are kept; run the same command to resume", err=True)
         raise
-    seconds = time.perf_counter() - start
+    start_seconds, seconds = begun[0] - start, begun[-1] - begun[0]
     if as_json:
-        echo_json({**dataclasses.asdict(done), "seconds": seconds, "backend": facts["backend"]})
+        times = {"start_seconds": start_seconds, "seconds": seconds}
+        echo_json({**dataclasses.asdict(done), **times, "backend": facts["backend"]})
     else:
         resumed = f" ({done.resumed_at:,} in an earlier run)" if done.resumed_at else ""
         echo(f"{output}: {done.documents:,} documents{resumed}, {done.refused:,} refused, {facts['backend']}")
-        echo(f"{done.tokens:,} tokens in {seconds:.1f} s, {done.tokens / seconds:,.0f} tokens/s")
+        rate = f"{done.tokens:,} tokens in {seconds:.1f} s, {done.tokens / max(seconds, 1e-9):,.0f} tokens/s"
+        echo(f"{rate}; Ray and the model started in {start_seconds:.1f} s")
     if done.refused:
         raise InputError(f"{done.refused} of {done.documents} documents were refused; the column error says why")
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Callable[[Progress], None]]:
-    """Show the progress of a run on stderr: in a bar, or as lines if stderr is no terminal."""
+def _progress_bar() -> Iterator[Callable[[Progress, float], None]]:
+    """Show the progress of a run on stderr: in a bar, or as lines if stderr is no terminal.
+
+    Yields:
+        A function of the state, and of the time at which the first document began.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -145,17 +157,19 @@ def _progress_bar() -> Iterator[Callable[[Progress], None]]:
         TimeRemainingColumn,
     )
 
-    console, start = Console(stderr=True), time.monotonic()
+    console = Console(stderr=True)
 
-    def describe(state: Any) -> str:
-        rate = state.tokens / max(time.monotonic() - start, 1e-9)
+    def describe(state: Any, begun: float) -> str:
+        rate = state.tokens / max(time.perf_counter() - begun, 1e-9)
         actors = f"{state.actors} actor{'s' * (state.actors != 1)}"
         return f"{state.documents:,} of {state.total:,} documents, {rate:,.0f} tokens/s, {actors}"
 
     if not console.is_terminal:
-        yield lambda state: echo(f"… {describe(state)}", err=True)
+        yield lambda state, begun: echo(f"… {describe(state, begun)}", err=True)
         return
     columns = (BarColumn(30), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.description}", markup=False), console=console, transient=True) as bar:
         task = bar.add_task("starting Ray", total=None)
-        yield lambda state: bar.update(task, description=describe(state), total=state.total, completed=state.documents)
+        yield lambda state, begun: bar.update(
+            task, description=describe(state, begun), total=state.total, completed=state.documents
+        )
