@@ -364,14 +364,12 @@ def plan() -> str:
             ]
         )
     header = ["tokens of a document", "tokens/s of an Engine", "tokens a day", "documents a day", "machines"]
-    note = (
-        f"\n{PLAN['documents']:,} documents a day on machines of {PLAN['cores']} cores, each with {engines} actors of "
-    )
-    note += (
-        f"{threads} CPUs. Tokens a day: tokens/s · {3600 * PLAN['hours']:,} s / {1 + overhead:.2f}, for an overhead "
-    )
-    note += f"of {overhead:.0%}. Memory of a machine: {engines} · {peak / 1e9:.2f} GB = {engines * peak / 1e9:.1f} GB, from the peak of "
-    note += f"one Engine with {TOKEN_BUDGET:,} tokens, the largest batch that it makes of documents. {_hardware(record.read('cpu')[0])}.\n"
+    day, gigabytes = 3600 * PLAN["hours"], peak / 1e9
+    note = f"\n{PLAN['documents']:,} documents a day on machines of {PLAN['cores']} cores, each with {engines} actors "
+    note += f"of {threads} CPUs. Tokens a day: tokens/s · {day:,} s / {1 + overhead:.2f}, for an overhead of "
+    note += f"{overhead:.0%}. Memory of a machine: {engines} · {gigabytes:.2f} GB = {engines * gigabytes:.1f} GB, from "
+    note += f"the peak of one Engine with {TOKEN_BUDGET:,} tokens, the largest batch that it makes of documents. "
+    note += f"{_hardware(record.read('cpu')[0])}.\n"
     return _rows(header, rows) + note
 
 

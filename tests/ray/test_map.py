@@ -69,9 +69,11 @@ def rows_of_run(model: Path, source: Path, folder: Path, **options: Any) -> list
     return [{"file": source.name, **json.loads(line)} for line in (folder / "run.jsonl").read_text().splitlines()]
 
 
-def actor_processes() -> list[psutil.Process]:
-    """The processes of actors that run documents."""
-    return [process for process in psutil.process_iter(["name"]) if "DocumentAc" in str(process.info["name"])]
+def actor_process() -> psutil.Process:
+    """The process of the actor that started last. Ray names it after its class; the system keeps 15 characters."""
+    processes = psutil.process_iter(["name", "create_time"])
+    actors = [process for process in processes if str(process.info["name"]).startswith("ray::DocumentAc")]
+    return max(actors, key=lambda process: process.info["create_time"])
 
 
 def small_parts(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -219,7 +221,7 @@ def test_a_killed_actor_is_replaced_and_no_row_is_lost(
 
     def kill(state: Progress) -> None:
         if state.documents >= 64 and not killed:
-            victim = actor_processes()[0]
+            victim = actor_process()
             killed.append(victim.pid)
             victim.kill()
 

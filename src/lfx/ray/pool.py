@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections import deque
@@ -24,7 +25,7 @@ _MAX_FAILED_STARTS = 3
 _WAIT_S, _REPORT_AFTER_S = 1.0, 30.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Task:
     """Documents that run together.
 
@@ -43,7 +44,7 @@ class Task:
     is_suspect: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
     """An actor and its tasks, the first of which is running."""
 
@@ -230,7 +231,8 @@ class Pool:
         self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for slot in self._slots:
-            self._ray.kill(slot.actor)
+            with contextlib.suppress(Exception):  # it, or the cluster, is gone
+                self._ray.kill(slot.actor)
 
 
 def _why(error: BaseException) -> str:
