@@ -351,18 +351,11 @@ def plan() -> str:
     engines = PLAN["cores"] // threads
     rows = []
     for length in PLAN["lengths"]:
-        tokens = PLAN["documents"] * length
-        per_day = rates[length] * 3600 * PLAN["hours"] / (1 + overhead)
-        machines = tokens / (per_day * engines)
-        rows.append(
-            [
-                f"{length:,}",
-                f"{rates[length]:,.0f}",
-                f"{per_day / 1e6:,.1f} million",
-                f"{per_day / length:,.0f}",
-                f"{tokens / 1e6:,.0f} million / ({per_day / 1e6:,.1f} million · {engines}) = {machines:.1f}, so {math.ceil(machines):,}",
-            ]
-        )
+        per_day = rates[length] * 3600 * PLAN["hours"] / (1 + overhead)  # tokens of one Engine
+        needed, day = f"{PLAN['documents'] * length / 1e6:,.0f} million", f"{per_day / 1e6:,.1f} million"
+        machines = PLAN["documents"] * length / (per_day * engines)
+        division = f"{needed} / ({day} · {engines}) = {machines:.1f}, so {math.ceil(machines):,}"
+        rows.append([f"{length:,}", f"{rates[length]:,.0f}", day, f"{per_day / length:,.0f}", division])
     header = ["tokens of a document", "tokens/s of an Engine", "tokens a day", "documents a day", "machines"]
     day, gigabytes = 3600 * PLAN["hours"], peak / 1e9
     note = f"\n{PLAN['documents']:,} documents a day on machines of {PLAN['cores']} cores, each with {engines} actors "

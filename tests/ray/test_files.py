@@ -102,12 +102,11 @@ def test_an_output_of_others_is_refused(tmp_path: Path) -> None:
         folder = tmp_path / f"{name}{len(content)}"
         folder.mkdir()
         (folder / name).write_bytes(content)
-        with pytest.raises(InputError, match="not of lfx map|another version of lfx|is no journal of lfx"):
+        with pytest.raises(InputError, match=r"not of lfx map|another version of lfx|is no journal of lfx"):
             Parts(folder, HEADER, "jsonl")
         assert (folder / name).read_bytes() == content
-    with Parts(tmp_path / "out", HEADER, "jsonl"):
-        with pytest.raises(InputError, match="another run is writing"):
-            Parts(tmp_path / "out", HEADER, "jsonl")
+    with Parts(tmp_path / "out", HEADER, "jsonl"), pytest.raises(InputError, match="another run is writing"):
+        Parts(tmp_path / "out", HEADER, "jsonl")
     with pytest.raises(InputError, match="has results of a run with another model; run it with the same options"):
         Parts(tmp_path / "out", {**HEADER, "model": "b"}, "jsonl")
 

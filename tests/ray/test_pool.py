@@ -170,7 +170,7 @@ def test_a_pool_whose_actors_all_end_stops() -> None:
         def run(self, documents: list[Document]) -> Piece:
             raise KilledError
 
-    with pytest.raises(LfxError, match="20 actors ended one after another, and none finished its documents: its"):
+    with pytest.raises(LfxError, match="60 actors ended one after another, and none finished its documents: its"):
         run_pool(Dying, [1] * 4000, 3, parts_of=1000)
 
 

@@ -19,7 +19,8 @@ from lfx.ray.parts import Columns
 
 _QUEUED = 2  # tasks of an actor: one that runs, and one that has arrived when it ends
 _MAX_DEATHS = 2  # a task that ends so many actors is split, and refused if it is one document
-# A document that ends its actor is found by halving 256 documents, which ends 18 actors if it is the first of them.
+# Times the number of actors. A document that ends its actor is found by halving 256 documents, which ends 18 actors if
+# it is the first of them.
 _MAX_DEATHS_IN_A_ROW = 20
 _MAX_FAILED_STARTS = 3
 _WAIT_S, _REPORT_AFTER_S = 1.0, 30.0
@@ -192,7 +193,7 @@ class Pool:
         """Run a task again, alone on its actor; in halves if it has failed before; yields the row of a single one."""
         task.deaths, task.is_suspect = task.deaths + 1, True
         self._deaths_in_a_row += 1
-        if self._deaths_in_a_row >= _MAX_DEATHS_IN_A_ROW:
+        if self._deaths_in_a_row >= _MAX_DEATHS_IN_A_ROW * len(self._slots):
             raise LfxError(
                 f"{self._deaths_in_a_row} actors ended one after another, and none finished its documents: "
                 f"{_why(error)}; completed documents are kept, and the same command resumes after them"
