@@ -19,9 +19,9 @@ from lfx.ray.parts import Columns
 
 _QUEUED = 2  # tasks of an actor: one that runs, and one that has arrived when it ends
 _MAX_DEATHS = 2  # a task that ends so many actors is split, and refused if it is one document
-# Times the number of actors. A document that ends its actor is found by halving 256 documents, which ends 18 actors if
-# it is the first of them.
-_MAX_DEATHS_IN_A_ROW = 20
+# Deaths without a finished task between them, for each actor of the pool. To find a document that ends its actor, 256
+# documents are halved, which ends 18 actors if it is the first of them, and two for each other such document after it.
+_MAX_DEATHS_IN_A_ROW = 40
 _MAX_FAILED_STARTS = 3
 _WAIT_S, _REPORT_AFTER_S = 1.0, 30.0
 
@@ -206,7 +206,6 @@ class Pool:
             self._retries.extendleft(Task(task.part, *part, is_suspect=True) for part in reversed(parts))
         else:
             assert self._opened is not None
-            self._deaths_in_a_row = 0
             reason = f"{task.deaths} actors ended while they ran this document: {_why(error)}"
             yield task, refused_piece(task.documents[0], reason, self._opened[1], self._format)
 
