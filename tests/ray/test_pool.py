@@ -127,7 +127,7 @@ def test_each_document_gets_one_row_whichever_actors_end(documents: list[int], s
         assert ("error" in row) != ("document" in row)
 
 
-@given(st.lists(st.integers(2, 9), max_size=40), st.integers(1, 4))
+@given(st.lists(st.integers(0, 9), max_size=40).filter(lambda numbers: numbers.count(9) <= 8), st.integers(1, 4))
 def test_a_document_that_ends_its_actors_is_refused_and_no_other(documents: list[int], size: int) -> None:
     class Poisoned(Actor):
         def run(self, documents: list[Document]) -> Piece:
