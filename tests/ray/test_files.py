@@ -1,4 +1,4 @@
-"""The input and the output of `lfx map`, without Ray."""
+"""The options, the input and the output of `lfx map`, without Ray."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import os
 from pathlib import Path
 
+import click
 import pytest
 
+from lfx.cli import cli
 from lfx.errors import InputError
 from lfx.ray.inputs import Inputs, check_apart
 from lfx.ray.journal import JOURNAL, Parts
@@ -127,3 +129,21 @@ def test_the_journal_has_one_line_of_json_for_each_part(tmp_path: Path) -> None:
     header, part = map(json.loads, (tmp_path / "out" / JOURNAL).read_text().splitlines())
     assert header == HEADER
     assert {**part, "sha256": ""} == {"part": 0, "documents": 256, "refused": 3, "bytes": 7, "sha256": ""}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "b", "--max-windows", "3"], "--max-windows needs --stride"),
+        (["--model", "b", "--gpus", "1"], "--gpus reserves GPUs that nothing uses: give --provider cuda, or a plan"),
+        (["--model", "b.plan"], "the model runs on a GPU, which Ray hides from actors without one: give --gpus 1"),
+        (["--model", "b", "--provider", "cuda"], "give --gpus 1"),
+        (["--model", "b", "--format", "csv"], "'csv' is not one of 'parquet', 'jsonl'"),
+        ([], "Missing option '--model'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_contradict_each_other_are_wrong_usage(options: list[str], message: str) -> None:
+    with pytest.raises(click.UsageError) as caught:
+        cli.main(["map", "in.jsonl", "out", *options], standalone_mode=False)
+    assert message in caught.value.format_message()

@@ -154,7 +154,7 @@ class Pool:
     def _end_opening(self, slot: _Slot) -> None:
         try:
             opened = self._get(slot.opening)
-        except self._ray.exceptions.RayError as error:
+        except (self._ray.exceptions.RayError, MemoryError) as error:
             self._failed_starts += 1
             self._slots.remove(slot)
             if self._failed_starts < _MAX_FAILED_STARTS:
