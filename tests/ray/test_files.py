@@ -13,6 +13,8 @@ from lfx.cli import cli
 from lfx.errors import InputError
 from lfx.ray.inputs import Inputs, check_apart
 from lfx.ray.journal import JOURNAL, Parts
+from tests.conftest import MakeBundle
+from tests.runtime.test_import import lfx_without
 
 HEADER = {"map": 1, "model": "a"}
 
@@ -147,3 +149,11 @@ def test_options_that_contradict_each_other_are_wrong_usage(options: list[str], 
     with pytest.raises(click.UsageError) as caught:
         cli.main(["map", "in.jsonl", "out", *options], standalone_mode=False)
     assert message in caught.value.format_message()
+
+
+def test_a_missing_extra_is_refused_in_one_line_with_the_cure(bundle: MakeBundle, tmp_path: Path) -> None:
+    write_lines(tmp_path / "in.jsonl", 1)
+    folder = str(bundle())
+    done = lfx_without(("ray",), "map", str(tmp_path / "in.jsonl"), str(tmp_path / "out"), "--model", folder)
+    assert done.stderr == "error: ray is not installed; install it with: pip install 'longformer-lfx[ray]'\n"
+    assert (done.returncode, done.stdout) == (1, "")
