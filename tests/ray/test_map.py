@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -239,7 +240,13 @@ def test_a_killed_actor_is_replaced_and_no_row_is_lost(
 def test_the_rows_of_a_machine_that_is_gone_come_from_another(
     cluster: Any, bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class Slow(DocumentActor):  # so that all actors start before the documents are done
+        def run(self, documents: list[Document]) -> Piece:
+            time.sleep(0.3)
+            return super().run(documents)
+
     small_parts(monkeypatch, 8)
+    monkeypatch.setattr("lfx.ray.pool.DocumentActor", Slow)
     model, source = bundle("text-classification"), write_documents(tmp_path / "in.jsonl", 400)
     node = cluster.add_node(num_cpus=1, num_gpus=0)
     lines, gone = list[str](), list[bool]()

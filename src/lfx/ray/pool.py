@@ -240,6 +240,8 @@ def _why(error: BaseException) -> str:
     text = str(error).lower()
     if isinstance(error, MemoryError) or "outofmemory" in type(error).__name__.lower() or "memory monitor" in text:
         return "out of memory"
+    if "unavailable" in type(error).__name__.lower():
+        return "its machine does not answer"
     if "node has died" in text or "node died" in text or "node is dead" in text:
         return "its machine is gone"
     if "worker process has died" in text or "unexpectedly" in text:
