@@ -307,7 +307,7 @@ def ray() -> Any:
     row = json.loads(RAY_RECORD.read_text(encoding="utf-8"))
     figure, (rates, progress) = plt.subplots(1, 2, figsize=(6.6, 3.2))
     counts = [pool["actors"] for pool in row["pools"]]
-    medians = [row["documents"] / statistics.median(pool["seconds"]) for pool in row["pools"]]
+    medians = [statistics.median(pool["documents_per_second"]) for pool in row["pools"]]
     rates.bar([str(count) for count in counts], medians, color=BLUE, width=0.6)
     rates.axhline(row["documents"] / statistics.median(row["run_seconds"]), color=ORANGE, label="lfx run")
     rates.set(title="documents per second", xlabel="actors, one thread each")

@@ -319,18 +319,29 @@ def ray() -> str:
         seconds, start = (statistics.median(pool[name]) for name in ("seconds", "start_seconds"))
         same = "the same" if pool["same_rows"] else "NOT the same"
         name = f"`lfx map`, {pool['actors']} actor{'s' * (pool['actors'] > 1)}"
-        rows.append([name, f"{seconds:.1f} s", f"{row['documents'] / seconds:,.0f}", same, f"{start:.1f} s"])
+        rate = statistics.median(pool["documents_per_second"])
+        rows.append([name, f"{seconds:.1f} s", f"{rate:,.0f}", same, f"{start:.1f} s"])
     killed = row["killed"]
     same = "the same" if killed["same_rows"] else "NOT the same"
     name = f"{killed['actors']} actors, one killed after {killed['killed_at_seconds']:.1f} s"
-    rate = row["documents"] / killed["seconds"]
-    rows.append([name, f"{killed['seconds']:.1f} s", f"{rate:,.0f}", same, f"{killed['start_seconds']:.1f} s"])
+    rows.append(
+        [
+            name,
+            f"{killed['seconds']:.1f} s",
+            f"{killed['documents_per_second']:,.0f}",
+            same,
+            f"{killed['start_seconds']:.1f} s",
+        ]
+    )
     largest = max(item["largest_difference"] for item in (*row["pools"], killed))
     note = f"\n{row['documents']:,} documents, {row['tokens']:,} tokens, {row['shape']}, each Engine with "
     note += f"{row['threads']} thread; {row['machines']} simulated machines on one of {row['cores']} cores, medians of "
-    note += f"{row['rounds']} turns. One actor takes {row['overhead']:+.1%} of the time of `lfx run`. Largest "
+    note += (
+        f"{row['rounds']} turns. The time begins when the first actor has opened the model, documents/s when all have. "
+    )
+    note += f"Overhead of one actor over `lfx run`: {row['overhead']:.1%}. Largest "
     note += f"difference of an output: {largest:.1e}. {_hardware(row)}, Ray {row['ray']}.\n"
-    header = ["", "time", "documents/s", "rows", "opening the model on the actors"]
+    header = ["", "time", "documents/s", "rows", "start of the first actor"]
     figure = (
         "\n![Documents per second by the number of actors, and progress while an actor is killed](figures/ray.svg)\n"
     )

@@ -9,8 +9,9 @@ They share this machine's cores, so that more actors than cores are no faster. D
 part of a document's. Each Engine has one thread.
 
 `lfx run` and the pools take turns in each round. The time of a pool begins when its first actor has opened the model,
-and that of `lfx run` when its Engine is open; starting Ray and the actors is recorded by itself. In a last run with two
-actors one of them is killed after a third of the documents. The rows of each run are compared with those of `lfx run`.
+and that of `lfx run` when its Engine is open; the start of the first actor is recorded by itself. Documents per second
+of a pool are those since all its actors have opened the model. In a last run with two actors one of them is killed
+after a third of the documents. The rows of each run are compared with those of `lfx run`.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ def _summary(actors: int, results: list[dict[str, Any]]) -> dict[str, Any]:
         "actors": actors,
         "seconds": [result["seconds"] for result in results],
         "start_seconds": [result["start_seconds"] for result in results],
+        "documents_per_second": [result["documents_per_second"] for result in results],
         "same_rows": all(result["same_rows"] for result in results),
         "largest_difference": max(result["largest_difference"] for result in results),
         "timeline": results[0]["timeline"],
@@ -161,11 +163,14 @@ def map_once(
         kill_after: an actor is killed after this number of documents.
     """
     timeline: list[tuple[float, int]] = []
+    complete: list[tuple[float, int]] = []  # the timeline since all actors have opened the model
     killed: list[float] = []
     begin = time.perf_counter()
 
     def follow(state: Progress) -> None:
         timeline.append((time.perf_counter(), state.documents))
+        if complete or state.actors == actors:
+            complete.append(timeline[-1])
         if kill_after is not None and state.documents >= kill_after and not killed:
             killed.append(time.perf_counter())
             _actor_process().kill()
@@ -179,11 +184,17 @@ def map_once(
     return {
         "seconds": timeline[-1][0] - start,
         "start_seconds": start - begin,
+        "documents_per_second": _rate(complete if len(complete) > 1 else timeline),
         "same_rows": rows.keys() == expected.keys() and largest <= TOLERANCE,
         "largest_difference": largest,
         "timeline": [(round(seconds - start, 3), documents) for seconds, documents in timeline],
         **({"killed_at_seconds": round(killed[0] - start, 3)} if killed else {}),
     }
+
+
+def _rate(timeline: list[tuple[float, int]]) -> float:
+    (start, before), (end, after) = timeline[0], timeline[-1]
+    return (after - before) / (end - start)
 
 
 def rows_of(paths: list[Path]) -> dict[tuple[str, int], Any]:

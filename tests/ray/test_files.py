@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 
 from lfx.cli import cli
 from lfx.errors import InputError
+from lfx.ray.engine import DocumentEngine, EngineOptions
 from lfx.ray.inputs import Inputs, check_apart
 from lfx.ray.journal import JOURNAL, Parts
+from lfx.ray.parts import encode, join
 from tests.conftest import MakeBundle
 from tests.runtime.test_import import lfx_without
 
@@ -149,6 +152,43 @@ def test_options_that_contradict_each_other_are_wrong_usage(options: list[str], 
     with pytest.raises(click.UsageError) as caught:
         cli.main(["map", "in.jsonl", "out", *options], standalone_mode=False)
     assert message in caught.value.format_message()
+
+
+TASKS = {
+    "feature-extraction": {"text": "the fox"},
+    "sentence-embedding": {"text": "the fox"},
+    "text-classification": {"text": "the fox"},
+    "token-classification": {"text": "the fox"},
+    "fill-mask": {"text": "the <mask> fox"},
+    "question-answering": {"text": "the fox", "pair": "the quick brown fox"},
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("stride", [None, 4])
+def test_a_part_in_parquet_has_the_rows_of_any_task(task: str, stride: int | None, bundle: MakeBundle) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    engine = DocumentEngine(EngineOptions(bundle(task), threads=1, stride=stride))
+    identity = {"id": "\ud800"}  # a lone surrogate, which Parquet cannot hold
+    rows, summary = engine.rows([TASKS[task], {**TASKS[task], **identity}, InputError("broken"), {"id": {"a": [1]}}])
+    placed = [{"file": "a", **row} for row in rows]
+    table = parquet.read_table(io.BytesIO(encode(placed, engine.columns, "parquet")))
+    assert table.schema == engine.columns.schema()
+    joined = parquet.read_table(
+        io.BytesIO(join([encode([row], engine.columns, "parquet") for row in placed], "parquet"))
+    )
+    assert joined == table
+    written = [{name: value for name, value in row.items() if value is not None} for row in table.to_pylist()]
+    for row, other in zip(rows, written, strict=True):
+        assert set(other) == {"file", *row} - ({"outputs"} if not row.get("outputs") else set())
+        assert other.get("answers", []) == [pytest.approx(answer) for answer in row.get("answers", [])]
+        assert other["line"] == row["line"]
+    assert [row["error"] for row in written[-2:]] == [
+        "broken",
+        "the document has the fields id; give either text or input_ids",
+    ]
+    assert [row.get("id") for row in written if row.get("id")] == ["\\ud800"] * (len(rows) // 2 - 1) + ['{"a": [1]}']
+    assert summary.windows == len(rows) - 2
 
 
 def test_a_missing_extra_is_refused_in_one_line_with_the_cure(bundle: MakeBundle, tmp_path: Path) -> None:
