@@ -310,7 +310,7 @@ def ray() -> Any:
     medians = [statistics.median(pool["documents_per_second"]) for pool in row["pools"]]
     rates.bar([str(count) for count in counts], medians, color=BLUE, width=0.6)
     rates.axhline(row["documents"] / statistics.median(row["run_seconds"]), color=ORANGE, label="lfx run")
-    rates.set(title="documents per second", xlabel="actors, one thread each")
+    rates.set(title="documents per second", xlabel="actors, one thread each", ylim=(0, 1.25 * max(medians)))
     pools = {pool["actors"]: pool for pool in row["pools"]}
     killed = row["killed"]
     for timeline, colour, label in (
@@ -321,8 +321,8 @@ def ray() -> Any:
         progress.step(seconds, documents, where="post", color=colour, label=label)
     progress.axvline(killed["killed_at_seconds"], color=PURPLE, linestyle="--", label="the kill")
     progress.set(title="documents written", xlabel="seconds since the model is open", ylim=(0, None))
-    for axes in (rates, progress):
-        axes.legend(frameon=False, fontsize=9, loc="lower right")
+    rates.legend(frameon=False, fontsize=9, loc="upper left")
+    progress.legend(frameon=False, fontsize=9, loc="lower right")
     return figure
 
 
