@@ -9,7 +9,7 @@ HEADERS := $(CURDIR)/build/headers
 # The index that pip searches for PyTorch's CPU build, in addition to the indexes that it is configured with.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Every extra but gpu, whose onnxruntime-gpu takes the place of onnxruntime.
-EXTRAS := export,cpu,rtx,openvino,report,parquet,metrics,verify,serve,demo,fuzz,test
+EXTRAS := export,cpu,rtx,openvino,report,parquet,metrics,verify,serve,ray,demo,fuzz,test
 
 # Two processes of one thread each: most of the tests trace and load models, which uses one thread.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'

@@ -192,22 +192,31 @@ class _Head:
     Attributes:
         axes: number of axes without the batch.
         per_token: whether the first axis is the sequence.
+        fields: names of an answer's fields.
     """
 
     read: Callable[..., list[dict[str, Any]]]
     axes: int
     per_token: bool
+    fields: tuple[str, ...]
     outputs: tuple[str, ...] = ("logits",)
 
 
 _HEADS = {
-    "text-classification": _Head(Postprocessor._classes, 1, per_token=False),
-    "multiple-choice": _Head(Postprocessor._choices, 1, per_token=False),
-    "token-classification": _Head(Postprocessor._token_labels, 2, per_token=True),
-    "fill-mask": _Head(Postprocessor._mask_fillers, 2, per_token=True),
-    "question-answering": _Head(Postprocessor._best_span, 1, per_token=True, outputs=("start_logits", "end_logits")),
+    "text-classification": _Head(Postprocessor._classes, 1, per_token=False, fields=("label", "score")),
+    "multiple-choice": _Head(Postprocessor._choices, 1, per_token=False, fields=("choice", "score")),
+    "token-classification": _Head(Postprocessor._token_labels, 2, per_token=True, fields=("token", "label", "score")),
+    "fill-mask": _Head(Postprocessor._mask_fillers, 2, per_token=True, fields=("position", "token", "score")),
+    "question-answering": _Head(
+        Postprocessor._best_span, 1, per_token=True, fields=("answer", "score"), outputs=("start_logits", "end_logits")
+    ),
 }
 ANSWERED_TASKS = frozenset(_HEADS)
+
+
+def answer_fields(task: str) -> tuple[str, ...]:
+    """Names of the fields of a task's answers; none for a task without answers."""
+    return _HEADS[task].fields if task in _HEADS else ()
 
 
 def settings(path: Path) -> dict[str, Any]:

@@ -3,10 +3,14 @@
 This script computes no windows and chunks itself. It reads those of lfx from inner values of the function bodies, run
 by ONNX's reference evaluator, and those of Hugging Face from the operands of its matrix products. The shapes in the
 comments use the letters of export/functions, and w = one-sided window. Each figure has one batch row and one head.
+
+The figure of docs/cluster.md is drawn from its record, once there is one.
 """
 
 from __future__ import annotations
 
+import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ from transformers.models.longformer.modeling_longformer import LongformerSelfAtt
 from lfx.export.functions import BLOCK, DOMAIN, VERSION, BandedAttention, GlobalAttention, function
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "figures"
+RAY_RECORD = FOLDER.parent / "records" / "ray.jsonl"
 Array = NDArray[Any]
 Positions = tuple[int, ...]
 Products = list[tuple[Array, Array]]  # query positions and columns of each product
@@ -297,10 +302,34 @@ def gather_back() -> Any:
     return figure
 
 
+def ray() -> Any:
+    """Draw docs/records/ray.jsonl: throughput by the number of actors, and progress while an actor is killed."""
+    row = json.loads(RAY_RECORD.read_text(encoding="utf-8"))
+    figure, (rates, progress) = plt.subplots(1, 2, figsize=(6.6, 3.2))
+    counts = [pool["actors"] for pool in row["pools"]]
+    medians = [statistics.median(pool["documents_per_second"]) for pool in row["pools"]]
+    rates.bar([str(count) for count in counts], medians, color=BLUE, width=0.6)
+    rates.axhline(row["documents"] / statistics.median(row["run_seconds"]), color=ORANGE, label="lfx run")
+    rates.set(title="documents per second", xlabel="actors, one thread each", ylim=(0, 1.25 * max(medians)))
+    pools = {pool["actors"]: pool for pool in row["pools"]}
+    killed = row["killed"]
+    for timeline, colour, label in (
+        (pools[killed["actors"]]["timeline"], GREY, f"{killed['actors']} actors"),
+        (killed["timeline"], NAVY, "one of them killed"),
+    ):
+        seconds, documents = zip(*timeline, strict=True)
+        progress.step(seconds, documents, where="post", color=colour, label=label)
+    progress.axvline(killed["killed_at_seconds"], color=PURPLE, linestyle="--", label="the kill")
+    progress.set(title="documents written", xlabel="seconds since the model is open", ylim=(0, None))
+    rates.legend(frameon=False, fontsize=9, loc="upper left")
+    progress.legend(frameon=False, fontsize=9, loc="lower right")
+    return figure
+
+
 def main(folder: Path = FOLDER) -> None:
     """Draw all figures into a folder; two runs write the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    for draw in (masks, as_strided, skew, blocks, gather_back):
+    for draw in (masks, as_strided, skew, blocks, gather_back, *([ray] if RAY_RECORD.exists() else [])):
         with mpl.rc_context(STYLE):
             figure = draw()
             figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})

@@ -6,7 +6,9 @@ status is 1 if a table differs from the records.
 
 from __future__ import annotations
 
+import math
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import record
 
+from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.bench import plot
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -319,6 +322,82 @@ def long() -> str:
     return _rows(header, rows) + note
 
 
+def ray() -> str:
+    """Make the table and the figure of `lfx map` in a simulated cluster."""
+    if not (record.RECORDS / "ray.jsonl").exists():
+        return "Not measured yet.\n"
+    (row,) = record.read("ray")
+    run_seconds = statistics.median(row["run_seconds"])
+    rows = [["`lfx run`", f"{run_seconds:.1f} s", f"{row['documents'] / run_seconds:,.0f}", "", ""]]
+    for pool in row["pools"]:
+        seconds, start = (statistics.median(pool[name]) for name in ("seconds", "start_seconds"))
+        same = "the same" if pool["same_rows"] else "NOT the same"
+        name = f"`lfx map`, {pool['actors']} actor{'s' * (pool['actors'] > 1)}"
+        rate = statistics.median(pool["documents_per_second"])
+        rows.append([name, f"{seconds:.1f} s", f"{rate:,.0f}", same, f"{start:.1f} s"])
+    killed = row["killed"]
+    same = "the same" if killed["same_rows"] else "NOT the same"
+    name = f"{killed['actors']} actors, one killed after {killed['killed_at_seconds']:.1f} s"
+    rows.append(
+        [
+            name,
+            f"{killed['seconds']:.1f} s",
+            f"{killed['documents_per_second']:,.0f}",
+            same,
+            f"{killed['start_seconds']:.1f} s",
+        ]
+    )
+    largest = max(item["largest_difference"] for item in (*row["pools"], killed))
+    note = f"\n{row['documents']:,} documents, {row['tokens']:,} tokens, {row['shape']}, each Engine with "
+    note += f"{row['threads']} thread; {row['machines']} simulated machines on one of {row['cores']} cores, medians of "
+    note += (
+        f"{row['rounds']} turns. The time begins when the first actor has opened the model, documents/s when all have. "
+    )
+    note += f"Overhead of one actor over `lfx run`: {row['overhead']:.1%}. Largest "
+    note += f"difference of an output: {largest:.1e}. {_hardware(row)}, Ray {row['ray']}.\n"
+    header = ["", "time", "documents/s", "rows", "start of the first actor"]
+    figure = (
+        "\n![Documents per second by the number of actors, and progress while an actor is killed](figures/ray.svg)\n"
+    )
+    return _rows(header, rows) + note + figure
+
+
+# A cluster's plan: documents of one length, on machines of 16 cores, each with 8 Engines of 2 threads.
+PLAN = {"documents": 1_000_000, "lengths": (128, 512, 1024, 4096), "cores": 16, "hours": 24}
+
+
+def plan() -> str:
+    """Make the table that plans a cluster from the records of one Engine, with its arithmetic."""
+    rates = {row["seqlen"]: row["contenders"]["lfx-onnxruntime"]["tokens_per_second"] for row in record.read("cpu")}
+    peaks = {r["seqlen"]: r["peak_bytes"] for r in record.read("memory") if r["contender"] == "lfx-onnxruntime"}
+    peak = peaks[TOKEN_BUDGET]
+    threads = record.read("cpu")[0]["threads"]
+    overhead = _overhead()
+    engines = PLAN["cores"] // threads
+    rows = []
+    for length in PLAN["lengths"]:
+        per_day = rates[length] * 3600 * PLAN["hours"] / (1 + overhead)  # tokens of one Engine
+        needed, day = f"{PLAN['documents'] * length / 1e6:,.0f} million", f"{per_day / 1e6:,.1f} million"
+        machines = PLAN["documents"] * length / (per_day * engines)
+        division = f"{needed} / ({day} · {engines}) = {machines:.1f}, so {math.ceil(machines):,}"
+        rows.append([f"{length:,}", f"{rates[length]:,.0f}", day, f"{per_day / length:,.0f}", division])
+    header = ["tokens of a document", "tokens/s of an Engine", "tokens a day", "documents a day", "machines"]
+    day, gigabytes = 3600 * PLAN["hours"], peak / 1e9
+    note = f"\n{PLAN['documents']:,} documents a day on machines of {PLAN['cores']} cores, each with {engines} actors "
+    note += f"of {threads} CPUs. Tokens a day: tokens/s · {day:,} s / {1 + overhead:.2f}, for an overhead of "
+    note += f"{overhead:.0%}. Memory of a machine: {engines} · {gigabytes:.2f} GB = {engines * gigabytes:.1f} GB, from "
+    note += f"the peak of one Engine with {TOKEN_BUDGET:,} tokens, the largest batch that it makes of documents. "
+    note += f"{_hardware(record.read('cpu')[0])}.\n"
+    return _rows(header, rows) + note
+
+
+def _overhead() -> float:
+    """The measured overhead of a pool of one actor, at least 0; the allowed one if it is not measured yet."""
+    if not (record.RECORDS / "ray.jsonl").exists():
+        return 0.15
+    return max(float(record.read("ray")[0]["overhead"]), 0.0)
+
+
 def support() -> str:
     """Make the tables of model classes and features: exported, compared in each backend, built."""
     records = record.read("support")
@@ -375,6 +454,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantizers": quantizers,
     "profile": profile,
     "long": long,
+    "ray": ray,
+    "plan": plan,
     "support": support,
 }
 

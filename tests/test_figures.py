@@ -111,8 +111,9 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_figure_of_the_page_is_drawn_and_every_drawn_one_is_on_it(drawn: Path) -> None:
-    named = re.findall(r"\]\(figures/([^)]+)\)", PAGE.read_text(encoding="utf-8"))
+def test_every_figure_of_the_pages_is_drawn_and_every_drawn_one_is_on_one(drawn: Path) -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in (PAGE, PAGE.with_name("cluster.md")))
+    named = re.findall(r"\]\(figures/([^)]+)\)", text)
     assert sorted(named) == sorted(path.name for path in drawn.iterdir())
     assert sorted(named) == sorted(path.name for path in (ROOT / "docs" / "figures").glob("*.svg"))
 

@@ -12,16 +12,18 @@ from typing import IO, Any
 from lfx.checks import parse_json
 from lfx.errors import InputError, LfxError, one_line, require
 from lfx.files import replacing
+from lfx.runtime.documents.remote import RemoteFile
 from lfx.signature import TensorSpec
 
 SUFFIXES = (".jsonl", ".ndjson", ".parquet")  # in lower or upper case
 FIELDS = ("text", "pair", "input_ids", "id")
+Source = Path | RemoteFile
 _MAX_LINE_BYTES = 50_000_000
 # Limits of what is read of a Parquet file at a time; a file of kilobytes may hold rows of millions of values.
 _BATCH_ROWS, _BATCH_VALUES = 256, 2_000_000
 _STRING_TYPES = ("string", "large_string")  # types of Parquet columns
 _GROUP_BYTES = 1 << 24  # JSON bytes of the rows of one Parquet row group
-_NUMBERS = {"score": "float64", "position": "int64", "choice": "int64"}  # fields of answers that are not strings
+NUMBERS = {"score": "float64", "position": "int64", "choice": "int64"}  # fields of answers that are not strings
 
 
 def is_documents(path: Path) -> bool:
@@ -29,12 +31,12 @@ def is_documents(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-def is_parquet(path: Path) -> bool:
+def is_parquet(path: Source) -> bool:
     """Whether a file is Parquet, by its suffix."""
     return path.suffix.lower() == ".parquet"
 
 
-def check_source(source: Path) -> None:
+def check_source(source: Source) -> None:
     """Check a file before its documents are read.
 
     Raises:
@@ -55,14 +57,14 @@ def check_source(source: Path) -> None:
         raise InputError(f"{source} has the columns {columns}; one must be text or input_ids")
 
 
-def count_documents(source: Path) -> int:
+def count_documents(source: Source) -> int:
     """Number of documents in a file, broken ones included."""
     if is_parquet(source):
         return int(_open_parquet(source).metadata.num_rows)
     return sum(1 for _ in _bytes_lines(source))
 
 
-def read_documents(source: Path, start: int = 0) -> Iterator[tuple[int, Any]]:
+def read_documents(source: Source, start: int = 0) -> Iterator[tuple[int, Any]]:
     """Yield (number, document or InputError) for each document; numbers begin at 1.
 
     Args:
@@ -97,7 +99,7 @@ def write_rows(lines: Callable[[], Iterator[bytes]], output: Path, outputs: Sequ
         os.fsync(file.fileno())
 
 
-def _bytes_lines(source: Path) -> Iterator[bytes]:
+def _bytes_lines(source: Source) -> Iterator[bytes]:
     """Yield the lines of a file; of a longer line than `_MAX_LINE_BYTES`, its first `_MAX_LINE_BYTES` + 1 bytes."""
     try:
         with source.open("rb") as file:
@@ -121,18 +123,19 @@ def _json_document(line: bytes) -> Any:
         return InputError(f"broken JSON: {one_line(error)}" if line.strip() else "empty line")
 
 
-def _open_parquet(source: Path, dictionary_columns: Sequence[str] = ()) -> Any:
+def _open_parquet(source: Source, dictionary_columns: Sequence[str] = ()) -> Any:
     """Open a Parquet file; string columns in `dictionary_columns` stay dictionary-encoded in memory."""
     parquet = require("pyarrow.parquet", "parquet")
     try:
-        return parquet.ParquetFile(source, read_dictionary=dictionary_columns)
+        file = source if isinstance(source, Path) else source.open_random_access()
+        return parquet.ParquetFile(file, read_dictionary=dictionary_columns)
     except MemoryError:
         raise
     except Exception as error:
         raise InputError(f"{source} cannot be read as Parquet: {one_line(error)}") from error
 
 
-def _parquet_documents(source: Path, start: int) -> Iterator[tuple[int, Any]]:
+def _parquet_documents(source: Source, start: int) -> Iterator[tuple[int, Any]]:
     """`read_documents` for Parquet."""
     columns = [column for column in _open_parquet(source).schema_arrow if column.name in FIELDS]
     file = _open_parquet(source, [column.name for column in columns if str(column.type) in _STRING_TYPES])
@@ -142,7 +145,7 @@ def _parquet_documents(source: Path, start: int) -> Iterator[tuple[int, Any]]:
             for i in range(batch.num_rows):
                 number += 1
                 if number > start:
-                    yield number, _parquet_document(batch, i)
+                    yield number, parquet_document(batch, i)
     except (LfxError, MemoryError):
         raise
     except Exception as error:
@@ -159,8 +162,8 @@ def _batch_rows(metadata: Any) -> int:
     return max(rows, 1)
 
 
-def _parquet_document(batch: Any, index: int) -> Any:
-    """Convert one row of a record batch to Python types; an InputError if Python cannot represent a value."""
+def parquet_document(batch: Any, index: int) -> Any:
+    """Convert one row of a record batch or table to Python types; an InputError if Python cannot represent a value."""
     try:
         return batch.slice(index, 1).to_pylist()[0]
     except MemoryError:
@@ -179,7 +182,7 @@ def _write_parquet(lines: Callable[[], Iterator[bytes]], file: IO[bytes], output
                 rows = [json.loads(line) for line in group]
                 for row in rows:
                     if ids_as_text and "id" in row:
-                        row["id"] = _text_of(row["id"])
+                        row["id"] = text_of(row["id"])
                 writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
     except (LfxError, OSError, MemoryError):
         raise
@@ -219,9 +222,9 @@ def _schema(pyarrow: Any, lines: Iterator[bytes], outputs: Sequence[TensorSpec])
         "window": pyarrow.int64(),
         "tokens": pyarrow.int64(),
         "answers": pyarrow.list_(
-            pyarrow.struct([(key, pyarrow.type_for_alias(_NUMBERS.get(key, "string"))) for key in answer_fields])
+            pyarrow.struct([(key, pyarrow.type_for_alias(NUMBERS.get(key, "string"))) for key in answer_fields])
         ),
-        "outputs": pyarrow.struct([(spec.name, _output_type(pyarrow, spec)) for spec in outputs]),
+        "outputs": pyarrow.struct([(spec.name, output_type(pyarrow, spec)) for spec in outputs]),
         "error": pyarrow.string(),
     }
     if not outputs:
@@ -236,12 +239,12 @@ def _id_type(value: Any) -> str:
     return {str: "string", bool: "bool", float: "float64"}.get(type(value), "json")
 
 
-def _text_of(value: Any) -> str:
+def text_of(value: Any) -> str:
     """An id as text: a string unchanged, any other value as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _output_type(pyarrow: Any, spec: TensorSpec) -> Any:
+def output_type(pyarrow: Any, spec: TensorSpec) -> Any:
     """The column type of an output: nested lists, one for each axis except the batch."""
     item = "float64" if "float" in spec.dtype else "bool" if spec.dtype == "bool" else "int64"
     column = pyarrow.type_for_alias(item)

@@ -122,11 +122,13 @@ def run_documents(
 
 def _header(runner: Runner, digest: str) -> dict[str, Any]:
     """The header of a journal: all that decides the rows. `digest` is the input's sha256."""
+    return {"journal": 2, "lfx": __version__, "input": digest, **row_options(runner)}
+
+
+def row_options(runner: Runner) -> dict[str, Any]:
+    """The model and the options that decide the rows of an input, as JSON types."""
     engine, tokenizer = runner.engine, runner.tokenizer
     return {
-        "journal": 2,
-        "lfx": __version__,
-        "input": digest,
         "model": engine.identity,
         "tokenizer": tokenizer.sha256 if tokenizer is not None else None,
         "backend": engine.backend,

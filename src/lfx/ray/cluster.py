@@ -1,0 +1,109 @@
+"""Starting Ray on this machine or connecting to a cluster, and how many actors fit in it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from lfx.errors import InputError, LfxError, one_line, require
+
+# Ray reports its use to its makers unless it is told not to, and warns about GPUs that a task without GPUs cannot see.
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    """Size of a pool of actors.
+
+    Args:
+        actors: number of actors. Default: as many as the cluster has CPUs for, and one CPU less, which is left for
+            reading and writing; with `gpus`, as many as it has GPUs for.
+        cpus, gpus: number of CPUs and GPUs of an actor; a fraction of a GPU shares it.
+    """
+
+    actors: int | None = None
+    cpus: int = 1
+    gpus: float = 0.0
+
+    def fit(self, nodes: list[dict[str, float]], *, may_grow: bool) -> int:
+        """The number of actors to start.
+
+        Args:
+            nodes: resources of each machine of the cluster, such as {"CPU": 2.0}.
+            may_grow: whether machines may join later, so that a larger pool is not an error.
+        Raises:
+            InputError: the actors do not fit.
+        """
+        fits = sum(self._fits(node) for node in nodes)
+        needs = f"{self.cpus} CPU{'s' * (self.cpus > 1)}" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
+        if not may_grow and fits < (self.actors or 1):
+            machines = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+            raise InputError(
+                f"{self.actors or 1} actors of {needs} do not fit: the machines have {machines}; {fits} fit, so give "
+                "fewer --actors, --cpus or --gpus"
+            )
+        if self.actors is not None:
+            return self.actors
+        if self.gpus:
+            return max(fits, 1)
+        spare = sum(node.get("CPU", 0) for node in nodes) - fits * self.cpus
+        return max(fits - (spare < 1), 1)
+
+    def _fits(self, node: dict[str, float]) -> int:
+        by_cpu = int(node.get("CPU", 0) // self.cpus)
+        return min(by_cpu, int(node.get("GPU", 0) / self.gpus + 1e-9)) if self.gpus else by_cpu
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[ModuleType]:
+    """Connect to Ray, and yield the module `ray`; a connection that exists already is used and left open.
+
+    Args:
+        address: address of a cluster, such as 10.0.0.1:6379. Default: Ray is started on this machine, and stopped.
+    Raises:
+        LfxError: there is no cluster, or Ray cannot start.
+        DependencyError: ray is not installed.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    ray = require("ray", "ray")
+    if ray.is_initialized():
+        yield ray
+        return
+    local: dict[str, Any] = {"include_dashboard": False} if address is None else {}
+    try:
+        with _own_signals():
+            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
+    except Exception as error:
+        what = "Ray cannot start" if address is None else f"no Ray cluster at {address}"
+        raise LfxError(f"{what}: {one_line(error)}") from error
+    try:
+        # Ray prints each death of an actor to stdout, where results go; the pool reports it.
+        ray._private.worker._worker_logs_enabled = False
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def machines(ray: Any) -> list[dict[str, float]]:
+    """The resources of each machine of the cluster."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM, which `ray.init` replaces by one that ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

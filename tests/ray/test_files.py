@@ -1,0 +1,198 @@
+"""The options, the input and the output of `lfx map`, without Ray."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import click
+import pytest
+
+from lfx.cli import cli
+from lfx.errors import InputError
+from lfx.ray.engine import DocumentEngine, EngineOptions
+from lfx.ray.inputs import Inputs, check_apart
+from lfx.ray.journal import JOURNAL, Parts
+from lfx.ray.parts import encode, join
+from tests.conftest import MakeBundle
+from tests.runtime.test_import import lfx_without
+
+HEADER = {"map": 1, "model": "a"}
+
+
+def write_lines(path: Path, count: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f'{{"text": "{path.name} {i}"}}\n' for i in range(count)))
+
+
+def test_any_range_of_documents_is_read_across_files(tmp_path: Path) -> None:
+    for name, count in (("b.jsonl", 3), ("a/z.ndjson", 2), ("c.JSONL", 0), ("d.jsonl", 4)):
+        write_lines(tmp_path / name, count)
+    inputs = Inputs(str(tmp_path))
+    assert inputs.documents == 9
+    everything = list(inputs.read(0, 9))
+    assert [place[:2] for place in everything] == [
+        *(("a/z.ndjson", n) for n in (1, 2)),
+        *(("b.jsonl", n) for n in (1, 2, 3)),
+        *(("d.jsonl", n) for n in (1, 2, 3, 4)),
+    ]
+    for start in range(10):
+        for stop in range(start, 10):
+            assert list(inputs.read(start, stop)) == everything[start:stop]
+
+
+def test_the_digest_is_of_names_sizes_times_and_counts(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", 3)
+    before = Inputs(str(tmp_path)).digest
+    assert Inputs(str(tmp_path)).digest == before
+    os.utime(tmp_path / "a.jsonl", (1, 1))
+    assert Inputs(str(tmp_path)).digest != before
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("", "has no files of documents, whose names end with one of .jsonl"),
+        ("notes.txt", "is no folder, and its name ends with none of .jsonl, .ndjson, .parquet"),
+        ("missing.jsonl", "does not exist, or is no file"),
+        ("ftp://host/a.jsonl", "ftp://host/a.jsonl cannot be read: Unrecognized filesystem type"),
+    ],
+)
+def test_an_input_without_documents_is_refused(name: str, reason: str, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "notes.txt").write_text("x")
+    source = name if "://" in name else str(tmp_path / name)
+    with pytest.raises(InputError, match=reason):
+        Inputs(source)
+
+
+@pytest.mark.parametrize(("source", "output"), [("in", "in/out"), ("out/in", "out"), ("in", "in")])
+def test_an_output_inside_the_input_is_refused(source: str, output: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="lie in one another"):
+        check_apart(str(tmp_path / source), tmp_path / output)
+    check_apart(str(tmp_path / "input"), tmp_path / "input2")
+
+
+def test_complete_parts_are_kept_and_damaged_ones_are_not(tmp_path: Path) -> None:
+    with Parts(tmp_path / "out", HEADER, "jsonl") as parts:
+        for number in (2, 0, 1, 3):
+            parts.write(number, b"row %d\n" % number, 1, number % 2)
+    (tmp_path / "out" / "part-00000001.jsonl").write_bytes(b"row 9\n")
+    (tmp_path / "out" / "part-00000003.jsonl").unlink()
+    with Parts(tmp_path / "out", HEADER, "jsonl") as parts:
+        assert parts.complete == {2: {"documents": 1, "refused": 0, "bytes": 6}, 0: parts.complete[0]}
+        parts.write(1, b"row 1\n", 1, 1)
+    with Parts(tmp_path / "out", HEADER, "jsonl") as parts:
+        assert sorted(parts.complete) == [0, 1, 2]
+
+
+def test_a_journal_that_is_cut_anywhere_keeps_the_parts_before(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with Parts(output, HEADER, "jsonl") as parts:
+        for number in range(3):
+            parts.write(number, b"row\n", 1, 0)
+    whole = (output / JOURNAL).read_bytes()
+    for size in range(len(whole)):
+        (output / JOURNAL).write_bytes(whole[:size])
+        with Parts(output, HEADER, "jsonl") as parts:
+            assert len(parts.complete) == max(whole[:size].count(b"\n") - 1, 0)
+            for number in {0, 1, 2} - parts.complete.keys():
+                parts.write(number, b"row\n", 1, 0)
+        with Parts(output, HEADER, "jsonl") as parts:
+            assert sorted(parts.complete) == [0, 1, 2]
+
+
+def test_an_output_of_others_is_refused(tmp_path: Path) -> None:
+    for name, content in (("other", b"x"), (JOURNAL, b"something\n"), (JOURNAL, b"some")):
+        folder = tmp_path / f"{name}{len(content)}"
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        with pytest.raises(InputError, match=r"not of lfx map|another version of lfx|is no journal of lfx"):
+            Parts(folder, HEADER, "jsonl")
+        assert (folder / name).read_bytes() == content
+    with Parts(tmp_path / "out", HEADER, "jsonl"), pytest.raises(InputError, match="another run is writing"):
+        Parts(tmp_path / "out", HEADER, "jsonl")
+    with pytest.raises(InputError, match="has results of a run with another model; run it with the same options"):
+        Parts(tmp_path / "out", {**HEADER, "model": "b"}, "jsonl")
+
+
+def test_a_journal_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "out" / JOURNAL).symlink_to(victim)
+    with pytest.raises(InputError, match="cannot be opened"):
+        Parts(tmp_path / "out", HEADER, "jsonl")
+    assert victim.read_text() == "precious"
+
+
+def test_the_journal_has_one_line_of_json_for_each_part(tmp_path: Path) -> None:
+    with Parts(tmp_path / "out", HEADER, "parquet") as parts:
+        parts.write(0, b"content", 256, 3)
+    header, part = map(json.loads, (tmp_path / "out" / JOURNAL).read_text().splitlines())
+    assert header == HEADER
+    assert {**part, "sha256": ""} == {"part": 0, "documents": 256, "refused": 3, "bytes": 7, "sha256": ""}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "b", "--max-windows", "3"], "--max-windows needs --stride"),
+        (["--model", "b", "--gpus", "1"], "--gpus reserves GPUs that nothing uses: give --provider cuda, or a plan"),
+        (["--model", "b.plan"], "the model runs on a GPU, which Ray hides from actors without one: give --gpus 1"),
+        (["--model", "b", "--provider", "cuda"], "give --gpus 1"),
+        (["--model", "b", "--format", "csv"], "'csv' is not one of 'parquet', 'jsonl'"),
+        ([], "Missing option '--model'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_contradict_each_other_are_wrong_usage(options: list[str], message: str) -> None:
+    with pytest.raises(click.UsageError) as caught:
+        cli.main(["map", "in.jsonl", "out", *options], standalone_mode=False)
+    assert message in caught.value.format_message()
+
+
+TASKS = {
+    "feature-extraction": {"text": "the fox"},
+    "sentence-embedding": {"text": "the fox"},
+    "text-classification": {"text": "the fox"},
+    "token-classification": {"text": "the fox"},
+    "fill-mask": {"text": "the <mask> fox"},
+    "question-answering": {"text": "the fox", "pair": "the quick brown fox"},
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("stride", [None, 4])
+def test_a_part_in_parquet_has_the_rows_of_any_task(task: str, stride: int | None, bundle: MakeBundle) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    engine = DocumentEngine(EngineOptions(bundle(task), threads=1, stride=stride))
+    rows, summary = engine.rows([TASKS[task], {**TASKS[task], "id": "é"}, InputError("broken"), {"id": {"a": [1]}}])
+    placed = [{"file": "a", **row} for row in rows]
+    table = parquet.read_table(io.BytesIO(encode(placed, engine.columns, "parquet")))
+    assert table.schema == engine.columns.schema()
+    joined = parquet.read_table(
+        io.BytesIO(join([encode([row], engine.columns, "parquet") for row in placed], "parquet"))
+    )
+    assert joined == table
+    written = [{name: value for name, value in row.items() if value is not None} for row in table.to_pylist()]
+    for row, other in zip(rows, written, strict=True):
+        assert set(other) == {"file", *row} - ({"outputs"} if not row.get("outputs") else set())
+        assert other.get("answers", []) == [pytest.approx(answer) for answer in row.get("answers", [])]
+        assert other["line"] == row["line"]
+    assert [row["error"] for row in written[-2:]] == [
+        "broken",
+        "the document has the fields id; give either text or input_ids",
+    ]
+    assert [row.get("id") for row in written if row.get("id")] == ["é"] * (len(rows) // 2 - 1) + ['{"a": [1]}']
+    assert summary.windows == len(rows) - 2
+
+
+def test_a_missing_extra_is_refused_in_one_line_with_the_cure(bundle: MakeBundle, tmp_path: Path) -> None:
+    write_lines(tmp_path / "in.jsonl", 1)
+    folder = str(bundle())
+    done = lfx_without(("ray",), "map", str(tmp_path / "in.jsonl"), str(tmp_path / "out"), "--model", folder)
+    assert done.stderr == "error: ray is not installed; install it with: pip install 'longformer-lfx[ray]'\n"
+    assert (done.returncode, done.stdout) == (1, "")
