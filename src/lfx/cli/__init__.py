@@ -10,7 +10,7 @@ from typing import NoReturn
 import click
 
 from lfx import __version__
-from lfx.cli import bench, build_engine, convert, explain, export, inspect, parity, quantize, run, serve, verify
+from lfx.cli import bench, build_engine, convert, explain, export, inspect, parity, quantize, run, serve, triton, verify
 from lfx.cli.terminal import catch_interrupts, drop_stdout, echo, interrupted, prepare_streams, printable, write
 from lfx.errors import LfxError, one_line, with_cure
 
@@ -21,7 +21,7 @@ def cli() -> None:
     """Export Longformer models to ONNX and TensorRT, run them, and compare them with PyTorch."""
 
 
-for _module in (convert, export, quantize, build_engine, run, explain, serve, inspect, verify, parity, bench):
+for _module in (convert, export, quantize, build_engine, run, explain, serve, triton, inspect, verify, parity, bench):
     cli.add_command(_module.command)
 
 
