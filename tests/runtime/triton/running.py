@@ -46,15 +46,13 @@ class Running:
         """Address of the HTTP service, without http://."""
         return f"127.0.0.1:{self.ports['http']}"
 
-    def http_client(self, concurrency: int = 1) -> Any:
-        """A tritonclient over HTTP; `concurrency` requests may be in flight."""
+    def client(self, protocol: str) -> Any:
+        """A tritonclient; protocol is "http" or "grpc"."""
+        if protocol == "grpc":
+            return tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{self.ports['grpc']}")
         return tritonclient.http.InferenceServerClient(
-            self.http, concurrency=concurrency, connection_timeout=WAIT_SECONDS, network_timeout=WAIT_SECONDS
+            self.http, connection_timeout=WAIT_SECONDS, network_timeout=WAIT_SECONDS
         )
-
-    def grpc_client(self) -> Any:
-        """A tritonclient over gRPC."""
-        return tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{self.ports['grpc']}")
 
     def metrics(self) -> dict[str, float]:
         """Name and labels -> value."""
