@@ -1,13 +1,13 @@
-"""Longformers with xPos in place of the table of positions: built, exported, run in an Engine, compared with PyTorch.
+"""Build, export and run two Longformers with xPos in place of the position table, and compare them with PyTorch.
 
     python examples/rotary_positions.py        # needs: pip install rotary-embedding-torch
 
 Two models, with random weights:
 
-- `table`: RotaryEmbedding in the place of `embeddings.position_embeddings`. It adds the angles of a position to the
-  embedding of the token, and nothing is rotated.
-- `rotated`: xPos as its paper has it, for causal attention (Sun et al. 2022, arXiv:2212.10554). Each self-attention
-  rotates its queries and keys, so that scores depend on distances. There is no table, and so no longest sequence.
+- `table`: RotaryEmbedding replaces `embeddings.position_embeddings`. The angles of a position are added to the
+  embedding of the token; nothing is rotated.
+- `rotated`: xPos as in its paper, for causal attention (Sun et al. 2022, arXiv:2212.10554). Each self-attention rotates
+  its queries and keys, so that scores depend on distances. There is no position table, so the length has no limit.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def table_model() -> Any:
 
 
 class Rotated(nn.Module):
-    """A projection to queries or keys, with xPos after it.
+    """A projection to queries or keys, whose result is rotated by xPos.
 
     Args:
         projection: the layer from hidden states to queries or keys.
         rotary: the angles and scales of one head.
-        sign: 1 for queries and -1 for keys, whose scales are the inverse ones.
+        sign: exponent of the scales: 1 for queries, -1 for keys.
     """
 
     def __init__(self, projection: nn.Module, rotary: RotaryEmbedding, sign: int) -> None:
@@ -71,7 +71,7 @@ class Rotated(nn.Module):
         """(batch, seqlen, hidden) -> (batch, seqlen, hidden)."""
         heads = self.projection(hidden_states).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         positions = torch.arange(hidden_states.shape[1], dtype=torch.float32)
-        # RotaryEmbedding.get_scale takes len(positions), which an export would make a constant.
+        # Not RotaryEmbedding.get_scale: it uses len(positions), which the export would make a constant.
         powers = (positions - hidden_states.shape[1] // 2) / self.rotary.scale_base
         scales = (self.rotary.scale ** powers[:, None]).repeat_interleave(2, dim=-1)
         rotated = apply_rotary_emb(self.rotary(positions), heads, scale=scales**self.sign)
@@ -79,7 +79,7 @@ class Rotated(nn.Module):
 
 
 class NoPositions(nn.Module):
-    """Zeros in the place of the table of positions."""
+    """Zeros in place of the position embeddings."""
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
         """(batch, seqlen) -> (batch, seqlen, hidden)."""
@@ -88,7 +88,8 @@ class NoPositions(nn.Module):
 
 def rotated_model() -> Any:
     """Make the model `rotated`; all windows are causal."""
-    # LoopSelfAttention passes (batch, seqlen, hidden) to its projections, and Hugging Face's (seqlen, batch, hidden).
+    # LoopSelfAttention calls its projections with (batch, seqlen, hidden); Hugging Face's attention calls them with
+    # (seqlen, batch, hidden).
     model = use_loop_attention(LongformerModel(config(autoregressive=True)))
     model.embeddings.position_embeddings = NoPositions()
     rotary = RotaryEmbedding(dim=HIDDEN // HEADS, use_xpos=True, cache_if_possible=False)
@@ -103,10 +104,10 @@ MODELS: dict[str, Callable[[], Any]] = {"table": table_model, "rotated": rotated
 
 
 def compare(name: str, folder: Path, lengths: tuple[int, ...]) -> bool:
-    """Export a model and run it at each length; returns whether all outputs are PyTorch's."""
+    """Export a model and run it at each length; returns whether all outputs agree with PyTorch's."""
     torch.manual_seed(0)
     model = MODELS[name]()
-    same = True
+    agrees = True
     with Engine(export(model, folder, global_attention="none")) as engine:
         print(f"{name}: longest sequence {engine.signature.max_seqlen or 'not limited'}")
         for length in lengths:
@@ -116,18 +117,18 @@ def compare(name: str, folder: Path, lengths: tuple[int, ...]) -> bool:
             difference = float(np.abs(engine.run(ids)["last_hidden_state"] - expected).max())
             tolerance = pair_tolerance("fp32", LAYERS, float(np.abs(expected).max()))
             print(f"  {length:,} tokens: largest difference from PyTorch {difference:.1e}, tolerance {tolerance:.1e}")
-            same &= difference <= tolerance
-    return same
+            agrees &= difference <= tolerance
+    return agrees
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the example; returns the exit status, 0 if all outputs are PyTorch's."""
+    """Run the example; returns the exit status, 0 if all outputs agree with PyTorch's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=lambda text: tuple(map(int, text.split(","))), default=LENGTHS)
     options = parser.parse_args(arguments)
     with temporary_folder("rotary") as scratch:
         different = [name for name in MODELS if not compare(name, scratch / name, options.lengths)]
-    print(f"WRONG: {' and '.join(different)}" if different else "the outputs are PyTorch's")
+    print(f"WRONG: {' and '.join(different)}" if different else "the outputs agree with PyTorch's")
     return int(bool(different))
 
 

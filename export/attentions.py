@@ -1,4 +1,4 @@
-"""Attention probabilities as outputs of the graph: which modules have them, and the shapes of these outputs."""
+"""Attention probabilities as outputs of the graph: the modules that can have them, and the shapes of the outputs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lfx.signature import ATTENTIONS, GLOBAL_ATTENTIONS, Signature
 
 
 def check_layout(module: nn.Module) -> None:
-    """Check that Hugging Face's layout has a column for each key that the module's windows have.
+    """Check that Hugging Face's layout of attention probabilities fits the module's windows.
 
     Raises:
-        ExportError: the module has dilation or causal windows.
+        ExportError: the module has dilation or causal windows, which the layout has no columns for.
     """
     if any(isinstance(part, LoopSelfAttention) for part in module.modules()):
         raise ExportError(
@@ -27,15 +27,15 @@ def check_layout(module: nn.Module) -> None:
 
 
 def is_attention(name: str) -> bool:
-    """Return whether an output of a graph that was traced with attention outputs is one of them."""
+    """Return whether this is the name of an attention output, in a graph that was traced with attention outputs."""
     return name.startswith((f"{ATTENTIONS}.", f"{GLOBAL_ATTENTIONS}."))
 
 
 def free_axes(outputs: Mapping[str, ir.Value], *, has_choices: bool) -> None:
-    """Make the last axis of each attention output unnamed: its size depends on the largest number of global tokens.
+    """Remove the name of the last axis of each attention output: its size depends on the number of global tokens.
 
     Args:
-        has_choices: the first axis is unnamed too, since Hugging Face's has batch times choices rows.
+        has_choices: remove the name of the first axis too, since Hugging Face's output has batch times choices rows.
     """
     for name, value in outputs.items():
         if is_attention(name) and value.shape is not None:

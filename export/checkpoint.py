@@ -209,7 +209,7 @@ def copy_tokenizer(model: str, folder: Path) -> bool:
 
 
 def _tokenizer_keys(fetch: Fetch) -> dict[str, str]:
-    """The keys of config.json that AutoTokenizer reads: the tokenizer's class, and the model's type."""
+    """Return the keys of config.json that AutoTokenizer reads: tokenizer_class and model_type."""
     path = fetch(CONFIG)
     name = read_object(path).get("tokenizer_class") if path is not None else None
     keys = {"model_type": "longformer"}

@@ -150,8 +150,8 @@ def _windows(window: int | list[int], encoder: Encoder, max_seqlen: int) -> tupl
     check_windows(window, layers, heads, max_seqlen, "attention_window")
     if isinstance(window, list) and any(max(window) % width for width in window):
         raise ExportError(
-            f"attention_window {','.join(map(str, window))}: the largest is no multiple of each, and Hugging Face pads "
-            "sequences to the largest only; give windows that divide it"
+            f"attention_window {','.join(map(str, window))}: Hugging Face pads sequences to a multiple of the largest "
+            "window only, so each window must divide it; give such windows"
         )
     return tuple(window) if isinstance(window, list) else (window,) * layers
 

@@ -1,7 +1,7 @@
 """`decomposing_in_place`: decompose a traced program for torch.onnx without tracing it again, where that is possible.
 
 `ExportedProgram.run_decompositions` runs the program twice with symbolic shapes, which takes half the time of an
-export. In most Longformers it only replaces single ops by single ops.
+export. In most Longformers it only replaces one op by one op, which needs no trace.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _KEPT = {
     _ATEN.type_as.default,
     _ATEN.where.ScalarOther,
 }
-# Ops that make tensors of constants of the module, which run_decompositions lifts.
+# Ops that turn constants of the module into tensors; run_decompositions lifts these constants.
 _LIFTED = {_ATEN.lift.default, _ATEN.lift_fresh.default, _ATEN.lift_fresh_copy.default}
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # op, arguments and options
 
 
 @contextlib.contextmanager
 def decomposing_in_place() -> Iterator[None]:
-    """Let `ExportedProgram.run_decompositions` change the graph in place if it replaces single ops only."""
+    """Let `ExportedProgram.run_decompositions` change the graph in place if it only replaces one op by one op."""
     original: Callable[..., ExportedProgram] = ExportedProgram.run_decompositions
 
     def run_decompositions(
@@ -51,16 +51,16 @@ def decomposing_in_place() -> Iterator[None]:
 
 
 def decompose(module: fx.GraphModule, decompositions: Mapping[Any, Any]) -> bool:
-    """Decompose a graph in place; return False, and change nothing, if an op becomes more than one op.
+    """Decompose a graph in place; return False, and change nothing, if an op would become more than one op.
 
     Args:
         decompositions: the ops that are decomposed, in addition to composite ops.
     """
     nodes = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
-    if not all(_changes_nothing(node) or _decomposed(node, decompositions) is not None for node in nodes):
+    if not all(_is_identity(node) or _decomposed(node, decompositions) is not None for node in nodes):
         return False
     for node in nodes:
-        if _changes_nothing(node):
+        if _is_identity(node):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
         elif (call := _decomposed(node, decompositions)) is not None:
@@ -70,7 +70,7 @@ def decompose(module: fx.GraphModule, decompositions: Mapping[Any, Any]) -> bool
 
 
 def _decomposed(node: fx.Node, decompositions: Mapping[Any, Any]) -> _Call | None:
-    """Return the call that a node becomes, its own if the op is kept; None if it becomes more than one op."""
+    """Return the call that replaces a node's, which is its own if the op is kept; None if it needs more than one op."""
     op, args, kwargs = node.target, node.args, dict(node.kwargs)
     if node.op != "call_function":
         return None
@@ -85,8 +85,8 @@ def _decomposed(node: fx.Node, decompositions: Mapping[Any, Any]) -> _Call | Non
     return (op, args, kwargs) if _is_kept(op, decompositions) else None
 
 
-def _changes_nothing(node: fx.Node) -> bool:
-    """Return whether a node converts a tensor to its own dtype. A conversion that the graph returns must stay."""
+def _is_identity(node: fx.Node) -> bool:
+    """Return whether a node converts a tensor to the dtype that it has, and the graph does not return the result."""
     if node.target not in (_ATEN.to.dtype, _ATEN.to.dtype_layout) or _is_output(node):
         return False
     value = node.args[0].meta["val"]  # type: ignore[union-attr]
@@ -100,7 +100,7 @@ def _is_output(node: Any) -> bool:
 
 
 def _is_kept(op: Any, decompositions: Mapping[Any, Any]) -> bool:
-    """Return whether run_decompositions keeps an op: it has no decomposition, and writes into none of its inputs."""
+    """Return whether run_decompositions keeps an op: it has no decomposition, and does not modify its inputs."""
     if not isinstance(op, torch._ops.OpOverload):
         return getattr(op, "__module__", None) in ("_operator", "torch")  # arithmetic of sizes
     if op in _KEPT:

@@ -107,8 +107,8 @@ def export(
             length from which on that truncates, if it is shorter.
         inline_functions: write standard ops only, without the domain lfx.
         output_attentions: add the attention probabilities of each layer to the outputs, as Hugging Face's
-            output_attentions does; docs/ops.md has their layout. Such a bundle is for looking at a model: it is slower,
-            and takes memory in proportion to layers, heads, tokens and window.
+            output_attentions does; docs/ops.md has their layout. Such a bundle is meant for analysis: it is slower, and
+            needs memory in proportion to layers · heads · tokens · window.
         tokenizer: a transformers tokenizer or processor, saved into the bundle; default: the checkpoint's, if any.
         progress: called with the name of each step.
     Returns:
@@ -222,10 +222,10 @@ def _check_model(
     """Run the module to check that its traced graph is valid for all inputs, and complete the signature.
 
     Raises:
-        ExportError: it is not.
+        ExportError: the graph is not valid for some input.
     """
     outputs = signature.outputs
-    if output_attentions:  # the module returns its own outputs alone
+    if output_attentions:  # the module itself does not return them
         signature = without_attentions(signature)
     check_sizes(program, signature, granularity(module))
     check_long(module, signature)
@@ -260,7 +260,7 @@ def _with_pooling(module: nn.Module, pooling: str) -> nn.Module:
 
 
 def _encoder_settings(fetch: Fetch, task: str, pooling: str | None) -> EncoderSettings | None:
-    """Check the settings of sentence-transformers, and return those of the encoder if the embeddings follow them."""
+    """Check the modules of sentence-transformers; returns the encoder's settings if the embeddings are made by them."""
     check_modules(fetch)
     return read_encoder_settings(fetch) if task == SENTENCE_EMBEDDING and pooling is None else None
 

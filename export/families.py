@@ -1,7 +1,8 @@
-"""The encoders that `convert` takes, as data: what their settings, weights and heads are called in a Longformer.
+"""The encoders that `convert` takes, as data: the names of their settings, weights and heads in a Longformer.
 
-All have absolute positions from a table, and layers that compute what a Longformer's do. A head is carried if
-Longformer's head for that task computes the same, and refused otherwise.
+All have absolute positions from a table, and layers that compute what a Longformer's do. A head is converted too if
+Longformer's head for that task computes the same, and refused otherwise. To add a family: an entry of `FAMILIES`; the
+family in tests/encoders.py and its heads in tests/export/test_convert.py; a row in docs/convert.md.
 """
 
 from __future__ import annotations

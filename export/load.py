@@ -153,8 +153,8 @@ def load_tokenizer(model: str, *, lower_case: bool = False) -> Any:
 
 
 def _refuse_without_words(tokenizer: Any, model: str) -> None:
-    """Refuse a tokenizer without the words of its vocabulary: a file is missing, or another class reads it."""
-    special = set(tokenizer.all_special_ids)  # that of unknown words too
+    """Refuse a tokenizer that knows no word: its vocabulary file is missing, or it has the wrong class."""
+    special = set(tokenizer.all_special_ids)  # including that of unknown words
     words = {
         number: word
         for word, number in tokenizer.get_vocab().items()
@@ -167,8 +167,8 @@ def _refuse_without_words(tokenizer: Any, model: str) -> None:
         raise ExportError(f"the tokenizer of {model} fails on a text: {_flat(error)}") from error
     if is_empty:
         raise ExportError(
-            f"the tokenizer of {model}, a {type(tokenizer).__name__}, knows no word: the file of its vocabulary is "
-            "missing, or belongs to another class, to be named as tokenizer_class in tokenizer_config.json"
+            f"the tokenizer of {model}, a {type(tokenizer).__name__}, knows no word: its vocabulary file is missing or "
+            "belongs to another class; add the file, or set tokenizer_class in tokenizer_config.json"
         )
 
 

@@ -65,14 +65,14 @@ def make_longformer_config(
 
 
 def _refuse_padding_in_texts(settings: dict[str, Any], tokenizer: Any, encoder: Encoder) -> None:
-    """Refuse a padding id that texts contain: the original numbers these tokens, and a Longformer would not."""
+    """Refuse a padding id that texts contain: the original gives these tokens positions, and a Longformer would not."""
     pad = settings["pad_token_id"]
     for name in ("cls_token_id", "sep_token_id", "unk_token_id", "mask_token_id", "bos_token_id", "eos_token_id"):
         if pad in (settings.get(name), getattr(tokenizer, name, None)):
             raise ExportError(
-                f"{encoder.files.name} pads with the id {pad}, which is its {name} too: a Longformer does not count "
-                "padding as a position, so it would differ from the original on texts with that token; give the "
-                "tokenizer and the config a padding token of their own"
+                f"{encoder.files.name} pads with the id {pad}, which is its {name} too: a Longformer gives padding no "
+                "position, so it would differ from the original on texts with that token; set another padding token in "
+                "the tokenizer and the config"
             )
 
 

@@ -34,7 +34,7 @@ from lfx.export.unpadded import replace_attention
 from lfx.export.windows import both_sides
 from lfx.signature import ATTENTIONS, GLOBAL_ATTENTIONS
 
-# Local and global probabilities of each call of a self-attention, in order; without global attention, local ones alone.
+# Local and global probabilities of each self-attention, in the order of the calls; the second is None without globals.
 Attentions = list[tuple[torch.Tensor, torch.Tensor | None]]
 
 
@@ -90,14 +90,14 @@ class GlobalTokens:
 def _op(
     name: str, inputs: list[torch.Tensor], shape: Any, *, dtype: torch.dtype | None = None, **attributes: int | float
 ) -> torch.Tensor:
-    """Add a node of domain lfx to the trace; `dtype` is that of its output, by default that of its first input."""
+    """Add a node of domain lfx to the trace; `dtype` is the output's, None = that of the first input."""
     dtype = inputs[0].dtype if dtype is None else dtype
     return ops.symbolic(f"{DOMAIN}::{name}", inputs, {**attributes}, dtype=dtype, shape=shape, version=VERSION)
 
 
 class _SelfAttention(LoopSelfAttention):
     lfx_globals: GlobalTokens
-    lfx_attentions: Attentions | None = None  # None = the probabilities are no outputs
+    lfx_attentions: Attentions | None = None  # None = the probabilities are not computed
 
     def forward(
         self,
@@ -158,7 +158,7 @@ class _SelfAttention(LoopSelfAttention):
         key_mask: torch.Tensor,
         index: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the local and the global probabilities; the global ones are None without global attention."""
+        """Add the nodes of the probabilities; returns the local and the global ones, None without global attention."""
         (batch, seqlen), slots, window = key_mask.shape, index.shape[1], int(self.one_sided_attn_window_size)
         attributes = {"num_heads": self.num_heads, "scale": self.head_dim**-0.5}
         local = _op(
@@ -329,7 +329,7 @@ class ExportWrapper(nn.Module):
         inputs: names of the graph inputs, a subset of the parameters of `model.forward`.
         tokens: the GlobalTokens that were given to `rewrite`.
         takes_global_mask: whether `model.forward` has the parameter global_attention_mask.
-        attentions: the list that was given to `rewrite`, whose tensors become outputs; None = there is none.
+        attentions: the list that was given to `rewrite`, whose tensors become outputs; None = no attention outputs.
     """
 
     def __init__(
@@ -365,7 +365,7 @@ class ExportWrapper(nn.Module):
         named = named_attentions(self.attentions)
         if taken := named.keys() & outputs.keys():
             raise ExportError(
-                f"the model has an output {min(taken)!r} of its own; rename it, or leave out the attentions"
+                f"the model has an output {min(taken)!r} of its own; rename it, or leave output_attentions out"
             )
         return {**outputs, **named}
 

@@ -50,7 +50,7 @@ def copy_modules(fetch: Fetch, folder: Path, max_seqlen: int) -> None:
 
 
 def check_modules(fetch: Fetch) -> None:
-    """Check that `copy_settings` can read the modules, before the long steps of an export.
+    """Check, before the slow steps of an export, that `copy_settings` can read the modules.
 
     Raises:
         ExportError: modules.json is broken, or a module lies outside the checkpoint's folder.

@@ -226,16 +226,18 @@ def _fake_quantize(scale: float, zero_point: int, low: int, high: int) -> Callab
 def _record_attentions(model: nn.Module, seqlen: list[int]) -> Attentions:
     """Make each self-attention of a model append its probabilities to a list, which is returned.
 
-    The probabilities are those that Hugging Face's `output_attentions` gives, cut to the sequence as a graph has them:
-    its global ones have the padding to a multiple of the window too, its unused slots of a row with fewer global
-    tokens are uniform and become 0, and without any global token there are no global ones instead of an empty array.
+    They are Hugging Face's, changed to the layout of the graph: its global probabilities are cut to the sequence, since
+    they include the padding to a multiple of the window; its unused slots, which are uniform, become 0; and where it
+    returns no global probabilities, for lack of global tokens, an empty array stands for them.
 
     Args:
-        seqlen: the length of the sequence is its last entry.
+        seqlen: a list whose last entry is the length of the sequence at the time of the call.
     """
     layers: Attentions = []
 
-    def ask(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def set_output_attentions(
+        _: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         return arguments[:5], {**options, "output_attentions": True}
 
     def record(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], outputs: Any) -> Any:
@@ -254,7 +256,7 @@ def _record_attentions(model: nn.Module, seqlen: list[int]) -> Attentions:
 
     for module in model.modules():
         if isinstance(module, hf.LongformerSelfAttention):
-            module.register_forward_pre_hook(ask, with_kwargs=True)
+            module.register_forward_pre_hook(set_output_attentions, with_kwargs=True)
             module.register_forward_hook(record, with_kwargs=True)
     return layers
 

@@ -80,10 +80,10 @@ class LongformerModel(hf.LongformerModel):  # type: ignore[misc]
 
 
 def replace_attention(model: nn.Module, attention: type[hf.LongformerSelfAttention]) -> nn.Module:
-    """Replace the classes of the Longformer modules in `model`, in place; self-attention becomes `attention`.
+    """Replace the classes of the Longformer modules in `model`, in place; that of self-attention becomes `attention`.
 
-    A module of a user's subclass becomes one of a new class of that name, whose bases are the subclass and the
-    replacement, so that the subclass's own methods stay.
+    A module of a user's subclass gets a new class of the same name, whose bases are the subclass and the replacement,
+    so that the subclass's methods are kept.
     """
     replacements: dict[type[nn.Module], type[nn.Module]] = {
         hf.LongformerSelfAttention: attention,

@@ -40,8 +40,8 @@ def validate(path: Path, module: nn.Module, signature: Signature, progress: Call
 def _compare_long(engine: Engine, module: nn.Module, progress: Callable[[str], None]) -> Report:
     """Compare an Engine with float32 PyTorch on the longest sequence, of at most 4,096 tokens.
 
-    Positions that a module computes in half precision are rounded there, by PyTorch too. Attention probabilities of
-    such a sequence take gigabytes, and are not compared.
+    On a long sequence, positions that a module computes in half precision are rounded, in the graph and in PyTorch.
+    Attention probabilities are not compared, since those of a long sequence take gigabytes.
     """
     signature, inputs = engine.signature, forward_inputs(module)
     run, attentions = engine_runner(engine), signature.attention_outputs

@@ -24,11 +24,6 @@ def both_sides(window: int) -> int:
     return 2 * window
 
 
-def one_sided(attention_window: int) -> int:
-    """Return the one-sided window for Hugging Face's attention_window, an even number."""
-    return attention_window // 2
-
-
 def layer_dilations(
     attention_dilation: Any, layers: int, heads: int, name: str = "attention_dilation", largest: int = 2**31 - 1
 ) -> list[int | tuple[int, ...]]:

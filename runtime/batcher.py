@@ -210,7 +210,7 @@ class Batcher:
 
     @property
     def is_open(self) -> bool:
-        """Whether it takes requests: it was not closed, no worker died, and it was made in this process."""
+        """Whether it takes requests: it is not closed, no worker has died, and this process made it."""
         return not self._closed
 
     async def run(self, ids: Any, attention_mask: Any = None, global_attention_mask: Any = None) -> Outputs:

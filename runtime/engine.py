@@ -182,8 +182,8 @@ class Engine:
             texts: one text, or any number of texts.
             prompt: is put before each text; an empty string is none. Default: the default prompt of the checkpoint's
                 config_sentence_transformers.json, if it has one.
-            truncate: cut a text of more tokens than the model's maximum, see `Tokenizer.truncate`; otherwise it is an
-                error.
+            truncate: cut a text of more tokens than the model's maximum (see `Tokenizer.truncate`); otherwise such a
+                text is an error.
             tokenizer: Default: the one in the bundle; for a plan the bundle is looked for beside it.
         Returns:
             (number of texts, dimensions) float32, in the order given. One text is a batch of one.
@@ -215,7 +215,7 @@ class Engine:
         return await asyncio.to_thread(self.run, ids, attention_mask, global_attention_mask)
 
     def run_together(self, requests: Sequence[Feeds]) -> list[Outputs]:
-        """Run prepared sequences in batches of neighbouring lengths; see `lfx.runtime.Batcher`.
+        """Run prepared sequences in batches of similar lengths; see `lfx.runtime.Batcher`.
 
         Returns:
             For each sequence, what `run` returns for it alone: arrays with a batch axis of 1.
@@ -240,7 +240,7 @@ class Engine:
         return (longest is None or seqlen <= longest) and self._open().supports_shape(batch, seqlen)
 
     def shape_check(self) -> Callable[[int, int], bool]:
-        """`supports_shape` for lengths within the model's limits; it is for many calls.
+        """Return a function like `supports_shape` for lengths within the model's limits; it is fast for many calls.
 
         Raises:
             InputError: the Engine is closed.

@@ -55,10 +55,10 @@ def prepare(ids: Any, attention_mask: Any, global_attention_mask: Any, signature
 def prepare_each(
     ids: Any, attention_mask: Any, global_attention_mask: Any, signature: Signature
 ) -> list[Feeds | InputError]:
-    """`prepare`, with the InputError of a sequence that the model cannot take in the place of its inputs.
+    """Check each sequence alone: like `prepare`, but an InputError of a sequence is returned at its index.
 
     Raises:
-        InputError: an argument cannot be split into sequences, or a mask has another number of them than the ids.
+        InputError: an argument cannot be split into sequences, or a mask has not as many sequences as the ids.
     """
     sequences = _split(ids, "input_ids", signature)
     masks = _split_mask(attention_mask, "attention_mask", len(sequences), signature)
@@ -83,7 +83,7 @@ def _split_mask(value: Any, name: str, count: int, signature: Signature) -> Sequ
         return [None] * count
     rows = _split(value, name, signature)
     if len(rows) != count:
-        raise InputError(f"{name} has {len(rows)} sequences where input_ids has {count}; make them equal")
+        raise InputError(f"{name} has {len(rows)} sequences, and input_ids has {count}; make them equal")
     return rows
 
 
@@ -174,7 +174,7 @@ def _split(value: Any, name: str, signature: Signature) -> Sequence[Any] | NDArr
 
 @contextlib.contextmanager
 def _readable(name: str, signature: Signature) -> Iterator[None]:
-    """Turn errors of the caller's object into InputError: it may raise anything, such as a tensor on a GPU."""
+    """Turn errors of the caller's object into InputError; it may raise any error, as a tensor on a GPU does."""
     try:
         yield
     except InputError:

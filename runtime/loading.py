@@ -1,4 +1,4 @@
-"""Opens a bundle, an ONNX file or a plan, checks it, and loads it into a backend."""
+"""Checks a bundle, an ONNX file or a plan, and loads it into a backend."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMPUTE_PRECISIONS = ("fp32", "bf16")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in a backend, and what is known about it.
+    """A model that was loaded into a backend, with its signature and files.
 
     Attributes:
         path: the bundle, ONNX file or plan.
@@ -79,7 +79,7 @@ def _load_onnx(path: Path, backend: str, provider: str, threads: int | None, pre
     _check_weight_bits(path, signature, provider)
     stored = signature.precision
     if backend == "auto" and (precision is not None or (stored == "bf16" and provider == "cpu")):
-        backend = "openvino"  # the only one with a choice of precision, and with all bf16 kernels on the CPU
+        backend = "openvino"  # the only one with a compute precision, and with all bf16 kernels on the CPU
     backend = "onnxruntime" if backend == "auto" else backend
     # The reference backend is the onnx package, which refuses files with more than one hard link.
     with artifact.plain_files(unshared=backend == "reference") as model:
@@ -88,7 +88,7 @@ def _load_onnx(path: Path, backend: str, provider: str, threads: int | None, pre
 
 
 def _check_weight_bits(path: Path, signature: Signature, provider: str) -> None:
-    """Raise DependencyError if this CPU overflows on the model's int8 weights."""
+    """Raise DependencyError if products with the model's int8 weights overflow on this CPU."""
     if signature.precision == QUANTIZED and signature.weight_bits != 7 and provider == "cpu" and int8_overflows():
         raise DependencyError(
             f"{path} has int8 weights of 8 bits, which overflow on this CPU without VNNI; quantize it again without "

@@ -117,12 +117,12 @@ class Postprocessor:
         return fillers
 
     def answer_range(self, encoded: Encoded, outputs: dict[str, NDArray[Any]]) -> tuple[int, int] | None:
-        """The first character of the answer to a question in `encoded.text`, and the one past its end.
+        """The range of characters of the answer to a question in `encoded.text`: start, and end (exclusive).
 
         Args:
-            encoded, outputs: as those of `answers`, which gave an answer for them.
+            encoded, outputs: the arguments of `answers`.
         Returns:
-            None for another task, for ids without their text, and if there is no answer.
+            The range; None for another task, for ids without their text, and if there is no answer.
         """
         if self._tokenizer.signature.task != "question-answering" or not encoded.offsets:
             return None

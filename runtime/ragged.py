@@ -24,19 +24,19 @@ def run_rows(
     *,
     keep_errors: bool,
 ) -> list[Row | LfxError]:
-    """Run prepared sequences in batches of neighbouring lengths; of equal lengths if the model has no attention_mask.
+    """Run prepared sequences in batches of similar lengths; in batches of equal lengths if the model may not be padded.
 
     Args:
-        sequences: prepared sequences; an error among them stays in its place.
+        sequences: prepared sequences; an error among them is returned at its index.
         infer: runs one batch: input name -> array, to output name -> array, both with the batch axis first.
         token_budget: largest number of tokens of a batch, padding included.
         supports_shape: see `lfx.runtime.batching.batches`.
-        keep_errors: put the error of a batch that fails in the backend in the places of its sequences.
+        keep_errors: return the error of a batch that fails in the backend for each of its sequences; do not raise it.
     Returns:
         For each sequence: output name -> its unpadded array, without the batch axis; or its error.
     Raises:
-        InputError: the sequences have different numbers of choices, or different lengths where the model has an output
-            that cannot be sliced.
+        InputError: the sequences have different numbers of choices; or the model has an output that cannot be sliced
+            and the sequences have different lengths.
         LfxError: what `infer` raises.
     """
     rows: list[Row | LfxError] = [item if isinstance(item, LfxError) else {} for item in sequences]
@@ -44,11 +44,11 @@ def run_rows(
     if not valid:
         return rows
     lengths = [seqlen_of(feeds) for _, feeds in valid]
-    inputs = valid[0][1]
-    uncut = signature.output_attentions or any(spec.shape[:1] != ("batch",) for spec in signature.outputs)
-    if len(set(lengths)) > 1 or uncut:
+    # A batch cannot be split into rows of these outputs, even if all lengths are equal.
+    has_unsplittable = signature.output_attentions or any(spec.shape[:1] != ("batch",) for spec in signature.outputs)
+    if len(set(lengths)) > 1 or has_unsplittable:
         check_cuttable(signature)
-    choices = inputs["input_ids"].size // lengths[0]  # 1 for other tasks than multiple choice
+    choices = valid[0][1]["input_ids"].size // lengths[0]  # 1 except for multiple choice
     for group in batches(lengths, max(token_budget // choices, 1), supports_shape, pad=signature.may_pad):
         feeds = stack([valid[i][1] for i in group], signature.pad_token_id)
         try:
@@ -71,7 +71,11 @@ def _cut_rows(outputs: Row, lengths: Sequence[int], signature: Signature) -> Ite
 
 
 def cut(row: NDArray[Any], axes: tuple[int | str, ...], length: int) -> NDArray[Any]:
-    """Copy one sequence's row of an output, sliced to `length` on its sequence axes; `axes` has the batch first."""
+    """Copy one sequence's row of an output, sliced to `length` on its sequence axes.
+
+    Args:
+        axes: the output's axes, batch first.
+    """
     return row[tuple(slice(length) if axis == "sequence" else slice(None) for axis in axes[1:])].copy()
 
 

@@ -47,11 +47,12 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TokenText:
-    """A token as a part of the text that it was made from.
+    """A token, and its characters in the text.
 
     Attributes:
         before: the characters between the previous token and this one, such as a space.
-        text: the token's characters; of a special token its vocabulary entry, and empty if a previous token has them.
+        text: the token's characters; empty if the previous token has them already. For a special token, its entry in
+            the vocabulary.
         special: whether it is a special token.
     """
 
@@ -219,9 +220,9 @@ class Tokenizer:
         return Windows(encoded, size, stride)
 
     def truncate(self, text: str, pair: str | None = None, *, prompt: str | None = None) -> Encoded:
-        """`encode`, with a document of more tokens than the model takes cut to its beginning.
+        """Encode a text or a pair; of a document with more tokens than the model takes, keep the beginning.
 
-        It is cut to its end if the truncation_side of tokenizer_config.json is "left", as transformers does.
+        If the truncation_side of tokenizer_config.json is "left", keep its end, as transformers does.
 
         Raises:
             InputError: what `windows` raises.
@@ -254,7 +255,7 @@ class Tokenizer:
         return Encoded(ids, pieces, document, text if pair is None else pair, offsets[document.start : document.stop])
 
     def token_texts(self, text: str, pair: str | None = None) -> list[TokenText]:
-        """The tokens that `encode` makes of a text or a pair, as parts of them; raises the errors of `encode`."""
+        """The tokens of `encode` for a text or a pair, each with its characters; raises the errors of `encode`."""
         encoded = self.encode(text, pair)
         with failing(InputError, "the tokenizer fails on this text", "use the tokenizer that belongs to this model"):
             encoding = self._tokenizer.encode(f"{self.prompt}{text}", pair)
@@ -388,7 +389,7 @@ def _splits_special_tokens(data: bytes | None, path: Path) -> bool:
 
 
 def _keeps_end(data: bytes | None, path: Path) -> bool:
-    """Whether a text that is too long loses its beginning; transformers keeps this in the tokenizer's config."""
+    """Whether the end of a text that is too long is kept: truncation_side is "left" in the tokenizer's config."""
     side = json_object(data, path).get("truncation_side")
     if side not in ("left", "right", None):
         raise ArtifactError(f"{path}: truncation_side must be left or right; correct it, or export the model again")
@@ -401,7 +402,7 @@ def _default_prompt(data: bytes | None, path: Path) -> str:
     name, prompts = settings.get("default_prompt_name"), settings.get("prompts") or {}
     if name is None:
         return ""
-    # sentence-transformers has these two in every model, empty unless the checkpoint gives them.
+    # sentence-transformers defines these two prompts for every model; they are empty unless the checkpoint sets them.
     known = {"query": "", "document": "", **prompts} if isinstance(prompts, dict) else {}
     prompt = known.get(name) if isinstance(name, str) else None
     if not isinstance(prompt, str) or not is_utf8(prompt):
@@ -435,19 +436,21 @@ def text_folder(model: Path, manifest: Any) -> Path:
     return bundle
 
 
-def open_tokenizer(model: Path, manifest: Any, signature: Signature, asked: Path | None = None) -> Tokenizer:
-    """Return the tokenizer of the folder `asked`, else of the model; labels are those of the model's config, if any.
+def open_tokenizer(model: Path, manifest: Any, signature: Signature, given: Path | None = None) -> Tokenizer:
+    """Open the tokenizer in the folder `given`, or the model's own; labels are those of the model's config, if any.
 
     Args:
-        model: the bundle, the .onnx file or the plan. manifest, signature: of an Engine that opened it.
+        model: the bundle, the .onnx file or the plan.
+        manifest, signature: those of an Engine that opened it.
+        given: folder of a tokenizer that replaces the model's; None = the model's.
     Raises:
         ArtifactError: there is no tokenizer, or it is broken.
     """
     folder = text_folder(model, manifest)
-    if asked is None:
+    if given is None:
         return Tokenizer(folder, signature)
-    has_config = (folder / CONFIG).exists() and folder.resolve() != asked.resolve()
-    return Tokenizer(asked, signature, unlisted=True, config_folder=folder if has_config else None)
+    has_config = (folder / CONFIG).exists() and folder.resolve() != given.resolve()
+    return Tokenizer(given, signature, unlisted=True, config_folder=folder if has_config else None)
 
 
 def _digest(*files: bytes | None) -> str:

@@ -13,7 +13,7 @@ LAYERS, HIDDEN, HEADS, INTERMEDIATE, WINDOW = 12, 768, 12, 3072, 256
 
 
 def base_model(max_seqlen: int = BASE_MAX_SEQLEN, seed: int = 0, **changes: Any) -> Any:
-    """Make a LongformerModel of the shape of allenai/longformer-base-4096, in eval mode; `changes` go to its config."""
+    """Make a LongformerModel of the shape of allenai/longformer-base-4096, in eval mode; `changes` replace settings."""
     import torch
     from transformers import LongformerConfig, LongformerModel
 

@@ -24,7 +24,7 @@ QUESTIONS = {
     "How many terms may a President serve?": "Amendment XXII",
     "Can eighteen year olds vote?": "Amendment XXVI",
 }
-# Questions that the essay answers, which is one document of some 3,500 tokens.
+# Questions that the essay answers; it is one document of some 3,500 tokens.
 FEDERALIST_QUESTIONS = {
     "Why is a large republic safer from factions than a small one?": FEDERALIST,
     "What causes factions, and how can their effects be controlled?": FEDERALIST,
@@ -46,5 +46,5 @@ def articles() -> dict[str, str]:
 
 
 def essay() -> str:
-    """Return the text of The Federalist, No. 10, whole."""
+    """Return the whole text of The Federalist, No. 10."""
     return (EXAMPLES / "federalist_10.txt").read_text(encoding="utf-8")

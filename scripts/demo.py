@@ -81,7 +81,7 @@ def _convert_and_export(model: str, checkpoint: Path, bundle: Path) -> None:
 
 
 def _answer_questions(engine: runtime.Engine) -> bool:
-    """Find the document that is nearest to each question; returns whether all are right."""
+    """Find the document nearest to each question; returns whether it is the right one for all questions."""
     texts = {**articles(), FEDERALIST: essay()}
     started = time.perf_counter()
     vectors = engine.embed(texts.values())

@@ -1,11 +1,11 @@
-"""Export each model class and feature, compare it with the reference in each backend, and build plans of it.
+"""Export each model class and feature, compare the bundle with the reference in each backend, and build plans from it.
 
     python -m scripts.support              # writes docs/records/support.jsonl; some 7 minutes on one core
-    python -m scripts.support causal bf16  # these rows alone, which replace those of the record
+    python -m scripts.support causal bf16  # measures these rows alone, and replaces them in the record
 
-The models are tiny and random, those of the tests. Each cell is the result of a run: the largest error over the cases
-against the dense float64 reference, or the reason why there is none. Plans are TensorRT-RTX's for sm89, which are built
-without a GPU and do not run here.
+The models are the tiny random ones of the tests. Each cell is the result of a run: the largest error over the cases
+against the dense float64 reference, or the reason why the run failed. Plans are built by TensorRT-RTX for sm89, which
+needs no GPU; they are not run.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class Row:
     """A model class or a feature.
 
     Attributes:
-        model: makes the float32 module, or in a folder of its own the checkpoint that is exported.
+        model: returns the float32 module, or writes the checkpoint into the given folder and returns its path.
         options: of `export`.
-        activations: of `quantize`, for a row in int8.
-        keep: the cases that are run.
+        activations: of `quantize`, for a row in int8; None = the bundle is not quantized.
+        keep: whether a case is run.
     """
 
     group: str
@@ -155,25 +155,25 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
     """Run a row.
 
     Returns:
-        `exported`, `onnxruntime`, `openvino`, `function` and `plugin`: each {"ok": bool} and what was measured, or the
-        `reason` why there is nothing.
+        `exported`, `onnxruntime`, `openvino`, `function` and `plugin`: each {"ok": True} with what was measured, or
+        {"ok": False} with the `reason`.
     """
     result: dict[str, Any] = {}
 
     def attempt(name: str, run: Callable[[], tuple[Any, dict[str, Any]]]) -> Any:
-        """Store what a run measured, or why it failed; returns what it made."""
+        """Store what a run measured, or why it failed; returns its product, or None."""
         try:
-            made, measured = run()
+            product, measured = run()
         except LfxError as error:
             result[name] = {"ok": False, "reason": one_line(error, 400).replace(f"{folder}/", "")}
             return None
         result[name] = {"ok": True, **measured}
-        return made
+        return product
 
-    made = attempt("exported", functools.partial(_export, row, folder))
-    if made is None:
+    exported = attempt("exported", functools.partial(_export, row, folder))
+    if exported is None:
         return result
-    bundle, module = made
+    bundle, module = exported
     for backend in BACKENDS:
         attempt(backend, functools.partial(_compare, row, bundle, module, backend))
     for name, plugin in (("function", False), ("plugin", True)):
@@ -182,7 +182,7 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
 
 
 def _export(row: Row, folder: Path) -> tuple[tuple[Path, nn.Module], dict[str, Any]]:
-    """Export the model of a row; returns the bundle and the float32 module, and what the manifest says."""
+    """Export the model of a row; returns the bundle with the float32 module, and its opset and precision."""
     model = row.model(folder)
     bundle = export(model, folder / "bundle", **row.options)
     if row.activations:
@@ -217,7 +217,7 @@ def _build(bundle: Path, plan: Path, plugin: bool) -> tuple[Path, dict[str, Any]
 
 
 def main() -> None:
-    """Run all rows, or those that are named, and write the record."""
+    """Run all rows, or the given ones, and write the record."""
     table = rows()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", choices=[*table, []], metavar="ROW", help="names of rows (default: all)")

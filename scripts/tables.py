@@ -133,7 +133,7 @@ def documents() -> str:
 
 
 def serve() -> str:
-    """Make the table of the server under load, beside `Engine.run`."""
+    """Make the table of the load test: the server beside `Engine.run`."""
     if not (record.RECORDS / "serve.jsonl").exists():
         return "No load test is recorded yet: `python -m scripts.bench.serve`.\n"
     records, rows = record.read("serve"), []
@@ -158,7 +158,7 @@ def serve() -> str:
         "clients",
         "answers",
         "tokens/s",
-        "of `Engine.run`",
+        "share of `Engine.run`",
         "median",
         "p95",
         "p99",
@@ -168,8 +168,8 @@ def serve() -> str:
     header += ["largest difference from one-by-one runs", "memory, first and last tenth"]
     note = (
         f"\n{first['shape']}, {first['threads']} threads, {first['seconds']:g} s each, {first['documents']} documents "
-        f"of {first['shortest']} to {first['longest']:,} tokens, asked again and again; `Engine.run` gets all of them "
-        f"in one list, before and after. {_hardware(first)}.\n\n"
+        f"of {first['shortest']} to {first['longest']:,} tokens, sent repeatedly; `Engine.run` gets all documents in "
+        f"one list, before and after the clients. {_hardware(first)}.\n\n"
         "![Throughput and latency over the number of clients](figures/serve.png)\n"
     )
     return _rows(header, rows) + note
@@ -300,7 +300,7 @@ def long() -> str:
     note += f"{first['threads']} threads, medians of {first['rounds']} turns. Parity errors are against float64, each "
     note += f"followed by its tolerance. {_hardware(first)}.\n"
     note += f"From {first['seqlen']:,} to {last['seqlen']:,} tokens, {times[0]:.0f} times as many, the time grows "
-    note += f"{times[1]:.2f} times and the peak memory {times[2]:.2f} times (what a run adds to the open engine, "
+    note += f"{times[1]:.2f} times and the peak memory {times[2]:.2f} times (without the memory of the open Engine, "
     note += f"{above[1] / above[0]:.2f} times).\n"
     return _rows(header, rows) + note
 
@@ -339,7 +339,7 @@ def _reason(cell: dict[str, Any]) -> str:
 
 
 def chart() -> None:
-    """Plot tokens per second over length, of all contenders on the latest measured CPU, and the server under load."""
+    """Plot tokens per second over length, for all contenders on the latest measured CPU, and the load test."""
     records = record.read("backends")
     plot([row for row in records if row["cpu"] == _cpus(records)[0]], ROOT / "docs" / "figures" / "throughput.png")
     if (record.RECORDS / "serve.jsonl").exists():

@@ -29,12 +29,12 @@ def dense(model: Any, ids: Any, global_positions: Any = ()) -> Any:
 def test_a_row_depends_on_the_tokens_within_the_reach_of_all_layers() -> None:
     model, ids = SETUP.model(SETUP.layers), SETUP.ids(200)
     expected, reach = dense(model, ids), SETUP.layers * SETUP.window
-    for rows in SETUP.places(200).values():
+    for rows in SETUP.slices(200).values():
         actual = slice_rows(reference_of(model), ids, rows)[OUTPUT]
         np.testing.assert_allclose(actual, expected[:, rows.start : rows.stop], rtol=0, atol=1e-12)
         witnessed = slice_rows(model, ids, rows)[OUTPUT]
         np.testing.assert_allclose(witnessed, actual, rtol=0, atol=1e-5)
-    rows = SETUP.places(200)["inner"]
+    rows = SETUP.slices(200)["inner"]
     for distance, changes in ((reach, True), (reach + 1, False)):
         changed = ids.copy()
         changed[0, rows.start - distance] += 1

@@ -34,7 +34,7 @@ def test_both_models_are_exported_with_the_numbers_of_pytorch(example: Any, caps
         "rotated: longest sequence not limited",
     ]
     assert sum("tokens: largest difference from PyTorch" in line for line in lines) == 4
-    assert lines[-1] == "the outputs are PyTorch's"
+    assert lines[-1] == "the outputs agree with PyTorch's"
 
 
 def test_rotated_scores_depend_on_the_distance_alone(example: Any) -> None:

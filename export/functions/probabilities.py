@@ -1,9 +1,10 @@
 """`BandedAttentionProbabilities` and `GlobalAttentionProbabilities`: attention weights in Hugging Face's layout.
 
-Only a bundle with attention outputs has these nodes, beside the attention nodes, whose inputs they read. The other
-outputs of such a bundle are bitwise those of a bundle without, because a runtime fuses the attention nodes in the same
-way: the blocks differ, so that scores and softmax are not merged with those of the attention nodes; the scaling of the
-query is the same, so that it is merged and stays the only reader of the projection. OpenVINO fuses the two only then.
+Only a bundle with attention outputs has these nodes. They read the inputs of the attention nodes. The other outputs of
+such a bundle are bitwise those of a bundle without attention outputs, because a runtime fuses the attention nodes of
+both in the same way. For this, the blocks here differ from those of the attention nodes, so that common subexpression
+elimination does not merge scores and softmax. The scaling of the query is the same, so that it is merged, and the
+projection of the query has one reader: only then does OpenVINO fuse the projection with the scaling.
 `lfx.export.functions` explains the letters in shapes.
 """
 
@@ -44,10 +45,10 @@ def BandedAttentionProbabilities(  # noqa: N802, PLR0915
     head_size = op.Div(op.Shape(query, start=2, end=3), heads)
     block = op.Min(op.Constant(value_ints=[BLOCK]), seqlen)  # b
     blocks = op.Div(op.Add(seqlen, op.Sub(block, axis1)), block)  # N
-    span = op.Add(block, both_sides)  # W, here also for keys outside the sequence, which are masked
+    span = op.Add(block, both_sides)  # W, here including keys outside the sequence, which are masked
     keys = op.Add(slots, span)  # X
 
-    # Position of each block's queries and keys in the sequence. Positions outside are clamped.
+    # Positions of each block's queries and keys. Those outside the sequence are clamped to it.
     block_start = op.Unsqueeze(op.Mul(op.Range(start, op.Squeeze(blocks), stride), block), axis1)  # (N, 1)
     query_range = op.Unsqueeze(op.Range(start, op.Squeeze(block), stride), axis0)  # (1, b)
     key_range = op.Unsqueeze(op.Range(start, op.Squeeze(span), stride), axis0)  # (1, W)
@@ -63,8 +64,8 @@ def BandedAttentionProbabilities(  # noqa: N802, PLR0915
     in_band = op.And(op.GreaterOrEqual(offset, axis0), op.LessOrEqual(offset, both_sides))
     unordered = op.Cast(global_index, to=7)
     unordered = op.Where(op.GreaterOrEqual(unordered, axis0), unordered, seqlen)
-    # Ascending positions, unused slots last: the TopK that lists the global tokens finds equal flags, which OpenVINO
-    # orders as it likes. Unused slots write past the end.
+    # Sort the global positions, with the unused slots last: the TopK that lists the global tokens compares equal flags,
+    # and OpenVINO may return these in any order. Unused slots get index S, the extra column of is_local.
     token_or_end, _ = op.TopK(unordered, slots, axis=1, largest=0, sorted=1)
     slot_used = op.Less(token_or_end, seqlen)
     is_local = op.ScatterElements(
@@ -101,14 +102,14 @@ def BandedAttentionProbabilities(  # noqa: N802, PLR0915
     scores = op.MatMul(q_block, op.Transpose(k_block, perm=[0, 1, 3, 2]))  # (B·N, H, b, X)
     weights = op.Softmax(op.Add(op.Cast(scores, to=1), bias), axis=-1)
 
-    # Column c of query r is key r + c of the block. With rows of W + 1 instead of W numbers, it is in column c.
+    # Column c of query r is key r + c of the block. Reading the same numbers as rows of W + 1 moves it to column c.
     flat = op.Reshape(op.Slice(weights, slots, keys, axis3), op.Concat(inferred, heads, op.Mul(block, span), axis=0))
     fill = op.Concat(op.Constant(value_ints=[0, 0, 0, 0, 0]), block, axis=0)
     skewed = op.Reshape(op.Pad(flat, fill), op.Concat(inferred, heads, block, op.Add(span, axis1), axis=0))
     columns = op.Add(both_sides, axis1)
     local = op.Slice(skewed, axis0, columns, axis3)  # (B·N, H, b, 2·window + 1)
 
-    # The used global slots come first; `used` is the largest number of global tokens in a row.
+    # Keep the columns of the used global slots; `used` is the largest number of global tokens in a row of the batch.
     slot_number = op.Add(op.Range(start, op.Squeeze(slots), stride), axis1)
     used = op.Reshape(op.ReduceMax(op.Where(slot_used, slot_number, axis0), keepdims=0), axis1)
     weights = op.Concat(op.Slice(weights, axis0, used, axis3), local, axis=3)
@@ -145,7 +146,7 @@ def GlobalAttentionProbabilities(  # noqa: N802
     factor = op.Where(op.Equal(scale_attribute, op.Constant(value_float=0.0)), default_scale, scale_attribute)
     scaled = op.Mul(query, op.CastLike(factor, query))
 
-    # Queries by ascending position, those of unused slots last, as in BandedAttentionProbabilities.
+    # Sort the queries by position, with the unused slots last, as in BandedAttentionProbabilities.
     seqlen = op.Shape(key, start=1, end=2)
     slots = op.Shape(global_index, start=1, end=2)
     slot_token = op.Cast(global_index, to=7)

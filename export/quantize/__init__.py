@@ -147,8 +147,8 @@ def _check_bundle(signature: Signature, folder: Path) -> None:
         raise ExportError(f"{folder} is {signature.precision}; int8 is made from an fp32 bundle: export it again")
     if signature.output_attentions:
         raise ExportError(
-            f"{folder} has attention outputs, which calibration would keep in memory for all windows; export it "
-            "without --output-attentions"
+            f"{folder} has attention outputs, which calibration would keep in memory for all texts; export it without "
+            "--output-attentions"
         )
     if signature.has_choices:
         raise ExportError(

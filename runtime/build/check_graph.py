@@ -48,13 +48,13 @@ def check_conversion(
         log(f"warning: {backend} is not installed, so the {signature.precision} graph was not checked")
         return {"checked": False, "reason": f"{backend} is not installed"}
     exported = {spec.name: _exported_error(manifest, spec.name) for spec in signature.outputs}
-    with Engine(bundle) as original, _converted(model, backend, signature.precision) as converted:
+    with Engine(bundle) as original, _open_converted(model, backend, signature.precision) as converted:
         report = compare(
             _cases(manifest, signature),
             lambda case: model_inputs(case, signature),
             reference=engine_runner(original),
             witness=None,
-            candidate=_explained(engine_runner(converted), signature.precision),
+            candidate=_raising_build_error(engine_runner(converted), signature.precision),
             precision=signature.precision,
             layers=len(signature.attention_windows),
             on_case=lambda case: progress(f"checking the graph: {case}"),
@@ -73,22 +73,22 @@ def check_conversion(
     return {"checked": True, "backend": backend_name, "outputs": measured}
 
 
-def _converted(model: Path, backend: str, precision: str) -> Engine:
-    with _explain(precision):
+def _open_converted(model: Path, backend: str, precision: str) -> Engine:
+    with _as_build_error(precision):
         return Engine(model, backend)
 
 
-def _explained(run: Runner, precision: str) -> Runner:
-    def run_explained(inputs: Arrays) -> Arrays:
-        with _explain(precision):
+def _raising_build_error(run: Runner, precision: str) -> Runner:
+    def run_converted(inputs: Arrays) -> Arrays:
+        with _as_build_error(precision):
             return run(inputs)
 
-    return run_explained
+    return run_converted
 
 
 @contextlib.contextmanager
-def _explain(precision: str) -> Iterator[None]:
-    """Say what to do where the backend has no kernel of this precision for an operator of the model's own head."""
+def _as_build_error(precision: str) -> Iterator[None]:
+    """Turn an error of the backend into a BuildError; it may have no kernel of this precision for an operator."""
     try:
         yield
     except LfxError as error:

@@ -1,8 +1,8 @@
 """HTTP over `Engine`, for `lfx serve`. The modules import FastAPI and uvicorn; `check_installed` says what is missing.
 
-A request passes `protocol` (connections, time limits of the client), `gate` (key, size of the body, clients that have
-gone, the log), a route of `app` (`openai`, `tei` or `native`), `service` (the model, tokenization, the Batcher) and
-`replies` (JSON, and errors in the form of each API). `server` runs one process, `supervisor` several.
+A request passes through `protocol` (connections, time limits for the client), `gate` (API key, body size, disconnects,
+log), a route of `app` (`openai`, `tei` or `native`), `service` (the model, tokenization, the Batcher) and `replies`
+(JSON, and errors in the form of each API). `server` runs one process, `supervisor` several.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""The routes, with their OpenAPI description."""
+"""The routes, with their OpenAPI description.
+
+To add a route that takes texts: a body with examples and a handler in `native`, `openai` or `tei` (or a module beside
+them), and an `add` in `_add_models`; its path in `gate.KNOWN_PATHS`; the form of its errors in `replies.error_body`, if
+it is not lfx's own; tests in tests/runtime/serve/test_routes.py; a row in docs/deployment.md.
+"""
 
 from __future__ import annotations
 
@@ -28,22 +33,22 @@ _DESCRIPTION = (
     "text-embeddings-inference. A list of texts in one request, and requests that arrive together, run in batches."
 )
 _REFUSALS = {
-    400: "The request has another form (OpenAI's routes), or an empty text.",
+    400: "The request does not match the schema (OpenAI's routes), or a text is empty.",
     401: "The API key is missing or wrong.",
     404: "There is no such model.",
     408: "The client sent its request too slowly.",
     413: "The body, the number of texts, a text or the reply is above its limit.",
-    422: "The request has another form, or the model cannot take it.",
-    424: "The model has another task.",
+    422: "The request does not match the schema, or the model cannot take it.",
+    424: "The route does not serve the model's task.",
     429: "Too many texts are in progress. Try again after the seconds of Retry-After.",
     500: "The model failed.",
-    503: "The models are being opened, the server stops, or the time for an answer is over. See Retry-After.",
+    503: "The models are being opened, the server is stopping, or the answer took too long. See Retry-After.",
 }
 Handler = Callable[..., Awaitable[Response]]
 
 
 def make_app(service: Service, stats: Stats) -> Gate:
-    """The ASGI application over `service`."""
+    """Make the ASGI application that answers requests with `service`."""
     secured = [Security(HTTPBearer(auto_error=False))] if service.settings.api_key is not None else []
     app = FastAPI(
         title="lfx serve",
@@ -86,11 +91,12 @@ def _add_errors(app: FastAPI) -> None:
 
     async def no_route(request: Request, error: Exception) -> Response:
         return error_reply(
-            request.url.path, RefusalError(404, f"there is no {shown(request.url.path)}; see /openapi.json")
+            request.url.path, RefusalError(404, f"there is no route {shown(request.url.path)}; see /openapi.json")
         )
 
     async def no_method(request: Request, error: Exception) -> Response:
-        refusal = RefusalError(405, f"{request.url.path} takes no {shown(request.method)}; see /openapi.json")
+        message = f"{request.url.path} does not take {shown(request.method)} requests; see /openapi.json"
+        refusal = RefusalError(405, message)
         reply = error_reply(request.url.path, refusal)
         reply.headers.update(getattr(error, "headers", None) or {})
         return reply
@@ -148,7 +154,7 @@ def _content_security_policy(page: str) -> str:
 
 
 def _add_descriptions(app: FastAPI, service: Service, secured: list[Any]) -> None:
-    @app.get("/models", summary="What each model takes and gives", dependencies=secured)
+    @app.get("/models", summary="Inputs, outputs and limits of each model", dependencies=secured)
     async def models() -> Response:
         service.check_opened()
         limits = {"max_inputs": service.settings.max_inputs, "max_body_bytes": service.max_body_bytes}

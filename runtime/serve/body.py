@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
 from lfx.checks import parse_json
 from lfx.runtime.serve.replies import RefusalError
@@ -16,18 +16,29 @@ _SMALL_BYTES = 32_768  # parsed in less than a millisecond, so that other reques
 
 
 class Body(BaseModel):
-    """A body. Values are not converted: "1" is no number, and 1 is not true. Other fields are ignored."""
+    """The JSON body of a request. Values are not converted: "1" is no number. Unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
 class StrictBody(Body):
-    """A body without other fields."""
+    """A body in which an unknown field is an error."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)
+Item = TypeVar("Item")
+
+
+class _FailFast(FailFast):
+    """pydantic's FailFast, which a union of types can hold: a union needs types with a hash."""
+
+    __hash__ = object.__hash__
+
+
+# A list whose check ends at its first wrong item: a million wrong items would give a million errors.
+List = Annotated[list[Item], _FailFast()]
 
 
 async def read_body(service: Service, data: bytes, form: type[AnyBody]) -> AnyBody:
@@ -41,7 +52,7 @@ def parse_body(data: bytes, form: type[AnyBody]) -> AnyBody:
     """Parse and check a body.
 
     Raises:
-        RefusalError: it is not JSON, or of another form; the message names the first field that is.
+        RefusalError: it is not JSON, or does not match `form`; the message names the first wrong field.
     """
     try:
         value = parse_json(data)
@@ -58,23 +69,26 @@ def parse_body(data: bytes, form: type[AnyBody]) -> AnyBody:
 
 
 def _explain(error: ValidationError, form: type[Body]) -> str:
-    """The first error. For a field that may have several forms, pydantic reports each; the description says all."""
+    """Describe the first error.
+
+    For a field of several types pydantic reports one error per type, so the field's description is given instead.
+    """
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     first = problems[0]
     path = first["loc"]
     field = form.model_fields.get(str(path[0])) if path else None
-    where = ".".join(str(part) for part in path[:1] if part) or "the body"
+    name = str(path[0]) if path and path[0] else "the body"
     message = first["msg"]
     if field is not None and first["type"] != "missing" and field.description:
         message = field.description
-    return f"{where}: {message}"[:_LONGEST_MESSAGE]
+    return f"{name}: {message}"[:_LONGEST_MESSAGE]
 
 
 def request_body(form: type[Body], examples: dict[str, Any]) -> dict[str, Any]:
-    """The OpenAPI description of a body: for `openapi_extra` of a route, which reads the body by itself.
+    """Describe a body in OpenAPI, for `openapi_extra` of a route that parses its body itself.
 
     Args:
-        examples: what an example shows -> the example.
+        examples: title of an example -> the example.
     """
     schema = _inlined(form.model_json_schema())
     described = {name: {"summary": name, "value": value} for name, value in examples.items()}
@@ -84,7 +98,7 @@ def request_body(form: type[Body], examples: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
-    """A JSON schema with its definitions in the places that refer to them; they do not refer to one another."""
+    """Replace each $ref of a JSON schema by its definition; no definition contains itself."""
     definitions = schema.pop("$defs", {})
 
     def inline(value: Any) -> Any:

@@ -15,10 +15,10 @@ from lfx.runtime.serve.service import Service
 
 
 async def embed(service: Service, model: ServedModel, items: Sequence[Input]) -> tuple[list[NDArray[np.float32]], int]:
-    """The embedding of each input, and the number of tokens of all.
+    """Compute the embedding of each input; returns them, and the total number of tokens.
 
     Raises:
-        RefusalError: the model is of another task, or the request is refused.
+        RefusalError: the model has another task than sentence embedding, or the request is refused.
         LfxError: the model cannot take an input, or failed.
     """
     try:

@@ -1,4 +1,4 @@
-"""ASGI middleware in front of the routes: key, size of the body, clients that have gone, counters and the log."""
+"""ASGI middleware in front of the routes: API key, body size, disconnected clients, counters and the log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from lfx.runtime.serve.replies import RefusalError, busy, error_reply, unavailable
-from lfx.runtime.serve.service import Service, note
+from lfx.runtime.serve.service import Service, log_fields
 from lfx.runtime.serve.settings import MAX_BUFFERED_BYTES
 from lfx.runtime.serve.stats import Stats
 
@@ -20,14 +20,15 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
-# Paths that need no key: they say nothing of texts or models, or are what a monitor reads.
+# Paths that need no key, for browsers and monitoring. They reveal no texts; /metrics has the names of the models.
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/openapi.json"})
-# Names of routes in the counters, whose number must not grow with the addresses that clients make up.
+# Paths under which a request is counted that is refused before it reaches a route. Other paths are counted as "other",
+# so that clients cannot create labels.
 KNOWN_PATHS = OPEN_PATHS | {"/run", "/embed", "/predict", "/info", "/models", "/v1/models", "/v1/embeddings"}
 
 
 class Gate:
-    """Passes a request on when its body is complete, and cancels it when its client has gone."""
+    """Passes a request to the routes when its body is complete, and cancels it when its client disconnects."""
 
     def __init__(self, app: App, service: Service, stats: Stats) -> None:
         self._app, self._service, self._stats = app, service, stats
@@ -39,7 +40,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         start, status = time.perf_counter(), 0
-        note.set({})
+        log_fields.set({})
 
         async def counted_send(message: Message) -> None:
             nonlocal status
@@ -50,7 +51,7 @@ class Gate:
         try:
             await self._answer(scope, receive, counted_send)
         finally:
-            # A request that is refused here has no route yet.
+            # A request that was refused before it reached the routes has no route.
             path = scope["path"] if scope["path"] in KNOWN_PATHS else "other"
             route = getattr(scope.get("route"), "path", path)
             self._stats.count(route, status)
@@ -62,21 +63,21 @@ class Gate:
             self._check_key(scope)
             if scope["method"] == "POST":
                 self._service.check_ready()
-            # The body counts as buffered until it is answered: it is then still in the task's memory.
+            # The body counts as buffered until the request is answered, since the task holds it until then.
             with _Body(self) as body:
                 if not await body.read(scope, receive):
                     return
-                await _until_gone(lambda: self._app(scope, body.replay, send), receive)
+                await _run_while_connected(lambda: self._app(scope, body.replay, send), receive)
         except RefusalError as refusal:
             await error_reply(scope["path"], refusal)(scope, receive, send)
-        except asyncio.CancelledError:  # the server stops, and the time for it is over
+        except asyncio.CancelledError:  # the server stops, and stop_seconds are over
             if self._service.state != "stopping":
                 raise
             stopped = unavailable("the server stopped before the request was answered; try again")
             await error_reply(scope["path"], stopped)(scope, receive, send)
 
     def _check_key(self, scope: MutableMapping[str, Any]) -> None:
-        """Raise RefusalError unless the request has the key, or needs none."""
+        """Raise RefusalError if the request needs the key and does not have it."""
         key = self._service.settings.api_key
         if key is None or scope["path"] in OPEN_PATHS:
             return
@@ -104,10 +105,10 @@ class _Body:
         self._gate._buffered -= self._size
 
     async def read(self, scope: MutableMapping[str, Any], receive: Receive) -> bool:
-        """Read the whole body; False if the client has gone.
+        """Read the whole body; returns False if the client disconnects.
 
         Raises:
-            RefusalError: it is too large, or the bodies of all requests are.
+            RefusalError: the body is too large, or the bodies of all requests together are.
         """
         limit = self._gate._service.max_body_bytes
         for name, value in scope["headers"]:
@@ -125,11 +126,14 @@ class _Body:
             if self._size > limit:
                 raise _too_large(limit)
             if self._gate._buffered > MAX_BUFFERED_BYTES:
-                raise busy("the bodies of the requests in progress fill the memory for them; try again later")
+                raise busy(
+                    f"the bodies of the requests in progress are above {MAX_BUFFERED_BYTES:,} bytes, the limit of this "
+                    "server; try again later"
+                )
         return True
 
     async def replay(self) -> Message:
-        """Give the body to the app, then wait: `_until_gone` looks after a client that has gone."""
+        """Give the body to the app at the first call, then wait forever: `_run_while_connected` sees a disconnect."""
         if not self._replayed:
             self._replayed = True
             body = b"".join(self._parts)
@@ -143,22 +147,22 @@ def _too_large(limit: int) -> RefusalError:
     return RefusalError(413, f"the body is above {limit:,} bytes, the limit of this server; send less in a request")
 
 
-async def _until_gone(work: Callable[[], Awaitable[None]], receive: Receive) -> None:
-    """Run the app; cancel it when the client has closed the connection."""
-    answer = asyncio.ensure_future(work())
-    gone = asyncio.ensure_future(_gone(receive))
+async def _run_while_connected(run_app: Callable[[], Awaitable[None]], receive: Receive) -> None:
+    """Run the app; cancel it when the client closes the connection."""
+    answer = asyncio.ensure_future(run_app())
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
-        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({answer, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
             await answer
     finally:
-        for task in (answer, gone):
+        for task in (answer, disconnect):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await task
 
 
-async def _gone(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -173,7 +177,7 @@ def _log(scope: MutableMapping[str, Any], status: int, seconds: float) -> None:
         "path": scope["path"],
         "status": status or "gone",
         "ms": round(seconds * 1000, 3),
-        **note.get(),
+        **log_fields.get(),
     }
     with contextlib.suppress(OSError, ValueError):
         print(json.dumps(line), file=sys.stderr, flush=True)

@@ -12,21 +12,21 @@ class Memory:
     """Memory of a process, in bytes.
 
     Attributes:
-        resident: all of it that is in RAM.
-        shared: the part of `resident` that are pages of files, such as mapped weights, which other processes that map
-            the same files use too; None where the system does not say.
+        resident: resident set size.
+        shared: the part of `resident` that is pages of files, such as mapped weights; processes that map the same file
+            share them. None where the system does not report it.
     """
 
     resident: int
     shared: int | None
 
     def __str__(self) -> str:
-        shared = "" if self.shared is None else f", {_megabytes(self.shared)} of it pages of files, shared"
+        shared = "" if self.shared is None else f", of which {_megabytes(self.shared)} shared pages of files"
         return f"{_megabytes(self.resident)} resident{shared}"
 
 
 def memory() -> Memory | None:
-    """The memory of this process; None where the system does not say."""
+    """Return the memory of this process; None where the system does not report it."""
     try:
         fields = Path("/proc/self/statm").read_text().split()
         page = os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""A model that is served: its Engine, Batcher, tokenizer and answers."""
+"""A served model: its Engine, Batcher, tokenizer and postprocessor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lfx.signature import SENTENCE_EMBEDDING, TASKS
 
 @dataclass(frozen=True)
 class Input:
-    """One input of a request: a text with what belongs to it, or ids.
+    """One input of a request: a text with its pair or choices, or ids with their masks.
 
     Attributes:
         text: the text; the question, for question answering.
@@ -31,8 +31,8 @@ class Input:
         choices: the choices after `text`, for multiple choice.
         ids: the model's ids, special tokens included: (seqlen,), or (choices, seqlen).
         attention_mask, global_attention_mask: for ids, of their shape; see `Engine.run`.
-        prompt: is put before the text; None = the checkpoint's default prompt.
-        truncate: a text that is longer than the model takes is cut, as `Tokenizer.truncate` does.
+        prompt: text that is put before `text`; None = the checkpoint's default prompt.
+        truncate: whether a text that is longer than the model takes is cut, as `Tokenizer.truncate` does.
     """
 
     text: str | None = None
@@ -47,10 +47,10 @@ class Input:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An input that was tokenized.
+    """An input that was tokenized and submitted to the Batcher.
 
     Attributes:
-        encoded: the text; for multiple choice the first choice.
+        encoded: the encoding of the text; for multiple choice, of the first choice.
         tokens: number of real tokens.
         truncated: whether the text was cut.
         future: of the model's outputs.
@@ -83,14 +83,14 @@ class ServedModel:
         self._max_choices = settings.max_inputs
         self._tokenizer: Tokenizer | None = None
         self._postprocessor: Postprocessor | None = None
-        asked = None if settings.tokenizer is None else Path(settings.tokenizer)
-        if asked is not None or (text_folder(Path(path), self.engine.manifest) / TOKENIZER).exists():
-            self._tokenizer = open_tokenizer(Path(path), self.engine.manifest, self.signature, asked)
+        folder = None if settings.tokenizer is None else Path(settings.tokenizer)
+        if folder is not None or (text_folder(Path(path), self.engine.manifest) / TOKENIZER).exists():
+            self._tokenizer = open_tokenizer(Path(path), self.engine.manifest, self.signature, folder)
             self._postprocessor = Postprocessor(self._tokenizer)
         self.engine.warm_up()
-        # The Service bounds the texts in progress; its last request may have max_inputs of them.
-        most = settings.max_pending + settings.max_inputs
-        self.batcher = Batcher(self.engine, max_delay_ms=settings.max_delay_ms, max_pending=most)
+        # The Service takes a request while fewer than max_pending texts are in progress; it has up to max_inputs texts.
+        max_pending = settings.max_pending + settings.max_inputs
+        self.batcher = Batcher(self.engine, max_delay_ms=settings.max_delay_ms, max_pending=max_pending)
 
     @property
     def largest_body(self) -> int:
@@ -108,7 +108,7 @@ class ServedModel:
         return self.has_tokenizer and self.signature.task in ANSWERED_TASKS
 
     def describe(self) -> dict[str, Any]:
-        """What the model takes and gives, for clients."""
+        """Inputs, outputs and limits of the model, as JSON types."""
         needs_pair = TASKS[self.signature.task].needs_pair
         return {
             "name": self.name,
@@ -151,7 +151,7 @@ class ServedModel:
         if item.text is not None or item.pair is not None or item.choices is not None:
             raise InputError("an input has both ids and a text; give one of them")
         if not self.signature.has_choices and any(isinstance(token, list) for token in item.ids):
-            raise InputError("ids hold a list; give each sequence as an input of its own")
+            raise InputError("ids contain a list; give each sequence as an input of its own")
         future = self.batcher.submit(item.ids, item.attention_mask, item.global_attention_mask)
         rows = item.ids if self.signature.has_choices else [item.ids]
         ids = [int(token) for token in rows[0]]
@@ -176,7 +176,7 @@ class ServedModel:
         return Prepared(encoded[0][0], int(mask.sum()), truncated, self.batcher.submit(ids, mask))
 
     def _encode(self, text: str, pair: str | None, item: Input) -> tuple[Encoded, bool]:
-        """The tokens, and whether the text was cut."""
+        """Tokenize a text; returns its encoding, and whether it was cut."""
         if self._tokenizer is None:
             raise InputError(f"the model {self.name} has no tokenizer; give ids")
         if item.prompt is not None and self.signature.task != SENTENCE_EMBEDDING:
@@ -190,9 +190,9 @@ class ServedModel:
             raise LengthError(f"{reason}; shorten it, or give truncate: true to have it cut") from error
 
     def answers(self, prepared: Prepared, outputs: Outputs) -> list[dict[str, Any]]:
-        """The answers of the task: see `Postprocessor.answers`. An answer to a question has its place in the text too.
+        """The answers of the task: see `Postprocessor.answers`. Empty for a model without a tokenizer.
 
-        Empty for a model without a tokenizer.
+        An answer to a question also has `start` and `end`, its range of characters in the document.
 
         Raises:
             ArtifactError: an answer has an id that the tokenizer does not have.
@@ -202,7 +202,7 @@ class ServedModel:
         arrays = {name: np.asarray(value) for name, value in outputs.items()}
         try:
             answers = self._postprocessor.answers(prepared.encoded, arrays)
-        except InputError as error:  # the text is not the cause
+        except InputError as error:  # the model's outputs are wrong, not the request
             raise ArtifactError(str(error)) from error
         if answers and (span := self._postprocessor.answer_range(prepared.encoded, arrays)) is not None:
             answers[0] |= {"start": span[0], "end": span[1]}
@@ -215,6 +215,6 @@ class ServedModel:
         return [{"label": label(int(i)), "score": float(logits[i])} for i in np.argsort(-logits)]
 
     def close(self) -> None:
-        """Answer what is waiting, and free the model."""
+        """Complete the pending requests, and free the model."""
         self.batcher.close()
         self.engine.close()

@@ -10,20 +10,20 @@ from fastapi import Response
 from pydantic import Field
 
 from lfx.errors import InputError
-from lfx.runtime.serve.body import StrictBody, read_body
+from lfx.runtime.serve.body import List, StrictBody, read_body
 from lfx.runtime.serve.model import Input, ServedModel
 from lfx.runtime.serve.replies import array_reply, check_size, dumps
 from lfx.runtime.serve.service import Computed, Service
 
-Ids = list[int] | list[list[int]]
+Ids = List[int] | List[List[int]]
 
 
 class OneInput(StrictBody):
-    """A text with what belongs to it, or ids."""
+    """A text with its pair or choices, or ids with their masks."""
 
     text: str | None = Field(None, description="the text; for question answering the question")
     pair: str | None = Field(None, description="the document of a question, or the second text of a pair")
-    choices: list[str] | None = Field(None, description="the choices after the text, for multiple choice")
+    choices: List[str] | None = Field(None, description="the choices after the text, for multiple choice")
     ids: Ids | None = Field(
         None, description="the model's ids with its special tokens; for multiple choice a list for each choice"
     )
@@ -34,16 +34,16 @@ class OneInput(StrictBody):
 class RunRequest(StrictBody):
     """A request for one or several inputs."""
 
-    inputs: str | OneInput | list[str | OneInput] = Field(
+    inputs: str | OneInput | List[str | OneInput] = Field(
         description="give a text, an object with text (and pair or choices) or with ids, or a list of these"
     )
     model: str | None = Field(None, description="name of a model; the first one if it is left out")
     truncate: bool = Field(False, description="true: a text longer than the model takes is cut")
-    prompt: str | None = Field(None, description="is put before each text, for sentence embeddings")
-    outputs: list[str] | None = Field(
+    prompt: str | None = Field(None, description="for sentence embeddings: a text to put before each text")
+    outputs: List[str] | None = Field(
         None,
-        description="names of the model's outputs to return; if it is left out, those per sequence of a model without "
-        "answers",
+        description="names of the model's outputs to return. If it is left out: none for a model with answers, and "
+        "otherwise the outputs without a sequence axis",
     )
     encoding: Literal["float", "base64"] = Field(
         "float", description="give float, for lists of numbers, or base64, for little-endian bytes"
@@ -69,7 +69,7 @@ REPLY: dict[str, Any] = {
 
 
 async def run(service: Service, data: bytes, name: str | None) -> Response:
-    """Answer a request for the model `name`, or for the one that its body names."""
+    """Answer a request with the model `name`; None = the model that the body names, or the first."""
     start = time.perf_counter()
     body = await read_body(service, data, RunRequest)
     model = service.model(name or body.model)
@@ -87,14 +87,15 @@ def _input(item: str | OneInput, body: RunRequest) -> Input:
     return Input(**dict(item), prompt=body.prompt, truncate=body.truncate)
 
 
-def _output_names(model: ServedModel, asked: list[str] | None) -> list[str]:
+def _output_names(model: ServedModel, requested: list[str] | None) -> list[str]:
+    """Names of the outputs to return; the default is that of `RunRequest.outputs`."""
     specs = {spec.name: spec for spec in model.signature.outputs}
-    if asked is None:
+    if requested is None:
         return [] if model.has_answers else [name for name, spec in specs.items() if "sequence" not in spec.shape]
-    for name in asked:
+    for name in requested:
         if name not in specs:
             raise InputError(f"the model has no output {name[:100]!r}; its outputs are {', '.join(specs)}")
-    return list(dict.fromkeys(asked))
+    return list(dict.fromkeys(requested))
 
 
 def _reply(model: ServedModel, computed: list[Computed], names: list[str], encoding: str, start: float) -> Response:

@@ -9,7 +9,7 @@ from fastapi import Response
 from pydantic import Field
 
 from lfx.runtime.embedding import embedding_size
-from lfx.runtime.serve.body import Body, read_body
+from lfx.runtime.serve.body import Body, List, read_body
 from lfx.runtime.serve.embeddings import embed
 from lfx.runtime.serve.model import Input
 from lfx.runtime.serve.replies import RefusalError, dumps
@@ -19,12 +19,12 @@ from lfx.runtime.serve.service import Service
 class EmbeddingsRequest(Body):
     """OpenAI's request. The field `truncate` is lfx's."""
 
-    input: str | list[str] | list[int] | list[list[int]] = Field(
+    input: str | List[str] | List[int] | List[List[int]] = Field(
         description="give a text, a list of texts, a list of token ids, or a list of lists of token ids"
     )
     model: str | None = Field(None, description="name of a model; the first one if it is left out")
     encoding_format: Literal["float", "base64"] = Field("float", description="give float or base64")
-    dimensions: int | None = Field(None, description="the model's own size, a whole number; no other one")
+    dimensions: int | None = Field(None, description="the model's embedding size; no other number is accepted")
     user: str | None = Field(None, description="give a string; it is not used")
     truncate: bool = Field(False, description="true: a text longer than the model takes is cut")
 

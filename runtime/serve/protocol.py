@@ -1,7 +1,7 @@
 """HTTP connections: uvicorn's protocol, with time limits for clients and limits of headers and connections.
 
-uvicorn waits without limit for the end of a request and for a client that does not read its reply. It also closes a
-connection, when the server stops, whose request has not been read yet; here that request is still answered.
+uvicorn waits without limit for the end of a request and for a client that does not read its reply. When the server
+stops, uvicorn also closes the connections whose request it has not read yet; here such a request is still answered.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from lfx.runtime.serve.replies import RETRY_AFTER_SECONDS, dumps
 from lfx.runtime.serve.settings import MAX_HEADER_BYTES
 
-# When the server stops, idle connections stay open for so long: a request may be on the way.
+# Time that idle connections stay open when the server stops, since a request may be in transit.
 STOP_GRACE_SECONDS = 0.5
 _REASONS = {408: "Request Timeout", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}
 
@@ -24,7 +24,8 @@ class Protocol(HttpToolsProtocol):
     """One connection. `server` makes a subclass with the two limits.
 
     Attributes:
-        client_seconds: longest time of a request from its first byte to its last, and of a wait for the client to read.
+        client_seconds: longest time from the first byte of a request to its last, and longest wait for the client to
+            read its reply.
         max_connections: largest number of open connections.
     """
 
@@ -34,62 +35,70 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Refuse the connection if there are too many."""
         super().connection_made(transport)
-        self._received_by: float | None = time.monotonic() + self.client_seconds
-        self._in_headers, self._header_bytes = False, 0
-        self._unread, self._read_by = 0, 0.0
+        self._receive_deadline: float | None = time.monotonic() + self.client_seconds
+        self._in_message, self._in_headers, self._header_bytes = False, False, 0
+        self._unread_bytes, self._read_deadline = 0, 0.0
         self._is_stopping = False
         if len(self.connections) > self.max_connections:
             self._refuse(503, f"this server takes {self.max_connections} connections; try again later")
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, unless the headers have become too long."""
-        were_in_headers = self._in_headers
+        """Parse the bytes that arrived; refuse the request if its headers or its trailers are too long."""
+        self._header_bytes += len(data)
         super().data_received(data)
-        if were_in_headers and self._in_headers and not self.transport.is_closing():
-            self._header_bytes += len(data)
-            if self._header_bytes > MAX_HEADER_BYTES:
-                self._refuse(431, f"the headers are above {MAX_HEADER_BYTES:,} bytes; send less")
+        if self._in_message and self._header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+            self._end_request(431, f"the headers are above {MAX_HEADER_BYTES:,} bytes; send less")
 
     def on_message_begin(self) -> None:
-        """Start the clock of a request; that of the first one started with the connection."""
+        """Start the time limit of a request; that of the first request started with the connection."""
         super().on_message_begin()
-        self._in_headers, self._header_bytes = True, 0
-        if self._received_by is None:
-            self._received_by = time.monotonic() + self.client_seconds
+        self._in_message, self._in_headers, self._header_bytes = True, True, 0
+        if self._receive_deadline is None:
+            self._receive_deadline = time.monotonic() + self.client_seconds
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header; drop the trailers of a chunked body, which uvicorn would add to the headers."""
+        if self._in_headers:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        """Pass on a part of the body; what comes after it counts as headers until the next part."""
+        self._header_bytes = 0
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
-        """Begin to answer."""
+        """Start the app on the request; if the server is stopping, the connection is closed after the reply."""
         self._in_headers = False
         super().on_headers_complete()
         if self._is_stopping:
             self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
-        """Stop the clock of the request."""
+        """End the time limit of the request."""
         super().on_message_complete()
-        self._received_by = None
+        self._in_message, self._receive_deadline = False, None
 
     def check_time(self, now: float) -> None:
         """End the connection if its client is too slow. The server calls this several times a second."""
-        if self._received_by is not None and now > self._received_by and not self.transport.is_closing():
-            self._expire()
+        if self._receive_deadline is not None and now > self._receive_deadline and not self.transport.is_closing():
+            self._end_request(408, f"the request was not received within {self.client_seconds:g} s; send it faster")
             return
         unread = self.transport.get_write_buffer_size()
-        if unread == 0 or unread < self._unread or self._unread == 0:
-            self._read_by = now + self.client_seconds
-        self._unread = unread
-        if unread and now > self._read_by:
+        if unread == 0 or unread < self._unread_bytes or self._unread_bytes == 0:
+            self._read_deadline = now + self.client_seconds
+        self._unread_bytes = unread
+        if unread and now > self._read_deadline:
             self.transport.abort()
 
-    def _expire(self) -> None:
-        """End a request that did not come in time, or a connection on which none began."""
+    def _end_request(self, status: int, message: str) -> None:
+        """Refuse the request that is being received, and close the connection."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # the app stops waiting for the body
             self.cycle.message_event.set()
         if self.cycle is not None and self.cycle.response_started:
-            self.transport.close()  # it was refused, and does not stop sending
+            self.transport.close()  # the request was refused, and the client is still sending it
         else:
-            self._refuse(408, f"the request did not come within {self.client_seconds:g} s; send it faster")
+            self._refuse(status, message)
 
     def _refuse(self, status: int, message: str) -> None:
         """Reply without the app, and close the connection."""
@@ -102,7 +111,7 @@ class Protocol(HttpToolsProtocol):
         self.transport.close()
 
     def shutdown(self) -> None:
-        """Finish the request in progress, or one that comes within a moment, and close."""
+        """Finish the request in progress, or one that arrives within STOP_GRACE_SECONDS, and close."""
         self._is_stopping = True
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.keep_alive = False
@@ -116,5 +125,5 @@ class Protocol(HttpToolsProtocol):
 
 
 def make_protocol(client_seconds: float, max_connections: int) -> type[Any]:
-    """The protocol with these limits; see `Protocol`."""
+    """Make a subclass of `Protocol` with these limits."""
     return type("LimitedProtocol", (Protocol,), {"client_seconds": client_seconds, "max_connections": max_connections})

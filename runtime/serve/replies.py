@@ -13,25 +13,25 @@ from numpy.typing import NDArray
 
 from lfx.errors import ArtifactError, InputError, LengthError, LfxError, OverloadError
 
-# json.dumps keeps the interpreter to itself, half a second for as many numbers; base64 does not.
+# json.dumps holds the GIL, for this many numbers half a second; base64 is much faster.
 MAX_JSON_NUMBERS = 500_000
 MAX_OUTPUT_BYTES = 64 << 20
 RETRY_AFTER_SECONDS = 1
 
 
 class RefusalError(Exception):
-    """A request that is not answered.
+    """A request that is refused with an HTTP status.
 
     Args:
         status: HTTP status.
         message: what was given, what is allowed and what to do.
-        kind: the error_type of text-embeddings-inference.
-        code: the error.code of OpenAI's API.
+        error_type: the field error_type of text-embeddings-inference.
+        code: the field error.code of OpenAI's API.
     """
 
-    def __init__(self, status: int, message: str, kind: str = "Validation", code: str | None = None) -> None:
+    def __init__(self, status: int, message: str, error_type: str = "Validation", code: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.kind, self.code = status, message, kind, code
+        self.status, self.message, self.error_type, self.code = status, message, error_type, code
 
 
 def busy(message: str) -> RefusalError:
@@ -53,24 +53,24 @@ def refusal_of(error: LfxError) -> RefusalError:
         return RefusalError(413, message, "Validation", "context_length_exceeded")
     if isinstance(error, InputError):
         return RefusalError(422, message, "Tokenizer")
-    kind = "the model's outputs are wrong" if isinstance(error, ArtifactError) else "the model failed"
-    return RefusalError(500, f"{kind}: {message}", "Backend", "server_error")
+    problem = "the model's outputs are wrong" if isinstance(error, ArtifactError) else "the model failed"
+    return RefusalError(500, f"{problem}: {message}", "Backend", "server_error")
 
 
 def error_body(path: str, refusal: RefusalError) -> dict[str, Any]:
     """The body of an error: OpenAI's below /v1, that of text-embeddings-inference for its routes, else lfx's own."""
     if path.startswith("/v1/"):
-        kinds = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error", 500: "server_error"}
-        kind = kinds.get(refusal.status, "invalid_request_error")
-        return {"error": {"message": refusal.message, "type": kind, "param": None, "code": refusal.code}}
+        types = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error", 500: "server_error"}
+        error_type = types.get(refusal.status, "invalid_request_error")
+        return {"error": {"message": refusal.message, "type": error_type, "param": None, "code": refusal.code}}
     if path.endswith(("/embed", "/predict")):
-        return {"error": refusal.message, "error_type": refusal.kind}
+        return {"error": refusal.message, "error_type": refusal.error_type}
     return {"error": refusal.message}
 
 
 def error_reply(path: str, refusal: RefusalError) -> Response:
     """The reply to a request that is refused."""
-    # OpenAI's API has 400 for a request of another form.
+    # OpenAI's API replies 400 to a request that does not match the schema.
     status = 400 if refusal.status == 422 and path.startswith("/v1/") else refusal.status
     headers = {}
     if status in (429, 503):
@@ -100,7 +100,7 @@ def _plain(value: Any) -> Any:
 
 
 def array_reply(array: NDArray[Any], encoding: str) -> Any:
-    """An output for a reply: the array, which `dumps` makes a list, or its bytes in base64."""
+    """Encode an output for a reply: as the array itself, which `dumps` turns into lists, or as its bytes in base64."""
     if encoding == "float":
         return array
     little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))

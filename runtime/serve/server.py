@@ -1,4 +1,4 @@
-"""Runs the server in this process: opens the models, answers, and stops within a bound."""
+"""Runs the server in this process: opens the models, answers requests, and stops within a time limit."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from lfx.runtime.serve.stats import Stats
 
 Report = Callable[[str], None]  # is called with each line for the operator
 Announce = Callable[[dict[str, Any]], None]  # is called with each state, for scripts
-BACKLOG = 2048  # connections that the system keeps until a worker takes them
-# Number of connections that a worker takes at a time, so that those of a burst are shared by the workers.
+BACKLOG = 2048  # connections that the system queues until a worker accepts them
+# Number of connections that a worker accepts at a time, so that the workers share a burst of connections.
 _ACCEPTED_AT_A_TIME = 4
-_SWEEP_SECONDS = 0.25
-_LAST_WORDS_SECONDS = 1.0  # for the replies to requests that were cancelled
-_LAST_SECONDS = 5.0  # after stop_seconds: to cancel what is left, and for the batch that is being computed
+_CHECK_SECONDS = 0.25  # between two checks of the clients' time limits
+_CANCELLED_REPLY_SECONDS = 1.0  # to send the replies to cancelled requests
+_EXIT_SECONDS = 5.0  # after stop_seconds: to cancel the remaining requests, and to finish the batch in progress
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -70,9 +70,10 @@ class Server(uvicorn.Server):
     Args:
         settings: what is served.
         report: is called with each line for the operator.
-        worker, workers: number of this process, from 0, and of all.
+        worker: index of this process among the workers.
+        workers: number of worker processes.
         folder: of the workers' sockets; see `Stats`.
-        early: whether connections are taken while the models are being opened, so that /health can say so.
+        early: whether connections are accepted while the models are being opened, so that /health can report that.
     Attributes:
         failure: the error that ended the server; None = it was stopped.
     """
@@ -131,28 +132,28 @@ class Server(uvicorn.Server):
         if self.failure is not None:
             raise self.failure
 
-    def leave(self) -> None:
-        """End the process at once if a model is still being opened.
+    def exit_if_opening(self) -> None:
+        """End the process at once, with status 0, if a model is still being opened.
 
-        Python would end that thread by force when it returns from C++ code, which aborts the process.
+        At a normal exit Python ends that thread when it returns from C++ code, which aborts the process.
         """
         if self._opener is not None and self._opener.is_alive():
             sys.stderr.flush()
             os._exit(0)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open the models, and take connections before that or after it."""
+        """Open the models, and accept connections: before that if `early`, otherwise afterwards."""
         self._loop = asyncio.get_running_loop()
         await self.stats.start()
         opening = asyncio.create_task(self._open())
-        self._tasks = [opening, asyncio.create_task(self._sweep())]
+        self._tasks = [opening, asyncio.create_task(self._check_clients())]
         if not self._early:
             while not opening.done() and not self.should_exit:
                 await asyncio.wait([opening], timeout=0.1)
         if not self.should_exit:
             await super().startup(sockets)
             for sock in sockets or []:
-                sock.listen(BACKLOG)  # uvicorn has set it to the number that is taken at a time
+                sock.listen(BACKLOG)  # uvicorn has set the backlog to _ACCEPTED_AT_A_TIME
 
     async def _open(self) -> None:
         loop = asyncio.get_running_loop()
@@ -167,7 +168,7 @@ class Server(uvicorn.Server):
             except BaseException as problem:
                 error = LfxError(f"the models cannot be opened: {one_line(problem)}")
             with contextlib.suppress(RuntimeError):  # the loop was closed: the server stopped meanwhile
-                loop.call_soon_threadsafe(_finish, opened, error)
+                loop.call_soon_threadsafe(_complete, opened, error)
 
         # A daemon: the server stops without waiting for a model to be opened.
         self._opener = threading.Thread(target=load, name="lfx-open", daemon=True)
@@ -180,31 +181,31 @@ class Server(uvicorn.Server):
         if not self.should_exit:
             self._when_ready()
 
-    async def _sweep(self) -> None:
-        """End connections whose clients are too slow."""
+    async def _check_clients(self) -> None:
+        """Close the connections of clients that are too slow."""
         while True:
-            await asyncio.sleep(min(_SWEEP_SECONDS, self._settings.client_seconds / 4))
+            await asyncio.sleep(min(_CHECK_SECONDS, self._settings.client_seconds / 4))
             now = time.monotonic()
             for connection in list(self.server_state.connections):
                 connection.check_time(now)  # type: ignore[union-attr]  # it is a `protocol.Protocol`
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no connections, answer the requests in progress, and cancel those that are left after stop_seconds."""
+        """Accept no more connections, answer the requests in progress, and cancel the rest after stop_seconds."""
         self.service.state = "stopping"
         self.stats.stop()
         await super().shutdown(sockets)
-        # uvicorn has cancelled the requests that were left; they still say so to their clients.
-        left = [task for task in self.server_state.tasks if not task.done()]
-        if left:
-            await asyncio.wait(left, timeout=_LAST_WORDS_SECONDS)
+        # uvicorn has cancelled the remaining requests; `Gate` replies 503 to their clients.
+        remaining = [task for task in self.server_state.tasks if not task.done()]
+        if remaining:
+            await asyncio.wait(remaining, timeout=_CANCELLED_REPLY_SECONDS)
         for task in self._tasks:
             task.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop at the first SIGTERM or SIGINT, and do not wait for requests after the second.
+        """Stop at the first SIGTERM or SIGINT, and cancel the requests in progress at the second.
 
-        uvicorn raises the signal again after it has stopped; here a server that was asked to stop has succeeded.
+        uvicorn raises the signal again after the server has stopped; here the process ends with status 0 instead.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -219,7 +220,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop; a second signal does not wait for requests in progress."""
+        """Stop the server; a second signal cancels the requests in progress."""
         if self.should_exit:
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(self._cancel_requests)
@@ -228,28 +229,28 @@ class Server(uvicorn.Server):
         self.service.state = "stopping"
         self._report(f"stopping: {self.service.in_progress} texts are in progress")
         # A batch that is being computed cannot be cancelled, and the process must end.
-        self._watchdog = threading.Timer(self._settings.stop_seconds + _LAST_SECONDS, self._give_up)
+        self._watchdog = threading.Timer(self._settings.stop_seconds + _EXIT_SECONDS, self._force_exit)
         self._watchdog.daemon = True
         self._watchdog.start()
 
     def _cancel_requests(self) -> None:
-        """Cancel the requests in progress; `Gate` says so to their clients."""
+        """Cancel the requests in progress; `Gate` replies 503 to their clients."""
         for task in list(self.server_state.tasks):
             task.cancel()
-        asyncio.get_running_loop().call_later(_LAST_WORDS_SECONDS, self._break_connections)
+        asyncio.get_running_loop().call_later(_CANCELLED_REPLY_SECONDS, self._abort_connections)
 
-    def _break_connections(self) -> None:
+    def _abort_connections(self) -> None:
         self.force_exit = True
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
-    def _give_up(self) -> None:
-        self._report(f"the batch in progress did not end within {self._settings.stop_seconds + _LAST_SECONDS:g} s")
+    def _force_exit(self) -> None:
+        self._report(f"the batch in progress did not end within {self._settings.stop_seconds + _EXIT_SECONDS:g} s")
         sys.stderr.flush()
         os._exit(1)
 
 
-def _finish(opened: asyncio.Future[None], error: LfxError | None) -> None:
+def _complete(opened: asyncio.Future[None], error: LfxError | None) -> None:
     if opened.done():
         return
     if error is None:
@@ -259,7 +260,7 @@ def _finish(opened: asyncio.Future[None], error: LfxError | None) -> None:
 
 
 def _raise_file_limit() -> None:
-    """Allow as many open files, and so connections, as the system lets this process have."""
+    """Raise the limit of open files, which also limits connections, to the largest that the system allows."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -282,7 +283,7 @@ def serve(settings: Settings, report: Report, announce: Announce) -> None:
     sock = listen(settings)
     address = address_of(sock)
     announce({"state": "opening", "address": address, "models": list(settings.models)})
-    report(f"{address} opens {', '.join(settings.models)}")
+    report(f"{address} is opening {', '.join(settings.models)}")
     server = Server(settings, report)
 
     def when_ready() -> None:
@@ -292,4 +293,4 @@ def serve(settings: Settings, report: Report, announce: Announce) -> None:
 
     server.run_on(sock, when_ready)
     report("stopped")
-    server.leave()
+    server.exit_if_opening()

@@ -18,8 +18,8 @@ from lfx.runtime.serve.replies import RefusalError, busy, unavailable
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
 
 Result = TypeVar("Result")
-# What the log says of the request in progress: its model, and the numbers of texts and tokens.
-note: ContextVar[dict[str, Any]] = ContextVar("note")
+# Fields of the log line of the request in progress: its model, number of texts and number of tokens.
+log_fields: ContextVar[dict[str, Any]] = ContextVar("log_fields")
 Computed = tuple[Prepared, Outputs]
 
 
@@ -30,7 +30,7 @@ class Service:
         settings: the argument.
         models: name -> model, once `load` is done.
         state: "warming up", "ready" or "stopping".
-        in_progress: number of texts that are tokenized, waiting or computed.
+        in_progress: number of texts that are being tokenized, are waiting or are being computed.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -38,7 +38,8 @@ class Service:
         self.models: dict[str, ServedModel] = {}
         self.state = "warming up"
         self.in_progress = 0
-        # One text at a time: an encoding takes many times the memory of its text. The answers do not wait for it.
+        # One text is tokenized at a time, since an encoding takes many times the memory of its text. Answers have
+        # another thread, so that they do not wait for tokenization.
         self._tokenizing = ThreadPoolExecutor(1, "lfx-tokenize")
         self._answering = ThreadPoolExecutor(1, "lfx-answer")
 
@@ -46,7 +47,7 @@ class Service:
         """Open and warm up all models.
 
         Raises:
-            LfxError: one cannot be opened.
+            LfxError: a model cannot be opened.
         """
         models = {}
         for name, path in self.settings.models.items():
@@ -60,7 +61,7 @@ class Service:
 
     @property
     def condition(self) -> str:
-        """`state`, or "failed" if a model takes no requests any more."""
+        """`state`, or "failed" if a model no longer takes requests."""
         failed = self.state == "ready" and not all(model.batcher.is_open for model in self.models.values())
         return "failed" if failed else self.state
 
@@ -78,16 +79,16 @@ class Service:
             raise unavailable("the models are being opened; try again later")
 
     def check_ready(self) -> None:
-        """Raise RefusalError while the models are being opened, and when the largest number of texts is in progress."""
+        """Raise RefusalError while the models are being opened, and while max_pending texts are in progress."""
         self.check_opened()
         if self.in_progress >= self.settings.max_pending:
             raise busy(f"{self.in_progress} texts are in progress; try again later")
 
     def model(self, name: str | None) -> ServedModel:
-        """The model of a name; None is the first.
+        """Return the model named `name`; None = the first.
 
         Raises:
-            RefusalError: there is none of that name.
+            RefusalError: no model has that name.
         """
         self.check_ready()
         if name is None:
@@ -111,10 +112,10 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._answering, work)
 
     async def run(self, model: ServedModel, inputs: Sequence[Input]) -> list[Computed]:
-        """Tokenize and compute the inputs of one request. If the call is cancelled, what is pending is not computed.
+        """Tokenize and compute the inputs of one request; if the call is cancelled, those pending are not computed.
 
         Raises:
-            RefusalError: too many inputs, too many texts are in progress, or the time is over.
+            RefusalError: too many inputs, too many texts are in progress, or it takes longer than answer_seconds.
             LfxError: the model cannot take an input, or failed.
         """
         if len(inputs) > self.settings.max_inputs:
@@ -135,7 +136,7 @@ class Service:
                     f"the request was not computed within {self.settings.answer_seconds:g} s; send less, or try again "
                     "later"
                 ) from error
-        note.get({}).update(model=model.name, texts=len(prepared), tokens=sum(one.tokens for one in prepared))
+        log_fields.get({}).update(model=model.name, texts=len(prepared), tokens=sum(one.tokens for one in prepared))
         return list(zip(prepared, outputs, strict=True))
 
     @contextlib.contextmanager
@@ -145,7 +146,7 @@ class Service:
         Raises:
             RefusalError: there are too many.
         """
-        # A request of several texts may be larger than what is left, but is taken only if not all is taken.
+        # A request is taken whole while fewer than max_pending texts are in progress, even if it then exceeds them.
         self.check_ready()
         self.in_progress += count
         try:
@@ -154,7 +155,7 @@ class Service:
             self.in_progress -= count
 
     def close(self) -> None:
-        """Free the models. What is pending is answered first, so cancel it if it must not be."""
+        """Complete the pending requests, and free the models. Cancel first what must not be computed."""
         self.state = "stopping"
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
         self._answering.shutdown(wait=False, cancel_futures=True)
@@ -162,12 +163,12 @@ class Service:
             model.close()
 
     def describe(self) -> list[dict[str, Any]]:
-        """What each model takes and gives."""
+        """Inputs, outputs and limits of each model."""
         return [model.describe() for model in self.models.values()]
 
 
 class _Submissions:
-    """The inputs of one request that were submitted; cancelled on exit unless they are done."""
+    """The submitted inputs of one request; on exit those that are not done are cancelled."""
 
     def __init__(self) -> None:
         self.prepared: list[Prepared] = []

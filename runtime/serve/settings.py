@@ -13,7 +13,7 @@ from lfx.errors import InputError
 
 KEEP_ALIVE_SECONDS = 60  # longest time that a connection is idle between two requests
 MAX_HEADER_BYTES = 65_536
-MAX_BUFFERED_BYTES = 256 << 20  # of the bodies of all requests that are being received or tokenized
+MAX_BUFFERED_BYTES = 256 << 20  # of the bodies of all requests that are being received or are in progress
 # Default limit of a body, in bytes per token of the longest sequence. In UTF-8, English has 4 to 5 bytes per token and
 # Chinese 3; a character that JSON escapes has 6.
 BYTES_PER_TOKEN = 16
@@ -31,15 +31,15 @@ class Settings:
         models: name -> path of a bundle, an .onnx file or a plan; requests that name no model use the first.
         host, port: the address; port 0 takes a free one.
         workers: number of processes that share the port, each with its own Engines.
-        backend, provider, threads, precision, token_budget: as `Engine`'s. token_budget is the Batcher's too.
+        backend, provider, threads, precision, token_budget: those of `Engine`; the Batcher uses the token_budget too.
         tokenizer: folder of the tokenizer, for a single model; None = the bundle's.
-        max_delay_ms: as `Batcher`'s.
+        max_delay_ms: that of `Batcher`.
         api_key: requests must carry it as `Authorization: Bearer KEY`; None = no key is needed.
-        max_pending: largest number of texts that are tokenized, waiting or computed in a worker; further requests get
-            status 429.
+        max_pending: number of texts in progress (being tokenized, waiting or being computed) in a worker from which on
+            it answers further requests with status 429.
         max_inputs: largest number of texts in a request.
         max_body_bytes: largest body of a request; None = derived from the longest sequence of the models.
-        answer_seconds: longest time from a request's last byte to its answer; then it is cancelled.
+        answer_seconds: longest time from a request's last byte to its answer; afterwards it is cancelled.
         client_seconds: longest time for a client to send its request, and longest wait for it to read its reply.
         stop_seconds: longest time after a SIGTERM for the requests in progress to be answered.
         max_connections: largest number of open connections of a worker; further ones get status 503.
@@ -84,10 +84,12 @@ class Settings:
 
 
 def named_models(arguments: tuple[str, ...]) -> dict[str, str]:
-    """Name -> path, from the arguments NAME=PATH or PATH of the command line; a path is named for its last part.
+    """Read the arguments NAME=PATH or PATH of the command line; a PATH alone is named after its last component.
 
+    Returns:
+        Name -> path.
     Raises:
-        InputError: a name cannot be part of an address, or two models have one name.
+        InputError: a name cannot be part of a URL, or two models have the same name.
     """
     models: dict[str, str] = {}
     for argument in arguments:

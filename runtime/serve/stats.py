@@ -1,4 +1,4 @@
-"""Counters of the server, of all workers together, for GET /metrics.
+"""Counters of all workers of the server, for GET /metrics.
 
 A request for /metrics reaches one worker. It asks the others over Unix sockets in a private folder, so that a scrape
 has the counters of all workers, each with its own label.
@@ -21,8 +21,8 @@ from lfx.runtime.metrics import Snapshot, families
 from lfx.runtime.serve.memory import memory
 from lfx.runtime.serve.service import Service
 
-_ANSWER_SECONDS = 1.0
-_LARGEST_ANSWER = 1 << 20
+_WORKER_SECONDS = 1.0  # longest wait for another worker
+_MAX_BYTES = 1 << 20  # of the counters of another worker
 
 
 class Stats:
@@ -41,22 +41,22 @@ class Stats:
         self._server: asyncio.Server | None = None
 
     def count(self, route: str, status: int) -> None:
-        """Count a reply; status 0 is a client that has gone."""
+        """Count a reply; status 0 = the client disconnected before it."""
         self._requests[route, str(status) if status else "gone"] += 1
 
     async def start(self) -> None:
-        """Answer the other workers."""
+        """Offer this worker's counters to the other workers."""
         if self._folder is not None:
             path = self._folder / f"{self._worker}.sock"
-            path.unlink(missing_ok=True)  # of a worker that was killed
-            self._server = await asyncio.start_unix_server(self._tell, path)
+            path.unlink(missing_ok=True)  # left by a worker that was killed
+            self._server = await asyncio.start_unix_server(self._send_values, path)
 
     def stop(self) -> None:
-        """Answer the other workers no longer."""
+        """Stop offering them."""
         if self._server is not None:
             self._server.close()
 
-    async def _tell(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _send_values(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             writer.write(json.dumps(self._values()).encode())
             await writer.drain()
@@ -78,12 +78,12 @@ class Stats:
             },
         }
 
-    async def everyone(self) -> list[dict[str, Any]]:
+    async def all_workers(self) -> list[dict[str, Any]]:
         """The counters of all workers that answer."""
         if self._folder is None:
             return [self._values()]
         others = [i for i in range(self._workers) if i != self._worker]
-        answers = await asyncio.gather(*(_ask(self._folder / f"{i}.sock") for i in others))
+        answers = await asyncio.gather(*(_read_values(self._folder / f"{i}.sock") for i in others))
         return sorted([self._values(), *(answer for answer in answers if answer)], key=lambda one: int(one["worker"]))
 
     async def prometheus(self) -> str:
@@ -94,25 +94,26 @@ class Stats:
         """
         client = require("prometheus_client", "serve")
         registry = client.CollectorRegistry()
-        registry.register(_Collector(await self.everyone()))
+        registry.register(_Collector(await self.all_workers()))
         return str(client.generate_latest(registry).decode())
 
 
-async def _ask(path: Path) -> dict[str, Any] | None:
+async def _read_values(path: Path) -> dict[str, Any] | None:
+    """Read the counters of the worker that listens on this socket; None if it does not answer."""
     try:
-        async with asyncio.timeout(_ANSWER_SECONDS):
+        async with asyncio.timeout(_WORKER_SECONDS):
             reader, writer = await asyncio.open_unix_connection(path)
             try:
-                values: dict[str, Any] = json.loads(await reader.read(_LARGEST_ANSWER))
+                values: dict[str, Any] = json.loads(await reader.read(_MAX_BYTES))
             finally:
                 writer.close()
-    except (OSError, ValueError, TimeoutError):  # the worker starts, or was killed
+    except (OSError, ValueError, TimeoutError):  # the worker is starting, or was killed
         return None
     return values
 
 
 class _Collector:
-    """A collector for prometheus_client."""
+    """A collector of prometheus_client, of the counters of the workers."""
 
     def __init__(self, workers: Sequence[dict[str, Any]]) -> None:
         self._workers = workers
@@ -140,11 +141,14 @@ class _Collector:
                 replies.add_metric([route, status, str(one["worker"])], count)
         yield replies
         gauges: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
-            "lfx_texts_in_progress": ("Texts that are tokenized, waiting or computed", lambda one: one["in_progress"]),
+            "lfx_texts_in_progress": (
+                "Texts that are being tokenized, are waiting or are being computed",
+                lambda one: one["in_progress"],
+            ),
             "lfx_ready": ("1 if the models are ready", lambda one: float(one["state"] == "ready")),
             "lfx_resident_bytes": ("Resident memory", lambda one: (one["memory"] or {}).get("resident")),
             "lfx_shared_bytes": (
-                "Resident pages of files, which workers share",
+                "Resident memory in pages of files, which workers share",
                 lambda one: (one["memory"] or {}).get("shared"),
             ),
         }

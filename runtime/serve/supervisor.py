@@ -1,8 +1,8 @@
 """Runs several worker processes, which share one listening socket.
 
-A connection that no worker has taken yet waits in the socket, and so survives the end of a worker. The supervisor
-starts a new worker for one that was killed. The first worker takes connections while it opens the models, so that
-/health can say so; the others, and those that replace one, take them when their models are ready.
+A connection that no worker has accepted yet waits in the socket's queue, and so survives the end of a worker. The
+supervisor replaces a worker that was killed. The first worker accepts connections while it opens the models, so that
+/health can report that; the others, and their replacements, accept connections when their models are ready.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from lfx.runtime.serve.server import Announce, Report, address_of, listen
 from lfx.runtime.serve.settings import Settings
 
 _POLL_SECONDS = 0.1
-_KILL_SECONDS = 10.0  # after stop_seconds
-_RESTART_SECONDS = 1.0  # between two starts of one worker
+_KILL_SECONDS = 10.0  # after stop_seconds, until the workers are killed
+_RESTART_SECONDS = 1.0  # shortest time between two starts of one worker
 
 
 def supervise(settings: Settings, report: Report, announce: Announce) -> None:
@@ -45,19 +45,19 @@ def supervise(settings: Settings, report: Report, announce: Announce) -> None:
     if os.name != "posix":
         raise DependencyError("several workers need a POSIX system, such as Linux; leave --workers out")
     if settings.threads is None and settings.backend in ("auto", "onnxruntime", "openvino"):
-        shared = max((os.cpu_count() or 1) // settings.workers, 1)
-        plans = any(path.endswith(".plan") for path in settings.models.values())
-        settings = settings if plans else replace(settings, threads=shared)
+        threads = max((os.cpu_count() or 1) // settings.workers, 1)
+        has_plans = any(path.endswith(".plan") for path in settings.models.values())
+        settings = settings if has_plans else replace(settings, threads=threads)
     sock = listen(settings)
     announce({"state": "opening", "address": address_of(sock), "models": list(settings.models)})
-    report(f"{address_of(sock)} opens {', '.join(settings.models)} in {settings.workers} workers")
+    report(f"{address_of(sock)} is opening {', '.join(settings.models)} in {settings.workers} workers")
     with tempfile.TemporaryDirectory(prefix="lfx-serve-") as folder:
         _Supervisor(settings, sock, Path(folder), report, announce).run()
     report("stopped")
 
 
 class _Supervisor:
-    """The workers, and what was asked of this process."""
+    """The workers, and the number of signals that this process got."""
 
     def __init__(
         self, settings: Settings, sock: socket.socket, folder: Path, report: Report, announce: Announce
@@ -68,10 +68,10 @@ class _Supervisor:
         self._signals = 0
 
     def run(self) -> None:
-        """Start the workers, and start each again that ends, until a signal."""
+        """Start the workers, and replace each one that ends, until a signal arrives."""
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-        previous = {number: signal.signal(number, self._on_signal) for number in handled}
+        not_ignored = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        previous = {number: signal.signal(number, self._on_signal) for number in not_ignored}
         try:
             self._workers = [self._start(number, early=number == 0) for number in range(self._settings.workers)]
             while not self._signals:
@@ -112,14 +112,14 @@ class _Supervisor:
         """Stop the workers, and kill those that do not end in time."""
         for worker in self._workers:
             worker.ask_to_stop()
-        ends = time.monotonic() + self._settings.stop_seconds + _KILL_SECONDS
-        forced = False
+        deadline = time.monotonic() + self._settings.stop_seconds + _KILL_SECONDS
+        asked_again = False
         while any(worker.process.poll() is None for worker in self._workers):
-            if self._signals > 1 and not forced:
-                forced = True
+            if self._signals > 1 and not asked_again:
+                asked_again = True  # a worker's second signal cancels its requests
                 for worker in self._workers:
                     worker.ask_to_stop()
-            if time.monotonic() > ends:
+            if time.monotonic() > deadline:
                 for worker in self._workers:
                     worker.process.kill()
             time.sleep(_POLL_SECONDS)
@@ -131,9 +131,9 @@ class _Worker:
     """A worker process.
 
     Attributes:
-        started: time.monotonic.
+        started: the time when it was started, of time.monotonic.
         was_ready: whether it became ready.
-        failure: the error that it ended with; None if it told none.
+        failure: the error that it ended with; None if it reported none.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class _Worker:
             start_new_session=True,  # Ctrl-C reaches the supervisor alone, which passes it on
         )
         given = {
-            "settings": settings.to_json(),  # not an argument: it holds the key
+            "settings": settings.to_json(),  # on stdin, not the command line: it has the API key
             "socket": sock.fileno(),
             "folder": str(folder),
             "worker": number,
@@ -168,32 +168,32 @@ class _Worker:
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(given).encode() + b"\n")
-            self.process.stdin.flush()  # it stays open: its end tells the worker that the supervisor has ended
+            self.process.stdin.flush()  # stdin stays open: the worker stops when the end of this process closes it
         except BrokenPipeError:
             pass
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        """Read what the worker tells, a line of JSON each."""
+        """Read the worker's messages, one line of JSON each."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             try:
-                told = json.loads(line)
+                message = json.loads(line)
             except ValueError:
                 continue
-            if "error" in told:
-                self.failure = str(told["error"])
-            elif "report" in told:
-                self._report(f"worker {self._number} (pid {self.process.pid}) {told['report']}")
-            elif "ready" in told:
+            if "error" in message:
+                self.failure = str(message["error"])
+            elif "report" in message:
+                self._report(f"worker {self._number} (pid {self.process.pid}) {message['report']}")
+            elif "ready" in message:
                 self.was_ready = True
                 self._when_ready(self.process.pid)
-                memory = f": {told['ready']}" if told["ready"] else ""
+                memory = f": {message['ready']}" if message["ready"] else ""
                 self._report(f"worker {self._number} (pid {self.process.pid}) is ready{memory}")
 
     def join_reader(self) -> None:
-        """Wait until all that an ended worker told was read."""
+        """Wait until all messages of a worker that has ended are read."""
         self._reader.join(5.0)
 
     def ask_to_stop(self) -> None:

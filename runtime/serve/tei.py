@@ -10,30 +10,30 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 import lfx
-from lfx.runtime.serve.body import Body, read_body
+from lfx.runtime.serve.body import Body, List, read_body
 from lfx.runtime.serve.embeddings import embed
 from lfx.runtime.serve.model import Input
 from lfx.runtime.serve.replies import RefusalError, dumps
 from lfx.runtime.serve.service import Service
 
-_DIRECTION = "right: the end of a text is cut, or what the tokenizer's truncation_side says. No other value"
+_DIRECTION = "right: cut the end of a text, or the side that the tokenizer's truncation_side names. No other value"
 
 
 class EmbedRequest(Body):
     """A request for embeddings."""
 
-    inputs: str | list[str] = Field(description="give a text or a list of texts")
+    inputs: str | List[str] = Field(description="give a text or a list of texts")
     truncate: bool | None = Field(False, description="true: a text longer than the model takes is cut")
     truncation_direction: str = Field("Right", description=_DIRECTION, pattern="^[Rr]ight$")
     normalize: bool | None = Field(True, description="true: each embedding has length 1")
     prompt_name: None = Field(None, description="null: the checkpoint's default prompt. No other value")
-    dimensions: None = Field(None, description="null: the model's own size. No other value")
+    dimensions: None = Field(None, description="null: the model's embedding size. No other value")
 
 
 class PredictRequest(Body):
     """A request for labels."""
 
-    inputs: str | list[str] | list[list[str]] = Field(
+    inputs: str | List[str] | List[List[str]] = Field(
         description="give a text, a pair [text, text], or a batch [[text], [text, text], …]"
     )
     truncate: bool | None = Field(False, description="true: a text longer than the model takes is cut")
@@ -59,7 +59,7 @@ async def embeddings(service: Service, data: bytes, name: str | None) -> Respons
     body = await read_body(service, data, EmbedRequest)
     model = service.model(name)
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
-    _check_filled(texts)
+    _check_not_empty(texts)
     rows, _ = await embed(service, model, [Input(text, truncate=bool(body.truncate)) for text in texts])
     if body.normalize is not False:
         rows = [_normalized(row) for row in rows]
@@ -75,7 +75,7 @@ async def predictions(service: Service, data: bytes, name: str | None) -> Respon
         raise RefusalError(424, reason, "Backend")
     is_batch = isinstance(body.inputs, list) and any(isinstance(item, list) for item in body.inputs)
     pairs = [_pair(item) for item in (body.inputs if is_batch else [body.inputs])]
-    _check_filled([text for text, _ in pairs])
+    _check_not_empty([text for text, _ in pairs])
     computed = await service.run(model, [Input(text, pair, truncate=bool(body.truncate)) for text, pair in pairs])
 
     def reply() -> Response:
@@ -96,13 +96,13 @@ def _pair(item: str | list[str] | Any) -> tuple[str, str | None]:
     return parts[0], parts[1] if len(parts) == 2 else None
 
 
-def _check_filled(texts: list[str]) -> None:
+def _check_not_empty(texts: list[str]) -> None:
     if not texts or not all(texts):
-        raise RefusalError(400, "`inputs` cannot be empty; give at least one text, and no empty text", "Empty")
+        raise RefusalError(400, "`inputs` cannot be empty, nor can a text; give at least one text", "Empty")
 
 
 def _normalized(row: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The embedding at length 1; zeros stay zeros."""
+    """Scale an embedding to length 1; a zero vector stays zero."""
     length = float(np.linalg.norm(row))
     return row / np.float32(length) if length > 0 else row
 

@@ -15,26 +15,26 @@ from lfx.errors import LfxError
 
 
 def main() -> int:
-    """Read the settings from stdin, serve, and tell the supervisor on stdout; returns the exit status."""
-    # What the worker tells has a descriptor of its own, so that nothing that a library prints is mixed with it.
-    telling = os.fdopen(os.dup(1), "w")
+    """Read the settings from stdin, serve, and send messages to the supervisor on stdout; returns the exit status."""
+    # Only the messages go to the original stdout; what a library prints to stdout goes to stderr.
+    messages = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def tell(value: dict[str, Any]) -> None:
+    def send(message: dict[str, Any]) -> None:
         try:
-            telling.write(json.dumps(value) + "\n")
-            telling.flush()
+            messages.write(json.dumps(message) + "\n")
+            messages.flush()
         except (OSError, ValueError):
             pass  # the supervisor has ended
 
     line = b""
     while not line.endswith(b"\n"):
-        part = os.read(0, 65_536)  # not sys.stdin, which a thread that waits in it blocks at the end of the process
+        part = os.read(0, 65_536)  # not sys.stdin: a thread that reads from it would block the end of the process
         if not part:
             return 1
         line += part
     given = json.loads(line)
-    threading.Thread(target=_end_with_supervisor, daemon=True).start()
+    threading.Thread(target=_stop_with_supervisor, daemon=True).start()
     try:
         from lfx.runtime.serve.memory import memory
         from lfx.runtime.serve.server import Server
@@ -43,22 +43,22 @@ def main() -> int:
         settings = Settings.from_json(given["settings"])
         server = Server(
             settings,
-            lambda text: tell({"report": text}),
+            lambda text: send({"report": text}),
             worker=given["worker"],
             workers=settings.workers,
             folder=Path(given["folder"]),
             early=given["early"],
         )
-        server.run_on(socket.socket(fileno=given["socket"]), lambda: tell({"ready": str(memory() or "")}))
-        server.leave()
+        server.run_on(socket.socket(fileno=given["socket"]), lambda: send({"ready": str(memory() or "")}))
+        server.exit_if_opening()
     except LfxError as error:
-        tell({"error": str(error)})
+        send({"error": str(error)})
         return 1
     return 0
 
 
-def _end_with_supervisor() -> None:
-    """Stop when stdin ends: the supervisor has ended, perhaps by SIGKILL."""
+def _stop_with_supervisor() -> None:
+    """Stop when stdin is closed: the supervisor has ended, perhaps by SIGKILL."""
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

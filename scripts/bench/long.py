@@ -1,19 +1,21 @@
-"""lfx in ONNX Runtime on 16,384, 32,768 and 65,536 tokens: right on slices, time and memory by length.
+"""Benchmark lfx in ONNX Runtime on 16,384, 32,768 and 65,536 tokens: error on slices, time and memory by length.
 
     python -m scripts.bench.long           # writes docs/records/long.jsonl
     python -m scripts.bench.long --tiny --output long.jsonl      # the same steps in seconds, on a tiny model
 
-The dense reference of such a sequence is out of reach, so it is computed for what these rows of the output depend on:
+The dense reference of such a sequence needs too much memory, so it is computed for some rows of the output only:
 
-- the first, the last and inner rows of the whole model, without global tokens. A row depends on the tokens at most
-  layers · window away and on nothing else, so the reference runs on those alone, at their positions.
-- rows of a model of one layer, with global tokens all over the sequence. A row of its output depends on all keys, but
-  on no other query, so the reference computes these rows alone, each over the whole sequence: those of global tokens,
-  those around the ends of blocks and of the sequence, and random ones. Every layer of a model is the same node.
+- the first, the last and some inner rows of the whole model, without global tokens. A row depends only on the tokens
+  at most layers · window away, so the reference runs on these tokens, at their positions.
+- rows of a model of one layer, with global tokens spread over the sequence. A row of its output depends on all keys,
+  but on no other query, so the reference computes each row over the whole sequence: the rows of global tokens, those
+  around the ends of blocks and of the sequence, and random ones. The layers of a model have equal nodes, so one layer
+  is enough.
 
-Both are compared as `lfx parity` does: the error may be twice that of PyTorch in float32, plus a band for rounding.
+Both are compared as in `lfx parity`: the error may be twice that of PyTorch in float32, plus a rounding band.
 
-Time: one process, the lengths take turns, no global tokens. Memory: the peak resident set of one process per length.
+Time: one process, in which the lengths take turns, without global tokens. Memory: peak resident set size of one process
+per length.
 """
 
 from __future__ import annotations
@@ -46,14 +48,14 @@ BLOCK = 128  # queries in a block of the exported graph
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured.
+    """The model, and what is measured.
 
     Attributes:
-        lengths: tokens, ascending.
-        window: one-sided.
+        lengths: sequence lengths in tokens, ascending.
+        window: one-sided attention window.
         rows: number of rows of a slice that are compared.
-        random_rows: number of random rows of the model of one layer.
-        changes: of the base model's config.
+        random_rows: number of random rows of the model of one layer that are compared.
+        changes: settings that replace those of the base model's config.
     """
 
     lengths: tuple[int, ...] = (16384, 32768, 65536)
@@ -74,8 +76,8 @@ class Setup:
         ids = np.random.default_rng(0).integers(3, self.vocab_size, self.lengths[-1])
         return ids[None, :length].astype(np.int64)
 
-    def places(self, length: int) -> dict[str, range]:
-        """Return the rows of the output that are compared; the first and the inner ones are the same at all lengths."""
+    def slices(self, length: int) -> dict[str, range]:
+        """Return the slices of the output that are compared; "first" and "inner" are the same for all lengths."""
         inner = self.lengths[0] // 2 - self.rows // 2
         return {
             "first": range(self.rows),
@@ -84,7 +86,7 @@ class Setup:
         }
 
     def global_positions(self, length: int) -> Any:
-        """Return the positions of the global tokens of the model of one layer, from the first to the last token."""
+        """Return the positions of the global tokens for the model of one layer, evenly spaced over the sequence."""
         return np.linspace(0, length - 1, GLOBALS).astype(np.int64)
 
     def layer_rows(self, length: int) -> Any:
@@ -111,22 +113,22 @@ def check_slices(setup: Setup, rows_of: Callable[[int], Arrays]) -> dict[int, li
     """Compare rows of the whole model.
 
     Args:
-        rows_of: the actual rows of a length, by place.
+        rows_of: returns the model's rows for a length: name of the slice -> array.
     Returns:
-        The results by length.
+        For each length, one result per slice.
     """
     from scripts.bench.long_reference import compare_rows, reference_of, slice_rows
 
     model = setup.model(setup.layers)
     reference = reference_of(model)
-    known: dict[range, list[Arrays]] = {}  # first and inner rows are those of the shorter sequences
+    expected: dict[range, list[Arrays]] = {}  # the "first" and "inner" slices are computed once for all lengths
     results: dict[int, list[dict[str, Any]]] = {}
     for length in setup.lengths:
-        for place, rows in setup.places(length).items():
-            if rows not in known:
-                known[rows] = [slice_rows(m, setup.ids(length), rows) for m in (reference, model)]
-            compared = compare_rows(*known[rows], rows_of(length)[place], setup.layers)
-            results.setdefault(length, []).append({"model": "whole", "place": place, **compared})
+        for name, rows in setup.slices(length).items():
+            if rows not in expected:
+                expected[rows] = [slice_rows(m, setup.ids(length), rows) for m in (reference, model)]
+            compared = compare_rows(*expected[rows], rows_of(length)[name], setup.layers)
+            results.setdefault(length, []).append({"model": "whole", "place": name, **compared})
             print(length, results[length][-1], flush=True)
     return results
 
@@ -145,7 +147,11 @@ def check_layer(setup: Setup, length: int, actual: Any) -> dict[str, Any]:
 
 
 def run_once(setup: Setup, bundle: Path, length: int, threads: int, rows: Path) -> dict[str, Any]:
-    """Run a bundle on one sequence, save the rows that are compared; returns the peak memory of this process."""
+    """Run a bundle on one sequence, and save the rows that are compared in the file `rows`.
+
+    Returns:
+        Peak memory of this process: `open_bytes` after the bundle was opened, `peak_bytes` after the run.
+    """
     with Engine(bundle, threads=threads) as engine:
         ids, mask = setup.ids(length), np.zeros((1, length), dtype=np.int64)
         if bundle.name == ONE_LAYER:
@@ -157,12 +163,16 @@ def run_once(setup: Setup, bundle: Path, length: int, threads: int, rows: Path) 
     if bundle.name == ONE_LAYER:
         np.savez(rows, rows=output[:, setup.layer_rows(length)])
     else:
-        np.savez(rows, **{place: output[:, r.start : r.stop] for place, r in setup.places(length).items()})
+        np.savez(rows, **{name: output[:, r.start : r.stop] for name, r in setup.slices(length).items()})
     return {"open_bytes": opened, "peak_bytes": peak}
 
 
 def time_lengths(setup: Setup, bundle: Path, threads: int, rounds: int) -> dict[str, Any]:
-    """Time a bundle at all lengths, which take turns; returns the rows of `measure` by length."""
+    """Time a bundle on all lengths, which take turns.
+
+    Returns:
+        Length, as text -> its percentiles in milliseconds.
+    """
     with Engine(bundle, threads=threads) as engine:
         engine.run(setup.ids(min(4096, setup.lengths[0])))  # warm-up
 
@@ -175,7 +185,7 @@ def time_lengths(setup: Setup, bundle: Path, threads: int, rounds: int) -> dict[
 
 
 def run_child(name: str, work: Path, setup_options: list[str], **options: Any) -> dict[str, Any]:
-    """Run a step of this script in a process of its own; returns what it printed last."""
+    """Run a step of this script in a child process; returns the JSON in the last line that it printed."""
     command = [sys.executable, "-m", "scripts.bench.long", "--child", name, f"--work={work}", *setup_options]
     command += [f"--{key}={value}" for key, value in options.items()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -186,7 +196,7 @@ def run_child(name: str, work: Path, setup_options: list[str], **options: Any) -
 
 
 def child(options: argparse.Namespace, setup: Setup) -> dict[str, Any]:
-    """Run the step of a child process; returns what it measured."""
+    """Run a step, in the child process; returns its measurements."""
     bundle = options.work / options.bundle
     if options.child == "export":
         from lfx.export import export
@@ -268,7 +278,7 @@ def setup_of(options: argparse.Namespace) -> Setup:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, and write the record; or in a child process that it started, one step."""
+    """Measure and write the record; in a child process, run one step."""
     options = parser().parse_args(arguments)
     setup = setup_of(options)
     if options.child is not None:

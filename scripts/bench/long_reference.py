@@ -1,4 +1,4 @@
-"""The reference of chosen rows of the output of a LongformerModel on a sequence that is too long for the dense one."""
+"""The float64 reference for some output rows of a LongformerModel, on sequences too long for the dense reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OUTPUT = "last_hidden_state"
 
 
 def reference_of(model: nn.Module) -> nn.Module:
-    """Copy a model to float64, with dense attention."""
+    """Return a copy of a model in float64, with dense attention."""
     return replace_attention(clone(model, torch.float64), DenseSelfAttention)
 
 
@@ -25,10 +25,10 @@ def reference_of(model: nn.Module) -> nn.Module:
 def slice_rows(model: Any, ids: Any, rows: range) -> Arrays:
     """Run a LongformerModel without global tokens on the tokens that `rows` of its output depend on.
 
-    After each layer, the tokens that the remaining layers do not see are left out.
+    After each layer, the tokens that the remaining layers do not need are dropped.
 
     Args:
-        model: of one window for all layers; `reference_of` a model, or Hugging Face's.
+        model: a model with one window for all layers: the result of `reference_of`, or Hugging Face's model.
         ids: (1, seqlen), none of them padding.
     Returns:
         These rows of the output.
@@ -49,7 +49,7 @@ def slice_rows(model: Any, ids: Any, rows: range) -> Arrays:
 
 
 def _run_layer(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Run one layer on (1, seqlen, hidden), padded to a multiple of the whole window, as Hugging Face's needs it."""
+    """Run one layer on (1, seqlen, hidden), padded to a multiple of the two-sided window for Hugging Face's code."""
     seqlen = hidden.shape[1]
     padding = -seqlen % (2 * layer.attention.self.one_sided_attn_window_size)
     mask = torch.zeros(1, seqlen + padding, dtype=hidden.dtype)
@@ -61,10 +61,10 @@ def _run_layer(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def layer_rows(model: Any, ids: Any, global_positions: Any, rows: Any, dtype: torch.dtype) -> Arrays:
-    """Compute `rows` of the output of a LongformerModel of one layer, each from all of its keys.
+    """Compute `rows` of the output of a LongformerModel of one layer, each from the whole sequence.
 
     Args:
-        model: is converted to `dtype` in place.
+        model: a model of one layer; it is converted to `dtype` in place.
         ids: (1, seqlen), none of them padding.
         global_positions, rows: indices of tokens, ascending.
     """
@@ -77,21 +77,21 @@ def layer_rows(model: Any, ids: Any, global_positions: Any, rows: Any, dtype: to
     visible = (distance <= attention.one_sided_attn_window_size) | is_global
     visible[is_global[rows]] = True
     context = hidden.new_empty(len(rows), attention.embed_dim)
-    for chosen, suffix in ((~is_global[rows], ""), (is_global[rows], "_global")):
+    for selected, suffix in ((~is_global[rows], ""), (is_global[rows], "_global")):
         query, key, value = (getattr(attention, name + suffix) for name in ("query", "key", "value"))
-        projected = (query(hidden[:, rows[chosen]]), key(hidden), value(hidden))
-        mask = torch.from_numpy(visible[chosen])
+        projected = (query(hidden[:, rows[selected]]), key(hidden), value(hidden))
+        mask = torch.from_numpy(visible[selected])
         for head in range(attention.num_heads):
             columns = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
             q, k, v = (x[0, :, columns] for x in projected)
             scores = (q @ k.T * attention.head_dim**-0.5).masked_fill(~mask, -torch.inf)
-            context[torch.from_numpy(chosen), columns] = scores.softmax(dim=-1) @ v
+            context[torch.from_numpy(selected), columns] = scores.softmax(dim=-1) @ v
     states = layer.attention.output(context[None], hidden[:, rows])
     return {OUTPUT: layer.output(layer.intermediate(states), states).numpy()}
 
 
 def compare_rows(reference: Arrays, witness: Arrays, actual: Any, layers: int) -> dict[str, Any]:
-    """Compare rows of the output; returns error, PyTorch's error, tolerance, and whether the error is in tolerance."""
+    """Compare rows of the output; returns the fields of a check in docs/records/long.jsonl."""
     report = compare(
         [Case(1, actual.shape[1])],
         lambda case: {},

@@ -1,13 +1,13 @@
-"""Load test of `lfx serve`: clients that ask at the same time, beside `Engine.run` alone on the same documents.
+"""Load test of `lfx serve` with concurrent clients, compared with `Engine.run` alone on the same documents.
 
     python -m scripts.bench.serve                                     # docs/records/serve.jsonl, about eight minutes
     python -m scripts.bench.serve --clients 20 --seconds 5 --output /tmp/serve.jsonl
 
-The server and the clients are processes of their own. Each client has one connection, and asks again when it is
-answered. The documents are slices of the constitution, of log-normal length; the model is a small random classifier.
-`Engine.run` gets all documents in one list, so that it can batch them best, before and after the clients:
-changes of the machine's speed affect both. Each answer is compared with that of a one-by-one run. The clients use the
-CPU too; their share of its time is in the record.
+The server is one process, and the clients share another. Each client has one connection, and sends its next request
+when the previous one is answered. The documents are slices of the constitution, of log-normal length; the model is a
+small random classifier. `Engine.run` gets all documents in one list, which it can batch best. It runs before and after
+the clients, so that changes of the machine's speed affect both. Each answer is compared with that of `Engine.run` on
+the document alone. The clients use the CPU too; their share of its time is in the record.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import psutil
 from scripts import record
 
 CLIENTS = (1, 8, 32, 200)
-SHAPE = {"hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 1024}
+SHAPE = {"hidden_size": 384, "num_attention_heads": 12, "num_hidden_layers": 6, "intermediate_size": 1536}  # of MiniLM
 MAX_SEQLEN, DOCUMENTS = 1024, 256
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=lambda text: [int(part) for part in text.split(",")], default=list(CLIENTS))
     parser.add_argument("--seconds", type=float, default=60.0, help="duration for each number of clients")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of a run")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the Engine")
     parser.add_argument("--output", type=Path, help="default: docs/records/serve.jsonl")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lfx-bench-") as folder:
@@ -88,9 +88,9 @@ def measure(bundle: Path, texts: list[str], clients: int, seconds: float, thread
         before, cpu_before = engine_rate(engine, ids, seconds / 3)
         under_load = load(bundle, texts, expected, tokens, clients, seconds, threads)
         after, cpu_after = engine_rate(engine, ids, seconds / 3)
-    bare = (before + after) / 2
+    engine_alone = (before + after) / 2
     return {
-        "shape": "4 layers, hidden 256, window 64",
+        "shape": "6 layers, hidden 384, window 64",
         "threads": threads,
         "clients": clients,
         "seconds": seconds,
@@ -99,7 +99,7 @@ def measure(bundle: Path, texts: list[str], clients: int, seconds: float, thread
         "longest": max(tokens),
         "engine_tokens_per_second": {"before": before, "after": after},
         "engine_tokens_per_cpu_second": (cpu_before + cpu_after) / 2,
-        "share_of_engine": under_load["tokens_per_second"] / bare,
+        "share_of_engine": under_load["tokens_per_second"] / engine_alone,
         **under_load,
     }
 
@@ -118,28 +118,28 @@ def engine_rate(engine: Any, ids: list[list[int]], seconds: float) -> tuple[floa
 def load(
     bundle: Path, texts: list[str], expected: list[Any], tokens: list[int], clients: int, seconds: float, threads: int
 ) -> dict[str, Any]:
-    """Start a server, let the clients ask, and stop it."""
+    """Start a server, run the clients for `seconds`, and stop the server; returns what was measured."""
     command = [sys.executable, "-m", "lfx.cli", "serve", str(bundle), "--port", "0", "--threads", str(threads)]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None
         port = 0
         for line in server.stderr:
-            if found := re.search(r":(\d+) is ready", line):
-                port = int(found[1])
+            if match := re.search(r":(\d+) is ready", line):
+                port = int(match[1])
                 break
         process = psutil.Process(server.pid)
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
-        asking = context.Process(target=ask_all, args=(sender, port, texts, expected, clients, seconds))
+        client_process = context.Process(target=run_clients, args=(sender, port, texts, expected, clients, seconds))
         cpu_before = sum(process.cpu_times()[:2])
-        asking.start()
+        client_process.start()
         resident = []
         for _ in range(10):
             time.sleep(seconds / 10)
             resident.append(process.memory_info().rss)
         counts = receiver.recv()
-        asking.join()
+        client_process.join()
         server_cpu = sum(process.cpu_times()[:2]) - cpu_before
     finally:
         server.terminate()
@@ -163,12 +163,14 @@ def load(
     }
 
 
-def ask_all(sender: Any, port: int, texts: list[str], expected: list[Any], clients: int, seconds: float) -> None:
-    """Run all clients in one event loop, and send what they saw; runs in a process of its own."""
-    sender.send(asyncio.run(_ask_all(port, texts, expected, clients, seconds)))
+def run_clients(sender: Any, port: int, texts: list[str], expected: list[Any], clients: int, seconds: float) -> None:
+    """Run all clients in one event loop, in a child process, and send what they measured to the parent."""
+    sender.send(asyncio.run(_run_clients(port, texts, expected, clients, seconds)))
 
 
-async def _ask_all(port: int, texts: list[str], expected: list[Any], clients: int, seconds: float) -> dict[str, Any]:
+async def _run_clients(
+    port: int, texts: list[str], expected: list[Any], clients: int, seconds: float
+) -> dict[str, Any]:
     answers: list[tuple[int, float]] = []
     statuses: Counter[str] = Counter()
     seen: dict[str, float] = {"broken": 0, "difference": 0.0}
@@ -180,7 +182,7 @@ async def _ask_all(port: int, texts: list[str], expected: list[Any], clients: in
         index = number * 7
         while time.perf_counter() - start < seconds:
             index = (index + 1) % len(texts)
-            asked = time.perf_counter()
+            sent = time.perf_counter()
             head = f"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: {len(bodies[index])}\r\n\r\n"
             writer.write(head.encode() + bodies[index])
             try:
@@ -191,7 +193,7 @@ async def _ask_all(port: int, texts: list[str], expected: list[Any], clients: in
                 continue
             statuses[status] += 1
             if status == "200":
-                answers.append((index, time.perf_counter() - asked))
+                answers.append((index, time.perf_counter() - sent))
                 logits = json.loads(body)["results"][0]["outputs"]["logits"]
                 difference = max(abs(a - b) for a, b in zip(logits, expected[index], strict=True))
                 seen["difference"] = max(seen["difference"], difference)

@@ -107,9 +107,9 @@ def banded_probabilities(
     Args:
         query, key, key_mask, global_index, num_heads, window, scale: those of `banded_attention`.
     Returns:
-        (B, H, S, x + 2·window + 1) float64; x = largest number of global tokens in a batch row. Columns 0 to x - 1 have
-        the weights of the global tokens in the order of global_index; column x + c of query i has that of key
-        i - window + c, 0 if the key is global. Rows of masked and of global tokens are 0.
+        (B, H, S, x + 2·window + 1) float64, where x is the largest number of global tokens in a row of the batch.
+        Columns 0 to x - 1 have the weights on the global tokens, in the order of global_index. Column x + c of query i
+        has the weight on key i - window + c; 0 if that key is global. The rows of masked and of global tokens are 0.
     """
     q, k = (np.asarray(x, dtype=np.float64) for x in (query, key))
     real = np.asarray(key_mask).astype(bool)
@@ -151,7 +151,7 @@ def global_probabilities(
         query, key, key_mask, num_heads, scale: those of `global_attention`.
         global_index: (B, G), unused slots -1.
     Returns:
-        (B, H, S, x) float64; x = largest number of global tokens in a batch row. 0 for unused slots.
+        (B, H, S, x) float64, where x is the largest number of global tokens in a row of the batch; 0 for unused slots.
     """
     q, k = (np.asarray(x, dtype=np.float64) for x in (query, key))
     real = np.asarray(key_mask).astype(bool)

@@ -18,7 +18,7 @@ SENTENCE_EMBEDDING = "sentence-embedding"  # the task, whose output is sentence_
 POOLINGS = ("mean", "cls", "max", "weightedmean", "mean_sqrt_len_tokens", "lasttoken")  # names of sentence-transformers
 # Suffixes by which `runtime.build.prepare_graph` finds three types of nodes that `export.graph` wrote.
 GLOBAL_SLOTS, GLOBAL_ROWS, IN_FLOAT32 = "#global_slots", "#global_rows", "#float32"
-# Names of the attention outputs, with a dot and the layer's number after them; Hugging Face's.
+# Names of the attention outputs, without the dot and the layer's index after them. They are Hugging Face's.
 ATTENTIONS, GLOBAL_ATTENTIONS = "attentions", "global_attentions"
 GRAPH_INPUTS = ("input_ids", "attention_mask", "global_attention_mask")
 _TENSORS = [{"name": str, "dtype": str, "shape": [(int, str)]}]
@@ -212,7 +212,7 @@ class Signature:
 
 
 def grouped(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group output names for display: those of one kind of attention probabilities of all layers, and each other alone.
+    """Group output names for display: the `attentions` of all layers, their `global_attentions`, and each other name.
 
     Returns:
         A label -> its names, such as "attentions.0 to 11" -> ["attentions.0", …, "attentions.11"].

@@ -208,14 +208,14 @@ def test_the_tokenizers_class_may_be_named_by_the_config(folder: Path, settings:
 
 def test_a_tokenizer_of_another_class_than_its_vocabulary_is_refused(folder: Path) -> None:
     save_wordpieces(folder)  # which Longformer's own class does not read
-    with pytest.raises(ExportError, match=r"a Roberta\w+, knows no word: .* to be named as tokenizer_class"):
+    with pytest.raises(ExportError, match=r"a Roberta\w+, knows no word: .* or set tokenizer_class"):
         load_tokenizer(str(folder))
 
 
 @pytest.mark.parametrize("name", ["AlbertTokenizer", "T5Tokenizer", "RobertaTokenizer", "BertTokenizer"])
 def test_a_tokenizer_without_its_vocabulary_is_refused(folder: Path, name: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
-    with pytest.raises(ExportError, match=f"a {name}, knows no word: the file of its vocabulary is missing"):
+    with pytest.raises(ExportError, match=f"a {name}, knows no word: its vocabulary file is missing"):
         load_tokenizer(str(folder))
 
 

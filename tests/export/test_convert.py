@@ -398,7 +398,7 @@ def test_a_bert_whose_padding_id_occurs_in_texts_is_refused(tmp_path: Path, toke
 
 def test_windows_that_hugging_face_cannot_run_together_are_refused(tmp_path: Path) -> None:
     folder = save_tiny_encoder(tmp_path / "original", "Bert")
-    with pytest.raises(ExportError, match="attention_window 8,10: the largest is no multiple of each"):
+    with pytest.raises(ExportError, match=r"attention_window 8,10: .* each window must divide it"):
         convert(folder, tmp_path / "made", LENGTH, [8, 10])
 
 

@@ -13,15 +13,15 @@ from transformers.models.longformer.modeling_longformer import LongformerSelfAtt
 from lfx import reference
 from lfx.errors import ExportError
 from lfx.export.original import from_original
-from lfx.export.windows import both_sides, head_dilations, head_groups, layer_dilations, one_sided
+from lfx.export.windows import both_sides, head_dilations, head_groups, layer_dilations
 
 ORIGINAL = {"model_type": "roberta", "attention_window": [256, 3], "attention_dilation": [1, 2]}
 
 
 def test_hugging_face_counts_both_sides() -> None:
     attention = LongformerSelfAttention(LongformerConfig(attention_window=[12]), 0)
-    assert attention.one_sided_attn_window_size == one_sided(12) == 6
-    assert both_sides(one_sided(12)) == 12
+    assert attention.one_sided_attn_window_size == 6
+    assert both_sides(6) == 12
 
 
 def test_allenai_counts_one_side() -> None:

@@ -574,7 +574,7 @@ def test_masks_of_each_sequence_are_checked_alone() -> None:
     assert "shape (1, 2) where input_ids has (1, 3)" in str(prepared[1])
     assert prepared[2]["global_attention_mask"].tolist() == [[1]]
     assert "2 global tokens" in str(prepare_each([[3, 4], [5]], None, [[1, 1], [1]], two)[0])
-    with pytest.raises(InputError, match="attention_mask has 2 sequences where input_ids has 3"):
+    with pytest.raises(InputError, match="attention_mask has 2 sequences, and input_ids has 3"):
         prepare_each(ids, [[1, 1], [1]], None, two)
 
 

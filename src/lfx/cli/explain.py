@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="Write the page to this file.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the page's path, size and number of tokens as JSON.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the page's path, its size and the number of tokens as JSON."
+)
 @engine_options
 def command(
     model: Path,
@@ -47,7 +49,7 @@ def command(
 ) -> None:
     """Write an HTML page with a text and, for each token, the tokens that it attends to, by layer and head.
 
-    The bundle is exported with --output-attentions. For multiple choice, the page shows the best choice.
+    The bundle must be exported with --output-attentions. For multiple choice, the page shows the best choice.
     """
     if (text is None) == (file is None):
         raise click.UsageError("give either --text or --input")
@@ -63,18 +65,18 @@ def command(
         with open_engine(model) as engine:
             signature = engine.signature
             check_attentions(model, signature)
-            reader = open_tokenizer(model, engine, tokenizer)
-            encoded, ids, mask = encode_text(reader, text, pair)
+            opened = open_tokenizer(model, engine, tokenizer)
+            encoded, ids, mask = encode_text(opened, text, pair)
             step(f"running {ids.size:,} tokens")
             outputs = {name: np.asarray(value) for name, value in engine.run(ids, mask).items()}
             backend = engine.backend
         own = {name: value for name, value in outputs.items() if name not in signature.attention_outputs}
-        answers = Postprocessor(reader).answers(encoded[0], own)
-        row = int(answers[0]["choice"]) if signature.has_choices and answers else 0
+        answers = Postprocessor(opened).answers(encoded[0], own)
+        row = int(answers[0]["choice"]) if signature.has_choices and answers else 0  # the choice that is shown
         step("selecting the strongest weights")
         weights = strongest(outputs, len(encoded[row].ids), row=row, top=TOP)
         step("writing the page")
-        tokens = reader.token_texts(text, pair[row] if pair else None)
+        tokens = opened.token_texts(text, pair[row] if pair else None)
         title = f"Attention of {model.resolve().name}"
         write(output, title, _facts(signature, len(tokens), pair, row), tokens, weights, answers)
     size = output.stat().st_size
@@ -88,7 +90,7 @@ def check_attentions(model: Path, signature: Signature) -> None:
     """Check that a model has attention outputs.
 
     Raises:
-        ArtifactError: it has none.
+        ArtifactError: the model has none.
     """
     if not signature.output_attentions:
         raise ArtifactError(

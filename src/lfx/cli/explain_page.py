@@ -1,7 +1,7 @@
 """The page of `lfx explain`: one HTML file that holds the document and the strongest attention weights of each token.
 
-The weights are bytes, compressed and in base64: a weight w is stored as round(255·√w), so that small ones keep two
-digits. The start of a span is stored as its distance from the query, which compresses better than a position.
+A weight w is stored as the byte round(255·√w), which is more precise for small weights. The start of a span is stored
+as its distance from the query, which compresses better than a position. All bytes are compressed with gzip, in base64.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from lfx.runtime.strongest import Spans, Strongest
     from lfx.runtime.tokenizer import TokenText
 
-MAX_BYTES = 4_900_000  # of a page, unless its text and the classification token's weights alone are larger
-LONGEST = 65_536  # tokens; a distance has two bytes
-TOP = (4, 6, 12)  # most spans of a token: of a head, of a layer's mean, and of the mean over all layers and heads
+MAX_BYTES = 4_900_000  # of a page; it is exceeded only if the parts that every page has are larger
+LONGEST = 65_536  # number of tokens; a distance has two bytes
+# Largest number of spans of a token: of a head, of a layer's mean, and of the mean over all layers and heads.
+TOP = (4, 6, 12)
 _LEVEL = 6  # of the compression
-_LONGEST_TEXT = 400  # characters of a token, or between two, that are shown
+_LONGEST_TEXT = 400  # number of characters that are shown of a token, or of the text between two tokens
 
 
 def write(
@@ -46,10 +47,10 @@ def write(
 
     Args:
         path: the HTML file.
-        title, facts: plain text of the heading and of the line below it.
+        title, facts: the heading, and the line below it, in plain text.
         tokens: the tokens of the sequence.
         weights: the strongest weights of each token, with at most TOP spans.
-        answers: of `lfx.runtime.postprocess.Postprocessor`.
+        answers: those of `lfx.runtime.postprocess.Postprocessor`.
     Raises:
         InputError: the file cannot be written, or the sequence is longer than LONGEST.
     """
@@ -64,7 +65,7 @@ def write(
 def page(
     title: str, facts: str, tokens: Sequence[TokenText], weights: Strongest, answers: Sequence[Mapping[str, Any]]
 ) -> str:
-    """Return the page with the most spans that fit in MAX_BYTES; the arguments are those of `write`."""
+    """Return the page, with as many spans as fit in MAX_BYTES; the arguments are those of `write`."""
     if len(tokens) > LONGEST:
         raise InputError(f"the text has {len(tokens):,} tokens, above the {LONGEST:,} of a page; shorten or split it")
     template = resources.files("lfx.cli").joinpath("explain.html").read_text(encoding="utf-8")
@@ -87,18 +88,18 @@ def page(
         "script_hash": lambda: _hash(template, "script"),
         "style_hash": lambda: _hash(template, "style"),
     }
-    # In one pass, so that nothing in a document is taken for a placeholder.
+    # All placeholders are replaced in one pass, so that text of the document is not taken for a placeholder.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]](), template)
 
 
 def script_json(value: Any) -> str:
-    """Return a value as ASCII JSON that cannot end the script element that it is in, or begin a comment there."""
+    """Return a value as ASCII JSON that can neither end the script element that contains it nor begin a comment."""
     text = json.dumps(value, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _hash(template: str, tag: str) -> str:
-    """The hash of the last inline element of a tag, by which the page's policy allows it and no other."""
+    """Return the hash of the last inline element of a tag, for the page's Content-Security-Policy."""
     content = template.rpartition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
     return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
 
@@ -122,13 +123,13 @@ def _packed(weights: Strongest, max_bytes: int) -> tuple[bytes, list[tuple[str, 
 
 
 def _groups(weights: Strongest) -> Iterator[tuple[bool, dict[str, bytes]]]:
-    """Yield whether a group of sections must be in the page, and the group: name -> bytes."""
+    """Yield the groups of sections in order of importance: whether the page must have it, and name -> bytes."""
     yield True, {"to_anchor": _codes(weights.to_anchor)}
     if weights.of_anchor is not None:
         yield True, {"of_anchor": _codes(weights.of_anchor)}
     for rank in range(weights.model.start.shape[-1]):
         yield True, _group("model", weights.model, rank)
-    # The strongest span of each head comes before the weaker ones of the layers' means.
+    # The strongest span of each head comes before the third and weaker spans of the layers' means.
     layers = [_group("layer", weights.layers, rank) for rank in range(weights.layers.start.shape[-1])]
     heads = (_group("head", weights.heads, rank) for rank in range(weights.heads.start.shape[-1]))
     for group in (*layers[:2], next(heads, {}), *layers[2:]):
@@ -169,4 +170,4 @@ def _answer(answer: Mapping[str, Any]) -> list[str]:
 
 
 def _utf8(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a file name may hold invalid UTF-8
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a file name may be invalid UTF-8

@@ -115,7 +115,7 @@ def run_text(
     """Run a model on one text, from `text` or `file`, and print the outputs and the answers in them.
 
     Raises:
-        InputError: the file or the tokenizer cannot be read, or the task needs another number of texts.
+        InputError: the file or the tokenizer cannot be read, or the number of texts does not fit the task.
     """
     import numpy as np
 
@@ -152,7 +152,7 @@ def encode_text(
     Returns:
         The encodings, and the ids and the attention mask for `Engine.run`; the mask is None for a single sequence.
     Raises:
-        InputError: the task needs another number of texts.
+        InputError: the number of texts does not fit the task.
     """
     import numpy as np
 
@@ -229,11 +229,11 @@ def run_documents(
         raise InputError(f"{done.refused} of {done.documents} documents were refused; {output} says which and why")
 
 
-def open_tokenizer(model: Path, engine: Engine, asked: Path | None) -> Tokenizer:
-    """Return the tokenizer of the folder `asked`, else of the model; see `lfx.runtime.tokenizer.open_tokenizer`."""
+def open_tokenizer(model: Path, engine: Engine, given: Path | None) -> Tokenizer:
+    """Open the tokenizer in the folder `given`, or the model's own; see `lfx.runtime.tokenizer.open_tokenizer`."""
     from lfx.runtime import tokenizer
 
-    return tokenizer.open_tokenizer(model, engine.manifest, engine.signature, asked)
+    return tokenizer.open_tokenizer(model, engine.manifest, engine.signature, given)
 
 
 def _pair_help(choices: bool) -> str:

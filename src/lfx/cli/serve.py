@@ -17,9 +17,13 @@ _Seconds = click.FloatRange(0.05, MOST_SECONDS)
 
 @click.command("serve", cls=Command)
 @click.argument("models", nargs=-1, required=True, type=FilledText(), metavar="[NAME=]BUNDLE_OR_PLAN…")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address; 0.0.0.0 is every one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address; 0.0.0.0 = all.")
 @click.option(
-    "--port", type=click.IntRange(0, 65_535), default=8000, show_default=True, help="Listen on this port; 0 is any."
+    "--port",
+    type=click.IntRange(0, 65_535),
+    default=8000,
+    show_default=True,
+    help="Listen on this port; 0 = a free one.",
 )
 @click.option(
     "--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Set the number of processes."
@@ -29,7 +33,7 @@ _Seconds = click.FloatRange(0.05, MOST_SECONDS)
     type=FilledText(),
     envvar="LFX_API_KEY",
     show_envvar=True,
-    help="Require this key: Authorization: Bearer KEY. The environment hides it from other users' ps.",
+    help="Require the header Authorization: Bearer KEY. The environment variable hides KEY from other users' ps.",
 )
 @click.option(
     "--max-delay",
@@ -37,7 +41,7 @@ _Seconds = click.FloatRange(0.05, MOST_SECONDS)
     type=click.FloatRange(0, 3_600_000),
     default=5.0,
     show_default=True,
-    help="Let a text wait so many ms for others to run with it.",
+    help="Let a text wait up to this many ms for others to run with it.",
 )
 @click.option(
     "--token-budget",
@@ -49,7 +53,7 @@ _Seconds = click.FloatRange(0.05, MOST_SECONDS)
     type=click.IntRange(1, 1_000_000),
     default=512,
     show_default=True,
-    help="Answer 429 when a worker has so many texts in progress.",
+    help="Answer 429 when a worker has this many texts in progress.",
 )
 @click.option(
     "--max-inputs", type=click.IntRange(1, 100_000), default=32, show_default=True, help="Bound the texts of a request."
@@ -58,7 +62,7 @@ _Seconds = click.FloatRange(0.05, MOST_SECONDS)
     "--max-body",
     "max_body_bytes",
     type=click.IntRange(1, 1 << 28),
-    help="Bound the bytes of a request.  [default: 16 for each token of --max-inputs texts]",
+    help="Bound the bytes of a request.  [default: 16 per token of --max-inputs texts of the model's maximum]",
 )
 @click.option(
     "--max-connections",
@@ -73,7 +77,7 @@ _Seconds = click.FloatRange(0.05, MOST_SECONDS)
     type=_Seconds,
     default=120.0,
     show_default=True,
-    help="Cancel a request that is not answered in so many seconds.",
+    help="Cancel a request that is not answered within this many seconds.",
 )
 @click.option(
     "--client-time",
@@ -81,7 +85,7 @@ _Seconds = click.FloatRange(0.05, MOST_SECONDS)
     type=_Seconds,
     default=20.0,
     show_default=True,
-    help="Disconnect a client that needs more seconds to send its request or read its reply.",
+    help="Disconnect a client that takes more than this many seconds to send its request or read its reply.",
 )
 @click.option(
     "--stop-time",
@@ -89,17 +93,17 @@ _Seconds = click.FloatRange(0.05, MOST_SECONDS)
     type=_Seconds,
     default=30.0,
     show_default=True,
-    help="Wait so many seconds after SIGTERM for requests in progress.",
+    help="Wait up to this many seconds after SIGTERM for requests in progress.",
 )
 @click.option("--log-requests", is_flag=True, help="Log each request as a line of JSON on stderr, without its text.")
-@click.option("--json", "as_json", is_flag=True, help="Print lines of JSON: the address, and when it is ready.")
+@click.option("--json", "as_json", is_flag=True, help="Print lines of JSON: the address, then each ready worker.")
 @click.option("--tokenizer", type=FilePath(), help="Read the tokenizer of a single model from this folder.")
 @add_engine_options
 def command(models: tuple[str, ...], tokenizer: Path | None, as_json: bool, **options: object) -> None:
     """Answer requests over HTTP with bundles or plans, until SIGTERM.
 
     POST /run takes every task; /v1/embeddings is OpenAI's, /embed and /predict are those of text-embeddings-inference.
-    The page at / tries the models. A model is named for its path, or NAME=PATH; requests that name none use the first.
+    The page at / tries the models. A model is named NAME, or after its path; a request without a model uses the first.
     """
     from lfx.runtime.serve import check_installed
 

@@ -14,7 +14,7 @@ square, which a normally distributed error exceeds once in 2,000. A witness erro
 that the reference and the witness compute different functions, and fails too.
 
 An attention probability is exp(score - largest score) / sum, so an absolute error of a score is a relative error of
-the probability, and the error of a score grows with the scores. Their range is -ln of the smallest positive
+the probability. The error of a score grows with the range of the scores, which is -ln(p) for the smallest positive
 probability p, so the band of probabilities is 1 - ln(p) times as wide.
 
 In int8 the witness is PyTorch with the same linear layers quantized with the same scales, and u is half the scale of

@@ -94,7 +94,7 @@ class Command:
         self._new: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.address = re.findall(r"http://\S+", self.wait_for("opens "))[0]
+        self.address = re.findall(r"http://\S+", self.wait_for("is opening "))[0]
 
     def _read(self) -> None:
         assert self.process.stderr is not None

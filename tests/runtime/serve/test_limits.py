@@ -257,6 +257,27 @@ def test_headers_without_end_are_refused(model: dict[str, Path]) -> None:
         assert received(client).startswith(b"HTTP/1.1 431 ")
 
 
+@pytest.mark.parametrize("part", [b"a: " + b"b" * 995 + b"\r\n", b"b" * 1000], ids=["many", "one"])
+def test_trailers_without_end_are_refused_and_not_kept(part: bytes, model: dict[str, Path]) -> None:
+    head = b"POST /run HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\na: b"
+    with running(model) as server, connected(server, head) as client:
+        with contextlib.suppress(OSError):
+            for _ in range(3 * MAX_HEADER_BYTES // 1000):
+                client.sendall(part)
+                time.sleep(0.001)
+        assert received(client).startswith(b"HTTP/1.1 431 ")
+
+
+def test_trailers_are_dropped(server_of_one: Running) -> None:
+    body = b'{"inputs":"the fox"}'
+    head = b"POST /run HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunk = b"%x\r\n%b\r\n0\r\nAuthorization: none\r\n\r\n" % (len(body), body)
+    with connected(server_of_one, head + chunk + REQUEST) as client:
+        data = b""
+        while data.count(b"HTTP/1.1 200 ") < 2 or not data.endswith(b"}"):
+            data += client.recv(65_536)
+
+
 @pytest.mark.parametrize(
     "sent",
     [

@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 
 from lfx.parity import pair_tolerance
 from lfx.runtime import Engine
@@ -235,8 +236,8 @@ BAD_REQUESTS: list[tuple[str, Any, int, str]] = [
     ("/models/choice/run", {"inputs": "a"}, 422, "needs the prompt as text, and a list of choices"),
     ("/models/choice/run", {"inputs": {"text": "a", "choices": ["b"] * 33}}, 413, "33 choices, above the 32"),
     ("/run", {"inputs": ["fox"] * 33}, 413, "33 inputs, above the 32 that this server takes"),
-    ("/nope", {}, 404, "there is no '/nope'"),
-    ("/health", {}, 405, "/health takes no 'POST'"),
+    ("/nope", {}, 404, "there is no route '/nope'"),
+    ("/health", {}, 405, "/health does not take 'POST' requests"),
     ("/predict", {"inputs": ["a", "b", "c"]}, 422, "give a text, a pair"),
     ("/predict", {"inputs": ["a", ["b"]]}, 422, "give a text, a pair"),
     ("/predict", {"inputs": [[]]}, 422, "give a text, a pair"),
@@ -276,6 +277,16 @@ def test_a_bad_request_gets_the_reason_in_its_apis_form(
     assert reason in error
     assert len(error) < 400
     answered(client, "/run", {"inputs": "the fox"})  # on the same connection
+
+
+@pytest.mark.parametrize("form", [native.RunRequest, openai.EmbeddingsRequest, tei.EmbedRequest, tei.PredictRequest])
+def test_a_list_is_checked_up_to_its_first_wrong_item(form: Any) -> None:
+    """Each wrong item of a list is an error of some hundred bytes, and of a microsecond, in pydantic."""
+    name = "input" if "input" in form.model_fields else "inputs"
+    for wrong in ([0.5] * 1000, [[0.5] * 1000], [[0.5]] * 1000, [{"ids": [0.5] * 1000}] * 2):
+        with pytest.raises(ValidationError) as caught:
+            form.model_validate({name: wrong})
+        assert caught.value.error_count() <= 12
 
 
 @pytest.mark.parametrize("chunked", [False, True])

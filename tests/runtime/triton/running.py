@@ -83,6 +83,7 @@ def _start(repository: Path, backends: Path, options: tuple[str, ...]) -> tuple[
             f"--backend-directory={backends}",
             *(f"--{service}-address=127.0.0.1" for service in SERVICES),
             *(f"--{service}-port={port}" for service, port in ports.items()),
+            "--exit-timeout-secs=2",  # a client that was not closed keeps its connection
             *options,
         ]
         process = subprocess.Popen(
