@@ -311,7 +311,9 @@ def _config(name: str, source: _Source, settings: Settings, parameters: Mapping[
     inputs, outputs = list(signature.inputs), list(signature.outputs)
     is_python = settings.triton_backend == "python"
     if is_python:
-        has_tokenizer = finds_tokenizer(source.path, source.manifest)
+        # The files beside a single ONNX file are not copied.
+        is_added = source.manifest is not None or settings.link
+        has_tokenizer = is_added and finds_tokenizer(source.path, source.manifest)
         inputs = input_specs(signature, has_tokenizer=has_tokenizer)
         outputs = output_specs(signature, has_tokenizer=has_tokenizer)
     on_gpu = _on_gpu(source, settings)

@@ -216,7 +216,8 @@ class TritonModel:
         return _Row(feeds, encoded[0])
 
     def _encode(self, text: str, pair: str | None, parameters: Mapping[str, Any]) -> Encoded:
-        assert self._tokenizer is not None  # the config has no text inputs without one
+        if self._tokenizer is None:
+            raise InputError("this model has no tokenizer; give input_ids")
         prompt, truncate = parameters.get("prompt"), parameters.get("truncate", False)
         if not isinstance(truncate, bool):
             raise InputError(f"the parameter truncate is {shown(truncate)}; give true or false")

@@ -26,6 +26,7 @@ WAIT_SECONDS = 120.0  # longer than anything takes; no test measures time
 SERVER = Path(os.environ.get("LFX_TRITONSERVER", ROOT / "build" / "triton" / "pytriton" / "tritonserver"))
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 SERVICES = ("http", "grpc", "metrics")
+LAST_LINE = "Started Metrics Service"  # of a server that takes requests
 
 
 @dataclass
@@ -97,7 +98,7 @@ def _start(repository: Path, backends: Path, options: tuple[str, ...]) -> tuple[
         server, ready = Running(process, ports), threading.Event()
         reader = threading.Thread(target=_read, args=(server, ready), daemon=True)
         reader.start()
-        if ready.wait(WAIT_SECONDS) and process.poll() is None:
+        if ready.wait(WAIT_SECONDS) and any(LAST_LINE in line for line in server.lines):
             return server, reader
         _end(server)
         if not any("Address already in use" in line for line in server.lines):
@@ -141,7 +142,7 @@ def _read(server: Running, ready: threading.Event) -> None:
     assert server.process.stdout is not None
     for line in server.process.stdout:
         server.lines.append(line.rstrip("\n"))
-        if "Started Metrics Service" in line:  # the last of the three
+        if LAST_LINE in line:
             ready.set()
     ready.set()  # it ended
 

@@ -63,6 +63,17 @@ def test_a_model_on_gpus_names_them(bundle: MakeBundle, tmp_path: Path) -> None:
     assert "{ count: 2 kind: KIND_GPU gpus: [ 0, 2 ] }" in text
 
 
+def test_a_single_onnx_file_takes_ids_only(bundle: MakeBundle, tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name in ("model.onnx", "model.onnx.data", "tokenizer.json"):
+        (folder / name).write_bytes((bundle() / name).read_bytes())
+    written = write_model(folder / "model.onnx", tmp_path / "models", Settings(name="m"))
+    assert names(written.folder) == {"config.pbtxt", "1/model.py", "1/bundle/model.onnx", "1/bundle/model.onnx.data"}
+    assert '"text"' not in config_of(written.folder)
+    assert 'value { string_value: "bundle/model.onnx" }' in config_of(written.folder)
+
+
 def test_a_linked_bundle_is_named_and_not_copied(bundle: MakeBundle, tmp_path: Path) -> None:
     written = write_model(bundle(), tmp_path / "models", Settings(link=True))
     assert names(written.folder) == {"config.pbtxt", "1/model.py"}

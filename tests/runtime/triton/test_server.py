@@ -245,6 +245,15 @@ def test_a_model_is_unloaded_and_the_one_that_replaced_it_is_loaded(
     same(ask(server, "other", input_ids=ids), Engine(bundle("feature-extraction"), threads=1).run(ids))
 
 
+def test_a_single_onnx_file_is_served(server: Running, repository: Path, bundle: MakeBundle, tmp_path: Path) -> None:
+    for name in ("model.onnx", "model.onnx.data"):
+        shutil.copy(bundle("feature-extraction") / name, tmp_path)
+    write_model(tmp_path / "model.onnx", repository, Settings(name="file", threads=1))
+    server.client("http").load_model("file")
+    ids = some_ids(9)
+    same(ask(server, "file", input_ids=ids), Engine(tmp_path / "model.onnx", threads=1).run(ids))
+
+
 def test_a_changed_bundle_is_not_loaded_and_the_server_says_why(
     server: Running, repository: Path, bundle: MakeBundle
 ) -> None:
