@@ -6,10 +6,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Folder of a package that carries a copy of TensorRT's headers, to compile the plugin. The package is not installed in .venv.
 HEADERS := $(CURDIR)/build/headers
+# Folder of a package that carries NVIDIA's tritonserver, for the tests; it is not installed in .venv either.
+TRITON := $(CURDIR)/build/triton
 # The index that pip searches for PyTorch's CPU build, in addition to the indexes that it is configured with.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Every extra but gpu, whose onnxruntime-gpu takes the place of onnxruntime.
-EXTRAS := export,cpu,rtx,openvino,report,parquet,metrics,verify,serve,ray,demo,fuzz,test
+EXTRAS := export,cpu,rtx,openvino,report,parquet,metrics,verify,serve,ray,triton,demo,fuzz,test
 
 # Two processes of one thread each: most of the tests trace and load models, which uses one thread.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
@@ -48,7 +50,8 @@ $(STAMP): pyproject.toml requirements.lock CMakeLists.txt $(wildcard plugins/*.c
 	@$(call locked,torch) | $(call install,$(VENV),--no-deps --extra-index-url $(TORCH_INDEX) --retries 1) || { echo \
 	"PyTorch's CPU build was not found at $(TORCH_INDEX); name another index: make TORCH_INDEX=URL" >&2; exit 1; }
 	$(call locked,kernel-lens) | $(call install,$(VENV),--no-deps --upgrade --target $(HEADERS))
-	$(call locked_without,kernel-lens|uv) | $(call install,$(VENV),--no-build-isolation)
+	$(call locked,nvidia-pytriton) | $(call install,$(VENV),--no-deps --upgrade --target $(TRITON))
+	$(call locked_without,kernel-lens|nvidia-pytriton|uv) | $(call install,$(VENV),--no-build-isolation)
 	CMAKE_ARGS="$(CMAKE_ARGS) -DTensorRT_INCLUDE_DIR=$(HEADERS)/kernel_lens/include/tensorrt" \
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
@@ -86,6 +89,7 @@ test-lowest: .venv-lowest/.installed  ## Without the full-size shape, on the low
 	rm -rf .venv-lowest
 	$(call venv,.venv-lowest)
 	$(call locked,pip|setuptools) | $(call install,.venv-lowest)
+	$(call locked,nvidia-pytriton) | $(call install,.venv-lowest,--no-deps --upgrade --target $(TRITON))
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt \
 		--extra-index-url $(TORCH_INDEX) --retries 1 --no-deps torch
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --group build

@@ -110,7 +110,7 @@ def test_the_lock_has_every_dependency_within_its_bounds(name: str) -> None:
 
 def test_every_package_that_the_makefile_names_is_in_the_lock() -> None:
     named = "|".join(re.findall(r"\(call locked(?:_without)?,([^)]+)\)", MAKEFILE)).split("|")
-    assert {"pip", "torch", "kernel-lens", "uv"} <= set(named)
+    assert {"pip", "torch", "kernel-lens", "nvidia-pytriton", "uv"} <= set(named)
     assert set(named) <= {requirement.name for requirement, _ in lock_entries()}
 
 

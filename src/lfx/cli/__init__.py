@@ -23,6 +23,7 @@ from lfx.cli import (
     quantize,
     run,
     serve,
+    triton,
     verify,
 )
 from lfx.cli.terminal import catch_interrupts, drop_stdout, echo, interrupted, prepare_streams, printable, write
@@ -35,7 +36,7 @@ def cli() -> None:
     """Export Longformer models to ONNX and TensorRT, run them, and compare them with PyTorch."""
 
 
-_MODULES = (convert, export, quantize, build_engine, run, map, explain, serve, inspect, verify, parity, bench, push)
+_MODULES = (convert, export, quantize, build_engine, run, map, explain, serve, triton, inspect, verify, parity, bench, push)
 for _module in _MODULES:
     cli.add_command(_module.command)
 
