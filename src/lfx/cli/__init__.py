@@ -36,8 +36,22 @@ def cli() -> None:
     """Export Longformer models to ONNX and TensorRT, run them, and compare them with PyTorch."""
 
 
-_MODULES = (convert, export, quantize, build_engine, run, map, explain, serve, triton, inspect, verify, parity, bench, push)
-for _module in _MODULES:
+for _module in (
+    convert,
+    export,
+    quantize,
+    build_engine,
+    run,
+    map,
+    explain,
+    serve,
+    triton,
+    inspect,
+    verify,
+    parity,
+    bench,
+    push,
+):
     cli.add_command(_module.command)
 
 
