@@ -74,12 +74,12 @@ def finalize_graph(
         for definition in functions.OPS:
             body = functions.function(definition, opset)
             model.functions[body.identifier()] = body
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     if inline_functions:
         common.InlinePass()(model)
         make_constants_tensors(model.graph)
         common.CommonSubexpressionEliminationPass()(model)
         common.RemoveUnusedOpsetsPass()(model)
-    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     rename_dimensions(model, dimensions, unknown="global_slots")
     common.TopologicalSortPass()(model)
     model.producer_name, model.producer_version = "lfx", str(metadata["lfx_version"])

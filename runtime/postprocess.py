@@ -172,7 +172,7 @@ class Postprocessor:
             return None
         # A question is followed by two separators in RoBERTa's format, and by one in BERT's.
         question_end = separators[1] if separators[1] == separators[0] + 1 else separators[0]
-        return range(question_end + 1, len(encoded.ids) - 1)
+        return range(question_end + 1, separators[-1])
 
 
 @dataclass(frozen=True)

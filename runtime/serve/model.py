@@ -54,12 +54,14 @@ class Prepared:
         tokens: number of real tokens.
         truncated: whether the text was cut.
         future: of the model's outputs.
+        positions: of the real tokens among the ids that the client gave; None if no id is masked.
     """
 
     encoded: Encoded
     tokens: int
     truncated: bool
     future: Future[Outputs]
+    positions: NDArray[np.int64] | None = None
 
 
 class ServedModel:
@@ -156,9 +158,11 @@ class ServedModel:
             self._check_choices(len(item.ids))
         future = self.batcher.submit(item.ids, item.attention_mask, item.global_attention_mask)
         rows = item.ids if self.signature.has_choices else [item.ids]
-        ids = [int(token) for token in rows[0]]
-        tokens = sum(map(len, rows))
-        return Prepared(Encoded(ids, [str(token) for token in ids]), tokens, False, future)
+        real = np.ones(np.shape(rows), bool) if item.attention_mask is None else np.array(item.attention_mask) == 1
+        positions = np.flatnonzero(real.reshape(len(rows), -1)[0])
+        ids = [int(rows[0][i]) for i in positions]
+        encoded = Encoded(ids, [str(token) for token in ids])
+        return Prepared(encoded, int(real.sum()), False, future, None if real.all() else positions)
 
     def _submit_choices(self, item: Input) -> Prepared:
         assert item.text is not None
@@ -203,6 +207,9 @@ class ServedModel:
         if self._postprocessor is None:
             return []
         arrays = {name: np.asarray(value) for name, value in outputs.items()}
+        if prepared.positions is not None:
+            per_token = {spec.name for spec in self.signature.outputs if spec.shape[1:2] == ("sequence",)}
+            arrays |= {name: arrays[name][:, prepared.positions] for name in per_token}
         try:
             answers = self._postprocessor.answers(prepared.encoded, arrays)
         except InputError as error:  # the model's outputs are wrong, not the request

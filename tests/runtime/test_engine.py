@@ -205,7 +205,8 @@ def test_on_error_return_keeps_the_error_of_a_batch_that_fails_in_the_backend(
 
 def test_on_error_return_takes_different_numbers_of_choices(bundle: MakeBundle) -> None:
     with Engine(bundle("multiple-choice"), threads=1) as engine:
-        documents = [[[5, 6, 7]] * 2, [[5, 6, 8]] * 3, [[5]], [[9, 9, 9]] * 3]
+        row = [0, 5, 2, 2, 6, 2]
+        documents = [[row] * 2, [row] * 3, [[*row[:-1], 7, 8, 2]], [[0, 9, 2, 2, 9, 2]] * 3]
         alone = [engine.run(document) for document in documents]
         for rows in (engine.stream(documents), engine.stream(documents, on_error="return")):
             for row, expected in zip(rows, alone, strict=True):

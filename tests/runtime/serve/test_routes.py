@@ -279,6 +279,29 @@ def test_a_bad_request_gets_the_reason_in_its_apis_form(
     answered(client, "/run", {"inputs": "the fox"})  # on the same connection
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_masked_ids_do_not_count_for_answers(client: httpx.Client, side: str) -> None:
+    question, document = [0, 10, 11, 2, 2], [(7 * i) % 40 + 5 for i in range(12)]
+    ids, marks = [*question, *document, 2], [1, 1, 1] + [0] * 15
+
+    def padded(row: list[int], fill: int) -> list[int]:
+        return [fill] * 20 + row if side == "left" else row + [fill] * 20
+
+    for path in ("/models/qa/run", "/models/ner/run"):
+        plain = {"ids": ids, "global_attention_mask": marks}
+        masked = {
+            "ids": padded(ids, 1),
+            "attention_mask": padded([1] * len(ids), 0),
+            "global_attention_mask": padded(marks, 0),
+        }
+        expected, actual = (answered(client, path, {"inputs": one})["results"][0] for one in (plain, masked))
+        assert actual["tokens"] == expected["tokens"] == len(ids)
+        for one, other in zip(actual["answers"], expected["answers"], strict=True):
+            assert one.keys() == other.keys()
+            assert {**one, "score": 0} == {**other, "score": 0}
+            assert one.get("score", 0) == pytest.approx(other.get("score", 0), abs=1e-5)
+
+
 @pytest.mark.parametrize("form", [native.RunRequest, openai.EmbeddingsRequest, tei.EmbedRequest, tei.PredictRequest])
 def test_a_list_is_checked_up_to_its_first_wrong_item(form: Any) -> None:
     """Each wrong item of a list is an error of some hundred bytes, and of a microsecond, in pydantic."""
