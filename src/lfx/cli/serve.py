@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import click
 from lfx.cli.engine import add_engine_options
 from lfx.cli.options import MOST_TOKENS, Command, FilePath, FilledText
 from lfx.cli.terminal import echo, echo_json
+from lfx.errors import LfxError
 
 MOST_SECONDS = 86_400.0
 _Seconds = click.FloatRange(0.05, MOST_SECONDS)
@@ -123,7 +125,8 @@ def command(models: tuple[str, ...], tokenizer: Path | None, as_json: bool, **op
 
     def announce(state: dict[str, Any]) -> None:
         if as_json:
-            echo_json(state)
+            with contextlib.suppress(OSError, LfxError):  # a script may read the address and close stdout
+                echo_json(state)
 
     if settings.workers == 1:
         from lfx.runtime.serve.server import serve

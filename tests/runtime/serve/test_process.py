@@ -90,6 +90,18 @@ def test_a_stop_ends_within_its_bound_and_says_so_to_the_clients(model: Path, se
         assert server.wait() == 0
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_script_may_read_the_address_and_close_stdout(workers: int, model: Path) -> None:
+    with Command(f"cls={model}", "--workers", str(workers), "--json") as server:
+        server.announced()
+        assert server.process.stdout is not None
+        server.process.stdout.close()
+        for _ in range(workers):
+            server.wait_for("is ready")
+        assert server.stop() == 0
+        assert not any("Traceback" in line for line in server.lines)
+
+
 @pytest.fixture(scope="module")
 def workers(model: Path) -> Iterator[Command]:
     """Two workers, ready."""
