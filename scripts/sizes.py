@@ -1,4 +1,9 @@
-"""Print the installed size of lfx with its extras, from the packages of this environment: `python -m scripts.sizes`."""
+"""Measure the installed size of lfx with its extras, from the packages of this environment.
+
+    python -m scripts.sizes            # writes docs/records/sizes.jsonl
+
+Python and lfx itself do not count.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from scripts import record
 
 ROOT = Path(__file__).resolve().parent.parent
 SELECTIONS = (("cpu",), ("cpu", "serve"), ("openvino",), ("export", "cpu"))
@@ -57,10 +64,19 @@ def installed_bytes(names: Iterable[str]) -> int:
 
 
 def main() -> None:
-    """Print a line for each selection of extras."""
+    """Write the record of each selection of extras."""
+    rows = []
     for extras in SELECTIONS:
         names = closure(extras)
-        print(f"[{','.join(extras)}]: {len(names)} packages, {installed_bytes(names) / 1e6:,.0f} MB")
+        rows.append(
+            {
+                **record.environment(),
+                "extras": list(extras),
+                "packages": len(names),
+                "installed_bytes": installed_bytes(names),
+            }
+        )
+    print(record.write("sizes", rows))
 
 
 if __name__ == "__main__":

@@ -90,6 +90,19 @@ def export() -> str:
     return _rows(header, rows)
 
 
+def sizes() -> str:
+    """Make the table of the installed size by extras."""
+    records = record.read("sizes")
+    rows = [
+        [f"`[{','.join(row['extras'])}]`", str(row["packages"]), f"{row['installed_bytes'] / 1e6:,.0f} MB"]
+        for row in records
+    ]
+    return _rows(["extras", "packages", "installed"], rows) + (
+        f"\nWithout Python and lfx itself. Linux on x86-64, Python {records[0]['python']}, torch "
+        f"{records[0]['versions']['torch']}; {records[0]['date']}.\n"
+    )
+
+
 def peers() -> str:
     """Make the table of the nine cases with each tool."""
     records = record.read("peers")
@@ -444,6 +457,7 @@ def chart() -> None:
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu,
     "export": export,
+    "sizes": sizes,
     "peers": peers,
     "compatibility": compatibility,
     "documents": documents,
