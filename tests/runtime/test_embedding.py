@@ -124,7 +124,7 @@ def test_a_plan_finds_the_tokenizer_of_its_bundle(bundle: MakeBundle, tmp_path: 
     with Engine(folder) as engine:
         expected = engine.embed(TEXTS)
     with Engine(folder) as engine:  # a plan's Engine has this path and this manifest
-        engine._path = tmp_path / "b.plan"
+        engine.path = tmp_path / "b.plan"
         recorded: Any = SimpleNamespace(bundle={"name": "b", "sha256": sha256(folder / MANIFEST)})
         engine.manifest = recorded
         assert np.array_equal(engine.embed(TEXTS), expected)
@@ -132,7 +132,7 @@ def test_a_plan_finds_the_tokenizer_of_its_bundle(bundle: MakeBundle, tmp_path: 
 
 def test_threads_and_a_pickled_engine_give_the_same_vectors(engine: Engine) -> None:
     expected = engine.embed(TEXTS)
-    with Engine(engine._path, threads=1) as fresh, ThreadPoolExecutor(8) as pool:
+    with Engine(engine.path, threads=1) as fresh, ThreadPoolExecutor(8) as pool:
         assert all(np.array_equal(vectors, expected) for vectors in pool.map(fresh.embed, [TEXTS] * 16))
         assert fresh.metrics.snapshot().requests == 16
     assert np.array_equal(pickle.loads(pickle.dumps(engine)).embed(TEXTS), expected)
@@ -143,7 +143,7 @@ def test_the_default_prompt_is_put_before_each_text_unless_another_is_given(engi
         assert np.array_equal(opened.embed(TEXTS), engine.embed([f"quick {text}" for text in TEXTS]))
         assert np.array_equal(opened.embed(TEXTS, prompt="lazy "), engine.embed([f"lazy {text}" for text in TEXTS]))
         assert np.array_equal(opened.embed(TEXTS, prompt=""), engine.embed(TEXTS))
-        assert Tokenizer(prompted, opened.signature).sha256 != Tokenizer(engine._path, opened.signature).sha256
+        assert Tokenizer(prompted, opened.signature).sha256 != Tokenizer(engine.path, opened.signature).sha256
 
 
 @pytest.mark.parametrize("prompts", [{}, {"a": "b"}, None])
@@ -184,7 +184,7 @@ def test_a_broken_prompt_is_an_artifact_error(settings: Any, prompted: Path) -> 
 def test_run_prints_the_vector_of_a_text(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
     expected = engine.embed("the fox")
     for as_json in (False, True):
-        run_text(engine, engine._path, "the fox", (), None, None, tokenizer=None, as_json=as_json)
+        run_text(engine, engine.path, "the fox", (), None, None, tokenizer=None, as_json=as_json)
     *lines, printed = capsys.readouterr().out.splitlines()
     first = ", ".join(f"{value:.4f}" for value in expected[0, :4])
     assert lines[1] == f"sentence_embedding: shape (1, 32), first values {first}"
