@@ -216,17 +216,23 @@ class Engine:
         """`run` in a thread, for asyncio. For many concurrent requests see `lfx.runtime.Batcher`."""
         return await asyncio.to_thread(self.run, ids, attention_mask, global_attention_mask)
 
-    def run_together(self, requests: Sequence[Feeds]) -> list[Outputs]:
+    def run_together(self, requests: Sequence[Feeds], *, on_error: str = "raise") -> list[Any]:
         """Run prepared sequences in batches of similar lengths; see `lfx.runtime.Batcher`.
 
+        Args:
+            on_error: "raise", or "return": the sequences of a batch that fails in the backend get its error. Default:
+                "raise".
         Returns:
-            For each sequence, what `run` returns for it alone: arrays with a batch axis of 1.
+            For each sequence, what `run` returns for it alone: arrays with a batch axis of 1; or its LfxError.
         Raises:
-            InputError: the Engine is closed.
+            InputError: the Engine is closed, or `on_error` is not known.
             LfxError: the Engine was made before a fork, or the backend failed.
         """
-        rows = self._run_rows(self._open(), requests)
-        return [{name: array[None] for name, array in row.items()} for row in rows]
+        one_of(on_error, "on_error", ON_ERROR, InputError)
+        rows = self._run_rows(self._open(), requests, keep_errors=on_error == "return")
+        return [
+            row if isinstance(row, LfxError) else {name: array[None] for name, array in row.items()} for row in rows
+        ]
 
     @property
     def identity(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,32 @@ class Postprocessor:
                 text = self._tokenizer.decode([int(token)])
                 fillers.append({"position": position, "token": text, "score": float(scores[token])})
         return fillers
+
+    def answers_of_request(
+        self, encoded: Encoded, outputs: Mapping[str, Any], positions: NDArray[np.int64] | None = None
+    ) -> list[dict[str, Any]]:
+        """`answers` for a client: an answer to a question also has `start` and `end`, see `answer_range`.
+
+        Args:
+            encoded: the real tokens of the sequence.
+            outputs: output name -> array with a batch axis of 1, of real and masked tokens.
+            positions: of the real tokens in the outputs; None = no token is masked.
+        Raises:
+            ArtifactError: the outputs are not those of the task, or an answer has an id that the tokenizer does not
+                have: the request is not the cause.
+        """
+        arrays = {name: np.asarray(value) for name, value in outputs.items()}
+        if positions is not None:
+            specs = self._tokenizer.signature.outputs
+            per_token = {spec.name for spec in specs if spec.shape[1:2] == ("sequence",)}
+            arrays |= {name: arrays[name][:, positions] for name in per_token}
+        try:
+            answers = self.answers(encoded, arrays)
+            if answers and (span := self.answer_range(encoded, arrays)) is not None:
+                answers[0] |= {"start": span[0], "end": span[1]}
+        except InputError as error:
+            raise ArtifactError(str(error)) from error
+        return answers
 
     def answer_range(self, encoded: Encoded, outputs: dict[str, NDArray[Any]]) -> tuple[int, int] | None:
         """The range of characters of the answer to a question in `encoded.text`: start, and end (exclusive).

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lfx.checks import file_path, parse_json, whole_number
 from lfx.errors import ArtifactError, InputError, LengthError, LfxError, one_line
 from lfx.manifest import MANIFEST, Manifest, sha256
@@ -59,6 +62,19 @@ class TokenText:
     before: str
     text: str
     special: bool
+
+
+def encode_ids(
+    ids: Sequence[int], attention_mask: Sequence[int] | None = None
+) -> tuple[Encoded, NDArray[np.int64] | None]:
+    """Make the encoding of ids whose text is not known; its pieces are the ids.
+
+    Returns:
+        The encoding of the real tokens, and their positions in `ids`; None instead of the positions if all are real.
+    """
+    real = range(len(ids)) if attention_mask is None else [i for i, bit in enumerate(attention_mask) if bit == 1]
+    kept = [int(ids[i]) for i in real]
+    return Encoded(kept, [str(i) for i in kept]), None if len(real) == len(ids) else np.array(real, np.int64)
 
 
 class Windows(Sequence[Encoded]):

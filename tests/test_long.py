@@ -88,8 +88,6 @@ def test_the_script_writes_a_row_for_each_length(tmp_path: Path, monkeypatch: py
 
 
 def test_time_and_memory_of_the_record_grow_with_the_length() -> None:
-    if not (record.RECORDS / "long.jsonl").exists():
-        pytest.skip("no record yet; run: python -m scripts.bench.long")
     rows = {row["seqlen"]: row for row in record.read("long")}
     assert set(rows) >= {16384, 32768, 65536}
     assert all(check["passed"] for row in rows.values() for check in row["checks"])

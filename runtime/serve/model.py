@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.errors import ArtifactError, InputError, LengthError
+from lfx.errors import InputError, LengthError
 from lfx.runtime import Batcher, Engine
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.engine import Outputs
 from lfx.runtime.postprocess import ANSWERED_TASKS, Postprocessor
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
-from lfx.runtime.tokenizer import TOKENIZER, Encoded, Tokenizer, open_tokenizer, text_folder
+from lfx.runtime.tokenizer import TOKENIZER, Encoded, Tokenizer, encode_ids, open_tokenizer, text_folder
 from lfx.signature import SENTENCE_EMBEDDING, TASKS
 
 
@@ -157,12 +157,10 @@ class ServedModel:
         if self.signature.has_choices:
             self._check_choices(len(item.ids))
         future = self.batcher.submit(item.ids, item.attention_mask, item.global_attention_mask)
-        rows = item.ids if self.signature.has_choices else [item.ids]
-        real = np.ones(np.shape(rows), bool) if item.attention_mask is None else np.array(item.attention_mask) == 1
-        positions = np.flatnonzero(real.reshape(len(rows), -1)[0])
-        ids = [int(rows[0][i]) for i in positions]
-        encoded = Encoded(ids, [str(token) for token in ids])
-        return Prepared(encoded, int(real.sum()), False, future, None if real.all() else positions)
+        mask = np.ones(np.shape(item.ids), int) if item.attention_mask is None else np.array(item.attention_mask)
+        first = (item.ids[0], mask[0]) if self.signature.has_choices else (item.ids, mask)
+        encoded, positions = encode_ids(*first)
+        return Prepared(encoded, int(mask.sum()), False, future, positions)
 
     def _submit_choices(self, item: Input) -> Prepared:
         assert item.text is not None
@@ -206,17 +204,7 @@ class ServedModel:
         """
         if self._postprocessor is None:
             return []
-        arrays = {name: np.asarray(value) for name, value in outputs.items()}
-        if prepared.positions is not None:
-            per_token = {spec.name for spec in self.signature.outputs if spec.shape[1:2] == ("sequence",)}
-            arrays |= {name: arrays[name][:, prepared.positions] for name in per_token}
-        try:
-            answers = self._postprocessor.answers(prepared.encoded, arrays)
-        except InputError as error:  # the model's outputs are wrong, not the request
-            raise ArtifactError(str(error)) from error
-        if answers and (span := self._postprocessor.answer_range(prepared.encoded, arrays)) is not None:
-            answers[0] |= {"start": span[0], "end": span[1]}
-        return answers
+        return self._postprocessor.answers_of_request(prepared.encoded, outputs, prepared.positions)
 
     def raw_scores(self, outputs: Outputs) -> list[dict[str, Any]]:
         """The label and the logit of each class, best first."""

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfx.checks import shown, whole_number
-from lfx.errors import ArtifactError, InputError, LengthError, LfxError
-from lfx.runtime.batching import TOKEN_BUDGET, batches
+from lfx.errors import InputError, LengthError, LfxError
+from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.engine import Engine, Outputs
 from lfx.runtime.inputs import Feeds, prepare, seqlen_of
 from lfx.runtime.postprocess import ANSWERED_TASKS, Postprocessor
-from lfx.runtime.tokenizer import TOKENIZER, Encoded, Tokenizer, open_tokenizer, text_folder
+from lfx.runtime.tokenizer import TOKENIZER, Encoded, Tokenizer, encode_ids, open_tokenizer, text_folder
 from lfx.signature import SENTENCE_EMBEDDING, TASKS, Signature, TensorSpec
 
 ANSWERS, TOKENS = "answers", "num_tokens"  # outputs besides the model's
@@ -234,23 +234,13 @@ class TritonModel:
             raise LengthError(f"{reason}; shorten it, or give the parameter truncate: true to have it cut") from error
 
     def _run(self, rows: Sequence[_Row]) -> None:
-        """Run sequences as a Batcher does; of a batch that fails, each sequence gets the error."""
-        by_choices: dict[tuple[int, ...], list[_Row]] = {}  # multiple choice: those with equal numbers of choices
-        for row in rows:
-            by_choices.setdefault(row.feeds["input_ids"].shape[:-1], []).append(row)
-        for shape, alike in by_choices.items():
-            lengths, budget = [seqlen_of(row.feeds) for row in alike], self._engine.token_budget
-            choices = max(int(np.prod(shape)), 1)
-            check, may_pad = self._engine.shape_check(), self._signature.may_pad
-            for group in batches(lengths, max(budget // choices, 1), check, pad=may_pad):
-                together = [alike[i] for i in group]
-                results: Sequence[Outputs | LfxError]
-                try:
-                    results = self._engine.run_together([row.feeds for row in together])
-                except LfxError as error:
-                    results = [error] * len(together)
-                for row, result in zip(together, results, strict=True):
-                    row.result = result
+        """Run sequences in batches; of a batch that fails, each sequence gets the error."""
+        try:
+            results = self._engine.run_together([row.feeds for row in rows], on_error="return")
+        except LfxError as error:
+            results = [error] * len(rows)
+        for row, result in zip(rows, results, strict=True):
+            row.result = result
 
     def _result(self, request: Request, rows: Sequence[_Row]) -> dict[str, NDArray[Any]] | LfxError:
         """The outputs of a request, or the error of its first sequence that has one."""
@@ -278,15 +268,14 @@ class TritonModel:
     def _answers(self, row: _Row, outputs: Outputs) -> bytes:
         """The answers of a sequence as JSON: those of `Postprocessor.answers`."""
         assert self._postprocessor is not None
-        ids = [int(token) for token in row.feeds["input_ids"].reshape(-1, seqlen_of(row.feeds))[0]]
-        encoded = row.encoded or Encoded(ids, [str(token) for token in ids])
-        arrays = {name: np.asarray(value) for name, value in outputs.items()}
-        try:
-            answers = self._postprocessor.answers(encoded, arrays)
-            if answers and (span := self._postprocessor.answer_range(encoded, arrays)) is not None:
-                answers[0] |= {"start": span[0], "end": span[1]}
-        except InputError as error:  # the text is not the cause
-            raise ArtifactError(str(error)) from error
+        positions = None
+        encoded = row.encoded
+        if encoded is None:
+            ids, mask = row.feeds["input_ids"], row.feeds.get("attention_mask")
+            seqlen = seqlen_of(row.feeds)
+            first = None if mask is None else mask.reshape(-1, seqlen)[0].tolist()
+            encoded, positions = encode_ids(ids.reshape(-1, seqlen)[0].tolist(), first)
+        answers = self._postprocessor.answers_of_request(encoded, outputs, positions)
         return json.dumps(answers, ensure_ascii=False).encode()
 
 

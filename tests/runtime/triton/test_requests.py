@@ -1,0 +1,50 @@
+"""Requests that a model answers for Triton, without a server."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from lfx.errors import LfxError
+from lfx.runtime import Engine
+from lfx.runtime.tokenizer import Tokenizer
+from lfx.runtime.triton.requests import ANSWERS, Request, TritonModel
+from tests.conftest import MakeBundle
+
+
+@pytest.mark.parametrize("task", ["question-answering", "token-classification"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_masked_ids_do_not_count_for_answers(task: str, side: str, bundle: MakeBundle) -> None:
+    row = np.array([[0, 10, 11, 2, 2, *((7 * i) % 40 + 5 for i in range(12)), 2]])
+    width = ((0, 0), (20, 0) if side == "left" else (0, 20))
+    plain = {"input_ids": row, "attention_mask": np.ones_like(row), "global_attention_mask": (row == 10).astype(int)}
+    padded = {name: np.pad(array, width) for name, array in plain.items()}
+    padded["input_ids"][padded["attention_mask"] == 0] = 1
+    with Engine(bundle(task), threads=1) as engine:
+        model = TritonModel(engine, Tokenizer(bundle(task), engine.signature))
+        replies = model.answer([Request(inputs, frozenset({ANSWERS})) for inputs in (plain, padded)])
+    expected, actual = (json.loads(reply[ANSWERS][0].tobytes()) for reply in replies if isinstance(reply, dict))
+    assert len(actual) == len(expected) > 0
+    for one, other in zip(actual, expected, strict=True):
+        assert {**one, "score": 0} == {**other, "score": 0}
+        assert one["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
+def test_a_batch_that_fails_is_the_error_of_its_requests_alone(
+    bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(bundle(), threads=1, token_budget=20) as engine:
+        infer = type(engine._backend).infer
+
+        def fail_on_long(backend: object, feeds: dict[str, np.ndarray]) -> object:
+            if feeds["input_ids"].shape[1] > 20:
+                raise LfxError("out of memory")
+            return infer(backend, feeds)
+
+        monkeypatch.setattr(type(engine._backend), "infer", fail_on_long)
+        inputs = [{"input_ids": np.full((1, seqlen), 5)} for seqlen in (7, 40, 9)]
+        requests = [Request(one, frozenset({"pooler_output"})) for one in inputs]
+        replies = TritonModel(engine, None).answer(requests)
+    assert [isinstance(reply, LfxError) for reply in replies] == [False, True, False]
