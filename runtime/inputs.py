@@ -105,6 +105,17 @@ def stack(sequences: Sequence[Feeds], pad_token_id: int) -> Feeds:
     }
 
 
+def pad_choices(choices: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Int64, Int64]:
+    """Pad the ids of the choices of one example, on the right.
+
+    Returns:
+        The ids and the attention mask, both (choices, seqlen).
+    """
+    rows = [np.array(ids, np.int64) for ids in choices]
+    width = max(map(len, rows))
+    return _stack(rows, width, pad_token_id), _stack([np.ones_like(row) for row in rows], width, 0)
+
+
 def seqlen_of(feeds: Feeds) -> int:
     """Number of tokens of a prepared sequence, or of each of its choices."""
     return int(feeds["input_ids"].shape[-1])

@@ -15,6 +15,7 @@ from lfx.errors import InputError, LengthError
 from lfx.runtime import Batcher, Engine
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.engine import Outputs
+from lfx.runtime.inputs import pad_choices
 from lfx.runtime.postprocess import ANSWERED_TASKS, Postprocessor
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
 from lfx.runtime.tokenizer import TOKENIZER, Encoded, Tokenizer, encode_ids, open_tokenizer, text_folder
@@ -168,11 +169,7 @@ class ServedModel:
             raise InputError(f"{self.signature.task} needs the prompt as text, and a list of choices")
         self._check_choices(len(item.choices))
         encoded = [self._encode(item.text, choice, item) for choice in item.choices]
-        seqlen = max(len(choice.ids) for choice, _ in encoded)
-        ids = np.full((len(encoded), seqlen), self.signature.pad_token_id)
-        mask = np.zeros_like(ids)
-        for i, (choice, _) in enumerate(encoded):
-            ids[i, : len(choice.ids)], mask[i, : len(choice.ids)] = choice.ids, 1
+        ids, mask = pad_choices([choice.ids for choice, _ in encoded], self.signature.pad_token_id)
         truncated = any(cut for _, cut in encoded)
         return Prepared(encoded[0][0], int(mask.sum()), truncated, self.batcher.submit(ids, mask))
 

@@ -17,7 +17,7 @@ from lfx.checks import shown, whole_number
 from lfx.errors import InputError, LengthError, LfxError
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.engine import Engine, Outputs
-from lfx.runtime.inputs import Feeds, prepare, seqlen_of
+from lfx.runtime.inputs import Feeds, pad_choices, prepare, seqlen_of
 from lfx.runtime.postprocess import ANSWERED_TASKS, Postprocessor
 from lfx.runtime.tokenizer import TOKENIZER, Encoded, Tokenizer, encode_ids, open_tokenizer, text_folder
 from lfx.signature import SENTENCE_EMBEDDING, TASKS, Signature, TensorSpec
@@ -204,11 +204,7 @@ class TritonModel:
             if TASKS[task].needs_pair and pair is None:
                 raise InputError(f"{task} needs the question as text and the document as pair; give both")
             encoded = [self._encode(text, pair, parameters)]
-        seqlen = max(len(item.ids) for item in encoded)
-        ids = np.full((len(encoded), seqlen), self._signature.pad_token_id)
-        mask = np.zeros_like(ids)
-        for i, item in enumerate(encoded):
-            ids[i, : len(item.ids)], mask[i, : len(item.ids)] = item.ids, 1
+        ids, mask = pad_choices([item.ids for item in encoded], self._signature.pad_token_id)
         if self._signature.has_choices:
             ids, mask = ids[None], mask[None]
         has_mask = any(spec.name == "attention_mask" for spec in self._signature.inputs)

@@ -19,7 +19,7 @@ from transformers.models.longformer.modeling_longformer import _compute_global_a
 
 from lfx.errors import InputError
 from lfx.runtime import inputs
-from lfx.runtime.inputs import Feeds, default_global, prepare, prepare_each, seqlen_of, stack
+from lfx.runtime.inputs import Feeds, default_global, pad_choices, prepare, prepare_each, seqlen_of, stack
 from lfx.signature import GRAPH_INPUTS, Signature, TensorSpec
 
 PAD, SEP, VOCAB, LONGEST = 1, 2, 20, 12
@@ -266,6 +266,12 @@ def test_multiple_choice_pads_examples_of_different_lengths() -> None:
     batch = batch_of([[[3, 4], [5, 6]], [[7], [8]]], None, None, replace(CHOICES, default_global="none"))
     assert batch["input_ids"].tolist() == [[[3, 4], [5, 6]], [[7, PAD], [8, PAD]]]
     assert batch["attention_mask"].tolist() == [[[1, 1], [1, 1]], [[1, 0], [1, 0]]]
+
+
+def test_choices_of_different_lengths_are_padded_on_the_right() -> None:
+    ids, mask = pad_choices([[3, 4, 5], [6], [7, 8]], PAD)
+    assert ids.tolist() == [[3, 4, 5], [6, PAD, PAD], [7, 8, PAD]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
 
 
 def test_default_globals_none_and_first() -> None:

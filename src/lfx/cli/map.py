@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lfx.cli.engine import add_engine_options
-from lfx.cli.options import MOST_TOKENS, Command, FilePath, FilledText
+from lfx.cli.options import Command, FilePath, FilledText, document_options
 from lfx.cli.terminal import echo, echo_json
 from lfx.errors import InputError
 
@@ -56,19 +56,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Write the parts in this format.",
 )
-@click.option(
-    "--stride",
-    type=click.IntRange(1, MOST_TOKENS),
-    metavar="N",
-    help="Cut long documents into windows that start every N tokens.",
-)
-@click.option(
-    "--max-windows",
-    type=click.IntRange(1, MOST_TOKENS),
-    metavar="N",
-    help="Refuse a document that --stride cuts into more windows.  [default: 4096]",
-)
-@click.option("--tokenizer", type=FilePath(), help="Read the tokenizer from this folder.  [default: the bundle's]")
+@document_options
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
 @add_engine_options
 def command(

@@ -121,3 +121,23 @@ def _label(param: click.Parameter | None) -> str:
     if isinstance(param, click.Option):
         return "/".join((param.opts[0], *param.secondary_opts[:1]))
     return param.human_readable_name if param is not None else "path"
+
+
+def document_options(command: Any) -> Any:
+    """Add the options of commands that run on documents: --stride, --max-windows and --tokenizer."""
+    stride = click.option(
+        "--stride",
+        type=click.IntRange(1, MOST_TOKENS),
+        metavar="N",
+        help="Cut long documents into windows that start every N tokens.",
+    )
+    max_windows = click.option(
+        "--max-windows",
+        type=click.IntRange(1, MOST_TOKENS),
+        metavar="N",
+        help="Refuse a document that --stride cuts into more windows.  [default: 4096]",
+    )
+    tokenizer = click.option(
+        "--tokenizer", type=FilePath(), help="Read the tokenizer from this folder.  [default: the bundle's]"
+    )
+    return stride(max_windows(tokenizer(command)))

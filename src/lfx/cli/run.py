@@ -12,7 +12,7 @@ import click
 
 from lfx.checks import file_path, output_file
 from lfx.cli.engine import engine_options
-from lfx.cli.options import MOST_TOKENS, Command, FilePath, OutputPath
+from lfx.cli.options import Command, FilePath, OutputPath, document_options
 from lfx.cli.terminal import echo, echo_json, progress, table
 from lfx.errors import InputError
 from lfx.files import replacing, why_unwritten
@@ -38,19 +38,7 @@ if TYPE_CHECKING:
     type=FilePath(),
     help="Run on this file: one text, or documents as .jsonl (.ndjson) or .parquet with a field text or input_ids.",
 )
-@click.option(
-    "--stride",
-    type=click.IntRange(1, MOST_TOKENS),
-    metavar="N",
-    help="Cut long documents into windows that start every N tokens.",
-)
-@click.option(
-    "--max-windows",
-    type=click.IntRange(1, MOST_TOKENS),
-    metavar="N",
-    help="Refuse a document that --stride cuts into more windows.  [default: 4096]",
-)
-@click.option("--tokenizer", type=FilePath(), help="Read the tokenizer from this folder.  [default: the bundle's]")
+@document_options
 @click.option(
     "--output",
     type=OutputPath(),
@@ -156,6 +144,8 @@ def encode_text(
     """
     import numpy as np
 
+    from lfx.runtime.inputs import pad_choices
+
     signature = reader.signature
     choices = signature.has_choices
     if len(pair) > 1 and not choices:
@@ -164,7 +154,7 @@ def encode_text(
         raise InputError(f"{signature.task} needs --text and --pair: " + _pair_help(choices))
     encoded = [reader.encode(text, second) for second in (pair or (None,))]
     if choices:
-        return encoded, *_pad([e.ids for e in encoded], signature.pad_token_id)
+        return encoded, *pad_choices([e.ids for e in encoded], signature.pad_token_id)
     return encoded, np.array(encoded[0].ids), None
 
 
@@ -238,17 +228,6 @@ def open_tokenizer(model: Path, engine: Engine, given: Path | None) -> Tokenizer
 
 def _pair_help(choices: bool) -> str:
     return "the prompt, and one --pair for each choice" if choices else "the question, and the document as --pair"
-
-
-def _pad(rows: list[list[int]], pad_token_id: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    import numpy as np
-
-    seqlen = max(len(row) for row in rows)
-    ids = np.full((len(rows), seqlen), pad_token_id)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    return ids, mask
 
 
 def read_text(file: Path | None) -> str:
