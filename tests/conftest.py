@@ -90,6 +90,24 @@ def bundle(made_once: MakeOnce) -> MakeBundle:
     return make
 
 
+@pytest.fixture(scope="module")
+def own_bundle(bundle: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
+    """own_bundle(task, **export options) -> a copy of the bundle for one module of tests.
+
+    The onnx package refuses weights that have a second hard link, and the OpenVINO backend makes one while it opens a
+    bundle, which another worker may be doing with the bundle that all tests share.
+    """
+    copies: dict[Path, Path] = {}
+
+    def make(task: str = "feature-extraction", **options: Any) -> Path:
+        source = bundle(task, **options)
+        if source not in copies:
+            copies[source] = Path(shutil.copytree(source, tmp_path_factory.mktemp("own") / task))
+        return copies[source]
+
+    return make
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
     """small_disk() -> an empty folder on a disk of 128 KiB of its own."""

@@ -14,7 +14,7 @@ from typing import Any
 from lfx import __version__
 from lfx.checks import file_path, one_of, real_number, shown, whole_number
 from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
-from lfx.files import copy, exchange, link_or_copy, locked, private_folder, why_unwritten
+from lfx.files import copy, exchange, locked, private_folder, why_unwritten
 from lfx.manifest import MANIFEST, MODEL, Manifest
 from lfx.runtime import backends, plugin
 from lfx.runtime.artifact import Artifact, open_artifact
@@ -121,8 +121,8 @@ class Written:
 def write_model(model: str | Path, repository: str | Path, settings: Settings) -> Written:
     """Write a model into a repository, which is made if it does not exist. A model of lfx of that name is replaced.
 
-    Files are hard links where the file system has them, else copies. With `settings.link` the bundle or plan stays
-    where it is, and its path must be the same on the server.
+    Files are copies, since onnx refuses weights that have a second hard link. With `settings.link` the bundle or plan
+    stays where it is, and its path must be the same on the server.
 
     Raises:
         InputError: an option does not fit the model.
@@ -265,7 +265,7 @@ def _add_bundle(source: _Source, version: Path) -> str:
     if source.artifact.manifest is None:
         folder.mkdir()
         for name, file in source.artifact.files.items():
-            link_or_copy(file, folder / name)
+            copy(file, folder / name)
         return f"{BUNDLE}/{source.artifact.path.name}"
     _add_files(source.path, folder, source.artifact.manifest, source.artifact.manifest.files)
     return BUNDLE
@@ -275,13 +275,13 @@ def _add_files(bundle: Path, folder: Path, manifest: Manifest, names: Mapping[st
     for name in (*names, MANIFEST):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        link_or_copy(bundle / name, target)
+        copy(bundle / name, target)
 
 
 def _add_plan(source: _Source, plan: PlanManifest, version: Path) -> str:
     """Add a plan, its JSON and the text files of its bundle, if they are there."""
     for file in (source.path, json_path(source.path)):
-        link_or_copy(file, version / file.name)
+        copy(file, version / file.name)
     bundle = source.path.parent / str(plan.bundle["name"])
     if finds_tokenizer(source.path, plan) and bundle.is_dir():
         manifest = Manifest.read(bundle)
@@ -295,11 +295,11 @@ def _write_native(source: _Source, version: Path) -> Path | None:
     if source.plan is None:
         assert source.artifact is not None
         model, *weights = source.artifact.files.items()
-        link_or_copy(model[1], version / MODEL)
+        copy(model[1], version / MODEL)
         for name, file in weights:
-            link_or_copy(file, version / name)
+            copy(file, version / name)
         return None
-    link_or_copy(source.path, version / PLAN)
+    copy(source.path, version / PLAN)
     if not source.plan.plugin_layers:
         return None
     copy(plugin.library(), version / plugin.LIBRARY)

@@ -57,12 +57,12 @@ def _answers(folder: Path, backend: str = "onnxruntime", **unused: Any) -> list[
 
 
 @pytest.mark.parametrize("opset", [18, 19, 20, 21, 22, 23])
-def test_each_opset_is_what_was_asked_for_and_gives_the_same_numbers(bundle: MakeBundle, opset: int) -> None:
-    model = _graph(bundle(opset=opset))
+def test_each_opset_is_what_was_asked_for_and_gives_the_same_numbers(own_bundle: MakeBundle, opset: int) -> None:
+    model = _graph(own_bundle(opset=opset))
     assert _opsets(model) == {"": opset, "lfx": 1}
     assert all({e.domain: e.version for e in f.opset_import}[""] == opset for f in model.functions)
-    onnx.checker.check_model(bundle(opset=opset) / "model.onnx", full_check=True)
-    for mine, at_17 in zip(_answers(bundle(opset=opset)), _answers(bundle(opset=17)), strict=True):
+    onnx.checker.check_model(own_bundle(opset=opset) / "model.onnx", full_check=True)
+    for mine, at_17 in zip(_answers(own_bundle(opset=opset)), _answers(own_bundle(opset=17)), strict=True):
         for name in at_17:
             np.testing.assert_array_equal(mine[name], at_17[name])
 

@@ -69,11 +69,11 @@ CASES = [
     ("tool", "precision", "options"), CASES, ids=lambda value: getattr(value, "__name__", str(value))
 )
 def test_a_tool_keeps_the_model(
-    tool: Callable[[Path, Path], None], precision: str, options: dict[str, Any], bundle: MakeBundle, tmp_path: Path
+    tool: Callable[[Path, Path], None], precision: str, options: dict[str, Any], own_bundle: MakeBundle, tmp_path: Path
 ) -> None:
     if tool is halve and options and Version(onnxruntime.__version__) < Version("1.31"):
         pytest.skip("the float16 converter of this ONNX Runtime writes casts of the wrong type for this model")
-    source = bundle(**options) / MODEL
+    source = own_bundle(**options) / MODEL
     tool(source, tmp_path / "changed.onnx")
     expected = answer(source)
     # Each of the two models may be as far from the float64 reference as the export was allowed to be, in its own type.

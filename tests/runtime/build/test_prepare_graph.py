@@ -46,9 +46,9 @@ def _ops(model: ir.Model) -> list[str]:
 
 @pytest.mark.parametrize(("slots", "heads"), [(1, 1), (HEAD_SIZE - 1, 1), (HEAD_SIZE, 2), (40, 2)])
 def test_freezing_keeps_the_cheaper_branch_of_the_global_rows_and_no_if(
-    slots: int, heads: int, bundle: MakeBundle
+    slots: int, heads: int, own_bundle: MakeBundle
 ) -> None:
-    model = _load(bundle())
+    model = _load(own_bundle())
     freeze.freeze_slots(model, slots)
     assert "If" not in _ops(model)
     (topk,) = [node for node in model.graph if node.op_type == "TopK"]
@@ -58,14 +58,14 @@ def test_freezing_keeps_the_cheaper_branch_of_the_global_rows_and_no_if(
 
 
 @pytest.mark.parametrize("slots", [1, 4, HEAD_SIZE, 40])
-def test_a_frozen_graph_gives_the_bundle_s_outputs(slots: int, bundle: MakeBundle, tmp_path: Path) -> None:
-    model = _load(bundle())
+def test_a_frozen_graph_gives_the_bundle_s_outputs(slots: int, own_bundle: MakeBundle, tmp_path: Path) -> None:
+    model = _load(own_bundle())
     freeze.freeze_slots(model, slots)
     freeze.name_plugins(model)
     path = _save(model, tmp_path)
     onnx.checker.check_model(path, full_check=True)
-    with Engine(bundle()) as original, Engine(path) as frozen:
-        limit = Manifest.read(bundle()).validation["outputs"]["last_hidden_state"]["tolerance"]
+    with Engine(own_bundle()) as original, Engine(path) as frozen:
+        limit = Manifest.read(own_bundle()).validation["outputs"]["last_hidden_state"]["tolerance"]
         for case in full_cases(8, 128)[::3]:
             inputs = model_inputs(case, original.signature)
             if (
@@ -77,8 +77,8 @@ def test_a_frozen_graph_gives_the_bundle_s_outputs(slots: int, bundle: MakeBundl
 
 
 @pytest.mark.parametrize("options", [{"max_global": 4}, {"global_attention": "first"}, {"global_attention": "none"}])
-def test_a_graph_of_constant_slots_is_not_changed(options: dict[str, Any], bundle: MakeBundle) -> None:
-    model = _load(bundle(**options))
+def test_a_graph_of_constant_slots_is_not_changed(options: dict[str, Any], own_bundle: MakeBundle) -> None:
+    model = _load(own_bundle(**options))
     before = _ops(model)
     freeze.freeze_slots(model, 4)
     assert _ops(model) == before
@@ -108,8 +108,8 @@ def test_pooling_and_norm_stay_in_float32(precision: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_converted_graph_is_strongly_typed(precision: str, bundle: MakeBundle, tmp_path: Path) -> None:
-    model = _load(bundle())
+def test_a_converted_graph_is_strongly_typed(precision: str, own_bundle: MakeBundle, tmp_path: Path) -> None:
+    model = _load(own_bundle())
     freeze.freeze_slots(model, 4)
     freeze.convert(model, precision)
     path = _save(model, tmp_path)
@@ -124,15 +124,15 @@ def test_a_converted_graph_is_strongly_typed(precision: str, bundle: MakeBundle,
         assert node.attributes["stash_type"].as_int() == 1  # reduces in float32
 
 
-def test_a_weight_above_the_dtype_s_maximum_is_refused_by_name(bundle: MakeBundle) -> None:
-    model = _load(bundle())
+def test_a_weight_above_the_dtype_s_maximum_is_refused_by_name(own_bundle: MakeBundle) -> None:
+    model = _load(own_bundle())
     weight = model.graph.initializers["encoder.layer.0.output.dense.bias"]
     array = weight.const_value.numpy().copy()
     array[3] = 1e6
     weight.const_value = ir.tensor(array)
     with pytest.raises(BuildError, match=r"encoder\.layer\.0\.output\.dense\.bias holds 1e\+06, which fp16 cannot"):
         freeze.convert(model, "fp16")
-    model = _load(bundle())
+    model = _load(own_bundle())
     model.graph.initializers["encoder.layer.0.output.dense.bias"].const_value = ir.tensor(array)
     freeze.convert(model, "bf16")
 
@@ -180,11 +180,11 @@ def test_a_conversion_that_is_wrong_at_long_lengths_only_is_refused(
 
 
 def test_an_operator_without_a_half_precision_kernel_is_refused_with_the_way_out(
-    bundle: MakeBundle, tmp_path: Path
+    own_bundle: MakeBundle, tmp_path: Path
 ) -> None:
-    manifest = Manifest.read(bundle())
+    manifest = Manifest.read(own_bundle())
     signature = replace(manifest.signature, precision="fp16", max_global=4)
-    freeze.prepare_graph(bundle() / MODEL, tmp_path / MODEL, manifest, signature, 4, True)
+    freeze.prepare_graph(own_bundle() / MODEL, tmp_path / MODEL, manifest, signature, 4, True)
     model = onnx.load(tmp_path / MODEL)
     for node in model.graph.node:
         node.output[:] = ["summed" if name == "last_hidden_state" else name for name in node.output]
@@ -198,14 +198,14 @@ def test_an_operator_without_a_half_precision_kernel_is_refused_with_the_way_out
     with pytest.raises(
         BuildError, match=r"fp16 graph .* cannot be compared .*ScatterElements.*build in another precision"
     ):
-        check_conversion(bundle(), manifest, tmp_path / MODEL, signature, lambda _: None, lambda _: None)
+        check_conversion(own_bundle(), manifest, tmp_path / MODEL, signature, lambda _: None, lambda _: None)
 
 
 @pytest.mark.parametrize("measured", [{}, {"outputs": {"last_hidden_state": {"torch_max_abs_error": 10**400}}}])
-def test_a_bundle_without_measured_errors_is_refused(measured: Any, bundle: MakeBundle, tmp_path: Path) -> None:
-    manifest = replace(Manifest.read(bundle()), validation=measured)
+def test_a_bundle_without_measured_errors_is_refused(measured: Any, own_bundle: MakeBundle, tmp_path: Path) -> None:
+    manifest = replace(Manifest.read(own_bundle()), validation=measured)
     with pytest.raises(ArtifactError, match="no measured error of its output last_hidden_state; export the model"):
-        check_conversion(bundle(), manifest, tmp_path / MODEL, manifest.signature, lambda _: None, lambda _: None)
+        check_conversion(own_bundle(), manifest, tmp_path / MODEL, manifest.signature, lambda _: None, lambda _: None)
 
 
 class _FromIntegers(torch.nn.Module):
@@ -292,8 +292,8 @@ def test_floats_of_integers_are_cast_at_the_end_of_a_subgraph() -> None:
         np.testing.assert_array_equal(session.run(None, inputs), expected)
 
 
-def test_plugins_are_named_on_nodes_and_declared_in_functions(bundle: MakeBundle) -> None:
-    model = _load(bundle(max_global=4))
+def test_plugins_are_named_on_nodes_and_declared_in_functions(own_bundle: MakeBundle) -> None:
+    model = _load(own_bundle(max_global=4))
     freeze.name_plugins(model)
     nodes = freeze.attention_nodes(model)
     assert [node.op_type for node in nodes] == ["GlobalAttention", "BandedAttention"] * 2
@@ -304,8 +304,8 @@ def test_plugins_are_named_on_nodes_and_declared_in_functions(bundle: MakeBundle
         assert {"plugin_version", "plugin_namespace"} <= set(function.attributes)
 
 
-def test_inlined_functions_leave_standard_ops_with_unique_names(bundle: MakeBundle) -> None:
-    model = _load(bundle(max_global=4))
+def test_inlined_functions_leave_standard_ops_with_unique_names(own_bundle: MakeBundle) -> None:
+    model = _load(own_bundle(max_global=4))
     freeze.inline_functions(model)
     assert not freeze.attention_nodes(model)
     names = [node.name for node in ir.traversal.RecursiveGraphIterator(model.graph)]
@@ -352,8 +352,8 @@ def test_a_topk_and_an_if_of_the_user_are_not_changed(
                 )
 
 
-def test_an_if_with_another_condition_is_refused(bundle: MakeBundle) -> None:
-    model = _load(bundle())
+def test_an_if_with_another_condition_is_refused(own_bundle: MakeBundle) -> None:
+    model = _load(own_bundle())
     node = next(node for node in model.graph if node.op_type == "If")
     flag = ir.Value(name="flag", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
     model.graph.inputs.append(flag)

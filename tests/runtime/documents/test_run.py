@@ -368,10 +368,10 @@ def test_a_second_run_of_the_same_output_is_refused(bundle: MakeBundle, tmp_path
     assert len(output.read_text().splitlines()) == 300
 
 
-def test_the_rows_of_another_model_or_tokenizer_are_not_resumed(bundle: MakeBundle, tmp_path: Path) -> None:
+def test_the_rows_of_another_model_or_tokenizer_are_not_resumed(own_bundle: MakeBundle, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"text": "the fox"}\n' * 300)
-    folder = bundle("text-classification")
+    folder = own_bundle("text-classification")
     other = tmp_path / "tokenizer"
     other.mkdir()
     (other / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")

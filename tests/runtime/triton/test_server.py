@@ -260,7 +260,6 @@ def test_a_changed_bundle_is_not_loaded_and_the_server_says_why(
     write_model(bundle("feature-extraction"), repository, Settings(name="changed"))
     config = repository / "changed" / "1" / "bundle" / "config.json"
     text = config.read_text()
-    config.unlink()  # a hard link
     config.write_text(text.replace("{", "{ ", 1))
     try:
         with pytest.raises(InferenceServerException, match=r"config\.json"):
