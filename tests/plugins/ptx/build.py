@@ -1,0 +1,69 @@
+"""Builds the interpreter, and the kernels' launch code and PTX for it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.plugins.build import KERNELS, PLUGINS, compiler
+
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+COMPUTE_CAPABILITY = 80  # code for the oldest GPU that the library supports
+
+# -ffp-contract=off: products and sums are rounded separately, as the instructions say. -Bsymbolic: a CUDA runtime that the
+# process has loaded does not take the place of the interpreter's.
+COMPILE = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Werror", "-ffp-contract=off")
+LINK = ("-shared", "-Wl,-Bsymbolic")
+
+
+def interpreter_objects(folder: Path) -> None:
+    """Compile the interpreter."""
+
+    def compile_one(source: Path) -> None:
+        command = [compiler(), *COMPILE, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
+        subprocess.run(command, check=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, SOURCES))
+
+
+def link(objects: list[Path], library: Path) -> Path:
+    """Link a shared library."""
+    subprocess.run([compiler(), *LINK, "-o", str(library), *map(str, objects)], check=True)
+    return library
+
+
+def nvcc() -> str:
+    """The CUDA compiler; skips the test where there is none."""
+    path = shutil.which("nvcc")
+    if path is None:
+        pytest.skip("nvcc is not on the PATH")
+    return path
+
+
+def launch_code(folder: Path) -> None:
+    """Compile the kernels' files for the host, to objects that call the CUDA runtime, and keep their PTX."""
+    target = f"arch=compute_{COMPUTE_CAPABILITY},code=compute_{COMPUTE_CAPABILITY}"
+    options = ["-std=c++17", f"-I{PLUGINS}", "-Xcompiler", "-fPIC", "-gencode", target]
+    keep = ["--keep", "--keep-dir", str(folder)]
+
+    def compile_one(source: str) -> None:
+        command = [nvcc(), *options, *keep, "-c", str(PLUGINS / source), "-o", str(folder / f"{Path(source).stem}.o")]
+        subprocess.run(command, check=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, KERNELS))
+    for leftover in folder.iterdir():
+        if leftover.suffix not in (".o", ".ptx"):
+            leftover.unlink()
+
+
+def ptx(plugins: Path, source: str) -> str:
+    """Compile a file of a copy of plugins/ to PTX."""
+    command = [nvcc(), "-std=c++17", f"-I{plugins}", f"-arch=sm_{COMPUTE_CAPABILITY}", "-ptx", "-o", "-"]
+    done = subprocess.run([*command, str(plugins / source)], check=True, capture_output=True, text=True)
+    return done.stdout
