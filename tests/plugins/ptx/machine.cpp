@@ -9,7 +9,7 @@ namespace lfx::ptx
 namespace
 {
 
-constexpr uint64_t kMAX_INSTRUCTIONS = 100'000'000; // of a warp; more is taken for a loop without end
+constexpr uint64_t kMAX_INSTRUCTIONS = 20'000'000; // of a warp; more is taken for a loop without end
 
 // Lanes of a warp that are at the same instruction.
 struct Group

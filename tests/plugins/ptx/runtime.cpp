@@ -115,6 +115,8 @@ void lfxPtxSetBuffers(int32_t count, uint64_t const* addresses, uint64_t const* 
 bool lfxPtxLaunch(char const* name, Dimensions const* grid, Dimensions const* block, uint64_t sharedBytes,
     void const* const* arguments)
 {
+    state().error.clear();
+    state().status = 0;
     return launch(name, {*grid, *block, sharedBytes, arguments}) == 0;
 }
 
