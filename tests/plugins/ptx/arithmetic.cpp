@@ -490,6 +490,8 @@ void addWideProducts(Opcodes& opcodes)
 {
     opcodes["mul.wide.s32"] = lanewise<mulWide<int32_t, int64_t>>;
     opcodes["mul.wide.u32"] = lanewise<mulWide<uint32_t, uint64_t>>;
+    opcodes["mul.wide.s16"] = lanewise<mulWide<int16_t, int32_t>>;
+    opcodes["mul.wide.u16"] = lanewise<mulWide<uint16_t, uint32_t>>;
     opcodes["mul.hi.s32"] = lanewise<mulHigh<int32_t, int64_t>>;
     opcodes["mul.hi.u32"] = lanewise<mulHigh<uint32_t, uint64_t>>;
     opcodes["mad.wide.s32"] = lanewise<madWide<int32_t, int64_t>>;
@@ -554,6 +556,8 @@ void addFloat(Opcodes& opcodes)
 
 void addArithmetic(Opcodes& opcodes)
 {
+    addInteger<int16_t>(opcodes, "s16");
+    addInteger<uint16_t>(opcodes, "u16");
     addInteger<int32_t>(opcodes, "s32");
     addInteger<uint32_t>(opcodes, "u32");
     addInteger<int64_t>(opcodes, "s64");

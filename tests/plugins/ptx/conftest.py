@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import MakeOnce
-from tests.plugins.ptx.build import interpreter_objects, launch_code, link, nvcc
+from tests.plugins.ptx.build import COMPUTE_CAPABILITIES, interpreter_objects, launch_code, link, nvcc
 from tests.plugins.ptx.interpreter import InterpretedKernels, Interpreter
 
 
@@ -25,19 +28,39 @@ def interpreter(interpreter_folder: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
-def kernels_folder(made_once: MakeOnce) -> Path:
-    """The kernels' launch code in object files, and their PTX."""
-    nvcc()
-    return made_once("ptx-kernels", launch_code)
+def kernel_folders(made_once: MakeOnce) -> dict[int, Path]:
+    """Compute capability -> the kernels' launch code in object files, and their PTX."""
+    listed = subprocess.run([nvcc(), "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
+    return {
+        capability: made_once(
+            f"ptx-kernels-{capability}", functools.partial(launch_code, compute_capability=capability)
+        )
+        for capability in COMPUTE_CAPABILITIES
+        if f"compute_{capability}" in listed
+    }
 
 
 @pytest.fixture(scope="session")
-def emulated(
-    interpreter_folder: Path, kernels_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> InterpretedKernels:
+def interpreted(
+    interpreter_folder: Path, kernel_folders: dict[int, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], InterpretedKernels]:
+    """interpreted(compute capability) -> the kernels in the interpreter."""
+
+    @functools.cache
+    def make(compute_capability: int) -> InterpretedKernels:
+        folder = kernel_folders.get(compute_capability)
+        if folder is None:
+            pytest.skip(f"nvcc does not support compute capability {compute_capability}")
+        objects = [*sorted(interpreter_folder.glob("*.o")), *sorted(folder.glob("*.o"))]
+        kernels = InterpretedKernels(link(objects, tmp_path_factory.mktemp("ptx") / "liblfx_ptx_kernels.so"))
+        for ptx in sorted(folder.glob("*.ptx")):
+            kernels.interpreter.load(ptx.read_text(encoding="utf-8"))
+        return kernels
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def emulated(interpreted: Callable[[int], InterpretedKernels]) -> InterpretedKernels:
     """The kernels in the interpreter. The tests of test_kernels.py, which run here too, ask for them by this name."""
-    objects = [*sorted(interpreter_folder.glob("*.o")), *sorted(kernels_folder.glob("*.o"))]
-    kernels = InterpretedKernels(link(objects, tmp_path_factory.mktemp("ptx") / "liblfx_ptx_kernels.so"))
-    for ptx in sorted(kernels_folder.glob("*.ptx")):
-        kernels.interpreter.load(ptx.read_text(encoding="utf-8"))
-    return kernels
+    return interpreted(COMPUTE_CAPABILITIES[0])

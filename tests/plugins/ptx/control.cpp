@@ -6,7 +6,9 @@ namespace lfx::ptx
 namespace
 {
 
-void nothing(Instruction const&, Lanes&, uint32_t) { }
+void nothing(Instruction const&, Lanes&, uint32_t)
+{
+}
 
 void decodeBranch(Decoder& decoder, Instruction& result)
 {

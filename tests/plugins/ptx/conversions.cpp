@@ -4,6 +4,7 @@
 #include "float16.h"
 #include "lanewise.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -12,10 +13,21 @@ namespace lfx::ptx
 namespace
 {
 
-template <typename To, typename From>
-To convertInteger(From x)
+// The source's register may be wider than its type; its low bits count.
+template <typename To, typename From, typename Register>
+To convertInteger(Register x)
 {
-    return static_cast<To>(x);
+    return static_cast<To>(static_cast<From>(x));
+}
+
+template <typename To, typename From>
+void decodeInteger(Decoder& decoder, Instruction& result)
+{
+    Size const size = std::max(decoder.sizeOfRegister(decoder.operand(1)), sizeOf<From>());
+    auto const decode = size == Size::k64 ? Lanewise<&convertInteger<To, From, uint64_t>>::decode
+        : size == Size::k32               ? Lanewise<&convertInteger<To, From, uint32_t>>::decode
+                                          : Lanewise<&convertInteger<To, From, uint16_t>>::decode;
+    decode(decoder, result);
 }
 
 // Rounds to nearest; the host's rounding mode is not changed.
@@ -64,12 +76,12 @@ uint32_t packPair(float high, float low)
 template <typename From>
 void addIntegers(Opcodes& opcodes, std::string const& from)
 {
-    opcodes["cvt.u16." + from] = lanewise<convertInteger<uint16_t, From>>;
-    opcodes["cvt.s16." + from] = lanewise<convertInteger<int16_t, From>>;
-    opcodes["cvt.u32." + from] = lanewise<convertInteger<uint32_t, From>>;
-    opcodes["cvt.s32." + from] = lanewise<convertInteger<int32_t, From>>;
-    opcodes["cvt.u64." + from] = lanewise<convertInteger<uint64_t, From>>;
-    opcodes["cvt.s64." + from] = lanewise<convertInteger<int64_t, From>>;
+    opcodes["cvt.u16." + from] = decodeInteger<uint16_t, From>;
+    opcodes["cvt.s16." + from] = decodeInteger<int16_t, From>;
+    opcodes["cvt.u32." + from] = decodeInteger<uint32_t, From>;
+    opcodes["cvt.s32." + from] = decodeInteger<int32_t, From>;
+    opcodes["cvt.u64." + from] = decodeInteger<uint64_t, From>;
+    opcodes["cvt.s64." + from] = decodeInteger<int64_t, From>;
     opcodes["cvt.rn.f32." + from] = lanewise<toFloat<From>>;
 }
 

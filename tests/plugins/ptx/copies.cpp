@@ -61,8 +61,8 @@ void decodeCopy(Decoder& decoder, Instruction& result)
     {
         decoder.fail("cp.async.cg copies 16 bytes");
     }
-    result.operands[3] = hasSourceBytes ? decoder.source(decoder.operand(3), Size::k32)
-                                        : decoder.constant(Size::k32, kBYTES);
+    result.operands[3]
+        = hasSourceBytes ? decoder.source(decoder.operand(3), Size::k32) : decoder.constant(Size::k32, kBYTES);
 }
 
 void commit(Instruction const&, Lanes& lanes, uint32_t executing)

@@ -7,8 +7,8 @@ Opcodes const& opcodes()
 {
     static Opcodes const table = [] {
         Opcodes result;
-        for (auto const add : {addArithmetic, addConversions, addMoves, addMemory, addCopies, addControl, addWarp,
-                 addTensorCores})
+        for (auto const add :
+            {addArithmetic, addConversions, addMoves, addMemory, addCopies, addControl, addWarp, addTensorCores})
         {
             add(result);
         }
@@ -64,8 +64,8 @@ void Decoder::decode(Statement const& statement, Instruction& result)
 
 void Decoder::fail(std::string const& reason) const
 {
-    throw Error(mCode.kernel.name + ", PTX line " + std::to_string(mStatement->line) + ": " + reason + ": "
-        + mStatement->text);
+    throw Error(
+        mCode.kernel.name + ", PTX line " + std::to_string(mStatement->line) + ": " + reason + ": " + mStatement->text);
 }
 
 void Decoder::failOperand(Operand const& operand) const

@@ -80,7 +80,7 @@ struct Registers
     // The lanes in which a register is defined.
     uint32_t& defined(Size size, uint32_t index)
     {
-        return size == Size::k64 ? longsDefined[index]
+        return size == Size::k64       ? longsDefined[index]
             : size == Size::kPREDICATE ? predicatesDefined[index]
                                        : wordsDefined[index];
     }

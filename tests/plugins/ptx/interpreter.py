@@ -68,7 +68,7 @@ class Interpreter:
 
 
 class InterpretedKernels:
-    """`Kernels` whose launches the interpreter runs. A launch may access the arrays of its parameters and nothing else."""
+    """`Kernels` whose launches the interpreter runs. They may access the arrays of their parameters only."""
 
     def __init__(self, path: Path) -> None:
         self.interpreter = Interpreter(path)

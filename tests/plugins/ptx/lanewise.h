@@ -42,8 +42,7 @@ private:
         std::array<Bits<Result>, kLANES> results; // of all lanes, since every function is safe for any source
         for (int lane = 0; lane < kLANES; ++lane)
         {
-            Result const result
-                = kFUNCTION(registers.template get<Arguments>(instruction.operands[1 + kI], lane)...);
+            Result const result = kFUNCTION(registers.template get<Arguments>(instruction.operands[1 + kI], lane)...);
             std::memcpy(&results[lane], &result, sizeof(result));
         }
         registers.store(target, results, executing);

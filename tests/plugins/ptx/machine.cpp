@@ -141,8 +141,7 @@ public:
     }
 
 private:
-    uint32_t special(
-        std::string const& name, Launch const& launch, Dimensions const& blockIndex, uint32_t lane) const
+    uint32_t special(std::string const& name, Launch const& launch, Dimensions const& blockIndex, uint32_t lane) const
     {
         if (name == "%laneid")
         {
@@ -153,7 +152,9 @@ private:
             thread / launch.block.x / launch.block.y};
         bool const isOfGrid = name.find("cta") != std::string::npos;
         bool const isCount = name.find("%n") == 0;
-        Dimensions const& value = isOfGrid ? (isCount ? launch.grid : blockIndex) : isCount ? launch.block : threadIndex;
+        Dimensions const& value = isOfGrid ? (isCount ? launch.grid : blockIndex)
+            : isCount                      ? launch.block
+                                           : threadIndex;
         return name.back() == 'x' ? value.x : name.back() == 'y' ? value.y : value.z;
     }
 

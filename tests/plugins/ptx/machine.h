@@ -17,7 +17,7 @@ struct Launch
 {
     Dimensions grid;
     Dimensions block;
-    size_t sharedBytes;  // in addition to those that the kernel declares
+    size_t sharedBytes; // in addition to those that the kernel declares
     void const* const* arguments;
 };
 

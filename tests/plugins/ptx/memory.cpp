@@ -99,8 +99,8 @@ void SharedMemory::checkState(size_t offset, size_t bytes, Accessor const& acces
     {
         if (mState[i] == kIN_FLIGHT)
         {
-            throw Fault("shared memory is accessed before the copy to it has been waited for, at byte "
-                    + std::to_string(i),
+            throw Fault(
+                "shared memory is accessed before the copy to it has been waited for, at byte " + std::to_string(i),
                 accessor.lane);
         }
         if (reads && mState[i] == kUNDEFINED)

@@ -16,7 +16,13 @@ HEADER = ".version 8.0\n.target sm_80\n.address_size 64\n"
 WORDS = "%w<10>"  # registers that bodies may use
 REGISTER_TYPES = {"bool": "pred", "uint16": "b16", "uint32": "b32", "float32": "b32", "uint64": "b64"}
 # dtype -> type of a load or store, and bytes. Predicates are in memory as 32 bits.
-MEMORY_TYPES = {"bool": ("u32", 4), "uint16": ("u16", 2), "uint32": ("u32", 4), "float32": ("f32", 4), "uint64": ("u64", 8)}
+MEMORY_TYPES = {
+    "bool": ("u32", 4),
+    "uint16": ("u16", 2),
+    "uint32": ("u32", 4),
+    "float32": ("f32", 4),
+    "uint64": ("u64", 8),
+}
 
 
 def kernel(body: str, parameters: int = 0, shared: str = "", name: str = "test") -> str:

@@ -70,143 +70,148 @@ int launch(std::string const& name, Launch const& launch)
 extern "C"
 {
 
-// The C interface. Functions that may fail return whether they did not; lfxPtxError() has the reason.
+    // The C interface. Functions that may fail return whether they did not; lfxPtxError() has the reason.
 
-char const* lfxPtxError()
-{
-    return state().error.c_str();
-}
-
-// Adds the kernels of a module; those of the same name are replaced.
-bool lfxPtxLoad(char const* text)
-{
-    State& s = state();
-    s.error.clear();
-    try
+    char const* lfxPtxError()
     {
-        for (Kernel& kernel : parse(text))
+        return state().error.c_str();
+    }
+
+    // Adds the kernels of a module; those of the same name are replaced.
+    bool lfxPtxLoad(char const* text)
+    {
+        State& s = state();
+        s.error.clear();
+        try
         {
-            s.decoded.erase(kernel.name);
-            s.kernels[kernel.name] = std::move(kernel);
+            for (Kernel& kernel : parse(text))
+            {
+                s.decoded.erase(kernel.name);
+                s.kernels[kernel.name] = std::move(kernel);
+            }
+            return true;
         }
-        return true;
+        catch (std::exception const& error)
+        {
+            return fail(error.what(), kINVALID_VALUE), false;
+        }
     }
-    catch (std::exception const& error)
+
+    // The only memory that the next launches may access. Writable buffers start undefined.
+    void lfxPtxSetBuffers(int32_t count, uint64_t const* addresses, uint64_t const* bytes, int32_t const* isWritable)
     {
-        return fail(error.what(), kINVALID_VALUE), false;
+        State& s = state();
+        s.error.clear();
+        s.status = 0;
+        s.global.buffers.clear();
+        for (int32_t i = 0; i < count; ++i)
+        {
+            bool const writable = isWritable[i] != 0;
+            s.global.buffers.push_back(
+                {addresses[i], bytes[i], writable, std::vector<uint8_t>(writable ? bytes[i] : 0)});
+        }
     }
-}
 
-// The only memory that the next launches may access. Writable buffers start undefined.
-void lfxPtxSetBuffers(int32_t count, uint64_t const* addresses, uint64_t const* bytes, int32_t const* isWritable)
-{
-    State& s = state();
-    s.error.clear();
-    s.status = 0;
-    s.global.buffers.clear();
-    for (int32_t i = 0; i < count; ++i)
+    // Launches a kernel by name.
+    bool lfxPtxLaunch(char const* name, Dimensions const* grid, Dimensions const* block, uint64_t sharedBytes,
+        void const* const* arguments)
     {
-        bool const writable = isWritable[i] != 0;
-        s.global.buffers.push_back({addresses[i], bytes[i], writable, std::vector<uint8_t>(writable ? bytes[i] : 0)});
+        state().error.clear();
+        state().status = 0;
+        return launch(name, {*grid, *block, sharedBytes, arguments}) == 0;
     }
-}
 
-// Launches a kernel by name.
-bool lfxPtxLaunch(char const* name, Dimensions const* grid, Dimensions const* block, uint64_t sharedBytes,
-    void const* const* arguments)
-{
-    state().error.clear();
-    state().status = 0;
-    return launch(name, {*grid, *block, sharedBytes, arguments}) == 0;
-}
-
-// The names of the loaded kernels, one a line.
-char const* lfxPtxKernels()
-{
-    static std::string names;
-    names.clear();
-    for (auto const& entry : state().kernels)
+    // The names of the loaded kernels, one a line.
+    char const* lfxPtxKernels()
     {
-        names += entry.first + "\n";
+        static std::string names;
+        names.clear();
+        for (auto const& entry : state().kernels)
+        {
+            names += entry.first + "\n";
+        }
+        return names.c_str();
     }
-    return names.c_str();
-}
 
-// The CUDA runtime, as nvcc's host code calls it.
+    // The CUDA runtime, as nvcc's host code calls it.
 
-void** __cudaRegisterFatBinary(void*)
-{
-    static void* handle = nullptr;
-    return &handle;
-}
-
-void __cudaRegisterFatBinaryEnd(void**) { }
-void __cudaUnregisterFatBinary(void**) { }
-
-char __cudaInitModule(void**)
-{
-    return 1;
-}
-
-void __cudaRegisterFunction(void**, char const* hostFunction, char*, char const* name, int, void*, void*, void*, void*,
-    int*)
-{
-    state().names[hostFunction] = name;
-}
-
-int __cudaGetKernel(void const** kernel, void const* hostFunction)
-{
-    *kernel = hostFunction;
-    return 0;
-}
-
-unsigned __cudaPushCallConfiguration(Dimensions grid, Dimensions block, size_t sharedBytes, void*)
-{
-    state().configured = {grid, block, sharedBytes, nullptr};
-    return 0;
-}
-
-int __cudaPopCallConfiguration(Dimensions* grid, Dimensions* block, size_t* sharedBytes, void** stream)
-{
-    Launch const& configured = state().configured;
-    *grid = configured.grid;
-    *block = configured.block;
-    *sharedBytes = configured.sharedBytes;
-    *stream = nullptr;
-    return 0;
-}
-
-int cudaLaunchKernel(
-    void const* hostFunction, Dimensions grid, Dimensions block, void** arguments, size_t sharedBytes, void*)
-{
-    State& s = state();
-    auto const limit = s.sharedLimits.find(hostFunction);
-    if (sharedBytes > (limit == s.sharedLimits.end() ? kDEFAULT_SHARED_BYTES : limit->second))
+    void** __cudaRegisterFatBinary(void*)
     {
-        return fail("a launch asks for more shared memory than cudaFuncSetAttribute allowed", kINVALID_VALUE);
+        static void* handle = nullptr;
+        return &handle;
     }
-    return launch(s.names.at(hostFunction), {grid, block, sharedBytes, arguments});
-}
 
-int __cudaLaunchKernel(
-    void const* kernel, Dimensions grid, Dimensions block, void** arguments, size_t sharedBytes, void* stream)
-{
-    return cudaLaunchKernel(kernel, grid, block, arguments, sharedBytes, stream);
-}
-
-int cudaFuncSetAttribute(void const* hostFunction, int attribute, int value)
-{
-    if (attribute != kMAX_DYNAMIC_SHARED_ATTRIBUTE)
+    void __cudaRegisterFatBinaryEnd(void**)
     {
-        return fail("cudaFuncSetAttribute of an attribute that the interpreter does not know", kINVALID_VALUE);
     }
-    state().sharedLimits[hostFunction] = static_cast<size_t>(value);
-    return 0;
-}
+    void __cudaUnregisterFatBinary(void**)
+    {
+    }
 
-int cudaGetLastError()
-{
-    return std::exchange(state().status, 0);
-}
+    char __cudaInitModule(void**)
+    {
+        return 1;
+    }
+
+    void __cudaRegisterFunction(
+        void**, char const* hostFunction, char*, char const* name, int, void*, void*, void*, void*, int*)
+    {
+        state().names[hostFunction] = name;
+    }
+
+    int __cudaGetKernel(void const** kernel, void const* hostFunction)
+    {
+        *kernel = hostFunction;
+        return 0;
+    }
+
+    unsigned __cudaPushCallConfiguration(Dimensions grid, Dimensions block, size_t sharedBytes, void*)
+    {
+        state().configured = {grid, block, sharedBytes, nullptr};
+        return 0;
+    }
+
+    int __cudaPopCallConfiguration(Dimensions* grid, Dimensions* block, size_t* sharedBytes, void** stream)
+    {
+        Launch const& configured = state().configured;
+        *grid = configured.grid;
+        *block = configured.block;
+        *sharedBytes = configured.sharedBytes;
+        *stream = nullptr;
+        return 0;
+    }
+
+    int cudaLaunchKernel(
+        void const* hostFunction, Dimensions grid, Dimensions block, void** arguments, size_t sharedBytes, void*)
+    {
+        State& s = state();
+        auto const limit = s.sharedLimits.find(hostFunction);
+        if (sharedBytes > (limit == s.sharedLimits.end() ? kDEFAULT_SHARED_BYTES : limit->second))
+        {
+            return fail("a launch asks for more shared memory than cudaFuncSetAttribute allowed", kINVALID_VALUE);
+        }
+        return launch(s.names.at(hostFunction), {grid, block, sharedBytes, arguments});
+    }
+
+    int __cudaLaunchKernel(
+        void const* kernel, Dimensions grid, Dimensions block, void** arguments, size_t sharedBytes, void* stream)
+    {
+        return cudaLaunchKernel(kernel, grid, block, arguments, sharedBytes, stream);
+    }
+
+    int cudaFuncSetAttribute(void const* hostFunction, int attribute, int value)
+    {
+        if (attribute != kMAX_DYNAMIC_SHARED_ATTRIBUTE)
+        {
+            return fail("cudaFuncSetAttribute of an attribute that the interpreter does not know", kINVALID_VALUE);
+        }
+        state().sharedLimits[hostFunction] = static_cast<size_t>(value);
+        return 0;
+    }
+
+    int cudaGetLastError()
+    {
+        return std::exchange(state().status, 0);
+    }
 
 } // extern "C"

@@ -109,7 +109,8 @@ void multiplyMatrices(Instruction const& instruction, Lanes& lanes, uint32_t exe
         }
         for (int i = 0; i < 4; ++i)
         {
-            b[column + i % 2 + (i < 2 ? 0 : 8)][group] = element<kTO_FLOAT>(registers, operands[kB + i / 2], lane, i % 2);
+            b[column + i % 2 + (i < 2 ? 0 : 8)][group]
+                = element<kTO_FLOAT>(registers, operands[kB + i / 2], lane, i % 2);
             d[group + (i < 2 ? 0 : 8)][column + i % 2] = registers.get<float>(operands[kC + i], lane);
         }
     }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -134,6 +132,16 @@ OTHER_SIZES: list[Row] = [
     ("mul.wide.s32", (np.uint32(0xFFFFFFFF), np.uint32(3)), np.uint64(2**64 - 3)),
     ("mul.wide.u32", (np.uint32(0xFFFFFFFF), np.uint32(3)), np.uint64(0x2FFFFFFFD)),
     ("mad.wide.s32", (np.uint32(0xFFFFFFFF), np.uint32(3), np.uint64(5)), np.uint64(2)),
+    ("mul.wide.u16", (np.uint16(0xFFFF), np.uint16(3)), np.uint32(0x2FFFD)),
+    ("mul.wide.s16", (np.uint16(0xFFFF), np.uint16(3)), np.uint32(0xFFFFFFFD)),
+    ("add.s16", (np.uint16(0xFFFF), np.uint16(3)), np.uint16(2)),
+    ("and.b16", (np.uint16(12), np.uint16(10)), np.uint16(8)),
+    ("shr.u16", (np.uint16(0x8000), np.uint32(15)), np.uint16(1)),
+    ("mad.lo.s64", (np.uint64(2**63 + 3), np.uint64(2), np.uint64(5)), np.uint64(11)),
+    ("or.b64", (np.uint64(2**40), np.uint64(1)), np.uint64(2**40 + 1)),
+    ("setp.ne.s64", (np.uint64(2**40), np.uint64(2**40 + 1)), np.bool_(True)),
+    ("cvt.u16.u32", (np.uint32(0x12345),), np.uint16(0x2345)),
+    ("selp.s32", (np.uint32(1), np.uint32(2), np.bool_(True)), np.uint32(1)),
     ("add.s64", (np.uint64(2**64 - 1), np.uint64(2)), np.uint64(1)),
     ("mul.lo.s64", (np.uint64(2**63 + 3), np.uint64(2)), np.uint64(6)),
     ("shl.b64", (np.uint64(3), np.uint32(63)), np.uint64(2**63)),
@@ -184,7 +192,10 @@ HALVES: list[Row] = [  # of float16 and bfloat16; 1 + 2^-11 and so on are ties
 
 def as_sources(values: tuple[Any, ...], dtype: type) -> dict[str, Any]:
     """Registers a, b, c and d with the values; those without a dtype get `dtype`."""
-    return {name: value if isinstance(value, np.generic) else dtype(value) for name, value in zip("abcd", values, strict=False)}
+    return {
+        name: value if isinstance(value, np.generic) else dtype(value)
+        for name, value in zip("abcd", values, strict=False)
+    }
 
 
 def check(interpreter: Interpreter, opcode: str, sources: dict[str, Any], expected: Any) -> None:
@@ -218,7 +229,9 @@ def test_comparisons(interpreter: Interpreter, opcode: str, values: tuple[Any, .
 
 
 @pytest.mark.parametrize(("opcode", "values", "expected"), OTHER_SIZES, ids=map(identifier, OTHER_SIZES))
-def test_registers_of_other_sizes(interpreter: Interpreter, opcode: str, values: tuple[Any, ...], expected: Any) -> None:
+def test_registers_of_other_sizes(
+    interpreter: Interpreter, opcode: str, values: tuple[Any, ...], expected: Any
+) -> None:
     check(interpreter, opcode, as_sources(values, np.uint32), expected)
 
 

@@ -71,7 +71,10 @@ REFUSED = {
         "@%p0 bra APART; bar.sync 0; bra END; APART: bar.sync 0;",
         "lanes of a warp wait for one another forever",
     ),
-    "a barrier that a warp does not reach": (WARP_1 + "@%p1 bra END; bar.sync 0;", "not reached by threads that have ended"),
+    "a barrier that a warp does not reach": (
+        WARP_1 + "@%p1 bra END; bar.sync 0;",
+        "not reached by threads that have ended",
+    ),
     "different barriers": (
         WARP_1 + "@%p1 bra OTHER; bar.sync 0; bra END; OTHER: bar.red.or.pred %p2, 0, %p1;",
         "warps wait at different kinds of barriers",
@@ -101,12 +104,18 @@ REFUSED = {
         "this write of shared memory from another thread's read",
     ),
     "a write after a read in another warp": (
-        "st.shared.u32 [%w2], %w0; bar.sync 0;" + WARP_1 + "@%p1 bra WRITE;" + OTHER_WARP
+        "st.shared.u32 [%w2], %w0; bar.sync 0;"
+        + WARP_1
+        + "@%p1 bra WRITE;"
+        + OTHER_WARP
         + "bra END; WRITE: st.shared.u32 [%w2], %w0;",
         "this write of shared memory from another thread's read",
     ),
     "a copy over what is read": (
-        "@%p0 bra READ; st.shared.v4.u32 [%w1], {%w0, %w0, %w0, %w0}; READ: bar.sync 0;" + READ_COPY + ONE_THREAD + COPY,
+        "@%p0 bra READ; st.shared.v4.u32 [%w1], {%w0, %w0, %w0, %w0}; READ: bar.sync 0;"
+        + READ_COPY
+        + ONE_THREAD
+        + COPY,
         "this write of shared memory from another thread's read",
     ),
     "a read beside atomic operations": (
@@ -116,7 +125,10 @@ REFUSED = {
     "a loop without end": ("FOREVER: bra FOREVER;", "a loop that does not end"),
     "an unknown modifier": ("add.sat.s32 %w4, %w0, %w0;", "does not know the opcode add.sat.s32"),
     "an unknown copy": ("cp.async.ca.shared.global [%w1], [%g0], 16;", "does not know the opcode cp.async.ca"),
-    "an unknown hint": ("ld.global.L1::no_allocate.u32 %w4, [%g0];", "does not know the opcode ld.global.L1::no_allocate"),
+    "an unknown hint": (
+        "ld.global.L1::no_allocate.u32 %w4, [%g0];",
+        "does not know the opcode ld.global.L1::no_allocate",
+    ),
     "another barrier": ("bar.sync 1;", "only barrier 0 is supported"),
     "a register of 64 bits in an operation of 32": ("add.s32 %w4, %l1, 1;", "%l1 is not one that the opcode takes"),
     "an address of 32 bits in global memory": ("ld.global.u32 %w4, [%w0];", "%w0 is not one that the opcode takes"),
@@ -131,7 +143,9 @@ REFUSED = {
     "a decimal fraction": ("mov.f32 %w4, 1.5;", "a number that is not supported"),
 }
 ALLOWED = {
-    "an undefined register may be copied": "mov.u32 %w5, %w6; add.u32 %w7, %w5, 1; shfl.sync.bfly.b32 %w8, %w7, 1, 31, -1;",
+    "an undefined register may be copied": (
+        "mov.u32 %w5, %w6; add.u32 %w7, %w5, 1; shfl.sync.bfly.b32 %w8, %w7, 1, 31, -1;"
+    ),
     "an undefined choice that is not chosen": "selp.u32 %w5, %w0, %w6, %p0; @%p0 st.shared.u32 [%w2], %w5;",
     "a predicate that does not hold guards an access": "and.pred %p1, %p0, 0; @%p1 ld.global.u32 %w4, [%g0+640];",
     "nothing is read by a copy of no bytes": "@!%p0 cp.async.cg.shared.global [%w1], [%g0+6400], 16, 0;",

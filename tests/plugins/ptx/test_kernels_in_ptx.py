@@ -1,22 +1,28 @@
 """The kernels' PTX, run by the interpreter through their own launch code, computes what the dense definition says.
 
-These are the tests of tests/plugins/test_kernels.py with the PTX that nvcc emits in the place of the emulated device: the
-fixture `emulated` of this folder is the interpreter. So the inline assembly of plugins/device.cuh is executed too.
+These are the tests of tests/plugins/test_kernels.py with the PTX that nvcc emits in the place of the emulated device:
+in this folder the fixture `emulated` is the interpreter. So the inline assembly of plugins/device.cuh is executed too.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lfx.parity import Case
-from tests.plugins.problems import global_
+from tests.plugins.problems import banded, global_
+from tests.plugins.ptx.build import COMPUTE_CAPABILITIES
 from tests.plugins.ptx.interpreter import InterpretedKernels
 from tests.plugins.test_kernels import (
+    PRECISIONS,
+    check,
     check_global,
+    one_key_masked,
     several_tiles_in_a_part,
+    some_slots_used,
     test_a_long_sequence_with_the_window_of_the_base_model,
     test_banded_attention_over_the_cases_of_the_parity_suite,
     test_dilation_and_causal,
@@ -59,12 +65,25 @@ def test_accumulators_are_rescaled_across_the_tiles_of_a_part(emulated: Interpre
     check_global(global_(Case(1, 70), 1, 270, 8), emulated)  # float32, smaller, since it takes longer
 
 
-def test_every_opcode_of_the_kernels_has_a_test(kernels_folder: Path) -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_ptx_for_newer_gpus(interpreted: Callable[[int], InterpretedKernels], precision: str) -> None:
+    """The cases above in small, since another compiler emits this PTX."""
+    kernels = interpreted(COMPUTE_CAPABILITIES[1])
+    check(banded(Case(1, 150, "scattered", "holes"), 2, 64, 20, precision=precision), kernels)
+    check(banded(Case(2, 130, "ragged", "right"), 2, 32, 20, precision=precision, dilation=2, causal=1), kernels)
+    check(banded(Case(1, 150, "all", "left"), 1, 16, 4, precision=precision), kernels)
+    check(banded(Case(1, 330), 1, 128, 100, precision=precision), kernels)
+    check(one_key_masked(200, precision), kernels)
+    check(some_slots_used([64], 80, precision), kernels)
+    check_global(global_(Case(2, 100, "none", "left"), 12, 1, 768, precision=precision), kernels)
+    check_global(global_(Case(1, 700, "none", "right"), 17, 2, 64, precision=precision), kernels)
+
+
+def test_every_opcode_of_the_kernels_has_a_test(kernel_folders: dict[int, Path]) -> None:
     tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
     tested = set(re.findall(r"[a-z][a-z0-9_]*(?:\.[a-z0-9_]+)+|bra|ret", tests))
-    used = set()
-    for ptx in kernels_folder.glob("*.ptx"):
-        lines = re.findall(r"^\s*(?:\{\s*)?(?:@!?%p\d+\s+)?([a-z][\w.]*)", ptx.read_text(encoding="utf-8"), re.MULTILINE)
-        used |= set(lines)
-    assert len(used) > 60
-    assert used - tested == set()
+    opcode = re.compile(r"^\s*(?:\{\s*)?(?:@!?%p\d+\s+)?([a-z][\w.]*)", re.MULTILINE)
+    for folder in kernel_folders.values():
+        used = {match for path in folder.glob("*.ptx") for match in opcode.findall(path.read_text(encoding="utf-8"))}
+        assert len(used) > 60
+        assert used - tested == set()

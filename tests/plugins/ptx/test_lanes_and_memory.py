@@ -69,9 +69,14 @@ def test_halves_of_registers(interpreter: Interpreter) -> None:
     assert results["wide"][3] == 0x5678123412345678
 
 
+def test_the_source_of_cvt_may_be_wider_than_its_type(interpreter: Interpreter) -> None:
+    results = execute(interpreter, "cvt.s64.s32 %r, %a;", {"a": np.uint64(0x5FFFFFFFE)}, {"r": "uint64"})
+    assert results["r"][0] == 2**64 - 2
+
+
 def test_inline_assembly_declares_registers_in_braces(interpreter: Interpreter) -> None:
-    twice = "{ .reg .b32 low; add.s32 low, %a, 1; mov.u32 %r, low; } { .reg .b32 low; add.s32 low, %r, 1; mov.u32 %r, low; }"
-    result = execute(interpreter, twice, {"a": LANE}, {"r": "uint32"})["r"]
+    once = "{ .reg .b32 low; add.s32 low, %a, 1; mov.u32 %r, low; }"
+    result = execute(interpreter, once + once.replace("%a", "%r"), {"a": LANE}, {"r": "uint32"})["r"]
     np.testing.assert_array_equal(result, LANE + 2)
 
 
@@ -115,7 +120,8 @@ def test_loads_and_stores_of_each_width(interpreter: Interpreter) -> None:
     body = (
         ".reg .b16 %h<4>; mov.u32 %w0, %laneid; setp.ne.u32 %p0, %w0, 0; @%p0 exit;"
         "ld.global.u8 %h0, [%g0+3]; st.global.u8 [%g1], %h0; ld.global.s8 %h1, [%g0]; st.global.u16 [%g1+2], %h1;"
-        "ld.global.u16 %h2, [%g0+6]; st.global.u16 [%g1+4], %h2; ld.global.f32 %w1, [%g0+4]; st.global.f32 [%g1+8], %w1;"
+        "ld.global.u16 %h2, [%g0+6]; st.global.u16 [%g1+4], %h2;"
+        "ld.global.f32 %w1, [%g0+4]; st.global.f32 [%g1+8], %w1;"
         "ld.global.v2.f32 {%w2, %w3}, [%g0+8]; st.global.v2.f32 [%g1+16], {%w3, %w2};"
         "ld.global.v4.u32 {%w1, %w2, %w3, %w4}, [%g0]; st.global.v4.f32 [%g1+32], {%w1, %w2, %w3, %w4};"
         "ld.global.u32 %l1, [%g0]; st.global.u64 [%g1+48], %l1; ld.global.nc.u64 %l2, [%g0]; st.u64 [%g1+56], %l2;"
@@ -192,19 +198,23 @@ LDMATRIX_TRANS = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
 
 @pytest.mark.parametrize("opcode", [LDMATRIX, LDMATRIX_TRANS])
 def test_ldmatrix(interpreter: Interpreter, opcode: str) -> None:
-    """Lanes 8i to 8i + 7 give the rows of matrix i; a lane receives row lane / 4, columns 2 · (lane % 4) and the next."""
+    """Lanes 8i to 8i + 7 have the rows of matrix i; a lane receives columns 2 · (lane % 4) and the next of row lane / 4."""
     rows = np.arange(256, dtype=np.uint16).reshape(32, 8)  # row r of shared memory is the row of lane 31 - r
     output = np.zeros((LANES, 4, 2), np.uint16)
     transposed = opcode == LDMATRIX_TRANS
     body = (
-        "mov.u32 %w0, %laneid; mov.u32 %w1, memory; shl.b32 %w2, %w0, 4; add.u32 %w3, %w1, %w2; mul.wide.u32 %l0, %w0, 16;"
-        "add.s64 %l1, %g0, %l0; ld.global.v4.u32 {%w4, %w5, %w6, %w7}, [%l1]; st.shared.v4.u32 [%w3], {%w4, %w5, %w6, %w7};"
+        "mov.u32 %w0, %laneid; mov.u32 %w1, memory; "
+        "shl.b32 %w2, %w0, 4; add.u32 %w3, %w1, %w2; mul.wide.u32 %l0, %w0, 16;"
+        "add.s64 %l1, %g0, %l0; ld.global.v4.u32 {%w4, %w5, %w6, %w7}, [%l1];"
+        "st.shared.v4.u32 [%w3], {%w4, %w5, %w6, %w7};"
         "bar.warp.sync -1; sub.u32 %w2, 496, %w2; add.u32 %w3, %w1, %w2;"
         f"{opcode} {{%w4, %w5, %w6, %w7}}, [%w3];"
         "add.s64 %l1, %g1, %l0; st.global.v4.u32 [%l1], {%w4, %w5, %w6, %w7};"
     )
     run(interpreter, kernel(body, 2, DYNAMIC), [rows], [output], shared_bytes=512)
-    assert list(output[5, 0]) == ([8 * (31 - 2) + 1, 8 * (31 - 3) + 1] if transposed else [8 * (31 - 1) + 2, 8 * 30 + 3])
+    assert list(output[5, 0]) == (
+        [8 * (31 - 2) + 1, 8 * (31 - 3) + 1] if transposed else [8 * (31 - 1) + 2, 8 * 30 + 3]
+    )
     matrices = rows[::-1].reshape(4, 8, 8)
     for lane in range(LANES):
         for i in range(4):
@@ -225,7 +235,9 @@ def test_mma(interpreter: Interpreter, opcode: str) -> None:
     def pair(low: Any, high: Any) -> int:
         return int(np.array([low, high], dtype).view(np.uint32)[0])
 
-    sources = {f"a{i}": np.zeros(LANES, np.uint32) for i in range(4)} | {f"b{i}": np.zeros(LANES, np.uint32) for i in (0, 1)}
+    sources = {f"a{i}": np.zeros(LANES, np.uint32) for i in range(4)} | {
+        f"b{i}": np.zeros(LANES, np.uint32) for i in (0, 1)
+    }
     sources |= {f"c{i}": np.zeros(LANES, np.float32) for i in range(4)}
     for lane in range(LANES):
         group, thread = lane // 4, lane % 4
@@ -249,7 +261,8 @@ def test_asynchronous_copies(interpreter: Interpreter) -> None:
     source = np.arange(1, 513, dtype=np.uint16).view(np.uint8)[: LANES * 16].copy()
     output = np.zeros((LANES, 16), np.uint8)
     body = (
-        "mov.u32 %w0, %laneid; mov.u32 %w1, memory; shl.b32 %w2, %w0, 4; add.u32 %w3, %w1, %w2; mul.wide.u32 %l0, %w0, 16;"
+        "mov.u32 %w0, %laneid; mov.u32 %w1, memory; "
+        "shl.b32 %w2, %w0, 4; add.u32 %w3, %w1, %w2; mul.wide.u32 %l0, %w0, 16;"
         "add.s64 %l1, %g0, %l0; min.u32 %w8, %w0, 16; cp.async.cg.shared.global [%w3], [%l1], 16, %w8;"
         "cp.async.commit_group; cp.async.wait_group 0; ld.shared.v4.u32 {%w4, %w5, %w6, %w7}, [%w3];"
         "add.s64 %l1, %g1, %l0; st.global.v4.u32 [%l1], {%w4, %w5, %w6, %w7};"
@@ -276,8 +289,8 @@ def test_a_barrier_reduces_over_the_block(interpreter: Interpreter) -> None:
     for sought, expected in ((50, 1), (99, 0)):
         output = np.full(64, 7, np.uint32)
         body = (
-            f"mov.u32 %w0, %tid.x; setp.eq.u32 %p0, %w0, {sought}; bar.red.or.pred %p1, 0, %p0; selp.u32 %w1, 1, 0, %p1;"
-            "mad.wide.u32 %l0, %w0, 4, %g0; st.global.u32 [%l0], %w1;"
+            f"mov.u32 %w0, %tid.x; setp.eq.u32 %p0, %w0, {sought}; bar.red.or.pred %p1, 0, %p0;"
+            "selp.u32 %w1, 1, 0, %p1; mad.wide.u32 %l0, %w0, 4, %g0; st.global.u32 [%l0], %w1;"
         )
         run(interpreter, kernel(body, 1), outputs=[output], threads=64)
         assert set(output) == {expected}

@@ -1,7 +1,7 @@
 """Mutations of the kernels' source: compiled to PTX, each must be refused by the interpreter, or give a wrong result.
 
-The emulated device of test_kernels.py finds none of those in device.cuh, which it replaces, and no missing barrier, since
-it runs threads one after another and looks for no races.
+The emulated device of test_kernels.py finds none of those in device.cuh, which it replaces. It runs threads one after
+another, so it finds no missing barrier either.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 
 from lfx.parity import Case
 from tests.plugins.build import PLUGINS
 from tests.plugins.problems import Banded, Global, banded, global_
-from tests.plugins.ptx.build import ptx
+from tests.plugins.ptx.build import COMPUTE_CAPABILITIES, ptx
 from tests.plugins.ptx.interpreter import InterpretedKernels, PtxError
 from tests.plugins.test_kernels import check, check_global
 
@@ -128,8 +127,12 @@ MUTATIONS = {
     "halves of a pair exchanged": Mutation(
         "device.cuh", "__floats2half2_rn(low, high)", "__floats2half2_rn(high, low)", BANDED_FP16, WRONG
     ),
-    "the sharedAddress of the next row": Mutation(
-        "device.cuh", "__cvta_generic_to_shared(pointer)", "__cvta_generic_to_shared(pointer) + 8", BANDED_FP16, "unaligned|multiple"
+    "addresses that no row begins at": Mutation(
+        "device.cuh",
+        "__cvta_generic_to_shared(pointer)",
+        "__cvta_generic_to_shared(pointer) + 8",
+        BANDED_FP16,
+        "unaligned|multiple",
     ),
     "a wrong byte in a swizzle": Mutation(
         "banded/tensor_core_tiles.cuh", "row & 7 :", "row & 8 :", BANDED_FP16, f"{RACE}|{IN_FLIGHT}|{WRONG}"
@@ -145,7 +148,11 @@ MUTATIONS = {
         TENSOR_CORES, "step * 2 + lane / 8 % 2));", "step * 2 + lane / 16));", BANDED_FP16, WRONG
     ),
     "rows of a padding that ldmatrix cannot read": Mutation(
-        "global/tensor_cores.cuh", "return widthOf(headSize) + 8;", "return widthOf(headSize) + 4;", GLOBAL_FP16, "unaligned|multiple"
+        "global/tensor_cores.cuh",
+        "return widthOf(headSize) + 8;",
+        "return widthOf(headSize) + 4;",
+        GLOBAL_FP16,
+        "unaligned|multiple",
     ),
     "no barrier before the next tile is copied": Mutation(
         TENSOR_CORES, "__syncthreads(); // the tile has arrived", "//", BANDED_FP16, RACE
@@ -180,7 +187,7 @@ def compile_mutant(mutation: Mutation, folder: Path) -> str:
     (mutant / mutation.file).write_text(text.replace(mutation.before, mutation.after), encoding="utf-8")
     source = f'#include "{mutation.target.includes}"\ntemplate __global__ {mutation.target.kernel};\n'
     (mutant / "mutant.cu").write_text(source, encoding="utf-8")
-    return ptx(mutant, "mutant.cu")
+    return ptx(mutant, "mutant.cu", COMPUTE_CAPABILITIES[0])
 
 
 def finding(problem: Banded | Global, kernels: InterpretedKernels) -> str:
@@ -199,7 +206,7 @@ def finding(problem: Banded | Global, kernels: InterpretedKernels) -> str:
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_interpreter_finds_a_mutation(
-    emulated: InterpretedKernels, kernels_folder: Path, tmp_path: Path, name: str
+    emulated: InterpretedKernels, kernel_folders: dict[int, Path], tmp_path: Path, name: str
 ) -> None:
     mutation = MUTATIONS[name]
     problem = mutation.target.problem()
@@ -212,6 +219,6 @@ def test_the_interpreter_finds_a_mutation(
         emulated.interpreter.load(text)
         reason = finding(problem, emulated)
     finally:
-        for original in kernels_folder.glob("*.ptx"):
+        for original in kernel_folders[COMPUTE_CAPABILITIES[0]].glob("*.ptx"):
             emulated.interpreter.load(original.read_text(encoding="utf-8"))
     assert re.search(mutation.reason, reason), reason

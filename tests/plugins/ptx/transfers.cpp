@@ -115,8 +115,7 @@ void store(Instruction const& instruction, Lanes& lanes, uint32_t executing)
         uint8_t data[16];
         for (uint32_t i = 0; i < transfer.count; ++i)
         {
-            uint64_t const value
-                = registerValue(registers, transfer.size, instruction.operands[kELEMENTS + i], lane);
+            uint64_t const value = registerValue(registers, transfer.size, instruction.operands[kELEMENTS + i], lane);
             std::memcpy(data + i * transfer.elementBytes, &value, transfer.elementBytes);
         }
         uint64_t const to = address.of(registers, lane);
@@ -321,8 +320,8 @@ void addParameters(Opcodes& opcodes, std::string const& type)
 
 void addMemory(Opcodes& opcodes)
 {
-    for (auto const& [name, space] : {std::pair("", Space::kGENERIC), {".global", Space::kGLOBAL},
-             {".shared", Space::kSHARED}})
+    for (auto const& [name, space] :
+        {std::pair("", Space::kGENERIC), {".global", Space::kGLOBAL}, {".shared", Space::kSHARED}})
     {
         addTransfers(opcodes, std::string("ld") + name, space, true);
         addTransfers(opcodes, std::string("st") + name, space, false);

@@ -167,8 +167,8 @@ void reduce(Instruction const& instruction, Lanes& lanes, uint32_t executing)
     uint32_t const source = instruction.operands[1];
     requireDefined(registers.defined<T>(source), executing, "a value to reduce");
     T result = registers.get<T>(source, __builtin_ctz(executing));
-    forEachLane(executing & (executing - 1),
-        [&](int lane) { result = kFUNCTION(result, registers.get<T>(source, lane)); });
+    forEachLane(
+        executing & (executing - 1), [&](int lane) { result = kFUNCTION(result, registers.get<T>(source, lane)); });
     setAll(registers, instruction.operands[0], executing, result);
 }
 
