@@ -7,8 +7,8 @@ Opcodes const& opcodes()
 {
     static Opcodes const table = [] {
         Opcodes result;
-        for (auto const add :
-            {addArithmetic, addConversions, addMoves, addMemory, addCopies, addControl, addWarp, addTensorCores})
+        for (auto const add : {addIntegers, addLogic, addFloats, addSelections, addConversions, addMoves, addTransfers,
+                 addCopies, addControl, addExchanges, addTensorCores})
         {
             add(result);
         }

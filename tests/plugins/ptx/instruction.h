@@ -207,13 +207,16 @@ using Opcodes = std::unordered_map<std::string, Decode>;
 
 // The opcodes, with all their modifiers. An opcode that is not here is refused.
 Opcodes const& opcodes();
-void addArithmetic(Opcodes& opcodes);
+void addIntegers(Opcodes& opcodes);
+void addLogic(Opcodes& opcodes);
+void addFloats(Opcodes& opcodes);
+void addSelections(Opcodes& opcodes);
 void addConversions(Opcodes& opcodes);
 void addMoves(Opcodes& opcodes);
-void addMemory(Opcodes& opcodes);
+void addTransfers(Opcodes& opcodes);
 void addCopies(Opcodes& opcodes);
 void addControl(Opcodes& opcodes);
-void addWarp(Opcodes& opcodes);
+void addExchanges(Opcodes& opcodes);
 void addTensorCores(Opcodes& opcodes);
 
 // Calls f(lane) for each lane of a mask.

@@ -198,7 +198,7 @@ LDMATRIX_TRANS = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
 
 @pytest.mark.parametrize("opcode", [LDMATRIX, LDMATRIX_TRANS])
 def test_ldmatrix(interpreter: Interpreter, opcode: str) -> None:
-    """Lanes 8i to 8i + 7 have the rows of matrix i; a lane receives columns 2 · (lane % 4) and the next of row lane / 4."""
+    """Lanes 8i to 8i + 7 have the rows of matrix i; a lane gets columns 2 · (lane % 4) and the next of row lane / 4."""
     rows = np.arange(256, dtype=np.uint16).reshape(32, 8)  # row r of shared memory is the row of lane 31 - r
     output = np.zeros((LANES, 4, 2), np.uint16)
     transposed = opcode == LDMATRIX_TRANS

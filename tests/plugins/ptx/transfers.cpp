@@ -4,7 +4,6 @@
 #include "address.h"
 
 #include <algorithm>
-#include <limits>
 
 namespace lfx::ptx
 {
@@ -272,7 +271,7 @@ constexpr ElementType kTYPES[] = {{"u8", 1, false, Size::k16}, {"s8", 1, true, S
     {"u32", 4, false, Size::k32}, {"s32", 4, true, Size::k32}, {"f32", 4, false, Size::k32},
     {"b64", 8, false, Size::k64}, {"u64", 8, false, Size::k64}, {"s64", 8, true, Size::k64}};
 
-void addTransfers(Opcodes& opcodes, std::string const& name, Space space, bool loads)
+void addSpace(Opcodes& opcodes, std::string const& name, Space space, bool loads)
 {
     for (ElementType const& type : kTYPES)
     {
@@ -318,15 +317,15 @@ void addParameters(Opcodes& opcodes, std::string const& type)
 
 } // namespace
 
-void addMemory(Opcodes& opcodes)
+void addTransfers(Opcodes& opcodes)
 {
     for (auto const& [name, space] :
         {std::pair("", Space::kGENERIC), {".global", Space::kGLOBAL}, {".shared", Space::kSHARED}})
     {
-        addTransfers(opcodes, std::string("ld") + name, space, true);
-        addTransfers(opcodes, std::string("st") + name, space, false);
+        addSpace(opcodes, std::string("ld") + name, space, true);
+        addSpace(opcodes, std::string("st") + name, space, false);
     }
-    addTransfers(opcodes, "ld.global.nc", Space::kGLOBAL, true);
+    addSpace(opcodes, "ld.global.nc", Space::kGLOBAL, true);
     for (char const* const type : {"b32", "u32", "s32", "f32"})
     {
         addParameters<uint32_t>(opcodes, type);

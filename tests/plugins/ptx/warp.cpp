@@ -1,7 +1,4 @@
-// Instructions by which the lanes of a warp exchange values.
-//
-// Source: PTX ISA, "shfl.sync", "vote.sync", "match.sync", "activemask", "redux.sync".
-#include "address.h"
+#include "warp.h"
 
 #include <algorithm>
 
@@ -10,225 +7,231 @@ namespace lfx::ptx
 namespace
 {
 
-enum class Shuffle : uint8_t
-{
-    kUP,
-    kDOWN,
-    kBUTTERFLY,
-    kINDEX,
-};
-
-// The lane whose value a lane takes, or -1 if it keeps its own.
-template <Shuffle kMODE>
-int32_t sourceLane(int32_t lane, uint32_t b, uint32_t c)
-{
-    int32_t const segment = static_cast<int32_t>(c >> 8 & 0x1fU);
-    int32_t const clamp = static_cast<int32_t>(c & 0x1fU);
-    int32_t const value = static_cast<int32_t>(b & 0x1fU);
-    int32_t const last = (lane & segment) | (clamp & ~segment);
-    int32_t const first = lane & segment;
-    int32_t source = 0;
-    bool inRange = false;
-    switch (kMODE)
-    {
-    case Shuffle::kUP:
-        source = lane - value;
-        inRange = source >= last;
-        break;
-    case Shuffle::kDOWN:
-        source = lane + value;
-        inRange = source <= last;
-        break;
-    case Shuffle::kBUTTERFLY:
-        source = lane ^ value;
-        inRange = source <= last;
-        break;
-    case Shuffle::kINDEX:
-        source = first | (value & ~segment);
-        inRange = source <= last;
-        break;
-    }
-    return inRange ? source : -1;
-}
-
-// shfl.sync.mode.b32 d|p, a, b, c, members. operands: d, a, b, c, p (if count is 1).
-template <Shuffle kMODE>
-void shuffle(Instruction const& instruction, Lanes& lanes, uint32_t executing)
-{
-    auto const& operands = instruction.operands;
-    Registers& registers = lanes.registers;
-    requireDefined(
-        registers.defined<uint32_t>(operands[2]) & registers.defined<uint32_t>(operands[3]), executing, "a lane");
-    uint32_t const definedBefore = registers.defined<uint32_t>(operands[1]);
-    auto const values = registers.words[operands[1]];
-    uint32_t defined = 0;
-    forEachLane(executing, [&](int lane) {
-        int32_t const source = sourceLane<kMODE>(
-            lane, registers.get<uint32_t>(operands[2], lane), registers.get<uint32_t>(operands[3], lane));
-        int32_t const from = source < 0 ? lane : source;
-        if ((executing >> from & 1U) == 0)
-        {
-            throw Fault("shfl.sync from a lane that does not execute it", lane);
-        }
-        defined |= (definedBefore >> from & 1U) << lane;
-        registers.set<uint32_t>(operands[0], lane, values[from]);
-        if (instruction.count == 1)
-        {
-            registers.set<bool>(operands[4], lane, source >= 0);
-        }
-    });
-    mergeDefined(registers.defined<uint32_t>(operands[0]), executing, defined);
-    if (instruction.count == 1)
-    {
-        registers.defined<bool>(operands[4]) |= executing;
-    }
-}
-
-void converge(Decoder& decoder, Instruction& result, Execute execute, size_t membersOperand)
-{
-    decoder.expectOperands(membersOperand + 1);
-    result.flow = Flow::kCONVERGE;
-    result.members = static_cast<int32_t>(decoder.source(decoder.operand(membersOperand), Size::k32));
-    result.execute = execute;
-}
-
-template <Shuffle kMODE>
-void decodeShuffle(Decoder& decoder, Instruction& result)
-{
-    converge(decoder, result, shuffle<kMODE>, 4);
-    Operand const& target = decoder.operand(0);
-    bool const hasPredicate = target.kind == Operand::Kind::kPAIR;
-    result.operands[0] = decoder.destination(hasPredicate ? target.elements[0] : target, Size::k32);
-    if (hasPredicate)
-    {
-        result.count = 1;
-        result.operands[4] = decoder.destination(target.elements[1], Size::kPREDICATE);
-    }
-    for (size_t i = 1; i < 4; ++i)
-    {
-        result.operands[i] = decoder.source(decoder.operand(i), Size::k32);
-    }
-}
-
-uint32_t votes(Instruction const& instruction, Lanes& lanes, uint32_t executing)
-{
-    requireDefined(lanes.registers.defined<bool>(instruction.operands[1]), executing, "a vote");
-    return lanes.registers.predicates[instruction.operands[1]] & executing;
-}
-
-template <typename T>
-void setAll(Registers& registers, uint32_t target, uint32_t executing, T value)
-{
-    forEachLane(executing, [&](int lane) { registers.set<T>(target, lane, value); });
-    registers.defined<T>(target) |= executing;
-}
-
-void ballot(Instruction const& instruction, Lanes& lanes, uint32_t executing)
-{
-    setAll(lanes.registers, instruction.operands[0], executing, votes(instruction, lanes, executing));
-}
-
-void any(Instruction const& instruction, Lanes& lanes, uint32_t executing)
-{
-    setAll(lanes.registers, instruction.operands[0], executing, votes(instruction, lanes, executing) != 0);
-}
-
-void all(Instruction const& instruction, Lanes& lanes, uint32_t executing)
-{
-    setAll(lanes.registers, instruction.operands[0], executing, votes(instruction, lanes, executing) == executing);
-}
-
-template <Execute kEXECUTE, bool kBALLOT>
-void decodeVote(Decoder& decoder, Instruction& result)
-{
-    converge(decoder, result, kEXECUTE, 2);
-    result.operands[0] = decoder.destination(decoder.operand(0), kBALLOT ? Size::k32 : Size::kPREDICATE);
-    result.operands[1] = decoder.source(decoder.operand(1), Size::kPREDICATE);
-}
-
-void matchAny(Instruction const& instruction, Lanes& lanes, uint32_t executing)
-{
-    Registers& registers = lanes.registers;
-    uint32_t const source = instruction.operands[1];
-    requireDefined(registers.defined<uint32_t>(source), executing, "a value to match");
-    auto const values = registers.words[source];
-    forEachLane(executing, [&](int lane) {
-        uint32_t same = 0;
-        forEachLane(executing, [&](int other) { same |= (values[other] == values[lane] ? 1U : 0U) << other; });
-        registers.set<uint32_t>(instruction.operands[0], lane, same);
-    });
-    registers.defined<uint32_t>(instruction.operands[0]) |= executing;
-}
-
-template <typename T, T (*kFUNCTION)(T, T)>
-void reduce(Instruction const& instruction, Lanes& lanes, uint32_t executing)
-{
-    Registers& registers = lanes.registers;
-    uint32_t const source = instruction.operands[1];
-    requireDefined(registers.defined<T>(source), executing, "a value to reduce");
-    T result = registers.get<T>(source, __builtin_ctz(executing));
-    forEachLane(
-        executing & (executing - 1), [&](int lane) { result = kFUNCTION(result, registers.get<T>(source, lane)); });
-    setAll(registers, instruction.operands[0], executing, result);
-}
-
-template <typename T>
-T sum(T a, T b)
-{
-    return a + b;
-}
-
-template <typename T>
-T smaller(T a, T b)
-{
-    return std::min(a, b);
-}
-
-template <typename T>
-T larger(T a, T b)
-{
-    return std::max(a, b);
-}
-
-template <Execute kEXECUTE>
-void decodeWords(Decoder& decoder, Instruction& result)
-{
-    converge(decoder, result, kEXECUTE, 2);
-    result.operands[0] = decoder.destination(decoder.operand(0), Size::k32);
-    result.operands[1] = decoder.source(decoder.operand(1), Size::k32);
-}
-
-void activeMask(Instruction const& instruction, Lanes& lanes, uint32_t executing)
-{
-    setAll(lanes.registers, instruction.operands[0], executing, executing);
-}
-
-void decodeActiveMask(Decoder& decoder, Instruction& result)
-{
-    decoder.expectOperands(1);
-    result.execute = activeMask;
-    result.operands[0] = decoder.destination(decoder.operand(0), Size::k32);
-}
+constexpr uint64_t kMAX_INSTRUCTIONS = 20'000'000; // of a warp in a block; more is taken for a loop without end
 
 } // namespace
 
-void addWarp(Opcodes& opcodes)
+Warp::Warp(Code const& code, Block& block, uint32_t index)
+    : mCode(code)
+    , mLanes{block, index, 1, {}, {}}
 {
-    opcodes["shfl.sync.up.b32"] = decodeShuffle<Shuffle::kUP>;
-    opcodes["shfl.sync.down.b32"] = decodeShuffle<Shuffle::kDOWN>;
-    opcodes["shfl.sync.bfly.b32"] = decodeShuffle<Shuffle::kBUTTERFLY>;
-    opcodes["shfl.sync.idx.b32"] = decodeShuffle<Shuffle::kINDEX>;
-    opcodes["vote.sync.ballot.b32"] = decodeVote<ballot, true>;
-    opcodes["vote.sync.any.pred"] = decodeVote<any, false>;
-    opcodes["vote.sync.all.pred"] = decodeVote<all, false>;
-    opcodes["match.any.sync.b32"] = decodeWords<matchAny>;
-    opcodes["redux.sync.add.s32"] = decodeWords<reduce<uint32_t, sum<uint32_t>>>;
-    opcodes["redux.sync.add.u32"] = decodeWords<reduce<uint32_t, sum<uint32_t>>>;
-    opcodes["redux.sync.min.s32"] = decodeWords<reduce<int32_t, smaller<int32_t>>>;
-    opcodes["redux.sync.max.s32"] = decodeWords<reduce<int32_t, larger<int32_t>>>;
-    opcodes["redux.sync.min.u32"] = decodeWords<reduce<uint32_t, smaller<uint32_t>>>;
-    opcodes["redux.sync.max.u32"] = decodeWords<reduce<uint32_t, larger<uint32_t>>>;
-    opcodes["activemask.b32"] = decodeActiveMask;
+    Registers& registers = mLanes.registers;
+    registers.words.resize(code.words);
+    registers.longs.resize(code.longs);
+    registers.predicates.resize(code.predicates);
+    for (auto const& [target, value] : code.wordConstants)
+    {
+        registers.words[target].fill(value);
+    }
+    for (auto const& [target, value] : code.longConstants)
+    {
+        registers.longs[target].fill(value);
+    }
+    for (auto const& [target, value] : code.predicateConstants)
+    {
+        registers.predicates[target] = value ? kALL_LANES : 0;
+    }
+}
+
+void Warp::start(Launch const& launch, Dimensions const& blockIndex)
+{
+    Registers& registers = mLanes.registers;
+    registers.wordsDefined.assign(mCode.words, 0);
+    registers.longsDefined.assign(mCode.longs, 0);
+    registers.predicatesDefined.assign(mCode.predicates, 0);
+    for (auto const& constant : mCode.wordConstants)
+    {
+        registers.wordsDefined[constant.first] = kALL_LANES;
+    }
+    for (auto const& constant : mCode.longConstants)
+    {
+        registers.longsDefined[constant.first] = kALL_LANES;
+    }
+    for (auto const& constant : mCode.predicateConstants)
+    {
+        registers.predicatesDefined[constant.first] = kALL_LANES;
+    }
+    for (auto const& [name, target] : mCode.specialRegisters)
+    {
+        registers.wordsDefined[target] = kALL_LANES;
+        for (uint32_t lane = 0; lane < kLANES; ++lane)
+        {
+            registers.words[target][lane] = special(name, launch, blockIndex, lane);
+        }
+    }
+    mLanes.copies = {};
+    mGroups = {{0, kALL_LANES, false}};
+    mAlive = kALL_LANES;
+    mExecuted = 0;
+    ++mLanes.epoch;
+}
+
+uint32_t Warp::special(std::string const& name, Launch const& launch, Dimensions const& blockIndex, uint32_t lane) const
+{
+    if (name == "%laneid")
+    {
+        return lane;
+    }
+    uint32_t const thread = mLanes.index * kLANES + lane;
+    Dimensions const threadIndex{
+        thread % launch.block.x, thread / launch.block.x % launch.block.y, thread / launch.block.x / launch.block.y};
+    bool const isOfGrid = name.find("cta") != std::string::npos;
+    bool const isCount = name.find("%n") == 0;
+    Dimensions const& value = isOfGrid ? (isCount ? launch.grid : blockIndex) : isCount ? launch.block : threadIndex;
+    return name.back() == 'x' ? value.x : name.back() == 'y' ? value.y : value.z;
+}
+
+void Warp::run()
+{
+    while (!mGroups.empty())
+    {
+        auto const ready
+            = std::find_if(mGroups.begin(), mGroups.end(), [](Group const& group) { return !group.waits; });
+        if (ready == mGroups.end())
+        {
+            if (mGroups.size() == 1 && barrier().flow == Flow::kBLOCK_BARRIER && mAlive == kALL_LANES)
+            {
+                return;
+            }
+            failWaiting();
+        }
+        Group const group = *ready;
+        mGroups.erase(ready);
+        try
+        {
+            runGroup(group);
+        }
+        catch (Fault const& fault)
+        {
+            fail(fault);
+        }
+    }
+}
+
+void Warp::fail(Fault const& fault) const
+{
+    Statement const& statement = *mCurrent->statement;
+    std::string where = mCode.kernel.name + ", warp " + std::to_string(mLanes.index);
+    if (fault.lane >= 0)
+    {
+        where += ", lane " + std::to_string(fault.lane);
+    }
+    throw Error(std::string(fault.what()) + " (" + where + ", PTX line " + std::to_string(statement.line) + ": "
+        + statement.text + ")");
+}
+
+void Warp::failWaiting()
+{
+    std::string lines;
+    for (Group const& group : mGroups)
+    {
+        mCurrent = &mCode.instructions[group.at];
+        lines += (lines.empty() ? "" : " and ") + std::to_string(mCurrent->statement->line);
+    }
+    fail(Fault("lanes of a warp wait for one another forever, at PTX lines " + lines, -1));
+}
+
+// Adds lanes at an instruction to those that are there.
+void Warp::place(uint32_t at, uint32_t lanes, bool waits)
+{
+    if (lanes == 0)
+    {
+        return;
+    }
+    auto const next = std::find_if(mGroups.begin(), mGroups.end(), [at](Group const& group) { return group.at >= at; });
+    if (next != mGroups.end() && next->at == at)
+    {
+        next->lanes |= lanes;
+        next->waits = waits;
+        return;
+    }
+    mGroups.insert(next, {at, lanes, waits});
+}
+
+uint32_t Warp::executingLanes(Instruction const& instruction, uint32_t lanes)
+{
+    if (instruction.guard < 0)
+    {
+        return lanes;
+    }
+    requireDefined(mLanes.registers.predicatesDefined[instruction.guard], lanes, "a predicate");
+    uint32_t const guard = mLanes.registers.predicates[instruction.guard];
+    return lanes & (instruction.guardNegated ? ~guard : guard);
+}
+
+// Whether all lanes that the instruction's mask names are here.
+bool Warp::converged(Instruction const& instruction, uint32_t executing)
+{
+    uint32_t const members = instruction.members;
+    requireDefined(mLanes.registers.wordsDefined[members], executing, "a mask of lanes");
+    uint32_t const named = mLanes.registers.words[members][__builtin_ctz(executing)];
+    forEachLane(executing, [&](int lane) {
+        if (mLanes.registers.words[members][lane] != named || (named >> lane & 1U) == 0)
+        {
+            throw Fault("lanes with different masks, or that their mask does not name", lane);
+        }
+    });
+    if ((named & ~mAlive) != 0)
+    {
+        throw Fault("the whole warp is needed, but some of its lanes have ended", __builtin_ctz(named & ~mAlive));
+    }
+    return executing == named;
+}
+
+// Runs lanes until they wait, end, part, or reach other lanes.
+void Warp::runGroup(Group const& group)
+{
+    uint32_t at = group.at;
+    auto const ahead = std::find_if(mGroups.begin(), mGroups.end(), [at](Group const& other) { return other.at > at; });
+    uint32_t const meeting = ahead == mGroups.end() ? UINT32_MAX : ahead->at;
+    for (; at < meeting; ++at)
+    {
+        mCurrent = &mCode.instructions[at];
+        Instruction const& instruction = *mCurrent;
+        if (++mExecuted > kMAX_INSTRUCTIONS)
+        {
+            throw Fault("a loop that does not end", -1);
+        }
+        uint32_t const executing = executingLanes(instruction, group.lanes);
+        if (executing == 0)
+        {
+            continue;
+        }
+        if (instruction.flow == Flow::kNEXT)
+        {
+            instruction.execute(instruction, mLanes, executing);
+        }
+        else if (!goesOn(instruction, at, group.lanes, executing))
+        {
+            return;
+        }
+    }
+    place(at, group.lanes, false);
+}
+
+// Executes an instruction with an effect on the flow. Returns whether all lanes go on to the next one.
+bool Warp::goesOn(Instruction const& instruction, uint32_t at, uint32_t lanes, uint32_t executing)
+{
+    switch (instruction.flow)
+    {
+    case Flow::kBRANCH:
+        place(at + 1, lanes & ~executing, false);
+        place(instruction.target, executing, false);
+        return false;
+    case Flow::kEXIT:
+        mAlive &= ~executing;
+        place(at + 1, lanes & ~executing, false);
+        return false;
+    default: break;
+    }
+    if (!converged(instruction, executing) || instruction.flow == Flow::kBLOCK_BARRIER)
+    {
+        place(at, lanes, true);
+        return false;
+    }
+    mLanes.epoch += instruction.flow == Flow::kWARP_BARRIER && executing == kALL_LANES ? 1 : 0;
+    instruction.execute(instruction, mLanes, executing);
+    return true;
 }
 
 } // namespace lfx::ptx
