@@ -26,7 +26,7 @@ class Interpreter:
     """One library with the interpreter, and the kernels that it has loaded."""
 
     def __init__(self, path: Path) -> None:
-        self._library = library = ctypes.CDLL(str(path))
+        self.library = library = ctypes.CDLL(str(path))
         for name in ("lfxPtxError", "lfxPtxKernels"):
             getattr(library, name).restype = ctypes.c_char_p
         library.lfxPtxLoad.restype = library.lfxPtxLaunch.restype = ctypes.c_bool
@@ -36,21 +36,21 @@ class Interpreter:
 
     def error(self) -> str:
         """The reason of the first failure since PTX was loaded or buffers were set."""
-        return str(self._library.lfxPtxError().decode())
+        return str(self.library.lfxPtxError().decode())
 
     def load(self, text: str) -> None:
         """Add the kernels of a module; they replace those of the same name."""
-        if not self._library.lfxPtxLoad(text.encode()):
+        if not self.library.lfxPtxLoad(text.encode()):
             raise PtxError(self.error())
 
     def kernels(self) -> list[str]:
         """The names of the loaded kernels."""
-        return str(self._library.lfxPtxKernels().decode()).splitlines()
+        return str(self.library.lfxPtxKernels().decode()).splitlines()
 
     def set_buffers(self, buffers: Iterable[Buffer]) -> None:
         """Name the only memory that kernels may access."""
         listed = list(buffers)
-        self._library.lfxPtxSetBuffers(
+        self.library.lfxPtxSetBuffers(
             len(listed),
             (ctypes.c_uint64 * len(listed))(*(buffer.address for buffer in listed)),
             (ctypes.c_uint64 * len(listed))(*(buffer.bytes for buffer in listed)),
@@ -63,7 +63,7 @@ class Interpreter:
         """Run a kernel by name; arguments are ctypes values."""
         addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
         dimensions = [(ctypes.c_uint32 * 3)(*sizes, *[1] * (3 - len(sizes))) for sizes in (grid, block)]
-        if not self._library.lfxPtxLaunch(kernel.encode(), *dimensions, shared_bytes, addresses):
+        if not self.library.lfxPtxLaunch(kernel.encode(), *dimensions, shared_bytes, addresses):
             raise PtxError(self.error())
 
 

@@ -128,6 +128,7 @@ void SharedMemory::noteRead(size_t offset, size_t bytes, Accessor const& accesso
         {
             history.readEpoch = accessor.blockEpoch;
             history.readWarps = 0;
+            history.readLanes = 0;
         }
         history.readWarps |= 1U << accessor.warp;
         if (history.lastReadWarp != accessor.warp || history.readWarpEpoch != accessor.warpEpoch)

@@ -185,12 +185,17 @@ extern "C"
         void const* hostFunction, Dimensions grid, Dimensions block, void** arguments, size_t sharedBytes, void*)
     {
         State& s = state();
+        auto const name = s.names.find(hostFunction);
+        if (name == s.names.end())
+        {
+            return fail("a launch of a function that is not registered as a kernel", kINVALID_VALUE);
+        }
         auto const limit = s.sharedLimits.find(hostFunction);
         if (sharedBytes > (limit == s.sharedLimits.end() ? kDEFAULT_SHARED_BYTES : limit->second))
         {
             return fail("a launch asks for more shared memory than cudaFuncSetAttribute allowed", kINVALID_VALUE);
         }
-        return launch(s.names.at(hostFunction), {grid, block, sharedBytes, arguments});
+        return launch(name->second, {grid, block, sharedBytes, arguments});
     }
 
     int __cudaLaunchKernel(

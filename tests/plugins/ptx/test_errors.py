@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 
@@ -153,6 +155,11 @@ ALLOWED = {
     "a barrier of the block separates warps": (
         "st.shared.u32 [%w2], %w0; bar.sync 0;" + OTHER_WARP + "bar.sync 0; st.shared.u32 [%w2], %w0;"
     ),
+    "a barrier of the block separates lanes, too": (
+        "st.shared.u32 [%w2], %w0; bar.sync 0;"
+        + NEIGHBOUR
+        + "bar.sync 0; ld.shared.u32 %w4, [%w2]; st.shared.u32 [%w2], %w4;"
+    ),
     "a thread reads what it wrote": "st.shared.u32 [%w2], %w0; ld.shared.u32 %w4, [%w2]; st.shared.u32 [%w2], %w4;",
     "threads read the same": "st.shared.u32 [%w2], %w0; bar.sync 0; ld.shared.u32 %w4, [%w1];",
     "a barrier in each side of a branch that whole warps take": (
@@ -201,3 +208,29 @@ def test_the_number_of_threads_is_checked(interpreter: Interpreter) -> None:
 def test_a_kernel_that_is_not_loaded(interpreter: Interpreter) -> None:
     with pytest.raises(PtxError, match="no kernel missing is loaded"):
         interpreter.launch("missing", (1,), (32,), 0)
+
+
+def test_a_launch_may_take_as_much_shared_memory_as_its_function_was_allowed(interpreter: Interpreter) -> None:
+    """The stand-in for the CUDA runtime, called as host code calls it."""
+
+    class Dimensions(ctypes.Structure):
+        _fields_ = tuple((axis, ctypes.c_uint32) for axis in "xyz")
+
+    cuda, function = interpreter.library, ctypes.c_void_p(0x1000)
+    invalid_value, max_dynamic_shared_memory = 1, 8
+    interpreter.load(kernel(""))
+    interpreter.set_buffers([])
+    register = getattr(cuda, "__cudaRegisterFunction")
+    register(None, function, None, b"test", -1, None, None, None, None, None)
+
+    def launch(host_function: ctypes.c_void_p, shared_bytes: int) -> int:
+        size = ctypes.c_size_t(shared_bytes)
+        return int(cuda.cudaLaunchKernel(host_function, Dimensions(1, 1, 1), Dimensions(32, 1, 1), None, size, None))
+
+    assert launch(function, 48 * 1024) == 0
+    assert launch(function, 48 * 1024 + 1) == invalid_value
+    assert "more shared memory than cudaFuncSetAttribute allowed" in interpreter.error()
+    assert cuda.cudaGetLastError() == invalid_value
+    assert cuda.cudaFuncSetAttribute(function, max_dynamic_shared_memory, 101376) == 0
+    assert launch(function, 101376) == 0
+    assert launch(ctypes.c_void_p(0x2000), 0) == invalid_value

@@ -60,9 +60,9 @@ __all__ = [
 
 
 def test_accumulators_are_rescaled_across_the_tiles_of_a_part(emulated: InterpretedKernels) -> None:
-    for problem in (*several_tiles_in_a_part("fp16"), *several_tiles_in_a_part("bf16")):
+    for problem in several_tiles_in_a_part("fp16"):
         check_global(problem, emulated)
-    check_global(global_(Case(1, 70), 1, 270, 8), emulated)  # float32, smaller, since it takes longer
+    check_global(global_(Case(1, 70), 1, 270, 8), emulated)  # in float32 one that is smaller, since it takes longer
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
