@@ -265,7 +265,11 @@ MUTATIONS = {
         "if (row / kWORD_BITS * kWORD_BITS >= slots - 32)",
     ),
     "rowMax without its scale": ("softmax.cuh", "tileMax * scaleLog2", "tileMax"),
-    "rowSum not rescaled": ("softmax.cuh", "rowSum *= factor;\n        return", "return"),
+    "rowSum not rescaled": (
+        "softmax.cuh",
+        "previousMax - offset);\n        rowSum *= factor;",
+        "previousMax - offset);",
+    ),
     "rowSum of BandedAttention not rescaled": ("softmax.cuh", "next;\n        rowSum *= factor;", "next;"),
     "a reference without its scale": ("softmax.cuh", "? -max * scaleLog2 :", "? -max :"),
     "scores that outgrow the type": ("softmax.cuh", "kSLACK = 8.0F", "kSLACK = 100.0F"),
