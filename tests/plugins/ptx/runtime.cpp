@@ -2,6 +2,7 @@
 // interface by which tests load PTX and name the buffers.
 #include "machine.h"
 
+#include <cstdlib>
 #include <map>
 #include <utility>
 
@@ -13,7 +14,8 @@ using namespace lfx::ptx;
 constexpr int kINVALID_VALUE = 1; // cudaError_t
 constexpr int kLAUNCH_FAILURE = 719;
 constexpr size_t kDEFAULT_SHARED_BYTES = 48 * 1024; // that a block has without cudaFuncSetAttribute
-constexpr int kMAX_DYNAMIC_SHARED_ATTRIBUTE = 8;
+constexpr int kMAX_DYNAMIC_SHARED_ATTRIBUTE = 8; // cudaFuncAttribute
+constexpr int kMULTIPROCESSOR_COUNT = 16;        // cudaDeviceAttr
 
 struct State
 {
@@ -211,6 +213,24 @@ extern "C"
             return fail("cudaFuncSetAttribute of an attribute that the interpreter does not know", kINVALID_VALUE);
         }
         state().sharedLimits[hostFunction] = static_cast<size_t>(value);
+        return 0;
+    }
+
+    int cudaGetDevice(int* device)
+    {
+        *device = 0;
+        return 0;
+    }
+
+    // The number of multiprocessors is LFX_MULTIPROCESSORS, or that of an H100, as on the emulated device.
+    int cudaDeviceGetAttribute(int* value, int attribute, int)
+    {
+        if (attribute != kMULTIPROCESSOR_COUNT)
+        {
+            return fail("cudaDeviceGetAttribute of an attribute that the interpreter does not know", kINVALID_VALUE);
+        }
+        char const* const count = std::getenv("LFX_MULTIPROCESSORS");
+        *value = count != nullptr ? std::atoi(count) : 132;
         return 0;
     }
 

@@ -17,9 +17,10 @@ from tests.plugins.problems import banded, global_
 from tests.plugins.ptx.build import COMPUTE_CAPABILITIES
 from tests.plugins.ptx.interpreter import InterpretedKernels
 from tests.plugins.test_kernels import (
-    PRECISIONS,
+    KERNELS,
     check,
     check_global,
+    growing_scores,
     one_key_masked,
     several_tiles_in_a_part,
     some_slots_used,
@@ -35,6 +36,7 @@ from tests.plugins.test_kernels import (
     test_masked_keys_of_global_attention_are_never_read,
     test_more_global_tokens_than_a_tile_holds,
     test_one_masked_key_in_a_tile_of_visible_keys,
+    test_scores_that_grow_or_fall_along_a_row,
     test_used_slots_among_unused_ones,
     test_wide_heads_and_many_queries,
     test_windows_and_lengths_around_the_tiles,
@@ -53,6 +55,7 @@ __all__ = [
     "test_masked_keys_of_global_attention_are_never_read",
     "test_more_global_tokens_than_a_tile_holds",
     "test_one_masked_key_in_a_tile_of_visible_keys",
+    "test_scores_that_grow_or_fall_along_a_row",
     "test_used_slots_among_unused_ones",
     "test_wide_heads_and_many_queries",
     "test_windows_and_lengths_around_the_tiles",
@@ -65,18 +68,20 @@ def test_accumulators_are_rescaled_across_the_tiles_of_a_part(emulated: Interpre
     check_global(global_(Case(1, 70), 1, 270, 8), emulated)  # in float32 one that is smaller, since it takes longer
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_ptx_for_newer_gpus(interpreted: Callable[[int], InterpretedKernels], precision: str) -> None:
+@pytest.mark.parametrize(("precision", "wide"), KERNELS)
+def test_ptx_for_newer_gpus(interpreted: Callable[[int], InterpretedKernels], precision: str, wide: bool) -> None:
     """The cases above in small, since another compiler emits this PTX."""
     kernels = interpreted(COMPUTE_CAPABILITIES[1])
-    check(banded(Case(1, 150, "scattered", "holes"), 2, 64, 20, precision=precision), kernels)
-    check(banded(Case(2, 130, "ragged", "right"), 2, 32, 20, precision=precision, dilation=2, causal=1), kernels)
-    check(banded(Case(1, 150, "all", "left"), 1, 16, 4, precision=precision), kernels)
-    check(banded(Case(1, 330), 1, 128, 100, precision=precision), kernels)
-    check(one_key_masked(200, precision), kernels)
-    check(some_slots_used([64], 80, precision), kernels)
-    check_global(global_(Case(2, 100, "none", "left"), 12, 1, 768, precision=precision), kernels)
-    check_global(global_(Case(1, 700, "none", "right"), 17, 2, 64, precision=precision), kernels)
+    check(banded(Case(1, 150, "scattered", "holes"), 2, 64, 20, precision=precision), kernels, wide)
+    check(banded(Case(2, 130, "ragged", "right"), 2, 32, 20, precision=precision, dilation=2, causal=1), kernels, wide)
+    check(banded(Case(1, 150, "all", "left"), 1, 16, 4, precision=precision), kernels, wide)
+    check(banded(Case(1, 200), 1, 128, 100, precision=precision), kernels, wide)
+    check(one_key_masked(200, precision), kernels, wide)
+    check(some_slots_used([64], 80, precision), kernels, wide)
+    check(growing_scores(60, precision), kernels, wide)
+    if not wide:
+        check_global(global_(Case(2, 100, "none", "left"), 12, 1, 768, precision=precision), kernels)
+        check_global(global_(Case(1, 700, "none", "right"), 17, 2, 64, precision=precision), kernels)
 
 
 def test_every_opcode_of_the_kernels_has_a_test(kernel_folders: dict[int, Path]) -> None:

@@ -27,6 +27,7 @@ class Target(NamedTuple):
     includes: str
     kernel: str
     problem: Callable[[], Banded | Global]
+    wide: bool = False  # blocks of 128 queries
 
 
 def banded_problem(head_size: int, precision: str) -> Banded:
@@ -36,12 +37,13 @@ def banded_problem(head_size: int, precision: str) -> Banded:
 TENSOR_CORES = "banded/tensor_cores.cuh"
 BANDED_FP16 = Target(
     TENSOR_CORES,
-    "void lfx::banded::bandedAttentionTensorCores<lfx::Half, 64>(lfx::BandedParams)",
+    "void lfx::banded::bandedAttentionTensorCores<lfx::Half, 64, 2>(lfx::BandedParams)",
     lambda: banded_problem(64, "fp16"),
+    wide=True,
 )
 BANDED_BF16 = Target(
     TENSOR_CORES,
-    "void lfx::banded::bandedAttentionTensorCores<lfx::Bf16, 32>(lfx::BandedParams)",
+    "void lfx::banded::bandedAttentionTensorCores<lfx::Bf16, 32, 1>(lfx::BandedParams)",
     lambda: banded_problem(32, "bf16"),
 )
 BANDED_FP32 = Target(
@@ -128,13 +130,13 @@ MUTATIONS = {
     ),
     "a swizzle of copies only": Mutation(
         "banded/tensor_core_tiles.cuh",
-        "target(swizzled<kD>(row, column / Traits::kCHUNK))",
+        "target(swizzled<kD>(row, column / kCHUNK))",
         "target(row * kD + column)",
         BANDED_BF16,
         WRONG,
     ),
     "a fragment of the wrong column": Mutation(
-        TENSOR_CORES, "step * 2 + lane / 8 % 2));", "step * 2 + lane / 16));", BANDED_FP16, WRONG
+        TENSOR_CORES, "lane / 16 * 8, lane / 8 % 2);", "lane / 16 * 8, lane / 16);", BANDED_FP16, WRONG
     ),
     "rows of a padding that ldmatrix cannot read": Mutation(
         "global/tensor_cores.cuh",
@@ -170,11 +172,11 @@ def compile_mutant(mutation: Mutation, folder: Path) -> str:
     return ptx(mutant, "mutant.cu", COMPUTE_CAPABILITIES[0])
 
 
-def finding(problem: Banded | Global, kernels: InterpretedKernels) -> str:
+def finding(problem: Banded | Global, kernels: InterpretedKernels, wide: bool) -> str:
     """Why the interpreter refuses the kernels, or that their result is wrong, or nothing."""
     try:
         if isinstance(problem, Banded):
-            check(problem, kernels)
+            check(problem, kernels, wide)
         else:
             check_global(problem, kernels)
     except PtxError as error:
@@ -190,14 +192,14 @@ def test_the_interpreter_finds_a_mutation(
 ) -> None:
     mutation = MUTATIONS[name]
     problem = mutation.target.problem()
-    assert finding(problem, emulated) == ""
+    assert finding(problem, emulated, mutation.target.wide) == ""
     text = compile_mutant(mutation, tmp_path)
     names = re.findall(r"\.entry (\w+)\(", text)
     assert len(names) == 1
     assert set(names) <= set(emulated.interpreter.kernels())
     try:
         emulated.interpreter.load(text)
-        reason = finding(problem, emulated)
+        reason = finding(problem, emulated, mutation.target.wide)
     finally:
         for original in kernel_folders[COMPUTE_CAPABILITIES[0]].glob("*.ptx"):
             emulated.interpreter.load(original.read_text(encoding="utf-8"))
