@@ -14,8 +14,8 @@ using namespace lfx::ptx;
 constexpr int kINVALID_VALUE = 1; // cudaError_t
 constexpr int kLAUNCH_FAILURE = 719;
 constexpr size_t kDEFAULT_SHARED_BYTES = 48 * 1024; // that a block has without cudaFuncSetAttribute
-constexpr int kMAX_DYNAMIC_SHARED_ATTRIBUTE = 8; // cudaFuncAttribute
-constexpr int kMULTIPROCESSOR_COUNT = 16;        // cudaDeviceAttr
+constexpr int kMAX_DYNAMIC_SHARED_ATTRIBUTE = 8;    // cudaFuncAttribute
+constexpr int kMULTIPROCESSOR_COUNT = 16;           // cudaDeviceAttr
 
 struct State
 {
