@@ -21,7 +21,7 @@ from lfx.runtime import Engine
 from lfx.runtime.hub import local_path, push
 from lfx.runtime.model_card import MARK, model_card
 from tests.conftest import MakeBundle
-from tests.runtime.hub_server import TOKEN, Hub, running_hub
+from tests.runtime.hub_server import Hub, hub_of_this_process
 
 NAME = "org/tiny"
 IDS = np.arange(5, 25)[None]
@@ -29,22 +29,9 @@ IDS = np.arange(5, 25)[None]
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub for this process and for those that it starts, with a cache of its own."""
-    from huggingface_hub import constants
-
+    """A hub of this process, whose working folder is the temporary one."""
     monkeypatch.chdir(tmp_path)
-    with running_hub() as server:
-        cache = str(tmp_path / "cache")
-        variables = {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN, "HF_HUB_CACHE": cache, "HF_HUB_DISABLE_XET": "1"}
-        for name, value in {**variables, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}.items():
-            monkeypatch.setenv(name, value)
-        # huggingface_hub reads its variables when it is imported.
-        monkeypatch.setattr(constants, "ENDPOINT", server.address)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with hub_of_this_process(tmp_path / "cache") as server:
         yield server
 
 
