@@ -151,6 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
                 repository.files[value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":
                 repository.files[value["path"]] = self.hub.objects[value["oid"]]
+            elif item["key"] == "deletedFile":
+                del repository.files[value["path"]]
         repository.commit = hashlib.sha1(repository.commit.encode() + body).hexdigest()
         address = f"{self.hub.address}/{name}/commit/{repository.commit}"
         self._send({"success": True, "commitUrl": address, "commitOid": repository.commit, "hookOutput": ""})

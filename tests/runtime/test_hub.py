@@ -175,6 +175,33 @@ def test_a_card_of_the_user_is_kept_and_one_of_lfx_replaced(hub: Hub, bundle: Ma
     assert files["README.md"] == b"# My own words"
 
 
+def test_files_of_an_earlier_push_are_deleted_and_others_kept(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:
+    push(bundle(), NAME)
+    repository = hub.repositories[NAME]
+    own = {"notes.txt": b"mine", "onnx/other.onnx": b"mine", ".gitattributes": b"mine"}
+    repository.files |= {**own, "lfx.json.minisig": b"of the first manifest"}
+    first = repository.commit
+    push(relayout(bundle(), tmp_path / "hf"), NAME)
+    expected = {*Manifest.read(tmp_path / "hf").files, MANIFEST, "README.md", *own}
+    assert set(repository.files) == expected
+    assert "model.onnx.data" not in expected
+    assert sum(request.startswith("POST") and "/commit/" in request for request in hub.requests) == 2
+    assert repository.commit != first
+    with Engine(NAME) as engine:
+        assert engine.identity == Manifest.read(tmp_path / "hf").to_dict()["manifest_sha256"]
+
+
+def test_nothing_is_deleted_where_no_manifest_of_lfx_is(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:
+    push(bundle(), NAME)
+    files = hub.repositories[NAME].files
+    for manifest in (b"{", json.dumps({"files": {"notes.txt": {}}}).encode()):
+        files |= {"notes.txt": b"mine", MANIFEST: manifest}
+        hub.repositories[NAME].commit = f"{len(manifest):040}"
+        push(bundle("text-classification"), NAME)
+        assert files["notes.txt"] == b"mine"
+        assert Manifest.read(local_path(Path(NAME))).signature.task == "text-classification"
+
+
 def test_the_commands_push_run_and_inspect(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:
     def lfx(*arguments: str) -> str:
         command = [sys.executable, "-m", "lfx.cli", *arguments]
