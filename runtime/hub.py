@@ -125,7 +125,7 @@ def push(
             CommitOperationDelete(name) for name in stale if api.file_exists(repository, name, revision=revision)
         ]
         progress(f"uploading {len(added)} files" + (f", deleting {len(deleted)}" if deleted else ""))
-        operations = [*added, *deleted]
+        operations: list[Any] = [*added, *deleted]
         message = f"Bundle of lfx {manifest.signature.lfx_version}: {manifest.signature.architecture}"
         commit: Any = api.create_commit(repository, operations, commit_message=message, revision=revision)
         return str(commit.commit_url)
