@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.plugins.build import EMULATED, compiler
+from tests.plugins.build import EMULATED, ROOT, compiler
 
 pytestmark = pytest.mark.trt
 
@@ -104,6 +104,35 @@ def test_ld_preload_works_with_tensorrt_behind_it_and_does_nothing_alone(plugin_
     library = plugin_library
     assert python(REGISTRY + "print(names())", preload=f"{library}:{tensorrt}") == (BOTH, "")
     assert python(REGISTRY + "print(names())", preload=library) == ("", "")
+
+
+# TensorRT's lean runtimes have a registry, and load without a GPU. The index of getCreator and loadLibrary in the
+# registry's virtual table is that of their version's headers.
+LEAN = """
+import ctypes, sys
+lean = ctypes.CDLL(sys.argv[2])
+lean.getPluginRegistry.restype = ctypes.c_void_p
+registry = lean.getPluginRegistry()
+get, load = {10: (14, 10), 11: (10, 6)}[lean.getInferLibVersion() // 10000]
+table = ctypes.cast(ctypes.cast(registry, ctypes.POINTER(ctypes.c_void_p))[0], ctypes.POINTER(ctypes.c_void_p))
+get = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_char_p] * 3)(table[get])
+load = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(table[load])
+def names():
+    both = ("BandedAttention", "GlobalAttention")
+    return " ".join(name for name in both if get(registry, name.encode(), b"1", b"lfx"))
+"""
+LEAN_PACKAGES = {10: "tensorrt-lean-cu12-libs==10.16.1.11", 11: "tensorrt-lean-cu13-libs==11.4.0.106"}
+
+
+@pytest.mark.parametrize("major", LEAN_PACKAGES)
+def test_tensorrts_lean_runtimes_have_the_plugins(major: int, plugin_library: Path) -> None:
+    folder = ROOT / "build" / f"tensorrt-lean-{major}"
+    runtimes = list(folder.rglob("libnvinfer_lean.so.*"))
+    if not runtimes:
+        pytest.skip(f"no lean runtime; pip install --no-deps --target {folder} {LEAN_PACKAGES[major]}")
+    assert python(LEAN + LOAD, plugin_library, runtimes[0]) == (BOTH, "")
+    loaded = "print(load(registry, sys.argv[1].encode()) is not None, names())\n"
+    assert python(LEAN + loaded, plugin_library, runtimes[0]) == (f"True {BOTH}", "")
 
 
 def test_the_registry_of_the_headers_has_the_plugins(plugin_library: Path, fake_tensorrt: Callable[..., Path]) -> None:
