@@ -1,0 +1,89 @@
+"""Shared memory without bank conflicts: the layout of the tiles, and the addresses that the emulated kernels use.
+
+bank_conflicts.h has the rules of the hardware.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lfx.parity import Case
+from tests.conftest import MakeOnce
+from tests.plugins import races
+from tests.plugins.build import EMULATED, build_library
+from tests.plugins.problems import banded, global_
+from tests.plugins.races import Problem, RaceDetector
+
+# Functions that may have conflicts, and the passes for each phase: atomic operations on any words; and scores of mma(),
+# whose 32 lanes write every other word, which takes two passes in any layout.
+ALLOWED = {"lfx::banded::Block::markGlobalTokens": 32.0, "lfx::global::computeScores": 2.0}
+PRECISIONS = ("fp16", "bf16", "fp32")
+
+
+@pytest.fixture(scope="module")
+def tiles(made_once: MakeOnce) -> ctypes.CDLL:
+    """tiles.cu."""
+
+    def build(folder: Path) -> None:
+        flags = ("-DLFX_EMULATED", f"-I{EMULATED.parent.parent / 'plugins'}")
+        build_library(folder, "tiles", ["tiles.cu"], *flags, plugins=EMULATED)
+
+    return ctypes.CDLL(str(made_once("tiles", build) / "libtiles.so"))
+
+
+@pytest.mark.parametrize("head_size", [32, 64, 128])
+def test_the_permutation_of_a_tile_is_a_bijection_without_conflicts(head_size: int, tiles: ctypes.CDLL) -> None:
+    chunks = head_size // 8
+    offset = np.array([[tiles.lfxSwizzled(head_size, row, chunk) for chunk in range(chunks)] for row in range(64)])
+    assert sorted(offset.ravel().tolist()) == list(range(0, 64 * head_size, 8))
+    assert (offset // head_size == np.arange(64)[:, None]).all()  # a chunk stays in its row
+    banks = offset // 8 % 8  # groups of 4 banks, 16 bytes
+    for first in range(0, 64, 8):  # a matrix of ldmatrix: one chunk of 8 neighbouring rows
+        for chunk in range(chunks):
+            assert len(set(banks[first : first + 8, chunk])) == 8
+    for thread in range(0, 128, 8):  # a phase of 16-byte copies: 8 neighbouring threads, chunk after chunk
+        threads = np.arange(thread, thread + 8)
+        assert len(set(banks[threads // chunks, threads % chunks])) == 8
+
+
+def conflicts(detector: RaceDetector, problems: Iterable[Problem]) -> list[str]:
+    """The instructions with more passes than allowed; there must be some instructions at all."""
+    found = []
+    for problem in problems:
+        counts = detector.banks(problem)
+        assert sum(count.phases for count in counts) > 100
+        for count in counts:
+            allowed = ALLOWED.get(count.function.split("<")[0], 1.0)
+            if count.passes > allowed * count.phases:
+                found.append(f"{count.passes} passes for {count.phases} phases: {count.function} {count.lines}")
+    return found
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_banded_attention_has_no_bank_conflicts(precision: str, race_library: Path) -> None:
+    case = Case(1, 70, "first", "holes")
+    sizes = range(8, 129, 8) if precision != "bf16" else (32, 64, 128)
+    problems = [banded(case, 1, head_size, 20, precision=precision) for head_size in sizes]
+    assert conflicts(RaceDetector(race_library), problems) == []
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_global_attention_has_no_bank_conflicts(precision: str, race_library: Path) -> None:
+    sizes = (*range(8, 137, 16), 256, 512, 768, 1024) if precision == "fp16" else (32, 64, 136, 768)
+    problems = [global_(Case(1, 40), 2, 1, head_size, precision=precision) for head_size in sizes]
+    assert conflicts(RaceDetector(race_library), problems) == []
+
+
+@pytest.mark.parametrize(("stride", "passes"), [(1, 1), (2, 2), (4, 4), (32, 32), (33, 1), (0, 1)])
+def test_the_passes_of_a_warp_follow_its_stride(stride: int, passes: int, made_once: MakeOnce) -> None:
+    examples = races.functions(made_once("race_examples", races.example_library) / "liblfx_race_examples.so")
+    memory = np.array([stride, 0], np.int32)
+    examples.lfxBankCount()
+    examples.lfxRaceExample(b"readWithStride", memory.ctypes.data_as(ctypes.c_void_p))
+    (line,) = examples.lfxBankCounts().decode().splitlines()
+    assert line.split("|")[1:] == ["4", "8", str(8 * passes)]  # 4 blocks of 2 warps
