@@ -425,11 +425,12 @@ def main() -> None:
         if options.dry_run:
             dry_run(library, cases(options.quick))
             return
-        rows = run(library, cases(options.quick), started + 60 * options.minutes, options.record)
+        deadline = started + 60 * options.minutes
+        rows = run(library, cases(options.quick), deadline, options.record, options.resume)
     gpu.conclude(table(rows), verdicts(rows))
 
 
-def run(library: Path, selected: list[Case], deadline: float, path: Path) -> Rows:
+def run(library: Path, selected: list[Case], deadline: float, path: Path, resume: bool = False) -> Rows:
     """Measure the cases on the GPU; see gpu.measure_all."""
     import torch
 
@@ -451,7 +452,8 @@ def run(library: Path, selected: list[Case], deadline: float, path: Path) -> Row
         print(" | ".join(table_row(row)), flush=True)
         return row
 
-    return gpu.measure_all(selected, measure_one, verdicts, deadline, path)
+    done = gpu.resumed(path, about) if resume else None
+    return gpu.measure_all(selected, measure_one, verdicts, deadline, path, done, case_of)
 
 
 def dry_run(library: Path, selected: list[Case]) -> None:
