@@ -9,8 +9,8 @@ The steps run one after another, the most important first, each in a process of 
 the steps are in --folder (default build/gpu_day) and are written as the work proceeds. A call that is cut off loses at
 most the case that it was measuring: the next call continues with the same --folder on a GPU of the same name.
 
-Two calls of ten minutes are enough for the checks, the sanitizers and the cases of the claims. Where only one folder comes back from the
-machine with the GPU, make it the --folder, and build the library before.
+Two calls of ten minutes are enough for the checks, the sanitizers and the cases of the claims. Where only one folder
+comes back from the machine with the GPU, make it the --folder, and build the library before.
 """
 
 from __future__ import annotations
