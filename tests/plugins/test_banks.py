@@ -5,7 +5,10 @@ bank_conflicts.h has the rules of the hardware.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import pytest
 from lfx.parity import Case
 from tests.conftest import MakeOnce
 from tests.plugins import races
-from tests.plugins.build import EMULATED, build_library
+from tests.plugins.build import EMULATED, PLUGINS, build_library
 from tests.plugins.problems import banded, global_
 from tests.plugins.races import Problem, RaceDetector
 
@@ -25,19 +28,25 @@ ALLOWED = {"lfx::banded::Block::markGlobalTokens": 32.0, "lfx::global::computeSc
 PRECISIONS = ("fp16", "bf16", "fp32")
 
 
+def tiles_library(folder: Path, plugins: Path = PLUGINS) -> Path:
+    """Compiles tiles.cu."""
+    return build_library(folder, "tiles", ["tiles.cu"], "-DLFX_EMULATED", f"-I{plugins}", plugins=EMULATED)
+
+
 @pytest.fixture(scope="module")
 def tiles(made_once: MakeOnce) -> ctypes.CDLL:
     """tiles.cu."""
 
-    def build(folder: Path) -> None:
-        flags = ("-DLFX_EMULATED", f"-I{EMULATED.parent.parent / 'plugins'}")
-        build_library(folder, "tiles", ["tiles.cu"], *flags, plugins=EMULATED)
-
-    return ctypes.CDLL(str(made_once("tiles", build) / "libtiles.so"))
+    return ctypes.CDLL(str(made_once("tiles", tiles_library) / "libtiles.so"))
 
 
 @pytest.mark.parametrize("head_size", [32, 64, 128])
 def test_the_permutation_of_a_tile_is_a_bijection_without_conflicts(head_size: int, tiles: ctypes.CDLL) -> None:
+    check_layout(head_size, tiles)
+
+
+def check_layout(head_size: int, tiles: ctypes.CDLL) -> None:
+    """Check the permutation of a tile by enumeration."""
     chunks = head_size // 8
     offset = np.array([[tiles.lfxSwizzled(head_size, row, chunk) for chunk in range(chunks)] for row in range(64)])
     assert sorted(offset.ravel().tolist()) == list(range(0, 64 * head_size, 8))
@@ -49,6 +58,33 @@ def test_the_permutation_of_a_tile_is_a_bijection_without_conflicts(head_size: i
     for thread in range(0, 128, 8):  # a phase of 16-byte copies: 8 neighbouring threads, chunk after chunk
         threads = np.arange(thread, thread + 8)
         assert len(set(banks[threads // chunks, threads % chunks])) == 8
+
+
+# Broken layouts: what the line of `permutation` in tensor_core_tiles.cuh is replaced by.
+BROKEN = {
+    "no permutation": "int32_t const permutation = 0;",
+    "four rows instead of eight": "int32_t const permutation = kD >= 64 ? row & 3 : (row >> 1) & 3;",
+    "every row instead of every second": "int32_t const permutation = kD >= 64 ? row & 7 : row & 3;",
+    "out of the row": "int32_t const permutation = row & 15;",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_layout_is_found(name: str, tmp_path: Path) -> None:
+    plugins = tmp_path / "plugins"
+    shutil.copytree(PLUGINS, plugins)
+    file = plugins / "banded" / "tensor_core_tiles.cuh"
+    text, count = re.subn(r"int32_t const permutation = .*;", BROKEN[name], file.read_text(encoding="utf-8"))
+    assert count == 1
+    file.write_text(text, encoding="utf-8")
+    tiles = ctypes.CDLL(str(tiles_library(tmp_path, plugins)))
+    found = []
+    for head_size in (32, 64, 128):
+        with contextlib.suppress(AssertionError):
+            check_layout(head_size, tiles)
+            continue
+        found.append(head_size)
+    assert found
 
 
 def conflicts(detector: RaceDetector, problems: Iterable[Problem]) -> list[str]:

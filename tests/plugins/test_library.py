@@ -186,6 +186,25 @@ def test_the_kernels_keep_to_their_budgets(
         assert row["LDGSTS"] == head_size // 8, row  # a thread's part of 64 keys and values
 
 
+# Part of a kernel's name -> the most registers that it takes on any architecture.
+REGISTERS = {
+    "bandedAttentionFp32ILi32E": 96,
+    "bandedAttentionFp32ILi64E": 128,
+    "bandedAttentionFp32ILi128E": 160,
+    "globalAttentionTensorCores.*Li128E": 64,
+    "globalAttentionTensorCores.*Li1024E": 128,
+    "globalAttentionFp32": 168,
+    "combineParts": 48,
+}
+
+
+@pytest.mark.parametrize("name", REGISTERS)
+def test_the_other_kernels_keep_to_their_registers(name: str, resources: dict[tuple[str, str], dict[str, int]]) -> None:
+    used = {key: usage["REG"] for key, usage in resources.items() if re.search(name, key[1])}
+    assert {arch for arch, _ in used} == ARCHITECTURES
+    assert max(used.values()) <= REGISTERS[name], used
+
+
 def test_every_asynchronous_copy_is_of_16_bytes(kernels: dict[tuple[str, str], str]) -> None:
     for key, code in kernels.items():
         copies = re.findall(r"LDGSTS[.\w]*", code)
