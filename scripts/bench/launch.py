@@ -39,7 +39,6 @@ class Kernels:
     """The launch functions of a library, which take parameters and a stream, and return a cudaError_t."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         library = ctypes.CDLL(str(path))
         self.banded, self.global_ = library.lfxBandedAttention, library.lfxGlobalAttention
         for function, params in ((self.banded, BandedParams), (self.global_, GlobalParams)):

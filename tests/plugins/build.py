@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,25 +20,17 @@ def compiler() -> str:
     return path
 
 
-def build_library(
-    folder: Path,
-    name: str,
-    sources: list[str],
-    *flags: str,
-    plugins: Path | None = None,
-    objects: Sequence[Path] = (),
-) -> Path:
-    """Compiles files of plugins/, or of a copy of it, into a shared library with further objects."""
-    plugins = plugins or PLUGINS
-    objects = [*objects]
+def build_library(folder: Path, name: str, sources: list[str], *flags: str) -> Path:
+    """Compiles files of plugins/ into a shared library."""
+    objects = []
 
     def compile_one(source: str) -> None:
         language = ["-x", "c++"] if source.endswith(".cu") else []
         command = [compiler(), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-        command += [f"-I{plugins}", *flags]
+        command += [f"-I{PLUGINS}", *flags]
         target = folder / f"{name}-{source.replace('/', '-')}.o"
         objects.append(target)
-        subprocess.run([*command, *language, "-c", str(plugins / source), "-o", str(target)], check=True)
+        subprocess.run([*command, *language, "-c", str(PLUGINS / source), "-o", str(target)], check=True)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, sources))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from lfx.errors import PluginError
 from lfx.runtime import plugin as plugins
 from scripts.bench.launch import Kernels
 from tests.conftest import MakeOnce
-from tests.plugins import races
 from tests.plugins.build import emulated_library, reference_library
 
 
@@ -32,21 +30,6 @@ def host_reference(made_once: MakeOnce) -> Any:
 def emulated(made_once: MakeOnce) -> Kernels:
     """The kernels' own source, compiled for the emulated machine."""
     return Kernels(made_once("emulated", emulated_library) / "liblfx_emulated.so")
-
-
-@pytest.fixture
-def turns(emulated: Kernels) -> Iterator[Callable[[int], None]]:
-    """turns(seed): blocks, warps and lanes take turns in a random order; turns(0): in ascending order."""
-    order = ctypes.CDLL(str(emulated.path)).lfxEmulatedOrder
-    order.argtypes = [ctypes.c_uint64]
-    yield order
-    order(0)
-
-
-@pytest.fixture(scope="session")
-def race_library(made_once: MakeOnce) -> Path:
-    """The kernels' own source, compiled for the emulated machine with the race detector."""
-    return made_once("races", races.race_library) / "liblfx_races.so"
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import re
 import shutil
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 from lfx.parity import Case
 from tests.conftest import MakeOnce
 from tests.plugins import races
-from tests.plugins.build import EMULATED, PLUGINS, build_library
+from tests.plugins.build import EMULATED, PLUGINS, compiler
 from tests.plugins.problems import banded, global_
 from tests.plugins.races import Problem, RaceDetector
 
@@ -30,7 +31,11 @@ PRECISIONS = ("fp16", "bf16", "fp32")
 
 def tiles_library(folder: Path, plugins: Path = PLUGINS) -> Path:
     """Compiles tiles.cu."""
-    return build_library(folder, "tiles", ["tiles.cu"], "-DLFX_EMULATED", f"-I{plugins}", plugins=EMULATED)
+    library = folder / "libtiles.so"
+    command = [compiler(), "-std=c++17", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    command += ["-DLFX_EMULATED", f"-I{plugins}", f"-I{EMULATED}", "-x", "c++", str(EMULATED / "tiles.cu")]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    return library
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +63,12 @@ def check_layout(head_size: int, tiles: ctypes.CDLL) -> None:
     for thread in range(0, 128, 8):  # a phase of 16-byte copies: 8 neighbouring threads, chunk after chunk
         threads = np.arange(thread, thread + 8)
         assert len(set(banks[threads // chunks, threads % chunks])) == 8
+
+
+@pytest.fixture(scope="module")
+def race_library(made_once: MakeOnce) -> Path:
+    """The kernels with the race detector."""
+    return made_once("races", races.race_library) / "liblfx_races.so"
 
 
 # Broken layouts: what the line of `permutation` in tensor_core_tiles.cuh is replaced by.

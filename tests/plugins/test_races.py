@@ -10,9 +10,10 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from lfx.parity import Case
 from scripts.bench.launch import Kernels
 from tests.conftest import MakeOnce
 from tests.plugins import races
-from tests.plugins.build import ROOT
+from tests.plugins.build import ROOT, emulated_library
 from tests.plugins.problems import Banded, Global, banded, global_
 from tests.plugins.races import Outcome, RaceDetector, Statement, functions, in_a_fork
 
@@ -43,6 +44,12 @@ def problems(precision: str) -> dict[str, Banded | Global]:
     result["many global"] = many
     result["wide head"] = global_(Case(1, 40, "none", "holes"), 5, 1, 768, precision=precision)
     return result
+
+
+@pytest.fixture(scope="module")
+def race_library(made_once: MakeOnce) -> Path:
+    """The kernels with the race detector."""
+    return made_once("races", races.race_library) / "liblfx_races.so"
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -131,10 +138,21 @@ def test_races_of_small_kernels_are_found_and_order_is_understood(name: str, exa
 def test_a_process_that_is_stopped_leaves_its_message() -> None:
     def stops() -> str:
         os.write(2, b"the reason")
-        os.abort()
+        os.kill(os.getpid(), signal.SIGKILL)
+        return "unreachable"
 
     assert in_a_fork(stops) == ("", "the reason")
     assert in_a_fork(lambda: "result") == ("result", "")
+
+
+@pytest.fixture
+def turns(made_once: MakeOnce) -> Iterator[Callable[[int], None]]:
+    """turns(seed): blocks, warps and lanes take turns in a random order; turns(0): in ascending order."""
+    library = made_once("emulated", emulated_library) / "liblfx_emulated.so"
+    order = ctypes.CDLL(str(library)).lfxEmulatedOrder
+    order.argtypes = [ctypes.c_uint64]
+    yield order
+    order(0)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
