@@ -27,7 +27,7 @@ import numpy as np
 from lfx.errors import LfxError
 from lfx.runtime import plugin
 from scripts.bench import sass
-from scripts.bench.band_cases import Case, kernel_costs
+from scripts.bench.band_cases import Case
 from scripts.bench.sass import Block
 
 KERNEL = "bandedAttentionTensorCoresI6__halfLi{head_size}E"
@@ -91,6 +91,14 @@ class Tiling:
         reach = -(-min(self.block_queries + 2 * case.window, case.seqlen) // self.tile_keys) * self.tile_keys
         rows = self.block_queries + 4 * self.tile_keys
         return 2 * rows * case.head_size + 4 * (self.block_queries + 1 + reach // 32)
+
+    def l2_bytes(self, case: Case) -> int:
+        """Return the bytes of the rows that all blocks of one head read and write."""
+        first = np.arange(0, case.seqlen, self.block_queries)
+        begin = np.maximum(first - case.window, 0)
+        end = np.minimum(np.minimum(first + self.block_queries, case.seqlen) + case.window, case.seqlen)
+        rows = 2 * int((end - begin).sum() + case.globals * len(first)) + 2 * case.seqlen
+        return rows * 2 * case.head_size
 
     def work(self, case: Case) -> Counter[str]:
         """Return over all warps of one head: warps, tiles, tiles computed whole, and groups of the other tiles."""
@@ -211,7 +219,7 @@ def row(architecture: str, code: str, registers: int, case: Case, tiling: Tiling
     totals = {
         "instructions": heads * opcodes.total(),
         "shared_bytes": heads * _shared_passes(opcodes) * SHARED_BYTES,
-        "l2_bytes": kernel_costs(case)["l2_bytes"],
+        "l2_bytes": heads * tiling.l2_bytes(case),
         "tensor_flops": heads * _count(opcodes, "HMMA") * 2 * 16 * 8 * 16,
         "exponentials": heads * _count(opcodes, "MUFU") * 32,
     }

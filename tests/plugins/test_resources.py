@@ -63,13 +63,22 @@ def test_a_path_is_the_shortest_one_through_its_stops() -> None:
 
 @pytest.mark.parametrize("seqlen", [64, 300, 1100, 4096])
 @pytest.mark.parametrize("globals_", [0, 1, 20])
-def test_tiles_and_groups_are_those_of_the_floors(seqlen: int, globals_: int) -> None:
-    case = band_cases.Case(seqlen, 256, globals_, 1, 1, "fp16")
-    work = VERSION_2.work(case)
-    pairs = (4 * work["whole"] + work["groups"]) * 256
-    assert pairs / band_cases.useful_pairs(case) == pytest.approx(
-        band_cases.kernel_costs(case)["computed_over_useful"], rel=1e-12
-    )
+def test_tiles_and_groups_cover_the_band_of_each_warp(seqlen: int, globals_: int) -> None:
+    work = VERSION_2.work(band_cases.Case(seqlen, 256, globals_, 1, 1, "fp16"))
+    groups = 0
+    for first in range(0, seqlen, 16):
+        block = first // 64 * 64
+        end = min(min(block + 64, seqlen) + 256, seqlen)
+        for group in range(max(block - 256, 0), end, 16):
+            low, high = max(first - 256, globals_), min(first + 15 + 256, end - 1)
+            groups += group + 15 >= low and group <= high
+        groups += -(-globals_ // 16)
+    assert 4 * work["whole"] + work["groups"] == groups
+
+
+def test_a_block_reads_577_rows_of_keys_and_values() -> None:
+    case = band_cases.Case(4096, 256, 1, 8, 12, "fp16")
+    assert 8 * 12 * VERSION_2.l2_bytes(case) == pytest.approx(977e6, rel=0.01)
 
 
 def test_a_warp_in_the_middle_computes_seven_tiles_whole() -> None:
