@@ -24,7 +24,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +45,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--headers", type=Path, help="folder of NvInfer.h")
     parser.add_argument("--record", type=Path, default=record.RECORDS / "gpu.jsonl")
+    parser.add_argument("--library", type=Path, help="use this library instead of building one")
+    parser.add_argument("--part", choices=("kernels", "plans"), help="default: both")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the kernels' cases; default: all")
+    parser.add_argument("--resume", action="store_true", help="keep the record's rows of other parts and precisions")
     parser.add_argument("--quick", action="store_true", help="check every tenth case only, for compute-sanitizer")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
-    problems = list(cases())[:: 10 if options.quick else 1]
+    precisions = PRECISIONS if options.precision is None else (options.precision,)
+    problems = list(cases(precisions))[:: 10 if options.quick else 1]
     with tempfile.TemporaryDirectory(prefix="lfx-gpu-") as scratch:
-        library = gpu.build(Path(scratch), options.headers)
-        print(f"{len(problems)} kernel cases in {', '.join(PRECISIONS)}; library: {library.name}", flush=True)
+        library = options.library or gpu.build(Path(scratch), options.headers)
+        print(f"{len(problems)} kernel cases in {', '.join(precisions)}; library: {library.name}", flush=True)
         if options.dry_run:
             print("dry run: nothing was run on a GPU")
             return
-        rows = check(library, problems, options.headers is not None)
-        rows += plans() if not options.quick else []
-    record.write(options.record, rows)
+        rows = check(library, problems, options.headers is not None) if options.part != "plans" else []
+        rows += plans() if options.part != "kernels" and not options.quick else []
+    record.write(options.record, [*(kept(options.record, rows) if options.resume else []), *rows])
     failed = [row for row in rows if not row["passed"]]
     print(f"{len(rows)} rows in {options.record}, {len(failed)} failed")
     for row in failed[:20]:
@@ -65,9 +70,22 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-def cases() -> Iterator[tuple[str, Problem]]:
+def kept(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a record, of the GPU and commit of `rows`, that `rows` do not replace."""
+    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    machines = {(row["gpu"], row["commit"]) for row in rows}
+    key = ("op", "precision", "way", "flavor", "plugin")
+    new = {tuple(row.get(name) for name in key) for row in rows}
+    return [
+        row
+        for row in old
+        if (row["gpu"], row["commit"]) in machines and tuple(row.get(name) for name in key) not in new
+    ]
+
+
+def cases(precisions: Sequence[str] = PRECISIONS) -> Iterator[tuple[str, Problem]]:
     """Yield the precision and the problem of each kernel check."""
-    for precision in PRECISIONS:
+    for precision in precisions:
         for case in full_cases(8, None):
             yield precision, banded(case, 2, 16, 8, precision=precision)
         for case in full_cases(64, None)[::4]:
@@ -163,12 +181,15 @@ def run(kernels: Kernels, library: Path, problem: Problem, way: str, torch: Any)
 
 def plans() -> list[dict[str, Any]]:
     """Build plans and compare them with PyTorch; a missing package gives one row that names it."""
+    import torch
+
+    about = record.gpu_environment(torch)
     modules = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
     flavors = [name for name, module in modules.items() if importlib.util.find_spec(module) is not None]
     missing = [m for m in ("transformers", "onnxscript", "onnxruntime", "cuda.bindings") if not _installed(m)]
     if not flavors or missing:
         reason = "no TensorRT" if not flavors else f"no {', '.join(missing)}"
-        return [{"op": "plans", "passed": True, "skipped": f"{reason} on this machine"}]
+        return [{**about, "op": "plans", "passed": True, "skipped": f"{reason} on this machine"}]
     from lfx.export import export
     from lfx.export.validate import compare_engine
     from lfx.parity import full_cases
@@ -183,7 +204,8 @@ def plans() -> list[dict[str, Any]]:
         for flavor in flavors:
             for precision in PRECISIONS:
                 for plugin in (True, False):
-                    row = {"op": "plan", "flavor": flavor, "precision": precision, "plugin": plugin, "target": target}
+                    row = {**about, "op": "plan", "flavor": flavor, "precision": precision, "plugin": plugin}
+                    row["target"] = target
                     start = time.perf_counter()
                     try:
                         # TensorRT builds for the GPU of this machine, and refuses a target.

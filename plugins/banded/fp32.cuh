@@ -18,8 +18,11 @@ struct Fp32Traits : BlockTraits
     static constexpr int kTHREAD_KEYS = kKEYS / kROW_THREADS;
     static constexpr int kVECTOR = 4;                                   // floats of a 16-byte access
     static constexpr int kTHREAD_VECTORS = kD / kVECTOR / kROW_THREADS; // of a row of the context
-    static constexpr int kSTRIDE = kD + kVECTOR; // of rows in shared memory; the padding avoids bank conflicts
-    static constexpr int kWEIGHT_STRIDE = kKEYS + kVECTOR;
+    // Rows in shared memory are padded to avoid bank conflicts. The rows of a warp's four groups of 8 threads are four
+    // strides apart, which puts their weights into four different groups of 8 banks.
+    static constexpr int kSTRIDE = kD + kVECTOR;
+    static constexpr int kWEIGHT_STRIDE = kKEYS + 2;
+    static_assert(kTHREAD_QUERIES * kWEIGHT_STRIDE % 32 == 8, "weights without bank conflicts");
     using Scores = float[kTHREAD_QUERIES][kTHREAD_KEYS];
     // Queries, keys, values and weights.
     static constexpr size_t kSHARED_BYTES
@@ -227,7 +230,7 @@ __global__ void __launch_bounds__(Fp32Traits<kD>::kTHREADS) bandedAttentionFp32(
         int32_t const first = isGlobal ? tiles.firstSlot(tile) : tiles.firstKey(tile);
         auto const keyPosition
             = [&](int32_t key) { return isGlobal ? block.slotPosition(first + key) : block.keyPosition(first + key); };
-        __syncthreads(); // every thread is done with the previous tile
+        __syncthreads(); // every thread is done with the previous tile and its weights
         copyTile<kD, Traits::kKEYS>(block, keys, p.key, keyPosition);
         copyTile<kD, Traits::kKEYS>(block, values, p.value, keyPosition);
         commitCopies();
@@ -243,7 +246,6 @@ __global__ void __launch_bounds__(Fp32Traits<kD>::kTHREADS) bandedAttentionFp32(
         updateSoftmax(rows, scores, weights, scaleLog2);
         __syncwarp(); // the 8 threads of a query are in one warp
         accumulate(rows, weights, values);
-        __syncwarp(); // the weights are read before the next tile overwrites them
     }
     writeContext(block, rows);
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,7 @@ def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     result.add_argument("--minutes", type=float, default=9.0, help="start no case after this time; default %(default)s")
     result.add_argument("--dry-run", action="store_true", help="build and list the cases; needs no GPU")
     result.add_argument("--library", type=Path, help="use this library instead of building one")
+    result.add_argument("--resume", action="store_true", help="keep the record's cases of this GPU and commit")
     result.add_argument("--record", type=Path, default=record.RECORDS / f"{name}.jsonl")
     return result
 
@@ -67,24 +69,37 @@ def measure_all(
     verdicts: Callable[[Rows], Rows],
     deadline: float,
     path: Path,
+    done: Rows | None = None,
+    case_of: Callable[[dict[str, Any]], Any] = lambda row: row,
 ) -> Rows:
     """Measure the cases until `deadline` (of time.monotonic); returns a row for each measured one.
 
     The record, with all rows and their verdicts, is written after each case.
+
+    Args:
+        done: rows of an earlier call, of `resumed`; their cases, which `case_of` returns, are not measured again.
     """
     import torch
 
-    rows: Rows = []
+    rows: Rows = [*(done or [])]
+    earlier = [case_of(row) for row in rows]
+    todo = [case for case in cases if case not in earlier]
     with torch.no_grad():
-        for case in cases:
+        for i, case in enumerate(todo):
             if time.monotonic() > deadline:
-                print(f"time is over: {len(cases) - len(rows)} of {len(cases)} were not started", flush=True)
+                print(f"time is over: {len(todo) - i} of {len(cases)} were not started", flush=True)
                 break
             rows.append(measure(case))
             record.write(path, rows + verdicts(rows))
             gc.collect()
             torch.cuda.empty_cache()
     return rows
+
+
+def resumed(path: Path, about: dict[str, Any]) -> Rows:
+    """Return the measured rows of a record that have the GPU, commit and versions of `about`; dates may differ."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if all(row.get(name) == about[name] for name in about if name != "date")]
 
 
 def conclude(table: str, verdicts: Rows) -> None:

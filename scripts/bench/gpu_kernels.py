@@ -20,6 +20,10 @@ ours (GlobalAttention computes it); the others compute the band rows of these to
     sdpa         scaled_dot_product_attention with a dense additive mask, fused kernels only
     huggingface  LongformerSelfAttention's chunk functions in its order, without projections; the indices of global
                  tokens are precomputed, so that a CUDA graph can capture it: no launch gaps
+    flex-flash   FlexAttention with its FLASH backend
+    flash2, flash3, cudnn
+                 the band of FlashAttention 2 and 3 and of cuDNN, and a pass for the global keys; see rivals.py
+    onnxruntime  com.microsoft::LongformerAttention by the host's clock, projections and global rows included
     copy, matmul a copy of 1 GiB, and a product of two square matrices of 8192: the ceilings
 
 Useful work is two products of head size D for each unmasked (query, key) pair; masked pairs that tiles compute do not
@@ -29,25 +33,26 @@ count.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from scripts import record
-from scripts.bench import gpu, sass, timing
+from scripts.bench import gpu, rivals, sass, timing
 from scripts.bench.band_cases import PEAKS, Case, band_or_global, cases, floors, kernel_costs, least_bytes, useful_flops
 from scripts.bench.gpu import Rows
 from scripts.bench.launch import Kernels, dtype_of, run_banded
 from scripts.bench.timing import Contender
 
 MATMUL, COPY_BYTES = 8192, 1 << 30
-FASTER_THAN_FLEX, SHARE_OF_MATMUL = 1.3, 0.5  # the claims
+FASTER_THAN_FLEX, FASTER_THAN_FLASH, SHARE_OF_MATMUL = 1.3, 1.0, 0.5  # the claims
 SDPA_MASK_LIMIT = 1 << 30  # bytes of the dense mask
 EAGER_LIMIT = 8 << 30  # bytes of Hugging Face's scores
 EAGER_BYTES = 24  # per score: diagonals, columns and probabilities in the dtype, softmax in float32, padded copies
@@ -83,15 +88,15 @@ def plain(case: Case, q: Any, k: Any, v: Any, block: int = 512) -> Any:
     return out.transpose(1, 2).flatten(2)
 
 
-def flex(case: Case, device: str, block: int = 128) -> Callable[[Any], Any]:
-    """Make FlexAttention with a block mask, which is not timed; compiled on a GPU."""
+def flex(case: Case, device: str, block: int = 128, options: dict[str, Any] | None = None) -> Callable[[Any], Any]:
+    """Make FlexAttention with a block mask, which is not timed, and options of its kernel; compiled on a GPU."""
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     mask_function = band_or_global(case.window, case.globals)
     mask = create_block_mask(mask_function, None, None, case.seqlen, case.seqlen, device=device, BLOCK_SIZE=block)
     # The kernel's block size must divide the mask's.
-    options = None if block == 128 else {"BLOCK_M": block, "BLOCK_N": block}
+    options = options if block == 128 else {"BLOCK_M": block, "BLOCK_N": block}
     attend = torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
     return lambda s: attend(s.q4, s.k4, s.v4, block_mask=mask, kernel_options=options)
 
@@ -243,10 +248,13 @@ def measure(case: Case, kernels: Kernels, ceiling: dict[str, Contender], l2_byte
         "sdpa": lambda: sdpa(case, device, dtype),
         "huggingface": lambda: huggingface(case, device),
     }
+    for name in rivals.MODULES:
+        make[name] = functools.partial(rivals.maker, name, case, device, flex)
     first = sets[0]
     reference = plain(case, first.q.double(), first.k.double(), first.v.double())
     local = slice(case.globals, None)
-    results: dict[str, dict[str, Any]] = {name: {"skipped": reason} for name, reason in skipped(case).items()}
+    left_out = skipped(case) | rivals.missing(case)
+    results: dict[str, dict[str, Any]] = {name: {"skipped": reason} for name, reason in left_out.items()}
     contenders: dict[str, Contender] = dict(ceiling)
     witness = _error(plain(case, first.q, first.k, first.v), reference, local)
     for name, maker in make.items():
@@ -265,12 +273,28 @@ def measure(case: Case, kernels: Kernels, ceiling: dict[str, Contender], l2_byte
                 results[name]["global_rows_kept"], results[name]["all_written"] = kept, written
             del outputs
         except Exception as error:  # one contender that fails must not end the run
-            results[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+            results[name] = failed(error)
+    if "onnxruntime" not in results:
+        try:
+            contenders["onnxruntime"], out, projected = rivals.onnxruntime_contender(case, first)
+            exact = plain(case, *projected)
+            rounded = plain(case, *(x.to(dtype) for x in projected))
+            results["onnxruntime"] = {
+                "max_error": _error(out, exact, local),
+                "witness_error": _error(rounded, exact, local),  # projections are rounded too
+            }
+        except Exception as error:
+            results["onnxruntime"] = failed(error)
     del reference
     rounds, times = timing.measure(contenders, SECONDS_PER_CASE, MOST_ROUNDS)
     for name, measured in times.items():
         results.setdefault(name, {}).update(measured)
     return {**asdict(case), "rounds": rounds, "buffer_sets": len(sets), "witness_error": witness, "contenders": results}
+
+
+def failed(error: Exception) -> dict[str, str]:
+    """Return the result of a contender that could not be made."""
+    return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
 
 
 def _error(out: Any, reference: Any, local: slice) -> float:
@@ -311,13 +335,26 @@ def rates(row: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def flex_ratio(row: dict[str, Any]) -> float | None:
-    """Return our speed relative to the faster FlexAttention; None if neither ran."""
-    ratios = [row["contenders"].get(name, {}).get("times_slower") for name in ("flex", "flex-64")]
+def least_ratio(row: dict[str, Any], names: Sequence[str]) -> float | None:
+    """Return our speed relative to the fastest of some contenders; None if none of them ran."""
+    ratios = [row["contenders"].get(name, {}).get("times_slower") for name in names]
     return min((ratio for ratio in ratios if ratio is not None), default=None)
 
 
-HEADER = ["case", "right", "lfx µs (p5-p95)", "TFLOP/s", "of matmul", "of ceiling", "flex", "flex-64", "sdpa", "hf"]
+def disagreeing(row: dict[str, Any]) -> list[str]:
+    """Return the other contenders whose error is above twice that of plain PyTorch operations.
+
+    All compute the same numbers: one that disagrees is wrong itself, several mean that the reference may be wrong.
+    """
+    return [
+        name
+        for name, result in row["contenders"].items()
+        if name != "lfx" and result.get("max_error", 0.0) > 2 * result.get("witness_error", row["witness_error"])
+    ]
+
+
+OTHERS = ("flex", "flex-64", "sdpa", "huggingface", *rivals.NAMES)
+HEADER = ["case", "right", "lfx µs (p5-p95)", "TFLOP/s", "of matmul", "of ceiling", *OTHERS]
 
 
 def table_row(row: dict[str, Any]) -> list[str]:
@@ -329,7 +366,7 @@ def table_row(row: dict[str, Any]) -> list[str]:
     line = [name, "yes" if passed(row) else "NO"]
     line.append(f"{ours['median_us']:.1f} ({ours['p5_us']:.1f}-{ours['p95_us']:.1f})")
     line += [f"{rate['tflops']:.0f}", f"{rate['of_matmul']:.0%}", f"{rate['of_ceiling']:.0%}"]
-    for other in ("flex", "flex-64", "sdpa", "huggingface"):
+    for other in OTHERS:
         result = results.get(other, {})
         words = "failed" if "failed" in result else "skipped" if "skipped" in result else "-"
         line.append(f"{result['times_slower']:.2f}x" if "times_slower" in result else words)
@@ -355,12 +392,16 @@ def verdicts(rows: Rows) -> Rows:
             "worst": wrong[0] if wrong else None,
         }
     ]
-    ratios = [(value, row) for row in required if (value := flex_ratio(row)) is not None]
+    flex_names, flash_names = ("flex", "flex-64"), ("flex-flash",)
+    ratios = [(value, row) for row in required if (value := least_ratio(row, flex_names)) is not None]
+    flash_ratios = [(value, row) for row in required if (value := least_ratio(row, flash_names)) is not None]
     shares = [(rates(row)["band_of_matmul"], row) for row in required if row["batch"] == 8]
     claims = (
         (f"{FASTER_THAN_FLEX} times FlexAttention at 4,096 tokens and more", FASTER_THAN_FLEX, ratios, "{:.2f} times"),
         (f"{SHARE_OF_MATMUL:.0%} of the measured dense product, batch 8", SHARE_OF_MATMUL, shares, "{:.1%}"),
     )
+    flash_claim = f"{FASTER_THAN_FLASH} times its FLASH backend at 4,096 tokens and more"
+    claims = (*claims, (flash_claim, FASTER_THAN_FLASH, flash_ratios, "{:.2f} times"))
     for claim, threshold, measured, unit in claims:
         least, row = min(measured, key=lambda pair: pair[0], default=(None, None))
         verdict = {"claim": f"window 256, one global: {claim}", "holds": None, "figure": "not measured", "worst": None}
@@ -384,11 +425,12 @@ def main() -> None:
         if options.dry_run:
             dry_run(library, cases(options.quick))
             return
-        rows = run(library, cases(options.quick), started + 60 * options.minutes, options.record)
+        deadline = started + 60 * options.minutes
+        rows = run(library, cases(options.quick), deadline, options.record, options.resume)
     gpu.conclude(table(rows), verdicts(rows))
 
 
-def run(library: Path, selected: list[Case], deadline: float, path: Path) -> Rows:
+def run(library: Path, selected: list[Case], deadline: float, path: Path, resume: bool = False) -> Rows:
     """Measure the cases on the GPU; see gpu.measure_all."""
     import torch
 
@@ -404,12 +446,14 @@ def run(library: Path, selected: list[Case], deadline: float, path: Path) -> Row
             ceilings_of[case.precision] = ceilings(dtype_of(case.precision))
         row = {**about, **measure(case, kernels, ceilings_of[case.precision], l2_bytes), **kernel_costs(case)}
         row |= {"useful_flops": useful_flops(case), "least_bytes": least_bytes(case), "passed": passed(row)}
+        row["disagreeing"] = disagreeing(row)
         row |= {"floors": floors(case, peaks)} if peaks is not None else {}
         row |= {"rates": rates(row)} if "median_us" in row["contenders"]["lfx"] else {}
         print(" | ".join(table_row(row)), flush=True)
         return row
 
-    return gpu.measure_all(selected, measure_one, verdicts, deadline, path)
+    done = gpu.resumed(path, about) if resume else None
+    return gpu.measure_all(selected, measure_one, verdicts, deadline, path, done, case_of)
 
 
 def dry_run(library: Path, selected: list[Case]) -> None:
@@ -423,6 +467,8 @@ def dry_run(library: Path, selected: list[Case]) -> None:
         line += ", ".join(f"{value:.1f}" for value in floor.values())
         line += f"; {cost['computed_over_useful']:.3f}, {cost['l2_bytes'] / 1e6:.0f} MB"
         print(line + "".join(f"; {name} skipped: {why}" for name, why in skipped(case).items() if name != "flex-64"))
+    for name, why in rivals.missing(selected[0]).items():
+        print(f"{name} would be skipped on this machine: {why}")
     print(code_report(library))
     print(f"dry run: {len(selected)} cases listed, nothing was run on a GPU")
 

@@ -390,12 +390,18 @@ def main() -> None:
         if options.dry_run:
             dry_run(shapes)
             return
-        rows = run(library, shapes, deadline, options.record, options.compile_all, Path(folder))
+        rows = run(library, shapes, deadline, options.record, options.compile_all, Path(folder), options.resume)
     gpu.conclude(table(rows), verdicts(rows))
 
 
 def run(
-    library: Path, shapes: list[tuple[int, int]], deadline: float, path: Path, compile_all: bool, folder: Path
+    library: Path,
+    shapes: list[tuple[int, int]],
+    deadline: float,
+    path: Path,
+    compile_all: bool,
+    folder: Path,
+    resume: bool = False,
 ) -> Rows:
     """Measure the shapes on the GPU; see gpu.measure_all."""
     gpu.require()
@@ -406,7 +412,10 @@ def run(
     def measure_one(shape: tuple[int, int]) -> dict[str, Any]:
         return {**about, **measure(shape, exact, half, kernels, folder, compile_all), "gflop": work(shape)}
 
-    return gpu.measure_all(shapes, measure_one, verdicts, deadline, path)
+    done = gpu.resumed(path, about) if resume else None
+    return gpu.measure_all(
+        shapes, measure_one, verdicts, deadline, path, done, lambda row: (row["seqlen"], row["batch"])
+    )
 
 
 def dry_run(shapes: list[tuple[int, int]]) -> None:

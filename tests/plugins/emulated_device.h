@@ -4,8 +4,13 @@
 // continues when all threads of its warp or block have arrived. If they never arrive, the kernel's threads have diverged
 // and the program stops. Shared memory starts as NaN, ends at a guard page, and receives an asynchronous copy only when
 // the thread waits for it, so that a kernel that reads too early or past the end fails.
+//
+// Blocks, warps and lanes take turns in ascending order, or in a random one; see lfxEmulatedOrder().
 #pragma once
 
+#include "race_detector.h"
+
+#include <algorithm>
 #include <cmath>
 #include <csetjmp>
 #include <cstdint>
@@ -15,6 +20,7 @@
 #include <deque>
 #include <functional>
 #include <limits>
+#include <random>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <vector>
@@ -46,15 +52,43 @@ struct Index
     int32_t x, y, z;
 };
 
-struct alignas(16) uint4
+// Four numbers that are loaded and stored in one access of 16 bytes, as on the device.
+template <typename T>
+struct alignas(16) Vector4
 {
-    uint32_t x, y, z, w;
+    Vector4(T x, T y, T z, T w)
+        : x(x)
+        , y(y)
+        , z(z)
+        , w(w)
+    {
+    }
+    Vector4()
+        : whole()
+    {
+    }
+    Vector4(Vector4 const& other)
+        : whole(other.whole)
+    {
+    }
+    Vector4& operator=(Vector4 const& other)
+    {
+        whole = other.whole;
+        return *this;
+    }
+
+    union
+    {
+        struct
+        {
+            T x, y, z, w;
+        };
+        uint32_t __attribute__((vector_size(16))) whole;
+    };
 };
 
-struct alignas(16) float4
-{
-    float x, y, z, w;
-};
+using uint4 = Vector4<uint32_t>;
+using float4 = Vector4<float>;
 
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w)
 {
@@ -108,6 +142,23 @@ inline std::vector<Fiber> fibers;
 inline jmp_buf scheduler;
 inline ucontext_t schedulerContext;
 inline std::function<void()> body;
+inline bool isRandom = false; // the order of blocks, warps and lanes
+inline std::mt19937_64 random;
+
+// 0, step, 2 · step, … below `count`, in the order in which they take turns.
+inline std::vector<size_t> turns(size_t count, size_t step = 1)
+{
+    std::vector<size_t> order((count + step - 1) / step);
+    for (size_t i = 0; i < order.size(); ++i)
+    {
+        order[i] = i * step;
+    }
+    if (isRandom)
+    {
+        std::shuffle(order.begin(), order.end(), random);
+    }
+    return order;
+}
 
 [[noreturn]] inline void fail(char const* reason)
 {
@@ -137,6 +188,7 @@ inline void run()
 inline void resume(Fiber& fiber)
 {
     current = &fiber;
+    race::setThread(fiber.index.x);
     fiber.state = State::kRUNNING;
     if (_setjmp(scheduler) == 0)
     {
@@ -147,6 +199,7 @@ inline void resume(Fiber& fiber)
         fiber.started = true;
         swapcontext(&schedulerContext, &fiber.context);
     }
+    race::setThread(race::kNO_THREAD);
 }
 
 // Executes the operation that `count` fibers from `first` on wait for, if all of them wait; returns whether it did.
@@ -207,10 +260,18 @@ inline void runBlock(size_t threads)
     for (;;)
     {
         bool progress = false;
-        for (size_t warp = 0; warp < threads; warp += 32)
+        for (size_t warp : turns(threads, 32))
         {
-            for (size_t i = warp; i < warp + 32; ++i)
+            bool const isReady = std::find(ready.begin() + warp, ready.begin() + warp + 32, true)
+                != ready.begin() + warp + 32;
+            if (isRandom && isReady && random() % 2 == 0)
             {
+                progress = true; // the warp misses a turn, so that others get ahead of it
+                continue;
+            }
+            for (size_t lane : turns(32))
+            {
+                size_t const i = warp + lane;
                 if (ready[i] && fibers[i].state == State::kRUNNING)
                 {
                     ready[i] = false;
@@ -229,6 +290,7 @@ inline void runBlock(size_t threads)
             }
         }
         if (together(0, threads, State::kAT_BLOCK, [threads](size_t) {
+                race::blockBarrier();
                 bool any = false;
                 for (size_t i = 0; i < threads; ++i)
                 {
@@ -423,8 +485,9 @@ struct MatrixLoad
     bool transposed;
 };
 
-inline void loadMatrices(uint32_t (&r)[4], void const* row, bool transposed)
+LFX_AT_CALLER void loadMatrices(uint32_t (&r)[4], void const* row, bool transposed)
 {
+    race::read(row, 16);
     if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
     {
         emulated::fail("ldmatrix of an address that is no multiple of 16");
@@ -452,18 +515,19 @@ inline void loadMatrices(uint32_t (&r)[4], void const* row, bool transposed)
         transposed ? "ldmatrix.trans" : "ldmatrix", &load);
 }
 
-inline void loadMatrices(uint32_t (&r)[4], void const* row)
+LFX_AT_CALLER void loadMatrices(uint32_t (&r)[4], void const* row)
 {
     loadMatrices(r, row, false);
 }
 
-inline void loadMatricesTransposed(uint32_t (&r)[4], void const* row)
+LFX_AT_CALLER void loadMatricesTransposed(uint32_t (&r)[4], void const* row)
 {
     loadMatrices(r, row, true);
 }
 
-inline void copyAsync(void* to, void const* from, bool valid)
+LFX_AT_CALLER void copyAsync(void* to, void const* from, bool valid)
 {
+    race::copyStarted(to);
     if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
     {
         emulated::fail("cp.async of an address that is no multiple of 16");
@@ -476,21 +540,31 @@ inline void copyAsync(void* to, void const* from, bool valid)
     emulated::current->open.push_back(copy);
 }
 
-inline void commitCopies()
+inline void commitCopies(char const* file = __builtin_FILE(), int line = __builtin_LINE())
 {
+    if (race::isRemoved(file, line))
+    {
+        return;
+    }
     emulated::current->groups.push_back(std::move(emulated::current->open));
     emulated::current->open.clear();
 }
 
 template <int kPENDING>
-void waitForCopies()
+void waitForCopies(char const* file = __builtin_FILE(), int line = __builtin_LINE())
 {
+    if (race::isRemoved(file, line))
+    {
+        return;
+    }
+    race::Unchecked const unchecked;
     auto& groups = emulated::current->groups;
     while (groups.size() > kPENDING)
     {
         for (emulated::Copy const& copy : groups.front())
         {
             std::memcpy(copy.to, copy.bytes, 16);
+            race::copyArrived(copy.to, emulated::current->index.x);
         }
         groups.pop_front();
     }
@@ -522,44 +596,62 @@ int32_t launch(
         return cudaErrorInvalidValue;
     }
     emulated::SharedMemory memory(sharedBytes);
+    race::beginLaunch(reinterpret_cast<void const*>(kernel), emulated::shared, sharedBytes);
     if (emulated::fibers.size() < static_cast<size_t>(threads))
     {
         emulated::fibers = std::vector<emulated::Fiber>(threads);
     }
     emulated::body = [kernel, &params] { kernel(params); };
-    for (uint32_t z = 0; z < grid.z; ++z)
+    for (size_t block : emulated::turns(static_cast<size_t>(grid.x) * grid.y * grid.z))
     {
-        for (uint32_t y = 0; y < grid.y; ++y)
-        {
-            for (uint32_t x = 0; x < grid.x; ++x)
-            {
-                emulated::blockIndex = {static_cast<int32_t>(x), static_cast<int32_t>(y), static_cast<int32_t>(z)};
-                memory.poison();
-                emulated::runBlock(threads);
-            }
-        }
+        emulated::blockIndex = {static_cast<int32_t>(block % grid.x), static_cast<int32_t>(block / grid.x % grid.y),
+            static_cast<int32_t>(block / grid.x / grid.y)};
+        memory.poison();
+        race::beginBlock(static_cast<int>(block));
+        emulated::runBlock(threads);
     }
     return 0;
 }
 
 } // namespace lfx
 
-inline void __syncthreads()
+// A removed barrier, wait or commit does nothing; see lfxRaceRemove() in race_detector.cpp.
+inline void __syncthreads(char const* file = __builtin_FILE(), int line = __builtin_LINE())
 {
     bool value = false;
-    lfx::emulated::yield(lfx::emulated::State::kAT_BLOCK, "__syncthreads", &value);
+    if (!lfx::race::isRemoved(file, line))
+    {
+        lfx::emulated::yield(lfx::emulated::State::kAT_BLOCK, "__syncthreads", &value);
+    }
 }
 
-inline int __syncthreads_or(int predicate)
+inline int __syncthreads_or(int predicate, char const* file = __builtin_FILE(), int line = __builtin_LINE())
 {
     bool value = predicate != 0;
-    lfx::emulated::yield(lfx::emulated::State::kAT_BLOCK, "__syncthreads_or", &value);
+    if (!lfx::race::isRemoved(file, line))
+    {
+        lfx::emulated::yield(lfx::emulated::State::kAT_BLOCK, "__syncthreads_or", &value);
+    }
     return value ? 1 : 0;
 }
 
-inline void __syncwarp()
+inline void __syncwarp(char const* file = __builtin_FILE(), int line = __builtin_LINE())
 {
-    lfx::emulated::warp([](void* const(&)[32]) { }, "__syncwarp", nullptr);
+    if (!lfx::race::isRemoved(file, line))
+    {
+        int32_t thread = lfx::emulated::current->index.x;
+        lfx::emulated::warp(
+            [](void* const(&lanes)[32]) { lfx::race::warpBarrier(*static_cast<int32_t*>(lanes[0]) / 32); },
+            "__syncwarp", &thread);
+    }
+}
+
+inline void __threadfence(char const* file = __builtin_FILE(), int line = __builtin_LINE())
+{
+    if (!lfx::race::isRemoved(file, line))
+    {
+        lfx::race::fence();
+    }
 }
 
 inline uint32_t __ballot_sync(uint32_t, bool predicate)
@@ -605,12 +697,34 @@ inline float __shfl_xor_sync(uint32_t, float value, int mask)
     return shuffle.result;
 }
 
-inline void atomicAnd(uint32_t* address, uint32_t value)
+template <typename T, typename Operation>
+LFX_AT_CALLER T atomicOperation(T* address, Operation operation)
 {
-    *address &= value;
+    lfx::race::atomic(address, sizeof(T));
+    lfx::race::Unchecked const unchecked;
+    T const old = *address;
+    *address = operation(old);
+    return old;
 }
 
-inline void atomicMax(int32_t* address, int32_t value)
+LFX_AT_CALLER uint32_t atomicAnd(uint32_t* address, uint32_t value)
 {
-    *address = *address > value ? *address : value;
+    return atomicOperation(address, [value](uint32_t old) { return old & value; });
+}
+
+LFX_AT_CALLER int32_t atomicMax(int32_t* address, int32_t value)
+{
+    return atomicOperation(address, [value](int32_t old) { return std::max(old, value); });
+}
+
+LFX_AT_CALLER int32_t atomicAdd(int32_t* address, int32_t value)
+{
+    return atomicOperation(address, [value](int32_t old) { return old + value; });
+}
+
+// Blocks, warps and lanes take turns in the random order of a seed from now on; 0: in ascending order.
+extern "C" __attribute__((used)) inline void lfxEmulatedOrder(uint64_t seed)
+{
+    lfx::emulated::isRandom = seed != 0;
+    lfx::emulated::random.seed(seed);
 }

@@ -305,17 +305,22 @@ def test_rates_and_table_say_what_the_rows_say() -> None:
 
 def test_verdicts_hold_fail_and_stay_open() -> None:
     good = invented(REQUIRED, us=100.0, flex=140.0)
-    assert [v["holds"] for v in bench.verdicts([good])] == [True, True, True]
+    assert [v["holds"] for v in bench.verdicts([good])] == [True, True, True, None]
     slow = invented(replace(REQUIRED, seqlen=8192), us=300.0, flex=350.0)
-    right, flex, share = bench.verdicts([good, slow])
+    right, flex, share, flash = bench.verdicts([good, slow])
+    assert flash["holds"] is None
+    good["contenders"]["flex-flash"] = {"times_slower": 0.99}
+    assert bench.verdicts([good, slow])[3]["holds"] is False
+    good["contenders"]["flex-flash"] = {"times_slower": 1.01}
+    assert bench.verdicts([good, slow])[3]["holds"] is True
     assert right["holds"]
     assert not flex["holds"]
     assert flex["figure"].startswith("1.17 times")
     assert flex["worst"] == share["worst"] == str(replace(REQUIRED, seqlen=8192))
     assert not share["holds"]
     others = [invented(replace(REQUIRED, window=64), us=100.0, flex=100.0)]
-    assert [v["holds"] for v in bench.verdicts(others)] == [True, None, None]
-    assert [v["holds"] for v in bench.verdicts([])] == [None, None, None]
+    assert [v["holds"] for v in bench.verdicts(others)] == [True, None, None, None]
+    assert [v["holds"] for v in bench.verdicts([])] == [None, None, None, None]
 
 
 def test_wrong_missing_and_failed_results_are_reported() -> None:

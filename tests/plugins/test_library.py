@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from lfx.errors import BuildError
 from lfx.runtime.build.launch import _named_library, run_tensorrt
 from scripts.bench import sass
+from scripts.bench.kernel_resources import SHARED_KB, resident_blocks
 
 pytestmark = pytest.mark.trt
 
@@ -67,7 +68,7 @@ def test_there_is_code_for_every_architecture(kernels: dict[tuple[str, str], str
 
 def test_there_is_ptx_that_newer_gpus_compile(readable: Path) -> None:
     # PTX of a compute capability runs on that one and all later ones, machine code on later ones of the same major.
-    assert set(re.findall(r"sm_\d+", sass.cuobjdump("--list-ptx", readable))) == {"sm_100"}
+    assert set(re.findall(r"sm_\d+", sass.cuobjdump(readable, "--list-ptx"))) == {"sm_100"}
 
 
 def test_float16_and_bfloat16_kernels_use_tensor_cores_and_float32_ones_do_not(
@@ -97,18 +98,6 @@ def test_no_kernel_has_local_memory_or_a_stack(resources: dict[tuple[str, str], 
         assert usage["LOCAL"] == usage["STACK"] == 0, key
 
 
-# A multiprocessor has 65,536 registers, allocated to warps in units of 256, and this much shared memory; a block takes
-# 1 KiB more of it than it requests. Source: CUDA C++ Programming Guide, "Technical Specifications per Compute
-# Capability".
-SHARED_KB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
-
-
-def _resident(arch: str, registers: int, threads: int, shared_bytes: int) -> int:
-    """Blocks that a multiprocessor holds at a time."""
-    by_registers = 65536 // (threads // 32 * (-(-registers * 32 // 256) * 256))
-    return min(by_registers, SHARED_KB[arch] * 1024 // (shared_bytes + 1024))
-
-
 @pytest.mark.parametrize(
     ("head_size", "row_tiles", "resident", "others"),
     [
@@ -132,7 +121,7 @@ def test_resident_blocks_of_banded_attention_are_those_of_the_readme(
     shared = 2 * (queries + 4 * 64) * head_size + 4 * (queries + 1 + words)  # queries, keys and values, twice; tables
     for (arch, name), usage in resources.items():
         if re.search(rf"bandedAttentionTensorCores.*Li{head_size}ELi{row_tiles}E", name):
-            assert _resident(arch, usage["REG"], 128, shared) == resident.get(arch, others), (arch, name)
+            assert resident_blocks(arch, usage["REG"], 128, shared) == resident.get(arch, others), (arch, name)
 
 
 def test_two_blocks_of_folded_global_rows_are_resident_on_gpus_with_enough_shared_memory(
@@ -141,7 +130,10 @@ def test_two_blocks_of_folded_global_rows_are_resident_on_gpus_with_enough_share
     shared = 2 * (16 + 32) * (768 + 8) + 4 * 16 * (32 + 4)  # one head as wide as the base model
     for (arch, name), usage in resources.items():
         if "globalAttentionTensorCores" in name and "Li1024E" in name:
-            assert _resident(arch, usage["REG"], 256, shared) >= (1 if SHARED_KB[arch] == 100 else 2), (arch, name)
+            assert resident_blocks(arch, usage["REG"], 256, shared) >= (1 if SHARED_KB[arch] == 100 else 2), (
+                arch,
+                name,
+            )
 
 
 @pytest.mark.parametrize("row_tiles", [1, 2])
@@ -159,6 +151,25 @@ def test_a_group_has_no_more_products_than_needed_and_each_load_feeds_all_row_ti
             assert len(re.findall(r"\bLDSM\.", code)) == products // 2 + head_size // 16 * row_tiles, (arch, name)
             seen += 1
     assert seen == 2 * len(ARCHITECTURES)
+
+
+# Part of a kernel's name -> the most registers that it takes on any architecture.
+REGISTERS = {
+    "bandedAttentionFp32ILi32E": 96,
+    "bandedAttentionFp32ILi64E": 128,
+    "bandedAttentionFp32ILi128E": 160,
+    "globalAttentionTensorCores.*Li128E": 64,
+    "globalAttentionTensorCores.*Li1024E": 128,
+    "globalAttentionFp32": 168,
+    "combineParts": 48,
+}
+
+
+@pytest.mark.parametrize("name", REGISTERS)
+def test_the_other_kernels_keep_to_their_registers(name: str, resources: dict[tuple[str, str], dict[str, int]]) -> None:
+    used = {key: usage["REG"] for key, usage in resources.items() if re.search(name, key[1])}
+    assert {arch for arch, _ in used} == ARCHITECTURES
+    assert max(used.values()) <= REGISTERS[name], used
 
 
 def test_every_asynchronous_copy_is_of_16_bytes(kernels: dict[tuple[str, str], str]) -> None:

@@ -1,0 +1,345 @@
+"""Print the resources that BandedAttention takes, counted in its machine code, and the microseconds that they imply.
+
+    python -m scripts.bench.kernel_resources [--library FILE] [--json]
+    python -m scripts.bench.kernel_resources --budgets     # of a warp, for each architecture and head size
+
+For each GPU it reads the machine code of the kernel for head size 64 in float16, finds its loops, and counts the
+instructions on the path of a warp: once before and after the tiles, for each tile, for each tile whose queries all see
+all keys, and for each group of keys of the others. The numbers of tiles and groups follow from the case. A resource's
+time is its total over all blocks, divided by the rate of the whole GPU: the kernel takes at least the largest of them,
+and longer if the last wave of blocks is not full.
+
+Needs cuobjdump, but no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lfx.errors import LfxError
+from lfx.runtime import plugin
+from scripts.bench import sass
+from scripts.bench.band_cases import Case
+from scripts.bench.sass import Block
+
+KERNEL = "bandedAttentionTensorCoresI6__halfLi{head_size}E"
+HEAD_SIZES = (32, 64, 128)
+CASES = [Case(seqlen, 256, 1, batch, 12, "fp16") for batch in (1, 8) for seqlen in (4096, 16384)]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published rates of a GPU.
+
+    Attributes:
+        tensor_flops: dense float16 products with float32 sums, per second.
+        l2_bytes: that the L2 delivers per second; None if it is not published.
+    """
+
+    name: str
+    multiprocessors: int
+    clock: float
+    tensor_flops: float
+    l2_bytes: float | None
+
+
+# Shared memory of a multiprocessor in KiB; a block takes 1 KiB more than it requests. Registers: 65,536, which
+# warps take in units of 256. Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+SHARED_KB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
+
+
+def resident_blocks(architecture: str, registers: int, threads: int, shared_bytes: int) -> int:
+    """Return the number of blocks that a multiprocessor holds at a time."""
+    by_registers = 65536 // (threads // 32 * (-(-registers * 32 // 256) * 256))
+    return min(by_registers, SHARED_KB[architecture] * 1024 // (shared_bytes + 1024))
+
+
+# A multiprocessor issues 4 instructions of a warp, computes 16 exponentials and reads 128 bytes of shared memory in a
+# clock. Source: CUDA C++ Programming Guide, "Arithmetic Instructions" and "Technical Specifications per Compute
+# Capability".
+ISSUE, EXPONENTIALS, SHARED_BYTES = 4, 16, 128
+GPUS = {
+    # Source: NVIDIA A100 Tensor Core GPU Architecture (2020): 5,120 bytes per clock of the L2.
+    "sm_80": Gpu("A100 SXM", 108, 1.41e9, 312e12, 5120 * 1.41e9),
+    # Source: NVIDIA H100 datasheet (SXM); clock from the peak rate; L2: the lower figure of plugins/README.md.
+    "sm_90": Gpu("H100 SXM", 132, 1.83e9, 989.4e12, 5.5e12),
+    # Source: NVIDIA RTX Blackwell GPU Architecture (2025), GeForce RTX 5090; the rate of its L2 is not published.
+    "sm_120": Gpu("RTX 5090", 170, 2.407e9, 209.5e12, None),
+}
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the kernel divides its work, in queries and keys."""
+
+    block_queries: int = 64
+    warp_queries: int = 16
+    tile_keys: int = 64
+    group_keys: int = 16
+    threads: int = 128
+
+    def shared_bytes(self, case: Case) -> int:
+        """Return the dynamic shared memory of a block: queries, two tiles of keys and values, and the tables."""
+        reach = -(-min(self.block_queries + 2 * case.window, case.seqlen) // self.tile_keys) * self.tile_keys
+        rows = self.block_queries + 4 * self.tile_keys
+        return 2 * rows * case.head_size + 4 * (self.block_queries + 1 + reach // 32)
+
+    def l2_bytes(self, case: Case) -> int:
+        """Return the bytes of the rows that all blocks of one head read and write."""
+        first = np.arange(0, case.seqlen, self.block_queries)
+        begin = np.maximum(first - case.window, 0)
+        end = np.minimum(np.minimum(first + self.block_queries, case.seqlen) + case.window, case.seqlen)
+        rows = 2 * int((end - begin).sum() + case.globals * len(first)) + 2 * case.seqlen
+        return rows * 2 * case.head_size
+
+    def work(self, case: Case) -> Counter[str]:
+        """Return over all warps of one head: warps, tiles, tiles computed whole, and groups of the other tiles."""
+        total: Counter[str] = Counter()
+        # The second half of `rows` is what a block or warp starts with, in queries.
+        blocks = np.arange(0, case.seqlen, self.block_queries)
+        begin = np.maximum(blocks - case.window, 0)
+        end = np.minimum(np.minimum(blocks + self.block_queries, case.seqlen) + case.window, case.seqlen)
+        tiles = -(-(end - begin) // self.tile_keys)
+        warps = np.arange(0, case.seqlen, self.warp_queries)
+        block = warps // self.block_queries
+        global_groups = -(-case.globals // self.group_keys)
+        total["warps"] = len(warps)
+        total["tiles"] = int(tiles[block].sum()) + len(warps) * -(-case.globals // self.tile_keys)
+        total["groups"] = len(warps) * global_groups
+        for tile in range(int(tiles.max())):
+            visited = tile < tiles[block]
+            first = begin[block] + tile * self.tile_keys
+            distance = first - (warps - case.window)
+            whole = (distance >= self.warp_queries - 1) & (distance + self.tile_keys - 1 <= 2 * case.window)
+            whole &= visited & (first >= case.globals) & (first + self.tile_keys <= end[block])
+            low = np.maximum(np.maximum(warps - case.window, case.globals) - first, 0) // self.group_keys
+            high = np.minimum(warps + self.warp_queries - 1 + case.window + 1, end[block]) - first
+            high = -(-np.minimum(high, self.tile_keys) // self.group_keys)
+            total["whole"] += int(whole.sum())
+            total["groups"] += int(np.where(visited & ~whole, np.maximum(high - low, 0), 0).sum())
+        return total
+
+
+VERSION_2 = Tiling()
+
+
+@dataclass(frozen=True)
+class WarpCosts:
+    """Opcodes that a warp executes, by part of the kernel; `whole` and `group` come in addition to `tile`."""
+
+    once: Counter[str]
+    tile: Counter[str]
+    whole: Counter[str]
+    group: Counter[str]
+
+    def total(self, work: Counter[str]) -> Counter[str]:
+        """Return the opcodes of all warps together."""
+        parts = (self.once, "warps"), (self.tile, "tiles"), (self.whole, "whole"), (self.group, "groups")
+        total: Counter[str] = Counter()
+        for opcodes, number in parts:
+            for name, count in opcodes.items():
+                total[name] += count * work[number]
+        return total
+
+
+def warp_costs(code: str, case: Case, tiling: Tiling) -> WarpCosts:
+    """Count the instructions of a warp in a disassembly."""
+    blocks = sass.basic_blocks(code)
+    products = {b.start for b in blocks.values() if b.count("HMMA")}
+    with_products = [loop for loop in sass.loops(blocks) if any(loop[0] <= p <= loop[1] for p in products)]
+    inner, outer = with_products[0], with_products[-1]  # over groups, over tiles
+    body = {start: b for start, b in blocks.items() if outer[0] <= start <= outer[1]}
+    groups = {start for start in products if inner[0] <= start <= inner[1]}
+    copies = sorted((b for b in body.values() if b.count("LDGSTS")), key=lambda b: b.count("LDGSTS"))
+    band_copy = copies[-1].start
+    without = {start: b for start, b in body.items() if start not in products and not b.count("LDGSTS")}
+    without[band_copy] = blocks[band_copy]
+    tile = sass.path(without, [outer[0], band_copy, outer[1]])
+    whole_stops = [outer[0], band_copy, *sorted(products - groups), outer[1]]
+    whole_blocks = without | {start: blocks[start] for start in products - groups}
+    whole = _opcodes(sass.path(whole_blocks, whole_stops))
+    whole.subtract(_opcodes(tile))
+    group_body = {start: b for start, b in blocks.items() if inner[0] <= start <= inner[1]}
+    group = sass.path(group_body, [*sorted(groups), *sorted(groups)[:1]])[1:]
+    return WarpCosts(_once(blocks, outer, case, tiling), _opcodes(tile), whole, _opcodes(group))
+
+
+def _once(blocks: dict[int, Block], outer: tuple[int, int], case: Case, tiling: Tiling) -> Counter[str]:
+    """Count what comes before and after the tiles: tables, copies of queries and first tile; and the output."""
+    before = {start: b for start, b in blocks.items() if start <= outer[0]}
+    votes = sorted(b.start for b in before.values() if b.count("VOTE"))
+    first_copy = max(before.values(), key=lambda b: b.count("LDGSTS")).start
+    first = sass.path(before, [0, *votes, first_copy, outer[0]])[:-1]
+    inside = {start: b for start, b in blocks.items() if outer[0] <= start <= outer[1]}
+    leaving = max(start for start, b in inside.items() if any(t > outer[1] for t in b.following))
+    after = {start: b for start, b in blocks.items() if start > outer[1] or start == leaving}
+    stores = next(b for b in after.values() if b.count("STG"))
+    staged = max(after.values(), key=lambda b: b.count("STS"))
+    end = next(b.start for b in sorted(after.values(), key=lambda b: b.start) if b.opcodes[-1] == "EXIT")
+    last = sass.path(after, [leaving, staged.start, stores.start, end])[1:]
+    rounds = tiling.warp_queries * case.head_size // 8 // 32  # of 16-byte stores of a warp
+    again = sass.path(after, [stores.start, stores.start])[1:]
+    result = _opcodes([*first, *last])
+    for name, count in _opcodes(again).items():
+        result[name] += count * (rounds - 1)
+    return result
+
+
+def _opcodes(blocks: Iterable[Block]) -> Counter[str]:
+    return Counter(name for block in blocks for name in block.opcodes)
+
+
+def _shared_passes(opcodes: Counter[str]) -> int:
+    """Return the accesses of 128 bytes of shared memory that the instructions of a warp take, without conflicts."""
+    passes = 0
+    for name, count in opcodes.items():
+        opcode, *suffixes = name.split(".")
+        if opcode == "LDSM":
+            passes += 4 * count  # four matrices of 8 rows of 16 bytes
+        elif opcode in ("LDGSTS", "LDS", "STS"):
+            passes += count * (4 if "128" in suffixes else 2 if "64" in suffixes else 1)
+    return passes
+
+
+def row(architecture: str, code: str, registers: int, case: Case, tiling: Tiling) -> dict[str, Any]:
+    """Return the resources of a case on a GPU: totals over all blocks, and the microseconds that they imply."""
+    gpu = GPUS[architecture]
+    opcodes = warp_costs(code, case, tiling).total(tiling.work(case))
+    heads = case.batch * case.heads
+    blocks = heads * -(-case.seqlen // tiling.block_queries)
+    resident = resident_blocks(architecture, registers, tiling.threads, tiling.shared_bytes(case))
+    totals = {
+        "instructions": heads * opcodes.total(),
+        "shared_bytes": heads * _shared_passes(opcodes) * SHARED_BYTES,
+        "l2_bytes": heads * tiling.l2_bytes(case),
+        "tensor_flops": heads * _count(opcodes, "HMMA") * 2 * 16 * 8 * 16,
+        "exponentials": heads * _count(opcodes, "MUFU") * 32,
+    }
+    rates = {
+        "instructions": gpu.multiprocessors * ISSUE * gpu.clock,
+        "shared_bytes": gpu.multiprocessors * SHARED_BYTES * gpu.clock,
+        "l2_bytes": gpu.l2_bytes,
+        "tensor_flops": gpu.tensor_flops,
+        "exponentials": gpu.multiprocessors * EXPONENTIALS * gpu.clock,
+    }
+    return {
+        "gpu": gpu.name,
+        "batch": case.batch,
+        "tokens": case.seqlen,
+        "registers": registers,
+        "blocks": blocks,
+        "blocks_per_wave": resident * gpu.multiprocessors,
+        "waves": blocks / (resident * gpu.multiprocessors),
+        "per_block": {name: total / blocks for name, total in totals.items()},
+        "us": {name: 1e6 * total / rate for name, total in totals.items() if (rate := rates[name]) is not None},
+    }
+
+
+def _count(opcodes: Counter[str], opcode: str) -> int:
+    return sum(count for name, count in opcodes.items() if name.split(".")[0] == opcode)
+
+
+def report(library: Path, tiling: Tiling = VERSION_2) -> list[dict[str, Any]]:
+    """Return the rows of all GPUs and cases, for head size 64."""
+    resources, rows = sass.resources(library), []
+    for architecture in GPUS:
+        codes = sass.machine_code(library, architecture)
+        key = next((key for key in codes if KERNEL.format(head_size=64) in key[1]), None)
+        if key is not None:
+            rows += [row(architecture, codes[key], resources[key]["REG"], case, tiling) for case in CASES]
+    return rows
+
+
+def budgets(
+    codes: dict[sass.Kernel, str], resources: dict[sass.Kernel, dict[str, int]], tiling: Tiling = VERSION_2
+) -> list[dict[str, Any]]:
+    """Return for each architecture and head size what a thread, a warp and a block take.
+
+    Args:
+        codes, resources: of `sass.machine_code` and `sass.resources`.
+    """
+    rows = []
+    for (architecture, name), code in codes.items():
+        for head_size in HEAD_SIZES:
+            if KERNEL.format(head_size=head_size) not in name:
+                continue
+            used, case = resources[architecture, name], Case(4096, 256, 1, 1, 1, "fp16", head_size)
+            costs = warp_costs(code, case, tiling)
+            shared = tiling.shared_bytes(case)
+            rows.append(
+                {
+                    "architecture": architecture,
+                    "head_size": head_size,
+                    "registers": used["REG"],
+                    "local_bytes": used["LOCAL"] + used["STACK"],
+                    "HMMA": _count(costs.whole, "HMMA"),
+                    "LDSM": _count(costs.whole, "LDSM"),
+                    "LDGSTS": _count(costs.tile, "LDGSTS"),
+                    "whole_tile": costs.tile.total() + costs.whole.total(),
+                    "group": costs.group.total(),
+                    "once": costs.once.total(),
+                    "resident_blocks": resident_blocks(architecture, used["REG"], tiling.threads, shared),
+                }
+            )
+    return sorted(rows, key=lambda row: (int(row["architecture"][3:]), row["head_size"]))
+
+
+UNITS = {"instructions": 1, "shared_bytes": 1e3, "l2_bytes": 1e3, "tensor_flops": 1e6, "exponentials": 1e3}
+BUDGET_HEADER = ["architecture", "head size", "registers", "local bytes", "HMMA", "LDSM", "LDGSTS"]
+BUDGET_HEADER += ["instructions of a whole tile", "of a group", "once", "resident blocks"]
+HEADER = ["GPU", "batch", "tokens", "instructions", "shared KB", "L2 KB", "MFLOP", "thousand exp", "blocks", "a wave"]
+HEADER += ["waves", "issue µs", "shared µs", "L2 µs", "tensor µs", "exp µs"]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Make a Markdown table: resources of a block, blocks, and microseconds."""
+    lines = []
+    for r in rows:
+        line = [r["gpu"], str(r["batch"]), f"{r['tokens']:,}"]
+        line += [f"{r['per_block'][name] / unit:,.0f}" for name, unit in UNITS.items()]
+        line += [f"{r['blocks']:,}", str(r["blocks_per_wave"]), f"{r['waves']:.2f}"]
+        line += [f"{r['us'][name]:.1f}" if name in r["us"] else "not known" for name in UNITS]
+        lines.append(line)
+    return _markdown(HEADER, lines)
+
+
+def budget_table(rows: list[dict[str, Any]]) -> str:
+    """Make a Markdown table of the rows of `budgets`."""
+    return _markdown(BUDGET_HEADER, [list(map(str, row.values())) for row in rows])
+
+
+def _markdown(header: list[str], lines: list[list[str]]) -> str:
+    return "".join("| " + " | ".join(line) + " |\n" for line in [header, ["---"] * len(header), *lines])
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", type=Path, help="default: the installed plugin's")
+    parser.add_argument("--budgets", action="store_true", help="print what a warp takes, for each architecture")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each row")
+    options = parser.parse_args()
+    if sass.TOOL is None:
+        parser.exit(1, "cuobjdump is not installed; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm\n")
+    try:
+        library = options.library or plugin.library()
+    except LfxError as error:
+        parser.exit(1, f"{error}\n")
+    if options.budgets:
+        rows = budgets(sass.machine_code(library), sass.resources(library))
+    else:
+        rows = report(library)
+    as_table = budget_table if options.budgets else table
+    print("\n".join(map(json.dumps, rows)) if options.json else as_table(rows), end="")
+
+
+if __name__ == "__main__":
+    main()

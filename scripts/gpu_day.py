@@ -1,0 +1,229 @@
+"""Run everything that waits for an NVIDIA GPU: checks, sanitizers and benchmarks, with a record of each.
+
+    python -m scripts.gpu_day --headers DIR              # for --minutes; call it again until nothing is left
+    python -m scripts.gpu_day --build-only --target sm_90   # only builds the library; needs no GPU
+    python -m scripts.gpu_day --dry-run                  # builds, and lists what it would run; needs no GPU
+    python -m scripts.gpu_day --publish                  # copies the finished records to docs/records
+
+The steps run one after another, the most important first, each in a process of its own. Records, logs and the state of
+the steps are in --folder (default build/gpu_day) and are written as the work proceeds. A call that is cut off loses at
+most the case that it was measuring: the next call continues with the same --folder on a GPU of the same name.
+
+Two calls of ten minutes are enough for the checks, the sanitizers and the cases of the claims. Where only one folder
+comes back from the machine with the GPU, make it the --folder, and build the library before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scripts import record
+from scripts.bench import gpu
+
+ROOT = record.ROOT
+TIME_IS_OVER = "time is over"
+LEAST_SECONDS = 20.0  # that a step is started with
+MOST_ATTEMPTS = 3  # of a step that is cut off by the end of a call
+RECORDS = ("gpu.jsonl", "gpu_kernels.jsonl", "gpu_model.jsonl")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command.
+
+    Attributes:
+        minutes: it is stopped, or stops itself, after that many.
+        limits_itself: it has the option --minutes, gets the time that is left, and prints TIME_IS_OVER if it leaves
+            something out.
+        program: that must be on the PATH; empty: none.
+    """
+
+    name: str
+    command: list[str]
+    minutes: float
+    limits_itself: bool = False
+    program: str = ""
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def steps(folder: Path, library: Path, headers: Path | None) -> list[Step]:
+    """Return all steps in their order."""
+    python = [sys.executable, "-m"]
+    shared = ["--library", str(library)]
+    check = [*python, "scripts.gpu_check", *shared, *(["--headers", str(headers)] if headers else [])]
+    into = ["--record", str(folder / "gpu.jsonl"), "--resume"]
+    kernels = [*python, "scripts.bench.gpu_kernels", *shared, "--record", str(folder / "gpu_kernels.jsonl"), "--resume"]
+    model = [*python, "scripts.bench.gpu_model", *shared, "--record", str(folder / "gpu_model.jsonl"), "--resume"]
+
+    def sanitizer(tool: str) -> Step:
+        launcher = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+        quick = ["--quick", "--part", "kernels", "--record", str(folder / f"{tool}.jsonl")]
+        # Each tensor in an allocation of its own, so that an access past its end is outside of all memory.
+        separate = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+        return Step(tool, [*launcher, *check, *quick], 2.5, program="compute-sanitizer", environment=separate)
+
+    return [
+        *(Step(f"check {p}", [*check, *into, "--part", "kernels", "--precision", p], 1.5) for p in ("fp16", "bf16")),
+        sanitizer("memcheck"),
+        sanitizer("racecheck"),
+        Step("kernels, claims", [*kernels, "--quick"], 5, limits_itself=True),
+        Step("model, claims", [*model, "--quick"], 4, limits_itself=True),
+        Step("check fp32", [*check, *into, "--part", "kernels", "--precision", "fp32"], 1.5),
+        Step("check plans", [*check, *into, "--part", "plans"], 5),
+        Step("model, all", model, 5, limits_itself=True),
+        Step("kernels, all", kernels, 60, limits_itself=True),
+    ]
+
+
+class State:
+    """The results of the steps, in a file that is replaced after each one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.results: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def is_done(self, step: Step) -> bool:
+        """Return whether a step has ended, or was cut off too often."""
+        result = self.results.get(step.name, {})
+        return "status" in result or result.get("attempts", 0) >= MOST_ATTEMPTS
+
+    def begin(self, step: Step) -> None:
+        """Count an attempt, before it begins: the call may end at any time."""
+        attempts = self.results.get(step.name, {}).get("attempts", 0)
+        self._write(step, {"attempts": attempts + 1})
+
+    def end(self, step: Step, **result: Any) -> None:
+        """Keep the result of a step."""
+        self._write(step, {**self.results.get(step.name, {}), **result})
+
+    def _write(self, step: Step, result: dict[str, Any]) -> None:
+        self.results[step.name] = result
+        unfinished = self.path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(self.path)
+
+
+def run(todo: list[Step], state: State, deadline: float) -> list[Step]:
+    """Run steps until `deadline` (of time.monotonic); returns those that are left."""
+    for step in todo:
+        if state.is_done(step):
+            continue
+        if step.program and shutil.which(step.program) is None:
+            state.end(step, status="skipped", reason=f"{step.program} is not on the PATH")
+            continue
+        left = deadline - time.monotonic()
+        if left < LEAST_SECONDS:
+            break
+        run_step(step, state, left)
+    return [step for step in todo if not state.is_done(step)]
+
+
+def run_step(step: Step, state: State, left: float) -> None:
+    """Run a step for at most `left` seconds, with a log beside the state."""
+    seconds = min(left, 60 * step.minutes)
+    # A step that limits itself starts nothing new after its minutes, and then finishes what it has begun.
+    own = ["--minutes", f"{max(seconds - 45, 1) / 60:.2f}"] if step.limits_itself else []
+    log = state.path.with_name(f"{step.name.replace(', ', '-').replace(' ', '-')}.log")
+    print(f"{step.name}: at most {seconds:.0f} s", flush=True)
+    state.begin(step)
+    started = time.monotonic()
+    begin = len(log.read_text(encoding="utf-8")) if log.exists() else 0
+    with log.open("a", encoding="utf-8") as output:
+        command = subprocess.Popen(
+            [*step.command, *own],
+            cwd=ROOT,
+            env={**os.environ, **dict(step.environment)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        code: int | None = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
+                code = command.wait(timeout=seconds)
+            finally:  # also if this process is asked to stop
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(command.pid, signal.SIGKILL)
+                command.wait()
+    took = round(time.monotonic() - started, 1)
+    is_open = seconds < 60 * step.minutes and TIME_IS_OVER in log.read_text(encoding="utf-8")[begin:]
+    if code is not None and not is_open:
+        state.end(step, status="passed" if code == 0 else "failed", code=code, seconds=took, log=log.name)
+    elif code is None and seconds < left:
+        state.end(step, status="failed", reason=f"stopped after {step.minutes} minutes", seconds=took, log=log.name)
+    print(f"{step.name}: {state.results[step.name]}", flush=True)
+
+
+def publish(folder: Path, target: Path) -> list[Path]:
+    """Copy the records to docs/records; returns the copies."""
+    found = [folder / name for name in RECORDS if (folder / name).exists()]
+    return [Path(shutil.copy(path, target / path.name)) for path in found]
+
+
+def main() -> None:
+    """Run the steps that are left; exits with 1 if one has failed, with 3 if some are left."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--headers", type=Path, help="folder of NvInfer.h, to check the plugin's creator too")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "gpu_day", help="default %(default)s")
+    parser.add_argument("--library", type=Path, help="use this library; default: build it in the folder, once")
+    parser.add_argument("--minutes", type=float, default=9.5, help="length of this call; default %(default)s")
+    parser.add_argument("--target", default="sm_90", help="architecture without a GPU; default %(default)s")
+    parser.add_argument("--build-only", action="store_true")
+    parser.add_argument("--dry-run", action="store_true", help="build and list the steps; needs no GPU")
+    parser.add_argument("--publish", action="store_true", help="copy the records to docs/records")
+    options = parser.parse_args()
+    deadline = time.monotonic() + 60 * options.minutes
+    folder = options.folder.resolve()
+    if options.publish:
+        copies = publish(folder, record.RECORDS)
+        print("\n".join(map(str, copies)) or f"no records in {folder}")
+        sys.exit(0 if copies else 1)
+    library = options.library.resolve() if options.library else built(folder / "library", options)
+    todo = steps(folder, library, options.headers)
+    if options.build_only or options.dry_run:
+        print(f"library: {library}")
+        for step in todo if options.dry_run else []:
+            print(f"{step.name}: at most {step.minutes:g} minutes: {' '.join(step.command)}")
+        return
+    gpu.require()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    folder.mkdir(parents=True, exist_ok=True)
+    state = State(folder / "state.json")
+    left = run(todo, state, deadline)
+    failed = [
+        name
+        for name, result in state.results.items()
+        if result.get("status", "failed") == "failed" and name not in {step.name for step in left}
+    ]
+    print(f"{len(todo) - len(left)} of {len(todo)} steps done, failed: {', '.join(failed) or 'none'}")
+    if left:
+        print(f"call it again for: {', '.join(step.name for step in left)}")
+    sys.exit(3 if left else 1 if failed else 0)
+
+
+def built(folder: Path, options: argparse.Namespace) -> Path:
+    """Build the library, if an earlier call has not done so."""
+    library = folder / "liblfx_plugins.so"
+    if not library.exists():
+        unfinished = folder.with_suffix(".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        gpu.build(unfinished, options.headers, options.target)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    return library
+
+
+if __name__ == "__main__":
+    main()

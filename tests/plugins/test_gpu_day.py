@@ -1,0 +1,211 @@
+"""The command for the day a GPU is there, with small programs in the place of its steps, and its dry run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import gpu_check, gpu_day, record
+from scripts.bench import gpu
+from scripts.gpu_day import State, Step
+from tests.plugins.build import ROOT
+
+
+def step(name: str, code: str, **attributes: Any) -> Step:
+    """A step that runs Python code."""
+    return Step(name, [sys.executable, "-c", code], **{"minutes": 1.0, **attributes})
+
+
+def soon(seconds: float = 60.0) -> float:
+    """A deadline."""
+    return time.monotonic() + seconds
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> State:
+    """No results yet."""
+    return State(tmp_path / "state.json")
+
+
+def test_steps_run_in_their_order_and_keep_their_results(state: State, tmp_path: Path) -> None:
+    order = tmp_path / "order"
+    todo = [
+        step("first", f"open({str(order)!r}, 'a').write('1'); print('said')"),
+        step("second", f"open({str(order)!r}, 'a').write('2'); raise SystemExit(5)"),
+        step("third, last", f"import os; open({str(order)!r}, 'a').write(os.environ['X'])", environment=(("X", "3"),)),
+    ]
+    assert gpu_day.run(todo, state, soon()) == []
+    assert order.read_text() == "123"
+    results = json.loads(state.path.read_text())
+    assert [results[s.name]["status"] for s in todo] == ["passed", "failed", "passed"]
+    assert results["second"]["code"] == 5
+    assert (tmp_path / results["first"]["log"]).read_text() == "said\n"
+    assert results["third, last"]["log"] == "third-last.log"
+
+
+def test_the_next_call_goes_on_with_what_is_left(state: State, tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    todo = [step(name, f"open({str(count)!r}, 'a').write('{name}')") for name in "ab"]
+    assert gpu_day.run(todo[:1], state, soon()) == []
+    assert gpu_day.run(todo, state, soon(5)) == todo[1:]  # too little time is left to start a step
+    assert gpu_day.run(todo, State(state.path), soon()) == []
+    assert count.read_text() == "ab"
+
+
+def test_a_step_that_the_end_of_the_call_cuts_off_is_tried_again(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_day, "LEAST_SECONDS", 0.1)
+    slow = step("slow", "import time; time.sleep(60)")
+    for attempts in (1, 2):
+        assert gpu_day.run([slow], state, soon(0.5)) == [slow]
+        assert state.results["slow"] == {"attempts": attempts}
+    assert gpu_day.run([slow], state, soon(0.5)) == []  # enough
+    assert "status" not in state.results["slow"]
+
+
+def test_a_step_that_takes_longer_than_its_minutes_has_failed(state: State) -> None:
+    slow = step("slow", "import time; time.sleep(60)", minutes=0.01)
+    assert gpu_day.run([slow], state, soon()) == []
+    assert state.results["slow"]["status"] == "failed"
+    assert state.results["slow"]["reason"] == "stopped after 0.01 minutes"
+
+
+def test_a_step_that_limits_itself_gets_the_time_and_stays_open_if_it_was_too_short(
+    state: State, tmp_path: Path
+) -> None:
+    code = "import sys; print(sys.argv[1:]); print('time is over: 3 of 4 were not started')"
+    limited = step("limited", code, minutes=2.0, limits_itself=True)
+    assert gpu_day.run([limited], state, soon(100)) == [limited]
+    assert (tmp_path / "limited.log").read_text().startswith("['--minutes', '0.9")
+    assert gpu_day.run([limited], state, soon(1000)) == []  # its own time was too short
+    assert state.results["limited"]["status"] == "passed"
+
+
+def test_a_step_whose_program_is_missing_is_skipped_with_the_reason(state: State) -> None:
+    assert gpu_day.run([step("x", "", program="no-such-program")], state, soon()) == []
+    assert state.results["x"] == {"status": "skipped", "reason": "no-such-program is not on the PATH"}
+
+
+def test_a_call_that_is_asked_to_stop_stops_its_step(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    code = f"import os, time; open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    script = (
+        "import signal, sys, time; from pathlib import Path; from scripts import gpu_day\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        f"step = gpu_day.Step('x', [sys.executable, '-c', {code!r}], 1.0)\n"
+        f"gpu_day.run([step], gpu_day.State(Path({str(tmp_path / 'state.json')!r})), time.monotonic() + 60)\n"
+    )
+    call = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    while not child.exists() or not child.read_text():
+        time.sleep(0.05)
+    call.send_signal(signal.SIGTERM)
+    assert call.wait(30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(child.read_text()), 0)
+    assert json.loads((tmp_path / "state.json").read_text()) == {"x": {"attempts": 1}}
+
+
+def test_the_records_are_published(tmp_path: Path) -> None:
+    folder, target = tmp_path / "folder", tmp_path / "records"
+    folder.mkdir()
+    target.mkdir()
+    assert gpu_day.publish(folder, target) == []
+    (folder / "gpu.jsonl").write_text("{}\n")
+    (folder / "memcheck.jsonl").write_text("{}\n")
+    assert gpu_day.publish(folder, target) == [target / "gpu.jsonl"]
+
+
+def test_the_steps_check_before_they_measure_and_measure_the_claims_first(tmp_path: Path) -> None:
+    steps = gpu_day.steps(tmp_path, tmp_path / "library.so", None)
+    names = [one.name for one in steps]
+    assert names[:6] == ["check fp16", "check bf16", "memcheck", "racecheck", "kernels, claims", "model, claims"]
+    assert sum(one.minutes for one in steps[:6]) <= 2 * 9.5
+    assert names[-1] == "kernels, all"
+    assert len(set(names)) == len(names)
+
+
+def test_a_record_is_continued_on_the_same_gpu_and_commit_only(tmp_path: Path) -> None:
+    about = {"date": "2026-01-02", "gpu": "H100", "commit": "abc"}
+    rows = [{**about, "date": "2026-01-01", "case": 1}, {**about, "gpu": "A100", "case": 2}, {"claim": "c"}]
+    path = tmp_path / "record.jsonl"
+    assert gpu.resumed(path, about) == []
+    record.write(path, rows)
+    assert gpu.resumed(path, about) == rows[:1]
+
+
+def test_measuring_leaves_out_the_cases_that_are_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "record.jsonl"
+    measured: list[int] = []
+
+    def measure(case: int) -> dict[str, Any]:
+        measured.append(case)
+        return {"case": case}
+
+    def case_of(row: dict[str, Any]) -> Any:
+        return row["case"]
+
+    rows = gpu.measure_all([1, 2, 3], measure, lambda rows: [], soon(), path, [{"case": 2}], case_of)
+    assert measured == [1, 3]
+    assert [row["case"] for row in rows] == [2, 1, 3]
+    assert [json.loads(line)["case"] for line in path.read_text().splitlines()] == [2, 1, 3]
+    gpu.measure_all([1, 2, 3], measure, lambda rows: [], soon(-1), path, rows[:1], case_of)
+    assert f"{gpu_day.TIME_IS_OVER}: 2 of 3 were not started" in capsys.readouterr().out
+
+
+def test_checks_of_one_precision_keep_the_rows_of_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.jsonl"
+    shared = {"gpu": "H100", "commit": "abc", "op": "BandedAttention", "way": "launch"}
+    old = [{**shared, "precision": "fp16", "cases": 1}, {**shared, "precision": "fp32", "gpu": "A100"}]
+    assert gpu_check.kept(path, []) == []
+    record.write(path, old)
+    assert gpu_check.kept(path, [{**shared, "precision": "bf16"}]) == old[:1]
+    assert gpu_check.kept(path, [{**shared, "precision": "fp16"}]) == []
+    assert {precision for precision, _ in gpu_check.cases(["bf16"])} == {"bf16"}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file in the place of the library: a dry run does not load it."""
+    path = tmp_path_factory.mktemp("library") / "liblfx_plugins.so"
+    path.touch()
+    return path
+
+
+def command(*options: str) -> subprocess.CompletedProcess[str]:
+    """The command, run to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "scripts.gpu_day", *options], check=False, capture_output=True, text=True, cwd=ROOT
+    )
+
+
+def test_a_dry_run_lists_every_step(library: Path, tmp_path: Path) -> None:
+    done = command("--dry-run", "--library", str(library), "--folder", str(tmp_path / "day"))
+    assert done.returncode == 0, done.stderr
+    steps = gpu_day.steps(tmp_path / "day", library, None)
+    assert [line.split(": at most")[0] for line in done.stdout.splitlines()[1:]] == [one.name for one in steps]
+    assert not (tmp_path / "day").exists()
+
+
+@pytest.mark.parametrize("name", ["check fp16", "memcheck", "check plans"])
+def test_the_options_of_the_checks_are_known(name: str, library: Path, tmp_path: Path) -> None:
+    (found,) = (one for one in gpu_day.steps(tmp_path, library, None) if one.name == name)
+    arguments = found.command[found.command.index(sys.executable) :]
+    done = subprocess.run([*arguments, "--dry-run"], check=False, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("dry run: nothing was run on a GPU\n")
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="for machines without a GPU")
+def test_without_a_gpu_it_says_so(library: Path, tmp_path: Path) -> None:
+    done = command("--library", str(library), "--folder", str(tmp_path / "day"))
+    assert done.returncode == 1
+    assert "PyTorch sees no NVIDIA GPU" in done.stderr
+    assert command("--publish", "--folder", str(tmp_path / "day")).returncode == 1

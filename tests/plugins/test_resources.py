@@ -1,0 +1,126 @@
+"""The counts of scripts/bench/kernel_resources.py: paths through machine code, and the tiles that a kernel visits."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from scripts.bench import band_cases, kernel_resources, sass
+from scripts.bench.kernel_resources import VERSION_2, WarpCosts
+from scripts.bench.sass import Block
+
+
+def disassembly(*lines: str) -> str:
+    """Machine code as cuobjdump prints it, an instruction every 16 bytes."""
+    return "".join(f"        /*{16 * i:04x}*/    {line} ;  /* 0x0 */\n" for i, line in enumerate(lines))
+
+
+CODE = disassembly(
+    "MOV R1, R2",
+    "BRA.DIV ~URZ, 0x90",  # 0x10: not taken
+    "LDS R3, [R1]",  # 0x20: the loop
+    "@P0 BRA 0x60",
+    "HMMA.16816.F32 R0, R1, R2, R3",
+    "CALL.REL.NOINC 0x90",  # 0x50: returns
+    "@P4 CALL.REL.NOINC 0x80",  # 0x60: leaves the loop
+    "BRA 0x20",
+    "EXIT",  # 0x80
+    "RET.REL.NODEC R2",  # 0x90: not reached
+)
+
+
+def test_basic_blocks_end_at_branches_and_targets() -> None:
+    blocks = sass.basic_blocks(CODE)
+    assert {start: block.opcodes for start, block in blocks.items()} == {
+        0x0: ("MOV", "BRA.DIV"),
+        0x20: ("LDS", "BRA"),
+        0x40: ("HMMA.16816.F32", "CALL.REL.NOINC"),
+        0x60: ("CALL.REL.NOINC",),
+        0x70: ("BRA",),
+        0x80: ("EXIT",),
+    }
+    assert blocks[0x20].following == (0x40, 0x60)
+    assert blocks[0x60].following == (0x70, 0x80)
+    assert blocks[0x80].following == ()
+    assert blocks[0x40].count("HMMA") == 1
+    assert sass.loops(blocks) == [(0x20, 0x70)]
+
+
+def starts(path: list[Block]) -> list[int]:
+    """The addresses of the blocks of a path."""
+    return [block.start for block in path]
+
+
+def test_a_path_is_the_shortest_one_through_its_stops() -> None:
+    blocks = sass.basic_blocks(CODE)
+    assert starts(sass.path(blocks, [0x0, 0x80])) == [0x0, 0x20, 0x60, 0x80]
+    assert starts(sass.path(blocks, [0x0, 0x40, 0x80])) == [0x0, 0x20, 0x40, 0x60, 0x80]
+    assert starts(sass.path(blocks, [0x40, 0x40])) == [0x40, 0x60, 0x70, 0x20, 0x40]  # around the loop
+    with pytest.raises(ValueError, match="no path from 0x80 to 0x0"):
+        sass.path(blocks, [0x80, 0x0])
+
+
+@pytest.mark.parametrize("seqlen", [64, 300, 1100, 4096])
+@pytest.mark.parametrize("globals_", [0, 1, 20])
+def test_tiles_and_groups_cover_the_band_of_each_warp(seqlen: int, globals_: int) -> None:
+    work = VERSION_2.work(band_cases.Case(seqlen, 256, globals_, 1, 1, "fp16"))
+    groups = 0
+    for first in range(0, seqlen, 16):
+        block = first // 64 * 64
+        end = min(min(block + 64, seqlen) + 256, seqlen)
+        for group in range(max(block - 256, 0), end, 16):
+            low, high = max(first - 256, globals_), min(first + 15 + 256, end - 1)
+            groups += group + 15 >= low and group <= high
+        groups += -(-globals_ // 16)
+    assert 4 * work["whole"] + work["groups"] == groups
+
+
+def test_a_block_reads_577_rows_of_keys_and_values() -> None:
+    case = band_cases.Case(4096, 256, 1, 8, 12, "fp16")
+    assert 8 * 12 * VERSION_2.l2_bytes(case) == pytest.approx(977e6, rel=0.01)
+
+
+def test_a_warp_in_the_middle_computes_seven_tiles_whole() -> None:
+    long, longer = (VERSION_2.work(band_cases.Case(n, 256, 1, 1, 1, "fp16")) for n in (4096, 4160))
+    more = Counter(longer)
+    more.subtract(long)  # a block of four warps in the middle
+    assert more["warps"] == 4
+    assert more["tiles"] == 4 * (9 + 1)
+    assert more["whole"] == 4 * 7
+    assert more["groups"] == 4 * (5 + 1)  # 528 keys of 64 · 7 + 16 · 5, and the global token
+
+
+def test_totals_add_up_over_warps_tiles_and_groups() -> None:
+    costs = WarpCosts(*(Counter({name: 1, "MOV": 1}) for name in ("once", "tile", "whole", "group")))
+    total = costs.total(Counter(warps=1, tiles=10, whole=100, groups=1000))
+    assert total == Counter(MOV=1111, once=1, tile=10, whole=100, group=1000)
+
+
+def test_shared_memory_serves_128_bytes_at_a_time() -> None:
+    opcodes = Counter({"LDSM.16.M88.4": 1, "LDGSTS.E.BYPASS.128": 10, "LDS": 100, "STS.64": 1000, "LDG.E.128": 7})
+    assert kernel_resources._shared_passes(opcodes) == 4 + 40 + 100 + 2000
+
+
+def test_resident_blocks_follow_registers_and_shared_memory() -> None:
+    assert kernel_resources.resident_blocks("sm_90", 128, 128, 41_292) == 4
+    assert kernel_resources.resident_blocks("sm_90", 129, 128, 41_292) == 3
+    assert kernel_resources.resident_blocks("sm_120", 128, 128, 41_292) == 2
+    assert VERSION_2.shared_bytes(band_cases.Case(4096, 256, 1, 1, 12, "fp16")) == 41_292
+
+
+def test_the_table_has_a_cell_for_each_resource_and_says_what_is_not_known() -> None:
+    row = {
+        "gpu": "RTX 5090",
+        "batch": 1,
+        "tokens": 4096,
+        "blocks": 768,
+        "blocks_per_wave": 340,
+        "waves": 768 / 340,
+        "per_block": dict.fromkeys(kernel_resources.UNITS, 2e6),
+        "us": {name: 1.25 for name in kernel_resources.UNITS if name != "l2_bytes"},
+    }
+    header, rule, line = kernel_resources.table([row]).splitlines()
+    assert header.count("|") == rule.count("|") == line.count("|")
+    assert "| RTX 5090 | 1 | 4,096 | 2,000,000 | 2,000 | 2,000 | 2 | 2,000 | 768 | 340 | 2.26 | 1.2 |" in line
+    assert "not known" in line
