@@ -3,6 +3,7 @@
 
 #include "cpu/kernels.h"
 
+#include <cstring>
 #include <initializer_list>
 #include <memory>
 #include <new>
@@ -119,6 +120,20 @@ InstructionSet widestInstructionSet() noexcept
         }
     }
     return InstructionSet::kBASELINE;
+}
+
+bool findInstructionSet(char const* name, InstructionSet& set) noexcept
+{
+    char const* const names[] = {"baseline", "avx2", "avx512"}; // in the order of InstructionSet
+    for (int32_t i = 0; i < 3; ++i)
+    {
+        set = static_cast<InstructionSet>(i);
+        if (std::strcmp(name, names[i]) == 0)
+        {
+            return isSupported(set);
+        }
+    }
+    return false;
 }
 
 char const* runBandedAttention(BandedParams const& params, ThreadPool const& threads, InstructionSet set) noexcept

@@ -36,6 +36,9 @@ bool isSupported(InstructionSet set) noexcept;
 // The supported instruction set with the widest vectors.
 InstructionSet widestInstructionSet() noexcept;
 
+// The instruction set of a name: baseline, avx2 or avx512. Returns false if there is none, or it is not supported.
+bool findInstructionSet(char const* name, InstructionSet& set) noexcept;
+
 // Compute the op. They return nullptr, or the reason why they cannot. GlobalParams::workspace is not used.
 char const* runBandedAttention(BandedParams const& params, ThreadPool const& threads, InstructionSet set) noexcept;
 char const* runGlobalAttention(GlobalParams const& params, ThreadPool const& threads, InstructionSet set) noexcept;
