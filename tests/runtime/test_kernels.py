@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from lfx.cli import main
+from lfx.cli import bench, inspect
 from lfx.errors import DependencyError
 from lfx.export.quantize import quantize
 from lfx.export.validate import compare_engine
@@ -67,7 +67,7 @@ def test_attention_weights_are_those_of_their_own_functions(bundle: MakeBundle) 
 
 def test_int8_models_run_attention_in_kernels(bundle: MakeBundle, tmp_path: Path) -> None:
     documents = [list(range(3, 60)), list(range(10, 80))]
-    lines = "".join(f'{{"ids": {ids}}}\n' for ids in documents)
+    lines = "".join(f'{{"input_ids": {ids}}}\n' for ids in documents)
     (tmp_path / "calibration.jsonl").write_text(lines)
     int8 = quantize(bundle("text-classification"), tmp_path / "int8", calibration=tmp_path / "calibration.jsonl")
     with Engine(int8) as fused, Engine(int8, kernels="function") as function:
@@ -189,13 +189,13 @@ def test_sixteen_threads_get_the_answers_of_one(bundle: MakeBundle) -> None:
 
 
 def test_commands_show_what_runs_attention(bundle: MakeBundle, no_library: None) -> None:
-    inspected = CliRunner().invoke(main, ["inspect", str(bundle())]).output
+    inspected = CliRunner().invoke(inspect.command, [str(bundle())]).output
     assert "function (libnone.so is not installed" in inspected
 
 
 @pytest.mark.parametrize("kernels", ["fused", "function"])
 def test_bench_records_the_kernels(bundle: MakeBundle, kernels: str) -> None:
-    arguments = ["bench", str(bundle()), "--length", "16", "--rounds", "1", "--json", "--kernels", kernels]
-    done = CliRunner().invoke(main, arguments)
+    arguments = [str(bundle()), "--length", "16", "--rounds", "1", "--json", "--kernels", kernels]
+    done = CliRunner().invoke(bench.command, arguments)
     assert f'"kernels": "{kernels}"' in done.stdout, done.output
-    assert "fused kernels" in CliRunner().invoke(main, ["inspect", str(bundle())]).output
+    assert "fused kernels" in CliRunner().invoke(inspect.command, [str(bundle())]).output
