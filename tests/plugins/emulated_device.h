@@ -501,6 +501,13 @@ inline void* sharedMemory()
     return emulated::shared;
 }
 
+// An emulated kernel has nothing to load.
+template <typename Params>
+int32_t preloadKernel(void (*)(Params)) noexcept
+{
+    return 0;
+}
+
 template <typename Params>
 int32_t launch(
     void (*kernel)(Params), dim3 grid, int32_t threads, size_t sharedBytes, Params const& params, cudaStream_t) noexcept
