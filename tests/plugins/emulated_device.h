@@ -496,6 +496,11 @@ void waitForCopies()
     }
 }
 
+inline int32_t threadIndexAgain()
+{
+    return emulated::current->index.x;
+}
+
 inline void* sharedMemory()
 {
     return emulated::shared;
@@ -506,6 +511,13 @@ template <typename Params>
 int32_t preloadKernel(void (*)(Params)) noexcept
 {
     return 0;
+}
+
+// Of the emulated GPU: LFX_MULTIPROCESSORS, or those of an H100.
+inline int32_t multiprocessors() noexcept
+{
+    char const* const count = std::getenv("LFX_MULTIPROCESSORS");
+    return count != nullptr ? std::atoi(count) : 132;
 }
 
 template <typename Params>
