@@ -36,6 +36,7 @@ Params commonSizes(GlobalAttributes const& attributes, Dims const& query, Dims c
     params.headSize = size(query, 2) / attributes.numHeads;
     params.scale = attributes.scale != 0.0F ? attributes.scale : 1.0F / std::sqrt(static_cast<float>(params.headSize));
     params.type = type;
+    setContiguous(params);
     return params;
 }
 
@@ -70,6 +71,11 @@ void GlobalOp::setTensors(Params& params, void const* const* inputs, void* conte
 size_t GlobalOp::workspaceBytes(Params const& maxSizes)
 {
     return globalWorkspaceBytes(maxSizes.batch, maxSizes.queries, maxSizes.numHeads, maxSizes.headSize);
+}
+
+int32_t GlobalOp::preload()
+{
+    return preloadGlobalAttention();
 }
 
 int32_t GlobalOp::launch(Params const& params, cudaStream_t stream)
@@ -112,6 +118,11 @@ void BandedOp::setTensors(Params& params, void const* const* inputs, void* conte
 size_t BandedOp::workspaceBytes(Params const&)
 {
     return 0;
+}
+
+int32_t BandedOp::preload()
+{
+    return preloadBandedAttention();
 }
 
 int32_t BandedOp::launch(Params const& params, cudaStream_t stream)
