@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from numpy.typing import NDArray
 
 from lfx.errors import ArtifactError, DependencyError, LfxError, one_line, require, with_cure
 from lfx.runtime.backends.interface import AnyShape, Arrays
@@ -60,13 +63,67 @@ class OnnxRuntime(AnyShape):
         self.input_names = [item.name for item in self._session.get_inputs()]
         self.output_names = [item.name for item in self._session.get_outputs()]
 
-    def infer(self, feeds: Arrays) -> Arrays:
-        """Run one batch."""
+        self._is_gpu = provider != "cpu"
+
+    def infer(self, feeds: Arrays, outputs: Sequence[str] | None = None, *, on_device: bool = False) -> Arrays:
+        """Run one batch. ONNX Runtime computes the other outputs too, but does not copy them."""
+        names = self.output_names if outputs is None else list(outputs)
         try:
-            outputs = self._session.run(self.output_names, feeds)
+            if on_device and self._is_gpu:
+                values = run_on_device(self._session, feeds, names, "cuda")
+            else:
+                values = self._session.run(names, feeds)
+        except LfxError:
+            raise
         except Exception as error:
             raise LfxError(f"ONNX Runtime failed: {with_cure(error)}") from error
-        return dict(zip(self.output_names, outputs, strict=True))
+        return dict(zip(names, values, strict=True))
+
+
+class DeviceOutput:
+    """An output in memory of ONNX Runtime's, which other libraries take by DLPack.
+
+    Attributes:
+        shape: its shape.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self.shape: tuple[int, ...] = tuple(value.shape())
+
+    def __dlpack__(self, *, stream: Any = None, **_: Any) -> Any:
+        """A capsule of the memory. The run has finished, so the consumer's stream has nothing to wait for."""
+        return self._value.__dlpack__()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        device: tuple[int, int] = tuple(self._value.__dlpack_device__())
+        return device
+
+    def numpy(self) -> NDArray[Any]:
+        """Copy it to the host."""
+        array: NDArray[Any] = self._value.numpy()
+        return array
+
+
+def run_on_device(session: Any, feeds: Arrays, names: Sequence[str], device: str) -> list[DeviceOutput]:
+    """Run a session whose outputs stay on a device, and wait for it.
+
+    Args:
+        device: ONNX Runtime's name of the device, "cuda" or "cpu".
+    Raises:
+        DependencyError: this ONNX Runtime has no DLPack.
+    """
+    binding = session.io_binding()
+    for name, array in feeds.items():
+        binding.bind_cpu_input(name, array)
+    for name in names:
+        binding.bind_output(name, device)
+    session.run_with_iobinding(binding)
+    binding.synchronize_outputs()
+    values = binding.get_outputs()
+    if not all(hasattr(value, "__dlpack__") for value in values):
+        raise DependencyError("this ONNX Runtime has no DLPack; install a newer one, or leave device_outputs out")
+    return [DeviceOutput(value) for value in values]
 
 
 def _session_options(ort: Any, threads: int | None, fused: bool) -> Any:
