@@ -758,7 +758,7 @@ def test_outputs_that_are_not_what_the_signature_says_are_refused(name: str, tmp
 
 def test_an_output_that_is_no_array_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = engine.run([5, 6])
-    monkeypatch.setattr(engine._backend, "infer", lambda feeds: {**outputs, "pooler_output": [1.0]})
+    monkeypatch.setattr(engine._backend, "infer", lambda feeds, *names, **options: {**outputs, "pooler_output": [1.0]})
     with pytest.raises(ArtifactError, match="output pooler_output of a batch of 1 has list"):
         engine.run([5, 6])
 
