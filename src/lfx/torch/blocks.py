@@ -15,8 +15,8 @@ from torch import nn
 
 # Number of queries in a block. A block reads BLOCK + 2 · window keys, of which a query sees 2 · window + 1.
 BLOCK = 256
-# With fewer queries GlobalAttention is two matrix products: fused attention on a CPU has one task for each head and
-# 32 or more queries, which leaves threads idle.
+# With fewer queries GlobalAttention in float32 is two matrix products: fused attention on a CPU has one task for each
+# head and 32 or more queries, which leaves threads idle. In other dtypes a matrix product would round the scores.
 _FEW_QUERIES = 64
 
 
@@ -89,9 +89,9 @@ def global_attention(
     """`lfx.reference.global_attention` in PyTorch, in the inputs' dtype with sums in float32."""
     q, k, v = (_by_head(x, num_heads) for x in (query, key, value))  # (B, H, G or S, D)
     visible = key_mask != 0  # (B, S)
-    if query.shape[1] < _FEW_QUERIES:
+    if query.shape[1] < _FEW_QUERIES and query.dtype == torch.float32:
         scores = (q * scale) @ k.transpose(2, 3) + _bias(visible, query.dtype)[:, None, None]  # (B, H, G, S)
-        context = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ v
+        context = scores.softmax(dim=-1) @ v
     else:
         bias = _bias(visible, query.dtype)[:, None, None].expand(-1, -1, query.shape[1], -1)
         context = nn.functional.scaled_dot_product_attention(q, k, v, bias, scale=scale)

@@ -16,8 +16,9 @@ def accelerate(model: Model, *, max_global: int | None = None) -> Model:
     """Make a Longformer or LED of transformers compute its self-attention with the lfx ops, in place, for inference.
 
     The model then takes a sequence of any length as it is, without padding to the attention window, and its outputs
-    keep Hugging Face's names and shapes. It computes no attention weights and does not train. Weights, their names and
-    `save_pretrained` stay the same; for a model beside it, copy it first: accelerate(copy.deepcopy(model)).
+    keep Hugging Face's names and shapes. It computes no attention weights, does not train, and runs the feed-forward
+    layers in one piece: their chunks need a length that is a multiple. Weights, their names and `save_pretrained` stay
+    the same; for a model beside it, copy it first: accelerate(copy.deepcopy(model)).
 
     Args:
         model: a model, or a module that contains transformers' LongformerSelfAttention or LEDEncoderSelfAttention.
@@ -40,6 +41,8 @@ def accelerate(model: Model, *, max_global: int | None = None) -> Model:
         raise InputError(f"{type(model).__name__} has no Longformer self-attention; give a Longformer or LED")
     new_classes = {module: _new_class(module, replacements) for module in model.modules()}
     for module, cls in new_classes.items():
+        if hasattr(module, "chunk_size_feed_forward"):
+            module.chunk_size_feed_forward = 0  # type: ignore[assignment]
         if cls is not None:
             module.__class__ = cls
             module.max_global = max_global  # type: ignore[assignment]
