@@ -1,4 +1,4 @@
-"""Direction of imports: core ← runtime ← ray ← torch ← export ← cli, without a cycle; nothing imports tests or scripts."""
+"""Direction of imports: core ← runtime ← ray ← torch ← export ← cli, no cycle; nothing imports tests or scripts."""
 
 from __future__ import annotations
 

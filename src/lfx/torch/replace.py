@@ -30,7 +30,7 @@ def accelerate(model: Model, *, max_global: int | None = None) -> Model:
     Raises:
         InputError: the model has no such module, or one with a `forward` of its own; or max_global is out of range.
     """
-    require("transformers", "export")
+    require("transformers", "torch")
     if max_global is not None:
         max_global = whole_number(max_global, "max_global", 0)
     if not isinstance(model, nn.Module):
