@@ -9,7 +9,8 @@
 #ifdef __CUDACC__
 #define LFX_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define LFX_HOST_DEVICE inline
+// Always inlined: the CPU kernels are compiled once per instruction set, and no copy of a function may serve another set.
+#define LFX_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace lfx

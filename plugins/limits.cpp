@@ -1,7 +1,8 @@
-// Sizes and attributes that the kernels support; launches, the plugin and the host reference all check here.
+// Sizes and attributes that the kernels support; the hosts, the launches and the host reference all check here.
 #include "attention.h"
 
 #include <cmath>
+#include <initializer_list>
 
 namespace lfx
 {
@@ -48,10 +49,65 @@ bool isType(Type type)
     return type == Type::kFLOAT || type == Type::kHALF || type == Type::kBF16;
 }
 
+constexpr char const* kOTHER_LAYOUT
+    = "the caller was compiled with another version of attention.h; compile both with the same one";
+
+template <typename Params>
+char const* unsupportedStrides(Params const& params)
+{
+    int64_t const width = static_cast<int64_t>(params.numHeads) * params.headSize;
+    int64_t const maxStride = int64_t{1} << 31;
+    for (int64_t stride : {params.queryStride, params.keyStride, params.valueStride, params.contextStride})
+    {
+        if (stride < width || stride > maxStride)
+        {
+            return "the stride of a tensor must be num_heads * head size or more, and at most 2^31";
+        }
+    }
+    return nullptr;
+}
+
+bool isAligned(void const* pointer, size_t alignment)
+{
+    return reinterpret_cast<uintptr_t>(pointer) % alignment == 0;
+}
+
+template <typename Params>
+char const* inaccessibleTensors(Params const& params, size_t alignment)
+{
+    void const* const tensors[] = {params.query, params.key, params.value, params.context};
+    int64_t const strides[] = {params.queryStride, params.keyStride, params.valueStride, params.contextStride};
+    size_t const elementBytes = params.type == Type::kFLOAT ? 4 : 2;
+    for (int i = 0; i < 4; ++i)
+    {
+        if (tensors[i] == nullptr)
+        {
+            return "query, key, value or context is a null pointer";
+        }
+        if (!isAligned(tensors[i], alignment))
+        {
+            return "query, key, value or context is not aligned";
+        }
+        if (strides[i] * elementBytes % alignment != 0)
+        {
+            return "the stride of query, key, value or context is not aligned";
+        }
+    }
+    if (params.keyMask == nullptr || !isAligned(params.keyMask, sizeof(int32_t)))
+    {
+        return "key_mask is a null pointer or not aligned";
+    }
+    return isAligned(params.logSumExp, sizeof(float)) ? nullptr : "the log-sum-exp is not aligned";
+}
+
 } // namespace
 
 char const* unsupportedReason(BandedParams const& params) noexcept
 {
+    if (params.structBytes != sizeof(params))
+    {
+        return kOTHER_LAYOUT;
+    }
     if (char const* reason = unsupportedSizes(params.batch, params.seqlen, params.slots, params.numHeads,
             params.headSize, kMAX_BANDED_HEAD_SIZE, params.scale))
     {
@@ -74,11 +130,19 @@ char const* unsupportedReason(BandedParams const& params) noexcept
     {
         return "causal must be 0 or 1";
     }
+    if (char const* reason = unsupportedStrides(params))
+    {
+        return reason;
+    }
     return isType(params.type) ? nullptr : "the type must be float32, float16 or bfloat16";
 }
 
 char const* unsupportedReason(GlobalParams const& params) noexcept
 {
+    if (params.structBytes != sizeof(params))
+    {
+        return kOTHER_LAYOUT;
+    }
     if (char const* reason = unsupportedSizes(params.batch, params.seqlen, params.queries, params.numHeads,
             params.headSize, kMAX_GLOBAL_HEAD_SIZE, params.scale))
     {
@@ -88,7 +152,29 @@ char const* unsupportedReason(GlobalParams const& params) noexcept
     {
         return "batch * num_heads must be at most 65535";
     }
+    if (char const* reason = unsupportedStrides(params))
+    {
+        return reason;
+    }
     return isType(params.type) ? nullptr : "the type must be float32, float16 or bfloat16";
+}
+
+char const* inaccessibleReason(BandedParams const& params, size_t alignment) noexcept
+{
+    if (params.globalContext == nullptr || !isAligned(params.globalContext, alignment))
+    {
+        return "global_context is a null pointer or not aligned";
+    }
+    if (params.globalIndex == nullptr || !isAligned(params.globalIndex, sizeof(int32_t)))
+    {
+        return "global_index is a null pointer or not aligned";
+    }
+    return inaccessibleTensors(params, alignment);
+}
+
+char const* inaccessibleReason(GlobalParams const& params, size_t alignment) noexcept
+{
+    return inaccessibleTensors(params, alignment);
 }
 
 } // namespace lfx

@@ -44,6 +44,12 @@ public:
         mRowMax = newMax;
     }
 
+    // Logarithm of the sum of the exponentials of the scores; -inf if no key was added.
+    double logSumExp() const
+    {
+        return std::log(mRowSum) + mRowMax;
+    }
+
     // Zeros if no key was added.
     void write(float* context) const
     {
@@ -67,16 +73,17 @@ class BandedReference
 public:
     BandedReference(BandedParams const& params, int32_t batch)
         : mParams(params)
+        , mBatch(batch)
         , mWidth(static_cast<size_t>(params.numHeads) * params.headSize)
         , mGlobalIndex(params.globalIndex + static_cast<size_t>(batch) * params.slots)
         , mGlobalContext(
               static_cast<float const*>(params.globalContext) + static_cast<size_t>(batch) * params.slots * mWidth)
     {
         size_t const firstToken = static_cast<size_t>(batch) * params.seqlen;
-        mQuery = static_cast<float const*>(params.query) + firstToken * mWidth;
-        mKey = static_cast<float const*>(params.key) + firstToken * mWidth;
-        mValue = static_cast<float const*>(params.value) + firstToken * mWidth;
-        mContext = static_cast<float*>(params.context) + firstToken * mWidth;
+        mQuery = static_cast<float const*>(params.query) + firstToken * params.queryStride;
+        mKey = static_cast<float const*>(params.key) + firstToken * params.keyStride;
+        mValue = static_cast<float const*>(params.value) + firstToken * params.valueStride;
+        mContext = static_cast<float*>(params.context) + firstToken * params.contextStride;
         for (int32_t i = 0; i < params.seqlen; ++i)
         {
             mTokens.push_back(params.keyMask[firstToken + i] != 0 ? kLOCAL : kPADDING);
@@ -128,7 +135,8 @@ private:
         for (int32_t head = 0; head < mParams.numHeads; ++head)
         {
             size_t const column = static_cast<size_t>(head) * mParams.headSize;
-            float* const context = mContext + position * mWidth + column;
+            float* const context = mContext + position * mParams.contextStride + column;
+            double logSumExp = -std::numeric_limits<double>::infinity();
             if (token >= kGLOBAL)
             {
                 float const* const given = mGlobalContext + (token - kGLOBAL) * mWidth + column;
@@ -136,27 +144,49 @@ private:
                 {
                     context[i] = given[i];
                 }
-                continue;
             }
-            QueryAttention row(mQuery + position * mWidth + column, mParams.headSize, mParams.scale);
-            for (int32_t slot = 0; token == kLOCAL && slot < mParams.slots; ++slot)
+            else
             {
-                if (isUsedSlot(mGlobalIndex[slot], mParams.seqlen))
+                QueryAttention row(
+                    mQuery + position * mParams.queryStride + column, mParams.headSize, mParams.scale);
+                if (token == kLOCAL)
                 {
-                    size_t const offset = mGlobalIndex[slot] * mWidth + column;
-                    row.add(mKey + offset, mValue + offset);
+                    addKeys(row, column, bandKeys);
                 }
+                row.write(context);
+                logSumExp = row.logSumExp();
             }
-            for (size_t i = 0; token == kLOCAL && i < bandKeys.size(); ++i)
+            if (mParams.logSumExp != nullptr)
             {
-                size_t const offset = bandKeys[i] * mWidth + column;
-                row.add(mKey + offset, mValue + offset);
+                size_t const row = static_cast<size_t>(mBatch) * mParams.numHeads + head;
+                mParams.logSumExp[row * mParams.seqlen + position] = static_cast<float>(logSumExp);
             }
-            row.write(context);
         }
     }
 
+    // Adds the global tokens and the keys of the band to a row.
+    void addKeys(QueryAttention& row, size_t column, std::vector<int32_t> const& bandKeys) const
+    {
+        for (int32_t slot = 0; slot < mParams.slots; ++slot)
+        {
+            if (isUsedSlot(mGlobalIndex[slot], mParams.seqlen))
+            {
+                addKey(row, column, mGlobalIndex[slot]);
+            }
+        }
+        for (int32_t key : bandKeys)
+        {
+            addKey(row, column, key);
+        }
+    }
+
+    void addKey(QueryAttention& row, size_t column, int32_t position) const
+    {
+        row.add(mKey + position * mParams.keyStride + column, mValue + position * mParams.valueStride + column);
+    }
+
     BandedParams const& mParams;
+    int32_t mBatch;
     size_t mWidth; // of a row: H·D
     int32_t const* mGlobalIndex;
     float const* mGlobalContext;
@@ -170,20 +200,26 @@ private:
 // GlobalAttention of one query of one head.
 void globalRow(GlobalParams const& params, int32_t batch, int32_t query, int32_t head)
 {
-    size_t const width = static_cast<size_t>(params.numHeads) * params.headSize;
     size_t const column = static_cast<size_t>(head) * params.headSize;
     size_t const firstToken = static_cast<size_t>(batch) * params.seqlen;
-    size_t const target = (static_cast<size_t>(batch) * params.queries + query) * width + column;
-    QueryAttention row(static_cast<float const*>(params.query) + target, params.headSize, params.scale);
+    size_t const target = static_cast<size_t>(batch) * params.queries + query;
+    QueryAttention row(static_cast<float const*>(params.query) + target * params.queryStride + column, params.headSize,
+        params.scale);
     for (int32_t key = 0; key < params.seqlen; ++key)
     {
-        if (params.keyMask[firstToken + key] != 0)
+        size_t const token = firstToken + key;
+        if (params.keyMask[token] != 0)
         {
-            size_t const source = (firstToken + key) * width + column;
-            row.add(static_cast<float const*>(params.key) + source, static_cast<float const*>(params.value) + source);
+            row.add(static_cast<float const*>(params.key) + token * params.keyStride + column,
+                static_cast<float const*>(params.value) + token * params.valueStride + column);
         }
     }
-    row.write(static_cast<float*>(params.context) + target);
+    row.write(static_cast<float*>(params.context) + target * params.contextStride + column);
+    if (params.logSumExp != nullptr)
+    {
+        size_t const batchHead = static_cast<size_t>(batch) * params.numHeads + head;
+        params.logSumExp[batchHead * params.queries + query] = static_cast<float>(row.logSumExp());
+    }
 }
 
 } // namespace
@@ -193,6 +229,10 @@ void globalRow(GlobalParams const& params, int32_t batch, int32_t query, int32_t
 LFX_EXPORT char const* lfxBandedAttentionReference(lfx::BandedParams const* params) noexcept
 {
     if (char const* reason = lfx::unsupportedReason(*params))
+    {
+        return reason;
+    }
+    if (char const* reason = lfx::inaccessibleReason(*params, alignof(float)))
     {
         return reason;
     }
@@ -206,6 +246,10 @@ LFX_EXPORT char const* lfxBandedAttentionReference(lfx::BandedParams const* para
 LFX_EXPORT char const* lfxGlobalAttentionReference(lfx::GlobalParams const* params) noexcept
 {
     if (char const* reason = lfx::unsupportedReason(*params))
+    {
+        return reason;
+    }
+    if (char const* reason = lfx::inaccessibleReason(*params, alignof(float)))
     {
         return reason;
     }

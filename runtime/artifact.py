@@ -31,6 +31,7 @@ class Artifact:
         manifest: the bundle's manifest; None for a single ONNX file.
         signature: the model's signature; equal in the manifest and in the ONNX file.
         files: name of the ONNX file and of each weight file -> its path with links resolved.
+        has_attention_nodes: whether the ONNX file calls the attention ops of lfx, for which a backend may have kernels.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class Artifact:
     manifest: Manifest | None
     signature: Signature
     files: dict[str, Path]
+    has_attention_nodes: bool
 
     @contextlib.contextmanager
     def plain_files(self, *, unshared: bool = False) -> Iterator[Path]:
@@ -99,7 +101,7 @@ def check_bundle(bundle: Path, manifest: Manifest) -> Artifact:
             "export the model again"
         )
     files = {name: listed[str(folder / name)] for name in (model.name, *sorted(header.weights))}
-    return Artifact(model, bundle, manifest, stored, files)
+    return Artifact(model, bundle, manifest, stored, files, header.has_attention_nodes)
 
 
 def _open_single(model: Path) -> Artifact:
@@ -112,7 +114,7 @@ def _open_single(model: Path) -> Artifact:
         if not file.is_file():
             raise ArtifactError(f"{model} has weights in {name!r}, and {file} is no file; export the model again")
         files[name] = file
-    return Artifact(model, None, None, _signature(model, header.metadata), files)
+    return Artifact(model, None, None, _signature(model, header.metadata), files, header.has_attention_nodes)
 
 
 def _signature(model: Path, metadata: str | None) -> Signature:

@@ -56,6 +56,9 @@ class Engine:
         threads: number of CPU threads of one run, 1 to 1,024. Default: the backend's own.
         precision: OpenVINO compute precision, "fp32" or "bf16", overriding the bundle's. bf16 needs a CPU with AMX, or
             with AVX-512 and bf16. Default: the bundle's.
+        kernels: what runs the attention nodes. "fused": lfx's own kernels; "function": the bodies of the nodes, in
+            standard ops; "auto": the kernels, where the backend has one for every attention node. A plan has those
+            that it was built with. Default: "auto".
         token_budget: largest number of tokens, padding included, of a batch of sequences of different lengths, 1 or
             more. A longer sequence runs alone. Default: 8,192.
     Attributes:
@@ -65,11 +68,13 @@ class Engine:
         backend: name, version and device of the backend.
         precision: the argument, or the model's own.
         threads: the argument.
+        kernels: what runs the attention nodes, "fused" or "function".
         metrics: the Engine's counters; see `lfx.runtime.metrics`.
     Raises:
         InputError: an argument has another type or is out of range.
         ArtifactError: a file is missing, truncated, changed or no model, or the hub does not give it.
-        DependencyError: the backend, provider or precision is not known, not installed, or cannot run this model.
+        DependencyError: the backend, provider, precision or kernels are not known, not installed, or cannot run this
+            model.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class Engine:
         provider: str = "cpu",
         threads: int | None = None,
         precision: str | None = None,
+        kernels: str = "auto",
         token_budget: int = TOKEN_BUDGET,
     ) -> None:
         if threads is not None:
@@ -89,11 +95,12 @@ class Engine:
         self.metrics = Metrics()
         self._forked = False
         self._tokenizer: Tokenizer | None = None
-        model = load_model(path, backend, provider, threads, precision)
+        model = load_model(path, backend, provider, threads, precision, kernels)
         self.manifest, self.signature = model.manifest, model.signature
         self._files = tuple(model.artifact.files.values()) if model.artifact is not None else ()
         self._backend: backends.Backend | None = model.backend
         self.backend = model.backend.name
+        self.kernels = model.kernels
         self.precision = precision or self.signature.precision
         self.path = model.path.absolute()
         self._reopen = functools.partial(
@@ -103,6 +110,7 @@ class Engine:
             provider=provider,
             threads=threads,
             precision=precision,
+            kernels=kernels,
             token_budget=self.token_budget,
         )
         forks.watch(self)

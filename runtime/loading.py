@@ -10,7 +10,7 @@ from lfx.checks import file_path, one_of
 from lfx.errors import ArtifactError, DependencyError, InputError
 from lfx.machine import int8_overflows
 from lfx.manifest import Manifest
-from lfx.runtime import backends
+from lfx.runtime import backends, custom_ops
 from lfx.runtime.artifact import Artifact, open_artifact
 from lfx.runtime.hub import local_path
 from lfx.runtime.plan import SUFFIX, PlanManifest
@@ -27,6 +27,7 @@ class LoadedModel:
         path: the bundle, ONNX file or plan; for a repository of the hub, its folder in the hub's cache.
         manifest: None for a single ONNX file.
         artifact: the files of a bundle or ONNX file; None for a plan.
+        kernels: "fused" if lfx's own kernels run all attention nodes, "function" otherwise.
     """
 
     path: Path
@@ -34,23 +35,28 @@ class LoadedModel:
     signature: Signature
     manifest: Manifest | PlanManifest | None
     artifact: Artifact | None
+    kernels: str
 
 
-def load_model(path: Any, backend: str, provider: str, threads: int | None, precision: str | None) -> LoadedModel:
+def load_model(
+    path: Any, backend: str, provider: str, threads: int | None, precision: str | None, kernels: str = "auto"
+) -> LoadedModel:
     """Check a model's files and load it; see `lfx.runtime.Engine` for the arguments.
 
     Raises:
         InputError: `path` has another type.
         ArtifactError: a file is missing, truncated, changed or no model, or cannot be fetched.
-        DependencyError: the backend, provider or precision is not known, not installed, or cannot run this model.
+        DependencyError: the backend, provider, precision or kernels are not known, not installed, or cannot run this
+            model.
     """
     one_of(backend, "backend", ("auto", *backends.BACKENDS, "tensorrt"), DependencyError)
     one_of(provider, "provider", backends.PROVIDERS, DependencyError)
     if precision is not None:
         one_of(precision, "precision", COMPUTE_PRECISIONS, DependencyError)
+    one_of(kernels, "kernels", custom_ops.KERNELS, DependencyError)
     file = local_path(_checked_path(path))
     load = _load_plan if file.suffix == SUFFIX and not file.is_dir() else _load_onnx
-    model = load(file, backend, provider, threads, precision)
+    model = load(file, backend, provider, threads, precision, kernels)
     names = ([spec.name for spec in model.signature.inputs], [spec.name for spec in model.signature.outputs])
     if (sorted(model.backend.input_names), model.backend.output_names) != (sorted(names[0]), names[1]):
         raise ArtifactError(f"{file} has other inputs or outputs than its manifest; export it again")
@@ -59,7 +65,9 @@ def load_model(path: Any, backend: str, provider: str, threads: int | None, prec
     return model
 
 
-def _load_plan(plan: Path, backend: str, provider: str, threads: int | None, precision: str | None) -> LoadedModel:
+def _load_plan(
+    plan: Path, backend: str, provider: str, threads: int | None, precision: str | None, kernels: str
+) -> LoadedModel:
     if precision is not None:
         raise DependencyError(f"{plan} is a plan, whose precision is fixed; leave precision out")
     if threads is not None:
@@ -68,13 +76,22 @@ def _load_plan(plan: Path, backend: str, provider: str, threads: int | None, pre
         option = f"backend {backend!r}" if backend not in ("auto", "tensorrt") else f"provider {provider!r}"
         raise DependencyError(f"{option} cannot run {plan}: a plan runs on TensorRT; leave backend and provider out")
     manifest = PlanManifest.read(plan)
+    built_with = "fused" if 0 < manifest.attention_nodes == manifest.plugin_layers else "function"
+    if kernels not in ("auto", built_with):
+        raise DependencyError(
+            f"kernels is {kernels!r}, and {plan} was built with {manifest.plugin_layers} plugin layers for "
+            f"{manifest.attention_nodes} attention nodes; leave kernels out, or build it again with "
+            f"{'--plugin' if kernels == 'fused' else '--no-plugin'}"
+        )
     manifest.verify(plan)
     from lfx.runtime.backends.tensorrt import TensorRt
 
-    return LoadedModel(plan, TensorRt(plan, manifest), manifest.signature, manifest, None)
+    return LoadedModel(plan, TensorRt(plan, manifest), manifest.signature, manifest, None, built_with)
 
 
-def _load_onnx(path: Path, backend: str, provider: str, threads: int | None, precision: str | None) -> LoadedModel:
+def _load_onnx(
+    path: Path, backend: str, provider: str, threads: int | None, precision: str | None, kernels: str
+) -> LoadedModel:
     artifact = open_artifact(path)
     signature = artifact.signature
     _check_weight_bits(path, signature, provider)
@@ -82,10 +99,14 @@ def _load_onnx(path: Path, backend: str, provider: str, threads: int | None, pre
     if backend == "auto" and (precision is not None or (stored == "bf16" and provider == "cpu")):
         backend = "openvino"  # the only one with a compute precision, and with all bf16 kernels on the CPU
     backend = "onnxruntime" if backend == "auto" else backend
+    reason = custom_ops.reason_for_function(backend, provider, stored, artifact.has_attention_nodes)
+    if reason and kernels == "fused":
+        raise DependencyError(f"kernels is 'fused', and {reason}, or leave kernels out")
     # The reference backend is the onnx package, which refuses files with more than one hard link.
     with artifact.plain_files(unshared=backend == "reference") as model:
-        loaded = backends.load(model, backend, provider, threads, precision, stored)
-    return LoadedModel(path, loaded, signature, artifact.manifest, artifact)
+        loaded = backends.load(model, backend, provider, threads, precision, stored, "function" if reason else kernels)
+    used = loaded.kernels if isinstance(loaded, backends.OnnxRuntime) else "function"
+    return LoadedModel(path, loaded, signature, artifact.manifest, artifact, used)
 
 
 def _check_weight_bits(path: Path, signature: Signature, provider: str) -> None:

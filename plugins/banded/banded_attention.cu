@@ -37,7 +37,8 @@ int32_t launchForHeadSize(BandedParams const& p, CUstream_st* stream)
 
 int32_t launchBandedAttention(BandedParams const& p, CUstream_st* stream) noexcept
 {
-    if (unsupportedReason(p) != nullptr)
+    if (unsupportedReason(p) != nullptr || inaccessibleReason(p, kDEVICE_ALIGNMENT) != nullptr || !isContiguous(p)
+        || p.logSumExp != nullptr)
     {
         return cudaErrorInvalidValue;
     }

@@ -67,7 +67,8 @@ size_t globalWorkspaceBytes(int32_t batch, int32_t queries, int32_t numHeads, in
 
 int32_t launchGlobalAttention(GlobalParams const& p, CUstream_st* stream) noexcept
 {
-    if (unsupportedReason(p) != nullptr)
+    if (unsupportedReason(p) != nullptr || inaccessibleReason(p, kDEVICE_ALIGNMENT) != nullptr || !isContiguous(p)
+        || p.logSumExp != nullptr)
     {
         return cudaErrorInvalidValue;
     }

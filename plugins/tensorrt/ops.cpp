@@ -36,6 +36,7 @@ Params commonSizes(GlobalAttributes const& attributes, Dims const& query, Dims c
     params.headSize = size(query, 2) / attributes.numHeads;
     params.scale = attributes.scale != 0.0F ? attributes.scale : 1.0F / std::sqrt(static_cast<float>(params.headSize));
     params.type = type;
+    setContiguous(params);
     return params;
 }
 

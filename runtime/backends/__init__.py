@@ -22,7 +22,13 @@ BACKENDS = ("onnxruntime", "openvino", "reference")
 
 
 def load(
-    model: Path, backend: str, provider: str, threads: int | None, precision: str | None, stored_precision: str
+    model: Path,
+    backend: str,
+    provider: str,
+    threads: int | None,
+    precision: str | None,
+    stored_precision: str,
+    kernels: str = "function",
 ) -> Backend:
     """Load an ONNX file into a backend.
 
@@ -33,6 +39,7 @@ def load(
         threads: number of CPU threads of a run; None = the backend's default.
         precision: OpenVINO compute precision; None = the file's.
         stored_precision: precision of the file.
+        kernels: those of ONNX Runtime; see `OnnxRuntime`.
     Raises:
         DependencyError: the backend is not known, not installed, or cannot run this model.
         ArtifactError: the backend cannot load the file.
@@ -45,7 +52,7 @@ def load(
             "model in that precision"
         )
     if backend == "onnxruntime":
-        return OnnxRuntime(model, provider, threads)
+        return OnnxRuntime(model, provider, threads, kernels=kernels)
     if provider != "cpu":
         raise DependencyError(
             f"provider {provider!r} is an option of ONNX Runtime; backend {backend!r} runs on the CPU"

@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from lfx.errors import ArtifactError, DependencyError, LfxError, one_line, require, with_cure
+from lfx.runtime import custom_ops
 from lfx.runtime.backends.interface import AnyShape, Arrays
 
 # On the CPU the fused SkipLayerNormalization is slower than Add and LayerNormalization: 2 % of longformer-base's time.
@@ -23,7 +24,9 @@ PROVIDERS = {
 class OnnxRuntime(AnyShape):
     """ONNX Runtime on one execution provider."""
 
-    def __init__(self, model: Path, provider: str, threads: int | None, *, fused: bool = True) -> None:
+    def __init__(
+        self, model: Path, provider: str, threads: int | None, *, fused: bool = True, kernels: str = "function"
+    ) -> None:
         """Load an ONNX file.
 
         Args:
@@ -31,6 +34,12 @@ class OnnxRuntime(AnyShape):
             threads: intra-op threads; None = ONNX Runtime's default.
             fused: whether graph optimizations run. Without them a quantized layer is computed in float32 between its
                 QuantizeLinear and DequantizeLinear nodes.
+            kernels: "fused": lfx's kernels run attention; "function": the bodies of its nodes do; "auto": the kernels,
+                if the library is installed and has a kernel for every attention node.
+        Raises:
+            DependencyError: the provider is not known, not installed, or cannot run this model; or `kernels` is
+                "fused", and there is no library or no kernel for an attention node.
+            ArtifactError: ONNX Runtime cannot load the file.
         """
         if provider not in PROVIDERS:
             raise DependencyError(f"provider {provider!r} is not known; choose one of: {', '.join(PROVIDERS)}")
@@ -41,19 +50,7 @@ class OnnxRuntime(AnyShape):
                 f"this onnxruntime {ort.__version__} has no {provider_name}; install it with: "
                 "pip install 'longformer-lfx[gpu]', or use provider='cpu'"
             )
-        options = _session_options(ort, threads, fused)
-        disabled = SLOWER_ON_CPU if provider == "cpu" else []
-        try:
-            self._session = ort.InferenceSession(
-                str(model), options, providers=[provider_name], disabled_optimizers=disabled
-            )
-        except Exception as error:
-            if "NOT_IMPLEMENTED" in str(error):
-                raise DependencyError(
-                    f"ONNX Runtime has no {provider} kernel for this model ({one_line(error, 160)}); run it with "
-                    "backend='openvino' (pip install 'longformer-lfx[openvino]'), or export it with --precision fp32"
-                ) from error
-            raise ArtifactError(f"{model} cannot be loaded by ONNX Runtime: {with_cure(error)}") from error
+        self._session, self.kernels = _open_session(ort, model, provider, kernels, (threads, fused))
         if self._session.get_providers()[0] != provider_name:
             raise DependencyError(
                 f"ONNX Runtime could not start {provider_name} and offers {self._session.get_providers()[0]} instead; "
@@ -124,6 +121,47 @@ def run_on_device(session: Any, feeds: Arrays, names: Sequence[str], device: str
     if not all(hasattr(value, "__dlpack__") for value in values):
         raise DependencyError("this ONNX Runtime has no DLPack; install a newer one, or leave device_outputs out")
     return [DeviceOutput(value) for value in values]
+
+
+def _open_session(
+    ort: Any, model: Path, provider: str, kernels: str, options: tuple[int | None, bool]
+) -> tuple[Any, str]:
+    """Open a session with these kernels; returns it with the kernels that it has, "fused" or "function"."""
+    if kernels != "function":
+        try:
+            library = custom_ops.library()
+            return _session(ort, model, provider, options, library), "fused"
+        except custom_ops.NoKernelError as error:
+            if kernels == "fused":
+                raise DependencyError(f"kernels is 'fused', and {error}, or leave kernels out") from error
+    return _session(ort, model, provider, options, None), "function"
+
+
+def _session(ort: Any, model: Path, provider: str, options: tuple[int | None, bool], library: Path | None) -> Any:
+    session_options = _session_options(ort, *options)
+    if library is not None:
+        try:
+            session_options.register_custom_ops_library(str(library))
+        except Exception as error:
+            raise custom_ops.NoKernelError(
+                f"{library} cannot be loaded ({one_line(error, 160)}); install lfx again on this machine"
+            ) from error
+    try:
+        return ort.InferenceSession(
+            str(model),
+            session_options,
+            providers=[PROVIDERS[provider]],
+            disabled_optimizers=SLOWER_ON_CPU if provider == "cpu" else [],
+        )
+    except Exception as error:
+        if library is not None and (reason := custom_ops.refusal(error)):
+            raise custom_ops.NoKernelError(f"there is no kernel for a node ({reason}); change that") from error
+        if "NOT_IMPLEMENTED" in str(error):
+            raise DependencyError(
+                f"ONNX Runtime has no {provider} kernel for this model ({one_line(error, 160)}); run it with "
+                "backend='openvino' (pip install 'longformer-lfx[openvino]'), or export it with --precision fp32"
+            ) from error
+        raise ArtifactError(f"{model} cannot be loaded by ONNX Runtime: {with_cure(error)}") from error
 
 
 def _session_options(ort: Any, threads: int | None, fused: bool) -> Any:

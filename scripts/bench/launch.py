@@ -12,15 +12,20 @@ TYPES = {"fp32": 0, "fp16": 1, "bf16": 2}
 INPUTS = ("query", "key", "value", "key_mask", "global_index", "global_context")
 
 
+STRIDES = ("query_stride", "key_stride", "value_stride", "context_stride")
+
+
 class BandedParams(ctypes.Structure):
     """`lfx::BandedParams` of plugins/attention.h, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in (*INPUTS, "context")),
+        ("struct_bytes", ctypes.c_uint32),
+        ("type", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in (*INPUTS, "context", "log_sum_exp")),
+        *((name, ctypes.c_int64) for name in STRIDES),
         *((name, ctypes.c_int32) for name in ("batch", "seqlen", "slots", "num_heads", "head_size")),
         *((name, ctypes.c_int32) for name in ("window", "dilation", "causal")),
         ("scale", ctypes.c_float),
-        ("type", ctypes.c_int32),
     )
 
 
@@ -28,10 +33,12 @@ class GlobalParams(ctypes.Structure):
     """`lfx::GlobalParams` of plugins/attention.h, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in (*INPUTS[:4], "context", "workspace")),
+        ("struct_bytes", ctypes.c_uint32),
+        ("type", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in (*INPUTS[:4], "context", "log_sum_exp", "workspace")),
+        *((name, ctypes.c_int64) for name in STRIDES),
         *((name, ctypes.c_int32) for name in ("batch", "seqlen", "queries", "num_heads", "head_size")),
         ("scale", ctypes.c_float),
-        ("type", ctypes.c_int32),
     )
 
 
@@ -60,7 +67,7 @@ def banded_params(
         attributes: window, and dilation and causal if they are not 1 and 0.
     """
     attributes = {"dilation": 1, "causal": 0, **attributes}
-    shared = _shared_fields(inputs, precision, num_heads)
+    shared = _shared_fields(BandedParams, inputs, precision, num_heads)
     return BandedParams(**addresses, **shared, **attributes, slots=inputs["global_index"].shape[1])
 
 
@@ -68,15 +75,19 @@ def global_params(
     inputs: Mapping[str, Any], addresses: Mapping[str, int], precision: str, num_heads: int
 ) -> GlobalParams:
     """Fill the parameters of GlobalAttention, as `banded_params` does; `addresses` has `workspace` too."""
-    shared = _shared_fields(inputs, precision, num_heads)
+    shared = _shared_fields(GlobalParams, inputs, precision, num_heads)
     return GlobalParams(**addresses, **shared, queries=inputs["query"].shape[1])
 
 
-def _shared_fields(inputs: Mapping[str, Any], precision: str, num_heads: int) -> dict[str, Any]:
+def _shared_fields(
+    params: type[ctypes.Structure], inputs: Mapping[str, Any], precision: str, num_heads: int
+) -> dict[str, Any]:
     batch, seqlen, width = inputs["key"].shape
     size = width // num_heads
     sizes = {"batch": batch, "seqlen": seqlen, "num_heads": num_heads, "head_size": size}
-    return {**sizes, "scale": size**-0.5, "type": TYPES[precision]}
+    strides = dict.fromkeys(STRIDES, width)
+    layout = {"struct_bytes": ctypes.sizeof(params), "type": TYPES[precision]}
+    return {**layout, **sizes, **strides, "scale": size**-0.5}
 
 
 def run_banded(kernels: Kernels, inputs: Mapping[str, Any], out: Any, **attributes: int) -> Any:

@@ -32,6 +32,7 @@ _GRAPHS: dict[str, dict[int, str]] = {
 # Field numbers of (op_type, domain, overload) in NodeProto, and of (name, domain, overload) in FunctionProto.
 _NODE_KEY, _FUNCTION_KEY = (4, 7, 8), (1, 10, 13)
 _NODE_ATTRIBUTE, _FUNCTION_ATTRIBUTE = 5, 11
+_ATTENTION = {(b"BandedAttention", b"lfx"), (b"GlobalAttention", b"lfx")}
 _MAX_NODES = 200_000  # longformer-base has 2,600
 _MAX_DEPTH = 100  # protobuf's own limit of nested messages
 Key = tuple[bytes, bytes, bytes]  # the id of a function: name, domain, overload
@@ -46,10 +47,12 @@ class Header:
     Attributes:
         metadata: value of the key `lfx` in metadata_props; None if there is no such key.
         weights: the locations of external data, as the file has them.
+        has_attention_nodes: whether a graph or a function calls lfx::BandedAttention or lfx::GlobalAttention.
     """
 
     metadata: str | None
     weights: frozenset[str]
+    has_attention_nodes: bool
 
 
 def read_header(path: Path) -> Header:
@@ -68,7 +71,7 @@ def read_header(path: Path) -> Header:
                     metadata.append(value)
                 elif (message, key) == ("external data", "location"):
                     weights.add(value)
-            nodes = _inlined_nodes(data)
+            nodes, has_attention_nodes = _inlined_nodes(data)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}; make it readable") from error
     except (ValueError, IndexError) as error:  # ValueError: an empty file too
@@ -80,7 +83,7 @@ def read_header(path: Path) -> Header:
         )
     if len(metadata) > 1:
         raise ArtifactError(f"{path} has two entries of lfx metadata; export the model again")
-    return Header(metadata[0] if metadata else None, frozenset(weights))
+    return Header(metadata[0] if metadata else None, frozenset(weights), has_attention_nodes)
 
 
 def _entries(data: mmap.mmap, start: int, end: int, message: str, depth: int) -> Iterator[tuple[str, str, str]]:
@@ -97,8 +100,10 @@ def _entries(data: mmap.mmap, start: int, end: int, message: str, depth: int) ->
             yield from _entries(data, first, last, inner, depth + 1)
 
 
-def _inlined_nodes(data: mmap.mmap) -> int:
-    """Number of nodes of the model with its functions inlined; counts no further than `_MAX_NODES` + 1.
+def _inlined_nodes(data: mmap.mmap) -> tuple[int, bool]:
+    """Number of nodes of the model with its functions inlined, and whether any calls an attention op of lfx.
+
+    It counts no further than `_MAX_NODES` + 1.
 
     A graph or a function that calls more different ops ends the count, which bounds the memory.
     """
@@ -112,7 +117,7 @@ def _inlined_nodes(data: mmap.mmap) -> int:
         for key, has_graph in _calls(data, first, last, "graph" if field == 7 else "function", 0):
             calls[key] += 1
             if len(calls) > _MAX_NODES:
-                return len(calls)
+                return len(calls), False
             if has_graph:
                 with_graphs.add(key)
         if field == 7:
@@ -138,7 +143,8 @@ def _inlined_nodes(data: mmap.mmap) -> int:
             nodes += times * sizes.get(key, 1)
         return min(nodes, _MAX_NODES + 1)
 
-    return count(main_calls, 0)
+    called = main_calls.keys() | {key for calls in functions.values() for key in calls}
+    return count(main_calls, 0), any(key[:2] in _ATTENTION for key in called)
 
 
 def _calls(data: mmap.mmap, start: int, end: int, message: str, depth: int) -> Iterator[tuple[Key, bool]]:

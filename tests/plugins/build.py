@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "plugins"
 EMULATED = ROOT / "tests" / "plugins"
 KERNELS = ["banded/banded_attention.cu", "global/global_attention.cu", "limits.cpp"]
+CPU_KERNELS = ["cpu/cpu_attention.cpp", "cpu/baseline.cpp", "limits.cpp"]
+# The flags of sources that are compiled for an instruction set, as in CMakeLists.txt.
+INSTRUCTION_SETS: dict[str, list[str]] = {}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["cpu/avx2.cpp"] = ["-mavx2", "-mfma"]
+    INSTRUCTION_SETS["cpu/avx512.cpp"] = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
+    CPU_KERNELS += INSTRUCTION_SETS
 
 
 def compiler() -> str:
@@ -27,7 +35,7 @@ def build_library(folder: Path, name: str, sources: list[str], *flags: str) -> P
     def compile_one(source: str) -> None:
         language = ["-x", "c++"] if source.endswith(".cu") else []
         command = [compiler(), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-        command += [f"-I{PLUGINS}", *flags]
+        command += [f"-I{PLUGINS}", *INSTRUCTION_SETS.get(source, []), *flags]
         target = folder / f"{name}-{source.replace('/', '-')}.o"
         objects.append(target)
         subprocess.run([*command, *language, "-c", str(PLUGINS / source), "-o", str(target)], check=True)
@@ -35,7 +43,7 @@ def build_library(folder: Path, name: str, sources: list[str], *flags: str) -> P
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, sources))
     library = folder / f"lib{name}.so"
-    subprocess.run([compiler(), "-shared", "-o", str(library), *map(str, objects)], check=True)
+    subprocess.run([compiler(), "-shared", "-o", str(library), *map(str, objects), *flags], check=True)
     return library
 
 
@@ -48,3 +56,20 @@ def emulated_library(folder: Path) -> Path:
     """The kernels' own source, for the emulated machine."""
     flags = ("-DLFX_EMULATED", f"-I{EMULATED}")
     return build_library(folder, "lfx_emulated", KERNELS, *flags)
+
+
+def cpu_library(folder: Path) -> Path:
+    """The CPU kernels as C functions."""
+    sources = [*CPU_KERNELS, str(EMULATED / "cpu_calls.cpp")]
+    return build_library(folder, "lfx_cpu", sources, "-O2", f"-I{EMULATED}", "-pthread")
+
+
+def cpu_check(folder: Path) -> Path:
+    """The program that compares the CPU kernels with the host reference, with sanitizers."""
+    sources = [*CPU_KERNELS, "reference.cpp", str(EMULATED / "cpu_check.cpp")]
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    build_library(folder, "check", sources, *sanitizers, "-g", f"-I{EMULATED}", "-pthread")
+    program = folder / "check"
+    objects = [str(path) for path in folder.glob("check-*.o")]
+    subprocess.run([compiler(), "-o", str(program), *objects, *sanitizers, "-pthread"], check=True)
+    return program

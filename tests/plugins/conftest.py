@@ -12,7 +12,7 @@ from lfx.errors import PluginError
 from lfx.runtime import plugin as plugins
 from scripts.bench.launch import Kernels
 from tests.conftest import MakeOnce
-from tests.plugins.build import emulated_library, reference_library
+from tests.plugins.build import cpu_library, emulated_library, reference_library
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +30,18 @@ def host_reference(made_once: MakeOnce) -> Any:
 def emulated(made_once: MakeOnce) -> Kernels:
     """The kernels' own source, compiled for the emulated machine."""
     return Kernels(made_once("emulated", emulated_library) / "liblfx_emulated.so")
+
+
+@pytest.fixture(scope="session")
+def cpu(made_once: MakeOnce) -> Any:
+    """The CPU kernels: cpu_calls.cpp."""
+    library = ctypes.CDLL(str(made_once("cpu", cpu_library) / "liblfx_cpu.so"))
+    for name in ("lfxBandedAttentionCpu", "lfxGlobalAttentionCpu"):
+        function = getattr(library, name)
+        function.restype = ctypes.c_char_p
+        function.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]
+    library.lfxExp2Cpu.argtypes = [ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    return library
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lfx.parity import Case, full_cases
-from scripts.bench.launch import BandedParams, GlobalParams
+from scripts.bench.launch import INPUTS, STRIDES, BandedParams, GlobalParams
 from tests.plugins.problems import banded, global_
 
 WINDOW = 8
@@ -51,8 +51,9 @@ def test_an_index_outside_the_sequence_is_an_unused_slot(host_reference: Any) ->
         np.testing.assert_array_equal(problem.run(host_reference.lfxBandedAttentionReference), expected)
 
 
-BANDED = {"batch": 1, "seqlen": 8, "slots": 1, "num_heads": 1, "head_size": 8, "window": 2, "dilation": 1, "scale": 1.0}
-GLOBAL = {"batch": 1, "seqlen": 8, "queries": 1, "num_heads": 1, "head_size": 8, "scale": 1.0}
+COMMON = {"batch": 1, "seqlen": 8, "num_heads": 1, "head_size": 8, "scale": 1.0, **dict.fromkeys(STRIDES, 8)}
+BANDED = {**COMMON, "struct_bytes": ctypes.sizeof(BandedParams), "slots": 1, "window": 2, "dilation": 1}
+GLOBAL = {**COMMON, "struct_bytes": ctypes.sizeof(GlobalParams), "queries": 1}
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,10 @@ GLOBAL = {"batch": 1, "seqlen": 8, "queries": 1, "num_heads": 1, "head_size": 8,
         ({"scale": 0.0}, "scale must be a finite number above 0"),
         ({"scale": float("nan")}, "scale must be"),
         ({"type": 3}, "the type must be float32, float16 or bfloat16"),
+        ({"struct_bytes": 96}, "the caller was compiled with another version of attention.h"),
+        ({"query_stride": 7}, "the stride of a tensor must be num_heads * head size or more"),
+        ({"context_stride": 0}, "the stride of a tensor must be num_heads * head size or more"),
+        ({"value_stride": 2**31 + 1}, "the stride of a tensor must be num_heads * head size or more, and at most 2^31"),
     ],
 )
 def test_sizes_out_of_range_are_refused_by_name(host_reference: Any, change: dict[str, Any], reason: str) -> None:
@@ -90,3 +95,20 @@ def test_sizes_out_of_range_are_refused_by_name(host_reference: Any, change: dic
 def test_attributes_out_of_range_are_refused_by_name(host_reference: Any, change: dict[str, Any], reason: str) -> None:
     message = host_reference.lfxBandedAttentionReference(ctypes.byref(BandedParams(**{**BANDED, **change})))
     assert message.decode().startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"query": None}, "query, key, value or context is a null pointer"),
+        ({"context": 1}, "query, key, value or context is not aligned"),
+        ({"key_mask": 2}, "key_mask is a null pointer or not aligned"),
+        ({"log_sum_exp": 3}, "the log-sum-exp is not aligned"),
+        ({"global_index": None}, "global_index is a null pointer or not aligned"),
+        ({"global_context": 6}, "global_context is a null pointer or not aligned"),
+    ],
+)
+def test_tensors_without_memory_are_refused_by_name(host_reference: Any, change: dict[str, Any], reason: str) -> None:
+    tensors = dict.fromkeys((*INPUTS, "context"), 16)
+    params = BandedParams(**{**BANDED, **tensors, **change})
+    assert host_reference.lfxBandedAttentionReference(ctypes.byref(params)).decode().startswith(reason)

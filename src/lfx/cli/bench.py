@@ -127,6 +127,7 @@ def run_bench(
             return engine.run(ids, outputs=only or None, **given)
 
         contenders: dict[str, Run] = {f"lfx {engine.backend.split()[0]}": run}
+        step(f"attention runs in {'fused kernels' if engine.kernels == 'fused' else 'function bodies'}")
         contenders |= _torch_contenders(model, engine, against, source, masks, step)
         rows = bench.measure(
             contenders, lengths, batch_sizes, rounds=rounds, vocab_size=signature.vocab_size or 32, progress=step
@@ -168,6 +169,7 @@ def _facts(engine: Engine) -> dict[str, Any]:
         "architecture": engine.signature.architecture,
         "precision": engine.precision,
         "backend": engine.backend,
+        "kernels": engine.kernels,
         "threads": engine.threads,
         "cores": os.cpu_count(),
         "cpu": cpu_name(),

@@ -37,21 +37,29 @@ _ENGINE_OPTIONS = (
         help="Set the OpenVINO compute precision, overriding the bundle's: fp32 or bf16.  [default: the bundle's]",
     ),
 )
+_KERNELS_OPTION = click.option(
+    "--kernels",
+    default="auto",
+    show_default=True,
+    help="Choose what runs attention: fused (lfx's kernels), function (standard ops) or auto.",
+)
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of an Engine to a command, which gets one argument: `open_engine(path)` returns the Engine."""
 
     @functools.wraps(command)
-    def with_engine(*, backend: str, provider: str, threads: int | None, precision: str | None, **others: Any) -> Any:
+    def with_engine(
+        *, backend: str, provider: str, threads: int | None, precision: str | None, kernels: str, **others: Any
+    ) -> Any:
         def open_engine(model: Path) -> Engine:
             from lfx.runtime import Engine
 
-            return Engine(model, backend, provider=provider, threads=threads, precision=precision)
+            return Engine(model, backend, provider=provider, threads=threads, precision=precision, kernels=kernels)
 
         return command(open_engine=open_engine, **others)
 
-    return add_engine_options(with_engine)
+    return add_engine_options(_KERNELS_OPTION(with_engine))
 
 
 def add_engine_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -65,6 +65,7 @@ def _bundle(manifest: Manifest) -> Iterator[list[str]]:
     yield ["model", str(manifest.source.get("model"))]
     yield from _model(manifest.signature)
     yield ["opset", f"{manifest.opset}{', functions inlined' if manifest.inlined else ''}"]
+    yield ["attention on the CPU", _kernels_text(manifest)]
     measured = manifest.validation.get("outputs", {})
     for name, group in grouped(measured).items():
         label = "float32 validated" if manifest.quantization else "validated"
@@ -79,6 +80,19 @@ def _bundle(manifest: Manifest) -> Iterator[list[str]]:
         yield ["int8 measured", text]
     yield ["files", ", ".join(f"{name} ({entry['bytes']:,} bytes)" for name, entry in manifest.files.items())]
     yield ["made with", _versions(manifest.versions)]
+
+
+def _kernels_text(manifest: Manifest) -> str:
+    """What runs the attention nodes in ONNX Runtime on this machine."""
+    from lfx.runtime import custom_ops
+
+    reason = custom_ops.reason_for_function("onnxruntime", "cpu", manifest.signature.precision, not manifest.inlined)
+    try:
+        if not reason:
+            custom_ops.library()
+    except custom_ops.NoKernelError as error:
+        reason = str(error)
+    return f"function ({reason})" if reason else "fused kernels"
 
 
 def _plan(manifest: PlanManifest) -> Iterator[list[str]]:

@@ -1,0 +1,267 @@
+// The custom op that ONNX Runtime sees: it reads the attributes, checks the inputs and runs the kernels on the CPU.
+#pragma once
+
+#include "onnxruntime/ops.h"
+#include "onnxruntime/ort_api.h"
+
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <string>
+
+namespace lfx::ort
+{
+
+// Names the instruction set of the CPU kernels, instead of the widest one: baseline, avx2 or avx512.
+inline constexpr char const* kINSTRUCTIONS_VARIABLE = "LFX_CPU_INSTRUCTIONS";
+
+// An error with the name of the op. Status objects belong to the caller.
+template <typename Op>
+Status* failure(Function const* api, std::string const& message, ErrorCode code = kINVALID_ARGUMENT)
+{
+    return createStatus(api, code, ("lfx::" + (Op::kNAME + (": " + message))).c_str());
+}
+
+// The shape of a tensor.
+inline Status* readShape(Function const* api, TensorInfo const* info, Shape& shape)
+{
+    size_t numAxes = 0;
+    if (Status* status = getDimensionsCount(api, info, &numAxes))
+    {
+        return status;
+    }
+    shape.numAxes = static_cast<int32_t>(numAxes);
+    return numAxes <= shape.sizes.size() ? getDimensions(api, info, shape.sizes.data(), numAxes) : nullptr;
+}
+
+// A node of the graph. ONNX Runtime may run it on several threads at a time.
+template <typename Op>
+class Kernel
+{
+public:
+    using Params = typename Op::Params;
+    using Shapes = typename Op::Shapes;
+
+    Kernel(Function const* api)
+        : mApi(api)
+    {
+    }
+
+    Status* initialize(KernelInfo const* info)
+    {
+        readAttributes(info);
+        mSet = cpu::widestInstructionSet();
+        char const* const name = std::getenv(kINSTRUCTIONS_VARIABLE);
+        if (name != nullptr && *name != '\0' && !cpu::findInstructionSet(name, mSet))
+        {
+            return failure<Op>(mApi,
+                std::string(kINSTRUCTIONS_VARIABLE) + " is '" + name
+                    + "'; it must be baseline, avx2 or avx512, and this CPU must have it");
+        }
+        Shapes shapes;
+        for (int32_t i = 0; i < Op::kNUM_INPUTS; ++i)
+        {
+            if (Status* status = staticShape(info, i, shapes[i]))
+            {
+                return status;
+            }
+        }
+        Params params;
+        std::string const reason = setSizes<Op>(params, mAttributes, shapes);
+        return reason.empty() ? nullptr : failure<Op>(mApi, reason, kNOT_IMPLEMENTED);
+    }
+
+    Status* compute(KernelContext* context) const noexcept
+    {
+        try
+        {
+            return tryToCompute(context);
+        }
+        catch (std::exception const& error) // of the texts of an error
+        {
+            return createStatus(mApi, kFAIL, error.what());
+        }
+    }
+
+private:
+    Status* tryToCompute(KernelContext* context) const
+    {
+        Shapes shapes;
+        void const* inputs[Op::kNUM_INPUTS];
+        for (int32_t i = 0; i < Op::kNUM_INPUTS; ++i)
+        {
+            if (Status* status = readInput(context, i, shapes[i], inputs[i]))
+            {
+                return status;
+            }
+        }
+        Params params;
+        std::string const reason = setSizes<Op>(params, mAttributes, shapes);
+        if (!reason.empty())
+        {
+            return failure<Op>(mApi, reason);
+        }
+        Value* output = nullptr;
+        void* result = nullptr;
+        Shape const& query = shapes[Op::kQUERY];
+        if (Status* status = getOutput(mApi, context, 0, query.sizes.data(), query.numAxes, &output))
+        {
+            return status;
+        }
+        if (Status* status = getTensorMutableData(mApi, output, &result))
+        {
+            return status;
+        }
+        Op::setTensors(params, inputs, result);
+        Threads threads{mApi, context, nullptr};
+        char const* const error = Op::run(params, {runOnThreads, &threads}, mSet);
+        return threads.status != nullptr ? threads.status : error != nullptr ? failure<Op>(mApi, error) : nullptr;
+    }
+
+    // ONNX Runtime's own threads.
+    struct Threads
+    {
+        Function const* api;
+        KernelContext* context;
+        Status* status; // of the first failure
+    };
+
+    static void runOnThreads(void* pool, size_t total, cpu::Task task, void* argument)
+    {
+        Threads& threads = *static_cast<Threads*>(pool);
+        if (threads.status == nullptr)
+        {
+            threads.status = parallelFor(threads.api, threads.context, task, total, 0, argument);
+        }
+    }
+
+    void readAttributes(KernelInfo const* info)
+    {
+        read(getIntAttribute(mApi, info, "num_heads", &mAttributes.numHeads));
+        read(getFloatAttribute(mApi, info, "scale", &mAttributes.scale));
+        if constexpr (Op::kIS_BANDED)
+        {
+            mAttributes.window = -1; // it has no default, and -1 is out of range
+            read(getIntAttribute(mApi, info, "window", &mAttributes.window));
+            read(getIntAttribute(mApi, info, "dilation", &mAttributes.dilation));
+            read(getIntAttribute(mApi, info, "causal", &mAttributes.causal));
+        }
+    }
+
+    // An attribute that the node does not have keeps its default.
+    void read(Status* status) const
+    {
+        if (status != nullptr)
+        {
+            releaseStatus(mApi, status);
+        }
+    }
+
+    // The shape that the graph gives an input; if it gives none, no size is known.
+    Status* staticShape(KernelInfo const* info, int32_t input, Shape& shape) const
+    {
+        TypeInfo* type = nullptr;
+        TensorInfo const* tensor = nullptr;
+        Status* status = getInputTypeInfo(mApi, info, input, &type);
+        if (status == nullptr)
+        {
+            status = castTypeInfoToTensorInfo(mApi, type, &tensor);
+            if (status == nullptr && tensor != nullptr)
+            {
+                status = readShape(mApi, tensor, shape);
+            }
+            releaseTypeInfo(mApi, type);
+        }
+        if (shape.numAxes == 0)
+        {
+            shape = {Op::kINPUTS[input].numAxes, {-1, -1, -1}};
+        }
+        return status;
+    }
+
+    Status* readInput(KernelContext* context, int32_t input, Shape& shape, void const*& data) const
+    {
+        Value const* value = nullptr;
+        TensorInfo* info = nullptr;
+        if (Status* status = getInput(mApi, context, input, &value))
+        {
+            return status;
+        }
+        if (Status* status = getTensorTypeAndShape(mApi, value, &info))
+        {
+            return status;
+        }
+        Status* const status = readShape(mApi, info, shape);
+        releaseTensorInfo(mApi, info);
+        if (status != nullptr)
+        {
+            return status;
+        }
+        void* pointer = nullptr;
+        Status* const noData = getTensorMutableData(mApi, const_cast<Value*>(value), &pointer);
+        data = pointer;
+        return noData;
+    }
+
+    Function const* mApi;
+    Attributes mAttributes;
+    cpu::InstructionSet mSet = cpu::InstructionSet::kBASELINE;
+};
+
+// What ONNX Runtime calls for an op. `api` is that of the runtime that the op is registered in.
+template <typename Op>
+struct AttentionOp : CustomOp
+{
+    explicit AttentionOp(Function const* api)
+        : api(api)
+    {
+        getName = [](CustomOp const*) { return Op::kNAME; };
+        getExecutionProviderType = [](CustomOp const*) -> char const* { return "CPUExecutionProvider"; };
+        getInputType = [](CustomOp const*, size_t i) { return Op::kINPUTS[i].isInteger ? kINT32 : kFLOAT; };
+        getInputTypeCount = [](CustomOp const*) -> size_t { return Op::kNUM_INPUTS; };
+        getOutputType = [](CustomOp const*, size_t) { return kFLOAT; };
+        getOutputTypeCount = [](CustomOp const*) -> size_t { return 1; };
+        kernelDestroy = [](void* kernel) { delete static_cast<Kernel<Op>*>(kernel); };
+        getInputCharacteristic = [](CustomOp const*, size_t) { return kREQUIRED; };
+        getOutputCharacteristic = [](CustomOp const*, size_t) { return kREQUIRED; };
+        getInputMemoryType = [](CustomOp const*, size_t) { return kDEFAULT_MEMORY; };
+        getVariadicInputMinArity = getVariadicOutputMinArity = [](CustomOp const*) { return 1; };
+        getVariadicInputHomogeneity = getVariadicOutputHomogeneity = [](CustomOp const*) { return 1; };
+        createKernelV2 = create;
+        kernelComputeV2 = compute;
+        inferOutputShape = inferShape;
+    }
+
+    static Status* create(CustomOp const*, Function const* api, KernelInfo const* info, void** result)
+    {
+        try
+        {
+            auto kernel = std::make_unique<Kernel<Op>>(api);
+            Status* const status = kernel->initialize(info);
+            *result = status == nullptr ? kernel.release() : nullptr;
+            return status;
+        }
+        catch (std::exception const& error)
+        {
+            return failure<Op>(api, error.what(), kFAIL);
+        }
+    }
+
+    static Status* compute(void* kernel, KernelContext* context)
+    {
+        return static_cast<Kernel<Op> const*>(kernel)->compute(context);
+    }
+
+    // The context has the shape and the type of the query.
+    static Status* inferShape(CustomOp const* op, ShapeInferContext* context)
+    {
+        Function const* const api = static_cast<AttentionOp const*>(op)->api;
+        TensorInfo* query = nullptr;
+        Status* const status = getShapeInferInput(api, context, Op::kQUERY, &query);
+        return status != nullptr ? status : setShapeInferOutput(api, context, 0, query);
+    }
+
+    Function const* api;
+};
+
+} // namespace lfx::ort

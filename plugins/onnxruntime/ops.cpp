@@ -1,0 +1,162 @@
+#include "onnxruntime/ops.h"
+
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+
+namespace lfx::ort
+{
+namespace
+{
+
+bool equal(Shape const& shape, std::initializer_list<int64_t> sizes)
+{
+    bool same = shape.numAxes == static_cast<int32_t>(sizes.size());
+    for (int32_t i = 0; same && i < shape.numAxes; ++i)
+    {
+        int64_t const size = sizes.begin()[i];
+        same = shape.sizes[i] == size || shape.sizes[i] < 0 || size < 0;
+    }
+    return same;
+}
+
+// A size as the kernels have it. One that is not known is 1, and one that is too large stays too large.
+int32_t toInt32(int64_t size)
+{
+    constexpr int64_t kLARGEST = std::numeric_limits<int32_t>::max();
+    return static_cast<int32_t>(size < 0 ? 1 : size < kLARGEST ? size : kLARGEST);
+}
+
+// An attribute as the kernels have it; one that does not fit stays out of range.
+int32_t attribute(int64_t value)
+{
+    constexpr int64_t kLARGEST = std::numeric_limits<int32_t>::max();
+    return static_cast<int32_t>(value < -1 ? -1 : value < kLARGEST ? value : kLARGEST);
+}
+
+template <typename Params>
+void setCommonSizes(Params& params, Attributes const& attributes, Shape const& query, Shape const& key)
+{
+    params.batch = toInt32(query.sizes[0]);
+    params.seqlen = toInt32(key.sizes[1]);
+    params.numHeads = attribute(attributes.numHeads);
+    int64_t const headSize = query.sizes[2] < 0 ? kHEAD_SIZE_MULTIPLE : query.sizes[2] / attributes.numHeads;
+    params.headSize = toInt32(headSize);
+    params.scale = attributes.scale != 0.0F ? attributes.scale : 1.0F / std::sqrt(static_cast<float>(params.headSize));
+    params.type = Type::kFLOAT;
+    setContiguous(params);
+}
+
+std::string toString(Shape const& shape)
+{
+    std::string text = "(";
+    for (int32_t i = 0; i < shape.numAxes; ++i)
+    {
+        text += (i > 0 ? ", " : "") + (shape.sizes[i] < 0 ? "?" : std::to_string(shape.sizes[i]));
+    }
+    return text + ")";
+}
+
+} // namespace
+
+bool GlobalOp::shapesAgree(Shapes const& shapes)
+{
+    int64_t const batch = shapes[kQUERY].sizes[0];
+    int64_t const width = shapes[kQUERY].sizes[2];
+    int64_t const seqlen = shapes[kKEY].sizes[1];
+    return equal(shapes[kKEY], {batch, seqlen, width}) && equal(shapes[kVALUE], {batch, seqlen, width})
+        && equal(shapes[kKEY_MASK], {batch, seqlen});
+}
+
+void GlobalOp::setSizes(Params& params, Attributes const& attributes, Shapes const& shapes)
+{
+    setCommonSizes(params, attributes, shapes[kQUERY], shapes[kKEY]);
+    params.queries = toInt32(shapes[kQUERY].sizes[1]);
+}
+
+void GlobalOp::setTensors(Params& params, void const* const* inputs, void* context)
+{
+    params.query = inputs[kQUERY];
+    params.key = inputs[kKEY];
+    params.value = inputs[kVALUE];
+    params.keyMask = static_cast<int32_t const*>(inputs[kKEY_MASK]);
+    params.context = context;
+}
+
+char const* GlobalOp::run(Params const& params, cpu::ThreadPool const& threads, cpu::InstructionSet set)
+{
+    return cpu::runGlobalAttention(params, threads, set);
+}
+
+bool BandedOp::shapesAgree(Shapes const& shapes)
+{
+    int64_t const batch = shapes[kQUERY].sizes[0];
+    int64_t const seqlen = shapes[kQUERY].sizes[1];
+    int64_t const width = shapes[kQUERY].sizes[2];
+    int64_t const slots = shapes[kGLOBAL_INDEX].sizes[1];
+    return equal(shapes[kKEY], {batch, seqlen, width}) && equal(shapes[kVALUE], {batch, seqlen, width})
+        && equal(shapes[kKEY_MASK], {batch, seqlen}) && equal(shapes[kGLOBAL_INDEX], {batch, slots})
+        && equal(shapes[kGLOBAL_CONTEXT], {batch, slots, width});
+}
+
+void BandedOp::setSizes(Params& params, Attributes const& attributes, Shapes const& shapes)
+{
+    setCommonSizes(params, attributes, shapes[kQUERY], shapes[kKEY]);
+    params.slots = toInt32(shapes[kGLOBAL_INDEX].sizes[1]);
+    params.window = attribute(attributes.window);
+    params.dilation = attribute(attributes.dilation);
+    params.causal = attribute(attributes.causal);
+}
+
+void BandedOp::setTensors(Params& params, void const* const* inputs, void* context)
+{
+    params.query = inputs[kQUERY];
+    params.key = inputs[kKEY];
+    params.value = inputs[kVALUE];
+    params.keyMask = static_cast<int32_t const*>(inputs[kKEY_MASK]);
+    params.globalIndex = static_cast<int32_t const*>(inputs[kGLOBAL_INDEX]);
+    params.globalContext = inputs[kGLOBAL_CONTEXT];
+    params.context = context;
+}
+
+char const* BandedOp::run(Params const& params, cpu::ThreadPool const& threads, cpu::InstructionSet set)
+{
+    return cpu::runBandedAttention(params, threads, set);
+}
+
+template <typename Op>
+std::string setSizes(typename Op::Params& params, Attributes const& attributes, typename Op::Shapes const& shapes)
+{
+    std::string text;
+    for (int32_t i = 0; i < Op::kNUM_INPUTS; ++i)
+    {
+        std::string const input = std::string(Op::kINPUTS[i].name) + " " + toString(shapes[i]);
+        if (shapes[i].numAxes != Op::kINPUTS[i].numAxes)
+        {
+            return input + " must have " + std::to_string(Op::kINPUTS[i].numAxes) + " axes";
+        }
+        text += (i > 0 ? ", " : "") + input;
+    }
+    if (attributes.numHeads < 1)
+    {
+        return "num_heads is " + std::to_string(attributes.numHeads) + "; it must be 1 or more";
+    }
+    int64_t const width = shapes[Op::kQUERY].sizes[2];
+    if (width >= 0 && (width == 0 || width % attributes.numHeads != 0))
+    {
+        return "query has width " + std::to_string(width) + "; it must be a multiple of num_heads "
+            + std::to_string(attributes.numHeads);
+    }
+    if (!Op::shapesAgree(shapes))
+    {
+        return "the shapes do not fit together: " + text;
+    }
+    Op::setSizes(params, attributes, shapes);
+    char const* const reason = unsupportedReason(params);
+    return reason != nullptr ? std::string(reason) + "; given: " + text : "";
+}
+
+template std::string setSizes<BandedOp>(BandedParams&, Attributes const&, BandedOp::Shapes const&);
+template std::string setSizes<GlobalOp>(GlobalParams&, Attributes const&, GlobalOp::Shapes const&);
+
+} // namespace lfx::ort
