@@ -236,9 +236,9 @@ class TritonModel:
             reason = str(error).partition(";")[0]
             raise LengthError(f"{reason}; shorten it, or give the parameter truncate: true to have it cut") from error
 
-    def _output_names(self, requests: Sequence[Request]) -> list[str] | None:
+    def _output_names(self, requests: Sequence[Request | LfxError]) -> list[str] | None:
         """Names of the model's outputs that the requests need together; None = all."""
-        wanted: frozenset[str] = frozenset().union(*(request.outputs for request in requests))
+        wanted: frozenset[str] = frozenset().union(*(r.outputs for r in requests if not isinstance(r, LfxError)))
         if ANSWERS in wanted:
             wanted |= set(answer_outputs(self._signature.task))
         return [spec.name for spec in self._signature.outputs if spec.name in wanted] or None

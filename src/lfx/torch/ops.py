@@ -1,6 +1,7 @@
 """`lfx::banded_attention` and `lfx::global_attention`: the ops of docs/ops.md as custom ops of PyTorch.
 
-torch.compile and torch.export keep each as one node with a known shape. The ops compute no gradients.
+torch.compile and torch.export keep each as one node with a known shape. The ops compute no gradients. On a GPU they run
+the kernels of the plugin library where it is installed and they support the sizes, and otherwise PyTorch's operators.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from lfx.errors import InputError
-from lfx.torch import blocks
+from lfx.torch import blocks, kernels
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor key_mask"
@@ -35,19 +36,17 @@ def _banded(
     _check_banded(query, global_index, global_context, window, dilation, causal)
     if key.shape != query.shape:
         raise InputError(f"banded_attention: key has shape {_shape(key)}, and query {_shape(query)}; give one shape")
-    return blocks.banded_attention(
-        query,
-        key,
-        value,
-        key_mask,
-        global_index,
-        global_context,
-        num_heads=num_heads,
-        window=window,
-        dilation=dilation,
-        causal=bool(causal),
-        scale=scale or blocks.default_scale(query.shape[2], num_heads),
-    )
+    attributes: dict[str, Any] = {
+        "num_heads": num_heads,
+        "window": window,
+        "dilation": dilation,
+        "causal": bool(causal),
+        "scale": scale or blocks.default_scale(query.shape[2], num_heads),
+    }
+    inputs = (query, key, value, key_mask, global_index, global_context)
+    fused = kernels.kernels_for(query)
+    context = None if fused is None else fused.banded_attention(*inputs, **attributes)
+    return blocks.banded_attention(*inputs, **attributes) if context is None else context
 
 
 def _global(
@@ -61,7 +60,10 @@ def _global(
 ) -> torch.Tensor:
     _check_attention("global_attention", query, key, value, key_mask, num_heads)
     scale = scale or blocks.default_scale(query.shape[2], num_heads)
-    return blocks.global_attention(query, key, value, key_mask, num_heads=num_heads, scale=scale)
+    inputs, attributes = (query, key, value, key_mask), {"num_heads": num_heads, "scale": scale}
+    fused = kernels.kernels_for(query)
+    context = None if fused is None else fused.global_attention(*inputs, **attributes)  # type: ignore[arg-type]
+    return blocks.global_attention(*inputs, **attributes) if context is None else context  # type: ignore[arg-type]
 
 
 def _check_attention(
