@@ -245,7 +245,7 @@ class Engine:
             self.metrics.failed()
             raise
         self.metrics.answered(time.perf_counter() - start)
-        return np.stack(rows) if rows else np.zeros((0, size), np.float32)
+        return np.stack(rows).astype(np.float32, copy=False) if rows else np.zeros((0, size), np.float32)
 
     async def run_async(
         self,

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
 from lfx.errors import ArtifactError, DependencyError, LfxError, one_line, require, with_cure
 from lfx.runtime import custom_ops
 from lfx.runtime.backends.interface import AnyShape, Arrays
@@ -59,7 +57,6 @@ class OnnxRuntime(AnyShape):
         self.name = f"onnxruntime {ort.__version__} {provider_name}"
         self.input_names = [item.name for item in self._session.get_inputs()]
         self.output_names = [item.name for item in self._session.get_outputs()]
-
         self._is_gpu = provider != "cpu"
 
     def infer(self, feeds: Arrays, outputs: Sequence[str] | None = None, *, on_device: bool = False) -> Arrays:
@@ -95,11 +92,6 @@ class DeviceOutput:
     def __dlpack_device__(self) -> tuple[int, int]:
         device: tuple[int, int] = tuple(self._value.__dlpack_device__())
         return device
-
-    def numpy(self) -> NDArray[Any]:
-        """Copy it to the host."""
-        array: NDArray[Any] = self._value.numpy()
-        return array
 
 
 def run_on_device(session: Any, feeds: Arrays, names: Sequence[str], device: str) -> list[DeviceOutput]:
