@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 CPU, CUDA = 1, 2  # DLDeviceType
-_CODES = {"i": 0, "u": 1, "f": 2}  # DLDataTypeCode by the kind of a numpy dtype
+_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}  # DLDataTypeCode by the kind of a numpy dtype
 _NAME = b"dltensor"
 
 

@@ -180,7 +180,6 @@ class Engine:
         Raises:
             InputError: the model cannot take a length, shape, dtype, mask value or token id; an output or another
                 option is not known; or the Engine is closed.
-            DependencyError: the library of the GPU has no DLPack objects, for `device_outputs`.
             ArtifactError: an output has another number of axes or rows than the signature says.
             LfxError: the Engine was made before a fork, or the backend failed.
         Source: Beltagy et al. 2020, arXiv:2004.05150, section 3.1.

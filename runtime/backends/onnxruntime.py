@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lfx.errors import ArtifactError, DependencyError, LfxError, one_line, require, with_cure
 from lfx.runtime import custom_ops
 from lfx.runtime.backends.interface import AnyShape, Arrays
+from lfx.runtime.dlpack import CPU, CUDA, DeviceArray
 
 # On the CPU the fused SkipLayerNormalization is slower than Add and LayerNormalization: 2 % of longformer-base's time.
 SLOWER_ON_CPU = ["SkipLayerNormFusion"]
@@ -67,40 +70,16 @@ class OnnxRuntime(AnyShape):
                 values = run_on_device(self._session, feeds, names, "cuda")
             else:
                 values = self._session.run(names, feeds)
-        except LfxError:
-            raise
         except Exception as error:
             raise LfxError(f"ONNX Runtime failed: {with_cure(error)}") from error
         return dict(zip(names, values, strict=True))
 
 
-class DeviceOutput:
-    """An output in memory of ONNX Runtime's, which other libraries take by DLPack.
-
-    Attributes:
-        shape: its shape.
-    """
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-        self.shape: tuple[int, ...] = tuple(value.shape())
-
-    def __dlpack__(self, *, stream: Any = None, **_: Any) -> Any:
-        """A capsule of the memory. The run has finished, so the consumer's stream has nothing to wait for."""
-        return self._value.__dlpack__()
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        device: tuple[int, int] = tuple(self._value.__dlpack_device__())
-        return device
-
-
-def run_on_device(session: Any, feeds: Arrays, names: Sequence[str], device: str) -> list[DeviceOutput]:
+def run_on_device(session: Any, feeds: Arrays, names: Sequence[str], device: str) -> list[DeviceArray]:
     """Run a session whose outputs stay on a device, and wait for it.
 
     Args:
         device: ONNX Runtime's name of the device, "cuda" or "cpu".
-    Raises:
-        DependencyError: this ONNX Runtime has no DLPack.
     """
     binding = session.io_binding()
     for name, array in feeds.items():
@@ -109,10 +88,17 @@ def run_on_device(session: Any, feeds: Arrays, names: Sequence[str], device: str
         binding.bind_output(name, device)
     session.run_with_iobinding(binding)
     binding.synchronize_outputs()
-    values = binding.get_outputs()
-    if not all(hasattr(value, "__dlpack__") for value in values):
-        raise DependencyError("this ONNX Runtime has no DLPack; install a newer one, or leave device_outputs out")
-    return [DeviceOutput(value) for value in values]
+    place = (CUDA if device == "cuda" else CPU, 0)
+    return [
+        DeviceArray(value.data_ptr(), tuple(value.shape()), _dtype(value.data_type()), place, value)
+        for value in binding.get_outputs()
+    ]
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    """The dtype of a tensor from ONNX Runtime's name of it, such as "tensor(float)"."""
+    scalar = name.removeprefix("tensor(").removesuffix(")")
+    return np.dtype({"float": "float32", "double": "float64"}.get(scalar, scalar))
 
 
 def _open_session(
