@@ -1,7 +1,7 @@
 """The build backend: scikit-build-core, and three things that it cannot know.
 
 The sdist has files in the place of the links src/lfx/export and src/lfx/runtime, which Windows cannot unpack. A wheel
-without the plugin is pure Python, and its tag says so. And a checkout without symbolic links, Windows' default, has
+without a library is pure Python, and its tag says so. And a checkout without symbolic links, Windows' default, has
 text files in the place of the links, from which no package can be built.
 """
 

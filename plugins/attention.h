@@ -117,6 +117,11 @@ char const* inaccessibleReason(GlobalParams const& params, size_t alignment) noe
 // Workspace of GlobalAttention for sizes up to these: the partial result of each part of the keys.
 size_t globalWorkspaceBytes(int32_t batch, int32_t queries, int32_t numHeads, int32_t headSize) noexcept;
 
+// Load all kernels of an op onto the current device and set their attributes, so that no launch does: call them before a
+// stream is captured. Return a cudaError_t, 0 on success.
+int32_t preloadBandedAttention() noexcept;
+int32_t preloadGlobalAttention() noexcept;
+
 // Enqueue the kernels on a stream. Returns a cudaError_t, 0 on success. Neither allocates nor synchronizes. The kernels do
 // not take strides or write logSumExp yet.
 int32_t launchBandedAttention(BandedParams const& params, CUstream_st* stream) noexcept;

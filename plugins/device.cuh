@@ -152,6 +152,15 @@ __device__ __forceinline__ void* sharedMemory()
     return memory;
 }
 
+// Loads a kernel onto the current device and sets its attributes, which are the same for all launches.
+template <typename Params>
+int32_t preloadKernel(void (*kernel)(Params)) noexcept
+{
+    cudaError_t const error
+        = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMAX_SHARED_BYTES);
+    return error == cudaSuccess ? cudaSuccess : cudaGetLastError();
+}
+
 // Number of multiprocessors of the current device.
 inline int32_t multiprocessors() noexcept
 {
@@ -171,12 +180,12 @@ int32_t launch(void (*kernel)(Params), dim3 grid, int32_t threads, size_t shared
 {
     if (sharedBytes > 48U * 1024U)
     {
-        // Always the same value: the attribute is global to the process, and other threads launch with other sizes.
-        cudaError_t const error
-            = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMAX_SHARED_BYTES);
+        // Always the same value: the attribute is global to the process, and other threads launch with other sizes. After
+        // preload() this changes nothing.
+        int32_t const error = preloadKernel(kernel);
         if (error != cudaSuccess)
         {
-            return cudaGetLastError();
+            return error;
         }
     }
     kernel<<<grid, threads, sharedBytes, stream>>>(params);

@@ -147,8 +147,7 @@ private:
             }
             else
             {
-                QueryAttention row(
-                    mQuery + position * mParams.queryStride + column, mParams.headSize, mParams.scale);
+                QueryAttention row(mQuery + position * mParams.queryStride + column, mParams.headSize, mParams.scale);
                 if (token == kLOCAL)
                 {
                     addKeys(row, column, bandKeys);
@@ -203,8 +202,8 @@ void globalRow(GlobalParams const& params, int32_t batch, int32_t query, int32_t
     size_t const column = static_cast<size_t>(head) * params.headSize;
     size_t const firstToken = static_cast<size_t>(batch) * params.seqlen;
     size_t const target = static_cast<size_t>(batch) * params.queries + query;
-    QueryAttention row(static_cast<float const*>(params.query) + target * params.queryStride + column, params.headSize,
-        params.scale);
+    QueryAttention row(
+        static_cast<float const*>(params.query) + target * params.queryStride + column, params.headSize, params.scale);
     for (int32_t key = 0; key < params.seqlen; ++key)
     {
         size_t const token = firstToken + key;

@@ -1,4 +1,4 @@
-"""Build the files of a release in dist/: the sdist, a wheel with the plugin if there is nvcc, and one without it.
+"""Build the files of a release in dist/: the sdist, a wheel with the libraries, and one without any.
 
     python scripts/build_dist.py
 
@@ -30,7 +30,9 @@ def main() -> None:
     os.chdir(ROOT)
     sdist = DIST / build_sdist(str(DIST))
     build_wheel(sdist, {"CMAKE_ARGS": f"-DTensorRT_INCLUDE_DIR={HEADERS}"})
-    build_wheel(sdist, {"CUDACXX": "no-compiler", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"})
+    build_wheel(
+        sdist, {"CXX": "no-compiler", "CUDACXX": "no-compiler", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    )
     wheels = sorted(DIST.glob("*.whl"))
     for wheel in wheels:
         try_wheel(wheel)
@@ -38,7 +40,7 @@ def main() -> None:
 
 
 def build_wheel(sdist: Path, environment: dict[str, str]) -> None:
-    """Build one wheel; the environment variables decide whether it has the plugin."""
+    """Build one wheel; the environment variables decide which libraries it has."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--wheel-dir", str(DIST), str(sdist)], check=True, env={**os.environ, **environment})
 

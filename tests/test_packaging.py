@@ -179,9 +179,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build_wheel(checkout: Path, wheels: Path) -> subprocess.CompletedProcess[str]:
-    """Build without a CUDA compiler on the PATH."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+def build_wheel(checkout: Path, wheels: Path, *, cxx: str = "no-compiler") -> subprocess.CompletedProcess[str]:
+    """Build without a CUDA compiler on the PATH, and by default without a C++ compiler."""
+    shutil.rmtree(checkout / "build", ignore_errors=True)  # CMake remembers the compilers of an earlier build
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "CXX": cxx}
     environment.pop("CUDACXX", None)
     command = [
         sys.executable,
@@ -198,7 +199,7 @@ def build_wheel(checkout: Path, wheels: Path) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.skipif(any(Path(folder, "nvcc").exists() for folder in ("/usr/bin", "/bin")), reason="nvcc is in /usr/bin")
-def test_a_wheel_without_the_plugin_is_pure_python_and_has_both_linked_folders(checkout: Path, tmp_path: Path) -> None:
+def test_a_wheel_without_libraries_is_pure_python_and_has_both_linked_folders(checkout: Path, tmp_path: Path) -> None:
     done = build_wheel(checkout, tmp_path)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.iterdir()
@@ -210,6 +211,20 @@ def test_a_wheel_without_the_plugin_is_pure_python_and_has_both_linked_folders(c
             "lfx/runtime/engine.py",
             "lfx/runtime/serve/page.html",
         } <= set(archive.namelist())
+
+
+@pytest.mark.skipif(any(Path(folder, "nvcc").exists() for folder in ("/usr/bin", "/bin")), reason="nvcc is in /usr/bin")
+def test_a_wheel_that_a_cpp_compiler_built_has_the_custom_ops_and_its_platform(checkout: Path, tmp_path: Path) -> None:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    assert compiler is not None, "a C++ compiler is needed, as the README says"
+    done = build_wheel(checkout, tmp_path, cxx=compiler)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.iterdir()
+    assert "-py3-none-" in wheel.name
+    assert not wheel.name.endswith("-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = [name for name in archive.namelist() if "/_lib/" in name]
+    assert [Path(name).name for name in libraries] in (["liblfx_onnxruntime.so"], ["liblfx_onnxruntime.dylib"])
 
 
 def test_an_sdist_has_files_in_the_place_of_links(checkout: Path, tmp_path: Path) -> None:

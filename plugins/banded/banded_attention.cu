@@ -6,6 +6,8 @@
 #include "banded/fp32.cuh"
 #include "banded/tensor_cores.cuh"
 
+#include <initializer_list>
+
 namespace lfx
 {
 namespace
@@ -56,7 +58,35 @@ int32_t launchForHeadSize(BandedParams const& p, CUstream_st* stream)
     }
 }
 
+template <int kD>
+int32_t preloadForHeadSize()
+{
+    using namespace banded;
+    for (void (*kernel)(BandedParams) :
+        {bandedAttentionFp32<kD>, bandedAttentionTensorCores<Half, kD, 1>, bandedAttentionTensorCores<Half, kD, 2>,
+            bandedAttentionTensorCores<Bf16, kD, 1>, bandedAttentionTensorCores<Bf16, kD, 2>})
+    {
+        if (int32_t const error = preloadKernel(kernel))
+        {
+            return error;
+        }
+    }
+    return 0;
+}
+
 } // namespace
+
+int32_t preloadBandedAttention() noexcept
+{
+    for (int32_t (*preload)() : {preloadForHeadSize<32>, preloadForHeadSize<64>, preloadForHeadSize<128>})
+    {
+        if (int32_t const error = preload())
+        {
+            return error;
+        }
+    }
+    return 0;
+}
 
 int32_t launchBandedAttention(BandedParams const& p, CUstream_st* stream) noexcept
 {

@@ -2,4 +2,4 @@
 #define LFX_CPU_SET avx2
 #define LFX_CPU_LANES 8
 #define LFX_CPU_VECTORS 2
-#include "cpu/kernels.inl"
+#include "cpu/ops.h"

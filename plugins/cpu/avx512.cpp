@@ -2,4 +2,4 @@
 #define LFX_CPU_SET avx512
 #define LFX_CPU_LANES 16
 #define LFX_CPU_VECTORS 4
-#include "cpu/kernels.inl"
+#include "cpu/ops.h"

@@ -7,4 +7,4 @@
 #else
 #define LFX_CPU_VECTORS 2
 #endif
-#include "cpu/kernels.inl"
+#include "cpu/ops.h"

@@ -16,7 +16,7 @@ namespace
 constexpr size_t kALIGNMENT = alignof(float);
 constexpr char const* kOUT_OF_MEMORY = "there is not enough memory for the tables of the CPU kernel";
 
-Kernels const& kernelsOf(InstructionSet set)
+Kernels const& kernelsOf([[maybe_unused]] InstructionSet set)
 {
 #if defined(__x86_64__)
     switch (set)
@@ -104,7 +104,8 @@ bool isSupported(InstructionSet set) noexcept
     case InstructionSet::kAVX2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case InstructionSet::kAVX512:
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
-            && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+            && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
+            && __builtin_cpu_supports("fma");
 #endif
     default: return false;
     }

@@ -377,14 +377,14 @@ private:
     int32_t mHeadSize;
     int32_t mVectors; // of queries
     float mScaleLog2;
-    float* mQueries; // (headSize, mVectors * kLANES)
-    float* mAcc;     // (headSize, mVectors * kLANES)
-    float* mWeights; // (kMAX_KEYS, mVectors * kLANES): scores, then weights
-    float* mValues;  // (kMAX_KEYS, columns)
-    Vector mRowMax[kMAX_VECTORS]; // largest score so far, times mScaleLog2
-    Vector mRowSum[kMAX_VECTORS]; // of the weights
+    float* mQueries;               // (headSize, mVectors * kLANES)
+    float* mAcc;                   // (headSize, mVectors * kLANES)
+    float* mWeights;               // (kMAX_KEYS, mVectors * kLANES): scores, then weights
+    float* mValues;                // (kMAX_KEYS, columns)
+    Vector mRowMax[kMAX_VECTORS];  // largest score so far, times mScaleLog2
+    Vector mRowSum[kMAX_VECTORS];  // of the weights
     Vector mTileMax[kMAX_VECTORS]; // largest score of the keys that are being added
-    Vector mFactor[kMAX_VECTORS]; // by which the sums so far are multiplied
+    Vector mFactor[kMAX_VECTORS];  // by which the sums so far are multiplied
 };
 
 } // namespace lfx::cpu::LFX_CPU_SET

@@ -10,6 +10,8 @@
 #include "global/fp32.cuh"
 #include "global/tensor_cores.cuh"
 
+#include <initializer_list>
+
 namespace lfx
 {
 namespace
@@ -63,6 +65,22 @@ size_t globalWorkspaceBytes(int32_t batch, int32_t queries, int32_t numHeads, in
     size_t const unsplitRows = static_cast<size_t>(batch) * numHeads * queries;
     size_t const maxSplitRows = static_cast<size_t>(kTARGET_BLOCKS) * BlockTraits::kQUERIES;
     return sizeof(float) * (unsplitRows > maxSplitRows ? unsplitRows : maxSplitRows) * (headSize + 2);
+}
+
+int32_t preloadGlobalAttention() noexcept
+{
+    for (void (*kernel)(GlobalParams) :
+        {globalAttentionFp32, globalAttentionTensorCores<Half, kSMALL_HEAD_SIZE>,
+            globalAttentionTensorCores<Bf16, kSMALL_HEAD_SIZE>, globalAttentionTensorCores<Half, kMAX_GLOBAL_HEAD_SIZE>,
+            globalAttentionTensorCores<Bf16, kMAX_GLOBAL_HEAD_SIZE>, combineParts<float>, combineParts<Half>,
+            combineParts<Bf16>})
+    {
+        if (int32_t const error = preloadKernel(kernel))
+        {
+            return error;
+        }
+    }
+    return 0;
 }
 
 int32_t launchGlobalAttention(GlobalParams const& p, CUstream_st* stream) noexcept

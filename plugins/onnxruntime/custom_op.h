@@ -252,13 +252,38 @@ struct AttentionOp : CustomOp
         return static_cast<Kernel<Op> const*>(kernel)->compute(context);
     }
 
-    // The context has the shape and the type of the query.
+    // The context has the shape and the type of the query. If a size is not known and has no name either, no shape is set:
+    // ONNX Runtime would take the size to be -1.
     static Status* inferShape(CustomOp const* op, ShapeInferContext* context)
     {
         Function const* const api = static_cast<AttentionOp const*>(op)->api;
         TensorInfo* query = nullptr;
-        Status* const status = getShapeInferInput(api, context, Op::kQUERY, &query);
-        return status != nullptr ? status : setShapeInferOutput(api, context, 0, query);
+        Shape shape;
+        if (Status* status = getShapeInferInput(api, context, Op::kQUERY, &query))
+        {
+            return status;
+        }
+        if (Status* status = readShape(api, query, shape))
+        {
+            return status;
+        }
+        if (shape.numAxes != Op::kINPUTS[Op::kQUERY].numAxes)
+        {
+            return nullptr; // not known, or refused when the kernel is created
+        }
+        std::array<char const*, 3> names{};
+        if (Status* status = getSymbolicDimensions(api, query, names.data(), names.size()))
+        {
+            return status;
+        }
+        for (size_t i = 0; i < names.size(); ++i)
+        {
+            if (shape.sizes[i] < 0 && (names[i] == nullptr || *names[i] == '\0'))
+            {
+                return nullptr;
+            }
+        }
+        return setShapeInferOutput(api, context, 0, query);
     }
 
     Function const* api;

@@ -81,6 +81,7 @@ constexpr Entry<Status*(TypeInfo const*, TensorInfo const**)> castTypeInfoToTens
 constexpr Entry<Status*(TensorInfo const*, ElementType*)> getTensorElementType{60};
 constexpr Entry<Status*(TensorInfo const*, size_t*)> getDimensionsCount{61};
 constexpr Entry<Status*(TensorInfo const*, int64_t*, size_t)> getDimensions{62};
+constexpr Entry<Status*(TensorInfo const*, char const**, size_t)> getSymbolicDimensions{63};
 constexpr Entry<Status*(Value const*, TensorInfo**)> getTensorTypeAndShape{65};
 constexpr Entry<Status*(KernelInfo const*, char const*, float*)> getFloatAttribute{85};
 constexpr Entry<Status*(KernelInfo const*, char const*, int64_t*)> getIntAttribute{86};

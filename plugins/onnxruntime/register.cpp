@@ -68,7 +68,8 @@ Status* findOrCreate(Function const* api, Registration*& result)
 } // namespace
 } // namespace lfx::ort
 
-LFX_EXPORT lfx::ort::Status* RegisterCustomOps(lfx::ort::SessionOptions* options, lfx::ort::ApiBase const* base) noexcept
+LFX_EXPORT lfx::ort::Status* RegisterCustomOps(
+    lfx::ort::SessionOptions* options, lfx::ort::ApiBase const* base) noexcept
 {
     using namespace lfx::ort;
     Function const* const api = base->getApi(kAPI_VERSION);

@@ -73,6 +73,11 @@ size_t GlobalOp::workspaceBytes(Params const& maxSizes)
     return globalWorkspaceBytes(maxSizes.batch, maxSizes.queries, maxSizes.numHeads, maxSizes.headSize);
 }
 
+int32_t GlobalOp::preload()
+{
+    return preloadGlobalAttention();
+}
+
 int32_t GlobalOp::launch(Params const& params, cudaStream_t stream)
 {
     return launchGlobalAttention(params, stream);
@@ -113,6 +118,11 @@ void BandedOp::setTensors(Params& params, void const* const* inputs, void* conte
 size_t BandedOp::workspaceBytes(Params const&)
 {
     return 0;
+}
+
+int32_t BandedOp::preload()
+{
+    return preloadBandedAttention();
 }
 
 int32_t BandedOp::launch(Params const& params, cudaStream_t stream)

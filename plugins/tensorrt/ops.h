@@ -47,6 +47,7 @@ struct GlobalOp
     static Params sizes(Attributes const& attributes, Shapes const& shapes, Type type);
     static void setTensors(Params& params, void const* const* inputs, void* context, void* workspace);
     static size_t workspaceBytes(Params const& maxSizes);
+    static int32_t preload();
     static int32_t launch(Params const& params, cudaStream_t stream);
 };
 
@@ -82,6 +83,7 @@ struct BandedOp
     static Params sizes(Attributes const& attributes, Shapes const& shapes, Type type);
     static void setTensors(Params& params, void const* const* inputs, void* context, void* workspace);
     static size_t workspaceBytes(Params const& maxSizes);
+    static int32_t preload();
     static int32_t launch(Params const& params, cudaStream_t stream);
 };
 

@@ -163,6 +163,8 @@ public:
 
     nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override
     {
+        // Before any capture of a CUDA graph. On a device that cannot load the kernels, the launch reports the error.
+        static_cast<void>(Op::preload());
         return clone();
     }
 

@@ -35,7 +35,7 @@ from lfx.export.quantize import quantize
 from lfx.files import link_or_copy
 from lfx.machine import cpu_name
 from lfx.manifest import MODEL
-from lfx.runtime import Engine
+from lfx.runtime import Engine, custom_ops
 from lfx.runtime.backends.onnxruntime import SLOWER_ON_CPU
 from lfx.runtime.backends.openvino import OPENVINO_TYPES
 from lfx.runtime.bench import measure
@@ -120,7 +120,8 @@ def blocks(bundle: Path, folder: Path, length: int, threads: int) -> list[dict[s
         for data in bundle.glob(f"{MODEL}.*"):
             link_or_copy(data, target / data.name)
         for backend in ("onnxruntime", "openvino"):
-            runs[f"{backend} {size}"] = engine_run(Engine(target / MODEL, backend, threads=threads))
+            engine = Engine(target / MODEL, backend, threads=threads, kernels="function")
+            runs[f"{backend} {size}"] = engine_run(engine)
     rows = measure(runs, [length], [1], rounds=3, vocab_size=50000)
     for row in rows:
         backend, _, size = row.pop("contender").partition(" ")
@@ -171,8 +172,7 @@ def profile(backend: str, precision: str, bundle: Path, length: int, threads: in
     run = min(runs, key=lambda nodes: sum(seconds for _, _, seconds in nodes))
     parts = {"linear layers": 0.0, "attention": 0.0, "the rest": 0.0}
     for name, operator, seconds in run:
-        # The inliner renames the nodes of a function body; other nodes are named after their modules.
-        if re.match(r"_inlfunc_|n\d+__\d+|.*#global_rows|.*attention\.self/", name):
+        if is_attention(name, operator):
             parts["attention"] += seconds
         else:
             parts["linear layers" if operator in ("MatMul", "Gemm", "FullyConnected") else "the rest"] += seconds
@@ -182,9 +182,17 @@ def profile(backend: str, precision: str, bundle: Path, length: int, threads: in
     return {"backend": backend, "precision": precision, "seqlen": length, "seconds": total, "shares": shares}
 
 
-def onnxruntime_counters(bundle: Path, feeds: Feeds, threads: int) -> list[Counted]:
+def is_attention(name: str, operator: str) -> bool:
+    """Whether a node is part of attention: of a function body, whose nodes the inliner renames, or a custom op."""
+    is_named = re.match(r"_inlfunc_|n\d+__\d+|.*#global_rows|.*attention\.self/", name)
+    return bool(is_named) or operator in ("BandedAttention", "GlobalAttention")
+
+
+def onnxruntime_counters(bundle: Path, feeds: Feeds, threads: int, kernels: str = "function") -> list[Counted]:
     """Profile five runs in ONNX Runtime; returns name, operator and seconds of each node, per run."""
     options = onnxruntime.SessionOptions()
+    if kernels == "fused":
+        options.register_custom_ops_library(str(custom_ops.library()))
     options.intra_op_num_threads, options.enable_profiling = threads, True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")

@@ -47,12 +47,12 @@ class Header:
     Attributes:
         metadata: value of the key `lfx` in metadata_props; None if there is no such key.
         weights: the locations of external data, as the file has them.
-        has_attention_nodes: whether a graph or a function calls lfx::BandedAttention or lfx::GlobalAttention.
+        has_attention_nodes: whether the graph calls lfx::BandedAttention or lfx::GlobalAttention.
     """
 
     metadata: str | None
     weights: frozenset[str]
-    has_attention_nodes: bool
+    has_attention_nodes: bool = False
 
 
 def read_header(path: Path) -> Header:
@@ -101,7 +101,7 @@ def _entries(data: mmap.mmap, start: int, end: int, message: str, depth: int) ->
 
 
 def _inlined_nodes(data: mmap.mmap) -> tuple[int, bool]:
-    """Number of nodes of the model with its functions inlined, and whether any calls an attention op of lfx.
+    """Number of nodes of the model with its functions inlined, and whether its graph calls an attention op of lfx.
 
     It counts no further than `_MAX_NODES` + 1.
 
@@ -143,8 +143,7 @@ def _inlined_nodes(data: mmap.mmap) -> tuple[int, bool]:
             nodes += times * sizes.get(key, 1)
         return min(nodes, _MAX_NODES + 1)
 
-    called = main_calls.keys() | {key for calls in functions.values() for key in calls}
-    return count(main_calls, 0), any(key[:2] in _ATTENTION for key in called)
+    return count(main_calls, 0), any(key[:2] in _ATTENTION for key in main_calls)
 
 
 def _calls(data: mmap.mmap, start: int, end: int, message: str, depth: int) -> Iterator[tuple[Key, bool]]:

@@ -506,6 +506,13 @@ inline void* sharedMemory()
     return emulated::shared;
 }
 
+// An emulated kernel has nothing to load.
+template <typename Params>
+int32_t preloadKernel(void (*)(Params)) noexcept
+{
+    return 0;
+}
+
 // Of the emulated GPU: LFX_MULTIPROCESSORS, or those of an H100.
 inline int32_t multiprocessors() noexcept
 {

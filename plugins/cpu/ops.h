@@ -1,4 +1,6 @@
-// The kernels of one instruction set; vector.h says what the including file defines.
+// The kernels of both ops for one instruction set; vector.h says what the including file defines.
+#pragma once
+
 #include "cpu/kernels.h"
 #include "cpu/tile.h"
 
