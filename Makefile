@@ -11,7 +11,7 @@ TRITON := $(CURDIR)/build/triton
 # The index that pip searches for PyTorch's CPU build, in addition to the indexes that it is configured with.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Every extra but gpu, whose onnxruntime-gpu takes the place of onnxruntime.
-EXTRAS := export,cpu,rtx,openvino,report,parquet,metrics,verify,serve,ray,triton,demo,fuzz,test
+EXTRAS := export,cpu,rtx,openvino,report,parquet,metrics,verify,serve,ray,torch,triton,demo,fuzz,test
 
 # Two processes of one thread each: most of the tests trace and load models, which uses one thread.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
@@ -120,6 +120,7 @@ bench: install clients  ## All CPU benchmarks, more than an hour; writes docs/re
 	$(BIN)/python -m scripts.bench.serve
 	$(BIN)/python -m scripts.bench.triton
 	$(BIN)/python -m scripts.bench.ray_map
+	$(BIN)/python -m scripts.bench.torch_ops
 	$(BIN)/python -m scripts.bench.peers
 	$(BIN)/python scripts/tables.py
 	$(BIN)/python scripts/figures.py

@@ -23,6 +23,7 @@ from lfx.runtime import forks
 from lfx.runtime.batching import batches
 from lfx.runtime.engine import AHEAD, Engine, Outputs
 from lfx.runtime.inputs import Feeds, prepare, seqlen_of
+from lfx.runtime.outputs import output_names
 from lfx.runtime.ragged import check_cuttable
 from lfx.signature import Signature
 
@@ -91,6 +92,7 @@ class _Request:
     feeds: Feeds
     arrived: float  # time.monotonic
     future: _RequestFuture
+    outputs: tuple[str, ...] | None = None  # names of those to return; None = all
 
     @property
     def seqlen(self) -> int:
@@ -171,27 +173,38 @@ class Batcher:
             self.close()
             raise LfxError(f"{len(self._workers)} of {workers} workers could be started; give fewer") from error
 
-    def submit(self, ids: Any, attention_mask: Any = None, global_attention_mask: Any = None) -> Future[Outputs]:
+    def submit(
+        self,
+        ids: Any,
+        attention_mask: Any = None,
+        global_attention_mask: Any = None,
+        *,
+        outputs: Iterable[str] | None = None,
+    ) -> Future[Outputs]:
         """Submit one sequence. The arguments are those of `Engine.run`.
+
+        A batch copies the outputs that its requests ask for together.
 
         Returns:
             A future of what `Engine.run` returns for this sequence: output name -> array with a batch axis of 1. If the
             run fails, the future has its LfxError.
         Raises:
-            InputError: the model cannot take the sequence, or the ids are more than one sequence. Other requests are
-                not affected.
+            InputError: the model cannot take the sequence, the ids are more than one sequence, or an output is not
+                known. Other requests are not affected.
             OverloadError: `max_pending` requests are pending, or the Batcher is closed.
             LfxError: the Batcher was made before a fork, or one of its workers died.
         """
         self._check_process()
         arrived = time.monotonic()
         try:
-            sequences = prepare(ids, attention_mask, global_attention_mask, self._engine.signature)
+            signature = self._engine.signature
+            names = None if outputs is None else output_names(signature, outputs)
+            sequences = prepare(ids, attention_mask, global_attention_mask, signature)
             if len(sequences) != 1:
                 raise InputError(
                     f"submit was given {len(sequences)} sequences; submit them one by one, and they run together"
                 )
-            request = _Request(sequences[0], arrived, _RequestFuture())
+            request = _Request(sequences[0], arrived, _RequestFuture(), names)
             with self._changed:
                 if self._broken is not None:
                     raise LfxError(f"a worker of this Batcher died ({one_line(self._broken)}); make a new one")
@@ -213,9 +226,16 @@ class Batcher:
         """Whether it takes requests: it is not closed, no worker has died, and this process made it."""
         return not self._closed
 
-    async def run(self, ids: Any, attention_mask: Any = None, global_attention_mask: Any = None) -> Outputs:
+    async def run(
+        self,
+        ids: Any,
+        attention_mask: Any = None,
+        global_attention_mask: Any = None,
+        *,
+        outputs: Iterable[str] | None = None,
+    ) -> Outputs:
         """`submit` for asyncio. A call that is cancelled while it is pending is not computed."""
-        return await asyncio.wrap_future(self.submit(ids, attention_mask, global_attention_mask))
+        return await asyncio.wrap_future(self.submit(ids, attention_mask, global_attention_mask, outputs=outputs))
 
     def close(self) -> None:
         """Run the pending requests and stop the workers. Calling it again does nothing.
@@ -339,7 +359,8 @@ class Batcher:
     def _compute(self, requests: list[_Request]) -> None:
         """Run requests together and answer them; if that fails, run each alone, since one may be the cause."""
         try:
-            results = self._engine.run_together([request.feeds for request in requests])
+            names = _all_outputs(requests)
+            results = self._engine.run_together([request.feeds for request in requests], outputs=names)
             answers = list(zip(requests, results, strict=True))
         except BaseException as error:
             if len(requests) > 1 and isinstance(error, Exception):
@@ -351,7 +372,9 @@ class Batcher:
         now = time.monotonic()
         for request, result in answers:
             self._engine.metrics.answered(now - request.arrived)
-            request.future.answer(result)
+            request.future.answer(
+                result if request.outputs is None else {name: result[name] for name in request.outputs}
+            )
 
     def _fail(self, requests: Iterable[_Request], error: BaseException) -> None:
         for request in requests:
@@ -366,6 +389,16 @@ class Batcher:
         self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _all_outputs(requests: Iterable[_Request]) -> list[str] | None:
+    """Names of the outputs that the requests ask for together; None = all."""
+    names: dict[str, None] = {}
+    for request in requests:
+        if request.outputs is None:
+            return None
+        names.update(dict.fromkeys(request.outputs))
+    return list(names)
 
 
 _batchers: weakref.WeakSet[Batcher] = weakref.WeakSet()

@@ -25,6 +25,7 @@ from lfx.runtime.embedding import SENTENCE_OUTPUT, check_task, embedding_size, e
 from lfx.runtime.inputs import Feeds, prepare, prepare_each, seqlen_of, stack
 from lfx.runtime.loading import load_model
 from lfx.runtime.metrics import Metrics
+from lfx.runtime.outputs import OutputRequest, request_outputs
 from lfx.runtime.ragged import Row, run_rows
 from lfx.runtime.tokenizer import Tokenizer, text_folder
 from lfx.signature import Signature
@@ -33,6 +34,7 @@ MAX_THREADS = 1024
 # Number of sequences that `Engine.stream` reads and sorts by length at a time.
 AHEAD = 256
 ON_ERROR = ("raise", "return")
+# Values are arrays, or lists of arrays, one for each sequence; with `device_outputs` on a GPU, DLPack objects.
 Outputs = dict[str, NDArray[Any] | list[NDArray[Any]]]
 
 
@@ -120,6 +122,9 @@ class Engine:
         attention_mask: Any = None,
         global_attention_mask: Any = None,
         *,
+        outputs: Iterable[str] | None = None,
+        output_dtype: Any = None,
+        device_outputs: bool = False,
         on_error: Literal["raise"] = "raise",
     ) -> Outputs: ...
 
@@ -130,11 +135,22 @@ class Engine:
         attention_mask: Any = None,
         global_attention_mask: Any = None,
         *,
+        outputs: Iterable[str] | None = None,
+        output_dtype: Any = None,
+        device_outputs: bool = False,
         on_error: Literal["return"],
     ) -> list[Row | LfxError]: ...
 
     def run(
-        self, ids: Any, attention_mask: Any = None, global_attention_mask: Any = None, *, on_error: str = "raise"
+        self,
+        ids: Any,
+        attention_mask: Any = None,
+        global_attention_mask: Any = None,
+        *,
+        outputs: Iterable[str] | None = None,
+        output_dtype: Any = None,
+        device_outputs: bool = False,
+        on_error: str = "raise",
     ) -> Outputs | list[Row | LfxError]:
         """Run one batch.
 
@@ -145,6 +161,13 @@ class Engine:
             attention_mask: same shape as ids; 1 = real token, 0 = padding. Default: all 1.
             global_attention_mask: same shape as ids; 1 = attends globally. Default: the task's own rule,
                 `signature.default_global`.
+            outputs: names of the outputs to return; the others are not copied from the backend. Default: all.
+            output_dtype: "float32" or "float16": floating-point outputs are converted to it on the host, batch by
+                batch; a number that float16 cannot hold becomes infinite. Default: the model's own, float32.
+            device_outputs: leave the outputs on the device that computes them, for sequences of one length. On a GPU
+                each is an object with `__dlpack__`, for torch.from_dlpack or cupy.from_dlpack, in memory of its own
+                that is freed with the last reference; the run has finished when `run` returns. On the CPU each is an
+                array, which has `__dlpack__` too. Default: False.
             on_error: "raise", or "return": a sequence that the model cannot take, or whose batch fails in the backend,
                 gets its error, and the others are run. Default: "raise".
         Returns:
@@ -155,8 +178,8 @@ class Engine:
 
             With on_error="return" a list with one item for each sequence: what `stream` yields for it, or its error.
         Raises:
-            InputError: the model cannot take a length, shape, dtype, mask value or token id; `on_error` is not known;
-                or the Engine is closed.
+            InputError: the model cannot take a length, shape, dtype, mask value or token id; an output or another
+                option is not known; or the Engine is closed.
             ArtifactError: an output has another number of axes or rows than the signature says.
             LfxError: the Engine was made before a fork, or the backend failed.
         Source: Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
@@ -164,19 +187,22 @@ class Engine:
         start = time.perf_counter()
         try:
             one_of(on_error, "on_error", ON_ERROR, InputError)
+            request = request_outputs(self.signature, outputs, output_dtype, device_outputs)
             backend = self._open()
-            outputs: Outputs | list[Row | LfxError]
+            results: Outputs | list[Row | LfxError]
             if on_error == "return":
+                if request.on_device:
+                    raise InputError("device_outputs is for sequences of one length, with on_error='raise'")
                 sequences = prepare_each(ids, attention_mask, global_attention_mask, self.signature)
-                outputs = self._run_rows(backend, sequences, keep_errors=True)
+                results = self._run_rows(backend, sequences, request, keep_errors=True)
             else:
                 batch = prepare(ids, attention_mask, global_attention_mask, self.signature)
-                outputs = self._run_batch(backend, batch)
+                results = self._run_batch(backend, batch, request)
         except BaseException:
             self.metrics.failed()
             raise
         self.metrics.answered(time.perf_counter() - start)
-        return outputs
+        return results
 
     def embed(
         self,
@@ -213,31 +239,52 @@ class Engine:
                 )
             ids = encode_texts(texts, tokenizer, prompt=prompt, truncate=truncate)
             size = embedding_size(self.signature)
-            rows = [outputs[SENTENCE_OUTPUT] for outputs in self.stream(ids)]
+            rows = [row[SENTENCE_OUTPUT] for row in self.stream(ids, outputs=[SENTENCE_OUTPUT])]
         except BaseException:
             self.metrics.failed()
             raise
         self.metrics.answered(time.perf_counter() - start)
-        return np.stack(rows) if rows else np.zeros((0, size), np.float32)
+        return np.stack(rows).astype(np.float32, copy=False) if rows else np.zeros((0, size), np.float32)
 
-    async def run_async(self, ids: Any, attention_mask: Any = None, global_attention_mask: Any = None) -> Outputs:
+    async def run_async(
+        self,
+        ids: Any,
+        attention_mask: Any = None,
+        global_attention_mask: Any = None,
+        *,
+        outputs: Iterable[str] | None = None,
+        output_dtype: Any = None,
+        device_outputs: bool = False,
+    ) -> Outputs:
         """`run` in a thread, for asyncio. For many concurrent requests see `lfx.runtime.Batcher`."""
-        return await asyncio.to_thread(self.run, ids, attention_mask, global_attention_mask)
+        options: Any = {"outputs": outputs, "output_dtype": output_dtype, "device_outputs": device_outputs}
+        run = functools.partial(self.run, ids, attention_mask, global_attention_mask, **options)
+        results: Outputs = await asyncio.to_thread(run)
+        return results
 
-    def run_together(self, requests: Sequence[Feeds], *, on_error: str = "raise") -> list[Any]:
+    def run_together(
+        self,
+        requests: Sequence[Feeds],
+        *,
+        outputs: Iterable[str] | None = None,
+        output_dtype: Any = None,
+        on_error: str = "raise",
+    ) -> list[Any]:
         """Run prepared sequences in batches of similar lengths; see `lfx.runtime.Batcher`.
 
         Args:
+            outputs, output_dtype: as for `run`.
             on_error: "raise", or "return": the sequences of a batch that fails in the backend get its error. Default:
                 "raise".
         Returns:
             For each sequence, what `run` returns for it alone: arrays with a batch axis of 1; or its LfxError.
         Raises:
-            InputError: the Engine is closed, or `on_error` is not known.
+            InputError: the Engine is closed, or an output or another option is not known.
             LfxError: the Engine was made before a fork, or the backend failed.
         """
         one_of(on_error, "on_error", ON_ERROR, InputError)
-        rows = self._run_rows(self._open(), requests, keep_errors=on_error == "return")
+        request = request_outputs(self.signature, outputs, output_dtype)
+        rows = self._run_rows(self._open(), requests, request, keep_errors=on_error == "return")
         return [
             row if isinstance(row, LfxError) else {name: array[None] for name, array in row.items()} for row in rows
         ]
@@ -293,36 +340,56 @@ class Engine:
             sequences = prepare(ids, None, global_mask, self.signature)
             self._open().infer(stack(sequences, self.signature.pad_token_id))
 
-    def _run_batch(self, backend: backends.Backend, sequences: Sequence[Feeds]) -> Outputs:
+    def _run_batch(self, backend: backends.Backend, sequences: Sequence[Feeds], request: OutputRequest) -> Outputs:
         if len({seqlen_of(feeds) for feeds in sequences}) == 1:
-            return dict(self._infer(backend, stack(sequences, self.signature.pad_token_id)))
-        rows = self._run_rows(backend, sequences)
+            return dict(self._infer(backend, stack(sequences, self.signature.pad_token_id), request))
+        if request.on_device:
+            raise InputError("the sequences have different lengths; run each length on its own for device_outputs")
+        rows = self._run_rows(backend, sequences, request)
         outputs: Outputs = {}
-        for spec in self.signature.outputs:
+        for spec in request.signature.outputs:
             arrays = [row[spec.name] for row in rows]
             outputs[spec.name] = arrays if "sequence" in spec.shape else np.stack(arrays)
         return outputs
 
-    def _infer(self, backend: backends.Backend, feeds: Feeds) -> Row:
-        outputs = backend.infer(feeds)
+    def _infer(self, backend: backends.Backend, feeds: Feeds, request: OutputRequest) -> Row:
+        outputs = backend.infer(feeds, request.names, on_device=request.on_device)
         ids = feeds["input_ids"]
-        _check_outputs(outputs, self.signature, len(ids))
+        _check_outputs(outputs, request.signature, len(ids))
         real = int(feeds["attention_mask"].sum()) if "attention_mask" in feeds else ids.size
         self.metrics.computed(len(ids), real, ids.size - real)
-        return outputs
+        return request.convert(outputs)
 
     @overload
     def stream(
-        self, documents: Iterable[Any], *, ahead: int = AHEAD, on_error: Literal["raise"] = "raise"
+        self,
+        documents: Iterable[Any],
+        *,
+        ahead: int = AHEAD,
+        outputs: Iterable[str] | None = None,
+        output_dtype: Any = None,
+        on_error: Literal["raise"] = "raise",
     ) -> Iterator[Row]: ...
 
     @overload
     def stream(
-        self, documents: Iterable[Any], *, ahead: int = AHEAD, on_error: Literal["return"]
+        self,
+        documents: Iterable[Any],
+        *,
+        ahead: int = AHEAD,
+        outputs: Iterable[str] | None = None,
+        output_dtype: Any = None,
+        on_error: Literal["return"],
     ) -> Iterator[Row | LfxError]: ...
 
     def stream(
-        self, documents: Iterable[Any], *, ahead: int = AHEAD, on_error: str = "raise"
+        self,
+        documents: Iterable[Any],
+        *,
+        ahead: int = AHEAD,
+        outputs: Iterable[str] | None = None,
+        output_dtype: Any = None,
+        on_error: str = "raise",
     ) -> Iterator[Row] | Iterator[Row | LfxError]:
         """Run more sequences than fit in memory, in batches of neighbouring lengths.
 
@@ -330,19 +397,22 @@ class Engine:
             documents: an iterable of sequences of integers, (seqlen,); for multiple choice (choices, seqlen).
             ahead: number of documents that are read, sorted by length and run at a time, 1 or more. Default: 256. The
                 same documents in the same order form the same batches, so their results are bitwise equal.
+            outputs, output_dtype: as for `run`.
             on_error: "raise", or "return": a document that the model cannot take, or whose batch fails in the backend,
                 gets its error, and the others are run. Default: "raise".
         Yields:
             For each document, in the order given: output name -> array, without the batch axis; with on_error="return",
             its LfxError where it has one.
         Raises:
-            InputError: at once, if `ahead` is out of range, `on_error` is not known, `documents` is not iterable or the
-                Engine is closed. While iterating, if the model cannot take a document: the message has its index from
-                0, and no document that was read together with it is run. Errors that `documents` raises pass through.
+            InputError: at once, if `ahead` is out of range, an output or another option is not known, `documents` is
+                not iterable or the Engine is closed. While iterating, if the model cannot take a document: the message
+                has its index from 0, and no document that was read together with it is run. Errors that `documents`
+                raises pass through.
             LfxError: the Engine was made before a fork, or the backend failed.
         """
         ahead = whole_number(ahead, "ahead", 1, sys.maxsize)
         one_of(on_error, "on_error", ON_ERROR, InputError)
+        request = request_outputs(self.signature, outputs, output_dtype)
         self.check_usable()
         if isinstance(documents, str | bytes | bytearray | memoryview | UserString | Mapping):
             raise InputError(f"documents is {type(documents).__name__}; give an iterable of sequences of integers")
@@ -352,16 +422,18 @@ class Engine:
             raise InputError(
                 f"documents is {type(documents).__name__}; give an iterable of sequences of integers"
             ) from error
-        return self._stream(iterator, ahead, keep_errors=on_error == "return")
+        return self._stream(iterator, ahead, request, keep_errors=on_error == "return")
 
-    def _stream(self, documents: Iterator[Any], ahead: int, *, keep_errors: bool) -> Iterator[Any]:
+    def _stream(
+        self, documents: Iterator[Any], ahead: int, request: OutputRequest, *, keep_errors: bool
+    ) -> Iterator[Any]:
         indices = itertools.count()
         while chunk := list(itertools.islice(documents, ahead)):
             sequences = [
                 self._prepare_document(document, index, keep_error=keep_errors)
                 for document, index in zip(chunk, indices, strict=False)
             ]
-            yield from self._run_rows(self._open(), sequences, keep_errors=keep_errors)
+            yield from self._run_rows(self._open(), sequences, request, keep_errors=keep_errors)
 
     def _prepare_document(self, document: Any, index: int, *, keep_error: bool) -> Feeds | LfxError:
         try:
@@ -406,12 +478,17 @@ class Engine:
         return self._reopen, ()
 
     def _run_rows(
-        self, backend: backends.Backend, sequences: Sequence[Feeds | LfxError], *, keep_errors: bool = False
+        self,
+        backend: backends.Backend,
+        sequences: Sequence[Feeds | LfxError],
+        request: OutputRequest,
+        *,
+        keep_errors: bool = False,
     ) -> list[Any]:
         return run_rows(
             sequences,
-            lambda feeds: self._infer(backend, feeds),
-            self.signature,
+            lambda feeds: self._infer(backend, feeds, request),
+            request.signature,
             self.token_budget,
             backend.supports_shape,
             keep_errors=keep_errors,
@@ -433,10 +510,13 @@ class Engine:
 def _check_outputs(outputs: Mapping[str, Any], signature: Signature, batch: int) -> None:
     """Raise ArtifactError for an output of a batch that has another form than the signature says."""
     for spec in signature.outputs:
-        array = outputs[spec.name]
-        is_array = isinstance(array, np.ndarray) and array.ndim == len(spec.shape)
-        if not is_array or (spec.shape[:1] == ("batch",) and len(array) != batch):
-            shape = f"shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        shape = getattr(outputs[spec.name], "shape", None)  # of an array, or of an output on a device
+        if (
+            not isinstance(shape, tuple)
+            or len(shape) != len(spec.shape)
+            or (spec.shape[:1] == ("batch",) and shape[0] != batch)
+        ):
+            shape = f"shape {shape}" if isinstance(shape, tuple) else type(outputs[spec.name]).__name__
             raise ArtifactError(
                 f"output {spec.name} of a batch of {batch} has {shape} where the model's signature says "
                 f"({', '.join(map(str, spec.shape))}); export the model again"

@@ -244,6 +244,11 @@ _HEADS = {
 ANSWERED_TASKS = frozenset(_HEADS)
 
 
+def answer_outputs(task: str) -> tuple[str, ...]:
+    """Names of the outputs that a task's answers are made from; none for a task without answers."""
+    return _HEADS[task].outputs if task in _HEADS else ()
+
+
 def answer_fields(task: str) -> tuple[str, ...]:
     """Names of the fields of a task's answers; none for a task without answers."""
     return _HEADS[task].fields if task in _HEADS else ()

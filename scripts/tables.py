@@ -386,6 +386,36 @@ def ray() -> str:
 PLAN = {"documents": 1_000_000, "lengths": (128, 512, 1024, 4096), "cores": 16, "hours": 24}
 
 
+def torch() -> str:
+    """Make the table of a model of transformers before and after `lfx.torch.accelerate`."""
+    if not (record.RECORDS / "torch.jsonl").exists():
+        return "Not measured yet: `python -m scripts.bench.torch_ops`.\n"
+    records = record.read("torch")
+    rows = []
+    for row in records:
+        eager, ours = row["contenders"]["huggingface-eager"], row["contenders"]["lfx-torch"]
+        rows.append(
+            [
+                f"{row['seqlen']:,}",
+                _time(eager["median_ms"]),
+                _time(ours["median_ms"]),
+                f"**{row['speedup']:.2f}**",
+                f"{eager['peak_bytes'] / 1e9:.2f} / {ours['peak_bytes'] / 1e9:.2f} GB",
+                f"{row['max_difference']:.1e}",
+            ]
+        )
+    header = [
+        "tokens",
+        "Hugging Face eager",
+        "accelerated",
+        "times as fast",
+        "peak memory of both",
+        "largest difference",
+    ]
+    note = f"\nBase shape, fp32, batch 1, one global token, {records[0]['threads']} threads. {_hardware(records[0])}.\n"
+    return _rows(header, rows) + note
+
+
 def plan() -> str:
     """Make the table that plans a cluster from the records of one Engine, with its arithmetic."""
     rates = {row["seqlen"]: row["contenders"]["lfx-onnxruntime"]["tokens_per_second"] for row in record.read("cpu")}
@@ -478,6 +508,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "profile": profile,
     "long": long,
     "ray": ray,
+    "torch": torch,
     "plan": plan,
     "support": support,
 }

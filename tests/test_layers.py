@@ -1,4 +1,4 @@
-"""Direction of imports: core ← runtime ← ray ← export ← cli, without a cycle; nothing imports tests or scripts."""
+"""Direction of imports: core ← runtime ← ray ← torch ← export ← cli, no cycle; nothing imports tests or scripts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "lfx"
 # Each may import those before it, and itself.
-LAYERS = ("core", "runtime", "ray", "export", "cli")
+LAYERS = ("core", "runtime", "ray", "torch", "export", "cli")
 
 
 def modules() -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""The backends that run an ONNX file, all with the interface `infer(feeds) -> outputs`.
+"""The backends that run an ONNX file, all with the interface `interface.Backend`.
 
 A backend that is named explicitly is used or is an error; none falls back to another device or library. To add a
 backend: a module here with a class like `reference.Reference`, its name in `BACKENDS` and a branch in `load`; its name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -24,8 +25,16 @@ class Backend(Protocol):
     input_names: list[str]
     output_names: list[str]
 
-    def infer(self, feeds: Arrays) -> Arrays:
-        """Run one batch, input name -> array; returns output name -> array. Thread-safe."""
+    def infer(self, feeds: Arrays, outputs: Sequence[str] | None = None, *, on_device: bool = False) -> Arrays:
+        """Run one batch. Thread-safe.
+
+        Args:
+            feeds: input name -> array.
+            outputs: names of the outputs to return; None = all.
+            on_device: on a GPU, return objects with `shape` and `__dlpack__` in place of arrays.
+        Returns:
+            Output name -> array, owned by the caller.
+        """
         ...
 
     def supports_shape(self, batch: int, seqlen: int) -> bool:

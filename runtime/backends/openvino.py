@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,14 @@ class OpenVino(AnyShape):
         self.input_names = [item.name for item in graph.graph.input]
         self.output_names = [item.name for item in graph.graph.output]
 
-    def infer(self, feeds: Arrays) -> Arrays:
-        """Run one batch, in a new infer request."""
+    def infer(self, feeds: Arrays, outputs: Sequence[str] | None = None, *, on_device: bool = False) -> Arrays:
+        """Run one batch, in a new infer request; only the requested outputs are copied."""
         try:
-            outputs = self._compiled.create_infer_request().infer(feeds)
+            results = self._compiled.create_infer_request().infer(feeds)
         except Exception as error:
             raise LfxError(f"OpenVINO failed: {with_cure(error)}") from error
-        return {name: np.array(outputs[i]) for i, name in enumerate(self.output_names)}
+        names = self.output_names if outputs is None else outputs
+        return {name: np.array(results[self.output_names.index(name)]) for name in names}
 
 
 def _config(core: Any, threads: int | None, precision: str | None, stored: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,11 @@ class Reference(AnyShape):
         self.input_names = list(self._evaluator.input_names)
         self.output_names = list(self._evaluator.output_names)
 
-    def infer(self, feeds: Arrays) -> Arrays:
+    def infer(self, feeds: Arrays, outputs: Sequence[str] | None = None, *, on_device: bool = False) -> Arrays:
         """Run one batch."""
+        names = self.output_names if outputs is None else list(outputs)
         try:
-            outputs = self._evaluator.run(self.output_names, feeds)
+            values = self._evaluator.run(names, feeds)
         except Exception as error:
             raise LfxError(f"the reference evaluator failed: {with_cure(error)}") from error
-        return dict(zip(self.output_names, (np.asarray(value) for value in outputs), strict=True))
+        return dict(zip(names, (np.asarray(value) for value in values), strict=True))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,16 @@ from numpy.typing import NDArray
 from lfx.errors import ArtifactError, InputError, LfxError, PluginError, require
 from lfx.runtime import forks
 from lfx.runtime import plugin as plugins
+from lfx.runtime.backends.cuda_memory import LEASED_FROM_BYTES, Buffer, DeviceMemory, Lease, PinnedPool
 from lfx.runtime.device import check, cudart, require_gpu
+from lfx.runtime.dlpack import CUDA, DeviceArray
 from lfx.runtime.flavor import FLAVORS
 from lfx.runtime.plan import PlanManifest
 from lfx.runtime.profile import choose
 
 Arrays = dict[str, NDArray[Any]]
 DEVICE = 0
+DLPACK_DEVICE = (CUDA, DEVICE)
 
 
 class TensorRt:
@@ -65,14 +67,17 @@ class TensorRt:
         self.output_names = [name for name in names if not is_input[name]]
         self.name = f"{manifest.flavor} {trt.__version__} {capability}"
         self._profiles = manifest.profiles
+        self._pool = PinnedPool(self._cuda)
         self._workers = threading.local()
 
     def supports_shape(self, batch: int, seqlen: int) -> bool:
         """Whether a profile of the plan takes a batch of this shape."""
         return choose(self._profiles, batch, seqlen) is not None
 
-    def infer(self, feeds: Arrays) -> Arrays:
-        """Run one batch on this thread's own context and stream.
+    def infer(self, feeds: Arrays, outputs: Sequence[str] | None = None, *, on_device: bool = False) -> Arrays:
+        """Run one batch on this thread's own context and stream; see `lfx.runtime.backends.interface.Backend`.
+
+        A large output is an array in pinned memory, up to a limit of pinned memory; others are in pageable memory.
 
         Raises:
             InputError: no profile of the plan takes this shape.
@@ -92,8 +97,10 @@ class TensorRt:
             context = self._engine.create_execution_context()
             if context is None:
                 raise LfxError(f"TensorRT could not create an execution context: {self._log.last()}")
-            worker = self._workers.worker = _Worker(self._cuda, self._trt, self._engine, context, self._log.last)
-        return worker.run(feeds, profile, self.output_names)
+            worker = self._workers.worker = _Worker(
+                self._cuda, self._trt, self._engine, context, self._pool, self._log.last
+            )
+        return worker.run(feeds, profile, self.output_names if outputs is None else list(outputs), on_device)
 
 
 def _load_plugins(trt: Any, library: Path) -> None:
@@ -129,72 +136,44 @@ class _Log:
         return Logger()
 
 
-class _Buffer:
-    """Device memory and pinned host memory of one tensor. The buffer grows and never shrinks."""
-
-    def __init__(self, cuda: Any) -> None:
-        self._cuda = cuda
-        self.bytes = 0
-        self.device = 0
-        self.host = 0
-
-    def reserve(self, size: int) -> bool:
-        """Grow to at least `size` bytes; returns whether the addresses changed."""
-        if size <= self.bytes:
-            return False
-        self.free()
-        self.device = int(check(self._cuda.cudaMalloc(size)))
-        try:
-            self.host = int(check(self._cuda.cudaMallocHost(size)))
-        except LfxError:
-            self._cuda.cudaFree(self.device)
-            raise
-        self.bytes = size
-        return True
-
-    def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """A view of the host memory as an array."""
-        count = int(np.prod(shape, dtype=np.int64))
-        raw = (ctypes.c_char * (count * dtype.itemsize)).from_address(self.host)
-        return np.ndarray(shape, dtype, memoryview(raw))
-
-    def free(self) -> None:
-        """Free the device and host memory."""
-        if self.bytes:
-            self._cuda.cudaFree(self.device)
-            self._cuda.cudaFreeHost(self.host)
-            self.bytes = 0
-
-
 class _Worker:
     """Execution context, stream, buffers and CUDA graph of one thread. Not thread-safe.
 
-    The second batch in a row of one shape is captured as a CUDA graph, and further ones replay it. A worker has at most
-    one graph, since setting other shapes on the context invalidates a graph that was captured from it.
+    The second batch in a row of one shape and with the same outputs is captured as a CUDA graph, and further ones
+    replay it. The copies of large outputs, and of those that stay on the device, are not in the graph: each run has
+    other memory for them. A worker has at most one graph, since setting other shapes on the context invalidates a graph
+    that was captured from it.
     """
 
-    def __init__(self, cuda: Any, trt: Any, engine: Any, context: Any, reason: Callable[[], str]) -> None:
+    def __init__(
+        self, cuda: Any, trt: Any, engine: Any, context: Any, pool: PinnedPool, reason: Callable[[], str]
+    ) -> None:
         self._cuda, self._trt, self._engine, self._context, self._reason = cuda, trt, engine, context, reason
-        self._buffers: dict[str, _Buffer] = {}
+        self._pool = pool
+        self._buffers: dict[str, Buffer] = {}
         self._profile = 0  # a new context has profile 0 selected
-        self._shapes: dict[str, tuple[int, ...]] | None = None
+        # Shapes of the inputs, names of the outputs and `on_device` of the previous run; None if it failed.
+        self._previous: tuple[dict[str, tuple[int, ...]], list[str], bool] | None = None
         self._graph: Any = None
         self._can_capture = True
         self._generation = forks.generation()
         self._stream = check(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
 
-    def run(self, feeds: Arrays, profile: int, outputs: list[str]) -> Arrays:
+    def run(self, feeds: Arrays, profile: int, outputs: list[str], on_device: bool) -> Arrays:
         """Run one batch and wait for its outputs."""
-        shapes = {name: array.shape for name, array in feeds.items()}
-        is_repeat = shapes == self._shapes
+        current = ({name: array.shape for name, array in feeds.items()}, outputs, on_device)
+        is_repeat = current == self._previous
+        self._previous = None  # stays None if a step below fails
         if not is_repeat:
-            self._prepare(feeds, profile, outputs)
+            self._prepare(feeds, profile, outputs, on_device)
         for name, array in feeds.items():
             self._buffers[name].array(array.shape, array.dtype)[...] = array
         specs = {name: self._output(name) for name in outputs}
+        # Before anything is enqueued: an error must not return memory that a pending copy writes.
+        targets = {name: self._target(name, _bytes(spec), on_device) for name, spec in specs.items()}
         sizes = (
             {name: array.nbytes for name, array in feeds.items()},
-            {name: int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for name, (shape, dtype) in specs.items()},
+            {name: _bytes(specs[name]) for name, target in targets.items() if target is None},
         )
         if is_repeat and self._graph is None and self._can_capture:
             self._graph = self._capture(*sizes)
@@ -202,14 +181,19 @@ class _Worker:
             check(self._cuda.cudaGraphLaunch(self._graph, self._stream))
         else:
             self._enqueue(*sizes)
+        kinds = self._cuda.cudaMemcpyKind
+        kind = kinds.cudaMemcpyDeviceToDevice if on_device else kinds.cudaMemcpyDeviceToHost
+        for name, target in targets.items():
+            if target is not None:
+                source = self._buffers[name].device
+                check(self._cuda.cudaMemcpyAsync(target.address, source, _bytes(specs[name]), kind, self._stream))
         check(self._cuda.cudaStreamSynchronize(self._stream))
-        self._shapes = shapes
-        return {name: self._buffers[name].array(*specs[name]).copy() for name in outputs}
+        self._previous = current
+        return {name: self._result(name, target, *specs[name]) for name, target in targets.items()}
 
-    def _prepare(self, feeds: Arrays, profile: int, outputs: list[str]) -> None:
-        """Set the profile, shapes, buffers and addresses for a batch whose shape differs from the previous one."""
+    def _prepare(self, feeds: Arrays, profile: int, outputs: list[str], on_device: bool) -> None:
+        """Set the profile, shapes, buffers and addresses for a batch of other shapes or outputs than the previous."""
         self._destroy_graph()
-        self._shapes = None  # stays None if a step below fails
         if profile != self._profile:
             if not self._context.set_optimization_profile_async(profile, int(self._stream)):
                 raise LfxError(f"TensorRT could not select profile {profile}: {self._reason()}")
@@ -217,13 +201,37 @@ class _Worker:
         for name, array in feeds.items():
             if not self._context.set_input_shape(name, array.shape):
                 raise InputError(f"{name} of shape {array.shape} is outside the plan's profile: {self._reason()}")
-            self._buffers.setdefault(name, _Buffer(self._cuda)).reserve(max(array.nbytes, 1))
-        for name in outputs:
-            shape, dtype = self._output(name)
-            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            self._buffers.setdefault(name, _Buffer(self._cuda)).reserve(max(size, 1))
+            self._buffers.setdefault(name, Buffer(self._cuda)).reserve(max(array.nbytes, 1))
+        for i in range(self._engine.num_io_tensors):  # the engine writes all outputs, also those that are not copied
+            name = self._engine.get_tensor_name(i)
+            if name not in feeds:
+                size = max(_bytes(self._output(name)), 1)
+                is_staged = name in outputs and not on_device and size < LEASED_FROM_BYTES
+                self._buffers.setdefault(name, Buffer(self._cuda)).reserve(size, on_host=is_staged)
         for name, buffer in self._buffers.items():
             self._context.set_tensor_address(name, buffer.device)
+
+    def _target(self, name: str, size: int, on_device: bool) -> DeviceMemory | Lease | Buffer | None:
+        """Where an output is copied after the graph; None = to its buffer's host memory, in the graph."""
+        if on_device:
+            return DeviceMemory(self._cuda, size)
+        if size < LEASED_FROM_BYTES:
+            return None
+        lease = self._pool.take(size)
+        if lease is not None:
+            return lease
+        self._buffers[name].reserve(size)
+        return self._buffers[name]
+
+    def _result(
+        self, name: str, target: DeviceMemory | Lease | Buffer | None, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> Any:
+        """An output that has been copied to its target."""
+        if target is None or isinstance(target, Buffer):
+            return self._buffers[name].array(shape, dtype).copy()
+        if isinstance(target, Lease):
+            return target.array(shape, dtype)
+        return DeviceArray(target.address, shape, dtype, DLPACK_DEVICE, target)
 
     def _output(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Shape and dtype of an output for the input shapes that are set."""
@@ -283,3 +291,9 @@ class _Worker:
         for buffer in self._buffers.values():
             buffer.free()
         self._cuda.cudaStreamDestroy(self._stream)
+
+
+def _bytes(spec: tuple[tuple[int, ...], np.dtype[Any]]) -> int:
+    """Size of a tensor of this shape and dtype."""
+    shape, dtype = spec
+    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

@@ -40,6 +40,8 @@ class Options:
         optimization_level: builder optimization level, 0 to 5; None = TensorRT's default.
         version_compatible: whether the plan runs with later TensorRT versions of the same major version. TensorRT only.
         refit: whether the weights of the plan can be replaced.
+        float16_outputs: whether the outputs of a plan in fp16 are float16, of which half as many bytes are copied to
+            the host as of float32.
     """
 
     timing_cache: Path | None = None
@@ -47,6 +49,7 @@ class Options:
     optimization_level: int | None = None
     version_compatible: bool = False
     refit: bool = False
+    float16_outputs: bool = False
 
     def flags(self) -> list[str]:
         """Names of the TensorRT BuilderFlags of these options."""
@@ -166,7 +169,7 @@ def _checked(
     slots = _slots(max_global, manifest.signature)
     ranges = _profiles(batch, seqlen, slots, plugin, manifest.signature)
     path = _output(output if output is not None else folder.resolve().name + SUFFIX)
-    signature = _signature(manifest.signature, precision, slots, ranges)
+    signature = _signature(manifest.signature, precision, slots, ranges, float16_outputs=options.float16_outputs)
     if signature.adds_globals and slots < (signature.max_seqlen or slots):
         raise BuildError(
             f"{bundle} gives tokens global attention by a rule of its own, and TensorRT needs their number constant: "
@@ -313,6 +316,7 @@ def _check_options(flavor: str, options: Options) -> None:
         raise BuildError(f"options is {shown(options)}; give lfx.runtime.build.Options")
     flag(options.version_compatible, "version_compatible", BuildError)
     flag(options.refit, "refit", BuildError)
+    flag(options.float16_outputs, "float16_outputs", BuildError)
     if options.workspace_bytes is not None:
         whole_number(options.workspace_bytes, "workspace_bytes", 1, 2**63 - 1, BuildError)
     if options.optimization_level is not None:
@@ -333,16 +337,22 @@ def _output(output: str | Path) -> Path:
     return path
 
 
-def _signature(source: Signature, precision: str | None, slots: int, ranges: Sequence[Profile]) -> Signature:
+def _signature(
+    source: Signature, precision: str | None, slots: int, ranges: Sequence[Profile], *, float16_outputs: bool
+) -> Signature:
     """The signature of the plan, from the bundle's."""
     target = one_of(precision, "precision", PRECISIONS, BuildError) if precision is not None else source.precision
     if source.precision not in (target, "fp32"):
         raise BuildError(
             f"the bundle is {source.precision}; {target} is converted from an fp32 bundle: export it again"
         )
+    if float16_outputs and target != "fp16":
+        raise BuildError(f"--float16-outputs is for a plan in fp16, and this one is {target}; add --fp16")
+    dtypes = {"float32": "float16"} if float16_outputs else {}
     return replace(
         source,
         precision=target,
+        outputs=tuple(replace(spec, dtype=dtypes.get(spec.dtype, spec.dtype)) for spec in source.outputs),
         max_seqlen=max(p.seqlen.max for p in ranges),
         max_global=slots if source.global_attention == "mask" else None,
     )

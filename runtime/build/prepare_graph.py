@@ -55,6 +55,7 @@ def prepare_graph(
         _check_heads(attention_nodes(model))
     if signature.precision != manifest.signature.precision:
         convert(model, signature.precision)
+    _cast_outputs(model, signature)
     if plugin:
         name_plugins(model)
     else:
@@ -168,7 +169,7 @@ def convert(model: ir.Model, precision: str) -> None:
     _cast_inputs(model, pooling, dtype)
     for i, output in enumerate(list(model.graph.outputs)):
         if output in outputs and output.dtype == dtype:
-            model.graph.outputs[i] = _cast_to_float(model, output)
+            model.graph.outputs[i] = _cast_output(model, output, ir.DataType.FLOAT)
 
 
 def _convert_weights(model: ir.Model, kept: set[ir.Value], precision: str) -> None:
@@ -251,13 +252,21 @@ def _value_of(node: ir.Node) -> np.ndarray | None:
     return np.zeros(1, np.float32) if node.op_type == "ConstantOfShape" else None
 
 
-def _cast_to_float(model: ir.Model, output: ir.Value) -> ir.Value:
-    """Append a Cast to float32 to a graph output; the result has the output's name."""
+def _cast_outputs(model: ir.Model, signature: Signature) -> None:
+    """Cast the float32 outputs that are float16 in the signature."""
+    halves = {spec.name for spec in signature.outputs if spec.dtype == "float16"}
+    for i, output in enumerate(list(model.graph.outputs)):
+        if output.name in halves and output.dtype == ir.DataType.FLOAT:
+            model.graph.outputs[i] = _cast_output(model, output, ir.DataType.FLOAT16)
+
+
+def _cast_output(model: ir.Model, output: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Append a Cast to a graph output; the result has the output's name."""
     name = output.name
     output.name = f"{name}/{output.dtype}"
-    cast = ir.Node("", "Cast", [output], [ir.AttrInt64("to", int(ir.DataType.FLOAT))], name=f"{name}/Cast")
+    cast = ir.Node("", "Cast", [output], [ir.AttrInt64("to", int(dtype))], name=f"{output.name}/Cast")
     result = cast.outputs[0]
-    result.name, result.dtype, result.shape = name, ir.DataType.FLOAT, output.shape
+    result.name, result.dtype, result.shape = name, dtype, output.shape
     model.graph.append(cast)
     return result
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lfx.errors import InputError, LfxError, one_line
 from lfx.runtime.engine import AHEAD, Engine
 from lfx.runtime.inputs import prepare
-from lfx.runtime.postprocess import Postprocessor
+from lfx.runtime.postprocess import Postprocessor, answer_outputs
 from lfx.runtime.tokenizer import Encoded, Tokenizer
 from lfx.signature import TASKS, Signature, TensorSpec
 
@@ -105,7 +105,7 @@ class Runner:
         if not sequences:
             return []
         try:
-            return list(self.engine.stream(sequences, ahead=AHEAD))
+            return list(self.engine.stream(sequences, ahead=AHEAD, outputs=self._output_names()))
         except MemoryError:
             raise
         except Exception:  # one sequence may be the cause, or the size of a batch
@@ -117,11 +117,19 @@ class Runner:
 
     def _outputs_alone(self, ids: list[int]) -> Outputs | Exception:
         try:
-            return next(self.engine.stream([ids]))
+            return next(self.engine.stream([ids], outputs=self._output_names()))
         except MemoryError:
             raise
         except Exception as error:
             return error
+
+    def _output_names(self) -> list[str] | None:
+        """Names of the outputs that rows are made from; None = all."""
+        signature = self.engine.signature
+        names = {spec.name for spec in outputs_per_sequence(signature)}
+        if self.postprocessor is not None:
+            names.update(answer_outputs(signature.task))
+        return [spec.name for spec in signature.outputs if spec.name in names] or None
 
     def _check_engine(self, failure: Exception) -> None:
         """Raise an error if the engine cannot even run a single token.

@@ -16,7 +16,7 @@ from lfx.runtime import Batcher, Engine
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.engine import Outputs
 from lfx.runtime.inputs import pad_choices
-from lfx.runtime.postprocess import ANSWERED_TASKS, Postprocessor
+from lfx.runtime.postprocess import ANSWERED_TASKS, Postprocessor, answer_outputs
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
 from lfx.runtime.tokenizer import TOKENIZER, Encoded, Tokenizer, encode_ids, open_tokenizer, text_folder
 from lfx.signature import SENTENCE_EMBEDDING, TASKS
@@ -34,6 +34,7 @@ class Input:
         attention_mask, global_attention_mask: for ids, of their shape; see `Engine.run`.
         prompt: text that is put before `text`; None = the checkpoint's default prompt.
         truncate: whether a text that is longer than the model takes is cut, as `Tokenizer.truncate` does.
+        outputs: names of the outputs that the reply has; those of the answers are computed too. None = all.
     """
 
     text: str | None = None
@@ -44,6 +45,7 @@ class Input:
     global_attention_mask: Any = None
     prompt: str | None = None
     truncate: bool = False
+    outputs: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,15 @@ class ServedModel:
         if TASKS[self.signature.task].needs_pair and item.pair is None:
             raise InputError(f"{self.signature.task} needs the question as text, and the document as pair")
         encoded, truncated = self._encode(item.text, item.pair, item)
-        return Prepared(encoded, len(encoded.ids), truncated, self.batcher.submit(encoded.ids))
+        return Prepared(encoded, len(encoded.ids), truncated, self._enqueue(item, encoded.ids))
+
+    def _enqueue(self, item: Input, *arrays: Any) -> Future[Outputs]:
+        """Submit ids and masks to the Batcher, for the outputs that the reply needs."""
+        names = None
+        if item.outputs is not None:
+            needed = answer_outputs(self.signature.task) if self.has_answers else ()
+            names = tuple(dict.fromkeys((*item.outputs, *needed))) or None
+        return self.batcher.submit(*arrays, outputs=names)
 
     def _submit_ids(self, item: Input) -> Prepared:
         if item.text is not None or item.pair is not None or item.choices is not None:
@@ -157,7 +167,7 @@ class ServedModel:
             raise InputError("ids contain a list; give each sequence as an input of its own")
         if self.signature.has_choices:
             self._check_choices(len(item.ids))
-        future = self.batcher.submit(item.ids, item.attention_mask, item.global_attention_mask)
+        future = self._enqueue(item, item.ids, item.attention_mask, item.global_attention_mask)
         mask = np.ones(np.shape(item.ids), int) if item.attention_mask is None else np.array(item.attention_mask)
         first = (item.ids[0], mask[0]) if self.signature.has_choices else (item.ids, mask)
         encoded, positions = encode_ids(*first)
@@ -171,7 +181,7 @@ class ServedModel:
         encoded = [self._encode(item.text, choice, item) for choice in item.choices]
         ids, mask = pad_choices([choice.ids for choice, _ in encoded], self.signature.pad_token_id)
         truncated = any(cut for _, cut in encoded)
-        return Prepared(encoded[0][0], int(mask.sum()), truncated, self.batcher.submit(ids, mask))
+        return Prepared(encoded[0][0], int(mask.sum()), truncated, self._enqueue(item, ids, mask))
 
     def _check_choices(self, count: int) -> None:
         if count > self._max_choices:

@@ -80,14 +80,13 @@ async def run(service: Service, data: bytes, name: str | None) -> Response:
     if not items:
         raise InputError("inputs is an empty list; give at least one")
     names = _output_names(model, body.outputs)
-    computed = await service.run(model, [_input(item, body) for item in items])
+    computed = await service.run(model, [_input(item, body, names) for item in items])
     return await service.render(lambda: _reply(model, computed, names, body.encoding, start))
 
 
-def _input(item: str | OneInput, body: RunRequest) -> Input:
-    if isinstance(item, str):
-        return Input(item, prompt=body.prompt, truncate=body.truncate)
-    return Input(**dict(item), prompt=body.prompt, truncate=body.truncate)
+def _input(item: str | OneInput, body: RunRequest, names: list[str]) -> Input:
+    fields = {"text": item} if isinstance(item, str) else dict(item)
+    return Input(**fields, prompt=body.prompt, truncate=body.truncate, outputs=tuple(names))
 
 
 def _output_names(model: ServedModel, requested: list[str] | None) -> list[str]:

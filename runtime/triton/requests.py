@@ -18,7 +18,7 @@ from lfx.errors import InputError, LengthError, LfxError, one_line
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.engine import Engine, Outputs
 from lfx.runtime.inputs import Feeds, pad_choices, prepare, seqlen_of
-from lfx.runtime.postprocess import ANSWERED_TASKS, Postprocessor
+from lfx.runtime.postprocess import ANSWERED_TASKS, Postprocessor, answer_outputs
 from lfx.runtime.tokenizer import TOKENIZER, Encoded, Tokenizer, encode_ids, open_tokenizer, text_folder
 from lfx.signature import SENTENCE_EMBEDDING, TASKS, Signature, TensorSpec
 
@@ -159,7 +159,8 @@ class TritonModel:
             spaces after the shorter ones.
         """
         prepared = [_own_error(self._prepare, request) for request in requests]
-        self._run([row for rows in prepared if not isinstance(rows, LfxError) for row in rows])
+        names = self._output_names(requests)
+        self._run([row for rows in prepared if not isinstance(rows, LfxError) for row in rows], names)
         return [_own_error(self._result, request, rows) for request, rows in zip(requests, prepared, strict=True)]
 
     def counted(self) -> dict[str, int]:
@@ -235,9 +236,16 @@ class TritonModel:
             reason = str(error).partition(";")[0]
             raise LengthError(f"{reason}; shorten it, or give the parameter truncate: true to have it cut") from error
 
-    def _run(self, rows: Sequence[_Row]) -> None:
+    def _output_names(self, requests: Sequence[Request | LfxError]) -> list[str] | None:
+        """Names of the model's outputs that the requests need together; None = all."""
+        wanted: frozenset[str] = frozenset().union(*(r.outputs for r in requests if not isinstance(r, LfxError)))
+        if ANSWERS in wanted:
+            wanted |= set(answer_outputs(self._signature.task))
+        return [spec.name for spec in self._signature.outputs if spec.name in wanted] or None
+
+    def _run(self, rows: Sequence[_Row], names: list[str] | None) -> None:
         """Run sequences in batches; of a batch that fails, each sequence gets the error."""
-        results = _own_error(self._engine.run_together, [row.feeds for row in rows], on_error="return")
+        results = _own_error(self._engine.run_together, [row.feeds for row in rows], outputs=names, on_error="return")
         for row, result in zip(rows, [results] * len(rows) if isinstance(results, LfxError) else results, strict=True):
             row.result = result
 

@@ -152,6 +152,13 @@ class Signature:
         prefixes = (f"{ATTENTIONS}.", f"{GLOBAL_ATTENTIONS}.") if self.output_attentions else ()
         return frozenset(spec.name for spec in self.outputs if spec.name.startswith(prefixes))
 
+    def with_outputs(self, names: Iterable[str]) -> Signature:
+        """The signature with these outputs only, in this order."""
+        specs = {spec.name: spec for spec in self.outputs}
+        names = tuple(names)
+        attentions = not self.attention_outputs.isdisjoint(names)
+        return dataclasses.replace(self, outputs=tuple(specs[name] for name in names), output_attentions=attentions)
+
     @property
     def has_choices(self) -> bool:
         """Whether the inputs have an axis of choices: (batch, choices, seqlen)."""

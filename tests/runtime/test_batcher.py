@@ -51,13 +51,13 @@ class Recorded:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def run_together(self, requests: list[Any]) -> Any:
+    def run_together(self, requests: list[Any], **options: Any) -> Any:
         self.groups.append(len(requests))
         self.entered.set()
         assert self.gate.wait(LONG)
         if self.fails is not None:
             raise self.fails
-        return self._engine.run_together(requests)
+        return self._engine.run_together(requests, **options)
 
 
 def answers_alike(outputs: dict[str, Any], expected: dict[str, Any]) -> bool:
@@ -178,10 +178,10 @@ def test_an_error_of_the_backend_reaches_all_requests_of_its_batch_and_no_other(
 def test_a_request_that_the_backend_fails_on_does_not_fail_the_others_of_its_batch(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(feeds: dict[str, Any]) -> Any:
+    def fail(feeds: dict[str, Any], *names: Any, **options: Any) -> Any:
         if (feeds["input_ids"] == 9).any():
             raise LfxError("id 9 is outside a table of the model")
-        return infer(feeds)
+        return infer(feeds, *names, **options)
 
     infer = engine._backend.infer  # type: ignore[union-attr]
     monkeypatch.setattr(engine._backend, "infer", fail)
@@ -487,10 +487,10 @@ class Slow:
         self.engine, self.entered = engine, threading.Event()
     def __getattr__(self, name):
         return getattr(self.engine, name)
-    def run_together(self, requests):
+    def run_together(self, requests, **options):
         self.entered.set()
         time.sleep(1)
-        return self.engine.run_together(requests)
+        return self.engine.run_together(requests, **options)
 
 engine = Slow(Engine(sys.argv[1], threads=1))
 batcher = Batcher(engine, max_delay_ms=0)

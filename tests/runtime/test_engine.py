@@ -233,10 +233,10 @@ def test_on_error_return_keeps_the_error_of_a_batch_that_fails_in_the_backend(
 ) -> None:
     infer = type(engine._backend).infer
 
-    def fail_on_long(self: Any, feeds: dict[str, Any]) -> Any:
+    def fail_on_long(self: Any, feeds: dict[str, Any], *names: Any, **options: Any) -> Any:
         if feeds["input_ids"].shape[1] > 20:
             raise LfxError("out of memory")
-        return infer(self, feeds)
+        return infer(self, feeds, *names, **options)
 
     monkeypatch.setattr(type(engine._backend), "infer", fail_on_long)
     monkeypatch.setattr(engine, "token_budget", 17)
@@ -317,9 +317,9 @@ def test_a_running_batch_completes_when_another_thread_closes_the_engine(bundle:
     engine = Engine(bundle())
     infer = engine._backend.infer
 
-    def close_first(feeds: Any) -> Any:
+    def close_first(feeds: Any, *names: Any, **options: Any) -> Any:
         engine.close()
-        return infer(feeds)
+        return infer(feeds, *names, **options)
 
     engine._backend.infer = close_first
     assert engine.run([5, 6])["last_hidden_state"].shape[0] == 1
@@ -801,7 +801,7 @@ def test_outputs_that_are_not_what_the_signature_says_are_refused(name: str, tmp
 
 def test_an_output_that_is_no_array_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = engine.run([5, 6])
-    monkeypatch.setattr(engine._backend, "infer", lambda feeds: {**outputs, "pooler_output": [1.0]})
+    monkeypatch.setattr(engine._backend, "infer", lambda feeds, *names, **options: {**outputs, "pooler_output": [1.0]})
     with pytest.raises(ArtifactError, match="output pooler_output of a batch of 1 has list"):
         engine.run([5, 6])
 

@@ -65,6 +65,12 @@ _PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "numpy")
     type=FilledText(),
     help="Name the checkpoint for --against.  [default: the folder that the bundle was exported from]",
 )
+@click.option(
+    "--only",
+    type=FilledText(),
+    multiple=True,
+    help="Copy only the model output of this name from the backend (repeatable).  [default: all]",
+)
 @click.option("--output", type=OutputPath(), help="Write the rows to this .jsonl file.")
 @click.option("--plot", type=OutputPath(), help="Plot tokens per second over length into this .png file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON lines.")
@@ -87,6 +93,7 @@ def run_bench(
     rounds: int,
     against: tuple[str, ...],
     source: str | None,
+    only: tuple[str, ...] = (),
     output: Path | None,
     plot: Path | None,
     as_json: bool,
@@ -118,7 +125,8 @@ def run_bench(
         masks = {"global_attention_mask": 0} if needs_mask else {}
 
         def run(ids: Any) -> Any:
-            return engine.run(ids, **{name: ids * value for name, value in masks.items()})
+            given = {name: ids * value for name, value in masks.items()}
+            return engine.run(ids, outputs=only or None, **given)
 
         contenders: dict[str, Run] = {f"lfx {engine.backend.split()[0]}": run}
         step(f"attention runs in {'fused kernels' if engine.kernels == 'fused' else 'function bodies'}")

@@ -45,6 +45,7 @@ from lfx.manifest import MANIFEST
 )
 @click.option("--version-compatible", is_flag=True, help="Build a plan that later TensorRT versions can run too.")
 @click.option("--refit", is_flag=True, help="Build a plan whose weights can be refitted.")
+@click.option("--float16-outputs", is_flag=True, help="Output float16 in place of float32; for plans in fp16.")
 @click.option(
     "--output", type=OutputPath(), help="Write the plan to this file.  [default: the bundle's name with .plan]"
 )
@@ -63,6 +64,7 @@ def command(
     optimization_level: int | None,
     version_compatible: bool,
     refit: bool,
+    float16_outputs: bool,
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -79,6 +81,7 @@ def command(
         optimization_level=optimization_level,
         version_compatible=version_compatible,
         refit=refit,
+        float16_outputs=float16_outputs,
     )
     with progress() as step:
         plan = build_engine(

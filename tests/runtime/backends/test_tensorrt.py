@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
 from lfx.manifest import sha256
 from lfx.runtime import Engine
 from lfx.runtime.backends import tensorrt
+from lfx.runtime.dlpack import CPU
 from lfx.runtime.plan import PlanManifest
 from lfx.runtime.profile import Profile, Range
 from lfx.signature import GRAPH_INPUTS, Signature, TensorSpec
@@ -222,6 +224,158 @@ def test_close_frees_all_memory(machine: Any, cuda: Any, tmp_path: Path) -> None
     engine.close()
     gc.collect()
     assert (cuda.memory, cuda.counts["graphs"]) == ({}, 0)
+
+
+WIDE = 4096  # the last_hidden_state of IDS then is large enough for pinned memory of its own
+
+
+@pytest.fixture
+def wide(device_engine: Any) -> Any:
+    """Makes last_hidden_state `WIDE` numbers per token."""
+
+    def widened(feeds: dict[str, Any]) -> dict[str, Any]:
+        hidden = compute(feeds)["last_hidden_state"]
+        return {"last_hidden_state": np.tile(hidden, WIDE // WIDTH), "pooler_output": hidden.sum(axis=1)}
+
+    def shape(name: str, shapes: dict[str, Any]) -> tuple[int, ...]:
+        return (*shapes["input_ids"], WIDE) if name == "last_hidden_state" else shape_of(name, shapes)
+
+    device_engine.compute, device_engine.shape_of = widened, shape
+    return widened
+
+
+def hidden_of(ids: Any) -> Any:
+    """The wide last_hidden_state of a batch."""
+    return np.tile(expected(ids)["last_hidden_state"], WIDE // WIDTH)
+
+
+def test_a_large_output_is_pinned_memory_that_is_reused_when_the_caller_has_dropped_it(
+    machine: Any, cuda: Any, wide: Any, tmp_path: Path
+) -> None:
+    batches = [IDS.repeat(2, axis=1) + turn for turn in range(5)]
+    with Engine(write_plan(tmp_path)) as engine:
+        kept = [engine.run(ids)["last_hidden_state"] for ids in batches]
+        view, base = kept[0][1:, 3], kept[0].ctypes.data
+        for ids, array in zip(batches, kept, strict=True):
+            assert array.flags.writeable and array.ctypes.data in cuda.memory
+            np.testing.assert_array_equal(array, hidden_of(ids))
+        addresses = {array.ctypes.data for array in kept}
+        assert len(addresses) == len(batches)
+        del array
+        kept.clear()
+        gc.collect()
+        later = [engine.run(ids)["last_hidden_state"] for ids in batches]
+        used = {array.ctypes.data for array in later}
+        assert base not in used  # a view of it is still in use
+        assert len(addresses & used) == len(batches) - 1
+        np.testing.assert_array_equal(view, hidden_of(batches[0])[1:, 3])
+        assert cuda.counts["launches"] == 2 * len(batches) - 1  # the graph is kept, whatever memory a run has
+        del view
+    del later, engine
+    gc.collect()
+    assert cuda.memory == {}
+
+
+def test_above_the_limit_of_pinned_memory_outputs_are_copied(
+    machine: Any, cuda: Any, wide: Any, tmp_path: Path
+) -> None:
+    ids = IDS.repeat(2, axis=1)
+    with Engine(write_plan(tmp_path)) as engine:
+        engine._backend._pool._limit_bytes = 2 * ids.size * WIDE * 4  # type: ignore[union-attr]
+        kept = [engine.run(ids + turn)["last_hidden_state"] for turn in range(4)]
+        assert [array.ctypes.data in cuda.memory for array in kept] == [True, True, False, False]
+        for turn, array in enumerate(kept):
+            np.testing.assert_array_equal(array, hidden_of(ids + turn))
+        larger = ids.repeat(2, axis=0)
+        kept.clear()
+        del array
+        gc.collect()
+        result = engine.run(larger)["last_hidden_state"]  # what waits is too small, and freed to make room
+        assert result.ctypes.data in cuda.memory
+        np.testing.assert_array_equal(result, hidden_of(larger))
+
+
+def test_each_thread_gets_pinned_memory_of_its_own(machine: Any, wide: Any, tmp_path: Path) -> None:
+    failures: list[Any] = []
+    with Engine(write_plan(tmp_path)) as engine:
+
+        def work(seed: int) -> None:
+            random, previous = np.random.default_rng(seed), None
+            for _ in range(15):
+                ids = random.integers(0, 99, (2, random.integers(9, 12)))
+                result = engine.run(ids)["last_hidden_state"]
+                for given, array in (previous,) if previous is not None else ():
+                    if not np.array_equal(array, hidden_of(given)):
+                        failures.append(given)
+                previous = (ids, result)
+                if not np.array_equal(result, hidden_of(ids)):
+                    failures.append(ids)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+
+
+def test_only_the_outputs_asked_for_are_copied(machine: Any, cuda: Any, tmp_path: Path) -> None:
+    with Engine(write_plan(tmp_path)) as engine:
+        for turn in range(4):
+            outputs = engine.run(IDS + turn, outputs=["pooler_output"])
+            assert list(outputs) == ["pooler_output"]
+            np.testing.assert_array_equal(outputs["pooler_output"], expected(IDS + turn)["pooler_output"])
+        assert cuda.counts["copies"] == 2 * (3 + 1)  # of a run and of the graph: three inputs and one output
+        assert cuda.counts["launches"] == 3
+        both = engine.run(IDS)
+        np.testing.assert_array_equal(both["last_hidden_state"], expected(IDS)["last_hidden_state"])
+
+
+def test_device_outputs_stay_in_device_memory_of_their_own(
+    machine: Any, cuda: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt, "DLPACK_DEVICE", (CPU, 0))  # the fake device memory is host memory
+    with Engine(write_plan(tmp_path)) as engine:
+        kept = [engine.run(IDS + turn, device_outputs=True) for turn in range(4)]
+        assert cuda.counts["launches"] == 3
+        tensors = [torch.from_dlpack(outputs["last_hidden_state"]) for outputs in kept]
+        shapes = {outputs["pooler_output"].shape for outputs in kept}
+        assert shapes == {(2, WIDTH)}
+        kept.clear()
+        for turn, tensor in enumerate(tensors):
+            np.testing.assert_array_equal(tensor.numpy(), expected(IDS + turn)["last_hidden_state"])
+        before = len(cuda.memory)
+        tensors.clear()
+        del tensor
+        gc.collect()
+        assert len(cuda.memory) == before - 4
+        host = engine.run(IDS)["pooler_output"]
+        np.testing.assert_array_equal(host, expected(IDS)["pooler_output"])
+    del engine
+    gc.collect()
+    assert cuda.memory == {}
+
+
+def test_device_outputs_say_that_they_are_on_the_gpu(machine: Any, tmp_path: Path) -> None:
+    with Engine(write_plan(tmp_path)) as engine:
+        assert engine.run(IDS, device_outputs=True)["pooler_output"].__dlpack_device__() == (2, 0)
+
+
+def test_a_run_that_fails_returns_its_memory_and_the_next_run_works(
+    machine: Any, cuda: Any, wide: Any, tmp_path: Path
+) -> None:
+    ids = IDS.repeat(2, axis=1)
+    with Engine(write_plan(tmp_path)) as engine:
+        engine.run(ids)
+        synchronize = cuda.cudaStreamSynchronize
+        cuda.cudaStreamSynchronize = lambda stream: (fake_tensorrt.Error.cudaErrorInvalidValue,)
+        with pytest.raises(LfxError, match="CUDA failed: cudaErrorInvalidValue"):
+            engine.run(ids)
+        cuda.cudaStreamSynchronize = synchronize
+        np.testing.assert_array_equal(engine.run(ids)["last_hidden_state"], hidden_of(ids))
+    del engine
+    gc.collect()
+    assert cuda.memory == {}
 
 
 def test_the_profile_follows_the_shape(machine: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -209,10 +209,25 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "workspace": ({"options": Options(workspace_bytes="8")}, "workspace_bytes is '8'; give a whole number"),  # type: ignore[arg-type]
     "level": ({"options": Options(optimization_level=6)}, "optimization_level 6 is out of range"),
     "refit": ({"options": Options(refit=1)}, "refit is 1; give True or False"),  # type: ignore[arg-type]
+    "float16 outputs": (
+        {"options": Options(float16_outputs=True)},
+        "for a plan in fp16, and this one is fp32; add --fp16",
+    ),
+    "float16 type": ({"options": Options(float16_outputs=1)}, "float16_outputs is 1; give True or False"),  # type: ignore[arg-type]
     "json folder": ({"output": "folder/one.plan"}, r"one\.plan\.json cannot be written: it is a folder"),
     "output": ({"output": "one.engine"}, r"one\.engine is not the name of a plan; give one that ends with \.plan"),
     "folder": ({"output": "nowhere/one.plan"}, "cannot be written"),
 }
+
+
+@pytest.mark.parametrize("task", ["feature-extraction", "sentence-embedding"])
+def test_a_plan_in_fp16_may_have_float16_outputs(task: str, bundle: MakeBundle, tmp_path: Path) -> None:
+    options = {"precision": "fp16", "options": Options(float16_outputs=True), **RTX}
+    built = build_engine(bundle(task), tmp_path / "one.plan", **options, log=lambda line: None)
+    manifest = PlanManifest.read(built)
+    assert manifest.conversion["checked"]
+    assert {spec.dtype for spec in manifest.signature.outputs} == {"float16"}
+    assert manifest.plugin_layers == manifest.attention_nodes
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -179,6 +179,27 @@ def test_a_conversion_that_is_wrong_at_long_lengths_only_is_refused(
         check_conversion(long_bundle, manifest, tmp_path / MODEL, signature, lambda _: None, lambda _: None)
 
 
+@pytest.mark.parametrize("converted", [True, False], ids=["fp32 bundle", "fp16 bundle"])
+def test_float_outputs_are_float16_if_the_signature_says_so(
+    converted: bool, bundle: MakeBundle, tmp_path: Path
+) -> None:
+    source = bundle() if converted else bundle(precision="fp16")
+    manifest = Manifest.read(source)
+    half = tuple(replace(spec, dtype="float16") for spec in manifest.signature.outputs)
+    results = {}
+    for name, outputs in (("float32", manifest.signature.outputs), ("float16", half)):
+        target = tmp_path / f"{name}.onnx"
+        signature = replace(manifest.signature, precision="fp16", max_global=4, outputs=outputs)
+        freeze.prepare_graph(source / MODEL, target, manifest, signature, 4, True)
+        onnx.checker.check_model(target, full_check=True)
+        with Engine(target, "onnxruntime") as engine:
+            results[name] = engine.run(np.arange(40)[None] + 5)
+        assert check_conversion(source, manifest, target, signature, lambda _: None, lambda _: None)["checked"]
+    for name, array in results["float32"].items():
+        assert results["float16"][name].dtype == np.float16
+        np.testing.assert_array_equal(results["float16"][name], np.asarray(array).astype(np.float16))
+
+
 def test_an_operator_without_a_half_precision_kernel_is_refused_with_the_way_out(
     own_bundle: MakeBundle, tmp_path: Path
 ) -> None:

@@ -274,11 +274,11 @@ def test_a_run_of_many_groups_and_chunks_resumes_to_the_same_file(
         run_documents(engine, tokenizer, source, tmp_path / "expected.jsonl", stride=20)
         infer, left = engine._backend.infer, [0]  # type: ignore[union-attr]
 
-        def killed(feeds: Any) -> Any:
+        def killed(feeds: Any, *names: Any, **options: Any) -> Any:
             left[0] -= 1
             if left[0] == 0:
                 raise KeyboardInterrupt
-            return infer(feeds)
+            return infer(feeds, *names, **options)
 
         engine._backend.infer = killed  # type: ignore[union-attr, method-assign]
         for batches in (1, 3, 5, 4):

@@ -38,9 +38,9 @@ def watch(engine: Engine, check: Callable[[Any], None]) -> None:
     """Call `check` with the ids of each batch before the engine runs it."""
     infer = engine._backend.infer  # type: ignore[union-attr]
 
-    def checked(feeds: Any) -> Any:
+    def checked(feeds: Any, *names: Any, **options: Any) -> Any:
         check(feeds["input_ids"])
-        return infer(feeds)
+        return infer(feeds, *names, **options)
 
     engine._backend.infer = checked  # type: ignore[union-attr, method-assign]
 
@@ -50,9 +50,9 @@ def groups(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     stream = engine.stream
 
-    def counted(sequences: Any, *, ahead: int = 0) -> Any:
+    def counted(sequences: Any, *, ahead: int = 0, **options: Any) -> Any:
         sizes.append(len(sequences))
-        return stream(sequences)
+        return stream(sequences, **options)
 
     monkeypatch.setattr(engine, "stream", counted)
     return sizes
@@ -206,8 +206,8 @@ def test_an_answer_with_an_unknown_id_is_one_row_with_an_error(bundle: MakeBundl
         tokenizer = Tokenizer(bundle("fill-mask"), engine.signature)
         infer = engine._backend.infer  # type: ignore[union-attr]
 
-        def outside(feeds: Any) -> Any:
-            outputs = infer(feeds)
+        def outside(feeds: Any, *names: Any, **options: Any) -> Any:
+            outputs = infer(feeds, *names, **options)
             outputs["logits"][..., 98] += 1000.0 * (feeds["input_ids"] == 4)  # the tokenizer has no id 98
             return outputs
 

@@ -144,8 +144,8 @@ def test_a_request_that_is_not_answered_in_time_gets_503_and_is_not_computed(
     futures: list[Future[Any]] = []
     submit = Batcher.submit
 
-    def noted(batcher: Batcher, *arguments: Any) -> Any:
-        futures.append(submit(batcher, *arguments))
+    def noted(batcher: Batcher, *arguments: Any, **options: Any) -> Any:
+        futures.append(submit(batcher, *arguments, **options))
         return futures[-1]
 
     monkeypatch.setattr(Batcher, "submit", noted)

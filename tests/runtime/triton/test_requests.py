@@ -42,10 +42,10 @@ def test_a_batch_that_fails_is_the_error_of_its_requests_alone(
     with Engine(bundle(), threads=1, token_budget=20) as engine:
         infer = type(engine._backend).infer
 
-        def fail_on_long(backend: object, feeds: dict[str, np.ndarray]) -> object:
+        def fail_on_long(backend: object, feeds: dict[str, np.ndarray], *names: object, **options: object) -> object:
             if feeds["input_ids"].shape[1] > 20:
                 raise LfxError("out of memory")
-            return infer(backend, feeds)
+            return infer(backend, feeds, *names, **options)
 
         monkeypatch.setattr(type(engine._backend), "infer", fail_on_long)
         inputs = [{"input_ids": np.full((1, seqlen), 5)} for seqlen in (7, 40, 9)]

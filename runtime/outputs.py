@@ -1,0 +1,85 @@
+"""`OutputRequest`: which outputs a run returns, in which dtype and on which device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lfx.checks import flag, one_of, shown
+from lfx.errors import InputError
+from lfx.signature import Signature
+
+OUTPUT_DTYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class OutputRequest:
+    """Which outputs a run returns, in which dtype and on which device.
+
+    Attributes:
+        signature: the model's, with the requested outputs only, in the order requested.
+        names: the requested outputs; None = all.
+        dtype: of floating-point outputs; None = the model's own.
+        on_device: whether the outputs stay on the device that computes them.
+    """
+
+    signature: Signature
+    names: tuple[str, ...] | None = None
+    dtype: str | None = None
+    on_device: bool = False
+
+    def convert(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Convert floating-point arrays to the requested dtype; a number that float16 cannot hold becomes infinite."""
+        if self.dtype is None:
+            return dict(outputs)
+        with np.errstate(over="ignore"):
+            return {
+                name: array.astype(self.dtype, copy=False) if array.dtype.kind == "f" else array
+                for name, array in outputs.items()
+            }
+
+
+def request_outputs(
+    signature: Signature, outputs: Any = None, output_dtype: Any = None, device_outputs: Any = False
+) -> OutputRequest:
+    """Check which outputs a caller wants; see `lfx.runtime.Engine.run` for the arguments.
+
+    Raises:
+        InputError: an output is not known, there is none, or an argument has another type.
+    """
+    names = None if outputs is None else output_names(signature, outputs)
+    dtype = None if output_dtype is None else _dtype_name(output_dtype)
+    if flag(device_outputs, "device_outputs") and dtype is not None:
+        raise InputError("output_dtype converts on the host; leave it out, and convert the device arrays yourself")
+    selected = signature if names is None else signature.with_outputs(names)
+    return OutputRequest(selected, names, dtype, device_outputs)
+
+
+def output_names(signature: Signature, outputs: Any) -> tuple[str, ...]:
+    """Check a list of names of outputs; a name that is given twice counts once.
+
+    Raises:
+        InputError: it is no list of names, is empty, or has a name that the model does not have.
+    """
+    if isinstance(outputs, str) or not isinstance(outputs, Iterable):
+        raise InputError(f"outputs is {shown(outputs)}; give a list of names, such as outputs=['pooler_output']")
+    known = [spec.name for spec in signature.outputs]
+    names = tuple(outputs)
+    for name in names:
+        if not isinstance(name, str) or name not in known:
+            raise InputError(f"the model has no output {shown(name)}; its outputs are {', '.join(known)}")
+    if not names:
+        raise InputError(f"outputs is an empty list; give at least one of {', '.join(known)}")
+    return tuple(dict.fromkeys(names))
+
+
+def _dtype_name(dtype: Any) -> str:
+    """The name of a dtype that is given as a string or a numpy type."""
+    try:
+        name = np.dtype(dtype).name
+    except TypeError:
+        name = dtype
+    return str(one_of(name, "output_dtype", OUTPUT_DTYPES, InputError))

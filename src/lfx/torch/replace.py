@@ -1,0 +1,90 @@
+"""`accelerate`: puts the lfx ops into a Longformer or LED of transformers, for inference."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lfx.checks import whole_number
+from lfx.errors import InputError, require
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def accelerate(model: Model, *, max_global: int | None = None) -> Model:
+    """Make a Longformer or LED of transformers compute its self-attention with the lfx ops, in place, for inference.
+
+    The model then takes a sequence of any length as it is, without padding to the attention window, and its outputs
+    keep Hugging Face's names and shapes. It computes no attention weights, does not train, and runs the feed-forward
+    layers in one piece: their chunks need a length that is a multiple. Weights, their names and `save_pretrained` stay
+    the same; for a model beside it, copy it first: accelerate(copy.deepcopy(model)).
+
+    Args:
+        model: a model, or a module that contains transformers' LongformerSelfAttention or LEDEncoderSelfAttention.
+        max_global: number of slots for the global tokens of a row; a row with more is refused. 0 = no token is global.
+            With a fixed number nothing is read back from the device, which CUDA graphs and torch.compile with
+            fullgraph=True need. Default: the largest count in each batch.
+    Returns:
+        `model`.
+    Raises:
+        InputError: the model has no such module, or one with a `forward` of its own; or max_global is out of range.
+    """
+    require("transformers", "torch")
+    if max_global is not None:
+        max_global = whole_number(max_global, "max_global", 0)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is {type(model).__name__}; give a Longformer or LED of transformers")
+    replacements = _replacements()
+    attention = [cls for cls in replacements if cls.__name__.endswith("SelfAttention")]
+    if not any(isinstance(module, tuple(attention)) for module in model.modules()):
+        raise InputError(f"{type(model).__name__} has no Longformer self-attention; give a Longformer or LED")
+    new_classes = {module: _new_class(module, replacements) for module in model.modules()}
+    for module, cls in new_classes.items():
+        if hasattr(module, "chunk_size_feed_forward"):
+            module.chunk_size_feed_forward = 0  # type: ignore[assignment]
+        if cls is not None:
+            module.__class__ = cls
+            module.max_global = max_global  # type: ignore[assignment]
+    return model
+
+
+def _replacements() -> dict[type[nn.Module], type[nn.Module]]:
+    """Class of transformers -> ours."""
+    from transformers.models.led import modeling_led
+    from transformers.models.longformer import modeling_longformer
+
+    from lfx.torch import led, longformer
+
+    return {
+        modeling_longformer.LongformerSelfAttention: longformer.LongformerSelfAttention,
+        modeling_longformer.LongformerEncoder: longformer.LongformerEncoder,
+        modeling_longformer.LongformerModel: longformer.LongformerModel,
+        modeling_led.LEDEncoderSelfAttention: led.LEDEncoderSelfAttention,
+        modeling_led.LEDEncoder: led.LEDEncoder,
+    }
+
+
+def _new_class(module: nn.Module, replacements: dict[type[nn.Module], type[nn.Module]]) -> Any:
+    """The class that a module gets; None if it stays as it is.
+
+    A subclass of a user's gets a class of the same name whose bases are the subclass and ours.
+
+    Raises:
+        InputError: a subclass has a `forward` of its own, which would run in place of ours.
+    """
+    cls = type(module)
+    for original, replacement in replacements.items():
+        if not isinstance(module, original):
+            continue
+        if isinstance(module, replacement):
+            return cls
+        if cls is original:
+            return replacement
+        if cls.forward is not original.forward:
+            raise InputError(
+                f"{cls.__name__} has a forward of its own, which accelerate cannot replace; give a model whose "
+                f"{original.__name__} is transformers' own"
+            )
+        return type(cls.__name__, (replacement, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    return None

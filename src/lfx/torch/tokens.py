@@ -1,0 +1,65 @@
+"""`Tokens`: which tokens are real and which are global, computed once for all layers of a model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from lfx.errors import InputError
+
+
+class Tokens(NamedTuple):
+    """Which tokens are real and which are global.
+
+    Attributes:
+        key_mask: (B, S) int32, 1 = real token.
+        global_index: (B, G) int32, positions of the global tokens in order, unused slots -1.
+        has_globals: False if no slot is used.
+    """
+
+    key_mask: torch.Tensor
+    global_index: torch.Tensor
+    has_globals: bool
+
+
+def tokens_of(real: torch.Tensor, is_global: torch.Tensor | None, max_global: int | None) -> Tokens:
+    """Make the Tokens of a batch.
+
+    Args:
+        real: (B, S) bool.
+        is_global: (B, S) bool; None = no token is global.
+        max_global: number of slots. None = the largest count in the batch, which is read from the device.
+    Raises:
+        InputError: a row on the CPU has more global tokens than `max_global`; on a GPU the error is an assertion there.
+    """
+    key_mask = real.to(torch.int32)
+    batch, seqlen = real.shape
+    slots = max_global
+    if is_global is None:
+        slots = 0
+    elif slots is None:
+        slots = int(is_global.sum(dim=1).max().item())
+    if not slots or is_global is None:
+        if max_global == 0 and is_global is not None:
+            _check_count(is_global, 0)
+        return Tokens(key_mask, key_mask.new_full((batch, 1), -1), False)
+    if max_global is not None:
+        _check_count(is_global, max_global)
+    position = torch.arange(seqlen, device=real.device).expand(batch, -1).masked_fill(~is_global, seqlen)
+    if max_global is not None:  # topk takes no k above the length
+        position = torch.cat([position, position.new_full((batch, slots), seqlen)], dim=1)
+    first = position.topk(slots, dim=1, largest=False, sorted=True).values  # (B, G)
+    return Tokens(key_mask, first.masked_fill(first == seqlen, -1).to(torch.int32), True)
+
+
+def _check_count(is_global: torch.Tensor, most: int) -> None:
+    """Refuse a row of more than `most` global tokens; on a GPU without waiting for it."""
+    fits = (is_global.sum(dim=1) <= most).all()
+    if not torch.compiler.is_compiling() and not fits.is_cuda:
+        if not fits:
+            raise InputError(
+                f"a row has more than max_global={most} global tokens; accelerate with a larger max_global"
+            )
+        return
+    torch._assert_async(fits, f"a row has more than max_global={most} global tokens")

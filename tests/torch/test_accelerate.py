@@ -1,0 +1,376 @@
+"""`accelerate`: equal to Hugging Face's model in every case, under torch.compile, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from transformers import LEDConfig, LEDForConditionalGeneration, LEDForQuestionAnswering, LEDModel, LongformerModel
+from transformers.models.longformer.modeling_longformer import LongformerEncoder, LongformerSelfAttention
+
+from lfx.errors import InputError
+from lfx.export import use_loop_attention
+from lfx.export.torch_runners import reference_runner, torch_runner
+from lfx.parity import Arrays, Case, Runner, compare, full_cases, inputs_of, quick_cases
+from lfx.signature import SENTENCE_EMBEDDING, TASKS
+from lfx.torch import accelerate
+from tests.models import VOCAB_SIZE, WINDOW, tiny_config, tiny_model
+
+
+def runner(model: nn.Module) -> Runner:
+    """A model as a function of numpy inputs, with its tensor outputs by name."""
+
+    def run(inputs: Arrays) -> Arrays:
+        with torch.inference_mode():
+            outputs = model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+        tensors = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+        return {name: (x.float() if x.dtype == torch.bfloat16 else x).numpy() for name, x in tensors.items()}
+
+    return run
+
+
+def make_inputs(case: Case, choices: int | None = None) -> Arrays:
+    """The inputs of a case."""
+    return inputs_of(case, vocab_size=VOCAB_SIZE, pad_token_id=1, choices=choices)
+
+
+def require_parity(model: nn.Module, accelerated: nn.Module, cases: list[Case], **options: Any) -> None:
+    """Compare with the dense float64 reference, with Hugging Face's own model as the witness."""
+    report = compare(
+        cases,
+        lambda case: make_inputs(case, **options),
+        reference=reference_runner(model),
+        witness=torch_runner(model),
+        candidate=runner(accelerated),
+        precision="fp32",
+        layers=2,
+    )
+    report.require()
+
+
+@pytest.mark.parametrize("max_global", [None, 128], ids=["any number of globals", "128 slots"])
+def test_the_full_cases_agree_with_hugging_face(max_global: int | None) -> None:
+    model = tiny_model()
+    cases = full_cases(WINDOW, 128)
+    assert len(cases) >= 60
+    require_parity(model, accelerate(copy.deepcopy(model), max_global=max_global), cases)
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != SENTENCE_EMBEDDING])
+def test_every_task_agrees_with_hugging_face(task: str) -> None:
+    model = tiny_model(task)
+    choices = 2 if TASKS[task].has_choices else None
+    require_parity(model, accelerate(copy.deepcopy(model)), quick_cases(WINDOW, 128), choices=choices)
+
+
+def test_the_global_tokens_of_a_task_are_hugging_face_s() -> None:
+    model = tiny_model("text-classification")
+    ids = torch.randint(3, VOCAB_SIZE, (2, 21), generator=torch.Generator().manual_seed(0))
+    accelerated = accelerate(copy.deepcopy(model))
+    with torch.inference_mode():
+        torch.testing.assert_close(accelerated(ids).logits, model(ids).logits)
+
+
+def test_attention_masks_of_every_form_agree() -> None:
+    model = tiny_model()
+    accelerated = accelerate(copy.deepcopy(model))
+    arrays = make_inputs(Case(2, 21, "scattered", "right"))
+    ids, mask, marks = (torch.from_numpy(array) for array in arrays.values())
+    embedded = model.embeddings.word_embeddings(ids)
+    for inputs in (
+        {"input_ids": ids},
+        {"input_ids": ids, "attention_mask": mask * (1 + marks)},  # 2 = global
+        {"input_ids": ids, "attention_mask": mask.float(), "global_attention_mask": marks},
+        {"input_ids": ids, "global_attention_mask": marks},
+        {"inputs_embeds": embedded, "attention_mask": mask, "global_attention_mask": marks},
+        {"input_ids": ids, "position_ids": torch.arange(2, 23)[None].expand(2, -1)},
+    ):
+        with torch.inference_mode():
+            for expected, actual in zip(model(**inputs)[:2], accelerated(**inputs)[:2], strict=True):
+                torch.testing.assert_close(actual, expected)
+
+
+def test_the_outputs_have_hugging_face_s_shapes_and_types() -> None:
+    model = tiny_model()
+    accelerated = accelerate(copy.deepcopy(model))
+    ids = torch.full((2, 21), 5)
+    with torch.inference_mode():
+        for options in ({}, {"output_hidden_states": True}, {"return_dict": False}):
+            expected, actual = model(ids, **options), accelerated(ids, **options)
+            assert type(actual) is type(expected)
+            assert shapes(actual) == shapes(expected)
+        for one, other in zip(
+            model(ids, output_hidden_states=True).hidden_states,
+            accelerated(ids, output_hidden_states=True).hidden_states,
+            strict=True,
+        ):
+            torch.testing.assert_close(other, one)
+
+
+def shapes(outputs: Any) -> Any:
+    """The shapes in a model's outputs."""
+    if isinstance(outputs, torch.Tensor):
+        return tuple(outputs.shape)
+    items = outputs.values() if hasattr(outputs, "values") else outputs
+    return [None if item is None else shapes(item) for item in items]
+
+
+def test_the_order_of_a_batch_changes_no_bit() -> None:
+    accelerated = accelerate(tiny_model())
+    arrays = make_inputs(Case(4, 37, "ragged", "right"))
+    order = np.array([2, 0, 3, 1])
+    together = runner(accelerated)(arrays)
+    moved = runner(accelerated)({name: array[order] for name, array in arrays.items()})
+    for name, array in together.items():
+        np.testing.assert_array_equal(moved[name], array[order])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_within_the_derived_tolerance(dtype: torch.dtype) -> None:
+    model = tiny_model()
+    precision = "fp16" if dtype == torch.float16 else "bf16"
+    report = compare(
+        quick_cases(WINDOW, 128),
+        make_inputs,
+        reference=reference_runner(model),
+        witness=torch_runner(model, precision),
+        candidate=runner(accelerate(copy.deepcopy(model).to(dtype))),
+        precision=precision,
+        layers=2,
+    )
+    report.require()
+
+
+# ---- LED ----------------------------------------------------------------------------------------------------------
+
+
+def tiny_led(cls: Any) -> Any:
+    """A random LED of two layers with different windows, in eval mode."""
+    torch.manual_seed(0)
+    config = LEDConfig(
+        vocab_size=VOCAB_SIZE,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_encoder_position_embeddings=128,
+        max_decoder_position_embeddings=32,
+        attention_window=[8, 16],
+        init_std=0.2,
+    )
+    return cls(config).eval()
+
+
+@pytest.mark.parametrize("cls", [LEDModel, LEDForConditionalGeneration, LEDForQuestionAnswering])
+def test_led_agrees_with_hugging_face(cls: Any) -> None:
+    model = tiny_led(cls)
+    accelerated = accelerate(copy.deepcopy(model))
+    report = compare(
+        full_cases(WINDOW, 128)[::3],
+        lambda case: {**make_inputs(case), "decoder_input_ids": np.full((case.batch, 3), 7)},
+        reference=runner(copy.deepcopy(model).double()),
+        witness=runner(model),
+        candidate=runner(accelerated),
+        precision="fp32",
+        layers=3,
+        names=("Hugging Face in float64", "Hugging Face"),
+    )
+    report.require()
+
+
+def test_led_generates_what_hugging_face_does() -> None:
+    model = tiny_led(LEDForConditionalGeneration)
+    accelerated = accelerate(copy.deepcopy(model))
+    ids = torch.randint(3, VOCAB_SIZE, (2, 21), generator=torch.Generator().manual_seed(0))
+    marks = torch.zeros_like(ids)
+    marks[:, 0] = 1
+    options = {"global_attention_mask": marks, "max_new_tokens": 8, "num_beams": 2}
+    assert torch.equal(accelerated.generate(ids, **options), model.generate(ids, **options))
+
+
+# ---- torch.compile ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing that other tests compiled."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def one_layer(task: str = "text-classification") -> Any:
+    """A model of one layer."""
+    return tiny_model(task, num_hidden_layers=1, attention_window=[8])
+
+
+def classify(model: nn.Module, batch: int, seqlen: int, globals_: int) -> torch.Tensor:
+    """The logits of random ids, whose first tokens are global."""
+    generator = torch.Generator().manual_seed(seqlen)
+    ids = torch.randint(3, VOCAB_SIZE, (batch, seqlen), generator=generator)
+    mask, marks = torch.ones_like(ids), torch.zeros_like(ids)
+    mask[-1, seqlen // 2 :], marks[:, :globals_] = 0, 1
+    with torch.inference_mode():
+        logits: torch.Tensor = model(ids, attention_mask=mask, global_attention_mask=marks).logits
+    return logits
+
+
+def check_compiled(backend: Any, counter: Any) -> None:
+    """Compile a model into one graph, and run it at several lengths, numbers of globals and batch sizes."""
+    model = one_layer()
+    compiled = torch.compile(accelerate(copy.deepcopy(model), max_global=4), fullgraph=True, backend=backend)
+    for seqlen, globals_ in ((33, 1), (40, 0), (57, 4), (16, 2), (100, 3), (7, 1)):
+        torch.testing.assert_close(classify(compiled, 2, seqlen, globals_), classify(model, 2, seqlen, globals_))
+    assert counter.frame_count == 2  # for the first length, and for all others
+
+
+def test_with_a_fixed_number_of_slots_all_lengths_share_one_graph(fresh_dynamo: None) -> None:
+    counter = CompileCounter()
+    check_compiled(counter, counter)
+
+
+@pytest.mark.slow
+def test_inductor_compiles_the_model(fresh_dynamo: None) -> None:
+    counter = CompileCounterWithBackend("inductor")
+    check_compiled(counter, counter)
+
+
+def test_more_globals_than_slots_are_an_error(fresh_dynamo: None) -> None:
+    model = accelerate(one_layer(), max_global=4)
+    with pytest.raises(InputError, match="a row has more than max_global=4 global tokens; accelerate with a larger"):
+        classify(model, 2, 33, 5)
+    with pytest.raises(RuntimeError, match="a row has more than max_global=4 global tokens"):
+        classify(torch.compile(model, fullgraph=True, backend="eager"), 2, 33, 5)
+    with pytest.raises(InputError, match="a row has more than max_global=0 global tokens"):
+        classify(accelerate(model, max_global=0), 2, 33, 1)
+
+
+def test_fewer_tokens_than_slots_are_no_error() -> None:
+    model = one_layer()
+    actual = classify(accelerate(copy.deepcopy(model), max_global=64), 2, 3, 2)
+    torch.testing.assert_close(actual, classify(model, 2, 3, 2))
+
+
+# ---- what stays, and what is refused ------------------------------------------------------------------------------
+
+
+def test_the_model_is_changed_in_place_and_keeps_its_weights_and_names(tmp_path: Any) -> None:
+    model = tiny_model()
+    names, first = list(model.state_dict()), next(model.parameters())
+    accelerated = accelerate(model, max_global=3)
+    assert accelerated is model and next(model.parameters()) is first
+    assert list(model.state_dict()) == names
+    assert accelerate(model, max_global=5).encoder.layer[0].attention.self.max_global == 5
+    ids = torch.full((1, 9), 5)
+    with torch.inference_mode():
+        expected = model(ids).last_hidden_state
+        model.save_pretrained(tmp_path)
+        loaded = LongformerModel.from_pretrained(tmp_path)
+        assert type(loaded) is LongformerModel and loaded.config.architectures == ["LongformerModel"]
+        torch.testing.assert_close(loaded(ids).last_hidden_state, expected)
+        assert torch.equal(copy.deepcopy(model)(ids).last_hidden_state, expected)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(ids).last_hidden_state, expected)
+
+
+def test_chunks_of_the_feed_forward_layer_do_not_limit_the_length() -> None:
+    model = tiny_model(chunk_size_feed_forward=16)
+    ids = torch.full((1, 21), 5)
+    with torch.inference_mode():
+        expected = model(ids).last_hidden_state
+        torch.testing.assert_close(accelerate(model)(ids).last_hidden_state, expected)
+
+
+def test_projections_that_are_not_plain_are_called() -> None:
+    model = tiny_model()
+    for layer in model.encoder.layer:
+        layer.attention.self.key_global = nn.Sequential(layer.attention.self.key_global, nn.Tanh())
+    arrays = make_inputs(Case(2, 21, "scattered"))
+    actual = runner(accelerate(copy.deepcopy(model)))(arrays)
+    for name, expected in runner(model)(arrays).items():
+        np.testing.assert_allclose(actual[name], expected, atol=1e-5)
+
+
+class Own(nn.Module):
+    """A user's module with Longformer's self-attention, which is given Hugging Face's mask."""
+
+    def __init__(self, cls: type[LongformerSelfAttention] = LongformerSelfAttention) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = cls(tiny_config(initializer_range=0.5), 0)
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Compute the context."""
+        marks = mask > 0
+        context: torch.Tensor = self.attention(hidden, mask, mask < 0, marks, bool(marks.any()))[0]
+        return context
+
+
+class Scaled(LongformerSelfAttention):  # type: ignore[misc]
+    """A user's subclass with a method of its own."""
+
+    def factor(self) -> int:
+        """Any number."""
+        return 3
+
+
+@pytest.mark.parametrize("cls", [LongformerSelfAttention, Scaled])
+def test_self_attention_in_a_module_of_one_s_own_is_accelerated(cls: Any) -> None:
+    model = Own(cls).eval()
+    hidden, mask = torch.randn(2, 24, 32), torch.zeros(2, 24)
+    mask[0, [3, 9]], mask[1, 20:] = 10000.0, -10000.0
+    with torch.inference_mode():
+        expected = model(hidden, mask)
+        accelerated = accelerate(model)
+        torch.testing.assert_close(accelerated(hidden, mask), expected)
+        assert accelerated(hidden[:, :21], mask[:, :21]).shape == (2, 21, 32)  # no multiple of the window
+    if cls is Scaled:
+        assert isinstance(model.attention, Scaled) and model.attention.factor() == 3
+
+
+class OwnEncoder(LongformerEncoder):  # type: ignore[misc]
+    """A user's encoder with a forward of its own."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """That of the parent."""
+        return super().forward(*arguments, **options)
+
+
+def test_what_is_no_longformer_for_inference_is_refused() -> None:
+    for model, message in (
+        (nn.Linear(2, 2), "Linear has no Longformer self-attention; give a Longformer or LED"),
+        ("longformer", "model is str; give a Longformer or LED of transformers"),
+        (use_loop_attention(tiny_model()), "has a forward of its own, which accelerate cannot replace"),
+    ):
+        with pytest.raises(InputError, match=message):
+            accelerate(model)  # type: ignore[type-var]
+    model = tiny_model()
+    model.encoder.__class__ = OwnEncoder
+    with pytest.raises(InputError, match="OwnEncoder has a forward of its own"):
+        accelerate(model)
+    assert type(model.encoder.layer[0].attention.self) is LongformerSelfAttention  # nothing is changed
+    for count in (-1, True, "3"):
+        with pytest.raises(InputError, match="max_global"):
+            accelerate(tiny_model(), max_global=count)  # type: ignore[arg-type]
+
+
+def test_attention_weights_and_training_are_refused_in_one_line() -> None:
+    for model in (accelerate(tiny_model()), accelerate(tiny_led(LEDModel))):
+        ids = torch.full((1, 9), 5)
+        with pytest.raises(InputError, match="stores no attention weights; leave output_attentions out"):
+            model(ids, output_attentions=True)
+        model.train()
+        with pytest.raises(InputError, match=r"runs inference alone; call model.eval\(\) first"):
+            model(ids)
+        model.eval()
+        with pytest.raises(InputError, match="the lfx ops compute no gradients"):
+            model(ids)[0].sum().backward()
