@@ -111,11 +111,8 @@ class GenerationDecoder(nn.Module):
         dtype = decoder.embed_tokens.weight.dtype
         past_length, tokens = arguments[f"{PAST}.0.decoder.key"].shape[2], ids.shape[1]
         positions = torch.arange(tokens) + past_length
-        lowest = torch.finfo(dtype).min / 2  # a sum with a score is finite
-        hidden_keys = torch.arange(past_length + tokens)[None, :] > positions[:, None]  # (T, P + T)
-        causal = torch.zeros(hidden_keys.shape, dtype=dtype).masked_fill(hidden_keys, lowest)
-        masked = arguments["encoder_attention_mask"][:, None, None, :] == 0  # (B, 1, 1, S)
-        padding = torch.zeros(masked.shape, dtype=dtype).masked_fill(masked, lowest)
+        causal = _fill(torch.arange(past_length + tokens)[None, :] > positions[:, None])  # (T, P + T)
+        padding = _fill(arguments["encoder_attention_mask"][:, None, None, :] == 0)  # (B, 1, 1, S)
         positions_table = decoder.embed_positions.weight
         hidden = decoder.embed_tokens(ids) + nn.functional.embedding(positions, positions_table)
         hidden = decoder.layernorm_embedding(hidden)
@@ -148,6 +145,11 @@ class GenerationDecoder(nn.Module):
         return logits.reshape(*hidden.shape[:2], vocab_size)
 
 
+def _fill(masked: torch.Tensor) -> torch.Tensor:
+    """Return what is added to the scores: a value below which no score matters where a key is masked, else 0."""
+    return torch.zeros(masked.shape).masked_fill(masked, torch.finfo(torch.float32).min / 2)
+
+
 def _layer(
     layer: led.LEDDecoderLayer,
     hidden: torch.Tensor,
@@ -176,6 +178,7 @@ def _attend(
     mask: torch.Tensor,
 ) -> torch.Tensor:
     query = split_heads(attention, attention.q_proj(hidden) * attention.scaling)
-    weights = nn.functional.softmax(query @ key.transpose(-1, -2) + mask, dim=-1)
+    scores = (query @ key.transpose(-1, -2)).float() + mask  # in float32 in any precision
+    weights = nn.functional.softmax(scores, dim=-1).to(value.dtype)
     context = (weights @ value).transpose(1, 2)
     return attention.out_proj(context.reshape(*hidden.shape[:2], attention.embed_dim))
