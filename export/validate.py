@@ -29,7 +29,7 @@ def validate(path: Path, module: nn.Module, signature: Signature, progress: Call
         ParityError: an output is out of tolerance; the message names the output, the case and the error.
     """
     progress("comparing: opening the bundle")
-    with Engine(path, _backend(signature)) as engine:
+    with Engine(path, validation_backend(signature)) as engine:
         report = compare_engine(engine, module, quick_cases, progress)
         report.require()
         if signature.precision != "fp32" and not is_unchanged(module):
@@ -111,7 +111,7 @@ def compare_engine(
     )
 
 
-def _backend(signature: Signature) -> str:
+def validation_backend(signature: Signature) -> str:
     """Return the backend that validates: ONNX Runtime, or for bf16 OpenVINO, or onnx's evaluator without OpenVINO.
 
     ONNX Runtime has few CPU kernels for bf16.

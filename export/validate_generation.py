@@ -1,0 +1,199 @@
+"""Comparing the two graphs of a model that writes texts with PyTorch, token by token over given texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from lfx.errors import ExportError, one_line
+from lfx.export.led import cache_names
+from lfx.export.load import quiet
+from lfx.export.rewrite import clone
+from lfx.export.torch_runners import TORCH_DTYPES, dense_model
+from lfx.export.validate import validation_backend
+from lfx.parity import Arrays, Case, Report, Runner, compare, quick_cases
+from lfx.runtime import backends
+from lfx.runtime.backends import Backend
+from lfx.runtime.runner import model_inputs
+from lfx.signature import PAST, PRESENT, Decoder, Signature
+
+DECODER_IDS = "decoder_input_ids"
+# Number of tokens of each call of the decoder, of which the first has an empty cache; the last is repeated.
+_STEPS = (3, 1, 2, 1)
+_TOKENS = 9  # of a text
+
+
+def compare_generation(
+    encoder: Backend,
+    decoder: Backend,
+    module: nn.Module,
+    signature: Signature,
+    cases: Callable[[int, int | None, int], list[Case]],
+    progress: Callable[[str], None],
+    *,
+    precision: str | None = None,
+) -> Report:
+    """Compare the encoder's and the decoder's graph with PyTorch over a list of cases.
+
+    The decoder gets the same ids as PyTorch (teacher forcing), and its own cached keys and values from one call to the
+    next. Keys and values of all layers are one output each.
+
+    Args:
+        module: the LEDForConditionalGeneration, in float32.
+        cases: see `lfx.export.validate.compare_engine`.
+        precision: of the witness and the tolerance; None = the signature's.
+    """
+    assert signature.decoder is not None
+    precision = precision or signature.precision
+    layers, decoder_layers = len(signature.attention_windows), _decoder_layers(signature.decoder)
+    states = ("last_hidden_state", "encoder_keys", "encoder_values")
+    return compare(
+        cases(max(signature.attention_windows), signature.max_seqlen, 1),
+        lambda case: teacher_forced_inputs(case, signature),
+        reference=_torch_runner(dense_model(module), signature),
+        witness=_torch_runner(clone(module, TORCH_DTYPES[precision]), signature),
+        candidate=lambda inputs: run_teacher_forced(encoder, decoder, inputs, signature),
+        precision=precision,
+        layers=layers + 2 * decoder_layers,  # each layer of the decoder has two attentions
+        depth=dict.fromkeys(states, layers),
+        on_case=lambda case: progress(f"comparing: {case}"),
+    )
+
+
+def validate_generation(
+    path: Path, module: nn.Module, signature: Signature, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Compare the ONNX files of a bundle with PyTorch over `parity.quick_cases`.
+
+    Args:
+        path: the encoder's ONNX file; the decoder's is beside it.
+        module: the LEDForConditionalGeneration, in float32.
+    Returns:
+        The entry `validation` of `lfx.json`.
+    Raises:
+        ParityError: an output is out of tolerance; the message names the output, the case and the error.
+    """
+    assert signature.decoder is not None
+    progress("comparing: opening the bundle")
+    files, backend = (path, path.with_name(signature.decoder.model_file)), validation_backend(signature)
+    encoder, decoder = (backends.load(file, backend, "cpu", None, None, signature.precision) for file in files)
+    report = compare_generation(encoder, decoder, module, signature, quick_cases, progress)
+    report.require()
+    return {"backend": encoder.name, "witness": f"torch {version('torch')}", **report.to_dict()}
+
+
+def teacher_forced_inputs(case: Case, signature: Signature) -> Arrays:
+    """Return the encoder's inputs of a case, and decoder_input_ids (batch, tokens), random after the start token."""
+    assert signature.decoder is not None
+    inputs = model_inputs(case, signature)
+    tokens = min(_TOKENS, signature.decoder.max_tokens)
+    random = np.random.default_rng([case.seqlen, case.batch])
+    ids = random.integers(0, signature.vocab_size or 8, (case.batch, tokens))
+    ids[:, 0] = signature.decoder.decoder_start_token_id
+    return {**inputs, DECODER_IDS: ids.astype(np.int64)}
+
+
+def run_teacher_forced(encoder: Backend, decoder: Backend, inputs: Arrays, signature: Signature) -> Arrays:
+    """Run the encoder once and the decoder in steps, the first with an empty cache.
+
+    Args:
+        inputs: of the encoder by name, and decoder_input_ids.
+    Returns:
+        last_hidden_state; encoder_keys, encoder_values, decoder_keys and decoder_values (layers, B, H, S, D); and
+        first_logits, those of the first token, and logits, those of the others.
+    """
+    spec = signature.decoder
+    assert spec is not None
+    layers, ids = _decoder_layers(spec), inputs[DECODER_IDS]
+    encoded = encoder.infer({item.name: inputs[item.name] for item in signature.inputs})
+    feeds = {
+        "encoder_attention_mask": inputs["attention_mask"],
+        **_renamed(encoded, layers, "encoder"),
+        **empty_cache(spec, len(ids)),
+    }
+    logits = []
+    for start, end in _steps(ids.shape[1]):
+        outputs = decoder.infer({**feeds, "input_ids": ids[:, start:end]})
+        logits.append(outputs["logits"])
+        feeds.update(_renamed(outputs, layers, "decoder"))
+    cross = [encoded[name] for name in cache_names(PRESENT, layers, "encoder")]
+    own = [feeds[name] for name in cache_names(PAST, layers, "decoder")]
+    return _outputs(encoded["last_hidden_state"], np.concatenate(logits, axis=1), cross, own)
+
+
+def empty_cache(decoder: Decoder, batch: int) -> Arrays:
+    """Return the decoder's cache of no token, by input name."""
+    shapes = {spec.name: (spec.shape, spec.dtype) for spec in decoder.inputs if "past" in spec.shape}
+    sizes = {"batch": batch, "past": 0}
+    return {
+        name: np.zeros([sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in axes], dtype)
+        for name, (axes, dtype) in shapes.items()
+    }
+
+
+def _steps(tokens: int) -> Iterator[tuple[int, int]]:
+    start = 0
+    for step in (*_STEPS, *[_STEPS[-1]] * tokens):
+        if start < tokens:
+            yield start, min(start + step, tokens)
+            start += step
+
+
+def _decoder_layers(decoder: Decoder) -> int:
+    return sum("past" in spec.shape for spec in decoder.inputs) // 2
+
+
+def _renamed(outputs: Arrays, layers: int, part: str) -> Arrays:
+    """Rename outputs of one call to the inputs of the next."""
+    names = zip(cache_names(PAST, layers, part), cache_names(PRESENT, layers, part), strict=True)
+    return {past: outputs[present] for past, present in names}
+
+
+def _outputs(hidden: NDArray[Any], logits: NDArray[Any], cross: list[NDArray[Any]], own: list[NDArray[Any]]) -> Arrays:
+    """Name the outputs that are compared.
+
+    Args:
+        cross, own: keys and values of layer 0, keys and values of layer 1, and so on.
+    """
+    later = {"logits": logits[:, 1:]} if logits.shape[1] > 1 else {}
+    return {
+        "last_hidden_state": hidden,
+        "encoder_keys": np.stack(cross[::2]),
+        "encoder_values": np.stack(cross[1::2]),
+        "first_logits": logits[:, 0],
+        **later,
+        "decoder_keys": np.stack(own[::2]),
+        "decoder_values": np.stack(own[1::2]),
+    }
+
+
+def _torch_runner(model: nn.Module, signature: Signature) -> Runner:
+    """Return a function that runs Hugging Face's model on all tokens at once."""
+    names = {spec.name for spec in signature.inputs}
+
+    def run(inputs: Arrays) -> Arrays:
+        tensors = {name: torch.from_numpy(array) for name, array in inputs.items() if name in (*names, DECODER_IDS)}
+        if "global_attention_mask" not in names:
+            tensors["global_attention_mask"] = torch.from_numpy(inputs["global_attention_mask"])
+        try:
+            with torch.inference_mode(), torch.autocast("cpu", enabled=False), quiet():
+                outputs = model(**tensors, use_cache=True, return_dict=True)
+        except Exception as error:
+            shape = tuple(inputs["input_ids"].shape)
+            raise ExportError(f"the PyTorch model itself fails on ids of shape {shape}: {one_line(error)}") from error
+        cache = outputs.past_key_values
+        cross, own = (
+            [states.double().numpy() for layer in part.layers for states in (layer.keys, layer.values)]
+            for part in (cache.cross_attention_cache, cache.self_attention_cache)
+        )
+        hidden, logits = (item.double().numpy() for item in (outputs.encoder_last_hidden_state, outputs.logits))
+        return _outputs(hidden, logits, cross, own)
+
+    return run
