@@ -14,7 +14,7 @@ from lfx.runtime import backends
 from lfx.runtime.artifact import Artifact, open_artifact
 from lfx.runtime.hub import local_path
 from lfx.runtime.plan import SUFFIX, PlanManifest
-from lfx.signature import QUANTIZED, Signature
+from lfx.signature import PAST, PRESENT, QUANTIZED, Signature
 
 COMPUTE_PRECISIONS = ("fp32", "bf16")
 
@@ -27,6 +27,7 @@ class LoadedModel:
         path: the bundle, ONNX file or plan; for a repository of the hub, its folder in the hub's cache.
         manifest: None for a single ONNX file.
         artifact: the files of a bundle or ONNX file; None for a plan.
+        decoder: the decoder's graph of a model that writes texts, in the same backend as the encoder's; otherwise None.
     """
 
     path: Path
@@ -34,6 +35,7 @@ class LoadedModel:
     signature: Signature
     manifest: Manifest | PlanManifest | None
     artifact: Artifact | None
+    decoder: backends.Backend | None = None
 
 
 def load_model(path: Any, backend: str, provider: str, threads: int | None, precision: str | None) -> LoadedModel:
@@ -56,7 +58,28 @@ def load_model(path: Any, backend: str, provider: str, threads: int | None, prec
         raise ArtifactError(f"{file} has other inputs or outputs than its manifest; export it again")
     if "input_ids" not in names[0]:
         raise ArtifactError(f"{file} has no input input_ids; export it again")
+    if model.decoder is not None:
+        _check_decoder(file, model.signature, model.decoder)
     return model
+
+
+def _check_decoder(file: Path, signature: Signature, backend: backends.Backend) -> None:
+    """Raise ArtifactError if the decoder's graph is not the one that the signature describes, or does not fit."""
+    spec = signature.decoder
+    assert spec is not None
+    inputs, outputs = [item.name for item in spec.inputs], [item.name for item in spec.outputs]
+    if (sorted(backend.input_names), backend.output_names) != (sorted(inputs), outputs):
+        raise ArtifactError(
+            f"{spec.model_file} of {file} has other inputs or outputs than the signature says; export it again"
+        )
+    produced = {item.name for item in signature.outputs} | set(outputs)
+    cached = [name.replace(PAST, PRESENT, 1) for name in inputs if name.startswith(PAST)]
+    if (
+        not {"input_ids", "encoder_attention_mask"} <= set(inputs)
+        or "logits" not in outputs
+        or not set(cached) <= produced
+    ):
+        raise ArtifactError(f"{spec.model_file} of {file} does not fit the encoder's outputs; export it again")
 
 
 def _load_plan(plan: Path, backend: str, provider: str, threads: int | None, precision: str | None) -> LoadedModel:
@@ -85,7 +108,11 @@ def _load_onnx(path: Path, backend: str, provider: str, threads: int | None, pre
     # The reference backend is the onnx package, which refuses files with more than one hard link.
     with artifact.plain_files(unshared=backend == "reference") as model:
         loaded = backends.load(model, backend, provider, threads, precision, stored)
-    return LoadedModel(path, loaded, signature, artifact.manifest, artifact)
+        decoder = None
+        if signature.decoder is not None:
+            file = model.with_name(signature.decoder.model_file)
+            decoder = backends.load(file, backend, provider, threads, precision, stored)
+    return LoadedModel(path, loaded, signature, artifact.manifest, artifact, decoder)
 
 
 def _check_weight_bits(path: Path, signature: Signature, provider: str) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from numpy.typing import NDArray
 
 from lfx.errors import ArtifactError, DependencyError, LfxError, one_line, require, with_cure
 from lfx.runtime.backends.interface import AnyShape, Arrays
@@ -38,6 +41,9 @@ class OnnxRuntime(AnyShape):
                 f"this onnxruntime {ort.__version__} has no {provider_name}; install it with: "
                 "pip install 'longformer-lfx[gpu]', or use provider='cpu'"
             )
+        self._make_tensor = ort.OrtValue.ortvalue_from_numpy
+        # Cached keys and values stay in the memory of the device.
+        self._device = "cpu" if provider == "cpu" else "cuda"
         options = _session_options(ort, threads, fused)
         disabled = SLOWER_ON_CPU if provider == "cpu" else []
         try:
@@ -64,6 +70,29 @@ class OnnxRuntime(AnyShape):
         """Run one batch."""
         try:
             outputs = self._session.run(self.output_names, feeds)
+        except Exception as error:
+            raise LfxError(f"ONNX Runtime failed: {with_cure(error)}") from error
+        return dict(zip(self.output_names, outputs, strict=True))
+
+    def tensor(self, array: NDArray[Any]) -> Any:
+        """An OrtValue with the array's own memory."""
+        return self._make_tensor(array)
+
+    def array(self, tensor: Any) -> NDArray[Any]:
+        """A copy of an OrtValue."""
+        array: NDArray[Any] = tensor.numpy()
+        return array
+
+    def infer_tensors(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Run one batch of OrtValues."""
+        try:
+            binding = self._session.io_binding()
+            for name, value in tensors.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in self.output_names:
+                binding.bind_output(name, self._device)
+            self._session.run_with_iobinding(binding)
+            outputs = binding.get_outputs()
         except Exception as error:
             raise LfxError(f"ONNX Runtime failed: {with_cure(error)}") from error
         return dict(zip(self.output_names, outputs, strict=True))

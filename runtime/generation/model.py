@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,13 +42,13 @@ class Cache(Protocol):
 class TextGenerator(Protocol):
     """An encoder and a decoder."""
 
-    def encode(self, feeds: Feeds, copies: int) -> Cache:
-        """Run the encoder.
+    def encode(self, sequences: Sequence[Feeds], copies: int) -> Cache:
+        """Run the encoder over one batch.
 
         Args:
-            feeds: input name -> (batch, seqlen); `input_ids`, `attention_mask` and `global_attention_mask`.
-            copies: number of rows that are decoded for each sequence of the batch.
+            sequences: prepared sequences; see `lfx.runtime.inputs.prepare`.
+            copies: number of rows that are decoded for each sequence.
         Returns:
-            A cache of batch * copies rows; the rows of one sequence are neighbours.
+            A cache of len(sequences) * copies rows; the rows of one sequence are neighbours.
         """
         ...

@@ -16,11 +16,11 @@ from lfx.runtime.generation.settings import GenerationSettings
 Rule = Callable[[Float32, Int64, Int64], None]
 
 
-def rules(settings: GenerationSettings, encoder_ids: Int64) -> list[Rule]:
+def rules(settings: GenerationSettings, encoder_ids: Sequence[Int64]) -> list[Rule]:
     """The rules of these settings.
 
     Args:
-        encoder_ids: (batch, seqlen) ids of the encoder.
+        encoder_ids: (seqlen,) ids that the encoder gets for each sequence.
     """
     chosen: list[Rule] = []
     if settings.repetition_penalty != 1.0:
@@ -64,12 +64,12 @@ def _no_repeat_ngram(size: int) -> Rule:
     return apply
 
 
-def _encoder_no_repeat_ngram(size: int, encoder_ids: Int64) -> Rule:
+def _encoder_no_repeat_ngram(size: int, encoder_ids: Sequence[Int64]) -> Rule:
     """No n-gram of the encoder's ids appears in a row."""
 
     def apply(scores: Float32, tokens: Int64, sources: Int64) -> None:
         length = tokens.shape[1]
-        if length + 1 < size or encoder_ids.shape[1] < size:
+        if length + 1 < size:
             return
         _ban_continuations(scores, tokens[:, length + 1 - size :], encoder_ids, sources.tolist(), size)
 
@@ -77,16 +77,18 @@ def _encoder_no_repeat_ngram(size: int, encoder_ids: Int64) -> Rule:
 
 
 def _ban_continuations(
-    scores: Float32, prefixes: Int64, texts: Int64, text_of_row: Sequence[int], size: int
+    scores: Float32, prefixes: Int64, texts: Sequence[Int64] | Int64, text_of_row: Sequence[int], size: int
 ) -> None:
     """For each row, ban the tokens that follow its prefix in a text.
 
     Args:
         prefixes: (rows, size - 1), the last tokens of each row.
-        texts: (texts, length).
+        texts: (length,) ids of each text.
         text_of_row: index of the text of each row.
     """
     for row, text in enumerate(text_of_row):
+        if len(texts[text]) < size:
+            continue
         windows = sliding_window_view(texts[text], size)
         follows = (windows[:, :-1] == prefixes[row]).all(axis=1)
         scores[row, windows[follows, -1]] = -np.inf
@@ -193,6 +195,6 @@ def choose(scores: Float32, draws: NDArray[np.float64]) -> Int64:
         (rows,) the first token whose cumulative probability, computed in float64 in the order of the ids, is above the
         draw.
     """
-    cumulative = np.cumsum(softmax(scores.astype(np.float64)), axis=1)  # type: ignore[arg-type]
+    cumulative = np.cumsum(softmax(scores.astype(np.float64)), axis=1)
     targets = draws * cumulative[:, -1]  # the sum of the rounded probabilities is not 1
     return np.asarray((cumulative <= targets[:, None]).sum(axis=1), np.int64)

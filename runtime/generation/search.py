@@ -6,7 +6,7 @@ leaves the batch, so that it costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,27 +20,30 @@ from lfx.runtime.inputs import Feeds
 _NEVER = np.float32(-1e9)  # the score of a beam that is not a candidate, Hugging Face's number
 
 
-def generate(model: TextGenerator, feeds: Feeds, settings: GenerationSettings, *, first_row: int = 0) -> Int64:
+def generate(
+    model: TextGenerator, sequences: Sequence[Feeds], settings: GenerationSettings, indices: Sequence[int] | None = None
+) -> Int64:
     """Generate text for one batch.
 
     Args:
-        feeds: input name -> (batch, seqlen).
-        first_row: index of the batch's first sequence in the whole call, which decides its random numbers.
+        sequences: prepared sequences; see `lfx.runtime.inputs.prepare`.
+        indices: of the sequences in the whole call, which decide their random numbers. Default: 0, 1, …
     Returns:
         (batch * num_return_sequences, tokens) from the start token on, padded on the right with the pad token to the
         longest row. The rows of one sequence are neighbours, for beams the best first.
     Raises:
+        InputError: the options leave no token to sample from.
         LfxError: the logits are not finite, or the backend failed.
     """
     if settings.num_beams > 1:
-        return _BeamSearch(model, feeds, settings).run()
-    rows = len(feeds["input_ids"]) * settings.num_return_sequences
+        return _BeamSearch(model, sequences, settings).run()
+    rows = len(sequences) * settings.num_return_sequences
     start = np.full(rows, settings.decoder_start_token_id, np.int64)
-    return np.stack([start, *stream(model, feeds, settings, first_row=first_row)], axis=1)
+    return np.stack([start, *stream(model, sequences, settings, indices)], axis=1)
 
 
 def stream(
-    model: TextGenerator, feeds: Feeds, settings: GenerationSettings, *, first_row: int = 0
+    model: TextGenerator, sequences: Sequence[Feeds], settings: GenerationSettings, indices: Sequence[int] | None = None
 ) -> Iterator[Int64]:
     """Greedy search and sampling, token by token; see `generate`.
 
@@ -48,10 +51,10 @@ def stream(
         (batch * num_return_sequences,) the next token of each row; the pad token for a row that has ended.
     """
     copies = settings.num_return_sequences
-    count = len(feeds["input_ids"]) * copies
-    chosen_rules = rules(settings, feeds["input_ids"])
-    generators = _generators(settings, first_row * copies, count)
-    cache = model.encode(feeds, copies)
+    count = len(sequences) * copies
+    chosen_rules = rules(settings, _encoder_ids(sequences))
+    generators = _generators(settings, range(len(sequences)) if indices is None else indices)
+    cache = model.encode(sequences, copies)
     rows = np.arange(count)  # of the rows that have not ended, the index in the batch
     tokens = np.full((count, 1), settings.decoder_start_token_id, np.int64)
     while True:
@@ -76,12 +79,17 @@ def stream(
             return
 
 
-def _generators(settings: GenerationSettings, first: int, count: int) -> list[np.random.Generator]:
-    """A generator for each row, so that a row's tokens do not depend on the others: that of [seed, index of the row]."""
+def _encoder_ids(sequences: Sequence[Feeds]) -> list[Int64]:
+    return [feeds["input_ids"][0] for feeds in sequences]
+
+
+def _generators(settings: GenerationSettings, indices: Sequence[int]) -> list[np.random.Generator]:
+    """A generator for each row, so that its tokens do not depend on other rows: that of [seed, index of the row]."""
     if not settings.do_sample:
         return []
     seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if settings.seed is None else settings.seed
-    return [np.random.default_rng([seed, first + row]) for row in range(count)]
+    copies = settings.num_return_sequences
+    return [np.random.default_rng([seed, index * copies + i]) for index in indices for i in range(copies)]
 
 
 def _scores(cache: Cache, tokens: Int64) -> Float32:
@@ -117,14 +125,32 @@ def top(values: Float32, count: int) -> tuple[Float32, Int64]:
     return np.take_along_axis(values, indices, axis=1), indices
 
 
+def _unless(allowed: NDArray[np.bool_]) -> Float32:
+    """What is added to scores: 0 where they are allowed."""
+    return np.where(allowed, np.float32(0), _NEVER)
+
+
+# The attributes of a beam search with an axis of sequences.
+_STATE = (
+    "sequences",
+    "running",
+    "running_scores",
+    "ended",
+    "ended_scores",
+    "ended_lengths",
+    "has_ended",
+    "may_improve",
+)
+
+
 class _BeamSearch:
     """Beam search over one batch. Arrays have the axes (sequences that go on, beams)."""
 
-    def __init__(self, model: TextGenerator, feeds: Feeds, settings: GenerationSettings) -> None:
+    def __init__(self, model: TextGenerator, sequences: Sequence[Feeds], settings: GenerationSettings) -> None:
         self.settings = settings
-        batch, beams = len(feeds["input_ids"]), settings.num_beams
-        self.cache = model.encode(feeds, beams)
-        self.rules = rules(settings, feeds["input_ids"])
+        batch, beams = len(sequences), settings.num_beams
+        self.cache = model.encode(sequences, beams)
+        self.rules = rules(settings, _encoder_ids(sequences))
         self.sequences = np.arange(batch)  # index in the batch of each sequence that goes on
         # Hugging Face's search fills with the first end token where the pad token is 0.
         fill = settings.pad_token_id or (settings.eos_token_ids[0] if settings.eos_token_ids else 0)
@@ -167,7 +193,7 @@ class _BeamSearch:
         candidates[:, :, length] = next_tokens
         ends = np.isin(next_tokens, settings.eos_token_ids) | (length + 1 >= settings.max_length)
         self._add_ended(candidates, candidate_scores, ends, length)
-        running_scores = candidate_scores + ends * _NEVER
+        running_scores = candidate_scores + _unless(~ends)
         self.running_scores, order = top(running_scores, beams)
         self.running = np.take_along_axis(candidates, order[:, :, None], axis=1)
         parents = np.take_along_axis(parents, order, axis=1)
@@ -180,8 +206,8 @@ class _BeamSearch:
         just_ended[:, beams:] = False
         scores = scores / np.float32(length**settings.length_penalty)
         if settings.early_stopping is True:
-            scores = scores + self.has_ended.all(axis=1, keepdims=True) * _NEVER
-        scores = scores + ~self.may_improve[:, None] * _NEVER + ~just_ended * _NEVER
+            scores = scores + _unless(~self.has_ended.all(axis=1, keepdims=True))
+        scores = scores + _unless(self.may_improve[:, None]) + _unless(just_ended)
         lengths = np.full(scores.shape, length + 1, np.int64)
         self.ended_scores, order = top(np.concatenate([self.ended_scores, scores], axis=1), beams)
         self.ended = np.take_along_axis(np.concatenate([self.ended, candidates], axis=1), order[:, :, None], axis=1)
@@ -207,7 +233,5 @@ class _BeamSearch:
         if len(left) > 0:
             self.cache.select((left[:, None] * beams + self._parents[left]).reshape(-1))
         if len(left) < len(finished):
-            for name in (
-                "sequences running running_scores ended ended_scores ended_lengths has_ended may_improve".split()
-            ):
+            for name in _STATE:
                 setattr(self, name, getattr(self, name)[left])

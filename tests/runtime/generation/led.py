@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import LEDConfig, LEDForConditionalGeneration
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from lfx.runtime.inputs import stack
 
 VOCAB_SIZE = 60
 
@@ -33,7 +36,7 @@ def tiny_led(seed: int = 0, *, std: float = 0.2, **changes: Any) -> LEDForCondit
 
 
 def reseed(model: LEDForConditionalGeneration, seed: int, std: float = 0.2) -> LEDForConditionalGeneration:
-    """Draw all weights again, so that tokens vary with the position and the input, and rows end at different lengths."""
+    """Draw all weights again, so that tokens vary with position and input, and rows end at different lengths."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -62,6 +65,11 @@ def random_inputs(rng: np.random.Generator, batch: int, seqlen: int, pattern: st
     return {"input_ids": ids, "attention_mask": mask, "global_attention_mask": global_mask}
 
 
+def split(feeds: dict[str, Any]) -> list[dict[str, Any]]:
+    """The inputs of each sequence of a batch."""
+    return [{name: array[i : i + 1] for name, array in feeds.items()} for i in range(len(feeds["input_ids"]))]
+
+
 def torch_generate(model: LEDForConditionalGeneration, feeds: dict[str, Any], **options: Any) -> np.ndarray[Any, Any]:
     """What Hugging Face's generate returns."""
     inputs = {name: torch.from_numpy(array) for name, array in feeds.items()}
@@ -78,7 +86,8 @@ class TorchLed:
         self.model = model
         self.rows_decoded: list[int] = []  # of each step
 
-    def encode(self, feeds: dict[str, Any], copies: int) -> TorchCache:
+    def encode(self, sequences: Sequence[dict[str, Any]], copies: int) -> TorchCache:
+        feeds = stack(sequences, 1)
         inputs = {name: torch.from_numpy(array) for name, array in feeds.items()}
         with torch.no_grad():
             states = self.model.get_encoder()(**inputs).last_hidden_state

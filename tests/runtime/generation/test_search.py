@@ -10,7 +10,7 @@ import pytest
 
 from lfx.errors import InputError, LfxError
 from lfx.runtime.generation import generate, resolve, stream
-from tests.runtime.generation.led import VOCAB_SIZE, TorchLed, random_inputs, reseed, tiny_led, torch_generate
+from tests.runtime.generation.led import VOCAB_SIZE, TorchLed, random_inputs, reseed, split, tiny_led, torch_generate
 from tests.runtime.generation.ties import check_same
 
 LENGTHS = (1, 7, 8, 9, 15, 16, 17, 31, 33, 65, 100, 255, 257, 1025, 1500)
@@ -74,7 +74,7 @@ def test_tokens_are_hugging_faces(name: str, model: Any) -> None:
         seqlen = LENGTHS[seed % len(LENGTHS)]
         feeds = random_inputs(rng, 1 + seed % 4, seqlen, PATTERNS[seed // 2 % 3])
         settings = settings_of(model, options)
-        ours = generate(TorchLed(model), feeds, settings)
+        ours = generate(TorchLed(model), split(feeds), settings)
         theirs = torch_generate(model, feeds, **options)
         equal.append(check_same(ours, theirs, model, feeds, settings))
     assert sum(equal) >= MODELS - 1  # ties in float32 are rare
@@ -85,17 +85,17 @@ def test_ended_rows_leave_the_batch(model: Any) -> None:
     led = TorchLed(model)
     feeds = random_inputs(np.random.default_rng(3), 4, 20, "first")
     settings = settings_of(model, {"max_new_tokens": 30})
-    tokens = generate(led, feeds, settings)
+    tokens = generate(led, split(feeds), settings)
     lengths = [1 + int(np.flatnonzero(np.append(row[1:], 2) == 2)[0]) for row in tokens]
     assert min(lengths) < max(lengths)
-    assert led.rows_decoded == [sum(length > step for length in lengths) for step in range(max(lengths))][: 30]
+    assert led.rows_decoded == [sum(length > step for length in lengths) for step in range(max(lengths))][:30]
 
 
 def test_finished_sequences_of_a_beam_search_leave_the_batch(model: Any) -> None:
     reseed(model, 7)
     led = TorchLed(model)
     feeds = random_inputs(np.random.default_rng(3), 4, 20, "first")
-    generate(led, feeds, settings_of(model, {"max_new_tokens": 30, "num_beams": 2, "early_stopping": True}))
+    generate(led, split(feeds), settings_of(model, {"max_new_tokens": 30, "num_beams": 2, "early_stopping": True}))
     assert led.rows_decoded[0] == 8
     assert led.rows_decoded[-1] < 8
     assert led.rows_decoded == sorted(led.rows_decoded, reverse=True)
@@ -122,7 +122,7 @@ def test_sampling_is_that_of_hugging_faces_probabilities(options: dict[str, Any]
         reseed(model, seed)
         feeds = random_inputs(np.random.default_rng(seed), 1 + seed % 3, 20, "first")
         chosen = {"max_new_tokens": 15, "do_sample": True, "seed": 7 + seed, **options}
-        tokens = generate(TorchLed(model), feeds, settings_of(model, chosen))
+        tokens = generate(TorchLed(model), split(feeds), settings_of(model, chosen))
         copies = options.get("num_return_sequences", 1)
         assert len(tokens) == len(feeds["input_ids"]) * copies
         config = model.generation_config.__class__(
@@ -154,18 +154,20 @@ def test_a_seed_repeats_its_rows_in_any_batch(model: Any) -> None:
     feeds = random_inputs(np.random.default_rng(0), 3, 12, "first")
     feeds["attention_mask"][:] = 1
     settings = settings_of(model, {"do_sample": True, "seed": 5, "max_new_tokens": 10, "eos_token_id": None})
-    together = generate(TorchLed(model), feeds, settings)
+    together = generate(TorchLed(model), split(feeds), settings)
     for row in range(3):
         alone = {name: array[row : row + 1] for name, array in feeds.items()}
-        assert (generate(TorchLed(model), alone, settings, first_row=row) == together[row]).all()
-    assert not (generate(TorchLed(model), feeds, settings_of(model, {**_sampling(), "seed": 6})) == together).all()
+        assert (generate(TorchLed(model), split(alone), settings, [row]) == together[row]).all()
+    assert not (
+        generate(TorchLed(model), split(feeds), settings_of(model, {**_sampling(), "seed": 6})) == together
+    ).all()
 
 
 def test_sampling_without_a_seed_differs_between_calls(model: Any) -> None:
     reseed(model, 1)
     feeds = random_inputs(np.random.default_rng(0), 1, 12, "first")
     settings = settings_of(model, _sampling())
-    assert len({generate(TorchLed(model), feeds, settings).tobytes() for _ in range(4)}) > 1
+    assert len({generate(TorchLed(model), split(feeds), settings).tobytes() for _ in range(4)}) > 1
 
 
 def _sampling() -> dict[str, Any]:
@@ -177,18 +179,18 @@ def test_stream_yields_the_columns_of_generate(model: Any) -> None:
     feeds = random_inputs(np.random.default_rng(3), 4, 20, "first")
     settings = settings_of(model, {"max_new_tokens": 30})
     led = TorchLed(model)
-    columns = stream(led, feeds, settings)
+    columns = stream(led, split(feeds), settings)
     first = next(columns)
     assert led.rows_decoded == [4]  # nothing is computed ahead
     tokens = np.stack([first, *columns], axis=1)
-    assert (tokens == generate(TorchLed(model), feeds, settings)[:, 1:]).all()
+    assert (tokens == generate(TorchLed(model), split(feeds), settings)[:, 1:]).all()
 
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_logits_that_are_not_finite_are_an_error(beams: int, model: Any) -> None:
     class Broken(TorchLed):
-        def encode(self, feeds: dict[str, Any], copies: int) -> Any:
-            cache = super().encode(feeds, copies)
+        def encode(self, sequences: Any, copies: int) -> Any:
+            cache = super().encode(sequences, copies)
             steps, step = itertools.count(), cache.step
 
             def broken(tokens: Any) -> Any:
@@ -204,7 +206,7 @@ def test_logits_that_are_not_finite_are_an_error(beams: int, model: Any) -> None
     feeds = random_inputs(np.random.default_rng(3), 1, 20, "first")
     settings = settings_of(model, {"max_new_tokens": 5, "min_length": 6, "num_beams": beams})
     with pytest.raises(LfxError, match="logits are not finite at token 3; export the model in fp32"):
-        generate(Broken(model), feeds, settings)
+        generate(Broken(model), split(feeds), settings)
 
 
 def test_sampling_says_when_the_options_leave_no_token(model: Any) -> None:
@@ -212,4 +214,4 @@ def test_sampling_says_when_the_options_leave_no_token(model: Any) -> None:
     words = [[i] for i in range(VOCAB_SIZE) if i != 2]
     settings = settings_of(model, {"do_sample": True, "bad_words_ids": words, "min_length": 5})
     with pytest.raises(InputError, match="leave no token to choose at token 1"):
-        generate(TorchLed(model), feeds, settings)
+        generate(TorchLed(model), split(feeds), settings)

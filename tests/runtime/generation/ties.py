@@ -26,7 +26,9 @@ def check_same(ours: Any, theirs: Any, model: Any, feeds: dict[str, Any], settin
         if (a[:width] == b[:width]).all() and (a[width:] == settings.pad_token_id).all():
             continue
         gap = _gap(exact, feeds, settings, row // copies, a, b)
-        assert gap < ROUNDING, f"row {row}: {a.tolist()} where Hugging Face has {b.tolist()}; their scores differ by {gap}"
+        assert gap < ROUNDING, (
+            f"row {row}: {a.tolist()} where Hugging Face has {b.tolist()}; their scores differ by {gap}"
+        )
     return False
 
 
@@ -57,7 +59,7 @@ def _scores(exact: Any, feeds: dict[str, Any], settings: GenerationSettings, sou
     for i, values in enumerate(logits):
         scores = values[None].copy()
         scores = log_softmax(scores) if settings.num_beams > 1 else scores
-        for rule in rules(settings, feeds["input_ids"]):
+        for rule in rules(settings, list(feeds["input_ids"])):
             rule(scores, row[None, : i + 1], np.array([source]))
         steps.append(scores[0])
     return steps
