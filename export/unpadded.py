@@ -128,7 +128,7 @@ class LEDEncoder(led.LEDEncoder):  # type: ignore[misc]
 
 
 @functools.cache
-def _of_led(attention: type[hf.LongformerSelfAttention]) -> type[nn.Module]:
+def _of_led(attention: type[nn.Module]) -> type[nn.Module]:
     """Return a self-attention class under which LED's modules, and user's subclasses of theirs, keep their class."""
     names = {"__module__": attention.__module__, "__doc__": attention.__doc__}
     return type(attention.__name__, (attention, led.LEDEncoderSelfAttention), names)

@@ -82,8 +82,28 @@ def open_artifact(path: Path) -> Artifact:
 def check_bundle(bundle: Path, manifest: Manifest) -> Artifact:
     """`open_artifact` for a bundle whose manifest was already read."""
     listed = manifest.verify(bundle)
-    model, folder = bundle / manifest.model_file, PurePosixPath(manifest.model_file).parent
-    header = read_header(listed[manifest.model_file])
+    files = _checked_files(bundle, manifest, manifest.model_file, listed)
+    decoder = manifest.signature.decoder
+    if decoder is not None:
+        if decoder.model_file not in listed:
+            raise ArtifactError(f"{bundle / MANIFEST} lists no {shown(decoder.model_file)}; export the model again")
+        files |= _checked_files(bundle, manifest, decoder.model_file, listed)
+    return Artifact(bundle / manifest.model_file, bundle, manifest, manifest.signature, files)
+
+
+def _checked_files(bundle: Path, manifest: Manifest, file: str, listed: dict[str, Path]) -> dict[str, Path]:
+    """Check the signature and the weights of an ONNX file of a bundle.
+
+    Args:
+        file: path of the ONNX file in the bundle.
+        listed: from `Manifest.verify`.
+    Returns:
+        Name of the ONNX file and of each weight file -> its path with links resolved.
+    Raises:
+        ArtifactError: its signature is not the manifest's, or its weights are not listed beside it.
+    """
+    model, folder = bundle / file, PurePosixPath(file).parent
+    header = read_header(listed[file])
     for name in header.weights:
         if Path(name).name != name:
             raise ArtifactError(f"{model} has weights in {name!r}, outside its folder; put them beside it")
@@ -92,14 +112,13 @@ def check_bundle(bundle: Path, manifest: Manifest) -> Artifact:
     stored = _signature(model, header.metadata)
     if stored != manifest.signature:
         listed_fields, stored_fields = manifest.signature.to_dict(), stored.to_dict()
-        name = next(name for name in listed_fields if listed_fields[name] != stored_fields[name])
+        name = next(name for name in listed_fields if listed_fields[name] != stored_fields.get(name))
         raise ArtifactError(
             f"{bundle / MANIFEST} says {name} {shown(listed_fields[name])} where {model.name} says "
-            f"{shown(stored_fields[name])}; "
+            f"{shown(stored_fields.get(name))}; "
             "export the model again"
         )
-    files = {name: listed[str(folder / name)] for name in (model.name, *sorted(header.weights))}
-    return Artifact(model, bundle, manifest, stored, files)
+    return {name: listed[str(folder / name)] for name in (model.name, *sorted(header.weights))}
 
 
 def _open_single(model: Path) -> Artifact:
