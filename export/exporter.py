@@ -141,10 +141,7 @@ def export(
         settings = _encoder_settings(fetch, task, pooling)
         tokenizer, max_seqlen = _load_texts(source, module, tokenizer, max_seqlen, settings)
     _check_module(module, source)
-    if is_generation(module):
-        _check_generation_options(task, layout, output_attentions=output_attentions)
-    elif task == TEXT_GENERATION:
-        raise ExportError(f"task {task} is for an LEDForConditionalGeneration, not a {type(module).__name__}")
+    _check_generation(module, task, layout, output_attentions=output_attentions)
     if layout == "hf" and global_attention == "mask" and max_global is None:
         global_attention = _static_globals(module, task)
     if flag(output_attentions, "output_attentions", ExportError):
@@ -254,18 +251,17 @@ def _check_layout(layout: Any, model_type: Any, precision: str, *, output_attent
         raise ExportError(f"{option} is not for the layout hf, whose clients cannot use it; leave one of them out")
 
 
-def _check_generation_options(task: str, layout: str, *, output_attentions: Any) -> None:
-    """Refuse options that a model of two graphs does not have.
+def _check_generation(module: nn.Module, task: str, layout: str, *, output_attentions: Any) -> None:
+    """Check that the task writes texts if the module does, and refuse the options that such a model does not have.
 
     Raises:
-        ExportError: one is given.
+        ExportError: the task is another module's, or an option is given.
     """
-    if task != TEXT_GENERATION:
-        raise ExportError(f"task {task} is not the task of an LEDForConditionalGeneration; leave it out")
-    if layout != "lfx":
-        raise ExportError(f"layout {layout} is for models of one graph, and this one has two; leave it out")
-    if output_attentions:
-        raise ExportError("output_attentions is for models of one graph, and this one has two; leave it out")
+    if is_generation(module) != (task == TEXT_GENERATION):
+        raise ExportError(f"task {task} is not the task of a {type(module).__name__}; leave it out")
+    option = "layout hf" if layout == "hf" else "output_attentions" if output_attentions else None
+    if is_generation(module) and option is not None:
+        raise ExportError(f"{option} is for models of one graph, and a {type(module).__name__} has two; leave it out")
 
 
 def _static_globals(module: nn.Module, task: str) -> str:

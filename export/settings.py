@@ -61,8 +61,8 @@ def read_settings(path: Path, model: str) -> dict[str, Any]:
         model_type = declared if isinstance(declared, str) else "model without a model_type"
         convert = f"; make one of it with: lfx convert --model {shlex.quote(model)} --output FOLDER"
         cure = convert if model_type in FAMILIES else ""
-        known = "lfx exports Longformer and LED models only"
-        raise ExportError(f"{model} is a {model_type}, not a longformer; {known}{cure}")
+        rule = "lfx exports Longformer and LED models only"
+        raise ExportError(f"{model} is a {model_type}, not a longformer; {rule}{cure}")
     refuse_other_weights(data, path, model)
     a_model = "a Longformer" if declared == "longformer" else "an LED"
     plain = getattr(transformers, CONFIGS[declared])()
