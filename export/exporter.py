@@ -54,7 +54,7 @@ from lfx.export.validate_generation import validate_generation
 from lfx.export.windows import both_sides
 from lfx.machine import package_versions
 from lfx.manifest import MODEL, WEIGHTS, Manifest
-from lfx.signature import OPSETS, SENTENCE_EMBEDDING, TASKS, Signature
+from lfx.signature import OPSETS, SENTENCE_EMBEDDING, TASKS, TEXT_GENERATION, Signature
 
 Progress = Callable[[str], None]
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
@@ -78,10 +78,13 @@ def export(
     model_type: str | None = None,
     progress: Progress = lambda step: None,
 ) -> Path:
-    """Export a Longformer to an ONNX bundle and validate it against PyTorch.
+    """Export a Longformer or an LED to an ONNX bundle and validate it against PyTorch.
+
+    The bundle of an LEDForConditionalGeneration has two graphs, encoder_model.onnx and decoder_model.onnx.
 
     Args:
-        model: a checkpoint folder, a hub id, or an nn.Module that contains Hugging Face Longformer self-attention.
+        model: a checkpoint folder, a hub id, or an nn.Module that contains Hugging Face's self-attention of Longformer
+            or of LED's encoder.
             A module's forward takes input_ids, and optionally attention_mask and global_attention_mask, all
             (batch, seqlen) int64, or (batch, choices, seqlen) for multiple choice. The module is not changed.
         output: the bundle's folder; default: the model's name in the current folder. An older bundle of that name is
@@ -138,6 +141,7 @@ def export(
         settings = _encoder_settings(fetch, task, pooling)
         tokenizer, max_seqlen = _load_texts(source, module, tokenizer, max_seqlen, settings)
     _check_module(module, source)
+    _check_generation(module, task, layout, output_attentions=output_attentions)
     if layout == "hf" and global_attention == "mask" and max_global is None:
         global_attention = _static_globals(module, task)
     if flag(output_attentions, "output_attentions", ExportError):
@@ -245,6 +249,19 @@ def _check_layout(layout: Any, model_type: Any, precision: str, *, output_attent
     if layout == "hf" and (precision not in NAMES or output_attentions):
         option = f"precision {precision}" if precision not in NAMES else "output_attentions"
         raise ExportError(f"{option} is not for the layout hf, whose clients cannot use it; leave one of them out")
+
+
+def _check_generation(module: nn.Module, task: str, layout: str, *, output_attentions: Any) -> None:
+    """Check that the task writes texts if the module does, and refuse the options that such a model does not have.
+
+    Raises:
+        ExportError: the task is another module's, or an option is given.
+    """
+    if is_generation(module) != (task == TEXT_GENERATION):
+        raise ExportError(f"task {task} is not the task of a {type(module).__name__}; leave it out")
+    option = "layout hf" if layout == "hf" else "output_attentions" if output_attentions else None
+    if is_generation(module) and option is not None:
+        raise ExportError(f"{option} is for models of one graph, and a {type(module).__name__} has two; leave it out")
 
 
 def _static_globals(module: nn.Module, task: str) -> str:

@@ -7,8 +7,6 @@ for torch.onnx to trace: one path for any number of tokens and of cached tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 from torch.onnx import ops
@@ -119,8 +117,8 @@ class GenerationDecoder(nn.Module):
         outputs: dict[str, torch.Tensor] = {}
         for i, layer in enumerate(decoder.layers):
             past, cross = (
-                tuple(arguments[f"{PAST}.{i}.{part}.{name}"].to(dtype) for name in ("key", "value"))
-                for part in ("decoder", "encoder")
+                (arguments[f"{name}.key"].to(dtype), arguments[f"{name}.value"].to(dtype))
+                for name in (f"{PAST}.{i}.decoder", f"{PAST}.{i}.encoder")
             )
             hidden, present = _layer(layer, hidden, past, cross, causal, padding)
             for name, states in zip(("key", "value"), present, strict=True):
@@ -130,7 +128,8 @@ class GenerationDecoder(nn.Module):
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         head, bias = self.model.lm_head, self.model.final_logits_bias
         if head.weight is not self.model.led.decoder.embed_tokens.weight:
-            return head(hidden) + bias
+            plain: torch.Tensor = head(hidden) + bias
+            return plain
         # Gemm reads the weight that it shares with the embedding as it is stored. A MatMul would need it transposed.
         flat = hidden.reshape(-1, hidden.shape[-1])
         vocab_size = head.weight.shape[0]
@@ -153,17 +152,15 @@ def _fill(masked: torch.Tensor) -> torch.Tensor:
 def _layer(
     layer: led.LEDDecoderLayer,
     hidden: torch.Tensor,
-    past: Sequence[torch.Tensor],
-    cross: Sequence[torch.Tensor],
+    past: Cached,
+    cross: Cached,
     causal: torch.Tensor,
     padding: torch.Tensor,
 ) -> tuple[torch.Tensor, Cached]:
     """Run a layer; returns the hidden states, and the keys and values of its self-attention."""
     own = layer.self_attn
-    key, value = (
-        torch.cat([cached, split_heads(own, projection(hidden))], dim=2)
-        for cached, projection in zip(past, (own.k_proj, own.v_proj), strict=True)
-    )
+    key = torch.cat([past[0], split_heads(own, own.k_proj(hidden))], dim=2)
+    value = torch.cat([past[1], split_heads(own, own.v_proj(hidden))], dim=2)
     hidden = layer.self_attn_layer_norm(hidden + _attend(own, hidden, key, value, causal))
     hidden = layer.encoder_attn_layer_norm(hidden + _attend(layer.encoder_attn, hidden, *cross, padding))
     output = layer.fc2(layer.activation_fn(layer.fc1(hidden)))
@@ -181,4 +178,5 @@ def _attend(
     scores = (query @ key.transpose(-1, -2)).float() + mask  # in float32 in any precision
     weights = nn.functional.softmax(scores, dim=-1).to(value.dtype)
     context = (weights @ value).transpose(1, 2)
-    return attention.out_proj(context.reshape(*hidden.shape[:2], attention.embed_dim))
+    output: torch.Tensor = attention.out_proj(context.reshape(*hidden.shape[:2], attention.embed_dim))
+    return output

@@ -19,33 +19,32 @@ def save_models(models: Mapping[str, ir.Model], folder: Path, weights: str) -> N
         models: name of the ONNX file -> its model, which is changed: its weights become external.
         weights: name of the file of the weights.
     """
-    initializers = [
-        value
-        for model in models.values()
-        for value in model.graph.initializers.values()
-        if value.const_value is not None and value.const_value.nbytes >= _LEAST_BYTES
-    ]
-    keys = [_storage(value.const_value) for value in initializers]
-    tensors = {key: value.const_value for key, value in zip(keys, initializers, strict=True)}
-    if tensors:
-        written = ir.external_data.convert_tensors_to_external(list(tensors.values()), folder, weights)
-        stored = dict(zip(tensors, written, strict=True))
-    for key, value in zip(keys, initializers, strict=True):
-        external = stored[key]
-        value.const_value = ir.ExternalTensor(
-            external.location,
-            external.offset,
-            external.length,
-            external.dtype,
-            shape=external.shape,
-            name=value.name,
-            base_dir=folder,
-        )
+    stored: dict[tuple[Any, ...], ir.TensorProtocol] = {}
+    external: list[tuple[ir.Value, tuple[Any, ...]]] = []
+    for model in models.values():
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and tensor.nbytes >= _LEAST_BYTES:
+                stored[_storage(tensor)] = tensor
+                external.append((value, _storage(tensor)))
+    if stored:
+        written = ir.external_data.convert_tensors_to_external(list(stored.values()), folder, weights)
+        parts = dict(zip(stored, written, strict=True))
+        for value, key in external:
+            value.const_value = _named(parts[key], str(value.name))
     for name, model in models.items():
         ir.save(model, folder / name)
 
 
-def _storage(tensor: Any) -> tuple[Any, ...]:
+def _named(tensor: ir.ExternalTensor, name: str) -> ir.ExternalTensor:
+    """Return the same part of a file under the name of an initializer."""
+    location, base_dir = tensor.location, tensor.base_dir
+    return ir.ExternalTensor(
+        location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name, base_dir=base_dir
+    )
+
+
+def _storage(tensor: ir.TensorProtocol) -> tuple[Any, ...]:
     """Return a key that two tensors have in common only if they are the same part of one torch tensor."""
     raw = getattr(tensor, "raw", None)
     if isinstance(raw, torch.Tensor):

@@ -6,7 +6,6 @@ Theirs pad a sequence to a multiple of the window and build a 4-D mask of S² el
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -127,11 +126,14 @@ class LEDEncoder(led.LEDEncoder):  # type: ignore[misc]
         return led.LEDEncoderBaseModelOutput(last_hidden_state=states[-1], hidden_states=all_states)
 
 
-@functools.cache
-def _of_led(attention: type[hf.LongformerSelfAttention]) -> type[nn.Module]:
-    """Return a self-attention class under which LED's modules, and user's subclasses of theirs, keep their class."""
+_OF_LED: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _of_led(attention: type[nn.Module]) -> type[nn.Module]:
+    """Return a self-attention class whose modules are LEDEncoderSelfAttention too, so that subclasses stay theirs."""
     names = {"__module__": attention.__module__, "__doc__": attention.__doc__}
-    return type(attention.__name__, (attention, led.LEDEncoderSelfAttention), names)
+    bases = (attention, led.LEDEncoderSelfAttention)
+    return _OF_LED.setdefault(attention, type(attention.__name__, bases, names))
 
 
 def replace_attention(model: nn.Module, attention: type[hf.LongformerSelfAttention]) -> nn.Module:

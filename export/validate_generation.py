@@ -131,9 +131,9 @@ def run_teacher_forced(encoder: Backend, decoder: Backend, inputs: Arrays, signa
 def empty_cache(decoder: Decoder, batch: int) -> Arrays:
     """Return the decoder's cache of no token, by input name."""
     shapes = {spec.name: (spec.shape, spec.dtype) for spec in decoder.inputs if "past" in spec.shape}
-    sizes = {"batch": batch, "past": 0}
+    sizes: dict[int | str, int] = {"batch": batch, "past": 0}
     return {
-        name: np.zeros([sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in axes], dtype)
+        name: np.zeros([axis if isinstance(axis, int) else sizes[axis] for axis in axes], dtype)
         for name, (axes, dtype) in shapes.items()
     }
 

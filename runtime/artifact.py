@@ -95,7 +95,15 @@ def check_bundle(bundle: Path, manifest: Manifest) -> Artifact:
 
 
 def _listed_files(bundle: Path, name: str, listed: dict[str, Path], signature: Signature) -> dict[str, Path]:
-    """Check an ONNX file of a bundle; returns the file name -> path of it and of its weights."""
+    """Check the signature and the weights of an ONNX file of a bundle.
+
+    Args:
+        name: path of the ONNX file in the bundle.
+        listed: from `Manifest.verify`.
+        signature: the manifest's.
+    Returns:
+        Name of the ONNX file and of each weight file -> its path with links resolved.
+    """
     model, folder = bundle / name, PurePosixPath(name).parent
     header = read_header(listed[name])
     for weights in header.weights:

@@ -598,5 +598,7 @@ def test_export_of_such_an_encoder_names_convert(tmp_path: Path) -> None:
             export(folder, tmp_path / "bundle")
     folder = save_tiny_checkpoint(tmp_path / "c")
     edit(folder / "config.json", model_type="deberta")
-    with pytest.raises(ExportError, match=r"is a deberta, not a longformer; lfx exports Longformer models only$"):
+    with pytest.raises(
+        ExportError, match=r"is a deberta, not a longformer; lfx exports Longformer and LED models only$"
+    ):
         export(folder, tmp_path / "bundle")
