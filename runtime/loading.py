@@ -27,7 +27,8 @@ class LoadedModel:
         path: the bundle, ONNX file or plan; for a repository of the hub, its folder in the hub's cache.
         manifest: None for a single ONNX file.
         artifact: the files of a bundle or ONNX file; None for a plan.
-        decoder: the decoder's graph of a model that writes texts, in the same backend as the encoder's; otherwise None.
+        graphs: the encoder's and the decoder's graph of a model that writes texts, of which `backend` is the first;
+            None for other models.
     """
 
     path: Path
@@ -35,7 +36,7 @@ class LoadedModel:
     signature: Signature
     manifest: Manifest | PlanManifest | None
     artifact: Artifact | None
-    decoder: backends.Backend | None = None
+    graphs: tuple[backends.TensorBackend, backends.TensorBackend] | None = None
 
 
 def load_model(path: Any, backend: str, provider: str, threads: int | None, precision: str | None) -> LoadedModel:
@@ -58,8 +59,8 @@ def load_model(path: Any, backend: str, provider: str, threads: int | None, prec
         raise ArtifactError(f"{file} has other inputs or outputs than its manifest; export it again")
     if "input_ids" not in names[0]:
         raise ArtifactError(f"{file} has no input input_ids; export it again")
-    if model.decoder is not None:
-        _check_decoder(file, model.signature, model.decoder)
+    if model.graphs is not None:
+        _check_decoder(file, model.signature, model.graphs[1])
     return model
 
 
@@ -108,11 +109,11 @@ def _load_onnx(path: Path, backend: str, provider: str, threads: int | None, pre
     # The reference backend is the onnx package, which refuses files with more than one hard link.
     with artifact.plain_files(unshared=backend == "reference") as model:
         loaded = backends.load(model, backend, provider, threads, precision, stored)
-        decoder = None
+        graphs = None
         if signature.decoder is not None:
-            file = model.with_name(signature.decoder.model_file)
-            decoder = backends.load(file, backend, provider, threads, precision, stored)
-    return LoadedModel(path, loaded, signature, artifact.manifest, artifact, decoder)
+            decoder = model.with_name(signature.decoder.model_file)
+            graphs = (loaded, backends.load(decoder, backend, provider, threads, precision, stored))
+    return LoadedModel(path, loaded, signature, artifact.manifest, artifact, graphs)
 
 
 def _check_weight_bits(path: Path, signature: Signature, provider: str) -> None:

@@ -7,6 +7,7 @@ leaves the batch, so that it costs nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,9 +126,9 @@ def top(values: Float32, count: int) -> tuple[Float32, Int64]:
     return np.take_along_axis(values, indices, axis=1), indices
 
 
-def _unless(allowed: NDArray[np.bool_]) -> Float32:
+def _unless(allowed: Any) -> Float32:
     """What is added to scores: 0 where they are allowed."""
-    return np.where(allowed, np.float32(0), _NEVER)
+    return np.asarray(np.where(allowed, np.float32(0), _NEVER), np.float32)
 
 
 # The attributes of a beam search with an axis of sequences.
@@ -207,7 +208,8 @@ class _BeamSearch:
         scores = scores / np.float32(length**settings.length_penalty)
         if settings.early_stopping is True:
             scores = scores + _unless(~self.has_ended.all(axis=1, keepdims=True))
-        scores = scores + _unless(self.may_improve[:, None]) + _unless(just_ended)
+        scores = scores + _unless(self.may_improve[:, None])
+        scores = scores + _unless(just_ended)
         lengths = np.full(scores.shape, length + 1, np.int64)
         self.ended_scores, order = top(np.concatenate([self.ended_scores, scores], axis=1), beams)
         self.ended = np.take_along_axis(np.concatenate([self.ended, candidates], axis=1), order[:, :, None], axis=1)
