@@ -26,7 +26,9 @@ def led_bundle(made_once: MakeOnce) -> MakeLed:
         name = ",".join(["led", str(seed), *(f"{key}={value}" for key, value in options.items())])
 
         def fill(folder: Path) -> None:
-            export(model, folder / "led", tokenizer=tiny_tokenizer(), **options)
+            tokenizer = tiny_tokenizer()
+            tokenizer.add_tokens([f"w{i}" for i in range(VOCAB_SIZE - len(tokenizer))])  # the model writes any id
+            export(model, folder / "led", tokenizer=tokenizer, **options)
 
         return model, made_once(name, fill) / "led"
 
