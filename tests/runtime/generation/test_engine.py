@@ -18,9 +18,8 @@ from lfx.manifest import Manifest
 from lfx.runtime import Engine
 from lfx.runtime.generation.graphs import GraphGenerator
 from lfx.signature import TASKS
-from tests.conftest import MakeBundle
+from tests.conftest import MakeBundle, MakeLed
 from tests.models import VOCAB_SIZE
-from tests.runtime.generation.conftest import MakeLed
 from tests.runtime.generation.led import random_inputs, torch_generate
 from tests.runtime.generation.ties import check_same
 
