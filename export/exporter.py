@@ -49,8 +49,7 @@ from lfx.export.shared_weights import save_models
 from lfx.export.sizes import check_sizes
 from lfx.export.torch_runners import TORCH_DTYPES
 from lfx.export.trace import first_names, trace
-from lfx.export.validate import validate
-from lfx.export.validate_generation import validate_generation
+from lfx.export.validate import validate, validate_generation
 from lfx.export.windows import both_sides
 from lfx.machine import package_versions
 from lfx.manifest import MODEL, WEIGHTS, Manifest
