@@ -17,7 +17,7 @@ from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError, InputError
 from lfx.export import loop_attention, pooling, unpadded
-from lfx.export.led import GenerationEncoder
+from lfx.export.led import LED_CLASSES, GenerationEncoder
 from lfx.export.pooling import LongformerForSentenceEmbedding
 from lfx.export.rewrite import attention_windows, chunked_attention
 from lfx.export.torch_runners import GlobalTokensRunner, disturbed_runner, global_tokens_runner, torch_runner
@@ -26,7 +26,7 @@ from lfx.parity import Case, OutputResult, pair_tolerance
 from lfx.runtime.inputs import default_global
 from lfx.runtime.ragged import check_cuttable, cut
 from lfx.runtime.runner import model_inputs
-from lfx.signature import GRAPH_INPUTS, TASKS, Signature
+from lfx.signature import GRAPH_INPUTS, TASKS, TEXT_GENERATION, Signature
 
 # The torch modules of transformers' Longformers and of poolings. Each computes every token independently of the others.
 _TOKENWISE_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList, *pooling.ACTIVATIONS.values())
@@ -214,7 +214,18 @@ def is_hugging_face(module: nn.Module) -> bool:
         return is_hugging_face(module.longformer)
     if type(module) is GenerationEncoder:
         return type(module.led) is led.LEDModel
-    return type(module).__module__ in _MODULES and type(module).__name__ in {t.architecture for t in TASKS.values()}
+    architectures = {*(task.architecture for task in TASKS.values()), *LED_CLASSES.values()}
+    return type(module).__module__ in _MODULES and type(module).__name__ in architectures
+
+
+def is_led(module: nn.Module) -> bool:
+    """Return whether a module is an LED, alone or with a head."""
+    return isinstance(module, (led.LEDPreTrainedModel, GenerationEncoder))
+
+
+def task_globals(module: nn.Module, task: str) -> str:
+    """Return the rule for the global tokens of a task; LEDs of one graph have none by themselves."""
+    return "none" if is_led(module) and task != TEXT_GENERATION else TASKS[task].default_global
 
 
 def is_unchanged(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from lfx.errors import ExportError, one_line
 from lfx.export.led import cache_names
 from lfx.export.load import quiet
-from lfx.export.rewrite import clone
+from lfx.export.rewrite import attention_layers, clone
 from lfx.export.torch_runners import TORCH_DTYPES, dense_model
 from lfx.parity import Arrays, Case, Report, Runner, compare
 from lfx.runtime import Engine, backends
@@ -56,7 +56,7 @@ def compare_generation(
         witness=_torch_runner(clone(module, TORCH_DTYPES[precision]), signature),
         candidate=lambda inputs: run_teacher_forced(encoder, decoder, inputs, signature),
         precision=precision,
-        layers=layers + 2 * _decoder_layers(signature.decoder),  # each layer of the decoder has two attentions
+        layers=attention_layers(module),
         depth=dict.fromkeys(states, layers),
         on_case=lambda case: progress(f"comparing: {case}"),
     )

@@ -14,6 +14,7 @@ from lfx.errors import InputError
 from lfx.export.expose_layers import layer_name
 from lfx.export.led import GenerationEncoder
 from lfx.export.probe import forward_inputs, granularity, is_unchanged, longest_trial
+from lfx.export.rewrite import attention_layers
 from lfx.export.teacher_forcing import compare_generation, load_decoder
 from lfx.export.torch_runners import int8_runner, reference_runner, torch_runner
 from lfx.parity import UNIT_ROUNDOFF, Case, Report, compare, quick_cases
@@ -78,7 +79,7 @@ def _compare_long(engine: Engine, module: nn.Module, progress: Callable[[str], N
         witness=torch_runner(module, signature.precision, inputs),
         candidate=lambda feeds: {name: out for name, out in run(feeds).items() if name not in attentions},
         precision=signature.precision,
-        layers=len(signature.attention_windows),
+        layers=attention_layers(module),
         names=("PyTorch in float32", "PyTorch"),
         on_case=lambda case: progress(f"comparing: {case}"),
     )
@@ -132,11 +133,14 @@ def compare_engine(
         witness=witness,
         candidate=engine_runner(engine),
         precision=precision,
-        layers=layers,
+        layers=attention_layers(module),
         depth={
-            name: i + 1
-            for i in range(layers)
-            for name in (layer_name(i), f"{ATTENTIONS}.{i}", f"{GLOBAL_ATTENTIONS}.{i}")
+            "encoder_last_hidden_state": layers,
+            **{
+                name: i + 1
+                for i in range(layers)
+                for name in (layer_name(i), f"{ATTENTIONS}.{i}", f"{GLOBAL_ATTENTIONS}.{i}")
+            },
         },
         probabilities=attentions,
         multi_label=is_multi_label(signature, getattr(getattr(module, "config", None), "problem_type", None)),

@@ -21,7 +21,7 @@ from lfx.export.load import load
 from lfx.export.teacher_forcing import empty_cache, load_decoder
 from lfx.export.validate import compare_engine
 from lfx.manifest import WEIGHTS, Manifest
-from lfx.parity import Arrays, full_cases, quick_cases
+from lfx.parity import Arrays, quick_cases
 from lfx.runtime import Engine
 from lfx.runtime.artifact import open_artifact
 from lfx.signature import PAST, PRESENT, TEXT_GENERATION, Decoder, TensorSpec
@@ -198,7 +198,7 @@ def test_tokens_may_come_in_calls_of_any_length(engine: Engine, length: int, ste
 def test_models_of_other_settings_are_right(changes: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_led(seed=1, **changes)
     with Engine(export(model, tmp_path / "bundle"), threads=1) as engine:
-        report = compare_engine(engine, model, full_cases, lambda step: None)
+        report = compare_engine(engine, model, quick_cases, lambda step: None)
         assert not report.failures()
         longest = engine.signature.max_seqlen
         assert longest == (32 if changes.get("max_encoder_position_embeddings") == 37 else 128)
@@ -208,7 +208,7 @@ def test_models_of_other_settings_are_right(changes: dict[str, Any], tmp_path: P
 @pytest.mark.parametrize(("precision", "backend"), [("fp16", "onnxruntime"), ("bf16", "openvino")])
 def test_half_precisions_are_within_the_derived_tolerance(precision: str, backend: str, bundle: MakeBundle) -> None:
     with Engine(bundle(TEXT_GENERATION, precision=precision), backend, threads=1) as engine:
-        report = compare_engine(engine, tiny_led(), full_cases, lambda step: None)
+        report = compare_engine(engine, tiny_led(), quick_cases, lambda step: None)
         assert not report.failures()
         decoder = engine.signature.decoder
         assert decoder is not None
@@ -221,7 +221,7 @@ def test_half_precisions_are_within_the_derived_tolerance(precision: str, backen
 )
 def test_every_mode_of_global_attention_agrees_with_pytorch(options: dict[str, Any], bundle: MakeBundle) -> None:
     with Engine(bundle(TEXT_GENERATION, **options), threads=1) as engine:
-        assert not compare_engine(engine, tiny_led(), full_cases, lambda step: None).failures()
+        assert not compare_engine(engine, tiny_led(), quick_cases, lambda step: None).failures()
 
 
 def test_a_wrong_decoder_is_out_of_tolerance_and_leaves_nothing(
