@@ -20,6 +20,7 @@ from lfx.signature import PAST, PRESENT, TEXT_GENERATION
 
 LED_CLASSES = {  # task -> class of an LED
     "feature-extraction": "LEDModel",
+    "text-classification": "LEDForSequenceClassification",
     "question-answering": "LEDForQuestionAnswering",
     TEXT_GENERATION: "LEDForConditionalGeneration",
 }

@@ -21,6 +21,7 @@ from lfx.checks import one_of
 from lfx.errors import ExportError, one_line
 from lfx.export import checkpoint
 from lfx.export.led import LED_CLASSES
+from lfx.export.led_classifier import LEDForSequenceClassification
 from lfx.export.loop_attention import asks_for_loop_attention, use_loop_attention
 from lfx.export.options import check_pooling
 from lfx.export.original import RENAMED
@@ -97,11 +98,17 @@ def load(
         except Exception as error:
             raise ExportError(f"{files.folder / 'config.json'} is no config of its class: {_flat(error)}") from error
         cure = f"it was not trained for {task}; choose the --task that it was trained for"
-        loader = LED_CLASSES[task] if model_type == "led" else TASKS[task].auto_class
-        loaded = load_weights(getattr(transformers, loader), config, files, cure, RENAMED)
+        loader = _led_class(task) if model_type == "led" else getattr(transformers, TASKS[task].auto_class)
+        loaded = load_weights(loader, config, files, cure, RENAMED)
         if asks_for_loop_attention(config):
             loaded = use_loop_attention(loaded)
         return (add_pooling(loaded, fetch, model, pooling) if task == SENTENCE_EMBEDDING else loaded), task
+
+
+def _led_class(task: str) -> Any:
+    """Return the class of an LED for a task."""
+    name = LED_CLASSES[task]
+    return LEDForSequenceClassification if task == "text-classification" else getattr(transformers, name)
 
 
 def load_weights(

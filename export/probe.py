@@ -30,13 +30,14 @@ from lfx.signature import GRAPH_INPUTS, TASKS, TEXT_GENERATION, Signature
 
 # The torch modules of transformers' Longformers and of poolings. Each computes every token independently of the others.
 _TOKENWISE_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList, *pooling.ACTIVATIONS.values())
-_MODULES = (
+_MODULES = (  # of the classes of Longformers and LEDs
     hf.__name__,
     led.__name__,
     GenerationEncoder.__module__,
+    led_classifier.__name__,
     unpadded.__name__,
     loop_attention.__name__,
-)  # of the Longformers' classes
+)
 _SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask", "unk")  # special tokens whose ids a config may have
 _LONG = 4096  # longest sequence, in tokens, that is tried
 _GIVE_MAX_SEQLEN = "give max_seqlen, the longest sequence that the model takes"
@@ -224,8 +225,12 @@ def is_led(module: nn.Module) -> bool:
 
 
 def task_globals(module: nn.Module, task: str) -> str:
-    """Return the rule for the global tokens of a task; LEDs of one graph have none by themselves."""
-    return "none" if is_led(module) and task != TEXT_GENERATION else TASKS[task].default_global
+    """Return the rule for the global tokens of a task. An LED marks none by itself.
+
+    Those that write texts and those that classify are trained with the first token.
+    """
+    trained = (TEXT_GENERATION, "text-classification")
+    return "none" if is_led(module) and task not in trained else TASKS[task].default_global
 
 
 def is_unchanged(module: nn.Module) -> bool:

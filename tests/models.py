@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import LEDConfig, LongformerConfig
 
+from lfx.export.led_classifier import LEDForSequenceClassification
 from lfx.export.pooling import LongformerForSentenceEmbedding, Normalize
 from lfx.signature import SENTENCE_EMBEDDING, TASKS, TEXT_GENERATION
 
@@ -66,7 +67,8 @@ def tiny_led_config(**changes: Any) -> LEDConfig:
 def tiny_led(architecture: str = "LEDForConditionalGeneration", seed: int = 0, **changes: Any) -> Any:
     """A random LED, every parameter drawn, in eval mode."""
     torch.manual_seed(seed)
-    return _with_biases(getattr(transformers, architecture)(tiny_led_config(**changes)))
+    cls = getattr(transformers, architecture, LEDForSequenceClassification)
+    return _with_biases(cls(tiny_led_config(**changes)))
 
 
 def _with_biases(model: Any) -> Any:
