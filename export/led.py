@@ -186,8 +186,10 @@ class LEDDecoder(led.LEDDecoder):  # type: ignore[misc]
 
 def _embed(decoder: led.LEDDecoder, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     table = decoder.embed_positions.weight
-    hidden: torch.Tensor = decoder.embed_tokens(ids) + nn.functional.embedding(positions, table)
-    return decoder.layernorm_embedding(hidden)
+    hidden: torch.Tensor = decoder.layernorm_embedding(
+        decoder.embed_tokens(ids) + nn.functional.embedding(positions, table)
+    )
+    return hidden
 
 
 def _fill(masked: torch.Tensor) -> torch.Tensor:

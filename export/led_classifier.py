@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.led import modeling_led as led
 
 
@@ -28,18 +27,21 @@ class LEDForSequenceClassification(led.LEDPreTrainedModel):  # type: ignore[misc
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         global_attention_mask: torch.Tensor | None = None,
-    ) -> SequenceClassifierOutput:
+    ) -> led.LEDSeq2SeqSequenceClassifierOutput:
         """Classify sequences.
 
         Args:
             input_ids, attention_mask, global_attention_mask: (B, S) int64.
         Returns:
-            logits (B, labels).
+            logits (B, labels), and encoder_last_hidden_state (B, S, hidden).
         """
-        states = self.led(
+        outputs = self.led(
             input_ids, attention_mask=attention_mask, global_attention_mask=global_attention_mask, return_dict=True
-        ).last_hidden_state
+        )
+        states = outputs.last_hidden_state
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (positions * (input_ids == self.config.eos_token_id)).amax(dim=1)
         pooled = states.gather(1, last[:, None, None].expand(-1, 1, states.shape[2])).squeeze(1)
-        return SequenceClassifierOutput(logits=self.classification_head(pooled))
+        return led.LEDSeq2SeqSequenceClassifierOutput(
+            logits=self.classification_head(pooled), encoder_last_hidden_state=outputs.encoder_last_hidden_state
+        )

@@ -98,14 +98,14 @@ def load(
         except Exception as error:
             raise ExportError(f"{files.folder / 'config.json'} is no config of its class: {_flat(error)}") from error
         cure = f"it was not trained for {task}; choose the --task that it was trained for"
-        loader = _led_class(task) if model_type == "led" else getattr(transformers, TASKS[task].auto_class)
+        loader = led_class(task) if model_type == "led" else getattr(transformers, TASKS[task].auto_class)
         loaded = load_weights(loader, config, files, cure, RENAMED)
         if asks_for_loop_attention(config):
             loaded = use_loop_attention(loaded)
         return (add_pooling(loaded, fetch, model, pooling) if task == SENTENCE_EMBEDDING else loaded), task
 
 
-def _led_class(task: str) -> Any:
+def led_class(task: str) -> Any:
     """Return the class of an LED for a task."""
     name = LED_CLASSES[task]
     return LEDForSequenceClassification if task == "text-classification" else getattr(transformers, name)

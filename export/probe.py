@@ -16,7 +16,7 @@ from transformers.models.led import modeling_led as led
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError, InputError
-from lfx.export import loop_attention, pooling, unpadded
+from lfx.export import led_classifier, loop_attention, pooling, unpadded
 from lfx.export.led import LED_CLASSES, GenerationEncoder
 from lfx.export.pooling import LongformerForSentenceEmbedding
 from lfx.export.rewrite import attention_windows, chunked_attention

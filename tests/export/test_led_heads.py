@@ -22,7 +22,7 @@ from tests.models import tiny_led
 HEADS = {task: name for task, name in LED_CLASSES.items() if task != TEXT_GENERATION}
 OUTPUTS = {
     "feature-extraction": ["last_hidden_state", "encoder_last_hidden_state"],
-    "text-classification": ["logits"],
+    "text-classification": ["logits", "encoder_last_hidden_state"],
     "question-answering": ["start_logits", "end_logits", "encoder_last_hidden_state"],
 }
 
