@@ -13,7 +13,8 @@ from transformers.models.longformer import modeling_longformer as hf
 import lfx
 from lfx.checks import whole_number
 from lfx.errors import ExportError
-from lfx.export.probe import adds_globals, default_global_of, is_hugging_face
+from lfx.export.led import GenerationEncoder
+from lfx.export.probe import adds_globals, default_global_of, is_hugging_face, is_led, task_globals
 from lfx.export.rewrite import GlobalTokens, attention_windows, is_causal
 from lfx.export.vocabulary import vocabulary
 from lfx.export.windows import both_sides
@@ -47,6 +48,8 @@ def describe(
         vocab_size = getattr(embeddings.word_embeddings, "num_embeddings", None)
     pad = embeddings.padding_idx if embeddings is not None else _token_id(config, "pad_token_id", vocab_size)
     sep = _token_id(config, "sep_token_id", vocab_size)
+    if sep is None and is_led(module) and isinstance(getattr(config, "eos_token_id", None), int):
+        sep = _token_id(config, "eos_token_id", vocab_size)  # LED's tokenizer separates texts by it
     axes: tuple[str, ...] = ("batch", "choices", "sequence") if TASKS[task].has_choices else ("batch", "sequence")
     signature = Signature(
         architecture=type(module).__name__,
@@ -56,7 +59,7 @@ def describe(
         outputs=tuple(_output_spec(value) for value in graph.graph.outputs),
         attention_windows=tuple(attention_windows(module)),
         causal=is_causal(module),
-        default_global=tokens.mode if tokens.mode != "mask" else TASKS[task].default_global,
+        default_global=tokens.mode if tokens.mode != "mask" else task_globals(module, task),
         global_attention=tokens.mode,
         max_seqlen=longest_sequence(module, max_seqlen),
         vocab_size=vocab_size,
@@ -95,7 +98,9 @@ def longest_sequence(module: nn.Module, requested: int | None) -> int | None:
     Raises:
         ExportError: the requested length is above the limit, or the limit is 0.
     """
-    limit = min((limit for part in module.modules() if (limit := _positions(part)) is not None), default=None)
+    # The texts that a GenerationEncoder's model writes have a limit of their own.
+    parts = module.led.encoder.modules() if isinstance(module, GenerationEncoder) else module.modules()
+    limit = min((limit for part in parts if (limit := _positions(part)) is not None), default=None)
     if limit is not None and limit < 1:
         raise ExportError("the position embeddings have no row for a token; give a larger max_position_embeddings")
     if requested is not None:
@@ -108,12 +113,14 @@ def longest_sequence(module: nn.Module, requested: int | None) -> int | None:
 def _positions(part: nn.Module) -> int | None:
     """Return the number of tokens that the position table of a module has rows for; None if it has no table.
 
-    Longformer's has rows up to the padding index that no token uses. Hugging Face's LED takes positions for the padding
-    to a multiple of the window too, from a table without rows for it.
+    Longformer's has rows up to the padding index that no token uses. Hugging Face's LED encoder takes positions for the
+    padding to a multiple of the window too, from a table without rows for it.
     """
     if isinstance(part, hf.LongformerEmbeddings) and isinstance(part.position_embeddings, nn.Embedding):
         return int(part.position_embeddings.num_embeddings - part.padding_idx - 1)
     if isinstance(part, led.LEDEncoder):
         window = both_sides(max(attention_windows(part)))
         return int(part.embed_positions.num_embeddings) // window * window
+    if isinstance(part, led.LEDDecoder):
+        return int(part.embed_positions.num_embeddings)
     return None

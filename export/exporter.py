@@ -24,6 +24,7 @@ from lfx.export.describe import describe, longest_sequence
 from lfx.export.generation import build_graphs, is_generation
 from lfx.export.graph import finalize_graph
 from lfx.export.layout import LAYOUTS, NAMES, check_options, refuse_dynamic, write_layout
+from lfx.export.led import LED_CLASSES
 from lfx.export.load import check_weights, load, load_tokenizer, quiet, weights_sha256
 from lfx.export.loop_attention import LoopSelfAttention, asks_for_loop_attention
 from lfx.export.options import GraphOptions, at_least_1, check_choices, check_pooling, model_name
@@ -36,6 +37,7 @@ from lfx.export.probe import (
     granularity,
     ignores_padding,
     is_hugging_face,
+    task_globals,
 )
 from lfx.export.rewrite import (
     GlobalTokens,
@@ -49,8 +51,7 @@ from lfx.export.shared_weights import save_models
 from lfx.export.sizes import check_sizes
 from lfx.export.torch_runners import TORCH_DTYPES
 from lfx.export.trace import first_names, trace
-from lfx.export.validate import validate
-from lfx.export.validate_generation import validate_generation
+from lfx.export.validate import validate, validate_generation
 from lfx.export.windows import both_sides
 from lfx.machine import package_versions
 from lfx.manifest import MODEL, WEIGHTS, Manifest
@@ -272,8 +273,9 @@ def _static_globals(module: nn.Module, task: str) -> str:
     """
     if "global_attention_mask" not in forward_inputs(module) or not is_hugging_face(module):
         return "mask"
-    refuse_dynamic(task, TASKS[task].default_global)
-    return TASKS[task].default_global
+    rule = task_globals(module, task)
+    refuse_dynamic(task, rule)
+    return rule
 
 
 def _source(model: str | nn.Module) -> tuple[str, str]:
@@ -400,11 +402,12 @@ def _target(model: str | nn.Module, output: str | Path | None, layout: str) -> P
 
 def _task_of_module(module: nn.Module, task: str) -> str:
     if task != "auto":
-        if is_hugging_face(module) and TASKS[task].architecture != type(module).__name__:
+        if is_hugging_face(module) and type(module).__name__ not in (TASKS[task].architecture, LED_CLASSES.get(task)):
             raise ExportError(f"task {task} is not the task of a {type(module).__name__}; leave it out")
         return task
     bases = {cls.__name__ for cls in type(module).__mro__}
-    return next((name for name, known in TASKS.items() if known.architecture in bases), "feature-extraction")
+    classes = {task: {known.architecture, LED_CLASSES.get(task)} for task, known in TASKS.items()}
+    return next((name for name, names in classes.items() if names & bases), "feature-extraction")
 
 
 def _check_file(path: Path, opset: int) -> None:

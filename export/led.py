@@ -1,19 +1,29 @@
-"""The two graphs of LEDForConditionalGeneration, as torch modules.
+"""LED's modules for torch.onnx to trace: the two graphs of LEDForConditionalGeneration, and the decoder of its others.
 
 `GenerationEncoder` is Hugging Face's encoder, with the keys and values of the decoder's cross-attention, which depend
 on the encoder alone. `GenerationDecoder` is Hugging Face's decoder with cached keys and values as inputs and outputs,
-for torch.onnx to trace: one path for any number of tokens and of cached tokens.
+for torch.onnx to trace: one path for any number of tokens and of cached tokens. `LEDModel` and `LEDDecoder` are one
+graph with the encoder, without a cache.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.onnx import ops
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.led import modeling_led as led
 
-from lfx.signature import PAST, PRESENT
+from lfx.signature import PAST, PRESENT, TEXT_GENERATION
 
+LED_CLASSES = {  # task -> class of an LED
+    "feature-extraction": "LEDModel",
+    "text-classification": "LEDForSequenceClassification",
+    "question-answering": "LEDForQuestionAnswering",
+    TEXT_GENERATION: "LEDForConditionalGeneration",
+}
 Cached = tuple[torch.Tensor, torch.Tensor]  # keys and values, each (B, H, S, D)
 
 
@@ -70,9 +80,8 @@ class GenerationEncoder(nn.Module):
         ).last_hidden_state
         outputs = {"last_hidden_state": hidden}
         for i, layer in enumerate(self.led.decoder.layers):
-            cross = layer.encoder_attn
-            outputs[f"{PRESENT}.{i}.encoder.key"] = split_heads(cross, cross.k_proj(hidden))
-            outputs[f"{PRESENT}.{i}.encoder.value"] = split_heads(cross, cross.v_proj(hidden))
+            key, value = _keys_and_values(layer.encoder_attn, hidden)
+            outputs |= {f"{PRESENT}.{i}.encoder.key": key, f"{PRESENT}.{i}.encoder.value": value}
         return outputs
 
 
@@ -111,9 +120,7 @@ class GenerationDecoder(nn.Module):
         positions = torch.arange(tokens) + past_length
         causal = _fill(torch.arange(past_length + tokens)[None, :] > positions[:, None])  # (T, P + T)
         padding = _fill(arguments["encoder_attention_mask"][:, None, None, :] == 0)  # (B, 1, 1, S)
-        positions_table = decoder.embed_positions.weight
-        hidden = decoder.embed_tokens(ids) + nn.functional.embedding(positions, positions_table)
-        hidden = decoder.layernorm_embedding(hidden)
+        hidden = _embed(decoder, ids, positions)
         outputs: dict[str, torch.Tensor] = {}
         for i, layer in enumerate(decoder.layers):
             past, cross = (
@@ -144,6 +151,47 @@ class GenerationDecoder(nn.Module):
         return logits.reshape(*hidden.shape[:2], vocab_size)
 
 
+class LEDModel(led.LEDModel):  # type: ignore[misc]
+    """Gives the decoder the encoder's ids, shifted to the right, as Hugging Face's does without decoder_input_ids."""
+
+    def forward(self, input_ids: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        start = torch.full_like(input_ids[:, :1], self.config.decoder_start_token_id)
+        shifted = torch.cat([start, input_ids[:, :-1]], dim=1)
+        return super().forward(input_ids, *arguments, **{**options, "decoder_input_ids": shifted, "use_cache": False})
+
+
+class LEDDecoder(led.LEDDecoder):  # type: ignore[misc]
+    """Runs all tokens at once, without a branch on their number, and returns no cache."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        **_: Any,
+    ) -> Any:
+        assert encoder_hidden_states is not None
+        positions = torch.arange(input_ids.shape[1])
+        causal = _fill(positions[None, :] > positions[:, None])
+        if encoder_attention_mask is None:
+            encoder_attention_mask = torch.ones_like(encoder_hidden_states[:, :, 0])
+        padding = _fill(encoder_attention_mask[:, None, None, :] == 0)
+        hidden = _embed(self, input_ids, positions)
+        for layer in self.layers:
+            cross = _keys_and_values(layer.encoder_attn, encoder_hidden_states)
+            hidden, _present = _layer(layer, hidden, None, cross, causal, padding)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+
+
+def _embed(decoder: led.LEDDecoder, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    table = decoder.embed_positions.weight
+    hidden: torch.Tensor = decoder.layernorm_embedding(
+        decoder.embed_tokens(ids) + nn.functional.embedding(positions, table)
+    )
+    return hidden
+
+
 def _fill(masked: torch.Tensor) -> torch.Tensor:
     """Return what is added to the scores: a value below which no score matters where a key is masked, else 0."""
     return torch.zeros(masked.shape).masked_fill(masked, torch.finfo(torch.float32).min / 2)
@@ -152,19 +200,24 @@ def _fill(masked: torch.Tensor) -> torch.Tensor:
 def _layer(
     layer: led.LEDDecoderLayer,
     hidden: torch.Tensor,
-    past: Cached,
+    past: Cached | None,
     cross: Cached,
     causal: torch.Tensor,
     padding: torch.Tensor,
 ) -> tuple[torch.Tensor, Cached]:
     """Run a layer; returns the hidden states, and the keys and values of its self-attention."""
     own = layer.self_attn
-    key = torch.cat([past[0], split_heads(own, own.k_proj(hidden))], dim=2)
-    value = torch.cat([past[1], split_heads(own, own.v_proj(hidden))], dim=2)
+    key, value = _keys_and_values(own, hidden)
+    if past is not None:
+        key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
     hidden = layer.self_attn_layer_norm(hidden + _attend(own, hidden, key, value, causal))
     hidden = layer.encoder_attn_layer_norm(hidden + _attend(layer.encoder_attn, hidden, *cross, padding))
     output = layer.fc2(layer.activation_fn(layer.fc1(hidden)))
     return layer.final_layer_norm(hidden + output), (key, value)
+
+
+def _keys_and_values(attention: led.LEDDecoderAttention, states: torch.Tensor) -> Cached:
+    return split_heads(attention, attention.k_proj(states)), split_heads(attention, attention.v_proj(states))
 
 
 def _attend(

@@ -20,6 +20,8 @@ from torch.nn.parameter import is_lazy
 from lfx.checks import one_of
 from lfx.errors import ExportError, one_line
 from lfx.export import checkpoint
+from lfx.export.led import LED_CLASSES
+from lfx.export.led_classifier import LEDForSequenceClassification
 from lfx.export.loop_attention import asks_for_loop_attention, use_loop_attention
 from lfx.export.options import check_pooling
 from lfx.export.original import RENAMED
@@ -30,12 +32,9 @@ from lfx.signature import SENTENCE_EMBEDDING, TASKS, TEXT_GENERATION
 
 _IN_A_LAYER = re.compile(r"(^|\.)(encoder|transformer)\.layer\.\d+\.")
 _NEXT_SENTENCE = "cls.seq_relationship."  # BERT's head for pretraining, inside the module of its masked LM head
-_LED = {  # task -> class
-    "feature-extraction": "LEDModel",
-    "question-answering": "LEDForQuestionAnswering",
-    TEXT_GENERATION: "LEDForConditionalGeneration",
+_BY_ARCHITECTURE = {task.architecture: name for name, task in TASKS.items()} | {
+    cls: task for task, cls in LED_CLASSES.items()
 }
-_BY_ARCHITECTURE = {task.architecture: name for name, task in TASKS.items()} | {cls: task for task, cls in _LED.items()}
 
 
 @contextlib.contextmanager
@@ -87,8 +86,10 @@ def load(
             task = SENTENCE_EMBEDDING if pooling is not None or has_pooling(fetch) else _task_of(files)
         settings = dict(files.settings)
         model_type = settings.pop("model_type")
-        if model_type == "led" and task not in _LED:
-            raise ExportError(f"{files.name} is an LED, which has no {task}; choose --task from: {', '.join(_LED)}")
+        if model_type == "led" and task not in LED_CLASSES:
+            raise ExportError(
+                f"{files.name} is an LED, which has no {task}; choose --task from: {', '.join(LED_CLASSES)}"
+            )
         if model_type != "led" and task == TEXT_GENERATION:
             raise ExportError(f"{files.name} is a {model_type}, which has no decoder; choose another --task")
         try:
@@ -97,11 +98,17 @@ def load(
         except Exception as error:
             raise ExportError(f"{files.folder / 'config.json'} is no config of its class: {_flat(error)}") from error
         cure = f"it was not trained for {task}; choose the --task that it was trained for"
-        loader = _LED[task] if model_type == "led" else TASKS[task].auto_class
-        loaded = load_weights(getattr(transformers, loader), config, files, cure, RENAMED)
+        loader = led_class(task) if model_type == "led" else getattr(transformers, TASKS[task].auto_class)
+        loaded = load_weights(loader, config, files, cure, RENAMED)
         if asks_for_loop_attention(config):
             loaded = use_loop_attention(loaded)
         return (add_pooling(loaded, fetch, model, pooling) if task == SENTENCE_EMBEDDING else loaded), task
+
+
+def led_class(task: str) -> Any:
+    """Return the class of an LED for a task."""
+    name = LED_CLASSES[task]
+    return LEDForSequenceClassification if task == "text-classification" else getattr(transformers, name)
 
 
 def load_weights(

@@ -16,8 +16,8 @@ from transformers.models.led import modeling_led as led
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError, InputError
-from lfx.export import loop_attention, pooling, unpadded
-from lfx.export.led import GenerationEncoder
+from lfx.export import led_classifier, loop_attention, pooling, unpadded
+from lfx.export.led import LED_CLASSES, GenerationEncoder
 from lfx.export.pooling import LongformerForSentenceEmbedding
 from lfx.export.rewrite import attention_windows, chunked_attention
 from lfx.export.torch_runners import GlobalTokensRunner, disturbed_runner, global_tokens_runner, torch_runner
@@ -26,17 +26,18 @@ from lfx.parity import Case, OutputResult, pair_tolerance
 from lfx.runtime.inputs import default_global
 from lfx.runtime.ragged import check_cuttable, cut
 from lfx.runtime.runner import model_inputs
-from lfx.signature import GRAPH_INPUTS, TASKS, Signature
+from lfx.signature import GRAPH_INPUTS, TASKS, TEXT_GENERATION, Signature
 
 # The torch modules of transformers' Longformers and of poolings. Each computes every token independently of the others.
 _TOKENWISE_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList, *pooling.ACTIVATIONS.values())
-_MODULES = (
+_MODULES = (  # of the classes of Longformers and LEDs
     hf.__name__,
     led.__name__,
     GenerationEncoder.__module__,
+    led_classifier.__name__,
     unpadded.__name__,
     loop_attention.__name__,
-)  # of the Longformers' classes
+)
 _SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask", "unk")  # special tokens whose ids a config may have
 _LONG = 4096  # longest sequence, in tokens, that is tried
 _GIVE_MAX_SEQLEN = "give max_seqlen, the longest sequence that the model takes"
@@ -214,7 +215,22 @@ def is_hugging_face(module: nn.Module) -> bool:
         return is_hugging_face(module.longformer)
     if type(module) is GenerationEncoder:
         return type(module.led) is led.LEDModel
-    return type(module).__module__ in _MODULES and type(module).__name__ in {t.architecture for t in TASKS.values()}
+    architectures = {*(task.architecture for task in TASKS.values()), *LED_CLASSES.values()}
+    return type(module).__module__ in _MODULES and type(module).__name__ in architectures
+
+
+def is_led(module: nn.Module) -> bool:
+    """Return whether a module is an LED, alone or with a head."""
+    return isinstance(module, (led.LEDPreTrainedModel, GenerationEncoder))
+
+
+def task_globals(module: nn.Module, task: str) -> str:
+    """Return the rule for the global tokens of a task. An LED marks none by itself.
+
+    Those that write texts and those that classify are trained with the first token.
+    """
+    trained = (TEXT_GENERATION, "text-classification")
+    return "none" if is_led(module) and task not in trained else TASKS[task].default_global
 
 
 def is_unchanged(module: nn.Module) -> bool:

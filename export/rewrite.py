@@ -6,6 +6,8 @@ torch.onnx traces the copy. The modules keep their names and parameters; these c
         three projections, the global context, lfx::BandedAttention
     LongformerEncoder, LEDEncoder, LEDEncoderLayer -> those of unpadded
         no `.item()`, no padding to a multiple of the window and no removal of it
+    LEDModel, LEDDecoder -> those of led
+        no branch on the number of tokens, and no cache
     LongformerModel -> unpadded.LongformerModel
         no padding to a multiple of the window, no 4-D mask
 
@@ -28,12 +30,14 @@ import torch
 from torch import nn
 from torch.onnx import ops
 from transformers.modeling_outputs import ModelOutput
+from transformers.models.led import modeling_led as led
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError
 from lfx.export.functions import DOMAIN, VERSION
+from lfx.export.led import GenerationEncoder, LEDDecoder, LEDModel
 from lfx.export.loop_attention import LoopSelfAttention
-from lfx.export.unpadded import SELF_ATTENTION, replace_attention
+from lfx.export.unpadded import SELF_ATTENTION, replace_attention, replace_classes
 from lfx.export.windows import both_sides
 from lfx.signature import ATTENTIONS, GLOBAL_ATTENTIONS
 
@@ -247,6 +251,14 @@ def attention_windows(model: nn.Module) -> list[int]:
     ]
 
 
+def attention_layers(model: nn.Module) -> int:
+    """Return the number of attentions that the outputs of a model depend on, one after the other, decoders included."""
+    decoders = (
+        [] if isinstance(model, GenerationEncoder) else [m for m in model.modules() if isinstance(m, led.LEDDecoder)]
+    )
+    return len(attention_windows(model)) + sum(2 * len(decoder.layers) for decoder in decoders)
+
+
 def chunked_attention(model: nn.Module) -> list[hf.LongformerSelfAttention]:
     """Return the self-attention modules with Hugging Face's chunks, which take multiples of the window only."""
     return [m for m in model.modules() if isinstance(m, SELF_ATTENTION) and not isinstance(m, LoopSelfAttention)]
@@ -316,6 +328,7 @@ def rewrite(
         attentions: a list that each self-attention appends its probabilities to; None = they are not computed.
     """
     rewritten = replace_attention(clone(model, dtype), _SelfAttention)
+    replace_classes(rewritten, {led.LEDModel: LEDModel, led.LEDDecoder: LEDDecoder})
     for module in rewritten.modules():
         if isinstance(module, _SelfAttention):
             module.lfx_globals, module.lfx_attentions = tokens, attentions

@@ -234,10 +234,11 @@ def _check_labels(values: dict[str, Any], path: Path) -> None:
 
 def model_size(settings: dict[str, Any]) -> int:
     """Return the number of weights of the model that settings of `read_settings` describe, or a little less."""
-    return _led_size(settings) if settings["model_type"] == "led" else longformer_size(settings)
+    return led_size(settings) if settings["model_type"] == "led" else longformer_size(settings)
 
 
-def _led_size(settings: dict[str, Any]) -> int:
+def led_size(settings: dict[str, Any]) -> int:
+    """Return the number of weights of the LED that a config describes, or a little less."""
     values = {**transformers.LEDConfig().to_dict(), **settings}
     hidden = values["d_model"]
     rows = sum(values[f"max_{part}_position_embeddings"] for part in ("encoder", "decoder"))

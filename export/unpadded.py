@@ -6,6 +6,7 @@ Theirs pad a sequence to a multiple of the window and build a 4-D mask of S² el
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -150,6 +151,15 @@ def replace_attention(model: nn.Module, attention: type[hf.LongformerSelfAttenti
         hf.LongformerEncoder: LongformerEncoder,
         hf.LongformerModel: LongformerModel,
     }
+    return replace_classes(model, replacements)
+
+
+def replace_classes(model: nn.Module, replacements: Mapping[type[nn.Module], type[nn.Module]]) -> nn.Module:
+    """Replace the classes of modules, in place; that of a subclass by a new class, as `replace_attention` says.
+
+    Args:
+        replacements: class -> its subclass that replaces it.
+    """
     for module in model.modules():
         for original, replacement in replacements.items():
             if isinstance(module, original) and not isinstance(module, replacement):

@@ -8,6 +8,7 @@ import numbers
 from collections import UserString
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -57,10 +58,13 @@ def prepare_each(
 ) -> list[Feeds | InputError]:
     """Check each sequence alone: like `prepare`, but an InputError of a sequence is returned at its index.
 
+    A list is one sequence if it has whole numbers alone, for multiple choice if it has lists of them alone; otherwise
+    each of its items is a sequence, or that sequence's error.
+
     Raises:
         InputError: an argument cannot be split into sequences, or a mask has not as many sequences as the ids.
     """
-    sequences = _split(ids, "input_ids", signature)
+    sequences = _split_each(ids, "input_ids", signature)
     masks = _split_mask(attention_mask, "attention_mask", len(sequences), signature)
     global_masks = _split_mask(global_attention_mask, "global_attention_mask", len(sequences), signature)
     return [_prepare_one(*arguments, signature) for arguments in zip(sequences, masks, global_masks, strict=True)]
@@ -81,7 +85,7 @@ def _split_mask(value: Any, name: str, count: int, signature: Signature) -> Sequ
     """The rows of a mask for `count` sequences; None for each where there is no mask."""
     if value is None:
         return [None] * count
-    rows = _split(value, name, signature)
+    rows = _split_each(value, name, signature)
     if len(rows) != count:
         raise InputError(f"{name} has {len(rows)} sequences, and input_ids has {count}; make them equal")
     return rows
@@ -181,6 +185,28 @@ def _split(value: Any, name: str, signature: Signature) -> Sequence[Any] | NDArr
         raise InputError(f"{name} is {type(value).__name__}; give token ids: a list of integers or an integer array")
     with _readable(name, signature):
         return _sequences(value, name, signature)
+
+
+def _split_each(value: Any, name: str, signature: Signature) -> Sequence[Any] | NDArray[Any]:
+    """`_split`, but by all items of a list, of which any may be wrong, and not by the first."""
+    if _is_list(value) and len(value) > 0:
+        with _readable(name, signature):
+            items = _items(value, name)
+            if not all(map(_are_numbers if signature.has_choices else _is_number, items)):
+                return items
+    return _split(value, name, signature)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not _is_text(value) and not hasattr(value, "__array__")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Integral | np.bool_) or (hasattr(value, "__array__") and np.ndim(value) == 0)
+
+
+def _are_numbers(value: Any) -> bool:
+    return bool(np.ndim(value) == 1) if hasattr(value, "__array__") else _is_list(value) and all(map(_is_number, value))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils  # a module of the server
 
-from lfx.errors import InputError, LfxError
+from lfx.errors import InputError, LfxError, one_line
 from lfx.runtime.triton.requests import COUNTERS, Request, TritonModel, released
 
 
@@ -41,11 +41,16 @@ class TritonPythonModel:
         self._model.close()
 
 
-def _read(request: Any) -> Request:
-    # Not as_numpy(): built for numpy 1, as in Triton 2.51, it gives arrays with strides of 0 where numpy is 2.
-    inputs = {tensor.name(): np.from_dlpack(tensor) for tensor in request.inputs()}
-    parameters = json.loads(request.parameters() or "{}")
-    return Request(inputs, frozenset(request.requested_output_names()), parameters)
+def _read(request: Any) -> Request | InputError:
+    try:
+        # Not as_numpy(): built for numpy 1, as in Triton 2.51, it gives arrays with strides of 0 where numpy is 2.
+        inputs = {tensor.name(): np.from_dlpack(tensor) for tensor in request.inputs()}
+        parameters = json.loads(request.parameters() or "{}")
+        return Request(inputs, frozenset(request.requested_output_names()), parameters)
+    except UnicodeDecodeError:
+        return InputError("a parameter of the request is not UTF-8; convert it first")
+    except Exception as error:  # raised here, it would be the answer of all requests
+        return InputError(f"the request cannot be read: {one_line(error)}")
 
 
 def _response(result: Any) -> Any:

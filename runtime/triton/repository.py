@@ -345,13 +345,21 @@ def _write_config(folder: Path, config: ModelConfig) -> None:
 
 
 def _seal(text: str, folder: Path) -> str:
-    """A digest of the config and of the names of the model's files, which says whether they are as lfx wrote them."""
-    names = sorted(
-        str(path.relative_to(folder))
-        for path in folder.rglob("*")
-        if not path.is_dir() and "__pycache__" not in path.parts  # Triton's Python writes those
-    )
-    return hashlib.sha256("\n".join([text, *names]).encode("utf-8", "surrogateescape")).hexdigest()
+    """A digest of the config and of the model's other files, which says whether they are as lfx wrote them.
+
+    Of a file that is too large to be edited by hand, its size counts and not its bytes.
+    """
+    digest = hashlib.sha256(text.encode())
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if "__pycache__" in name.parts or str(name) == CONFIG:  # Triton's Python writes the former
+            continue
+        size = path.lstat().st_size
+        content = path.read_bytes() if size < 1 << 20 and path.is_file() and not path.is_symlink() else b""
+        digest.update(f"\n{name}\n{size}\n".encode("utf-8", "surrogateescape") + content)
+    return digest.hexdigest()
 
 
 def _refusal(folder: Path) -> str | None:
@@ -375,8 +383,8 @@ def _replacing(target: Path) -> Iterator[Path]:
     """Make a new folder that takes the place of `target` if the block ends without an error."""
     repository = target.parent
     _check_replaceable(target)
-    # Not in the repository: Triton takes each folder there for a model. A mount point has another file system's parent.
-    beside = repository.parent if _same_disk(repository, repository.parent) else repository
+    # Not in the repository, if the parent can be used: Triton takes each folder there for a model.
+    beside = repository.parent if _is_usable(repository.parent, repository) else repository
     with private_folder(beside, f"triton {target}") as private:
         new = private / "new"
         new.mkdir()
@@ -395,5 +403,7 @@ def _check_replaceable(target: Path) -> None:
         raise ArtifactError(refusal)
 
 
-def _same_disk(first: Path, second: Path) -> bool:
-    return first.stat().st_dev == second.stat().st_dev and not os.path.ismount(first)
+def _is_usable(parent: Path, repository: Path) -> bool:
+    """Whether a folder in the parent can be renamed into the repository: not if that is a mount point."""
+    same_disk = parent.stat().st_dev == repository.stat().st_dev and not os.path.ismount(repository)
+    return same_disk and os.access(parent, os.W_OK | os.X_OK)

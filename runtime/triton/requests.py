@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfx.checks import shown, whole_number
-from lfx.errors import InputError, LengthError, LfxError
+from lfx.errors import InputError, LengthError, LfxError, one_line
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.engine import Engine, Outputs
 from lfx.runtime.inputs import Feeds, pad_choices, prepare, seqlen_of
@@ -79,13 +79,23 @@ def input_specs(signature: Signature, *, has_tokenizer: bool) -> list[TensorSpec
 
 
 def output_specs(signature: Signature, *, has_tokenizer: bool) -> list[TensorSpec]:
-    """The outputs of the model in Triton: those of its graph, and for texts the numbers of tokens and the answers."""
-    specs = list(signature.outputs)
+    """The outputs of the model in Triton: those of its graph, and for texts the numbers of tokens and the answers.
+
+    Raises:
+        InputError: an output of the graph has one of the names of the others.
+    """
+    added: list[TensorSpec] = []
     if has_tokenizer:
-        specs.append(TensorSpec(TOKENS, "int64", ("batch", 1)))
+        added.append(TensorSpec(TOKENS, "int64", ("batch", 1)))
         if signature.task in ANSWERED_TASKS:
-            specs.append(TensorSpec(ANSWERS, TEXT, ("batch", "bytes")))
-    return specs
+            added.append(TensorSpec(ANSWERS, TEXT, ("batch", "bytes")))
+    taken = {spec.name for spec in signature.outputs} & {spec.name for spec in added}
+    if taken:
+        raise InputError(
+            f"the model has an output {min(taken)}, a name that lfx gives to one of its own in Triton; export it with "
+            "another name, or without a tokenizer"
+        )
+    return [*signature.outputs, *added]
 
 
 def finds_tokenizer(model: Path, manifest: Any) -> bool:
@@ -138,20 +148,19 @@ class TritonModel:
         engine.warm_up()
         return cls(engine, tokenizer)
 
-    def answer(self, requests: Sequence[Request]) -> list[dict[str, NDArray[Any]] | LfxError]:
+    def answer(self, requests: Sequence[Request | LfxError]) -> list[dict[str, NDArray[Any]] | LfxError]:
         """Run requests together, in batches of similar lengths within the token budget.
 
+        Args:
+            requests: an error stands for a request that could not be read, and is its answer.
         Returns:
             For each request: output name -> array with a batch axis, or its error. Outputs per token of texts of
             different lengths are filled with zeros after each text's `num_tokens`. `answers` is JSON in UTF-8, with
             spaces after the shorter ones.
         """
-        prepared = [self._prepare(request) for request in requests]
+        prepared = [_own_error(self._prepare, request) for request in requests]
         self._run([row for rows in prepared if not isinstance(rows, LfxError) for row in rows])
-        return [
-            rows if isinstance(rows, LfxError) else self._result(request, rows)
-            for request, rows in zip(requests, prepared, strict=True)
-        ]
+        return [_own_error(self._result, request, rows) for request, rows in zip(requests, prepared, strict=True)]
 
     def counted(self) -> dict[str, int]:
         """By how much each of `COUNTERS` has grown since the last call."""
@@ -165,21 +174,18 @@ class TritonModel:
         """Free the model."""
         self._engine.close()
 
-    def _prepare(self, request: Request) -> list[_Row] | LfxError:
+    def _prepare(self, request: Request) -> list[_Row]:
         inputs = request.inputs
         has_text = any(name in inputs for name in _TEXT_INPUTS)
         has_ids = any(name not in _TEXT_INPUTS for name in inputs)
-        try:
-            if has_text == has_ids:
-                raise InputError(f"a request has {_listed(inputs)}; give either input_ids with its masks, or text")
-            if has_text:
-                return [self._encoded_row(i, request) for i in range(len(next(iter(inputs.values()))))]
-            if "input_ids" not in inputs:
-                raise InputError(f"a request has {_listed(inputs)} and no input_ids; give them")
-            masks = (inputs.get("attention_mask"), inputs.get("global_attention_mask"))
-            return [_Row(feeds) for feeds in prepare(inputs["input_ids"], *masks, self._signature)]
-        except LfxError as error:
-            return error
+        if has_text == has_ids:
+            raise InputError(f"a request has {_listed(inputs)}; give either input_ids with its masks, or text")
+        if has_text:
+            return [self._encoded_row(i, request) for i in range(len(next(iter(inputs.values()))))]
+        if "input_ids" not in inputs:
+            raise InputError(f"a request has {_listed(inputs)} and no input_ids; give them")
+        masks = (inputs.get("attention_mask"), inputs.get("global_attention_mask"))
+        return [_Row(feeds) for feeds in prepare(inputs["input_ids"], *masks, self._signature)]
 
     def _encoded_row(self, index: int, request: Request) -> _Row:
         """Tokenize a text of a request; an error says its index if there are several."""
@@ -231,20 +237,17 @@ class TritonModel:
 
     def _run(self, rows: Sequence[_Row]) -> None:
         """Run sequences in batches; of a batch that fails, each sequence gets the error."""
-        try:
-            results = self._engine.run_together([row.feeds for row in rows], on_error="return")
-        except LfxError as error:
-            results = [error] * len(rows)
-        for row, result in zip(rows, results, strict=True):
+        results = _own_error(self._engine.run_together, [row.feeds for row in rows], on_error="return")
+        for row, result in zip(rows, [results] * len(rows) if isinstance(results, LfxError) else results, strict=True):
             row.result = result
 
-    def _result(self, request: Request, rows: Sequence[_Row]) -> dict[str, NDArray[Any]] | LfxError:
-        """The outputs of a request, or the error of its first sequence that has one."""
+    def _result(self, request: Request, rows: Sequence[_Row]) -> dict[str, NDArray[Any]]:
+        """The outputs of a request; raises the error of its first sequence that has one."""
         outputs: list[Outputs] = []
         for row in rows:
             assert row.result is not None
             if isinstance(row.result, LfxError):
-                return row.result
+                raise row.result
             outputs.append(row.result)
         result = {
             spec.name: _stacked([np.asarray(item[spec.name]) for item in outputs])
@@ -254,11 +257,7 @@ class TritonModel:
         if TOKENS in request.outputs:
             result[TOKENS] = np.array([[row.num_tokens] for row in rows], np.int64)
         if ANSWERS in request.outputs:
-            try:
-                answers = [self._answers(row, item) for row, item in zip(rows, outputs, strict=True)]
-            except LfxError as error:
-                return error
-            result[ANSWERS] = _as_bytes(answers)
+            result[ANSWERS] = _as_bytes([self._answers(row, item) for row, item in zip(rows, outputs, strict=True)])
         return result
 
     def _answers(self, row: _Row, outputs: Outputs) -> bytes:
@@ -273,6 +272,22 @@ class TritonModel:
             encoded, positions = encode_ids(ids.reshape(-1, seqlen)[0].tolist(), first)
         answers = self._postprocessor.answers_of_request(encoded, outputs, positions)
         return json.dumps(answers, ensure_ascii=False).encode()
+
+
+def _own_error(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call a function; returns its result, the first argument that is an error, or the error that it raised.
+
+    An exception that leaves the model is the answer of all requests that Triton collected, so none may.
+    """
+    for arg in args:
+        if isinstance(arg, LfxError):
+            return arg
+    try:
+        return function(*args, **options)
+    except LfxError as error:
+        return error
+    except Exception as error:
+        return LfxError(f"{type(error).__name__} in lfx: {one_line(error)}; please report it")
 
 
 def released(capsule: Any) -> None:

@@ -14,6 +14,8 @@ import onnx
 import onnxruntime
 import openvino
 import pytest
+import torch
+from torch import nn
 
 from lfx.errors import ExportError, InputError, ParityError
 from lfx.export import export, relayout
@@ -70,6 +72,26 @@ def test_an_export_in_the_layout_of_the_hub_gives_pytorchs_numbers(
 
     folder, source = made_once("export-hf", make) / "hf", bundle("text-classification")
     assert_same(run(folder if run is by_engine else folder / "onnx" / "model.onnx"), by_engine(source), source)
+
+
+class _Positive(nn.Module):
+    """A module whose output is Boolean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_model(num_hidden_layers=1, attention_window=[8])
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.as_tensor(self.inner(input_ids, attention_mask=attention_mask)[0] > 0)
+
+
+def test_outputs_that_are_no_floats_are_compared_too(tmp_path: Path) -> None:
+    bundle = export(_Positive().eval(), tmp_path / "own")
+    ids = [5, 6, 7, 8, 9]
+    with Engine(bundle) as engine, Engine(relayout(bundle, tmp_path / "hf")) as other:
+        for name, array in engine.run(ids).items():
+            assert array.dtype == bool
+            np.testing.assert_array_equal(other.run(ids)[name], array)
 
 
 def test_the_files_are_those_of_the_layout(bundle: MakeBundle, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -49,6 +50,39 @@ def test_the_digest_is_of_names_sizes_times_and_counts(tmp_path: Path) -> None:
     assert Inputs(str(tmp_path)).digest == before
     os.utime(tmp_path / "a.jsonl", (1, 1))
     assert Inputs(str(tmp_path)).digest != before
+
+
+def test_linked_folders_and_files_are_read(tmp_path: Path) -> None:
+    write_lines(tmp_path / "data" / "b.jsonl", 2)
+    documents = tmp_path / "documents"
+    write_lines(documents / "a.jsonl", 1)
+    (documents / "2024").symlink_to(tmp_path / "data")
+    (documents / "c.jsonl").symlink_to(tmp_path / "data" / "b.jsonl")
+    (documents / ".hidden").symlink_to(documents)
+    assert Inputs(str(documents)).documents == 5
+
+
+def test_a_folder_that_cannot_be_listed_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines(tmp_path / "a.jsonl", 1)
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(InputError, match=r"b\.jsonl is a link to a file that does not exist; fetch the file"):
+        Inputs(str(tmp_path))
+    (tmp_path / "b.jsonl").unlink()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="loop is a link to a folder that it lies in; remove it"):
+        Inputs(str(tmp_path))
+    (tmp_path / "loop").unlink()
+    (tmp_path / "private").mkdir()
+    listed = Path.iterdir
+
+    def refuse(folder: Path) -> object:  # root may read everything
+        if folder.name == "private":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError, match="private cannot be read: Permission denied; make it readable"):
+        Inputs(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -366,7 +367,8 @@ def test_a_dataset_of_ray_data_gets_the_columns_of_lfx_run(bundle: MakeBundle, t
 
     model, source = bundle("text-classification"), write_documents(tmp_path / "in.jsonl", 40)
     rows = [json.loads(line) for line in source.read_text().splitlines()]
-    items = [{"key": i, "text": row.get("text")} for i, row in enumerate(rows)]
+    made = datetime(2026, 1, 1)  # a column that is kept may be of any type
+    items = [{"key": i, "id": made, "text": row.get("text")} for i, row in enumerate(rows)]
     progress = ray.data.DataContext.get_current()
     progress.enable_progress_bars = False
     dataset = ray.data.from_items(items, override_num_blocks=1).map_batches(
@@ -381,7 +383,8 @@ def test_a_dataset_of_ray_data_gets_the_columns_of_lfx_run(bundle: MakeBundle, t
     results = sorted(dataset.take_all(), key=lambda row: row["key"])
     expected = rows_of_run(model, source, tmp_path)
     assert [row["key"] for row in results] == list(range(40))
-    assert set(results[0]) == {"key", "tokens", "answers", "outputs", "error"}
+    assert all(row["id"] == made for row in results)
+    assert set(results[0]) == {"key", "id", "tokens", "answers", "outputs", "error"}
     for row, other in zip(results, expected, strict=True):
         assert (row["error"] is None) == ("error" not in other)
         if "outputs" in other:

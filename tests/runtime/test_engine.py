@@ -185,6 +185,35 @@ def test_on_error_return_gives_each_sequence_its_outputs_or_its_error(engine: En
     assert engine.run([too_long], on_error="return")[0].args == engine.run([too_long], on_error="return")[0].args
 
 
+BAD_DOCUMENTS = [
+    None,
+    "x",
+    5,
+    5.5,
+    [],
+    [5.5],
+    [[[[5]]]],
+    {"input_ids": [5]},
+    np.zeros((2, 2, 2), int),
+    np.zeros(0, int),
+]
+
+
+@pytest.mark.parametrize("task", ["text-classification", "multiple-choice"])
+@pytest.mark.parametrize("bad", BAD_DOCUMENTS, ids=lambda bad: str(bad).replace("\n", ""))
+def test_on_error_return_runs_the_others_wherever_the_bad_document_is(task: str, bad: Any, bundle: MakeBundle) -> None:
+    good: list[Any] = [[0, 5, 2], [0, 6, 7, 2]]
+    if task == "multiple-choice":
+        good = [[[0, 5, 2, 2, 6, 2]] * 2, [[0, 7, 2, 2, 8, 9, 2]] * 3]
+    with Engine(bundle(task), threads=1) as engine:
+        expected = engine.run(good, on_error="return")
+        for index in range(3):
+            rows = engine.run([*good[:index], bad, *good[index:]], on_error="return")
+            assert [isinstance(row, InputError) for row in rows] == [i == index for i in range(3)]
+            for row, other in zip((row for i, row in enumerate(rows) if i != index), expected, strict=True):
+                assert_same({name: array[None] for name, array in row.items()}, {n: a[None] for n, a in other.items()})
+
+
 def test_on_error_return_keeps_the_error_of_a_batch_that_fails_in_the_backend(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

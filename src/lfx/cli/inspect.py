@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from lfx.cli.options import Command, FilePath
 from lfx.cli.terminal import echo_json, table
 from lfx.errors import ArtifactError
 from lfx.manifest import Manifest, locate
-from lfx.signature import Signature, grouped
+from lfx.signature import PAST, PRESENT, Signature, TensorSpec, grouped
 
 if TYPE_CHECKING:
     from lfx.runtime.plan import PlanManifest
@@ -112,9 +113,22 @@ def _model(signature: Signature) -> Iterator[list[str]]:
     yield ["global attention", _global_text(signature)]
     if not signature.ignores_padding:
         yield ["padding", "changes the outputs, so only sequences of one length run together"]
-    for label, tensors in (("input", signature.inputs), ("output", signature.outputs)):
+    yield from _tensors("", signature.inputs, signature.outputs)
+    if (decoder := signature.decoder) is not None:
+        yield ["longest text", f"{decoder.max_tokens} tokens, from id {decoder.decoder_start_token_id} on"]
+        yield from _tensors("decoder's ", decoder.inputs, decoder.outputs)
+
+
+def _tensors(owner: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> Iterator[list[str]]:
+    """Yield a row for each input and output; the cached keys or values of all layers are one row."""
+    for label, tensors in (("input", inputs), ("output", outputs)):
+        rows: dict[str, list[TensorSpec]] = {}
         for tensor in tensors:
-            yield [label, f"{tensor.name} ({', '.join(map(str, tensor.shape))}) {tensor.dtype}"]
+            rows.setdefault(re.sub(rf"^({PAST}|{PRESENT})\.\d+\.", r"\1.N.", tensor.name), []).append(tensor)
+        for name, group in rows.items():
+            layers = f", N = 0 to {len(group) - 1}" if ".N." in name else ""
+            shape = ", ".join(map(str, group[0].shape))
+            yield [f"{owner}{label}", f"{name} ({shape}) {group[0].dtype}{layers}"]
 
 
 def _global_text(signature: Signature) -> str:

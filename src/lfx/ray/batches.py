@@ -7,7 +7,7 @@ from typing import Any
 
 from lfx.errors import InputError, require
 from lfx.ray.engine import DocumentEngine, EngineOptions
-from lfx.runtime.documents.formats import FIELDS, parquet_document
+from lfx.runtime.documents.formats import parquet_document
 
 _INPUT_COLUMNS = ("text", "pair", "input_ids")
 
@@ -47,7 +47,7 @@ class Documents:
         results = self._engine.columns.results()
         if taken := [name for name, _ in results if name in table.column_names]:
             raise InputError(f"the dataset has a column {taken[0]!r}, the name of a result; rename it")
-        documents = table.select([name for name in FIELDS if name in table.column_names])
+        documents = table.select([name for name in _INPUT_COLUMNS if name in table.column_names])
         rows, _ = self._engine.rows(parquet_document(documents, i) for i in range(table.num_rows))
         kept = table.drop_columns([name for name in _INPUT_COLUMNS if name in table.column_names])
         kept = kept.take(pyarrow.array([row["line"] for row in rows], pyarrow.int64()))

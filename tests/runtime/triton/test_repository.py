@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -128,6 +129,18 @@ def test_a_model_of_lfx_is_replaced_and_edited_or_foreign_ones_are_kept(bundle: 
         write_model(bundle(), models, Settings(name="m"))
     assert "max_batch_size: 6" in config.read_text()
     config.write_text(written)
+    model_py = folder / "1" / "model.py"
+    text = model_py.read_text()
+    model_py.write_text(f"# mine\n{text}")
+    with pytest.raises(ArtifactError, match="which would be lost"):
+        write_model(bundle(), models, Settings(name="m"))
+    assert model_py.read_text().startswith("# mine")
+    model_py.write_text(text)
+    (folder / "linked").symlink_to(tmp_path)
+    with pytest.raises(ArtifactError, match="which would be lost"):
+        write_model(bundle(), models, Settings(name="m"))
+    (folder / "linked").unlink()
+    write_model(bundle(), models, Settings(name="m"))
     (folder / "2").mkdir()
     (folder / "2" / "model.py").write_text("")
     with pytest.raises(ArtifactError, match="which would be lost"):
@@ -152,6 +165,26 @@ def test_a_failed_write_leaves_the_older_model(
         write_model(bundle(), tmp_path / "models", Settings(name="m", max_batch=5))
     assert config_of(folder) == before
     assert {path.name for path in tmp_path.iterdir()} == {"models"}
+
+
+def test_a_repository_whose_parent_is_read_only_works(
+    bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path / "parent" / "models"
+    models.mkdir(parents=True)
+    # Root may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != models.parent)
+    made: list[Path] = []
+    folder = repositories.private_folder
+
+    def record(parent: Path, *rest: Any) -> Any:
+        made.append(parent)
+        return folder(parent, *rest)
+
+    monkeypatch.setattr(repositories, "private_folder", record)
+    write_model(bundle(), models, Settings(name="m", link=True))
+    assert made == [models]
+    assert {path.name for path in models.iterdir()} == {"m"}
 
 
 def test_a_repository_that_is_a_mount_point_works(bundle: MakeBundle, small_disk: SmallDisk) -> None:

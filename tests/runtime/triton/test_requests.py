@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from lfx.errors import LfxError
+from lfx.errors import InputError, LfxError
+from lfx.manifest import Manifest
 from lfx.runtime import Engine
 from lfx.runtime.tokenizer import Tokenizer
-from lfx.runtime.triton.requests import ANSWERS, Request, TritonModel
+from lfx.runtime.triton import requests as requests_module
+from lfx.runtime.triton.requests import ANSWERS, Request, TritonModel, output_specs
 from tests.conftest import MakeBundle
 
 
@@ -48,3 +52,30 @@ def test_a_batch_that_fails_is_the_error_of_its_requests_alone(
         requests = [Request(one, frozenset({"pooler_output"})) for one in inputs]
         replies = TritonModel(engine, None).answer(requests)
     assert [isinstance(reply, LfxError) for reply in replies] == [False, True, False]
+
+
+def test_an_unexpected_error_is_that_of_its_request_alone(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_on_seven(prepare: Any, inputs: Any, *masks: Any) -> Any:
+        if inputs.shape[1] == 7:
+            raise RuntimeError("a bug")
+        return prepare(inputs, *masks)
+
+    prepare = requests_module.prepare
+    monkeypatch.setattr(requests_module, "prepare", lambda *args: fail_on_seven(prepare, *args))
+    ids = [{"input_ids": np.full((1, seqlen), 5)} for seqlen in (6, 7, 9)]
+    requests = [Request(one, frozenset({"pooler_output"})) for one in ids]
+    unread = InputError("a parameter of the request is not UTF-8; convert it first")
+    with Engine(bundle(), threads=1) as engine:
+        replies = TritonModel(engine, None).answer([*requests, unread])
+    assert [isinstance(reply, LfxError) for reply in replies] == [False, True, False, True]
+    assert str(replies[1]) == "RuntimeError in lfx: a bug; please report it"
+    assert replies[3] is unread
+
+
+@pytest.mark.parametrize(("name", "task"), [("num_tokens", "feature-extraction"), ("answers", "fill-mask")])
+def test_an_output_with_a_name_of_lfx_is_refused(name: str, task: str, bundle: MakeBundle) -> None:
+    signature = Manifest.read(bundle(task)).signature
+    renamed = replace(signature, outputs=(replace(signature.outputs[0], name=name),))
+    with pytest.raises(InputError, match=f"the model has an output {name}, a name that lfx gives"):
+        output_specs(renamed, has_tokenizer=True)
+    assert len(output_specs(renamed, has_tokenizer=False)) == 1

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -169,6 +170,17 @@ def test_a_bad_request_is_answered_and_the_others_with_it_are_not_affected(
     expected = Engine(bundle(TASKS["bare"]), threads=1).run(good)
     for other in others:
         same(other.result(), expected)
+
+
+def test_parameters_that_are_not_utf8_are_the_error_of_their_request_alone(server: Running) -> None:
+    tensor = {"name": "text", "shape": [1, 3], "datatype": "UINT8", "data": list(b"fox")}
+    good = json.dumps({"inputs": [tensor]}).encode()
+    bad = json.dumps({"inputs": [tensor], "parameters": {"XX": "a"}}).encode().replace(b"XX", b"\xff\xfe")
+    url = f"http://{server.http}/v2/models/bare/infer"
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(lambda body: httpx.post(url, content=body, timeout=60), (good, bad, good, good)))
+    assert [reply.status_code for reply in replies] == [200, 400, 200, 200]
+    assert "not UTF-8" in replies[1].text
 
 
 @pytest.mark.parametrize("protocol", CLIENTS)

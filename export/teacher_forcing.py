@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +13,11 @@ from torch import nn
 from lfx.errors import ExportError, one_line
 from lfx.export.led import cache_names
 from lfx.export.load import quiet
-from lfx.export.rewrite import clone
+from lfx.export.rewrite import attention_layers, clone
 from lfx.export.torch_runners import TORCH_DTYPES, dense_model
-from lfx.export.validate import validation_backend
-from lfx.parity import Arrays, Case, Report, Runner, compare, quick_cases
-from lfx.runtime import backends
-from lfx.runtime.backends import Backend
+from lfx.parity import Arrays, Case, Report, Runner, compare
+from lfx.runtime import Engine, backends
+from lfx.runtime.backends import PROVIDERS, Backend
 from lfx.runtime.runner import model_inputs
 from lfx.signature import PAST, PRESENT, Decoder, Signature
 
@@ -31,14 +28,13 @@ _TOKENS = 9  # of a text
 
 
 def compare_generation(
-    encoder: Backend,
-    decoder: Backend,
+    encoder: Runner,
+    decoder: Runner,
     module: nn.Module,
     signature: Signature,
-    cases: Callable[[int, int | None, int], list[Case]],
+    cases: list[Case],
     progress: Callable[[str], None],
-    *,
-    precision: str | None = None,
+    precision: str,
 ) -> Report:
     """Compare the encoder's and the decoder's graph with PyTorch over a list of cases.
 
@@ -46,47 +42,24 @@ def compare_generation(
     next. Keys and values of all layers are one output each.
 
     Args:
+        encoder, decoder: functions that run the graphs.
         module: the LEDForConditionalGeneration, in float32.
-        cases: see `lfx.export.validate.compare_engine`.
-        precision: of the witness and the tolerance; None = the signature's.
+        precision: of the witness and the tolerance.
     """
     assert signature.decoder is not None
-    precision = precision or signature.precision
-    layers, decoder_layers = len(signature.attention_windows), _decoder_layers(signature.decoder)
+    layers = len(signature.attention_windows)
     states = ("last_hidden_state", "encoder_keys", "encoder_values")
     return compare(
-        cases(max(signature.attention_windows), signature.max_seqlen, 1),
+        cases,
         lambda case: teacher_forced_inputs(case, signature),
         reference=_torch_runner(dense_model(module), signature),
         witness=_torch_runner(clone(module, TORCH_DTYPES[precision]), signature),
         candidate=lambda inputs: run_teacher_forced(encoder, decoder, inputs, signature),
         precision=precision,
-        layers=layers + 2 * decoder_layers,  # each layer of the decoder has two attentions
+        layers=attention_layers(module),
         depth=dict.fromkeys(states, layers),
         on_case=lambda case: progress(f"comparing: {case}"),
     )
-
-
-def validate_generation(
-    path: Path, module: nn.Module, signature: Signature, progress: Callable[[str], None]
-) -> dict[str, Any]:
-    """Compare the ONNX files of a bundle with PyTorch over `parity.quick_cases`.
-
-    Args:
-        path: the encoder's ONNX file; the decoder's is beside it.
-        module: the LEDForConditionalGeneration, in float32.
-    Returns:
-        The entry `validation` of `lfx.json`.
-    Raises:
-        ParityError: an output is out of tolerance; the message names the output, the case and the error.
-    """
-    assert signature.decoder is not None
-    progress("comparing: opening the bundle")
-    files, backend = (path, path.with_name(signature.decoder.model_file)), validation_backend(signature)
-    encoder, decoder = (backends.load(file, backend, "cpu", None, None, signature.precision) for file in files)
-    report = compare_generation(encoder, decoder, module, signature, quick_cases, progress)
-    report.require()
-    return {"backend": encoder.name, "witness": f"torch {version('torch')}", **report.to_dict()}
 
 
 def teacher_forced_inputs(case: Case, signature: Signature) -> Arrays:
@@ -100,7 +73,18 @@ def teacher_forced_inputs(case: Case, signature: Signature) -> Arrays:
     return {**inputs, DECODER_IDS: ids.astype(np.int64)}
 
 
-def run_teacher_forced(encoder: Backend, decoder: Backend, inputs: Arrays, signature: Signature) -> Arrays:
+def load_decoder(engine: Engine) -> Backend:
+    """Load the decoder of an Engine's bundle into the Engine's backend."""
+    decoder = engine.signature.decoder
+    assert decoder is not None
+    folder = engine.path if engine.path.is_dir() else engine.path.parent
+    backend, _, provider = engine.backend.partition(" ")
+    names = {full: name for name, full in PROVIDERS.items()}
+    provider = names.get(provider.rpartition(" ")[2], "cpu")
+    return backends.load(folder / decoder.model_file, backend, provider, None, None, engine.signature.precision)
+
+
+def run_teacher_forced(encoder: Runner, decoder: Runner, inputs: Arrays, signature: Signature) -> Arrays:
     """Run the encoder once and the decoder in steps, the first with an empty cache.
 
     Args:
@@ -112,7 +96,7 @@ def run_teacher_forced(encoder: Backend, decoder: Backend, inputs: Arrays, signa
     spec = signature.decoder
     assert spec is not None
     layers, ids = _decoder_layers(spec), inputs[DECODER_IDS]
-    encoded = encoder.infer({item.name: inputs[item.name] for item in signature.inputs})
+    encoded = encoder({item.name: inputs[item.name] for item in signature.inputs})
     feeds = {
         "encoder_attention_mask": inputs["attention_mask"],
         **_renamed(encoded, layers, "encoder"),
@@ -120,7 +104,7 @@ def run_teacher_forced(encoder: Backend, decoder: Backend, inputs: Arrays, signa
     }
     logits = []
     for start, end in _steps(ids.shape[1]):
-        outputs = decoder.infer({**feeds, "input_ids": ids[:, start:end]})
+        outputs = decoder({**feeds, "input_ids": ids[:, start:end]})
         logits.append(outputs["logits"])
         feeds.update(_renamed(outputs, layers, "decoder"))
     cross = [encoded[name] for name in cache_names(PRESENT, layers, "encoder")]
