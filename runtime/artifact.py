@@ -140,6 +140,8 @@ def _open_single(model: Path) -> Artifact:
     signature = _signature(model, header.metadata)
     if signature.decoder is not None:
         decoder = model.with_name(_decoder_name(signature.decoder, model))
+        if decoder.name == model.name:
+            raise ArtifactError(f"{model} is a decoder's graph, which needs the encoder's; open the bundle instead")
         if not decoder.is_file():
             raise ArtifactError(
                 f"{model} needs the decoder's graph {decoder}, which is no file; export the model again"

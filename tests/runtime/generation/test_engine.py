@@ -274,6 +274,17 @@ def test_the_encoders_file_alone_needs_the_decoders_beside_it(led_bundle: MakeLe
         Engine(bundle / "encoder_model.onnx")
 
 
+def test_the_encoders_file_in_a_bundle_names_the_bundle(led_bundle: MakeLed, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(led_bundle()[1], tmp_path / "led"))
+    with Engine(bundle / "encoder_model.onnx") as engine:
+        assert engine.manifest is not None
+    with pytest.raises(ArtifactError, match="is a decoder's graph, which needs the encoder's; open the bundle"):
+        Engine(bundle / "decoder_model.onnx")
+    (bundle / "model.onnx.data").write_bytes(b"\0" * (bundle / "model.onnx.data").stat().st_size)
+    with pytest.raises(ArtifactError, match=r"model\.onnx\.data was changed after the export"):
+        Engine(bundle / "encoder_model.onnx")
+
+
 def test_a_pickled_engine_generates(engine: Engine) -> None:
     ids = [[5, 6, 7, 2] * 5]
     with pickle.loads(pickle.dumps(engine)) as copy:
