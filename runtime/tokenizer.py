@@ -302,6 +302,10 @@ class Tokenizer:
                     )
             return str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
+    def piece(self, token: int) -> str:
+        """The vocabulary entry of an id; empty if the vocabulary does not have it."""
+        return self._tokenizer.id_to_token(token) or ""
+
     def token_id(self, token: str) -> int | None:
         """The id of a vocabulary entry; None if the vocabulary does not have it."""
         index: int | None = self._tokenizer.token_to_id(token)
