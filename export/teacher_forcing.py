@@ -21,7 +21,7 @@ from lfx.runtime.backends import PROVIDERS, Backend
 from lfx.runtime.runner import model_inputs
 from lfx.signature import PAST, PRESENT, Decoder, Signature
 
-DECODER_IDS = "decoder_input_ids"
+DECODER_IDS, FIRST_LOGITS = "decoder_input_ids", "first_logits"
 # Number of tokens of each call of the decoder, of which the first has an empty cache; the last is repeated.
 _STEPS = (3, 1, 2, 1)
 _TOKENS = 9  # of a text
@@ -39,7 +39,7 @@ def compare_generation(
     """Compare the encoder's and the decoder's graph with PyTorch over a list of cases.
 
     The decoder gets the same ids as PyTorch (teacher forcing), and its own cached keys and values from one call to the
-    next. Keys and values of all layers are one output each.
+    next.
 
     Args:
         encoder, decoder: functions that run the graphs.
@@ -48,7 +48,7 @@ def compare_generation(
     """
     assert signature.decoder is not None
     layers = len(signature.attention_windows)
-    states = ("last_hidden_state", "encoder_keys", "encoder_values")
+    states = ("last_hidden_state", *cache_names(PRESENT, _decoder_layers(signature.decoder), "encoder"))
     return compare(
         cases,
         lambda case: teacher_forced_inputs(case, signature),
@@ -90,8 +90,8 @@ def run_teacher_forced(encoder: Runner, decoder: Runner, inputs: Arrays, signatu
     Args:
         inputs: of the encoder by name, and decoder_input_ids.
     Returns:
-        last_hidden_state; encoder_keys, encoder_values, decoder_keys and decoder_values (layers, B, H, S, D); and
-        first_logits, those of the first token, and logits, those of the others.
+        last_hidden_state and the cached keys and values of both graphs, by their names; first_logits, those of the
+        first token, and logits, those of the others.
     """
     spec = signature.decoder
     assert spec is not None
@@ -147,14 +147,13 @@ def _outputs(hidden: NDArray[Any], logits: NDArray[Any], cross: list[NDArray[Any
         cross, own: keys and values of layer 0, keys and values of layer 1, and so on.
     """
     later = {"logits": logits[:, 1:]} if logits.shape[1] > 1 else {}
+    layers = len(own) // 2
     return {
         "last_hidden_state": hidden,
-        "encoder_keys": np.stack(cross[::2]),
-        "encoder_values": np.stack(cross[1::2]),
-        "first_logits": logits[:, 0],
+        **dict(zip(cache_names(PRESENT, layers, "encoder"), cross, strict=True)),
+        FIRST_LOGITS: logits[:, 0],
         **later,
-        "decoder_keys": np.stack(own[::2]),
-        "decoder_values": np.stack(own[1::2]),
+        **dict(zip(cache_names(PRESENT, layers, "decoder"), own, strict=True)),
     }
 
 

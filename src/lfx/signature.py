@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import NoneType
@@ -25,6 +26,8 @@ ATTENTIONS, GLOBAL_ATTENTIONS = "attentions", "global_attentions"
 GRAPH_INPUTS = ("input_ids", "attention_mask", "global_attention_mask")
 # Prefixes of the names of cached keys and values: the decoder's inputs, and the outputs of both graphs.
 PAST, PRESENT = "past_key_values", "present"
+# Names of outputs with the number of a layer in them.
+_LAYER = re.compile(rf"({ATTENTIONS}|{GLOBAL_ATTENTIONS}|{PRESENT}|{PAST})\.(\d+)((?:\.\w+)*)")
 _TENSORS = [{"name": str, "dtype": str, "shape": [(int, str)]}]
 # The fields of a signature in JSON; see `lfx.checks.check_shape`.
 _SIGNATURE: dict[str, Any] = {
@@ -274,21 +277,22 @@ def _specs(entries: Any) -> tuple[TensorSpec, ...]:
 
 
 def grouped(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group output names for display: the `attentions` of all layers, their `global_attentions`, and each other name.
+    """Group output names for display: those that differ by the number of a layer, and each other name alone.
 
     Returns:
-        A label -> its names, such as "attentions.0 to 11" -> ["attentions.0", …, "attentions.11"].
+        A label -> its names, such as "attentions.0 to 11" -> ["attentions.0", …, "attentions.11"], or
+        "present.0 to 5.encoder.key".
     """
     groups: dict[str, list[str]] = {}
     for name in names:
-        prefix, _, number = name.partition(".")
-        groups.setdefault(
-            prefix if prefix in (ATTENTIONS, GLOBAL_ATTENTIONS) and number.isdigit() else name, []
-        ).append(name)
-    return {
-        f"{group[0]} to {group[-1].partition('.')[2]}" if len(group) > 1 else group[0]: group
-        for group in groups.values()
-    }
+        layer = _LAYER.fullmatch(name)
+        groups.setdefault(f"{layer[1]}.N{layer[3]}" if layer else name, []).append(name)
+    labels = {}
+    for group in groups.values():
+        first, last = _LAYER.fullmatch(group[0]), _LAYER.fullmatch(group[-1])
+        one = len(group) == 1 or first is None or last is None
+        labels[group[0] if one else f"{first[1]}.{first[2]} to {last[2]}{first[3]}"] = group  # type: ignore[index]
+    return labels
 
 
 def is_multi_label(signature: Signature, problem_type: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from lfx.cli.options import Command, FilePath
 from lfx.cli.terminal import echo_json, table
 from lfx.errors import ArtifactError
 from lfx.manifest import Manifest, locate
-from lfx.signature import PAST, PRESENT, Signature, TensorSpec, grouped
+from lfx.signature import Signature, TensorSpec, grouped
 
 if TYPE_CHECKING:
     from lfx.runtime.plan import PlanManifest
@@ -122,13 +121,10 @@ def _model(signature: Signature) -> Iterator[list[str]]:
 def _tensors(owner: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> Iterator[list[str]]:
     """Yield a row for each input and output; the cached keys or values of all layers are one row."""
     for label, tensors in (("input", inputs), ("output", outputs)):
-        rows: dict[str, list[TensorSpec]] = {}
-        for tensor in tensors:
-            rows.setdefault(re.sub(rf"^({PAST}|{PRESENT})\.\d+\.", r"\1.N.", tensor.name), []).append(tensor)
-        for name, group in rows.items():
-            layers = f", N = 0 to {len(group) - 1}" if ".N." in name else ""
-            shape = ", ".join(map(str, group[0].shape))
-            yield [f"{owner}{label}", f"{name} ({shape}) {group[0].dtype}{layers}"]
+        specs = {tensor.name: tensor for tensor in tensors}
+        for name, group in grouped(specs).items():
+            spec = specs[group[0]]
+            yield [f"{owner}{label}", f"{name} ({', '.join(map(str, spec.shape))}) {spec.dtype}"]
 
 
 def _global_text(signature: Signature) -> str:
