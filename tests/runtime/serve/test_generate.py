@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 
+from lfx.errors import InputError
 from lfx.runtime import Engine
+from lfx.runtime.serve.model import ServedModel
 from lfx.runtime.tokenizer import Tokenizer
 from tests.conftest import MakeBundle, MakeLed
 from tests.runtime.serve.running import running
@@ -85,9 +89,19 @@ def test_a_long_text_is_cut_if_asked(client: httpx.Client) -> None:
     assert post(client, "/generate", {"inputs": "the " * 3000, "parameters": parameters}).status_code == 200
 
 
-def test_a_text_that_takes_too_long_is_given_up(led_bundle: MakeLed) -> None:
-    with running({"led": led_bundle()[1]}, answer_seconds=0.001) as server, server.client() as client:
-        reply = post(client, "/generate", {"inputs": TEXT, "parameters": {"max_new_tokens": 64}})
+def test_a_text_that_takes_too_long_is_given_up(led_bundle: MakeLed, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+
+    def endless(self: Any, text: str, options: Any, is_cancelled: Callable[[], bool], *, truncate: bool) -> Any:
+        while not is_cancelled():
+            time.sleep(0.01)
+        ended.set()
+        raise InputError("cancelled")
+
+    monkeypatch.setattr(ServedModel, "generate", endless)
+    with running({"led": led_bundle()[1]}, answer_seconds=0.05) as server, server.client() as client:
+        reply = post(client, "/generate", {"inputs": TEXT})
         assert reply.status_code == 503
-        assert "was not written within 0.001 s; give a smaller max_new_tokens" in reply.json()["error"]
+        assert "was not written within 0.05 s; give a smaller max_new_tokens" in reply.json()["error"]
         assert reply.json()["error_type"] == "generation"
+        assert ended.wait(60)
