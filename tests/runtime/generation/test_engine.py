@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import pickle
@@ -283,6 +284,18 @@ def test_the_encoders_file_in_a_bundle_names_the_bundle(led_bundle: MakeLed, tmp
     (bundle / "model.onnx.data").write_bytes(b"\0" * (bundle / "model.onnx.data").stat().st_size)
     with pytest.raises(ArtifactError, match=r"model\.onnx\.data was changed after the export"):
         Engine(bundle / "encoder_model.onnx")
+
+
+@pytest.mark.parametrize("name", ["../decoder_model.onnx", "/etc/passwd", "..", "", "a/b.onnx", "a\0b"])
+def test_a_decoder_outside_the_bundle_is_refused(name: str, led_bundle: MakeLed, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(led_bundle()[1], tmp_path / "led"))
+    manifest = Manifest.read(bundle)
+    assert manifest.signature.decoder is not None
+    decoder = dataclasses.replace(manifest.signature.decoder, model_file=name)
+    signature = dataclasses.replace(manifest.signature, decoder=decoder)
+    dataclasses.replace(manifest, signature=signature).write(bundle)
+    with pytest.raises(ArtifactError, match="which is no file name; export it again"):
+        Engine(bundle)
 
 
 def test_a_pickled_engine_generates(engine: Engine) -> None:
