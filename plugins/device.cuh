@@ -138,10 +138,31 @@ __device__ __forceinline__ void waitForCopies()
     asm volatile("cp.async.wait_group %0;" ::"n"(kPENDING) : "memory");
 }
 
+// threadIdx.x, read again, so that the compiler does not keep what is computed from it in registers.
+__device__ __forceinline__ int32_t threadIndexAgain()
+{
+    int32_t index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
 __device__ __forceinline__ void* sharedMemory()
 {
     extern __shared__ __align__(16) uint8_t memory[];
     return memory;
+}
+
+// Number of multiprocessors of the current device.
+inline int32_t multiprocessors() noexcept
+{
+    int device = 0;
+    int count = 0;
+    if (cudaGetDevice(&device) != cudaSuccess
+        || cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    {
+        return INT32_MAX; // the launch fails with the reason
+    }
+    return count;
 }
 
 template <typename Params>

@@ -70,4 +70,46 @@ struct OnlineSoftmax
     float offset = 0.0F;     // rowMax, or 0 while every key of the row is masked: -inf - -inf would be NaN
 };
 
+// OnlineSoftmax that rescales seldom. Weights are relative to a reference, an earlier maximum of the row, until a score
+// exceeds it by more than a factor of 2^kSLACK; float16 holds weights up to 2^16. Each row decides for itself, so that its
+// result does not depend on other rows.
+struct LazySoftmax
+{
+    static constexpr float kSLACK = 8.0F;
+    static constexpr float kLOWEST = -1e30F; // finite, so that kLOWEST - kLOWEST is 0
+
+    // Whether a score, a maximum of some of the row's columns, asks for rescale().
+    __device__ __forceinline__ bool isExceeded(float score, float scaleLog2) const
+    {
+        return fmaf(score, scaleLog2, offset) > kSLACK;
+    }
+
+    // Takes the maximum score of the next keys. Returns the factor for the caller's accumulator, 1 if it may stay.
+    __device__ __forceinline__ float rescale(float max, float scaleLog2)
+    {
+        float const next = isExceeded(max, scaleLog2) ? -max * scaleLog2 : offset;
+        float const factor = exp2Flushed(next - offset);
+        offset = next;
+        rowSum *= factor;
+        return factor;
+    }
+
+    // The weight of a score; the caller adds it to rowSum.
+    __device__ __forceinline__ float weight(float score, float scaleLog2) const
+    {
+        return exp2Flushed(fmaf(score, scaleLog2, offset));
+    }
+
+    // 1 / sum of the row's weights, over the kLANES lanes that share the row; 0 if every key is masked.
+    template <int kLANES>
+    __device__ __forceinline__ float inverseSum() const
+    {
+        float const sum = warpSum<kLANES>(rowSum);
+        return sum > 0.0F ? 1.0F / sum : 0.0F;
+    }
+
+    float offset = -kLOWEST; // minus the reference, in the unit of score · scaleLog2
+    float rowSum = 0.0F;     // of this lane's weights
+};
+
 } // namespace lfx

@@ -11,25 +11,48 @@ namespace lfx
 namespace
 {
 
+constexpr int kMIN_WIDE_BLOCKS = 2; // of 128 queries for each multiprocessor, from which on they are used
+
+template <int kQUERIES>
+dim3 gridOf(BandedParams const& p)
+{
+    return {static_cast<uint32_t>(ceilDiv(ceilDiv(p.seqlen, p.dilation), kQUERIES)),
+        static_cast<uint32_t>(p.numHeads * p.dilation), static_cast<uint32_t>(p.batch)};
+}
+
+template <typename T, int kD, int kROW_TILES>
+int32_t launchTensorCores(BandedParams const& p, CUstream_st* stream)
+{
+    using namespace banded;
+    using Traits = TensorCoreTraits<kD, kROW_TILES>;
+    size_t const sharedBytes = Traits::kSHARED_BYTES + Block<Traits::kQUERIES>::tableBytes(p);
+    return launch(bandedAttentionTensorCores<T, kD, kROW_TILES>, gridOf<Traits::kQUERIES>(p), Traits::kTHREADS,
+        sharedBytes, p, stream);
+}
+
+// Warps of 32 queries do less work for a query, and are used if their blocks occupy the GPU.
+template <typename T, int kD>
+int32_t launchTensorCores(BandedParams const& p, CUstream_st* stream)
+{
+    dim3 const wide = gridOf<banded::TensorCoreTraits<kD, 2>::kQUERIES>(p);
+    int64_t const blocks = static_cast<int64_t>(wide.x) * wide.y * wide.z;
+    return blocks >= kMIN_WIDE_BLOCKS * static_cast<int64_t>(multiprocessors()) ? launchTensorCores<T, kD, 2>(p, stream)
+                                                                            : launchTensorCores<T, kD, 1>(p, stream);
+}
+
 // kD: the head size, rounded up.
 template <int kD>
 int32_t launchForHeadSize(BandedParams const& p, CUstream_st* stream)
 {
     using namespace banded;
-    using TensorCores = TensorCoreTraits<kD>;
     using Fp32 = Fp32Traits<kD>;
-    dim3 const grid(ceilDiv(ceilDiv(p.seqlen, p.dilation), BlockTraits::kQUERIES), p.numHeads * p.dilation, p.batch);
-    int32_t const threads = BlockTraits::kTHREADS;
-    size_t const tables = Block::tableBytes(p);
     switch (p.type)
     {
-    case Type::kFLOAT: return launch(bandedAttentionFp32<kD>, grid, threads, Fp32::kSHARED_BYTES + tables, p, stream);
-    case Type::kHALF:
-        return launch(
-            bandedAttentionTensorCores<Half, kD>, grid, threads, TensorCores::kSHARED_BYTES + tables, p, stream);
-    default:
-        return launch(
-            bandedAttentionTensorCores<Bf16, kD>, grid, threads, TensorCores::kSHARED_BYTES + tables, p, stream);
+    case Type::kFLOAT:
+        return launch(bandedAttentionFp32<kD>, gridOf<Fp32::kQUERIES>(p), Fp32::kTHREADS,
+            Fp32::kSHARED_BYTES + Block<Fp32::kQUERIES>::tableBytes(p), p, stream);
+    case Type::kHALF: return launchTensorCores<Half, kD>(p, stream);
+    default: return launchTensorCores<Bf16, kD>(p, stream);
     }
 }
 

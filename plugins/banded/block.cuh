@@ -10,7 +10,6 @@ namespace lfx::banded
 
 struct BlockTraits
 {
-    static constexpr int kQUERIES = 64;
     static constexpr int kTHREADS = 128;
     static constexpr int kWARPS = kTHREADS / kWARP_SIZE;
 };
@@ -20,25 +19,27 @@ constexpr int kWORD_BITS = 32; // of Block::localKeys
 static_assert(kWORD_BITS == kWARP_SIZE, "a ballot of a warp makes one word");
 
 // Content of a row of the context: zeros, the result of attention, or slot g of global_context, as kGLOBAL_ROW + g.
-constexpr int32_t kZERO_ROW = -1; // padding, or past the end
+constexpr int32_t kNO_ROW = -2; // past the end
+constexpr int32_t kZERO_ROW = -1; // padding
 constexpr int32_t kLOCAL_ROW = 0;
 constexpr int32_t kGLOBAL_ROW = 1;
 
-// A block of threads computes 64 queries of one head of one subsequence.
+// A block of threads computes kQUERIES queries of one head of one subsequence.
+template <int kQUERIES>
 struct Block
 {
+    static_assert(kQUERIES <= BlockTraits::kTHREADS, "a thread fills at most one entry of rowContent");
+
     __device__ __forceinline__ Block(BandedParams const& p, void* tables)
         : params(p)
         , subsequence(blockIdx.y % p.dilation)
         , head(blockIdx.y / p.dilation)
         , batch(blockIdx.z)
         , length(subsequenceLength(p.seqlen, p.dilation, subsequence))
-        , firstQuery(blockIdx.x * BlockTraits::kQUERIES)
-        , window(min(p.window, p.seqlen))
-        , causal(p.causal != 0)
-        , band(keysOfTile(firstQuery, BlockTraits::kQUERIES, window, causal, length))
+        , firstQuery(blockIdx.x * kQUERIES)
+        , band(keysOfTile(firstQuery, kQUERIES, window(), isCausal(), length))
         , rowContent(static_cast<int32_t*>(tables))
-        , numSlots(rowContent + BlockTraits::kQUERIES)
+        , numSlots(rowContent + kQUERIES)
         , localKeys(reinterpret_cast<uint32_t*>(numSlots + 1))
     {
     }
@@ -47,9 +48,9 @@ struct Block
     LFX_HOST_DEVICE static size_t tableBytes(BandedParams const& p)
     {
         int32_t const window = min(p.window, p.seqlen);
-        int32_t const maxKeys = min(BlockTraits::kQUERIES + 2 * window, ceilDiv(p.seqlen, p.dilation));
+        int32_t const maxKeys = min(kQUERIES + 2 * window, ceilDiv(p.seqlen, p.dilation));
         int32_t const words = ceilDiv(maxKeys, kMAX_TILE_KEYS) * (kMAX_TILE_KEYS / kWORD_BITS);
-        return sizeof(int32_t) * (BlockTraits::kQUERIES + 1 + static_cast<size_t>(words));
+        return sizeof(int32_t) * (kQUERIES + 1 + static_cast<size_t>(words));
     }
 
     // Fills the tables and returns whether any row of the block is local. All threads call it.
@@ -59,7 +60,18 @@ struct Block
         __syncthreads();
         markGlobalTokens();
         __syncthreads();
-        return __syncthreads_or(threadIdx.x < BlockTraits::kQUERIES && rowContent[threadIdx.x] == kLOCAL_ROW) != 0;
+        return __syncthreads_or(threadIdx.x < kQUERIES && rowContent[threadIdx.x] == kLOCAL_ROW) != 0;
+    }
+
+    // Computed where they are used, which takes no registers between.
+    __device__ __forceinline__ int32_t window() const
+    {
+        return min(params.window, params.seqlen);
+    }
+
+    __device__ __forceinline__ bool isCausal() const
+    {
+        return params.causal != 0;
     }
 
     // Position of a query or key of the subsequence.
@@ -119,12 +131,10 @@ struct Block
     int32_t batch;
     int32_t length; // tokens of the subsequence
     int32_t firstQuery;
-    int32_t window;
-    bool causal;
     Range band; // keys in the band of the block's queries
 
     // Tables in shared memory.
-    int32_t* rowContent; // (kQUERIES) kZERO_ROW, kLOCAL_ROW or kGLOBAL_ROW + slot
+    int32_t* rowContent; // (kQUERIES) kNO_ROW, kZERO_ROW, kLOCAL_ROW or kGLOBAL_ROW + slot
     int32_t* numSlots;   // (1) number of slots up to the last used one
     uint32_t* localKeys; // one bit for each key of the band, and zeros up to the end of the last tile; see isLocal()
 
@@ -133,11 +143,10 @@ private:
     __device__ __forceinline__ void markPadding() const
     {
         int32_t const* const mask = params.keyMask + static_cast<size_t>(batch) * params.seqlen;
-        if (threadIdx.x < BlockTraits::kQUERIES)
+        if (threadIdx.x < kQUERIES)
         {
             int32_t const query = firstQuery + threadIdx.x;
-            bool const isReal = query < length && mask[position(query)] != 0;
-            rowContent[threadIdx.x] = isReal ? kLOCAL_ROW : kZERO_ROW;
+            rowContent[threadIdx.x] = query >= length ? kNO_ROW : mask[position(query)] != 0 ? kLOCAL_ROW : kZERO_ROW;
         }
         if (threadIdx.x == 0)
         {
@@ -173,7 +182,7 @@ private:
                 continue;
             }
             int32_t const i = token / params.dilation;
-            if (i >= firstQuery && i < firstQuery + BlockTraits::kQUERIES)
+            if (i >= firstQuery && i < firstQuery + kQUERIES)
             {
                 rowContent[i - firstQuery] = kGLOBAL_ROW + slot;
             }
@@ -191,7 +200,8 @@ template <int kKEYS>
 struct TileSequence
 {
     // Without a local row there is nothing to compute, so no tile.
-    __device__ __forceinline__ TileSequence(Block const& block, bool hasLocalRow)
+    template <int kQUERIES>
+    __device__ __forceinline__ TileSequence(Block<kQUERIES> const& block, bool hasLocalRow)
         : numSlots(*block.numSlots)
         , firstBandKey(block.band.begin)
         , numGlobal(ceilDiv(numSlots, kKEYS))

@@ -11,6 +11,7 @@ namespace lfx::banded
 template <int kD>
 struct Fp32Traits : BlockTraits
 {
+    static constexpr int kQUERIES = 64;
     static constexpr int kKEYS = 32; // of a tile
     static constexpr int kTHREAD_QUERIES = 4;
     static constexpr int kROW_THREADS = kTHREADS / (kQUERIES / kTHREAD_QUERIES);
@@ -46,7 +47,7 @@ struct Fp32Rows
 
 // Starts the copy of a tile; positionOf(row) is -1 for rows to fill with zeros.
 template <int kD, int kROWS, typename PositionOf>
-__device__ __forceinline__ void copyTile(Block const& block, float* tile, void const* tensor, PositionOf positionOf)
+__device__ __forceinline__ void copyTile(Block<Fp32Traits<kD>::kQUERIES> const& block, float* tile, void const* tensor, PositionOf positionOf)
 {
     using Traits = Fp32Traits<kD>;
     constexpr int kROW_VECTORS = kD / Traits::kVECTOR;
@@ -164,7 +165,7 @@ __device__ __forceinline__ void accumulate(Fp32Rows<kD>& rows, float const* weig
 }
 
 template <int kD>
-__device__ __forceinline__ void writeContext(Block const& block, Fp32Rows<kD> const& rows)
+__device__ __forceinline__ void writeContext(Block<Fp32Traits<kD>::kQUERIES> const& block, Fp32Rows<kD> const& rows)
 {
     using Traits = Fp32Traits<kD>;
 #pragma unroll
@@ -172,13 +173,13 @@ __device__ __forceinline__ void writeContext(Block const& block, Fp32Rows<kD> co
     {
         float const inverse = rows.softmax[i].template inverseSum<Traits::kROW_THREADS>();
         int32_t const row = rows.firstRow + i;
-        int32_t const query = block.firstQuery + row;
-        if (query >= block.length)
+        int32_t const content = block.rowContent[row];
+        if (content == kNO_ROW)
         {
             continue;
         }
-        int32_t const content = block.rowContent[row];
-        float* const target = static_cast<float*>(block.params.context) + block.offset(block.position(query));
+        float* const target
+            = static_cast<float*>(block.params.context) + block.offset(block.position(block.firstQuery + row));
 #pragma unroll
         for (int c = 0; c < Traits::kTHREAD_VECTORS; ++c)
         {
@@ -191,7 +192,7 @@ __device__ __forceinline__ void writeContext(Block const& block, Fp32Rows<kD> co
             uint4 const result = make_uint4(__float_as_uint(acc[0] * inverse), __float_as_uint(acc[1] * inverse),
                 __float_as_uint(acc[2] * inverse), __float_as_uint(acc[3] * inverse));
             *reinterpret_cast<uint4*>(target + vector * Traits::kVECTOR)
-                = content == kLOCAL_ROW ? result : block.givenChunk<float>(content, vector);
+                = content == kLOCAL_ROW ? result : block.template givenChunk<float>(content, vector);
         }
     }
 }
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(Fp32Traits<kD>::kTHREADS) bandedAttentionFp32(
     float* const keys = queries + Traits::kQUERIES * Traits::kSTRIDE;
     float* const values = keys + Traits::kKEYS * Traits::kSTRIDE;
     float* const weights = values + Traits::kKEYS * Traits::kSTRIDE;
-    Block const block(p, weights + Traits::kQUERIES * Traits::kWEIGHT_STRIDE);
+    Block<Traits::kQUERIES> const block(p, weights + Traits::kQUERIES * Traits::kWEIGHT_STRIDE);
     if (block.firstQuery >= block.length)
     {
         return;
@@ -237,7 +238,7 @@ __global__ void __launch_bounds__(Fp32Traits<kD>::kTHREADS) bandedAttentionFp32(
         maskScores(scores, rows, [&](int32_t query, int32_t key) {
             return isGlobal ? block.slotPosition(first + key) >= 0
                             : block.isLocal(first + key)
-                    && inBand(block.firstQuery + query, first + key, block.window, block.causal);
+                    && inBand(block.firstQuery + query, first + key, block.window(), block.isCausal());
         });
         updateSoftmax(rows, scores, weights, scaleLog2);
         __syncwarp(); // the 8 threads of a query are in one warp

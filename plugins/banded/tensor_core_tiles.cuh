@@ -6,32 +6,41 @@
 namespace lfx::banded
 {
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
+constexpr int kWIDE_BLOCKS = 3;
+constexpr int kWIDE_KEPT_STEPS = 3;
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 1000
+constexpr int kWIDE_BLOCKS = 3;
+constexpr int kWIDE_KEPT_STEPS = 2;
+#else
+constexpr int kWIDE_BLOCKS = 2;
+constexpr int kWIDE_KEPT_STEPS = 4;
+#endif
+
 // kD: columns of a tile in shared memory, 32, 64 or 128; smaller heads are padded with zeros.
-template <int kD>
+// kROW_TILES: mma tiles of 16 queries in a warp. With 2 each fragment of keys and values feeds two products, and a block
+// reads little more than half as many keys and values for a query; with 1 there are twice as many blocks.
+template <int kD, int kROW_TILES>
 struct TensorCoreTraits : BlockTraits
 {
+    static constexpr int kWARP_QUERIES = 16 * kROW_TILES;
+    static constexpr int kQUERIES = kWARPS * kWARP_QUERIES;
     static constexpr int kKEYS = 64;       // of a tile
-    static constexpr int kGROUP_KEYS = 16; // a warp computes a whole tile, or those groups of it that it needs
+    static constexpr int kGROUP_KEYS = 32; // whose scores a warp computes at a time
     static constexpr int kGROUPS = kKEYS / kGROUP_KEYS;
-    static constexpr int kWARP_QUERIES = kQUERIES / kWARPS;
     static constexpr int kCHUNK = 8;            // elements of a 16-byte copy
     static constexpr int kCHUNKS = kD / kCHUNK; // of a row
     static constexpr int kTILE_SIZE = kKEYS * kD;
+    static constexpr int kQUERIES_SIZE = kQUERIES * kD;
     static constexpr size_t kSHARED_BYTES
-        = 2 * (kQUERIES * kD + 4 * kTILE_SIZE); // queries; two tiles of keys and values
-    // The fragments of the queries stay in registers if there are enough of them; otherwise each tile loads them again.
-    static constexpr bool kKEEPS_QUERIES = kD <= 64;
-    // Blocks that a multiprocessor should hold. For 4 with head size 64 the compiler spills on sm_80, sm_100 and sm_120,
-    // and on compute capability 8.6, 8.9 and 12 the shared memory is too small for a fourth.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-    static constexpr int kMIN_BLOCKS = kD <= 64 ? 4 : 1;
-#else
-    static constexpr int kMIN_BLOCKS = kD <= 32 ? 4 : kD <= 64 ? 3 : 1;
-#endif
+        = 2 * (kQUERIES_SIZE + 4 * kTILE_SIZE); // queries; two tiles of keys and values
+    // Blocks that a multiprocessor should hold. Those of 8.6, 8.9 and 12 have shared memory for two of the wide ones.
+    static constexpr int kMIN_BLOCKS = kROW_TILES == 1 ? (kD <= 64 ? 4 : 2) : kD <= 32 ? 3 : kD <= 64 ? kWIDE_BLOCKS : 1;
+    // Steps of 16 columns whose query fragments stay in registers, as many as fit; each group of keys loads the others
+    // again.
+    static constexpr int kKEPT_STEPS = kD == 128 ? 0 : kD == 64 && kROW_TILES == 2 ? kWIDE_KEPT_STEPS : kD / 16;
 
     static_assert(kKEYS <= kMAX_TILE_KEYS && kKEYS == 2 * kWORD_BITS, "a tile has two words of Block::localKeys");
-    static_assert(kKEYS == kQUERIES, "queries are copied as a tile of keys is");
-    static_assert(kWARP_QUERIES == 16, "the rows of an mma");
 };
 
 // Offset in a tile of a row's 16-byte chunk. Chunks are permuted within a row, so that ldmatrix, which reads one chunk of
@@ -43,22 +52,34 @@ LFX_HOST_DEVICE int32_t swizzled(int32_t row, int32_t chunk)
     return row * kD + ((chunk ^ permutation) << 3);
 }
 
+// swizzled() of the chunk that is `chunks` further to the right, if no carry occurs: the chunk has zeros where `chunks` has
+// ones.
+LFX_HOST_DEVICE int32_t movedRight(int32_t offset, int32_t chunks)
+{
+    return offset ^ chunks << 3;
+}
+
 // The part of each tile that a thread copies: the same 16-byte chunk of every kROWS-th row.
 template <int kD>
 struct ThreadCopy
 {
-    using Traits = TensorCoreTraits<kD>;
-    static constexpr int kROWS = Traits::kTHREADS / Traits::kCHUNKS; // that the block copies in a step
-    static constexpr int kSTEPS = Traits::kKEYS / kROWS;
+    static constexpr int kCHUNK = 8;                                   // elements
+    static constexpr int kCHUNKS = kD / kCHUNK;                        // of a row
+    static constexpr int kROWS = BlockTraits::kTHREADS / kCHUNKS;      // that the block copies in a step
     static_assert(kROWS % 8 == 0, "the chunks of all rows of a thread are permuted alike");
     static_assert(kWORD_BITS % kROWS == 0, "the rows of a step are in one word of Block::localKeys");
 
     __device__ __forceinline__ explicit ThreadCopy(BandedParams const& p)
-        : row(threadIdx.x / Traits::kCHUNKS)
-        , column(threadIdx.x % Traits::kCHUNKS * Traits::kCHUNK)
+        : ThreadCopy(p, threadIndexAgain())
+    {
+    }
+
+    __device__ __forceinline__ ThreadCopy(BandedParams const& p, int32_t thread)
+        : row(thread / kCHUNKS)
+        , column(thread % kCHUNKS * kCHUNK)
         , rowBit(column < p.headSize ? 1U << row : 0U)
         , stride(kROWS * p.dilation * p.numHeads * p.headSize)
-        , target(swizzled<kD>(row, column / Traits::kCHUNK))
+        , target(swizzled<kD>(row, column / kCHUNK))
     {
     }
 
@@ -73,7 +94,8 @@ struct ThreadCopy
 template <typename T>
 struct KeyValueSource
 {
-    __device__ __forceinline__ KeyValueSource(Block const& block, int32_t position, int32_t column)
+    template <int kQUERIES>
+    __device__ __forceinline__ KeyValueSource(Block<kQUERIES> const& block, int32_t position, int32_t column)
         : key(static_cast<T const*>(block.params.key) + block.offset(position) + column)
         , value(static_cast<T const*>(block.params.value) + block.offset(position) + column)
     {
@@ -84,14 +106,14 @@ struct KeyValueSource
 };
 
 // Each of these starts the copies of a tile. Masked rows are zero-filled; their addresses are never dereferenced.
-template <typename T, int kD>
-__device__ __forceinline__ void copyQueries(Block const& block, ThreadCopy<kD> const& copy, T* tile)
+template <typename T, int kD, int kQUERIES>
+__device__ __forceinline__ void copyQueries(Block<kQUERIES> const& block, ThreadCopy<kD> const& copy, T* tile)
 {
     int32_t const query = block.firstQuery + copy.row;
     T const* const source
         = static_cast<T const*>(block.params.query) + block.offset(block.position(query)) + copy.column;
 #pragma unroll
-    for (int step = 0; step < ThreadCopy<kD>::kSTEPS; ++step)
+    for (int step = 0; step < kQUERIES / ThreadCopy<kD>::kROWS; ++step)
     {
         int const row = step * ThreadCopy<kD>::kROWS;
         bool const valid = copy.rowBit != 0 && query + row < block.length;
@@ -99,15 +121,15 @@ __device__ __forceinline__ void copyQueries(Block const& block, ThreadCopy<kD> c
     }
 }
 
-template <typename T, int kD>
+template <typename T, int kD, int kQUERIES>
 __device__ __forceinline__ void copyBand(
-    Block const& block, ThreadCopy<kD> const& copy, T* keys, T* values, int32_t firstKey)
+    Block<kQUERIES> const& block, ThreadCopy<kD> const& copy, T* keys, T* values, int32_t firstKey)
 {
     KeyValueSource<T> source(block, block.position(firstKey + copy.row), copy.column);
     uint32_t const* const localKeys = block.localKeys + (firstKey - block.band.begin) / kWORD_BITS;
     uint32_t const words[2] = {localKeys[0], localKeys[1]};
 #pragma unroll
-    for (int step = 0; step < ThreadCopy<kD>::kSTEPS; ++step)
+    for (int step = 0; step < kMAX_TILE_KEYS / ThreadCopy<kD>::kROWS; ++step)
     {
         int const row = step * ThreadCopy<kD>::kROWS;
         bool const valid = (words[row / kWORD_BITS] & copy.rowBit << row % kWORD_BITS) != 0;
@@ -118,16 +140,16 @@ __device__ __forceinline__ void copyBand(
     }
 }
 
-// Only the first `groups` groups of 16 slots are copied.
-template <typename T, int kD>
+// Groups of 32 slots from `slots` on are not copied; no query sees them.
+template <typename T, int kD, int kQUERIES>
 __device__ __forceinline__ void copyGlobalTokens(
-    Block const& block, ThreadCopy<kD> const& copy, T* keys, T* values, int32_t firstSlot, int32_t groups)
+    Block<kQUERIES> const& block, ThreadCopy<kD> const& copy, T* keys, T* values, int32_t firstSlot, int32_t slots)
 {
 #pragma unroll
-    for (int step = 0; step < ThreadCopy<kD>::kSTEPS; ++step)
+    for (int step = 0; step < kMAX_TILE_KEYS / ThreadCopy<kD>::kROWS; ++step)
     {
         int const row = step * ThreadCopy<kD>::kROWS;
-        if (row >= groups * TensorCoreTraits<kD>::kGROUP_KEYS)
+        if (row / kWORD_BITS * kWORD_BITS >= slots)
         {
             break;
         }

@@ -9,222 +9,252 @@
 namespace lfx::banded
 {
 
-// A lane holds two rows, lane / 4 and lane / 4 + 8; the four lanes of a row share its columns in the layout of mma().
-template <typename T, int kD>
+// A lane holds rows lane / 4 and lane / 4 + 8 of each tile of 16 rows; the four lanes of a row share its columns in the
+// layout of mma().
+template <typename T, int kD, int kROW_TILES>
 struct WarpRows
 {
-    using Traits = TensorCoreTraits<kD>;
+    using Traits = TensorCoreTraits<kD, kROW_TILES>;
 
     __device__ __forceinline__ explicit WarpRows(T const* queries)
         : queries(queries)
     {
     }
 
-    // Columns 16 · step to 16 · step + 15 of the queries.
-    __device__ __forceinline__ void loadQueries(uint32_t (&fragment)[4], int step) const
+    // Columns 16 · step to 16 · step + 15 of the queries of a tile.
+    __device__ __forceinline__ void loadQueries(uint32_t (&fragment)[4], int tile, int step) const
     {
         int32_t const lane = threadIdx.x % kWARP_SIZE;
-        int32_t const row = threadIdx.x / kWARP_SIZE * Traits::kWARP_QUERIES + lane % 16;
+        int32_t const row = threadIdx.x / kWARP_SIZE * Traits::kWARP_QUERIES + tile * 16 + lane % 16;
         loadMatrices(fragment, queries + swizzled<kD>(row, step * 2 + lane / 16));
     }
 
     __device__ __forceinline__ void keepQueries()
     {
-        if constexpr (Traits::kKEEPS_QUERIES)
+#pragma unroll
+        for (int step = 0; step < Traits::kKEPT_STEPS; ++step)
         {
 #pragma unroll
-            for (int step = 0; step < kD / 16; ++step)
+            for (int tile = 0; tile < kROW_TILES; ++tile)
             {
-                loadQueries(fragments[step], step);
+                loadQueries(fragments[step][tile], tile, step);
             }
         }
     }
 
     T const* queries; // tile in shared memory
-    uint32_t fragments[Traits::kKEEPS_QUERIES ? kD / 16 : 1][4];
-    float acc[kD / 8][4] = {};
-    OnlineSoftmax softmax[2];
+    uint32_t fragments[max(Traits::kKEPT_STEPS, 1)][kROW_TILES][4];
+    float acc[kROW_TILES][kD / 8][4] = {};
+    LazySoftmax softmax[kROW_TILES][2];
 };
 
-// Scores of the warp's queries and 8 keys are one `float[4]`, as mma() returns them; kN of those are computed together.
-template <int kN, typename T, int kD>
-__device__ __forceinline__ void computeScores(float (&scores)[kN][4], WarpRows<T, kD> const& rows, T const* keys)
+// Scores of 16 queries and 8 keys are one `float[4]`, as mma() returns them.
+template <typename T, int kD, int kROW_TILES, int kN>
+__device__ __forceinline__ void computeScores(
+    float (&scores)[kROW_TILES][kN][4], WarpRows<T, kD, kROW_TILES> const& rows, T const* keys)
 {
+    using Traits = TensorCoreTraits<kD, kROW_TILES>;
     int32_t const lane = threadIdx.x % kWARP_SIZE;
+    int32_t const first = swizzled<kD>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
     for (int step = 0; step < kD / 16; ++step)
     {
-        uint32_t a[4];
-        if constexpr (TensorCoreTraits<kD>::kKEEPS_QUERIES)
-        {
+        T const* const stepKeys = keys + movedRight(first, step * 2);
+        uint32_t a[kROW_TILES][4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-            {
-                a[i] = rows.fragments[step][i];
-            }
-        }
-        else
+        for (int tile = 0; tile < kROW_TILES; ++tile)
         {
-            rows.loadQueries(a, step);
+            if (step < Traits::kKEPT_STEPS)
+            {
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                {
+                    a[tile][i] = rows.fragments[step][tile][i];
+                }
+            }
+            else
+            {
+                rows.loadQueries(a[tile], tile, step);
+            }
         }
 #pragma unroll
         for (int n = 0; n < kN; n += 2)
         {
             uint32_t b[4];
-            loadMatrices(b, keys + swizzled<kD>(n * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
-            mma<T>(scores[n], a, b[0], b[1]);
-            mma<T>(scores[n + 1], a, b[2], b[3]);
+            loadMatrices(b, stepKeys + n * 8 * kD);
+#pragma unroll
+            for (int tile = 0; tile < kROW_TILES; ++tile)
+            {
+                mma<T>(scores[tile][n], a[tile], b[0], b[1]);
+                mma<T>(scores[tile][n + 1], a[tile], b[2], b[3]);
+            }
         }
     }
 }
 
-template <int kN>
-__device__ __forceinline__ void maskScores(float (&scores)[kN][4], Visibility const& visibility)
+template <int kROW_TILES, int kN>
+__device__ __forceinline__ void maskScores(
+    float (&scores)[kROW_TILES][kN][4], Visibility<16 * kROW_TILES> const& visibility)
 {
     int32_t const lane = threadIdx.x % kWARP_SIZE;
-    uint32_t const keys = static_cast<uint32_t>(visibility.keys) >> lane % 4 * 2;
+    uint32_t const keys = visibility.keys >> lane % 4 * 2;
     int32_t const distance = visibility.distance + lane % 4 * 2 - lane / 4;
 #pragma unroll
-    for (int n = 0; n < kN; ++n)
+    for (int tile = 0; tile < kROW_TILES; ++tile)
     {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
+        for (int n = 0; n < kN; ++n)
         {
-            int const column = n * 8 + i % 2;
-            bool const visible
-                = (keys >> column & 1U) != 0 && static_cast<uint32_t>(distance + column - i / 2 * 8) <= visibility.last;
-            scores[n][i] = visible ? scores[n][i] : kNEG_INF;
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+            {
+                int const column = n * 8 + i % 2;
+                int const row = tile * 16 + i / 2 * 8;
+                bool const visible = (keys >> column & 1U) != 0
+                    && static_cast<uint32_t>(distance + column - row) <= static_cast<uint32_t>(visibility.last);
+                scores[tile][n][i] = visible ? scores[tile][n][i] : kNEG_INF;
+            }
         }
     }
 }
 
-// Rescales rowSum and acc to the maximum of the new scores.
-template <int kN, typename T, int kD>
-__device__ __forceinline__ void updateSoftmax(WarpRows<T, kD>& rows, float const (&scores)[kN][4], float scaleLog2)
+// Rescales rowSum and acc of the rows whose scores outgrow their reference, if any row of the warp has such scores.
+template <typename T, int kD, int kROW_TILES, int kN>
+__device__ __forceinline__ void updateSoftmax(
+    WarpRows<T, kD, kROW_TILES>& rows, float const (&scores)[kROW_TILES][kN][4], float scaleLog2)
 {
-    float tileMax[2] = {kNEG_INF, kNEG_INF};
+    float max[kROW_TILES][2];
+    bool isExceeded = false;
 #pragma unroll
-    for (int n = 0; n < kN; ++n)
+    for (int tile = 0; tile < kROW_TILES; ++tile)
     {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < 2; ++i)
         {
-            tileMax[i / 2] = fmaxf(tileMax[i / 2], scores[n][i]);
+            max[tile][i] = kNEG_INF;
+#pragma unroll
+            for (int n = 0; n < kN; ++n)
+            {
+                max[tile][i] = fmaxf(max[tile][i], fmaxf(scores[tile][n][2 * i], scores[tile][n][2 * i + 1]));
+            }
+            isExceeded |= rows.softmax[tile][i].isExceeded(max[tile][i], scaleLog2);
         }
     }
-    float factor[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
+    if (__ballot_sync(kFULL_WARP, isExceeded) == 0)
     {
-        factor[i] = rows.softmax[i].rescale(warpMax<4>(tileMax[i]), scaleLog2);
+        return;
     }
 #pragma unroll
-    for (int n = 0; n < kD / 8; ++n)
+    for (int tile = 0; tile < kROW_TILES; ++tile)
     {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < 2; ++i)
         {
-            rows.acc[n][i] *= factor[i / 2];
+            float const factor = rows.softmax[tile][i].rescale(warpMax<4>(max[tile][i]), scaleLog2);
+#pragma unroll
+            for (int n = 0; n < kD / 8; ++n)
+            {
+                rows.acc[tile][n][2 * i] *= factor;
+                rows.acc[tile][n][2 * i + 1] *= factor;
+            }
         }
     }
 }
 
 // Adds the values, weighted by the softmax of the scores.
-template <int kN, typename T, int kD>
+template <typename T, int kD, int kROW_TILES, int kN>
 __device__ __forceinline__ void accumulate(
-    WarpRows<T, kD>& rows, float const (&scores)[kN][4], T const* values, float scaleLog2)
+    WarpRows<T, kD, kROW_TILES>& rows, float const (&scores)[kROW_TILES][kN][4], T const* values, float scaleLog2)
 {
     int32_t const lane = threadIdx.x % kWARP_SIZE;
+    int32_t const lower = swizzled<kD>(lane % 8 + lane / 8 % 2 * 8, lane / 16);
 #pragma unroll
     for (int first = 0; first < kN; first += 2) // 16 keys
     {
-        uint32_t a[4];
+        uint32_t a[kROW_TILES][4];
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
+        for (int tile = 0; tile < kROW_TILES; ++tile)
         {
-            float weights[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
+            for (int half = 0; half < 2; ++half)
             {
-                weights[i] = rows.softmax[i / 2].weight(scores[first + half][i], scaleLog2);
-                rows.softmax[i / 2].rowSum += weights[i];
+                float weights[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                {
+                    LazySoftmax& softmax = rows.softmax[tile][i / 2];
+                    weights[i] = softmax.weight(scores[tile][first + half][i], scaleLog2);
+                    softmax.rowSum += weights[i];
+                }
+                a[tile][2 * half] = pack<T>(weights[0], weights[1]);
+                a[tile][2 * half + 1] = pack<T>(weights[2], weights[3]);
             }
-            a[2 * half] = pack<T>(weights[0], weights[1]);
-            a[2 * half + 1] = pack<T>(weights[2], weights[3]);
         }
 #pragma unroll
         for (int n = 0; n < kD / 8; n += 2)
         {
             uint32_t b[4];
-            loadMatricesTransposed(b, values + swizzled<kD>(first * 8 + lane % 8 + lane / 8 % 2 * 8, n + lane / 16));
-            mma<T>(rows.acc[n], a, b[0], b[1]);
-            mma<T>(rows.acc[n + 1], a, b[2], b[3]);
+            loadMatricesTransposed(b, values + movedRight(lower, n) + first * 8 * kD);
+#pragma unroll
+            for (int tile = 0; tile < kROW_TILES; ++tile)
+            {
+                mma<T>(rows.acc[tile][n], a[tile], b[0], b[1]);
+                mma<T>(rows.acc[tile][n + 1], a[tile], b[2], b[3]);
+            }
         }
     }
 }
 
-// Attention over kGROUPS groups of 16 keys; with kMASKED only the visible ones.
-template <int kGROUPS, bool kMASKED, typename T, int kD>
-__device__ __forceinline__ void attendGroups(
-    WarpRows<T, kD>& rows, T const* keys, T const* values, float scaleLog2, Visibility const& visibility)
+// Attention over a tile; visibilityOf(group) says which keys of each group the warp sees.
+template <typename T, int kD, int kROW_TILES, typename VisibilityOf>
+__device__ __forceinline__ void attendTile(WarpRows<T, kD, kROW_TILES>& rows, T const* keys, T const* values,
+    float scaleLog2, VisibilityOf visibilityOf)
 {
-    float scores[2 * kGROUPS][4] = {};
-    computeScores(scores, rows, keys);
-    if constexpr (kMASKED)
-    {
-        maskScores(scores, visibility);
-    }
-    updateSoftmax(rows, scores, scaleLog2);
-    accumulate(rows, scores, values, scaleLog2);
-}
-
-// Computes the tile as a whole if all queries see all of its keys, otherwise only the groups with a visible key.
-template <typename T, int kD>
-__device__ __forceinline__ void attendTile(
-    WarpRows<T, kD>& rows, T const* keys, T const* values, float scaleLog2, Visibility const& visibility)
-{
-    using Traits = TensorCoreTraits<kD>;
-    if (visibility.all)
-    {
-        attendGroups<Traits::kGROUPS, false>(rows, keys, values, scaleLog2, visibility);
-        return;
-    }
+    using Traits = TensorCoreTraits<kD, kROW_TILES>;
 #pragma unroll 1
-    for (int32_t group = visibility.groups.begin; group < visibility.groups.end; ++group)
+    for (int32_t group = 0; group < Traits::kGROUPS; ++group)
     {
-        Visibility const rest = visibility.from(group);
-        if ((rest.keys & 0xffffU) != 0)
+        Visibility<Traits::kWARP_QUERIES> const visibility = visibilityOf(group * Traits::kGROUP_KEYS);
+        if (visibility.isNone())
         {
-            int32_t const offset = group * Traits::kGROUP_KEYS * kD;
-            attendGroups<1, true>(rows, keys + offset, values + offset, scaleLog2, rest);
+            continue;
         }
+        int32_t const offset = group * Traits::kGROUP_KEYS * kD;
+        float scores[kROW_TILES][Traits::kGROUP_KEYS / 8][4] = {};
+        computeScores(scores, rows, keys + offset);
+        if (!visibility.isAll())
+        {
+            maskScores(scores, visibility);
+        }
+        updateSoftmax(rows, scores, scaleLog2);
+        accumulate(rows, scores, values + offset, scaleLog2);
     }
 }
 
 // Normalizes the rows and writes them to the context, through the warp's own rows of the query tile, so that each write
 // is of 16 bytes.
-template <typename T, int kD>
-__device__ __forceinline__ void writeContext(Block const& block, WarpRows<T, kD> const& rows, T* tile)
+template <typename T, int kD, int kROW_TILES>
+__device__ __forceinline__ void writeContext(Block<TensorCoreTraits<kD, kROW_TILES>::kQUERIES> const& block,
+    WarpRows<T, kD, kROW_TILES> const& rows, T* queries)
 {
-    using Traits = TensorCoreTraits<kD>;
+    using Traits = TensorCoreTraits<kD, kROW_TILES>;
     int32_t const lane = threadIdx.x % kWARP_SIZE;
     int32_t const firstRow = threadIdx.x / kWARP_SIZE * Traits::kWARP_QUERIES;
-    float inverse[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-    {
-        inverse[i] = rows.softmax[i].template inverseSum<4>();
-    }
     __syncwarp(); // every lane has read its queries
 #pragma unroll
-    for (int n = 0; n < Traits::kCHUNKS; ++n)
+    for (int tile = 0; tile < kROW_TILES; ++tile)
     {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
         {
-            T* const chunk = tile + swizzled<kD>(firstRow + lane / 4 + i * 8, n);
-            reinterpret_cast<uint32_t*>(chunk)[lane % 4]
-                = pack<T>(rows.acc[n][2 * i] * inverse[i], rows.acc[n][2 * i + 1] * inverse[i]);
+            float const inverse = rows.softmax[tile][i].template inverseSum<4>();
+            int32_t const row = firstRow + tile * 16 + i * 8 + lane / 4;
+#pragma unroll
+            for (int n = 0; n < Traits::kCHUNKS; ++n)
+            {
+                reinterpret_cast<uint32_t*>(queries + swizzled<kD>(row, n))[lane % 4]
+                    = pack<T>(rows.acc[tile][n][2 * i] * inverse, rows.acc[tile][n][2 * i + 1] * inverse);
+            }
         }
     }
     __syncwarp();
@@ -232,44 +262,42 @@ __device__ __forceinline__ void writeContext(Block const& block, WarpRows<T, kD>
     {
         int32_t const row = firstRow + i / Traits::kCHUNKS;
         int32_t const chunk = i % Traits::kCHUNKS;
-        int32_t const query = block.firstQuery + row;
-        if (query < block.length && chunk * Traits::kCHUNK < block.params.headSize)
+        int32_t const content = block.rowContent[row];
+        if (content != kNO_ROW && chunk * Traits::kCHUNK < block.params.headSize)
         {
-            int32_t const content = block.rowContent[row];
             uint4 const result = content == kLOCAL_ROW
-                ? *reinterpret_cast<uint4 const*>(tile + swizzled<kD>(row, chunk))
-                : block.givenChunk<T>(content, chunk);
+                ? *reinterpret_cast<uint4 const*>(queries + swizzled<kD>(row, chunk))
+                : block.template givenChunk<T>(content, chunk);
             T* const target
-                = static_cast<T*>(block.params.context) + block.offset(block.position(query)) + chunk * Traits::kCHUNK;
+                = static_cast<T*>(block.params.context) + block.offset(block.position(block.firstQuery + row)) + chunk * Traits::kCHUNK;
             *reinterpret_cast<uint4*>(target) = result;
         }
     }
 }
 
-template <typename T, int kD>
-__global__ void __launch_bounds__(TensorCoreTraits<kD>::kTHREADS, TensorCoreTraits<kD>::kMIN_BLOCKS)
+template <typename T, int kD, int kROW_TILES>
+__global__ void __launch_bounds__(
+    TensorCoreTraits<kD, kROW_TILES>::kTHREADS, TensorCoreTraits<kD, kROW_TILES>::kMIN_BLOCKS)
     bandedAttentionTensorCores(BandedParams p)
 {
-    using Traits = TensorCoreTraits<kD>;
+    using Traits = TensorCoreTraits<kD, kROW_TILES>;
     T* const queries = static_cast<T*>(sharedMemory());
-    T* const keys = queries + Traits::kTILE_SIZE; // two tiles: one is computed while the next is copied
+    T* const keys = queries + Traits::kQUERIES_SIZE; // two tiles: one is computed while the next is copied
     T* const values = keys + 2 * Traits::kTILE_SIZE;
-    Block const block(p, values + 2 * Traits::kTILE_SIZE);
+    Block<Traits::kQUERIES> const block(p, values + 2 * Traits::kTILE_SIZE);
     if (block.firstQuery >= block.length)
     {
         return;
     }
     bool const hasLocalRow = block.fillTables();
     TileSequence<Traits::kKEYS> const tiles(block, hasLocalRow);
-    ThreadCopy<kD> const copy(p);
-    auto const globalGroups = [&](int32_t tile) {
-        return min(ceilDiv(tiles.numSlots - tiles.firstSlot(tile), Traits::kGROUP_KEYS), Traits::kGROUPS);
-    };
     auto const copyTile = [&](int32_t tile) {
+        ThreadCopy<kD> const copy(p); // for each tile: it would take five registers from the products
         int32_t const buffer = tile % 2 * Traits::kTILE_SIZE;
         if (tiles.isGlobal(tile))
         {
-            copyGlobalTokens(block, copy, keys + buffer, values + buffer, tiles.firstSlot(tile), globalGroups(tile));
+            copyGlobalTokens(block, copy, keys + buffer, values + buffer, tiles.firstSlot(tile),
+                tiles.numSlots - tiles.firstSlot(tile));
         }
         else
         {
@@ -277,11 +305,11 @@ __global__ void __launch_bounds__(TensorCoreTraits<kD>::kTHREADS, TensorCoreTrai
         }
         commitCopies();
     };
-    WarpRows<T, kD> rows(queries);
+    WarpRows<T, kD, kROW_TILES> rows(queries);
     float const scaleLog2 = p.scale * kLOG2E;
     if (tiles.count > 0)
     {
-        copyQueries(block, copy, queries);
+        copyQueries(block, ThreadCopy<kD>(p), queries);
         copyTile(0); // in one group with the queries
     }
     for (int32_t tile = 0; tile < tiles.count; ++tile)
@@ -296,11 +324,11 @@ __global__ void __launch_bounds__(TensorCoreTraits<kD>::kTHREADS, TensorCoreTrai
         {
             rows.keepQueries();
         }
-        Visibility const visibility = tiles.isGlobal(tile)
-            ? visibleGlobalTokens(block, tiles.firstSlot(tile), globalGroups(tile))
-            : visibleBand<Traits>(block, tiles.firstKey(tile));
         int32_t const buffer = tile % 2 * Traits::kTILE_SIZE;
-        attendTile<T, kD>(rows, keys + buffer, values + buffer, scaleLog2, visibility);
+        attendTile(rows, keys + buffer, values + buffer, scaleLog2, [&](int32_t key) {
+            return tiles.isGlobal(tile) ? visibleSlots<Traits>(block, tiles.firstSlot(tile) + key)
+                                        : visibleKeys<Traits>(block, tiles.firstKey(tile) + key);
+        });
     }
     writeContext(block, rows, queries);
 }

@@ -27,7 +27,8 @@ class Peaks:
 # Source: NVIDIA's H100 and H200 datasheets (SXM, dense: half of the figure with sparsity); exponentials: Shah et al.
 # 2024, arXiv:2407.08608, section 3.1; shared memory: 32 banks of 4 bytes per clock (CUDA programming guide), at the
 # 1.83 GHz and 132 multiprocessors from which the exponentials' figure follows.
-HOPPER = {"exponentials": 3.9e12, "shared_bytes": 132 * 128 * 1.83e9}
+MULTIPROCESSORS = 132  # of an H100 SXM
+HOPPER = {"exponentials": 3.9e12, "shared_bytes": MULTIPROCESSORS * 128 * 1.83e9}
 PEAKS = {
     "NVIDIA H100 80GB HBM3": Peaks(989.4e12, 3.35e12, **HOPPER),
     "NVIDIA H200": Peaks(989.4e12, 4.8e12, **HOPPER),
@@ -99,30 +100,41 @@ def least_bytes(case: Case) -> int:
     return case.batch * (4 * case.seqlen * row + 4 * case.seqlen + slots * (4 + row))
 
 
+def block_queries(case: Case) -> int:
+    """Return the number of queries of a block on an H100; follows plugins/banded/banded_attention.cu."""
+    return 128 if case.batch * case.heads * -(-case.seqlen // 128) >= 2 * MULTIPROCESSORS else 64
+
+
 def kernel_costs(case: Case) -> dict[str, float]:
     """Return the costs of our kernel's tiling; follows the loops of the BandedAttention kernel in plugins/.
 
     Returns:
-        computed_over_useful: number of pairs in the computed groups of 16 keys, over the useful pairs; the band skips
+        computed_over_useful: number of pairs in the computed groups of 32 keys, over the useful pairs; the band skips
             groups of global tokens only.
-        l2_bytes: bytes of the key, value, query and context rows that all blocks of 64 queries transfer.
-        shared_bytes: bytes that ldmatrix reads and cp.async writes.
+        l2_bytes: bytes of the key, value, query and context rows that all blocks transfer.
+        shared_bytes: bytes that ldmatrix reads and cp.async writes, on compute capability 9.0.
     """
-    size, global_groups = case.head_size, -(-case.globals // 16)
-    first = np.arange(0, case.seqlen, 64)
+    size, global_groups = case.head_size, -(-case.globals // 32)
+    queries = block_queries(case)
+    warp_queries = queries // 4
+    first = np.arange(0, case.seqlen, queries)
     begin = np.maximum(first - case.window, 0)
-    end = np.minimum(np.minimum(first + 64, case.seqlen) + case.window, case.seqlen)
-    copied = 64 * -(-(end - begin) // 64) + 16 * global_groups
-    warp = np.arange(0, case.seqlen, 16)
-    start = np.maximum(np.maximum(warp - case.window, 0), case.globals) - begin[warp // 64]
-    stop = np.minimum(np.minimum(warp + 16, case.seqlen) + case.window, case.seqlen) - begin[warp // 64]
-    groups = (np.maximum(-(-stop // 16) - start // 16, 0) + global_groups).sum()
+    end = np.minimum(np.minimum(first + queries, case.seqlen) + case.window, case.seqlen)
+    copied = 64 * -(-(end - begin) // 64) + 32 * global_groups
+    warp = np.arange(0, case.seqlen, warp_queries)
+    block = warp // queries
+    start = np.maximum(np.maximum(warp - case.window, 0), case.globals) - begin[block]
+    stop = np.minimum(np.minimum(warp + warp_queries, case.seqlen) + case.window, case.seqlen) - begin[block]
+    groups = (np.maximum(-(-stop // 32) - start // 32, 0) + global_groups).sum()
     heads = case.batch * case.heads
     rows = 2 * ((end - begin).sum() + case.globals * len(first)) + 2 * case.seqlen
+    kept = {32: 32, 64: 48 if queries == 128 else 64, 128: 0}[size]  # columns of the queries that stay in registers
+    loaded = 2 * 32 * size + warp_queries * (size - kept)  # numbers that a warp loads for a group
     return {
-        "computed_over_useful": float(groups) * 256 / useful_pairs(case),
+        "block_queries": queries,
+        "computed_over_useful": float(groups) * 32 * warp_queries / useful_pairs(case),
         "l2_bytes": float(heads * rows * 2 * size),
-        "shared_bytes": float(heads * (groups * 64 * size + copied.sum() * 4 * size)),
+        "shared_bytes": float(heads * (groups * 2 * loaded + copied.sum() * 4 * size)),
     }
 
 

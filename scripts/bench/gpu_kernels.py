@@ -428,26 +428,26 @@ def dry_run(library: Path, selected: list[Case]) -> None:
 
 
 def code_report(library: Path) -> str:
-    """Return registers, shared memory and instructions of the kernel for head size 64, float16, as text."""
+    """Return registers and instructions of the kernel of 128 queries a block, head size 64, float16, as text."""
     if sass.TOOL is None:
         return "machine code: not read, cuobjdump is not installed"
-    key, code = next(
-        item for item in sass.machine_code(library).items() if "bandedAttentionTensorCoresI6__halfLi64" in item[0][1]
-    )
+    name = "bandedAttentionTensorCoresI6__halfLi64ELi2E"
+    key, code = next(item for item in sass.machine_code(library).items() if name in item[0][1])
     resources = sass.resources(library)[key]
     runs = sass.straight_runs(code)
-    products = sorted((run for run in runs if "HMMA" in run), key=lambda run: run.count("HMMA"))
+    scores, context = sorted((run for run in runs if "HMMA" in run), key=len)
     copies = [len(run) for run in runs if run.count("LDGSTS") == 8]
 
     def described(run: list[str]) -> str:
         names = ", ".join(f"{count} {name}" for name, count in Counter(run).most_common(10))
         return f"{len(run)} instructions: {names}"
 
+    used = ", ".join(f"{count} {name}" for name, count in resources.items())
     return (
-        f"machine code, head size 64, float16: {', '.join(f'{n} {name}' for name, n in resources.items())}; "
+        f"machine code, 128 queries, head size 64, float16: {used}; "
         f"{65536 // (128 * (-(-resources['REG'] // 8) * 8))} blocks of 128 threads per multiprocessor by registers\n"
-        f"  per warp, for 64 keys that all its queries see: {described(products[-1])}\n"
-        f"  a group of 16 keys of another tile: {described(products[0])}\n"
+        f"  scores of 32 queries and 32 keys, per warp: {described(scores)}\n"
+        f"  their weights and context: {described(context)}\n"
         f"  the 8 asynchronous copies of a tile of the band, a thread: {min(copies)} to {max(copies)} instructions\n"
     )
 

@@ -496,9 +496,21 @@ void waitForCopies()
     }
 }
 
+inline int32_t threadIndexAgain()
+{
+    return emulated::current->index.x;
+}
+
 inline void* sharedMemory()
 {
     return emulated::shared;
+}
+
+// Of the emulated GPU: LFX_MULTIPROCESSORS, or those of an H100.
+inline int32_t multiprocessors() noexcept
+{
+    char const* const count = std::getenv("LFX_MULTIPROCESSORS");
+    return count != nullptr ? std::atoi(count) : 132;
 }
 
 template <typename Params>

@@ -6,6 +6,7 @@ the tests fail if a kernel reads too early or past the end.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -21,10 +22,19 @@ from tests.plugins.build import ROOT
 from tests.plugins.problems import Banded, Global, banded, global_
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+# BandedAttention's kernels: the precision, and whether blocks have 128 queries or 64.
+KERNELS = [("fp32", False), ("fp16", False), ("fp16", True), ("bf16", False), ("bf16", True)]
+every_kernel = pytest.mark.parametrize(("precision", "wide"), KERNELS, ids=["fp32", "fp16", "fp16w", "bf16", "bf16w"])
 
 
-def check(problem: Banded, kernels: Kernels) -> None:
+def choose_blocks(wide: bool) -> None:
+    """Make the emulated GPU so small that wide blocks occupy it, or too large for them."""
+    os.environ["LFX_MULTIPROCESSORS"] = "0" if wide else "1000000"
+
+
+def check(problem: Banded, kernels: Kernels, wide: bool) -> None:
     """The kernel's error is at most the tolerance, which is derived from rounding."""
+    choose_blocks(wide)
     error = np.abs(problem.run(kernels.banded, None) - problem.dense()).max()
     assert error <= problem.tolerance()
 
@@ -55,6 +65,17 @@ def some_slots_used(used: list[int], slots: int, precision: str) -> Banded:
     return problem
 
 
+def growing_scores(growth: float, precision: str) -> Banded:
+    """Scores that grow by `growth` over the sequence, in powers of 2, so that a row's maximum grows group by group."""
+    problem = banded(Case(1, 200), 1, 16, 100, precision=precision)
+    ramp = np.linspace(0, growth * np.log(2) * 16**0.5, 200)
+    for name, values in (("query", np.ones(200)), ("key", ramp)):
+        array = problem.inputs[name]
+        array[...] = 0
+        array[0, :, 0] = values.astype(array.dtype)
+    return problem
+
+
 def several_tiles_in_a_part(precision: str) -> list[Global]:
     """270 blocks, too many to split the keys: each block visits three tiles, of 64 keys or of 32."""
     return [
@@ -63,68 +84,78 @@ def several_tiles_in_a_part(precision: str) -> list[Global]:
     ]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_banded_attention_over_the_cases_of_the_parity_suite(emulated: Kernels, precision: str) -> None:
+@every_kernel
+def test_banded_attention_over_the_cases_of_the_parity_suite(emulated: Kernels, precision: str, wide: bool) -> None:
     for case in full_cases(8, None):
-        check(banded(case, 2, 16, 8, precision=precision), emulated)
+        check(banded(case, 2, 16, 8, precision=precision), emulated, wide)
 
 
-@pytest.mark.parametrize(("precision", "dilation", "causal"), product(PRECISIONS, (1, 2, 3), (0, 1)))
-def test_dilation_and_causal(emulated: Kernels, precision: str, dilation: int, causal: int) -> None:
+@every_kernel
+@pytest.mark.parametrize(("dilation", "causal"), product((1, 2, 3), (0, 1)))
+def test_dilation_and_causal(emulated: Kernels, precision: str, wide: bool, dilation: int, causal: int) -> None:
     for case in (Case(1, 1), Case(2, 130, "ragged", "right"), Case(1, 200, "scattered", "holes"), Case(1, 65, "first")):
-        check(banded(case, 2, 32, 20, precision=precision, dilation=dilation, causal=causal), emulated)
+        check(banded(case, 2, 32, 20, precision=precision, dilation=dilation, causal=causal), emulated, wide)
 
 
-@pytest.mark.parametrize(("precision", "head_size"), product(PRECISIONS, (8, 24, 32, 40, 64, 72, 128)))
-def test_head_sizes(emulated: Kernels, precision: str, head_size: int) -> None:
+@every_kernel
+@pytest.mark.parametrize("head_size", (8, 24, 32, 40, 64, 72, 128))
+def test_head_sizes(emulated: Kernels, precision: str, wide: bool, head_size: int) -> None:
     for case in (Case(1, 150, "scattered", "left"), Case(2, 64, "none", "empty_row")):
-        check(banded(case, 3, head_size, 30, precision=precision), emulated)
+        check(banded(case, 3, head_size, 30, precision=precision), emulated, wide)
         check_global(global_(case, 4, 3, head_size, precision=precision), emulated)
 
 
-@pytest.mark.parametrize(("precision", "window"), product(PRECISIONS, (0, 1, 15, 16, 17, 63, 64, 65, 100, 2**31 - 1)))
-def test_windows_and_lengths_around_the_tiles(emulated: Kernels, precision: str, window: int) -> None:
-    for seqlen in (15, 16, 17, 63, 64, 65, 129):
-        check(banded(Case(1, seqlen, "first", "holes"), 1, 16, window, precision=precision), emulated)
-    check(banded(Case(1, 330), 1, 16, window, precision=precision), emulated)
+@every_kernel
+@pytest.mark.parametrize("window", (0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 2**31 - 1))
+def test_windows_and_lengths_around_the_tiles(emulated: Kernels, precision: str, wide: bool, window: int) -> None:
+    for seqlen in (15, 16, 17, 63, 64, 65, 127, 128, 129):
+        check(banded(Case(1, seqlen, "first", "holes"), 1, 16, window, precision=precision), emulated, wide)
+    check(banded(Case(1, 330), 1, 16, window, precision=precision), emulated, wide)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_more_global_tokens_than_a_tile_holds(emulated: Kernels, precision: str) -> None:
+@every_kernel
+def test_more_global_tokens_than_a_tile_holds(emulated: Kernels, precision: str, wide: bool) -> None:
     for case in (Case(1, 150, "all"), Case(1, 150, "all", "left")):
         problem = banded(case, 1, 16, 4, precision=precision)
-        check(problem, emulated)
+        check(problem, emulated, wide)
     # Queries that see 100 global tokens: every second token is one.
     problem = banded(Case(2, 200, "none", "right"), 1, 16, 4, precision=precision)
     problem.inputs["global_index"] = np.tile(np.arange(0, 200, 2, dtype=np.int32), (2, 1))
     rows = np.random.default_rng(0).standard_normal((2, 100, 16))
     problem.inputs["global_context"] = rows.astype(problem.inputs["query"].dtype)
-    check(problem, emulated)
+    check(problem, emulated, wide)
 
 
-@pytest.mark.parametrize(("precision", "key"), product(PRECISIONS, (0, 63, 64, 100, 127, 170, 200, 329)))
-def test_one_masked_key_in_a_tile_of_visible_keys(emulated: Kernels, precision: str, key: int) -> None:
-    check(one_key_masked(key, precision), emulated)
+@every_kernel
+@pytest.mark.parametrize("key", (0, 63, 64, 100, 127, 170, 200, 329))
+def test_one_masked_key_in_a_tile_of_visible_keys(emulated: Kernels, precision: str, wide: bool, key: int) -> None:
+    check(one_key_masked(key, precision), emulated, wide)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_used_slots_among_unused_ones(emulated: Kernels, precision: str) -> None:
+@every_kernel
+def test_used_slots_among_unused_ones(emulated: Kernels, precision: str, wide: bool) -> None:
     cases: list[tuple[int, list[int]]] = [(1, []), (80, []), (1, [0]), (80, [0]), (80, [15, 16]), (80, [40])]
     for slots, used in [*cases, (80, [64]), (140, [3, 139])]:
-        check(some_slots_used(used, slots, precision), emulated)
+        check(some_slots_used(used, slots, precision), emulated, wide)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_long_sequence_with_the_window_of_the_base_model(emulated: Kernels, precision: str) -> None:
-    check(banded(Case(1, 1100, "scattered", "right"), 1, 64, 256, precision=precision), emulated)
+@every_kernel
+def test_a_long_sequence_with_the_window_of_the_base_model(emulated: Kernels, precision: str, wide: bool) -> None:
+    check(banded(Case(1, 1100, "scattered", "right"), 1, 64, 256, precision=precision), emulated, wide)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_large_scores_do_not_overflow(emulated: Kernels, precision: str) -> None:
+@every_kernel
+def test_large_scores_do_not_overflow(emulated: Kernels, precision: str, wide: bool) -> None:
     problem = banded(Case(1, 100, "first"), 1, 32, 16, precision=precision)
     for name in ("query", "key"):
         problem.inputs[name] = (problem.inputs[name] * 20).astype(problem.inputs[name].dtype)
-    check(problem, emulated)
+    check(problem, emulated, wide)
+
+
+@every_kernel
+@pytest.mark.parametrize("growth", (5, 20, 60, 200, -200))
+def test_scores_that_grow_or_fall_along_a_row(emulated: Kernels, precision: str, wide: bool, growth: float) -> None:
+    check(growing_scores(growth, precision), emulated, wide)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -177,7 +208,8 @@ def test_masked_keys_of_global_attention_are_never_read(emulated: Kernels) -> No
 
 
 def test_masked_keys_are_never_read(emulated: Kernels) -> None:
-    for precision in PRECISIONS:
+    for precision, wide in KERNELS:
+        choose_blocks(wide)
         problem = banded(Case(1, 130, "none", "right"), 1, 32, 20, precision=precision)
         expected = problem.run(emulated.banded, None)
         masked = problem.inputs["key_mask"][0] == 0
@@ -207,31 +239,48 @@ MUTATIONS = {
         "__syncthreads(); //",
     ),
     "a key past the end": ("banded/block.cuh", "key < band.end && mask", "mask"),
-    "a window too wide": ("banded/visibility.cuh", "last = block.window + (", "last = 1 + block.window + ("),
-    "a masked key among visible ones": ("banded/visibility.cuh", "keys == UINT64_MAX && distance", "distance"),
-    "a tile at the edge taken for one inside": (
+    "a window too wide": ("banded/visibility.cuh", "block.window() + (block", "1 + block.window() + (block"),
+    "a masked key among visible ones": ("banded/visibility.cuh", "keys == UINT32_MAX && distance", "distance"),
+    "a group at the edge taken for one inside": (
         "banded/visibility.cuh",
         "distance >= kWARP_QUERIES - 1",
         "distance >= 0",
     ),
-    "a tile at the other edge taken for one inside": (
+    "a group at the other edge taken for one inside": (
         "banded/visibility.cuh",
-        "distance + Traits::kKEYS - 1 <= last",
-        "distance + Traits::kKEYS - 1 <= last + kWARP_QUERIES - 1",
+        "distance + kKEYS - 1 <= last",
+        "distance <= last",
     ),
-    "a group too few at the edge": ("banded/visibility.cuh", "last + kWARP_QUERIES - distance", "last - distance"),
+    "a group too few at an edge": ("banded/visibility.cuh", "distance + kKEYS <= 0", "distance <= 0"),
+    "a group too few at the other edge": (
+        "banded/visibility.cuh",
+        "distance - kWARP_QUERIES >= last",
+        "distance >= last",
+    ),
     "a row of values that is not advanced": ("banded/tensor_core_tiles.cuh", "source.value += copy.stride;", ""),
     "the last used slot left out": ("banded/block.cuh", "atomicMax(numSlots, slot + 1)", "atomicMax(numSlots, slot)"),
     "a group of slots that is not copied": (
         "banded/tensor_core_tiles.cuh",
-        "if (row >= groups * TensorCoreTraits<kD>::kGROUP_KEYS)",
-        "if (row >= groups * TensorCoreTraits<kD>::kGROUP_KEYS - 16)",
+        "if (row / kWORD_BITS * kWORD_BITS >= slots)",
+        "if (row / kWORD_BITS * kWORD_BITS >= slots - 32)",
     ),
     "rowMax without its scale": ("softmax.cuh", "tileMax * scaleLog2", "tileMax"),
-    "rowSum not rescaled": ("softmax.cuh", "rowSum *= factor;", ""),
+    "rowSum not rescaled": (
+        "softmax.cuh",
+        "previousMax - offset);\n        rowSum *= factor;",
+        "previousMax - offset);",
+    ),
+    "rowSum of BandedAttention not rescaled": ("softmax.cuh", "next;\n        rowSum *= factor;", "next;"),
+    "a reference without its scale": ("softmax.cuh", "? -max * scaleLog2 :", "? -max :"),
+    "scores that outgrow the type": ("softmax.cuh", "kSLACK = 8.0F", "kSLACK = 100.0F"),
+    "rows that are never rescaled": (
+        "banded/tensor_cores.cuh",
+        "isExceeded) == 0)",
+        "isExceeded) == 0 || max[0][0] < 1e9F)",
+    ),
     "acc of BandedAttention not rescaled": (
         "banded/tensor_cores.cuh",
-        "rows.acc[n][i] *= factor[i / 2];",
+        "rows.acc[tile][n][2 * i + 1] *= factor;",
         "(void) factor;",
     ),
     "acc of BandedAttention in float32 not rescaled": (
@@ -241,8 +290,8 @@ MUTATIONS = {
     ),
     "a fragment of the wrong column": (
         "banded/tensor_cores.cuh",
-        "lane / 8 % 2 * 8, n + lane / 16",
-        "lane / 8 % 2 * 8, n + lane / 8 % 2",
+        "lane / 8 % 2 * 8, lane / 16)",
+        "lane / 8 % 2 * 8, lane / 8 % 2)",
     ),
     "a masked key": ("global/tensor_cores.cuh", "mask[key] != 0; }", "mask[key] >= 0; }"),
     "acc of GlobalAttention not rescaled": (
@@ -270,17 +319,19 @@ def test_the_suite_finds_a_broken_kernel(name: str, tmp_path: Path) -> None:
         "build.PLUGINS = Path(sys.argv[1])\n"
         "from scripts.bench.launch import Kernels; from lfx.parity import Case\n"
         "from tests.plugins.test_kernels import (\n"
-        "    check, check_global, one_key_masked, several_tiles_in_a_part, some_slots_used)\n"
+        "    check, check_global, growing_scores, one_key_masked, several_tiles_in_a_part, some_slots_used)\n"
         "from tests.plugins.problems import banded, global_\n"
         "kernels = Kernels(build.emulated_library(Path(sys.argv[2])))\n"
         "print('built', flush=True)\n"
         "for case in (Case(2, 150, 'scattered', 'holes'), Case(1, 70, 'none', 'right')):\n"
-        "    check(banded(case, 2, 64, 20, precision='fp16'), kernels)\n"
+        "    for wide in (False, True): check(banded(case, 2, 64, 20, precision='fp16'), kernels, wide)\n"
         "    check_global(global_(case, 3, 2, 64, precision='fp16'), kernels)\n"
         "check_global(global_(Case(1, 700, 'none', 'left'), 3, 1, 64, precision='fp16'), kernels)\n"
-        "check(one_key_masked(200, 'fp16'), kernels)\n"
-        "check(some_slots_used([64], 80, 'fp16'), kernels)\n"
-        "check(banded(Case(1, 70, 'first'), 1, 16, 40), kernels)\n"
+        "for wide in (False, True):\n"
+        "    check(one_key_masked(200, 'fp16'), kernels, wide)\n"
+        "    check(some_slots_used([64], 80, 'fp16'), kernels, wide)\n"
+        "    check(growing_scores(60, 'fp16'), kernels, wide)\n"
+        "check(banded(Case(1, 70, 'first'), 1, 16, 40), kernels, False)\n"
         "for precision in ('fp16', 'fp32'):\n"
         "    for problem in several_tiles_in_a_part(precision): check_global(problem, kernels)\n"
         "print('passed')\n"

@@ -73,7 +73,9 @@ def command(model: Path, open_engine: OpenEngine, **options: Any) -> None:
     """Measure latency, tokens per second and peak memory of a bundle or a plan, by length and batch size."""
     if options["source"] is not None and not options["against"]:
         raise click.UsageError("--source is the checkpoint that --against measures; give both")
-    run_bench(model, open_engine, **options)
+    from lfx.runtime.hub import local_path
+
+    run_bench(local_path(model), open_engine, **options)
 
 
 def run_bench(
