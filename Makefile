@@ -119,8 +119,11 @@ bench: install clients  ## All CPU benchmarks, more than an hour; writes docs/re
 	$(BIN)/python -m scripts.bench.backends
 	$(BIN)/python -m scripts.bench.runtime
 	$(BIN)/python -m scripts.bench.serve
+	$(BIN)/python -m scripts.bench.triton
+	$(BIN)/python -m scripts.bench.ray_map
 	$(BIN)/python -m scripts.bench.peers
 	$(BIN)/python scripts/tables.py
+	$(BIN)/python scripts/figures.py
 
 figures: install  ## Draw docs/figures from the running code.
 	$(BIN)/python scripts/figures.py

@@ -57,7 +57,7 @@ def read_settings(path: Path, model: str) -> dict[str, Any]:
     if is_original(data):
         data = from_original(data, path)
     declared = data.get("model_type")
-    if declared not in CONFIGS:
+    if not isinstance(declared, str) or declared not in CONFIGS:
         model_type = declared if isinstance(declared, str) else "model without a model_type"
         convert = f"; make one of it with: lfx convert --model {shlex.quote(model)} --output FOLDER"
         cure = convert if model_type in FAMILIES else ""

@@ -24,6 +24,7 @@ _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@
 _NOT_FOLDERS = (".onnx", ".plan")
 _MOST_FILES = 1000
 _SIGNATURE = f"{MANIFEST}.minisig"
+_KEPT = (CARD, ".gitattributes")  # files of the repository, also if a manifest lists them
 
 
 def local_path(path: Path) -> Path:
@@ -41,6 +42,11 @@ def local_path(path: Path) -> Path:
     if match is None or path.suffix in _NOT_FOLDERS or path.exists() or path.parent.exists():
         return path
     return _fetch(match[1], match[2])
+
+
+def pinned(path: Path, local: Path) -> Path:
+    """The repository `path` at the commit that `local_path` fetched to `local`: ORG/NAME@COMMIT."""
+    return Path(f"{path.as_posix().partition('@')[0]}@{local.name}")
 
 
 def _fetch(repository: str, revision: str | None) -> Path:
@@ -77,6 +83,8 @@ def push(
 ) -> str:
     """Upload a bundle to a repository of the hub, in one commit, with a model card.
 
+    Files of the bundle that the repository held before and the new one does not have are deleted in the same commit.
+
     The token is that of huggingface_hub: the environment variable HF_TOKEN, or that of `hf auth login`.
 
     Args:
@@ -103,19 +111,38 @@ def push(
     check_bundle(folder, manifest)
     card = model_card(manifest, repository).encode()
     with _failing(LfxError, f"{repository} cannot be uploaded"):
-        from huggingface_hub import CommitOperationAdd, HfApi
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
         api = HfApi(library_name="lfx", library_version=lfx.__version__)
         progress(f"making the repository {repository}")
         api.create_repo(repository, private=private, exist_ok=True)
         names = [*manifest.files, MANIFEST, *([_SIGNATURE] if (folder / _SIGNATURE).is_file() else [])]
-        operations = [CommitOperationAdd(name, str((folder / name).resolve())) for name in names]
+        added = [CommitOperationAdd(name, str((folder / name).resolve())) for name in names]
         if CARD not in names and _may_write_card(api, repository, revision):
-            operations.append(CommitOperationAdd(CARD, card))
-        progress(f"uploading {len(operations)} files")
+            added.append(CommitOperationAdd(CARD, card))
+        stale = [name for name in _earlier_files(api, repository, revision) if name not in names]
+        deleted = [
+            CommitOperationDelete(name) for name in stale if api.file_exists(repository, name, revision=revision)
+        ]
+        progress(f"uploading {len(added)} files" + (f", deleting {len(deleted)}" if deleted else ""))
+        operations: list[Any] = [*added, *deleted]
         message = f"Bundle of lfx {manifest.signature.lfx_version}: {manifest.signature.architecture}"
         commit: Any = api.create_commit(repository, operations, commit_message=message, revision=revision)
         return str(commit.commit_url)
+
+
+def _earlier_files(api: Any, repository: str, revision: str | None) -> list[str]:
+    """The files of the bundle that the repository holds, as its manifest lists them, and its signature.
+
+    Without a valid manifest nothing counts as a file of a bundle.
+    """
+    if not api.file_exists(repository, MANIFEST, revision=revision):
+        return []
+    try:
+        earlier = Manifest.read(Path(api.hf_hub_download(repository, MANIFEST, revision=revision)).parent)
+    except LfxError:
+        return []
+    return [name for name in (*earlier.files, _SIGNATURE) if name not in _KEPT]
 
 
 def _may_write_card(api: Any, repository: str, revision: str | None) -> bool:

@@ -73,7 +73,9 @@ def prepare_each(
 def _prepare_one(ids: Any, mask: Any, global_mask: Any, signature: Signature) -> Feeds | InputError:
     rank = 2 if signature.has_choices else 1
     try:
-        if _depth(ids, rank) < rank:
+        with _readable("input_ids", signature):
+            depth = _depth(ids, rank)
+        if depth < rank:
             raise InputError(f"input_ids is {type(ids).__name__}; give {_shapes(signature)}")
         mask, global_mask = (None if value is None else [value] for value in (mask, global_mask))
         return prepare([ids], mask, global_mask, signature)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,9 @@ class Postprocessor:
         Returns:
             The answers, scores from 0 to 1. text-classification: {label, score} of each class, best first; a regression
             has its values as scores. token-classification: {token, label, score} of each token, in order. fill-mask:
-            {position, token, score} of the five best tokens for each mask. question-answering: the best {answer,
-            score}. multiple-choice: {choice, score} of each choice, best first. Empty for other tasks, if an output has
-            NaN, and if the logits have other axes than the task's.
+            {position, token, score} of the tokenizer's five best tokens for each mask. question-answering: the best
+            {answer, score}. multiple-choice: {choice, score} of each choice, best first. Empty for other tasks, if an
+            output has NaN, and if the logits have other axes than the task's.
         Raises:
             InputError: the outputs are of another text or task, or an answer has an id that the tokenizer does not
                 have.
@@ -111,8 +112,11 @@ class Postprocessor:
         fillers = []
         for position in (i for i, token in enumerate(encoded.ids) if token == self._mask_id):
             scores = _softmax(logits[position])
-            for token in np.argsort(-scores)[:5]:
-                text = self._tokenizer.decode([int(token)])
+            best = (int(token) for token in np.argsort(-scores))
+            # A model may have more ids than its tokenizer, for alignment. The best one must be the tokenizer's.
+            known = (token for i, token in enumerate(best) if i == 0 or self._tokenizer.has_id(token))
+            for token in itertools.islice(known, 5):
+                text = self._tokenizer.decode([token])
                 fillers.append({"position": position, "token": text, "score": float(scores[token])})
         return fillers
 

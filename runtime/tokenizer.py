@@ -306,6 +306,10 @@ class Tokenizer:
         """The vocabulary entry of an id; empty if the vocabulary does not have it."""
         return self._tokenizer.id_to_token(token) or ""
 
+    def has_id(self, token: int) -> bool:
+        """Whether an id is in the vocabulary."""
+        return self._tokenizer.id_to_token(token) is not None
+
     def token_id(self, token: str) -> int | None:
         """The id of a vocabulary entry; None if the vocabulary does not have it."""
         index: int | None = self._tokenizer.token_to_id(token)

@@ -336,15 +336,15 @@ def main(folder: Path = FOLDER) -> None:
             plt.close(figure)
 
 
-def serve(records: list[dict[str, Any]], path: Path) -> None:
-    """Draw docs/records/serve.jsonl over the number of clients: throughput of server and Engine, and latency."""
+def load_test(records: list[dict[str, Any]], label: str, path: Path) -> None:
+    """Draw the records of a load test over the number of clients: throughput of server and Engine, and latency."""
     records = sorted(records, key=lambda row: row["clients"])
     clients = [row["clients"] for row in records]
     with mpl.rc_context(STYLE):
         figure, (rate, latency) = plt.subplots(1, 2, figsize=(11, 4.2))
         engine_alone = [sum(row["engine_tokens_per_second"].values()) / 2 for row in records]
         rate.plot(clients, engine_alone, "--", color=ORANGE, marker="s", label="Engine.run alone")
-        rate.plot(clients, [row["tokens_per_second"] for row in records], color=BLUE, marker="o", label="lfx serve")
+        rate.plot(clients, [row["tokens_per_second"] for row in records], color=BLUE, marker="o", label=label)
         rate.set(title="Throughput", ylabel="tokens per second", ylim=(0, 1.15 * max(engine_alone)))
         for name, style in (("p50", "-"), ("p95", "--"), ("p99", ":")):
             values = [row["latency_ms"][name] / 1000 for row in records]

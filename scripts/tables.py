@@ -164,9 +164,18 @@ def documents() -> str:
 
 def serve() -> str:
     """Make the table of the load test: the server beside `Engine.run`."""
-    if not (record.RECORDS / "serve.jsonl").exists():
-        return "No load test is recorded yet: `python -m scripts.bench.serve`.\n"
-    records, rows = record.read("serve"), []
+    return _load_test("serve")
+
+
+def triton() -> str:
+    """Make the table of the load test of Triton, beside `Engine.run`."""
+    return _load_test("triton")
+
+
+def _load_test(name: str) -> str:
+    if not (record.RECORDS / f"{name}.jsonl").exists():
+        return f"No load test is recorded yet: `python -m scripts.bench.{name}`.\n"
+    records, rows = record.read(name), []
     for row in records:
         latency, resident = row["latency_ms"], [size / 1e6 for size in row["resident_bytes"]]
         others = {status: count for status, count in row["statuses"].items() if status != "200"}
@@ -200,7 +209,7 @@ def serve() -> str:
         f"\n{first['shape']}, {first['threads']} threads, {first['seconds']:g} s each, {first['documents']} documents "
         f"of {first['shortest']} to {first['longest']:,} tokens, sent repeatedly; `Engine.run` gets all documents in "
         f"one list, before and after the clients. {_hardware(first)}.\n\n"
-        "![Throughput and latency over the number of clients](figures/serve.png)\n"
+        f"![Throughput and latency over the number of clients](figures/{name}.png)\n"
     )
     return _rows(header, rows) + note
 
@@ -474,7 +483,9 @@ def chart() -> None:
     plot([row for row in records if row["cpu"] == _cpus(records)[0]], ROOT / "docs" / "figures" / "throughput.png")
     import figures
 
-    figures.serve(record.read("serve"), ROOT / "docs" / "figures" / "serve.png")
+    for name, label in (("serve", "lfx serve"), ("triton", "Triton")):
+        if (record.RECORDS / f"{name}.jsonl").exists():
+            figures.load_test(record.read(name), label, ROOT / "docs" / "figures" / f"{name}.png")
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -485,6 +496,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compatibility": compatibility,
     "documents": documents,
     "serve": serve,
+    "triton": triton,
     "backends": backends,
     "blocks": blocks,
     "attention": attention,

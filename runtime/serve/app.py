@@ -139,6 +139,10 @@ def _add_monitoring(app: FastAPI, service: Service, stats: Stats) -> None:
         }
         return Response(page, headers=headers, media_type="text/html; charset=utf-8")
 
+    # Load balancers may ask with HEAD.
+    for path, handler in (("/health", health), ("/", try_page)):
+        app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
+
 
 def _content_security_policy(page: str) -> str:
     """Allow the page's own script and style, and requests to this server; nothing else."""

@@ -55,7 +55,7 @@ def parse_body(data: bytes, form: type[AnyBody]) -> AnyBody:
         RefusalError: it is not JSON, or does not match `form`; the message names the first wrong field.
     """
     try:
-        value = parse_json(data)
+        value = parse_json(data.decode("utf-8-sig"))  # json.loads would take UTF-16 and UTF-32 too
     except json.JSONDecodeError as error:
         raise RefusalError(422, f"the body is not JSON: {error.msg} at character {error.pos}") from error
     except ValueError as error:

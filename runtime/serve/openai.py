@@ -49,7 +49,8 @@ async def embeddings(service: Service, data: bytes) -> Response:
     items = _inputs(body)
     if not items:
         raise RefusalError(400, "input is empty; give at least one text", "Empty", "invalid_value")
-    if body.dimensions is not None and body.dimensions != (size := _size(model.signature)):
+    # A model without embeddings is refused by `embed`.
+    if (size := _size(model.signature)) is not None and body.dimensions not in (None, size):
         raise RefusalError(400, f"dimensions is {body.dimensions}, and this model has {size}", code="invalid_value")
     rows, tokens = await embed(service, model, items)
 

@@ -41,8 +41,24 @@ class Protocol(HttpToolsProtocol):
         self._in_message, self._in_headers, self._header_bytes = False, False, 0
         self._read_deadline = time.monotonic() + self.client_seconds
         self._is_stopping = False
+        self._cycles: list[Any] = []  # requests without a complete reply; uvicorn keeps the newest alone
         if len(self.connections) > self.max_connections:
             self._refuse(503, f"this server takes {self.max_connections} connections; try again later")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell all requests of the connection that their client has gone."""
+        self._disconnect()
+        super().connection_lost(exc)
+
+    def _disconnect(self) -> None:
+        for cycle in self._cycles:
+            cycle.disconnected = True
+            cycle.message_event.set()
+
+    def _abort(self) -> None:
+        """Close the connection without its unread replies; requests in progress must not write to it any more."""
+        self._disconnect()
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Parse the bytes that arrived; refuse the request if its headers or its trailers are too long."""
@@ -106,8 +122,10 @@ class Protocol(HttpToolsProtocol):
             return  # `_ignore_upgrade` follows
         self._in_headers = False
         super().on_headers_complete()
+        self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
+        self._cycles.append(self.cycle)
         if len(self.pipeline) > MAX_PIPELINED:
-            self.transport.abort()
+            self._abort()
         if self._is_stopping:
             self.cycle.keep_alive = False
 
@@ -126,7 +144,7 @@ class Protocol(HttpToolsProtocol):
         if self.unread_bytes == 0:
             self._read_deadline = now + self.client_seconds
         elif now > self._read_deadline:
-            self.transport.abort()
+            self._abort()
 
     @property
     def unread_bytes(self) -> int:

@@ -18,6 +18,7 @@ from lfx.files import copy, exchange, locked, private_folder, why_unwritten
 from lfx.manifest import MANIFEST, MODEL, Manifest
 from lfx.runtime import backends, plugin
 from lfx.runtime.artifact import Artifact, open_artifact
+from lfx.runtime.hub import local_path
 from lfx.runtime.loading import COMPUTE_PRECISIONS
 from lfx.runtime.plan import SUFFIX, PlanManifest, json_path
 from lfx.runtime.ragged import check_cuttable
@@ -90,6 +91,7 @@ class _Source:
     signature: Signature
     artifact: Artifact | None  # None for a plan
     plan: PlanManifest | None  # None for a bundle or an ONNX file
+    repository: str | None = None  # name of the repository of the hub that it is from
 
     @property
     def manifest(self) -> Any:
@@ -98,9 +100,9 @@ class _Source:
 
     @property
     def model_name(self) -> str:
-        """A name for the model, from its path."""
+        """A name for the model, from its path or its repository of the hub."""
         path = self.path.absolute()
-        return path.name if path.is_dir() else path.stem
+        return self.repository or (path.name if path.is_dir() else path.stem)
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,11 @@ def write_model(model: str | Path, repository: str | Path, settings: Settings) -
     return Written(target, name, None if plugins is None else target / VERSION / plugins)
 
 
-def _open(path: Path) -> _Source:
+def _open(given: Path) -> _Source:
+    path = local_path(given)
+    if path != given:
+        artifact = open_artifact(path)
+        return _Source(path, artifact.signature, artifact, None, given.name.partition("@")[0])
     if path.suffix == SUFFIX and not path.is_dir():
         plan = PlanManifest.read(path)
         plan.verify(path)

@@ -211,9 +211,9 @@ def _difference(row: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 def _actor_process() -> psutil.Process:
-    """The process of one actor. Ray gives it the name of its class, which the system cuts to 15 characters."""
-    processes = psutil.process_iter(["name"])
-    return next(process for process in processes if str(process.info["name"]).startswith("ray::DocumentAc"))
+    """The process of one actor of this run. Ray names it for its class, and the system cuts that to 15 characters."""
+    processes = psutil.Process().children(recursive=True)
+    return next(process for process in processes if process.name().startswith("ray::DocumentAc"))
 
 
 if __name__ == "__main__":

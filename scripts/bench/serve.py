@@ -1,7 +1,7 @@
 """Load test of `lfx serve` with concurrent clients, compared with `Engine.run` alone on the same documents.
 
     python -m scripts.bench.serve                                     # docs/records/serve.jsonl, about eight minutes
-    python -m scripts.bench.serve --clients 20 --seconds 5 --output /tmp/serve.jsonl
+    python -m scripts.bench.serve --clients 20 --seconds 5 --documents 40 --output /tmp/serve.jsonl
 
 The server is one process, and the clients share another. Each client has one connection, and sends its next request
 when the previous one is answered. The documents are slices of the constitution, of log-normal length; the model is a
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ import psutil
 
 from scripts import record
 
+# Starts a server, runs the clients, and stops the server, as `load` does.
+Load = Callable[[Path, list[str], list[Any], list[int], int, float, int], dict[str, Any]]
 CLIENTS = (1, 8, 32, 200)
 SHAPE = {"hidden_size": 384, "num_attention_heads": 12, "num_hidden_layers": 6, "intermediate_size": 1536}  # of MiniLM
 MAX_SEQLEN, DOCUMENTS = 1024, 256
@@ -38,23 +41,29 @@ MAX_SEQLEN, DOCUMENTS = 1024, 256
 
 def main() -> None:
     """Measure each number of clients, and write the records."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=lambda text: [int(part) for part in text.split(",")], default=list(CLIENTS))
+    run(str(__doc__), "serve", CLIENTS, load)
+
+
+def run(description: str, name: str, clients: tuple[int, ...], load_server: Load) -> None:
+    """Run the command line of a load test, and write docs/records/NAME.jsonl."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=lambda text: [int(part) for part in text.split(",")], default=list(clients))
     parser.add_argument("--seconds", type=float, default=60.0, help="duration for each number of clients")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the Engine")
-    parser.add_argument("--output", type=Path, help="default: docs/records/serve.jsonl")
+    parser.add_argument("--documents", type=int, default=DOCUMENTS, help="number of different documents")
+    parser.add_argument("--output", type=Path, help=f"default: docs/records/{name}.jsonl")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lfx-bench-") as folder:
-        bundle, texts = make(Path(folder) / "small")
+        bundle, texts = make(Path(folder) / "small", options.documents)
         rows = []
-        for clients in options.clients:
-            row = measure(bundle, texts, clients, options.seconds, options.threads)
+        for count in options.clients:
+            row = measure(bundle, texts, count, options.seconds, options.threads, load_server)
             rows.append({**record.environment(), **row})
             print(json.dumps(row), flush=True)
-    record.write(options.output or "serve", rows)
+    record.write(options.output or name, rows)
 
 
-def make(folder: Path) -> tuple[Path, list[str]]:
+def make(folder: Path, documents: int) -> tuple[Path, list[str]]:
     """Export the model, and cut the documents."""
     import torch
     from transformers import LongformerConfig, LongformerForSequenceClassification
@@ -69,13 +78,15 @@ def make(folder: Path) -> tuple[Path, list[str]]:
     )
     bundle = export(LongformerForSequenceClassification(config).eval(), folder, tokenizer=trained_tokenizer(text))
     random, words = np.random.default_rng(0), text.split()
-    lengths = np.clip(random.lognormal(5.0, 0.8, DOCUMENTS), 20, 700).astype(int)  # words
+    lengths = np.clip(random.lognormal(5.0, 0.8, documents), 20, 700).astype(int)  # words
     starts = random.integers(0, len(words) - lengths)
     texts = [" ".join(words[start : start + n]) for start, n in zip(starts, lengths, strict=True)]
     return bundle, texts
 
 
-def measure(bundle: Path, texts: list[str], clients: int, seconds: float, threads: int) -> dict[str, Any]:
+def measure(
+    bundle: Path, texts: list[str], clients: int, seconds: float, threads: int, load_server: Load
+) -> dict[str, Any]:
     """Run `clients` for `seconds`, with `Engine.run` before and after them."""
     from lfx.runtime import Engine
     from lfx.runtime.tokenizer import Tokenizer
@@ -86,7 +97,7 @@ def measure(bundle: Path, texts: list[str], clients: int, seconds: float, thread
         expected = [np.asarray(engine.run(row)["logits"])[0].tolist() for row in ids]
         tokens = [len(row) for row in ids]
         before, cpu_before = engine_rate(engine, ids, seconds / 3)
-        under_load = load(bundle, texts, expected, tokens, clients, seconds, threads)
+        under_load = load_server(bundle, texts, expected, tokens, clients, seconds, threads)
         after, cpu_after = engine_rate(engine, ids, seconds / 3)
     engine_alone = (before + after) / 2
     return {
@@ -128,22 +139,56 @@ def load(
             if match := re.search(r":(\d+) is ready", line):
                 port = int(match[1])
                 break
-        process = psutil.Process(server.pid)
-        context = multiprocessing.get_context("spawn")
-        receiver, sender = context.Pipe(duplex=False)
-        client_process = context.Process(target=run_clients, args=(sender, port, texts, expected, clients, seconds))
-        cpu_before = sum(process.cpu_times()[:2])
-        client_process.start()
-        resident = []
-        for _ in range(10):
-            time.sleep(seconds / 10)
-            resident.append(process.memory_info().rss)
-        counts = receiver.recv()
-        client_process.join()
-        server_cpu = sum(process.cpu_times()[:2]) - cpu_before
+        requests = [_request(text) for text in texts]
+        measured = load_process(server.pid, port, requests, _logits, expected, tokens, clients, seconds)
     finally:
         server.terminate()
         server.wait()
+    return {**measured, "exit_status": server.returncode}
+
+
+def _request(text: str) -> bytes:
+    body = json.dumps({"inputs": text, "outputs": ["logits"]}).encode()
+    return f"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def _logits(body: bytes) -> list[float]:
+    logits: list[float] = json.loads(body)["results"][0]["outputs"]["logits"]
+    return logits
+
+
+def load_process(
+    pid: int,
+    port: int,
+    requests: list[bytes],
+    read: Callable[[bytes], list[float]],
+    expected: list[Any],
+    tokens: list[int],
+    clients: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """Run the clients of a server for `seconds`; returns what was measured.
+
+    Args:
+        pid: of the server; the memory and the CPU time of its child processes count too.
+        requests: an HTTP request for each document.
+        read: reads the logits from the body of a reply; a function of a module.
+        expected, tokens: the logits and the number of tokens of each document.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    client_process = context.Process(
+        target=run_clients, args=(sender, port, requests, read, expected, clients, seconds)
+    )
+    cpu_before = _usage(pid)[0]
+    client_process.start()
+    resident = []
+    for _ in range(10):
+        time.sleep(seconds / 10)
+        resident.append(_usage(pid)[1])
+    counts = receiver.recv()
+    client_process.join()
+    server_cpu = _usage(pid)[0] - cpu_before
     latencies = sorted(latency for _, latency in counts["answers"])
     answered = sum(tokens[index] for index, _ in counts["answers"])
     return {
@@ -159,32 +204,50 @@ def load(
         "largest_difference": counts["largest_difference"],
         "resident_bytes": resident,
         "client_share_of_cpu": counts["cpu"] / (counts["cpu"] + server_cpu),
-        "exit_status": server.returncode,
     }
 
 
-def run_clients(sender: Any, port: int, texts: list[str], expected: list[Any], clients: int, seconds: float) -> None:
+def _usage(pid: int) -> tuple[float, int]:
+    """CPU seconds and resident bytes of a process and its children."""
+    parent = psutil.Process(pid)
+    processes = [parent, *parent.children(recursive=True)]
+    seconds = sum(sum(process.cpu_times()[:2]) for process in processes)
+    return seconds, sum(process.memory_info().rss for process in processes)
+
+
+def run_clients(
+    sender: Any,
+    port: int,
+    requests: list[bytes],
+    read: Callable[[bytes], list[float]],
+    expected: list[Any],
+    clients: int,
+    seconds: float,
+) -> None:
     """Run all clients in one event loop, in a child process, and send what they measured to the parent."""
-    sender.send(asyncio.run(_run_clients(port, texts, expected, clients, seconds)))
+    sender.send(asyncio.run(_run_clients(port, requests, read, expected, clients, seconds)))
 
 
 async def _run_clients(
-    port: int, texts: list[str], expected: list[Any], clients: int, seconds: float
+    port: int,
+    requests: list[bytes],
+    read: Callable[[bytes], list[float]],
+    expected: list[Any],
+    clients: int,
+    seconds: float,
 ) -> dict[str, Any]:
     answers: list[tuple[int, float]] = []
     statuses: Counter[str] = Counter()
     seen: dict[str, float] = {"broken": 0, "difference": 0.0}
-    bodies = [json.dumps({"inputs": text, "outputs": ["logits"]}).encode() for text in texts]
     start = time.perf_counter()
 
     async def client(number: int) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
         index = number * 7
         while time.perf_counter() - start < seconds:
-            index = (index + 1) % len(texts)
+            index = (index + 1) % len(requests)
             sent = time.perf_counter()
-            head = f"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: {len(bodies[index])}\r\n\r\n"
-            writer.write(head.encode() + bodies[index])
+            writer.write(requests[index])
             try:
                 status, body = await _reply(reader)
             except (OSError, asyncio.IncompleteReadError):
@@ -194,8 +257,7 @@ async def _run_clients(
             statuses[status] += 1
             if status == "200":
                 answers.append((index, time.perf_counter() - sent))
-                logits = json.loads(body)["results"][0]["outputs"]["logits"]
-                difference = max(abs(a - b) for a, b in zip(logits, expected[index], strict=True))
+                difference = max(abs(a - b) for a, b in zip(read(body), expected[index], strict=True))
                 seen["difference"] = max(seen["difference"], difference)
             else:
                 await asyncio.sleep(1)

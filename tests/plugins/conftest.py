@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from lfx.errors import PluginError
 from lfx.runtime import plugin as plugins
 from scripts.bench.launch import Kernels
 from tests.conftest import MakeOnce
-from tests.plugins.build import emulated_library, reference_library
+from tests.plugins.build import EMULATED, KERNELS, ROOT, build_library, emulated_library, reference_library
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +41,23 @@ def library() -> Path:
         return plugins.library()
     except PluginError as error:
         pytest.skip(f"no plugin library: {error}")
+
+
+@pytest.fixture(scope="session")
+def includes() -> list[str]:
+    """TensorRT's headers, as the Makefile fetches them, and CUDA's."""
+    tensorrt = ROOT / "build" / "headers" / "kernel_lens" / "include" / "tensorrt"
+    nvcc = shutil.which("nvcc")
+    if not tensorrt.is_dir() or nvcc is None:
+        pytest.skip("needs TensorRT's headers (make install fetches them) and CUDA's")
+    verbose = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False).stderr
+    (top,) = [line.partition("TOP=")[2].strip() for line in verbose.splitlines() if "TOP=" in line]
+    return [f"-isystem{tensorrt}", f"-isystem{Path(top) / 'include'}"]
+
+
+@pytest.fixture(scope="session")
+def plugin_library(includes: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plugins over the emulated kernels."""
+    folder = tmp_path_factory.mktemp("plugin")
+    hosts = [f"tensorrt/{path.name}" for path in sorted((ROOT / "plugins" / "tensorrt").glob("*.cpp"))]
+    return build_library(folder, "lfx_plugin", [*KERNELS, *hosts], "-O2", "-DLFX_EMULATED", f"-I{EMULATED}", *includes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,30 +12,10 @@ import pytest
 
 from lfx.parity import Case
 from scripts.bench.launch import Kernels
-from tests.plugins.build import EMULATED, KERNELS, ROOT, build_library, compiler
+from tests.plugins.build import EMULATED, compiler
 from tests.plugins.problems import DTYPES, Banded, Global, Guarded, banded, enqueue_through_creator, global_
 
 pytestmark = pytest.mark.trt
-
-
-@pytest.fixture(scope="session")
-def includes() -> list[str]:
-    """TensorRT's headers, as the Makefile fetches them, and CUDA's."""
-    tensorrt = ROOT / "build" / "headers" / "kernel_lens" / "include" / "tensorrt"
-    nvcc = shutil.which("nvcc")
-    if not tensorrt.is_dir() or nvcc is None:
-        pytest.skip("needs TensorRT's headers (make install fetches them) and CUDA's")
-    verbose = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False).stderr
-    (top,) = [line.partition("TOP=")[2].strip() for line in verbose.splitlines() if "TOP=" in line]
-    return [f"-isystem{tensorrt}", f"-isystem{Path(top) / 'include'}"]
-
-
-@pytest.fixture(scope="session")
-def plugin_library(includes: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plugins over the emulated kernels."""
-    folder = tmp_path_factory.mktemp("plugin")
-    hosts = [f"tensorrt/{path.name}" for path in sorted((ROOT / "plugins" / "tensorrt").glob("*.cpp"))]
-    return build_library(folder, "lfx_plugin", [*KERNELS, *hosts], "-DLFX_EMULATED", f"-I{EMULATED}", *includes)
 
 
 @pytest.fixture(scope="session")

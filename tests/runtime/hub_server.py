@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 TOKEN = "hf_test"
 _LARGE = 10_000  # files from this size on go through Git LFS
@@ -50,6 +53,32 @@ def running_hub() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def hub_of_this_process(cache: Path) -> Iterator[Hub]:
+    """A hub for this process and for those that it starts, with a cache of its own."""
+    from huggingface_hub import constants
+
+    with running_hub() as server, pytest.MonkeyPatch.context() as patch:
+        variables = {
+            "HF_ENDPOINT": server.address,
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_CACHE": str(cache),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        # huggingface_hub reads its variables when it is imported.
+        patch.setattr(constants, "ENDPOINT", server.address)
+        patch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield server
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -122,6 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
                 repository.files[value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":
                 repository.files[value["path"]] = self.hub.objects[value["oid"]]
+            elif item["key"] == "deletedFile":
+                del repository.files[value["path"]]
         repository.commit = hashlib.sha1(repository.commit.encode() + body).hexdigest()
         address = f"{self.hub.address}/{name}/commit/{repository.commit}"
         self._send({"success": True, "commitUrl": address, "commitOid": repository.commit, "hookOutput": ""})

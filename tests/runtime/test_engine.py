@@ -185,6 +185,20 @@ def test_on_error_return_gives_each_sequence_its_outputs_or_its_error(engine: En
     assert engine.run([too_long], on_error="return")[0].args == engine.run([too_long], on_error="return")[0].args
 
 
+def test_on_error_return_keeps_the_error_of_an_object_that_cannot_be_read(engine: Engine) -> None:
+    class OnAnotherDevice:
+        def __array__(self, *_: Any, **__: Any) -> Any:
+            raise RuntimeError("copy it to the host first")
+
+    for rows in (
+        engine.run([RAGGED[0], OnAnotherDevice()], on_error="return"),
+        list(engine.stream([RAGGED[0], OnAnotherDevice()], on_error="return")),
+    ):
+        assert isinstance(rows[0], dict)
+        assert isinstance(rows[1], InputError)
+        assert "copy it to the host first" in str(rows[1])
+
+
 BAD_DOCUMENTS = [
     None,
     "x",

@@ -21,7 +21,7 @@ from lfx.runtime import Engine
 from lfx.runtime.hub import local_path, push
 from lfx.runtime.model_card import MARK, model_card
 from tests.conftest import MakeBundle
-from tests.runtime.hub_server import TOKEN, Hub, running_hub
+from tests.runtime.hub_server import Hub, hub_of_this_process
 
 NAME = "org/tiny"
 IDS = np.arange(5, 25)[None]
@@ -29,22 +29,9 @@ IDS = np.arange(5, 25)[None]
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub for this process and for those that it starts, with a cache of its own."""
-    from huggingface_hub import constants
-
+    """A hub of this process, whose working folder is the temporary one."""
     monkeypatch.chdir(tmp_path)
-    with running_hub() as server:
-        cache = str(tmp_path / "cache")
-        variables = {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN, "HF_HUB_CACHE": cache, "HF_HUB_DISABLE_XET": "1"}
-        for name, value in {**variables, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}.items():
-            monkeypatch.setenv(name, value)
-        # huggingface_hub reads its variables when it is imported.
-        monkeypatch.setattr(constants, "ENDPOINT", server.address)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with hub_of_this_process(tmp_path / "cache") as server:
         yield server
 
 
@@ -186,6 +173,33 @@ def test_a_card_of_the_user_is_kept_and_one_of_lfx_replaced(hub: Hub, bundle: Ma
     hub.repositories[NAME].commit = "1" * 40
     push(bundle(), NAME)
     assert files["README.md"] == b"# My own words"
+
+
+def test_files_of_an_earlier_push_are_deleted_and_others_kept(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:
+    push(bundle(), NAME)
+    repository = hub.repositories[NAME]
+    own = {"notes.txt": b"mine", "onnx/other.onnx": b"mine", ".gitattributes": b"mine"}
+    repository.files |= {**own, "lfx.json.minisig": b"of the first manifest"}
+    first = repository.commit
+    push(relayout(bundle(), tmp_path / "hf"), NAME)
+    expected = {*Manifest.read(tmp_path / "hf").files, MANIFEST, "README.md", *own}
+    assert set(repository.files) == expected
+    assert "model.onnx.data" not in expected
+    assert sum(request.startswith("POST") and "/commit/" in request for request in hub.requests) == 2
+    assert repository.commit != first
+    with Engine(NAME) as engine:
+        assert engine.identity == Manifest.read(tmp_path / "hf").to_dict()["manifest_sha256"]
+
+
+def test_nothing_is_deleted_where_no_manifest_of_lfx_is(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:
+    push(bundle(), NAME)
+    files = hub.repositories[NAME].files
+    for manifest in (b"{", json.dumps({"files": {"notes.txt": {}}}).encode()):
+        files |= {"notes.txt": b"mine", MANIFEST: manifest}
+        hub.repositories[NAME].commit = f"{len(manifest):040}"
+        push(bundle("text-classification"), NAME)
+        assert files["notes.txt"] == b"mine"
+        assert Manifest.read(local_path(Path(NAME))).signature.task == "text-classification"
 
 
 def test_the_commands_push_run_and_inspect(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:

@@ -263,6 +263,14 @@ def test_an_id_that_the_tokenizer_does_not_have_is_refused(folder: Path) -> None
         answers(folder, "fill-mask", "<mask>", logits=logits)
 
 
+def test_ids_past_the_tokenizers_do_not_fill_a_mask(folder: Path) -> None:
+    size = len(tiny_tokenizer())
+    logits = np.zeros((3, size + 9))
+    logits[1, [7, size + 1, 8, size + 2, 9, 10, 11]] = [9, 8, 7, 6, 5, 4, 3]
+    results = answers(folder, "fill-mask", "<mask>", logits=logits)
+    assert [answer["score"] for answer in results] == pytest.approx(softmax(logits[1])[[7, 8, 9, 10, 11]], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "task", ["text-classification", "multiple-choice", "token-classification", "question-answering"]
 )

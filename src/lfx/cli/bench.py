@@ -92,7 +92,9 @@ def command(model: Path, open_engine: OpenEngine, **options: Any) -> None:
     """
     if options["source"] is not None and not options["against"]:
         raise click.UsageError("--source is the checkpoint that --against measures; give both")
-    run_bench(model, open_engine, **options)
+    from lfx.runtime.hub import local_path
+
+    run_bench(local_path(model), open_engine, **options)
 
 
 def run_bench(

@@ -56,15 +56,17 @@ def command(
     import numpy as np
 
     from lfx.cli.explain_page import TOP, write
+    from lfx.runtime.hub import local_path
     from lfx.runtime.postprocess import Postprocessor
     from lfx.runtime.strongest import strongest
 
     text = text if text is not None else read_text(file)
     with progress() as step:
         step("opening the bundle")
+        name, model = model, local_path(model)
         with open_engine(model) as engine:
             signature = engine.signature
-            check_attentions(model, signature)
+            check_attentions(name, signature)
             opened = open_tokenizer(model, engine, tokenizer)
             encoded, ids, mask = encode_text(opened, text, pair)
             step(f"running {ids.size:,} tokens")
@@ -77,7 +79,7 @@ def command(
         weights = strongest(outputs, len(encoded[row].ids), row=row, top=TOP)
         step("writing the page")
         tokens = opened.token_texts(text, pair[row] if pair else None)
-        title = f"Attention of {model.resolve().name}"
+        title = f"Attention of {name.resolve().name}"
         write(output, title, _facts(signature, len(tokens), pair, row), tokens, weights, answers)
     size = output.stat().st_size
     if as_json:

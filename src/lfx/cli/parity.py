@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 @engine_options
 def command(model: Path, open_engine: OpenEngine, **options: Any) -> None:
     """Compare a bundle or a plan with PyTorch, by length, batch, globals and padding; exit 1 if out of tolerance."""
+    from lfx.runtime.hub import local_path
+
+    model = local_path(model)
     run_parity(model, checked_manifest(model), open_engine, **options)
 
 

@@ -11,7 +11,7 @@ import click
 
 from lfx.cli.engine import add_engine_options
 from lfx.cli.options import MOST_TOKENS, Command, FilePath, FilledText
-from lfx.cli.terminal import echo, echo_json
+from lfx.cli.terminal import echo, echo_json, interrupted
 from lfx.errors import LfxError
 
 MOST_SECONDS = 86_400.0
@@ -108,6 +108,16 @@ def command(models: tuple[str, ...], tokenizer: Path | None, as_json: bool, **op
     POST /run takes every task; /v1/embeddings is OpenAI's, /embed and /predict are those of text-embeddings-inference.
     The page at / tries the models. A model is named NAME, or after its path; a request without a model uses the first.
     """
+    try:
+        _serve(models, tokenizer, as_json, options)
+    except BaseException:
+        if not interrupted():  # until the server handles the signals itself
+            raise
+        with contextlib.suppress(OSError, LfxError):
+            echo("stopped before the models were opened", err=True)
+
+
+def _serve(models: tuple[str, ...], tokenizer: Path | None, as_json: bool, options: dict[str, object]) -> None:
     from lfx.runtime.serve import check_installed
 
     check_installed()

@@ -26,9 +26,10 @@ def command(model: Path, key: str | None, signature: Path | None, as_json: bool)
     """
     if key is None and signature is not None:
         raise click.UsageError("--signature needs --key, the signer's public key; give both")
+    from lfx.runtime.hub import local_path
     from lfx.runtime.signing import verify
 
-    verified = verify(model, key, signature)
+    verified = verify(local_path(model), key, signature)
     if as_json:
         signer = {"key_id": verified.key_id, "trusted_comment": verified.trusted_comment}
         echo_json({"manifest": str(verified.manifest), "files": verified.files, **signer})

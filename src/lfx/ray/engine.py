@@ -25,7 +25,8 @@ class EngineOptions:
     """The options of `Engine` and of `run_documents`; an instance can be sent to another process.
 
     Args:
-        model: a bundle or a plan; its path must be the same on every machine.
+        model: a bundle or a plan, whose path must be the same on every machine; or a repository of the hub, which each
+            machine fetches.
         backend, provider, threads, precision, token_budget: as for `lfx.runtime.Engine`.
         stride, max_windows: as for `lfx.runtime.documents.run_documents`.
         tokenizer: folder of the tokenizer. Default: the model's, if it has one.
@@ -57,15 +58,15 @@ class DocumentEngine:
     """
 
     def __init__(self, options: EngineOptions) -> None:
-        model = Path(options.model)
         self._engine = engine = Engine(
-            model,
+            options.model,
             options.backend,
             provider=options.provider,
             threads=options.threads,
             precision=options.precision,
             token_budget=options.token_budget,
         )
+        model = engine.path
         if engine.signature.has_choices:
             raise InputError("documents are not run for multiple-choice; use Engine.run")
         if engine.signature.output_attentions:

@@ -21,6 +21,7 @@ from lfx.ray.parts import FORMATS, join
 from lfx.ray.pool import Pool, Task
 from lfx.runtime.documents.rows import Summary
 from lfx.runtime.documents.run import CHUNK
+from lfx.runtime.hub import local_path, pinned
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,9 @@ def map_documents(
         raise InputError(f"{output} cannot be written: it is no folder, or the folder that it is in does not exist")
     check_apart(source, output)
     size = size or PoolSize()
-    if address is None and not Path(options.model).exists():  # Ray needs seconds to start
-        raise ArtifactError(f"{options.model} does not exist; give a bundle or a plan")
     options = dataclasses.replace(
         options,
-        model=Path(options.model).absolute(),
+        model=_model_of_actors(Path(options.model), address),
         tokenizer=None if options.tokenizer is None else Path(options.tokenizer).absolute(),
         threads=options.threads or size.cpus,
     )
@@ -110,6 +109,20 @@ def map_documents(
                     f"{output} cannot be written: {one_line(error)}; {cure}, and give the same command again: "
                     "complete parts are kept, and it makes the others"
                 ) from error
+
+
+def _model_of_actors(model: Path, address: str | None) -> Path:
+    """The model that actors open: an absolute path, or on other machines the present commit of a repository of the hub.
+
+    Raises:
+        ArtifactError: without `address`, there is no such path; or the repository cannot be fetched.
+    """
+    local = local_path(model)
+    if local != model and address is not None:
+        return pinned(model, local)
+    if address is None and not local.exists():  # Ray needs seconds to start
+        raise ArtifactError(f"{model} does not exist; give a bundle or a plan")
+    return local.absolute()
 
 
 def _run(

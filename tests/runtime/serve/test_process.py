@@ -279,6 +279,26 @@ def test_a_missing_extra_is_one_line_with_the_cure(module: str) -> None:
     assert done.stderr == f"error: {module} is not installed; install it with: pip install 'longformer-lfx[serve]'\n"
 
 
+def test_a_signal_before_the_server_starts_ends_with_status_0() -> None:
+    code = """
+import sys, time
+from lfx.runtime import serve
+def importing():
+    print("importing", file=sys.stderr, flush=True)
+    time.sleep(3600)
+serve.check_installed = importing
+sys.argv = ["lfx", "serve", "x", "--port", "0"]
+from lfx.cli import main
+main()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "importing\n"
+    process.terminate()
+    assert process.stderr.read() == "stopped before the models were opened\n"
+    assert process.wait(WAIT_SECONDS) == 0
+
+
 def test_a_stop_does_not_wait_for_a_model_that_is_being_opened() -> None:
     code = """
 import sys, time

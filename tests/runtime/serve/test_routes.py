@@ -89,7 +89,8 @@ def test_every_task_and_output_is_served(name: str, client: httpx.Client, bundle
             outputs = engine.run(reader.encode(one["text"], one.get("pair")).ids)
     body = {"inputs": [one, one], "model": name, "outputs": names, "encoding": "base64"}
     reply = answered(client, "/run", body)
-    assert answered(client, f"/models/{name}/run", {**body, "model": "qa"})["model"] == reply["model"] == name
+    assert answered(client, f"/models/{name}/run", {**body, "model": None})["model"] == reply["model"] == name
+    assert post(client, f"/models/{name}/run", {**body, "model": "another"}).status_code == 422
     assert reply["task"] == TASKS[name]
     for result in reply["results"]:
         assert bool(result["answers"]) == (name not in ("emb", "mask", "org/bare"))
@@ -237,6 +238,10 @@ BAD_REQUESTS: list[tuple[str, Any, int, str]] = [
     ("/models/choice/run", {"inputs": "a"}, 422, "needs the prompt as text, and a list of choices"),
     ("/models/choice/run", {"inputs": {"text": "a", "choices": ["b"] * 33}}, 413, "33 choices, above the 32"),
     ("/run", {"inputs": ["fox"] * 33}, 413, "33 inputs, above the 32 that this server takes"),
+    ("/run", '{"inputs": "fox"}'.encode("utf-16"), 422, "the body is not JSON"),
+    ("/run", '{"inputs": "fox"}'.encode("utf-32-le"), 422, "the body is not JSON"),
+    ("/models/cls/run", {"inputs": "fox", "model": "emb"}, 422, "the path is of the model cls, and model is 'emb'"),
+    ("/models//run", {"inputs": "fox"}, 404, "the model '' does not exist"),
     ("/nope", {}, 404, "there is no route '/nope'"),
     ("/health", {}, 405, "/health does not take 'POST' requests"),
     ("/predict", {"inputs": ["a", "b", "c"]}, 422, "give a text, a pair"),
@@ -258,6 +263,7 @@ BAD_REQUESTS: list[tuple[str, Any, int, str]] = [
     ("/v1/embeddings", {"input": "a", "model": "emb", "dimensions": 8}, 400, "dimensions is 8, and this model has 32"),
     ("/v1/embeddings", {"input": "a", "model": "emb", "encoding_format": "int8"}, 400, "encoding_format: give float"),
     ("/v1/embeddings", {"input": "a", "model": "cls"}, 424, "its task is text-classification"),
+    ("/v1/embeddings", {"input": "a", "model": "cls", "dimensions": 8}, 424, "its task is text-classification"),
     ("/v1/embeddings", {"input": "a", "model": "nope"}, 404, "the model 'nope' does not exist"),
 ]
 
@@ -349,6 +355,18 @@ def test_health_metrics_and_info_describe_the_models(client: httpx.Client) -> No
     assert [model["name"] for model in client.get("/models").json()["models"]] == list(TASKS)
     info = client.get("/info").json()
     assert (info["model_id"], info["max_input_length"], info["model_type"]) == ("cls", 128, {"classifier": {}})
+
+
+def test_load_balancers_may_ask_with_head(client: httpx.Client) -> None:
+    for path in ("/health", "/"):
+        reply, full = client.head(path), client.get(path)
+        assert (reply.status_code, reply.content) == (200, b"")
+        assert reply.headers["content-length"] == full.headers["content-length"]
+    assert "head" not in client.get("/openapi.json").json()["paths"]["/health"]
+
+
+def test_a_path_and_its_body_may_name_one_model(client: httpx.Client) -> None:
+    answered(client, "/models/cls/run", {"inputs": "the fox", "model": "cls"})
 
 
 def test_openapi_has_an_example_of_every_request_that_the_server_takes(client: httpx.Client) -> None:
