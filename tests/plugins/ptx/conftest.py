@@ -1,0 +1,66 @@
+"""The interpreter, and the kernels that it runs."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MakeOnce
+from tests.plugins.ptx.build import COMPUTE_CAPABILITIES, interpreter_objects, launch_code, link, nvcc
+from tests.plugins.ptx.interpreter import InterpretedKernels, Interpreter
+
+
+@pytest.fixture(scope="session")
+def interpreter_folder(made_once: MakeOnce) -> Path:
+    """The interpreter's object files."""
+    return made_once("ptx-interpreter", interpreter_objects)
+
+
+@pytest.fixture(scope="session")
+def interpreter(interpreter_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Interpreter:
+    """The interpreter alone; it needs no CUDA compiler."""
+    objects = sorted(interpreter_folder.glob("*.o"))
+    return Interpreter(link(objects, tmp_path_factory.mktemp("ptx") / "liblfx_ptx.so"))
+
+
+@pytest.fixture(scope="session")
+def kernel_folders(made_once: MakeOnce) -> dict[int, Path]:
+    """Compute capability -> the kernels' launch code in object files, and their PTX."""
+    listed = subprocess.run([nvcc(), "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
+    return {
+        capability: made_once(
+            f"ptx-kernels-{capability}", functools.partial(launch_code, compute_capability=capability)
+        )
+        for capability in COMPUTE_CAPABILITIES
+        if f"compute_{capability}" in listed
+    }
+
+
+@pytest.fixture(scope="session")
+def interpreted(
+    interpreter_folder: Path, kernel_folders: dict[int, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], InterpretedKernels]:
+    """interpreted(compute capability) -> the kernels in the interpreter."""
+
+    @functools.cache
+    def make(compute_capability: int) -> InterpretedKernels:
+        folder = kernel_folders.get(compute_capability)
+        if folder is None:
+            pytest.skip(f"nvcc does not support compute capability {compute_capability}")
+        objects = [*sorted(interpreter_folder.glob("*.o")), *sorted(folder.glob("*.o"))]
+        kernels = InterpretedKernels(link(objects, tmp_path_factory.mktemp("ptx") / "liblfx_ptx_kernels.so"))
+        for ptx in sorted(folder.glob("*.ptx")):
+            kernels.interpreter.load(ptx.read_text(encoding="utf-8"))
+        return kernels
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def emulated(interpreted: Callable[[int], InterpretedKernels]) -> InterpretedKernels:
+    """The kernels in the interpreter. The tests of test_kernels.py, which run here too, ask for them by this name."""
+    return interpreted(COMPUTE_CAPABILITIES[0])
