@@ -23,9 +23,9 @@ import transformers
 
 from lfx.checks import file_path, json_text
 from lfx.errors import ExportError, one_line
-from lfx.export.settings import check_size, longformer_size, read_object, read_settings, without_code
+from lfx.export.settings import check_size, model_size, read_object, read_settings, without_code
 
-CONFIG = "config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 Fetch = Callable[[str], Path | None]
 
 _TOKENIZER_BYTES = 256_000_000
@@ -54,8 +54,8 @@ class Checkpoint:
     Attributes:
         name: the folder or hub id, as the caller gave it.
         folder: holds the files; for a hub id, a folder in the hub's cache.
-        settings: arguments for LongformerConfig: the keys of config.json, except those that name code. Those of another
-            family's config class for the encoders that `convert` takes.
+        settings: arguments for LongformerConfig or LEDConfig: the keys of config.json, except those that name code.
+            Those of another family's config class for the encoders that `convert` takes.
         weights: the weight files, one or several shards.
     """
 
@@ -76,13 +76,15 @@ def find(model: str, fetch: Fetch | None = None) -> Checkpoint:
     Args:
         fetch: from `fetcher`, which takes all files of a hub id from one commit. Default: a new one.
     Raises:
-        ExportError: the checkpoint does not exist, is not a Longformer, or has a file that is broken, names code, or
-            names a file of another folder.
+        ExportError: the checkpoint does not exist, is no Longformer and no LED, or has a file that is broken, names
+            code, or names a file of another folder.
     """
     fetch = fetch if fetch is not None else fetcher(model)
     path = config_file(fetch, model)
     settings = read_settings(path, model)
-    return Checkpoint(model, path.parent, settings, weight_files(fetch, model, path, longformer_size(settings)))
+    if settings["model_type"] == "led" and (options := fetch(GENERATION_CONFIG)) is not None:
+        read_object(options)  # transformers reads it with the weights
+    return Checkpoint(model, path.parent, settings, weight_files(fetch, model, path, model_size(settings)))
 
 
 def config_file(fetch: Fetch, model: str) -> Path:
@@ -211,8 +213,9 @@ def copy_tokenizer(model: str, folder: Path) -> bool:
 def _tokenizer_keys(fetch: Fetch) -> dict[str, str]:
     """Return the keys of config.json that AutoTokenizer reads: tokenizer_class and model_type."""
     path = fetch(CONFIG)
-    name = read_object(path).get("tokenizer_class") if path is not None else None
-    keys = {"model_type": "longformer"}
+    settings = read_object(path) if path is not None else {}
+    name = settings.get("tokenizer_class")
+    keys = {"model_type": "led" if settings.get("model_type") == "led" else "longformer"}
     return {**keys, "tokenizer_class": name} if isinstance(name, str) else keys
 
 

@@ -44,6 +44,22 @@ def write_config(config: Any, folder: Path) -> None:
     _write(folder / "config.json", settings)
 
 
+def write_generation_config(model: Any, folder: Path) -> None:
+    """Write the options by which a model writes texts, generation_config.json, as transformers saves them.
+
+    Raises:
+        ExportError: an option cannot be written as JSON.
+    """
+    config = getattr(model, "generation_config", None)
+    if not isinstance(config, transformers.GenerationConfig):
+        return
+    try:
+        settings = json.loads(config.to_json_string())
+    except Exception as error:
+        raise ExportError(f"the model's generation_config cannot be written as JSON: {one_line(error)}") from error
+    _write(folder / "generation_config.json", settings)
+
+
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write the files of a tokenizer or processor; None writes nothing.
 

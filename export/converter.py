@@ -1,4 +1,4 @@
-"""`convert`: make a Longformer checkpoint of an encoder with absolute positions, and compare the two."""
+"""`convert`: make a Longformer of an encoder with absolute positions, or an LED of a BART, and compare the two."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ import numpy as np
 from lfx.checks import file_path, whole_number
 from lfx.errors import ExportError
 from lfx.export import checkpoint
+from lfx.export.bart import compare_bart, is_bart, make_led, read_bart
+from lfx.export.bart import make_config as bart_config
 from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.export.companions import raise_limits
 from lfx.export.encoder import Encoder, make_config, read_encoder
+from lfx.export.led import LED_CLASSES
 from lfx.export.load import check_weights, load, load_tokenizer, load_weights, quiet
 from lfx.export.longformer import make_longformer, make_longformer_config
 from lfx.export.options import check_progress, model_name
@@ -72,7 +75,7 @@ def convert(
 
     Args:
         model: a checkpoint folder or a hub id: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA or DistilBERT, with or
-            without a head; or a folder of sentence-transformers.
+            without a head; a BART, which becomes an LED; or a folder of sentence-transformers.
         output: the new checkpoint's folder, which does not exist yet or is empty.
         max_seqlen: longest sequence in tokens, 1 to 65,536. The position embeddings are repeated up to it.
         attention_window: tokens on both sides together that a token attends to, an even number from 4 on; a sequence
@@ -103,14 +106,17 @@ def convert_and_compare(
     target = file_path(output, "output", ExportError)
     _check_target(target)
     progress("loading the checkpoint")
+    if is_bart(name):
+        return _convert_bart(name, target, max_seqlen, window, progress)
     encoder = read_encoder(name)
-    windows = _windows(window, encoder, max_seqlen)
+    layers, heads = encoder.settings["num_hidden_layers"], encoder.settings["num_attention_heads"]
+    windows = _windows(window, layers, heads, max_seqlen)
     with quiet():
         original: Any = load_weights(
             encoder.model_class, make_config(encoder), encoder.files, "fetch or save the checkpoint again"
         )
     check_weights(original)
-    check_space(target, _size(original, encoder, max_seqlen), "checkpoint")
+    check_space(target, _size(original, encoder.settings["hidden_size"], layers, max_seqlen), "checkpoint")
 
     with atomic_folder(target) as folder, quiet():
         progress("copying the tokenizer")
@@ -126,6 +132,31 @@ def convert_and_compare(
         report = _compare(encoder, original, folder, equal_seqlen, progress)
         report.require()
     return Conversion(target, encoder.architecture, max_seqlen, windows, equal_seqlen, report)
+
+
+def _convert_bart(name: str, target: Path, max_seqlen: int, window: int | list[int], progress: Progress) -> Conversion:
+    bart = read_bart(name)
+    layers, heads = bart.settings["encoder_layers"], bart.settings["encoder_attention_heads"]
+    windows = _windows(window, layers, heads, max_seqlen)
+    with quiet():
+        config = bart_config(bart)
+        original: Any = load_weights(bart.model_class, config, bart.files, "fetch or save the checkpoint again")
+    check_weights(original)
+    hidden = bart.settings["d_model"]
+    check_space(target, _size(original, hidden, layers, max_seqlen), "checkpoint")
+    with atomic_folder(target) as folder, quiet():
+        progress("copying the tokenizer")
+        if checkpoint.copy_tokenizer(bart.files.name, folder):
+            raise_limits(folder, max_seqlen, "BartTokenizer")
+        progress("converting the weights")
+        made = make_led(bart, original, max_seqlen, windows)
+        progress("writing")
+        made.save_pretrained(folder)
+        del made
+        equal_seqlen = min(min(windows) // 2 + 1, bart.positions, max_seqlen)
+        report = compare_bart(bart, original, folder, _cases(equal_seqlen), progress)
+        report.require()
+    return Conversion(target, LED_CLASSES[bart.task], max_seqlen, windows, equal_seqlen, report)
 
 
 def _window(attention_window: Any) -> int | list[int]:
@@ -144,9 +175,8 @@ def _width(width: Any) -> int:
     return number
 
 
-def _windows(window: int | list[int], encoder: Encoder, max_seqlen: int) -> tuple[int, ...]:
+def _windows(window: int | list[int], layers: int, heads: int, max_seqlen: int) -> tuple[int, ...]:
     """Return the attention_window of each layer."""
-    layers, heads = encoder.settings["num_hidden_layers"], encoder.settings["num_attention_heads"]
     check_windows(window, layers, heads, max_seqlen, "attention_window")
     if isinstance(window, list) and any(max(window) % width for width in window):
         raise ExportError(
@@ -167,9 +197,8 @@ def _check_target(target: Path) -> None:
     check_target(target)
 
 
-def _size(original: Any, encoder: Encoder, max_seqlen: int) -> int:
+def _size(original: Any, hidden: int, layers: int, max_seqlen: int) -> int:
     """Return the bytes that the checkpoint takes, or a little more: all in float32."""
-    hidden, layers = encoder.settings["hidden_size"], encoder.settings["num_hidden_layers"]
     weights = sum(parameter.numel() for parameter in original.parameters())
     return 4 * int(weights + max_seqlen * hidden + 3 * layers * hidden * (hidden + 1)) + 20_000_000  # and a tokenizer
 

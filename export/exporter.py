@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,58 +11,53 @@ import onnx
 import onnx_ir as ir
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 from transformers.models.longformer import modeling_longformer as hf
 
 import lfx
 from lfx.checks import file_path, flag, one_of, whole_number
 from lfx.errors import ExportError, one_line
-from lfx.export.attentions import check_layout, free_axes, without_attentions
+from lfx.export.attentions import check_layout, without_attentions
 from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.export.checkpoint import Fetch, fetcher
-from lfx.export.companions import check_tokenizer, write_config, write_tokenizer
-from lfx.export.decompose import decomposing_in_place
+from lfx.export.companions import check_tokenizer, write_config, write_generation_config, write_tokenizer
+from lfx.export.describe import describe, longest_sequence
+from lfx.export.generation import build_graphs, is_generation
 from lfx.export.graph import finalize_graph
 from lfx.export.layout import LAYOUTS, NAMES, check_options, refuse_dynamic, write_layout
+from lfx.export.led import LED_CLASSES
 from lfx.export.load import check_weights, load, load_tokenizer, quiet, weights_sha256
 from lfx.export.loop_attention import LoopSelfAttention, asks_for_loop_attention
-from lfx.export.options import at_least_1, check_choices, check_pooling, model_name
-from lfx.export.passes.opset import TRACED
+from lfx.export.options import GraphOptions, at_least_1, check_choices, check_pooling, model_name
 from lfx.export.pooling import LongformerForSentenceEmbedding
 from lfx.export.probe import (
-    adds_globals,
     check_long,
     check_repeatable,
     check_rows,
-    default_global_of,
     forward_inputs,
     granularity,
     ignores_padding,
     is_hugging_face,
+    task_globals,
 )
 from lfx.export.rewrite import (
-    Attentions,
-    ExportWrapper,
     GlobalTokens,
     attention_windows,
     chunked_attention,
-    is_causal,
-    rewrite,
 )
 from lfx.export.sentence_folder import check_modules, copy_settings
 from lfx.export.sentence_model import EncoderSettings, read_encoder_settings
 from lfx.export.settings import check_window_memory
+from lfx.export.shared_weights import save_models
 from lfx.export.sizes import check_sizes
 from lfx.export.torch_runners import TORCH_DTYPES
-from lfx.export.validate import validate
-from lfx.export.vocabulary import vocabulary
+from lfx.export.trace import first_names, trace
+from lfx.export.validate import validate, validate_generation
 from lfx.export.windows import both_sides
 from lfx.machine import package_versions
 from lfx.manifest import MODEL, WEIGHTS, Manifest
-from lfx.signature import GRAPH_INPUTS, OPSETS, SENTENCE_EMBEDDING, TASKS, Signature, TensorSpec
+from lfx.signature import OPSETS, SENTENCE_EMBEDDING, TASKS, TEXT_GENERATION, Signature
 
 Progress = Callable[[str], None]
-_TRACING = threading.Lock()  # torch.export patches torch while it traces
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -86,10 +79,13 @@ def export(
     model_type: str | None = None,
     progress: Progress = lambda step: None,
 ) -> Path:
-    """Export a Longformer to an ONNX bundle and validate it against PyTorch.
+    """Export a Longformer or an LED to an ONNX bundle and validate it against PyTorch.
+
+    The bundle of an LEDForConditionalGeneration has two graphs, encoder_model.onnx and decoder_model.onnx.
 
     Args:
-        model: a checkpoint folder, a hub id, or an nn.Module that contains Hugging Face Longformer self-attention.
+        model: a checkpoint folder, a hub id, or an nn.Module that contains Hugging Face's self-attention of Longformer
+            or of LED's encoder.
             A module's forward takes input_ids, and optionally attention_mask and global_attention_mask, all
             (batch, seqlen) int64, or (batch, choices, seqlen) for multiple choice. The module is not changed.
         output: the bundle's folder; default: the model's name in the current folder. An older bundle of that name is
@@ -146,6 +142,7 @@ def export(
         settings = _encoder_settings(fetch, task, pooling)
         tokenizer, max_seqlen = _load_texts(source, module, tokenizer, max_seqlen, settings)
     _check_module(module, source)
+    _check_generation(module, task, layout, output_attentions=output_attentions)
     if layout == "hf" and global_attention == "mask" and max_global is None:
         global_attention = _static_globals(module, task)
     if flag(output_attentions, "output_attentions", ExportError):
@@ -156,25 +153,16 @@ def export(
 
     progress("tracing")
     tokens = GlobalTokens(mode=global_attention, max_slots=max_global)
-    program, inputs = _trace(module, task, precision, tokens, output_attentions=output_attentions)
-    signature = _signature(module, task, precision, tokens, program.model, inputs, max_seqlen)
-    signature = _check_model(module, program, signature, output_attentions=output_attentions)
-    if max_global is not None and max_global > (signature.max_seqlen or max_global):
-        raise ExportError(f"max_global {max_global} is above the longest sequence, {signature.max_seqlen} tokens")
-    progress("building the graph")
-    model_ir = finalize_graph(
-        program.model,
-        opset=opset,
-        parameter_names=_first_names(module),
-        prefix="model.",
-        dimensions={str(axis) for spec in signature.inputs for axis in spec.shape},
-        inline_functions=inline_functions,
-        metadata=signature.to_dict(),
-    )
+    options = GraphOptions(tokens, opset, precision, max_seqlen, inline_functions)
+    if is_generation(module):
+        graphs, signature = build_graphs(module, options, _check_model, progress)
+    else:
+        graphs, signature = _build_graph(module, task, options, progress, output_attentions=output_attentions)
     manifest = Manifest(
         signature=signature,
         opset=opset,
         inlined=inline_functions,
+        model_file=next(iter(graphs)),
         source={"model": source, "kind": source_type, "sha256": weights_sha256(module), **_recorded(pooling)},
         versions={"lfx": lfx.__version__, **package_versions(_PACKAGES)},
     )
@@ -182,12 +170,39 @@ def export(
         progress("writing")
         bundle = folder / "bundle" if layout == "hf" else folder
         bundle.mkdir(exist_ok=True)
-        ir.save(model_ir, bundle / MODEL, external_data=WEIGHTS, size_threshold_bytes=1024)
-        del program, model_ir
+        save_models(graphs, bundle, WEIGHTS)
+        del graphs
         _complete_bundle(bundle, manifest, module, tokenizer, fetch, progress)
         if layout == "hf":
             write_layout([bundle], folder, model_type=model_type, in_own_file=None, fetch=fetch, progress=progress)
     return target
+
+
+def _build_graph(
+    module: nn.Module, task: str, options: GraphOptions, progress: Progress, *, output_attentions: bool
+) -> tuple[dict[str, ir.Model], Signature]:
+    """Trace a module, check it and turn its trace into the exported graph.
+
+    Returns:
+        Name of the file -> graph, and its signature.
+    Raises:
+        ExportError: the module cannot be traced, or an option does not fit it.
+    """
+    tokens, precision = options.tokens, options.precision
+    program, inputs = trace(module, task, precision, tokens, output_attentions=output_attentions)
+    signature = describe(module, task, precision, tokens, program.model, inputs, options.max_seqlen)
+    signature = _check_model(module, program, signature, output_attentions=output_attentions)
+    progress("building the graph")
+    graph = finalize_graph(
+        program.model,
+        opset=options.opset,
+        parameter_names=first_names(module),
+        prefix="model.",
+        dimensions={str(axis) for spec in signature.inputs for axis in spec.shape},
+        inline_functions=options.inline_functions,
+        metadata=signature.to_dict(),
+    )
+    return {MODEL: graph}, signature
 
 
 def _complete_bundle(
@@ -201,12 +216,17 @@ def _complete_bundle(
         ExportError: the model's file is not valid, or a file of the checkpoint is broken.
         ParityError: an output is out of tolerance.
     """
-    _check_file(folder / MODEL, manifest.opset)
+    signature, decoder = manifest.signature, manifest.signature.decoder
+    for name in (manifest.model_file, *([decoder.model_file] if decoder is not None else [])):
+        _check_file(folder / name, manifest.opset)
     write_config(getattr(module, "config", None), folder)
     write_tokenizer(tokenizer, folder)
     if fetch is not None:
         copy_settings(fetch, folder)
-    validation = validate(folder / MODEL, module, manifest.signature, progress)
+    if decoder is not None:
+        write_generation_config(module, folder)
+    compare = validate if decoder is None else validate_generation
+    validation = compare(folder / manifest.model_file, module, signature, progress)
     dataclasses.replace(manifest, validation=validation).write(folder)
 
 
@@ -232,6 +252,19 @@ def _check_layout(layout: Any, model_type: Any, precision: str, *, output_attent
         raise ExportError(f"{option} is not for the layout hf, whose clients cannot use it; leave one of them out")
 
 
+def _check_generation(module: nn.Module, task: str, layout: str, *, output_attentions: Any) -> None:
+    """Check that the task writes texts if the module does, and refuse the options that such a model does not have.
+
+    Raises:
+        ExportError: the task is another module's, or an option is given.
+    """
+    if is_generation(module) != (task == TEXT_GENERATION):
+        raise ExportError(f"task {task} is not the task of a {type(module).__name__}; leave it out")
+    option = "layout hf" if layout == "hf" else "output_attentions" if output_attentions else None
+    if is_generation(module) and option is not None:
+        raise ExportError(f"{option} is for models of one graph, and a {type(module).__name__} has two; leave it out")
+
+
 def _static_globals(module: nn.Module, task: str) -> str:
     """Return the rule for the global tokens of the layout hf; "mask" for a module that has a rule of its own.
 
@@ -240,8 +273,9 @@ def _static_globals(module: nn.Module, task: str) -> str:
     """
     if "global_attention_mask" not in forward_inputs(module) or not is_hugging_face(module):
         return "mask"
-    refuse_dynamic(task, TASKS[task].default_global)
-    return TASKS[task].default_global
+    rule = task_globals(module, task)
+    refuse_dynamic(task, rule)
+    return rule
 
 
 def _source(model: str | nn.Module) -> tuple[str, str]:
@@ -278,13 +312,16 @@ def _check_module(module: nn.Module, source: str) -> None:
 
 
 def _check_model(
-    module: nn.Module, program: torch.onnx.ONNXProgram, signature: Signature, *, output_attentions: bool
+    module: nn.Module, program: torch.onnx.ONNXProgram, signature: Signature, *, output_attentions: bool = False
 ) -> Signature:
     """Run the module to check that its traced graph is valid for all inputs, and complete the signature.
 
     Raises:
-        ExportError: the graph is not valid for some input.
+        ExportError: the graph is not valid for some input, or has more global slots than tokens.
     """
+    slots, longest = signature.max_global, signature.max_seqlen
+    if slots is not None and longest is not None and slots > longest:
+        raise ExportError(f"max_global {slots} is above the longest sequence, {longest} tokens")
     outputs = signature.outputs
     if output_attentions:  # the module itself does not return them
         signature = without_attentions(signature)
@@ -344,7 +381,7 @@ def _load_texts(
 def _longest_text(settings: EncoderSettings, module: nn.Module, tokenizer: Any) -> int | None:
     """Return the length in tokens from which on sentence-transformers truncates a text, at most the model's own."""
     longest = settings.max_seqlen or getattr(tokenizer, "model_max_length", None)
-    limit = _max_seqlen([m for m in module.modules() if isinstance(m, hf.LongformerEmbeddings)], None)
+    limit = longest_sequence(module, None)
     if type(longest) is not int or longest < 1:
         return limit
     return longest if limit is None else min(longest, limit)
@@ -365,194 +402,12 @@ def _target(model: str | nn.Module, output: str | Path | None, layout: str) -> P
 
 def _task_of_module(module: nn.Module, task: str) -> str:
     if task != "auto":
-        if is_hugging_face(module) and TASKS[task].architecture != type(module).__name__:
+        if is_hugging_face(module) and type(module).__name__ not in (TASKS[task].architecture, LED_CLASSES.get(task)):
             raise ExportError(f"task {task} is not the task of a {type(module).__name__}; leave it out")
         return task
     bases = {cls.__name__ for cls in type(module).__mro__}
-    return next((name for name, known in TASKS.items() if known.architecture in bases), "feature-extraction")
-
-
-def _trace(
-    module: nn.Module, task: str, precision: str, tokens: GlobalTokens, *, output_attentions: bool
-) -> tuple[torch.onnx.ONNXProgram, list[str]]:
-    """Trace the rewritten module with torch.onnx.
-
-    Returns:
-        The program, and the names of its inputs.
-    Raises:
-        ExportError: the module takes no input_ids, cannot be traced, or has an output that cannot be named.
-    """
-    accepted = forward_inputs(module)
-    if "input_ids" not in accepted:
-        raise ExportError(f"{type(module).__name__}.forward takes no input_ids; lfx feeds it {', '.join(GRAPH_INPUTS)}")
-    inputs = [name for name in accepted if tokens.mode == "mask" or name != "global_attention_mask"]
-    attentions: Attentions | None = [] if output_attentions else None
-    wrapper = ExportWrapper(
-        rewrite(module, tokens, TORCH_DTYPES[precision], attentions),
-        inputs,
-        tokens,
-        "global_attention_mask" in accepted,
-        attentions,
-    ).eval()
-    batch, choices, sequence = (torch.export.Dim(name) for name in ("batch", "choices", "sequence"))
-    axes = {0: batch, 1: choices, 2: sequence} if TASKS[task].has_choices else {0: batch, 1: sequence}
-    try:
-        with _TRACING, quiet(), torch.autocast("cpu", enabled=False), decomposing_in_place():
-            program = torch.onnx.export(
-                wrapper,
-                _example(module, task, inputs),
-                dynamo=True,
-                opset_version=TRACED,
-                input_names=inputs,
-                dynamic_shapes={"tensors": tuple(axes for _ in inputs)},
-                optimize=False,
-                verbose=False,
-            )
-    except Exception as error:
-        cause = _cause(error)
-        if isinstance(cause, ExportError):
-            raise cause from None
-        reason = f"{type(cause).__name__}: {one_line(cause)}"
-        raise ExportError(f"{type(module).__name__} cannot be traced: {reason}") from error
-    assert program is not None
-    assert program.exported_program is not None
-    outputs = pytree.tree_unflatten(list(program.model.graph.outputs), program.exported_program.call_spec.out_spec)
-    _name_outputs(outputs, {*inputs, *(name for name, _ in module.named_parameters())})
-    if output_attentions:
-        free_axes(outputs, has_choices=TASKS[task].has_choices)
-    return program, inputs
-
-
-def _example(module: nn.Module, task: str, inputs: list[str]) -> tuple[torch.Tensor, ...]:
-    """Make inputs to trace with; the axes differ in size, so that torch.export merges no two of them."""
-    length = 4 * max(attention_windows(module)) if granularity(module) > 1 else 29
-    shape = (2, 3, length) if TASKS[task].has_choices else (3, length)
-    ids = torch.arange(length).expand(shape) % 5 + 3
-    return tuple(ids if name == "input_ids" else torch.ones(shape, dtype=torch.int64) for name in inputs)
-
-
-def _name_outputs(outputs: dict[str, ir.Value], taken: set[str]) -> None:
-    """Give every graph output its name.
-
-    Args:
-        taken: names of the inputs and of the parameters.
-    Raises:
-        ExportError: a name is invalid or taken, or one tensor is returned twice.
-    """
-    seen: dict[int, str] = {}
-    for name, value in outputs.items():
-        if not re.fullmatch(r"[\w.-]{1,100}", name, re.ASCII):
-            raise ExportError(
-                f"output {name[:100]!r} has a name that cannot be a file name; rename it: at most 100 letters, digits, "
-                "'_', '.' and '-'"
-            )
-        if value.is_graph_input() or name in taken:
-            raise ExportError(
-                f"output {name!r} is an input, or has the name of an input or a parameter; leave it out or rename it"
-            )
-        if id(value) in seen:
-            raise ExportError(f"outputs {seen[id(value)]!r} and {name!r} are one tensor; return it once")
-        seen[id(value)] = name
-        value.name = name
-
-
-def _cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _first_names(module: nn.Module) -> dict[int, str]:
-    """Map the data pointer of each weight to its first name in the module; tied weights have one pointer."""
-    names: dict[int, str] = {}
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        names.setdefault(tensor.data_ptr(), name)
-    return names
-
-
-def _signature(
-    module: nn.Module,
-    task: str,
-    precision: str,
-    tokens: GlobalTokens,
-    graph: ir.Model,
-    inputs: list[str],
-    max_seqlen: int | None,
-) -> Signature:
-    config = getattr(module, "config", None)
-    all_embeddings = [m for m in module.modules() if isinstance(m, hf.LongformerEmbeddings)]
-    embeddings = all_embeddings[0] if all_embeddings else None
-    vocab_size = vocabulary(graph)
-    if vocab_size is None and embeddings is not None:
-        vocab_size = getattr(embeddings.word_embeddings, "num_embeddings", None)
-    pad = embeddings.padding_idx if embeddings is not None else _token_id(config, "pad_token_id", vocab_size)
-    sep = _token_id(config, "sep_token_id", vocab_size)
-    axes: tuple[str, ...] = ("batch", "choices", "sequence") if TASKS[task].has_choices else ("batch", "sequence")
-    signature = Signature(
-        architecture=type(module).__name__,
-        task=task,
-        precision=precision,
-        inputs=tuple(TensorSpec(name, "int64", axes) for name in inputs),
-        outputs=tuple(_output_spec(value) for value in graph.graph.outputs),
-        attention_windows=tuple(attention_windows(module)),
-        causal=is_causal(module),
-        default_global=tokens.mode if tokens.mode != "mask" else TASKS[task].default_global,
-        global_attention=tokens.mode,
-        max_seqlen=_max_seqlen(all_embeddings, max_seqlen),
-        vocab_size=vocab_size,
-        max_global=tokens.max_slots,
-        pad_token_id=pad if pad is not None else min(1, (vocab_size or 2) - 1),
-        sep_token_id=sep,
-        lfx_version=lfx.__version__,
-    )
-    if tokens.mode == "mask" and "global_attention_mask" in inputs and not is_hugging_face(module):
-        signature = dataclasses.replace(signature, default_global=default_global_of(module, signature))
-    if adds_globals(module, signature):
-        if tokens.mode != "mask" or tokens.max_slots is not None:
-            option = f"max_global {tokens.max_slots}" if tokens.mode == "mask" else f"global_attention {tokens.mode!r}"
-            raise ExportError(
-                f"{type(module).__name__} gives global attention to tokens that its global_attention_mask does not "
-                f"mark, which {option} would ignore; leave the option out"
-            )
-        signature = dataclasses.replace(signature, adds_globals=True)
-    return signature
-
-
-def _token_id(config: Any, name: str, vocab_size: int | None) -> int | None:
-    value = getattr(config, name, None)
-    return None if value is None else whole_number(value, name, 0, (vocab_size or 2**31) - 1, ExportError)
-
-
-def _output_spec(value: ir.Value) -> TensorSpec:
-    assert value.name is not None and value.shape is not None and value.dtype is not None
-    axes = tuple(size if isinstance(size, int) else str(size.value or "?") for size in value.shape)
-    return TensorSpec(value.name, str(value.dtype.numpy()), axes)
-
-
-def _max_seqlen(embeddings: list[Any], requested: int | None) -> int | None:
-    """Return the longest sequence in tokens: the requested one, or the limit of the position embeddings.
-
-    The limit is the number of rows of the smallest position table, less the rows up to the padding index, which no
-    token uses.
-
-    Raises:
-        ExportError: the requested length is above the limit, or the limit is 0.
-    """
-    limit = min(
-        (
-            e.position_embeddings.num_embeddings - e.padding_idx - 1
-            for e in embeddings
-            if isinstance(e.position_embeddings, nn.Embedding)
-        ),
-        default=None,
-    )
-    if limit is not None and limit < 1:
-        raise ExportError("the position embeddings have no row for a token; give a larger max_position_embeddings")
-    if requested is not None:
-        if limit is not None and requested > limit:
-            raise ExportError(f"max_seqlen {requested} is out of range; the position embeddings allow 1 to {limit}")
-        return requested
-    return limit
+    classes = {task: {known.architecture, LED_CLASSES.get(task)} for task, known in TASKS.items()}
+    return next((name for name, names in classes.items() if names & bases), "feature-extraction")
 
 
 def _check_file(path: Path, opset: int) -> None:

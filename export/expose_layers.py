@@ -22,15 +22,17 @@ def layer_name(index: int) -> str:
     return f"attention_{index}"
 
 
-def expose_layers(bundle: Path, signature: Signature, folder: Path) -> Path:
+def expose_layers(bundle: Path, signature: Signature, folder: Path, model_file: str = MODEL) -> Path:
     """Write the bundle's graph into `folder` with the context of each attention layer as an output.
 
+    Args:
+        model_file: path of the ONNX file in the bundle; of a model that writes texts, the encoder's.
     Returns:
         The ONNX file; its weights are links. Layer outputs come first, float32 (rows, sequence, hidden).
     Raises:
         ArtifactError: the graph has no attention nodes, because its functions are inlined.
     """
-    model = onnx.load(str(bundle / MODEL), load_external_data=False)
+    model = onnx.load(str(bundle / model_file), load_external_data=False)
     nodes = [n for n in model.graph.node if (n.domain, n.op_type) == (DOMAIN, "BandedAttention")]
     if not nodes:
         raise ArtifactError(
@@ -51,7 +53,7 @@ def expose_layers(bundle: Path, signature: Signature, folder: Path) -> Path:
     del model.metadata_props[:]
     helper.set_model_props(model, {"lfx": json.dumps(exposed.to_dict())})
     onnx.save(model, str(folder / MODEL))
-    for name in read_header(bundle / MODEL).weights:
+    for name in read_header(bundle / model_file).weights:
         link_or_copy(bundle / name, folder / name)
     return folder / MODEL
 

@@ -17,6 +17,7 @@ REFUSED = {
     **dict.fromkeys(("deberta", "deberta-v2", "funnel", "mpnet", "mt5", "t5", "umt5", "xlnet"), _RELATIVE),
     **dict.fromkeys(("eurobert", "modernbert", "nomic_bert", "roformer"), _ROTARY),
     "albert": "its embeddings are projected after their LayerNorm, and a Longformer has no such layer",
+    "led": "it is an LED already; use: lfx export",
     "longformer": "it is a Longformer already; use: lfx export",
 }
 

@@ -74,6 +74,8 @@ def finalize_graph(
         for definition in functions.OPS:
             body = functions.function(definition, opset)
             model.functions[body.identifier()] = body
+    else:
+        model.opset_imports.pop(functions.DOMAIN, None)  # that of the helpers
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     if inline_functions:
         common.InlinePass()(model)

@@ -20,16 +20,21 @@ from torch.nn.parameter import is_lazy
 from lfx.checks import one_of
 from lfx.errors import ExportError, one_line
 from lfx.export import checkpoint
+from lfx.export.led import LED_CLASSES
+from lfx.export.led_classifier import LEDForSequenceClassification
 from lfx.export.loop_attention import asks_for_loop_attention, use_loop_attention
 from lfx.export.options import check_pooling
 from lfx.export.original import RENAMED
 from lfx.export.sentence_model import add_lower_case, add_pooling, has_pooling
+from lfx.export.settings import CONFIGS
 from lfx.files import temporary_folder
-from lfx.signature import SENTENCE_EMBEDDING, TASKS
+from lfx.signature import SENTENCE_EMBEDDING, TASKS, TEXT_GENERATION
 
 _IN_A_LAYER = re.compile(r"(^|\.)(encoder|transformer)\.layer\.\d+\.")
 _NEXT_SENTENCE = "cls.seq_relationship."  # BERT's head for pretraining, inside the module of its masked LM head
-_BY_ARCHITECTURE = {task.architecture: name for name, task in TASKS.items()}
+_BY_ARCHITECTURE = {task.architecture: name for name, task in TASKS.items()} | {
+    cls: task for task, cls in LED_CLASSES.items()
+}
 
 
 @contextlib.contextmanager
@@ -56,7 +61,7 @@ def quiet() -> Iterator[None]:
 def load(
     model: str, task: str = "auto", pooling: str | None = None, fetch: checkpoint.Fetch | None = None
 ) -> tuple[nn.Module, str]:
-    """Load a Longformer checkpoint in float32, in eval mode, without running its code: see `lfx.export.checkpoint`.
+    """Load a Longformer or LED checkpoint in float32, in eval mode; none of its code runs: see `lfx.export.checkpoint`.
 
     Args:
         model: a folder with config.json and weights, or a model id of the hub.
@@ -68,8 +73,9 @@ def load(
         The model and the name of its task. The pooler is None if the checkpoint has no weights for it. A model with
         dilation or causal windows has `lfx.export.loop_attention`.
     Raises:
-        ExportError: the checkpoint does not exist or is not a Longformer; weights are missing, broken, or of other
-            shapes than the config's; or the pooling is missing, or does something that lfx does not know.
+        ExportError: the checkpoint does not exist, or is no Longformer and no LED, or has no such task; weights are
+            missing, broken, or of other shapes than the config's; or the pooling is missing, or does something that lfx
+            does not know.
     """
     one_of(task, "task", ("auto", *TASKS), ExportError)
     check_pooling(pooling, task)
@@ -78,16 +84,31 @@ def load(
         files = checkpoint.find(model, fetch)
         if task == "auto":
             task = SENTENCE_EMBEDDING if pooling is not None or has_pooling(fetch) else _task_of(files)
+        settings = dict(files.settings)
+        model_type = settings.pop("model_type")
+        if model_type == "led" and task not in LED_CLASSES:
+            raise ExportError(
+                f"{files.name} is an LED, which has no {task}; choose --task from: {', '.join(LED_CLASSES)}"
+            )
+        if model_type != "led" and task == TEXT_GENERATION:
+            raise ExportError(f"{files.name} is a {model_type}, which has no decoder; choose another --task")
         try:
             # Always eager: another attn_implementation may be code of the hub.
-            config = transformers.LongformerConfig(**files.settings, attn_implementation="eager")
+            config = getattr(transformers, CONFIGS[model_type])(**settings, attn_implementation="eager")
         except Exception as error:
-            raise ExportError(f"{files.folder / 'config.json'} is no config of a Longformer: {_flat(error)}") from error
+            raise ExportError(f"{files.folder / 'config.json'} is no config of its class: {_flat(error)}") from error
         cure = f"it was not trained for {task}; choose the --task that it was trained for"
-        loaded = load_weights(getattr(transformers, TASKS[task].auto_class), config, files, cure, RENAMED)
+        loader = led_class(task) if model_type == "led" else getattr(transformers, TASKS[task].auto_class)
+        loaded = load_weights(loader, config, files, cure, RENAMED)
         if asks_for_loop_attention(config):
             loaded = use_loop_attention(loaded)
         return (add_pooling(loaded, fetch, model, pooling) if task == SENTENCE_EMBEDDING else loaded), task
+
+
+def led_class(task: str) -> Any:
+    """Return the class of an LED for a task."""
+    name = LED_CLASSES[task]
+    return LEDForSequenceClassification if task == "text-classification" else getattr(transformers, name)
 
 
 def load_weights(

@@ -1,13 +1,31 @@
-"""Checks of the arguments of `export`, made before any work is done."""
+"""Checks of the arguments of `export`, made before any work is done, and those that the graphs are made by."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 from lfx.checks import file_path, one_of, whole_number
 from lfx.errors import ExportError
+from lfx.export.rewrite import GlobalTokens
 from lfx.signature import GLOBAL_MODES, POOLINGS, PRECISIONS, SENTENCE_EMBEDDING, TASKS
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """The arguments of `export` that the graphs are made by.
+
+    Attributes:
+        tokens: the rule for global tokens.
+        opset, precision, max_seqlen, inline_functions: see `lfx.export.export`.
+    """
+
+    tokens: GlobalTokens
+    opset: int
+    precision: str
+    max_seqlen: int | None
+    inline_functions: bool
 
 
 def check_choices(task: Any, precision: Any, global_attention: Any, inline_functions: Any, progress: Any) -> None:

@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 from transformers import activations
+from transformers.models.led import modeling_led as led
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError, InputError
-from lfx.export import loop_attention, pooling, unpadded
+from lfx.export import led_classifier, loop_attention, pooling, unpadded
+from lfx.export.led import LED_CLASSES, GenerationEncoder
 from lfx.export.pooling import LongformerForSentenceEmbedding
 from lfx.export.rewrite import attention_windows, chunked_attention
 from lfx.export.torch_runners import GlobalTokensRunner, disturbed_runner, global_tokens_runner, torch_runner
@@ -24,11 +26,18 @@ from lfx.parity import Case, OutputResult, pair_tolerance
 from lfx.runtime.inputs import default_global
 from lfx.runtime.ragged import check_cuttable, cut
 from lfx.runtime.runner import model_inputs
-from lfx.signature import GRAPH_INPUTS, TASKS, Signature
+from lfx.signature import GRAPH_INPUTS, TASKS, TEXT_GENERATION, Signature
 
 # The torch modules of transformers' Longformers and of poolings. Each computes every token independently of the others.
 _TOKENWISE_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList, *pooling.ACTIVATIONS.values())
-_MODULES = (hf.__name__, unpadded.__name__, loop_attention.__name__)  # of the Longformers' classes
+_MODULES = (  # of the classes of Longformers and LEDs
+    hf.__name__,
+    led.__name__,
+    GenerationEncoder.__module__,
+    led_classifier.__name__,
+    unpadded.__name__,
+    loop_attention.__name__,
+)
 _SPECIAL = ("pad", "bos", "eos", "sep", "cls", "mask", "unk")  # special tokens whose ids a config may have
 _LONG = 4096  # longest sequence, in tokens, that is tried
 _GIVE_MAX_SEQLEN = "give max_seqlen, the longest sequence that the model takes"
@@ -204,7 +213,24 @@ def is_hugging_face(module: nn.Module) -> bool:
     """
     if type(module) is LongformerForSentenceEmbedding:
         return is_hugging_face(module.longformer)
-    return type(module).__module__ in _MODULES and type(module).__name__ in {t.architecture for t in TASKS.values()}
+    if type(module) is GenerationEncoder:
+        return type(module.led) is led.LEDModel
+    architectures = {*(task.architecture for task in TASKS.values()), *LED_CLASSES.values()}
+    return type(module).__module__ in _MODULES and type(module).__name__ in architectures
+
+
+def is_led(module: nn.Module) -> bool:
+    """Return whether a module is an LED, alone or with a head."""
+    return isinstance(module, (led.LEDPreTrainedModel, GenerationEncoder))
+
+
+def task_globals(module: nn.Module, task: str) -> str:
+    """Return the rule for the global tokens of a task. An LED marks none by itself.
+
+    Those that write texts and those that classify are trained with the first token.
+    """
+    trained = (TEXT_GENERATION, "text-classification")
+    return "none" if is_led(module) and task not in trained else TASKS[task].default_global
 
 
 def is_unchanged(module: nn.Module) -> bool:
@@ -371,9 +397,10 @@ def check_long(module: nn.Module, signature: Signature) -> None:
 def granularity(module: nn.Module) -> int:
     """Return the number that a sequence length must be a multiple of in PyTorch.
 
-    It is 1 if a LongformerModel pads, or if all self-attention takes any length, as LoopSelfAttention does.
+    It is 1 if a LongformerModel or an LEDEncoder pads, or if all self-attention takes any length, as LoopSelfAttention
+    does.
     """
-    if any(isinstance(m, hf.LongformerModel) for m in module.modules()):
+    if any(isinstance(m, (hf.LongformerModel, led.LEDEncoder)) for m in module.modules()):
         return 1
     return math.lcm(*(both_sides(m.one_sided_attn_window_size) for m in chunked_attention(module)))
 

@@ -2,9 +2,14 @@
 
 torch.onnx traces the copy. The modules keep their names and parameters; these classes are replaced:
 
-    LongformerSelfAttention -> _SelfAttention             three projections, the global context, lfx::BandedAttention
-    LongformerEncoder       -> unpadded.LongformerEncoder  no `.item()`, no removal of padding
-    LongformerModel         -> unpadded.LongformerModel    no padding to a multiple of the window, no 4-D mask
+    LongformerSelfAttention, LEDEncoderSelfAttention -> _SelfAttention
+        three projections, the global context, lfx::BandedAttention
+    LongformerEncoder, LEDEncoder, LEDEncoderLayer -> those of unpadded
+        no `.item()`, no padding to a multiple of the window and no removal of it
+    LEDModel, LEDDecoder -> those of led
+        no branch on the number of tokens, and no cache
+    LongformerModel -> unpadded.LongformerModel
+        no padding to a multiple of the window, no 4-D mask
 
 The heads of one dilation are one node of BandedAttention.
 
@@ -25,12 +30,14 @@ import torch
 from torch import nn
 from torch.onnx import ops
 from transformers.modeling_outputs import ModelOutput
+from transformers.models.led import modeling_led as led
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError
 from lfx.export.functions import DOMAIN, VERSION
+from lfx.export.led import GenerationEncoder, LEDDecoder, LEDModel
 from lfx.export.loop_attention import LoopSelfAttention
-from lfx.export.unpadded import replace_attention
+from lfx.export.unpadded import SELF_ATTENTION, replace_attention, replace_classes
 from lfx.export.windows import both_sides
 from lfx.signature import ATTENTIONS, GLOBAL_ATTENTIONS
 
@@ -240,20 +247,26 @@ def attention_windows(model: nn.Module) -> list[int]:
     return [
         m.reach if isinstance(m, LoopSelfAttention) else int(m.one_sided_attn_window_size)
         for m in model.modules()
-        if isinstance(m, hf.LongformerSelfAttention)
+        if isinstance(m, SELF_ATTENTION)
     ]
+
+
+def attention_layers(model: nn.Module) -> int:
+    """Return the number of attentions that the outputs of a model depend on, one after the other, decoders included."""
+    decoders = (
+        [] if isinstance(model, GenerationEncoder) else [m for m in model.modules() if isinstance(m, led.LEDDecoder)]
+    )
+    return len(attention_windows(model)) + sum(2 * len(decoder.layers) for decoder in decoders)
 
 
 def chunked_attention(model: nn.Module) -> list[hf.LongformerSelfAttention]:
     """Return the self-attention modules with Hugging Face's chunks, which take multiples of the window only."""
-    return [
-        m for m in model.modules() if isinstance(m, hf.LongformerSelfAttention) and not isinstance(m, LoopSelfAttention)
-    ]
+    return [m for m in model.modules() if isinstance(m, SELF_ATTENTION) and not isinstance(m, LoopSelfAttention)]
 
 
 def is_causal(model: nn.Module) -> bool:
     """Return whether no window of any layer has keys after the query."""
-    layers = [m for m in model.modules() if isinstance(m, hf.LongformerSelfAttention)]
+    layers = [m for m in model.modules() if isinstance(m, SELF_ATTENTION)]
     return bool(layers) and all(isinstance(m, LoopSelfAttention) and m.causal for m in layers)
 
 
@@ -315,6 +328,7 @@ def rewrite(
         attentions: a list that each self-attention appends its probabilities to; None = they are not computed.
     """
     rewritten = replace_attention(clone(model, dtype), _SelfAttention)
+    replace_classes(rewritten, {led.LEDModel: LEDModel, led.LEDDecoder: LEDDecoder})
     for module in rewritten.modules():
         if isinstance(module, _SelfAttention):
             module.lfx_globals, module.lfx_attentions = tokens, attentions
@@ -356,8 +370,11 @@ class ExportWrapper(nn.Module):
             self.attentions.clear()
         outputs = named_outputs(self.model(**arguments))
         # Outputs are float32 in any precision: numpy has no bfloat16, and float16 would round once more.
+        half_outputs = getattr(self.model, "half_outputs", ())
         outputs = {
-            name: out.float() if out.is_floating_point() and out.dtype != torch.float32 else out
+            name: out.float()
+            if out.is_floating_point() and out.dtype != torch.float32 and name not in half_outputs
+            else out
             for name, out in outputs.items()
         }
         if self.attentions is None:

@@ -34,6 +34,7 @@ CODE_KEYS = frozenset(
         "use_kernels",
     }
 )
+CONFIGS = {"longformer": "LongformerConfig", "led": "LEDConfig"}  # model_type -> the config's class in transformers
 _JSON_BYTES = 16_000_000  # a config.json has about 1 kB, the index of a sharded checkpoint about 1 MB
 _LABELS = 1_000_000
 _LAYERS = 1000  # each costs about 100 kB and 6 ms, however few weights it has
@@ -44,34 +45,40 @@ _PROBLEMS = ("regression", "single_label_classification", "multi_label_classific
 
 
 def read_settings(path: Path, model: str) -> dict[str, Any]:
-    """Read a checkpoint's config.json, Hugging Face's or the original code's, as arguments for LongformerConfig.
+    """Read a checkpoint's config.json, Hugging Face's or the original code's, as arguments for its config class.
 
+    Returns:
+        The settings, with model_type, "longformer" or "led".
     Raises:
-        ExportError: the config is not a Longformer's, has an invalid value, or names weights that transformers can
-            load only with other code.
+        ExportError: the config is not a Longformer's or an LED's, has an invalid value, or names weights that
+            transformers can load only with other code.
     """
     data = read_object(path)
     if is_original(data):
         data = from_original(data, path)
     declared = data.get("model_type")
-    if declared != "longformer":
+    if not isinstance(declared, str) or declared not in CONFIGS:
         model_type = declared if isinstance(declared, str) else "model without a model_type"
         convert = f"; make one of it with: lfx convert --model {shlex.quote(model)} --output FOLDER"
         cure = convert if model_type in FAMILIES else ""
-        raise ExportError(f"{model} is a {model_type}, not a longformer; lfx exports Longformer models only{cure}")
+        rule = "lfx exports Longformer and LED models only"
+        raise ExportError(f"{model} is a {model_type}, not a longformer; {rule}{cure}")
     refuse_other_weights(data, path, model)
-    plain = transformers.LongformerConfig()
-    known = {*plain.to_dict(), "num_labels", "output_attentions", "torch_dtype"} - {"model_type"}
+    a_model = "a Longformer" if declared == "longformer" else "an LED"
+    plain = getattr(transformers, CONFIGS[declared])()
+    known = {*plain.to_dict(), *plain.attribute_map, "num_labels", "output_attentions", "torch_dtype"} - {"model_type"}
     settings = {}
     for key, value in data.items():
         if _names_code(key) or key.startswith("_") or key in ("model_type", "transformers_version"):
             continue
         if key not in known and hasattr(plain, key):  # it would overwrite a method or a class attribute
-            raise ExportError(f"{path} has the key {key[:80]!r}, which is no setting of a Longformer; remove it")
-        settings[key] = without_code(value)
-    check_settings({**plain.to_dict(), **settings}, path)
+            raise ExportError(f"{path} has the key {key[:80]!r}, which is no setting of {a_model}; remove it")
+        settings[plain.attribute_map.get(key, key)] = without_code(value)
+    check = check_settings if declared == "longformer" else check_led_settings
+    check({**plain.to_dict(), **settings}, path)
     # Weights of any dtype are loaded in float32.
-    return {key: value for key, value in settings.items() if key not in ("dtype", "torch_dtype")}
+    settings = {key: value for key, value in settings.items() if key not in ("dtype", "torch_dtype")}
+    return {**settings, "model_type": declared}
 
 
 def refuse_other_weights(data: dict[str, Any], path: Path, model: str) -> None:
@@ -123,12 +130,50 @@ def check_settings(values: dict[str, Any], path: Path) -> None:
         raise ExportError(f"{path}: autoregressive is {shown(autoregressive)}; give true or false")
     one_of(values["hidden_act"], f"{path}: hidden_act", ACT2FN, ExportError)
     real_number(values["layer_norm_eps"], f"{path}: layer_norm_eps", 0.0, 1.0, ExportError)
+    _check_dtypes_and_labels(values, path)
+
+
+def _check_dtypes_and_labels(values: dict[str, Any], path: Path) -> None:
     for name in ("dtype", "torch_dtype"):
         if values.get(name) is not None:
             one_of(values[name], f"{path}: {name}", _DTYPES, ExportError)
     if values["problem_type"] is not None:
         one_of(values["problem_type"], f"{path}: problem_type", _PROBLEMS, ExportError)
     _check_labels(values, path)
+
+
+def check_led_settings(values: dict[str, Any], path: Path) -> None:
+    """Check the values of LEDConfig's settings; the arguments are those of `check_settings`.
+
+    Raises:
+        ExportError: one is invalid, or two do not fit each other.
+    """
+
+    def integer(name: str, low: int, high: int = LARGEST) -> int:
+        return whole_number(values[name], f"{path}: {name}", low, high, ExportError)
+
+    vocab_size = integer("vocab_size", 1)
+    for name in ("pad_token_id", "decoder_start_token_id"):
+        integer(name, 0, vocab_size - 1)
+    hidden = integer("d_model", 1)
+    for part in ("encoder", "decoder"):
+        heads = integer(f"{part}_attention_heads", 1)
+        if hidden % heads:
+            raise ExportError(f"{path}: {part}_attention_heads {heads} does not divide d_model {hidden}")
+        integer(f"{part}_ffn_dim", 1)
+        integer(f"{part}_layers", 1, _LAYERS)
+        integer(f"max_{part}_position_embeddings", 1)
+    positions, name = values["max_encoder_position_embeddings"], f"{path}: attention_window"
+    window = values["attention_window"]
+    check_windows(window, values["encoder_layers"], values["encoder_attention_heads"], positions, name)
+    widest = max(window) if isinstance(window, list) else window
+    if widest > positions:
+        raise ExportError(
+            f"{name} {widest} is above max_encoder_position_embeddings {positions}, so that Hugging Face itself cannot "
+            "run the model; give a smaller window"
+        )
+    one_of(values["activation_function"], f"{path}: activation_function", ACT2FN, ExportError)
+    _check_dtypes_and_labels(values, path)
 
 
 def check_windows(window: Any, layers: int, heads: int, positions: int, name: str) -> None:
@@ -185,6 +230,23 @@ def _check_labels(values: dict[str, Any], path: Path) -> None:
         )
     if not all(isinstance(label, str) for label in labels.values()):
         raise ExportError(f"{path}: id2label has a label that is no text; give strings")
+
+
+def model_size(settings: dict[str, Any]) -> int:
+    """Return the number of weights of the model that settings of `read_settings` describe, or a little less."""
+    return led_size(settings) if settings["model_type"] == "led" else longformer_size(settings)
+
+
+def led_size(settings: dict[str, Any]) -> int:
+    """Return the number of weights of the LED that a config describes, or a little less."""
+    values = {**transformers.LEDConfig().to_dict(), **settings}
+    hidden = values["d_model"]
+    rows = sum(values[f"max_{part}_position_embeddings"] for part in ("encoder", "decoder"))
+    encoder, decoder = (
+        values[f"{part}_layers"] * (matrices * hidden * hidden + 2 * hidden * values[f"{part}_ffn_dim"])
+        for part, matrices in (("encoder", 7), ("decoder", 8))
+    )
+    return int((values["vocab_size"] + rows) * hidden + encoder + decoder)
 
 
 def longformer_size(settings: dict[str, Any]) -> int:

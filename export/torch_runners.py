@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from transformers.models.led import modeling_led as led
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx import reference
@@ -19,7 +20,7 @@ from lfx.export.expose_layers import layer_name
 from lfx.export.load import quiet
 from lfx.export.loop_attention import LoopSelfAttention
 from lfx.export.rewrite import Attentions, clone, named_attentions, named_outputs
-from lfx.export.unpadded import replace_attention
+from lfx.export.unpadded import SELF_ATTENTION, replace_attention
 from lfx.parity import Arrays, Runner
 
 GlobalTokensRunner = Callable[[Mapping[str, NDArray[np.int64]]], list[NDArray[np.bool_]]]
@@ -122,8 +123,8 @@ def disturbed_runner(model: nn.Module, names: tuple[str, ...], start: int, amoun
         return outputs
 
     copied = clone(model, torch.float32)
-    encoders = [m for m in copied.modules() if isinstance(m, hf.LongformerEncoder)]
-    for module in encoders or [m for m in copied.modules() if isinstance(m, hf.LongformerSelfAttention)]:
+    encoders = [m for m in copied.modules() if isinstance(m, (hf.LongformerEncoder, led.LEDEncoder))]
+    for module in encoders or [m for m in copied.modules() if isinstance(m, SELF_ATTENTION)]:
         module.register_forward_hook(overwrite)
     return _runner(copied, names, by_layer=False)
 
@@ -149,7 +150,7 @@ def global_tokens_runner(model: nn.Module, names: tuple[str, ...], *, first_laye
 
     copied = clone(model, torch.float32)
     for module in copied.modules():
-        if isinstance(module, hf.LongformerSelfAttention):
+        if isinstance(module, SELF_ATTENTION):
             module.register_forward_pre_hook(record, with_kwargs=True)
     run = _runner(copied, names, by_layer=False)
 
@@ -172,7 +173,12 @@ def reference_runner(
         by_layer: add the output of each self-attention to the outputs, named by `layer_name`.
         attentions: names of the attention outputs of a graph, which are added to the outputs.
     """
-    return _runner(replace_attention(clone(model, torch.float64), _DenseSelfAttention), names, by_layer, attentions)
+    return _runner(dense_model(model), names, by_layer, attentions)
+
+
+def dense_model(model: nn.Module) -> nn.Module:
+    """Copy a model in float64, with dense attention."""
+    return replace_attention(clone(model, torch.float64), _DenseSelfAttention)
 
 
 def int8_runner(
@@ -255,7 +261,7 @@ def _record_attentions(model: nn.Module, seqlen: list[int]) -> Attentions:
         return outputs[:1]
 
     for module in model.modules():
-        if isinstance(module, hf.LongformerSelfAttention):
+        if isinstance(module, SELF_ATTENTION):
             module.register_forward_pre_hook(set_output_attentions, with_kwargs=True)
             module.register_forward_hook(record, with_kwargs=True)
     return layers
@@ -272,7 +278,7 @@ def _runner(
     lengths = [0]
     layers = _record_attentions(model, lengths) if attentions else []
     for module in model.modules() if by_layer else ():
-        if isinstance(module, hf.LongformerSelfAttention):
+        if isinstance(module, SELF_ATTENTION):
             module.register_forward_hook(lambda _, __, outputs: contexts.append(outputs[0]))
 
     def run(inputs: Arrays) -> Arrays:

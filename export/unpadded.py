@@ -1,4 +1,4 @@
-"""Hugging Face's LongformerModel and LongformerEncoder for self-attention that takes a sequence of any length.
+"""Hugging Face's Longformer and LED encoders for self-attention that takes a sequence of any length.
 
 Theirs pad a sequence to a multiple of the window and build a 4-D mask of S² elements. These do neither, and have no
 `.item()`, so that torch.export can trace them. They keep the names, which a saved config holds as its architecture.
@@ -6,11 +6,16 @@ Theirs pad a sequence to a multiple of the window and build a 4-D mask of S² el
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.led import modeling_led as led
 from transformers.models.longformer import modeling_longformer as hf
+
+# The classes of self-attention with a window and global tokens; LED's is a copy of Longformer's under another name.
+SELF_ATTENTION = (hf.LongformerSelfAttention, led.LEDEncoderSelfAttention)
 
 
 class LongformerEncoder(hf.LongformerEncoder):  # type: ignore[misc]
@@ -79,17 +84,82 @@ class LongformerModel(hf.LongformerModel):  # type: ignore[misc]
         )
 
 
+class LEDEncoderLayer(led.LEDEncoderLayer):  # type: ignore[misc]
+    """Calls self-attention with the attention mask alone.
+
+    Hugging Face's clamps a float16 output that has an infinite value. It is the result of a layer norm, so that it has
+    one only if the norm's weight is above 65,504 / √hidden.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, ...]:
+        context, *rest = self.self_attn(hidden_states=hidden_states, attention_mask=attention_mask)
+        hidden_states = self.self_attn_layer_norm(hidden_states + context)
+        output = self.fc2(self.activation_fn(self.fc1(hidden_states)))
+        return (self.final_layer_norm(hidden_states + output), *rest)
+
+
+class LEDEncoder(led.LEDEncoder):  # type: ignore[misc]
+    """Hands the layers a mask (B, S): -1 masked, 0 local, 1 global."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        embedded = inputs_embeds if inputs_embeds is not None else self.embed_tokens(input_ids)
+        if attention_mask is None:
+            attention_mask = torch.ones(embedded.shape[:2], dtype=torch.int64, device=embedded.device)
+        if global_attention_mask is None:
+            global_attention_mask = torch.zeros_like(attention_mask)
+        merged = self._merge_to_attention_mask(attention_mask, global_attention_mask) - 1
+        states = [self.layernorm_embedding(embedded + self.embed_positions(embedded.shape[:2]))]
+        for layer in self.layers:
+            states.append(layer(states[-1], merged)[0])
+        all_states = tuple(states) if output_hidden_states else None
+        if not (return_dict if return_dict is not None else self.config.return_dict):
+            return tuple(item for item in (states[-1], all_states) if item is not None)
+        return led.LEDEncoderBaseModelOutput(last_hidden_state=states[-1], hidden_states=all_states)
+
+
+_OF_LED: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _of_led(attention: type[nn.Module]) -> type[nn.Module]:
+    """Return a self-attention class whose modules are LEDEncoderSelfAttention too, so that subclasses stay theirs."""
+    names = {"__module__": attention.__module__, "__doc__": attention.__doc__}
+    bases = (attention, led.LEDEncoderSelfAttention)
+    return _OF_LED.setdefault(attention, type(attention.__name__, bases, names))
+
+
 def replace_attention(model: nn.Module, attention: type[hf.LongformerSelfAttention]) -> nn.Module:
-    """Replace the classes of the Longformer modules in `model`, in place; that of self-attention becomes `attention`.
+    """Replace the classes of Longformer and LED modules in `model`, in place; that of self-attention is `attention`.
 
     A module of a user's subclass gets a new class of the same name, whose bases are the subclass and the replacement,
     so that the subclass's methods are kept.
     """
     replacements: dict[type[nn.Module], type[nn.Module]] = {
+        led.LEDEncoderSelfAttention: _of_led(attention),
+        led.LEDEncoderLayer: LEDEncoderLayer,
+        led.LEDEncoder: LEDEncoder,
         hf.LongformerSelfAttention: attention,
         hf.LongformerEncoder: LongformerEncoder,
         hf.LongformerModel: LongformerModel,
     }
+    return replace_classes(model, replacements)
+
+
+def replace_classes(model: nn.Module, replacements: Mapping[type[nn.Module], type[nn.Module]]) -> nn.Module:
+    """Replace the classes of modules, in place; that of a subclass by a new class, as `replace_attention` says.
+
+    Args:
+        replacements: class -> its subclass that replaces it.
+    """
     for module in model.modules():
         for original, replacement in replacements.items():
             if isinstance(module, original) and not isinstance(module, replacement):

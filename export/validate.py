@@ -12,10 +12,13 @@ from torch import nn
 
 from lfx.errors import InputError
 from lfx.export.expose_layers import layer_name
+from lfx.export.led import GenerationEncoder
 from lfx.export.probe import forward_inputs, granularity, is_unchanged, longest_trial
+from lfx.export.rewrite import attention_layers
+from lfx.export.teacher_forcing import compare_generation, load_decoder
 from lfx.export.torch_runners import int8_runner, reference_runner, torch_runner
 from lfx.parity import UNIT_ROUNDOFF, Case, Report, compare, quick_cases
-from lfx.runtime import Engine
+from lfx.runtime import Engine, backends
 from lfx.runtime.runner import engine_runner, model_inputs
 from lfx.signature import ATTENTIONS, GLOBAL_ATTENTIONS, QUANTIZED, Signature, is_multi_label
 
@@ -29,12 +32,36 @@ def validate(path: Path, module: nn.Module, signature: Signature, progress: Call
         ParityError: an output is out of tolerance; the message names the output, the case and the error.
     """
     progress("comparing: opening the bundle")
-    with Engine(path, _backend(signature)) as engine:
+    with Engine(path, validation_backend(signature)) as engine:
         report = compare_engine(engine, module, quick_cases, progress)
         report.require()
         if signature.precision != "fp32" and not is_unchanged(module):
             _compare_long(engine, module, progress).require()
         return {"backend": engine.backend, "witness": f"torch {version('torch')}", **report.to_dict()}
+
+
+def validate_generation(
+    path: Path, module: nn.Module, signature: Signature, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Compare the ONNX files of a bundle with PyTorch over `parity.quick_cases`.
+
+    Args:
+        path: the encoder's ONNX file; the decoder's is beside it.
+        module: the LEDForConditionalGeneration, in float32.
+    Returns:
+        The entry `validation` of `lfx.json`.
+    Raises:
+        ParityError: an output is out of tolerance; the message names the output, the case and the error.
+    """
+    assert signature.decoder is not None
+    progress("comparing: opening the bundle")
+    files, backend = (path, path.with_name(signature.decoder.model_file)), validation_backend(signature)
+    encoder, decoder = (backends.load(file, backend, "cpu", None, None, signature.precision) for file in files)
+    cases = quick_cases(max(signature.attention_windows), signature.max_seqlen)
+    precision = signature.precision
+    report = compare_generation(encoder.infer, decoder.infer, module, signature, cases, progress, precision)
+    report.require()
+    return {"backend": encoder.name, "witness": f"torch {version('torch')}", **report.to_dict()}
 
 
 def _compare_long(engine: Engine, module: nn.Module, progress: Callable[[str], None]) -> Report:
@@ -52,7 +79,7 @@ def _compare_long(engine: Engine, module: nn.Module, progress: Callable[[str], N
         witness=torch_runner(module, signature.precision, inputs),
         candidate=lambda feeds: {name: out for name, out in run(feeds).items() if name not in attentions},
         precision=signature.precision,
-        layers=len(signature.attention_windows),
+        layers=attention_layers(module),
         names=("PyTorch in float32", "PyTorch"),
         on_case=lambda case: progress(f"comparing: {case}"),
     )
@@ -69,6 +96,8 @@ def compare_engine(
 ) -> Report:
     """Compare an Engine with its PyTorch model over a list of cases.
 
+    A model that writes texts is compared with given texts, see `lfx.export.teacher_forcing`; by layer, its encoder is.
+
     Args:
         module: the float32 model that the engine was exported from.
         cases: a function of window, max_seqlen and the multiple that lengths must be, such as `parity.full_cases`.
@@ -79,7 +108,9 @@ def compare_engine(
         InputError: all cases are outside the profile of the plan.
     """
     progress("comparing: loading the references")
-    signature, inputs = engine.signature, forward_inputs(module)
+    signature = engine.signature
+    whole, module = module, GenerationEncoder(module) if signature.decoder is not None else module
+    inputs = forward_inputs(module)
     layers, attentions = len(signature.attention_windows), signature.attention_outputs
     all_cases = cases(max(signature.attention_windows), signature.max_seqlen, granularity(module))
     supported = [case for case in all_cases if engine.supports_shape(case.batch, case.seqlen)]
@@ -87,6 +118,9 @@ def compare_engine(
         raise InputError("the plan was built for none of the lengths and batches that are compared; give --cases full")
     # The tolerance follows the coarser of the bundle's and the engine's precision; an int8 model's stays int8.
     precision = max(signature.precision, engine.precision, key=UNIT_ROUNDOFF.__getitem__)
+    if signature.decoder is not None and not by_layer:
+        run, decoder = engine_runner(engine), load_decoder(engine)
+        return compare_generation(run, decoder.infer, whole, signature, supported, progress, precision)
     if quantization:
         precision = QUANTIZED
         witness = int8_runner(module, quantization, inputs, by_layer=by_layer)
@@ -99,11 +133,14 @@ def compare_engine(
         witness=witness,
         candidate=engine_runner(engine),
         precision=precision,
-        layers=layers,
+        layers=attention_layers(module),
         depth={
-            name: i + 1
-            for i in range(layers)
-            for name in (layer_name(i), f"{ATTENTIONS}.{i}", f"{GLOBAL_ATTENTIONS}.{i}")
+            "encoder_last_hidden_state": layers,
+            **{
+                name: i + 1
+                for i in range(layers)
+                for name in (layer_name(i), f"{ATTENTIONS}.{i}", f"{GLOBAL_ATTENTIONS}.{i}")
+            },
         },
         probabilities=attentions,
         multi_label=is_multi_label(signature, getattr(getattr(module, "config", None), "problem_type", None)),
@@ -111,7 +148,7 @@ def compare_engine(
     )
 
 
-def _backend(signature: Signature) -> str:
+def validation_backend(signature: Signature) -> str:
     """Return the backend that validates: ONNX Runtime, or for bf16 OpenVINO, or onnx's evaluator without OpenVINO.
 
     ONNX Runtime has few CPU kernels for bf16.

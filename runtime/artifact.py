@@ -17,8 +17,8 @@ from lfx.checks import parse_json, shown
 from lfx.errors import ArtifactError
 from lfx.files import link_or_copy, temporary_folder
 from lfx.manifest import MANIFEST, Manifest, locate
-from lfx.onnx_file import read_header
-from lfx.signature import Signature
+from lfx.onnx_file import Header, read_header
+from lfx.signature import Decoder, Signature
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Artifact:
         bundle: folder of the bundle; None for a single ONNX file.
         manifest: the bundle's manifest; None for a single ONNX file.
         signature: the model's signature; equal in the manifest and in the ONNX file.
-        files: name of the ONNX file and of each weight file -> its path with links resolved.
+        files: name of each ONNX file and of each weight file -> its path with links resolved.
         has_attention_nodes: whether the ONNX file calls the attention ops of lfx, for which a backend may have kernels.
     """
 
@@ -43,7 +43,7 @@ class Artifact:
 
     @contextlib.contextmanager
     def plain_files(self, *, unshared: bool = False) -> Iterator[Path]:
-        """Yield the path of the ONNX file, with its weights beside it and none of them a symbolic link.
+        """Yield the path of the ONNX file, with the other files beside it and none of them a symbolic link.
 
         If one of them is a symbolic link, all are hard-linked into a private folder, or copied on another file system.
         The folder is removed when the block ends.
@@ -84,27 +84,84 @@ def open_artifact(path: Path) -> Artifact:
 def check_bundle(bundle: Path, manifest: Manifest) -> Artifact:
     """`open_artifact` for a bundle whose manifest was already read."""
     listed = manifest.verify(bundle)
-    model, folder = bundle / manifest.model_file, PurePosixPath(manifest.model_file).parent
-    header = read_header(listed[manifest.model_file])
-    for name in header.weights:
-        if Path(name).name != name:
-            raise ArtifactError(f"{model} has weights in {name!r}, outside its folder; put them beside it")
-        if str(folder / name) not in listed:
-            raise ArtifactError(f"{model} has weights in {name!r}, which {MANIFEST} does not list; export it again")
-    stored = _signature(model, header.metadata)
-    if stored != manifest.signature:
-        listed_fields, stored_fields = manifest.signature.to_dict(), stored.to_dict()
-        name = next(name for name in listed_fields if listed_fields[name] != stored_fields[name])
-        raise ArtifactError(
-            f"{bundle / MANIFEST} says {name} {shown(listed_fields[name])} where {model.name} says "
-            f"{shown(stored_fields[name])}; "
-            "export the model again"
-        )
-    files = {name: listed[str(folder / name)] for name in (model.name, *sorted(header.weights))}
-    return Artifact(model, bundle, manifest, stored, files, header.has_attention_nodes)
+    names = [manifest.model_file]
+    if manifest.signature.decoder is not None:
+        folder = PurePosixPath(manifest.model_file).parent
+        names.append(str(folder / _decoder_name(manifest.signature.decoder, bundle / MANIFEST)))
+    headers: list[Header] = []
+    files: dict[str, Path] = {}
+    for name in names:
+        if name not in listed:
+            raise ArtifactError(f"{bundle / MANIFEST} lists no {name}; export the model again")
+        header, of_graph = _listed_files(bundle, name, listed, manifest.signature)
+        headers.append(header)
+        files |= of_graph
+    model, signature = bundle / manifest.model_file, manifest.signature
+    return Artifact(model, bundle, manifest, signature, files, headers[0].has_attention_nodes)
+
+
+def _listed_files(
+    bundle: Path, name: str, listed: dict[str, Path], signature: Signature
+) -> tuple[Header, dict[str, Path]]:
+    """Check the signature and the weights of an ONNX file of a bundle.
+
+    Args:
+        name: path of the ONNX file in the bundle.
+        listed: from `Manifest.verify`.
+        signature: the manifest's.
+    Returns:
+        Its header; and the name of the ONNX file and of each weight file -> its path with links resolved.
+    """
+    model, folder = bundle / name, PurePosixPath(name).parent
+    header = read_header(listed[name])
+    for weights in header.weights:
+        if Path(weights).name != weights:
+            raise ArtifactError(f"{model} has weights in {weights!r}, outside its folder; put them beside it")
+        if str(folder / weights) not in listed:
+            raise ArtifactError(f"{model} has weights in {weights!r}, which {MANIFEST} does not list; export it again")
+    _check_equal(signature, bundle / MANIFEST, _signature(model, header.metadata), model)
+    return header, {file: listed[str(folder / file)] for file in (model.name, *sorted(header.weights))}
+
+
+def _decoder_name(decoder: Decoder, source: Path) -> str:
+    """Name of the decoder's ONNX file, which is in the encoder's folder."""
+    name = decoder.model_file
+    if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
+        raise ArtifactError(f"{source} names the decoder's graph {shown(name)}, which is no file name; export it again")
+    return name
+
+
+def _check_equal(expected: Signature, source: Path, stored: Signature, model: Path) -> None:
+    """Raise ArtifactError if an ONNX file has another signature than the file `source`."""
+    if stored == expected:
+        return
+    expected_fields, stored_fields = expected.to_dict(), stored.to_dict()
+    name = next(name for name in expected_fields if expected_fields[name] != stored_fields.get(name))
+    raise ArtifactError(
+        f"{source} says {name} {shown(expected_fields[name])} where {model.name} says "
+        f"{shown(stored_fields.get(name))}; export the model again"
+    )
 
 
 def _open_single(model: Path) -> Artifact:
+    header, files = _single_files(model)
+    signature = _signature(model, header.metadata)
+    if signature.decoder is not None:
+        decoder = model.with_name(_decoder_name(signature.decoder, model))
+        if decoder.name == model.name:
+            raise ArtifactError(f"{model} is a decoder's graph, which needs the encoder's; open the bundle instead")
+        if not decoder.is_file():
+            raise ArtifactError(
+                f"{model} needs the decoder's graph {decoder}, which is no file; export the model again"
+            )
+        decoder_header, decoder_files = _single_files(decoder)
+        _check_equal(signature, model, _signature(decoder, decoder_header.metadata), decoder)
+        files |= decoder_files
+    return Artifact(model, None, None, signature, files, header.has_attention_nodes)
+
+
+def _single_files(model: Path) -> tuple[Header, dict[str, Path]]:
+    """Read an ONNX file that no manifest lists; returns its header, and the file name -> path of it and its weights."""
     header = read_header(model)
     files = {model.name: model.resolve()}
     for name in sorted(header.weights):
@@ -114,7 +171,7 @@ def _open_single(model: Path) -> Artifact:
         if not file.is_file():
             raise ArtifactError(f"{model} has weights in {name!r}, and {file} is no file; export the model again")
         files[name] = file
-    return Artifact(model, None, None, _signature(model, header.metadata), files, header.has_attention_nodes)
+    return header, files
 
 
 def _signature(model: Path, metadata: str | None) -> Signature:

@@ -16,6 +16,8 @@ from lfx.errors import InputError, require
 from lfx.files import replacing, why_unwritten
 
 Run = Callable[[NDArray[np.int64]], Any]
+# Generates a number of tokens for ids, (batch, seqlen), and calls a function after each.
+Generate = Callable[[NDArray[np.int64], int, Callable[[], None]], Any]
 
 
 def measure(
@@ -68,6 +70,91 @@ def measure(
             first = next(iter(seconds.values()))
             rows += [_row(name, batch, length, times, first) for name, times in seconds.items()]
     return rows
+
+
+def measure_generation(
+    contenders: Mapping[str, Generate],
+    lengths: Sequence[int],
+    batch_sizes: Sequence[int],
+    *,
+    new_tokens: int = 128,
+    rounds: int = 5,
+    warm_up: bool = True,
+    vocab_size: int = 32,
+    progress: Callable[[str], None] = lambda step: None,
+) -> list[dict[str, Any]]:
+    """Time the prefill and the decoding of each contender at each length and batch size; see `measure`.
+
+    The prefill is the time to the first token: the encoder, and the first step of the decoder.
+
+    Args:
+        contenders: name -> a function of ids, the number of tokens and a callback, which is called after each token.
+        new_tokens: number of tokens of each row, 2 or more.
+    Returns:
+        One row for each batch size, length and contender: contender, seqlen, batch, new_tokens, rounds, prefill_p50_ms,
+        prefill_p5_ms, prefill_p95_ms, prefill_tokens_per_second; decode_tokens_per_second (median over the rounds; of
+        all rows together), decode_p5_tokens_per_second, decode_p95_tokens_per_second; and prefill_times_the_first and
+        decode_times_the_first, the medians of the contender's time divided by the first contender's.
+    Raises:
+        InputError: an argument has another type or is out of range, or a contender writes another number of tokens.
+    """
+    rounds, vocab_size = _check_options(contenders, lengths, batch_sizes, rounds, vocab_size)
+    new_tokens = whole_number(new_tokens, "new_tokens", 2)
+    rows = []
+    for batch in batch_sizes:
+        for length in lengths:
+            ids = np.random.default_rng([batch, length]).integers(3, max(vocab_size, 4), (batch, length))
+            step = f"batch {batch}, {length} tokens"
+            for name, run in contenders.items() if warm_up else ():
+                progress(f"{step}: {name}, warming up")
+                _time_generation(name, run, ids, 2)
+            seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+            for i in range(rounds):
+                progress(f"{step}: round {i + 1} of {rounds}")
+                for name, run in contenders.items():
+                    seconds[name].append(_time_generation(name, run, ids, new_tokens))
+            first = next(iter(seconds.values()))
+            rows += [_generation_row(name, batch, length, new_tokens, times, first) for name, times in seconds.items()]
+    return rows
+
+
+def _time_generation(name: str, run: Generate, ids: NDArray[np.int64], new_tokens: int) -> tuple[float, float]:
+    """Seconds to the first token, and from there to the last one."""
+    times = [time.perf_counter()]
+    run(ids, new_tokens, lambda: times.append(time.perf_counter()))
+    if len(times) != new_tokens + 1:
+        raise InputError(f"{name} writes {len(times) - 1} tokens where {new_tokens} are measured; forbid its end token")
+    return times[1] - times[0], times[-1] - times[1]
+
+
+def _generation_row(
+    name: str,
+    batch: int,
+    length: int,
+    new_tokens: int,
+    seconds: Sequence[tuple[float, float]],
+    first: Sequence[tuple[float, float]],
+) -> dict[str, Any]:
+    """A row of `measure_generation`, from the times of a contender and those of the first one."""
+    p5, p50, p95 = (1000 * float(p) for p in np.percentile([prefill for prefill, _ in seconds], [5, 50, 95]))
+    rates = [batch * (new_tokens - 1) / decode for _, decode in seconds]
+    slow, median, fast = (float(rate) for rate in np.percentile(rates, [5, 50, 95]))
+    return {
+        "contender": name,
+        "seqlen": length,
+        "batch": batch,
+        "new_tokens": new_tokens,
+        "rounds": len(seconds),
+        "prefill_p50_ms": p50,
+        "prefill_p5_ms": p5,
+        "prefill_p95_ms": p95,
+        "prefill_tokens_per_second": batch * length / p50 * 1000,
+        "decode_tokens_per_second": median,
+        "decode_p5_tokens_per_second": slow,
+        "decode_p95_tokens_per_second": fast,
+        "prefill_times_the_first": statistics.median(a[0] / b[0] for a, b in zip(seconds, first, strict=True)),
+        "decode_times_the_first": statistics.median(a[1] / b[1] for a, b in zip(seconds, first, strict=True)),
+    }
 
 
 def _check_options(contenders: Any, lengths: Any, batch_sizes: Any, rounds: Any, vocab_size: Any) -> tuple[int, int]:

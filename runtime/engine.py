@@ -11,18 +11,24 @@ from collections import UserString
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.checks import LARGEST, one_of, shown, whole_number
+from lfx.checks import LARGEST, flag, one_of, shown, whole_number
 from lfx.errors import ArtifactError, InputError, LfxError
 from lfx.manifest import sha256
 from lfx.runtime import backends, forks
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.embedding import SENTENCE_OUTPUT, check_task, embedding_size, encode_texts
-from lfx.runtime.inputs import Feeds, prepare, prepare_each, seqlen_of, stack
+from lfx.runtime.generation import GenerationSettings, GraphGenerator, resolve, search
+from lfx.runtime.generation.defaults import read_defaults
+from lfx.runtime.generation.inputs import check_task as check_generation_task
+from lfx.runtime.generation.inputs import encode_texts as encode_inputs
+from lfx.runtime.generation.inputs import is_texts, prepare_inputs
+from lfx.runtime.generation.rows import generate_rows, join_rows
+from lfx.runtime.inputs import Feeds, Int64, prepare, prepare_each, seqlen_of, stack
 from lfx.runtime.loading import load_model
 from lfx.runtime.metrics import Metrics
 from lfx.runtime.outputs import OutputRequest, request_outputs
@@ -99,6 +105,8 @@ class Engine:
         self.manifest, self.signature = model.manifest, model.signature
         self._files = tuple(model.artifact.files.values()) if model.artifact is not None else ()
         self._backend: backends.Backend | None = model.backend
+        self._graphs = model.graphs
+        self._generation_defaults: dict[str, Any] | None = None
         self.backend = model.backend.name
         self.kernels = model.kernels
         self.precision = precision or self.signature.precision
@@ -233,11 +241,7 @@ class Engine:
         try:
             self.check_usable()
             check_task(self.signature)
-            if tokenizer is None:
-                tokenizer = self._tokenizer = self._tokenizer or Tokenizer(
-                    text_folder(self.path, self.manifest), self.signature
-                )
-            ids = encode_texts(texts, tokenizer, prompt=prompt, truncate=truncate)
+            ids = encode_texts(texts, self._open_tokenizer(tokenizer), prompt=prompt, truncate=truncate)
             size = embedding_size(self.signature)
             rows = [row[SENTENCE_OUTPUT] for row in self.stream(ids, outputs=[SENTENCE_OUTPUT])]
         except BaseException:
@@ -340,6 +344,183 @@ class Engine:
             sequences = prepare(ids, None, global_mask, self.signature)
             self._open().infer(stack(sequences, self.signature.pad_token_id))
 
+    @overload
+    def generate(
+        self,
+        inputs: Any,
+        attention_mask: Any = None,
+        global_attention_mask: Any = None,
+        *,
+        truncate: bool = False,
+        tokenizer: Tokenizer | None = None,
+        stream: Literal[False] = False,
+        on_error: Literal["raise"] = "raise",
+        **options: Any,
+    ) -> Int64: ...
+
+    @overload
+    def generate(
+        self,
+        inputs: Any,
+        attention_mask: Any = None,
+        global_attention_mask: Any = None,
+        *,
+        truncate: bool = False,
+        tokenizer: Tokenizer | None = None,
+        stream: Literal[True],
+        on_error: Literal["raise"] = "raise",
+        **options: Any,
+    ) -> Iterator[Int64]: ...
+
+    @overload
+    def generate(
+        self,
+        inputs: Any,
+        attention_mask: Any = None,
+        global_attention_mask: Any = None,
+        *,
+        truncate: bool = False,
+        tokenizer: Tokenizer | None = None,
+        stream: Literal[False] = False,
+        on_error: Literal["return"],
+        **options: Any,
+    ) -> list[Int64 | LfxError]: ...
+
+    def generate(
+        self,
+        inputs: Any,
+        attention_mask: Any = None,
+        global_attention_mask: Any = None,
+        *,
+        truncate: bool = False,
+        tokenizer: Tokenizer | None = None,
+        stream: bool = False,
+        on_error: str = "raise",
+        **options: Any,
+    ) -> Int64 | Iterator[Int64] | list[Int64 | LfxError]:
+        """Write a text for each sequence, such as the summary of a document.
+
+        Rows end on their own, and a row that has ended costs nothing. Sequences of different lengths run in batches of
+        neighbouring lengths, see `token_budget`.
+
+        Args:
+            inputs: ids as for `run`; or one text, or a list of texts.
+            attention_mask, global_attention_mask: as for `run`, of ids. Default: all tokens are real, and the first one
+                attends globally.
+            truncate: cut a text of more tokens than the encoder's maximum (see `Tokenizer.truncate`); otherwise such a
+                text is an error.
+            tokenizer: of texts. Default: the one in the bundle.
+            stream: return an iterator over the tokens, as they come. All sequences run in one batch.
+            on_error: "raise", or "return": a sequence that the model cannot take, or whose batch fails, gets its error,
+                and the others are run. Default: "raise".
+            options: names, meanings and defaults of Hugging Face's `generate`; defaults of the checkpoint are in its
+                generation_config.json, and None turns an option off. Length: max_new_tokens, max_length, min_length,
+                min_new_tokens. Beams: num_beams, num_return_sequences, length_penalty, early_stopping (True, False or
+                "never"). Sampling: do_sample, temperature, top_k, top_p, and seed, a number that repeats the same
+                tokens. Rules: no_repeat_ngram_size, encoder_no_repeat_ngram_size, repetition_penalty, bad_words_ids,
+                forced_bos_token_id, forced_eos_token_id. Tokens: decoder_start_token_id, eos_token_id (one or several),
+                pad_token_id, bos_token_id.
+        Returns:
+            (sequences * num_return_sequences, tokens) int64 from the start token on, padded on the right with the pad
+            token; the rows of a sequence are neighbours. With stream=True an iterator over the columns of that array
+            after the first: (rows,) int64, the next token of each row, or the pad token for a row that has ended. With
+            on_error="return" a list: for each sequence the array of its rows, or its error.
+        Raises:
+            InputError: the model writes no texts; the encoder cannot take an input; an option is not known or not
+                supported, or out of range; beams with stream=True; or the Engine is closed.
+            ArtifactError: there is no tokenizer, or generation_config.json is broken.
+            LfxError: the logits are not finite, the Engine was made before a fork, or the backend failed.
+        """
+        start = time.perf_counter()
+        try:
+            keep_errors = one_of(on_error, "on_error", ON_ERROR, InputError) == "return"
+            model, settings = self._generator(), self._settings(options, stream=flag(stream, "stream"))
+            if is_texts(inputs):
+                masks = (attention_mask, global_attention_mask)
+                open_tokenizer = functools.partial(self._open_tokenizer, tokenizer)
+                inputs = encode_inputs(inputs, masks, open_tokenizer, truncate=truncate, keep_errors=keep_errors)
+            masks = (attention_mask, global_attention_mask)
+            sequences = prepare_inputs(inputs, *masks, self.signature, keep_errors=keep_errors)
+            result: Int64 | Iterator[Int64] | list[Int64 | LfxError]
+            if stream:
+                result = search.stream(model, cast("list[Feeds]", sequences), settings)
+            elif keep_errors:
+                result = self._generate_rows(model, sequences, settings, keep_errors=True)
+            else:
+                result = self._generate(model, cast("list[Feeds]", sequences), settings)
+        except BaseException:
+            self.metrics.failed()
+            raise
+        self.metrics.answered(time.perf_counter() - start)
+        return result
+
+    def generation_settings(self, **options: Any) -> GenerationSettings:
+        """Check the options of `generate`, and return them with the checkpoint's defaults.
+
+        Raises:
+            InputError, ArtifactError: what `generate` raises for them.
+        """
+        self._generator()
+        return self._settings(options, stream=False)
+
+    def _generate(self, model: GraphGenerator, sequences: list[Feeds], settings: GenerationSettings) -> Int64:
+        if len({seqlen_of(feeds) for feeds in sequences}) == 1:
+            return search.generate(model, sequences, settings)
+        rows = self._generate_rows(model, sequences, settings, keep_errors=False)
+        return join_rows(cast("list[Int64]", rows), settings.pad_token_id or 0)
+
+    def _generate_rows(
+        self,
+        model: GraphGenerator,
+        sequences: Sequence[Feeds | LfxError],
+        settings: GenerationSettings,
+        *,
+        keep_errors: bool,
+    ) -> list[Int64 | LfxError]:
+        return generate_rows(
+            model,
+            sequences,
+            settings,
+            self.token_budget,
+            model.encoder.supports_shape,
+            pad=self.signature.may_pad,
+            keep_errors=keep_errors,
+        )
+
+    def _generator(self) -> GraphGenerator:
+        self._open()
+        check_generation_task(self.signature)
+        graphs = self._graphs  # another thread may close the Engine while this one runs
+        if graphs is None:
+            raise InputError("this Engine has no decoder, so it writes no texts; open the bundle")
+        return GraphGenerator(*graphs, self.signature, self._count)
+
+    def _settings(self, options: Mapping[str, Any], *, stream: bool) -> GenerationSettings:
+        decoder = self.signature.decoder
+        assert decoder is not None
+        if self._generation_defaults is None:
+            self._generation_defaults = read_defaults(text_folder(self.path, self.manifest))
+        settings = resolve(
+            options,
+            self._generation_defaults,
+            vocab_size=int(next(spec.shape[-1] for spec in decoder.outputs if spec.name == "logits")),
+            max_tokens=decoder.max_tokens,
+            decoder_start_token_id=decoder.decoder_start_token_id,
+        )
+        if stream and settings.num_beams > 1:
+            raise InputError(
+                f"num_beams {settings.num_beams} cannot be streamed, since beams change until the end; give "
+                "num_beams=1, or stream=False"
+            )
+        return settings
+
+    def _open_tokenizer(self, given: Tokenizer | None) -> Tokenizer:
+        if given is not None:
+            return given
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer(text_folder(self.path, self.manifest), self.signature)
+        return self._tokenizer
+
     def _run_batch(self, backend: backends.Backend, sequences: Sequence[Feeds], request: OutputRequest) -> Outputs:
         if len({seqlen_of(feeds) for feeds in sequences}) == 1:
             return dict(self._infer(backend, stack(sequences, self.signature.pad_token_id), request))
@@ -354,11 +535,15 @@ class Engine:
 
     def _infer(self, backend: backends.Backend, feeds: Feeds, request: OutputRequest) -> Row:
         outputs = backend.infer(feeds, request.names, on_device=request.on_device)
+        _check_outputs(outputs, request.signature, len(feeds["input_ids"]))
+        self._count(feeds)
+        return request.convert(outputs)
+
+    def _count(self, feeds: Feeds) -> None:
+        """Count a batch that was computed."""
         ids = feeds["input_ids"]
-        _check_outputs(outputs, request.signature, len(ids))
         real = int(feeds["attention_mask"].sum()) if "attention_mask" in feeds else ids.size
         self.metrics.computed(len(ids), real, ids.size - real)
-        return request.convert(outputs)
 
     @overload
     def stream(
@@ -469,8 +654,9 @@ class Engine:
     def forked(self) -> None:
         """Refuse to run in a child process, and never free the model there: that may wait for the parent's threads."""
         self._forked = True
-        if self._backend is not None:
-            forks.keep(self._backend)
+        for model in (self._backend, self._graphs):
+            if model is not None:
+                forks.keep(model)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._backend is None:
@@ -496,7 +682,7 @@ class Engine:
 
     def close(self) -> None:
         """Free the model. Calling it again does nothing."""
-        self._backend = None
+        self._backend = self._graphs = None
 
     def __enter__(self) -> Engine:
         return self

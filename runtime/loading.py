@@ -14,7 +14,7 @@ from lfx.runtime import backends, custom_ops
 from lfx.runtime.artifact import Artifact, open_artifact
 from lfx.runtime.hub import local_path
 from lfx.runtime.plan import SUFFIX, PlanManifest
-from lfx.signature import QUANTIZED, Signature
+from lfx.signature import PAST, PRESENT, QUANTIZED, Signature
 
 COMPUTE_PRECISIONS = ("fp32", "bf16")
 
@@ -28,6 +28,8 @@ class LoadedModel:
         manifest: None for a single ONNX file.
         artifact: the files of a bundle or ONNX file; None for a plan.
         kernels: "fused" if lfx's own kernels run all attention nodes, "function" otherwise.
+        graphs: the encoder's and the decoder's graph of a model that writes texts, of which `backend` is the first;
+            None for other models.
     """
 
     path: Path
@@ -36,6 +38,7 @@ class LoadedModel:
     manifest: Manifest | PlanManifest | None
     artifact: Artifact | None
     kernels: str
+    graphs: tuple[backends.TensorBackend, backends.TensorBackend] | None = None
 
 
 def load_model(
@@ -62,7 +65,28 @@ def load_model(
         raise ArtifactError(f"{file} has other inputs or outputs than its manifest; export it again")
     if "input_ids" not in names[0]:
         raise ArtifactError(f"{file} has no input input_ids; export it again")
+    if model.graphs is not None:
+        _check_decoder(file, model.signature, model.graphs[1])
     return model
+
+
+def _check_decoder(file: Path, signature: Signature, backend: backends.Backend) -> None:
+    """Raise ArtifactError if the decoder's graph is not the one that the signature describes, or does not fit."""
+    spec = signature.decoder
+    assert spec is not None
+    inputs, outputs = [item.name for item in spec.inputs], [item.name for item in spec.outputs]
+    if (sorted(backend.input_names), backend.output_names) != (sorted(inputs), outputs):
+        raise ArtifactError(
+            f"{spec.model_file} of {file} has other inputs or outputs than the signature says; export it again"
+        )
+    produced = {item.name for item in signature.outputs} | set(outputs)
+    cached = [name.replace(PAST, PRESENT, 1) for name in inputs if name.startswith(PAST)]
+    if (
+        not {"input_ids", "encoder_attention_mask"} <= set(inputs)
+        or "logits" not in outputs
+        or not set(cached) <= produced
+    ):
+        raise ArtifactError(f"{spec.model_file} of {file} does not fit the encoder's outputs; export it again")
 
 
 def _load_plan(
@@ -105,8 +129,12 @@ def _load_onnx(
     # The reference backend is the onnx package, which refuses files with more than one hard link.
     with artifact.plain_files(unshared=backend == "reference") as model:
         loaded = backends.load(model, backend, provider, threads, precision, stored, "function" if reason else kernels)
+        graphs = None
+        if signature.decoder is not None:
+            decoder = model.with_name(signature.decoder.model_file)
+            graphs = (loaded, backends.load(decoder, backend, provider, threads, precision, stored))
     used = loaded.kernels if isinstance(loaded, backends.OnnxRuntime) else "function"
-    return LoadedModel(path, loaded, signature, artifact.manifest, artifact, used)
+    return LoadedModel(path, loaded, signature, artifact.manifest, artifact, used, graphs)
 
 
 def _check_weight_bits(path: Path, signature: Signature, provider: str) -> None:

@@ -150,10 +150,10 @@ class Tokenizer:
         self.config_folder = self.folder
         if config_folder is not None:
             self.config_folder = file_path(config_folder, "config_folder", ArtifactError)
-        listed = None if unlisted else _listed_files(self.folder)
-        listed_configs = listed if config_folder is None else _listed_files(self.config_folder)
+        listed = None if unlisted else listed_files(self.folder)
+        listed_configs = listed if config_folder is None else listed_files(self.config_folder)
         path = self.folder / TOKENIZER
-        data = _read_listed(path, listed)
+        data = read_listed(path, listed)
         if data is None:
             raise ArtifactError(
                 f"{self.folder} has no {TOKENIZER}, since its checkpoint had no tokenizer; give ids to Engine.run "
@@ -165,14 +165,14 @@ class Tokenizer:
             self._tokenizer.no_padding()
             if getattr(self._tokenizer.model, "dropout", None):  # it would give a text other ids at each call
                 self._tokenizer.model.dropout = None
-        config = _read_listed(self.config_folder / CONFIG, listed_configs)
-        tokenizer_config = _read_listed(self.folder / TOKENIZER_CONFIG, listed)
+        config = read_listed(self.config_folder / CONFIG, listed_configs)
+        tokenizer_config = read_listed(self.folder / TOKENIZER_CONFIG, listed)
         self._tokenizer.encode_special_tokens = _splits_special_tokens(tokenizer_config, self.folder / TOKENIZER_CONFIG)
         self._keeps_end = _keeps_end(tokenizer_config, self.folder / TOKENIZER_CONFIG)
         self.prompt, files = "", [data, config, tokenizer_config]
         if signature.task == SENTENCE_EMBEDDING:
             path = self.config_folder / PROMPTS
-            files.append(_read_listed(path, listed_configs))
+            files.append(read_listed(path, listed_configs))
             self.prompt = _default_prompt(files[-1], path)
         self.sha256 = _digest(*files)
         self.signature = signature
@@ -302,6 +302,10 @@ class Tokenizer:
                     )
             return str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
+    def piece(self, token: int) -> str:
+        """The vocabulary entry of an id; empty if the vocabulary does not have it."""
+        return self._tokenizer.id_to_token(token) or ""
+
     def has_id(self, token: int) -> bool:
         """Whether an id is in the vocabulary."""
         return self._tokenizer.id_to_token(token) is not None
@@ -312,12 +316,12 @@ class Tokenizer:
         return index
 
 
-def _listed_files(folder: Path) -> Mapping[str, Any] | None:
+def listed_files(folder: Path) -> Mapping[str, Any] | None:
     """The files that a bundle's manifest lists; None if the folder is no bundle."""
     return Manifest.read(folder).files if os.path.lexists(folder / MANIFEST) else None
 
 
-def _read_listed(path: Path, listed: Mapping[str, Any] | None) -> bytes | None:
+def read_listed(path: Path, listed: Mapping[str, Any] | None) -> bytes | None:
     """`read_file`, and compare the content with the entry of a manifest.
 
     Args:

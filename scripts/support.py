@@ -26,6 +26,7 @@ from torch import nn
 
 from lfx.errors import LfxError, one_line
 from lfx.export import convert, export
+from lfx.export.led import LED_CLASSES
 from lfx.export.load import load
 from lfx.export.quantize import quantize
 from lfx.export.validate import compare_engine
@@ -33,11 +34,12 @@ from lfx.manifest import Manifest
 from lfx.parity import Case, Report, full_cases
 from lfx.runtime import Engine, build_engine
 from lfx.runtime.plan import PlanManifest
-from lfx.signature import TASKS
+from lfx.signature import TASKS, TEXT_GENERATION
 from scripts import record
 from tests.encoders import FAMILIES, save_tiny_encoder
+from tests.export.test_convert_bart import tiny_bart
 from tests.export.test_original import save_original
-from tests.models import VOCAB_SIZE, tiny_model
+from tests.models import VOCAB_SIZE, tiny_led, tiny_model
 from tests.parity.test_dilation import PATTERNS
 from tests.parity.test_dilation import model as dilated_model
 
@@ -89,6 +91,10 @@ def rows() -> dict[str, Row]:
     table = {
         f"{task.architecture}, {name}": Row(model_class, functools.partial(_tiny, name)) for name, task in TASKS.items()
     }
+    for task, architecture in LED_CLASSES.items():
+        if task != TEXT_GENERATION:
+            table[f"{architecture}, {task}"] = Row(model_class, functools.partial(_tiny_led, architecture))
+    table["BartForConditionalGeneration, converted"] = Row(model_class, _converted_bart)
     for family in FAMILIES:
         table[f"{family}Model, converted"] = Row(model_class, functools.partial(_converted, family))
     table["allenai's original checkpoint"] = Row(model_class, _original)
@@ -122,6 +128,16 @@ def rows() -> dict[str, Row]:
 def _tiny(task: str, folder: Path) -> nn.Module:
     module: nn.Module = tiny_model(task)
     return module
+
+
+def _tiny_led(architecture: str, folder: Path) -> nn.Module:
+    module: nn.Module = tiny_led(architecture)
+    return module
+
+
+def _converted_bart(folder: Path) -> Path:
+    tiny_bart().save_pretrained(folder / "bart")
+    return convert(folder / "bart", folder / "checkpoint", max_seqlen=128, attention_window=16)
 
 
 def _converted(family: str, folder: Path) -> Path:

@@ -342,6 +342,32 @@ def long() -> str:
     return _rows(header, rows) + note
 
 
+def generation() -> str:
+    """Make the table of prefill, decoding and memory of text generation against Hugging Face."""
+    if not (record.RECORDS / "generation.jsonl").exists():
+        return "Not measured yet.\n"
+    records = record.read("generation")
+    rows = []
+    for row in records:
+        is_reference = row["times_hugging_face_prefill"] == row["times_hugging_face_decode"] == 1
+        rows.append(
+            [
+                f"{row['seqlen']:,}",
+                row["contender"],
+                _time(row["prefill_p50_ms"]),
+                "" if is_reference else f"**{row['times_hugging_face_prefill']:.2f}**",
+                f"{row['decode_tokens_per_second']:,.1f}",
+                "" if is_reference else f"**{row['times_hugging_face_decode']:.2f}**",
+                f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
+            ]
+        )
+    header = ["tokens", "contender", "prefill", "times as fast", "new tokens/s", "times as fast", "peak memory"]
+    first = records[0]
+    note = f"\nled-base-16384's config with random weights, fp32, batch 1, {first['new_tokens']} new tokens by greedy "
+    note += f"search, {first['threads']} threads, medians of {first['rounds']} turns. {_hardware(first)}.\n"
+    return _rows(header, rows) + note
+
+
 def ray() -> str:
     """Make the table and the figure of `lfx map` in a simulated cluster."""
     if not (record.RECORDS / "ray.jsonl").exists():
@@ -507,6 +533,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantizers": quantizers,
     "profile": profile,
     "long": long,
+    "generation": generation,
     "ray": ray,
     "torch": torch,
     "plan": plan,

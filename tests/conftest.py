@@ -17,9 +17,10 @@ import pytest
 from hypothesis import settings
 
 from lfx.export import export
-from tests.models import tiny_model, tiny_tokenizer
+from tests.models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 MakeBundle = Callable[..., Path]
+MakeLed = Callable[..., tuple[Any, Path]]
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 SmallDisk = Callable[[], Path]
 DEFAULTS = inspect.signature(export).parameters
@@ -86,6 +87,29 @@ def bundle(made_once: MakeOnce) -> MakeBundle:
             export(tiny_model(task), folder / task, tokenizer=tiny_tokenizer(), **options)
 
         return made_once(name, fill) / task
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def led_bundle(made_once: MakeOnce) -> MakeLed:
+    """led_bundle(seed, **export options) -> Hugging Face's model, and the folder of its bundle, only read."""
+    from tests.runtime.generation.led import tiny_led
+
+    models: dict[int, Any] = {}
+
+    def make(seed: int = 7, **options: Any) -> tuple[Any, Path]:
+        model = models.setdefault(seed, tiny_led(seed, vocab_size=VOCAB_SIZE))
+        name = ",".join(["led", str(seed), *(f"{key}={value}" for key, value in options.items())])
+
+        def fill(folder: Path) -> None:
+            tokenizer = tiny_tokenizer()
+            tokenizer.add_tokens([f"w{i}" for i in range(VOCAB_SIZE - len(tokenizer))])  # the model writes any id
+            model.save_pretrained(folder / "checkpoint")
+            tokenizer.save_pretrained(folder / "checkpoint")
+            export(folder / "checkpoint", folder / "led", **options)
+
+        return model, made_once(name, fill) / "led"
 
     return make
 

@@ -1,4 +1,4 @@
-"""Tiny random Longformers, seeded: every test makes the checkpoint that it needs."""
+"""Tiny random Longformers and LEDs, seeded: every test makes the checkpoint that it needs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import LongformerConfig
+from transformers import LEDConfig, LongformerConfig
 
+from lfx.export.led_classifier import LEDForSequenceClassification
 from lfx.export.pooling import LongformerForSentenceEmbedding, Normalize
-from lfx.signature import SENTENCE_EMBEDDING, TASKS
+from lfx.signature import SENTENCE_EMBEDDING, TASKS, TEXT_GENERATION
 
 VOCAB_SIZE = 99
 WINDOW = 8  # one-sided, of the widest layer
+LONGFORMER_TASKS = [task for task in TASKS if task != TEXT_GENERATION]
 
 
 def tiny_config(**changes: Any) -> LongformerConfig:
@@ -37,12 +39,46 @@ def tiny_model(task: str = "feature-extraction", seed: int = 0, **changes: Any) 
     """A random model of a task's architecture, every parameter drawn (fresh biases would be zeros), in eval mode."""
     if task == SENTENCE_EMBEDDING:
         return LongformerForSentenceEmbedding(tiny_model(seed=seed, **changes), ["mean"], [Normalize()]).eval()
+    if task == TEXT_GENERATION:
+        return tiny_led(seed=seed, **changes)
     torch.manual_seed(seed)
-    model = getattr(transformers, TASKS[task].architecture)(tiny_config(**changes)).eval()
+    return _with_biases(getattr(transformers, TASKS[task].architecture)(tiny_config(**changes)))
+
+
+def tiny_led_config(**changes: Any) -> LEDConfig:
+    """Two layers in the encoder, of different windows, and two in the decoder; 128 tokens in, 40 out."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 48,
+        "max_encoder_position_embeddings": 128,
+        "max_decoder_position_embeddings": 40,
+        "attention_window": [8, 2 * WINDOW],
+        "init_std": 0.2,
+    }
+    return LEDConfig(**{**settings, **changes})
+
+
+def tiny_led(architecture: str = "LEDForConditionalGeneration", seed: int = 0, **changes: Any) -> Any:
+    """A random LED, every parameter drawn, in eval mode."""
+    torch.manual_seed(seed)
+    cls = getattr(transformers, architecture, LEDForSequenceClassification)
+    return _with_biases(cls(tiny_led_config(**changes)))
+
+
+def _with_biases(model: Any) -> Any:
+    model.eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0.0, 0.1)
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.normal_(0.0, 0.1)
     return model
 
 

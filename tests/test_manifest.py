@@ -14,7 +14,7 @@ import transformers
 
 from lfx.errors import ArtifactError
 from lfx.manifest import FORMAT_VERSION, MANIFEST, MODEL, WEIGHTS, Manifest, sealed, sha256
-from lfx.signature import GRAPH_INPUTS, SENTENCE_EMBEDDING, TASKS, Signature, TensorSpec
+from lfx.signature import GRAPH_INPUTS, SENTENCE_EMBEDDING, TASKS, TEXT_GENERATION, Signature, TensorSpec
 
 SIGNATURE = Signature(
     architecture="LongformerForQuestionAnswering",
@@ -72,7 +72,8 @@ def edit(folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize("task", [task for task in TASKS if task != SENTENCE_EMBEDDING])  # its class is lfx's own
 def test_tasks_name_the_classes_of_transformers(task: str) -> None:
     auto_class = getattr(transformers, TASKS[task].auto_class)
-    model_class = auto_class._model_mapping[transformers.LongformerConfig]
+    config_class = transformers.LEDConfig if task == TEXT_GENERATION else transformers.LongformerConfig
+    model_class = auto_class._model_mapping[config_class]
     assert model_class.__name__ == TASKS[task].architecture
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from lfx.errors import DependencyError
-from lfx.runtime.backends.interface import Backend
+from lfx.runtime.backends.interface import Backend, TensorBackend
 from lfx.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntime
 from lfx.runtime.backends.openvino import OpenVino
 from lfx.runtime.backends.reference import Reference
 
-__all__ = ["BACKENDS", "PROVIDERS", "Backend", "OnnxRuntime", "OpenVino", "Reference", "load"]
+__all__ = ["BACKENDS", "PROVIDERS", "Backend", "OnnxRuntime", "OpenVino", "Reference", "TensorBackend", "load"]
 
 BACKENDS = ("onnxruntime", "openvino", "reference")
 
@@ -29,7 +29,7 @@ def load(
     precision: str | None,
     stored_precision: str,
     kernels: str = "function",
-) -> Backend:
+) -> TensorBackend:
     """Load an ONNX file into a backend.
 
     Args:

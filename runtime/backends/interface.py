@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 Arrays = dict[str, NDArray[Any]]
@@ -42,9 +43,40 @@ class Backend(Protocol):
         ...
 
 
+class TensorBackend(Backend, Protocol):
+    """A backend whose outputs can be inputs of another run without a copy, such as cached keys and values.
+
+    A tensor is an object of the backend's library; those of one library fit all its models.
+    """
+
+    def tensor(self, array: NDArray[Any]) -> Any:
+        """The tensor of an array, which must not be changed while the tensor is used."""
+        ...
+
+    def array(self, tensor: Any) -> NDArray[Any]:
+        """The array of a tensor; it may be a view of the tensor's memory."""
+        ...
+
+    def infer_tensors(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Like `infer`, with tensors in place of arrays. Thread-safe."""
+        ...
+
+
 class AnyShape:
     """Mixin of the backends that run ONNX files, which take batches of any shape."""
 
     def supports_shape(self, batch: int, seqlen: int) -> bool:
         """Always True."""
         return True
+
+
+class ArrayTensors:
+    """Mixin of a backend whose tensors are numpy's arrays."""
+
+    def tensor(self, array: NDArray[Any]) -> Any:
+        """The array itself."""
+        return array
+
+    def array(self, tensor: Any) -> NDArray[Any]:
+        """The array itself."""
+        return np.asarray(tensor)

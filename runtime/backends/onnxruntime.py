@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lfx.errors import ArtifactError, DependencyError, LfxError, one_line, require, with_cure
 from lfx.runtime import custom_ops
@@ -51,6 +52,9 @@ class OnnxRuntime(AnyShape):
                 f"this onnxruntime {ort.__version__} has no {provider_name}; install it with: "
                 "pip install 'longformer-lfx[gpu]', or use provider='cpu'"
             )
+        self._make_tensor = ort.OrtValue.ortvalue_from_numpy
+        # Cached keys and values stay in the memory of the device.
+        self._device = "cpu" if provider == "cpu" else "cuda"
         self._session, self.kernels = _open_session(ort, model, provider, kernels, (threads, fused))
         if self._session.get_providers()[0] != provider_name:
             raise DependencyError(
@@ -73,6 +77,29 @@ class OnnxRuntime(AnyShape):
         except Exception as error:
             raise LfxError(f"ONNX Runtime failed: {with_cure(error)}") from error
         return dict(zip(names, values, strict=True))
+
+    def tensor(self, array: NDArray[Any]) -> Any:
+        """An OrtValue with the array's own memory."""
+        return self._make_tensor(array)
+
+    def array(self, tensor: Any) -> NDArray[Any]:
+        """A copy of an OrtValue."""
+        array: NDArray[Any] = tensor.numpy()
+        return array
+
+    def infer_tensors(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Run one batch of OrtValues."""
+        try:
+            binding = self._session.io_binding()
+            for name, value in tensors.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in self.output_names:
+                binding.bind_output(name, self._device)
+            self._session.run_with_iobinding(binding)
+            outputs = binding.get_outputs()
+        except Exception as error:
+            raise LfxError(f"ONNX Runtime failed: {with_cure(error)}") from error
+        return dict(zip(self.output_names, outputs, strict=True))
 
 
 def run_on_device(session: Any, feeds: Arrays, names: Sequence[str], device: str) -> list[DeviceArray]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lfx.errors import ArtifactError, DependencyError, LfxError, require, with_cure
 from lfx.files import link_or_copy, temporary_folder
@@ -64,6 +65,7 @@ class OpenVino(AnyShape):
             raise
         except Exception as error:
             raise ArtifactError(f"{model} cannot be loaded by OpenVINO: {with_cure(error)}") from error
+        self._make_tensor = openvino.Tensor
         self.name = f"openvino {openvino.__version__.split('-')[0]} CPU"
         # An OpenVINO port may have several names, so outputs are identified by their order in the graph.
         self.input_names = [item.name for item in graph.graph.input]
@@ -77,6 +79,26 @@ class OpenVino(AnyShape):
             raise LfxError(f"OpenVINO failed: {with_cure(error)}") from error
         names = self.output_names if outputs is None else outputs
         return {name: np.array(results[self.output_names.index(name)]) for name in names}
+
+    def tensor(self, array: NDArray[Any]) -> Any:
+        """A Tensor with the array's own memory."""
+        return self._make_tensor(np.ascontiguousarray(array), shared_memory=array.size > 0)
+
+    def array(self, tensor: Any) -> NDArray[Any]:
+        """The memory of a Tensor."""
+        array: NDArray[Any] = tensor.data
+        return array
+
+    def infer_tensors(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Run one batch of Tensors, in a new infer request, which the outputs keep."""
+        try:
+            request = self._compiled.create_infer_request()
+            for name, tensor in tensors.items():
+                request.set_tensor(name, tensor)
+            request.infer()
+            return {name: request.get_output_tensor(i) for i, name in enumerate(self.output_names)}
+        except Exception as error:
+            raise LfxError(f"OpenVINO failed: {with_cure(error)}") from error
 
 
 def _config(core: Any, threads: int | None, precision: str | None, stored: str) -> dict[str, Any]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lfx.errors import ArtifactError, LfxError, require, with_cure
-from lfx.runtime.backends.interface import AnyShape, Arrays
+from lfx.runtime.backends.interface import AnyShape, Arrays, ArrayTensors
 
 
-class Reference(AnyShape):
+class Reference(AnyShape, ArrayTensors):
     """The onnx package's ReferenceEvaluator: numpy, all precisions, slow."""
 
     def __init__(self, model: Path) -> None:
@@ -33,3 +34,7 @@ class Reference(AnyShape):
         except Exception as error:
             raise LfxError(f"the reference evaluator failed: {with_cure(error)}") from error
         return dict(zip(names, (np.asarray(value) for value in values), strict=True))
+
+    def infer_tensors(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Run one batch of arrays."""
+        return self.infer(dict(tensors))

@@ -221,6 +221,9 @@ def _schema(pyarrow: Any, lines: Iterator[bytes], outputs: Sequence[TensorSpec])
         "id": pyarrow.type_for_alias("string" if ids_as_text else next(iter(id_types), "string")),
         "window": pyarrow.int64(),
         "tokens": pyarrow.int64(),
+        "new_tokens": pyarrow.int64(),
+        "summary": pyarrow.string(),
+        "output_ids": pyarrow.list_(pyarrow.int64()),
         "answers": pyarrow.list_(
             pyarrow.struct([(key, pyarrow.type_for_alias(NUMBERS.get(key, "string"))) for key in answer_fields])
         ),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 
 from lfx.errors import InputError, LfxError, one_line
 from lfx.runtime.engine import AHEAD, Engine
+from lfx.runtime.generation.rows import without_padding
 from lfx.runtime.inputs import prepare
 from lfx.runtime.postprocess import Postprocessor, answer_outputs
 from lfx.runtime.tokenizer import Encoded, Tokenizer
-from lfx.signature import TASKS, Signature, TensorSpec
+from lfx.signature import TASKS, TEXT_GENERATION, Signature, TensorSpec
 
 # Limit of the bytes of outputs per token in one group of windows; a fill-mask model has 200 kB for each token.
 OUTPUT_BYTES = 1 << 30
+GENERATED = "sequences"  # name of the ids that `Engine.generate` returns, as Hugging Face's
 _MAX_ID_BYTES = 10_000  # of JSON; an id is copied to each row of its document
 
 Outputs = dict[str, NDArray[Any]]
@@ -54,7 +56,11 @@ class _Window:
 
 @dataclass(frozen=True)
 class Runner:
-    """Computes the rows of documents, and counts windows and tokens in `summary`."""
+    """Computes the rows of documents, and counts windows and tokens in `summary`.
+
+    Attributes:
+        generation: options of `Engine.generate`, for a model that writes texts.
+    """
 
     engine: Engine
     tokenizer: Tokenizer | None
@@ -62,6 +68,7 @@ class Runner:
     stride: int | None
     max_windows: int
     summary: Summary
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     def rows(self, documents: Iterable[tuple[int, Any]]) -> Iterator[dict[str, Any]]:
         """Yield the rows of (number, document) pairs, in order. The groups of windows depend on the documents alone."""
@@ -104,6 +111,8 @@ class Runner:
         """The engine's outputs for each sequence, or the exception that it raises for it."""
         if not sequences:
             return []
+        if self.engine.signature.task == TEXT_GENERATION:
+            return self._texts(sequences)
         try:
             return list(self.engine.stream(sequences, ahead=AHEAD, outputs=self._output_names()))
         except MemoryError:
@@ -114,6 +123,27 @@ class Runner:
         if len(failures) == len(results):
             self._check_engine(failures[0])
         return results
+
+    def _texts(self, sequences: list[list[int]]) -> Sequence[Outputs | Exception]:
+        """The ids of the text that the engine writes for each sequence, or the exception that it raises for it."""
+        results = self._generate(sequences)
+        if len(sequences) > 1:  # a batch may have failed because of one of its sequences, or of its size
+            failed = [i for i, result in enumerate(results) if isinstance(result, Exception)]
+            for i in failed:
+                results[i] = self._generate([sequences[i]])[0]
+        failures = [result for result in results if isinstance(result, Exception)]
+        if len(failures) == len(results):
+            self._check_engine(failures[0])
+        return results
+
+    def _generate(self, sequences: list[list[int]]) -> list[Outputs | Exception]:
+        try:
+            rows = self.engine.generate(sequences, on_error="return", **self.generation)
+        except MemoryError:
+            raise
+        except Exception as error:
+            return [error] * len(sequences)
+        return [row if isinstance(row, LfxError) else {GENERATED: row[0]} for row in rows]
 
     def _outputs_alone(self, ids: list[int]) -> Outputs | Exception:
         try:
@@ -156,6 +186,8 @@ class Runner:
         self.summary.tokens += len(window.encoded.ids)
         row = {**window.row, "tokens": len(window.encoded.ids)}
         try:
+            if GENERATED in outputs:
+                return {**row, **self._summary(outputs[GENERATED])}
             answers = _answers(self.postprocessor, window.encoded, outputs)
         except LfxError as error:
             return {**window.row, "error": _reason(error)}
@@ -163,6 +195,12 @@ class Runner:
             row["answers"] = answers
         names = outputs_per_sequence(self.engine.signature)
         return {**row, "outputs": {spec.name: _plain(outputs[spec.name]) for spec in names}}
+
+    def _summary(self, tokens: NDArray[np.int64]) -> dict[str, Any]:
+        """The fields of a text that was written: `new_tokens`, and `summary`, or `output_ids` without a tokenizer."""
+        ids = without_padding(tokens, self.engine.generation_settings(**self.generation)).tolist()
+        written = {"output_ids": ids} if self.tokenizer is None else {"summary": self.tokenizer.decode(ids)}
+        return {"new_tokens": len(ids) - 1, **written}
 
 
 def windows_of(
@@ -248,12 +286,14 @@ def _answers(postprocessor: Postprocessor | None, window: Encoded, outputs: Outp
 
 
 def outputs_per_sequence(signature: Signature) -> list[TensorSpec]:
-    """The outputs without a sequence axis; a row has these only."""
+    """The outputs without a sequence axis; a row has these only. A model that writes texts has none."""
     return [spec for spec in signature.outputs if "sequence" not in spec.shape]
 
 
 def _output_bytes_per_token(signature: Signature) -> int:
-    """Bytes that one token adds to the outputs that have a sequence axis."""
+    """Bytes that one token adds to the outputs that have a sequence axis, and that are kept until the group is done."""
+    if signature.task == TEXT_GENERATION:
+        return 0
     shapes = [spec.shape for spec in signature.outputs if "sequence" in spec.shape]
     return sum(4 * math.prod(size for size in shape if isinstance(size, int)) for shape in shapes)
 

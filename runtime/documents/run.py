@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from lfx.runtime.engine import AHEAD, Engine
 from lfx.runtime.postprocess import Postprocessor
 from lfx.runtime.ragged import check_cuttable
 from lfx.runtime.tokenizer import END_TO_END, MAX_CHARACTERS, TOKENIZER, Encoded, Tokenizer
-from lfx.signature import Signature
+from lfx.signature import TEXT_GENERATION, Signature
 
 # Number of documents of a chunk. A stopped run resumes after its last complete chunk. Batches are formed within a
 # chunk, so a resumed run has the same batches, and bitwise the same outputs, as one that was not stopped.
@@ -44,6 +46,7 @@ def run_documents(
     *,
     stride: int | None = None,
     max_windows: int = MAX_WINDOWS,
+    generation: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda step: None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Summary:
@@ -54,8 +57,10 @@ def run_documents(
 
     A row has `line` (the document's number in the input, from 1), `id`, `window` (from 0, with a stride only), `tokens`
     (number of tokens), `answers` (if there is a tokenizer and the task has answers) and `outputs` (the outputs without
-    a sequence axis). A document that is refused, or on which the engine fails, has `line`, `id` and `error` instead. If
-    no Parquet column type holds all ids, ids that are not strings are written as JSON text.
+    a sequence axis). A model that writes texts has `new_tokens` (number of generated tokens) and `summary` in place of
+    `answers` and `outputs`, or `output_ids` if there is no tokenizer. A document that is refused, or on which the
+    engine fails, has `line`, `id` and `error` instead. If no Parquet column type holds all ids, ids that are not
+    strings are written as JSON text.
 
     If a batch fails in the engine, its sequences run again one by one, and those that fail alone get an `error`. The
     run stops with an error if the engine cannot run a single token.
@@ -68,6 +73,7 @@ def run_documents(
             than the model's maximum. Default: such documents are refused.
         max_windows: largest number of windows of a document, 1 or more; a document with more is refused. Default:
             4,096.
+        generation: options of `Engine.generate`, for a model that writes texts; one text for each document or window.
         progress: called with a line after each chunk of 256 documents.
         report: called with a line for each row with an error.
     Returns:
@@ -87,13 +93,15 @@ def run_documents(
     stride = None if stride is None else whole_number(stride, "stride", 1)
     max_windows = whole_number(max_windows, "max_windows", 1)
     source, output = _check_files(engine, source, output)
+    generation = dict(generation or {})
+    check_generation(engine, generation)
     try:
         stamp, digest = _stamp(source), sha256(source)
     except OSError as error:
         raise InputError(f"{source} cannot be read: {one_line(error)}") from error
     summary = Summary()
     postprocessor = Postprocessor(tokenizer) if tokenizer is not None else None
-    runner = Runner(engine, tokenizer, postprocessor, stride, max_windows, summary)
+    runner = Runner(engine, tokenizer, postprocessor, stride, max_windows, summary, generation)
     header = _header(runner, digest)
     try:
         with Journal(output, header, CHUNK) as journal:
@@ -137,7 +145,31 @@ def row_options(runner: Runner) -> dict[str, Any]:
         "max_windows": runner.max_windows,
         "token_budget": engine.token_budget,
         "groups": [CHUNK, AHEAD, OUTPUT_BYTES],
+        **({"generation": _settings(runner)} if engine.signature.task == TEXT_GENERATION else {}),
     }
+
+
+def _settings(runner: Runner) -> Any:
+    """The settings of generation, as JSON types."""
+    settings = runner.engine.generation_settings(**runner.generation)
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def check_generation(engine: Engine, generation: Mapping[str, Any]) -> None:
+    """Raise InputError for options of generation that the model does not take, or that give several texts."""
+    if engine.signature.task != TEXT_GENERATION:
+        if generation:
+            raise InputError(
+                f"options of generation ({', '.join(generation)}) are for models that write texts, and this one is for "
+                f"{engine.signature.task}; leave them out"
+            )
+        return
+    settings = engine.generation_settings(**generation)
+    if settings.num_return_sequences > 1:
+        raise InputError(
+            f"num_return_sequences {settings.num_return_sequences}: one text is written for each document; give "
+            "num_return_sequences=1, or use Engine.generate"
+        )
 
 
 def encoded(source: Path, signature: Signature, folder: Path, *, unlisted: bool = False) -> Iterator[Encoded]:

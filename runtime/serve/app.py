@@ -1,8 +1,8 @@
 """The routes, with their OpenAPI description.
 
-To add a route that takes texts: a body with examples and a handler in `native`, `openai` or `tei` (or a module beside
-them), and an `add` in `_add_models`; its path in `gate.KNOWN_PATHS`; the form of its errors in `replies.error_body`, if
-it is not lfx's own; tests in tests/runtime/serve/test_routes.py; a row in docs/deployment.md.
+To add a route that takes texts: a body with examples and a handler in `native`, `openai`, `tei` or `tgi` (or a module
+beside them), and an `add` in `_add_models`; its path in `gate.KNOWN_PATHS`; the form of its errors in
+`replies.error_body`, if it is not lfx's own; tests in tests/runtime/serve/test_routes.py; a row in docs/deployment.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastapi.security import HTTPBearer
 import lfx
 from lfx.checks import shown
 from lfx.errors import LfxError
-from lfx.runtime.serve import native, openai, tei
+from lfx.runtime.serve import native, openai, tei, tgi
 from lfx.runtime.serve.body import request_body
 from lfx.runtime.serve.gate import Gate
 from lfx.runtime.serve.replies import RefusalError, dumps, error_body, error_reply, refusal_of
@@ -30,7 +30,8 @@ from lfx.runtime.serve.stats import Stats
 PAGE = Path(__file__).with_name("page.html")
 _DESCRIPTION = (
     "Longformer models over HTTP: lfx's own endpoint for every task, OpenAI's embeddings, and the routes of "
-    "text-embeddings-inference. A list of texts in one request, and requests that arrive together, run in batches."
+    "text-embeddings-inference and text-generation-inference. A list of texts in one request, and requests that arrive "
+    "together, run in batches."
 )
 _REFUSALS = {
     400: "The request does not match the schema (OpenAI's routes), or a text is empty.",
@@ -217,10 +218,17 @@ def _add_models(app: FastAPI, service: Service, secured: list[Any]) -> None:
     async def predict_model(request: Request, name: str) -> Response:
         return await tei.predictions(service, await request.body(), name)
 
+    async def generate(request: Request) -> Response:
+        return await tgi.generate(service, await request.body(), None)
+
+    async def generate_model(request: Request, name: str) -> Response:
+        return await tgi.generate(service, await request.body(), name)
+
     runs = ("Answers and outputs of any model", native.RunRequest, native.EXAMPLES, native.REPLY)
     embeds = ("Embeddings (text-embeddings-inference)", tei.EmbedRequest, tei.EMBED_EXAMPLES, tei.EMBED_REPLY)
     labels = ("Labels (text-embeddings-inference)", tei.PredictRequest, tei.PREDICT_EXAMPLES, tei.PREDICT_REPLY)
     vectors = ("Embeddings (OpenAI)", openai.EmbeddingsRequest, openai.EXAMPLES, openai.REPLY)
+    texts = ("A text (text-generation-inference)", tgi.GenerateRequest, tgi.EXAMPLES, tgi.REPLY)
     add("/run", *runs, run)
     add("/models/{name:path}/run", *runs, run_model)
     add("/v1/embeddings", *vectors, v1_embeddings)
@@ -228,3 +236,5 @@ def _add_models(app: FastAPI, service: Service, secured: list[Any]) -> None:
     add("/models/{name:path}/embed", *embeds, embed_model)
     add("/predict", *labels, predict)
     add("/models/{name:path}/predict", *labels, predict_model)
+    add("/generate", *texts, generate)
+    add("/models/{name:path}/generate", *texts, generate_model)

@@ -24,7 +24,16 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/openapi.json"})
 # Paths under which a request is counted that is refused before it reaches a route. Other paths are counted as "other",
 # so that clients cannot create labels.
-KNOWN_PATHS = OPEN_PATHS | {"/run", "/embed", "/predict", "/info", "/models", "/v1/models", "/v1/embeddings"}
+KNOWN_PATHS = OPEN_PATHS | {
+    "/run",
+    "/embed",
+    "/predict",
+    "/generate",
+    "/info",
+    "/models",
+    "/v1/models",
+    "/v1/embeddings",
+}
 
 
 class Gate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.errors import InputError, LengthError
+from lfx.errors import ArtifactError, InputError, LengthError
 from lfx.runtime import Batcher, Engine
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.engine import Outputs
+from lfx.runtime.generation.rows import without_padding
 from lfx.runtime.inputs import pad_choices
 from lfx.runtime.postprocess import ANSWERED_TASKS, Postprocessor, answer_outputs
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
@@ -65,6 +66,25 @@ class Prepared:
     truncated: bool
     future: Future[Outputs]
     positions: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text that a model wrote.
+
+    Attributes:
+        ids: the generated tokens, without the start token.
+        pieces: the vocabulary entry of each, empty if the tokenizer has none.
+        text: their text, without special tokens.
+        tokens: number of tokens of the input.
+        ended: whether it ends with an end token.
+    """
+
+    ids: list[int]
+    pieces: list[str]
+    text: str
+    tokens: int
+    ended: bool
 
 
 class ServedModel:
@@ -212,6 +232,34 @@ class ServedModel:
         if self._postprocessor is None:
             return []
         return self._postprocessor.answers_of_request(prepared.encoded, outputs, prepared.positions)
+
+    def generate(
+        self, text: str, options: Mapping[str, Any], is_cancelled: Callable[[], bool], *, truncate: bool
+    ) -> Written:
+        """Write a text; see `Engine.generate`. Without beams it ends early if `is_cancelled`.
+
+        Raises:
+            LengthError: the input has more tokens than the model takes.
+            InputError: an option is not supported, or the model has no tokenizer.
+        """
+        encoded, _ = self._encode(text, None, Input(text, truncate=truncate))
+        settings = self.engine.generation_settings(**options, num_return_sequences=1)
+        if settings.num_beams > 1:
+            row = self.engine.generate(encoded.ids, **options, num_return_sequences=1)[0]
+        else:
+            row = np.array([settings.decoder_start_token_id])
+            for column in self.engine.generate(encoded.ids, stream=True, **options, num_return_sequences=1):
+                row = np.append(row, column)
+                if is_cancelled():
+                    break
+        ids: list[int] = without_padding(row, settings).tolist()[1:]
+        assert self._tokenizer is not None
+        try:
+            written = self._tokenizer.decode(ids)
+        except InputError as error:  # the model wrote an id that the tokenizer does not have
+            raise ArtifactError(str(error)) from error
+        ended = bool(ids) and ids[-1] in settings.eos_token_ids
+        return Written(ids, [self._tokenizer.piece(token) for token in ids], written, len(encoded.ids), ended)
 
     def raw_scores(self, outputs: Outputs) -> list[dict[str, Any]]:
         """The label and the logit of each class, best first."""

@@ -58,13 +58,16 @@ def refusal_of(error: LfxError) -> RefusalError:
 
 
 def error_body(path: str, refusal: RefusalError) -> dict[str, Any]:
-    """The body of an error: OpenAI's below /v1, that of text-embeddings-inference for its routes, else lfx's own."""
+    """The body of an error: OpenAI's below /v1, those of Hugging Face's servers for their routes, else lfx's own."""
     if path.startswith("/v1/"):
         types = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error", 500: "server_error"}
         error_type = types.get(refusal.status, "invalid_request_error")
         return {"error": {"message": refusal.message, "type": error_type, "param": None, "code": refusal.code}}
     if path.endswith(("/embed", "/predict")):
         return {"error": refusal.message, "error_type": refusal.error_type}
+    if path.endswith("/generate"):
+        types = {429: "overloaded", 500: "generation", 503: "generation"}
+        return {"error": refusal.message, "error_type": types.get(refusal.status, "validation")}
     return {"error": refusal.message}
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from lfx.checks import shown
 from lfx.errors import LfxError
 from lfx.runtime.engine import Outputs
-from lfx.runtime.serve.model import Input, Prepared, ServedModel
+from lfx.runtime.serve.model import Input, Prepared, ServedModel, Written
 from lfx.runtime.serve.replies import RefusalError, busy, unavailable
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, MAX_UNREAD_BYTES, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
 
@@ -42,6 +42,8 @@ class Service:
         # another thread, so that they do not wait for tokenization.
         self._tokenizing = ThreadPoolExecutor(1, "lfx-tokenize")
         self._answering = ThreadPoolExecutor(1, "lfx-answer")
+        # One text is written at a time: each uses all threads of the backend.
+        self._generating = ThreadPoolExecutor(1, "lfx-generate")
         self._rendering = asyncio.Lock()
         self.unread_bytes: Callable[[], int] = lambda: 0
 
@@ -153,6 +155,30 @@ class Service:
         log_fields.get({}).update(model=model.name, texts=len(prepared), tokens=sum(one.tokens for one in prepared))
         return list(zip(prepared, outputs, strict=True))
 
+    async def generate(self, model: ServedModel, text: str, options: dict[str, Any], *, truncate: bool) -> Written:
+        """Write a text with a model; if the call is cancelled, a text that is waiting is not written.
+
+        Raises:
+            RefusalError: too many texts are in progress, or it takes longer than answer_seconds.
+            LfxError: the model cannot take the text or an option, or failed.
+        """
+        ended = threading.Event()
+        with self._counted(1):
+            try:
+                async with asyncio.timeout(self.settings.answer_seconds):
+                    written = await asyncio.get_running_loop().run_in_executor(
+                        self._generating, lambda: model.generate(text, options, ended.is_set, truncate=truncate)
+                    )
+            except TimeoutError as error:
+                raise unavailable(
+                    f"the text was not written within {self.settings.answer_seconds:g} s; give a smaller "
+                    "max_new_tokens, or try again later"
+                ) from error
+            finally:
+                ended.set()
+        log_fields.get({}).update(model=model.name, texts=1, tokens=written.tokens + len(written.ids))
+        return written
+
     @contextlib.contextmanager
     def _counted(self, count: int) -> Iterator[None]:
         """Count texts as in progress.
@@ -173,6 +199,7 @@ class Service:
         self.state = "stopping"
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
         self._answering.shutdown(wait=False, cancel_futures=True)
+        self._generating.shutdown(wait=False, cancel_futures=True)
         for model in self.models.values():
             model.close()
 

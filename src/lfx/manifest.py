@@ -18,6 +18,7 @@ from lfx.signature import Signature
 FORMAT_VERSION = 1
 MANIFEST = "lfx.json"
 MODEL = "model.onnx"
+ENCODER_MODEL = "encoder_model.onnx"  # in place of MODEL in the bundle of a model that writes texts
 WEIGHTS = "model.onnx.data"
 # The key of the digest of all other fields.
 _DIGEST = "manifest_sha256"
@@ -182,7 +183,7 @@ def locate(path: Path) -> tuple[Path | None, Path]:
     """Find the bundle and the ONNX file that a path names.
 
     Args:
-        path: a bundle's folder, an .onnx file, or the model.onnx of a bundle, which names the bundle.
+        path: a bundle's folder, an .onnx file, or the model.onnx or encoder_model.onnx of a bundle, which names it.
     Returns:
         The folder of the bundle, or None for an .onnx file outside a bundle; and the ONNX file. The content of a folder
         is not checked.
@@ -191,7 +192,7 @@ def locate(path: Path) -> tuple[Path | None, Path]:
     """
     try:
         is_file = path.is_file()
-        in_bundle = is_file and path.name == MODEL and (path.parent / MANIFEST).is_file()
+        in_bundle = is_file and path.name in (MODEL, ENCODER_MODEL) and (path.parent / MANIFEST).is_file()
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be opened: {error}; make a bundle with: lfx export") from error
     if not is_file:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from lfx.checks import COUNT, LARGEST, check_shape
@@ -15,12 +17,17 @@ QUANTIZED = "int8"  # precision of a bundle that `lfx quantize` made from an fp3
 OPSETS = (17, 23)
 GLOBAL_MODES = ("mask", "first", "none")
 SENTENCE_EMBEDDING = "sentence-embedding"  # the task, whose output is sentence_embedding
+TEXT_GENERATION = "text2text-generation"  # the task of an encoder and a decoder, which write texts
 POOLINGS = ("mean", "cls", "max", "weightedmean", "mean_sqrt_len_tokens", "lasttoken")  # names of sentence-transformers
 # Suffixes by which `runtime.build.prepare_graph` finds three types of nodes that `export.graph` wrote.
 GLOBAL_SLOTS, GLOBAL_ROWS, IN_FLOAT32 = "#global_slots", "#global_rows", "#float32"
 # Names of the attention outputs, without the dot and the layer's index after them. They are Hugging Face's.
 ATTENTIONS, GLOBAL_ATTENTIONS = "attentions", "global_attentions"
 GRAPH_INPUTS = ("input_ids", "attention_mask", "global_attention_mask")
+# Prefixes of the names of cached keys and values: the decoder's inputs, and the outputs of both graphs.
+PAST, PRESENT = "past_key_values", "present"
+# Names of outputs with the number of a layer in them.
+_LAYER = re.compile(rf"({ATTENTIONS}|{GLOBAL_ATTENTIONS}|{PRESENT}|{PAST})\.(\d+)((?:\.\w+)*)")
 _TENSORS = [{"name": str, "dtype": str, "shape": [(int, str)]}]
 # The fields of a signature in JSON; see `lfx.checks.check_shape`.
 _SIGNATURE: dict[str, Any] = {
@@ -43,6 +50,14 @@ _SIGNATURE: dict[str, Any] = {
     "weight_bits?": COUNT,
     "output_attentions?": bool,
     "lfx_version?": str,
+    "decoder?": (dict, NoneType),
+}
+_DECODER: dict[str, Any] = {
+    "model_file": str,
+    "inputs": _TENSORS,
+    "outputs": _TENSORS,
+    "max_tokens": int,
+    "decoder_start_token_id": int,
 }
 
 
@@ -79,6 +94,7 @@ TASKS: dict[str, Task] = {
         "AutoModelForMultipleChoice", "LongformerForMultipleChoice", "after_question", needs_pair=True, has_choices=True
     ),
     SENTENCE_EMBEDDING: Task("AutoModel", "LongformerForSentenceEmbedding", "none"),
+    TEXT_GENERATION: Task("AutoModelForSeq2SeqLM", "LEDForConditionalGeneration", "first"),
 }
 
 
@@ -89,6 +105,44 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The decoder's graph of a model that writes texts.
+
+    `present.N.encoder.key` and `.value` of the encoder's graph are its inputs `past_key_values.N.encoder.key` and
+    `.value`; its own outputs `present.N.decoder.key` and `.value` are the inputs of the next step.
+
+    Attributes:
+        model_file: path of the ONNX file in the bundle.
+        inputs, outputs: inputs and outputs of the graph, in its order. The axis `past` is the number of cached tokens,
+            which is 0 at the first step; `sequence` is that of the encoder.
+        max_tokens: largest number of tokens, cached ones included.
+        decoder_start_token_id: id of the first token, which every text starts with.
+    """
+
+    model_file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    max_tokens: int
+    decoder_start_token_id: int
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Decoder:
+        """Read it from JSON types; other keys are ignored.
+
+        Raises:
+            ValueError: a field is missing, of another type or out of range.
+        """
+        check_shape(data, _DECODER, "the decoder's signature")
+        values = {f.name: data[f.name] for f in dataclasses.fields(cls)}
+        decoder = cls(**{**values, "inputs": _specs(data["inputs"]), "outputs": _specs(data["outputs"])})
+        for name in ("max_tokens", "decoder_start_token_id"):
+            low, value = int(name == "max_tokens"), getattr(decoder, name)
+            if not low <= value <= LARGEST:
+                raise ValueError(f"the decoder's {name} {value} is out of range, {low} to {LARGEST}")
+        return decoder
 
 
 @dataclass(frozen=True)
@@ -119,6 +173,7 @@ class Signature:
         output_attentions: whether the outputs `attentions.0`, … and, unless global_attention is "none",
             `global_attentions.0`, … are the attention probabilities of each layer.
         lfx_version: version of lfx that exported the model.
+        decoder: the second graph of a model that writes texts; None for other models.
     """
 
     architecture: str
@@ -140,6 +195,7 @@ class Signature:
     output_attentions: bool = False
     causal: bool = False
     lfx_version: str = ""
+    decoder: Decoder | None = None
 
     @property
     def may_pad(self) -> bool:
@@ -166,7 +222,8 @@ class Signature:
 
     def to_dict(self) -> dict[str, Any]:
         """The signature as JSON types."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        return fields if self.decoder is not None else {k: v for k, v in fields.items() if k != "decoder"}
 
     @classmethod
     def from_dict(cls, data: Any) -> Signature:
@@ -177,14 +234,15 @@ class Signature:
         """
         try:
             check_shape(data, _SIGNATURE, "the model's signature")
+            decoder = None if data.get("decoder") is None else Decoder.from_dict(data["decoder"])
         except ValueError as error:
             raise ArtifactError(f"{error}; export the model again") from error
         names = {f.name for f in dataclasses.fields(cls)}
         values = {key: value for key, value in data.items() if key in names}
         for key in ("inputs", "outputs"):
-            values[key] = tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in values[key])
+            values[key] = _specs(values[key])
         values["attention_windows"] = tuple(values["attention_windows"])
-        signature = cls(**values)
+        signature = cls(**{**values, "decoder": decoder})
         signature._check_choices()
         signature._check_ranges()
         return signature
@@ -213,27 +271,35 @@ class Signature:
         ):
             if value is not None and not low <= value <= high:
                 raise ArtifactError(f"{name} {value} is out of range, {low} to {high}; export the model again")
-        for group in (self.inputs, self.outputs):
+        if (self.decoder is None) != (self.task != TEXT_GENERATION):
+            raise ArtifactError(f"a model of task {self.task} has a decoder, or lacks one; export the model again")
+        decoder = (self.decoder.inputs, self.decoder.outputs) if self.decoder is not None else ()
+        for group in (self.inputs, self.outputs, *decoder):
             if not group or len({spec.name for spec in group}) < len(group):
                 raise ArtifactError("the model has no inputs or no outputs, or two of one name; export the model again")
 
 
+def _specs(entries: Any) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in entries)
+
+
 def grouped(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group output names for display: the `attentions` of all layers, their `global_attentions`, and each other name.
+    """Group output names for display: those that differ by the number of a layer, and each other name alone.
 
     Returns:
-        A label -> its names, such as "attentions.0 to 11" -> ["attentions.0", …, "attentions.11"].
+        A label -> its names, such as "attentions.0 to 11" -> ["attentions.0", …, "attentions.11"], or
+        "present.0 to 5.encoder.key".
     """
     groups: dict[str, list[str]] = {}
     for name in names:
-        prefix, _, number = name.partition(".")
-        groups.setdefault(
-            prefix if prefix in (ATTENTIONS, GLOBAL_ATTENTIONS) and number.isdigit() else name, []
-        ).append(name)
-    return {
-        f"{group[0]} to {group[-1].partition('.')[2]}" if len(group) > 1 else group[0]: group
-        for group in groups.values()
-    }
+        layer = _LAYER.fullmatch(name)
+        groups.setdefault(f"{layer[1]}.N{layer[3]}" if layer else name, []).append(name)
+    labels = {}
+    for group in groups.values():
+        first, last = _LAYER.fullmatch(group[0]), _LAYER.fullmatch(group[-1])
+        one = len(group) == 1 or first is None or last is None
+        labels[group[0] if one else f"{first[1]}.{first[2]} to {last[2]}{first[3]}"] = group  # type: ignore[index]
+    return labels
 
 
 def is_multi_label(signature: Signature, problem_type: Any) -> bool:

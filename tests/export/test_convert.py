@@ -23,12 +23,14 @@ from lfx.runtime import Engine
 from lfx.signature import SENTENCE_EMBEDDING, TASKS
 from tests.conftest import MakeBundle, SmallDisk
 from tests.encoders import COUNTED, FAMILIES, POSITIONS, save_pieces, save_tiny_encoder, save_wordpieces, tiny_encoder
-from tests.models import VOCAB_SIZE, save_tiny_checkpoint, tiny_tokenizer
+from tests.models import LONGFORMER_TASKS, VOCAB_SIZE, save_tiny_checkpoint, tiny_tokenizer
 
 WINDOW = 16  # both sides together: a sequence of up to 9 tokens is within one side
 EQUAL = WINDOW // 2 + 1
 LENGTH = 200
-ENDINGS = [task.architecture.removeprefix("Longformer") for name, task in TASKS.items() if name != SENTENCE_EMBEDDING]
+ENDINGS = [
+    TASKS[name].architecture.removeprefix("Longformer") for name in LONGFORMER_TASKS if name != SENTENCE_EMBEDDING
+]
 PER_TOKEN = ("last_hidden_state", "start_logits", "end_logits")
 REFUSED = {
     ("Electra", "ForSequenceClassification"): "its head applies GELU, and Longformer's applies tanh",
@@ -598,5 +600,7 @@ def test_export_of_such_an_encoder_names_convert(tmp_path: Path) -> None:
             export(folder, tmp_path / "bundle")
     folder = save_tiny_checkpoint(tmp_path / "c")
     edit(folder / "config.json", model_type="deberta")
-    with pytest.raises(ExportError, match=r"is a deberta, not a longformer; lfx exports Longformer models only$"):
+    with pytest.raises(
+        ExportError, match=r"is a deberta, not a longformer; lfx exports Longformer and LED models only$"
+    ):
         export(folder, tmp_path / "bundle")

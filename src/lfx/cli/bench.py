@@ -18,14 +18,24 @@ from lfx.cli.terminal import echo, echo_json, progress, table
 from lfx.errors import InputError
 from lfx.files import replacing, why_unwritten
 from lfx.machine import cpu_name, package_versions
+from lfx.signature import TEXT_GENERATION
 
 if TYPE_CHECKING:
     from lfx.cli.engine import OpenEngine
     from lfx.runtime import Engine
-    from lfx.runtime.bench import Run
+    from lfx.runtime.bench import Generate, Run
 
 AGAINST = ("pytorch", "pytorch-bf16", "pytorch-compile")
 _LENGTHS = (512, 1024, 2048, 4096)
+# Greedy search that has no end token and no rules of the checkpoint's.
+_GREEDY: dict[str, Any] = {
+    "num_beams": 1,
+    "do_sample": False,
+    "eos_token_id": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "no_repeat_ngram_size": 0,
+}
 _PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "numpy")
 
 
@@ -71,12 +81,21 @@ _PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "numpy")
     multiple=True,
     help="Copy only the model output of this name from the backend (repeatable).  [default: all]",
 )
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(2, MOST_TOKENS),
+    help="Set the number of tokens that a model that writes texts generates.  [default: 128]",
+)
 @click.option("--output", type=OutputPath(), help="Write the rows to this .jsonl file.")
 @click.option("--plot", type=OutputPath(), help="Plot tokens per second over length into this .png file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON lines.")
 @engine_options
 def command(model: Path, open_engine: OpenEngine, **options: Any) -> None:
-    """Measure latency, tokens per second and peak memory of a bundle or a plan, by length and batch size."""
+    """Measure latency, tokens per second and peak memory of a bundle or a plan, by length and batch size.
+
+    Of a model that writes texts, the prefill (the time to the first token) and the tokens per second after it are
+    measured apart.
+    """
     if options["source"] is not None and not options["against"]:
         raise click.UsageError("--source is the checkpoint that --against measures; give both")
     from lfx.runtime.hub import local_path
@@ -93,6 +112,7 @@ def run_bench(
     rounds: int,
     against: tuple[str, ...],
     source: str | None,
+    new_tokens: int | None,
     only: tuple[str, ...] = (),
     output: Path | None,
     plot: Path | None,
@@ -118,22 +138,16 @@ def run_bench(
             raise InputError(
                 "multiple-choice is not measured: its batches have a third axis; give another task's model"
             )
+        _check_task(signature.task, new_tokens, plot)
         lengths = _checked_lengths(lengths, signature.max_seqlen)
-        # Default rules other than none and first need separators, which random ids do not have: give a mask of zeros.
-        takes_mask = any(spec.name == "global_attention_mask" for spec in signature.inputs)
-        needs_mask = takes_mask and signature.default_global not in ("none", "first")
-        masks = {"global_attention_mask": 0} if needs_mask else {}
-
-        def run(ids: Any) -> Any:
-            given = {name: ids * value for name, value in masks.items()}
-            return engine.run(ids, outputs=only or None, **given)
-
-        contenders: dict[str, Run] = {f"lfx {engine.backend.split()[0]}": run}
         step(f"attention runs in {'fused kernels' if engine.kernels == 'fused' else 'function bodies'}")
-        contenders |= _torch_contenders(model, engine, against, source, masks, step)
-        rows = bench.measure(
-            contenders, lengths, batch_sizes, rounds=rounds, vocab_size=signature.vocab_size or 32, progress=step
-        )
+        modules = _torch_modules(model, engine, against, source, step)
+        settings: dict[str, Any] = {"rounds": rounds, "vocab_size": signature.vocab_size or 32, "progress": step}
+        if signature.task == TEXT_GENERATION:
+            settings["new_tokens"] = 128 if new_tokens is None else new_tokens
+            rows = _measure_generation(engine, modules, lengths, batch_sizes, **settings)
+        else:
+            rows = _measure(engine, modules, only, lengths, batch_sizes, **settings)
         facts = _facts(engine)
         for row in rows:
             row.update(facts)
@@ -150,6 +164,50 @@ def run_bench(
     _show(rows)
     if not against:
         echo(f"peak memory of the process: {(rows[-1]['peak_memory_bytes'] or 0) / 1e9:.2f} GB")
+
+
+def _check_task(task: str, new_tokens: int | None, plot: Path | None) -> None:
+    """Raise InputError for an option that models of this task do not have."""
+    if task != TEXT_GENERATION and new_tokens is not None:
+        raise InputError(f"--new-tokens is for models that write texts, and this one is for {task}; leave it out")
+    if task == TEXT_GENERATION and plot is not None:
+        raise InputError("--plot is not drawn for models that write texts; leave it out")
+
+
+def _measure(
+    engine: Engine, modules: dict[str, Any], only: tuple[str, ...], *sizes: tuple[int, ...], **settings: Any
+) -> list[dict[str, Any]]:
+    """`lfx.runtime.bench.measure` for an Engine and models of PyTorch."""
+    from lfx.runtime import bench
+
+    # Default rules other than none and first need separators, which random ids do not have: give a mask of zeros.
+    signature = engine.signature
+    takes_mask = any(spec.name == "global_attention_mask" for spec in signature.inputs)
+    needs_mask = takes_mask and signature.default_global not in ("none", "first")
+    masks = {"global_attention_mask": 0} if needs_mask else {}
+
+    def run(ids: Any) -> Any:
+        given = {name: ids * value for name, value in masks.items()}
+        return engine.run(ids, outputs=only or None, **given)
+
+    contenders: dict[str, Run] = {_name(engine): run}
+    contenders |= {name: _torch_run(module, masks) for name, module in modules.items()}
+    return bench.measure(contenders, *sizes, **settings)
+
+
+def _measure_generation(
+    engine: Engine, modules: dict[str, Any], *sizes: tuple[int, ...], **settings: Any
+) -> list[dict[str, Any]]:
+    """`lfx.runtime.bench.measure_generation` for an Engine and models of PyTorch."""
+    from lfx.runtime import bench
+
+    contenders = {_name(engine): engine_generate(engine)}
+    contenders |= {name: torch_generate(module) for name, module in modules.items()}
+    return bench.measure_generation(contenders, *sizes, **settings)
+
+
+def _name(engine: Engine) -> str:
+    return f"lfx {engine.backend.split()[0]}"
 
 
 def _checked_lengths(lengths: tuple[int, ...], max_seqlen: int | None) -> tuple[int, ...]:
@@ -179,7 +237,70 @@ def _facts(engine: Engine) -> dict[str, Any]:
     }
 
 
+def engine_generate(engine: Engine) -> Generate:
+    """Return greedy search of an Engine, which never ends early."""
+
+    def run(ids: Any, new_tokens: int, on_token: Callable[[], None]) -> None:
+        for _ in engine.generate(ids, stream=True, max_new_tokens=new_tokens, **_GREEDY):
+            on_token()
+
+    return run
+
+
+def torch_generate(module: Any) -> Generate:
+    """Return greedy search of a model of Hugging Face's, which never ends early, with the first token global."""
+    import torch
+
+    class Streamer:
+        """Counts the calls of `generate`, of which the first has the start token."""
+
+        def __init__(self, on_token: Callable[[], None]) -> None:
+            self.calls, self.on_token = 0, on_token
+
+        def put(self, tokens: Any) -> None:
+            self.calls += 1
+            if self.calls > 1:
+                self.on_token()
+
+        def end(self) -> None:
+            pass
+
+    def run(ids: Any, new_tokens: int, on_token: Callable[[], None]) -> None:
+        tensor = torch.from_numpy(ids)
+        global_mask = torch.zeros_like(tensor)
+        global_mask[:, 0] = 1
+        masks = {"attention_mask": torch.ones_like(tensor), "global_attention_mask": global_mask}
+        with torch.inference_mode():
+            module.generate(tensor, **masks, max_new_tokens=new_tokens, streamer=Streamer(on_token), **_GREEDY)
+
+    return run
+
+
+def _show_generation(rows: list[dict[str, Any]]) -> None:
+    header = ["contender", "batch", "tokens", "prefill p50 ms", "prefill p95 ms", "new tokens", "new tokens/s"]
+    table(
+        [*header, "relative prefill", "relative decoding"],
+        [
+            [
+                row["contender"],
+                str(row["batch"]),
+                str(row["seqlen"]),
+                f"{row['prefill_p50_ms']:.1f}",
+                f"{row['prefill_p95_ms']:.1f}",
+                str(row["new_tokens"]),
+                f"{row['decode_tokens_per_second']:,.1f}",
+                f"{row['prefill_times_the_first']:.2f}",
+                f"{row['decode_times_the_first']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
 def _show(rows: list[dict[str, Any]]) -> None:
+    if "new_tokens" in rows[0]:
+        _show_generation(rows)
+        return
     header = ["contender", "batch", "tokens", "p50 ms", "p95 ms", "tokens/s", "relative time"]
     table(
         header,
@@ -209,14 +330,13 @@ def _check_outputs(output: Path | None, plot: Path | None) -> None:
         check_plot(plot)
 
 
-def _torch_contenders(
+def _torch_modules(
     model: Path,
     engine: Engine,
     against: tuple[str, ...],
     source: str | None,
-    masks: dict[str, int],
     step: Callable[[str], None],
-) -> dict[str, Run]:
+) -> dict[str, Any]:
     if not against:
         return {}
     recorded = engine.manifest.source if engine.manifest is not None else None
@@ -226,13 +346,12 @@ def _torch_contenders(
 
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
-    contenders: dict[str, Run] = {}
+    modules: dict[str, Any] = {}
     for name in dict.fromkeys(against):
-        module = load_checkpoint(checkpoint, engine.signature.task, recorded, step)
-        run: Any = module.to(torch.bfloat16) if name == "pytorch-bf16" else module
-        run = torch.compile(run) if name == "pytorch-compile" else run
-        contenders[name] = _torch_run(run, masks)
-    return contenders
+        module: Any = load_checkpoint(checkpoint, engine.signature.task, recorded, step)
+        module = module.to(torch.bfloat16) if name == "pytorch-bf16" else module
+        modules[name] = torch.compile(module) if name == "pytorch-compile" else module
+    return modules
 
 
 def _torch_run(module: Any, masks: dict[str, int]) -> Run:

@@ -12,7 +12,7 @@ from lfx.cli.options import Command, FilePath
 from lfx.cli.terminal import echo_json, table
 from lfx.errors import ArtifactError
 from lfx.manifest import Manifest, locate
-from lfx.signature import Signature, grouped
+from lfx.signature import Signature, TensorSpec, grouped
 
 if TYPE_CHECKING:
     from lfx.runtime.plan import PlanManifest
@@ -126,9 +126,19 @@ def _model(signature: Signature) -> Iterator[list[str]]:
     yield ["global attention", _global_text(signature)]
     if not signature.ignores_padding:
         yield ["padding", "changes the outputs, so only sequences of one length run together"]
-    for label, tensors in (("input", signature.inputs), ("output", signature.outputs)):
-        for tensor in tensors:
-            yield [label, f"{tensor.name} ({', '.join(map(str, tensor.shape))}) {tensor.dtype}"]
+    yield from _tensors("", signature.inputs, signature.outputs)
+    if (decoder := signature.decoder) is not None:
+        yield ["longest text", f"{decoder.max_tokens} tokens, from id {decoder.decoder_start_token_id} on"]
+        yield from _tensors("decoder's ", decoder.inputs, decoder.outputs)
+
+
+def _tensors(owner: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> Iterator[list[str]]:
+    """Yield a row for each input and output; the cached keys or values of all layers are one row."""
+    for label, tensors in (("input", inputs), ("output", outputs)):
+        specs = {tensor.name: tensor for tensor in tensors}
+        for name, group in grouped(specs).items():
+            spec = specs[group[0]]
+            yield [f"{owner}{label}", f"{name} ({', '.join(map(str, spec.shape))}) {spec.dtype}"]
 
 
 def _global_text(signature: Signature) -> str:

@@ -143,9 +143,10 @@ def _compare_layers(
 
     bundle, _ = locate(model)
     assert bundle is not None
+    assert isinstance(manifest, Manifest)
     with (
         temporary_folder("parity") as scratch,
-        open_engine(expose_layers(bundle, manifest.signature, scratch)) as engine,
+        open_engine(expose_layers(bundle, manifest.signature, scratch, manifest.model_file)) as engine,
     ):
         return compare_engine(engine, module, quick_cases, step, quantization=manifest.quantization, by_layer=True)
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lfx.checks import file_path, output_file
+from lfx.checks import file_path, output_file, parse_json
 from lfx.cli.engine import engine_options
 from lfx.cli.options import Command, FilePath, OutputPath, document_options
 from lfx.cli.terminal import echo, echo_json, progress, table
 from lfx.errors import InputError
 from lfx.files import replacing, why_unwritten
-from lfx.signature import TASKS
+from lfx.signature import TASKS, TEXT_GENERATION
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,6 +40,13 @@ if TYPE_CHECKING:
 )
 @document_options
 @click.option(
+    "--generate",
+    "generation",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Set an option of text generation, such as num_beams=4 (repeatable).  [default: the checkpoint's]",
+)
+@click.option(
     "--output",
     type=OutputPath(),
     help="Write the output arrays to this .npz file, or the results of documents to this .jsonl or .parquet file.",
@@ -54,15 +61,17 @@ def command(
     stride: int | None,
     max_windows: int | None,
     tokenizer: Path | None,
+    generation: tuple[str, ...],
     output: Path | None,
     as_json: bool,
     open_engine: OpenEngine,
 ) -> None:
     """Run a bundle (a folder, or its .onnx file) or a plan on a text, or on a file of documents.
 
-    An interrupted run over documents is resumed by the same command.
+    A model that writes texts gives a summary. An interrupted run over documents is resumed by the same command.
     """
     from lfx.runtime.documents.formats import is_documents
+    from lfx.runtime.documents.run import check_generation
 
     if (text is None) == (file is None):
         raise click.UsageError("give either --text or --input")
@@ -73,6 +82,7 @@ def command(
         raise click.UsageError("--stride is for documents: --input FILE.jsonl or FILE.parquet")
     if stride is None and max_windows is not None:
         raise click.UsageError("--max-windows needs --stride, which cuts documents into windows; give both")
+    chosen = generation_options(generation)
     with open_engine(model) as engine:
         if documents is not None and output is not None:
             run_documents(
@@ -83,10 +93,72 @@ def command(
                 stride=stride,
                 max_windows=max_windows,
                 tokenizer=tokenizer,
+                generation=chosen,
                 as_json=as_json,
             )
         else:
-            run_text(engine, model, text, pair, file, output, tokenizer=tokenizer, as_json=as_json)
+            check_generation(engine, chosen)
+            run = write_text if engine.signature.task == TEXT_GENERATION else run_text
+            options = {"generation": chosen} if run is write_text else {}
+            run(engine, model, text, pair, file, output, tokenizer=tokenizer, as_json=as_json, **options)
+
+
+def generation_options(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """Parse the option --generate: values are JSON, or strings.
+
+    Raises:
+        click.UsageError: a pair has no name or no value, or a name is given twice.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not name or not separator or not text:
+            raise click.UsageError(f"--generate {pair!r} is no NAME=VALUE; give an option such as num_beams=4")
+        if name in options:
+            raise click.UsageError(f"--generate {name} is given more than once; give it once")
+        try:
+            options[name] = parse_json(text)
+        except ValueError:
+            options[name] = {"True": True, "False": False, "None": None}.get(text, text)
+    return options
+
+
+def write_text(
+    engine: Engine,
+    model: Path,
+    text: str | None,
+    pair: tuple[str, ...],
+    file: Path | None,
+    output: Path | None,
+    *,
+    tokenizer: Path | None,
+    generation: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Write a text for one text, from `text` or `file`, such as its summary, and print it.
+
+    Raises:
+        InputError: the file or the tokenizer cannot be read, there is a pair, or an option is not supported.
+    """
+    from lfx.runtime.generation.rows import without_padding
+
+    if output is not None:
+        output_file(output, "--output")
+    if pair:
+        raise InputError(f"{engine.signature.task} takes one text, and no --pair; leave it out")
+    reader = open_tokenizer(model, engine, tokenizer)
+    encoded = reader.encode(text if text is not None else read_text(file))
+    sequences = engine.generate(encoded.ids, **generation)
+    ids = without_padding(sequences[0], engine.generation_settings(**generation))
+    summary = reader.decode(ids.tolist())
+    if output is not None:
+        _save(output, {"sequences": sequences})
+    if as_json:
+        counts = {"tokens": len(encoded.ids), "new_tokens": len(ids) - 1}
+        echo_json({**counts, "backend": engine.backend, "summary": summary, "output_ids": ids.tolist()})
+        return
+    echo(f"{len(encoded.ids)} tokens, {len(ids) - 1} new tokens, {engine.backend}")
+    echo(summary)
 
 
 def run_text(
@@ -176,12 +248,14 @@ def run_documents(
     stride: int | None,
     max_windows: int | None,
     tokenizer: Path | None,
+    generation: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Run a model on a file of documents, write the results to `output`, and print their number.
 
     Args:
         stride: number of tokens from the start of a window to the start of the next; None = documents are not cut.
+        generation: options of `Engine.generate`.
         max_windows: largest number of windows of a document; None = `lfx.runtime.documents.MAX_WINDOWS`.
     Raises:
         InputError: documents were refused; raised after the others are done.
@@ -202,6 +276,7 @@ def run_documents(
                 output,
                 stride=stride,
                 max_windows=documents.MAX_WINDOWS if max_windows is None else max_windows,
+                generation=generation,
                 progress=step,
                 report=lambda line: echo(line, err=True),
             )

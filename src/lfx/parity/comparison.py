@@ -12,7 +12,7 @@ from lfx.parity.result import OutputResult, Report
 
 Runner = Callable[[Arrays], Arrays]
 # Outputs whose argmax along the last axis is the model's decision.
-LABEL_OUTPUTS = ("logits", "start_logits", "end_logits")
+LABEL_OUTPUTS = ("logits", "first_logits", "start_logits", "end_logits")
 
 
 def compare(

@@ -26,9 +26,8 @@ from lfx.runtime import plugin as plugins
 from lfx.runtime.build import Options
 from lfx.runtime.build import prepare_graph as freeze
 from lfx.runtime.plan import PlanManifest, json_path
-from lfx.signature import TASKS
 from tests.conftest import MakeBundle, SmallDisk
-from tests.models import VOCAB_SIZE, tiny_model
+from tests.models import LONGFORMER_TASKS, VOCAB_SIZE, tiny_model
 
 pytestmark = pytest.mark.trt
 
@@ -60,7 +59,7 @@ def copy(plan: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", LONGFORMER_TASKS)
 def test_all_attention_nodes_of_all_tasks_become_plugin_layers(
     task: str, precision: str, bundle: MakeBundle, tmp_path: Path
 ) -> None:

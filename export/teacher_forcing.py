@@ -1,0 +1,182 @@
+"""Comparing the two graphs of a model that writes texts with PyTorch, token by token over given texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from lfx.errors import ExportError, one_line
+from lfx.export.led import cache_names
+from lfx.export.load import quiet
+from lfx.export.rewrite import attention_layers, clone
+from lfx.export.torch_runners import TORCH_DTYPES, dense_model
+from lfx.parity import Arrays, Case, Report, Runner, compare
+from lfx.runtime import Engine, backends
+from lfx.runtime.backends import PROVIDERS, Backend
+from lfx.runtime.runner import model_inputs
+from lfx.signature import PAST, PRESENT, Decoder, Signature
+
+DECODER_IDS, FIRST_LOGITS = "decoder_input_ids", "first_logits"
+# Number of tokens of each call of the decoder, of which the first has an empty cache; the last is repeated.
+_STEPS = (3, 1, 2, 1)
+_TOKENS = 9  # of a text
+
+
+def compare_generation(
+    encoder: Runner,
+    decoder: Runner,
+    module: nn.Module,
+    signature: Signature,
+    cases: list[Case],
+    progress: Callable[[str], None],
+    precision: str,
+) -> Report:
+    """Compare the encoder's and the decoder's graph with PyTorch over a list of cases.
+
+    The decoder gets the same ids as PyTorch (teacher forcing), and its own cached keys and values from one call to the
+    next.
+
+    Args:
+        encoder, decoder: functions that run the graphs.
+        module: the LEDForConditionalGeneration, in float32.
+        precision: of the witness and the tolerance.
+    """
+    assert signature.decoder is not None
+    layers = len(signature.attention_windows)
+    states = ("last_hidden_state", *cache_names(PRESENT, _decoder_layers(signature.decoder), "encoder"))
+    return compare(
+        cases,
+        lambda case: teacher_forced_inputs(case, signature),
+        reference=_torch_runner(dense_model(module), signature),
+        witness=_torch_runner(clone(module, TORCH_DTYPES[precision]), signature),
+        candidate=lambda inputs: run_teacher_forced(encoder, decoder, inputs, signature),
+        precision=precision,
+        layers=attention_layers(module),
+        depth=dict.fromkeys(states, layers),
+        on_case=lambda case: progress(f"comparing: {case}"),
+    )
+
+
+def teacher_forced_inputs(case: Case, signature: Signature) -> Arrays:
+    """Return the encoder's inputs of a case, and decoder_input_ids (batch, tokens), random after the start token."""
+    assert signature.decoder is not None
+    inputs = model_inputs(case, signature)
+    tokens = min(_TOKENS, signature.decoder.max_tokens)
+    random = np.random.default_rng([case.seqlen, case.batch])
+    ids = random.integers(0, signature.vocab_size or 8, (case.batch, tokens))
+    ids[:, 0] = signature.decoder.decoder_start_token_id
+    return {**inputs, DECODER_IDS: ids.astype(np.int64)}
+
+
+def load_decoder(engine: Engine) -> Backend:
+    """Load the decoder of an Engine's bundle into the Engine's backend."""
+    decoder = engine.signature.decoder
+    assert decoder is not None
+    folder = engine.path if engine.path.is_dir() else engine.path.parent
+    backend, _, provider = engine.backend.partition(" ")
+    names = {full: name for name, full in PROVIDERS.items()}
+    provider = names.get(provider.rpartition(" ")[2], "cpu")
+    return backends.load(folder / decoder.model_file, backend, provider, None, None, engine.signature.precision)
+
+
+def run_teacher_forced(encoder: Runner, decoder: Runner, inputs: Arrays, signature: Signature) -> Arrays:
+    """Run the encoder once and the decoder in steps, the first with an empty cache.
+
+    Args:
+        inputs: of the encoder by name, and decoder_input_ids.
+    Returns:
+        last_hidden_state and the cached keys and values of both graphs, by their names; first_logits, those of the
+        first token, and logits, those of the others.
+    """
+    spec = signature.decoder
+    assert spec is not None
+    layers, ids = _decoder_layers(spec), inputs[DECODER_IDS]
+    encoded = encoder({item.name: inputs[item.name] for item in signature.inputs})
+    feeds = {
+        "encoder_attention_mask": inputs["attention_mask"],
+        **_renamed(encoded, layers, "encoder"),
+        **empty_cache(spec, len(ids)),
+    }
+    logits = []
+    for start, end in _steps(ids.shape[1]):
+        outputs = decoder({**feeds, "input_ids": ids[:, start:end]})
+        logits.append(outputs["logits"])
+        feeds.update(_renamed(outputs, layers, "decoder"))
+    cross = [encoded[name] for name in cache_names(PRESENT, layers, "encoder")]
+    own = [feeds[name] for name in cache_names(PAST, layers, "decoder")]
+    return _outputs(encoded["last_hidden_state"], np.concatenate(logits, axis=1), cross, own)
+
+
+def empty_cache(decoder: Decoder, batch: int) -> Arrays:
+    """Return the decoder's cache of no token, by input name."""
+    shapes = {spec.name: (spec.shape, spec.dtype) for spec in decoder.inputs if "past" in spec.shape}
+    sizes: dict[int | str, int] = {"batch": batch, "past": 0}
+    return {
+        name: np.zeros([axis if isinstance(axis, int) else sizes[axis] for axis in axes], dtype)
+        for name, (axes, dtype) in shapes.items()
+    }
+
+
+def _steps(tokens: int) -> Iterator[tuple[int, int]]:
+    start = 0
+    for step in (*_STEPS, *[_STEPS[-1]] * tokens):
+        if start < tokens:
+            yield start, min(start + step, tokens)
+            start += step
+
+
+def _decoder_layers(decoder: Decoder) -> int:
+    return sum("past" in spec.shape for spec in decoder.inputs) // 2
+
+
+def _renamed(outputs: Arrays, layers: int, part: str) -> Arrays:
+    """Rename outputs of one call to the inputs of the next."""
+    names = zip(cache_names(PAST, layers, part), cache_names(PRESENT, layers, part), strict=True)
+    return {past: outputs[present] for past, present in names}
+
+
+def _outputs(hidden: NDArray[Any], logits: NDArray[Any], cross: list[NDArray[Any]], own: list[NDArray[Any]]) -> Arrays:
+    """Name the outputs that are compared.
+
+    Args:
+        cross, own: keys and values of layer 0, keys and values of layer 1, and so on.
+    """
+    later = {"logits": logits[:, 1:]} if logits.shape[1] > 1 else {}
+    layers = len(own) // 2
+    return {
+        "last_hidden_state": hidden,
+        **dict(zip(cache_names(PRESENT, layers, "encoder"), cross, strict=True)),
+        FIRST_LOGITS: logits[:, 0],
+        **later,
+        **dict(zip(cache_names(PRESENT, layers, "decoder"), own, strict=True)),
+    }
+
+
+def _torch_runner(model: nn.Module, signature: Signature) -> Runner:
+    """Return a function that runs Hugging Face's model on all tokens at once."""
+    names = {spec.name for spec in signature.inputs}
+
+    def run(inputs: Arrays) -> Arrays:
+        tensors = {name: torch.from_numpy(array) for name, array in inputs.items() if name in (*names, DECODER_IDS)}
+        if "global_attention_mask" not in names:
+            tensors["global_attention_mask"] = torch.from_numpy(inputs["global_attention_mask"])
+        try:
+            with torch.inference_mode(), torch.autocast("cpu", enabled=False), quiet():
+                outputs = model(**tensors, use_cache=True, return_dict=True)
+        except Exception as error:
+            shape = tuple(inputs["input_ids"].shape)
+            raise ExportError(f"the PyTorch model itself fails on ids of shape {shape}: {one_line(error)}") from error
+        cache = outputs.past_key_values
+        cross, own = (
+            [states.double().numpy() for layer in part.layers for states in (layer.keys, layer.values)]
+            for part in (cache.cross_attention_cache, cache.self_attention_cache)
+        )
+        hidden, logits = (item.double().numpy() for item in (outputs.encoder_last_hidden_state, outputs.logits))
+        return _outputs(hidden, logits, cross, own)
+
+    return run

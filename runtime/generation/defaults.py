@@ -1,0 +1,40 @@
+"""Reads the defaults of a checkpoint's generation: generation_config.json, or the entries of an old config.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lfx.errors import ArtifactError
+from lfx.runtime.generation.settings import CONFIG_FILE, CONFIG_OPTIONS
+from lfx.runtime.tokenizer import CONFIG, json_object, listed_files, read_listed
+
+
+def read_defaults(folder: Path) -> dict[str, Any]:
+    """Read the defaults of a bundle's options.
+
+    Args:
+        folder: the bundle, or the folder of a single ONNX file.
+    Returns:
+        The entries of generation_config.json. If there is no such file, the entries of config.json that are options of
+        generation, as old checkpoints have them.
+    Raises:
+        ArtifactError: a file is broken, was changed after the export, or is not listed in the bundle's lfx.json.
+    """
+    listed = listed_files(folder)
+    path = folder / CONFIG_FILE
+    data = read_listed(path, listed)
+    if data is not None:
+        return _checked(json_object(data, path), path)
+    path = folder / CONFIG
+    config = json_object(read_listed(path, listed), path)
+    defaults = {name: value for name, value in config.items() if name in CONFIG_OPTIONS and value is not None}
+    if config.get("force_bos_token_to_be_generated") is True:
+        defaults.setdefault("forced_bos_token_id", config.get("bos_token_id"))
+    return _checked(defaults, path)
+
+
+def _checked(entries: dict[str, Any], path: Path) -> dict[str, Any]:
+    if "seed" in entries:  # an option of lfx's own, which no checkpoint may set
+        raise ArtifactError(f"{path} sets seed, which is no entry of it; remove it, and export the model again")
+    return entries

@@ -1,0 +1,112 @@
+"""`GraphGenerator`: the encoder's and the decoder's ONNX graph of a bundle as a `TextGenerator`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfx.errors import ArtifactError
+from lfx.runtime.backends.interface import TensorBackend
+from lfx.runtime.generation.model import Int64
+from lfx.runtime.inputs import Feeds, stack
+from lfx.signature import PAST, PRESENT, Decoder, Signature
+
+Tensors = dict[str, Any]  # input name of the decoder -> tensor of the backend
+
+
+class GraphGenerator:
+    """Runs the two graphs in a backend; keys and values are passed from run to run as the backend's own tensors.
+
+    Args:
+        encoder, decoder: the graphs, loaded into one backend.
+        signature: of the bundle.
+        on_batch: called with the inputs of each batch that the encoder has run.
+    """
+
+    def __init__(
+        self,
+        encoder: TensorBackend,
+        decoder: TensorBackend,
+        signature: Signature,
+        on_batch: Callable[[Feeds], None] = lambda feeds: None,
+    ) -> None:
+        assert signature.decoder is not None
+        self.encoder, self.decoder, self.signature, self._on_batch = encoder, decoder, signature, on_batch
+        self.spec: Decoder = signature.decoder
+
+    def encode(self, sequences: Sequence[Feeds], copies: int) -> GraphCache:
+        """Run the encoder; see `TextGenerator`."""
+        feeds = stack(sequences, self.signature.pad_token_id)
+        outputs = self.encoder.infer_tensors({name: self.encoder.tensor(array) for name, array in feeds.items()})
+        self._on_batch(feeds)
+        mask = feeds.get("attention_mask", np.ones_like(feeds["input_ids"]))
+        return GraphCache(self.decoder, self.spec, outputs, mask, copies)
+
+
+class GraphCache:
+    """The decoder's inputs that stay, and those that each step replaces.
+
+    A batch of one sequence is encoded once for all its rows: the decoder's products broadcast its keys and values. In
+    larger batches the rows of a sequence get copies.
+    """
+
+    def __init__(self, decoder: TensorBackend, spec: Decoder, encoded: Tensors, mask: Int64, copies: int) -> None:
+        self._decoder = decoder
+        batch = len(mask)
+        self._encoder: Tensors = {"encoder_attention_mask": decoder.tensor(mask)}
+        for item in spec.inputs:
+            if item.name.startswith(PAST) and ".encoder." in item.name:
+                self._encoder[item.name] = encoded[item.name.replace(PAST, PRESENT, 1)]
+        rows = batch * copies
+        self._past = {
+            item.name: decoder.tensor(np.zeros(_empty_shape(item.shape, rows), item.dtype))
+            for item in spec.inputs
+            if item.name.startswith(PAST) and ".decoder." in item.name
+        }
+        # The sequence that each row of the encoder's tensors, and each row that is decoded, belongs to.
+        self._encoded_sequences = np.arange(batch)
+        self._sequences = np.repeat(self._encoded_sequences, copies)
+
+    def step(self, tokens: Int64) -> NDArray[Any]:
+        """Decode the next token of each row; see `Cache`."""
+        self._match_encoder()
+        outputs = self._decoder.infer_tensors(
+            {"input_ids": self._decoder.tensor(np.ascontiguousarray(tokens)), **self._encoder, **self._past}
+        )
+        self._past = {name: outputs[name.replace(PAST, PRESENT, 1)] for name in self._past}
+        logits = self._decoder.array(outputs["logits"])
+        if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
+            raise ArtifactError(
+                f"output logits of {tokens.shape[0]} rows of {tokens.shape[1]} tokens has shape {logits.shape}; export "
+                "the model again"
+            )
+        return logits[:, -1]
+
+    def select(self, rows: Int64) -> None:
+        """Keep these rows in this order; see `Cache`."""
+        if not np.array_equal(rows, np.arange(len(self._sequences))):
+            self._take(self._past, rows)
+        self._sequences = self._sequences[rows]
+
+    def _match_encoder(self) -> None:
+        """Give each row the keys and values of its sequence, if it does not have them already."""
+        kept = np.unique(self._sequences)
+        wanted = kept if len(kept) == 1 else self._sequences
+        if np.array_equal(self._encoded_sequences, wanted):
+            return
+        first = {sequence: i for i, sequence in reversed(list(enumerate(self._encoded_sequences.tolist())))}
+        self._take(self._encoder, np.array([first[sequence] for sequence in wanted.tolist()]))
+        self._encoded_sequences = wanted
+
+    def _take(self, tensors: Tensors, rows: Int64) -> None:
+        """Replace tensors by copies of some of their rows, one by one: never are all in memory twice."""
+        for name in tensors:
+            tensors[name] = self._decoder.tensor(self._decoder.array(tensors[name])[rows])
+
+
+def _empty_shape(axes: tuple[int | str, ...], rows: int) -> list[int]:
+    sizes = {"batch": rows, "past": 0}
+    return [axis if isinstance(axis, int) else sizes[axis] for axis in axes]

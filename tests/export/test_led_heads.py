@@ -1,0 +1,88 @@
+"""LEDs of one graph: the encoder with a decoder that reads the same ids, alone or under a head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from lfx.export import export
+from lfx.export.led import LED_CLASSES
+from lfx.export.load import load, weights_sha256
+from lfx.export.validate import compare_engine
+from lfx.parity import full_cases
+from lfx.runtime import Engine
+from lfx.signature import TEXT_GENERATION
+from tests.models import tiny_led
+
+HEADS = {task: name for task, name in LED_CLASSES.items() if task != TEXT_GENERATION}
+OUTPUTS = {
+    "feature-extraction": ["last_hidden_state", "encoder_last_hidden_state"],
+    "text-classification": ["logits", "encoder_last_hidden_state"],
+    "question-answering": ["start_logits", "end_logits", "encoder_last_hidden_state"],
+}
+
+
+@pytest.fixture(scope="module", params=HEADS)
+def head(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
+    """A task, a checkpoint for it, and the bundle that was exported from it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_led(HEADS[request.param]).save_pretrained(folder / "checkpoint")
+    return request.param, folder / "checkpoint", export(folder / "checkpoint", folder / "bundle")
+
+
+def test_the_task_is_that_of_the_class(head: tuple[str, Path, Path]) -> None:
+    task, checkpoint, bundle = head
+    model, loaded_task = load(str(checkpoint))
+    assert loaded_task == task
+    assert weights_sha256(model) == weights_sha256(tiny_led(HEADS[task]))
+    with Engine(bundle, threads=1) as engine:
+        signature = engine.signature
+    assert (signature.architecture, signature.task) == (HEADS[task], task)
+    assert [spec.name for spec in signature.outputs] == OUTPUTS[task]
+    assert signature.default_global == ("first" if task == "text-classification" else "none")
+    assert signature.max_seqlen == 40  # the decoder's positions
+    assert signature.decoder is None
+
+
+def test_the_graph_has_no_second_path_for_the_decoder(head: tuple[str, Path, Path]) -> None:
+    graph = onnx.load(head[2] / "model.onnx", load_external_data=False).graph
+    assert sum(node.op_type == "BandedAttention" for node in graph.node) == 2
+    # Of each layer of the encoder, by the number of global tokens.
+    assert sum(node.op_type == "If" for node in graph.node) == 2
+
+
+def test_every_case_agrees_with_pytorch(head: tuple[str, Path, Path]) -> None:
+    with Engine(head[2], threads=1) as engine:
+        report = compare_engine(engine, tiny_led(HEADS[head[0]]), full_cases, lambda step: None)
+    assert not report.failures()
+
+
+def test_padding_after_a_sequence_does_not_change_its_outputs(head: tuple[str, Path, Path]) -> None:
+    random = np.random.default_rng(0)
+    rows = [[*random.integers(4, 99, length).tolist(), 2] for length in (3, 17, 30)]
+    with Engine(head[2], threads=1) as engine:
+        together = engine.run(rows)
+        for i, row in enumerate(rows):
+            for name, alone in engine.run(row).items():
+                np.testing.assert_allclose(together[name][i], alone[0], atol=1e-5)
+
+
+def test_half_precision_is_within_the_derived_tolerance(tmp_path: Path) -> None:
+    export(tiny_led("LEDForQuestionAnswering"), tmp_path / "bundle", precision="fp16", opset=21)
+
+
+@pytest.mark.parametrize("ends", [[5], [2, 9], [9]], ids=str)
+def test_a_sequence_is_classified_by_its_last_eos_token(ends: list[int]) -> None:
+    """As transformers 4 did: the states where the ids are eos, and of those the last."""
+    model: Any = tiny_led("LEDForSequenceClassification")
+    ids = torch.randint(4, 99, (2, 10), generator=torch.Generator().manual_seed(0))
+    ids[:, ends] = model.config.eos_token_id
+    with torch.no_grad():
+        states = model.led(ids).last_hidden_state
+        pooled = states[ids == model.config.eos_token_id, :].view(2, -1, states.shape[-1])[:, -1, :]
+        torch.testing.assert_close(model(ids).logits, model.classification_head(pooled))

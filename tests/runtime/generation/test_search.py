@@ -1,0 +1,217 @@
+"""The searches give Hugging Face's tokens, on random models and inputs."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfx.errors import InputError, LfxError
+from lfx.runtime.generation import generate, resolve, stream
+from tests.runtime.generation.led import VOCAB_SIZE, TorchLed, random_inputs, reseed, split, tiny_led, torch_generate
+from tests.runtime.generation.ties import check_same
+
+LENGTHS = (1, 7, 8, 9, 15, 16, 17, 31, 33, 65, 100, 255, 257, 1025, 1500)
+PATTERNS = ("first", "none", "scattered")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {"max_new_tokens": 24},
+    "greedy-default-length": {},
+    "greedy-min-length": {"max_length": 25, "min_length": 8},
+    "no-repeat-2-grams": {"max_new_tokens": 24, "no_repeat_ngram_size": 2, "min_new_tokens": 10},
+    "no-repeat-1-grams-of-the-input": {"max_new_tokens": 12, "encoder_no_repeat_ngram_size": 1},
+    "no-repeat-2-grams-of-the-input": {"max_new_tokens": 24, "encoder_no_repeat_ngram_size": 2, "num_beams": 2},
+    "repetition-penalty": {"max_new_tokens": 24, "repetition_penalty": 1.7},
+    "repetition-reward-in-beams": {"max_new_tokens": 12, "repetition_penalty": 0.8, "num_beams": 3},
+    "bad-words": {"max_new_tokens": 24, "bad_words_ids": [[3], [4, 5], [7, 8, 9], [2]]},
+    "forced": {"max_new_tokens": 12, "forced_bos_token_id": 0, "forced_eos_token_id": 2},
+    "several-ends": {"max_new_tokens": 24, "eos_token_id": [2, 5, 7, 9], "num_beams": 2},
+    "no-end": {"max_new_tokens": 12, "eos_token_id": None, "num_beams": 2},
+    "beams-2": {"max_new_tokens": 24, "num_beams": 2},
+    "beams-4": {"max_new_tokens": 24, "num_beams": 4},
+    "beams-4-early": {"max_new_tokens": 24, "num_beams": 4, "early_stopping": True, "length_penalty": 2.0},
+    "beams-4-never": {"max_new_tokens": 24, "num_beams": 4, "early_stopping": "never", "length_penalty": 0.7},
+    "beams-4-never-short": {"max_new_tokens": 24, "num_beams": 4, "early_stopping": "never", "length_penalty": -1.0},
+    "beams-2-no-penalty": {"max_new_tokens": 24, "num_beams": 2, "length_penalty": 0.0, "early_stopping": True},
+    "beams-4-return-3": {"max_new_tokens": 16, "num_beams": 4, "num_return_sequences": 3, "length_penalty": 2.0},
+    "beams-4-everything": {
+        "max_length": 20,
+        "min_length": 4,
+        "num_beams": 4,
+        "length_penalty": 2.0,
+        "early_stopping": True,
+        "no_repeat_ngram_size": 3,
+        "repetition_penalty": 1.2,
+        "forced_bos_token_id": 0,
+        "forced_eos_token_id": [2],
+        "bad_words_ids": [[6, 7], [8]],
+    },
+}
+MODELS = 8  # of each set of options
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_led()
+
+
+def settings_of(model: Any, options: dict[str, Any]) -> Any:
+    return resolve(options, model.generation_config.to_dict(), vocab_size=VOCAB_SIZE, max_tokens=64)
+
+
+def test_at_least_100_models_are_compared() -> None:
+    assert len(OPTIONS) * MODELS >= 100
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_tokens_are_hugging_faces(name: str, model: Any) -> None:
+    options, first = OPTIONS[name], MODELS * list(OPTIONS).index(name)
+    equal = []
+    for seed in range(first, first + MODELS):
+        reseed(model, seed, (0.15, 0.2, 0.3)[seed % 3])
+        rng = np.random.default_rng(seed)
+        seqlen = LENGTHS[seed % len(LENGTHS)]
+        feeds = random_inputs(rng, 1 + seed % 4, seqlen, PATTERNS[seed // 2 % 3])
+        settings = settings_of(model, options)
+        ours = generate(TorchLed(model), split(feeds), settings)
+        theirs = torch_generate(model, feeds, **options)
+        equal.append(check_same(ours, theirs, model, feeds, settings))
+    assert sum(equal) >= MODELS - 1  # ties in float32 are rare
+
+
+def test_ended_rows_leave_the_batch(model: Any) -> None:
+    reseed(model, 7)
+    led = TorchLed(model)
+    feeds = random_inputs(np.random.default_rng(3), 4, 20, "first")
+    settings = settings_of(model, {"max_new_tokens": 30})
+    tokens = generate(led, split(feeds), settings)
+    lengths = [1 + int(np.flatnonzero(np.append(row[1:], 2) == 2)[0]) for row in tokens]
+    assert min(lengths) < max(lengths)
+    assert led.rows_decoded == [sum(length > step for length in lengths) for step in range(max(lengths))][:30]
+
+
+def test_finished_sequences_of_a_beam_search_leave_the_batch(model: Any) -> None:
+    reseed(model, 7)
+    led = TorchLed(model)
+    feeds = random_inputs(np.random.default_rng(3), 4, 20, "first")
+    generate(led, split(feeds), settings_of(model, {"max_new_tokens": 30, "num_beams": 2, "early_stopping": True}))
+    assert led.rows_decoded[0] == 8
+    assert led.rows_decoded[-1] < 8
+    assert led.rows_decoded == sorted(led.rows_decoded, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.6, "top_k": 0},
+        {"top_k": 5, "temperature": 1.8},
+        {"top_p": 0.7, "top_k": None},
+        {"top_k": 20, "top_p": 0.9, "no_repeat_ngram_size": 2, "repetition_penalty": 1.2},
+        {"num_return_sequences": 3},
+    ],
+    ids=str,
+)
+def test_sampling_is_that_of_hugging_faces_probabilities(options: dict[str, Any], model: Any) -> None:
+    """Replay each row: Hugging Face's processors make the scores, and a generator written here draws."""
+    import torch
+    from transformers import LogitsProcessorList
+
+    for seed in range(6):
+        reseed(model, seed)
+        feeds = random_inputs(np.random.default_rng(seed), 1 + seed % 3, 20, "first")
+        chosen = {"max_new_tokens": 15, "do_sample": True, "seed": 7 + seed, **options}
+        tokens = generate(TorchLed(model), split(feeds), settings_of(model, chosen))
+        copies = options.get("num_return_sequences", 1)
+        assert len(tokens) == len(feeds["input_ids"]) * copies
+        config = model.generation_config.__class__(
+            **{**model.generation_config.to_dict(), "top_k": 50, "do_sample": True, **options}
+        )
+        model._prepare_special_tokens(config)
+        processors = LogitsProcessorList(model._get_logits_processor(config, 1, torch.from_numpy(feeds["input_ids"])))
+        for row, generated in enumerate(tokens):
+            generator = np.random.default_rng([7 + seed, row])
+            inputs = {name: torch.from_numpy(array[row // copies][None]) for name, array in feeds.items()}
+            for position in range(1, tokens.shape[1]):
+                prefix = torch.from_numpy(generated[None, :position])
+                with torch.no_grad():
+                    logits = model(**inputs, decoder_input_ids=prefix).logits[:, -1].float()
+                scores = processors(prefix, logits)[0].double().numpy()
+                probabilities = np.exp(scores - scores.max())
+                cumulative = np.cumsum(probabilities) / probabilities.sum()
+                draw = generator.random()
+                expected = int(np.searchsorted(cumulative, draw, side="right"))
+                near_tie = np.abs(cumulative - draw).min() < 1e-5
+                assert generated[position] == expected or near_tie
+                if generated[position] == 2:
+                    assert (generated[position + 1 :] == 1).all()
+                    break
+
+
+def test_a_seed_repeats_its_rows_in_any_batch(model: Any) -> None:
+    reseed(model, 1)
+    feeds = random_inputs(np.random.default_rng(0), 3, 12, "first")
+    feeds["attention_mask"][:] = 1
+    settings = settings_of(model, {"do_sample": True, "seed": 5, "max_new_tokens": 10, "eos_token_id": None})
+    together = generate(TorchLed(model), split(feeds), settings)
+    for row in range(3):
+        alone = {name: array[row : row + 1] for name, array in feeds.items()}
+        assert (generate(TorchLed(model), split(alone), settings, [row]) == together[row]).all()
+    assert not (
+        generate(TorchLed(model), split(feeds), settings_of(model, {**_sampling(), "seed": 6})) == together
+    ).all()
+
+
+def test_sampling_without_a_seed_differs_between_calls(model: Any) -> None:
+    reseed(model, 1)
+    feeds = random_inputs(np.random.default_rng(0), 1, 12, "first")
+    settings = settings_of(model, _sampling())
+    assert len({generate(TorchLed(model), split(feeds), settings).tobytes() for _ in range(4)}) > 1
+
+
+def _sampling() -> dict[str, Any]:
+    return {"do_sample": True, "max_new_tokens": 10, "eos_token_id": None}
+
+
+def test_stream_yields_the_columns_of_generate(model: Any) -> None:
+    reseed(model, 7)
+    feeds = random_inputs(np.random.default_rng(3), 4, 20, "first")
+    settings = settings_of(model, {"max_new_tokens": 30})
+    led = TorchLed(model)
+    columns = stream(led, split(feeds), settings)
+    first = next(columns)
+    assert led.rows_decoded == [4]  # nothing is computed ahead
+    tokens = np.stack([first, *columns], axis=1)
+    assert (tokens == generate(TorchLed(model), split(feeds), settings)[:, 1:]).all()
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_logits_that_are_not_finite_are_an_error(beams: int, model: Any) -> None:
+    class Broken(TorchLed):
+        def encode(self, sequences: Any, copies: int) -> Any:
+            cache = super().encode(sequences, copies)
+            steps, step = itertools.count(), cache.step
+
+            def broken(tokens: Any) -> Any:
+                logits = step(tokens)
+                if next(steps) == 2:
+                    logits[0, 4] = np.nan
+                return logits
+
+            cache.step = broken  # type: ignore[method-assign]
+            return cache
+
+    reseed(model, 0)
+    feeds = random_inputs(np.random.default_rng(3), 1, 20, "first")
+    settings = settings_of(model, {"max_new_tokens": 5, "min_length": 6, "num_beams": beams})
+    with pytest.raises(LfxError, match="logits are not finite at token 3; export the model in fp32"):
+        generate(Broken(model), split(feeds), settings)
+
+
+def test_sampling_says_when_the_options_leave_no_token(model: Any) -> None:
+    feeds = random_inputs(np.random.default_rng(3), 1, 20, "first")
+    words = [[i] for i in range(VOCAB_SIZE) if i != 2]
+    settings = settings_of(model, {"do_sample": True, "bad_words_ids": words, "min_length": 5})
+    with pytest.raises(InputError, match="leave no token to choose at token 1"):
+        generate(TorchLed(model), split(feeds), settings)

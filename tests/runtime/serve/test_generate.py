@@ -1,0 +1,107 @@
+"""POST /generate: the text that `Engine.generate` writes, in the form of text-generation-inference."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from lfx.errors import InputError
+from lfx.runtime import Engine
+from lfx.runtime.serve.model import ServedModel
+from lfx.runtime.tokenizer import Tokenizer
+from tests.conftest import MakeBundle, MakeLed
+from tests.runtime.serve.running import running
+
+TEXT = "the quick brown fox jumps over the lazy dog"
+
+
+@pytest.fixture(scope="module")
+def client(led_bundle: MakeLed, bundle: MakeBundle) -> Iterator[httpx.Client]:
+    with running({"led": led_bundle()[1], "bare": bundle()}) as server, server.client() as opened:
+        yield opened
+
+
+def post(client: httpx.Client, path: str, body: Any) -> httpx.Response:
+    return client.post(path, content=json.dumps(body).encode())
+
+
+@pytest.mark.parametrize("path", ["/generate", "/models/led/generate"])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"max_new_tokens": 6},
+        {"max_new_tokens": 6, "num_beams": 3, "early_stopping": "never", "length_penalty": 2.0},
+        {"max_new_tokens": 6, "do_sample": True, "seed": 4, "top_p": 0.9, "temperature": 1.5},
+    ],
+    ids=str,
+)
+def test_the_text_is_the_engines(
+    parameters: dict[str, Any], path: str, client: httpx.Client, led_bundle: MakeLed
+) -> None:
+    folder = led_bundle()[1]
+    with Engine(folder, threads=1) as engine:
+        tokens = engine.generate(TEXT, **parameters)[0].tolist()
+        expected = Tokenizer(folder, engine.signature).decode(tokens)
+    assert post(client, path, {"inputs": TEXT, "parameters": parameters}).json() == {"generated_text": expected}
+    details = post(client, path, {"inputs": TEXT, "parameters": {**parameters, "details": True}}).json()["details"]
+    assert [token["id"] for token in details["tokens"]] == tokens[1:]
+    assert details["generated_tokens"] == len(tokens) - 1
+    assert details["finish_reason"] == ("eos_token" if tokens[-1] == 2 else "length")
+    assert details["seed"] == parameters.get("seed")
+
+
+def test_parameters_may_be_left_out(client: httpx.Client) -> None:
+    texts = [post(client, "/generate", {"inputs": TEXT, **body}).json() for body in ({}, {"parameters": None})]
+    assert (
+        texts[0] == texts[1] == post(client, "/generate", {"inputs": TEXT, "parameters": {"max_new_tokens": 20}}).json()
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "path", "status", "message"),
+    [
+        ({"inputs": 5}, "/generate", 422, "inputs: give a text"),
+        ({"inputs": TEXT, "parameters": {"beams": 2}}, "/generate", 422, "parameters"),
+        ({"inputs": TEXT, "parameters": {"typical_p": 0.9}}, "/generate", 422, "parameters"),
+        ({"inputs": TEXT, "parameters": {"num_beams": 0}}, "/generate", 422, "num_beams 0 is out of range"),
+        ({"inputs": TEXT, "parameters": {"max_new_tokens": 65}}, "/generate", 413, "max_new_tokens 65 is above"),
+        ({"inputs": "the " * 3000}, "/generate", 413, "above the model's maximum"),
+        ({"inputs": TEXT}, "/models/bare/generate", 424, "the model bare writes no texts"),
+        ({"inputs": TEXT}, "/models/other/generate", 404, "the model 'other' does not exist"),
+    ],
+    ids=str,
+)
+def test_bad_requests_are_refused(body: Any, path: str, status: int, message: str, client: httpx.Client) -> None:
+    reply = post(client, path, body)
+    assert reply.status_code == status, reply.text
+    assert message in reply.json()["error"]
+    assert reply.json()["error_type"] == "validation"
+
+
+def test_a_long_text_is_cut_if_asked(client: httpx.Client) -> None:
+    parameters = {"truncate": True, "max_new_tokens": 3}
+    assert post(client, "/generate", {"inputs": "the " * 3000, "parameters": parameters}).status_code == 200
+
+
+def test_a_text_that_takes_too_long_is_given_up(led_bundle: MakeLed, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+
+    def endless(self: Any, text: str, options: Any, is_cancelled: Callable[[], bool], *, truncate: bool) -> Any:
+        while not is_cancelled():
+            time.sleep(0.01)
+        ended.set()
+        raise InputError("cancelled")
+
+    monkeypatch.setattr(ServedModel, "generate", endless)
+    with running({"led": led_bundle()[1]}, answer_seconds=0.05) as server, server.client() as client:
+        reply = post(client, "/generate", {"inputs": TEXT})
+        assert reply.status_code == 503
+        assert "was not written within 0.05 s; give a smaller max_new_tokens" in reply.json()["error"]
+        assert reply.json()["error_type"] == "generation"
+        assert ended.wait(60)
