@@ -4,8 +4,9 @@
     python -m scripts.bench.kernel_resources --budgets     # of a warp, for each architecture and head size
 
 For each GPU it reads the machine code of the kernel for head size 64 in float16, finds its loops, and counts the
-instructions on the path of a warp: once before and after the tiles, for each tile, for each tile whose queries all see
-all keys, and for each group of keys of the others. The numbers of tiles and groups follow from the case. A resource's
+instructions on the path of a warp: once before and after the tiles, for each tile, for each group of keys that all its
+queries see, and for each other group. The numbers of tiles and groups follow from the case. Sums are taken to be
+rescaled for the first group of a warp only, as they are if no score is 2^8 times as large as that group's. A resource's
 time is its total over all blocks, divided by the rate of the whole GPU: the kernel takes at least the largest of them,
 and longer if the last wave of blocks is not full.
 
@@ -15,6 +16,7 @@ Needs cuobjdump, but no GPU.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -30,7 +32,7 @@ from scripts.bench import sass
 from scripts.bench.band_cases import Case
 from scripts.bench.sass import Block
 
-KERNEL = "bandedAttentionTensorCoresI6__halfLi{head_size}E"
+KERNEL = "bandedAttentionTensorCoresI6__halfLi{head_size}ELi{row_tiles}E"
 HEAD_SIZES = (32, 64, 128)
 CASES = [Case(seqlen, 256, 1, batch, 12, "fp16") for batch in (1, 8) for seqlen in (4096, 16384)]
 
@@ -80,11 +82,20 @@ GPUS = {
 class Tiling:
     """How the kernel divides its work, in queries and keys."""
 
-    block_queries: int = 64
-    warp_queries: int = 16
+    row_tiles: int  # of 16 queries, in a warp
     tile_keys: int = 64
-    group_keys: int = 16
+    group_keys: int = 32
     threads: int = 128
+
+    @property
+    def warp_queries(self) -> int:
+        """Number of queries of a warp."""
+        return 16 * self.row_tiles
+
+    @property
+    def block_queries(self) -> int:
+        """Number of queries of a block."""
+        return self.warp_queries * self.threads // 32
 
     def shared_bytes(self, case: Case) -> int:
         """Return the dynamic shared memory of a block: queries, two tiles of keys and values, and the tables."""
@@ -101,39 +112,41 @@ class Tiling:
         return rows * 2 * case.head_size
 
     def work(self, case: Case) -> Counter[str]:
-        """Return over all warps of one head: warps, tiles, tiles computed whole, and groups of the other tiles."""
+        """Return over all warps of one head: warps, tiles, groups that all queries see, and the other groups."""
         total: Counter[str] = Counter()
-        # The second half of `rows` is what a block or warp starts with, in queries.
         blocks = np.arange(0, case.seqlen, self.block_queries)
         begin = np.maximum(blocks - case.window, 0)
         end = np.minimum(np.minimum(blocks + self.block_queries, case.seqlen) + case.window, case.seqlen)
         tiles = -(-(end - begin) // self.tile_keys)
         warps = np.arange(0, case.seqlen, self.warp_queries)
         block = warps // self.block_queries
-        global_groups = -(-case.globals // self.group_keys)
         total["warps"] = len(warps)
         total["tiles"] = int(tiles[block].sum()) + len(warps) * -(-case.globals // self.tile_keys)
-        total["groups"] = len(warps) * global_groups
-        for tile in range(int(tiles.max())):
-            visited = tile < tiles[block]
-            first = begin[block] + tile * self.tile_keys
+        total["groups"] = len(warps) * -(-case.globals // self.group_keys)
+        last = np.minimum(warps + self.warp_queries - 1 + case.window, end[block] - 1)
+        for group in range(int(tiles.max()) * self.tile_keys // self.group_keys):
+            first = begin[block] + group * self.group_keys
+            visible = (first <= last) & (first + self.group_keys > np.maximum(warps - case.window, case.globals))
             distance = first - (warps - case.window)
-            whole = (distance >= self.warp_queries - 1) & (distance + self.tile_keys - 1 <= 2 * case.window)
-            whole &= visited & (first >= case.globals) & (first + self.tile_keys <= end[block])
-            low = np.maximum(np.maximum(warps - case.window, case.globals) - first, 0) // self.group_keys
-            high = np.minimum(warps + self.warp_queries - 1 + case.window + 1, end[block]) - first
-            high = -(-np.minimum(high, self.tile_keys) // self.group_keys)
+            whole = (distance >= self.warp_queries - 1) & (distance + self.group_keys - 1 <= 2 * case.window)
+            whole &= visible & (first >= case.globals) & (first + self.group_keys <= end[block])
             total["whole"] += int(whole.sum())
-            total["groups"] += int(np.where(visited & ~whole, np.maximum(high - low, 0), 0).sum())
+            total["groups"] += int((visible & ~whole).sum())
         return total
 
 
-VERSION_2 = Tiling()
+WIDE, NARROW = Tiling(2), Tiling(1)
 
 
 @dataclass(frozen=True)
 class WarpCosts:
-    """Opcodes that a warp executes, by part of the kernel; `whole` and `group` come in addition to `tile`."""
+    """Opcodes that a warp executes, by part of the kernel.
+
+    Attributes:
+        once: before and after the tiles, and the rescaling of sums.
+        tile: the copies of a tile, and finding that no query sees its groups.
+        whole, group: in addition, a group that all queries see, and one that they see in part.
+    """
 
     once: Counter[str]
     tile: Counter[str]
@@ -156,20 +169,30 @@ def warp_costs(code: str, case: Case, tiling: Tiling) -> WarpCosts:
     products = {b.start for b in blocks.values() if b.count("HMMA")}
     with_products = [loop for loop in sass.loops(blocks) if any(loop[0] <= p <= loop[1] for p in products)]
     inner, outer = with_products[0], with_products[-1]  # over groups, over tiles
-    body = {start: b for start, b in blocks.items() if outer[0] <= start <= outer[1]}
-    groups = {start for start in products if inner[0] <= start <= inner[1]}
-    copies = sorted((b for b in body.values() if b.count("LDGSTS")), key=lambda b: b.count("LDGSTS"))
-    band_copy = copies[-1].start
-    without = {start: b for start, b in body.items() if start not in products and not b.count("LDGSTS")}
-    without[band_copy] = blocks[band_copy]
-    tile = sass.path(without, [outer[0], band_copy, outer[1]])
-    whole_stops = [outer[0], band_copy, *sorted(products - groups), outer[1]]
-    whole_blocks = without | {start: blocks[start] for start in products - groups}
-    whole = _opcodes(sass.path(whole_blocks, whole_stops))
-    whole.subtract(_opcodes(tile))
-    group_body = {start: b for start, b in blocks.items() if inner[0] <= start <= inner[1]}
-    group = sass.path(group_body, [*sorted(groups), *sorted(groups)[:1]])[1:]
-    return WarpCosts(_once(blocks, outer, case, tiling), _opcodes(tile), whole, _opcodes(group))
+    scores, context = sorted(products, key=lambda start: blocks[start].count("MUFU"))
+    groups = {start: b for start, b in blocks.items() if inner[0] <= start <= inner[1]}
+    mask = max(groups.values(), key=lambda b: b.count("FSEL")).start
+    rescaling = max(groups.values(), key=lambda b: b.count("FMUL")).start
+    around = sass.path(groups, [scores, context, scores])[1:]  # a group that all queries see
+    masked = sass.path(groups, [scores, mask, context, scores])[1:]
+    rescaled = sass.path(groups, [scores, rescaling, context, scores])[1:]
+    none = sass.path({start: b for start, b in groups.items() if start not in products}, [inner[0], inner[0]])[1:]
+
+    body = {start: b for start, b in blocks.items() if outer[0] <= start <= outer[1] and start not in products}
+    band_copy = max((b for b in body.values() if b.count("LDGSTS")), key=lambda b: b.count("LDGSTS")).start
+    without = {start: b for start, b in body.items() if start == band_copy or not b.count("LDGSTS")}
+    tile = _opcodes(sass.path(without, [outer[0], band_copy, inner[0], outer[1]]))
+    tile.update(_opcodes(none * (tiling.tile_keys // tiling.group_keys - 1)))
+    once = _once(blocks, outer, case, tiling)
+    once.update(_difference(rescaled, around))
+    return WarpCosts(once, tile, _difference(around, none), _difference(masked, none))
+
+
+def _difference(longer: Iterable[Block], shorter: Iterable[Block]) -> Counter[str]:
+    """Opcodes of one path less those of another, which may leave a negative number of some."""
+    result = _opcodes(longer)
+    result.subtract(_opcodes(shorter))
+    return result
 
 
 def _once(blocks: dict[int, Block], outer: tuple[int, int], case: Case, tiling: Tiling) -> Counter[str]:
@@ -232,6 +255,7 @@ def row(architecture: str, code: str, registers: int, case: Case, tiling: Tiling
     }
     return {
         "gpu": gpu.name,
+        "queries": tiling.block_queries,
         "batch": case.batch,
         "tokens": case.seqlen,
         "registers": registers,
@@ -247,55 +271,76 @@ def _count(opcodes: Counter[str], opcode: str) -> int:
     return sum(count for name, count in opcodes.items() if name.split(".")[0] == opcode)
 
 
-def report(library: Path, tiling: Tiling = VERSION_2) -> list[dict[str, Any]]:
-    """Return the rows of all GPUs and cases, for head size 64."""
+def report(library: Path) -> list[dict[str, Any]]:
+    """Return the rows of all GPUs, cases and tilings, for head size 64."""
     resources, rows = sass.resources(library), []
     for architecture in GPUS:
         codes = sass.machine_code(library, architecture)
-        key = next((key for key in codes if KERNEL.format(head_size=64) in key[1]), None)
-        if key is not None:
-            rows += [row(architecture, codes[key], resources[key]["REG"], case, tiling) for case in CASES]
+        for tiling in (WIDE, NARROW):
+            key = _find(codes, 64, tiling)
+            if key is not None:
+                rows += [row(architecture, codes[key], resources[key]["REG"], case, tiling) for case in CASES]
     return rows
 
 
-def budgets(
-    codes: dict[sass.Kernel, str], resources: dict[sass.Kernel, dict[str, int]], tiling: Tiling = VERSION_2
-) -> list[dict[str, Any]]:
-    """Return for each architecture and head size what a thread, a warp and a block take.
+def _find(codes: dict[sass.Kernel, str], head_size: int, tiling: Tiling) -> sass.Kernel | None:
+    name = KERNEL.format(head_size=head_size, row_tiles=tiling.row_tiles)
+    return next((key for key in codes if name in key[1]), None)
+
+
+def budgets(codes: dict[sass.Kernel, str], resources: dict[sass.Kernel, dict[str, int]]) -> list[dict[str, Any]]:
+    """Return for each architecture, head size and tiling what a thread, a warp and a block take.
 
     Args:
         codes, resources: of `sass.machine_code` and `sass.resources`.
     """
     rows = []
-    for (architecture, name), code in codes.items():
-        for head_size in HEAD_SIZES:
-            if KERNEL.format(head_size=head_size) not in name:
+    for architecture in sorted({architecture for architecture, _ in codes}, key=lambda name: int(name[3:])):
+        own = {key: code for key, code in codes.items() if key[0] == architecture}
+        for head_size, tiling in itertools.product(HEAD_SIZES, (WIDE, NARROW)):
+            key = _find(own, head_size, tiling)
+            if key is None:
                 continue
-            used, case = resources[architecture, name], Case(4096, 256, 1, 1, 1, "fp16", head_size)
-            costs = warp_costs(code, case, tiling)
-            shared = tiling.shared_bytes(case)
+            used, case = resources[key], Case(4096, 256, 1, 1, 1, "fp16", head_size)
+            costs = warp_costs(own[key], case, tiling)
             rows.append(
                 {
                     "architecture": architecture,
                     "head_size": head_size,
+                    "queries": tiling.block_queries,
                     "registers": used["REG"],
                     "local_bytes": used["LOCAL"] + used["STACK"],
                     "HMMA": _count(costs.whole, "HMMA"),
                     "LDSM": _count(costs.whole, "LDSM"),
                     "LDGSTS": _count(costs.tile, "LDGSTS"),
-                    "whole_tile": costs.tile.total() + costs.whole.total(),
+                    "tile": costs.tile.total(),
+                    "whole": costs.whole.total(),
                     "group": costs.group.total(),
                     "once": costs.once.total(),
-                    "resident_blocks": resident_blocks(architecture, used["REG"], tiling.threads, shared),
+                    "resident_blocks": resident_blocks(
+                        architecture, used["REG"], tiling.threads, tiling.shared_bytes(case)
+                    ),
                 }
             )
-    return sorted(rows, key=lambda row: (int(row["architecture"][3:]), row["head_size"]))
+    return rows
 
 
 UNITS = {"instructions": 1, "shared_bytes": 1e3, "l2_bytes": 1e3, "tensor_flops": 1e6, "exponentials": 1e3}
-BUDGET_HEADER = ["architecture", "head size", "registers", "local bytes", "HMMA", "LDSM", "LDGSTS"]
-BUDGET_HEADER += ["instructions of a whole tile", "of a group", "once", "resident blocks"]
-HEADER = ["GPU", "batch", "tokens", "instructions", "shared KB", "L2 KB", "MFLOP", "thousand exp", "blocks", "a wave"]
+BUDGET_HEADER = ["architecture", "head size", "queries", "registers", "local bytes", "HMMA", "LDSM", "LDGSTS"]
+BUDGET_HEADER += ["instructions of a tile", "of a whole group", "of another", "once", "resident blocks"]
+HEADER = [
+    "GPU",
+    "queries",
+    "batch",
+    "tokens",
+    "instructions",
+    "shared KB",
+    "L2 KB",
+    "MFLOP",
+    "thousand exp",
+    "blocks",
+    "a wave",
+]
 HEADER += ["waves", "issue µs", "shared µs", "L2 µs", "tensor µs", "exp µs"]
 
 
@@ -303,7 +348,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Make a Markdown table: resources of a block, blocks, and microseconds."""
     lines = []
     for r in rows:
-        line = [r["gpu"], str(r["batch"]), f"{r['tokens']:,}"]
+        line = [r["gpu"], str(r["queries"]), str(r["batch"]), f"{r['tokens']:,}"]
         line += [f"{r['per_block'][name] / unit:,.0f}" for name, unit in UNITS.items()]
         line += [f"{r['blocks']:,}", str(r["blocks_per_wave"]), f"{r['waves']:.2f}"]
         line += [f"{r['us'][name]:.1f}" if name in r["us"] else "not known" for name in UNITS]

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from scripts.bench import band_cases, kernel_resources, sass
-from scripts.bench.kernel_resources import VERSION_2, WarpCosts
+from scripts.bench.kernel_resources import NARROW, WIDE, Tiling, WarpCosts
 from scripts.bench.sass import Block
 
 
@@ -61,34 +61,42 @@ def test_a_path_is_the_shortest_one_through_its_stops() -> None:
         sass.path(blocks, [0x80, 0x0])
 
 
+@pytest.mark.parametrize("tiling", [WIDE, NARROW])
 @pytest.mark.parametrize("seqlen", [64, 300, 1100, 4096])
-@pytest.mark.parametrize("globals_", [0, 1, 20])
-def test_tiles_and_groups_cover_the_band_of_each_warp(seqlen: int, globals_: int) -> None:
-    work = VERSION_2.work(band_cases.Case(seqlen, 256, globals_, 1, 1, "fp16"))
-    groups = 0
-    for first in range(0, seqlen, 16):
-        block = first // 64 * 64
-        end = min(min(block + 64, seqlen) + 256, seqlen)
-        for group in range(max(block - 256, 0), end, 16):
-            low, high = max(first - 256, globals_), min(first + 15 + 256, end - 1)
-            groups += group + 15 >= low and group <= high
-        groups += -(-globals_ // 16)
-    assert 4 * work["whole"] + work["groups"] == groups
+@pytest.mark.parametrize("globals_", [0, 1, 20, 40])
+def test_groups_cover_the_band_of_each_warp(seqlen: int, globals_: int, tiling: Tiling) -> None:
+    work = tiling.work(band_cases.Case(seqlen, 256, globals_, 1, 1, "fp16"))
+    groups = whole = 0
+    for first in range(0, seqlen, tiling.warp_queries):
+        block = first // tiling.block_queries * tiling.block_queries
+        end = min(min(block + tiling.block_queries, seqlen) + 256, seqlen)
+        for group in range(max(block - 256, 0), end, 32):
+            keys = [key for key in range(group, group + 32) if globals_ <= key < end]
+            seen = [[abs(key - query) <= 256 for key in keys] for query in range(first, first + tiling.warp_queries)]
+            groups += any(map(any, seen))
+            whole += len(keys) == 32 and all(map(all, seen))
+        groups += -(-globals_ // 32)
+    assert work["whole"] == whole
+    assert work["whole"] + work["groups"] == groups
 
 
-def test_a_block_reads_577_rows_of_keys_and_values() -> None:
+@pytest.mark.parametrize(("tiling", "rows", "megabytes"), [(WIDE, 641, 586), (NARROW, 577, 977)])
+def test_a_block_reads_the_rows_of_the_readme(tiling: Tiling, rows: int, megabytes: int) -> None:
     case = band_cases.Case(4096, 256, 1, 8, 12, "fp16")
-    assert 8 * 12 * VERSION_2.l2_bytes(case) == pytest.approx(977e6, rel=0.01)
+    assert tiling.block_queries + 2 * case.window + case.globals == rows
+    assert 8 * 12 * tiling.l2_bytes(case) == pytest.approx(megabytes * 1e6, rel=0.01)
 
 
-def test_a_warp_in_the_middle_computes_seven_tiles_whole() -> None:
-    long, longer = (VERSION_2.work(band_cases.Case(n, 256, 1, 1, 1, "fp16")) for n in (4096, 4160))
+@pytest.mark.parametrize(("tiling", "tiles"), [(WIDE, 10), (NARROW, 9)])
+def test_a_warp_in_the_middle_computes_fifteen_groups_whole(tiling: Tiling, tiles: int) -> None:
+    step = tiling.block_queries
+    long, longer = (tiling.work(band_cases.Case(n, 256, 1, 1, 1, "fp16")) for n in (4096, 4096 + step))
     more = Counter(longer)
     more.subtract(long)  # a block of four warps in the middle
     assert more["warps"] == 4
-    assert more["tiles"] == 4 * (9 + 1)
-    assert more["whole"] == 4 * 7
-    assert more["groups"] == 4 * (5 + 1)  # 528 keys of 64 · 7 + 16 · 5, and the global token
+    assert more["tiles"] == 4 * (tiles + 1)
+    assert more["whole"] + more["groups"] == 4 * (17 + 1)  # 544 keys, and the global token
+    assert more["whole"] == 4 * 15
 
 
 def test_totals_add_up_over_warps_tiles_and_groups() -> None:
@@ -106,12 +114,14 @@ def test_resident_blocks_follow_registers_and_shared_memory() -> None:
     assert kernel_resources.resident_blocks("sm_90", 128, 128, 41_292) == 4
     assert kernel_resources.resident_blocks("sm_90", 129, 128, 41_292) == 3
     assert kernel_resources.resident_blocks("sm_120", 128, 128, 41_292) == 2
-    assert VERSION_2.shared_bytes(band_cases.Case(4096, 256, 1, 1, 12, "fp16")) == 41_292
+    assert NARROW.shared_bytes(band_cases.Case(4096, 256, 1, 1, 12, "fp16")) == 41_292
+    assert WIDE.shared_bytes(band_cases.Case(4096, 256, 1, 1, 12, "fp16")) == 49_748
 
 
 def test_the_table_has_a_cell_for_each_resource_and_says_what_is_not_known() -> None:
     row = {
         "gpu": "RTX 5090",
+        "queries": 64,
         "batch": 1,
         "tokens": 4096,
         "blocks": 768,
@@ -122,5 +132,5 @@ def test_the_table_has_a_cell_for_each_resource_and_says_what_is_not_known() -> 
     }
     header, rule, line = kernel_resources.table([row]).splitlines()
     assert header.count("|") == rule.count("|") == line.count("|")
-    assert "| RTX 5090 | 1 | 4,096 | 2,000,000 | 2,000 | 2,000 | 2 | 2,000 | 768 | 340 | 2.26 | 1.2 |" in line
+    assert "| RTX 5090 | 64 | 1 | 4,096 | 2,000,000 | 2,000 | 2,000 | 2 | 2,000 | 768 | 340 | 2.26 | 1.2 |" in line
     assert "not known" in line
