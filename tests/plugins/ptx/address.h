@@ -9,10 +9,12 @@ namespace lfx::ptx
 
 // Generic addresses from here on are in shared memory; below are the host's.
 constexpr uint64_t kSHARED_WINDOW = 1ULL << 60;
+// Addresses of parameters, which only ld.param takes.
+constexpr uint64_t kPARAMETER_WINDOW = 1ULL << 61;
 
 inline bool isSharedWindow(uint64_t address)
 {
-    return address >= kSHARED_WINDOW;
+    return address >= kSHARED_WINDOW && address < kPARAMETER_WINDOW;
 }
 
 inline Accessor accessor(Lanes const& lanes, int32_t lane)

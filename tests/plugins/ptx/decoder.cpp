@@ -1,4 +1,4 @@
-#include "instruction.h"
+#include "address.h"
 
 namespace lfx::ptx
 {
@@ -143,6 +143,10 @@ uint32_t Decoder::source(Operand const& operand, Size size)
     {
         return constant(size, sharedAddress(*variable));
     }
+    if (Variable const* const variable = parameter(operand.name); variable != nullptr && size == Size::k64)
+    {
+        return constant(size, kPARAMETER_WINDOW + variable->offset);
+    }
     return destination(operand, size);
 }
 
@@ -184,6 +188,11 @@ uint32_t Decoder::address(Operand const& operand, Instruction& result, Size& siz
         size = Size::k32;
         return constant(size, sharedAddress(*variable));
     }
+    if (Variable const* const variable = parameter(operand.name))
+    {
+        size = Size::k64;
+        return constant(size, kPARAMETER_WINDOW + variable->offset);
+    }
     Operand base;
     base.name = operand.name;
     size = sizeOfRegister(base);
@@ -211,6 +220,12 @@ Variable const* Decoder::sharedVariable(std::string const& name) const
 {
     auto const entry = mCode.kernel.shared.find(name);
     return entry == mCode.kernel.shared.end() ? nullptr : &entry->second;
+}
+
+Variable const* Decoder::parameter(std::string const& name) const
+{
+    auto const entry = mCode.kernel.parameters.find(name);
+    return entry == mCode.kernel.parameters.end() ? nullptr : &entry->second;
 }
 
 uint32_t Decoder::sharedAddress(Variable const& variable) const

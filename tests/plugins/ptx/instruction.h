@@ -120,6 +120,7 @@ enum class Space : uint8_t
     kGENERIC,
     kGLOBAL,
     kSHARED,
+    kPARAMETER,
 };
 
 // What a load or store moves: `count` elements, each to or from a register, whose size may be larger.
@@ -189,6 +190,7 @@ public:
     // Elements of {a, b}, or the operand itself.
     std::vector<Operand> elements(Operand const& operand, size_t count) const;
     Variable const* sharedVariable(std::string const& name) const;
+    Variable const* parameter(std::string const& name) const;
     uint32_t sharedAddress(Variable const& variable) const;
     Code const& code() const
     {

@@ -215,10 +215,10 @@ private:
         {
             addShared(declaration(mScanner));
         }
-        else if (directive == ".pragma") // "nounroll"
+        else if (directive == ".pragma") // "nounroll", "used_bytes_mask 15"
         {
             mScanner.expect('"');
-            mScanner.word();
+            mScanner.word("_ ");
             mScanner.expect('"');
         }
         else

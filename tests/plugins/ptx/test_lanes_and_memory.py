@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.plugins.ptx.interpreter import Buffer, Interpreter
+from tests.plugins.ptx.interpreter import Buffer, Interpreter, PtxError
 from tests.plugins.ptx.one_warp import LANES, execute, kernel, run
 
 LANE = np.arange(LANES, dtype=np.uint32)
@@ -177,6 +177,46 @@ def test_parameters_of_a_struct(interpreter: Interpreter) -> None:
     arguments = (ctypes.c_uint64(output.ctypes.data), (ctypes.c_uint32 * 6)(*struct))
     interpreter.launch("test", (1,), (32,), 0, *arguments)
     assert list(output) == [2, 3, 4, 5]
+
+
+STRUCT = (
+    ".version 8.0 .target sm_80 .address_size 64 .visible .entry test(.param .u64 out, .param .align 8 .b8 s[24]) {"
+    '.reg .b32 %w<4>; .reg .b64 %l<4>; ld.param.u64 %l0, [out]; mov.b64 %l1, s; .pragma "used_bytes_mask 15";'
+)
+
+
+def launch_with_struct(interpreter: Interpreter, body: str, struct: NDArray[np.int32]) -> NDArray[np.uint64]:
+    """Run `STRUCT` and the body with six numbers; %l0 is the address of two outputs, and %l1 that of the struct."""
+    output = np.zeros(2, np.uint64)
+    interpreter.load(f"{STRUCT}{body} ret; }}")
+    interpreter.set_buffers([Buffer(output.ctypes.data, output.nbytes, True)])
+    arguments = (ctypes.c_uint64(output.ctypes.data), (ctypes.c_int32 * 6)(*struct))
+    interpreter.launch("test", (1,), (32,), 0, *arguments)
+    return output
+
+
+def test_parameters_at_the_address_of_a_struct(interpreter: Interpreter) -> None:
+    body = (
+        "add.s64 %l1, %l1, 12; ld.param.v2.u32 {%w0, %w1}, [%l1+-4]; ld.param.s32 %l2, [%l1+4]; cvt.u64.u32 %l3, %w1;"
+        "st.global.v2.u64 [%l0], {%l2, %l3};"
+    )
+    output = launch_with_struct(interpreter, body, np.array([0, 1, 2, 3, -4, 5], np.int32))
+    assert output.astype(np.int64).tolist() == [-4, 3]  # a 32-bit number is extended by its sign
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("ld.param.u32 %w0, [%l1+24];", "ld.param outside the parameters"),
+        ("ld.param.u32 %w0, [%l1+-12];", "ld.param outside the parameters"),
+        ("ld.param.u64 %l2, [%l1+4];", "no multiple of its size"),
+        ("ld.global.u32 %w0, [%l1];", "access outside the buffers"),
+        ("ld.u32 %w0, [%l1];", "access outside the buffers"),
+    ],
+)
+def test_wrong_addresses_of_parameters_are_refused(interpreter: Interpreter, body: str, reason: str) -> None:
+    with pytest.raises(PtxError, match=reason):
+        launch_with_struct(interpreter, body, np.arange(6, dtype=np.int32))
 
 
 def test_atomic_operations(interpreter: Interpreter) -> None:

@@ -68,6 +68,21 @@ void setRegister(Registers& registers, Size size, uint32_t index, int lane, uint
     }
 }
 
+// Bytes of the kernel's parameters, which are the same for every thread.
+uint8_t const* parameterAt(std::vector<uint8_t> const& parameters, uint64_t address, size_t bytes, int lane)
+{
+    uint64_t const offset = address - kPARAMETER_WINDOW;
+    if (address < kPARAMETER_WINDOW || offset > parameters.size() || parameters.size() - offset < bytes)
+    {
+        throw Fault("ld.param outside the parameters", lane);
+    }
+    if (offset % bytes != 0)
+    {
+        throw Fault("ld.param of an address that is no multiple of its size", lane);
+    }
+    return &parameters[offset];
+}
+
 void load(Instruction const& instruction, Lanes& lanes, uint32_t executing)
 {
     Registers& registers = lanes.registers;
@@ -78,7 +93,11 @@ void load(Instruction const& instruction, Lanes& lanes, uint32_t executing)
     forEachLane(executing, [&](int lane) {
         uint8_t data[16];
         uint64_t const from = address.of(registers, lane);
-        if (isShared(transfer.space, from))
+        if (transfer.space == Space::kPARAMETER)
+        {
+            std::memcpy(data, parameterAt(lanes.block.parameters, from, bytes, lane), bytes);
+        }
+        else if (isShared(transfer.space, from))
         {
             lanes.block.shared.read(inShared(transfer.space, from), data, bytes, accessor(lanes, lane));
         }
@@ -145,43 +164,6 @@ void decodeTransfer(Decoder& decoder, Instruction& result, Transfer const& trans
     {
         result.operands[kELEMENTS + i]
             = loads ? decoder.destination(elements[i], size) : decoder.source(elements[i], size);
-    }
-}
-
-// ld.param: parameters are the same for every thread; the operand's offset is within them.
-template <typename T>
-void loadParameter(Instruction const& instruction, Lanes& lanes, uint32_t executing)
-{
-    Registers& registers = lanes.registers;
-    for (uint32_t i = 0; i < instruction.count; ++i)
-    {
-        T value;
-        std::memcpy(&value, &lanes.block.parameters[instruction.offset + i * sizeof(T)], sizeof(T));
-        uint32_t const target = instruction.operands[kELEMENTS + i];
-        forEachLane(executing, [&](int lane) { registers.set<T>(target, lane, value); });
-        registers.defined<T>(target) |= executing;
-    }
-}
-
-template <typename T, uint32_t kCOUNT>
-void decodeParameter(Decoder& decoder, Instruction& result)
-{
-    decoder.expectOperands(2);
-    Operand const& source = decoder.operand(1);
-    auto const parameter = decoder.code().kernel.parameters.find(source.name);
-    size_t const bytes = sizeof(T) * kCOUNT;
-    if (source.kind != Operand::Kind::kADDRESS || parameter == decoder.code().kernel.parameters.end()
-        || source.value + bytes > parameter->second.bytes || source.value % bytes != 0)
-    {
-        decoder.failOperand(source);
-    }
-    result.execute = loadParameter<T>;
-    result.count = kCOUNT;
-    result.offset = static_cast<int64_t>(parameter->second.offset + source.value);
-    auto const elements = decoder.elements(decoder.operand(0), kCOUNT);
-    for (uint32_t i = 0; i < kCOUNT; ++i)
-    {
-        result.operands[kELEMENTS + i] = decoder.destination(elements[i], sizeOf<T>());
     }
 }
 
@@ -304,17 +286,6 @@ void addAtomics(Opcodes& opcodes, std::string const& space)
     opcodes["atom" + space + ".max.u32"] = decodeAtomic<uint32_t, larger<uint32_t>, kSPACE>;
 }
 
-template <typename T>
-void addParameters(Opcodes& opcodes, std::string const& type)
-{
-    opcodes["ld.param." + type] = decodeParameter<T, 1>;
-    opcodes["ld.param.v2." + type] = decodeParameter<T, 2>;
-    if constexpr (sizeof(T) == 4)
-    {
-        opcodes["ld.param.v4." + type] = decodeParameter<T, 4>;
-    }
-}
-
 } // namespace
 
 void addTransfers(Opcodes& opcodes)
@@ -326,14 +297,7 @@ void addTransfers(Opcodes& opcodes)
         addSpace(opcodes, std::string("st") + name, space, false);
     }
     addSpace(opcodes, "ld.global.nc", Space::kGLOBAL, true);
-    for (char const* const type : {"b32", "u32", "s32", "f32"})
-    {
-        addParameters<uint32_t>(opcodes, type);
-    }
-    for (char const* const type : {"b64", "u64", "s64"})
-    {
-        addParameters<uint64_t>(opcodes, type);
-    }
+    addSpace(opcodes, "ld.param", Space::kPARAMETER, true);
     addAtomics<Space::kGENERIC>(opcodes, "");
     addAtomics<Space::kGLOBAL>(opcodes, ".global");
     addAtomics<Space::kSHARED>(opcodes, ".shared");
