@@ -38,8 +38,9 @@ int32_t launchTensorCores(BandedParams const& p, CUstream_st* stream)
 {
     dim3 const wide = gridOf<banded::TensorCoreTraits<kD, 2>::kQUERIES>(p);
     int64_t const blocks = static_cast<int64_t>(wide.x) * wide.y * wide.z;
-    return blocks >= kMIN_WIDE_BLOCKS * static_cast<int64_t>(multiprocessors()) ? launchTensorCores<T, kD, 2>(p, stream)
-                                                                            : launchTensorCores<T, kD, 1>(p, stream);
+    return blocks >= kMIN_WIDE_BLOCKS * static_cast<int64_t>(multiprocessors())
+        ? launchTensorCores<T, kD, 2>(p, stream)
+        : launchTensorCores<T, kD, 1>(p, stream);
 }
 
 // kD: the head size, rounded up.

@@ -19,7 +19,7 @@ constexpr int kWORD_BITS = 32; // of Block::localKeys
 static_assert(kWORD_BITS == kWARP_SIZE, "a ballot of a warp makes one word");
 
 // Content of a row of the context: zeros, the result of attention, or slot g of global_context, as kGLOBAL_ROW + g.
-constexpr int32_t kNO_ROW = -2; // past the end
+constexpr int32_t kNO_ROW = -2;   // past the end
 constexpr int32_t kZERO_ROW = -1; // padding
 constexpr int32_t kLOCAL_ROW = 0;
 constexpr int32_t kGLOBAL_ROW = 1;

@@ -50,7 +50,8 @@ struct Fp32Rows
 
 // Starts the copy of a tile; positionOf(row) is -1 for rows to fill with zeros.
 template <int kD, int kROWS, typename PositionOf>
-__device__ __forceinline__ void copyTile(Block<Fp32Traits<kD>::kQUERIES> const& block, float* tile, void const* tensor, PositionOf positionOf)
+__device__ __forceinline__ void copyTile(
+    Block<Fp32Traits<kD>::kQUERIES> const& block, float* tile, void const* tensor, PositionOf positionOf)
 {
     using Traits = Fp32Traits<kD>;
     constexpr int kROW_VECTORS = kD / Traits::kVECTOR;

@@ -35,7 +35,9 @@ struct TensorCoreTraits : BlockTraits
     static constexpr size_t kSHARED_BYTES
         = 2 * (kQUERIES_SIZE + 4 * kTILE_SIZE); // queries; two tiles of keys and values
     // Blocks that a multiprocessor should hold. Those of 8.6, 8.9 and 12 have shared memory for two of the wide ones.
-    static constexpr int kMIN_BLOCKS = kROW_TILES == 1 ? (kD <= 64 ? 4 : 2) : kD <= 32 ? 3 : kD <= 64 ? kWIDE_BLOCKS : 1;
+    static constexpr int kMIN_NARROW_BLOCKS = kD <= 64 ? 4 : 2;
+    static constexpr int kMIN_WIDE_BLOCKS = kD == 32 ? 3 : kD == 64 ? kWIDE_BLOCKS : 1;
+    static constexpr int kMIN_BLOCKS = kROW_TILES == 1 ? kMIN_NARROW_BLOCKS : kMIN_WIDE_BLOCKS;
     // Steps of 16 columns whose query fragments stay in registers, as many as fit; each group of keys loads the others
     // again.
     static constexpr int kKEPT_STEPS = kD == 128 ? 0 : kD == 64 && kROW_TILES == 2 ? kWIDE_KEPT_STEPS : kD / 16;
@@ -63,9 +65,9 @@ LFX_HOST_DEVICE int32_t movedRight(int32_t offset, int32_t chunks)
 template <int kD>
 struct ThreadCopy
 {
-    static constexpr int kCHUNK = 8;                                   // elements
-    static constexpr int kCHUNKS = kD / kCHUNK;                        // of a row
-    static constexpr int kROWS = BlockTraits::kTHREADS / kCHUNKS;      // that the block copies in a step
+    static constexpr int kCHUNK = 8;                              // elements
+    static constexpr int kCHUNKS = kD / kCHUNK;                   // of a row
+    static constexpr int kROWS = BlockTraits::kTHREADS / kCHUNKS; // that the block copies in a step
     static_assert(kROWS % 8 == 0, "the chunks of all rows of a thread are permuted alike");
     static_assert(kWORD_BITS % kROWS == 0, "the rows of a step are in one word of Block::localKeys");
 

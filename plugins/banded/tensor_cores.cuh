@@ -207,8 +207,8 @@ __device__ __forceinline__ void accumulate(
 
 // Attention over a tile; visibilityOf(group) says which keys of each group the warp sees.
 template <typename T, int kD, int kROW_TILES, typename VisibilityOf>
-__device__ __forceinline__ void attendTile(WarpRows<T, kD, kROW_TILES>& rows, T const* keys, T const* values,
-    float scaleLog2, VisibilityOf visibilityOf)
+__device__ __forceinline__ void attendTile(
+    WarpRows<T, kD, kROW_TILES>& rows, T const* keys, T const* values, float scaleLog2, VisibilityOf visibilityOf)
 {
     using Traits = TensorCoreTraits<kD, kROW_TILES>;
 #pragma unroll 1
@@ -234,8 +234,8 @@ __device__ __forceinline__ void attendTile(WarpRows<T, kD, kROW_TILES>& rows, T 
 // Normalizes the rows and writes them to the context, through the warp's own rows of the query tile, so that each write
 // is of 16 bytes.
 template <typename T, int kD, int kROW_TILES>
-__device__ __forceinline__ void writeContext(Block<TensorCoreTraits<kD, kROW_TILES>::kQUERIES> const& block,
-    WarpRows<T, kD, kROW_TILES> const& rows, T* queries)
+__device__ __forceinline__ void writeContext(
+    Block<TensorCoreTraits<kD, kROW_TILES>::kQUERIES> const& block, WarpRows<T, kD, kROW_TILES> const& rows, T* queries)
 {
     using Traits = TensorCoreTraits<kD, kROW_TILES>;
     int32_t const lane = threadIdx.x % kWARP_SIZE;
@@ -268,17 +268,16 @@ __device__ __forceinline__ void writeContext(Block<TensorCoreTraits<kD, kROW_TIL
             uint4 const result = content == kLOCAL_ROW
                 ? *reinterpret_cast<uint4 const*>(queries + swizzled<kD>(row, chunk))
                 : block.template givenChunk<T>(content, chunk);
-            T* const target
-                = static_cast<T*>(block.params.context) + block.offset(block.position(block.firstQuery + row)) + chunk * Traits::kCHUNK;
+            T* const target = static_cast<T*>(block.params.context)
+                + block.offset(block.position(block.firstQuery + row)) + chunk * Traits::kCHUNK;
             *reinterpret_cast<uint4*>(target) = result;
         }
     }
 }
 
 template <typename T, int kD, int kROW_TILES>
-__global__ void __launch_bounds__(
-    TensorCoreTraits<kD, kROW_TILES>::kTHREADS, TensorCoreTraits<kD, kROW_TILES>::kMIN_BLOCKS)
-    bandedAttentionTensorCores(BandedParams p)
+__global__ void __launch_bounds__(TensorCoreTraits<kD, kROW_TILES>::kTHREADS,
+    TensorCoreTraits<kD, kROW_TILES>::kMIN_BLOCKS) bandedAttentionTensorCores(BandedParams p)
 {
     using Traits = TensorCoreTraits<kD, kROW_TILES>;
     T* const queries = static_cast<T*>(sharedMemory());

@@ -181,7 +181,8 @@ __attribute__((constructor)) void registerOnLoad()
             else
             {
                 std::fprintf(stderr,
-                    "lfx: the plugins are not registered: TensorRT's version is %d, and 10, 11 and TensorRT-RTX from 1.7 "
+                    "lfx: the plugins are not registered: TensorRT's version is %d, and 10, 11 and TensorRT-RTX from "
+                    "1.7 "
                     "are supported\n",
                     tensorRt.version);
             }

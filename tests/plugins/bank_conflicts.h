@@ -71,7 +71,7 @@ private:
         std::set<size_t> words;
     };
 
-    std::map<std::pair<void const*, int>, int> mRepetitions;      // by instruction and thread
+    std::map<std::pair<void const*, int>, int> mRepetitions;    // by instruction and thread
     std::map<std::tuple<void const*, int, int>, Phase> mPhases; // by instruction, repetition and phase of the block
 };
 

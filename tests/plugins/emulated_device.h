@@ -262,8 +262,8 @@ inline void runBlock(size_t threads)
         bool progress = false;
         for (size_t warp : turns(threads, 32))
         {
-            bool const isReady = std::find(ready.begin() + warp, ready.begin() + warp + 32, true)
-                != ready.begin() + warp + 32;
+            bool const isReady
+                = std::find(ready.begin() + warp, ready.begin() + warp + 32, true) != ready.begin() + warp + 32;
             if (isRandom && isReady && random() % 2 == 0)
             {
                 progress = true; // the warp misses a turn, so that others get ahead of it

@@ -40,25 +40,64 @@ public:
     std::vector<IPluginCreatorV3One*> mCreators;
 
 #if NV_TENSORRT_MAJOR == 10
-    bool registerCreator(IPluginCreator&, AsciiChar const*) noexcept override { return false; }
-    IPluginCreator* const* getPluginCreatorList(int32_t*) const noexcept override { return nullptr; }
+    bool registerCreator(IPluginCreator&, AsciiChar const*) noexcept override
+    {
+        return false;
+    }
+    IPluginCreator* const* getPluginCreatorList(int32_t*) const noexcept override
+    {
+        return nullptr;
+    }
     IPluginCreator* getPluginCreator(AsciiChar const*, AsciiChar const*, AsciiChar const*) noexcept override
     {
         return nullptr;
     }
-    bool deregisterCreator(IPluginCreator const&) noexcept override { return false; }
+    bool deregisterCreator(IPluginCreator const&) noexcept override
+    {
+        return false;
+    }
 #endif
-    void setErrorRecorder(IErrorRecorder*) noexcept override {}
-    IErrorRecorder* getErrorRecorder() const noexcept override { return nullptr; }
-    bool isParentSearchEnabled() const override { return false; }
-    void setParentSearchEnabled(bool) override {}
-    PluginLibraryHandle loadLibrary(AsciiChar const*) noexcept override { return nullptr; }
-    void deregisterLibrary(PluginLibraryHandle) noexcept override {}
-    IPluginCreatorInterface* const* getAllCreators(int32_t*) const noexcept override { return nullptr; }
-    bool deregisterCreator(IPluginCreatorInterface const&) noexcept override { return false; }
-    IPluginResource* acquirePluginResource(AsciiChar const*, IPluginResource*) noexcept override { return nullptr; }
-    int32_t releasePluginResource(AsciiChar const*) noexcept override { return 0; }
-    IPluginCreatorInterface* const* getAllCreatorsRecursive(int32_t*) noexcept override { return nullptr; }
+    void setErrorRecorder(IErrorRecorder*) noexcept override
+    {
+    }
+    IErrorRecorder* getErrorRecorder() const noexcept override
+    {
+        return nullptr;
+    }
+    bool isParentSearchEnabled() const override
+    {
+        return false;
+    }
+    void setParentSearchEnabled(bool) override
+    {
+    }
+    PluginLibraryHandle loadLibrary(AsciiChar const*) noexcept override
+    {
+        return nullptr;
+    }
+    void deregisterLibrary(PluginLibraryHandle) noexcept override
+    {
+    }
+    IPluginCreatorInterface* const* getAllCreators(int32_t*) const noexcept override
+    {
+        return nullptr;
+    }
+    bool deregisterCreator(IPluginCreatorInterface const&) noexcept override
+    {
+        return false;
+    }
+    IPluginResource* acquirePluginResource(AsciiChar const*, IPluginResource*) noexcept override
+    {
+        return nullptr;
+    }
+    int32_t releasePluginResource(AsciiChar const*) noexcept override
+    {
+        return 0;
+    }
+    IPluginCreatorInterface* const* getAllCreatorsRecursive(int32_t*) noexcept override
+    {
+        return nullptr;
+    }
 };
 
 Registry gRegistry;

@@ -157,9 +157,9 @@ struct State
     int64_t time = 0;
     std::unique_ptr<Memory<SharedCell>> shared;
     std::vector<std::unique_ptr<Memory<GlobalCell>>> global;
-    std::map<int, Access> fences;                           // the last one of each thread of the block
+    std::map<int, Access> fences;                            // the last one of each thread of the block
     std::map<uint8_t const*, std::vector<Release>> releases; // by address, in this launch
-    std::vector<Acquire> acquires;                          // of the block
+    std::vector<Acquire> acquires;                           // of the block
     bool countsBanks = false;
     BankCounter banks;
     std::string removedFile;
@@ -269,8 +269,8 @@ void checkShared(Memory<SharedCell>& memory, size_t offset, Access const& access
         if ((reads.lanes & ~own) != 0 && !(isOwn && reads.warpEpoch != access.warpEpoch))
         {
             int const lane = __builtin_ctz(reads.lanes & ~own);
-            Access const before{s.launch, s.block, warp * kWARP + lane, access.blockEpoch, reads.warpEpoch, false, 0,
-                reads.place};
+            Access const before{
+                s.launch, s.block, warp * kWARP + lane, access.blockEpoch, reads.warpEpoch, false, 0, reads.place};
             report("write after read", memory.name, offset, before, access);
         }
     }
@@ -465,68 +465,68 @@ using lfx::race::state;
 // For the tests, which call them by name.
 extern "C"
 {
-// Global memory to check; a piece with the same start is replaced.
-void lfxRaceWatch(char const* name, void const* start, size_t bytes)
-{
-    state().global.push_back(std::make_unique<lfx::race::Memory<lfx::race::GlobalCell>>(name, start, bytes));
-}
-
-// Leaves out the barriers, waits and commits in one line of a source file from now on; line 0: none.
-void lfxRaceRemove(char const* file, int line)
-{
-    state().removedFile = file;
-    state().removedLine = line;
-}
-
-// Forgets the watched memory and the reports.
-void lfxRaceReset()
-{
-    state().global.clear();
-    state().reports.clear();
-    state().reported.clear();
-    state().races = 0;
-    state().checks = 0;
-}
-
-int64_t lfxRaceCount()
-{
-    return state().races;
-}
-
-int64_t lfxRaceChecks()
-{
-    return state().checks;
-}
-
-// One line for each pair of instructions with a race: what | kernel | memory | offset | block | thread | instruction |
-// thread | instruction.
-char const* lfxRaceReports()
-{
-    return state().reports.c_str();
-}
-
-// Counts the bank conflicts of all accesses of shared memory from now on.
-void lfxBankCount()
-{
-    state().countsBanks = true;
-    state().banks = {};
-}
-
-// One line for each instruction: instruction | bytes of a lane | phases | passes.
-char const* lfxBankCounts()
-{
-    static std::string result;
-    result.clear();
-    state().banks.endBlock();
-    for (auto const& [place, count] : state().banks.counts)
+    // Global memory to check; a piece with the same start is replaced.
+    void lfxRaceWatch(char const* name, void const* start, size_t bytes)
     {
-        char line[128];
-        std::snprintf(line, sizeof line, "%p|%zu|%ld|%ld\n", place, count.bytes, static_cast<long>(count.phases),
-            static_cast<long>(count.passes));
-        result += line;
+        state().global.push_back(std::make_unique<lfx::race::Memory<lfx::race::GlobalCell>>(name, start, bytes));
     }
-    return result.c_str();
-}
+
+    // Leaves out the barriers, waits and commits in one line of a source file from now on; line 0: none.
+    void lfxRaceRemove(char const* file, int line)
+    {
+        state().removedFile = file;
+        state().removedLine = line;
+    }
+
+    // Forgets the watched memory and the reports.
+    void lfxRaceReset()
+    {
+        state().global.clear();
+        state().reports.clear();
+        state().reported.clear();
+        state().races = 0;
+        state().checks = 0;
+    }
+
+    int64_t lfxRaceCount()
+    {
+        return state().races;
+    }
+
+    int64_t lfxRaceChecks()
+    {
+        return state().checks;
+    }
+
+    // One line for each pair of instructions with a race: what | kernel | memory | offset | block | thread | instruction |
+    // thread | instruction.
+    char const* lfxRaceReports()
+    {
+        return state().reports.c_str();
+    }
+
+    // Counts the bank conflicts of all accesses of shared memory from now on.
+    void lfxBankCount()
+    {
+        state().countsBanks = true;
+        state().banks = {};
+    }
+
+    // One line for each instruction: instruction | bytes of a lane | phases | passes.
+    char const* lfxBankCounts()
+    {
+        static std::string result;
+        result.clear();
+        state().banks.endBlock();
+        for (auto const& [place, count] : state().banks.counts)
+        {
+            char line[128];
+            std::snprintf(line, sizeof line, "%p|%zu|%ld|%ld\n", place, count.bytes, static_cast<long>(count.phases),
+                static_cast<long>(count.passes));
+            result += line;
+        }
+        return result.c_str();
+    }
 
 #define LFX_ACCESS(bytes)                                                                                              \
     void __tsan_read##bytes(void* p)                                                                                   \
@@ -545,23 +545,33 @@ char const* lfxBankCounts()
     {                                                                                                                  \
         lfx::race::check(p, bytes, Kind::kWRITE, __builtin_return_address(0));                                         \
     }
-LFX_ACCESS(1)
-LFX_ACCESS(2)
-LFX_ACCESS(4)
-LFX_ACCESS(8)
-LFX_ACCESS(16)
+    LFX_ACCESS(1)
+    LFX_ACCESS(2)
+    LFX_ACCESS(4)
+    LFX_ACCESS(8)
+    LFX_ACCESS(16)
 
-void __tsan_read_range(void* p, size_t bytes)
-{
-    lfx::race::check(p, bytes, Kind::kREAD, __builtin_return_address(0));
-}
-void __tsan_write_range(void* p, size_t bytes)
-{
-    lfx::race::check(p, bytes, Kind::kWRITE, __builtin_return_address(0));
-}
-void __tsan_init() {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_vptr_update(void**, void*) {}
-void __tsan_vptr_read(void**) {}
+    void __tsan_read_range(void* p, size_t bytes)
+    {
+        lfx::race::check(p, bytes, Kind::kREAD, __builtin_return_address(0));
+    }
+    void __tsan_write_range(void* p, size_t bytes)
+    {
+        lfx::race::check(p, bytes, Kind::kWRITE, __builtin_return_address(0));
+    }
+    void __tsan_init()
+    {
+    }
+    void __tsan_func_entry(void*)
+    {
+    }
+    void __tsan_func_exit()
+    {
+    }
+    void __tsan_vptr_update(void**, void*)
+    {
+    }
+    void __tsan_vptr_read(void**)
+    {
+    }
 }

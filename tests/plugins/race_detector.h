@@ -56,24 +56,48 @@ private:
 
 #else
 
-inline void beginLaunch(void const*, void const*, size_t) {}
-inline void beginBlock(int) {}
-inline void setThread(int) {}
-inline void blockBarrier() {}
-inline void warpBarrier(int) {}
-inline void read(void const*, size_t) {}
-inline void atomic(void const*, size_t) {}
-inline void fence() {}
-inline void copyStarted(void const*) {}
-inline void copyArrived(void const*, int) {}
+inline void beginLaunch(void const*, void const*, size_t)
+{
+}
+inline void beginBlock(int)
+{
+}
+inline void setThread(int)
+{
+}
+inline void blockBarrier()
+{
+}
+inline void warpBarrier(int)
+{
+}
+inline void read(void const*, size_t)
+{
+}
+inline void atomic(void const*, size_t)
+{
+}
+inline void fence()
+{
+}
+inline void copyStarted(void const*)
+{
+}
+inline void copyArrived(void const*, int)
+{
+}
 inline bool isRemoved(char const*, int)
 {
     return false;
 }
 struct Unchecked
 {
-    Unchecked() {}
-    ~Unchecked() {}
+    Unchecked()
+    {
+    }
+    ~Unchecked()
+    {
+    }
 };
 
 #endif
