@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from lfx.parity import pair_tolerance
 from lfx.runtime import Engine
 from lfx.runtime.postprocess import Postprocessor
-from lfx.runtime.serve import native, openai, tei
+from lfx.runtime.serve import native, openai, tei, tgi
 from lfx.runtime.serve.body import parse_body
 from lfx.runtime.serve.replies import MAX_JSON_NUMBERS, RefusalError, check_size, dumps
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, OTHER_BYTES
@@ -372,9 +372,9 @@ def test_a_path_and_its_body_may_name_one_model(client: httpx.Client) -> None:
 def test_openapi_has_an_example_of_every_request_that_the_server_takes(client: httpx.Client) -> None:
     described = client.get("/openapi.json").json()
     forms = {"run": native.RunRequest, "embeddings": openai.EmbeddingsRequest, "embed": tei.EmbedRequest}
-    forms["predict"] = tei.PredictRequest
+    forms |= {"predict": tei.PredictRequest, "generate": tgi.GenerateRequest}
     posts = {path: methods["post"] for path, methods in described["paths"].items() if "post" in methods}
-    assert len(posts) == 7
+    assert len(posts) == 9
     for path, operation in posts.items():
         content = operation["requestBody"]["content"]["application/json"]
         assert "$ref" not in json.dumps(content["schema"])
