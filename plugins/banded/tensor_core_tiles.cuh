@@ -9,9 +9,12 @@ namespace lfx::banded
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
 constexpr int kWIDE_BLOCKS = 3;
 constexpr int kWIDE_KEPT_STEPS = 3;
-#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 1000
+#elif __CUDA_ARCH__ == 800
 constexpr int kWIDE_BLOCKS = 3;
 constexpr int kWIDE_KEPT_STEPS = 2;
+#elif __CUDA_ARCH__ == 1000
+constexpr int kWIDE_BLOCKS = 3;
+constexpr int kWIDE_KEPT_STEPS = 1;
 #else
 constexpr int kWIDE_BLOCKS = 2;
 constexpr int kWIDE_KEPT_STEPS = 4;

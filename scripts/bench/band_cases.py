@@ -128,7 +128,8 @@ def kernel_costs(case: Case) -> dict[str, float]:
     groups = (np.maximum(-(-stop // 32) - start // 32, 0) + global_groups).sum()
     heads = case.batch * case.heads
     rows = 2 * ((end - begin).sum() + case.globals * len(first)) + 2 * case.seqlen
-    kept = {32: 32, 64: 48 if queries == 128 else 64, 128: 0}[size]  # columns of the queries that stay in registers
+    # Columns of the queries that stay in registers.
+    kept = min(size, 48 if queries == 128 else 64) if size <= 64 else 0
     loaded = 2 * 32 * size + warp_queries * (size - kept)  # numbers that a warp loads for a group
     return {
         "block_queries": queries,
