@@ -112,7 +112,7 @@ def run_bench(
     rounds: int,
     against: tuple[str, ...],
     source: str | None,
-    new_tokens: int | None,
+    new_tokens: int | None = None,
     only: tuple[str, ...] = (),
     output: Path | None,
     plot: Path | None,
