@@ -50,9 +50,14 @@ def expose_layers(bundle: Path, signature: Signature, folder: Path, model_file: 
     del model.graph.output[:]
     model.graph.output.extend(outputs)
     exposed = dataclasses.replace(signature, outputs=(*specs, *signature.outputs))
-    del model.metadata_props[:]
-    helper.set_model_props(model, {"lfx": json.dumps(exposed.to_dict())})
-    onnx.save(model, str(folder / MODEL))
+    graphs = {MODEL: model}
+    if signature.decoder is not None:  # which has the signature too
+        name = signature.decoder.model_file
+        graphs[name] = onnx.load(str((bundle / model_file).with_name(name)), load_external_data=False)
+    for name, graph in graphs.items():
+        del graph.metadata_props[:]
+        helper.set_model_props(graph, {"lfx": json.dumps(exposed.to_dict())})
+        onnx.save(graph, str(folder / name))
     for name in read_header(bundle / model_file).weights:
         link_or_copy(bundle / name, folder / name)
     return folder / MODEL

@@ -139,6 +139,9 @@ def _open_session(
         except custom_ops.NoKernelError as error:
             if kernels == "fused":
                 raise DependencyError(f"kernels is 'fused', and {error}, or leave kernels out") from error
+        except LfxError:  # such as nodes of float16, which the kernels do not take
+            if kernels == "fused":
+                raise
     return _session(ort, model, provider, options, None), "function"
 
 
