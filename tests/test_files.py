@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lfx import files
 from lfx.errors import ExportError, LfxError
 from lfx.files import exchange, is_disk_full, locked, open_journal, private_folder, replacing, temporary_folder
 
@@ -183,3 +184,14 @@ def test_a_lock_that_is_never_released_is_an_error(tmp_path: Path, monkeypatch: 
     target = tmp_path / "out"
     with locked(target), pytest.raises(OSError, match="another process holds its lock"), locked(target):
         pass
+
+
+def test_small_files_are_copied_and_large_ones_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "weights"
+    source.write_bytes(b"abc")
+    files.link_or_copy(source, tmp_path / "copy")
+    assert source.stat().st_nlink == 1
+    monkeypatch.setattr(files, "_COPIED_BYTES", 2)
+    files.link_or_copy(source, tmp_path / "link")
+    assert (tmp_path / "link").samefile(source)
+    assert (tmp_path / "copy").read_bytes() == b"abc"

@@ -166,8 +166,17 @@ def exchange(first: Path, second: Path) -> bool:
     raise OSError(number, os.strerror(number), str(first))
 
 
+_COPIED_BYTES = 16 << 20  # which take some milliseconds
+
+
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make a hard link to a file, or copy its bytes if the file system cannot link; a copy's mode follows the umask."""
+    """Make a hard link to a file, or copy its bytes if it is small or the file system cannot link.
+
+    The onnx package refuses a file while it has a second hard link. A copy's mode follows the umask.
+    """
+    if source.stat().st_size <= _COPIED_BYTES:
+        copy(source, target)
+        return
     try:
         os.link(source.resolve(), target)
     except OSError:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from lfx.export import decompose, export, exporter
+from lfx.errors import ExportError
+from lfx.export import decompose, export, trace
 from lfx.runtime import Engine
 from tests.models import tiny_model
 
@@ -49,7 +50,7 @@ def test_the_graph_is_the_one_that_torch_decomposes(
     monkeypatch.setattr(decompose, "decompose", lambda *graph: results.append(original(*graph)) or results[-1])
     in_place = export(tiny_model(task), tmp_path / "in place", **options)
     assert results == [True]
-    monkeypatch.setattr(exporter, "decomposing_in_place", contextlib.nullcontext)
+    monkeypatch.setattr(trace, "decomposing_in_place", contextlib.nullcontext)
     by_torch = export(tiny_model(task), tmp_path / "by torch", **options)
     assert results == [True]
     assert _graph(in_place) == _graph(by_torch)
@@ -93,7 +94,7 @@ def test_other_programs_are_left_to_torch(head: Any, tmp_path: Path, monkeypatch
 def test_one_tensor_under_two_names_is_still_refused(tmp_path: Path) -> None:
     """A conversion to the same dtype gives the same tensor."""
     module = Decomposed(lambda x: {"a": x, "b": x.float()}).eval()
-    with pytest.raises(exporter.ExportError, match="outputs 'a' and 'b' are one tensor"):
+    with pytest.raises(ExportError, match="outputs 'a' and 'b' are one tensor"):
         export(module, tmp_path / "out")
 
 

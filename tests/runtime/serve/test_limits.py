@@ -332,7 +332,7 @@ def test_replies_that_are_not_read_fill_a_bounded_memory(
 def test_bodies_of_paths_without_a_key_are_not_buffered(model: dict[str, Path]) -> None:
     head = b"%b HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n"
     held: list[int] = []
-    with running(model, api_key="secret") as server:
+    with running(model, api_key="secret", client_seconds=2) as server:
         application = server.server.config.loaded_app
         for request in (b"GET /health", b"POST /health", b"GET /", b"POST /openapi.json"):
             with connected(server, head % request + b"a" * 999_000) as client:
