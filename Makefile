@@ -117,6 +117,7 @@ bench: install clients  ## All CPU benchmarks, more than an hour; writes docs/re
 	$(BIN)/python -m scripts.bench.long
 	$(BIN)/python -m scripts.bench.generation
 	$(BIN)/python -m scripts.bench.backends
+	$(BIN)/python -m scripts.bench.kernels
 	$(BIN)/python -m scripts.bench.runtime
 	$(BIN)/python -m scripts.bench.serve
 	$(BIN)/python -m scripts.bench.triton

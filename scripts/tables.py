@@ -412,6 +412,32 @@ def ray() -> str:
 PLAN = {"documents": 1_000_000, "lengths": (128, 512, 1024, 4096), "cores": 16, "hours": 24}
 
 
+def kernels() -> str:
+    """Make the table of lfx's CPU kernels beside the function bodies and Hugging Face eager."""
+    records = record.read("kernels")
+    names = ("huggingface-eager", "fp32-function", "fp32-fused", "int8-function", "int8-fused")
+    rows = []
+    for seqlen in sorted({row["seqlen"] for row in records}):
+        found = {row["contender"]: row for row in records if row["seqlen"] == seqlen}
+        cells = []
+        for name in names:
+            if (row := found.get(name)) is None:
+                cells.append("not measured")
+                continue
+            attention = "" if row["attention_ms"] is None else f", attention {_time(row['attention_ms'])}"
+            cells.append(f"{_time(row['p50_ms'])}{attention}, {row['peak_memory_bytes'] / 1e9:.2f} GB")
+        rows.append([f"{seqlen:,}", *cells])
+    header = [
+        "tokens",
+        "Hugging Face eager fp32",
+        "fp32, functions",
+        "fp32, kernels",
+        "int8, functions",
+        "int8, kernels",
+    ]
+    return f"{_hardware(records[0])}\n\n{_rows(header, rows)}"
+
+
 def torch() -> str:
     """Make the table of a model of transformers before and after `lfx.torch.accelerate`."""
     if not (record.RECORDS / "torch.jsonl").exists():
@@ -520,6 +546,7 @@ def chart() -> None:
 
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu,
+    "kernels": kernels,
     "export": export,
     "sizes": sizes,
     "peers": peers,
