@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -100,41 +101,96 @@ def least_bytes(case: Case) -> int:
     return case.batch * (4 * case.seqlen * row + 4 * case.seqlen + slots * (4 + row))
 
 
-def block_queries(case: Case) -> int:
-    """Return the number of queries of a block on an H100; follows plugins/banded/banded_attention.cu."""
-    return 128 if case.batch * case.heads * -(-case.seqlen // 128) >= 2 * MULTIPROCESSORS else 64
+@dataclass(frozen=True)
+class Tiling:
+    """How the kernel divides its work, in queries and keys."""
+
+    row_tiles: int  # of 16 queries, in a warp
+    tile_keys: int = 64
+    group_keys: int = 32
+    threads: int = 128
+
+    @property
+    def warp_queries(self) -> int:
+        """Number of queries of a warp."""
+        return 16 * self.row_tiles
+
+    @property
+    def block_queries(self) -> int:
+        """Number of queries of a block."""
+        return self.warp_queries * self.threads // 32
+
+    def shared_bytes(self, case: Case) -> int:
+        """Return the dynamic shared memory of a block: queries, two tiles of keys and values, and the tables."""
+        reach = -(-min(self.block_queries + 2 * case.window, case.seqlen) // self.tile_keys) * self.tile_keys
+        rows = self.block_queries + 4 * self.tile_keys
+        return 2 * rows * case.head_size + 4 * (self.block_queries + 1 + reach // 32)
+
+    def l2_bytes(self, case: Case) -> int:
+        """Return the bytes of the rows that all blocks of one head read and write."""
+        first = np.arange(0, case.seqlen, self.block_queries)
+        begin = np.maximum(first - case.window, 0)
+        end = np.minimum(np.minimum(first + self.block_queries, case.seqlen) + case.window, case.seqlen)
+        rows = 2 * int((end - begin).sum() + case.globals * len(first)) + 2 * case.seqlen
+        return rows * 2 * case.head_size
+
+    def work(self, case: Case) -> Counter[str]:
+        """Return over all warps of one head: warps, tiles, groups that all queries see, and the other groups."""
+        total: Counter[str] = Counter()
+        blocks = np.arange(0, case.seqlen, self.block_queries)
+        begin = np.maximum(blocks - case.window, 0)
+        end = np.minimum(np.minimum(blocks + self.block_queries, case.seqlen) + case.window, case.seqlen)
+        tiles = -(-(end - begin) // self.tile_keys)
+        warps = np.arange(0, case.seqlen, self.warp_queries)
+        block = warps // self.block_queries
+        total["warps"] = len(warps)
+        total["tiles"] = int(tiles[block].sum()) + len(warps) * -(-case.globals // self.tile_keys)
+        total["groups"] = len(warps) * -(-case.globals // self.group_keys)
+        last = np.minimum(warps + self.warp_queries - 1 + case.window, end[block] - 1)
+        for group in range(int(tiles.max()) * self.tile_keys // self.group_keys):
+            first = begin[block] + group * self.group_keys
+            visible = (first <= last) & (first + self.group_keys > np.maximum(warps - case.window, case.globals))
+            distance = first - (warps - case.window)
+            whole = (distance >= self.warp_queries - 1) & (distance + self.group_keys - 1 <= 2 * case.window)
+            whole &= visible & (first >= case.globals) & (first + self.group_keys <= end[block])
+            total["whole"] += int(whole.sum())
+            total["groups"] += int((visible & ~whole).sum())
+        return total
+
+
+WIDE, NARROW = Tiling(2), Tiling(1)
+
+
+def tiling_of(case: Case) -> Tiling:
+    """Return the tiling that an H100 gets; follows plugins/banded/banded_attention.cu."""
+    blocks = case.batch * case.heads * -(-case.seqlen // WIDE.block_queries)
+    return WIDE if blocks >= 2 * MULTIPROCESSORS else NARROW
 
 
 def kernel_costs(case: Case) -> dict[str, float]:
-    """Return the costs of our kernel's tiling; follows the loops of the BandedAttention kernel in plugins/.
+    """Return the costs of our kernel's tiling.
 
     Returns:
-        computed_over_useful: number of pairs in the computed groups of 32 keys, over the useful pairs; the band skips
+        block_queries: number of queries of a block.
+        computed_over_useful: number of pairs in the computed groups of keys, over the useful pairs; the band skips
             groups of global tokens only.
         l2_bytes: bytes of the key, value, query and context rows that all blocks transfer.
         shared_bytes: bytes that ldmatrix reads and cp.async writes, on compute capability 9.0.
     """
-    size, global_groups = case.head_size, -(-case.globals // 32)
-    queries = block_queries(case)
-    warp_queries = queries // 4
-    first = np.arange(0, case.seqlen, queries)
-    begin = np.maximum(first - case.window, 0)
-    end = np.minimum(np.minimum(first + queries, case.seqlen) + case.window, case.seqlen)
-    copied = 64 * -(-(end - begin) // 64) + 32 * global_groups
-    warp = np.arange(0, case.seqlen, warp_queries)
-    block = warp // queries
-    start = np.maximum(np.maximum(warp - case.window, 0), case.globals) - begin[block]
-    stop = np.minimum(np.minimum(warp + warp_queries, case.seqlen) + case.window, case.seqlen) - begin[block]
-    groups = (np.maximum(-(-stop // 32) - start // 32, 0) + global_groups).sum()
-    heads = case.batch * case.heads
-    rows = 2 * ((end - begin).sum() + case.globals * len(first)) + 2 * case.seqlen
+    tiling, size = tiling_of(case), case.head_size
+    work = tiling.work(case)
+    groups = work["whole"] + work["groups"]
+    first = np.arange(0, case.seqlen, tiling.block_queries)
+    keys = np.minimum(first + tiling.block_queries + case.window, case.seqlen) - np.maximum(first - case.window, 0)
+    copied = tiling.tile_keys * -(-keys // tiling.tile_keys) + tiling.group_keys * -(-case.globals // tiling.group_keys)
     # Columns of the queries that stay in registers.
-    kept = min(size, 48 if queries == 128 else 64) if size <= 64 else 0
-    loaded = 2 * 32 * size + warp_queries * (size - kept)  # numbers that a warp loads for a group
+    kept = min(size, 48 if tiling is WIDE else 64) if size <= 64 else 0
+    loaded = 2 * tiling.group_keys * size + tiling.warp_queries * (size - kept)  # numbers that a warp loads for a group
+    heads = case.batch * case.heads
     return {
-        "block_queries": queries,
-        "computed_over_useful": float(groups) * 32 * warp_queries / useful_pairs(case),
-        "l2_bytes": float(heads * rows * 2 * size),
+        "block_queries": tiling.block_queries,
+        "computed_over_useful": groups * tiling.group_keys * tiling.warp_queries / useful_pairs(case),
+        "l2_bytes": float(heads * tiling.l2_bytes(case)),
         "shared_bytes": float(heads * (groups * 2 * loaded + copied.sum() * 4 * size)),
     }
 

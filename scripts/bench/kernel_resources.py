@@ -24,12 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lfx.errors import LfxError
 from lfx.runtime import plugin
 from scripts.bench import sass
-from scripts.bench.band_cases import Case
+from scripts.bench.band_cases import NARROW, WIDE, Case, Tiling
 from scripts.bench.sass import Block
 
 KERNEL = "bandedAttentionTensorCoresI6__halfLi{head_size}ELi{row_tiles}E"
@@ -76,66 +74,6 @@ GPUS = {
     # Source: NVIDIA RTX Blackwell GPU Architecture (2025), GeForce RTX 5090; the rate of its L2 is not published.
     "sm_120": Gpu("RTX 5090", 170, 2.407e9, 209.5e12, None),
 }
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the kernel divides its work, in queries and keys."""
-
-    row_tiles: int  # of 16 queries, in a warp
-    tile_keys: int = 64
-    group_keys: int = 32
-    threads: int = 128
-
-    @property
-    def warp_queries(self) -> int:
-        """Number of queries of a warp."""
-        return 16 * self.row_tiles
-
-    @property
-    def block_queries(self) -> int:
-        """Number of queries of a block."""
-        return self.warp_queries * self.threads // 32
-
-    def shared_bytes(self, case: Case) -> int:
-        """Return the dynamic shared memory of a block: queries, two tiles of keys and values, and the tables."""
-        reach = -(-min(self.block_queries + 2 * case.window, case.seqlen) // self.tile_keys) * self.tile_keys
-        rows = self.block_queries + 4 * self.tile_keys
-        return 2 * rows * case.head_size + 4 * (self.block_queries + 1 + reach // 32)
-
-    def l2_bytes(self, case: Case) -> int:
-        """Return the bytes of the rows that all blocks of one head read and write."""
-        first = np.arange(0, case.seqlen, self.block_queries)
-        begin = np.maximum(first - case.window, 0)
-        end = np.minimum(np.minimum(first + self.block_queries, case.seqlen) + case.window, case.seqlen)
-        rows = 2 * int((end - begin).sum() + case.globals * len(first)) + 2 * case.seqlen
-        return rows * 2 * case.head_size
-
-    def work(self, case: Case) -> Counter[str]:
-        """Return over all warps of one head: warps, tiles, groups that all queries see, and the other groups."""
-        total: Counter[str] = Counter()
-        blocks = np.arange(0, case.seqlen, self.block_queries)
-        begin = np.maximum(blocks - case.window, 0)
-        end = np.minimum(np.minimum(blocks + self.block_queries, case.seqlen) + case.window, case.seqlen)
-        tiles = -(-(end - begin) // self.tile_keys)
-        warps = np.arange(0, case.seqlen, self.warp_queries)
-        block = warps // self.block_queries
-        total["warps"] = len(warps)
-        total["tiles"] = int(tiles[block].sum()) + len(warps) * -(-case.globals // self.tile_keys)
-        total["groups"] = len(warps) * -(-case.globals // self.group_keys)
-        last = np.minimum(warps + self.warp_queries - 1 + case.window, end[block] - 1)
-        for group in range(int(tiles.max()) * self.tile_keys // self.group_keys):
-            first = begin[block] + group * self.group_keys
-            visible = (first <= last) & (first + self.group_keys > np.maximum(warps - case.window, case.globals))
-            distance = first - (warps - case.window)
-            whole = (distance >= self.warp_queries - 1) & (distance + self.group_keys - 1 <= 2 * case.window)
-            whole &= visible & (first >= case.globals) & (first + self.group_keys <= end[block])
-            total["whole"] += int(whole.sum())
-            total["groups"] += int((visible & ~whole).sum())
-        return total
-
-
-WIDE, NARROW = Tiling(2), Tiling(1)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 
 from scripts.bench import band_cases, kernel_resources, sass
-from scripts.bench.kernel_resources import NARROW, WIDE, Tiling, WarpCosts
+from scripts.bench.band_cases import NARROW, WIDE, Tiling
+from scripts.bench.kernel_resources import WarpCosts
 from scripts.bench.sass import Block
 
 
