@@ -37,8 +37,22 @@ __device__ __forceinline__ float warpSum(float x)
     return x;
 }
 
+// The sum of a row's weights, of which each lane that shares the row has a part.
+struct RowSum
+{
+    // 1 / sum of the row's weights, over the kLANES lanes that share the row; 0 if every key is masked.
+    template <int kLANES>
+    __device__ __forceinline__ float inverseSum() const
+    {
+        float const sum = warpSum<kLANES>(rowSum);
+        return sum > 0.0F ? 1.0F / sum : 0.0F;
+    }
+
+    float rowSum = 0.0F; // of this lane's weights
+};
+
 // The state of one row. Lanes that share a row hold the same rowMax; each adds up the weights of its own columns.
-struct OnlineSoftmax
+struct OnlineSoftmax : RowSum
 {
     // Takes the maximum score of the next tile and rescales rowSum to it. Returns the factor for the caller's accumulator.
     __device__ __forceinline__ float rescale(float tileMax, float scaleLog2)
@@ -57,23 +71,14 @@ struct OnlineSoftmax
         return exp2Flushed(fmaf(score, scaleLog2, -offset));
     }
 
-    // 1 / sum of the row's weights, over the kLANES lanes that share the row; 0 if every key is masked.
-    template <int kLANES>
-    __device__ __forceinline__ float inverseSum() const
-    {
-        float const sum = warpSum<kLANES>(rowSum);
-        return sum > 0.0F ? 1.0F / sum : 0.0F;
-    }
-
     float rowMax = kNEG_INF; // largest score so far, times scaleLog2
-    float rowSum = 0.0F;     // of this lane's weights
     float offset = 0.0F;     // rowMax, or 0 while every key of the row is masked: -inf - -inf would be NaN
 };
 
 // OnlineSoftmax that rescales seldom. Weights are relative to a reference, an earlier maximum of the row, until a score
 // exceeds it by more than a factor of 2^kSLACK; float16 holds weights up to 2^16. Each row decides for itself, so that its
 // result does not depend on other rows.
-struct LazySoftmax
+struct LazySoftmax : RowSum
 {
     static constexpr float kSLACK = 8.0F;
     static constexpr float kLOWEST = -1e30F; // finite, so that kLOWEST - kLOWEST is 0
@@ -100,16 +105,7 @@ struct LazySoftmax
         return exp2Flushed(fmaf(score, scaleLog2, offset));
     }
 
-    // 1 / sum of the row's weights, over the kLANES lanes that share the row; 0 if every key is masked.
-    template <int kLANES>
-    __device__ __forceinline__ float inverseSum() const
-    {
-        float const sum = warpSum<kLANES>(rowSum);
-        return sum > 0.0F ? 1.0F / sum : 0.0F;
-    }
-
     float offset = -kLOWEST; // minus the reference, in the unit of score · scaleLog2
-    float rowSum = 0.0F;     // of this lane's weights
 };
 
 } // namespace lfx

@@ -13,7 +13,7 @@ namespace lfx
 namespace
 {
 
-constexpr int kMIN_WIDE_BLOCKS = 2; // of 128 queries for each multiprocessor, from which on they are used
+constexpr int kBLOCKS_TO_OCCUPY = 2; // of 128 queries for each multiprocessor, from which on they are used
 
 template <int kQUERIES>
 dim3 gridOf(BandedParams const& p)
@@ -38,7 +38,7 @@ int32_t launchTensorCores(BandedParams const& p, CUstream_st* stream)
 {
     dim3 const wide = gridOf<banded::TensorCoreTraits<kD, 2>::kQUERIES>(p);
     int64_t const blocks = static_cast<int64_t>(wide.x) * wide.y * wide.z;
-    return blocks >= kMIN_WIDE_BLOCKS * static_cast<int64_t>(multiprocessors())
+    return blocks >= kBLOCKS_TO_OCCUPY * static_cast<int64_t>(multiprocessors())
         ? launchTensorCores<T, kD, 2>(p, stream)
         : launchTensorCores<T, kD, 1>(p, stream);
 }
