@@ -225,10 +225,10 @@ def test_workers_serve_where_the_folder_of_temporary_files_cannot_have_sockets(m
     folder = tmp_path / ("t" * 100)
     folder.mkdir()
     with Command(model, "--workers", "2", TMPDIR=str(folder)) as server:
-        for _ in range(2):
-            assert "lacks this worker's counters" in server.wait_for("set TMPDIR to another folder with a short path")
-        server.wait_for("is ready")
-        server.wait_for("is ready")
+        wait_until(lambda: sum("is ready" in line for line in server.lines) == 2)
+        warnings = [line for line in server.lines if "set TMPDIR to another folder with a short path" in line]
+        assert len(warnings) == 2
+        assert all("lacks this worker's counters" in line for line in warnings)
         assert ask(server.address).status_code == 200
         with server.client() as client:
             assert gauge(client, "lfx_ready") == 1  # the worker that was asked
