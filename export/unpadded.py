@@ -14,6 +14,8 @@ from torch import nn
 from transformers.models.led import modeling_led as led
 from transformers.models.longformer import modeling_longformer as hf
 
+from lfx.torch.masks import merged_mask
+
 # The classes of self-attention with a window and global tokens; LED's is a copy of Longformer's under another name.
 SELF_ATTENTION = (hf.LongformerSelfAttention, led.LEDEncoderSelfAttention)
 
@@ -61,11 +63,7 @@ class LongformerModel(hf.LongformerModel):  # type: ignore[misc]
             token_type_ids=token_type_ids,
             inputs_embeds=inputs_embeds,
         )
-        if attention_mask is None:
-            attention_mask = torch.ones(embedded.shape[:2], dtype=torch.int64, device=embedded.device)
-        if global_attention_mask is None:
-            global_attention_mask = torch.zeros_like(attention_mask)
-        merged = self._merge_to_attention_mask(attention_mask, global_attention_mask) - 1
+        merged = merged_mask(embedded, attention_mask, global_attention_mask) - 1
         return_dict = return_dict if return_dict is not None else self.config.return_dict
         encoded = self.encoder(
             embedded,
@@ -113,11 +111,7 @@ class LEDEncoder(led.LEDEncoder):  # type: ignore[misc]
         **kwargs: Any,
     ) -> Any:
         embedded = inputs_embeds if inputs_embeds is not None else self.embed_tokens(input_ids)
-        if attention_mask is None:
-            attention_mask = torch.ones(embedded.shape[:2], dtype=torch.int64, device=embedded.device)
-        if global_attention_mask is None:
-            global_attention_mask = torch.zeros_like(attention_mask)
-        merged = self._merge_to_attention_mask(attention_mask, global_attention_mask) - 1
+        merged = merged_mask(embedded, attention_mask, global_attention_mask) - 1
         states = [self.layernorm_embedding(embedded + self.embed_positions(embedded.shape[:2]))]
         for layer in self.layers:
             states.append(layer(states[-1], merged)[0])

@@ -1,4 +1,4 @@
-"""The library of ONNX Runtime's custom ops, which run attention with lfx's own kernels."""
+"""The libraries of ONNX Runtime's custom ops, which run attention with lfx's own kernels."""
 
 from __future__ import annotations
 
@@ -7,28 +7,35 @@ from pathlib import Path
 
 import lfx
 
+# Names the instruction set of the CPU kernels, instead of the widest one of the CPU: baseline, avx2 or avx512.
+INSTRUCTIONS_VARIABLE = "LFX_CPU_INSTRUCTIONS"
 KERNELS = ("auto", "fused", "function")
 LIBRARIES = ("liblfx_onnxruntime.so", "liblfx_onnxruntime.dylib")
-# The precisions of models whose attention is float32: those of int8 have linear layers in int8.
-CPU_PRECISIONS = ("fp32", "int8")
+CUDA_LIBRARY = "liblfx_onnxruntime_cuda.so"
+# The precisions of models that the kernels of a provider run. The attention of int8 models is float32.
+PRECISIONS = {"cpu": ("fp32", "int8"), "cuda": ("fp32", "fp16", "bf16", "int8")}
 
 
 class NoKernelError(Exception):
     """The reason why lfx's kernels cannot run a model, and what to do."""
 
 
-def library() -> Path:
+def library(provider: str = "cpu") -> Path:
     """The path of the installed library.
 
+    Args:
+        provider: "cpu" or "cuda".
     Raises:
         NoKernelError: lfx was installed without it.
     """
+    names = (CUDA_LIBRARY,) if provider == "cuda" else LIBRARIES
     for folder in lfx.__path__:
-        for name in LIBRARIES:
+        for name in names:
             path = Path(folder) / "_lib" / name
             if path.is_file():
                 return path
-    raise NoKernelError(f"{LIBRARIES[0]} is not installed; install lfx again where there is a C++ compiler")
+    compiler = "nvcc on the PATH" if provider == "cuda" else "a C++ compiler"
+    raise NoKernelError(f"{names[0]} is not installed; install lfx again where there is {compiler}")
 
 
 def reason_for_function(backend: str, provider: str, precision: str, has_attention_nodes: bool) -> str:
@@ -37,9 +44,9 @@ def reason_for_function(backend: str, provider: str, precision: str, has_attenti
         return "the model's attention nodes are inlined; export it without inlined functions"
     if backend != "onnxruntime":
         return f"backend {backend!r} has none; choose backend 'onnxruntime'"
-    if provider != "cpu":
-        return f"provider {provider!r} has none; choose provider 'cpu'"
-    if precision not in CPU_PRECISIONS:
+    if provider not in PRECISIONS:
+        return f"provider {provider!r} has none; choose provider 'cpu' or 'cuda'"
+    if precision not in PRECISIONS[provider]:
         return f"the model is {precision}, for which the CPU has none; export it with --precision fp32"
     return ""
 

@@ -1,25 +1,29 @@
-// The custom op that ONNX Runtime sees: it reads the attributes, checks the inputs and runs the kernels on the CPU.
+// The custom op that ONNX Runtime sees: it reads the attributes, checks the inputs and runs the kernels on a device.
 #pragma once
 
-#include "onnxruntime/ops.h"
 #include "onnxruntime/ort_api.h"
+#include "op_traits.h"
 
-#include <cstdlib>
+#include <algorithm>
+#include <array>
 #include <exception>
+#include <limits>
 #include <memory>
 #include <string>
 
 namespace lfx::ort
 {
 
-// Names the instruction set of the CPU kernels, instead of the widest one: baseline, avx2 or avx512.
-inline constexpr char const* kINSTRUCTIONS_VARIABLE = "LFX_CPU_INSTRUCTIONS";
-
 // An error with the name of the op. Status objects belong to the caller.
 template <typename Op>
 Status* failure(Function const* api, std::string const& message, ErrorCode code = kINVALID_ARGUMENT)
 {
     return createStatus(api, code, ("lfx::" + (Op::kNAME + (": " + message))).c_str());
+}
+
+constexpr ElementType elementType(Type type)
+{
+    return type == Type::kFLOAT ? kFLOAT : type == Type::kHALF ? kFLOAT16 : kBFLOAT16;
 }
 
 // The shape of a tensor.
@@ -35,28 +39,29 @@ inline Status* readShape(Function const* api, TensorInfo const* info, Shape& sha
 }
 
 // A node of the graph. ONNX Runtime may run it on several threads at a time.
-template <typename Op>
+//
+// `Device` is a class template over the op that has kPROVIDER, the execution provider, and
+//   Status* initialize(Function const* api, KernelInfo const* info)
+//   Status* run(Function const* api, KernelContext* context, Params& params) const, which computes the op
+template <typename Op, template <typename> class Device>
 class Kernel
 {
 public:
     using Params = typename Op::Params;
     using Shapes = typename Op::Shapes;
 
-    Kernel(Function const* api)
+    Kernel(Function const* api, Type type)
         : mApi(api)
+        , mType(type)
     {
     }
 
     Status* initialize(KernelInfo const* info)
     {
         readAttributes(info);
-        mSet = cpu::widestInstructionSet();
-        char const* const name = std::getenv(kINSTRUCTIONS_VARIABLE);
-        if (name != nullptr && *name != '\0' && !cpu::findInstructionSet(name, mSet))
+        if (Status* status = mDevice.initialize(mApi, info))
         {
-            return failure<Op>(mApi,
-                std::string(kINSTRUCTIONS_VARIABLE) + " is '" + name
-                    + "'; it must be baseline, avx2 or avx512, and this CPU must have it");
+            return status;
         }
         Shapes shapes;
         for (int32_t i = 0; i < Op::kNUM_INPUTS; ++i)
@@ -67,7 +72,7 @@ public:
             }
         }
         Params params;
-        std::string const reason = setSizes<Op>(params, mAttributes, shapes);
+        std::string const reason = setCheckedSizes<Op>(params, mAttributes, shapes, mType);
         return reason.empty() ? nullptr : failure<Op>(mApi, reason, kNOT_IMPLEMENTED);
     }
 
@@ -96,7 +101,7 @@ private:
             }
         }
         Params params;
-        std::string const reason = setSizes<Op>(params, mAttributes, shapes);
+        std::string const reason = setCheckedSizes<Op>(params, mAttributes, shapes, mType);
         if (!reason.empty())
         {
             return failure<Op>(mApi, reason);
@@ -113,39 +118,28 @@ private:
             return status;
         }
         Op::setTensors(params, inputs, result);
-        Threads threads{mApi, context, nullptr};
-        char const* const error = Op::run(params, {runOnThreads, &threads}, mSet);
-        return threads.status != nullptr ? threads.status : error != nullptr ? failure<Op>(mApi, error) : nullptr;
-    }
-
-    // ONNX Runtime's own threads.
-    struct Threads
-    {
-        Function const* api;
-        KernelContext* context;
-        Status* status; // of the first failure
-    };
-
-    static void runOnThreads(void* pool, size_t total, cpu::Task task, void* argument)
-    {
-        Threads& threads = *static_cast<Threads*>(pool);
-        if (threads.status == nullptr)
-        {
-            threads.status = parallelFor(threads.api, threads.context, task, total, 0, argument);
-        }
+        return mDevice.run(mApi, context, params);
     }
 
     void readAttributes(KernelInfo const* info)
     {
-        read(getIntAttribute(mApi, info, "num_heads", &mAttributes.numHeads));
+        readInteger(info, "num_heads", mAttributes.numHeads);
         read(getFloatAttribute(mApi, info, "scale", &mAttributes.scale));
         if constexpr (Op::kIS_BANDED)
         {
-            mAttributes.window = -1; // it has no default, and -1 is out of range
-            read(getIntAttribute(mApi, info, "window", &mAttributes.window));
-            read(getIntAttribute(mApi, info, "dilation", &mAttributes.dilation));
-            read(getIntAttribute(mApi, info, "causal", &mAttributes.causal));
+            readInteger(info, "window", mAttributes.window);
+            readInteger(info, "dilation", mAttributes.dilation);
+            readInteger(info, "causal", mAttributes.causal);
         }
+    }
+
+    // One that does not fit stays out of range.
+    void readInteger(KernelInfo const* info, char const* name, int32_t& attribute) const
+    {
+        constexpr int64_t kLARGEST = std::numeric_limits<int32_t>::max();
+        int64_t value = attribute;
+        read(getIntAttribute(mApi, info, name, &value));
+        attribute = static_cast<int32_t>(std::clamp<int64_t>(value, -1, kLARGEST));
     }
 
     // An attribute that the node does not have keeps its default.
@@ -174,7 +168,7 @@ private:
         }
         if (shape.numAxes == 0)
         {
-            shape = {Op::kINPUTS[input].numAxes, {-1, -1, -1}};
+            shape = {Op::kINPUTS[input].numAxes, {-1, -1, -1}}; // kINPUTS have at most three axes
         }
         return status;
     }
@@ -204,24 +198,29 @@ private:
     }
 
     Function const* mApi;
-    Attributes mAttributes;
-    cpu::InstructionSet mSet = cpu::InstructionSet::kBASELINE;
+    Type mType;
+    typename Op::Attributes mAttributes;
+    Device<Op> mDevice;
 };
 
-// What ONNX Runtime calls for an op. `api` is that of the runtime that the op is registered in.
-template <typename Op>
+// What ONNX Runtime calls for an op with tensors of a type on a device. `api` is that of the runtime that the op is
+// registered in.
+template <typename Op, template <typename> class Device>
 struct AttentionOp : CustomOp
 {
-    explicit AttentionOp(Function const* api)
+    AttentionOp(Function const* api, Type type)
         : api(api)
+        , type(type)
     {
         getName = [](CustomOp const*) { return Op::kNAME; };
-        getExecutionProviderType = [](CustomOp const*) -> char const* { return "CPUExecutionProvider"; };
-        getInputType = [](CustomOp const*, size_t i) { return Op::kINPUTS[i].isInteger ? kINT32 : kFLOAT; };
+        getExecutionProviderType = [](CustomOp const*) { return Device<Op>::kPROVIDER; };
+        getInputType = [](CustomOp const* op, size_t i) {
+            return Op::kINPUTS[i].isInteger ? kINT32 : elementType(self(op).type);
+        };
         getInputTypeCount = [](CustomOp const*) -> size_t { return Op::kNUM_INPUTS; };
-        getOutputType = [](CustomOp const*, size_t) { return kFLOAT; };
+        getOutputType = [](CustomOp const* op, size_t) { return elementType(self(op).type); };
         getOutputTypeCount = [](CustomOp const*) -> size_t { return 1; };
-        kernelDestroy = [](void* kernel) { delete static_cast<Kernel<Op>*>(kernel); };
+        kernelDestroy = [](void* kernel) { delete static_cast<Kernel<Op, Device>*>(kernel); };
         getInputCharacteristic = [](CustomOp const*, size_t) { return kREQUIRED; };
         getOutputCharacteristic = [](CustomOp const*, size_t) { return kREQUIRED; };
         getInputMemoryType = [](CustomOp const*, size_t) { return kDEFAULT_MEMORY; };
@@ -232,11 +231,17 @@ struct AttentionOp : CustomOp
         inferOutputShape = inferShape;
     }
 
-    static Status* create(CustomOp const*, Function const* api, KernelInfo const* info, void** result)
+    static AttentionOp const& self(CustomOp const* op)
     {
+        return *static_cast<AttentionOp const*>(op);
+    }
+
+    static Status* create(CustomOp const* op, Function const*, KernelInfo const* info, void** result)
+    {
+        Function const* const api = self(op).api;
         try
         {
-            auto kernel = std::make_unique<Kernel<Op>>(api);
+            auto kernel = std::make_unique<Kernel<Op, Device>>(api, self(op).type);
             Status* const status = kernel->initialize(info);
             *result = status == nullptr ? kernel.release() : nullptr;
             return status;
@@ -249,14 +254,14 @@ struct AttentionOp : CustomOp
 
     static Status* compute(void* kernel, KernelContext* context)
     {
-        return static_cast<Kernel<Op> const*>(kernel)->compute(context);
+        return static_cast<Kernel<Op, Device> const*>(kernel)->compute(context);
     }
 
     // The context has the shape and the type of the query. If a size is not known and has no name either, no shape is set:
     // ONNX Runtime would take the size to be -1.
     static Status* inferShape(CustomOp const* op, ShapeInferContext* context)
     {
-        Function const* const api = static_cast<AttentionOp const*>(op)->api;
+        Function const* const api = self(op).api;
         TensorInfo* query = nullptr;
         Shape shape;
         if (Status* status = getShapeInferInput(api, context, Op::kQUERY, &query))
@@ -287,6 +292,7 @@ struct AttentionOp : CustomOp
     }
 
     Function const* api;
+    Type type;
 };
 
 } // namespace lfx::ort

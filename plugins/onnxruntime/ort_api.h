@@ -1,6 +1,6 @@
 // The part of ONNX Runtime's C interface that the custom ops use, declared by the position of each function in the table
 // that OrtApiBase::GetApi returns. The table and OrtCustomOp only grow at their ends: this is version 17, of ONNX Runtime
-// 1.17, which every later one returns.
+// 1.17, which every later one returns, and two functions of version 18.
 //
 // Source: include/onnxruntime/core/session/onnxruntime_c_api.h of ONNX Runtime, https://github.com/microsoft/onnxruntime.
 #pragma once
@@ -12,6 +12,7 @@ namespace lfx::ort
 {
 
 constexpr uint32_t kAPI_VERSION = 17;
+constexpr uint32_t kCUDA_API_VERSION = 18; // of the functions that the CUDA ops use beyond kAPI_VERSION
 
 // Objects of ONNX Runtime.
 struct Status;
@@ -23,6 +24,8 @@ struct ShapeInferContext;
 struct TypeInfo;
 struct TensorInfo; // OrtTensorTypeAndShapeInfo
 struct Value;
+struct Allocator;
+struct MemoryInfo;
 
 enum ErrorCode : int32_t
 {
@@ -35,6 +38,8 @@ enum ElementType : int32_t
 {
     kFLOAT = 1,
     kINT32 = 6,
+    kFLOAT16 = 10,
+    kBFLOAT16 = 16,
 };
 
 enum Characteristic : int32_t
@@ -83,6 +88,8 @@ constexpr Entry<Status*(TensorInfo const*, size_t*)> getDimensionsCount{61};
 constexpr Entry<Status*(TensorInfo const*, int64_t*, size_t)> getDimensions{62};
 constexpr Entry<Status*(TensorInfo const*, char const**, size_t)> getSymbolicDimensions{63};
 constexpr Entry<Status*(Value const*, TensorInfo**)> getTensorTypeAndShape{65};
+constexpr Entry<Status*(Allocator*, void*)> allocatorFree{76};
+constexpr Entry<Status*(Allocator const*, MemoryInfo const**)> allocatorGetInfo{77};
 constexpr Entry<Status*(KernelInfo const*, char const*, float*)> getFloatAttribute{85};
 constexpr Entry<Status*(KernelInfo const*, char const*, int64_t*)> getIntAttribute{86};
 constexpr Entry<Status*(KernelContext const*, size_t, Value const**)> getInput{90};
@@ -90,10 +97,16 @@ constexpr Entry<Status*(KernelContext*, size_t, int64_t const*, size_t, Value**)
 constexpr Entry<void(Status*)> releaseStatus{93};
 constexpr Entry<void(TypeInfo*)> releaseTypeInfo{98};
 constexpr Entry<void(TensorInfo*)> releaseTensorInfo{99};
+constexpr Entry<Status*(char***, int*)> getAvailableProviders{125};
+constexpr Entry<Status*(char**, int)> releaseAvailableProviders{126};
+constexpr Entry<void(Allocator*)> releaseAllocator{132};
+constexpr Entry<Status*(KernelContext const*, void**)> getGpuComputeStream{193};
 constexpr Entry<Status*(KernelInfo const*, size_t, TypeInfo**)> getInputTypeInfo{234};
 constexpr Entry<Status*(ShapeInferContext const*, size_t, TensorInfo**)> getShapeInferInput{268};
 constexpr Entry<Status*(ShapeInferContext const*, size_t, TensorInfo const*)> setShapeInferOutput{270};
 constexpr Entry<Status*(KernelContext const*, void (*)(void*, size_t), size_t, size_t, void*)> parallelFor{274};
+constexpr Entry<Status*(KernelContext const*, MemoryInfo const*, size_t, void**)> getScratchBuffer{277}; // version 18
+constexpr Entry<Status*(KernelInfo const*, MemoryType, Allocator**)> getKernelAllocator{278};            // version 18
 
 // OrtCustomOp: what ONNX Runtime calls. The functions up to getVariadicOutputHomogeneity must be there; those of the first
 // version that return no status are not called if their later forms are.

@@ -1,6 +1,8 @@
 // The attributes of the ONNX nodes, as TensorRT passes and stores them: a collection of named fields.
 #pragma once
 
+#include "op_traits.h"
+
 #include <NvInfer.h>
 
 #include <cstdint>
@@ -9,19 +11,6 @@
 
 namespace lfx
 {
-
-struct GlobalAttributes
-{
-    int32_t numHeads = 0; // required
-    float scale = 0.0F;   // 0 stands for 1/√D
-};
-
-struct BandedAttributes : GlobalAttributes
-{
-    int32_t window = -1; // required
-    int32_t dilation = 1;
-    int32_t causal = 0;
-};
 
 struct AttributeField
 {

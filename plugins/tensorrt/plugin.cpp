@@ -2,8 +2,8 @@
 #include "tensorrt/plugin.h"
 
 #include "attention.h"
+#include "op_traits.h"
 #include "tensorrt/logger.h"
-#include "tensorrt/ops.h"
 
 #include <NvInfer.h>
 

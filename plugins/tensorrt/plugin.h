@@ -1,9 +1,10 @@
 // The TensorRT plugin of an op: it implements TensorRT's plugin interface and launches the kernels.
 #pragma once
 
+#include "op_traits.h"
+#include "tensorrt/attributes.h"
 #include "tensorrt/inputs.h"
 #include "tensorrt/logger.h"
-#include "tensorrt/ops.h"
 
 #include <NvInfer.h>
 
@@ -143,7 +144,9 @@ public:
         nvinfer1::DynamicPluginTensorDesc const*, int32_t) const noexcept override
     {
         // The type does not matter: partial results are float32.
-        return Op::workspaceBytes(Op::sizes(mAttributes, maxShapes(inputs), Type::kFLOAT));
+        Params params;
+        Op::setSizes(params, mAttributes, maxShapes(inputs), Type::kFLOAT);
+        return Op::workspaceBytes(params);
     }
 
     int32_t enqueue(nvinfer1::PluginTensorDesc const* inputDesc, nvinfer1::PluginTensorDesc const*,
@@ -151,8 +154,10 @@ public:
     {
         Type type = Type::kFLOAT;
         toType(inputDesc[Op::kQUERY].type, type);
-        Params params = Op::sizes(mAttributes, shapes(inputDesc), type);
-        Op::setTensors(params, inputs, outputs[0], workspace);
+        Params params;
+        Op::setSizes(params, mAttributes, shapes(inputDesc), type);
+        Op::setTensors(params, inputs, outputs[0]);
+        Op::setWorkspace(params, workspace);
         int32_t const error = Op::launch(params, stream);
         if (error != 0)
         {
@@ -200,7 +205,7 @@ private:
         Shapes result;
         for (int32_t i = 0; i < Op::kNUM_INPUTS; ++i)
         {
-            result[i] = inputs[i].dims;
+            result[i] = toShape(inputs[i].dims);
         }
         return result;
     }
@@ -211,7 +216,7 @@ private:
         Shapes result;
         for (int32_t i = 0; i < Op::kNUM_INPUTS; ++i)
         {
-            result[i] = inputs[i].max;
+            result[i] = toShape(inputs[i].max);
         }
         return result;
     }
@@ -221,7 +226,10 @@ private:
     {
         try
         {
-            std::string const reason = inputError<Op>(mAttributes, shapes, dataType);
+            Type type;
+            Params params;
+            std::string const reason = toType(dataType, type) ? setCheckedSizes<Op>(params, mAttributes, shapes, type)
+                                                              : "the type must be float32, float16 or bfloat16";
             if (reason.empty())
             {
                 return kSUCCESS;

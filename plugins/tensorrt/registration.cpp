@@ -3,7 +3,7 @@
 #include "tensorrt/plugin.h"
 
 #include "attention.h"
-#include "tensorrt/ops.h"
+#include "op_traits.h"
 
 #include <NvInfer.h>
 #include <dlfcn.h>

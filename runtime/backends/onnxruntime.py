@@ -134,7 +134,7 @@ def _open_session(
     """Open a session with these kernels; returns it with the kernels that it has, "fused" or "function"."""
     if kernels != "function":
         try:
-            library = custom_ops.library()
+            library = custom_ops.library(provider)
             return _session(ort, model, provider, options, library), "fused"
         except custom_ops.NoKernelError as error:
             if kernels == "fused":

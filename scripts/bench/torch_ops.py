@@ -5,7 +5,8 @@
 
 Latency: the contenders run in one process, alternating (A B A B), after a warm-up of each, on the same ids; the first
 token is global. Memory: the peak resident set of one process per contender and length, with the interpreter and the
-model. `--compile` adds the accelerated model under torch.compile, whose compilation is in the warm-up.
+model. `--compile` adds the accelerated model under torch.compile, whose compilation is in the warm-up, and `--operators` the one
+whose attention is PyTorch's operators in place of lfx's kernels.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from transformers import logging
 
 from lfx.runtime.bench import measure, peak_memory_bytes
-from lfx.torch import accelerate
+from lfx.torch import accelerate, cpu_kernels
 from scripts import record
 from scripts.checkpoints import base_model
 
 # Length -> rounds; lengths above 4,096 run on a model with a longer position table.
 ROUNDS = {16: 9, 300: 7, 512: 7, 1024: 5, 2048: 5, 4096: 5, 8192: 2, 16384: 2}
-EAGER, OURS, COMPILED = "huggingface-eager", "lfx-torch", "lfx-torch-compile"
+EAGER, OURS, COMPILED, OPERATORS = "huggingface-eager", "lfx-torch", "lfx-torch-compile", "lfx-torch-operators"
 VOCAB_SIZE = 50000
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
 FIGURES = ("p5_ms", "p95_ms", "tokens_per_second")
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], default=list(ROUNDS))
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--operators", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -53,7 +56,9 @@ def main() -> None:
         print(json.dumps({"peak_bytes": peak_memory_bytes()}))
         return
     about = {**record.environment(), "shape": "longformer-base", "dtype": "fp32", "threads": options.threads}
-    names = (EAGER, OURS, COMPILED) if options.compile else (EAGER, OURS)
+    names = (EAGER, OURS, *([COMPILED] if options.compile else []), *([OPERATORS] if options.operators else []))
+    if cpu_kernels.kernels_for(torch.zeros(1)) is None:
+        raise SystemExit("lfx's CPU kernels are not installed; install lfx again where there is a C++ compiler")
     for length in [16, 300] if options.dry_run else options.lengths:
         row = {**about, "batch": 1, "globals": 1, **_measured(names, length, options)}
         if options.dry_run:
@@ -109,11 +114,12 @@ def _model_run(name: str, max_seqlen: int, is_small: bool) -> Run:
         memo = {id(parameter): parameter for parameter in _model(max_seqlen, is_small).parameters()}
         model = accelerate(copy.deepcopy(_model(max_seqlen, is_small), memo), max_global=1)
     call: Any = torch.compile(model, fullgraph=True, dynamic=True) if name == COMPILED else model
+    kernels_for = (lambda tensor: None) if name == OPERATORS else cpu_kernels.kernels_for
 
     def run(ids: Any) -> Any:
         marks = torch.zeros(ids.shape, dtype=torch.int64)
         marks[:, 0] = 1
-        with torch.inference_mode():
+        with torch.inference_mode(), mock.patch.object(cpu_kernels, "kernels_for", kernels_for):
             return call(torch.from_numpy(ids), global_attention_mask=marks).last_hidden_state.numpy()
 
     return run

@@ -60,15 +60,24 @@ def emulated_library(folder: Path) -> Path:
 
 def cpu_library(folder: Path) -> Path:
     """The CPU kernels as C functions."""
-    sources = [*CPU_KERNELS, str(EMULATED / "cpu_calls.cpp")]
-    return build_library(folder, "lfx_cpu", sources, "-O2", f"-I{EMULATED}", "-pthread")
+    sources = [*CPU_KERNELS, "cpu/calls.cpp", str(EMULATED / "cpu_calls.cpp")]
+    return build_library(folder, "lfx_cpu", sources, "-O2", "-pthread")
+
+
+def fake_cuda_library(folder: Path) -> Path:
+    """The custom ops on CUDA over the kernels for the emulated machine, as fake_cuda.cpp registers them."""
+    sources = [*KERNELS, "op_traits.cpp", "onnxruntime/cuda_ops.cpp", "onnxruntime/registration.cpp"]
+    launches = ("21launchBandedAttentionERKNS_12BandedParams", "21launchGlobalAttentionERKNS_12GlobalParams")
+    flags = ["-DRegisterCustomOps=lfxRegisterCustomOps", "-DLFX_EMULATED", f"-I{EMULATED}"]
+    flags += [f"-Wl,--wrap=_ZN3lfx{launch}EP11CUstream_st" for launch in launches]
+    return build_library(folder, "fake_cuda", [*sources, str(EMULATED / "fake_cuda.cpp")], *flags)
 
 
 def cpu_check(folder: Path) -> Path:
     """The program that compares the CPU kernels with the host reference, with sanitizers."""
     sources = [*CPU_KERNELS, "reference.cpp", str(EMULATED / "cpu_check.cpp")]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    build_library(folder, "check", sources, *sanitizers, "-g", f"-I{EMULATED}", "-pthread")
+    build_library(folder, "check", sources, *sanitizers, "-g", "-pthread")
     program = folder / "check"
     objects = [str(path) for path in folder.glob("check-*.o")]
     subprocess.run([compiler(), "-o", str(program), *objects, *sanitizers, "-pthread"], check=True)

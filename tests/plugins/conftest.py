@@ -80,4 +80,5 @@ def plugin_library(includes: list[str], tmp_path_factory: pytest.TempPathFactory
     """The plugins over the emulated kernels."""
     folder = tmp_path_factory.mktemp("plugin")
     hosts = [f"tensorrt/{path.name}" for path in sorted((ROOT / "plugins" / "tensorrt").glob("*.cpp"))]
-    return build_library(folder, "lfx_plugin", [*KERNELS, *hosts], "-O2", "-DLFX_EMULATED", f"-I{EMULATED}", *includes)
+    sources = [*KERNELS, "op_traits.cpp", *hosts]
+    return build_library(folder, "lfx_plugin", sources, "-O2", "-DLFX_EMULATED", f"-I{EMULATED}", *includes)

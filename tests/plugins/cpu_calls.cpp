@@ -1,25 +1,12 @@
-// The CPU kernels as C functions, for the tests.
+// What the tests of the CPU kernels call beside cpu/calls.cpp.
 #include "cpu/cpu_attention.h"
 #include "cpu/kernels.h"
-#include "cpu_threads.h"
 
 using lfx::cpu::InstructionSet;
 
 LFX_EXPORT int32_t lfxIsSupported(int32_t set)
 {
     return lfx::cpu::isSupported(static_cast<InstructionSet>(set)) ? 1 : 0;
-}
-
-LFX_EXPORT char const* lfxBandedAttentionCpu(lfx::BandedParams const* params, int32_t set, int32_t threads)
-{
-    Threads pool{threads};
-    return lfx::cpu::runBandedAttention(*params, pool.pool(), static_cast<InstructionSet>(set));
-}
-
-LFX_EXPORT char const* lfxGlobalAttentionCpu(lfx::GlobalParams const* params, int32_t set, int32_t threads)
-{
-    Threads pool{threads};
-    return lfx::cpu::runGlobalAttention(*params, pool.pool(), static_cast<InstructionSet>(set));
 }
 
 // `count` is a multiple of 16.

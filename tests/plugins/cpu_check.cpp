@@ -1,7 +1,7 @@
 // Compares the CPU kernels with the host reference on random problems; compiled with sanitizers. Every tensor has memory of
 // its own size, and the elements that must not be read are NaN. Exit status 0: all agree.
 #include "cpu/cpu_attention.h"
-#include "cpu_threads.h"
+#include "cpu/threads.h"
 
 #include <cmath>
 #include <cstdio>
@@ -83,7 +83,7 @@ bool agrees(Params params, char const* (*reference)(Params const*), Compute comp
             std::vector<float> sums(rows, kNAN);
             params.context = context.data();
             params.logSumExp = sums.data();
-            Threads threads{count};
+            lfx::cpu::Threads threads{count};
             reason = reason != nullptr ? reason : compute(params, threads.pool(), set);
             float const error = difference(context, expected);
             float const sumError = difference(sums, expectedSums);

@@ -175,6 +175,18 @@ def test_shapes_that_do_not_fit_are_refused_by_name(ops_library: Path) -> None:
     np.testing.assert_array_equal(context(loaded, problem), expected)
 
 
+def test_tensors_of_too_many_axes_are_refused_by_name(ops_library: Path) -> None:
+    problem = banded(Case(1, 20), 1, 8, 4)
+    for axes in (4, 9):
+        proto = onnx.load_from_string(model(problem))
+        names = [value for value in proto.graph.input if value.name == "key"]
+        del names[0].type.tensor_type.shape.dim[:]
+        for _ in range(axes):
+            names[0].type.tensor_type.shape.dim.add().dim_value = 2
+        with pytest.raises(Exception, match=r"lfx::BandedAttention: key \(2, 2, 2, 2.*\) must have 3 axes"):
+            session(proto.SerializeToString(), ops_library)
+
+
 def test_float16_has_no_kernel(ops_library: Path) -> None:
     problem = banded(Case(1, 20), 1, 8, 4, precision="fp16")
     with pytest.raises(Exception, match="float16"):
@@ -242,7 +254,12 @@ def test_the_library_links_only_the_libraries_of_its_compiler(ops_library: Path)
     assert needed <= {"libstdc++", "libgcc_s", "libm", "libc", "ld-linux-x86-", "ld-linux-aarch"}, needed
 
 
-def test_the_library_exports_one_function(ops_library: Path) -> None:
+def test_the_library_exports_what_is_documented(ops_library: Path) -> None:
     command = ["nm", "-D", "--defined-only", str(ops_library)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert [line.split()[2] for line in printed.splitlines() if " T " in line] == ["RegisterCustomOps"]
+    assert [line.split()[2] for line in printed.splitlines() if " T " in line] == [
+        "RegisterCustomOps",
+        "lfxBandedAttentionCpu",
+        "lfxCpuInstructionSet",
+        "lfxGlobalAttentionCpu",
+    ]

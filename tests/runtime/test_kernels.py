@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import pickle
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +189,30 @@ def test_sixteen_threads_get_the_answers_of_one(bundle: MakeBundle) -> None:
 
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(hammer, range(16)))
+
+
+@pytest.mark.slow
+def test_sixteen_threads_for_a_minute_get_the_answers_of_one(bundle: MakeBundle) -> None:
+    """Half of the threads share one Engine, and the others have one for two of them."""
+    folder = bundle()
+    random = np.random.default_rng(0)
+    inputs = [random.integers(3, VOCAB_SIZE, (batch, seqlen)) for batch, seqlen in ((1, 1), (3, 17), (2, 64), (1, 120))]
+    with ExitStack() as stack:
+        engines = [stack.enter_context(Engine(folder, kernels="fused", threads=2)) for _ in range(5)]
+        expected = [engines[0].run(ids)["last_hidden_state"] for ids in inputs]
+        end = time.monotonic() + 60
+
+        def hammer(number: int) -> int:
+            engine = engines[0] if number < 8 else engines[1 + (number - 8) // 2]
+            for count in itertools.count():
+                if time.monotonic() > end:
+                    return count
+                i = (number + count) % len(inputs)
+                np.testing.assert_array_equal(engine.run(inputs[i])["last_hidden_state"], expected[i])
+            raise AssertionError
+
+        with ThreadPoolExecutor(16) as pool:
+            assert min(pool.map(hammer, range(16))) > 0
 
 
 def test_commands_show_what_runs_attention(bundle: MakeBundle, no_library: None) -> None:

@@ -20,7 +20,7 @@ from lfx.export import use_loop_attention
 from lfx.export.torch_runners import reference_runner, torch_runner
 from lfx.parity import Arrays, Case, Runner, compare, full_cases, inputs_of, quick_cases
 from lfx.signature import SENTENCE_EMBEDDING, TASKS
-from lfx.torch import accelerate
+from lfx.torch import accelerate, cpu_kernels
 from tests.models import VOCAB_SIZE, WINDOW, tiny_config, tiny_model
 
 
@@ -61,6 +61,14 @@ def test_the_full_cases_agree_with_hugging_face(max_global: int | None) -> None:
     cases = full_cases(WINDOW, 128)
     assert len(cases) >= 60
     require_parity(model, accelerate(copy.deepcopy(model), max_global=max_global), cases)
+
+
+def test_pytorch_s_operators_agree_with_hugging_face_where_there_are_no_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu_kernels, "kernels_for", lambda tensor: None)
+    model = tiny_model()
+    require_parity(model, accelerate(copy.deepcopy(model)), full_cases(WINDOW, 128))
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task != SENTENCE_EMBEDDING])

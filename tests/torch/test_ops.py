@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 from lfx.errors import InputError
 from lfx.parity import GLOBALS, PADDINGS, Case
-from lfx.torch import banded_attention, blocks, global_attention, ops
+from lfx.torch import banded_attention, blocks, cpu_kernels, global_attention, ops
 from tests.plugins import problems
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,15 +40,18 @@ def error(output: torch.Tensor, expected: Any) -> float:
     return float(np.abs(output.double().numpy() - expected).max())
 
 
-@pytest.fixture(params=[64, 256], ids=lambda size: f"blocks of {size}")
-def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The number of queries in a block."""
-    monkeypatch.setattr(blocks, "BLOCK", request.param)
-    return int(request.param)
+@pytest.fixture(params=[64, 256, "kernels"], ids=lambda size: f"blocks of {size}" if size != "kernels" else size)
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of queries in a block of PyTorch's operators; or the CPU kernels, which take float32."""
+    if request.param == "kernels":
+        assert cpu_kernels.kernels_for(torch.zeros(1)) is not None
+    else:
+        monkeypatch.setattr(cpu_kernels, "kernels_for", lambda tensor: None)
+        monkeypatch.setattr(blocks, "BLOCK", request.param)
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-def test_banded_attention_is_the_definition(block: int, precision: str) -> None:
+def test_banded_attention_is_the_definition(block: None, precision: str) -> None:
     for i, case in enumerate(CASES):
         attributes = ATTRIBUTES[i % len(ATTRIBUTES)]
         problem = problems.banded(case, 2, 8, window=5 + 40 * (i % 2), precision=precision, **attributes)
@@ -58,7 +61,7 @@ def test_banded_attention_is_the_definition(block: int, precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-def test_global_attention_is_the_definition(precision: str) -> None:
+def test_global_attention_is_the_definition(block: None, precision: str) -> None:
     for i, case in enumerate(CASES):
         problem = problems.global_(case, (1, 5, 70)[i % 3], 2, 8, precision=precision)
         output = global_attention(**tensors(problem), **problem.attributes)

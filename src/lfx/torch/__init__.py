@@ -1,6 +1,6 @@
 """The lfx ops as custom ops of PyTorch, and `accelerate`, which puts them into a model of transformers for inference.
 
-The rest of lfx does not import this package, which needs torch, and `accelerate` also transformers.
+The package needs torch, and `accelerate` also transformers. Of the rest of lfx, export alone imports it.
 """
 
 from __future__ import annotations

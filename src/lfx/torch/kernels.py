@@ -11,47 +11,9 @@ import torch
 
 from lfx.errors import LfxError, PluginError
 from lfx.runtime import plugin
+from lfx.torch.params import BandedParams, GlobalParams, make_params
 
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_STRIDES = ("query_stride", "key_stride", "value_stride", "context_stride")
-_SIZES = ("num_heads", "head_size")
 _INVALID_VALUE = 1  # cudaErrorInvalidValue: the kernels do not support the sizes, and nothing was launched
-
-
-def _int32(*names: str) -> list[tuple[str, Any]]:
-    return [(name, ctypes.c_int32) for name in names]
-
-
-def _pointers(*names: str) -> list[tuple[str, Any]]:
-    return [(name, ctypes.c_void_p) for name in names]
-
-
-_LAYOUT = [("struct_bytes", ctypes.c_uint32), ("type", ctypes.c_int32)]
-_QUERY_TO_MASK = ("query", "key", "value", "key_mask")
-
-
-class _BandedParams(ctypes.Structure):
-    """`lfx::BandedParams`, field by field."""
-
-    _fields_ = (
-        *_LAYOUT,
-        *_pointers(*_QUERY_TO_MASK, "global_index", "global_context", "context", "log_sum_exp"),
-        *((name, ctypes.c_int64) for name in _STRIDES),
-        *_int32("batch", "seqlen", "slots", *_SIZES, "window", "dilation", "causal"),
-        ("scale", ctypes.c_float),
-    )
-
-
-class _GlobalParams(ctypes.Structure):
-    """`lfx::GlobalParams`, field by field."""
-
-    _fields_ = (
-        *_LAYOUT,
-        *_pointers(*_QUERY_TO_MASK, "context", "log_sum_exp", "workspace"),
-        *((name, ctypes.c_int64) for name in _STRIDES),
-        *_int32("batch", "seqlen", "queries", *_SIZES),
-        ("scale", ctypes.c_float),
-    )
 
 
 class Kernels:
@@ -65,7 +27,7 @@ class Kernels:
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
         self._banded, self._global = library.lfxBandedAttention, library.lfxGlobalAttention
-        for function, params in ((self._banded, _BandedParams), (self._global, _GlobalParams)):
+        for function, params in ((self._banded, BandedParams), (self._global, GlobalParams)):
             function.restype = ctypes.c_int32
             function.argtypes = [ctypes.POINTER(params), ctypes.c_void_p]
         self._workspace_bytes = library.lfxGlobalWorkspaceBytes
@@ -92,17 +54,19 @@ class Kernels:
         Raises:
             LfxError: CUDA failed.
         """
-        inputs = [x.contiguous() for x in (query, key, value, key_mask, global_index, global_context)]
-        context = torch.empty_like(inputs[0])
-        names = (*_QUERY_TO_MASK, "global_index", "global_context", "context")
-        params = _BandedParams(
-            **_shared(_BandedParams, names, [*inputs, context], num_heads, scale),
-            slots=global_index.shape[1],
-            window=window,
-            dilation=dilation,
-            causal=int(causal),
-        )
-        return _launch(self._banded, params, context)
+        tensors = {
+            "query": query,
+            "key": key,
+            "value": value,
+            "key_mask": key_mask,
+            "global_index": global_index,
+            "global_context": global_context,
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        tensors["context"] = torch.empty_like(tensors["query"])
+        sizes = {"slots": global_index.shape[1], "window": window, "dilation": dilation, "causal": int(causal)}
+        params = make_params(BandedParams, tensors, num_heads, scale=scale, **sizes)
+        return _launch(self._banded, params, tensors["context"])
 
     def global_attention(
         self,
@@ -119,34 +83,14 @@ class Kernels:
         Raises:
             LfxError: CUDA failed.
         """
-        inputs = [x.contiguous() for x in (query, key, value, key_mask)]
-        context = torch.empty_like(inputs[0])
+        tensors = {"query": query, "key": key, "value": value, "key_mask": key_mask}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        tensors["context"] = torch.empty_like(tensors["query"])
         batch, queries, width = query.shape
         size = self._workspace_bytes(batch, queries, num_heads, width // num_heads)
-        workspace = torch.empty(size, dtype=torch.uint8, device=query.device)
-        names = (*_QUERY_TO_MASK, "context", "workspace")
-        tensors = [*inputs, context, workspace]
-        params = _GlobalParams(**_shared(_GlobalParams, names, tensors, num_heads, scale), queries=queries)
-        return _launch(self._global, params, context)
-
-
-def _shared(
-    params: type[ctypes.Structure], names: tuple[str, ...], tensors: list[torch.Tensor], num_heads: int, scale: float
-) -> dict[str, Any]:
-    """The fields that both params have."""
-    query, key = tensors[:2]
-    batch, seqlen, width = key.shape
-    return {
-        "struct_bytes": ctypes.sizeof(params),
-        "type": _TYPES[query.dtype],
-        **{name: tensor.data_ptr() for name, tensor in zip(names, tensors, strict=True)},
-        **dict.fromkeys(_STRIDES, width),
-        "batch": batch,
-        "seqlen": seqlen,
-        "num_heads": num_heads,
-        "head_size": width // num_heads,
-        "scale": scale,
-    }
+        tensors["workspace"] = torch.empty(size, dtype=torch.uint8, device=query.device)
+        params = make_params(GlobalParams, tensors, num_heads, scale=scale, queries=queries)
+        return _launch(self._global, params, tensors["context"])
 
 
 def _launch(function: Any, params: ctypes.Structure, context: torch.Tensor) -> torch.Tensor | None:

@@ -11,6 +11,7 @@ import torch
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.torch.attention import AcceleratedAttention, check_inference
+from lfx.torch.masks import merged_mask
 from lfx.torch.tokens import Tokens, tokens_of
 
 
@@ -107,11 +108,5 @@ def merged_tokens(
     if attention_mask is None and global_attention_mask is None:
         real = torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
         return tokens_of(real, None, max_global)
-    if attention_mask is None:
-        assert global_attention_mask is not None
-        merged = global_attention_mask.long() + 1
-    else:
-        merged = attention_mask.long()
-        if global_attention_mask is not None:
-            merged = merged * (global_attention_mask.long() + 1)
+    merged = merged_mask(embedded, attention_mask, global_attention_mask)
     return tokens_of(merged > 0, merged > 1, max_global)

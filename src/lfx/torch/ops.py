@@ -1,7 +1,8 @@
 """`lfx::banded_attention` and `lfx::global_attention`: the ops of docs/ops.md as custom ops of PyTorch.
 
-torch.compile and torch.export keep each as one node with a known shape. The ops compute no gradients. On a GPU they run
-the kernels of the plugin library where it is installed and they support the sizes, and otherwise PyTorch's operators.
+torch.compile and torch.export keep each as one node with a known shape. The ops compute no gradients. Where they are
+installed and support the sizes, kernels run: on a GPU those of the plugin library, and on the CPU in float32 those of
+ONNX Runtime's custom ops. Otherwise PyTorch's operators run.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from lfx.errors import InputError
-from lfx.torch import blocks, kernels
+from lfx.torch import blocks, cpu_kernels, kernels
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor key_mask"
@@ -44,7 +45,7 @@ def _banded(
         "scale": scale or blocks.default_scale(query.shape[2], num_heads),
     }
     inputs = (query, key, value, key_mask, global_index, global_context)
-    fused = kernels.kernels_for(query)
+    fused = _kernels_for(query)
     context = None if fused is None else fused.banded_attention(*inputs, **attributes)
     return blocks.banded_attention(*inputs, **attributes) if context is None else context
 
@@ -61,9 +62,13 @@ def _global(
     _check_attention("global_attention", query, key, value, key_mask, num_heads)
     scale = scale or blocks.default_scale(query.shape[2], num_heads)
     inputs, attributes = (query, key, value, key_mask), {"num_heads": num_heads, "scale": scale}
-    fused = kernels.kernels_for(query)
+    fused = _kernels_for(query)
     context = None if fused is None else fused.global_attention(*inputs, **attributes)  # type: ignore[arg-type]
     return blocks.global_attention(*inputs, **attributes) if context is None else context  # type: ignore[arg-type]
+
+
+def _kernels_for(query: torch.Tensor) -> kernels.Kernels | cpu_kernels.CpuKernels | None:
+    return kernels.kernels_for(query) or cpu_kernels.kernels_for(query)
 
 
 def _check_attention(

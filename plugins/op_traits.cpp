@@ -1,10 +1,11 @@
-#include "onnxruntime/ops.h"
+#include "op_traits.h"
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <limits>
 
-namespace lfx::ort
+namespace lfx
 {
 namespace
 {
@@ -24,37 +25,30 @@ bool equal(Shape const& shape, std::initializer_list<int64_t> sizes)
 int32_t toInt32(int64_t size)
 {
     constexpr int64_t kLARGEST = std::numeric_limits<int32_t>::max();
-    return static_cast<int32_t>(size < 0 ? 1 : size < kLARGEST ? size : kLARGEST);
-}
-
-// An attribute as the kernels have it; one that does not fit stays out of range.
-int32_t attribute(int64_t value)
-{
-    constexpr int64_t kLARGEST = std::numeric_limits<int32_t>::max();
-    return static_cast<int32_t>(value < -1 ? -1 : value < kLARGEST ? value : kLARGEST);
+    return static_cast<int32_t>(size < 0 ? 1 : std::min(size, kLARGEST));
 }
 
 template <typename Params>
-void setCommonSizes(Params& params, Attributes const& attributes, Shape const& query, Shape const& key)
+void setCommonSizes(Params& params, GlobalAttributes const& attributes, Shape const& query, Shape const& key, Type type)
 {
     params.batch = toInt32(query.sizes[0]);
     params.seqlen = toInt32(key.sizes[1]);
-    params.numHeads = attribute(attributes.numHeads);
+    params.numHeads = attributes.numHeads;
     int64_t const headSize = query.sizes[2] < 0 ? kHEAD_SIZE_MULTIPLE : query.sizes[2] / attributes.numHeads;
     params.headSize = toInt32(headSize);
     params.scale = attributes.scale != 0.0F ? attributes.scale : 1.0F / std::sqrt(static_cast<float>(params.headSize));
-    params.type = Type::kFLOAT;
+    params.type = type;
     setContiguous(params);
 }
 
 std::string toString(Shape const& shape)
 {
     std::string text = "(";
-    for (int32_t i = 0; i < shape.numAxes; ++i)
+    for (int32_t i = 0; i < std::min(shape.numAxes, Shape::kMAX_AXES); ++i)
     {
         text += (i > 0 ? ", " : "") + (shape.sizes[i] < 0 ? "?" : std::to_string(shape.sizes[i]));
     }
-    return text + ")";
+    return text + (shape.numAxes > Shape::kMAX_AXES ? ", …)" : ")");
 }
 
 } // namespace
@@ -68,9 +62,9 @@ bool GlobalOp::shapesAgree(Shapes const& shapes)
         && equal(shapes[kKEY_MASK], {batch, seqlen});
 }
 
-void GlobalOp::setSizes(Params& params, Attributes const& attributes, Shapes const& shapes)
+void GlobalOp::setSizes(Params& params, Attributes const& attributes, Shapes const& shapes, Type type)
 {
-    setCommonSizes(params, attributes, shapes[kQUERY], shapes[kKEY]);
+    setCommonSizes(params, attributes, shapes[kQUERY], shapes[kKEY], type);
     params.queries = toInt32(shapes[kQUERY].sizes[1]);
 }
 
@@ -81,11 +75,6 @@ void GlobalOp::setTensors(Params& params, void const* const* inputs, void* conte
     params.value = inputs[kVALUE];
     params.keyMask = static_cast<int32_t const*>(inputs[kKEY_MASK]);
     params.context = context;
-}
-
-char const* GlobalOp::run(Params const& params, cpu::ThreadPool const& threads, cpu::InstructionSet set)
-{
-    return cpu::runGlobalAttention(params, threads, set);
 }
 
 bool BandedOp::shapesAgree(Shapes const& shapes)
@@ -99,13 +88,13 @@ bool BandedOp::shapesAgree(Shapes const& shapes)
         && equal(shapes[kGLOBAL_CONTEXT], {batch, slots, width});
 }
 
-void BandedOp::setSizes(Params& params, Attributes const& attributes, Shapes const& shapes)
+void BandedOp::setSizes(Params& params, Attributes const& attributes, Shapes const& shapes, Type type)
 {
-    setCommonSizes(params, attributes, shapes[kQUERY], shapes[kKEY]);
+    setCommonSizes(params, attributes, shapes[kQUERY], shapes[kKEY], type);
     params.slots = toInt32(shapes[kGLOBAL_INDEX].sizes[1]);
-    params.window = attribute(attributes.window);
-    params.dilation = attribute(attributes.dilation);
-    params.causal = attribute(attributes.causal);
+    params.window = attributes.window;
+    params.dilation = attributes.dilation;
+    params.causal = attributes.causal;
 }
 
 void BandedOp::setTensors(Params& params, void const* const* inputs, void* context)
@@ -119,13 +108,9 @@ void BandedOp::setTensors(Params& params, void const* const* inputs, void* conte
     params.context = context;
 }
 
-char const* BandedOp::run(Params const& params, cpu::ThreadPool const& threads, cpu::InstructionSet set)
-{
-    return cpu::runBandedAttention(params, threads, set);
-}
-
 template <typename Op>
-std::string setSizes(typename Op::Params& params, Attributes const& attributes, typename Op::Shapes const& shapes)
+std::string setCheckedSizes(typename Op::Params& params, typename Op::Attributes const& attributes,
+    typename Op::Shapes const& shapes, Type type)
 {
     std::string text;
     for (int32_t i = 0; i < Op::kNUM_INPUTS; ++i)
@@ -151,12 +136,12 @@ std::string setSizes(typename Op::Params& params, Attributes const& attributes, 
     {
         return "the shapes do not fit together: " + text;
     }
-    Op::setSizes(params, attributes, shapes);
+    Op::setSizes(params, attributes, shapes, type);
     char const* const reason = unsupportedReason(params);
     return reason != nullptr ? std::string(reason) + "; given: " + text : "";
 }
 
-template std::string setSizes<BandedOp>(BandedParams&, Attributes const&, BandedOp::Shapes const&);
-template std::string setSizes<GlobalOp>(GlobalParams&, Attributes const&, GlobalOp::Shapes const&);
+template std::string setCheckedSizes<BandedOp>(BandedParams&, BandedAttributes const&, BandedOp::Shapes const&, Type);
+template std::string setCheckedSizes<GlobalOp>(GlobalParams&, GlobalAttributes const&, GlobalOp::Shapes const&, Type);
 
-} // namespace lfx::ort
+} // namespace lfx
