@@ -5,8 +5,8 @@
 
 Latency: the contenders run in one process, alternating (A B A B), after a warm-up of each, on the same ids; the first
 token is global. Memory: the peak resident set of one process per contender and length, with the interpreter and the
-model. `--compile` adds the accelerated model under torch.compile, whose compilation is in the warm-up. `--operators` adds
-the one whose attention is PyTorch's operators in place of lfx's kernels.
+model. `--compile` adds the accelerated model under torch.compile, whose compilation is in the warm-up. `--operators`
+adds the one whose attention is PyTorch's operators in place of lfx's kernels.
 """
 
 from __future__ import annotations
