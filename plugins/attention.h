@@ -102,12 +102,19 @@ constexpr int32_t kMAX_GLOBAL_HEAD_SIZE = 1024;
 constexpr int32_t kHEAD_SIZE_MULTIPLE = 8; // kernels copy 16 bytes at a time
 constexpr size_t kDEVICE_ALIGNMENT = 16;
 constexpr int32_t kMAX_SEQLEN = 1 << 18;
+constexpr int32_t kMAX_CPU_SEQLEN = 1 << 30; // so that the sum of two positions is an int32_t
 constexpr int32_t kMAX_REACH = 1 << 17; // keys that the band of 64 queries covers; each takes a bit of shared memory
 
-// Returns the reason why the kernels do not support these sizes, strides and attributes, or nullptr if they do. Pointers
-// are not checked.
-char const* unsupportedReason(BandedParams const& params) noexcept;
-char const* unsupportedReason(GlobalParams const& params) noexcept;
+enum class Target : int32_t
+{
+    kCPU,
+    kCUDA,
+};
+
+// Returns the reason why the kernels of a target do not support these sizes, strides and attributes, or nullptr if they do.
+// Pointers are not checked.
+char const* unsupportedReason(BandedParams const& params, Target target) noexcept;
+char const* unsupportedReason(GlobalParams const& params, Target target) noexcept;
 
 // Returns the reason why the kernels cannot access the tensors, or nullptr if they can: a pointer is null, or a pointer or
 // a row is not aligned to `alignment` bytes. kDEVICE_ALIGNMENT on the device, 4 on the CPU.

@@ -9,21 +9,30 @@ namespace lfx
 namespace
 {
 
-char const* unsupportedSizes(
-    int32_t batch, int32_t seqlen, int32_t rows, int32_t numHeads, int32_t headSize, int32_t maxHeadSize, float scale)
+constexpr int32_t kMAX_GRID = 65535; // blocks along the second and third axis of a grid
+
+char const* unsupportedCounts(int32_t batch, int32_t seqlen, int32_t rows, Target target)
 {
-    if (batch < 1 || batch > 65535)
+    bool const isCpu = target == Target::kCPU;
+    if (batch < 1 || (!isCpu && batch > kMAX_GRID))
     {
-        return "batch must be 1 to 65535";
+        return isCpu ? "batch must be 1 or more" : "batch must be 1 to 65535";
     }
-    if (seqlen < 1 || seqlen > kMAX_SEQLEN)
+    int32_t const maxTokens = isCpu ? kMAX_CPU_SEQLEN : kMAX_SEQLEN;
+    if (seqlen < 1 || seqlen > maxTokens)
     {
-        return "the sequence length must be 1 to 262144";
+        return isCpu ? "the sequence length must be 1 to 1073741824" : "the sequence length must be 1 to 262144";
     }
-    if (rows < 1 || rows > kMAX_SEQLEN)
+    if (rows < 1 || rows > maxTokens)
     {
-        return "the number of global tokens must be 1 to 262144";
+        return isCpu ? "the number of global tokens must be 1 to 1073741824"
+                     : "the number of global tokens must be 1 to 262144";
     }
+    return nullptr;
+}
+
+char const* unsupportedHeads(int32_t numHeads, int32_t headSize, int32_t maxHeadSize, float scale)
+{
     if (numHeads < 1 || numHeads > 1024)
     {
         return "num_heads must be 1 to 1024";
@@ -102,14 +111,17 @@ char const* inaccessibleTensors(Params const& params, size_t alignment)
 
 } // namespace
 
-char const* unsupportedReason(BandedParams const& params) noexcept
+char const* unsupportedReason(BandedParams const& params, Target target) noexcept
 {
     if (params.structBytes != sizeof(params))
     {
         return kOTHER_LAYOUT;
     }
-    if (char const* reason = unsupportedSizes(params.batch, params.seqlen, params.slots, params.numHeads,
-            params.headSize, kMAX_BANDED_HEAD_SIZE, params.scale))
+    if (char const* reason = unsupportedCounts(params.batch, params.seqlen, params.slots, target))
+    {
+        return reason;
+    }
+    if (char const* reason = unsupportedHeads(params.numHeads, params.headSize, kMAX_BANDED_HEAD_SIZE, params.scale))
     {
         return reason;
     }
@@ -117,12 +129,12 @@ char const* unsupportedReason(BandedParams const& params) noexcept
     {
         return "window must be 0 or more";
     }
-    if (params.dilation < 1 || static_cast<int64_t>(params.dilation) * params.numHeads > 65535)
+    if (params.dilation < 1 || static_cast<int64_t>(params.dilation) * params.numHeads > kMAX_GRID)
     {
         return "dilation must be 1 or more, and dilation * num_heads at most 65535";
     }
     int64_t const reach = 64 + 2 * static_cast<int64_t>(params.window);
-    if (reach > kMAX_REACH && params.seqlen / params.dilation > kMAX_REACH)
+    if (target == Target::kCUDA && reach > kMAX_REACH && params.seqlen / params.dilation > kMAX_REACH)
     {
         return "64 + 2 * window must be at most 131072 for sequences longer than 131072 * dilation";
     }
@@ -137,18 +149,21 @@ char const* unsupportedReason(BandedParams const& params) noexcept
     return isType(params.type) ? nullptr : "the type must be float32, float16 or bfloat16";
 }
 
-char const* unsupportedReason(GlobalParams const& params) noexcept
+char const* unsupportedReason(GlobalParams const& params, Target target) noexcept
 {
     if (params.structBytes != sizeof(params))
     {
         return kOTHER_LAYOUT;
     }
-    if (char const* reason = unsupportedSizes(params.batch, params.seqlen, params.queries, params.numHeads,
-            params.headSize, kMAX_GLOBAL_HEAD_SIZE, params.scale))
+    if (char const* reason = unsupportedCounts(params.batch, params.seqlen, params.queries, target))
     {
         return reason;
     }
-    if (static_cast<int64_t>(params.batch) * params.numHeads > 65535)
+    if (char const* reason = unsupportedHeads(params.numHeads, params.headSize, kMAX_GLOBAL_HEAD_SIZE, params.scale))
+    {
+        return reason;
+    }
+    if (target == Target::kCUDA && static_cast<int64_t>(params.batch) * params.numHeads > kMAX_GRID)
     {
         return "batch * num_heads must be at most 65535";
     }

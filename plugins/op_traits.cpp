@@ -29,16 +29,26 @@ int32_t toInt32(int64_t size)
 }
 
 template <typename Params>
-void setCommonSizes(Params& params, GlobalAttributes const& attributes, Shape const& query, Shape const& key, Type type)
+void setCommonSizes(
+    Params& params, GlobalAttributes const& attributes, int64_t batch, int64_t seqlen, int64_t width, Type type)
 {
-    params.batch = toInt32(query.sizes[0]);
-    params.seqlen = toInt32(key.sizes[1]);
+    params.batch = toInt32(batch);
+    params.seqlen = toInt32(seqlen);
     params.numHeads = attributes.numHeads;
-    int64_t const headSize = query.sizes[2] < 0 ? kHEAD_SIZE_MULTIPLE : query.sizes[2] / attributes.numHeads;
+    int64_t const headSize = width < 0 ? kHEAD_SIZE_MULTIPLE : width / attributes.numHeads;
     params.headSize = toInt32(headSize);
     params.scale = attributes.scale != 0.0F ? attributes.scale : 1.0F / std::sqrt(static_cast<float>(params.headSize));
     params.type = type;
     setContiguous(params);
+}
+
+// The width of query, key and value, which is the same; less than 0 if it is known of none of them. A graph that reshapes
+// the query often leaves its width unknown.
+template <typename Op>
+int64_t width(typename Op::Shapes const& shapes)
+{
+    int64_t const query = shapes[Op::kQUERY].sizes[2];
+    return query >= 0 ? query : std::max(shapes[Op::kKEY].sizes[2], shapes[Op::kVALUE].sizes[2]);
 }
 
 std::string toString(Shape const& shape)
@@ -64,7 +74,7 @@ bool GlobalOp::shapesAgree(Shapes const& shapes)
 
 void GlobalOp::setSizes(Params& params, Attributes const& attributes, Shapes const& shapes, Type type)
 {
-    setCommonSizes(params, attributes, shapes[kQUERY], shapes[kKEY], type);
+    setCommonSizes(params, attributes, shapes[kQUERY].sizes[0], shapes[kKEY].sizes[1], width<GlobalOp>(shapes), type);
     params.queries = toInt32(shapes[kQUERY].sizes[1]);
 }
 
@@ -90,7 +100,7 @@ bool BandedOp::shapesAgree(Shapes const& shapes)
 
 void BandedOp::setSizes(Params& params, Attributes const& attributes, Shapes const& shapes, Type type)
 {
-    setCommonSizes(params, attributes, shapes[kQUERY], shapes[kKEY], type);
+    setCommonSizes(params, attributes, shapes[kQUERY].sizes[0], shapes[kKEY].sizes[1], width<BandedOp>(shapes), type);
     params.slots = toInt32(shapes[kGLOBAL_INDEX].sizes[1]);
     params.window = attributes.window;
     params.dilation = attributes.dilation;
@@ -110,7 +120,7 @@ void BandedOp::setTensors(Params& params, void const* const* inputs, void* conte
 
 template <typename Op>
 std::string setCheckedSizes(typename Op::Params& params, typename Op::Attributes const& attributes,
-    typename Op::Shapes const& shapes, Type type)
+    typename Op::Shapes const& shapes, Type type, Target target)
 {
     std::string text;
     for (int32_t i = 0; i < Op::kNUM_INPUTS; ++i)
@@ -126,10 +136,10 @@ std::string setCheckedSizes(typename Op::Params& params, typename Op::Attributes
     {
         return "num_heads is " + std::to_string(attributes.numHeads) + "; it must be 1 or more";
     }
-    int64_t const width = shapes[Op::kQUERY].sizes[2];
-    if (width >= 0 && (width == 0 || width % attributes.numHeads != 0))
+    int64_t const queryWidth = width<Op>(shapes);
+    if (queryWidth >= 0 && (queryWidth == 0 || queryWidth % attributes.numHeads != 0))
     {
-        return "query has width " + std::to_string(width) + "; it must be a multiple of num_heads "
+        return "query has width " + std::to_string(queryWidth) + "; it must be a multiple of num_heads "
             + std::to_string(attributes.numHeads);
     }
     if (!Op::shapesAgree(shapes))
@@ -137,11 +147,13 @@ std::string setCheckedSizes(typename Op::Params& params, typename Op::Attributes
         return "the shapes do not fit together: " + text;
     }
     Op::setSizes(params, attributes, shapes, type);
-    char const* const reason = unsupportedReason(params);
+    char const* const reason = unsupportedReason(params, target);
     return reason != nullptr ? std::string(reason) + "; given: " + text : "";
 }
 
-template std::string setCheckedSizes<BandedOp>(BandedParams&, BandedAttributes const&, BandedOp::Shapes const&, Type);
-template std::string setCheckedSizes<GlobalOp>(GlobalParams&, GlobalAttributes const&, GlobalOp::Shapes const&, Type);
+template std::string setCheckedSizes<BandedOp>(
+    BandedParams&, BandedAttributes const&, BandedOp::Shapes const&, Type, Target);
+template std::string setCheckedSizes<GlobalOp>(
+    GlobalParams&, GlobalAttributes const&, GlobalOp::Shapes const&, Type, Target);
 
 } // namespace lfx

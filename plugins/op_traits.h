@@ -146,10 +146,10 @@ struct BandedOp
     }
 };
 
-// Op::setSizes() after its checks: returns why the kernels do not support the inputs, or an empty string. Sizes that are not
+// Op::setSizes() after its checks: returns why the kernels of a target do not support the inputs, or an empty string. Sizes that are not
 // known yet are taken to be supported.
 template <typename Op>
 std::string setCheckedSizes(typename Op::Params& params, typename Op::Attributes const& attributes,
-    typename Op::Shapes const& shapes, Type type);
+    typename Op::Shapes const& shapes, Type type, Target target);
 
 } // namespace lfx

@@ -227,7 +227,7 @@ void globalRow(GlobalParams const& params, int32_t batch, int32_t query, int32_t
 // Both return nullptr, or the reason why the parameters are not supported. They compute float32 tensors only.
 LFX_EXPORT char const* lfxBandedAttentionReference(lfx::BandedParams const* params) noexcept
 {
-    if (char const* reason = lfx::unsupportedReason(*params))
+    if (char const* reason = lfx::unsupportedReason(*params, lfx::Target::kCUDA))
     {
         return reason;
     }
@@ -244,7 +244,7 @@ LFX_EXPORT char const* lfxBandedAttentionReference(lfx::BandedParams const* para
 
 LFX_EXPORT char const* lfxGlobalAttentionReference(lfx::GlobalParams const* params) noexcept
 {
-    if (char const* reason = lfx::unsupportedReason(*params))
+    if (char const* reason = lfx::unsupportedReason(*params, lfx::Target::kCUDA))
     {
         return reason;
     }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import PurePosixPath
 
-from lfx.manifest import MODEL, Manifest
-from lfx.signature import SENTENCE_EMBEDDING, Signature
+from lfx.manifest import Manifest
+from lfx.signature import SENTENCE_EMBEDDING, TEXT_GENERATION, Signature
 
 CARD = "README.md"
 # `push` replaces a card with this line, and leaves any other card alone.
@@ -55,7 +56,10 @@ def _globals(signature: Signature) -> str:
 
 
 def _use(manifest: Manifest, repository: str) -> str:
-    run = 'engine.embed(["A long document …"])' if manifest.signature.task == SENTENCE_EMBEDDING else "engine.run(ids)"
+    run = {
+        SENTENCE_EMBEDDING: 'engine.embed(["A long document …"])',
+        TEXT_GENERATION: 'engine.generate("A long document …")',
+    }.get(manifest.signature.task, "engine.run(ids)")
     lines = [
         "```python",
         "from lfx import runtime  # pip install 'longformer-lfx[cpu]'",
@@ -64,12 +68,11 @@ def _use(manifest: Manifest, repository: str) -> str:
         run,
         "```",
     ]
-    if manifest.model_file != MODEL:
-        lines += [
-            "",
-            "transformers.js, optimum-onnx and sentence-transformers open it too: `onnx/model.onnx` has standard",
-        ]
-        lines += ["operators alone."]
+    if PurePosixPath(manifest.model_file).parent.name == "onnx":  # the layout of the hub
+        clients = "transformers.js, optimum-onnx and sentence-transformers open it too: "
+        if manifest.signature.task == TEXT_GENERATION:
+            clients = "Other runtimes can open its graphs: "
+        lines += ["", f"{clients}`{manifest.model_file}` has standard operators alone."]
     return "\n".join(lines)
 
 

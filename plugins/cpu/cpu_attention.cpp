@@ -46,7 +46,7 @@ void forEach(ThreadPool const& threads, size_t total, Run const& run)
 template <typename Params>
 char const* reasonNotToRun(Params const& params, InstructionSet set)
 {
-    if (char const* reason = unsupportedReason(params))
+    if (char const* reason = unsupportedReason(params, Target::kCPU))
     {
         return reason;
     }

@@ -229,7 +229,8 @@ private:
             LFX_UNROLL
             for (int32_t v = 0; v < kCOUNT; ++v)
             {
-                Vector const score = all ? acc[r][v] : visible(acc[r][v], keys[r], (vector + v) * kLANES);
+                Vector const scaled = acc[r][v] * mScaleLog2;
+                Vector const score = all ? scaled : visible(scaled, keys[r], (vector + v) * kLANES);
                 store(weights + v * kLANES, score);
                 mTileMax[vector + v] = max(mTileMax[vector + v], score);
             }
@@ -248,14 +249,14 @@ private:
     {
         for (int32_t v = 0; v < mVectors; ++v)
         {
-            Vector const newMax = max(mRowMax[v], mTileMax[v] * mScaleLog2);
+            Vector const newMax = max(mRowMax[v], mTileMax[v]);
             Vector const offset = newMax == kNEG_INF ? Vector{} : newMax; // -inf - -inf would be NaN
             mFactor[v] = exp2(mRowMax[v] - offset);
             Vector sum = mRowSum[v] * mFactor[v];
             float* weights = mWeights + v * kLANES;
             for (int32_t key = 0; key < numKeys; ++key, weights += mVectors * kLANES)
             {
-                Vector const weight = exp2(load(weights) * mScaleLog2 - offset);
+                Vector const weight = exp2(load(weights) - offset);
                 store(weights, weight);
                 sum += weight;
             }
@@ -376,12 +377,12 @@ private:
 
     int32_t mHeadSize;
     int32_t mVectors; // of queries
-    float mScaleLog2;
+    float mScaleLog2; // scores are multiplied by it once: a product fused into the subtraction of the largest would differ
     float* mQueries;               // (headSize, mVectors * kLANES)
     float* mAcc;                   // (headSize, mVectors * kLANES)
     float* mWeights;               // (kMAX_KEYS, mVectors * kLANES): scores, then weights
     float* mValues;                // (kMAX_KEYS, columns)
-    Vector mRowMax[kMAX_VECTORS];  // largest score so far, times mScaleLog2
+    Vector mRowMax[kMAX_VECTORS];  // largest score so far
     Vector mRowSum[kMAX_VECTORS];  // of the weights
     Vector mTileMax[kMAX_VECTORS]; // largest score of the keys that are being added
     Vector mFactor[kMAX_VECTORS];  // by which the sums so far are multiplied

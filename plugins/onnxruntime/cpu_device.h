@@ -19,6 +19,7 @@ class CpuDevice
 {
 public:
     static constexpr char const* kPROVIDER = kCPU_PROVIDER;
+    static constexpr Target kTARGET = Target::kCPU;
 
     Status* initialize(Function const* api, KernelInfo const*)
     {

@@ -17,6 +17,7 @@ class CudaDevice
 {
 public:
     static constexpr char const* kPROVIDER = kCUDA_PROVIDER;
+    static constexpr Target kTARGET = Target::kCUDA;
 
     CudaDevice() = default;
     CudaDevice(CudaDevice const&) = delete;
@@ -89,6 +90,7 @@ class NoCpuDevice
 {
 public:
     static constexpr char const* kPROVIDER = "CPUExecutionProvider";
+    static constexpr Target kTARGET = Target::kCPU;
 
     Status* initialize(Function const* api, KernelInfo const*)
     {

@@ -40,7 +40,7 @@ inline Status* readShape(Function const* api, TensorInfo const* info, Shape& sha
 
 // A node of the graph. ONNX Runtime may run it on several threads at a time.
 //
-// `Device` is a class template over the op that has kPROVIDER, the execution provider, and
+// `Device` is a class template over the op that has kPROVIDER, the execution provider, kTARGET, and
 //   Status* initialize(Function const* api, KernelInfo const* info)
 //   Status* run(Function const* api, KernelContext* context, Params& params) const, which computes the op
 template <typename Op, template <typename> class Device>
@@ -72,7 +72,7 @@ public:
             }
         }
         Params params;
-        std::string const reason = setCheckedSizes<Op>(params, mAttributes, shapes, mType);
+        std::string const reason = setCheckedSizes<Op>(params, mAttributes, shapes, mType, Device<Op>::kTARGET);
         return reason.empty() ? nullptr : failure<Op>(mApi, reason, kNOT_IMPLEMENTED);
     }
 
@@ -101,7 +101,7 @@ private:
             }
         }
         Params params;
-        std::string const reason = setCheckedSizes<Op>(params, mAttributes, shapes, mType);
+        std::string const reason = setCheckedSizes<Op>(params, mAttributes, shapes, mType, Device<Op>::kTARGET);
         if (!reason.empty())
         {
             return failure<Op>(mApi, reason);

@@ -228,8 +228,9 @@ private:
         {
             Type type;
             Params params;
-            std::string const reason = toType(dataType, type) ? setCheckedSizes<Op>(params, mAttributes, shapes, type)
-                                                              : "the type must be float32, float16 or bfloat16";
+            std::string const reason = toType(dataType, type)
+                ? setCheckedSizes<Op>(params, mAttributes, shapes, type, Target::kCUDA)
+                : "the type must be float32, float16 or bfloat16";
             if (reason.empty())
             {
                 return kSUCCESS;

@@ -75,7 +75,7 @@ class OnnxRuntime(AnyShape):
             else:
                 values = self._session.run(names, feeds)
         except Exception as error:
-            raise LfxError(f"ONNX Runtime failed: {with_cure(error)}") from error
+            raise LfxError(f"ONNX Runtime failed: {custom_ops.refusal(error) or with_cure(error)}") from error
         return dict(zip(names, values, strict=True))
 
     def tensor(self, array: NDArray[Any]) -> Any:
@@ -98,7 +98,7 @@ class OnnxRuntime(AnyShape):
             self._session.run_with_iobinding(binding)
             outputs = binding.get_outputs()
         except Exception as error:
-            raise LfxError(f"ONNX Runtime failed: {with_cure(error)}") from error
+            raise LfxError(f"ONNX Runtime failed: {custom_ops.refusal(error) or with_cure(error)}") from error
         return dict(zip(self.output_names, outputs, strict=True))
 
 

@@ -139,6 +139,37 @@ def test_a_width_that_no_kernel_takes_is_refused_when_the_model_is_loaded(ops_li
             session(model(problem, width=width), ops_library)
 
 
+def test_a_query_of_unknown_width_has_the_width_of_the_key(ops_library: Path) -> None:
+    """A query that comes from a Reshape has no known width when the model is loaded."""
+    proto = onnx.load_from_string(model(global_(Case(1, 20), 2, 1, 1032), width=1032))
+    proto.graph.input[0].type.tensor_type.shape.dim[2].Clear()
+    with pytest.raises(Exception, match="lfx::GlobalAttention: the head size must be at most 1024; given: query"):
+        session(proto.SerializeToString(), ops_library)
+
+
+@pytest.mark.parametrize(("batch", "seqlen"), [(70_000, 2), (1, 2**18 + 1)])
+def test_sizes_beyond_the_grids_of_cuda_run_on_the_cpu(ops_library: Path, batch: int, seqlen: int) -> None:
+    """Results that are known exactly: a window of 0 sees one value, and equal scores give the mean of whole numbers."""
+    case = Case(batch, seqlen)
+    alone = banded(case, 1, 8, 0)
+    np.testing.assert_array_equal(context(session(model(alone), ops_library), alone), alone.inputs["value"])
+    mean = global_(case, 1, 1, 8)
+    mean.inputs["query"][...] = 0
+    mean.inputs["value"] = mean.inputs["value"].round()
+    expected = mean.inputs["value"].mean(axis=1, keepdims=True, dtype=np.float64)
+    np.testing.assert_allclose(context(session(model(mean), ops_library), mean), expected, rtol=2.0**-22, atol=0)
+
+
+@pytest.mark.parametrize("size", [3e4, 1e5, 1e8])
+def test_huge_scores_give_the_dense_definition(ops_library: Path, size: float) -> None:
+    """Each row is the value of its largest score, whose weight is exactly 1."""
+    for problem in (banded(Case(2, 75), 2, 64, 8), global_(Case(2, 75), 3, 2, 64)):
+        for name in ("query", "key"):
+            problem.inputs[name] *= np.float32(size)
+        found = context(session(model(problem), ops_library), problem)
+        np.testing.assert_allclose(found, problem.dense(), atol=2.0**-22, rtol=2.0**-22)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

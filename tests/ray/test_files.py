@@ -13,11 +13,12 @@ import pytest
 
 from lfx.cli import cli
 from lfx.errors import InputError
+from lfx.manifest import Manifest
 from lfx.ray.engine import DocumentEngine, EngineOptions
 from lfx.ray.inputs import Inputs, check_apart
 from lfx.ray.journal import JOURNAL, Parts
-from lfx.ray.parts import encode, join
-from tests.conftest import MakeBundle
+from lfx.ray.parts import Columns, encode, join
+from tests.conftest import MakeBundle, MakeLed
 from tests.runtime.test_import import lfx_without
 
 HEADER = {"map": 1, "model": "a"}
@@ -65,9 +66,13 @@ def test_linked_folders_and_files_are_read(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_listed_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_lines(tmp_path / "a.jsonl", 1)
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
-    with pytest.raises(InputError, match=r"b\.jsonl is a link to a file that does not exist; fetch the file"):
+    with pytest.raises(InputError, match=r"b\.jsonl is a link to a file or folder that does not exist; fetch it"):
         Inputs(str(tmp_path))
     (tmp_path / "b.jsonl").unlink()
+    (tmp_path / "2024").symlink_to(tmp_path / "not-mounted")
+    with pytest.raises(InputError, match="2024 is a link to a file or folder that does not exist; fetch it"):
+        Inputs(str(tmp_path))
+    (tmp_path / "2024").unlink()
     (tmp_path / "loop").symlink_to(tmp_path)
     with pytest.raises(InputError, match="loop is a link to a folder that it lies in; remove it"):
         Inputs(str(tmp_path))
@@ -222,6 +227,20 @@ def test_a_part_in_parquet_has_the_rows_of_any_task(task: str, stride: int | Non
     ]
     assert [row.get("id") for row in written if row.get("id")] == ["é"] * (len(rows) // 2 - 1) + ['{"a": [1]}']
     assert summary.windows == len(rows) - 2
+
+
+def test_a_part_in_parquet_has_the_texts_that_a_model_writes(led_bundle: MakeLed) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    model = led_bundle()[1]
+    engine = DocumentEngine(EngineOptions(model, threads=1))
+    rows, _ = engine.rows([{"text": "the fox"}])
+    assert rows[0].keys() == {"line", "tokens", "new_tokens", "summary"}
+    without_tokenizer = Columns.of(Manifest.read(model).signature, has_tokenizer=False, has_windows=False)
+    ids_row = {"line": 0, "tokens": 3, "new_tokens": 2, "output_ids": [2, 5, 6]}
+    for row, columns in ((rows[0], engine.columns), (ids_row, without_tokenizer)):
+        table = parquet.read_table(io.BytesIO(encode([{"file": "a", **row}], columns, "parquet")))
+        written = {name: value for name, value in table.to_pylist()[0].items() if value is not None}
+        assert written == {"file": "a", **row}
 
 
 def test_a_missing_extra_is_refused_in_one_line_with_the_cure(bundle: MakeBundle, tmp_path: Path) -> None:

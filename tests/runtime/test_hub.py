@@ -20,7 +20,7 @@ from lfx.manifest import MANIFEST, Manifest
 from lfx.runtime import Engine
 from lfx.runtime.hub import local_path, push
 from lfx.runtime.model_card import MARK, model_card
-from tests.conftest import MakeBundle
+from tests.conftest import MakeBundle, MakeLed
 from tests.runtime.hub_server import Hub, hub_of_this_process
 
 NAME = "org/tiny"
@@ -151,6 +151,12 @@ def test_the_card_has_the_validation_table(bundle: MakeBundle) -> None:
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1:4] == [f"{measured[key]:.2g}" for key in ("max_abs_error", "torch_max_abs_error", "tolerance")]
     assert 'engine = runtime.Engine("org/tiny")' in text
+
+
+def test_the_card_of_a_model_that_writes_texts_generates(led_bundle: MakeLed) -> None:
+    card = model_card(Manifest.read(led_bundle()[1]), NAME)
+    assert 'engine.generate("A long document …")' in card
+    assert "transformers.js" not in card and "standard operators" not in card  # it has not the layout of the hub
 
 
 def test_names_in_a_card_are_no_markup(bundle: MakeBundle) -> None:

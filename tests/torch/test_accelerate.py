@@ -156,6 +156,32 @@ def test_half_precision_is_within_the_derived_tolerance(dtype: torch.dtype) -> N
     report.require()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cls", ["LongformerModel", "LEDModel"])
+def test_autocast_is_within_the_tolerance_of_its_type(cls: str, dtype: torch.dtype) -> None:
+    model = tiny_model() if cls == "LongformerModel" else tiny_led(LEDModel)
+    accelerated = accelerate(copy.deepcopy(model))
+
+    def under_autocast(module: nn.Module) -> Runner:
+        def run(inputs: Arrays) -> Arrays:
+            with torch.autocast("cpu", dtype=dtype):
+                return runner(module)(inputs)
+
+        return run
+
+    report = compare(
+        quick_cases(WINDOW, 128),
+        make_inputs,
+        reference=runner(copy.deepcopy(model).double()),
+        witness=under_autocast(model),
+        candidate=under_autocast(accelerated),
+        precision="fp16" if dtype == torch.float16 else "bf16",
+        layers=3,
+        names=("Hugging Face in float64", "Hugging Face under autocast"),
+    )
+    report.require()
+
+
 # ---- LED ----------------------------------------------------------------------------------------------------------
 
 
@@ -351,6 +377,47 @@ class OwnEncoder(LongformerEncoder):  # type: ignore[misc]
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """That of the parent."""
         return super().forward(*arguments, **options)
+
+
+class Causal(LongformerSelfAttention):  # type: ignore[misc]
+    """A user's attention with a mask of its own."""
+
+    def _mask_invalid_locations(self, input_tensor: torch.Tensor, affected_seq_len: int) -> None:
+        super()._mask_invalid_locations(input_tensor, affected_seq_len)
+        input_tensor[..., affected_seq_len + 1 :] = torch.finfo(input_tensor.dtype).min
+
+
+class MarksGlobals(LongformerModel):  # type: ignore[misc]
+    """A user's model with global tokens of its own."""
+
+    def _merge_to_attention_mask(self, *masks: torch.Tensor) -> torch.Tensor:
+        return super()._merge_to_attention_mask(*masks) * 2
+
+
+def test_a_method_of_one_s_own_that_would_not_be_called_is_refused() -> None:
+    model = tiny_model()
+    model.encoder.layer[1].attention.self.__class__ = Causal
+    with pytest.raises(InputError, match="Causal has a _mask_invalid_locations of its own"):
+        accelerate(model)
+    model = tiny_model()
+    model.__class__ = MarksGlobals
+    with pytest.raises(InputError, match="MarksGlobals has a _merge_to_attention_mask of its own"):
+        accelerate(model)
+
+
+@pytest.mark.parametrize("part", ["encoder.layer.0.attention.self", "encoder", ""])
+def test_a_forward_that_was_set_on_a_module_is_refused(part: str) -> None:
+    model = tiny_model()
+    module = model.get_submodule(part)
+    original = module.forward
+    module.forward = original
+    with pytest.raises(InputError, match="has a forward of its own, which accelerate cannot replace"):
+        accelerate(model)
+    del module.forward
+    accelerate(model)
+    module.forward = original
+    with pytest.raises(InputError, match="has a forward of its own, which accelerate cannot replace"):
+        accelerate(model)
 
 
 def test_what_is_no_longformer_for_inference_is_refused() -> None:

@@ -129,15 +129,14 @@ def _walk(folder: Path, parents: tuple[str, ...]) -> Iterator[Path]:
     for path in entries:
         if _is_hidden(path.name):
             continue
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path} is a link to a file or folder that does not exist; fetch it, or remove the link")
         if path.is_dir():
             if path.is_symlink() and os.path.realpath(path) in parents:
                 raise InputError(f"{path} is a link to a folder that it lies in; remove it")
             yield from _walk(path, parents)
-        elif is_documents(path):
-            if not path.exists():
-                raise InputError(f"{path} is a link to a file that does not exist; fetch the file, or remove the link")
-            if path.is_file():
-                yield path
+        elif is_documents(path) and path.is_file():
+            yield path
 
 
 def _list_remote_files(source: str) -> Iterator[tuple[str, Source]]:

@@ -12,7 +12,7 @@ from lfx.errors import require
 from lfx.runtime.documents.formats import NUMBERS, output_type, text_of
 from lfx.runtime.documents.rows import outputs_per_sequence
 from lfx.runtime.postprocess import answer_fields
-from lfx.signature import Signature, TensorSpec
+from lfx.signature import TEXT_GENERATION, Signature, TensorSpec
 
 FORMATS = ("parquet", "jsonl")
 
@@ -25,23 +25,31 @@ class Columns:
         answer_fields: names of an answer's fields; empty if rows have no answers.
         outputs: the model's outputs per sequence.
         has_windows: whether rows have the column `window`.
+        text: the column of the text that the model writes, "summary", or "output_ids" without a tokenizer; empty if it
+            writes none.
     """
 
     answer_fields: tuple[str, ...]
     outputs: tuple[TensorSpec, ...]
     has_windows: bool
+    text: str = ""
 
     @classmethod
     def of(cls, signature: Signature, has_tokenizer: bool, has_windows: bool) -> Columns:
         """The columns of a model's rows."""
         fields = answer_fields(signature.task) if has_tokenizer else ()
-        return cls(fields, tuple(outputs_per_sequence(signature)), has_windows)
+        text = "summary" if has_tokenizer else "output_ids"
+        writes = signature.task == TEXT_GENERATION
+        return cls(fields, tuple(outputs_per_sequence(signature)), has_windows, text if writes else "")
 
     def results(self) -> list[tuple[str, Any]]:
         """Name and pyarrow type of each column that a run adds to a document."""
         pyarrow = require("pyarrow", "ray")
         columns = [("window", pyarrow.int64())] if self.has_windows else []
         columns.append(("tokens", pyarrow.int64()))
+        if self.text:
+            text_type = pyarrow.string() if self.text == "summary" else pyarrow.list_(pyarrow.int64())
+            columns += [("new_tokens", pyarrow.int64()), (self.text, text_type)]
         if self.answer_fields:
             fields = [(name, pyarrow.type_for_alias(NUMBERS.get(name, "string"))) for name in self.answer_fields]
             columns.append(("answers", pyarrow.list_(pyarrow.struct(fields))))

@@ -54,6 +54,9 @@ class AcceleratedAttention(nn.Module):
             InputError: output_attentions is set, or the module is in training mode.
         """
         check_inference(self, output_attentions)
+        query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
+        # Under torch.autocast the projections have its type.
+        hidden_states = hidden_states.to(query.dtype)
         tokens = attention_mask
         if not isinstance(tokens, Tokens):
             mask = hidden_states.new_zeros(hidden_states.shape[:2]) if tokens is None else tokens
@@ -64,9 +67,9 @@ class AcceleratedAttention(nn.Module):
         else:
             global_context = hidden_states.new_zeros((hidden_states.shape[0], slots, hidden_states.shape[2]))
         context = banded_attention(
-            self.query(hidden_states),
-            self.key(hidden_states),
-            self.value(hidden_states),
+            query,
+            key,
+            value,
             tokens.key_mask,
             tokens.global_index,
             global_context,
@@ -97,7 +100,7 @@ class AcceleratedAttention(nn.Module):
         weighted_sum = weighted_sum.view(folded.shape)
         context = (weighted_sum @ value_weight.transpose(1, 2)).transpose(1, 2).flatten(2)
         result: torch.Tensor = context + self.value_global.bias
-        return result
+        return result.to(hidden.dtype)
 
 
 def check_inference(module: nn.Module, output_attentions: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import getattr_static
+from types import FunctionType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -28,7 +30,8 @@ def accelerate(model: Model, *, max_global: int | None = None) -> Model:
     Returns:
         `model`.
     Raises:
-        InputError: the model has no such module, or one with a `forward` of its own; or max_global is out of range.
+        InputError: the model has no such module, or one with a method of its own in place of one of transformers'; or
+            max_global is out of range.
     """
     require("transformers", "torch")
     if max_global is not None:
@@ -71,20 +74,33 @@ def _new_class(module: nn.Module, replacements: dict[type[nn.Module], type[nn.Mo
     A subclass of a user's gets a class of the same name whose bases are the subclass and ours.
 
     Raises:
-        InputError: a subclass has a `forward` of its own, which would run in place of ours.
+        InputError: a subclass or the module has a method of its own that `original.forward` is or may call: ours would
+            not call it.
     """
     cls = type(module)
     for original, replacement in replacements.items():
         if not isinstance(module, original):
             continue
-        if isinstance(module, replacement):
+        known = replacement if isinstance(module, replacement) else original
+        for name in _methods(original):
+            if getattr_static(cls, name) is not getattr_static(known, name) or name in vars(module):
+                raise InputError(
+                    f"{cls.__name__} has a {name} of its own, which accelerate cannot replace; give a model whose "
+                    f"{original.__name__} is transformers' own"
+                )
+        if known is replacement:
             return cls
         if cls is original:
             return replacement
-        if cls.forward is not original.forward:
-            raise InputError(
-                f"{cls.__name__} has a forward of its own, which accelerate cannot replace; give a model whose "
-                f"{original.__name__} is transformers' own"
-            )
         return type(cls.__name__, (replacement, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     return None
+
+
+def _methods(original: type[nn.Module]) -> list[str]:
+    """The methods of a class of transformers that its `forward` is or may call."""
+    unused = {"__init__", "get_input_embeddings", "set_input_embeddings"}
+    return [name for name, value in vars(original).items() if _is_method(value) and name not in unused]
+
+
+def _is_method(value: Any) -> bool:
+    return isinstance(value, FunctionType | staticmethod | classmethod | property)
