@@ -53,12 +53,16 @@ int64_t width(typename Op::Shapes const& shapes)
 
 std::string toString(Shape const& shape)
 {
+    if (shape.numAxes > Shape::kMAX_AXES)
+    {
+        return "of " + std::to_string(shape.numAxes) + " axes";
+    }
     std::string text = "(";
-    for (int32_t i = 0; i < std::min(shape.numAxes, Shape::kMAX_AXES); ++i)
+    for (int32_t i = 0; i < shape.numAxes; ++i)
     {
         text += (i > 0 ? ", " : "") + (shape.sizes[i] < 0 ? "?" : std::to_string(shape.sizes[i]));
     }
-    return text + (shape.numAxes > Shape::kMAX_AXES ? ", …)" : ")");
+    return text + ")";
 }
 
 } // namespace

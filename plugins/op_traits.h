@@ -24,7 +24,7 @@ struct Shape
     static constexpr int32_t kMAX_AXES = 8;
 
     int32_t numAxes = 0;
-    std::array<int64_t, kMAX_AXES> sizes{}; // if there are more axes, those of the others are not kept
+    std::array<int64_t, kMAX_AXES> sizes{}; // zeros if there are more axes
 };
 
 struct GlobalAttributes

@@ -208,13 +208,13 @@ def test_shapes_that_do_not_fit_are_refused_by_name(ops_library: Path) -> None:
 
 def test_tensors_of_too_many_axes_are_refused_by_name(ops_library: Path) -> None:
     problem = banded(Case(1, 20), 1, 8, 4)
-    for axes in (4, 9):
+    for axes, shape in ((4, r"\(2, 2, 2, 2\)"), (9, "of 9 axes")):
         proto = onnx.load_from_string(model(problem))
         names = [value for value in proto.graph.input if value.name == "key"]
         del names[0].type.tensor_type.shape.dim[:]
         for _ in range(axes):
             names[0].type.tensor_type.shape.dim.add().dim_value = 2
-        with pytest.raises(Exception, match=r"lfx::BandedAttention: key \(2, 2, 2, 2.*\) must have 3 axes"):
+        with pytest.raises(Exception, match=f"lfx::BandedAttention: key {shape} must have 3 axes"):
             session(proto.SerializeToString(), ops_library)
 
 
