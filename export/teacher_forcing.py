@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from lfx.errors import ExportError, one_line
 from lfx.export.led import cache_names
 from lfx.export.load import quiet
 from lfx.export.rewrite import attention_layers, clone
-from lfx.export.torch_runners import TORCH_DTYPES, dense_model
+from lfx.export.torch_runners import TORCH_DTYPES, dense_model, int8_model
 from lfx.parity import Arrays, Case, Report, Runner, compare
 from lfx.runtime import Engine, backends
 from lfx.runtime.backends import PROVIDERS, Backend
@@ -35,6 +35,7 @@ def compare_generation(
     cases: list[Case],
     progress: Callable[[str], None],
     precision: str,
+    quantization: Mapping[str, Any] | None = None,
 ) -> Report:
     """Compare the encoder's and the decoder's graph with PyTorch over a list of cases.
 
@@ -45,21 +46,25 @@ def compare_generation(
         encoder, decoder: functions that run the graphs.
         module: the LEDForConditionalGeneration, in float32.
         precision: of the witness and the tolerance.
+        quantization: the manifest's entry, for an int8 model.
     """
-    assert signature.decoder is not None
-    layers = len(signature.attention_windows)
-    states = ("last_hidden_state", *cache_names(PRESENT, _decoder_layers(signature.decoder), "encoder"))
+    witness = int8_model(module, quantization) if quantization else clone(module, TORCH_DTYPES[precision])
     return compare(
         cases,
         lambda case: teacher_forced_inputs(case, signature),
         reference=_torch_runner(dense_model(module), signature),
-        witness=_torch_runner(clone(module, TORCH_DTYPES[precision]), signature),
+        witness=_torch_runner(witness, signature),
         candidate=lambda inputs: run_teacher_forced(encoder, decoder, inputs, signature),
         precision=precision,
         layers=attention_layers(module),
-        depth=dict.fromkeys(states, layers),
+        depth=encoder_depth(signature),
         on_case=lambda case: progress(f"comparing: {case}"),
     )
+
+
+def encoder_depth(signature: Signature) -> dict[str, int]:
+    """Return the number of attention layers before each output of the encoder."""
+    return {spec.name: len(signature.attention_windows) for spec in signature.outputs}
 
 
 def teacher_forced_inputs(case: Case, signature: Signature) -> Arrays:
@@ -84,11 +89,14 @@ def load_decoder(engine: Engine) -> Backend:
     return backends.load(folder / decoder.model_file, backend, provider, None, None, engine.signature.precision)
 
 
-def run_teacher_forced(encoder: Runner, decoder: Runner, inputs: Arrays, signature: Signature) -> Arrays:
+def run_teacher_forced(
+    encoder: Runner, decoder: Runner, inputs: Arrays, signature: Signature, steps: Sequence[int] = _STEPS
+) -> Arrays:
     """Run the encoder once and the decoder in steps, the first with an empty cache.
 
     Args:
         inputs: of the encoder by name, and decoder_input_ids.
+        steps: number of tokens of each call of the decoder; the last is repeated.
     Returns:
         last_hidden_state and the cached keys and values of both graphs, by their names; first_logits, those of the
         first token, and logits, those of the others.
@@ -97,19 +105,29 @@ def run_teacher_forced(encoder: Runner, decoder: Runner, inputs: Arrays, signatu
     assert spec is not None
     layers, ids = _decoder_layers(spec), inputs[DECODER_IDS]
     encoded = encoder({item.name: inputs[item.name] for item in signature.inputs})
-    feeds = {
-        "encoder_attention_mask": inputs["attention_mask"],
-        **_renamed(encoded, layers, "encoder"),
-        **empty_cache(spec, len(ids)),
-    }
+    feeds = first_feeds(encoded, inputs["attention_mask"], spec)
     logits = []
-    for start, end in _steps(ids.shape[1]):
+    for start, end in _steps(ids.shape[1], steps):
         outputs = decoder({**feeds, "input_ids": ids[:, start:end]})
         logits.append(outputs["logits"])
         feeds.update(_renamed(outputs, layers, "decoder"))
     cross = [encoded[name] for name in cache_names(PRESENT, layers, "encoder")]
     own = [feeds[name] for name in cache_names(PAST, layers, "decoder")]
     return _outputs(encoded["last_hidden_state"], np.concatenate(logits, axis=1), cross, own)
+
+
+def first_feeds(encoded: Arrays, attention_mask: NDArray[Any], decoder: Decoder) -> Arrays:
+    """Return the decoder's inputs at its first call, without the ids.
+
+    Args:
+        encoded: outputs of the encoder.
+        attention_mask: of the encoder.
+    """
+    return {
+        "encoder_attention_mask": attention_mask,
+        **_renamed(encoded, _decoder_layers(decoder), "encoder"),
+        **empty_cache(decoder, len(attention_mask)),
+    }
 
 
 def empty_cache(decoder: Decoder, batch: int) -> Arrays:
@@ -122,9 +140,9 @@ def empty_cache(decoder: Decoder, batch: int) -> Arrays:
     }
 
 
-def _steps(tokens: int) -> Iterator[tuple[int, int]]:
+def _steps(tokens: int, steps: Sequence[int]) -> Iterator[tuple[int, int]]:
     start = 0
-    for step in (*_STEPS, *[_STEPS[-1]] * tokens):
+    for step in (*steps, *[steps[-1]] * tokens):
         if start < tokens:
             yield start, min(start + step, tokens)
             start += step
