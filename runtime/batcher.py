@@ -20,11 +20,13 @@ from typing import Any, NoReturn
 from lfx.checks import real_number, whole_number
 from lfx.errors import InputError, LfxError, OverloadError, one_line
 from lfx.runtime import forks
+from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.batching import batches
-from lfx.runtime.engine import AHEAD, Engine, Outputs
+from lfx.runtime.engine import Engine
 from lfx.runtime.inputs import Feeds, prepare, seqlen_of
 from lfx.runtime.outputs import output_names
 from lfx.runtime.ragged import check_cuttable
+from lfx.runtime.streaming import AHEAD
 from lfx.signature import Signature
 
 _log = logging.getLogger("lfx")

@@ -4,47 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import itertools
 import sys
-import time
-from collections import UserString
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.checks import LARGEST, flag, one_of, shown, whole_number
-from lfx.errors import ArtifactError, InputError, LfxError
-from lfx.manifest import sha256
-from lfx.runtime import backends, forks
+from lfx.checks import flag, one_of, whole_number
+from lfx.errors import InputError, LfxError
+from lfx.runtime.batch_runner import BatchRunner, Outputs
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.embedding import SENTENCE_OUTPUT, check_task, embedding_size, encode_texts
-from lfx.runtime.generation import GenerationSettings, GraphGenerator, resolve, search
+from lfx.runtime.generation import GenerationSettings, GraphGenerator, TextWriter
 from lfx.runtime.generation.defaults import read_defaults
-from lfx.runtime.generation.inputs import check_task as check_generation_task
-from lfx.runtime.generation.inputs import encode_texts as encode_inputs
-from lfx.runtime.generation.inputs import is_texts, prepare_inputs
-from lfx.runtime.generation.rows import generate_rows, join_rows
-from lfx.runtime.inputs import Feeds, Int64, prepare, prepare_each, seqlen_of, stack
-from lfx.runtime.loading import load_model
+from lfx.runtime.generation.graphs import check_graphs
+from lfx.runtime.inputs import Feeds, Int64, prepare, prepare_each
 from lfx.runtime.metrics import Metrics
+from lfx.runtime.open_model import OpenModel
 from lfx.runtime.outputs import OutputRequest, request_outputs
-from lfx.runtime.ragged import Row, run_rows
+from lfx.runtime.ragged import Row
+from lfx.runtime.streaming import AHEAD, iterator_of, stream_rows
 from lfx.runtime.tokenizer import Tokenizer, text_folder
-from lfx.signature import Signature
+from lfx.runtime.warm_up import padding_batch, warm_up_shapes
 
 MAX_THREADS = 1024
-# Number of sequences that `Engine.stream` reads and sorts by length at a time.
-AHEAD = 256
 ON_ERROR = ("raise", "return")
-# Values are arrays, or lists of arrays, one for each sequence; with `device_outputs` on a GPU, DLPack objects.
-Outputs = dict[str, NDArray[Any] | list[NDArray[Any]]]
 
 
-class Engine:
+class Engine(OpenModel):
     """A loaded Longformer. Thread-safe, and a context manager.
 
     An Engine works only in the process that made it: in a forked child every run raises LfxError; make a new Engine
@@ -97,31 +86,12 @@ class Engine:
         if threads is not None:
             threads = whole_number(threads, "threads", 1, MAX_THREADS)
         self.token_budget = whole_number(token_budget, "token_budget", low=1)
-        self.threads = threads
+        super().__init__(path, backend, provider, threads, precision, kernels)
         self.metrics = Metrics()
-        self._forked = False
         self._tokenizer: Tokenizer | None = None
-        model = load_model(path, backend, provider, threads, precision, kernels)
-        self.manifest, self.signature = model.manifest, model.signature
-        self._files = tuple(model.artifact.files.values()) if model.artifact is not None else ()
-        self._backend: backends.Backend | None = model.backend
-        self._graphs = model.graphs
         self._generation_defaults: dict[str, Any] | None = None
-        self.backend = model.backend.name
-        self.kernels = model.kernels
-        self.precision = precision or self.signature.precision
-        self.path = model.path.absolute()
-        self._reopen = functools.partial(
-            type(self),
-            self.path,
-            backend,
-            provider=provider,
-            threads=threads,
-            precision=precision,
-            kernels=kernels,
-            token_budget=self.token_budget,
-        )
-        forks.watch(self)
+        options: dict[str, Any] = {"provider": provider, "threads": threads, "precision": precision, "kernels": kernels}
+        self._reopen = functools.partial(type(self), self.path, backend, token_budget=self.token_budget, **options)
 
     @overload
     def run(
@@ -192,25 +162,16 @@ class Engine:
             LfxError: the Engine was made before a fork, or the backend failed.
         Source: Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
         """
-        start = time.perf_counter()
-        try:
+        with self.metrics.call():
             one_of(on_error, "on_error", ON_ERROR, InputError)
             request = request_outputs(self.signature, outputs, output_dtype, device_outputs)
-            backend = self._open()
-            results: Outputs | list[Row | LfxError]
-            if on_error == "return":
-                if request.on_device:
-                    raise InputError("device_outputs is for sequences of one length, with on_error='raise'")
-                sequences = prepare_each(ids, attention_mask, global_attention_mask, self.signature)
-                results = self._run_rows(backend, sequences, request, keep_errors=True)
-            else:
-                batch = prepare(ids, attention_mask, global_attention_mask, self.signature)
-                results = self._run_batch(backend, batch, request)
-        except BaseException:
-            self.metrics.failed()
-            raise
-        self.metrics.answered(time.perf_counter() - start)
-        return results
+            runner = self._runner(request)
+            if on_error == "raise":
+                return runner.run(prepare(ids, attention_mask, global_attention_mask, self.signature))
+            if request.on_device:
+                raise InputError("device_outputs is for sequences of one length, with on_error='raise'")
+            sequences = prepare_each(ids, attention_mask, global_attention_mask, self.signature)
+            return runner.run_rows(sequences, keep_errors=True)
 
     def embed(
         self,
@@ -237,18 +198,13 @@ class Engine:
             ArtifactError: there is no tokenizer, or it is broken.
             LfxError: the Engine was made before a fork, or the backend failed.
         """
-        start = time.perf_counter()
-        try:
+        with self.metrics.call():
             self.check_usable()
             check_task(self.signature)
             ids = encode_texts(texts, self._open_tokenizer(tokenizer), prompt=prompt, truncate=truncate)
             size = embedding_size(self.signature)
             rows = [row[SENTENCE_OUTPUT] for row in self.stream(ids, outputs=[SENTENCE_OUTPUT])]
-        except BaseException:
-            self.metrics.failed()
-            raise
-        self.metrics.answered(time.perf_counter() - start)
-        return np.stack(rows).astype(np.float32, copy=False) if rows else np.zeros((0, size), np.float32)
+            return np.stack(rows).astype(np.float32, copy=False) if rows else np.zeros((0, size), np.float32)
 
     async def run_async(
         self,
@@ -288,32 +244,10 @@ class Engine:
         """
         one_of(on_error, "on_error", ON_ERROR, InputError)
         request = request_outputs(self.signature, outputs, output_dtype)
-        rows = self._run_rows(self._open(), requests, request, keep_errors=on_error == "return")
+        rows = self._runner(request).run_rows(requests, keep_errors=on_error == "return")
         return [
             row if isinstance(row, LfxError) else {name: array[None] for name, array in row.items()} for row in rows
         ]
-
-    @property
-    def identity(self) -> str:
-        """Digest of the model: its manifest's, or those of a single ONNX file and of its weight files."""
-        if self.manifest is not None:
-            return str(self.manifest.to_dict()["manifest_sha256"])
-        return " ".join(sha256(file) for file in self._files)
-
-    def supports_shape(self, batch: int, seqlen: int) -> bool:
-        """Whether the Engine can run a batch of this shape: within the model's limits and, for a plan, in a profile."""
-        batch, seqlen = whole_number(batch, "batch", 1), whole_number(seqlen, "seqlen", 1)
-        longest = self.signature.max_seqlen
-        return (longest is None or seqlen <= longest) and self._open().supports_shape(batch, seqlen)
-
-    def shape_check(self) -> Callable[[int, int], bool]:
-        """Return a function like `supports_shape` for lengths within the model's limits; it is fast for many calls.
-
-        Raises:
-            InputError: the Engine is closed.
-            LfxError: the Engine was made before a fork.
-        """
-        return self._open().supports_shape
 
     def warm_up(self, shapes: Iterable[tuple[int, int]] | None = None) -> None:
         """Run batches of padding ids, so that memory, kernels and CUDA graphs are ready before the first real batch.
@@ -328,21 +262,8 @@ class Engine:
             LfxError: the Engine was made before a fork, or the backend failed.
         """
         self.check_usable()
-        longest = self.signature.max_seqlen or 4096
-        has_global_mask = any(spec.name == "global_attention_mask" for spec in self.signature.inputs)
-        if shapes is None:  # a plan may have been built for other lengths
-            shapes = [shape for shape in ((1, 1), (1, longest)) if self.supports_shape(*shape)]
-        else:
-            shapes = _checked_shapes(shapes, self.signature.max_seqlen)
-        for batch, seqlen in shapes:
-            shape = (batch, 2, seqlen) if self.signature.has_choices else (batch, seqlen)
-            try:
-                ids = np.full(shape, self.signature.pad_token_id, dtype=np.int64)
-            except (MemoryError, ValueError) as error:
-                raise InputError(f"a batch of {batch} sequences of {seqlen} tokens does not fit in memory") from error
-            global_mask = np.zeros_like(ids) if has_global_mask else None
-            sequences = prepare(ids, None, global_mask, self.signature)
-            self._open().infer(stack(sequences, self.signature.pad_token_id))
+        for batch, seqlen in warm_up_shapes(shapes, self.signature, self.supports_shape):
+            self._open().infer(padding_batch(batch, seqlen, self.signature))
 
     @overload
     def generate(
@@ -431,28 +352,15 @@ class Engine:
             ArtifactError: there is no tokenizer, or generation_config.json is broken.
             LfxError: the logits are not finite, the Engine was made before a fork, or the backend failed.
         """
-        start = time.perf_counter()
-        try:
+        with self.metrics.call():
             keep_errors = one_of(on_error, "on_error", ON_ERROR, InputError) == "return"
-            model, settings = self._generator(), self._settings(options, stream=flag(stream, "stream"))
-            if is_texts(inputs):
-                masks = (attention_mask, global_attention_mask)
-                open_tokenizer = functools.partial(self._open_tokenizer, tokenizer)
-                inputs = encode_inputs(inputs, masks, open_tokenizer, truncate=truncate, keep_errors=keep_errors)
-            masks = (attention_mask, global_attention_mask)
-            sequences = prepare_inputs(inputs, *masks, self.signature, keep_errors=keep_errors)
-            result: Int64 | Iterator[Int64] | list[Int64 | LfxError]
+            writer = self._writer()
+            settings = writer.settings(options, stream=flag(stream, "stream"))
+            masks, open_tokenizer = (attention_mask, global_attention_mask), lambda: self._open_tokenizer(tokenizer)
+            sequences = writer.prepare(inputs, masks, open_tokenizer, truncate=truncate, keep_errors=keep_errors)
             if stream:
-                result = search.stream(model, cast("list[Feeds]", sequences), settings)
-            elif keep_errors:
-                result = self._generate_rows(model, sequences, settings, keep_errors=True)
-            else:
-                result = self._generate(model, cast("list[Feeds]", sequences), settings)
-        except BaseException:
-            self.metrics.failed()
-            raise
-        self.metrics.answered(time.perf_counter() - start)
-        return result
+                return writer.stream(sequences, settings)
+            return writer.write_each(sequences, settings) if keep_errors else writer.write(sequences, settings)
 
     def generation_settings(self, **options: Any) -> GenerationSettings:
         """Check the options of `generate`, and return them with the checkpoint's defaults.
@@ -460,59 +368,15 @@ class Engine:
         Raises:
             InputError, ArtifactError: what `generate` raises for them.
         """
-        self._generator()
-        return self._settings(options, stream=False)
+        return self._writer().settings(options)
 
-    def _generate(self, model: GraphGenerator, sequences: list[Feeds], settings: GenerationSettings) -> Int64:
-        if len({seqlen_of(feeds) for feeds in sequences}) == 1:
-            return search.generate(model, sequences, settings)
-        rows = self._generate_rows(model, sequences, settings, keep_errors=False)
-        return join_rows(cast("list[Int64]", rows), settings.pad_token_id or 0)
-
-    def _generate_rows(
-        self,
-        model: GraphGenerator,
-        sequences: Sequence[Feeds | LfxError],
-        settings: GenerationSettings,
-        *,
-        keep_errors: bool,
-    ) -> list[Int64 | LfxError]:
-        return generate_rows(
-            model,
-            sequences,
-            settings,
-            self.token_budget,
-            model.encoder.supports_shape,
-            pad=self.signature.may_pad,
-            keep_errors=keep_errors,
-        )
-
-    def _generator(self) -> GraphGenerator:
-        self._open()
-        check_generation_task(self.signature)
-        graphs = self._graphs  # another thread may close the Engine while this one runs
-        if graphs is None:
-            raise InputError("this Engine has no decoder, so it writes no texts; open the bundle")
-        return GraphGenerator(*graphs, self.signature, self._count)
-
-    def _settings(self, options: Mapping[str, Any], *, stream: bool) -> GenerationSettings:
-        decoder = self.signature.decoder
-        assert decoder is not None
+    def _writer(self) -> TextWriter:
+        self.check_usable()
+        encoder, decoder = check_graphs(self._graphs, self.signature)
         if self._generation_defaults is None:
             self._generation_defaults = read_defaults(text_folder(self.path, self.manifest))
-        settings = resolve(
-            options,
-            self._generation_defaults,
-            vocab_size=int(next(spec.shape[-1] for spec in decoder.outputs if spec.name == "logits")),
-            max_tokens=decoder.max_tokens,
-            decoder_start_token_id=decoder.decoder_start_token_id,
-        )
-        if stream and settings.num_beams > 1:
-            raise InputError(
-                f"num_beams {settings.num_beams} cannot be streamed, since beams change until the end; give "
-                "num_beams=1, or stream=False"
-            )
-        return settings
+        model = GraphGenerator(encoder, decoder, self.signature, self.metrics.computed_batch)
+        return TextWriter(model, self._generation_defaults, self.token_budget)
 
     def _open_tokenizer(self, given: Tokenizer | None) -> Tokenizer:
         if given is not None:
@@ -521,29 +385,8 @@ class Engine:
             self._tokenizer = Tokenizer(text_folder(self.path, self.manifest), self.signature)
         return self._tokenizer
 
-    def _run_batch(self, backend: backends.Backend, sequences: Sequence[Feeds], request: OutputRequest) -> Outputs:
-        if len({seqlen_of(feeds) for feeds in sequences}) == 1:
-            return dict(self._infer(backend, stack(sequences, self.signature.pad_token_id), request))
-        if request.on_device:
-            raise InputError("the sequences have different lengths; run each length on its own for device_outputs")
-        rows = self._run_rows(backend, sequences, request)
-        outputs: Outputs = {}
-        for spec in request.signature.outputs:
-            arrays = [row[spec.name] for row in rows]
-            outputs[spec.name] = arrays if "sequence" in spec.shape else np.stack(arrays)
-        return outputs
-
-    def _infer(self, backend: backends.Backend, feeds: Feeds, request: OutputRequest) -> Row:
-        outputs = backend.infer(feeds, request.names, on_device=request.on_device)
-        _check_outputs(outputs, request.signature, len(feeds["input_ids"]))
-        self._count(feeds)
-        return request.convert(outputs)
-
-    def _count(self, feeds: Feeds) -> None:
-        """Count a batch that was computed."""
-        ids = feeds["input_ids"]
-        real = int(feeds["attention_mask"].sum()) if "attention_mask" in feeds else ids.size
-        self.metrics.computed(len(ids), real, ids.size - real)
+    def _runner(self, request: OutputRequest) -> BatchRunner:
+        return BatchRunner(self._open(), request, self.metrics, self.signature.pad_token_id, self.token_budget)
 
     @overload
     def stream(
@@ -599,126 +442,5 @@ class Engine:
         one_of(on_error, "on_error", ON_ERROR, InputError)
         request = request_outputs(self.signature, outputs, output_dtype)
         self.check_usable()
-        if isinstance(documents, str | bytes | bytearray | memoryview | UserString | Mapping):
-            raise InputError(f"documents is {type(documents).__name__}; give an iterable of sequences of integers")
-        try:
-            iterator = iter(documents)
-        except TypeError as error:
-            raise InputError(
-                f"documents is {type(documents).__name__}; give an iterable of sequences of integers"
-            ) from error
-        return self._stream(iterator, ahead, request, keep_errors=on_error == "return")
-
-    def _stream(
-        self, documents: Iterator[Any], ahead: int, request: OutputRequest, *, keep_errors: bool
-    ) -> Iterator[Any]:
-        indices = itertools.count()
-        while chunk := list(itertools.islice(documents, ahead)):
-            sequences = [
-                self._prepare_document(document, index, keep_error=keep_errors)
-                for document, index in zip(chunk, indices, strict=False)
-            ]
-            yield from self._run_rows(self._open(), sequences, request, keep_errors=keep_errors)
-
-    def _prepare_document(self, document: Any, index: int, *, keep_error: bool) -> Feeds | LfxError:
-        try:
-            try:
-                sequences = prepare(document, None, None, self.signature)
-            except InputError as error:
-                raise InputError(f"document {index}: {error}") from error
-            if len(sequences) != 1:
-                raise InputError(f"document {index} has {len(sequences)} sequences; give each as a document of its own")
-        except InputError as error:
-            if keep_error:
-                return error
-            raise
-        return sequences[0]
-
-    def check_usable(self) -> None:
-        """Raise an error if the Engine cannot run.
-
-        Raises:
-            InputError: the Engine is closed.
-            LfxError: the Engine was made before a fork.
-        """
-        self._open()
-
-    def _open(self) -> backends.Backend:
-        if self._forked:
-            raise LfxError(forks.made_before("Engine"))
-        backend = self._backend  # another thread may close the Engine while this one runs
-        if backend is None:
-            raise InputError("this Engine is closed; make a new one")
-        return backend
-
-    def forked(self) -> None:
-        """Refuse to run in a child process, and never free the model there: that may wait for the parent's threads."""
-        self._forked = True
-        for model in (self._backend, self._graphs):
-            if model is not None:
-                forks.keep(model)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self._backend is None:
-            raise InputError("this Engine is closed, and cannot be pickled or copied; make a new one")
-        return self._reopen, ()
-
-    def _run_rows(
-        self,
-        backend: backends.Backend,
-        sequences: Sequence[Feeds | LfxError],
-        request: OutputRequest,
-        *,
-        keep_errors: bool = False,
-    ) -> list[Any]:
-        return run_rows(
-            sequences,
-            lambda feeds: self._infer(backend, feeds, request),
-            request.signature,
-            self.token_budget,
-            backend.supports_shape,
-            keep_errors=keep_errors,
-        )
-
-    def close(self) -> None:
-        """Free the model. Calling it again does nothing."""
-        self._backend = self._graphs = None
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _check_outputs(outputs: Mapping[str, Any], signature: Signature, batch: int) -> None:
-    """Raise ArtifactError for an output of a batch that has another form than the signature says."""
-    for spec in signature.outputs:
-        shape = getattr(outputs[spec.name], "shape", None)  # of an array, or of an output on a device
-        if (
-            not isinstance(shape, tuple)
-            or len(shape) != len(spec.shape)
-            or (spec.shape[:1] == ("batch",) and shape[0] != batch)
-        ):
-            shape = f"shape {shape}" if isinstance(shape, tuple) else type(outputs[spec.name]).__name__
-            raise ArtifactError(
-                f"output {spec.name} of a batch of {batch} has {shape} where the model's signature says "
-                f"({', '.join(map(str, spec.shape))}); export the model again"
-            )
-
-
-def _checked_shapes(shapes: Any, longest: int | None) -> list[tuple[int, int]]:
-    checked = []
-    try:
-        for batch, seqlen in shapes:
-            checked.append(
-                (
-                    whole_number(batch, "batch", 1),
-                    whole_number(seqlen, "seqlen", 1, LARGEST if longest is None else longest),
-                )
-            )
-    except (TypeError, ValueError) as error:
-        raise InputError(f"shapes is {shown(shapes)}; give a list of pairs (batch, seqlen)") from error
-    return checked
+        iterator, open_runner = iterator_of(documents), functools.partial(self._runner, request)
+        return stream_rows(iterator, ahead, self.signature, open_runner, keep_errors=on_error == "return")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from lfx.errors import InputError, require
 from lfx.runtime import forks
+from lfx.runtime.inputs import Feeds
 
 # Upper bounds of the latency histogram's buckets, in seconds: from a tiny model on a GPU to a long document on a CPU.
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
@@ -81,6 +84,23 @@ class Metrics:
             self._counts["sequences"] += sequences
             self._counts["tokens"] += tokens
             self._counts["padding_tokens"] += padding_tokens
+
+    def computed_batch(self, feeds: Feeds) -> None:
+        """Count a batch that the backend computed, by its inputs."""
+        ids = feeds["input_ids"]
+        real = int(feeds["attention_mask"].sum()) if "attention_mask" in feeds else ids.size
+        self.computed(len(ids), real, ids.size - real)
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Count the call in this block: as answered after the block's time, or as failed if it raises an error."""
+        start = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            self.failed()
+            raise
+        self.answered(time.perf_counter() - start)
 
     def snapshot(self) -> Snapshot:
         """A consistent copy of all counters."""

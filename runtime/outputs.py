@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lfx.checks import flag, one_of, shown
-from lfx.errors import InputError
+from lfx.errors import ArtifactError, InputError
 from lfx.signature import Signature
 
 OUTPUT_DTYPES = ("float32", "float16")
@@ -83,3 +83,19 @@ def _dtype_name(dtype: Any) -> str:
     except TypeError:
         name = dtype
     return str(one_of(name, "output_dtype", OUTPUT_DTYPES, InputError))
+
+
+def check_outputs(outputs: Mapping[str, Any], signature: Signature, batch: int) -> None:
+    """Raise ArtifactError for an output of a batch that has another form than the signature says."""
+    for spec in signature.outputs:
+        shape = getattr(outputs[spec.name], "shape", None)  # of an array, or of an output on a device
+        if (
+            not isinstance(shape, tuple)
+            or len(shape) != len(spec.shape)
+            or (spec.shape[:1] == ("batch",) and shape[0] != batch)
+        ):
+            shape = f"shape {shape}" if isinstance(shape, tuple) else type(outputs[spec.name]).__name__
+            raise ArtifactError(
+                f"output {spec.name} of a batch of {batch} has {shape} where the model's signature says "
+                f"({', '.join(map(str, spec.shape))}); export the model again"
+            )

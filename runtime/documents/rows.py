@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfx.errors import InputError, LfxError, one_line
-from lfx.runtime.engine import AHEAD, Engine
+from lfx.runtime.engine import Engine
 from lfx.runtime.generation.rows import without_padding
 from lfx.runtime.inputs import prepare
 from lfx.runtime.postprocess import Postprocessor, answer_outputs
+from lfx.runtime.streaming import AHEAD
 from lfx.runtime.tokenizer import Encoded, Tokenizer
 from lfx.signature import TASKS, TEXT_GENERATION, Signature, TensorSpec
 

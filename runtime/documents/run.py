@@ -26,9 +26,10 @@ from lfx.runtime.documents.formats import (
 )
 from lfx.runtime.documents.journal import Journal, journal_path
 from lfx.runtime.documents.rows import OUTPUT_BYTES, Runner, Summary, outputs_per_sequence, windows_of
-from lfx.runtime.engine import AHEAD, Engine
+from lfx.runtime.engine import Engine
 from lfx.runtime.postprocess import Postprocessor
 from lfx.runtime.ragged import check_cuttable
+from lfx.runtime.streaming import AHEAD
 from lfx.runtime.tokenizer import END_TO_END, MAX_CHARACTERS, TOKENIZER, Encoded, Tokenizer
 from lfx.signature import TEXT_GENERATION, Signature
 

@@ -8,13 +8,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.errors import ArtifactError
+from lfx.errors import ArtifactError, InputError
 from lfx.runtime.backends.interface import TensorBackend
 from lfx.runtime.generation.model import Int64
 from lfx.runtime.inputs import Feeds, stack
-from lfx.signature import PAST, PRESENT, Decoder, Signature
+from lfx.signature import PAST, PRESENT, TEXT_GENERATION, Decoder, Signature
 
 Tensors = dict[str, Any]  # input name of the decoder -> tensor of the backend
+
+
+def check_graphs(
+    graphs: tuple[TensorBackend, TensorBackend] | None, signature: Signature
+) -> tuple[TensorBackend, TensorBackend]:
+    """Return the encoder and the decoder of a model that writes texts.
+
+    Raises:
+        InputError: the model has another task, or no decoder.
+    """
+    if signature.task != TEXT_GENERATION:
+        raise InputError(
+            f"generate needs a model of the task {TEXT_GENERATION}, and this one is for {signature.task}; export an "
+            "LED checkpoint, or use Engine.run"
+        )
+    if graphs is None:
+        raise InputError("this Engine has no decoder, so it writes no texts; open the bundle")
+    return graphs
 
 
 class GraphGenerator:

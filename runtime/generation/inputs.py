@@ -10,16 +10,7 @@ from lfx.checks import flag
 from lfx.errors import InputError, LengthError, LfxError
 from lfx.runtime.inputs import Feeds, prepare, prepare_each
 from lfx.runtime.tokenizer import Tokenizer
-from lfx.signature import TEXT_GENERATION, Signature
-
-
-def check_task(signature: Signature) -> None:
-    """Raise InputError for a model that writes no texts."""
-    if signature.task != TEXT_GENERATION:
-        raise InputError(
-            f"generate needs a model of the task {TEXT_GENERATION}, and this one is for {signature.task}; export an "
-            "LED checkpoint, or use Engine.run"
-        )
+from lfx.signature import Signature
 
 
 def is_texts(inputs: Any) -> bool:

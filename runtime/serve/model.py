@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from lfx.errors import ArtifactError, InputError, LengthError
 from lfx.runtime import Batcher, Engine
+from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.batching import TOKEN_BUDGET
-from lfx.runtime.engine import Outputs
 from lfx.runtime.generation.rows import without_padding
 from lfx.runtime.inputs import pad_choices
 from lfx.runtime.postprocess import ANSWERED_TASKS, Postprocessor, answer_outputs

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from lfx.checks import shown
 from lfx.errors import LfxError
-from lfx.runtime.engine import Outputs
+from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.serve.model import Input, Prepared, ServedModel, Written
 from lfx.runtime.serve.replies import RefusalError, busy, unavailable
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, MAX_UNREAD_BYTES, NO_LIMIT_TOKENS, OTHER_BYTES, Settings

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from lfx.checks import shown, whole_number
 from lfx.errors import InputError, LengthError, LfxError, one_line
+from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.batching import TOKEN_BUDGET
-from lfx.runtime.engine import Engine, Outputs
+from lfx.runtime.engine import Engine
 from lfx.runtime.inputs import Feeds, pad_choices, prepare, seqlen_of
 from lfx.runtime.postprocess import ANSWERED_TASKS, Postprocessor, answer_outputs
 from lfx.runtime.tokenizer import TOKENIZER, Encoded, Tokenizer, encode_ids, open_tokenizer, text_folder
