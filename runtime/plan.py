@@ -1,7 +1,7 @@
 """`MODEL.plan.json`, the manifest of a plan: signature, bundle, TensorRT version, target and digest.
 
-A model that writes texts has two plans: the encoder's is `MODEL.plan`, and the decoder's `MODEL.plan.decoder` beside it.
-One manifest describes both.
+A model that writes texts has two plans: `MODEL.plan` is the encoder's, and `MODEL.plan.decoder` the decoder's. One
+manifest describes both.
 """
 
 from __future__ import annotations
@@ -213,8 +213,7 @@ def _verify(plan: Path, entry: dict[str, Any], manifest: str) -> None:
         raise ArtifactError(f"{plan} cannot be read: {error.strerror}; {_CURE}") from error
     if size != entry["bytes"]:
         raise ArtifactError(
-            f"{plan} has {size} bytes where {manifest} says {entry['bytes']}: "
-            f"it is truncated, or another plan; {_CURE}"
+            f"{plan} has {size} bytes where {manifest} says {entry['bytes']}: it is truncated, or another plan; {_CURE}"
         )
     if digest != entry["sha256"]:
         raise ArtifactError(f"{plan} was changed after the build (sha256 differs); {_CURE}")

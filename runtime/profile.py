@@ -97,9 +97,7 @@ class DecoderProfile:
 
     def shapes(self, tensor: TensorSpec) -> Shapes:
         """Minimum, optimum and maximum shape of an input."""
-        return _shapes(
-            tensor, {"batch": self.batch, "tokens": self.tokens, "past": self.past, "sequence": self.seqlen}
-        )
+        return _shapes(tensor, {"batch": self.batch, "tokens": self.tokens, "past": self.past, "sequence": self.seqlen})
 
     def supports_shape(self, batch: int, seqlen: int) -> bool:
         """Whether so many rows, and so many tokens of the encoder, are within their ranges."""

@@ -8,12 +8,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lfx.errors import ArtifactError, BuildError, LfxError
 from lfx.manifest import Manifest
 from lfx.parity import UNIT_ROUNDOFF, Arrays, Case, Runner, compare, quick_cases
 from lfx.runtime.engine import Engine
+from lfx.runtime.generation.graphs import GraphCache
 from lfx.runtime.runner import engine_runner, model_inputs
-from lfx.signature import Signature
+from lfx.signature import PAST, Signature
+
+# Names of the measured errors of a decoder's logits, see `lfx.export.teacher_forcing`.
+_FIRST_LOGITS, _LATER_LOGITS = "first_logits", "logits"
+_DECODER_IDS = "decoder_input_ids"
+_TEXT_TOKENS = 9  # of a text that the decoder gets
 
 
 def check_conversion(
@@ -24,16 +32,17 @@ def check_conversion(
     progress: Callable[[str], None],
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Require that the outputs of the prepared graph differ from the bundle's by no more than rounding errors.
+    """Require that the outputs of the prepared graphs differ from the bundle's by no more than rounding errors.
 
     The limit is derived from an error e that was measured at export in the bundle's precision, whose unit roundoff is
     u. In a precision whose unit roundoff is u' the rounding errors of the same model grow to e · u'/u, so the limit is
     2 · e · u'/u + band, as in `lfx.parity`. For an int8 bundle e is the error of its quantized graph without fused
     layers: sums in another order round some activations to a neighbouring step. For other bundles e is PyTorch's error.
-    Graphs in float32, float16 and int8 run in ONNX Runtime, those in bfloat16 in OpenVINO.
+    Graphs in float32, float16 and int8 run in ONNX Runtime, those in bfloat16 in OpenVINO. The decoder of a model that
+    writes texts decodes given tokens, one by one.
 
     Args:
-        model: the prepared graph. signature: the plan's signature.
+        model: the prepared graph; if it is an encoder's, the decoder's is beside it. signature: the plan's signature.
         progress: called with a description of each case.
         log: called with a warning if the backend is not installed; nothing can be checked then.
     Returns:
@@ -47,16 +56,22 @@ def check_conversion(
     if find_spec(backend) is None:
         log(f"warning: {backend} is not installed, so the {signature.precision} graph was not checked")
         return {"checked": False, "reason": f"{backend} is not installed"}
-    exported = {spec.name: _exported_error(manifest, spec.name) for spec in signature.outputs}
+    names, layers = [spec.name for spec in signature.outputs], len(signature.attention_windows)
+    depth = dict.fromkeys(names, layers)
+    if (decoder := signature.decoder) is not None:
+        names += [_FIRST_LOGITS, _LATER_LOGITS] if decoder.max_tokens > 1 else [_FIRST_LOGITS]
+        layers += 2 * sum(spec.name.startswith(PAST) and spec.name.endswith("decoder.key") for spec in decoder.inputs)
+    exported = {name: _exported_error(manifest, name) for name in names}
     with Engine(bundle) as original, _open_converted(model, backend, signature.precision) as converted:
         report = compare(
             _cases(manifest, signature),
-            lambda case: model_inputs(case, signature),
-            reference=engine_runner(original),
+            lambda case: _inputs(case, signature),
+            reference=_runner(original),
             witness=None,
-            candidate=_raising_build_error(engine_runner(converted), signature.precision),
+            candidate=_raising_build_error(_runner(converted), signature.precision),
             precision=signature.precision,
-            layers=len(signature.attention_windows),
+            layers=layers,
+            depth=depth,
             on_case=lambda case: progress(f"checking the graph: {case}"),
         )
         backend_name = converted.backend
@@ -71,6 +86,36 @@ def check_conversion(
                 f"{result.error:.3g}, which is more than rounding explains ({limit:.3g}), at {result.worst}"
             )
     return {"checked": True, "backend": backend_name, "outputs": measured}
+
+
+def _inputs(case: Case, signature: Signature) -> Arrays:
+    """The inputs of a case; for a decoder with tokens that are random after the start token."""
+    inputs, decoder = model_inputs(case, signature), signature.decoder
+    if decoder is not None:
+        random = np.random.default_rng([case.seqlen, case.batch])
+        ids = random.integers(0, signature.vocab_size or 8, (case.batch, min(_TEXT_TOKENS, decoder.max_tokens)))
+        ids[:, 0] = decoder.decoder_start_token_id
+        inputs[_DECODER_IDS] = ids
+    return inputs
+
+
+def _runner(engine: Engine) -> Runner:
+    """Wrap an Engine as a function from inputs to outputs: those of its graph, and logits of its decoder, if any."""
+    signature, decoder = engine.signature, engine.signature.decoder
+    if engine.graphs is None or decoder is None:
+        return engine_runner(engine)
+    graphs = engine.graphs
+
+    def run(inputs: Arrays) -> Arrays:
+        feeds = {spec.name: graphs[0].tensor(inputs[spec.name]) for spec in signature.inputs}
+        encoded, ids = graphs[0].infer_tensors(feeds), inputs[_DECODER_IDS]
+        outputs = {name: np.array(graphs[0].array(tensor)) for name, tensor in encoded.items()}
+        cache = GraphCache(graphs[1], decoder, encoded, inputs["attention_mask"], copies=1)
+        logits = [np.array(cache.step(ids[:, i : i + 1])) for i in range(ids.shape[1])]
+        later = {_LATER_LOGITS: np.stack(logits[1:], axis=1)} if len(logits) > 1 else {}
+        return {**outputs, _FIRST_LOGITS: logits[0], **later}
+
+    return run
 
 
 def _open_converted(model: Path, backend: str, precision: str) -> Engine:
