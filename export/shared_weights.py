@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-_LEAST_BYTES = 1024  # smaller tensors stay in the ONNX file
+LEAST_BYTES = 1024  # smaller tensors stay in the ONNX file
 
 
 def save_models(models: Mapping[str, ir.Model], folder: Path, weights: str) -> None:
@@ -24,7 +24,7 @@ def save_models(models: Mapping[str, ir.Model], folder: Path, weights: str) -> N
     for model in models.values():
         for value in model.graph.initializers.values():
             tensor = value.const_value
-            if tensor is not None and tensor.nbytes >= _LEAST_BYTES:
+            if tensor is not None and tensor.nbytes >= LEAST_BYTES:
                 stored[_storage(tensor)] = tensor
                 external.append((value, _storage(tensor)))
     if stored:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from lfx.errors import ExportError, one_line
 from lfx.export.led import cache_names
 from lfx.export.load import quiet
 from lfx.export.rewrite import attention_layers, clone
-from lfx.export.torch_runners import TORCH_DTYPES, dense_model
+from lfx.export.torch_runners import TORCH_DTYPES, dense_model, int8_model
 from lfx.parity import Arrays, Case, Report, Runner, compare
 from lfx.runtime import Engine, backends
 from lfx.runtime.backends import PROVIDERS, Backend
@@ -35,6 +35,7 @@ def compare_generation(
     cases: list[Case],
     progress: Callable[[str], None],
     precision: str,
+    quantization: Mapping[str, Any] | None = None,
 ) -> Report:
     """Compare the encoder's and the decoder's graph with PyTorch over a list of cases.
 
@@ -45,21 +46,25 @@ def compare_generation(
         encoder, decoder: functions that run the graphs.
         module: the LEDForConditionalGeneration, in float32.
         precision: of the witness and the tolerance.
+        quantization: the manifest's entry, for an int8 model.
     """
-    assert signature.decoder is not None
-    layers = len(signature.attention_windows)
-    states = ("last_hidden_state", *cache_names(PRESENT, _decoder_layers(signature.decoder), "encoder"))
+    witness = int8_model(module, quantization) if quantization else clone(module, TORCH_DTYPES[precision])
     return compare(
         cases,
         lambda case: teacher_forced_inputs(case, signature),
         reference=_torch_runner(dense_model(module), signature),
-        witness=_torch_runner(clone(module, TORCH_DTYPES[precision]), signature),
+        witness=_torch_runner(witness, signature),
         candidate=lambda inputs: run_teacher_forced(encoder, decoder, inputs, signature),
         precision=precision,
         layers=attention_layers(module),
-        depth=dict.fromkeys(states, layers),
+        depth=encoder_depth(signature),
         on_case=lambda case: progress(f"comparing: {case}"),
     )
+
+
+def encoder_depth(signature: Signature) -> dict[str, int]:
+    """Return the number of attention layers before each output of the encoder."""
+    return {spec.name: len(signature.attention_windows) for spec in signature.outputs}
 
 
 def teacher_forced_inputs(case: Case, signature: Signature) -> Arrays:
@@ -97,11 +102,7 @@ def run_teacher_forced(encoder: Runner, decoder: Runner, inputs: Arrays, signatu
     assert spec is not None
     layers, ids = _decoder_layers(spec), inputs[DECODER_IDS]
     encoded = encoder({item.name: inputs[item.name] for item in signature.inputs})
-    feeds = {
-        "encoder_attention_mask": inputs["attention_mask"],
-        **_renamed(encoded, layers, "encoder"),
-        **empty_cache(spec, len(ids)),
-    }
+    feeds = first_feeds(encoded, inputs["attention_mask"], spec)
     logits = []
     for start, end in _steps(ids.shape[1]):
         outputs = decoder({**feeds, "input_ids": ids[:, start:end]})
@@ -110,6 +111,20 @@ def run_teacher_forced(encoder: Runner, decoder: Runner, inputs: Arrays, signatu
     cross = [encoded[name] for name in cache_names(PRESENT, layers, "encoder")]
     own = [feeds[name] for name in cache_names(PAST, layers, "decoder")]
     return _outputs(encoded["last_hidden_state"], np.concatenate(logits, axis=1), cross, own)
+
+
+def first_feeds(encoded: Arrays, attention_mask: NDArray[Any], decoder: Decoder) -> Arrays:
+    """Return the decoder's inputs at its first call, without the ids.
+
+    Args:
+        encoded: outputs of the encoder.
+        attention_mask: of the encoder.
+    """
+    return {
+        "encoder_attention_mask": attention_mask,
+        **_renamed(encoded, _decoder_layers(decoder), "encoder"),
+        **empty_cache(decoder, len(attention_mask)),
+    }
 
 
 def empty_cache(decoder: Decoder, batch: int) -> Arrays:

@@ -182,14 +182,31 @@ def dense_model(model: nn.Module) -> nn.Module:
 
 
 def int8_runner(
-    model: nn.Module, quantization: Mapping[str, Any], names: tuple[str, ...] | None = None, *, by_layer: bool = False
+    model: nn.Module,
+    quantization: Mapping[str, Any],
+    names: tuple[str, ...] | None = None,
+    *,
+    by_layer: bool = False,
+    part: Callable[[Any], nn.Module] = lambda model: model,
 ) -> Runner:
-    """Return a function that runs the model in float32 with the int8 layers' inputs and weights fake-quantized.
+    """Return a function that runs `int8_model`.
 
     Args:
         quantization: the entry of the int8 bundle's manifest, with the scale and zero point of each layer.
         names: the inputs that are passed to `model.forward`; None = all.
         by_layer: add the output of each self-attention to the outputs, named by `layer_name`.
+        part: returns the part of the model that runs.
+    Raises:
+        ArtifactError: the entry is broken, or names a layer that the model does not have.
+    """
+    return _runner(part(int8_model(model, quantization)), names, by_layer)
+
+
+def int8_model(model: nn.Module, quantization: Mapping[str, Any]) -> nn.Module:
+    """Copy a model in float32, with the inputs and weights of the int8 layers fake-quantized.
+
+    Args:
+        quantization: the entry of the int8 bundle's manifest, with the scale and zero point of each layer.
     Raises:
         ArtifactError: the entry is broken, or names a layer that the model does not have.
     """
@@ -219,7 +236,7 @@ def int8_runner(
         quantized = torch.fake_quantize_per_channel_affine(weight, scales, zero_points, 0, -weight_max, weight_max)
         layer.weight = nn.Parameter(quantized, requires_grad=False)
         layer.register_forward_pre_hook(_fake_quantize(scale, zero_point, low, high))
-    return _runner(copied, names, by_layer)
+    return copied
 
 
 def _fake_quantize(scale: float, zero_point: int, low: int, high: int) -> Callable[..., Any]:

@@ -120,10 +120,12 @@ def compare_engine(
     precision = max(signature.precision, engine.precision, key=UNIT_ROUNDOFF.__getitem__)
     if signature.decoder is not None and not by_layer:
         run, decoder = engine_runner(engine), load_decoder(engine)
-        return compare_generation(run, decoder.infer, whole, signature, supported, progress, precision)
+        precision = QUANTIZED if quantization else precision
+        return compare_generation(run, decoder.infer, whole, signature, supported, progress, precision, quantization)
     if quantization:
         precision = QUANTIZED
-        witness = int8_runner(module, quantization, inputs, by_layer=by_layer)
+        part = GenerationEncoder if signature.decoder is not None else lambda model: model
+        witness = int8_runner(whole, quantization, inputs, by_layer=by_layer, part=part)
     else:
         witness = torch_runner(module, precision, inputs, by_layer=by_layer, attentions=attentions)
     return compare(

@@ -100,6 +100,13 @@ def _validation(manifest: Manifest) -> str:
             for name, result in accuracy["outputs"].items()
         ]
         lines += _table(["output", "largest error", "largest value", "cosine", "labels that agree"], rows)
+        if (texts := accuracy.get("texts")) is not None:
+            lines += [
+                "",
+                f"Of {texts['texts']:,} texts of greedy search {texts['text_agreement']:.1%} are equal to those of the "
+                f"float32 model, and {texts['token_agreement']:.1%} of their {texts['tokens']:,} tokens come before "
+                "the first difference.",
+            ]
     return "\n".join(lines)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lfx.errors import ExportError, ParityError
 from lfx.export.quantize.calibration import Feeds
-from lfx.parity import Case, Report, compare
+from lfx.parity import LABEL_OUTPUTS, Case, Report, compare
 from lfx.runtime import Engine
 from lfx.runtime.backends import OnnxRuntime
 from lfx.runtime.postprocess import settings
@@ -31,6 +32,33 @@ def summary(report: Report) -> dict[str, Any]:
             **agreement,
         }
     return {"reference": "the float32 bundle, on text held out of the calibration", "outputs": outputs}
+
+
+def check_min_agreement(least: float | None, signature: Signature) -> None:
+    """Raise ExportError if an agreement is asked for, and the model has neither labels nor texts."""
+    names = {spec.name for spec in signature.outputs}
+    if least is not None and signature.decoder is None and names.isdisjoint(LABEL_OUTPUTS):
+        raise ExportError(f"min_agreement {least:g} is for models with labels or texts; leave it out")
+
+
+def require_agreement(accuracy: dict[str, Any], least: float) -> None:
+    """Check the share of tokens of texts, or of the labels of each output, that agree with the float32 model.
+
+    Args:
+        accuracy: the manifest's entry.
+        least: 0 to 1.
+    Raises:
+        ParityError: the share of one is smaller.
+    """
+    shares = {f"labels of {name}": result.get("label_agreement") for name, result in accuracy["outputs"].items()}
+    if "texts" in accuracy:
+        shares = {"tokens of greedy search": accuracy["texts"]["token_agreement"]}
+    for name, share in shares.items():
+        if share is not None and share < least:
+            raise ParityError(
+                f"{share:.1%} of the {name} agree with the float32 model, below the {least:.1%} of min_agreement; keep "
+                "layers in float32 with keep_float, or calibrate on more text"
+            )
 
 
 def measure_accuracy(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from onnxruntime import quantization as ortq
 
 from lfx.errors import ExportError
 from lfx.manifest import sha256
+from lfx.parity import Arrays
 from lfx.runtime.documents import encoded, is_documents
 from lfx.runtime.inputs import prepare
 from lfx.signature import Signature
@@ -64,11 +65,11 @@ def read_calibration(
 
 
 class CalibrationReader(ortq.CalibrationDataReader):  # type: ignore[misc]
-    """Iterates over the windows, in the interface of ONNX Runtime's quantizer."""
+    """Iterates over the inputs of a graph, in the interface of ONNX Runtime's quantizer."""
 
-    def __init__(self, feeds: Sequence[Feeds]) -> None:
+    def __init__(self, feeds: Iterable[Arrays]) -> None:
         self._feeds = iter(feeds)
 
-    def get_next(self) -> Feeds | None:
-        """Return the next window, or None after the last one."""
+    def get_next(self) -> Arrays | None:
+        """Return the next inputs, or None after the last ones."""
         return next(self._feeds, None)

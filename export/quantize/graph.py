@@ -1,17 +1,21 @@
-"""Choosing the MatMul nodes to quantize, and changing the quantized graph so that only they read int8 values."""
+"""Choosing the MatMul nodes to quantize, changing the quantized graph so that only they read int8, and its weights."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 
 from lfx.errors import ExportError
+from lfx.export.shared_weights import LEAST_BYTES, save_models
+from lfx.manifest import WEIGHTS
 from lfx.signature import Signature
 
 # Not quantized: it projects the global tokens only, a few rows, so int8 saves no time.
@@ -42,7 +46,7 @@ def linear_layers(model: onnx.ModelProto, keep_float: Sequence[str]) -> dict[str
     return {node: name for node, name in candidates if calls[name] == 1}
 
 
-def finalize_quantized(path: Path, signature: Signature, layers: dict[str, str]) -> dict[str, dict[str, Any]]:
+def finalize_quantized(path: Path, signature: Signature, layers: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Rewrite the quantizer's file: only the layers read int8 values, and the metadata holds the signature.
 
     Args:
@@ -70,7 +74,29 @@ def finalize_quantized(path: Path, signature: Signature, layers: dict[str, str])
     return scales
 
 
-def _quantize_layers_only(model: onnx.ModelProto, layers: dict[str, str]) -> None:
+def join_weights(files: Mapping[str, Path], folder: Path) -> None:
+    """Write ONNX files into a folder, with one file of weights that holds weights of equal content once.
+
+    Args:
+        files: name of the new file -> the ONNX file, with its weights beside it.
+    """
+    models = {name: ir.load(path) for name, path in files.items()}
+    stored: dict[tuple[Any, ...], ir.TensorProtocol] = {}
+    for model in models.values():
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor):
+                continue
+            if tensor.nbytes < LEAST_BYTES:
+                value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=value.name)
+            else:
+                content = hashlib.sha256(tensor.tobytes()).digest()
+                key = (tensor.dtype, tuple(tensor.shape), content)
+                value.const_value = stored.setdefault(key, tensor)
+    save_models(models, folder, WEIGHTS)
+
+
+def _quantize_layers_only(model: onnx.ModelProto, layers: Mapping[str, str]) -> None:
     """Connect all readers of a quantized tensor, except the layers, to the float32 tensor before QuantizeLinear.
 
     The quantizer inserts QuantizeLinear and DequantizeLinear for all readers of a tensor: residuals, global rows and

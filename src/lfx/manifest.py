@@ -35,6 +35,7 @@ QUANTIZATION: dict[str, Any] = {
     "accuracy?": {
         "reference": str,
         "outputs": {"*": {**_MEASURED, "unfused_max_abs_error": NUMBER, "cosine": NUMBER, "label_agreement?": NUMBER}},
+        "texts?": {"texts": int, "text_agreement": NUMBER, "tokens": int, "token_agreement": NUMBER},
     },
 }
 FILE = {"sha256": str, "bytes": int}

@@ -74,10 +74,19 @@ def _bundle(manifest: Manifest) -> Iterator[list[str]]:
             min(measured[o]["tolerance"] for o in group),
         )
         yield [label, f"{name}: error {error:.2g}, tolerance {tolerance:.2g}"]
-    for name, result in manifest.quantization.get("accuracy", {}).get("outputs", {}).items():
-        agreement = f", labels agree {result['label_agreement']:.1%}" if "label_agreement" in result else ""
-        text = f"{name}: cosine {result['cosine']:.5f} with float32, error {result['max_abs_error']:.2g}{agreement}"
-        yield ["int8 measured", text]
+    accuracy = manifest.quantization.get("accuracy", {"outputs": {}})
+    results = accuracy["outputs"]
+    for label, group in grouped(results).items():
+        cosine, error = min(results[o]["cosine"] for o in group), max(results[o]["max_abs_error"] for o in group)
+        agreements = [results[o]["label_agreement"] for o in group if "label_agreement" in results[o]]
+        agreement = f", labels agree {min(agreements):.1%}" if agreements else ""
+        yield ["int8 measured", f"{label}: cosine {cosine:.5f} with float32, error {error:.2g}{agreement}"]
+    if (texts := accuracy.get("texts")) is not None:
+        yield [
+            "int8 measured",
+            f"greedy search: {texts['text_agreement']:.1%} of {texts['texts']:,} texts equal to float32, "
+            f"{texts['token_agreement']:.1%} of {texts['tokens']:,} tokens before the first difference",
+        ]
     yield ["files", ", ".join(f"{name} ({entry['bytes']:,} bytes)" for name, entry in manifest.files.items())]
     yield ["made with", _versions(manifest.versions)]
 
