@@ -67,8 +67,8 @@ class GraphGenerator:
 class GraphCache:
     """The decoder's inputs that stay, and those that each step replaces.
 
-    A batch of one sequence is encoded once for all its rows: the decoder's products broadcast its keys and values. In
-    larger batches the rows of a sequence get copies.
+    In a backend that broadcasts, the rows of a batch of one sequence share its keys and values. Otherwise, and in
+    larger batches, the rows of a sequence get copies.
     """
 
     def __init__(self, decoder: TensorBackend, spec: Decoder, encoded: Tensors, mask: Int64, copies: int) -> None:
@@ -112,7 +112,7 @@ class GraphCache:
     def _match_encoder(self) -> None:
         """Give each row the keys and values of its sequence, if it does not have them already."""
         kept = np.unique(self._sequences)
-        wanted = kept if len(kept) == 1 else self._sequences
+        wanted = kept if len(kept) == 1 and self._decoder.broadcasts else self._sequences
         if np.array_equal(self._encoded_sequences, wanted):
             return
         first = {sequence: i for i, sequence in reversed(list(enumerate(self._encoded_sequences.tolist())))}
@@ -122,7 +122,7 @@ class GraphCache:
     def _take(self, tensors: Tensors, rows: Int64) -> None:
         """Replace tensors by copies of some of their rows, one by one: never are all in memory twice."""
         for name in tensors:
-            tensors[name] = self._decoder.tensor(self._decoder.array(tensors[name])[rows])
+            tensors[name] = self._decoder.take(tensors[name], rows)
 
 
 def _empty_shape(axes: tuple[int | str, ...], rows: int) -> list[int]:
