@@ -28,24 +28,25 @@ from lfx.checks import file_path, flag, json_text, one_of
 from lfx.errors import ExportError, ParityError, one_line
 from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.export.checkpoint import Fetch
+from lfx.export.merged_decoder import DECODER_MERGED, merge_cross_attention
 from lfx.export.options import check_progress
 from lfx.export.passes.hidden_states import add_hidden_states
 from lfx.export.passes.static_globals import fix_globals
 from lfx.export.passes.tensor_constants import make_constants_tensors
 from lfx.export.sentence_folder import MODULES, copy_weights, has_weights, read_modules
 from lfx.export.settings import read_object
-from lfx.manifest import MODEL, Manifest
+from lfx.manifest import ENCODER_MODEL, MODEL, Manifest
 from lfx.parity import quick_cases
 from lfx.runtime import Engine
 from lfx.runtime.artifact import Artifact, check_bundle
-from lfx.runtime.runner import engine_runner, model_inputs
+from lfx.runtime.runner import model_inputs, outputs_runner, with_text
 from lfx.signature import QUANTIZED, SENTENCE_EMBEDDING, Signature, TensorSpec
 
 LAYOUTS = ("lfx", "hf")
-MODEL_TYPES = ("longformer", "roberta")
+MODEL_TYPES = ("longformer", "roberta", "bart")
 FOLDER = "onnx"
-# Names that transformers.js has for the precisions; none for bf16.
-NAMES = {"fp32": MODEL, "fp16": "model_fp16.onnx", QUANTIZED: "model_quantized.onnx"}
+# Endings of the names that transformers.js has for the precisions; none for bf16.
+ENDINGS = {"fp32": "", "fp16": "_fp16", QUANTIZED: "_quantized"}
 MAX_FILE_BYTES = 2_000_000_000  # an ONNX file, a protobuf message, has fewer than 2^31 bytes
 _GLOBAL_MASK = "global_attention_mask"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -161,20 +162,28 @@ def write_layout(
     names = {}
     (folder / FOLDER).mkdir()
     for artifact in artifacts:
-        name = NAMES[artifact.signature.precision]
+        name = _name(artifact.signature)
         progress(f"writing {name}")
         names[name] = _write_model(artifact, folder / FOLDER / name, in_own_file)
         progress(f"comparing {name} with its bundle")
         _compare(artifact, folder / FOLDER / name)
-    manifest, name = artifacts[0].manifest, NAMES[artifacts[0].signature.precision]
+    manifest, name = artifacts[0].manifest, _name(artifacts[0].signature)
     assert manifest is not None
     _copy_files(artifacts[0], folder, fetch)
-    _edit_config(folder / "config.json", model_type, [name for name in names if _has_data(folder / FOLDER / name)])
+    files = sorted(path.name for path in (folder / FOLDER).glob("*.onnx"))
+    _edit_config(folder / "config.json", model_type, [file for file in files if _has_data(folder / FOLDER / file)])
     _edit_tokenizer(folder / _TOKENIZER_CONFIG)
     for bundle in bundles:
         if folder in bundle.parents:  # an export's own, which is no part of the result
             shutil.rmtree(bundle)
     dataclasses.replace(manifest, signature=names[name], inlined=True, model_file=f"{FOLDER}/{name}").write(folder)
+
+
+def _name(signature: Signature, stem: str | None = None) -> str:
+    """Name of the ONNX file of a model, or of its encoder."""
+    if stem is None:
+        stem = MODEL if signature.decoder is None else ENCODER_MODEL
+    return f"{stem.removesuffix('.onnx')}{ENDINGS[signature.precision]}.onnx"
 
 
 def _check_together(artifacts: Sequence[Artifact]) -> None:
@@ -184,7 +193,7 @@ def _check_together(artifacts: Sequence[Artifact]) -> None:
     for artifact in artifacts:
         manifest, precision = artifact.manifest, artifact.signature.precision
         assert manifest is not None
-        if precision not in NAMES:
+        if precision not in ENDINGS:
             raise ExportError(f"{artifact.bundle} is {precision}, which no client of the layout hf runs; give fp32")
         if precision in precisions:
             raise ExportError(f"two bundles are {precision}; give one of each precision")
@@ -203,7 +212,7 @@ def _check_together(artifacts: Sequence[Artifact]) -> None:
 
 
 def _write_model(artifact: Artifact, path: Path, in_own_file: bool | None) -> Signature:
-    """Write the ONNX file of a bundle with standard ops alone, and return its signature."""
+    """Write the ONNX file of a bundle with standard ops alone, or both of its files, and return the signature."""
     signature, mode = artifact.signature, static_mode(artifact.signature)
     with artifact.plain_files(unshared=True) as source:
         model = ir.load(source)
@@ -217,26 +226,37 @@ def _write_model(artifact: Artifact, path: Path, in_own_file: bool | None) -> Si
         if signature.task == SENTENCE_EMBEDDING and (width := add_hidden_states(model)) is not None:
             hidden = TensorSpec("last_hidden_state", "float32", ("batch", "sequence", width))
             signature = dataclasses.replace(signature, outputs=(hidden, *outputs))
-        common.InlinePass()(model)
-        make_constants_tensors(model.graph)
-        common.CommonSubexpressionEliminationPass()(model)
-        common.RemoveUnusedNodesPass()(model)
-        common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
-        common.RemoveUnusedOpsetsPass()(model)
-        common.TopologicalSortPass()(model)
-        model.metadata_props["lfx"] = json_text(signature.to_dict())
-        tensors = [value.const_value for value in model.graph.initializers.values()]
-        size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-        if in_own_file is False and size >= MAX_FILE_BYTES:
-            raise ExportError(
-                f"the weights take {size / 1e9:.1f} GB, above the 2 GB of one file; leave external_data out"
-            )
-        if in_own_file or size >= MAX_FILE_BYTES:
-            ir.save(model, path, external_data=f"{path.name}_data", size_threshold_bytes=1024)
-        else:
-            ir.save(load_to_model(model), path)
-    _check_ops(path)
+        models = {path: model}
+        if signature.decoder is not None:
+            decoder = ir.load(source.with_name(signature.decoder.model_file))
+            merged = merge_cross_attention(model, decoder, signature.decoder, outputs[0])
+            merged = dataclasses.replace(merged, model_file=_name(signature, DECODER_MERGED))
+            signature = dataclasses.replace(signature, outputs=outputs[:1], decoder=merged)
+            models[path.with_name(merged.model_file)] = decoder
+        for file, graph in models.items():
+            _save(graph, file, signature, in_own_file)
     return signature
+
+
+def _save(model: ir.Model, path: Path, signature: Signature, in_own_file: bool | None) -> None:
+    """Inline the functions of a model, and write it with its signature."""
+    common.InlinePass()(model)
+    make_constants_tensors(model.graph)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+    common.RemoveUnusedOpsetsPass()(model)
+    common.TopologicalSortPass()(model)
+    model.metadata_props["lfx"] = json_text(signature.to_dict())
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    if in_own_file is False and size >= MAX_FILE_BYTES:
+        raise ExportError(f"the weights take {size / 1e9:.1f} GB, above the 2 GB of one file; leave external_data out")
+    if in_own_file or size >= MAX_FILE_BYTES:
+        ir.save(model, path, external_data=f"{path.name}_data", size_threshold_bytes=1024)
+    else:
+        ir.save(load_to_model(model), path)
+    _check_ops(path)
 
 
 def _check_ops(path: Path) -> None:
@@ -264,9 +284,9 @@ def _compare(artifact: Artifact, path: Path) -> None:
     with Engine(artifact.path, "onnxruntime") as old, Engine(path, "onnxruntime") as new:
         windows, longest = new.signature.attention_windows, new.signature.max_seqlen
         for case in quick_cases(max(windows), longest):
-            inputs = model_inputs(case, new.signature)
-            expected, actual = engine_runner(old)(inputs), engine_runner(new)(inputs)
-            for name, array in expected.items():
+            inputs = with_text(case, model_inputs(case, new.signature), new.signature)
+            expected, actual = outputs_runner(old)(inputs), outputs_runner(new)(inputs)
+            for name, array in ((name, expected[name]) for name in actual):
                 error, limit = _difference(actual[name], array), measured[name]["tolerance"]
                 if not error <= limit:
                     raise ParityError(

@@ -17,7 +17,7 @@ from lfx.runtime.generation.defaults import read_defaults
 from lfx.runtime.generation.settings import MAX_BEAMS
 from lfx.runtime.plan import SUFFIX, decoder_path, json_path
 from lfx.runtime.profile import DecoderProfile, Profile, Range, decoder_profile, profiles
-from lfx.signature import PAST, PRECISIONS, PRESENT, Decoder, Signature, TensorSpec
+from lfx.signature import HIDDEN_STATES, PAST, PRECISIONS, PRESENT, Decoder, Signature, TensorSpec
 
 MAX_SLOTS = 3840  # limit of K of TensorRT's TopK
 OLDEST_PLUGIN_TARGET = 80  # compute capability of the plugin's oldest kernels
@@ -93,6 +93,9 @@ def check_arguments(
     if folder is None:
         raise BuildError(f"{bundle} is a file without its bundle; give the folder that lfx export wrote")
     manifest = Manifest.read(folder)
+    decoder = manifest.signature.decoder
+    if decoder is not None and any(spec.name == HIDDEN_STATES for spec in decoder.inputs):
+        raise BuildError(f"{bundle} is in the layout hf; build from the bundle that it was made from")
     if manifest.signature.output_attentions:
         raise BuildError(
             f"{bundle} has attention outputs, whose size depends on the number of global tokens, and TensorRT needs it "
@@ -104,7 +107,6 @@ def check_arguments(
     _check_options(flavor_name, options)
     slots = _slots(max_global, manifest.signature)
     ranges = _profiles(batch, seqlen, slots, plugin, manifest.signature)
-    decoder = manifest.signature.decoder
     new_tokens = _max_new_tokens(max_new_tokens, bundle, manifest.signature)
     generation = read_defaults(folder) if decoder is not None else {}
     beams = _num_beams(num_beams, generation, bundle, manifest.signature)

@@ -8,20 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lfx.errors import ArtifactError, BuildError, LfxError
 from lfx.manifest import Manifest
 from lfx.parity import UNIT_ROUNDOFF, Arrays, Case, Runner, compare, quick_cases
 from lfx.runtime.engine import Engine
-from lfx.runtime.generation.graphs import GraphCache
-from lfx.runtime.runner import engine_runner, model_inputs
+from lfx.runtime.runner import FIRST_LOGITS, LATER_LOGITS, model_inputs, outputs_runner, with_text
 from lfx.signature import PAST, Signature
-
-# Names of the measured errors of a decoder's logits, see `lfx.export.teacher_forcing`.
-_FIRST_LOGITS, _LATER_LOGITS = "first_logits", "logits"
-_DECODER_IDS = "decoder_input_ids"
-_TEXT_TOKENS = 9  # of a text that the decoder gets
 
 
 def check_conversion(
@@ -59,16 +51,16 @@ def check_conversion(
     names, layers = [spec.name for spec in signature.outputs], len(signature.attention_windows)
     depth = dict.fromkeys(names, layers)
     if (decoder := signature.decoder) is not None:
-        names += [_FIRST_LOGITS, _LATER_LOGITS] if decoder.max_tokens > 1 else [_FIRST_LOGITS]
+        names += [FIRST_LOGITS, LATER_LOGITS] if decoder.max_tokens > 1 else [FIRST_LOGITS]
         layers += 2 * sum(spec.name.startswith(PAST) and spec.name.endswith("decoder.key") for spec in decoder.inputs)
     exported = {name: _exported_error(manifest, name) for name in names}
     with Engine(bundle) as original, _open_converted(model, backend, signature.precision) as converted:
         report = compare(
             _cases(manifest, signature),
-            lambda case: _inputs(case, signature),
-            reference=_runner(original),
+            lambda case: with_text(case, model_inputs(case, signature), signature),
+            reference=outputs_runner(original),
             witness=None,
-            candidate=_raising_build_error(_runner(converted), signature.precision),
+            candidate=_raising_build_error(outputs_runner(converted), signature.precision),
             precision=signature.precision,
             layers=layers,
             depth=depth,
@@ -86,36 +78,6 @@ def check_conversion(
                 f"{result.error:.3g}, which is more than rounding explains ({limit:.3g}), at {result.worst}"
             )
     return {"checked": True, "backend": backend_name, "outputs": measured}
-
-
-def _inputs(case: Case, signature: Signature) -> Arrays:
-    """The inputs of a case; for a decoder with tokens that are random after the start token."""
-    inputs, decoder = model_inputs(case, signature), signature.decoder
-    if decoder is not None:
-        random = np.random.default_rng([case.seqlen, case.batch])
-        ids = random.integers(0, signature.vocab_size or 8, (case.batch, min(_TEXT_TOKENS, decoder.max_tokens)))
-        ids[:, 0] = decoder.decoder_start_token_id
-        inputs[_DECODER_IDS] = ids
-    return inputs
-
-
-def _runner(engine: Engine) -> Runner:
-    """Wrap an Engine as a function from inputs to outputs: those of its graph, and logits of its decoder, if any."""
-    signature, decoder = engine.signature, engine.signature.decoder
-    if engine.graphs is None or decoder is None:
-        return engine_runner(engine)
-    graphs = engine.graphs
-
-    def run(inputs: Arrays) -> Arrays:
-        feeds = {spec.name: graphs[0].tensor(inputs[spec.name]) for spec in signature.inputs}
-        encoded, ids = graphs[0].infer_tensors(feeds), inputs[_DECODER_IDS]
-        outputs = {name: np.array(graphs[0].array(tensor)) for name, tensor in encoded.items()}
-        cache = GraphCache(graphs[1], decoder, encoded, inputs["attention_mask"], copies=1)
-        logits = [np.array(cache.step(ids[:, i : i + 1])) for i in range(ids.shape[1])]
-        later = {_LATER_LOGITS: np.stack(logits[1:], axis=1)} if len(logits) > 1 else {}
-        return {**outputs, _FIRST_LOGITS: logits[0], **later}
-
-    return run
 
 
 def _open_converted(model: Path, backend: str, precision: str) -> Engine:

@@ -12,7 +12,7 @@ from lfx.errors import ArtifactError, InputError
 from lfx.runtime.backends.interface import TensorBackend
 from lfx.runtime.generation.model import Int64
 from lfx.runtime.inputs import Feeds, stack
-from lfx.signature import PAST, PRESENT, TEXT_GENERATION, Decoder, Signature
+from lfx.signature import HIDDEN_STATES, PAST, PRESENT, TEXT_GENERATION, Decoder, Signature
 
 Tensors = dict[str, Any]  # input name of the decoder -> tensor of the backend
 
@@ -75,8 +75,16 @@ class GraphCache:
         self._decoder = decoder
         batch = len(mask)
         self._encoder: Tensors = {"encoder_attention_mask": decoder.tensor(mask)}
-        for item in spec.inputs:
-            if item.name.startswith(PAST) and ".encoder." in item.name:
+        cross = [item for item in spec.inputs if item.name.startswith(PAST) and ".encoder." in item.name]
+        # Names of the keys and values that the decoder makes at its first step.
+        self._made: list[str] = []
+        if any(item.name == HIDDEN_STATES for item in spec.inputs):
+            self._made = [item.name for item in cross]
+            self._encoder[HIDDEN_STATES] = encoded["last_hidden_state"]
+            for item in cross:
+                self._encoder[item.name] = decoder.tensor(np.zeros(_empty_shape(item.shape, batch), item.dtype))
+        else:
+            for item in cross:
                 self._encoder[item.name] = encoded[item.name.replace(PAST, PRESENT, 1)]
         rows = batch * copies
         self._past = {
@@ -95,6 +103,8 @@ class GraphCache:
             {"input_ids": self._decoder.tensor(np.ascontiguousarray(tokens)), **self._encoder, **self._past}
         )
         self._past = {name: outputs[name.replace(PAST, PRESENT, 1)] for name in self._past}
+        self._encoder |= {name: outputs[name.replace(PAST, PRESENT, 1)] for name in self._made}
+        self._made = []
         logits = self._decoder.array(outputs["logits"])
         if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
             raise ArtifactError(
@@ -126,5 +136,5 @@ class GraphCache:
 
 
 def _empty_shape(axes: tuple[int | str, ...], rows: int) -> list[int]:
-    sizes = {"batch": rows, "past": 0}
-    return [axis if isinstance(axis, int) else sizes[axis] for axis in axes]
+    """The shape of keys or values of no token."""
+    return [axis if isinstance(axis, int) else rows if axis == "batch" else 0 for axis in axes]
