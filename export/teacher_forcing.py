@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,11 +89,14 @@ def load_decoder(engine: Engine) -> Backend:
     return backends.load(folder / decoder.model_file, backend, provider, None, None, engine.signature.precision)
 
 
-def run_teacher_forced(encoder: Runner, decoder: Runner, inputs: Arrays, signature: Signature) -> Arrays:
+def run_teacher_forced(
+    encoder: Runner, decoder: Runner, inputs: Arrays, signature: Signature, steps: Sequence[int] = _STEPS
+) -> Arrays:
     """Run the encoder once and the decoder in steps, the first with an empty cache.
 
     Args:
         inputs: of the encoder by name, and decoder_input_ids.
+        steps: number of tokens of each call of the decoder; the last is repeated.
     Returns:
         last_hidden_state and the cached keys and values of both graphs, by their names; first_logits, those of the
         first token, and logits, those of the others.
@@ -104,7 +107,7 @@ def run_teacher_forced(encoder: Runner, decoder: Runner, inputs: Arrays, signatu
     encoded = encoder({item.name: inputs[item.name] for item in signature.inputs})
     feeds = first_feeds(encoded, inputs["attention_mask"], spec)
     logits = []
-    for start, end in _steps(ids.shape[1]):
+    for start, end in _steps(ids.shape[1], steps):
         outputs = decoder({**feeds, "input_ids": ids[:, start:end]})
         logits.append(outputs["logits"])
         feeds.update(_renamed(outputs, layers, "decoder"))
@@ -137,9 +140,9 @@ def empty_cache(decoder: Decoder, batch: int) -> Arrays:
     }
 
 
-def _steps(tokens: int) -> Iterator[tuple[int, int]]:
+def _steps(tokens: int, steps: Sequence[int]) -> Iterator[tuple[int, int]]:
     start = 0
-    for step in (*_STEPS, *[_STEPS[-1]] * tokens):
+    for step in (*steps, *[steps[-1]] * tokens):
         if start < tokens:
             yield start, min(start + step, tokens)
             start += step

@@ -120,6 +120,11 @@ def rows() -> dict[str, Row]:
     table |= {f"opset {opset}": Row("feature", base, {"opset": opset}) for opset in (17, 21, 23)}
     table |= {precision: Row("feature", base, {"precision": precision}) for precision in ("fp16", "bf16")}
     table |= {f"int8, {name} activations": Row("feature", base, activations=name) for name in ("uint8", "int8")}
+    led = functools.partial(_tiny, TEXT_GENERATION)
+    table |= {
+        f"int8, {name} activations, LEDForConditionalGeneration": Row("feature", led, activations=name)
+        for name in ("uint8", "int8")
+    }
     table["attention probabilities as outputs"] = Row("feature", base, {"output_attentions": True})
     table["functions inlined"] = Row("feature", base, {"inline_functions": True})
     return table

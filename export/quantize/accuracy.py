@@ -16,6 +16,7 @@ from lfx.runtime.runner import engine_runner
 from lfx.signature import Signature, is_multi_label
 
 Progress = Callable[[str], None]
+_NO_LABELS = "min_agreement is for models with labels or texts, and this one has neither; leave it out"
 
 
 def summary(report: Report) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def check_min_agreement(least: float | None, signature: Signature) -> None:
     """Raise ExportError if an agreement is asked for, and the model has neither labels nor texts."""
     names = {spec.name for spec in signature.outputs}
     if least is not None and signature.decoder is None and names.isdisjoint(LABEL_OUTPUTS):
-        raise ExportError(f"min_agreement {least:g} is for models with labels or texts; leave it out")
+        raise ExportError(_NO_LABELS)
 
 
 def require_agreement(accuracy: dict[str, Any], least: float) -> None:
@@ -48,13 +49,20 @@ def require_agreement(accuracy: dict[str, Any], least: float) -> None:
         accuracy: the manifest's entry.
         least: 0 to 1.
     Raises:
+        ExportError: the model has no labels, since its outputs have a single entry.
         ParityError: the share of one is smaller.
     """
-    shares = {f"labels of {name}": result.get("label_agreement") for name, result in accuracy["outputs"].items()}
+    shares = {
+        f"labels of {name}": result["label_agreement"]
+        for name, result in accuracy["outputs"].items()
+        if "label_agreement" in result
+    }
     if "texts" in accuracy:
         shares = {"tokens of greedy search": accuracy["texts"]["token_agreement"]}
+    if not shares:
+        raise ExportError(_NO_LABELS)
     for name, share in shares.items():
-        if share is not None and share < least:
+        if share < least:
             raise ParityError(
                 f"{share:.1%} of the {name} agree with the float32 model, below the {least:.1%} of min_agreement; keep "
                 "layers in float32 with keep_float, or calibrate on more text"

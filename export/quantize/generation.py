@@ -21,6 +21,9 @@ from lfx.runtime.generation.model import Int64
 from lfx.signature import GRAPH_INPUTS, TEXT_GENERATION, Signature
 
 Progress = Callable[[str], None]
+# Number of tokens of each call of the decoder in the comparison; the last is repeated. One token a call would
+# take as long as writing the texts, three times.
+_STEPS = (3, 1, 64)
 _GREEDY: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "do_sample": False}
 
 
@@ -133,14 +136,13 @@ def measure_graphs(
     """
     decoder = signature.decoder
     assert decoder is not None
-    inputs = iter(
-        [{**feeds, DECODER_IDS: text[:, :-1]} for feeds, text in zip(held_out, texts, strict=True)],
-    )
+    inputs = iter([{**feeds, DECODER_IDS: text[:, :-1]} for feeds, text in zip(held_out, texts, strict=True)])
 
     def runner(model: Path, *, fused: bool = True) -> Runner:
         decode = OnnxRuntime(model.with_name(decoder.model_file), "cpu", None, fused=fused).infer
-        return partial(run_teacher_forced, _encoder(model, fused=fused), decode, signature=signature)
+        return partial(run_teacher_forced, _encoder(model, fused=fused), decode, signature=signature, steps=_STEPS)
 
+    # The keys and the values of each layer stand for its two attentions.
     layers = len(signature.attention_windows) + sum("past" in spec.shape for spec in decoder.inputs)
     return compare(
         [Case(1, feeds["input_ids"].shape[1], "the task's") for feeds in held_out],

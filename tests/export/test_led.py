@@ -206,9 +206,12 @@ def test_models_of_other_settings_are_right(changes: dict[str, Any], tmp_path: P
         assert max(case.seqlen for case, _ in report.rows) <= longest
 
 
+@pytest.mark.parametrize("opset", [17, 21])
 @pytest.mark.parametrize(("precision", "backend"), [("fp16", "onnxruntime"), ("bf16", "openvino")])
-def test_half_precisions_are_within_the_derived_tolerance(precision: str, backend: str, bundle: MakeBundle) -> None:
-    with Engine(bundle(TEXT_GENERATION, precision=precision), backend, threads=1) as engine:
+def test_half_precisions_are_within_the_derived_tolerance(
+    precision: str, backend: str, opset: int, bundle: MakeBundle
+) -> None:
+    with Engine(bundle(TEXT_GENERATION, precision=precision, opset=opset), backend, threads=1) as engine:
         report = compare_engine(engine, tiny_led(), quick_cases, lambda step: None)
         assert not report.failures()
         decoder = engine.signature.decoder
