@@ -14,12 +14,11 @@ import numpy as np
 import onnx_ir as ir
 
 from lfx.errors import ExportError
-from lfx.signature import HIDDEN_STATES, PAST, PRESENT, Decoder, TensorSpec
+from lfx.signature import CACHED, HIDDEN_STATES, PAST, PRESENT, Decoder, TensorSpec
 
 DECODER_MERGED = "decoder_model_merged"
 _MASK = "encoder_attention_mask"
-# Axes of the encoder's cached tokens, and of those that one call adds to them.
-_CACHED, _NEW = "cached", "sequence - cached"
+_NEW = f"sequence - {CACHED}"  # axis of the encoder's tokens that one call adds
 
 
 def merge_cross_attention(encoder: ir.Model, decoder: ir.Model, spec: Decoder, hidden: TensorSpec) -> Decoder:
@@ -139,7 +138,7 @@ def _signature(spec: Decoder, hidden: TensorSpec) -> Decoder:
     states = TensorSpec(HIDDEN_STATES, hidden.dtype, hidden.shape)
     return dataclasses.replace(
         spec,
-        inputs=(own["input_ids"], own[_MASK], states, *caches(PAST, _CACHED)),
+        inputs=(own["input_ids"], own[_MASK], states, *caches(PAST, CACHED)),
         outputs=(own["logits"], *caches(PRESENT, _NEW)),
     )
 

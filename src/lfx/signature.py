@@ -28,6 +28,7 @@ GRAPH_INPUTS = ("input_ids", "attention_mask", "global_attention_mask")
 PAST, PRESENT = "past_key_values", "present"
 # The input of a decoder that makes the encoder's keys and values itself, in the layout hf.
 HIDDEN_STATES = "encoder_hidden_states"
+CACHED = "cached"  # the axis of the encoder's cached tokens in that decoder's inputs
 # Names of outputs with the number of a layer in them.
 _LAYER = re.compile(rf"({ATTENTIONS}|{GLOBAL_ATTENTIONS}|{PRESENT}|{PAST})\.(\d+)((?:\.\w+)*)")
 _TENSORS = [{"name": str, "dtype": str, "shape": [(int, str)]}]
