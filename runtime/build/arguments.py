@@ -111,7 +111,7 @@ def check_arguments(
     generation = read_defaults(folder) if decoder is not None else {}
     beams = _num_beams(num_beams, generation, bundle, manifest.signature)
     path = _output(output if output is not None else folder.resolve().name + SUFFIX, has_decoder=decoder is not None)
-    signature = _signature(
+    signature = plan_signature(
         manifest.signature, precision, slots, ranges, new_tokens, float16_outputs=options.float16_outputs
     )
     if signature.adds_globals and slots < (signature.max_seqlen or slots):
@@ -266,7 +266,7 @@ def _output(output: str | Path, *, has_decoder: bool) -> Path:
     return path
 
 
-def _signature(
+def plan_signature(
     source: Signature,
     precision: str | None,
     slots: int,
