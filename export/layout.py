@@ -215,8 +215,14 @@ def _write_model(artifact: Artifact, path: Path, in_own_file: bool | None) -> Si
     """Write the ONNX file of a bundle with standard ops alone, or both of its files, and return the signature."""
     signature, mode = artifact.signature, static_mode(artifact.signature)
     with artifact.plain_files(unshared=True) as source:
-        model = ir.load(source)
-        inputs, outputs = signature.inputs, signature.outputs
+        models = {path: ir.load(source)}
+        if signature.decoder is not None:
+            decoder = ir.load(source.with_name(signature.decoder.model_file))
+            merged = merge_cross_attention(models[path], decoder, signature.decoder, signature.outputs[0])
+            merged = dataclasses.replace(merged, model_file=_name(signature, DECODER_MERGED))
+            signature = dataclasses.replace(signature, outputs=signature.outputs[:1], decoder=merged)
+            models[path.with_name(merged.model_file)] = decoder
+        model, inputs, outputs = models[path], signature.inputs, signature.outputs
         if fix_globals(model, mode, adds_globals=signature.adds_globals):
             inputs = tuple(spec for spec in inputs if spec.name != _GLOBAL_MASK)
             rule = mode if not signature.adds_globals else signature.default_global
@@ -226,13 +232,6 @@ def _write_model(artifact: Artifact, path: Path, in_own_file: bool | None) -> Si
         if signature.task == SENTENCE_EMBEDDING and (width := add_hidden_states(model)) is not None:
             hidden = TensorSpec("last_hidden_state", "float32", ("batch", "sequence", width))
             signature = dataclasses.replace(signature, outputs=(hidden, *outputs))
-        models = {path: model}
-        if signature.decoder is not None:
-            decoder = ir.load(source.with_name(signature.decoder.model_file))
-            merged = merge_cross_attention(model, decoder, signature.decoder, outputs[0])
-            merged = dataclasses.replace(merged, model_file=_name(signature, DECODER_MERGED))
-            signature = dataclasses.replace(signature, outputs=outputs[:1], decoder=merged)
-            models[path.with_name(merged.model_file)] = decoder
         for file, graph in models.items():
             _save(graph, file, signature, in_own_file)
     return signature

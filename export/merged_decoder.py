@@ -98,7 +98,7 @@ class _Copier:
 
     def _copy_node(self, node: ir.Node) -> None:
         inputs: list[ir.Value | None] = [self._states]
-        if node.op_type != "Shape" or node.inputs[0] not in self._inputs:
+        if not self._is_size_of_input(node):
             inputs = [item if item is None else self.copy(item) for item in node.inputs]
         attributes, count = list(node.attributes.values()), len(node.outputs)
         copied = ir.Node("", node.op_type, inputs, attributes, name=f"cross/{node.name}", num_outputs=count)
@@ -106,6 +106,11 @@ class _Copier:
         for old, new in zip(node.outputs, copied.outputs, strict=True):
             new.name, new.dtype = f"cross/{old.name}", old.dtype
             self._copies[old] = new
+
+    def _is_size_of_input(self, node: ir.Node) -> bool:
+        """Whether a node gives the size of the axis batch or sequence of an input."""
+        end = node.attributes.get("end")
+        return node.op_type == "Shape" and node.inputs[0] in self._inputs and end is not None and end.as_int() <= 2
 
     def _add_initializer(self, value: ir.Value) -> ir.Value:
         name = f"cross/{value.name}" if str(value.name) in self._graph.initializers else str(value.name)
