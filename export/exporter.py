@@ -23,7 +23,8 @@ from lfx.export.companions import check_tokenizer, write_config, write_generatio
 from lfx.export.describe import describe, longest_sequence
 from lfx.export.generation import build_graphs, is_generation
 from lfx.export.graph import finalize_graph
-from lfx.export.layout import ENDINGS, LAYOUTS, check_options, refuse_dynamic, write_layout
+from lfx.export.layout import LAYOUTS, check_options, write_layout
+from lfx.export.layout_models import ENDINGS, refuse_dynamic
 from lfx.export.led import LED_CLASSES
 from lfx.export.load import check_weights, load, load_tokenizer, quiet, weights_sha256
 from lfx.export.loop_attention import LoopSelfAttention, asks_for_loop_attention

@@ -162,7 +162,7 @@ def test_a_decoder_that_is_wrong_is_not_written(bundle: Path, tmp_path: Path, mo
         key.name, value.name = value.name, key.name
         return merge_cross_attention(encoder, *arguments)
 
-    monkeypatch.setattr("lfx.export.layout.merge_cross_attention", swapped)
+    monkeypatch.setattr("lfx.export.layout_models.merge_cross_attention", swapped)
     with pytest.raises(ParityError, match=r"encoder_model\.onnx: first_logits differs from the bundle's by"):
         relayout(bundle, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
