@@ -59,9 +59,9 @@ def relayout(
         output: the new folder; default: the bundle's name with -hf, in the current folder.
         others: bundles of the same checkpoint in other precisions, which are written beside the first.
         model_type: written into config.json in place of its own. transformers.js has no classification for
-            "longformer", and runs these models as "roberta".
-        external_data: write the weights to a file of their own, model.onnx_data. Default: from 2 GB on, which one file
-            cannot hold.
+            "longformer", and runs these models as "roberta"; it has no "led", and runs these models as "bart".
+        external_data: write the weights of each model to a file of their own, model.onnx_data. Default: from 2 GB on,
+            which one file cannot hold.
         progress: called with the name of each step.
     Returns:
         The new folder, which `Engine` opens too.

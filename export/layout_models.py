@@ -66,7 +66,7 @@ def write_models(artifact: Artifact, path: Path, in_own_file: bool | None) -> Si
     with artifact.plain_files(unshared=True) as source:
         models = {path: ir.load(source)}
         if signature.decoder is not None:
-            decoder = ir.load(source.withfile_name(signature.decoder.model_file))
+            decoder = ir.load(source.with_name(signature.decoder.model_file))
             merged = merge_cross_attention(models[path], decoder, signature.decoder, signature.outputs[0])
             merged = dataclasses.replace(merged, model_file=file_name(signature, DECODER_MERGED))
             signature = dataclasses.replace(signature, outputs=signature.outputs[:1], decoder=merged)
