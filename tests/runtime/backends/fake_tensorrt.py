@@ -79,7 +79,8 @@ class Cuda:
 
     def start_of(self, address: int) -> int:
         """The start of the allocation that an address is in."""
-        return next(start for start, buffer in self.memory.items() if start <= address < start + len(buffer))
+        allocated = list(self.memory.items())  # other threads may allocate meanwhile
+        return next(start for start, buffer in allocated if start <= address < start + len(buffer))
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[Error]:
         self.capturing[stream] = []
