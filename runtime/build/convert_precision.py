@@ -22,7 +22,12 @@ MIN_FILL = 1.7e38
 MAX_FINITE = {"fp16": 65504.0, "bf16": 2.0**127 * (2 - 2.0**-7)}
 
 
-def convert(model: ir.Model, precision: str, halves: frozenset[str] = frozenset()) -> None:
+def convert(
+    model: ir.Model,
+    precision: str,
+    halves: frozenset[str] = frozenset(),
+    exact: frozenset[ir.Node] = frozenset(),
+) -> None:
     """Convert a float32 graph in place to a strongly typed float16 or bfloat16 graph.
 
     Weights, constants and activations change their dtype. Inputs and outputs stay float32. Values computed from
@@ -32,13 +37,15 @@ def convert(model: ir.Model, precision: str, halves: frozenset[str] = frozenset(
 
     Args:
         halves: names of float32 inputs and outputs that become float16, such as cached keys and values.
+        exact: nodes that stay float32 with their constants as they are; see `masked_softmax`.
     Raises:
         BuildError: a weight is above the largest finite value of the dtype.
     """
     dtype, numpy_dtype = DTYPES[precision]
     pooling = {node for node in model.graph if str(node.name).endswith(IN_FLOAT32)}
     in_float32 = nodes_from_integers(model) | pooling
-    kept = _keep_constants(model, in_float32, precision)
+    kept = _keep_constants(model, in_float32 - exact, precision) | _keep_constants(model, set(exact), None)
+    in_float32 |= exact
     kept |= {output for node in in_float32 for output in node.outputs}
     _convert_weights(model, kept, precision)
     outputs = set(model.graph.outputs)
@@ -50,7 +57,7 @@ def convert(model: ir.Model, precision: str, halves: frozenset[str] = frozenset(
             value.dtype = dtype
     for node in in_float32:
         _cast_results(model, node, in_float32, dtype)
-    _cast_inputs(model, pooling, dtype)
+    _cast_inputs(model, pooling | exact, dtype)
     _convert_inputs(model, dtype, halves)
     for i, output in enumerate(list(model.graph.outputs)):
         if output in outputs and output.dtype == dtype and output.name not in halves:
@@ -82,6 +89,27 @@ def _convert_inputs(model: ir.Model, dtype: ir.DataType, halves: frozenset[str])
             reader.replace_input_with(index, cast.outputs[0])
 
 
+def masked_softmax(model: ir.Model) -> frozenset[ir.Node]:
+    """The nodes that add a mask to scores, with those that make the mask, and the softmax of the sum.
+
+    LED's decoder computes them in float32 in any precision: a float16 fill value is too small to hide the scores.
+    """
+    nodes: set[ir.Node] = set()
+    for softmax in (node for node in model.graph if node.op_type == "Softmax"):
+        add = softmax.inputs[0].producer() if softmax.inputs[0] is not None else None
+        masks = [value.producer() for value in add.inputs if value is not None] if add is not None else []
+        masks = [mask for mask in masks if mask is not None and mask.op_type == "Where"]
+        if add is not None and add.op_type == "Add" and masks:
+            nodes |= {softmax, add}
+            waiting = [mask for mask in masks if mask is not None]
+            while waiting:
+                node = waiting.pop()
+                nodes.add(node)
+                floats = [value for value in node.inputs if value is not None and value.dtype == ir.DataType.FLOAT]
+                waiting += [producer for value in floats if (producer := value.producer()) is not None]
+    return frozenset(nodes)
+
+
 def _convert_weights(model: ir.Model, kept: set[ir.Value], precision: str) -> None:
     dtype, numpy_dtype = DTYPES[precision]
     for value in list(model.graph.initializers.values()):
@@ -104,14 +132,22 @@ def _fit_fill(array: np.ndarray, precision: str) -> np.ndarray:
     return np.where(is_fill, array.astype(np.float64) * scale, array).astype(np.float32)
 
 
-def _keep_constants(model: ir.Model, in_float32: set[ir.Node], precision: str) -> set[ir.Value]:
-    """Give the nodes that stay in float32 constants in float32, with scaled mask fill values; returns these."""
+def _keep_constants(model: ir.Model, in_float32: set[ir.Node], precision: str | None) -> set[ir.Value]:
+    """Give the nodes that stay in float32 constants in float32; returns these.
+
+    Args:
+        precision: that mask fill values are scaled to; None = they are not.
+    """
     kept = set()
     for value in list(model.graph.initializers.values()):
         readers = [use for use in value.uses() if use.node in in_float32]
         if not readers or value.dtype != ir.DataType.FLOAT or value.const_value is None:
             continue
-        constant = add_constant(model, f"{value.name}/float32", _fit_fill(value.const_value.numpy(), precision))
+        array = value.const_value.numpy()
+        if precision is None:
+            constant = add_constant(model, f"{value.name}/exact", array)
+        else:
+            constant = add_constant(model, f"{value.name}/float32", _fit_fill(array, precision))
         for reader, index in readers:
             reader.replace_input_with(index, constant)
         if not value.uses() and not value.is_graph_output():

@@ -13,7 +13,14 @@ from onnx_ir.passes import common
 
 from lfx.errors import ArtifactError, BuildError, one_line
 from lfx.manifest import Manifest
-from lfx.runtime.build.convert_precision import add_constant, all_nodes, cast_outputs, convert, values_of
+from lfx.runtime.build.convert_precision import (
+    add_constant,
+    all_nodes,
+    cast_outputs,
+    convert,
+    masked_softmax,
+    values_of,
+)
 from lfx.runtime.plugin import HEAD_SIZE_MULTIPLE, NAMESPACE, VERSION
 from lfx.signature import GLOBAL_ROWS, GLOBAL_SLOTS, Signature, TensorSpec
 
@@ -61,9 +68,10 @@ def prepare_decoder(source: Path, target: Path, manifest: Manifest, signature: S
         ArtifactError: the ONNX file cannot be read.
         BuildError: the precision does not support the model.
     """
-    assert signature.decoder is not None
+    decoder = signature.decoder
+    assert decoder is not None
     model = _load(source)
-    _set_precision(model, manifest, signature, signature.decoder.inputs, signature.decoder.outputs)
+    _set_precision(model, manifest, signature, decoder.inputs, decoder.outputs, masked_softmax(model))
     inline_functions(model)
     _save(model, target, signature)
 
@@ -81,10 +89,11 @@ def _set_precision(
     signature: Signature,
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
+    exact: frozenset[ir.Node] = frozenset(),
 ) -> None:
     """Convert a graph to the plan's precision, and its outputs to the dtypes of their specs."""
     if signature.precision != manifest.signature.precision:
-        convert(model, signature.precision, _halves(inputs) | _halves(outputs))
+        convert(model, signature.precision, _halves(inputs) | _halves(outputs), exact)
     cast_outputs(model, _halves(outputs))
 
 
