@@ -13,7 +13,7 @@ from lfx.errors import ArtifactError, DependencyError, LfxError, require, with_c
 from lfx.files import link_or_copy, temporary_folder
 from lfx.onnx_file import read_header
 from lfx.runtime import forks
-from lfx.runtime.backends.interface import AnyShape, Arrays
+from lfx.runtime.backends.interface import AnyShape, Arrays, HostTensors
 
 OPENVINO_TYPES = {"fp32": "f32", "bf16": "bf16"}
 
@@ -23,7 +23,7 @@ OPENVINO_TYPES = {"fp32": "f32", "bf16": "bf16"}
 _CACHED_KERNELS = 100
 
 
-class OpenVino(AnyShape):
+class OpenVino(AnyShape, HostTensors):
     """OpenVINO on the CPU, which needs the lfx functions inlined. Without AMX it computes bf16 models in float32."""
 
     # `forks.generation` of the process that first loaded a model. All of OpenVINO's models share one thread pool: in a
