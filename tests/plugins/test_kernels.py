@@ -6,20 +6,25 @@ the tests fail if a kernel reads too early or past the end.
 
 from __future__ import annotations
 
+import faulthandler
 import os
-import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from lfx.parity import Case, full_cases
 from scripts.bench.launch import Kernels
+from tests.conftest import MakeOnce
+from tests.plugins import mutants
 from tests.plugins.build import ROOT
 from tests.plugins.problems import Banded, Global, banded, global_
+from tests.plugins.races import in_a_fork
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 # BandedAttention's kernels: the precision, and whether blocks have 128 queries or 64.
@@ -76,11 +81,11 @@ def growing_scores(growth: float, precision: str) -> Banded:
     return problem
 
 
-def several_tiles_in_a_part(precision: str) -> list[Global]:
+def several_tiles_in_a_part(precision: str, blocks: int = 270) -> list[Global]:
     """270 blocks, too many to split the keys: each block visits three tiles, of 64 keys or of 32."""
     return [
-        global_(Case(1, 140), 2, 270, 8, precision=precision),
-        global_(Case(9, 70), 1, 30, 136, precision=precision),
+        global_(Case(1, 140), 2, blocks, 8, precision=precision),
+        global_(Case(9, 70), 1, blocks // 9, 136, precision=precision),
     ]
 
 
@@ -310,37 +315,59 @@ MUTATIONS = {
 }
 
 
+def problems_of_mutations() -> Iterator[tuple[Banded | Global, bool]]:
+    """Problems that find each mutation, and whether blocks are wide."""
+    for case in (Case(2, 150, "scattered", "holes"), Case(1, 70, "none", "right")):
+        for wide in (False, True):
+            yield banded(case, 2, 64, 20, precision="fp16"), wide
+        yield global_(case, 3, 2, 64, precision="fp16"), False
+    yield global_(Case(1, 700, "none", "left"), 3, 1, 64, precision="fp16"), False
+    for wide in (False, True):
+        yield one_key_masked(200, "fp16"), wide
+        yield some_slots_used([64], 80, "fp16"), wide
+        yield growing_scores(60, "fp16"), wide
+    yield banded(Case(1, 70, "first"), 1, 16, 40), False
+    for precision in ("fp16", "fp32"):
+        for problem in several_tiles_in_a_part(precision, mutants.TARGET_BLOCKS + 2):
+            yield problem, False
+
+
+@pytest.fixture(scope="module")
+def with_results() -> list[tuple[Banded | Global, bool, np.ndarray]]:
+    """Those problems with their results by the dense definition."""
+    return [(problem, wide, problem.dense()) for problem, wide in problems_of_mutations()]
+
+
+@pytest.fixture(scope="module")
+def unchanged(made_once: MakeOnce) -> Path:
+    """The kernels before each mutation."""
+    return made_once("unchanged", mutants.unchanged)
+
+
+def outcome(library: Path, with_results: list[tuple[Banded | Global, bool, np.ndarray]]) -> str:
+    """Run the problems in a process of its own until a result is wrong; returns "right", "wrong" or "stopped"."""
+    kernels = Kernels(library)
+
+    def run() -> str:
+        faulthandler.disable()  # pytest's, which would print a trace
+        for problem, wide, expected in with_results:
+            choose_blocks(wide)
+            if isinstance(problem, Banded):
+                actual = problem.run(kernels.banded, None)
+            else:
+                actual = problem.run(kernels.global_, kernels.workspace_bytes)
+            if not np.abs(actual - expected).max() <= problem.tolerance():
+                return "wrong"
+        return "right"
+
+    return in_a_fork(run)[0] or "stopped"
+
+
+def test_the_kernels_before_the_mutations_are_right(unchanged: Path, with_results: Any) -> None:
+    assert outcome(unchanged / "libunchanged.so", with_results) == "right"
+
+
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_the_suite_finds_a_broken_kernel(name: str, tmp_path: Path) -> None:
+def test_the_suite_finds_a_broken_kernel(name: str, unchanged: Path, with_results: Any, tmp_path: Path) -> None:
     """Mutations of the kernels' source: each must make the checks fail, or they prove nothing."""
-    file, before, after = MUTATIONS[name]
-    script = (
-        "import sys; from pathlib import Path; import tests.plugins.build as build\n"
-        "build.PLUGINS = Path(sys.argv[1])\n"
-        "from scripts.bench.launch import Kernels; from lfx.parity import Case\n"
-        "from tests.plugins.test_kernels import (\n"
-        "    check, check_global, growing_scores, one_key_masked, several_tiles_in_a_part, some_slots_used)\n"
-        "from tests.plugins.problems import banded, global_\n"
-        "kernels = Kernels(build.emulated_library(Path(sys.argv[2])))\n"
-        "print('built', flush=True)\n"
-        "for case in (Case(2, 150, 'scattered', 'holes'), Case(1, 70, 'none', 'right')):\n"
-        "    for wide in (False, True): check(banded(case, 2, 64, 20, precision='fp16'), kernels, wide)\n"
-        "    check_global(global_(case, 3, 2, 64, precision='fp16'), kernels)\n"
-        "check_global(global_(Case(1, 700, 'none', 'left'), 3, 1, 64, precision='fp16'), kernels)\n"
-        "for wide in (False, True):\n"
-        "    check(one_key_masked(200, 'fp16'), kernels, wide)\n"
-        "    check(some_slots_used([64], 80, 'fp16'), kernels, wide)\n"
-        "    check(growing_scores(60, 'fp16'), kernels, wide)\n"
-        "check(banded(Case(1, 70, 'first'), 1, 16, 40), kernels, False)\n"
-        "for precision in ('fp16', 'fp32'):\n"
-        "    for problem in several_tiles_in_a_part(precision): check_global(problem, kernels)\n"
-        "print('passed')\n"
-    )
-    mutant = tmp_path / "plugins"
-    shutil.copytree(ROOT / "plugins", mutant)
-    text = (mutant / file).read_text(encoding="utf-8")
-    assert text.count(before) == 1
-    (mutant / file).write_text(text.replace(before, after), encoding="utf-8")
-    arguments = [sys.executable, "-c", script, str(mutant), str(tmp_path)]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == ["built"], done.stderr
+    assert outcome(mutants.mutant(tmp_path, unchanged, *MUTATIONS[name]), with_results) in ("wrong", "stopped")
