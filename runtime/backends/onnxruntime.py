@@ -14,8 +14,8 @@ from lfx.runtime import custom_ops
 from lfx.runtime.backends.interface import AnyShape, Arrays
 from lfx.runtime.dlpack import CPU, CUDA, DeviceArray
 
-# On the CPU the fused SkipLayerNormalization is slower than Add and LayerNormalization: 2 % of longformer-base's time. The
-# fused BiasGelu allocates one tensor more of the size of its input than Add and Gelu: 201 MB at 16,384 tokens.
+# On the CPU the fused SkipLayerNormalization is slower than Add and LayerNormalization: 2 % of longformer-base's time.
+# The fused BiasGelu allocates one tensor more of the size of its input than Add and Gelu: 201 MB at 16,384 tokens.
 DISABLED_ON_CPU = ["SkipLayerNormFusion", "BiasGeluFusion"]
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
