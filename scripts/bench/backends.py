@@ -36,7 +36,7 @@ from lfx.files import link_or_copy
 from lfx.machine import cpu_name
 from lfx.manifest import MODEL
 from lfx.runtime import Engine, custom_ops
-from lfx.runtime.backends.onnxruntime import SLOWER_ON_CPU
+from lfx.runtime.backends.onnxruntime import DISABLED_ON_CPU
 from lfx.runtime.backends.openvino import OPENVINO_TYPES
 from lfx.runtime.bench import measure
 from scripts import record
@@ -196,7 +196,7 @@ def onnxruntime_counters(bundle: Path, feeds: Feeds, threads: int, kernels: str 
     options.intra_op_num_threads, options.enable_profiling = threads, True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
-        session = onnxruntime.InferenceSession(str(bundle / MODEL), options, disabled_optimizers=SLOWER_ON_CPU)
+        session = onnxruntime.InferenceSession(str(bundle / MODEL), options, disabled_optimizers=DISABLED_ON_CPU)
         for _ in range(5):
             session.run(None, feeds)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))

@@ -5,7 +5,9 @@
 
 Latency: all contenders run in one process, alternating, after a warm-up of each, on the same ids with one global token.
 Attention: the time of its nodes in the fastest of five profiled runs of ONNX Runtime.
-Memory: the peak resident set of one process per contender and length, with the interpreter and imports.
+Memory: the peak resident set of one process per contender and length, with the interpreter and imports; and the peak
+before the run, with the model open. Their difference is the memory of the activations, except for the pages of the file
+of weights that are read for the first time.
 Each row is written when it is measured, and replaces the older row of the same length and contender.
 """
 
@@ -56,8 +58,10 @@ def main() -> None:
     parser.add_argument("--child", metavar="CONTENDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        _contender(options.child, options.work, options.threads)(random_ids(options.lengths[0]), globals_=1)
-        print(json.dumps({"peak_memory_bytes": peak_memory_bytes()}))
+        run = _contender(options.child, options.work, options.threads)
+        opened = peak_memory_bytes()
+        run(random_ids(options.lengths[0]), globals_=1)
+        print(json.dumps({"open_memory_bytes": opened, "peak_memory_bytes": peak_memory_bytes()}))
     elif options.work is not None:
         options.work.mkdir(parents=True, exist_ok=True)
         _parent(options, options.work)
@@ -82,10 +86,11 @@ def _parent(options: argparse.Namespace, work: Path) -> None:
         rows = _latency(work, length, rounds, options.threads)
         for name, row in rows.items():
             seconds = _attention_seconds(name, work, length, options.threads) if name in OURS else None
-            figures = {"rounds": rounds, "attention_ms": seconds and seconds * 1000, "peak_memory_bytes": peaks[name]}
+            figures = {"rounds": rounds, "attention_ms": seconds and seconds * 1000, **peaks[name]}
             _write(options.output, {**about, "seqlen": length, "contender": name, **row, **figures})
             attention = f", attention {seconds * 1000:.0f} ms" if seconds else ""
-            print(length, name, f"{row['p50_ms']:.0f} ms{attention}, {peaks[name] / 1e9:.2f} GB", flush=True)
+            gigabytes = peaks[name]["peak_memory_bytes"] / 1e9
+            print(length, name, f"{row['p50_ms']:.0f} ms{attention}, {gigabytes:.2f} GB", flush=True)
 
 
 def _make_models(work: Path, layers: int) -> None:
@@ -100,13 +105,13 @@ def _make_models(work: Path, layers: int) -> None:
         quantize(work / "fp32", work / "int8", calibration=DOCUMENT)
 
 
-def _peak_memory(name: str, work: Path, length: int, threads: int) -> int:
+def _peak_memory(name: str, work: Path, length: int, threads: int) -> dict[str, int]:
     command = [sys.executable, "-m", "scripts.bench.kernels", "--child", name, "--work", str(work)]
     command += ["--lengths", str(length), "--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_memory_bytes"])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 @functools.cache
