@@ -67,7 +67,7 @@ class OpenVino(AnyShape, HostTensors):
         except Exception as error:
             raise ArtifactError(f"{model} cannot be loaded by OpenVINO: {with_cure(error)}") from error
         self._make_tensor = openvino.Tensor
-        # The compiled model keeps the addresses of the last request's inputs, and uses them when the next one begins. If
+        # The compiled model keeps the addresses of the last request's inputs, and uses them when the next begins. If
         # their memory is freed, `infer` after `infer_tensors` gives wrong numbers or aborts (OpenVINO 2026.4).
         self._last_inputs: Mapping[str, Any] = {}
         self._lock = threading.Lock()  # so that these are the inputs of the request that ran last
