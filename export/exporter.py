@@ -23,7 +23,8 @@ from lfx.export.companions import check_tokenizer, write_config, write_generatio
 from lfx.export.describe import describe, longest_sequence
 from lfx.export.generation import build_graphs, is_generation
 from lfx.export.graph import finalize_graph
-from lfx.export.layout import LAYOUTS, NAMES, check_options, refuse_dynamic, write_layout
+from lfx.export.layout import LAYOUTS, check_options, write_layout
+from lfx.export.layout_models import ENDINGS, refuse_dynamic
 from lfx.export.led import LED_CLASSES
 from lfx.export.load import check_weights, load, load_tokenizer, quiet, weights_sha256
 from lfx.export.loop_attention import LoopSelfAttention, asks_for_loop_attention
@@ -142,7 +143,7 @@ def export(
         settings = _encoder_settings(fetch, task, pooling)
         tokenizer, max_seqlen = _load_texts(source, module, tokenizer, max_seqlen, settings)
     _check_module(module, source)
-    _check_generation(module, task, layout, output_attentions=output_attentions)
+    _check_generation(module, task, output_attentions=output_attentions)
     if layout == "hf" and global_attention == "mask" and max_global is None:
         global_attention = _static_globals(module, task)
     if flag(output_attentions, "output_attentions", ExportError):
@@ -247,12 +248,12 @@ def _check_layout(layout: Any, model_type: Any, precision: str, *, output_attent
     check_options(model_type)
     if layout == "lfx" and model_type is not None:
         raise ExportError(f"model_type {model_type!r} is for the layout hf; leave it out")
-    if layout == "hf" and (precision not in NAMES or output_attentions):
-        option = f"precision {precision}" if precision not in NAMES else "output_attentions"
+    if layout == "hf" and (precision not in ENDINGS or output_attentions):
+        option = f"precision {precision}" if precision not in ENDINGS else "output_attentions"
         raise ExportError(f"{option} is not for the layout hf, whose clients cannot use it; leave one of them out")
 
 
-def _check_generation(module: nn.Module, task: str, layout: str, *, output_attentions: Any) -> None:
+def _check_generation(module: nn.Module, task: str, *, output_attentions: Any) -> None:
     """Check that the task writes texts if the module does, and refuse the options that such a model does not have.
 
     Raises:
@@ -260,9 +261,10 @@ def _check_generation(module: nn.Module, task: str, layout: str, *, output_atten
     """
     if is_generation(module) != (task == TEXT_GENERATION):
         raise ExportError(f"task {task} is not the task of a {type(module).__name__}; leave it out")
-    option = "layout hf" if layout == "hf" else "output_attentions" if output_attentions else None
-    if is_generation(module) and option is not None:
-        raise ExportError(f"{option} is for models of one graph, and a {type(module).__name__} has two; leave it out")
+    if is_generation(module) and output_attentions:
+        raise ExportError(
+            f"output_attentions is for models of one graph, and a {type(module).__name__} has two; leave it out"
+        )
 
 
 def _static_globals(module: nn.Module, task: str) -> str:

@@ -18,36 +18,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.external_data import load_to_model
-from onnx_ir.passes import common
 
 from lfx.checks import file_path, flag, json_text, one_of
-from lfx.errors import ExportError, ParityError, one_line
+from lfx.errors import ExportError, ParityError
 from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.export.checkpoint import Fetch
+from lfx.export.layout_models import ENDINGS, file_name, static_mode, write_models
 from lfx.export.options import check_progress
-from lfx.export.passes.hidden_states import add_hidden_states
-from lfx.export.passes.static_globals import fix_globals
-from lfx.export.passes.tensor_constants import make_constants_tensors
 from lfx.export.sentence_folder import MODULES, copy_weights, has_weights, read_modules
 from lfx.export.settings import read_object
-from lfx.manifest import MODEL, Manifest
+from lfx.manifest import Manifest
 from lfx.parity import quick_cases
 from lfx.runtime import Engine
 from lfx.runtime.artifact import Artifact, check_bundle
-from lfx.runtime.runner import engine_runner, model_inputs
-from lfx.signature import QUANTIZED, SENTENCE_EMBEDDING, Signature, TensorSpec
+from lfx.runtime.runner import model_inputs, outputs_runner, with_text
 
 LAYOUTS = ("lfx", "hf")
-MODEL_TYPES = ("longformer", "roberta")
+MODEL_TYPES = ("longformer", "roberta", "bart")
 FOLDER = "onnx"
-# Names that transformers.js has for the precisions; none for bf16.
-NAMES = {"fp32": MODEL, "fp16": "model_fp16.onnx", QUANTIZED: "model_quantized.onnx"}
-MAX_FILE_BYTES = 2_000_000_000  # an ONNX file, a protobuf message, has fewer than 2^31 bytes
-_GLOBAL_MASK = "global_attention_mask"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 Progress = Callable[[str], None]
@@ -70,9 +59,9 @@ def relayout(
         output: the new folder; default: the bundle's name with -hf, in the current folder.
         others: bundles of the same checkpoint in other precisions, which are written beside the first.
         model_type: written into config.json in place of its own. transformers.js has no classification for
-            "longformer", and runs these models as "roberta".
-        external_data: write the weights to a file of their own, model.onnx_data. Default: from 2 GB on, which one file
-            cannot hold.
+            "longformer", and runs these models as "roberta"; it has no "led", and runs these models as "bart".
+        external_data: write the weights of each model to a file of their own, model.onnx_data. Default: from 2 GB on,
+            which one file cannot hold.
         progress: called with the name of each step.
     Returns:
         The new folder, which `Engine` opens too.
@@ -111,33 +100,6 @@ def check_options(model_type: Any) -> None:
         one_of(model_type, "model_type", MODEL_TYPES, ExportError)
 
 
-def static_mode(signature: Signature) -> str:
-    """Return how the global tokens of a model are fixed: "first" or "none", or "mask" if it has no input for them.
-
-    Raises:
-        ExportError: the task's rule depends on the input.
-    """
-    if signature.global_attention != "mask" or all(spec.name != _GLOBAL_MASK for spec in signature.inputs):
-        return signature.global_attention
-    refuse_dynamic(signature.task, signature.default_global)
-    return signature.default_global
-
-
-def refuse_dynamic(task: str, rule: str) -> None:
-    """Refuse a rule for the global tokens that a fixed graph cannot follow.
-
-    Raises:
-        ExportError: the rule depends on the input.
-    """
-    if rule not in ("first", "none"):
-        where = {"question": "the question", "after_question": "the answer"}.get(rule, "by a rule of the model's own")
-        raise ExportError(
-            f"{task} has its global tokens on {where}, which differ in every input, and the clients of the layout hf "
-            "give no global_attention_mask; use the layout lfx, or fix the tokens with --global-attention first or "
-            "none, which changes the answers"
-        )
-
-
 def write_layout(
     bundles: Sequence[Path],
     folder: Path,
@@ -161,15 +123,16 @@ def write_layout(
     names = {}
     (folder / FOLDER).mkdir()
     for artifact in artifacts:
-        name = NAMES[artifact.signature.precision]
+        name = file_name(artifact.signature)
         progress(f"writing {name}")
-        names[name] = _write_model(artifact, folder / FOLDER / name, in_own_file)
+        names[name] = write_models(artifact, folder / FOLDER / name, in_own_file)
         progress(f"comparing {name} with its bundle")
         _compare(artifact, folder / FOLDER / name)
-    manifest, name = artifacts[0].manifest, NAMES[artifacts[0].signature.precision]
+    manifest, name = artifacts[0].manifest, file_name(artifacts[0].signature)
     assert manifest is not None
     _copy_files(artifacts[0], folder, fetch)
-    _edit_config(folder / "config.json", model_type, [name for name in names if _has_data(folder / FOLDER / name)])
+    files = sorted(path.name for path in (folder / FOLDER).glob("*.onnx"))
+    _edit_config(folder / "config.json", model_type, [file for file in files if _has_data(folder / FOLDER / file)])
     _edit_tokenizer(folder / _TOKENIZER_CONFIG)
     for bundle in bundles:
         if folder in bundle.parents:  # an export's own, which is no part of the result
@@ -184,7 +147,7 @@ def _check_together(artifacts: Sequence[Artifact]) -> None:
     for artifact in artifacts:
         manifest, precision = artifact.manifest, artifact.signature.precision
         assert manifest is not None
-        if precision not in NAMES:
+        if precision not in ENDINGS:
             raise ExportError(f"{artifact.bundle} is {precision}, which no client of the layout hf runs; give fp32")
         if precision in precisions:
             raise ExportError(f"two bundles are {precision}; give one of each precision")
@@ -202,55 +165,6 @@ def _check_together(artifacts: Sequence[Artifact]) -> None:
         static_mode(artifact.signature)
 
 
-def _write_model(artifact: Artifact, path: Path, in_own_file: bool | None) -> Signature:
-    """Write the ONNX file of a bundle with standard ops alone, and return its signature."""
-    signature, mode = artifact.signature, static_mode(artifact.signature)
-    with artifact.plain_files(unshared=True) as source:
-        model = ir.load(source)
-        inputs, outputs = signature.inputs, signature.outputs
-        if fix_globals(model, mode, adds_globals=signature.adds_globals):
-            inputs = tuple(spec for spec in inputs if spec.name != _GLOBAL_MASK)
-            rule = mode if not signature.adds_globals else signature.default_global
-            signature = dataclasses.replace(
-                signature, global_attention=mode, default_global=rule, max_global=None, inputs=inputs
-            )
-        if signature.task == SENTENCE_EMBEDDING and (width := add_hidden_states(model)) is not None:
-            hidden = TensorSpec("last_hidden_state", "float32", ("batch", "sequence", width))
-            signature = dataclasses.replace(signature, outputs=(hidden, *outputs))
-        common.InlinePass()(model)
-        make_constants_tensors(model.graph)
-        common.CommonSubexpressionEliminationPass()(model)
-        common.RemoveUnusedNodesPass()(model)
-        common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
-        common.RemoveUnusedOpsetsPass()(model)
-        common.TopologicalSortPass()(model)
-        model.metadata_props["lfx"] = json_text(signature.to_dict())
-        tensors = [value.const_value for value in model.graph.initializers.values()]
-        size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-        if in_own_file is False and size >= MAX_FILE_BYTES:
-            raise ExportError(
-                f"the weights take {size / 1e9:.1f} GB, above the 2 GB of one file; leave external_data out"
-            )
-        if in_own_file or size >= MAX_FILE_BYTES:
-            ir.save(model, path, external_data=f"{path.name}_data", size_threshold_bytes=1024)
-        else:
-            ir.save(load_to_model(model), path)
-    _check_ops(path)
-    return signature
-
-
-def _check_ops(path: Path) -> None:
-    """Check the written file with onnx.checker, and that it uses the domain of ONNX alone."""
-    try:
-        onnx.checker.check_model(path)
-    except Exception as error:
-        raise ExportError(f"{path.name} does not pass onnx.checker: {one_line(error)}; please report this") from error
-    header = onnx.load(path, load_external_data=False)
-    domains = {entry.domain for entry in header.opset_import} - {"", "ai.onnx"}
-    if domains or header.functions:
-        raise ExportError(f"{path.name} still uses the domains {sorted(domains)}; please report this")
-
-
 def _compare(artifact: Artifact, path: Path) -> None:
     """Check that a written model gives the outputs of its bundle, within the tolerance that the bundle was held to.
 
@@ -264,9 +178,9 @@ def _compare(artifact: Artifact, path: Path) -> None:
     with Engine(artifact.path, "onnxruntime") as old, Engine(path, "onnxruntime") as new:
         windows, longest = new.signature.attention_windows, new.signature.max_seqlen
         for case in quick_cases(max(windows), longest):
-            inputs = model_inputs(case, new.signature)
-            expected, actual = engine_runner(old)(inputs), engine_runner(new)(inputs)
-            for name, array in expected.items():
+            inputs = with_text(case, model_inputs(case, new.signature), new.signature)
+            expected, actual = outputs_runner(old)(inputs), outputs_runner(new)(inputs)
+            for name, array in ((name, expected[name]) for name in actual):
                 error, limit = _difference(actual[name], array), measured[name]["tolerance"]
                 if not error <= limit:
                     raise ParityError(

@@ -16,10 +16,11 @@ from lfx.export.load import quiet
 from lfx.export.rewrite import attention_layers, clone
 from lfx.export.torch_runners import TORCH_DTYPES, dense_model, int8_model
 from lfx.parity import Arrays, Case, Report, Runner, compare
-from lfx.runtime import Engine, backends
-from lfx.runtime.backends import PROVIDERS, Backend
+from lfx.runtime import Engine
+from lfx.runtime.backends import Backend
+from lfx.runtime.generation.graphs import check_graphs
 from lfx.runtime.runner import model_inputs
-from lfx.signature import PAST, PRESENT, Decoder, Signature
+from lfx.signature import CACHED, HIDDEN_STATES, PAST, PRESENT, Decoder, Signature
 
 DECODER_IDS, FIRST_LOGITS = "decoder_input_ids", "first_logits"
 # Number of tokens of each call of the decoder, of which the first has an empty cache; the last is repeated.
@@ -79,14 +80,12 @@ def teacher_forced_inputs(case: Case, signature: Signature) -> Arrays:
 
 
 def load_decoder(engine: Engine) -> Backend:
-    """Load the decoder of an Engine's bundle into the Engine's backend."""
-    decoder = engine.signature.decoder
-    assert decoder is not None
-    folder = engine.path if engine.path.is_dir() else engine.path.parent
-    backend, _, provider = engine.backend.partition(" ")
-    names = {full: name for name, full in PROVIDERS.items()}
-    provider = names.get(provider.rpartition(" ")[2], "cpu")
-    return backends.load(folder / decoder.model_file, backend, provider, None, None, engine.signature.precision)
+    """Return the decoder of an open Engine.
+
+    Raises:
+        InputError: the Engine has no decoder.
+    """
+    return check_graphs(engine.graphs, engine.signature)[1]
 
 
 def run_teacher_forced(
@@ -111,7 +110,9 @@ def run_teacher_forced(
         outputs = decoder({**feeds, "input_ids": ids[:, start:end]})
         logits.append(outputs["logits"])
         feeds.update(_renamed(outputs, layers, "decoder"))
-    cross = [encoded[name] for name in cache_names(PRESENT, layers, "encoder")]
+        if HIDDEN_STATES in feeds and start == 0:
+            feeds.update(_renamed(outputs, layers, "encoder"))
+    cross = [feeds[name] for name in cache_names(PAST, layers, "encoder")]
     own = [feeds[name] for name in cache_names(PAST, layers, "decoder")]
     return _outputs(encoded["last_hidden_state"], np.concatenate(logits, axis=1), cross, own)
 
@@ -123,20 +124,19 @@ def first_feeds(encoded: Arrays, attention_mask: NDArray[Any], decoder: Decoder)
         encoded: outputs of the encoder.
         attention_mask: of the encoder.
     """
-    return {
-        "encoder_attention_mask": attention_mask,
-        **_renamed(encoded, _decoder_layers(decoder), "encoder"),
-        **empty_cache(decoder, len(attention_mask)),
-    }
+    feeds = {"encoder_attention_mask": attention_mask, **empty_cache(decoder, len(attention_mask))}
+    if any(spec.name == HIDDEN_STATES for spec in decoder.inputs):
+        return {**feeds, HIDDEN_STATES: encoded["last_hidden_state"]}
+    return {**feeds, **_renamed(encoded, _decoder_layers(decoder), "encoder")}
 
 
 def empty_cache(decoder: Decoder, batch: int) -> Arrays:
     """Return the decoder's cache of no token, by input name."""
-    shapes = {spec.name: (spec.shape, spec.dtype) for spec in decoder.inputs if "past" in spec.shape}
-    sizes: dict[int | str, int] = {"batch": batch, "past": 0}
+    sizes: dict[int | str, int] = {"batch": batch, "past": 0, CACHED: 0}
     return {
-        name: np.zeros([axis if isinstance(axis, int) else sizes[axis] for axis in axes], dtype)
-        for name, (axes, dtype) in shapes.items()
+        spec.name: np.zeros([axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape], spec.dtype)
+        for spec in decoder.inputs
+        if not {"past", CACHED}.isdisjoint(spec.shape)
     }
 
 

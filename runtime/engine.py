@@ -18,7 +18,7 @@ from lfx.runtime.batch_runner import BatchRunner, Outputs
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.embedding import SENTENCE_OUTPUT, check_task, embedding_size, encode_texts
 from lfx.runtime.generation import GenerationSettings, GraphGenerator, TextWriter
-from lfx.runtime.generation.defaults import read_defaults
+from lfx.runtime.generation.defaults import defaults_of
 from lfx.runtime.generation.graphs import check_graphs
 from lfx.runtime.inputs import Feeds, Int64, prepare, prepare_each
 from lfx.runtime.metrics import Metrics
@@ -375,7 +375,7 @@ class Engine(OpenModel):
         self.check_usable()
         encoder, decoder = check_graphs(self._graphs, self.signature)
         if self._generation_defaults is None:
-            self._generation_defaults = read_defaults(text_folder(self.path, self.manifest))
+            self._generation_defaults = defaults_of(self.path, self.manifest)
         model = GraphGenerator(encoder, decoder, self.signature, self.metrics.computed_batch)
         return TextWriter(model, self._generation_defaults, self.token_budget, on_step)
 

@@ -108,9 +108,11 @@ def _load_plan(
             f"{'--plugin' if kernels == 'fused' else '--no-plugin'}"
         )
     manifest.verify(plan)
-    from lfx.runtime.backends.tensorrt import TensorRt
+    from lfx.runtime.backends.tensorrt import TensorRt, TensorRtDecoder
 
-    return LoadedModel(plan, TensorRt(plan, manifest), manifest.signature, manifest, None, built_with)
+    loaded = TensorRt(plan, manifest)
+    graphs = (loaded, TensorRtDecoder(plan, manifest)) if manifest.decoder_plan is not None else None
+    return LoadedModel(plan, loaded, manifest.signature, manifest, None, built_with, graphs)
 
 
 def _load_onnx(

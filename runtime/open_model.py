@@ -37,6 +37,11 @@ class OpenModel:
         forks.watch(self)
 
     @property
+    def graphs(self) -> tuple[backends.TensorBackend, backends.TensorBackend] | None:
+        """The encoder and the decoder of an open model that writes texts; None for other models."""
+        return self._graphs
+
+    @property
     def identity(self) -> str:
         """Digest of the model: its manifest's, or those of a single ONNX file and of its weight files."""
         if self.manifest is not None:

@@ -1,7 +1,12 @@
-"""`MODEL.plan.json`, the manifest of a plan: signature, bundle, TensorRT version, target and digest."""
+"""`MODEL.plan.json`, the manifest of a plan: signature, bundle, TensorRT version, target and digest.
+
+A model that writes texts has two plans: `MODEL.plan` is the encoder's, and `MODEL.plan.decoder` the decoder's. One
+manifest describes both.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -13,11 +18,12 @@ from lfx.checks import COUNT, NUMBER, file_path, shown
 from lfx.errors import ArtifactError, BuildError
 from lfx.files import locked
 from lfx.manifest import FILE, MAX_JSON_BYTES, QUANTIZATION, parse_sealed, read_limited, sealed, sha256
-from lfx.runtime.profile import Profile, Range
+from lfx.runtime.profile import DecoderProfile, Profile, Range
 from lfx.signature import Signature
 
 PLAN_FORMAT_VERSION = 1
 SUFFIX = ".plan"
+DECODER_SUFFIX = ".decoder"
 _CURE = "build it again with: lfx build-engine"
 # The fields of the JSON besides the signature's; see `lfx.checks.check_shape`.
 _PLAN: dict[str, Any] = {
@@ -35,7 +41,48 @@ _PLAN: dict[str, Any] = {
     "versions": {"*": str},
     "conversion": {"outputs?": {"*": {"max_abs_difference": NUMBER, "limit": NUMBER}}},
     "plan": FILE,
+    "decoder_plan?": {
+        "profiles": [{"batch": str, "tokens": str, "past": str, "seqlen": str}],
+        "generation": dict,
+        "plan": FILE,
+    },
 }
+
+
+@dataclass(frozen=True)
+class DecoderPlan:
+    """The decoder's plan of a model that writes texts.
+
+    Attributes:
+        profiles: one or more optimization profiles, by their index in the plan.
+        generation: the checkpoint's defaults of `Engine.generate`, since no file of the bundle may be beside the plan.
+        plan: {"sha256", "bytes"} of the plan.
+    """
+
+    profiles: tuple[DecoderProfile, ...]
+    generation: dict[str, Any]
+    plan: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the JSON."""
+        axes = [{name: str(size) for name, size in vars(profile).items()} for profile in self.profiles]
+        return {"profiles": axes, "generation": self.generation, "plan": self.plan}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> DecoderPlan:
+        """Read it from JSON types that were checked against `_PLAN`.
+
+        Raises:
+            BuildError: a profile is not valid.
+        """
+        profiles = tuple(
+            DecoderProfile(**{name: Range.parse(entry[name], name, int(name != "past")) for name in _AXES})
+            for entry in data["profiles"]
+        )
+        return cls(profiles, data["generation"], data["plan"])
+
+
+_AXES = tuple(field.name for field in dataclasses.fields(DecoderProfile))
 
 
 @dataclass(frozen=True)
@@ -58,6 +105,7 @@ class PlanManifest:
         versions: package name -> version at build.
         conversion: result of `check_conversion`: differences of the prepared graph's outputs from the bundle's.
         plan: {"sha256", "bytes"} of the plan.
+        decoder_plan: the decoder's plan of a model that writes texts; None for other models.
     """
 
     signature: Signature
@@ -75,11 +123,14 @@ class PlanManifest:
     versions: dict[str, str]
     conversion: dict[str, Any]
     plan: dict[str, Any]
+    decoder_plan: DecoderPlan | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the JSON file, which `lfx inspect --json` prints too."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "signature"}
+        fields = {name: getattr(self, name) for name in _FIELDS}
         fields["profiles"] = [{"batch": str(p.batch), "seqlen": str(p.seqlen)} for p in self.profiles]
+        if self.decoder_plan is not None:
+            fields["decoder_plan"] = self.decoder_plan.to_dict()
         return sealed({"plan_format_version": PLAN_FORMAT_VERSION, **self.signature.to_dict(), **fields})
 
     def write(self, plan: Path) -> None:
@@ -115,45 +166,83 @@ class PlanManifest:
             profiles = tuple(
                 Profile(Range.parse(p["batch"], "batch"), Range.parse(p["seqlen"], "seqlen")) for p in data["profiles"]
             )
+            decoder = DecoderPlan.from_dict(data["decoder_plan"]) if "decoder_plan" in data else None
         except BuildError as error:
             raise ArtifactError(f"{path} is broken: {error}") from error
-        if not profiles:
+        if not profiles or (decoder is not None and not decoder.profiles):
             raise ArtifactError(f"{path} is broken: it has no profile; {_CURE}")
+        if decoder is not None and signature.decoder is None:
+            raise ArtifactError(f"{path} is broken: it has a decoder's plan, and no decoder; {_CURE}")
         name = data["bundle"]["name"]  # `lfx run` reads the tokenizer from the folder of this name
         if Path(name).name != name or name == "..":
             raise ArtifactError(f"{path} is broken: the bundle {shown(name)} is not the name of a folder; {_CURE}")
-        fields = {f.name: data[f.name] for f in dataclasses.fields(cls)[1:]}
-        return cls(signature, **{**fields, "profiles": profiles})
+        fields = {name: data[name] for name in _FIELDS}
+        return cls(signature, **{**fields, "profiles": profiles, "decoder_plan": decoder})
+
+    def files(self, plan: Path) -> dict[Path, dict[str, Any]]:
+        """Path of the plan, and of the decoder's if there is one -> {"sha256", "bytes"}."""
+        if self.decoder_plan is None:
+            return {plan: self.plan}
+        return {plan: self.plan, decoder_path(plan): self.decoder_plan.plan}
 
     def verify(self, plan: Path) -> None:
-        """Compare the plan with its digest.
+        """Compare the plan, and the decoder's if there is one, with the digests.
 
         Raises:
-            ArtifactError: the plan was truncated, changed or replaced.
+            ArtifactError: a plan is missing, truncated, changed or replaced.
         """
-        try:
-            size = plan.stat().st_size
-            digest = sha256(plan, size)
-        except OSError as error:
-            raise ArtifactError(f"{plan} cannot be read: {error.strerror}; {_CURE}") from error
-        if size != self.plan["bytes"]:
-            raise ArtifactError(
-                f"{plan} has {size} bytes where {json_path(plan).name} says {self.plan['bytes']}: "
-                f"it is truncated, or another plan; {_CURE}"
-            )
-        if digest != self.plan["sha256"]:
-            raise ArtifactError(f"{plan} was changed after the build (sha256 differs); {_CURE}")
+        for file, entry in self.files(plan).items():
+            _verify(file, entry, json_path(plan).name)
+
+
+_FIELDS = tuple(
+    field.name for field in dataclasses.fields(PlanManifest) if field.name not in ("signature", "decoder_plan")
+)
+
+
+def _verify(plan: Path, entry: dict[str, Any], manifest: str) -> None:
+    """Compare a plan with {"sha256", "bytes"}.
+
+    Args:
+        manifest: name of the JSON, for messages.
+    """
+    try:
+        size = plan.stat().st_size
+        digest = sha256(plan, size)
+    except OSError as error:
+        raise ArtifactError(f"{plan} cannot be read: {error.strerror}; {_CURE}") from error
+    if size != entry["bytes"]:
+        raise ArtifactError(
+            f"{plan} has {size} bytes where {manifest} says {entry['bytes']}: it is truncated, or another plan; {_CURE}"
+        )
+    if digest != entry["sha256"]:
+        raise ArtifactError(f"{plan} was changed after the build (sha256 differs); {_CURE}")
 
 
 def publish(built: Path, plan: Path) -> None:
-    """Rename a new plan and its JSON to their final names, under a lock, so that both come from the same process.
+    """Rename a new plan and its other files to their final names, under a lock, so that all come from one process.
+
+    The decoder's plan of an older build is removed if the new one has none.
 
     Raises:
         OSError: they cannot be renamed.
     """
+    decoder, is_stale = decoder_path(plan), False
     with locked(plan):
+        if decoder_path(built).exists():
+            decoder_path(built).replace(decoder)
+        else:
+            with contextlib.suppress(ArtifactError):  # there is no older plan, or its JSON is broken
+                is_stale = decoder in PlanManifest.read(plan).files(plan)
         built.replace(plan)
         json_path(built).replace(json_path(plan))
+        if is_stale:
+            decoder.unlink(missing_ok=True)
+
+
+def decoder_path(plan: Path) -> Path:
+    """The path of the decoder's plan of a model that writes texts."""
+    return plan.with_name(plan.name + DECODER_SUFFIX)
 
 
 def json_path(plan: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lfx.checks import shown
@@ -13,6 +13,9 @@ from lfx.signature import Signature, TensorSpec
 
 # MIN, OPT and MAX of the choices axis of a multiple-choice model; no option sets it.
 CHOICES = (1, 4, 16)
+# Largest number of tokens of one call of a decoder. A search decodes one; `lfx parity` gives the first ones together.
+STEP_TOKENS = 4
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,16 @@ class Range:
     def __str__(self) -> str:
         return f"{self.min}:{self.opt}:{self.max}"
 
+    def __contains__(self, size: int) -> bool:
+        return self.min <= size <= self.max
+
     @classmethod
-    def parse(cls, text: str | int, name: str) -> Range:
+    def parse(cls, text: str | int, name: str, lowest: int = 1) -> Range:
         """Parse MIN:OPT:MAX, or one number for all three.
 
         Args:
             name: name of the option, for messages.
+            lowest: smallest MIN.
         Raises:
             BuildError: the text has another form, or its sizes are out of order or above 2^31 - 1.
         """
@@ -41,8 +48,8 @@ class Range:
         if len(parts) not in (1, 3) or not all(_is_size(part) for part in parts):
             raise BuildError(f"{name} {shown(text)} is not a size; give MIN:OPT:MAX or one number, such as 1:1:8 or 8")
         sizes = [int(part) for part in parts] * (3 if len(parts) == 1 else 1)
-        if not 1 <= sizes[0] <= sizes[1] <= sizes[2] < 2**31:
-            raise BuildError(f"{name} {text} is out of order; it must be 1 ≤ MIN ≤ OPT ≤ MAX < 2^31")
+        if not lowest <= sizes[0] <= sizes[1] <= sizes[2] < 2**31:
+            raise BuildError(f"{name} {text} is out of order; it must be {lowest} ≤ MIN ≤ OPT ≤ MAX < 2^31")
         return cls(*sizes)
 
 
@@ -60,19 +67,67 @@ class Profile:
     def __str__(self) -> str:
         return f"batch {self.batch}, seqlen {self.seqlen}"
 
-    def shapes(self, tensor: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    def shapes(self, tensor: TensorSpec) -> Shapes:
         """Minimum, optimum and maximum shape of an input."""
-        axes = {"batch": self.batch, "sequence": self.seqlen, "choices": Range(*CHOICES)}
-        ranges = [axes[axis] if isinstance(axis, str) else Range(axis, axis, axis) for axis in tensor.shape]
-        return (
-            tuple(r.min for r in ranges),
-            tuple(r.opt for r in ranges),
-            tuple(r.max for r in ranges),
-        )
+        return _shapes(tensor, {"batch": self.batch, "sequence": self.seqlen, "choices": Range(*CHOICES)})
 
     def supports_shape(self, batch: int, seqlen: int) -> bool:
         """Whether a batch of this shape is within both ranges."""
-        return self.batch.min <= batch <= self.batch.max and self.seqlen.min <= seqlen <= self.seqlen.max
+        return batch in self.batch and seqlen in self.seqlen
+
+
+@dataclass(frozen=True)
+class DecoderProfile:
+    """One range for each dynamic axis of the inputs of a decoder's graph; see `lfx.signature.Decoder`.
+
+    Attributes:
+        batch: rows that are decoded together: sequences, times the beams of each.
+        tokens: tokens of a row that one call decodes.
+        past: cached tokens of a row.
+        seqlen: the encoder's tokens.
+    """
+
+    batch: Range
+    tokens: Range
+    past: Range
+    seqlen: Range
+
+    def __str__(self) -> str:
+        return f"rows {self.batch}, tokens {self.tokens}, cached {self.past}, seqlen {self.seqlen}"
+
+    def shapes(self, tensor: TensorSpec) -> Shapes:
+        """Minimum, optimum and maximum shape of an input."""
+        return _shapes(tensor, {"batch": self.batch, "tokens": self.tokens, "past": self.past, "sequence": self.seqlen})
+
+    def supports_shape(self, batch: int, seqlen: int) -> bool:
+        """Whether so many rows, and so many tokens of the encoder, are within their ranges."""
+        return batch in self.batch and seqlen in self.seqlen
+
+    def supports_step(self, tokens: int, past: int) -> bool:
+        """Whether a call that decodes `tokens` tokens after `past` cached ones is within the ranges."""
+        return tokens in self.tokens and past in self.past
+
+
+def _shapes(tensor: TensorSpec, axes: Mapping[str, Range]) -> Shapes:
+    ranges = [axes[axis] if isinstance(axis, str) else Range(axis, axis, axis) for axis in tensor.shape]
+    return tuple(r.min for r in ranges), tuple(r.opt for r in ranges), tuple(r.max for r in ranges)
+
+
+def decoder_profile(encoder: Profile, max_new_tokens: int, num_beams: int) -> DecoderProfile:
+    """The decoder's profile that goes with a profile of the encoder.
+
+    Args:
+        max_new_tokens: number of tokens that a text may have after its first one.
+        num_beams: largest number of rows that are decoded for a sequence.
+    """
+    batch = Range(encoder.batch.min, encoder.batch.opt * num_beams, encoder.batch.max * num_beams)
+    longest = max_new_tokens - 1  # the last token is not decoded
+    return DecoderProfile(
+        batch=batch,
+        tokens=Range(1, 1, min(STEP_TOKENS, max_new_tokens)),
+        past=Range(0, longest // 2, longest),
+        seqlen=encoder.seqlen,
+    )
 
 
 def profiles(batch: Sequence[str | int], seqlen: Sequence[str | int], signature: Signature) -> tuple[Profile, ...]:
@@ -108,7 +163,7 @@ def _repeat(ranges: list[Range], count: int) -> Iterable[Range]:
     return ranges if len(ranges) == count else itertools.repeat(ranges[0], count)
 
 
-def choose(candidates: Sequence[Profile], batch: int, seqlen: int) -> int | None:
+def choose(candidates: Sequence[Profile | DecoderProfile], batch: int, seqlen: int) -> int | None:
     """Index of the profile to run a shape with: the one with the nearest optimum; None if none takes the shape."""
     supporting = [i for i, profile in enumerate(candidates) if profile.supports_shape(batch, seqlen)]
 

@@ -37,7 +37,7 @@ class Verified:
 
     Attributes:
         manifest: path of the manifest: lfx.json of a bundle, or the JSON of a plan.
-        files: names of the files whose digests were checked; for a plan its own name.
+        files: names of the files whose digests were checked; for a plan its own name, and its decoder's.
         key_id: id of the key that signed the manifest, 16 hexadecimal digits as minisign prints them. None if no key
             was given; then no signature was checked.
         trusted_comment: the signature's comment, which the signature covers too. It is not escaped: do not print it to
@@ -83,8 +83,9 @@ def verify(path: str | Path, key: str | Path | None = None, signature: str | Pat
         signature = file_path(signature, "signature") if signature is not None else default
         key_id, comment = check_signature(content, manifest_path, key, signature)
     if is_plan:
-        PlanManifest.parse(content, manifest_path).verify(model)
-        return Verified(manifest_path, (model.name,), key_id, comment)
+        plan = PlanManifest.parse(content, manifest_path)
+        plan.verify(model)
+        return Verified(manifest_path, tuple(file.name for file in plan.files(model)), key_id, comment)
     manifest = Manifest.parse(content, manifest_path)
     manifest.verify(bundle)
     _refuse_unlisted(bundle, manifest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,7 +47,12 @@ class TensorBackend(Backend, Protocol):
     """A backend whose outputs can be inputs of another run without a copy, such as cached keys and values.
 
     A tensor is an object of the backend's library; those of one library fit all its models.
+
+    Attributes:
+        broadcasts: whether an input whose batch is 1 fits a run whose other inputs have a larger batch.
     """
+
+    broadcasts: bool
 
     def tensor(self, array: NDArray[Any]) -> Any:
         """The tensor of an array, which must not be changed while the tensor is used."""
@@ -55,6 +60,10 @@ class TensorBackend(Backend, Protocol):
 
     def array(self, tensor: Any) -> NDArray[Any]:
         """The array of a tensor; it may be a view of the tensor's memory."""
+        ...
+
+    def take(self, tensor: Any, rows: NDArray[np.int64]) -> Any:
+        """A new tensor of these rows of a tensor, in this order; a row may be taken several times."""
         ...
 
     def infer_tensors(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,7 +79,19 @@ class AnyShape:
         return True
 
 
-class ArrayTensors:
+class HostTensors:
+    """Mixin of the backends that run ONNX files, whose products broadcast and whose tensors numpy can read."""
+
+    broadcasts = True
+    tensor: Callable[[NDArray[Any]], Any]
+    array: Callable[[Any], NDArray[Any]]
+
+    def take(self, tensor: Any, rows: NDArray[np.int64]) -> Any:
+        """A copy of these rows."""
+        return self.tensor(self.array(tensor)[rows])
+
+
+class ArrayTensors(HostTensors):
     """Mixin of a backend whose tensors are numpy's arrays."""
 
     def tensor(self, array: NDArray[Any]) -> Any:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lfx.errors import ArtifactError, DependencyError, LfxError, one_line, require, with_cure
 from lfx.runtime import custom_ops
-from lfx.runtime.backends.interface import AnyShape, Arrays
+from lfx.runtime.backends.interface import AnyShape, Arrays, HostTensors
 from lfx.runtime.dlpack import CPU, CUDA, DeviceArray
 
 # On the CPU the fused SkipLayerNormalization is slower than Add and LayerNormalization: 2 % of longformer-base's time.
@@ -23,7 +23,7 @@ PROVIDERS = {
 }
 
 
-class OnnxRuntime(AnyShape):
+class OnnxRuntime(AnyShape, HostTensors):
     """ONNX Runtime on one execution provider."""
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfx.errors import ArtifactError, InputError, LfxError, PluginError, require
-from lfx.runtime import forks
 from lfx.runtime import plugin as plugins
-from lfx.runtime.backends.cuda_memory import LEASED_FROM_BYTES, Buffer, DeviceMemory, Lease, PinnedPool
+from lfx.runtime.backends.cuda_memory import PinnedPool
+from lfx.runtime.backends.device_tensors import DevicePool, DeviceTensor
+from lfx.runtime.backends.tensorrt_worker import Worker
 from lfx.runtime.device import check, cudart, require_gpu
-from lfx.runtime.dlpack import CUDA, DeviceArray
+from lfx.runtime.dlpack import CUDA
 from lfx.runtime.flavor import FLAVORS
-from lfx.runtime.plan import PlanManifest
-from lfx.runtime.profile import choose
+from lfx.runtime.plan import PlanManifest, decoder_path
+from lfx.runtime.profile import DecoderProfile, Profile, choose
+from lfx.signature import PAST
 
 Arrays = dict[str, NDArray[Any]]
 DEVICE = 0
@@ -28,7 +30,15 @@ DLPACK_DEVICE = (CUDA, DEVICE)
 class TensorRt:
     """A plan on the first GPU. Each thread that runs it has its own execution context, stream and buffers."""
 
+    # TensorRT takes two axes of one name for equal.
+    broadcasts = False
+
     def __init__(self, plan: Path, manifest: PlanManifest) -> None:
+        """Load a plan that was compared with its manifest."""
+        self._profiles: Sequence[Profile | DecoderProfile] = manifest.profiles
+        self._load(plan, manifest, has_plugins=manifest.plugin_layers > 0)
+
+    def _load(self, plan: Path, manifest: PlanManifest, *, has_plugins: bool) -> None:
         flavor = FLAVORS.get(manifest.flavor)
         if flavor is None:
             raise ArtifactError(
@@ -41,7 +51,7 @@ class TensorRt:
                 f"{plan} was built by {manifest.flavor} {manifest.tensorrt_version}, and {trt.__version__} is "
                 "installed; install that version, or build the plan again with: lfx build-engine"
             )
-        library = plugins.library() if manifest.plugin_layers else None
+        library = plugins.library() if has_plugins else None
         capability = require_gpu()
         if capability != manifest.target:
             raise ArtifactError(
@@ -66,8 +76,8 @@ class TensorRt:
         self.input_names = [name for name in names if is_input[name]]
         self.output_names = [name for name in names if not is_input[name]]
         self.name = f"{manifest.flavor} {trt.__version__} {capability}"
-        self._profiles = manifest.profiles
         self._pool = PinnedPool(self._cuda)
+        self._device_pool = DevicePool(self._cuda)
         self._workers = threading.local()
 
     def supports_shape(self, batch: int, seqlen: int) -> bool:
@@ -83,7 +93,53 @@ class TensorRt:
             InputError: no profile of the plan takes this shape.
             LfxError: CUDA or TensorRT failed.
         """
-        shape = next(iter(feeds.values())).shape
+        profile = self._profile_of({name: array.shape for name, array in feeds.items()})
+        names = self.output_names if outputs is None else list(outputs)
+        return self._worker().run(feeds, profile, names, on_device)
+
+    def tensor(self, array: NDArray[Any]) -> DeviceTensor:
+        """A tensor in device memory with the array's content."""
+        return self._worker().copies.upload(array)
+
+    def array(self, tensor: DeviceTensor) -> NDArray[Any]:
+        """A copy of a tensor."""
+        return self._worker().copies.download(tensor)
+
+    def take(self, tensor: DeviceTensor, rows: NDArray[np.int64]) -> DeviceTensor:
+        """A copy of these rows on the device."""
+        return self._worker().copies.take(tensor, rows)
+
+    def infer_tensors(self, tensors: Mapping[str, DeviceTensor]) -> dict[str, DeviceTensor]:
+        """Run one batch of tensors; the outputs stay on the device, and nothing is copied."""
+        profile = self._profile_of({name: tensor.shape for name, tensor in tensors.items()})
+        return self._worker().run_tensors(tensors, profile, self.output_names)
+
+    def _worker(self) -> Worker:
+        """The worker of this thread."""
+        worker: Worker | None = getattr(self._workers, "worker", None)
+        if worker is None:
+            check(self._cuda.cudaSetDevice(DEVICE))  # CUDA's current device is per thread
+            context = self._engine.create_execution_context()
+            if context is None:
+                raise LfxError(f"TensorRT could not create an execution context: {self._log.last()}")
+            worker = self._workers.worker = Worker(
+                self._cuda,
+                self._trt,
+                self._engine,
+                context,
+                (self._pool, self._device_pool),
+                self._log.last,
+                DLPACK_DEVICE,
+            )
+        return worker
+
+    def _profile_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Index of the profile for these shapes of the inputs.
+
+        Raises:
+            InputError: no profile takes them.
+        """
+        shape = next(iter(shapes.values()))
         profile = choose(self._profiles, shape[0], shape[-1])
         if profile is None:
             ranges = " or ".join(map(str, self._profiles))
@@ -91,16 +147,31 @@ class TensorRt:
                 f"batch {shape[0]}, seqlen {shape[-1]} is outside what the plan was built for ({ranges}); split the "
                 "batch, or rebuild with other ranges: lfx build-engine --batch MIN:OPT:MAX --seqlen MIN:OPT:MAX"
             )
-        worker = getattr(self._workers, "worker", None)
-        if worker is None:
-            check(self._cuda.cudaSetDevice(DEVICE))  # CUDA's current device is per thread
-            context = self._engine.create_execution_context()
-            if context is None:
-                raise LfxError(f"TensorRT could not create an execution context: {self._log.last()}")
-            worker = self._workers.worker = _Worker(
-                self._cuda, self._trt, self._engine, context, self._pool, self._log.last
+        return profile
+
+
+class TensorRtDecoder(TensorRt):
+    """The decoder's plan of a model that writes texts."""
+
+    def __init__(self, plan: Path, manifest: PlanManifest) -> None:
+        """Load the decoder's plan beside the encoder's `plan`."""
+        assert manifest.decoder_plan is not None
+        self._profiles = self._decoder_profiles = manifest.decoder_plan.profiles
+        self._load(decoder_path(plan), manifest, has_plugins=False)
+
+    def _profile_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        (rows, tokens), seqlen = shapes["input_ids"], shapes["encoder_attention_mask"][1]
+        past = next((shape[2] for name, shape in shapes.items() if name.startswith(PAST) and ".decoder." in name), 0)
+        fitting = [i for i, profile in enumerate(self._decoder_profiles) if profile.supports_step(tokens, past)]
+        profile = choose([self._decoder_profiles[i] for i in fitting], rows, seqlen)
+        if profile is None:
+            ranges = " or ".join(map(str, self._profiles))
+            raise InputError(
+                f"rows {rows}, tokens {tokens}, cached {past}, seqlen {seqlen} is outside what the decoder's plan was "
+                f"built for ({ranges}); give fewer sequences or beams, or rebuild with other ranges: lfx build-engine "
+                "--batch MIN:OPT:MAX --num-beams N --max-new-tokens N --seqlen MIN:OPT:MAX"
             )
-        return worker.run(feeds, profile, self.output_names if outputs is None else list(outputs), on_device)
+        return fitting[profile]
 
 
 def _load_plugins(trt: Any, library: Path) -> None:
@@ -134,166 +205,3 @@ class _Log:
                     lines.append(" ".join(message.split()))
 
         return Logger()
-
-
-class _Worker:
-    """Execution context, stream, buffers and CUDA graph of one thread. Not thread-safe.
-
-    The second batch in a row of one shape and with the same outputs is captured as a CUDA graph, and further ones
-    replay it. The copies of large outputs, and of those that stay on the device, are not in the graph: each run has
-    other memory for them. A worker has at most one graph, since setting other shapes on the context invalidates a graph
-    that was captured from it.
-    """
-
-    def __init__(
-        self, cuda: Any, trt: Any, engine: Any, context: Any, pool: PinnedPool, reason: Callable[[], str]
-    ) -> None:
-        self._cuda, self._trt, self._engine, self._context, self._reason = cuda, trt, engine, context, reason
-        self._pool = pool
-        self._buffers: dict[str, Buffer] = {}
-        self._profile = 0  # a new context has profile 0 selected
-        # Shapes of the inputs, names of the outputs and `on_device` of the previous run; None if it failed.
-        self._previous: tuple[dict[str, tuple[int, ...]], list[str], bool] | None = None
-        self._graph: Any = None
-        self._can_capture = True
-        self._generation = forks.generation()
-        self._stream = check(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
-
-    def run(self, feeds: Arrays, profile: int, outputs: list[str], on_device: bool) -> Arrays:
-        """Run one batch and wait for its outputs."""
-        current = ({name: array.shape for name, array in feeds.items()}, outputs, on_device)
-        is_repeat = current == self._previous
-        self._previous = None  # stays None if a step below fails
-        if not is_repeat:
-            self._prepare(feeds, profile, outputs, on_device)
-        for name, array in feeds.items():
-            self._buffers[name].array(array.shape, array.dtype)[...] = array
-        specs = {name: self._output(name) for name in outputs}
-        # Before anything is enqueued: an error must not return memory that a pending copy writes.
-        targets = {name: self._target(name, _bytes(spec), on_device) for name, spec in specs.items()}
-        sizes = (
-            {name: array.nbytes for name, array in feeds.items()},
-            {name: _bytes(specs[name]) for name, target in targets.items() if target is None},
-        )
-        if is_repeat and self._graph is None and self._can_capture:
-            self._graph = self._capture(*sizes)
-        if self._graph is not None:
-            check(self._cuda.cudaGraphLaunch(self._graph, self._stream))
-        else:
-            self._enqueue(*sizes)
-        kinds = self._cuda.cudaMemcpyKind
-        kind = kinds.cudaMemcpyDeviceToDevice if on_device else kinds.cudaMemcpyDeviceToHost
-        for name, target in targets.items():
-            if target is not None:
-                source = self._buffers[name].device
-                check(self._cuda.cudaMemcpyAsync(target.address, source, _bytes(specs[name]), kind, self._stream))
-        check(self._cuda.cudaStreamSynchronize(self._stream))
-        self._previous = current
-        return {name: self._result(name, target, *specs[name]) for name, target in targets.items()}
-
-    def _prepare(self, feeds: Arrays, profile: int, outputs: list[str], on_device: bool) -> None:
-        """Set the profile, shapes, buffers and addresses for a batch of other shapes or outputs than the previous."""
-        self._destroy_graph()
-        if profile != self._profile:
-            if not self._context.set_optimization_profile_async(profile, int(self._stream)):
-                raise LfxError(f"TensorRT could not select profile {profile}: {self._reason()}")
-            self._profile = profile
-        for name, array in feeds.items():
-            if not self._context.set_input_shape(name, array.shape):
-                raise InputError(f"{name} of shape {array.shape} is outside the plan's profile: {self._reason()}")
-            self._buffers.setdefault(name, Buffer(self._cuda)).reserve(max(array.nbytes, 1))
-        for i in range(self._engine.num_io_tensors):  # the engine writes all outputs, also those that are not copied
-            name = self._engine.get_tensor_name(i)
-            if name not in feeds:
-                size = max(_bytes(self._output(name)), 1)
-                is_staged = name in outputs and not on_device and size < LEASED_FROM_BYTES
-                self._buffers.setdefault(name, Buffer(self._cuda)).reserve(size, on_host=is_staged)
-        for name, buffer in self._buffers.items():
-            self._context.set_tensor_address(name, buffer.device)
-
-    def _target(self, name: str, size: int, on_device: bool) -> DeviceMemory | Lease | Buffer | None:
-        """Where an output is copied after the graph; None = to its buffer's host memory, in the graph."""
-        if on_device:
-            return DeviceMemory(self._cuda, size)
-        if size < LEASED_FROM_BYTES:
-            return None
-        lease = self._pool.take(size)
-        if lease is not None:
-            return lease
-        self._buffers[name].reserve(size)
-        return self._buffers[name]
-
-    def _result(
-        self, name: str, target: DeviceMemory | Lease | Buffer | None, shape: tuple[int, ...], dtype: np.dtype[Any]
-    ) -> Any:
-        """An output that has been copied to its target."""
-        if target is None or isinstance(target, Buffer):
-            return self._buffers[name].array(shape, dtype).copy()
-        if isinstance(target, Lease):
-            return target.array(shape, dtype)
-        return DeviceArray(target.address, shape, dtype, DLPACK_DEVICE, target)
-
-    def _output(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Shape and dtype of an output for the input shapes that are set."""
-        dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
-        return tuple(self._context.get_tensor_shape(name)), dtype
-
-    def _enqueue(self, inputs: dict[str, int], outputs: dict[str, int]) -> None:
-        """Enqueue the copies to the device, the engine and the copies back; tensor name -> bytes to copy."""
-        cuda = self._cuda
-        to_device, to_host = cuda.cudaMemcpyKind.cudaMemcpyHostToDevice, cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        for name, size in inputs.items():
-            buffer = self._buffers[name]
-            check(cuda.cudaMemcpyAsync(buffer.device, buffer.host, size, to_device, self._stream))
-        if not self._context.execute_async_v3(int(self._stream)):
-            raise LfxError(f"TensorRT failed: {self._reason()}")
-        for name, size in outputs.items():
-            buffer = self._buffers[name]
-            check(cuda.cudaMemcpyAsync(buffer.host, buffer.device, size, to_host, self._stream))
-
-    def _capture(self, inputs: dict[str, int], outputs: dict[str, int]) -> Any:
-        """Capture `_enqueue` as a CUDA graph; returns None, and does not retry, if a layer cannot be captured."""
-        cuda = self._cuda
-        self._can_capture = False
-        is_capturable = getattr(self._context, "is_stream_capturable", None)  # TensorRT-RTX only
-        if is_capturable is not None and not is_capturable(int(self._stream)):
-            return None
-        check(cuda.cudaStreamBeginCapture(self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
-        try:
-            self._enqueue(inputs, outputs)
-        except LfxError:
-            cuda.cudaStreamEndCapture(self._stream)
-            cuda.cudaGetLastError()
-            return None
-        error, graph = cuda.cudaStreamEndCapture(self._stream)
-        if int(error) != 0:
-            cuda.cudaGetLastError()
-            return None
-        try:
-            executable = check(cuda.cudaGraphInstantiate(graph, 0))
-        finally:
-            cuda.cudaGraphDestroy(graph)
-        self._can_capture = True
-        return executable
-
-    def _destroy_graph(self) -> None:
-        if self._graph is not None:
-            self._cuda.cudaGraphExecDestroy(self._graph)
-            self._graph = None
-
-    def __del__(self) -> None:
-        if not hasattr(self, "_stream"):  # `__init__` failed before the stream was created
-            return
-        if self._generation != forks.generation():  # CUDA does not work in a forked child
-            forks.keep(self)
-            return
-        self._destroy_graph()
-        for buffer in self._buffers.values():
-            buffer.free()
-        self._cuda.cudaStreamDestroy(self._stream)
-
-
-def _bytes(spec: tuple[tuple[int, ...], np.dtype[Any]]) -> int:
-    """Size of a tensor of this shape and dtype."""
-    shape, dtype = spec
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

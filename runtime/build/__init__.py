@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from lfx.runtime.build.builder import Options, build_engine
+from lfx.runtime.build.arguments import Options
+from lfx.runtime.build.builder import build_engine
 
 __all__ = ["Options", "build_engine"]

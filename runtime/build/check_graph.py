@@ -12,8 +12,8 @@ from lfx.errors import ArtifactError, BuildError, LfxError
 from lfx.manifest import Manifest
 from lfx.parity import UNIT_ROUNDOFF, Arrays, Case, Runner, compare, quick_cases
 from lfx.runtime.engine import Engine
-from lfx.runtime.runner import engine_runner, model_inputs
-from lfx.signature import Signature
+from lfx.runtime.runner import FIRST_LOGITS, LATER_LOGITS, model_inputs, outputs_runner, with_text
+from lfx.signature import PAST, Signature
 
 
 def check_conversion(
@@ -24,16 +24,17 @@ def check_conversion(
     progress: Callable[[str], None],
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Require that the outputs of the prepared graph differ from the bundle's by no more than rounding errors.
+    """Require that the outputs of the prepared graphs differ from the bundle's by no more than rounding errors.
 
     The limit is derived from an error e that was measured at export in the bundle's precision, whose unit roundoff is
     u. In a precision whose unit roundoff is u' the rounding errors of the same model grow to e · u'/u, so the limit is
     2 · e · u'/u + band, as in `lfx.parity`. For an int8 bundle e is the error of its quantized graph without fused
     layers: sums in another order round some activations to a neighbouring step. For other bundles e is PyTorch's error.
-    Graphs in float32, float16 and int8 run in ONNX Runtime, those in bfloat16 in OpenVINO.
+    Graphs in float32, float16 and int8 run in ONNX Runtime, those in bfloat16 in OpenVINO. The decoder of a model that
+    writes texts decodes given tokens, one by one.
 
     Args:
-        model: the prepared graph. signature: the plan's signature.
+        model: the prepared graph; if it is an encoder's, the decoder's is beside it. signature: the plan's signature.
         progress: called with a description of each case.
         log: called with a warning if the backend is not installed; nothing can be checked then.
     Returns:
@@ -47,16 +48,22 @@ def check_conversion(
     if find_spec(backend) is None:
         log(f"warning: {backend} is not installed, so the {signature.precision} graph was not checked")
         return {"checked": False, "reason": f"{backend} is not installed"}
-    exported = {spec.name: _exported_error(manifest, spec.name) for spec in signature.outputs}
+    names, layers = [spec.name for spec in signature.outputs], len(signature.attention_windows)
+    depth = dict.fromkeys(names, layers)
+    if (decoder := signature.decoder) is not None:
+        names += [FIRST_LOGITS, LATER_LOGITS] if decoder.max_tokens > 1 else [FIRST_LOGITS]
+        layers += 2 * sum(spec.name.startswith(PAST) and spec.name.endswith("decoder.key") for spec in decoder.inputs)
+    exported = {name: _exported_error(manifest, name) for name in names}
     with Engine(bundle) as original, _open_converted(model, backend, signature.precision) as converted:
         report = compare(
             _cases(manifest, signature),
-            lambda case: model_inputs(case, signature),
-            reference=engine_runner(original),
+            lambda case: with_text(case, model_inputs(case, signature), signature),
+            reference=outputs_runner(original),
             witness=None,
-            candidate=_raising_build_error(engine_runner(converted), signature.precision),
+            candidate=_raising_build_error(outputs_runner(converted), signature.precision),
             precision=signature.precision,
-            layers=len(signature.attention_windows),
+            layers=layers,
+            depth=depth,
             on_case=lambda case: progress(f"checking the graph: {case}"),
         )
         backend_name = converted.backend

@@ -7,7 +7,21 @@ from typing import Any
 
 from lfx.errors import ArtifactError
 from lfx.runtime.generation.settings import CONFIG_FILE, CONFIG_OPTIONS
-from lfx.runtime.tokenizer import CONFIG, json_object, listed_files, read_listed
+from lfx.runtime.plan import PlanManifest
+from lfx.runtime.tokenizer import CONFIG, json_object, listed_files, read_listed, text_folder
+
+
+def defaults_of(model: Path, manifest: Any) -> dict[str, Any]:
+    """The defaults of a model's options: those of its bundle, or those that a plan was built with.
+
+    Args:
+        model: path of the bundle, ONNX file or plan. manifest: its manifest; None for a single ONNX file.
+    Raises:
+        ArtifactError: see `read_defaults`.
+    """
+    if isinstance(manifest, PlanManifest) and manifest.decoder_plan is not None:
+        return manifest.decoder_plan.generation
+    return read_defaults(text_folder(model, manifest))
 
 
 def read_defaults(folder: Path) -> dict[str, Any]:

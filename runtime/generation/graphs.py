@@ -12,7 +12,7 @@ from lfx.errors import ArtifactError, InputError
 from lfx.runtime.backends.interface import TensorBackend
 from lfx.runtime.generation.model import Int64
 from lfx.runtime.inputs import Feeds, stack
-from lfx.signature import PAST, PRESENT, TEXT_GENERATION, Decoder, Signature
+from lfx.signature import HIDDEN_STATES, PAST, PRESENT, TEXT_GENERATION, Decoder, Signature
 
 Tensors = dict[str, Any]  # input name of the decoder -> tensor of the backend
 
@@ -67,16 +67,24 @@ class GraphGenerator:
 class GraphCache:
     """The decoder's inputs that stay, and those that each step replaces.
 
-    A batch of one sequence is encoded once for all its rows: the decoder's products broadcast its keys and values. In
-    larger batches the rows of a sequence get copies.
+    In a backend that broadcasts, the rows of a batch of one sequence share its keys and values. Otherwise, and in
+    larger batches, the rows of a sequence get copies.
     """
 
     def __init__(self, decoder: TensorBackend, spec: Decoder, encoded: Tensors, mask: Int64, copies: int) -> None:
         self._decoder = decoder
         batch = len(mask)
         self._encoder: Tensors = {"encoder_attention_mask": decoder.tensor(mask)}
-        for item in spec.inputs:
-            if item.name.startswith(PAST) and ".encoder." in item.name:
+        cross = [item for item in spec.inputs if item.name.startswith(PAST) and ".encoder." in item.name]
+        # Names of the keys and values that the decoder makes at its first step.
+        self._made: list[str] = []
+        if any(item.name == HIDDEN_STATES for item in spec.inputs):
+            self._made = [item.name for item in cross]
+            self._encoder[HIDDEN_STATES] = encoded["last_hidden_state"]
+            for item in cross:
+                self._encoder[item.name] = decoder.tensor(np.zeros(_empty_shape(item.shape, batch), item.dtype))
+        else:
+            for item in cross:
                 self._encoder[item.name] = encoded[item.name.replace(PAST, PRESENT, 1)]
         rows = batch * copies
         self._past = {
@@ -95,6 +103,8 @@ class GraphCache:
             {"input_ids": self._decoder.tensor(np.ascontiguousarray(tokens)), **self._encoder, **self._past}
         )
         self._past = {name: outputs[name.replace(PAST, PRESENT, 1)] for name in self._past}
+        self._encoder |= {name: outputs[name.replace(PAST, PRESENT, 1)] for name in self._made}
+        self._made = []
         logits = self._decoder.array(outputs["logits"])
         if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
             raise ArtifactError(
@@ -112,7 +122,7 @@ class GraphCache:
     def _match_encoder(self) -> None:
         """Give each row the keys and values of its sequence, if it does not have them already."""
         kept = np.unique(self._sequences)
-        wanted = kept if len(kept) == 1 else self._sequences
+        wanted = kept if len(kept) == 1 and self._decoder.broadcasts else self._sequences
         if np.array_equal(self._encoded_sequences, wanted):
             return
         first = {sequence: i for i, sequence in reversed(list(enumerate(self._encoded_sequences.tolist())))}
@@ -122,9 +132,9 @@ class GraphCache:
     def _take(self, tensors: Tensors, rows: Int64) -> None:
         """Replace tensors by copies of some of their rows, one by one: never are all in memory twice."""
         for name in tensors:
-            tensors[name] = self._decoder.tensor(self._decoder.array(tensors[name])[rows])
+            tensors[name] = self._decoder.take(tensors[name], rows)
 
 
 def _empty_shape(axes: tuple[int | str, ...], rows: int) -> list[int]:
-    sizes = {"batch": rows, "past": 0}
-    return [axis if isinstance(axis, int) else sizes[axis] for axis in axes]
+    """The shape of keys or values of no token."""
+    return [axis if isinstance(axis, int) else rows if axis == "batch" else 0 for axis in axes]

@@ -286,7 +286,7 @@ def _add_files(bundle: Path, folder: Path, manifest: Manifest, names: Mapping[st
 
 def _add_plan(source: _Source, plan: PlanManifest, version: Path) -> str:
     """Add a plan, its JSON and the text files of its bundle, if they are there."""
-    for file in (source.path, json_path(source.path)):
+    for file in (*plan.files(source.path), json_path(source.path)):
         copy(file, version / file.name)
     bundle = source.path.parent / str(plan.bundle["name"])
     if finds_tokenizer(source.path, plan) and bundle.is_dir():

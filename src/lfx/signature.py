@@ -26,6 +26,9 @@ ATTENTIONS, GLOBAL_ATTENTIONS = "attentions", "global_attentions"
 GRAPH_INPUTS = ("input_ids", "attention_mask", "global_attention_mask")
 # Prefixes of the names of cached keys and values: the decoder's inputs, and the outputs of both graphs.
 PAST, PRESENT = "past_key_values", "present"
+# The input of a decoder that makes the encoder's keys and values itself, in the layout hf.
+HIDDEN_STATES = "encoder_hidden_states"
+CACHED = "cached"  # the axis of the encoder's cached tokens in that decoder's inputs
 # Names of outputs with the number of a layer in them.
 _LAYER = re.compile(rf"({ATTENTIONS}|{GLOBAL_ATTENTIONS}|{PRESENT}|{PAST})\.(\d+)((?:\.\w+)*)")
 _TENSORS = [{"name": str, "dtype": str, "shape": [(int, str)]}]
@@ -112,7 +115,9 @@ class Decoder:
     """The decoder's graph of a model that writes texts.
 
     `present.N.encoder.key` and `.value` of the encoder's graph are its inputs `past_key_values.N.encoder.key` and
-    `.value`; its own outputs `present.N.decoder.key` and `.value` are the inputs of the next step.
+    `.value`; its own outputs `present.N.decoder.key` and `.value` are the inputs of the next step. In the layout hf the
+    decoder has the input `encoder_hidden_states`, makes the encoder's keys and values at the first step, when those
+    inputs have no tokens, and has them as outputs.
 
     Attributes:
         model_file: path of the ONNX file in the bundle.

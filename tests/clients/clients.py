@@ -22,6 +22,7 @@ INPUTS: dict[str, Any] = {
     "ids": [[5, 6, 7, 8, 9, 10, 11, 12] * 5, [5, 6, 7, 8] * 5 + [1] * 20],
     "mask": [[1] * 40, [1] * 20 + [0] * 20],
     "texts": ["the quick brown fox", "the lazy dog jumps over the fox"],
+    "search": {"max_new_tokens": 10, "min_new_tokens": 10},
 }
 _BROWSER = next((name for name in ("chromium", "chromium-browser", "google-chrome") if shutil.which(name)), None)
 _SECONDS = 120
@@ -65,6 +66,7 @@ def slug(text: str) -> str:
 
 _ONNX = "onnx/model.onnx"
 _CLASSIFY = {"task": "text-classification"}
+_WRITE = {"task": "text2text-generation"}
 _FEATURES = {"class": "ORTModelForFeatureExtraction"}
 _WEB_DATA = {"externalData": [{"path": "model.onnx_data", "data": "/model/model.onnx_data"}]}
 CASES = [
@@ -99,6 +101,16 @@ CASES = [
     Case("openvino", "base", "the file", file=_ONNX),
     Case("openvino", "classifier", "the file", "logits", file=_ONNX),
     Case("openvino", "bundle (layout lfx)", "the file", file="model.onnx", refused="lfx"),
+    Case("optimum-onnx", "LED", "ORTModelForSeq2SeqLM", "tokens", options={"class": "ORTModelForSeq2SeqLM"}),
+    Case(
+        "@huggingface/transformers",
+        "LED",
+        "no option",
+        "tokens",
+        options=_WRITE,
+        refused="Unsupported model type: led",
+    ),
+    Case("@huggingface/transformers", "LED, --model-type bart", "no option", "tokens", options=_WRITE),
 ]
 
 

@@ -12,7 +12,8 @@ from lfx.export import export, relayout
 from lfx.export.quantize import quantize
 from lfx.runtime import Engine
 from tests.clients.clients import INPUTS, slug
-from tests.models import make_sentence_folder, save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from tests.models import VOCAB_SIZE, make_sentence_folder, save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from tests.runtime.generation.led import tiny_led
 
 
 def make_models(root: Path) -> None:
@@ -34,11 +35,16 @@ def make_models(root: Path) -> None:
     pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}  # as versions before 6 write it
     (checkpoint / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     export(checkpoint, root / slug("sentence embedding"), layout="hf")
+    led = export(tiny_led(vocab_size=VOCAB_SIZE), root / "LED bundle", tokenizer=tokenizer)
+    relayout(led, root / "LED")
+    relayout(led, root / slug("LED, --model-type bart"), model_type="bart")
 
 
 def expected(folder: Path, output: str) -> np.ndarray[Any, Any]:
     """What Engine answers for the inputs of the cases."""
     with Engine(folder) as engine:
+        if output == "tokens":
+            return engine.generate(np.array(INPUTS["ids"]), np.array(INPUTS["mask"]), **INPUTS["search"])
         if output == "sentence_embedding":
             return engine.embed(INPUTS["texts"])
         return np.asarray(engine.run(np.array(INPUTS["ids"]), np.array(INPUTS["mask"]))[output])

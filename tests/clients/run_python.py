@@ -26,6 +26,8 @@ def main(client: str, model: str, options: dict[str, Any], inputs: dict[str, Any
     cls = getattr(onnxruntime, options.pop("class"))
     loaded = cls.from_pretrained(model, **options)
     feeds = {"input_ids": torch.tensor(inputs["ids"]), "attention_mask": torch.tensor(inputs["mask"])}
+    if cls.__name__ == "ORTModelForSeq2SeqLM":
+        return {"tokens": loaded.generate(**feeds, **inputs["search"]).ravel().tolist()}
     if "global" in inputs:
         feeds["global_attention_mask"] = torch.tensor(inputs["global"])
     return {name: np.asarray(value).ravel().tolist() for name, value in loaded(**feeds).items() if value is not None}

@@ -176,7 +176,7 @@ def test_relayout_refuses_bundles_that_do_not_belong_together(bundle: MakeBundle
 
 
 def test_a_wrong_model_is_not_written(bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lfx.export.layout.fix_globals", lambda model, mode, adds_globals: _negate(model))
+    monkeypatch.setattr("lfx.export.layout_models.fix_globals", lambda model, mode, adds_globals: _negate(model))
     with pytest.raises(ParityError, match=r"model\.onnx: logits differs from the bundle's by"):
         relayout(bundle("text-classification", global_attention="first"), tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

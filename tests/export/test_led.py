@@ -283,8 +283,10 @@ def test_a_subclass_of_the_self_attention_keeps_its_own_code(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layout": "hf"}, "layout hf is for models of one graph, and a LEDForConditionalGeneration has two"),
-        ({"output_attentions": True}, "output_attentions is for models of one graph"),
+        (
+            {"output_attentions": True},
+            "output_attentions is for models of one graph, and a LEDForConditionalGeneration has two",
+        ),
         ({"task": "feature-extraction"}, "task feature-extraction is not the task of a LEDForConditionalGeneration"),
         ({"max_seqlen": 129}, "max_seqlen 129 is out of range; the position embeddings allow 1 to 128"),
         ({"max_global": 200}, "max_global 200 is above the longest sequence, 128 tokens"),

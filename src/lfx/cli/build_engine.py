@@ -30,6 +30,18 @@ from lfx.manifest import MANIFEST
 )
 @click.option("--max-global", help="Set the number of global slots in a row.  [default: the bundle's, or 64]")
 @click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    help="Let texts have at most this number of tokens after the first; for a model that writes texts.  "
+    "[default: what its decoder has positions for]",
+)
+@click.option(
+    "--num-beams",
+    type=click.IntRange(1),
+    help="Decode at most this number of beams for each sequence; for a model that writes texts.  "
+    "[default: the checkpoint's, or 1]",
+)
+@click.option(
     "--flavor",
     type=click.Choice(["tensorrt", "tensorrt-rtx"]),
     help="Choose the TensorRT flavor.  [default: the one that is installed]",
@@ -56,6 +68,8 @@ def command(
     batch: tuple[str, ...],
     seqlen: tuple[str, ...],
     max_global: str | None,
+    max_new_tokens: int | None,
+    num_beams: int | None,
     flavor: str | None,
     target: str | None,
     plugin: bool,
@@ -70,10 +84,11 @@ def command(
 ) -> None:
     """Build a TensorRT plan from a bundle; without BUNDLE, from the only one in this folder.
 
-    Give --batch and --seqlen several times for several optimization profiles.
+    Give --batch and --seqlen several times for several optimization profiles. A model that writes texts gets two plans:
+    NAME.plan of its encoder, and NAME.plan.decoder.
     """
     from lfx.runtime.build import Options, build_engine
-    from lfx.runtime.plan import PlanManifest
+    from lfx.runtime.plan import PlanManifest, decoder_path
 
     options = Options(
         timing_cache=timing_cache,
@@ -91,6 +106,8 @@ def command(
             batch=batch,
             seqlen=seqlen or None,
             max_global=max_global,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
             flavor=flavor,
             target=target,
             plugin=plugin,
@@ -108,6 +125,9 @@ def command(
         f"{' and '.join(map(str, manifest.profiles))}, {manifest.plan['bytes']:,} bytes"
     )
     echo(f"{manifest.plugin_layers} of {manifest.attention_nodes} attention nodes are plugin layers")
+    if (decoder := manifest.decoder_plan) is not None:
+        profiles = " and ".join(map(str, decoder.profiles))
+        echo(f"{decoder_path(plan)}: {profiles}, {decoder.plan['bytes']:,} bytes")
 
 
 def _only_bundle() -> Path:

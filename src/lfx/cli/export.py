@@ -71,9 +71,9 @@ from lfx.signature import GLOBAL_MODES, OPSETS, POOLINGS, PRECISIONS, TASKS, gro
 )
 @click.option(
     "--model-type",
-    type=click.Choice(["longformer", "roberta"]),
-    help="With --layout hf, write this model_type into config.json; transformers.js classifies as roberta alone.  "
-    "[default: the checkpoint's]",
+    type=click.Choice(["longformer", "roberta", "bart"]),
+    help="With --layout hf, write this model_type into config.json; transformers.js classifies as roberta alone, and "
+    "writes texts as bart.  [default: the checkpoint's]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest instead of a summary.")
 def command(

@@ -110,13 +110,20 @@ def _plan(manifest: PlanManifest) -> Iterator[list[str]]:
     yield ["target", manifest.target]
     for profile in manifest.profiles:
         yield ["profile", str(profile)]
+    decoder = manifest.decoder_plan
+    for decoder_profile in decoder.profiles if decoder is not None else ():
+        yield ["decoder's profile", str(decoder_profile)]
     plugin = f", plugin version {manifest.plugin_version}" if manifest.plugin_version else ""
     yield ["attention", f"{manifest.plugin_layers} of {manifest.attention_nodes} nodes are plugin layers{plugin}"]
     yield from _model(manifest.signature)
-    for name, result in manifest.conversion.get("outputs", {}).items():
-        difference, limit = result["max_abs_difference"], result["limit"]
+    converted = manifest.conversion.get("outputs", {})
+    for name, group in grouped(converted).items():
+        difference = max(converted[output]["max_abs_difference"] for output in group)
+        limit = min(converted[output]["limit"] for output in group)
         yield ["converted", f"{name}: {difference:.2g} from the bundle's, at most {limit:.2g} allowed"]
     yield ["size", f"{manifest.plan.get('bytes', 0):,} bytes"]
+    if decoder is not None:
+        yield ["decoder's size", f"{decoder.plan['bytes']:,} bytes"]
     yield ["made with", _versions(manifest.versions)]
 
 

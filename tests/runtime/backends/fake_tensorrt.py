@@ -36,6 +36,7 @@ class Cuda:
         self.streams: dict[int, list[Callable[[], None]]] = {}
         self.capturing: dict[int, list[Callable[[], None]]] = {}
         self.counts = {"copies": 0, "launches": 0, "graphs": 0, "frees": 0}
+        self.copied_bytes = {1: 0, 2: 0, 3: 0}  # by the kind of the copy
 
     def allocate(self, size: int) -> tuple[Error, int]:
         buffer = (ctypes.c_char * size)()
@@ -68,11 +69,18 @@ class Cuda:
 
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> tuple[Error]:
         for address in (to, source):
-            buffer = self.memory[address]  # only what was allocated, from its start
-            assert size <= len(buffer)
+            # Only what was allocated, from its start; rows are copied on the device from anywhere inside.
+            start = address if kind != self.cudaMemcpyKind.cudaMemcpyDeviceToDevice else self.start_of(address)
+            assert address + size <= start + len(self.memory[start])
         self.counts["copies"] += 1
+        self.copied_bytes[kind] += size
         self.enqueue(stream, lambda: ctypes.memmove(to, source, size))
         return (Error(0),)
+
+    def start_of(self, address: int) -> int:
+        """The start of the allocation that an address is in."""
+        allocated = list(self.memory.items())  # other threads may allocate meanwhile
+        return next(start for start, buffer in allocated if start <= address < start + len(buffer))
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[Error]:
         self.capturing[stream] = []
@@ -108,7 +116,7 @@ class Cuda:
 
 
 class Context:
-    """An IExecutionContext of a model whose outputs are float32."""
+    """An IExecutionContext."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.profile = engine, 0
@@ -141,9 +149,12 @@ class Context:
             for name in engine.inputs:
                 raw = cuda.memory[addresses[name]]
                 count = int(np.prod(shapes[name]))
-                feeds[name] = np.frombuffer(raw, np.int64, count).reshape(shapes[name]).copy()
+                dtype = np.dtype(engine.dtypes.get(name, "int64"))
+                assert count * dtype.itemsize <= len(raw)
+                feeds[name] = np.frombuffer(raw, dtype, count).reshape(shapes[name]).copy()
             for name, array in engine.compute(feeds).items():
-                data = np.ascontiguousarray(array, np.float32)
+                data = np.ascontiguousarray(array, engine.get_tensor_dtype(name))
+                assert data.nbytes <= len(cuda.memory[addresses[name]])
                 ctypes.memmove(addresses[name], data.ctypes.data, data.nbytes)
 
         cuda.enqueue(stream, work)
@@ -151,10 +162,22 @@ class Context:
 
 
 class Engine:
-    """An ICudaEngine."""
+    """An ICudaEngine.
 
-    def __init__(self, cuda: Cuda, inputs: list[str], outputs: list[str], shape_of: Any, compute: Compute) -> None:
-        self.cuda, self.inputs, self.outputs = cuda, inputs, outputs
+    Args:
+        dtypes: of inputs that are not int64, and of outputs that are not float32.
+    """
+
+    def __init__(
+        self,
+        cuda: Cuda,
+        inputs: list[str],
+        outputs: list[str],
+        shape_of: Any,
+        compute: Compute,
+        dtypes: dict[str, str] | None = None,
+    ) -> None:
+        self.cuda, self.inputs, self.outputs, self.dtypes = cuda, inputs, outputs, dtypes or {}
         self.shape_of, self.compute, self.uncapturable = shape_of, compute, False
         self.contexts = 0
         self.num_io_tensors = len(inputs) + len(outputs)
@@ -166,7 +189,7 @@ class Engine:
         return TensorRt.TensorIOMode.INPUT if name in self.inputs else TensorRt.TensorIOMode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> str:
-        return "float32"
+        return self.dtypes.get(name, "float32")
 
     def create_execution_context(self) -> Context:
         self.contexts += 1
@@ -187,6 +210,7 @@ class TensorRt:
 
     def __init__(self, version: str, engine: Engine | None) -> None:
         self.__version__, self.engine = version, engine
+        self.engines: dict[bytes, Engine] = {}  # content of a plan -> its engine, if that is not `engine`
         self.loaded: list[str] = []
 
     def get_plugin_registry(self) -> Any:
@@ -194,12 +218,12 @@ class TensorRt:
 
     def Runtime(self, logger: Any) -> Any:
         def deserialize(data: bytes) -> Engine | None:
-            if self.engine is None:
+            if self.engine is None and not self.engines:
                 logger.log(1, "the plan is not  for me")
-            return self.engine
+            return self.engines.get(data, self.engine)
 
         return SimpleNamespace(deserialize_cuda_engine=deserialize)
 
     @staticmethod
     def nptype(name: str) -> Any:
-        return np.float32
+        return np.dtype(name)

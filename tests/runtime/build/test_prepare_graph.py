@@ -20,6 +20,7 @@ from lfx.export.pooling import Dense, LongformerForSentenceEmbedding, Normalize
 from lfx.manifest import MODEL, Manifest
 from lfx.parity import full_cases
 from lfx.runtime import Engine
+from lfx.runtime.build import convert_precision
 from lfx.runtime.build import prepare_graph as freeze
 from lfx.runtime.build.check_graph import check_conversion
 from lfx.runtime.runner import engine_runner, model_inputs
@@ -93,7 +94,7 @@ def test_pooling_and_norm_stay_in_float32(precision: str, tmp_path: Path) -> Non
     freeze.convert(model, precision)
     path = _save(model, tmp_path)
     onnx.checker.check_model(path, full_check=True)
-    dtype = freeze.DTYPES[precision][0]
+    dtype = convert_precision.DTYPES[precision][0]
     for node in (node for node in model.graph if node.op_type != "Cast"):
         dtypes = {value.dtype for value in (*node.inputs, *node.outputs) if value is not None}
         if str(node.name).startswith(("pooling/", "normalize_")):
@@ -114,7 +115,7 @@ def test_a_converted_graph_is_strongly_typed(precision: str, own_bundle: MakeBun
     freeze.convert(model, precision)
     path = _save(model, tmp_path)
     onnx.checker.check_model(path, full_check=True)  # shape inference finds no conflict of types
-    dtype = freeze.DTYPES[precision][0]
+    dtype = convert_precision.DTYPES[precision][0]
     assert all(value.dtype != ir.DataType.FLOAT for value in model.graph.initializers.values())
     assert {str(value.dtype) for value in model.graph.outputs} == {"FLOAT"}
     norms = [node for node in model.graph if node.op_type == "LayerNormalization"]
@@ -171,7 +172,7 @@ def test_positions_are_computed_in_float32_at_any_length(precision: str, long_bu
 def test_a_conversion_that_is_wrong_at_long_lengths_only_is_refused(
     long_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(freeze, "nodes_from_integers", lambda model: set())  # rounds the positions
+    monkeypatch.setattr(convert_precision, "nodes_from_integers", lambda model: set())  # rounds the positions
     manifest = Manifest.read(long_bundle)
     signature = replace(manifest.signature, precision="fp16", max_global=4)
     freeze.prepare_graph(long_bundle / MODEL, tmp_path / MODEL, manifest, signature, 4, True)
