@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,10 @@ class OpenVino(AnyShape, HostTensors):
         except Exception as error:
             raise ArtifactError(f"{model} cannot be loaded by OpenVINO: {with_cure(error)}") from error
         self._make_tensor = openvino.Tensor
+        # The compiled model keeps the addresses of the last request's inputs, and uses them when the next begins. If
+        # their memory is freed, `infer` after `infer_tensors` gives wrong numbers or aborts (OpenVINO 2026.4).
+        self._last_inputs: Mapping[str, Any] = {}
+        self._lock = threading.Lock()  # so that these are the inputs of the request that ran last
         self.name = f"openvino {openvino.__version__.split('-')[0]} CPU"
         # An OpenVINO port may have several names, so outputs are identified by their order in the graph.
         self.input_names = [item.name for item in graph.graph.input]
@@ -95,7 +100,9 @@ class OpenVino(AnyShape, HostTensors):
             request = self._compiled.create_infer_request()
             for name, tensor in tensors.items():
                 request.set_tensor(name, tensor)
-            request.infer()
+            with self._lock:
+                request.infer()
+                self._last_inputs = dict(tensors)
             return {name: request.get_output_tensor(i) for i, name in enumerate(self.output_names)}
         except Exception as error:
             raise LfxError(f"OpenVINO failed: {with_cure(error)}") from error
