@@ -104,7 +104,7 @@ class _Copier:
         copied = ir.Node("", node.op_type, inputs, attributes, name=f"cross/{node.name}", num_outputs=count)
         self._graph.append(copied)
         for old, new in zip(node.outputs, copied.outputs, strict=True):
-            new.name, new.dtype = f"cross/{old.name}", old.dtype
+            new.name, new.type = f"cross/{old.name}", old.type
             self._copies[old] = new
 
     def _is_size_of_input(self, node: ir.Node) -> bool:
@@ -170,10 +170,10 @@ def _add_input(graph: ir.Graph, hidden: TensorSpec) -> ir.Value:
 
 def _node(graph: ir.Graph, op_type: str, inputs: list[ir.Value], name: str, **attributes: int) -> ir.Value:
     node = ir.node(op_type, inputs, attributes=attributes, name=f"cross/{name}")
-    output = node.outputs[0]
-    output.name, output.dtype = f"cross/{name}_output", inputs[0].dtype if op_type != "Shape" else ir.DataType.INT64
-    if op_type == "Cast":
-        output.dtype = ir.DataType(attributes["to"])
+    output, dtypes = node.outputs[0], {"Shape": ir.DataType.INT64, "Cast": ir.DataType(attributes.get("to", 1))}
+    output.name, output.type = f"cross/{name}_output", inputs[0].type
+    if op_type in dtypes:
+        output.type = ir.TensorType(dtypes[op_type])
     graph.append(node)
     return output
 

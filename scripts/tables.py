@@ -136,7 +136,8 @@ def compatibility() -> str:
         if "error" not in row:
             result = f"yes: {row['output']}, largest difference {row['max_difference']:.1e}"
         rows.append([f"{row['client']} {row['version']}", row["model"], row["how"], result])
-    note = f"\nTiny models; the difference is that from Engine. {records[0]['date']}.\n"
+    dates = " and ".join(sorted({row["date"] for row in records}))
+    note = f"\nTiny models; the difference is that from Engine. {dates}.\n"
     return _rows(["client", "model", "option", "runs"], rows) + note
 
 

@@ -22,7 +22,7 @@ INPUTS: dict[str, Any] = {
     "ids": [[5, 6, 7, 8, 9, 10, 11, 12] * 5, [5, 6, 7, 8] * 5 + [1] * 20],
     "mask": [[1] * 40, [1] * 20 + [0] * 20],
     "texts": ["the quick brown fox", "the lazy dog jumps over the fox"],
-    "search": {"max_new_tokens": 10, "min_new_tokens": 10},
+    "search": {"max_new_tokens": 10, "min_new_tokens": 10, "no_repeat_ngram_size": 2},
 }
 _BROWSER = next((name for name in ("chromium", "chromium-browser", "google-chrome") if shutil.which(name)), None)
 _SECONDS = 120
