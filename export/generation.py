@@ -118,4 +118,27 @@ def _trace_decoder(module: GenerationDecoder, signature: Decoder) -> torch.onnx.
         size = [_SIZES[axis] if isinstance(axis, str) else axis for axis in spec.shape]
         examples.append(torch.ones(size, dtype=getattr(torch, spec.dtype)))
         shapes.append({i: axes[axis] for i, axis in enumerate(spec.shape) if isinstance(axis, str)})
-    return run_onnx(module, tuple(examples), [spec.name for spec in signature.inputs], shapes)
+    program = run_onnx(module, tuple(examples), [spec.name for spec in signature.inputs], shapes)
+    _read_batch_from_ids(program.model)
+    return program
+
+
+def _read_batch_from_ids(model: ir.Model) -> None:
+    """Take every batch size from input_ids.
+
+    The tracer takes it from any input. The rows of one text may share the encoder's tensors, whose batch is then 1.
+    """
+    ids = next(value for value in model.graph.inputs if value.name == "input_ids")
+    assert ids.shape is not None
+    others = {value for value in model.graph.inputs if value.shape is not None and value.shape[0] == ids.shape[0]}
+    for node in model.graph.all_nodes():
+        reads_first_axis = node.op_type == "Shape" and _ends(node) == (0, 1)
+        if reads_first_axis and node.inputs[0] in others:
+            node.replace_input_with(0, ids)
+        assert node.op_type != "Shape" or reads_first_axis or _ends(node)[0] > 0, node
+
+
+def _ends(node: ir.Node) -> tuple[int, int | None]:
+    """The first axis, and the one after the last, of which a Shape node gives the sizes."""
+    start, end = node.attributes.get("start"), node.attributes.get("end")
+    return (start.as_int() if start else 0), (end.as_int() if end else None)

@@ -93,6 +93,8 @@ def run_teacher_forced(
 ) -> Arrays:
     """Run the encoder once and the decoder in steps, the first with an empty cache.
 
+    For one text, the decoder gets two equal rows, which share the encoder's tensors, and the second row is returned.
+
     Args:
         inputs: of the encoder by name, and decoder_input_ids.
         steps: number of tokens of each call of the decoder; the last is repeated.
@@ -105,6 +107,10 @@ def run_teacher_forced(
     layers, ids = _decoder_layers(spec), inputs[DECODER_IDS]
     encoded = encoder({item.name: inputs[item.name] for item in signature.inputs})
     feeds = first_feeds(encoded, inputs["attention_mask"], spec)
+    shares = len(ids) == 1 and HIDDEN_STATES not in feeds
+    if shares:  # two rows with the encoder's tensors of one, as beams of one text
+        ids = np.repeat(ids, 2, axis=0)
+        feeds.update(empty_cache(spec, 2))
     logits = []
     for start, end in _steps(ids.shape[1], steps):
         outputs = decoder({**feeds, "input_ids": ids[:, start:end]})
@@ -114,7 +120,9 @@ def run_teacher_forced(
             feeds.update(_renamed(outputs, layers, "encoder"))
     cross = [feeds[name] for name in cache_names(PAST, layers, "encoder")]
     own = [feeds[name] for name in cache_names(PAST, layers, "decoder")]
-    return _outputs(encoded["last_hidden_state"], np.concatenate(logits, axis=1), cross, own)
+    rows = slice(1, 2) if shares else slice(None)
+    own = [states[rows] for states in own]
+    return _outputs(encoded["last_hidden_state"], np.concatenate(logits, axis=1)[rows], cross, own)
 
 
 def first_feeds(encoded: Arrays, attention_mask: NDArray[Any], decoder: Decoder) -> Arrays:

@@ -27,6 +27,8 @@ from lfx.runtime.artifact import open_artifact
 from lfx.signature import PAST, PRESENT, TEXT_GENERATION, Decoder, TensorSpec
 from tests.conftest import MakeBundle
 from tests.models import VOCAB_SIZE, save_tiny_checkpoint, tiny_led
+from tests.runtime.generation.led import random_inputs, torch_generate
+from tests.runtime.generation.ties import check_same
 
 FILES = ("encoder_model.onnx", "decoder_model.onnx")
 
@@ -187,7 +189,7 @@ def test_tokens_may_come_in_calls_of_any_length(engine: Engine, length: int, ste
 @pytest.mark.parametrize(
     "changes",
     [
-        {"tie_word_embeddings": False},
+        {"tie_word_embeddings": False, "decoder_layers": 1},
         {"activation_function": "relu", "encoder_layers": 1, "decoder_layers": 3, "attention_window": [4]},
         {"encoder_attention_heads": 4, "decoder_attention_heads": 1, "attention_window": [12, 4]},
         {"max_encoder_position_embeddings": 37, "max_decoder_position_embeddings": 1},
@@ -204,6 +206,12 @@ def test_models_of_other_settings_are_right(changes: dict[str, Any], tmp_path: P
         positions, windows = model.config.max_encoder_position_embeddings, model.config.attention_window
         assert longest == positions // max(windows) * max(windows)
         assert max(case.seqlen for case, _ in report.rows) <= longest
+        if model.config.max_decoder_position_embeddings > 1:  # the beams of one text share its keys and values
+            feeds = random_inputs(np.random.default_rng(0), 1, 20, "first")
+            options = {"num_beams": 3, "max_new_tokens": 6}
+            ours = engine.generate(feeds["input_ids"], **options)
+            theirs = torch_generate(model, feeds, **options)
+            check_same(ours, theirs, model, feeds, engine.generation_settings(**options))
 
 
 @pytest.mark.parametrize("opset", [17, 21])
