@@ -291,15 +291,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         line += [f"{r['blocks']:,}", str(r["blocks_per_wave"]), f"{r['waves']:.2f}"]
         line += [f"{r['us'][name]:.1f}" if name in r["us"] else "not known" for name in UNITS]
         lines.append(line)
-    return _markdown(HEADER, lines)
+    return markdown(HEADER, lines)
 
 
 def budget_table(rows: list[dict[str, Any]]) -> str:
     """Make a Markdown table of the rows of `budgets`."""
-    return _markdown(BUDGET_HEADER, [list(map(str, row.values())) for row in rows])
+    return markdown(BUDGET_HEADER, [list(map(str, row.values())) for row in rows])
 
 
-def _markdown(header: list[str], lines: list[list[str]]) -> str:
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """Make a Markdown table."""
     return "".join("| " + " | ".join(line) + " |\n" for line in [header, ["---"] * len(header), *lines])
 
 
