@@ -86,8 +86,7 @@ int32_t preloadGlobalAttention() noexcept
 
 int32_t launchGlobalAttention(GlobalParams const& p, CUstream_st* stream) noexcept
 {
-    if (unsupportedReason(p) != nullptr || inaccessibleReason(p, kDEVICE_ALIGNMENT) != nullptr || !isContiguous(p)
-        || p.logSumExp != nullptr)
+    if (unsupportedReason(p) != nullptr || inaccessibleReason(p, kDEVICE_ALIGNMENT) != nullptr)
     {
         return cudaErrorInvalidValue;
     }

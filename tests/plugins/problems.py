@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lfx import reference
 from lfx.parity import Case, inputs_of
-from scripts.bench.launch import INPUTS, banded_params, global_params
+from scripts.bench.launch import INPUTS, BandedParams, GlobalParams, banded_params, global_params
 
 DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 UNIT_ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -38,9 +38,88 @@ class Guarded:
         self.array[...] = array
 
 
+# Layouts of rows with gaps. "packed": query, key and value are parts of the rows of one tensor; "gaps": each tensor has
+# its own stride. The numbers are elements between two rows.
+LAYOUTS = {
+    "packed": {"query": 8, "context": 8},
+    "gaps": {"query": 8, "key": 24, "value": 16, "context": 40},
+}
+
+
+class Tensors:
+    """Guarded copies of a problem's inputs, and its outputs, which start as NaN.
+
+    Args:
+        layout: a key of `LAYOUTS`; empty: rows follow one another, and the log-sum-exp is not asked for.
+    """
+
+    def __init__(self, inputs: Mapping[str, NDArray[Any]], num_heads: int, dtype: np.dtype[Any], layout: str) -> None:
+        self._dtype, self._layout = dtype, layout
+        gaps = LAYOUTS.get(layout, {})
+        context = np.full(inputs["query"].shape, np.nan, dtype)
+        batch, rows, width = context.shape
+        self.addresses: dict[str, int] = {}
+        self.strides: dict[str, int] = {}
+        self._held: list[Guarded] = []
+        packed = _packed(inputs) if layout == "packed" else []
+        if packed:
+            tensor = self._hold(np.concatenate([inputs[name] for name in packed], axis=2))
+            for i, name in enumerate(packed):
+                self.addresses[name] = tensor.address + i * width * dtype.itemsize
+                self.strides[f"{name}_stride"] = len(packed) * width
+        for name, array in [*inputs.items(), ("context", context)]:
+            if name in packed:
+                continue
+            has_stride = name in ("query", "key", "value", "context")
+            stride = width + gaps.get(name, 0)
+            self.strides |= {f"{name}_stride": stride} if has_stride else {}
+            held = self._hold(_spread(array, stride) if has_stride else array)
+            self.addresses[name] = held.address
+        self._context = _rows(self._held[-1].array, context.shape, width + gaps.get("context", 0))
+        self._sums = Guarded(np.full((batch, num_heads, rows), np.nan, np.float32))
+        if layout:
+            self.addresses["log_sum_exp"] = self._sums.address
+
+    def outputs(self) -> tuple[NDArray[np.float64], NDArray[np.float32] | None]:
+        """Returns context and log-sum-exp; what lies between the rows of the context must not be written."""
+        context = self._context.astype(np.float64)
+        self._context[...] = np.nan
+        assert np.isnan(self._held[-1].array.astype(np.float32)).all()
+        return context, self._sums.array if self._layout else None
+
+    def _hold(self, array: NDArray[Any]) -> Guarded:
+        self._held.append(Guarded(array))
+        return self._held[-1]
+
+
+def _packed(inputs: Mapping[str, NDArray[Any]]) -> list[str]:
+    """The names of the tensors that have as many rows as the key."""
+    return [name for name in ("query", "key", "value") if inputs[name].shape == inputs["key"].shape]
+
+
+def _rows(flat: NDArray[Any], shape: tuple[int, ...], stride: int) -> NDArray[Any]:
+    """A view of (B, S, width) rows that are `stride` numbers apart."""
+    step = stride * flat.itemsize
+    return np.lib.stride_tricks.as_strided(flat, shape, (shape[1] * step, step, flat.itemsize))
+
+
+def _spread(array: NDArray[Any], stride: int) -> NDArray[Any]:
+    """Numbers in memory whose rows are `stride` apart, with NaN between them and nothing after the last row."""
+    batch, rows, width = array.shape
+    flat = np.full((batch * rows - 1) * stride + width, np.nan, array.dtype)
+    _rows(flat, array.shape, stride)[...] = array
+    return flat
+
+
+def set_strides(params: BandedParams | GlobalParams, strides: Mapping[str, int]) -> None:
+    """Set the strides of a call."""
+    for name, stride in strides.items():
+        setattr(params, name, stride)
+
+
 @dataclass
 class Banded:
-    """A call of BandedAttention: inputs, rounded to the dtype, and attributes."""
+    """A call of BandedAttention: inputs, rounded to the dtype, attributes, and the layout of rows in memory."""
 
     inputs: dict[str, NDArray[Any]]
     num_heads: int
@@ -48,6 +127,7 @@ class Banded:
     dilation: int = 1
     causal: int = 0
     precision: str = "fp32"
+    layout: str = ""
 
     @property
     def attributes(self) -> dict[str, int]:
@@ -61,12 +141,17 @@ class Banded:
 
     def run(self, function: Callable[..., Any], *rest: Any) -> NDArray[np.float64]:
         """Returns the context by a function of the C interface; the output starts as NaN."""
-        guarded = {name: Guarded(array) for name, array in self.inputs.items()}
-        guarded["context"] = context = Guarded(np.full(self.inputs["query"].shape, np.nan, DTYPES[self.precision]))
-        addresses = {name: memory.address for name, memory in guarded.items()}
-        params = banded_params(self.inputs, addresses, self.precision, **self.attributes)
+        return self.outputs(function, *rest)[0]
+
+    def outputs(
+        self, function: Callable[..., Any], *rest: Any
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32] | None]:
+        """Returns the context, and in a layout the log-sum-exp (B, H, S)."""
+        tensors = Tensors(self.inputs, self.num_heads, DTYPES[self.precision], self.layout)
+        params = banded_params(self.inputs, tensors.addresses, self.precision, **self.attributes)
+        set_strides(params, tensors.strides)
         assert not function(ctypes.byref(params), *rest)
-        return context.array.astype(np.float64)
+        return tensors.outputs()
 
     def tolerance(self) -> float:
         """The largest error that rounding explains; see `rounding`."""
@@ -89,6 +174,16 @@ def rounding(inputs: dict[str, NDArray[Any]], num_heads: int, keys: int, precisi
     in_float32 = (2 * size**0.5 * largest + 2 * keys**0.5 + 2) * UNIT_ROUNDOFF["fp32"]
     stored = 0.0 if precision == "fp32" else 2 * UNIT_ROUNDOFF[precision]
     return float((in_float32 + stored) * value.max())
+
+
+def rounding_of_sums(inputs: dict[str, NDArray[Any]], num_heads: int, keys: int) -> float:
+    """The largest error of a log-sum-exp that rounding explains.
+
+    A share by which the sum is off is an error of its logarithm, which is float32 in all types. log2 of a sum of `keys`
+    weights up to 2^8 is off by a share of 2^-22.
+    """
+    ones = {**inputs, "value": np.ones(1)[None, None]}
+    return rounding(ones, num_heads, keys, "fp32") + 2.0**-22 * (8 + np.log2(keys))
 
 
 def masks(case: Case) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -133,6 +228,7 @@ class Global:
     inputs: dict[str, NDArray[Any]]
     num_heads: int
     precision: str = "fp32"
+    layout: str = ""
 
     @property
     def attributes(self) -> dict[str, int]:
@@ -148,18 +244,24 @@ class Global:
         self, function: Callable[..., Any], workspace: Callable[..., int] | None = None, share_values: bool = False
     ) -> NDArray[np.float64]:
         """Returns the context by a function of the C interface; output and workspace start as NaN."""
-        guarded = {name: Guarded(array) for name, array in self.inputs.items()}
+        return self.outputs(function, workspace, share_values)[0]
+
+    def outputs(
+        self, function: Callable[..., Any], workspace: Callable[..., int] | None = None, share_values: bool = False
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32] | None]:
+        """Returns the context, and in a layout the log-sum-exp (B, H, G)."""
+        tensors = Tensors(self.inputs, self.num_heads, DTYPES[self.precision], self.layout)
         if share_values:
-            guarded["value"] = guarded["key"]
+            tensors.addresses["value"] = tensors.addresses["key"]
+            tensors.strides["value_stride"] = tensors.strides["key_stride"]
         batch, queries, width = self.inputs["query"].shape
-        context = Guarded(np.full((batch, queries, width), np.nan, DTYPES[self.precision]))
         sizes = (batch, queries, self.num_heads, width // self.num_heads)
         scratch = Guarded(np.full(workspace(*sizes) // 4 if workspace is not None else 0, np.nan, np.float32))
-        guarded |= {"context": context, "workspace": scratch}
-        addresses = {name: memory.address for name, memory in guarded.items()}
+        addresses = tensors.addresses | {"workspace": scratch.address}
         params = global_params(self.inputs, addresses, self.precision, self.num_heads)
+        set_strides(params, tensors.strides)
         assert not (function(ctypes.byref(params), None) if workspace is not None else function(ctypes.byref(params)))
-        return context.array.astype(np.float64)
+        return tensors.outputs()
 
     def tolerance(self) -> float:
         """The largest error that rounding explains."""
