@@ -21,7 +21,8 @@ import pytest
 from lfx.parity import Case, full_cases
 from scripts.bench.launch import Kernels
 from tests.plugins.build import ROOT
-from tests.plugins.problems import LAYOUTS, Banded, Global, banded, global_, rounding_of_sums, set_strides
+from tests.plugins.problems import Banded, Global, banded, global_, rounding_of_sums
+from tests.plugins.tensors import LAYOUTS
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 # BandedAttention's kernels: the precision, and whether blocks have 128 queries or 64.
@@ -289,7 +290,8 @@ def test_launches_refuse_rows_that_are_not_aligned_or_too_far_apart(emulated: Ke
         for strides in ({"key_stride": 17}, {"context_stride": 8}, {"value_stride": 2**23}):
 
             def launch(params: Any, stream: Any, changed: dict[str, int] = strides) -> int:
-                set_strides(params._obj, changed)
+                for name, stride in changed.items():
+                    setattr(params._obj, name, stride)
                 return int(emulated.banded(params, stream) != 1)  # cudaErrorInvalidValue
 
             problem.run(launch, None)
@@ -298,7 +300,7 @@ def test_launches_refuse_rows_that_are_not_aligned_or_too_far_apart(emulated: Ke
 def test_the_guard_page_after_an_input_works() -> None:
     code = (
         "import ctypes, numpy as np\n"
-        "from tests.plugins.problems import Guarded\n"
+        "from tests.plugins.tensors import Guarded\n"
         "held = Guarded(np.zeros(100, np.float32))\n"
         "print(ctypes.c_float.from_address(held.address + 396).value, flush=True)\n"
         "ctypes.c_float.from_address(held.address + 400).value\n"
