@@ -109,7 +109,7 @@ struct Block
     __device__ __forceinline__ size_t offset(int32_t position, int64_t stride) const
     {
         size_t const row = static_cast<size_t>(batch) * params.seqlen + position;
-        return row * static_cast<uint32_t>(stride) + head * params.headSize;
+        return row * static_cast<uint32_t>(stride) + static_cast<size_t>(head) * params.headSize;
     }
 
     // Writes the log-sum-exp of a row of the block, if it is one of the sequence.

@@ -6,17 +6,22 @@
 namespace lfx::banded
 {
 
+// Of the wide blocks: the number that a multiprocessor should hold with head size 32 and 64, and kKEPT_STEPS with 64.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
-constexpr int kWIDE_BLOCKS = 3;
+constexpr int kWIDE_BLOCKS_32 = 4;
+constexpr int kWIDE_BLOCKS_64 = 3;
 constexpr int kWIDE_KEPT_STEPS = 3;
 #elif __CUDA_ARCH__ == 800
-constexpr int kWIDE_BLOCKS = 3;
+constexpr int kWIDE_BLOCKS_32 = 4;
+constexpr int kWIDE_BLOCKS_64 = 3;
 constexpr int kWIDE_KEPT_STEPS = 2;
 #elif __CUDA_ARCH__ == 1000
-constexpr int kWIDE_BLOCKS = 3;
+constexpr int kWIDE_BLOCKS_32 = 3;
+constexpr int kWIDE_BLOCKS_64 = 3;
 constexpr int kWIDE_KEPT_STEPS = 1;
 #else
-constexpr int kWIDE_BLOCKS = 2;
+constexpr int kWIDE_BLOCKS_32 = 3;
+constexpr int kWIDE_BLOCKS_64 = 2;
 constexpr int kWIDE_KEPT_STEPS = 4;
 #endif
 
@@ -39,7 +44,7 @@ struct TensorCoreTraits : BlockTraits
         = 2 * (kQUERIES_SIZE + 4 * kTILE_SIZE); // queries; two tiles of keys and values
     // Blocks that a multiprocessor should hold. Those of 8.6, 8.9 and 12 have shared memory for two of the wide ones.
     static constexpr int kMIN_NARROW_BLOCKS = kD <= 64 ? 4 : 2;
-    static constexpr int kMIN_WIDE_BLOCKS = kD == 32 ? 3 : kD == 64 ? kWIDE_BLOCKS : 1;
+    static constexpr int kMIN_WIDE_BLOCKS = kD == 32 ? kWIDE_BLOCKS_32 : kD == 64 ? kWIDE_BLOCKS_64 : 1;
     static constexpr int kMIN_BLOCKS = kROW_TILES == 1 ? kMIN_NARROW_BLOCKS : kMIN_WIDE_BLOCKS;
     // Steps of 16 columns whose query fragments stay in registers, as many as fit; each group of keys loads the others
     // again.
