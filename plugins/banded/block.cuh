@@ -105,11 +105,13 @@ struct Block
         return (localKeys[bit / kWORD_BITS] >> (bit % kWORD_BITS) & 1U) != 0;
     }
 
-    // Offset in a tensor of this head of the token at a position. `stride` is the tensor's, and fits in 32 bits.
+    // Offset in a tensor of this head of the token at a position. `stride` is the tensor's, and fits in 32 bits. The type
+    // of the head's column changes nothing but the number of registers that nvcc takes.
+    template <typename Column = size_t>
     __device__ __forceinline__ size_t offset(int32_t position, int64_t stride) const
     {
         size_t const row = static_cast<size_t>(batch) * params.seqlen + position;
-        return row * static_cast<uint32_t>(stride) + static_cast<size_t>(head) * params.headSize;
+        return row * static_cast<uint32_t>(stride) + static_cast<Column>(head) * params.headSize;
     }
 
     // Writes the log-sum-exp of a row of the block, if it is one of the sequence.

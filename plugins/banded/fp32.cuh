@@ -23,6 +23,8 @@ struct Fp32Traits : BlockTraits
     static constexpr int kSTRIDE = kD + kVECTOR;
     static constexpr int kWEIGHT_STRIDE = kKEYS + 2;
     static_assert(kTHREAD_QUERIES * kWEIGHT_STRIDE % 32 == 8, "weights without bank conflicts");
+    // Blocks that a multiprocessor should hold; 0: nvcc chooses. With head size 32 it would spill to hold six.
+    static constexpr int kMIN_BLOCKS = kD == 32 ? 5 : 0;
     using Scores = float[kTHREAD_QUERIES][kTHREAD_KEYS];
     // Queries, keys, values and weights.
     static constexpr size_t kSHARED_BYTES
@@ -62,7 +64,7 @@ __device__ __forceinline__ void copyTile(Block<Fp32Traits<kD>::kQUERIES> const& 
         int32_t const column = i % kROW_VECTORS * Traits::kVECTOR;
         int32_t const position = positionOf(row);
         bool const valid = position >= 0 && column < block.params.headSize;
-        float const* const from = valid ? source + block.offset(position, stride) + column : source;
+        float const* const from = valid ? source + block.template offset<int32_t>(position, stride) + column : source;
         copyAsync(tile + row * Traits::kSTRIDE + column, from, valid);
     }
 }
@@ -183,7 +185,7 @@ __device__ __forceinline__ void writeContext(Block<Fp32Traits<kD>::kQUERIES> con
             continue;
         }
         float* const target = static_cast<float*>(block.params.context)
-            + block.offset(block.position(block.firstQuery + row), block.params.contextStride);
+            + block.template offset<int32_t>(block.position(block.firstQuery + row), block.params.contextStride);
 #pragma unroll
         for (int c = 0; c < Traits::kTHREAD_VECTORS; ++c)
         {
@@ -217,7 +219,8 @@ __device__ __forceinline__ void writeLogSumExp(Block<Fp32Traits<kD>::kQUERIES> c
 }
 
 template <int kD>
-__global__ void __launch_bounds__(Fp32Traits<kD>::kTHREADS) bandedAttentionFp32(BandedParams p)
+__global__ void __launch_bounds__(Fp32Traits<kD>::kTHREADS, Fp32Traits<kD>::kMIN_BLOCKS)
+    bandedAttentionFp32(BandedParams p)
 {
     using Traits = Fp32Traits<kD>;
     float* const queries = static_cast<float*>(sharedMemory());
