@@ -26,7 +26,8 @@ enum class Type : int32_t
 // keyMask, globalIndex and logSumExp are 16-byte aligned, as is each row.
 //
 // A stride is the number of elements from a token's row to the next token's row, H·D or more. Batch elements follow one
-// another without a gap: the rows of query, key and value may be thirds of the rows of one tensor (B, S, 3·H·D).
+// another without a gap: the rows of query, key and value may be thirds of the rows of one tensor (B, S, 3·H·D). The CUDA
+// kernels of BandedAttention take a dilation times a stride of up to 2^24 - 1.
 struct BandedParams
 {
     uint32_t structBytes = sizeof(BandedParams); // a caller that was compiled with another layout is refused
@@ -88,15 +89,6 @@ void setContiguous(Params& params)
     params.queryStride = params.keyStride = params.valueStride = params.contextStride = width;
 }
 
-template <typename Params>
-bool isContiguous(Params const& params)
-{
-    Params contiguous = params;
-    setContiguous(contiguous);
-    return params.queryStride == contiguous.queryStride && params.keyStride == contiguous.keyStride
-        && params.valueStride == contiguous.valueStride && params.contextStride == contiguous.contextStride;
-}
-
 constexpr int32_t kMAX_BANDED_HEAD_SIZE = 128;
 constexpr int32_t kMAX_GLOBAL_HEAD_SIZE = 1024;
 constexpr int32_t kHEAD_SIZE_MULTIPLE = 8; // kernels copy 16 bytes at a time
@@ -129,8 +121,7 @@ size_t globalWorkspaceBytes(int32_t batch, int32_t queries, int32_t numHeads, in
 int32_t preloadBandedAttention() noexcept;
 int32_t preloadGlobalAttention() noexcept;
 
-// Enqueue the kernels on a stream. Returns a cudaError_t, 0 on success. Neither allocates nor synchronizes. The kernels do
-// not take strides or write logSumExp yet.
+// Enqueue the kernels on a stream. Returns a cudaError_t, 0 on success. Neither allocates nor synchronizes.
 int32_t launchBandedAttention(BandedParams const& params, CUstream_st* stream) noexcept;
 int32_t launchGlobalAttention(GlobalParams const& params, CUstream_st* stream) noexcept;
 

@@ -1,7 +1,7 @@
 // Device primitives of the kernels: tensor-core products, fragment loads, asynchronous copies, 16-bit floats, launches.
 // Tests replace them with an emulation on the CPU (tests/plugins/emulated_device.h).
 //
-// Source: PTX ISA, "mma.sync m16n8k16", "ldmatrix", "cp.async", "ex2".
+// Source: PTX ISA, "mma.sync m16n8k16", "ldmatrix", "cp.async", "ex2", "lg2".
 #pragma once
 
 #ifdef LFX_EMULATED
@@ -66,6 +66,14 @@ __device__ __forceinline__ float exp2Flushed(float x)
 {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// log2(x) with a relative error of at most 2^-22, and an absolute one between 0.5 and 2; -inf for 0 and subnormal numbers.
+__device__ __forceinline__ float log2Flushed(float x)
+{
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

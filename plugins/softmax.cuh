@@ -11,6 +11,7 @@ namespace lfx
 {
 
 constexpr float kLOG2E = 1.4426950408889634F;
+constexpr float kLN2 = 0.6931471805599453F;
 constexpr float kNEG_INF = -INFINITY; // the score of a masked key
 
 // Maximum over kLANES neighbouring lanes (a power of 2), in each of them. All lanes of the warp call it.
@@ -51,6 +52,13 @@ struct RowSum
     float rowSum = 0.0F; // of this lane's weights
 };
 
+// The natural log-sum-exp of a row's scores, from the sum of its weights and the logarithm of what they are relative to, in
+// powers of 2; -inf if every key is masked.
+__device__ __forceinline__ float naturalLogSumExp(float sum, float reference)
+{
+    return kLN2 * (log2Flushed(sum) + reference);
+}
+
 // The state of one row. Lanes that share a row hold the same rowMax; each adds up the weights of its own columns.
 struct OnlineSoftmax : RowSum
 {
@@ -69,6 +77,13 @@ struct OnlineSoftmax : RowSum
     __device__ __forceinline__ float weight(float score, float scaleLog2) const
     {
         return exp2Flushed(fmaf(score, scaleLog2, -offset));
+    }
+
+    // See attention.h, for the kLANES lanes that share the row.
+    template <int kLANES>
+    __device__ __forceinline__ float logSumExp() const
+    {
+        return naturalLogSumExp(warpSum<kLANES>(rowSum), offset);
     }
 
     float rowMax = kNEG_INF; // largest score so far, times scaleLog2
@@ -103,6 +118,13 @@ struct LazySoftmax : RowSum
     __device__ __forceinline__ float weight(float score, float scaleLog2) const
     {
         return exp2Flushed(fmaf(score, scaleLog2, offset));
+    }
+
+    // See attention.h, for the kLANES lanes that share the row.
+    template <int kLANES>
+    __device__ __forceinline__ float logSumExp() const
+    {
+        return naturalLogSumExp(warpSum<kLANES>(rowSum), -offset);
     }
 
     float offset = -kLOWEST; // minus the reference, in the unit of score · scaleLog2

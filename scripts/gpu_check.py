@@ -111,7 +111,7 @@ def check(library: Path, problems: list[tuple[str, Problem]], through_creator: b
     for i, (precision, problem) in enumerate(problems):
         ways = ["launch"]
         if i % 7 == 0:
-            ways += ["graph", *(["enqueue"] if through_creator else [])]
+            ways += ["graph", "packed", *(["enqueue"] if through_creator else [])]
         expected = problem.dense()
         for way in ways:
             op = "BandedAttention" if isinstance(problem, Banded) else "GlobalAttention"
@@ -140,7 +140,9 @@ def run(kernels: Kernels, library: Path, problem: Problem, way: str, torch: Any)
     """Run one problem on the GPU.
 
     Args:
-        way: "launch" calls the launcher, "graph" replays a captured CUDA graph, "enqueue" goes through the creator.
+        way: "launch" calls the launcher, "graph" replays a captured CUDA graph, "packed" calls the launcher with query,
+            key and value in the rows of one tensor, as far as they have as many rows, and a context with gaps, and
+            "enqueue" goes through the creator.
     Returns:
         The context, float64.
     """
@@ -151,6 +153,11 @@ def run(kernels: Kernels, library: Path, problem: Problem, way: str, torch: Any)
         tensors[name] = tensor.to("cuda", torch.int32 if array.dtype == np.int32 else dtype)
     batch, rows, width = problem.inputs["query"].shape
     out = torch.full((batch, rows, width), float("nan"), dtype=dtype, device="cuda")
+    if way == "packed":
+        names = [name for name in ("query", "key", "value") if tensors[name].shape == tensors["key"].shape]
+        packed = torch.cat([tensors[name] for name in names], dim=2)
+        tensors |= dict(zip(names, packed.split(width, dim=2), strict=True))
+        out = torch.full((batch, rows, 2 * width), float("nan"), dtype=dtype, device="cuda")[:, :, :width]
     scratch_bytes = kernels.workspace_bytes(batch, rows, problem.num_heads, width // problem.num_heads)
     scratch = torch.full((scratch_bytes // 4,), float("nan"), device="cuda")
 
@@ -161,7 +168,7 @@ def run(kernels: Kernels, library: Path, problem: Problem, way: str, torch: Any)
             run_global(kernels, tensors, out, scratch, problem.num_heads)
 
     torch.cuda.synchronize()
-    if way == "launch":
+    if way in ("launch", "packed"):
         launch()
     elif way == "graph":
         graph = torch.cuda.CUDAGraph()

@@ -6,6 +6,7 @@
 #include "banded/fp32.cuh"
 #include "banded/tensor_cores.cuh"
 
+#include <algorithm>
 #include <initializer_list>
 
 namespace lfx
@@ -14,6 +15,13 @@ namespace
 {
 
 constexpr int kBLOCKS_TO_OCCUPY = 2; // of 128 queries for each multiprocessor, from which on they are used
+
+// Whether distances between rows of a tile of 128 queries are 32-bit numbers.
+bool stepsFit(BandedParams const& p)
+{
+    int64_t const stride = std::max({p.queryStride, p.keyStride, p.valueStride});
+    return stride * p.dilation <= INT32_MAX / 128;
+}
 
 template <int kQUERIES>
 dim3 gridOf(BandedParams const& p)
@@ -92,7 +100,7 @@ int32_t preloadBandedAttention() noexcept
 int32_t launchBandedAttention(BandedParams const& p, CUstream_st* stream) noexcept
 {
     if (unsupportedReason(p, Target::kCUDA) != nullptr || inaccessibleReason(p, kDEVICE_ALIGNMENT) != nullptr
-        || !isContiguous(p) || p.logSumExp != nullptr)
+        || !stepsFit(p))
     {
         return cudaErrorInvalidValue;
     }

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "band.h"
 #include "device.cuh"
+#include "softmax.cuh"
 
 namespace lfx::banded
 {
@@ -104,11 +105,25 @@ struct Block
         return (localKeys[bit / kWORD_BITS] >> (bit % kWORD_BITS) & 1U) != 0;
     }
 
-    // Offset in a tensor (B, S, H·D) of this head of the token at a position.
-    __device__ __forceinline__ size_t offset(int32_t position) const
+    // Offset in a tensor of this head of the token at a position. `stride` is the tensor's, and fits in 32 bits. The type
+    // of the head's column changes nothing but the number of registers that nvcc takes.
+    template <typename Column = size_t>
+    __device__ __forceinline__ size_t offset(int32_t position, int64_t stride) const
     {
         size_t const row = static_cast<size_t>(batch) * params.seqlen + position;
-        return (row * params.numHeads + head) * params.headSize;
+        return row * static_cast<uint32_t>(stride) + static_cast<Column>(head) * params.headSize;
+    }
+
+    // Writes the log-sum-exp of a row of the block, if it is one of the sequence.
+    __device__ __forceinline__ void writeLogSumExp(int32_t row, float logSumExp) const
+    {
+        int32_t const content = rowContent[row];
+        if (content != kNO_ROW)
+        {
+            size_t const batchHead = static_cast<size_t>(batch) * params.numHeads + head;
+            params.logSumExp[batchHead * params.seqlen + position(firstQuery + row)]
+                = content == kLOCAL_ROW ? logSumExp : kNEG_INF;
+        }
     }
 
     // Returns 16 bytes of a context row that is not local, from global_context or zeros.

@@ -23,6 +23,8 @@ struct Fp32Traits : BlockTraits
     static constexpr int kSTRIDE = kD + kVECTOR;
     static constexpr int kWEIGHT_STRIDE = kKEYS + 2;
     static_assert(kTHREAD_QUERIES * kWEIGHT_STRIDE % 32 == 8, "weights without bank conflicts");
+    // Blocks that a multiprocessor should hold; 0: nvcc chooses. With head size 32 it would spill to hold six.
+    static constexpr int kMIN_BLOCKS = kD == 32 ? 5 : 0;
     using Scores = float[kTHREAD_QUERIES][kTHREAD_KEYS];
     // Queries, keys, values and weights.
     static constexpr size_t kSHARED_BYTES
@@ -50,8 +52,8 @@ struct Fp32Rows
 
 // Starts the copy of a tile; positionOf(row) is -1 for rows to fill with zeros.
 template <int kD, int kROWS, typename PositionOf>
-__device__ __forceinline__ void copyTile(
-    Block<Fp32Traits<kD>::kQUERIES> const& block, float* tile, void const* tensor, PositionOf positionOf)
+__device__ __forceinline__ void copyTile(Block<Fp32Traits<kD>::kQUERIES> const& block, float* tile, void const* tensor,
+    int64_t stride, PositionOf positionOf)
 {
     using Traits = Fp32Traits<kD>;
     constexpr int kROW_VECTORS = kD / Traits::kVECTOR;
@@ -62,7 +64,7 @@ __device__ __forceinline__ void copyTile(
         int32_t const column = i % kROW_VECTORS * Traits::kVECTOR;
         int32_t const position = positionOf(row);
         bool const valid = position >= 0 && column < block.params.headSize;
-        float const* const from = valid ? source + block.offset(position) + column : source;
+        float const* const from = valid ? source + block.template offset<int32_t>(position, stride) + column : source;
         copyAsync(tile + row * Traits::kSTRIDE + column, from, valid);
     }
 }
@@ -182,8 +184,8 @@ __device__ __forceinline__ void writeContext(Block<Fp32Traits<kD>::kQUERIES> con
         {
             continue;
         }
-        float* const target
-            = static_cast<float*>(block.params.context) + block.offset(block.position(block.firstQuery + row));
+        float* const target = static_cast<float*>(block.params.context)
+            + block.template offset<int32_t>(block.position(block.firstQuery + row), block.params.contextStride);
 #pragma unroll
         for (int c = 0; c < Traits::kTHREAD_VECTORS; ++c)
         {
@@ -202,7 +204,23 @@ __device__ __forceinline__ void writeContext(Block<Fp32Traits<kD>::kQUERIES> con
 }
 
 template <int kD>
-__global__ void __launch_bounds__(Fp32Traits<kD>::kTHREADS) bandedAttentionFp32(BandedParams p)
+__device__ __forceinline__ void writeLogSumExp(Block<Fp32Traits<kD>::kQUERIES> const& block, Fp32Rows<kD> const& rows)
+{
+    using Traits = Fp32Traits<kD>;
+#pragma unroll
+    for (int i = 0; i < Traits::kTHREAD_QUERIES; ++i)
+    {
+        float const logSumExp = rows.softmax[i].template logSumExp<Traits::kROW_THREADS>();
+        if (rows.column == 0)
+        {
+            block.writeLogSumExp(rows.firstRow + i, logSumExp);
+        }
+    }
+}
+
+template <int kD>
+__global__ void __launch_bounds__(Fp32Traits<kD>::kTHREADS, Fp32Traits<kD>::kMIN_BLOCKS)
+    bandedAttentionFp32(BandedParams p)
 {
     using Traits = Fp32Traits<kD>;
     float* const queries = static_cast<float*>(sharedMemory());
@@ -220,7 +238,7 @@ __global__ void __launch_bounds__(Fp32Traits<kD>::kTHREADS) bandedAttentionFp32(
     float const scaleLog2 = p.scale * kLOG2E;
     if (tiles.count > 0)
     {
-        copyTile<kD, Traits::kQUERIES>(block, queries, p.query, [&](int32_t row) {
+        copyTile<kD, Traits::kQUERIES>(block, queries, p.query, p.queryStride, [&](int32_t row) {
             int32_t const query = block.firstQuery + row;
             return query < block.length ? block.position(query) : -1;
         });
@@ -232,8 +250,8 @@ __global__ void __launch_bounds__(Fp32Traits<kD>::kTHREADS) bandedAttentionFp32(
         auto const keyPosition
             = [&](int32_t key) { return isGlobal ? block.slotPosition(first + key) : block.keyPosition(first + key); };
         __syncthreads(); // every thread is done with the previous tile and its weights
-        copyTile<kD, Traits::kKEYS>(block, keys, p.key, keyPosition);
-        copyTile<kD, Traits::kKEYS>(block, values, p.value, keyPosition);
+        copyTile<kD, Traits::kKEYS>(block, keys, p.key, p.keyStride, keyPosition);
+        copyTile<kD, Traits::kKEYS>(block, values, p.value, p.valueStride, keyPosition);
         commitCopies();
         waitForCopies<0>();
         __syncthreads();
@@ -249,6 +267,10 @@ __global__ void __launch_bounds__(Fp32Traits<kD>::kTHREADS) bandedAttentionFp32(
         accumulate(rows, weights, values);
     }
     writeContext(block, rows);
+    if (p.logSumExp != nullptr)
+    {
+        writeLogSumExp(block, rows);
+    }
 }
 
 } // namespace lfx::banded

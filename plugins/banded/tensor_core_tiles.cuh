@@ -6,17 +6,22 @@
 namespace lfx::banded
 {
 
+// Of the wide blocks: the number that a multiprocessor should hold with head size 32 and 64, and kKEPT_STEPS with 64.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
-constexpr int kWIDE_BLOCKS = 3;
+constexpr int kWIDE_BLOCKS_32 = 4;
+constexpr int kWIDE_BLOCKS_64 = 3;
 constexpr int kWIDE_KEPT_STEPS = 3;
 #elif __CUDA_ARCH__ == 800
-constexpr int kWIDE_BLOCKS = 3;
+constexpr int kWIDE_BLOCKS_32 = 4;
+constexpr int kWIDE_BLOCKS_64 = 3;
 constexpr int kWIDE_KEPT_STEPS = 2;
 #elif __CUDA_ARCH__ == 1000
-constexpr int kWIDE_BLOCKS = 3;
+constexpr int kWIDE_BLOCKS_32 = 3;
+constexpr int kWIDE_BLOCKS_64 = 3;
 constexpr int kWIDE_KEPT_STEPS = 1;
 #else
-constexpr int kWIDE_BLOCKS = 2;
+constexpr int kWIDE_BLOCKS_32 = 3;
+constexpr int kWIDE_BLOCKS_64 = 2;
 constexpr int kWIDE_KEPT_STEPS = 4;
 #endif
 
@@ -39,7 +44,7 @@ struct TensorCoreTraits : BlockTraits
         = 2 * (kQUERIES_SIZE + 4 * kTILE_SIZE); // queries; two tiles of keys and values
     // Blocks that a multiprocessor should hold. Those of 8.6, 8.9 and 12 have shared memory for two of the wide ones.
     static constexpr int kMIN_NARROW_BLOCKS = kD <= 64 ? 4 : 2;
-    static constexpr int kMIN_WIDE_BLOCKS = kD == 32 ? 3 : kD == 64 ? kWIDE_BLOCKS : 1;
+    static constexpr int kMIN_WIDE_BLOCKS = kD == 32 ? kWIDE_BLOCKS_32 : kD == 64 ? kWIDE_BLOCKS_64 : 1;
     static constexpr int kMIN_BLOCKS = kROW_TILES == 1 ? kMIN_NARROW_BLOCKS : kMIN_WIDE_BLOCKS;
     // Steps of 16 columns whose query fragments stay in registers, as many as fit; each group of keys loads the others
     // again.
@@ -83,15 +88,19 @@ struct ThreadCopy
         : row(thread / kCHUNKS)
         , column(thread % kCHUNKS * kCHUNK)
         , rowBit(column < p.headSize ? 1U << row : 0U)
-        , stride(kROWS * p.dilation * p.numHeads * p.headSize)
         , target(swizzled<kD>(row, column / kCHUNK))
     {
+    }
+
+    // Distance between the thread's rows in a tensor with this stride.
+    __device__ __forceinline__ static int32_t step(BandedParams const& p, int64_t stride)
+    {
+        return kROWS * p.dilation * static_cast<int32_t>(stride);
     }
 
     int32_t row; // the first one
     int32_t column;
     uint32_t rowBit; // of the first row in a word; 0 if the column is past the end of the head
-    int32_t stride;  // between its rows in a tensor; below 2^26, as kROWS · D and dilation · H are limited
     int32_t target;  // offset of the first row's chunk in a tile
 };
 
@@ -101,8 +110,8 @@ struct KeyValueSource
 {
     template <int kQUERIES>
     __device__ __forceinline__ KeyValueSource(Block<kQUERIES> const& block, int32_t position, int32_t column)
-        : key(static_cast<T const*>(block.params.key) + block.offset(position) + column)
-        , value(static_cast<T const*>(block.params.value) + block.offset(position) + column)
+        : key(static_cast<T const*>(block.params.key) + block.offset(position, block.params.keyStride) + column)
+        , value(static_cast<T const*>(block.params.value) + block.offset(position, block.params.valueStride) + column)
     {
     }
 
@@ -115,14 +124,15 @@ template <typename T, int kD, int kQUERIES>
 __device__ __forceinline__ void copyQueries(Block<kQUERIES> const& block, ThreadCopy<kD> const& copy, T* tile)
 {
     int32_t const query = block.firstQuery + copy.row;
-    T const* const source
-        = static_cast<T const*>(block.params.query) + block.offset(block.position(query)) + copy.column;
+    T const* const source = static_cast<T const*>(block.params.query)
+        + block.offset(block.position(query), block.params.queryStride) + copy.column;
+    int32_t const sourceStep = copy.step(block.params, block.params.queryStride);
 #pragma unroll
     for (int step = 0; step < kQUERIES / ThreadCopy<kD>::kROWS; ++step)
     {
         int const row = step * ThreadCopy<kD>::kROWS;
         bool const valid = copy.rowBit != 0 && query + row < block.length;
-        copyAsync(tile + copy.target + row * kD, source + step * copy.stride, valid);
+        copyAsync(tile + copy.target + row * kD, source + step * sourceStep, valid);
     }
 }
 
@@ -133,6 +143,8 @@ __device__ __forceinline__ void copyBand(
     KeyValueSource<T> source(block, block.position(firstKey + copy.row), copy.column);
     uint32_t const* const localKeys = block.localKeys + (firstKey - block.band.begin) / kWORD_BITS;
     uint32_t const words[2] = {localKeys[0], localKeys[1]};
+    int32_t const keyStep = copy.step(block.params, block.params.keyStride);
+    int32_t const valueStep = copy.step(block.params, block.params.valueStride);
 #pragma unroll
     for (int step = 0; step < kMAX_TILE_KEYS / ThreadCopy<kD>::kROWS; ++step)
     {
@@ -140,8 +152,8 @@ __device__ __forceinline__ void copyBand(
         bool const valid = (words[row / kWORD_BITS] & copy.rowBit << row % kWORD_BITS) != 0;
         copyAsync(keys + copy.target + row * kD, source.key, valid);
         copyAsync(values + copy.target + row * kD, source.value, valid);
-        source.key += copy.stride;
-        source.value += copy.stride;
+        source.key += keyStep;
+        source.value += valueStep;
     }
 }
 

@@ -231,6 +231,27 @@ __device__ __forceinline__ void attendTile(
     }
 }
 
+template <typename T, int kD, int kROW_TILES>
+__device__ __forceinline__ void writeLogSumExp(
+    Block<TensorCoreTraits<kD, kROW_TILES>::kQUERIES> const& block, WarpRows<T, kD, kROW_TILES> const& rows)
+{
+    int32_t const lane = threadIdx.x % kWARP_SIZE;
+    int32_t const firstRow = threadIdx.x / kWARP_SIZE * TensorCoreTraits<kD, kROW_TILES>::kWARP_QUERIES;
+#pragma unroll
+    for (int tile = 0; tile < kROW_TILES; ++tile)
+    {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+        {
+            float const logSumExp = rows.softmax[tile][i].template logSumExp<4>();
+            if (lane % 4 == 0)
+            {
+                block.writeLogSumExp(firstRow + tile * 16 + i * 8 + lane / 4, logSumExp);
+            }
+        }
+    }
+}
+
 // Normalizes the rows and writes them to the context, through the warp's own rows of the query tile, so that each write
 // is of 16 bytes.
 template <typename T, int kD, int kROW_TILES>
@@ -257,6 +278,10 @@ __device__ __forceinline__ void writeContext(
             }
         }
     }
+    if (block.params.logSumExp != nullptr)
+    {
+        writeLogSumExp(block, rows);
+    }
     __syncwarp();
     for (int32_t i = lane; i < Traits::kWARP_QUERIES * Traits::kCHUNKS; i += kWARP_SIZE)
     {
@@ -269,7 +294,8 @@ __device__ __forceinline__ void writeContext(
                 ? *reinterpret_cast<uint4 const*>(queries + swizzled<kD>(row, chunk))
                 : block.template givenChunk<T>(content, chunk);
             T* const target = static_cast<T*>(block.params.context)
-                + block.offset(block.position(block.firstQuery + row)) + chunk * Traits::kCHUNK;
+                + block.offset(block.position(block.firstQuery + row), block.params.contextStride)
+                + chunk * Traits::kCHUNK;
             *reinterpret_cast<uint4*>(target) = result;
         }
     }

@@ -50,24 +50,22 @@ template <typename T>
 struct Block
 {
     __device__ __forceinline__ explicit Block(GlobalParams const& p)
-        : rowStride(static_cast<size_t>(p.numHeads) * p.headSize)
-        , firstQuery(blockIdx.y * BlockTraits::kQUERIES)
+        : firstQuery(blockIdx.y * BlockTraits::kQUERIES)
         , numQueries(min(p.queries - firstQuery, BlockTraits::kQUERIES))
     {
         int32_t const batch = blockIdx.z / p.numHeads;
         size_t const column = static_cast<size_t>(blockIdx.z % p.numHeads) * p.headSize;
         size_t const firstToken = static_cast<size_t>(batch) * p.seqlen;
-        queries = static_cast<T const*>(p.query) + (static_cast<size_t>(batch) * p.queries + firstQuery) * rowStride
+        queries = static_cast<T const*>(p.query) + (static_cast<size_t>(batch) * p.queries + firstQuery) * p.queryStride
             + column;
-        keys = static_cast<T const*>(p.key) + firstToken * rowStride + column;
-        values = static_cast<T const*>(p.value) + firstToken * rowStride + column;
+        keys = static_cast<T const*>(p.key) + firstToken * p.keyStride + column;
+        values = static_cast<T const*>(p.value) + firstToken * p.valueStride + column;
         mask = p.keyMask + firstToken;
         Split const split(p);
         firstKey = blockIdx.x * split.partKeys;
         endKey = min(firstKey + split.partKeys, p.seqlen);
     }
 
-    size_t rowStride; // between tokens
     int32_t firstQuery;
     int32_t numQueries;
     T const* queries; // row firstQuery

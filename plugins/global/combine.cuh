@@ -63,10 +63,15 @@ __global__ void __launch_bounds__(CombineTraits::kTHREADS) combineParts(GlobalPa
         acc += warpAcc[other * Traits::kCOLUMNS + lane];
         rowSum += warpRowSum[other];
     }
+    if (p.logSumExp != nullptr && column == 0)
+    {
+        p.logSumExp[static_cast<size_t>(batchHead) * p.queries + query] = naturalLogSumExp(rowSum, softmax.offset);
+    }
     int32_t const batch = batchHead / p.numHeads;
     int32_t const head = batchHead % p.numHeads;
-    size_t const row = (static_cast<size_t>(batch) * p.queries + query) * p.numHeads + head;
-    static_cast<T*>(p.context)[row * p.headSize + column] = fromFloat<T>(rowSum > 0.0F ? acc / rowSum : 0.0F);
+    T* const row = static_cast<T*>(p.context) + (static_cast<size_t>(batch) * p.queries + query) * p.contextStride
+        + static_cast<size_t>(head) * p.headSize;
+    row[column] = fromFloat<T>(rowSum > 0.0F ? acc / rowSum : 0.0F);
 }
 
 } // namespace lfx::global

@@ -21,7 +21,7 @@ struct Fp32Traits : BlockTraits
 // A warp computes every eighth key, its lanes every 32nd column of the head. Masked keys are not read.
 template <typename IsVisible>
 __device__ __forceinline__ void computeScores(Fp32Traits::Scores const& scores, GlobalParams const& p,
-    float const* queries, float const* keys, size_t keyStride, IsVisible isVisible)
+    float const* queries, float const* keys, int64_t keyStride, IsVisible isVisible)
 {
     using Traits = Fp32Traits;
     int32_t const lane = threadIdx.x % kWARP_SIZE;
@@ -53,7 +53,7 @@ __device__ __forceinline__ void computeScores(Fp32Traits::Scores const& scores, 
 
 // Rescales the thread's columns of the context and adds the values, weighted. Masked values are not read.
 __device__ __forceinline__ void accumulate(float (&acc)[Fp32Traits::kQUERIES][Fp32Traits::kTHREAD_COLUMNS],
-    Fp32Traits::Scores const& scores, GlobalParams const& p, float const* values, size_t valueStride,
+    Fp32Traits::Scores const& scores, GlobalParams const& p, float const* values, int64_t valueStride,
     int32_t const* mask, int32_t numKeys)
 {
     using Traits = Fp32Traits;
@@ -92,7 +92,7 @@ static __global__ void __launch_bounds__(Fp32Traits::kTHREADS, 1) globalAttentio
     for (int32_t i = threadIdx.x; i < Traits::kQUERIES * p.headSize; i += Traits::kTHREADS)
     {
         int32_t const row = i / p.headSize;
-        queries[i] = row < block.numQueries ? block.queries[row * block.rowStride + i % p.headSize] : 0.0F;
+        queries[i] = row < block.numQueries ? block.queries[row * p.queryStride + i % p.headSize] : 0.0F;
     }
     float acc[Traits::kQUERIES][Traits::kTHREAD_COLUMNS] = {};
     OnlineSoftmax softmax[Traits::kWARP_ROWS];
@@ -102,11 +102,11 @@ static __global__ void __launch_bounds__(Fp32Traits::kTHREADS, 1) globalAttentio
         int32_t const* const mask = block.mask + firstKey;
         auto const isVisible = [&](int32_t key) { return key < numKeys && mask[key] != 0; };
         __syncthreads(); // the queries have arrived, and every thread is done with the previous weights
-        computeScores(scores, p, queries, block.keys + firstKey * block.rowStride, block.rowStride, isVisible);
+        computeScores(scores, p, queries, block.keys + firstKey * p.keyStride, p.keyStride, isVisible);
         __syncthreads();
         updateSoftmax(softmax, scores, scaleLog2, isVisible);
         __syncthreads();
-        accumulate(acc, scores, p, block.values + firstKey * block.rowStride, block.rowStride, mask, numKeys);
+        accumulate(acc, scores, p, block.values + firstKey * p.valueStride, p.valueStride, mask, numKeys);
     }
 #pragma unroll
     for (int i = 0; i < Traits::kQUERIES; ++i)

@@ -1,8 +1,9 @@
 // GlobalAttention: a few queries over all real keys of their batch element.
 //
 // There are too few queries to fill a GPU, so the keys are split over blocks of threads (flash decoding). Each block leaves
-// the partial result of its part of the keys in the workspace; a second kernel combines them. A head may be as wide as
-// the hidden size: with folded projections the global rows have one such head.
+// the partial result of its part of the keys in the workspace; a second kernel combines them, since the last block alone
+// would read them for longer than a launch takes (scripts/bench/global_join.py). A head may be as wide as the hidden size:
+// with folded projections the global rows have one such head.
 //
 // Source: Beltagy et al. 2020, arXiv:2004.05150, section 3; Dao et al. 2023, "Flash-Decoding".
 #include "attention.h"
@@ -85,8 +86,7 @@ int32_t preloadGlobalAttention() noexcept
 
 int32_t launchGlobalAttention(GlobalParams const& p, CUstream_st* stream) noexcept
 {
-    if (unsupportedReason(p, Target::kCUDA) != nullptr || inaccessibleReason(p, kDEVICE_ALIGNMENT) != nullptr
-        || !isContiguous(p) || p.logSumExp != nullptr)
+    if (unsupportedReason(p, Target::kCUDA) != nullptr || inaccessibleReason(p, kDEVICE_ALIGNMENT) != nullptr)
     {
         return cudaErrorInvalidValue;
     }

@@ -64,7 +64,7 @@ struct SharedMemory
 // zero-filled.
 template <int kMAX_HEAD_SIZE, typename T>
 __device__ __forceinline__ void copyRows(T* target, SharedMemory<T, kMAX_HEAD_SIZE> const& shared, T const* source,
-    size_t sourceStride, int32_t rows, int32_t validRows, int32_t headSize, int32_t const* mask)
+    int64_t sourceStride, int32_t rows, int32_t validRows, int32_t headSize, int32_t const* mask)
 {
     using Traits = TensorCoreTraits<kMAX_HEAD_SIZE>;
     constexpr int kROWS = Traits::kTHREADS / Traits::kCOPY_THREADS; // at once
@@ -206,27 +206,26 @@ __global__ void __launch_bounds__(BlockTraits::kTHREADS) globalAttentionTensorCo
     SharedMemory<T, kMAX_HEAD_SIZE> const shared(p.headSize);
     Block<T> const block(p);
     float const scaleLog2 = p.scale * kLOG2E;
-    copyRows(shared.queries, shared, block.queries, block.rowStride, Traits::kQUERIES, block.numQueries, p.headSize,
-        nullptr);
+    copyRows(
+        shared.queries, shared, block.queries, p.queryStride, Traits::kQUERIES, block.numQueries, p.headSize, nullptr);
     WarpColumns<kMAX_HEAD_SIZE> columns;
     OnlineSoftmax softmax[Traits::kWARP_ROWS];
     for (int32_t firstKey = block.firstKey; firstKey < block.endKey; firstKey += Traits::kKEYS)
     {
         int32_t const numKeys = min(block.endKey - firstKey, Traits::kKEYS);
         int32_t const* const mask = block.mask + firstKey;
-        auto const copyTile = [&](T const* tensor) {
-            copyRows(shared.tile, shared, tensor + firstKey * block.rowStride, block.rowStride, Traits::kKEYS, numKeys,
-                p.headSize, mask);
+        auto const copyTile = [&](T const* tensor, int64_t stride) {
+            copyRows(shared.tile, shared, tensor + firstKey * stride, stride, Traits::kKEYS, numKeys, p.headSize, mask);
             commitCopies();
         };
         __syncthreads(); // every thread is done with the values of the previous tile
-        copyTile(block.keys);
+        copyTile(block.keys, p.keyStride);
         waitForCopies<0>();
         __syncthreads();
         computeScores(shared);
-        if (block.keys != block.values)
+        if (p.key != p.value || p.keyStride != p.valueStride)
         {
-            copyTile(block.values);
+            copyTile(block.values, p.valueStride);
         }
         updateSoftmax(softmax, shared.scores, scaleLog2, [&](int32_t key) { return key < numKeys && mask[key] != 0; });
         waitForCopies<0>();

@@ -5,12 +5,14 @@
 
 The model has 12 layers, hidden size 768, 12 heads, attention_window 512 and random weights; the first token is global,
 and there is no padding. The time is from ids on the device to last_hidden_state and pooler_output on the device, except
-for lfx-tensorrt. All contenders alternate in one process, and the L2 is flushed before each:
+for lfx-tensorrt and lfx-onnxruntime. All contenders alternate in one process, and the L2 is flushed before each:
 
     lfx                   our kernels as torch custom ops, the layers compiled, one CUDA graph
     lfx-eager             the same without torch.compile, one CUDA graph
     flex, flex-eager      FlexAttention instead of our kernels, in the same two variants; it is compiled in both
     lfx-tensorrt          the plan of `build_engine` in lfx.runtime.Engine, from host to host, with both copies
+    lfx-onnxruntime       the float16 bundle in lfx.runtime.Engine, on ONNX Runtime's CUDA provider with our custom ops,
+                          from host to host, with both copies
     huggingface           LongformerModel unchanged; it reads a value from the device in each layer, so no CUDA graph
     huggingface-compiled  torch.compile of huggingface
 
@@ -37,8 +39,9 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
+from lfx.errors import DependencyError
 from scripts import record
-from scripts.bench import gpu, timing
+from scripts.bench import gpu, rivals, timing
 from scripts.bench.band_cases import PEAKS, band_or_global, base_model_flops
 from scripts.bench.gpu import Rows
 from scripts.bench.launch import Kernels, register
@@ -53,7 +56,7 @@ SHAPES = [
 GLOBALS = 1
 MAX_SEQLEN = max(seqlen for seqlen, _ in SHAPES)
 SECONDS_PER_SHAPE, MOST_ROUNDS = 4.0, 50
-OURS = ("lfx", "lfx-eager", "lfx-tensorrt")
+OURS = ("lfx", "lfx-eager", "lfx-tensorrt", "lfx-onnxruntime")
 OPS = torch.ops.lfx_bench
 
 
@@ -232,6 +235,7 @@ def makers(
         "flex": lambda: graph(compile_layers(flex())),
         "flex-eager": lambda: graph(flex(attend=compile_flex())),
         "lfx-tensorrt": lambda: tensorrt(exact, shape, inputs, folder),
+        "lfx-onnxruntime": lambda: onnxruntime(exact, inputs, folder),
         "huggingface": lambda: on_host(half),
         "huggingface-compiled": lambda: on_host(compile_model(half)),
     }
@@ -254,7 +258,28 @@ def tensorrt(model: Any, shape: tuple[int, int], inputs: tuple[Any, Any, Any], f
         seqlen=[str(seqlen)],
         max_global=GLOBALS,
     )
-    engine = Engine(plan)
+    return host_to_host(Engine(plan), inputs)
+
+
+def onnxruntime(
+    model: Any, inputs: tuple[Any, Any, Any], folder: Path, provider: str = "cuda", precision: str = "fp16"
+) -> tuple[Contender, Any]:
+    """Make the contender that runs a bundle in ONNX Runtime with lfx's custom ops, with arrays on the host.
+
+    Raises:
+        DependencyError: the library has no kernels for this provider and precision, or they cannot be registered.
+    """
+    from lfx.export import export
+    from lfx.runtime import Engine
+
+    bundle = folder / f"base-{precision}"
+    if not bundle.exists():
+        export(copy.deepcopy(model).cpu(), bundle, precision=precision, max_global=GLOBALS)
+    return host_to_host(Engine(bundle, "onnxruntime", provider=provider, kernels="fused"), inputs)
+
+
+def host_to_host(engine: Any, inputs: tuple[Any, Any, Any]) -> tuple[Contender, Any]:
+    """Make the contender that runs an Engine; returns it, and last_hidden_state on the device."""
     ids, mask, marks = (x.cpu().numpy() for x in inputs)
 
     def run() -> np.ndarray:
@@ -268,6 +293,8 @@ def skipped(shape: tuple[int, int], compile_all: bool) -> dict[str, str]:
     reasons = {}
     if not any(importlib.util.find_spec(module) for module in ("tensorrt", "tensorrt_rtx")):
         reasons["lfx-tensorrt"] = "no TensorRT on this machine"
+    if "CUDAExecutionProvider" not in rivals.providers():
+        reasons["lfx-onnxruntime"] = "onnxruntime-gpu is not installed"
     if shape not in LIMITS_MS and not compile_all:
         reasons["huggingface-compiled"] = "it compiles for minutes; --compile-all does it for every shape"
     return reasons
@@ -293,6 +320,8 @@ def measure(
             contenders[name], out = maker()
             error = float((out.float() - expected).abs().max())
             results[name] = {"max_error": error, "seconds_to_make": round(time.perf_counter() - started, 1)}
+        except DependencyError as error:  # such as a library without kernels for the CUDA provider
+            results[name] = {"skipped": " ".join(str(error).split())}
         except Exception as error:  # one contender that fails must not end the run
             results[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         print(f"{seqlen}x{batch} {name}: {results[name]}", flush=True)
@@ -429,6 +458,8 @@ def dry_run(shapes: list[tuple[int, int]]) -> None:
             f"{shape[0]} tokens, batch {shape[1]}: {gflop['linear']:.0f} GFLOP in linear layers, "
             f"{gflop['attention']:.0f} in attention, {floor:.2f} ms at the H100's published rate{limit}"
         )
+    for name, reason in skipped(shapes[0], compile_all=True).items():
+        print(f"{name} is skipped here: {reason}")
     print(f"dry run: {len(shapes)} shapes listed, nothing was run on a GPU")
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -67,11 +68,14 @@ def resident_blocks(architecture: str, registers: int, threads: int, shared_byte
 # Capability".
 ISSUE, EXPONENTIALS, SHARED_BYTES = 4, 16, 128
 GPUS = {
-    # Source: NVIDIA A100 Tensor Core GPU Architecture (2020): 5,120 bytes per clock of the L2.
+    # Source: NVIDIA A100 Tensor Core GPU Architecture (2020); its 5,120 bytes per clock of the L2 are from memory.
     "sm_80": Gpu("A100 SXM", 108, 1.41e9, 312e12, 5120 * 1.41e9),
-    # Source: NVIDIA H100 datasheet (SXM); clock from the peak rate; L2: the lower figure of plugins/README.md.
+    # Source: NVIDIA H100 datasheet (SXM). The clock follows from the peak rate: 4,096 operations per clock and
+    # multiprocessor. NVIDIA does not publish the rate of the L2; the lower figure of plugins/README.md, which is from
+    # memory of published microbenchmarks.
     "sm_90": Gpu("H100 SXM", 132, 1.83e9, 989.4e12, 5.5e12),
-    # Source: NVIDIA RTX Blackwell GPU Architecture (2025), GeForce RTX 5090; the rate of its L2 is not published.
+    # Source: NVIDIA RTX Blackwell GPU Architecture (2025), GeForce RTX 5090, dense with float32 sums: a quarter of the
+    # 838 TFLOP/s that are advertised, with sparsity and float16 sums. The rate of its L2 is not published.
     "sm_120": Gpu("RTX 5090", 170, 2.407e9, 209.5e12, None),
 }
 
@@ -142,7 +146,7 @@ def _once(blocks: dict[int, Block], outer: tuple[int, int], case: Case, tiling: 
     inside = {start: b for start, b in blocks.items() if outer[0] <= start <= outer[1]}
     leaving = max(start for start, b in inside.items() if any(t > outer[1] for t in b.following))
     after = {start: b for start, b in blocks.items() if start > outer[1] or start == leaving}
-    stores = next(b for b in after.values() if b.count("STG"))
+    stores = next(b for b in after.values() if any(re.match(r"STG\b.*\.128", name) for name in b.opcodes))
     staged = max(after.values(), key=lambda b: b.count("STS"))
     end = next(b.start for b in sorted(after.values(), key=lambda b: b.start) if b.opcodes[-1] == "EXIT")
     last = sass.path(after, [leaving, staged.start, stores.start, end])[1:]
@@ -291,15 +295,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         line += [f"{r['blocks']:,}", str(r["blocks_per_wave"]), f"{r['waves']:.2f}"]
         line += [f"{r['us'][name]:.1f}" if name in r["us"] else "not known" for name in UNITS]
         lines.append(line)
-    return _markdown(HEADER, lines)
+    return markdown(HEADER, lines)
 
 
 def budget_table(rows: list[dict[str, Any]]) -> str:
     """Make a Markdown table of the rows of `budgets`."""
-    return _markdown(BUDGET_HEADER, [list(map(str, row.values())) for row in rows])
+    return markdown(BUDGET_HEADER, [list(map(str, row.values())) for row in rows])
 
 
-def _markdown(header: list[str], lines: list[list[str]]) -> str:
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """Make a Markdown table."""
     return "".join("| " + " | ".join(line) + " |\n" for line in [header, ["---"] * len(header), *lines])
 
 

@@ -96,10 +96,11 @@ def run_banded(kernels: Kernels, inputs: Mapping[str, Any], out: Any, **attribut
     Args:
         inputs: query, key and value (B, S, H·D), key_mask (B, S) int32, global_index (B, G) int32, and global_context
             (B, G, H·D).
-        out: (B, S, H·D).
+        out: (B, S, H·D). There may be gaps between its rows, and those of query, key and value.
         attributes: num_heads, and those of `banded_params`.
     """
     params = banded_params(inputs, _addresses(**inputs, context=out), _precision(out), **attributes)
+    _set_strides(params, inputs, out)
     return _launch(kernels.banded, params, out)
 
 
@@ -110,13 +111,14 @@ def run_global(
 
     Args:
         inputs: query (B, G, H·D), key and value (B, S, H·D), and key_mask (B, S) int32.
-        out: (B, G, H·D).
+        out: (B, G, H·D). There may be gaps between its rows, and those of query, key and value.
         workspace: `workspace_bytes` bytes.
         scale: default: 1/√D.
     """
     addresses = _addresses(**inputs, context=out, workspace=workspace)
     params = global_params(inputs, addresses, _precision(out), num_heads)
     params.scale = scale or params.scale
+    _set_strides(params, inputs, out)
     return _launch(kernels.global_, params, out)
 
 
@@ -133,9 +135,25 @@ def _precision(tensor: Any) -> str:
 
 def _addresses(**tensors: Any) -> dict[str, int]:
     for name, tensor in tensors.items():
-        if not tensor.is_contiguous() or tensor.data_ptr() % 16:
-            raise ValueError(f"{name} is not contiguous and 16-byte aligned")
+        may_have_gaps = f"{name}_stride" in STRIDES
+        stride_bytes = _row_stride(tensor) * tensor.element_size() if may_have_gaps else 0
+        if not (stride_bytes or tensor.is_contiguous()) or tensor.data_ptr() % 16 or stride_bytes % 16:
+            raise ValueError(f"{name} is not contiguous and 16-byte aligned, apart from gaps between its rows")
     return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+
+def _row_stride(tensor: Any) -> int:
+    """Return the number of elements from a row of a tensor (B, S, width) to the next; 0 if it varies."""
+    batch, rows, width = tensor.shape
+    stride = tensor.stride(1) if rows > 1 else tensor.stride(0) if batch > 1 else width
+    is_regular = tensor.stride(2) == 1 and stride >= width and (batch == 1 or tensor.stride(0) == rows * stride)
+    return int(stride) if is_regular else 0
+
+
+def _set_strides(params: Any, inputs: Mapping[str, Any], out: Any) -> None:
+    for name in STRIDES:
+        tensor = out if name == "context_stride" else inputs[name.removesuffix("_stride")]
+        setattr(params, name, _row_stride(tensor))
 
 
 def _launch(function: Any, params: ctypes.Structure, out: Any) -> Any:

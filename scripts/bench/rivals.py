@@ -32,7 +32,7 @@ NAMES = (*MODULES, "onnxruntime")
 def missing(case: Case) -> dict[str, str]:
     """Return the rivals that cannot take part in a case, and the reasons."""
     reasons = {name: f"{module} is not installed" for name, module in MODULES.items() if not _installed(module)}
-    if "CUDAExecutionProvider" not in _providers():
+    if "CUDAExecutionProvider" not in providers():
         reasons["onnxruntime"] = "onnxruntime-gpu is not installed"
     elif case.precision == "bf16":
         reasons["onnxruntime"] = "LongformerAttention has no bfloat16"
@@ -48,7 +48,8 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _providers() -> list[str]:
+def providers() -> list[str]:
+    """Return the execution providers of the installed ONNX Runtime."""
     if not _installed("onnxruntime"):
         return []
     import onnxruntime

@@ -433,6 +433,11 @@ inline float exp2Flushed(float x)
     return y < std::numeric_limits<float>::min() ? 0.0F : y;
 }
 
+inline float log2Flushed(float x)
+{
+    return std::log2(x < std::numeric_limits<float>::min() ? 0.0F : x);
+}
+
 struct Product
 {
     float* c;

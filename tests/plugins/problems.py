@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,32 +14,15 @@ from numpy.typing import NDArray
 from lfx import reference
 from lfx.parity import Case, inputs_of
 from scripts.bench.launch import INPUTS, banded_params, global_params
+from tests.plugins.tensors import Guarded, Tensors
 
 DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 UNIT_ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-
-class Guarded:
-    """A copy of an array, followed by a guard page that must not be accessed."""
-
-    def __init__(self, array: NDArray[Any]) -> None:
-        page = mmap.PAGESIZE
-        size = -(-array.nbytes // 16) * 16
-        pages = max(-(-size // page), 1) * page
-        self._map = mmap.mmap(-1, pages + page)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        assert _libc.mprotect(start + pages, page, mmap.PROT_NONE if hasattr(mmap, "PROT_NONE") else 0) == 0
-        self.address = start + pages - size
-        self.array = np.frombuffer(self._map, array.dtype, array.size, pages - size).reshape(array.shape)
-        self.array[...] = array
-
 
 @dataclass
 class Banded:
-    """A call of BandedAttention: inputs, rounded to the dtype, and attributes."""
+    """A call of BandedAttention: inputs, rounded to the dtype, attributes, and the layout of rows in memory."""
 
     inputs: dict[str, NDArray[Any]]
     num_heads: int
@@ -48,6 +30,7 @@ class Banded:
     dilation: int = 1
     causal: int = 0
     precision: str = "fp32"
+    layout: str = ""
 
     @property
     def attributes(self) -> dict[str, int]:
@@ -61,12 +44,17 @@ class Banded:
 
     def run(self, function: Callable[..., Any], *rest: Any) -> NDArray[np.float64]:
         """Returns the context by a function of the C interface; the output starts as NaN."""
-        guarded = {name: Guarded(array) for name, array in self.inputs.items()}
-        guarded["context"] = context = Guarded(np.full(self.inputs["query"].shape, np.nan, DTYPES[self.precision]))
-        addresses = {name: memory.address for name, memory in guarded.items()}
-        params = banded_params(self.inputs, addresses, self.precision, **self.attributes)
+        return self.outputs(function, *rest)[0]
+
+    def outputs(
+        self, function: Callable[..., Any], *rest: Any
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32] | None]:
+        """Returns the context, and in a layout the log-sum-exp (B, H, S)."""
+        tensors = Tensors(self.inputs, self.num_heads, DTYPES[self.precision], self.layout)
+        params = banded_params(self.inputs, tensors.addresses, self.precision, **self.attributes)
+        tensors.set_strides(params)
         assert not function(ctypes.byref(params), *rest)
-        return context.array.astype(np.float64)
+        return tensors.outputs()
 
     def tolerance(self) -> float:
         """The largest error that rounding explains; see `rounding`."""
@@ -89,6 +77,16 @@ def rounding(inputs: dict[str, NDArray[Any]], num_heads: int, keys: int, precisi
     in_float32 = (2 * size**0.5 * largest + 2 * keys**0.5 + 2) * UNIT_ROUNDOFF["fp32"]
     stored = 0.0 if precision == "fp32" else 2 * UNIT_ROUNDOFF[precision]
     return float((in_float32 + stored) * value.max())
+
+
+def rounding_of_sums(inputs: dict[str, NDArray[Any]], num_heads: int, keys: int) -> float:
+    """The largest error of a log-sum-exp that rounding explains.
+
+    A share by which the sum is off is an error of its logarithm, which is float32 in all types. log2 of a sum of `keys`
+    weights up to 2^8 is off by a share of 2^-22.
+    """
+    ones = {**inputs, "value": np.ones(1)[None, None]}
+    return rounding(ones, num_heads, keys, "fp32") + 2.0**-22 * (8 + np.log2(keys))
 
 
 def masks(case: Case) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -133,6 +131,7 @@ class Global:
     inputs: dict[str, NDArray[Any]]
     num_heads: int
     precision: str = "fp32"
+    layout: str = ""
 
     @property
     def attributes(self) -> dict[str, int]:
@@ -148,18 +147,24 @@ class Global:
         self, function: Callable[..., Any], workspace: Callable[..., int] | None = None, share_values: bool = False
     ) -> NDArray[np.float64]:
         """Returns the context by a function of the C interface; output and workspace start as NaN."""
-        guarded = {name: Guarded(array) for name, array in self.inputs.items()}
+        return self.outputs(function, workspace, share_values)[0]
+
+    def outputs(
+        self, function: Callable[..., Any], workspace: Callable[..., int] | None = None, share_values: bool = False
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32] | None]:
+        """Returns the context, and in a layout the log-sum-exp (B, H, G)."""
+        tensors = Tensors(self.inputs, self.num_heads, DTYPES[self.precision], self.layout)
         if share_values:
-            guarded["value"] = guarded["key"]
+            tensors.addresses["value"] = tensors.addresses["key"]
+            tensors.strides["value_stride"] = tensors.strides["key_stride"]
         batch, queries, width = self.inputs["query"].shape
-        context = Guarded(np.full((batch, queries, width), np.nan, DTYPES[self.precision]))
         sizes = (batch, queries, self.num_heads, width // self.num_heads)
         scratch = Guarded(np.full(workspace(*sizes) // 4 if workspace is not None else 0, np.nan, np.float32))
-        guarded |= {"context": context, "workspace": scratch}
-        addresses = {name: memory.address for name, memory in guarded.items()}
+        addresses = tensors.addresses | {"workspace": scratch.address}
         params = global_params(self.inputs, addresses, self.precision, self.num_heads)
+        tensors.set_strides(params)
         assert not (function(ctypes.byref(params), None) if workspace is not None else function(ctypes.byref(params)))
-        return context.array.astype(np.float64)
+        return tensors.outputs()
 
     def tolerance(self) -> float:
         """The largest error that rounding explains."""

@@ -191,8 +191,12 @@ class RaceDetector:
             is_global = isinstance(params, GlobalParams)
             rows = params.batch * (params.queries if is_global else params.seqlen)
             itemsize = list(DTYPES.values())[params.type].itemsize
-            bytes_ = rows * params.num_heads * params.head_size * itemsize
-            self.library.lfxRaceWatch(b"context", params.context, bytes_)
+            width = params.num_heads * params.head_size
+            context_bytes = ((rows - 1) * params.context_stride + width) * itemsize
+            self.library.lfxRaceWatch(b"context", params.context, context_bytes)
+            if params.log_sum_exp is not None:
+                sums_bytes = rows * params.num_heads * 4
+                self.library.lfxRaceWatch(b"log-sum-exp", params.log_sum_exp, sums_bytes)
             if is_global:
                 sizes = (params.batch, params.queries, params.num_heads, params.head_size)
                 self.library.lfxRaceWatch(b"workspace", params.workspace, self.kernels.workspace_bytes(*sizes))

@@ -23,8 +23,9 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from lfx import reference
+from lfx.errors import DependencyError
 from scripts import record
-from scripts.bench import band_cases, gpu, launch, sass, timing
+from scripts.bench import band_cases, gpu, launch, rivals, sass, timing
 from scripts.bench import gpu_kernels as bench
 from scripts.bench import gpu_model as whole
 from scripts.bench.launch import Kernels
@@ -174,6 +175,19 @@ def test_a_tensor_that_is_not_contiguous_is_refused(emulated: Kernels) -> None:
     run, _ = bench.lfx(SMALL, emulated, "cpu", torch.float32)
     s.k = s.k.transpose(0, 1).contiguous().transpose(0, 1)
     with pytest.raises(ValueError, match="key is not contiguous"):
+        run(s)
+
+
+def test_packed_rows_need_no_copy_and_change_no_bit(emulated: Kernels) -> None:
+    for dtype in (torch.float32, torch.float16):
+        s = drawn(SMALL, dtype)
+        run, _ = bench.lfx(SMALL, emulated, "cpu", dtype)
+        expected = run(s).clone()
+        s.q, s.k, s.v = torch.cat([s.q, s.k, s.v], dim=2).chunk(3, dim=2)
+        s.out = torch.full((*expected.shape[:2], 40), float("nan"), dtype=dtype)[:, :, : expected.shape[2]]
+        assert torch.equal(run(s), expected)
+    with pytest.raises(ValueError, match="key is not contiguous"):
+        s.k = torch.empty(2, 64, 33)[:, :, :32]
         run(s)
 
 
@@ -458,6 +472,24 @@ def test_the_models_benchmark_from_its_shapes_to_its_record(no_gpu: Path, monkey
     assert [verdict["holds"] for verdict in whole.verdicts(rows)] == [True, True]
     assert len(no_gpu.read_text().splitlines()) == 2 + 2
     assert "WRONG" not in whole.table(rows)
+
+
+def test_the_contender_in_onnx_runtime_runs_our_custom_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU provider in float32; a provider and a precision without kernels are skipped with the reason."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(whole.timing, "DEVICE", "cpu")
+    model = tiny_model()
+    inputs = model_inputs(model, 1, False)
+    contender, out = whole.onnxruntime(model, inputs, tmp_path, "cpu", "fp32")
+    with torch.no_grad():
+        expected = whole.by_row(model, inputs)
+    assert contender.on_host
+    assert (out - expected).abs().max() < 1e-5
+    (tmp_path / "base-fp16").symlink_to(tmp_path / "base-fp32")
+    with pytest.raises(DependencyError, match=r"kernels is 'fused'|no CUDAExecutionProvider"):
+        whole.onnxruntime(model, inputs, tmp_path)
+    if "CUDAExecutionProvider" not in rivals.providers():
+        assert whole.skipped((48, 2), True)["lfx-onnxruntime"] == "onnxruntime-gpu is not installed"
 
 
 def tiny_inputs(seqlen: int, batch: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

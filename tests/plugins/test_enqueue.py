@@ -13,7 +13,8 @@ import pytest
 from lfx.parity import Case
 from scripts.bench.launch import Kernels
 from tests.plugins.build import EMULATED, compiler
-from tests.plugins.problems import DTYPES, Banded, Global, Guarded, banded, enqueue_through_creator, global_
+from tests.plugins.problems import DTYPES, Banded, Global, banded, enqueue_through_creator, global_
+from tests.plugins.tensors import Guarded
 
 pytestmark = pytest.mark.trt
 

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from scripts.bench.launch import Kernels
 from tests.conftest import MakeOnce
 from tests.plugins import mutants
 from tests.plugins.build import ROOT
-from tests.plugins.problems import Banded, Global, banded, global_
+from tests.plugins.problems import Banded, Global, banded, global_, rounding_of_sums
 from tests.plugins.races import in_a_fork
+from tests.plugins.tensors import LAYOUTS
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 # BandedAttention's kernels: the precision, and whether blocks have 128 queries or 64.
@@ -223,10 +225,86 @@ def test_masked_keys_are_never_read(emulated: Kernels) -> None:
         np.testing.assert_array_equal(problem.run(emulated.banded, None), expected)
 
 
+def sums_of_the_reference(problem: Banded | Global, host_reference: Any) -> np.ndarray:
+    """The log-sum-exp that the host reference computes from the same numbers."""
+    inputs = {
+        name: array if array.dtype == np.int32 else array.astype(np.float32) for name, array in problem.inputs.items()
+    }
+    exact = replace(problem, inputs=inputs, precision="fp32")
+    if isinstance(exact, Banded):
+        sums = exact.outputs(host_reference.lfxBandedAttentionReference)[1]
+    else:
+        sums = exact.outputs(host_reference.lfxGlobalAttentionReference)[1]
+    assert sums is not None
+    return sums
+
+
+def check_layout(problem: Banded | Global, layout: str, kernels: Kernels, host_reference: Any) -> None:
+    """In a layout the context has the bits that it has without a gap, and the log-sum-exp is that of the reference."""
+    spread = replace(problem, layout=layout)
+    if isinstance(problem, Banded) and isinstance(spread, Banded):
+        expected, (context, sums) = problem.run(kernels.banded, None), spread.outputs(kernels.banded, None)
+        keys = problem.inputs["key"].shape[1] + problem.inputs["global_index"].shape[1]
+    else:
+        assert isinstance(problem, Global) and isinstance(spread, Global)
+        expected = problem.run(kernels.global_, kernels.workspace_bytes)
+        context, sums = spread.outputs(kernels.global_, kernels.workspace_bytes)
+        keys = problem.inputs["key"].shape[1]
+    np.testing.assert_array_equal(context, expected)
+    exact = sums_of_the_reference(spread, host_reference)
+    assert sums is not None
+    np.testing.assert_array_equal(np.isneginf(sums), np.isneginf(exact))
+    seen = np.isfinite(exact)
+    assert seen.any()
+    assert np.abs(sums[seen] - exact[seen]).max() <= rounding_of_sums(problem.inputs, problem.num_heads, keys)
+
+
+@every_kernel
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_row_strides_change_no_bit_and_the_log_sum_exp_is_the_references(
+    emulated: Kernels, host_reference: Any, precision: str, wide: bool, layout: str
+) -> None:
+    choose_blocks(wide)
+    for problem in (
+        banded(Case(2, 150, "scattered", "holes"), 2, 64, 20, precision=precision),
+        banded(Case(2, 130, "ragged", "empty_row"), 3, 24, 20, precision=precision, dilation=2, causal=1),
+        banded(Case(1, 70, "first"), 1, 128, 40, precision=precision),
+        growing_scores(60, precision),
+    ):
+        check_layout(problem, layout, emulated, host_reference)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_row_strides_of_global_attention(emulated: Kernels, host_reference: Any, precision: str, layout: str) -> None:
+    for problem in (
+        global_(Case(2, 130, "none", "empty_row"), 3, 2, 64, precision=precision),
+        global_(Case(1, 100, "none", "left"), 17, 1, 136, precision=precision),
+    ):
+        check_layout(problem, layout, emulated, host_reference)
+    problem = replace(problem, layout=layout)
+    expected = problem.run(emulated.global_, emulated.workspace_bytes, share_values=True)
+    problem.inputs["value"] = problem.inputs["key"]
+    np.testing.assert_array_equal(problem.run(emulated.global_, emulated.workspace_bytes), expected)
+
+
+def test_launches_refuse_rows_that_are_not_aligned_or_too_far_apart(emulated: Kernels) -> None:
+    for precision in PRECISIONS:
+        problem = banded(Case(1, 40), 1, 16, 8, precision=precision, dilation=2)
+        for strides in ({"key_stride": 17}, {"context_stride": 8}, {"value_stride": 2**23}):
+
+            def launch(params: Any, stream: Any, changed: dict[str, int] = strides) -> int:
+                for name, stride in changed.items():
+                    setattr(params._obj, name, stride)
+                return int(emulated.banded(params, stream) != 1)  # cudaErrorInvalidValue
+
+            problem.run(launch, None)
+
+
 def test_the_guard_page_after_an_input_works() -> None:
     code = (
         "import ctypes, numpy as np\n"
-        "from tests.plugins.problems import Guarded\n"
+        "from tests.plugins.tensors import Guarded\n"
         "held = Guarded(np.zeros(100, np.float32))\n"
         "print(ctypes.c_float.from_address(held.address + 396).value, flush=True)\n"
         "ctypes.c_float.from_address(held.address + 400).value\n"
@@ -307,6 +385,12 @@ MUTATIONS = {
     "acc of GlobalAttention in float32 not rescaled": ("global/fp32.cuh", "acc[i][c] *= scores.factor(i);", ""),
     "parts not rescaled": ("global/combine.cuh", "acc += weight * (column", "acc += (column"),
     "a part left out": ("global/combine.cuh", "other < Traits::kWARPS; ++other", "other < Traits::kWARPS - 1; ++other"),
+    "values with the stride of the keys": (
+        "banded/tensor_core_tiles.cuh",
+        "valueStep = copy.step(block.params, block.params.valueStride)",
+        "valueStep = copy.step(block.params, block.params.keyStride)",
+    ),
+    "combined rows without their stride": ("global/combine.cuh", "* p.contextStride", "* p.numHeads * p.headSize"),
     "a column not copied": (
         "global/tensor_cores.cuh",
         "threadIdx.x % Traits::kCOPY_THREADS * Traits::kCHUNK",
@@ -327,6 +411,9 @@ def problems_of_mutations() -> Iterator[tuple[Banded | Global, bool]]:
         yield some_slots_used([64], 80, "fp16"), wide
         yield growing_scores(60, "fp16"), wide
     yield banded(Case(1, 70, "first"), 1, 16, 40), False
+    for case in (Case(1, 100, "first"), Case(2, 40)):
+        yield replace(banded(case, 1, 32, 40, precision="fp16"), layout="gaps"), False
+        yield replace(global_(case, 3, 2, 32, precision="fp16"), layout="gaps"), False
     for precision in ("fp16", "fp32"):
         for problem in several_tiles_in_a_part(precision, mutants.TARGET_BLOCKS + 2):
             yield problem, False

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,8 @@ def problems(precision: str) -> dict[str, Banded | Global]:
     many.inputs["global_context"] = rows.astype(many.inputs["query"].dtype)
     result["many global"] = many
     result["wide head"] = global_(Case(1, 40, "none", "holes"), 5, 1, 768, precision=precision)
+    gaps = banded(case, 1, 32, 20, precision=precision), global_(case, 3, 2, 32, precision=precision)
+    result |= {f"gaps in {name}": replace(p, layout="gaps") for name, p in zip(("band", "rows"), gaps, strict=True)}
     return result
 
 

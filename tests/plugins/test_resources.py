@@ -6,10 +6,13 @@ from collections import Counter
 
 import pytest
 
-from scripts.bench import band_cases, kernel_resources, sass
+from scripts.bench import band_cases, global_join, kernel_resources, sass
 from scripts.bench.band_cases import NARROW, WIDE, Tiling
+from scripts.bench.global_join import Rows
 from scripts.bench.kernel_resources import WarpCosts
+from scripts.bench.launch import Kernels
 from scripts.bench.sass import Block
+from tests.plugins.build import PLUGINS
 
 
 def disassembly(*lines: str) -> str:
@@ -135,3 +138,37 @@ def test_the_table_has_a_cell_for_each_resource_and_says_what_is_not_known() -> 
     assert header.count("|") == rule.count("|") == line.count("|")
     assert "| RTX 5090 | 64 | 1 | 4,096 | 2,000,000 | 2,000 | 2,000 | 2 | 2,000 | 768 | 340 | 2.26 | 1.2 |" in line
     assert "not known" in line
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        (Rows(1, 4096, 12, 1, 768), 128),  # tiles of 32 keys, one in each part
+        (Rows(1, 16384, 12, 1, 768), 256),
+        (Rows(8, 16384, 12, 1, 768), 32),
+        (Rows(1, 4096, 64, 12, 64), 5),  # four blocks of queries for each head
+        (Rows(1, 31, 1, 1, 768), 1),
+        (Rows(264, 4096, 1, 1, 64), 1),
+    ],
+)
+def test_the_parts_of_global_attention_are_those_of_the_kernel(rows: Rows, parts: int, emulated: Kernels) -> None:
+    assert global_join.parts(rows) == parts
+    sizes = (rows.batch, rows.queries, rows.heads, rows.head_size)
+    assert parts * rows.batch * rows.heads * rows.queries * (rows.head_size + 2) * 4 <= emulated.workspace_bytes(*sizes)
+
+
+def test_the_split_has_the_constants_of_the_kernel() -> None:
+    source = (PLUGINS / "global" / "block.cuh").read_text(encoding="utf-8")
+    assert f"kTARGET_BLOCKS = {global_join.TARGET_BLOCKS};" in source
+    assert f"kQUERIES = {global_join.BLOCK_QUERIES};" in source
+    assert f"kSMALL_HEAD_SIZE = {global_join.SMALL_HEAD_SIZE};" in source
+
+
+def test_the_last_block_is_no_faster_than_the_second_kernel() -> None:
+    for architecture in global_join.ARCHITECTURES:
+        gpu = kernel_resources.GPUS[architecture]
+        for rows in global_join.CASES:
+            for levels in (1, 2):
+                last = global_join.NODE_US + global_join.last_block_us(rows, gpu, levels)
+                assert last >= 0.98 * global_join.second_kernel_us(rows, gpu)
+    assert "| H100 SXM | 1 | 4,096 | 12 | 1 | 768 | 128 | 4,768 | 3.1 | 42.7 | 9.3 |" in global_join.table()

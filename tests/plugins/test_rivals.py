@@ -158,7 +158,7 @@ def test_rivals_that_are_not_there_are_named_with_the_reason() -> None:
 
 
 def test_onnxruntime_leaves_out_cases_that_its_op_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rivals, "_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(rivals, "providers", lambda: ["CUDAExecutionProvider"])
     assert "bfloat16" in rivals.missing(replace(SMALL, precision="bf16"))["onnxruntime"]
     assert "multiple of twice the window" in rivals.missing(replace(SMALL, seqlen=60))["onnxruntime"]
     assert "onnxruntime" not in rivals.missing(replace(SMALL, precision="fp16"))

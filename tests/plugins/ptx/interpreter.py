@@ -92,34 +92,41 @@ class InterpretedKernels:
             raise PtxError(self.interpreter.error() or f"CUDA error {status}")
 
     def _global_buffers(self, params: GlobalParams) -> list[Buffer]:
-        row_bytes = _row_bytes(params)
         queries, tokens = params.batch * params.queries, params.batch * params.seqlen
         workspace_bytes = self.workspace_bytes(params.batch, params.queries, params.num_heads, params.head_size)
         return [
-            Buffer(params.query, queries * row_bytes, False),
-            Buffer(params.key, tokens * row_bytes, False),
-            Buffer(params.value, tokens * row_bytes, False),
+            Buffer(params.query, _rows_bytes(params, queries, params.query_stride), False),
+            Buffer(params.key, _rows_bytes(params, tokens, params.key_stride), False),
+            Buffer(params.value, _rows_bytes(params, tokens, params.value_stride), False),
             Buffer(params.key_mask, tokens * 4, False),
-            Buffer(params.context, queries * row_bytes, True),
+            Buffer(params.context, _rows_bytes(params, queries, params.context_stride), True),
             Buffer(params.workspace, workspace_bytes, True),
+            *_sums(params, params.queries),
         ]
 
 
 def banded_buffers(params: BandedParams) -> list[Buffer]:
     """The arrays of BandedAttention, whose sizes plugins/attention.h gives."""
-    row_bytes = _row_bytes(params)
     tokens, slots = params.batch * params.seqlen, params.batch * params.slots
     return [
-        Buffer(params.query, tokens * row_bytes, False),
-        Buffer(params.key, tokens * row_bytes, False),
-        Buffer(params.value, tokens * row_bytes, False),
+        Buffer(params.query, _rows_bytes(params, tokens, params.query_stride), False),
+        Buffer(params.key, _rows_bytes(params, tokens, params.key_stride), False),
+        Buffer(params.value, _rows_bytes(params, tokens, params.value_stride), False),
         Buffer(params.key_mask, tokens * 4, False),
         Buffer(params.global_index, slots * 4, False),
-        Buffer(params.global_context, slots * row_bytes, False),
-        Buffer(params.context, tokens * row_bytes, True),
+        Buffer(params.global_context, _rows_bytes(params, slots, params.num_heads * params.head_size), False),
+        Buffer(params.context, _rows_bytes(params, tokens, params.context_stride), True),
+        *_sums(params, params.seqlen),
     ]
 
 
-def _row_bytes(params: BandedParams | GlobalParams) -> int:
+def _rows_bytes(params: BandedParams | GlobalParams, rows: int, stride: int) -> int:
+    """Bytes from the first row to the end of the last one."""
     element_bytes = 4 if params.type == 0 else 2
-    return int(params.num_heads * params.head_size * element_bytes)
+    return int(((rows - 1) * stride + params.num_heads * params.head_size) * element_bytes)
+
+
+def _sums(params: BandedParams | GlobalParams, rows: int) -> list[Buffer]:
+    """The log-sum-exp, if it is asked for."""
+    asked = params.log_sum_exp is not None
+    return [Buffer(params.log_sum_exp, params.batch * params.num_heads * rows * 4, True)] if asked else []

@@ -159,6 +159,7 @@ OTHER_SIZES: list[Row] = [
     ("cvt.rni.s32.f32", (np.float32(2.5),), np.uint32(2)),
     ("cvt.rzi.u32.f32", (np.float32(-1),), np.uint32(0)),
     ("selp.b32", (np.uint32(1), np.uint32(2), np.bool_(True)), np.uint32(1)),
+    ("selp.b64", (np.uint64(1 << 40), np.uint64(2), np.bool_(True)), np.uint64(1 << 40)),
     ("selp.f32", (np.float32(1), np.float32(2), np.bool_(False)), np.float32(2)),
     ("selp.u16", (np.uint16(1), np.uint16(2), np.bool_(False)), np.uint16(2)),
     ("selp.u32", (np.uint32(1), np.uint32(2), np.bool_(False)), np.uint32(2)),
