@@ -340,7 +340,7 @@ MUTATIONS = {
         "distance - kWARP_QUERIES >= last",
         "distance >= last",
     ),
-    "a row of values that is not advanced": ("banded/tensor_core_tiles.cuh", "source.value += copy.stride;", ""),
+    "a row of values that is not advanced": ("banded/tensor_core_tiles.cuh", "+= valueStep;", "+= 0 * valueStep;"),
     "the last used slot left out": ("banded/block.cuh", "atomicMax(numSlots, slot + 1)", "atomicMax(numSlots, slot)"),
     "a group of slots that is not copied": (
         "banded/tensor_core_tiles.cuh",
