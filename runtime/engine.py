@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -354,7 +354,7 @@ class Engine(OpenModel):
         """
         with self.metrics.call():
             keep_errors = one_of(on_error, "on_error", ON_ERROR, InputError) == "return"
-            writer = self._writer()
+            writer = self.text_writer()
             settings = writer.settings(options, stream=flag(stream, "stream"))
             masks, open_tokenizer = (attention_mask, global_attention_mask), lambda: self._open_tokenizer(tokenizer)
             sequences = writer.prepare(inputs, masks, open_tokenizer, truncate=truncate, keep_errors=keep_errors)
@@ -368,15 +368,16 @@ class Engine(OpenModel):
         Raises:
             InputError, ArtifactError: what `generate` raises for them.
         """
-        return self._writer().settings(options)
+        return self.text_writer().settings(options)
 
-    def _writer(self) -> TextWriter:
+    def text_writer(self, on_step: Callable[[], None] | None = None) -> TextWriter:
+        """The parts of `generate`. `on_step` is called before each step; an error that it raises ends the search."""
         self.check_usable()
         encoder, decoder = check_graphs(self._graphs, self.signature)
         if self._generation_defaults is None:
             self._generation_defaults = defaults_of(self.path, self.manifest)
         model = GraphGenerator(encoder, decoder, self.signature, self.metrics.computed_batch)
-        return TextWriter(model, self._generation_defaults, self.token_budget)
+        return TextWriter(model, self._generation_defaults, self.token_budget, on_step)
 
     def _open_tokenizer(self, given: Tokenizer | None) -> Tokenizer:
         if given is not None:

@@ -306,6 +306,11 @@ class Tokenizer:
         """The vocabulary entry of an id; empty if the vocabulary does not have it."""
         return self._tokenizer.id_to_token(token) or ""
 
+    def is_special(self, token: int) -> bool:
+        """Whether an id is a special token, which `decode` leaves out."""
+        added = self._tokenizer.get_added_tokens_decoder().get(token)
+        return added is not None and bool(added.special)
+
     def has_id(self, token: int) -> bool:
         """Whether an id is in the vocabulary."""
         return self._tokenizer.id_to_token(token) is not None

@@ -364,8 +364,10 @@ def generation() -> str:
         )
     header = ["tokens", "contender", "prefill", "times as fast", "new tokens/s", "times as fast", "peak memory"]
     first = records[0]
+    turns = {row["seqlen"]: row["rounds"] for row in records}
+    counts = " and ".join(f"{count} at {seqlen:,} tokens" for seqlen, count in turns.items())
     note = f"\nled-base-16384's config with random weights, fp32, batch 1, {first['new_tokens']} new tokens by greedy "
-    note += f"search, {first['threads']} threads, medians of {first['rounds']} turns. {_hardware(first)}.\n"
+    note += f"search, {first['threads']} threads, medians of turns: {counts}. {_hardware(first)}.\n"
     return _rows(header, rows) + note
 
 

@@ -60,7 +60,8 @@ def quantize_graphs(
     """
     folder = target if len(layers) == 1 else source / "int8"
     folder.mkdir(exist_ok=True)
-    files, scales = {}, {}
+    files: dict[str, Path] = {}
+    scales: dict[str, dict[str, Any]] = {}
     for name, chosen in layers.items():
         files[name] = folder / name if chosen else source / name
         if chosen:

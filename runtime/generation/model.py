@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,3 +53,28 @@ class TextGenerator(Protocol):
             A cache of len(sequences) * copies rows; the rows of one sequence are neighbours.
         """
         ...
+
+
+@dataclass(frozen=True)
+class StoppableGenerator:
+    """A model that calls `on_step` before each step of its decoder; an error that it raises ends the search."""
+
+    model: TextGenerator
+    on_step: Callable[[], None]
+
+    def encode(self, sequences: Sequence[Feeds], copies: int) -> Cache:
+        """Run the encoder; see `TextGenerator`."""
+        return _StoppableCache(self.model.encode(sequences, copies), self.on_step)
+
+
+@dataclass(frozen=True)
+class _StoppableCache:
+    cache: Cache
+    on_step: Callable[[], None]
+
+    def step(self, tokens: Int64) -> NDArray[Any]:
+        self.on_step()
+        return self.cache.step(tokens)
+
+    def select(self, rows: Int64) -> None:
+        self.cache.select(rows)

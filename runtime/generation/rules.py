@@ -135,10 +135,12 @@ def _sampling_rules(settings: GenerationSettings) -> list[Rule]:
     chosen: list[Rule] = []
     if settings.temperature != 1.0:
         chosen.append(_temperature(settings.temperature))
+    # A beam keeps one token more than there are end tokens, so that it can go on.
+    least = max(2, 1 + len(settings.eos_token_ids)) if settings.num_beams > 1 else 1
     if settings.top_k > 0:
-        chosen.append(_top_k(settings.top_k))
+        chosen.append(_top_k(max(settings.top_k, least)))
     if settings.top_p < 1.0:
-        chosen.append(_top_p(settings.top_p))
+        chosen.append(_top_p(settings.top_p, least))
     return chosen
 
 
@@ -160,14 +162,14 @@ def _top_k(count: int) -> Rule:
     return apply
 
 
-def _top_p(mass: float) -> Rule:
-    """Only the likeliest tokens remain whose probabilities add up to `mass`, at least one."""
+def _top_p(mass: float, least: int) -> Rule:
+    """Only the likeliest tokens remain whose probabilities add up to `mass`, and at least `least` of them."""
 
     def apply(scores: Float32, tokens: Int64, sources: Int64) -> None:
         order = np.argsort(scores, axis=1, kind="stable")
         cumulative = np.cumsum(softmax(np.take_along_axis(scores, order, axis=1)), axis=1)
         removed = cumulative <= np.float32(1 - mass)
-        removed[:, -1] = False
+        removed[:, -least:] = False
         rows, places = np.nonzero(removed)
         scores[rows, order[rows, places]] = -np.inf
 
@@ -175,8 +177,9 @@ def _top_p(mass: float) -> Rule:
 
 
 def softmax(scores: Float32) -> Float32:
-    """Softmax of each row, in the dtype of the scores."""
-    exponentials: Float32 = np.exp(scores - scores.max(axis=1, keepdims=True))
+    """Softmax of each row, in the dtype of the scores; NaN where all scores of a row are -inf."""
+    with np.errstate(invalid="ignore"):
+        exponentials: Float32 = np.exp(scores - scores.max(axis=1, keepdims=True))
     return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), scores.dtype)
 
 
@@ -198,3 +201,27 @@ def choose(scores: Float32, draws: NDArray[np.float64]) -> Int64:
     cumulative = np.cumsum(softmax(scores.astype(np.float64)), axis=1)
     targets = draws * cumulative[:, -1]  # the sum of the rounded probabilities is not 1
     return np.asarray((cumulative <= targets[:, None]).sum(axis=1), np.int64)
+
+
+def choose_different(scores: Float32, draws: NDArray[np.float64]) -> Int64:
+    """Sample different candidates from the softmax of their scores, one after the other.
+
+    Args:
+        scores: (candidates,), at least one of them finite.
+        draws: (count,) uniform random numbers in [0, 1), one for each candidate to choose.
+    Returns:
+        (count,) indices in the order of the draws. Each is `choose` of the candidates that are left. Where all that are
+        left have the probability 0, those of the highest scores come next.
+    """
+    probabilities = np.exp(scores.astype(np.float64) - scores.max())
+    possible = np.flatnonzero(probabilities)
+    left = probabilities[possible]
+    chosen = []
+    for draw in draws[: len(possible)]:
+        cumulative = np.cumsum(left)
+        i = int(np.searchsorted(cumulative, draw * cumulative[-1], side="right"))
+        chosen.append(possible[i])
+        left[i] = 0.0
+    others = np.flatnonzero(probabilities == 0)
+    others = others[np.argsort(-scores[others], kind="stable")[: len(draws) - len(chosen)]]
+    return np.concatenate([np.array(chosen, np.int64), others])

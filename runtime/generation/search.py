@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lfx.errors import InputError, LfxError
 from lfx.runtime.generation.model import Cache, Float32, Int64, TextGenerator
-from lfx.runtime.generation.rules import Rule, choose, log_softmax, rules
+from lfx.runtime.generation.rules import Rule, choose, choose_different, log_softmax, rules
 from lfx.runtime.generation.settings import GenerationSettings
 from lfx.runtime.inputs import Feeds
 
@@ -37,7 +37,7 @@ def generate(
         LfxError: the logits are not finite, or the backend failed.
     """
     if settings.num_beams > 1:
-        return _BeamSearch(model, sequences, settings).run()
+        return _BeamSearch(model, sequences, settings, indices).run()
     rows = len(sequences) * settings.num_return_sequences
     start = np.full(rows, settings.decoder_start_token_id, np.int64)
     return np.stack([start, *stream(model, sequences, settings, indices)], axis=1)
@@ -54,7 +54,7 @@ def stream(
     copies = settings.num_return_sequences
     count = len(sequences) * copies
     chosen_rules = rules(settings, _encoder_ids(sequences))
-    generators = _generators(settings, range(len(sequences)) if indices is None else indices)
+    generators = _generators(settings, range(len(sequences)) if indices is None else indices, copies)
     cache = model.encode(sequences, copies)
     rows = np.arange(count)  # of the rows that have not ended, the index in the batch
     tokens = np.full((count, 1), settings.decoder_start_token_id, np.int64)
@@ -84,12 +84,15 @@ def _encoder_ids(sequences: Sequence[Feeds]) -> list[Int64]:
     return [feeds["input_ids"][0] for feeds in sequences]
 
 
-def _generators(settings: GenerationSettings, indices: Sequence[int]) -> list[np.random.Generator]:
-    """A generator for each row, so that its tokens do not depend on other rows: that of [seed, index of the row]."""
+def _generators(settings: GenerationSettings, indices: Sequence[int], copies: int) -> list[np.random.Generator]:
+    """A generator for each row, so that its tokens do not depend on other rows: that of [seed, index of the row].
+
+    Args:
+        copies: number of rows of each sequence that draw on their own.
+    """
     if not settings.do_sample:
         return []
     seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if settings.seed is None else settings.seed
-    copies = settings.num_return_sequences
     return [np.random.default_rng([seed, index * copies + i]) for index in indices for i in range(copies)]
 
 
@@ -145,11 +148,18 @@ _STATE = (
 
 
 class _BeamSearch:
-    """Beam search over one batch. Arrays have the axes (sequences that go on, beams)."""
+    """Beam search over one batch, of the best candidates or of sampled ones. Arrays: (sequences that go on, beams)."""
 
-    def __init__(self, model: TextGenerator, sequences: Sequence[Feeds], settings: GenerationSettings) -> None:
+    def __init__(
+        self,
+        model: TextGenerator,
+        sequences: Sequence[Feeds],
+        settings: GenerationSettings,
+        indices: Sequence[int] | None,
+    ) -> None:
         self.settings = settings
         batch, beams = len(sequences), settings.num_beams
+        self.generators = _generators(settings, range(batch) if indices is None else indices, copies=1)
         self.cache = model.encode(sequences, beams)
         self.rules = rules(settings, _encoder_ids(sequences))
         self.sequences = np.arange(batch)  # index in the batch of each sequence that goes on
@@ -188,7 +198,7 @@ class _BeamSearch:
         totals = (scores.reshape(batch, beams, vocab_size) + self.running_scores[:, :, None]).reshape(batch, -1)
         # One beam more for each end token, so that `beams` candidates are left that have not ended.
         kept = max(2, 1 + len(settings.eos_token_ids)) * beams
-        candidate_scores, indices = top(totals, kept)
+        candidate_scores, indices = self._sample(totals, kept, length) if settings.do_sample else top(totals, kept)
         parents, next_tokens = indices // vocab_size, indices % vocab_size
         candidates = np.take_along_axis(self.running, parents[:, :, None], axis=1)
         candidates[:, :, length] = next_tokens
@@ -199,6 +209,13 @@ class _BeamSearch:
         self.running = np.take_along_axis(candidates, order[:, :, None], axis=1)
         parents = np.take_along_axis(parents, order, axis=1)
         self._parents = parents
+
+    def _sample(self, totals: Float32, count: int, length: int) -> tuple[Float32, Int64]:
+        """Sample candidates of each sequence without replacement, in the order of the draws."""
+        _check_choice(totals, length)
+        draws = [self.generators[sequence].random(count) for sequence in self.sequences.tolist()]
+        indices = np.stack([choose_different(row, drawn) for row, drawn in zip(totals, draws, strict=True)])
+        return np.take_along_axis(totals, indices, axis=1), indices
 
     def _add_ended(self, candidates: Int64, scores: Float32, ends: NDArray[np.bool_], length: int) -> None:
         """Keep the best ended rows; of the candidates only the first `num_beams` count."""

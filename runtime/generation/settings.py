@@ -82,6 +82,7 @@ _WITHOUT_EFFECT = frozenset(
         "cache_config",
         "cache_implementation",
         "compile_config",
+        "continuous_batching_config",
         "disable_compile",
         "is_assistant",
         "max_cache_len",
@@ -302,12 +303,10 @@ def _bad_words(values: _Values) -> tuple[tuple[int, ...], ...]:
 
 def _check_combination(settings: GenerationSettings, vocab_size: int) -> None:
     beams, copies = settings.num_beams, settings.num_return_sequences
-    if settings.do_sample and beams > 1:
-        raise InputError(f"do_sample with num_beams {beams} is not supported; give num_beams=1, or do_sample=False")
-    if not settings.do_sample and copies > beams:
+    if copies > beams and (beams > 1 or not settings.do_sample):
         raise InputError(
             f"num_return_sequences {copies} is above num_beams {beams}; give at least that number of beams, or "
-            "do_sample=True"
+            "do_sample=True with num_beams=1"
         )
     candidates = max(2, 1 + len(settings.eos_token_ids))
     if beams > 1 and candidates > vocab_size:

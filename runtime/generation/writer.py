@@ -10,7 +10,7 @@ from lfx.errors import InputError, LfxError
 from lfx.runtime.generation import search
 from lfx.runtime.generation.graphs import GraphGenerator
 from lfx.runtime.generation.inputs import encode_texts, is_texts, prepare_inputs
-from lfx.runtime.generation.model import Int64
+from lfx.runtime.generation.model import Int64, StoppableGenerator, TextGenerator
 from lfx.runtime.generation.rows import generate_rows, join_rows
 from lfx.runtime.generation.settings import GenerationSettings, resolve
 from lfx.runtime.inputs import Feeds, seqlen_of
@@ -23,11 +23,13 @@ class TextWriter:
     Attributes:
         defaults: entries of the checkpoint's generation_config.json.
         token_budget: largest number of tokens of a batch of the encoder, padding included.
+        on_step: called before each step of the decoder; an error that it raises ends the search.
     """
 
     model: GraphGenerator
     defaults: Mapping[str, Any]
     token_budget: int
+    on_step: Callable[[], None] | None = None
 
     def settings(self, options: Mapping[str, Any], *, stream: bool = False) -> GenerationSettings:
         """Check the options of a call, and return them with the checkpoint's defaults."""
@@ -47,7 +49,13 @@ class TextWriter:
         return settings
 
     def prepare(
-        self, inputs: Any, masks: Sequence[Any], open_tokenizer: Callable[[], Any], *, truncate: Any, keep_errors: bool
+        self,
+        inputs: Any,
+        masks: tuple[Any, Any],
+        open_tokenizer: Callable[[], Any],
+        *,
+        truncate: Any,
+        keep_errors: bool,
     ) -> list[Feeds | LfxError]:
         """The encoder's inputs of ids or texts.
 
@@ -58,17 +66,18 @@ class TextWriter:
         """
         if is_texts(inputs):
             inputs = encode_texts(inputs, masks, open_tokenizer, truncate=truncate, keep_errors=keep_errors)
-        return prepare_inputs(inputs, *masks, self.model.signature, keep_errors=keep_errors)
+        mask, global_mask = masks
+        return prepare_inputs(inputs, mask, global_mask, self.model.signature, keep_errors=keep_errors)
 
     def stream(self, sequences: Sequence[Feeds | LfxError], settings: GenerationSettings) -> Iterator[Int64]:
         """Yield the next token of each row, as they come."""
-        return search.stream(self.model, cast("Sequence[Feeds]", sequences), settings)
+        return search.stream(self._searched, cast("Sequence[Feeds]", sequences), settings)
 
     def write(self, sequences: Sequence[Feeds | LfxError], settings: GenerationSettings) -> Int64:
         """Generate the rows of all sequences, as one array."""
         prepared = cast("Sequence[Feeds]", sequences)
         if len({seqlen_of(feeds) for feeds in prepared}) == 1:
-            return search.generate(self.model, prepared, settings)
+            return search.generate(self._searched, prepared, settings)
         rows = cast("list[Int64]", self._rows(prepared, settings, keep_errors=False))
         return join_rows(rows, settings.pad_token_id or 0)
 
@@ -76,11 +85,15 @@ class TextWriter:
         """Generate the rows of each sequence, or return its error."""
         return self._rows(sequences, settings, keep_errors=True)
 
+    @property
+    def _searched(self) -> TextGenerator:
+        return self.model if self.on_step is None else StoppableGenerator(self.model, self.on_step)
+
     def _rows(
         self, sequences: Sequence[Feeds | LfxError], settings: GenerationSettings, *, keep_errors: bool
     ) -> list[Int64 | LfxError]:
         return generate_rows(
-            self.model,
+            self._searched,
             sequences,
             settings,
             self.token_budget,

@@ -72,8 +72,9 @@ def _json(value: Any, status: int = 200) -> Response:
 
 def _responses(path: str, example: Any) -> dict[int | str, dict[str, Any]]:
     """The replies of a route, for OpenAPI."""
+    media_type = "text/event-stream" if path.endswith("_stream") else "application/json"
     replies: dict[int | str, dict[str, Any]] = {
-        200: {"description": "The answer.", "content": {"application/json": {"example": example}}}
+        200: {"description": "The answer.", "content": {media_type: {"example": example}}}
     }
     for status, description in _REFUSALS.items():
         body = error_body(path, RefusalError(status, "what was given, what is allowed and what to do"))
@@ -224,11 +225,23 @@ def _add_models(app: FastAPI, service: Service, secured: list[Any]) -> None:
     async def generate_model(request: Request, name: str) -> Response:
         return await tgi.generate(service, await request.body(), name)
 
+    async def generate_stream(request: Request) -> Response:
+        return await tgi.generate_stream(service, await request.body(), None)
+
+    async def generate_model_stream(request: Request, name: str) -> Response:
+        return await tgi.generate_stream(service, await request.body(), name)
+
     runs = ("Answers and outputs of any model", native.RunRequest, native.EXAMPLES, native.REPLY)
     embeds = ("Embeddings (text-embeddings-inference)", tei.EmbedRequest, tei.EMBED_EXAMPLES, tei.EMBED_REPLY)
     labels = ("Labels (text-embeddings-inference)", tei.PredictRequest, tei.PREDICT_EXAMPLES, tei.PREDICT_REPLY)
     vectors = ("Embeddings (OpenAI)", openai.EmbeddingsRequest, openai.EXAMPLES, openai.REPLY)
     texts = ("A text (text-generation-inference)", tgi.GenerateRequest, tgi.EXAMPLES, tgi.REPLY)
+    streams = (
+        "A text, token by token as server-sent events (text-generation-inference)",
+        tgi.GenerateRequest,
+        tgi.STREAM_EXAMPLES,
+        tgi.STREAM_REPLY,
+    )
     add("/run", *runs, run)
     add("/models/{name:path}/run", *runs, run_model)
     add("/v1/embeddings", *vectors, v1_embeddings)
@@ -238,3 +251,5 @@ def _add_models(app: FastAPI, service: Service, secured: list[Any]) -> None:
     add("/models/{name:path}/predict", *labels, predict_model)
     add("/generate", *texts, generate)
     add("/models/{name:path}/generate", *texts, generate_model)
+    add("/generate_stream", *streams, generate_stream)
+    add("/models/{name:path}/generate_stream", *streams, generate_model_stream)

@@ -29,6 +29,7 @@ KNOWN_PATHS = OPEN_PATHS | {
     "/embed",
     "/predict",
     "/generate",
+    "/generate_stream",
     "/info",
     "/models",
     "/v1/models",
@@ -48,26 +49,19 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.perf_counter(), 0
+        start, reply = time.perf_counter(), _Reply(send)
         log_fields.set({})
-
-        async def counted_send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
         try:
-            await self._answer(scope, receive, counted_send)
+            await self._answer(scope, receive, reply)
         finally:
             # A request that was refused before it reached the routes has no route.
             path = scope["path"] if scope["path"] in KNOWN_PATHS else "other"
             route = getattr(scope.get("route"), "path", path)
-            self._stats.count(route, status)
+            self._stats.count(route, reply.status)
             if self._service.settings.log_requests:
-                _log(scope, status, time.perf_counter() - start)
+                _log(scope, reply.status, time.perf_counter() - start)
 
-    async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: _Reply) -> None:
         try:
             self._check_key(scope)
             takes_body = scope["method"] == "POST" and scope["path"] not in OPEN_PATHS
@@ -83,6 +77,8 @@ class Gate:
         except asyncio.CancelledError:  # the server stops, and stop_seconds are over
             if self._service.state != "stopping":
                 raise
+            if send.status:  # a stream, which has told its client
+                return
             stopped = unavailable("the server stopped before the request was answered; try again")
             await error_reply(scope["path"], stopped)(scope, receive, send)
 
@@ -99,6 +95,22 @@ class Gate:
                 "the API key is missing or wrong; send the header Authorization: Bearer KEY",
                 code="invalid_api_key",
             )
+
+
+class _Reply:
+    """Sends a reply.
+
+    Attributes:
+        status: 0 = it has not started.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send, self.status = send, 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self._send(message)
 
 
 class _Body:

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.errors import ArtifactError, InputError, LengthError
+from lfx.errors import InputError, LengthError
 from lfx.runtime import Batcher, Engine
 from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.generation.rows import without_padding
-from lfx.runtime.inputs import pad_choices
+from lfx.runtime.inputs import pad_choices, prepare
 from lfx.runtime.postprocess import ANSWERED_TASKS, Postprocessor, answer_outputs
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
+from lfx.runtime.serve.writing import TokenTexts, Written, WrittenToken, decoded
 from lfx.runtime.tokenizer import TOKENIZER, Encoded, Tokenizer, encode_ids, open_tokenizer, text_folder
 from lfx.signature import SENTENCE_EMBEDDING, TASKS
 
@@ -68,25 +69,6 @@ class Prepared:
     positions: NDArray[np.int64] | None = None
 
 
-@dataclass(frozen=True)
-class Written:
-    """A text that a model wrote.
-
-    Attributes:
-        ids: the generated tokens, without the start token.
-        pieces: the vocabulary entry of each, empty if the tokenizer has none.
-        text: their text, without special tokens.
-        tokens: number of tokens of the input.
-        ended: whether it ends with an end token.
-    """
-
-    ids: list[int]
-    pieces: list[str]
-    text: str
-    tokens: int
-    ended: bool
-
-
 class ServedModel:
     """One model of the server. Thread-safe.
 
@@ -105,7 +87,7 @@ class ServedModel:
             token_budget=settings.token_budget or TOKEN_BUDGET,
         )
         self.signature = self.engine.signature
-        self._max_choices = settings.max_inputs
+        self._max_choices, self._max_beams = settings.max_inputs, settings.max_beams
         self._tokenizer: Tokenizer | None = None
         self._postprocessor: Postprocessor | None = None
         folder = None if settings.tokenizer is None else Path(settings.tokenizer)
@@ -234,32 +216,61 @@ class ServedModel:
         return self._postprocessor.answers_of_request(prepared.encoded, outputs, prepared.positions)
 
     def generate(
-        self, text: str, options: Mapping[str, Any], is_cancelled: Callable[[], bool], *, truncate: bool
+        self,
+        text: str,
+        options: Mapping[str, Any],
+        is_cancelled: Callable[[], bool],
+        *,
+        truncate: bool,
+        on_token: Callable[[WrittenToken], None] | None = None,
     ) -> Written:
-        """Write a text; see `Engine.generate`. Without beams it ends early if `is_cancelled`.
+        """Write a text; see `Engine.generate`.
 
+        Args:
+            is_cancelled: asked before each step of the decoder; if it is true, the text is given up.
+            on_token: called with each token as it comes.
         Raises:
             LengthError: the input has more tokens than the model takes.
-            InputError: an option is not supported, or the model has no tokenizer.
+            InputError: an option is not supported, there are too many beams, or any beams with `on_token`; the model
+                has no tokenizer; or the text is given up.
+            ArtifactError: the model wrote an id that the tokenizer does not have.
         """
-        encoded, _ = self._encode(text, None, Input(text, truncate=truncate))
-        settings = self.engine.generation_settings(**options, num_return_sequences=1)
-        if settings.num_beams > 1:
-            row = self.engine.generate(encoded.ids, **options, num_return_sequences=1)[0]
-        else:
-            row = np.array([settings.decoder_start_token_id])
-            for column in self.engine.generate(encoded.ids, stream=True, **options, num_return_sequences=1):
-                row = np.append(row, column)
-                if is_cancelled():
-                    break
-        ids: list[int] = without_padding(row, settings).tolist()[1:]
+
+        def check() -> None:
+            if is_cancelled():
+                raise InputError("the request was cancelled")
+
+        with self.engine.metrics.call():
+            writer = self.engine.text_writer(check)
+            settings = writer.settings({**options, "num_return_sequences": 1})
+            if settings.num_beams > self._max_beams:
+                raise InputError(
+                    f"num_beams {settings.num_beams} is above the {self._max_beams} that this server takes"
+                )
+            if settings.num_beams > 1 and on_token is not None:
+                raise InputError(
+                    f"num_beams {settings.num_beams} cannot be streamed, since beams change until the end; give "
+                    "num_beams: 1, or ask /generate"
+                )
+            encoded, _ = self._encode(text, None, Input(text, truncate=truncate))
+            assert self._tokenizer is not None
+            sequences = prepare(encoded.ids, None, None, self.signature)
+            if on_token is None:
+                ids: list[int] = without_padding(writer.write(sequences, settings)[0], settings).tolist()[1:]
+            else:
+                texts, ids = TokenTexts(self._tokenizer), []
+                for column in writer.stream(sequences, settings):
+                    ids.append(int(column[0]))
+                    is_last = ids[-1] in settings.eos_token_ids or 1 + len(ids) == settings.max_length
+                    on_token(texts.add(ids[-1], last=is_last))
+            ended = bool(ids) and ids[-1] in settings.eos_token_ids
+            return Written(ids, decoded(self._tokenizer, ids), len(encoded.ids), ended)
+
+    def written_tokens(self, ids: Sequence[int]) -> list[WrittenToken]:
+        """The tokens of a text that `generate` wrote."""
         assert self._tokenizer is not None
-        try:
-            written = self._tokenizer.decode(ids)
-        except InputError as error:  # the model wrote an id that the tokenizer does not have
-            raise ArtifactError(str(error)) from error
-        ended = bool(ids) and ids[-1] in settings.eos_token_ids
-        return Written(ids, [self._tokenizer.piece(token) for token in ids], written, len(encoded.ids), ended)
+        texts = TokenTexts(self._tokenizer)
+        return [texts.add(token, last=i == len(ids)) for i, token in enumerate(ids, 1)]
 
     def raw_scores(self, outputs: Outputs) -> list[dict[str, Any]]:
         """The label and the logit of each class, best first."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import math
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import numpy as np
 from fastapi import Response
+from fastapi.responses import StreamingResponse
 from numpy.typing import NDArray
 
 from lfx.errors import ArtifactError, InputError, LengthError, LfxError, OverloadError
@@ -65,7 +67,7 @@ def error_body(path: str, refusal: RefusalError) -> dict[str, Any]:
         return {"error": {"message": refusal.message, "type": error_type, "param": None, "code": refusal.code}}
     if path.endswith(("/embed", "/predict")):
         return {"error": refusal.message, "error_type": refusal.error_type}
-    if path.endswith("/generate"):
+    if path.endswith(("/generate", "/generate_stream")):
         types = {429: "overloaded", 500: "generation", 503: "generation"}
         return {"error": refusal.message, "error_type": types.get(refusal.status, "validation")}
     return {"error": refusal.message}
@@ -81,6 +83,28 @@ def error_reply(path: str, refusal: RefusalError) -> Response:
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(dumps(error_body(path, refusal)), status, headers, "application/json")
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events, as they come. `Gate` cancels the reply when its client disconnects."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        self._events = events
+        # A proxy such as nginx would collect the events.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the events; when the reply is cancelled, their source is closed."""
+        try:
+            await self.stream_response(send)
+        finally:
+            await self._events.aclose()
+
+
+def event(value: Any) -> bytes:
+    """A server-sent event whose data is JSON."""
+    return b"data:" + dumps(value) + b"\n\n"
 
 
 def dumps(value: Any) -> bytes:

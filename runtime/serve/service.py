@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 from lfx.checks import shown
 from lfx.errors import LfxError
 from lfx.runtime.batch_runner import Outputs
-from lfx.runtime.serve.model import Input, Prepared, ServedModel, Written
+from lfx.runtime.serve.model import Input, Prepared, ServedModel
 from lfx.runtime.serve.replies import RefusalError, busy, unavailable
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, MAX_UNREAD_BYTES, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
+from lfx.runtime.serve.writing import Written, WrittenToken
 
 Result = TypeVar("Result")
 # Fields of the log line of the request in progress: its model, number of texts and number of tokens.
@@ -170,14 +171,53 @@ class Service:
                         self._generating, lambda: model.generate(text, options, ended.is_set, truncate=truncate)
                     )
             except TimeoutError as error:
-                raise unavailable(
-                    f"the text was not written within {self.settings.answer_seconds:g} s; give a smaller "
-                    "max_new_tokens, or try again later"
-                ) from error
+                raise self._not_written() from error
             finally:
                 ended.set()
-        log_fields.get({}).update(model=model.name, texts=1, tokens=written.tokens + len(written.ids))
+        _log_written(model, written)
         return written
+
+    async def stream(
+        self, model: ServedModel, text: str, options: dict[str, Any], *, truncate: bool
+    ) -> AsyncGenerator[tuple[WrittenToken, Written | None], None]:
+        """Like `generate`, token by token; if the generator is closed, no further token is computed.
+
+        Yields:
+            Each token; with the last one, the text.
+        """
+        ended, loop = threading.Event(), asyncio.get_running_loop()
+        tokens: asyncio.Queue[WrittenToken] = asyncio.Queue()
+
+        def put(token: WrittenToken) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed: the server stopped meanwhile
+                loop.call_soon_threadsafe(tokens.put_nowait, token)
+
+        deadline = loop.time() + self.settings.answer_seconds
+        with self._counted(1):
+            writing = loop.run_in_executor(
+                self._generating, lambda: model.generate(text, options, ended.is_set, truncate=truncate, on_token=put)
+            )
+            try:
+                while True:
+                    async with asyncio.timeout_at(deadline):
+                        token = await _next_token(tokens, writing)
+                        written = await writing if token.last else None
+                    if written is not None:
+                        _log_written(model, written)
+                    yield token, written
+                    if written is not None:
+                        return
+            except TimeoutError as error:
+                raise self._not_written() from error
+            finally:
+                ended.set()
+                writing.cancel()
+
+    def _not_written(self) -> RefusalError:
+        return unavailable(
+            f"the text was not written within {self.settings.answer_seconds:g} s; give a smaller max_new_tokens, or "
+            "try again later"
+        )
 
     @contextlib.contextmanager
     def _counted(self, count: int) -> Iterator[None]:
@@ -206,6 +246,23 @@ class Service:
     def describe(self) -> list[dict[str, Any]]:
         """Inputs, outputs and limits of each model."""
         return [model.describe() for model in self.models.values()]
+
+
+def _log_written(model: ServedModel, written: Written) -> None:
+    log_fields.get({}).update(model=model.name, texts=1, tokens=written.tokens + len(written.ids))
+
+
+async def _next_token(tokens: asyncio.Queue[WrittenToken], writing: asyncio.Future[Written]) -> WrittenToken:
+    """Wait for the next token; raises the error of `writing` if it ends before."""
+    token = asyncio.ensure_future(tokens.get())
+    try:
+        both: set[asyncio.Future[Any]] = {token, writing}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if tokens.empty() and not token.done():
+            writing.result()
+        return await token
+    finally:
+        token.cancel()
 
 
 class _Submissions:

@@ -39,6 +39,7 @@ class Settings:
         max_pending: number of texts in progress (being tokenized, waiting or being computed) in a worker from which on
             it answers further requests with status 429.
         max_inputs: largest number of texts in a request.
+        max_beams: largest number of beams of a generated text.
         max_body_bytes: largest body of a request; None = derived from the longest sequence of the models.
         answer_seconds: longest time from a request's last byte to its answer; afterwards it is cancelled.
         client_seconds: longest time for a client to send its request, and longest wait for it to read its reply.
@@ -63,6 +64,7 @@ class Settings:
     api_key: str | None = None
     max_pending: int = 512
     max_inputs: int = 32
+    max_beams: int = 16
     max_body_bytes: int | None = None
     answer_seconds: float = 120.0
     client_seconds: float = 20.0

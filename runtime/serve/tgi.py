@@ -1,15 +1,20 @@
-"""The API of text-generation-inference: POST /generate."""
+"""The API of text-generation-inference: POST /generate and /generate_stream."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncGenerator
 from typing import Any, Literal
 
 from fastapi import Response
 from pydantic import Field
 
+from lfx.errors import LfxError
 from lfx.runtime.serve.body import Body, StrictBody, read_body
-from lfx.runtime.serve.replies import RefusalError, dumps
+from lfx.runtime.serve.model import ServedModel
+from lfx.runtime.serve.replies import EventStream, RefusalError, dumps, error_body, event, refusal_of, unavailable
 from lfx.runtime.serve.service import Service
+from lfx.runtime.serve.writing import Written, WrittenToken
 from lfx.signature import TEXT_GENERATION
 
 
@@ -47,27 +52,99 @@ EXAMPLES: dict[str, Any] = {
     "beams, with details": {"inputs": "A …", "parameters": {"num_beams": 4, "details": True}},
     "a sample": {"inputs": "A …", "parameters": {"do_sample": True, "top_p": 0.9, "seed": 1}},
 }
+STREAM_EXAMPLES: dict[str, Any] = {
+    "a summary": {"inputs": "A long document …", "parameters": {"max_new_tokens": 128}},
+    "a sample, with details": {"inputs": "A …", "parameters": {"do_sample": True, "seed": 1, "details": True}},
+}
 REPLY: dict[str, Any] = {"generated_text": "A summary."}
+STREAM_REPLY = event(
+    {
+        "index": 1,
+        "token": {"id": 83, "text": "A", "logprob": None, "special": False},
+        "generated_text": None,
+        "details": None,
+    }
+).decode()
+_STREAM_PATH = "/generate_stream"
 _OTHERS = {"details", "truncate", "return_full_text", "watermark", "decoder_input_details"}
 
 
 async def generate(service: Service, data: bytes, name: str | None) -> Response:
     """Answer POST /generate: the text that the model writes."""
+    body, model = await _read(service, data, name)
+    parameters = body.parameters or Parameters.model_validate({})
+    written = await service.generate(model, body.inputs, _options(parameters), truncate=bool(parameters.truncate))
+
+    def reply() -> Response:
+        value: dict[str, Any] = {"generated_text": written.text}
+        if parameters.details:
+            tokens = [token.to_dict() for token in model.written_tokens(written.ids)]
+            value["details"] = {**_details(written, parameters), "prefill": [], "tokens": tokens}
+        return Response(dumps(value), media_type="application/json")
+
+    return await service.render(reply)
+
+
+async def generate_stream(service: Service, data: bytes, name: str | None) -> Response:
+    """Answer POST /generate_stream: the tokens as they come, and with the last one the text."""
+    body, model = await _read(service, data, name)
+    parameters = body.parameters or Parameters.model_validate({})
+    tokens = service.stream(model, body.inputs, _options(parameters), truncate=bool(parameters.truncate))
+    # Errors before the first token have their own status.
+    first = await anext(tokens)
+    return EventStream(_events(service, first, tokens, parameters))
+
+
+async def _read(service: Service, data: bytes, name: str | None) -> tuple[GenerateRequest, ServedModel]:
+    """The body of a request, and its model."""
     body = await read_body(service, data, GenerateRequest)
     model = service.model(name)
     if model.signature.task != TEXT_GENERATION:
         reason = f"the model {model.name} writes no texts: its task is {model.signature.task}"
         raise RefusalError(424, reason, "Backend")
-    parameters = body.parameters or Parameters.model_validate({})
-    options = {key: value for key, value in dict(parameters).items() if key not in _OTHERS and value is not None}
-    written = await service.generate(model, body.inputs, options, truncate=bool(parameters.truncate))
-    reply: dict[str, Any] = {"generated_text": written.text}
-    if parameters.details:
-        reply["details"] = {
-            "finish_reason": "eos_token" if written.ended else "length",
-            "generated_tokens": len(written.ids),
-            "seed": parameters.seed,
-            "prefill": [],
-            "tokens": [{"id": token, "text": text} for token, text in zip(written.ids, written.pieces, strict=True)],
-        }
-    return await service.render(lambda: Response(dumps(reply), media_type="application/json"))
+    return body, model
+
+
+def _options(parameters: Parameters) -> dict[str, Any]:
+    """The options of `Engine.generate`."""
+    return {key: value for key, value in dict(parameters).items() if key not in _OTHERS and value is not None}
+
+
+def _details(written: Written, parameters: Parameters) -> dict[str, Any]:
+    return {
+        "finish_reason": "eos_token" if written.ended else "length",
+        "generated_tokens": len(written.ids),
+        "seed": parameters.seed,
+    }
+
+
+async def _events(
+    service: Service,
+    first: tuple[WrittenToken, Written | None],
+    tokens: AsyncGenerator[tuple[WrittenToken, Written | None], None],
+    parameters: Parameters,
+) -> AsyncGenerator[bytes, None]:
+    """Yield an event for each token; an error ends the stream with an event of its own."""
+    try:
+        (token, written), index = first, 1
+        while written is None:
+            yield _token_event(index, token)
+            (token, written), index = await anext(tokens), index + 1
+        details = {**_details(written, parameters), "input_length": written.tokens} if parameters.details else None
+        yield _token_event(index, token, written.text, details)
+    except RefusalError as refusal:
+        yield event(error_body(_STREAM_PATH, refusal))
+    except LfxError as error:
+        yield event(error_body(_STREAM_PATH, refusal_of(error)))
+    except asyncio.CancelledError:  # by the server if it stops, otherwise since the client has gone
+        if service.state != "stopping":
+            raise
+        yield event(error_body(_STREAM_PATH, unavailable("the server stopped before the text was written; try again")))
+    finally:
+        await tokens.aclose()
+
+
+def _token_event(
+    index: int, token: WrittenToken, text: str | None = None, details: dict[str, Any] | None = None
+) -> bytes:
+    return event({"index": index, "token": token.to_dict(), "generated_text": text, "details": details})

@@ -1,13 +1,15 @@
 """Benchmark text generation: the prefill and the tokens per second of lfx and of Hugging Face, and their peak memory.
 
     python -m scripts.bench.generation           # writes docs/records/generation.jsonl
+    python -m scripts.bench.generation --rounds 3 1      # one turn at the second length, 16,384 tokens
     python -m scripts.bench.generation --tiny --output generation.jsonl      # the same steps in seconds
 
 The model has the config of led-base-16384 and random weights. All contenders write the same number of tokens by greedy
 search, without an end token, for one document whose first token is global.
 
-Time: one process, in which the contenders take turns. The prefill is the time to the first token. Memory: peak resident
-set size of a process for each contender and length.
+Time: one process, in which the contenders take turns, after one run of each at the first length as warm-up. The prefill
+is the time to the first token. Memory: peak resident set size of a process for each contender and length, which opens
+the contender and writes a few tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from lfx.runtime.bench import Generate, measure_generation, peak_memory_bytes
 from scripts import record
 
 HUGGING_FACE = "Hugging Face"
+PEAK_TOKENS = 4  # written by the processes that measure memory, whose peak is at the prefill
 BACKENDS = {"lfx onnxruntime": "onnxruntime", "lfx openvino": "openvino"}
 
 
@@ -115,23 +119,33 @@ def peak_memory(name: str, folder: Path, setup: str, length: int, threads: int) 
 def print_peak(name: str, folder: Path, setup: Setup, length: int, threads: int) -> None:
     """Run one contender once, and print the peak memory of this process."""
     ids = np.random.default_rng(0).integers(3, setup.config["vocab_size"], (1, length))
-    contender(name, folder, threads)(ids, setup.new_tokens, lambda: None)
+    contender(name, folder, threads)(ids, PEAK_TOKENS, lambda: None)
     print(json.dumps({"peak_memory_bytes": peak_memory_bytes()}))
 
 
-def measure(folder: Path, setup_name: str, *, rounds: int, threads: int) -> list[dict[str, Any]]:
-    """Measure all contenders; returns one row for each length and contender."""
+def measure(
+    folder: Path, setup_name: str, names: Sequence[str], *, rounds: Sequence[int], threads: int
+) -> list[dict[str, Any]]:
+    """Measure contenders; returns one row for each length and contender.
+
+    Args:
+        rounds: number of turns at each length; one number is for all lengths.
+    """
     setup = SETUPS[setup_name]
-    names = (*BACKENDS, HUGGING_FACE)
-    rows = measure_generation(
-        {name: contender(name, folder, threads) for name in names},
-        setup.lengths,
-        [1],
-        new_tokens=setup.new_tokens,
-        rounds=rounds,
-        vocab_size=setup.config["vocab_size"],
-        progress=lambda step: print(step, file=sys.stderr, flush=True),
-    )
+    contenders = {name: contender(name, folder, threads) for name in names}
+    rows = []
+    for i, length in enumerate(setup.lengths):
+        rows += measure_generation(
+            contenders,
+            [length],
+            [1],
+            new_tokens=setup.new_tokens,
+            rounds=rounds[i] if len(rounds) > 1 else rounds[0],
+            warm_up=i == 0,
+            vocab_size=setup.config["vocab_size"],
+            progress=lambda step: print(step, file=sys.stderr, flush=True),
+        )
+    del contenders  # their memory, which the processes below need
     by_contender = {(row["contender"], row["seqlen"]): row for row in rows}
     for row in rows:
         other = by_contender[HUGGING_FACE, row["seqlen"]]
@@ -150,7 +164,8 @@ def measure(folder: Path, setup_name: str, *, rounds: int, threads: int) -> list
 def main() -> None:
     """Measure, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, nargs="+", default=[3], help="for each length, or one number for all")
+    parser.add_argument("--without", choices=BACKENDS, action="append", default=[], help="leave a contender out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="measure a tiny model")
     parser.add_argument("--output", type=Path, help="default: docs/records/generation.jsonl")
@@ -165,11 +180,14 @@ def main() -> None:
         print_peak(options.peak, options.folder, SETUPS[options.setup], options.length, options.threads)
         return
     setup = "tiny" if options.tiny else "base"
+    if len(options.rounds) not in (1, len(SETUPS[setup].lengths)):
+        parser.error(f"--rounds has {len(options.rounds)} numbers; give 1 or {len(SETUPS[setup].lengths)}")
+    names = [name for name in (*BACKENDS, HUGGING_FACE) if name not in options.without]
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         if not (folder / "bundle").exists():
             make(folder, SETUPS[setup])
-        rows = measure(folder, setup, rounds=options.rounds, threads=options.threads)
+        rows = measure(folder, setup, names, rounds=options.rounds, threads=options.threads)
     print(record.write(options.output or "generation", rows))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from lfx.export import export
 from lfx.export.led import LED_CLASSES
 from lfx.export.load import load, weights_sha256
+from lfx.export.quantize import quantize
 from lfx.export.validate import compare_engine
-from lfx.parity import full_cases
+from lfx.manifest import MODEL, Manifest
+from lfx.parity import full_cases, quick_cases
 from lfx.runtime import Engine
 from lfx.signature import TEXT_GENERATION
 from tests.models import tiny_led
@@ -74,6 +77,28 @@ def test_padding_after_a_sequence_does_not_change_its_outputs(head: tuple[str, P
 
 def test_half_precision_is_within_the_derived_tolerance(tmp_path: Path) -> None:
     export(tiny_led("LEDForQuestionAnswering"), tmp_path / "bundle", precision="fp16", opset=21)
+
+
+def test_int8_is_that_of_an_encoder(head: tuple[str, Path, Path], tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    text = tmp_path / "documents.jsonl"
+    rows = [random.integers(3, 99, int(length)).tolist() for length in random.integers(5, 40, 16)]
+    text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    folder = quantize(head[2], tmp_path / "int8", calibration=text)
+    manifest = Manifest.read(folder)
+    quantization = manifest.quantization
+    assert manifest.model_file == MODEL
+    assert "texts" not in quantization["accuracy"]
+    for part in ("encoder.layers.1.fc1", "decoder.layers.0.encoder_attn.k_proj", "decoder.layers.1.self_attn.v_proj"):
+        assert any(name.endswith(part) for name in quantization["layers"])
+    for backend in ("onnxruntime", "openvino"):
+        pytest.importorskip(backend)
+        with Engine(folder, backend, threads=1) as engine:
+            model = tiny_led(HEADS[head[0]])
+            report = compare_engine(engine, model, quick_cases, lambda step: None, quantization=quantization)
+        assert report.precision == "int8"
+        assert not report.failures()
+        assert all(result.cosine() > 0.95 for result in report.outputs.values())
 
 
 @pytest.mark.parametrize("ends", [[5], [2, 9], [9]], ids=str)

@@ -62,6 +62,13 @@ _Seconds = click.FloatRange(0.05, MOST_SECONDS)
     "--max-inputs", type=click.IntRange(1, 100_000), default=32, show_default=True, help="Bound the texts of a request."
 )
 @click.option(
+    "--max-beams",
+    type=click.IntRange(1, 1000),
+    default=16,
+    show_default=True,
+    help="Bound the beams of a written text.",
+)
+@click.option(
     "--max-body",
     "max_body_bytes",
     type=click.IntRange(1, 1 << 28),

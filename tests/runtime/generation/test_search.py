@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from lfx.errors import InputError, LfxError
 from lfx.runtime.generation import generate, resolve, stream
+from lfx.runtime.generation.rules import choose_different, rules
 from tests.runtime.generation.led import VOCAB_SIZE, TorchLed, random_inputs, reseed, split, tiny_led, torch_generate
 from tests.runtime.generation.ties import check_same
 
@@ -149,6 +152,98 @@ def test_sampling_is_that_of_hugging_faces_probabilities(options: dict[str, Any]
                     break
 
 
+class Draws:
+    """`torch.multinomial` without replacement, with the numbers of a generator of numpy for each sequence."""
+
+    def __init__(self, seed: int, batch: int) -> None:
+        self.generators = [np.random.default_rng([seed, row]) for row in range(batch)]
+        self.scores: Any = None  # of the candidates, logarithms
+        self.has_tie = False
+
+    def watch(self, choose: Any) -> Any:
+        """Hugging Face's function that calls multinomial, whose scores are kept."""
+
+        def watched(**arguments: Any) -> Any:
+            self.scores = arguments["accumulated_log_probs"].double().numpy()
+            return choose(**arguments)
+
+        return watched
+
+    def multinomial(self, probabilities: Any, num_samples: int) -> Any:
+        import torch
+
+        assert probabilities.shape == self.scores.shape
+        rows = zip(self.scores, self.generators, strict=True)
+        return torch.tensor([self._choose(scores, generator.random(num_samples)) for scores, generator in rows])
+
+    def _choose(self, scores: Any, numbers: Any) -> list[int]:
+        chosen: list[int] = []
+        left = {i: math.exp(score - scores.max()) for i, score in enumerate(scores)}
+        for number in numbers:
+            if sum(left.values()) == 0:
+                picked = max(left, key=lambda i: (scores[i], -i))
+            else:
+                cumulative = np.cumsum(list(left.values())) / math.fsum(left.values())
+                self.has_tie |= bool(np.abs(cumulative - number).min() < 1e-5)
+                picked = next(i for i, edge in zip(left, cumulative, strict=True) if edge > number)
+            chosen.append(picked)
+            del left[picked]
+        return chosen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"num_beams": 3, "temperature": 1.6, "top_k": 5},
+        {"num_beams": 2, "top_p": 0.6, "top_k": 0, "length_penalty": -1.0, "early_stopping": "never"},
+        {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 2.0, "early_stopping": True},
+        {"num_beams": 3, "top_k": 1, "eos_token_id": [2, 5, 7]},
+        {"num_beams": 3, "top_k": 2, "top_p": 0.0, "eos_token_id": None},
+        {"num_beams": 2, "no_repeat_ngram_size": 2, "repetition_penalty": 1.2, "min_length": 6},
+    ],
+    ids=str,
+)
+def test_sampling_with_beams_is_hugging_faces_with_the_same_draws(
+    options: dict[str, Any], model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    compared = 0
+    for seed in range(4):
+        reseed(model, seed)
+        feeds = random_inputs(np.random.default_rng(seed), 1 + seed % 3, 20, "first")
+        chosen = {"max_new_tokens": 12, "do_sample": True, "top_k": 50, **options}
+        ours = generate(TorchLed(model), split(feeds), settings_of(model, {**chosen, "seed": 7 + seed}))
+        draws = Draws(7 + seed, len(feeds["input_ids"]))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "multinomial", draws.multinomial)
+            patch.setattr(model, "_get_top_k_continuations", draws.watch(model._get_top_k_continuations))
+            theirs = torch_generate(model, feeds, **chosen)
+        if not draws.has_tie:
+            assert ours.tolist() == theirs.tolist()
+            compared += 1
+    assert compared >= 3
+
+
+def test_candidates_are_drawn_without_replacement() -> None:
+    probabilities = np.array([0.5, 0.0, 0.2, 0.3])
+    with np.errstate(divide="ignore"):
+        scores = np.log(probabilities).astype(np.float32)
+    count = 200
+    numbers = (np.arange(count) + 0.5) / count
+    pairs = [tuple(choose_different(scores, np.array([a, b])).tolist()) for a in numbers for b in numbers]
+    for first, second in itertools.permutations(range(4), 2):
+        expected = probabilities[first] * probabilities[second] / (1 - probabilities[first])
+        assert pairs.count((first, second)) / count**2 == pytest.approx(expected, abs=1.5 / count)
+
+
+def test_candidates_of_probability_0_come_last() -> None:
+    scores = np.array([-np.inf, -1e9, 0.0, -np.inf, -2e9, -1.0], np.float32)
+    chosen = choose_different(scores, np.array([0.99, 0.1, 0.5, 0.5, 0.5]))
+    assert chosen.tolist() == [5, 2, 1, 4, 0]
+
+
 def test_a_seed_repeats_its_rows_in_any_batch(model: Any) -> None:
     reseed(model, 1)
     feeds = random_inputs(np.random.default_rng(0), 3, 12, "first")
@@ -158,6 +253,12 @@ def test_a_seed_repeats_its_rows_in_any_batch(model: Any) -> None:
     for row in range(3):
         alone = {name: array[row : row + 1] for name, array in feeds.items()}
         assert (generate(TorchLed(model), split(alone), settings, [row]) == together[row]).all()
+    beams = dataclasses.replace(settings, num_beams=2, num_return_sequences=2)
+    together_with_beams = generate(TorchLed(model), split(feeds), beams)
+    for row in range(3):
+        alone = {name: array[row : row + 1] for name, array in feeds.items()}
+        rows = together_with_beams[2 * row : 2 * row + 2]
+        assert (generate(TorchLed(model), split(alone), beams, [row]) == rows).all()
     assert not (
         generate(TorchLed(model), split(feeds), settings_of(model, {**_sampling(), "seed": 6})) == together
     ).all()
@@ -209,9 +310,36 @@ def test_logits_that_are_not_finite_are_an_error(beams: int, model: Any) -> None
         generate(Broken(model), split(feeds), settings)
 
 
-def test_sampling_says_when_the_options_leave_no_token(model: Any) -> None:
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"num_beams": 2}, {"num_beams": 2, "top_p": 0.5}], ids=str)
+def test_sampling_says_when_the_options_leave_no_token(options: dict[str, Any], model: Any) -> None:
     feeds = random_inputs(np.random.default_rng(3), 1, 20, "first")
     words = [[i] for i in range(VOCAB_SIZE) if i != 2]
-    settings = settings_of(model, {"do_sample": True, "bad_words_ids": words, "min_length": 5})
+    settings = settings_of(model, {"do_sample": True, "bad_words_ids": words, "min_length": 5, **options})
     with pytest.raises(InputError, match="leave no token to choose at token 1"):
         generate(TorchLed(model), split(feeds), settings)
+
+
+def filtered(scores: list[float], **options: Any) -> list[float]:
+    """The scores of one row after the rules of sampling."""
+    row = np.array([scores], np.float32)
+    defaults = {"eos_token_id": 2, "pad_token_id": 1, "decoder_start_token_id": 2}
+    settings = resolve({"do_sample": True, **options}, defaults, vocab_size=len(scores), max_tokens=9)
+    for rule in rules(settings, []):
+        rule(row, np.array([[2]]), np.array([0]))
+    return [float(score) for score in row[0]]
+
+
+def test_top_k_and_top_p_at_their_limits() -> None:
+    inf = math.inf
+    ties = [1.0, 3.0, 3.0, 3.0, 0.0]
+    assert filtered(ties, top_k=2) == [-inf, 3.0, 3.0, 3.0, -inf]  # equal scores stay or go together
+    assert filtered(ties, top_k=9) == ties
+    assert filtered(ties, top_k=None) == ties
+    assert filtered(ties, top_k=1, num_beams=2) == [-inf, 3.0, 3.0, 3.0, -inf]
+    assert filtered(ties, top_k=None, top_p=1.0) == ties
+    assert filtered([1.0, 0.0, 3.0, 2.0], top_k=None, top_p=0.0) == [-inf, -inf, 3.0, -inf]
+    assert filtered([1.0, 0.0, 3.0, 2.0], top_k=None, top_p=0.0, num_beams=2) == [-inf, -inf, 3.0, 2.0]
+    halves = filtered([0.0, 0.0, 0.0, 0.0], top_k=None, top_p=0.5)
+    assert sorted(halves) == [-inf, -inf, 0.0, 0.0]
+    assert filtered([-inf, -inf, 1.0, -inf], top_k=3, top_p=0.5) == [-inf, -inf, 1.0, -inf]
+    assert filtered([-inf] * 4, top_k=3, top_p=0.5) == [-inf] * 4

@@ -8,6 +8,7 @@ import pytest
 
 from lfx.errors import InputError, LengthError
 from lfx.runtime.generation import GenerationSettings, resolve
+from lfx.runtime.generation.settings import _DEFAULTS, _UNSUPPORTED, _WITHOUT_EFFECT
 
 CONFIG = {"eos_token_id": 2, "pad_token_id": 1, "bos_token_id": 0, "decoder_start_token_id": 2}
 
@@ -88,6 +89,16 @@ def test_entries_that_change_nothing_pass(config: dict[str, Any]) -> None:
         ("renormalize_logits", True),
         ("stop_strings", ["the"]),
         ("min_p", 0.1),
+        ("top_h", 0.4),
+        ("diversity_penalty", 0.5),
+        ("epsilon_cutoff", 3e-4),
+        ("eta_cutoff", 3e-4),
+        ("begin_suppress_tokens", [3]),
+        ("encoder_repetition_penalty", 1.5),
+        ("exponential_decay_length_penalty", (5, 1.1)),
+        ("sequence_bias", [[[3], 2.0]]),
+        ("force_words_ids", [[3]]),
+        ("prompt_lookup_num_tokens", 2),
         ("max_time", 3.0),
     ],
 )
@@ -97,6 +108,24 @@ def test_an_option_that_is_not_supported_is_refused_by_name(name: str, value: An
     with pytest.raises(InputError, match=f"{name} .* of generation_config.json is not supported; give {name}=None"):
         settings({name: value})
     assert settings({name: value}, **{name: None}) == settings()
+
+
+def test_each_field_of_hugging_faces_generation_config_is_an_option_refused_or_without_effect() -> None:
+    from transformers import GenerationConfig
+
+    fields = set(vars(GenerationConfig()))
+    groups = (set(_DEFAULTS) - {"seed"}, set(_UNSUPPORTED), set(_WITHOUT_EFFECT))
+    assert fields == {name for group in groups for name in group & fields}
+    assert sum(map(len, groups)) == len(set().union(*groups))  # each name is in one of them
+    assert groups[0] <= fields
+    assert settings({**GenerationConfig().to_dict(), **CONFIG}) == settings()
+    for name in sorted(set(_UNSUPPORTED)):
+        refused = "a value of no meaning"
+        with pytest.raises(InputError, match=f"^{name} '{refused}' is not supported; leave it out"):
+            settings(**{name: refused})
+        assert all(settings({name: value}) == settings() for value in (None, *_UNSUPPORTED[name]))
+    for name in _WITHOUT_EFFECT:
+        assert settings({name: "any"}) == settings()
 
 
 def test_a_name_that_is_not_known_is_refused() -> None:
@@ -135,7 +164,10 @@ def test_a_name_that_is_not_known_is_refused() -> None:
         ({"bad_words_ids": [[]]}, "bad_words_ids is .*; give a list of lists of ids"),
         ({"bad_words_ids": [[60]]}, "an id in bad_words_ids 60 is out of range"),
         ({"num_return_sequences": 2}, "num_return_sequences 2 is above num_beams 1"),
-        ({"do_sample": True, "num_beams": 2}, "do_sample with num_beams 2 is not supported"),
+        (
+            {"num_return_sequences": 3, "do_sample": True, "num_beams": 2},
+            "num_return_sequences 3 is above num_beams 2; give at least that number of beams, or do_sample=True with",
+        ),
         ({"num_beams": 2, "eos_token_id": list(range(60))}, "needs 61 candidates a beam, and the vocabulary has 60"),
     ],
     ids=str,

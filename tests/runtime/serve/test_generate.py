@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +15,11 @@ import pytest
 
 from lfx.errors import InputError
 from lfx.runtime import Engine
+from lfx.runtime.generation.graphs import GraphCache
 from lfx.runtime.serve.model import ServedModel
 from lfx.runtime.tokenizer import Tokenizer
 from tests.conftest import MakeBundle, MakeLed
-from tests.runtime.serve.running import running
+from tests.runtime.serve.running import WAIT_SECONDS, running, wait_until
 
 TEXT = "the quick brown fox jumps over the lazy dog"
 
@@ -70,6 +73,7 @@ def test_parameters_may_be_left_out(client: httpx.Client) -> None:
         ({"inputs": TEXT, "parameters": {"beams": 2}}, "/generate", 422, "parameters"),
         ({"inputs": TEXT, "parameters": {"typical_p": 0.9}}, "/generate", 422, "parameters"),
         ({"inputs": TEXT, "parameters": {"num_beams": 0}}, "/generate", 422, "num_beams 0 is out of range"),
+        ({"inputs": TEXT, "parameters": {"num_beams": 17}}, "/generate", 422, "num_beams 17 is above the 16 that this"),
         ({"inputs": TEXT, "parameters": {"max_new_tokens": 65}}, "/generate", 413, "max_new_tokens 65 is above"),
         ({"inputs": "the " * 3000}, "/generate", 413, "above the model's maximum"),
         ({"inputs": TEXT}, "/models/bare/generate", 424, "the model bare writes no texts"),
@@ -87,6 +91,29 @@ def test_bad_requests_are_refused(body: Any, path: str, status: int, message: st
 def test_a_long_text_is_cut_if_asked(client: httpx.Client) -> None:
     parameters = {"truncate": True, "max_new_tokens": 3}
     assert post(client, "/generate", {"inputs": "the " * 3000, "parameters": parameters}).status_code == 200
+
+
+def test_a_client_that_goes_away_ends_a_search_with_beams(led_bundle: MakeLed, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached, released, steps, step = threading.Event(), threading.Event(), itertools.count(1), GraphCache.step
+
+    def waiting(cache: GraphCache, tokens: Any) -> Any:
+        if next(steps) == 2:
+            reached.set()
+            assert released.wait(WAIT_SECONDS)
+        return step(cache, tokens)
+
+    monkeypatch.setattr(GraphCache, "step", waiting)
+    with running({"led": led_bundle()[1]}) as server:
+        service = server.server.service
+        parameters = {"num_beams": 3, "max_new_tokens": 40, "min_new_tokens": 40}
+        body = json.dumps({"inputs": TEXT, "parameters": parameters}).encode()
+        with socket.create_connection(server.socket_address) as client:
+            client.sendall(b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            assert reached.wait(WAIT_SECONDS)
+        wait_until(lambda: service.in_progress == 0)
+        released.set()
+        service._generating.submit(lambda: None).result(WAIT_SECONDS)  # the thread is free again
+        assert next(steps) == 3
 
 
 def test_a_text_that_takes_too_long_is_given_up(led_bundle: MakeLed, monkeypatch: pytest.MonkeyPatch) -> None:

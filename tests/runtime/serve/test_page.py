@@ -14,7 +14,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from lfx.runtime.serve.app import PAGE
-from tests.conftest import MakeBundle
+from tests.conftest import MakeBundle, MakeLed
 from tests.runtime.serve.running import Running, running
 
 NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome", "chrome")
@@ -131,6 +131,20 @@ def test_a_key_is_asked_for(browser: Browser, bundle: MakeBundle) -> None:
         page.press("#key", "Tab")
         page.wait_for_selector("#model option", state="attached")
         assert "LABEL_" in use(page, "cls", "the fox")
+        page.close()
+
+
+def test_a_text_is_written_as_its_tokens_come(browser: Browser, led_bundle: MakeLed) -> None:
+    with running({"org/led": led_bundle()[1]}) as server:
+        page = browser.new_page()
+        page.goto(server.address)
+        page.wait_for_selector("#model option", state="attached")
+        with server.client() as client:
+            body = {"inputs": MARKUP, "parameters": {"num_beams": 1}}
+            expected = client.post("/generate", json=body).json()["generated_text"]
+        assert use(page, "org/led", MARKUP).split() == expected.split()
+        assert re.search(r"New tokens\s+\d+", page.inner_text("#facts"))
+        assert page.locator("#answers img, #answers script").count() == 0
         page.close()
 
 
