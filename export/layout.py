@@ -180,7 +180,9 @@ def _compare(artifact: Artifact, path: Path) -> None:
         for case in quick_cases(max(windows), longest):
             inputs = with_text(case, model_inputs(case, new.signature), new.signature)
             expected, actual = outputs_runner(old)(inputs), outputs_runner(new)(inputs)
-            for name, array in ((name, expected[name]) for name in actual):
+            if new.signature.decoder is not None:  # whose keys and values of cross-attention the decoder makes
+                expected = {name: array for name, array in expected.items() if name in actual}
+            for name, array in expected.items():
                 error, limit = _difference(actual[name], array), measured[name]["tolerance"]
                 if not error <= limit:
                     raise ParityError(
