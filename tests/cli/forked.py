@@ -18,15 +18,15 @@ from pathlib import Path
 # All models of these tests are folders, so nothing is looked up on the hub.
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 _SERVER = """
-import json, os, sys
-import lfx.cli, lfx.export, lfx.export.validate, lfx.runtime, onnxruntime
+import gc, json, os, signal, sys
+import lfx.cli, lfx.cli.terminal, lfx.export, lfx.export.validate, lfx.runtime, onnxruntime
 import torch._dynamo, torch.onnx._internal.exporter._core
 
+gc.freeze()  # a copy does not search the objects of torch for garbage
 for line in sys.stdin:
     job = json.loads(line)
     if (child := os.fork()) == 0:
         break
-    print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 else:
     sys.exit()
@@ -34,43 +34,59 @@ os.chdir(job["folder"])
 for number, path in enumerate(job["streams"]):
     os.dup2(os.open(path, os.O_WRONLY if number else os.O_RDONLY), number)
 sys.argv = ["lfx", *job["arguments"]]
-lfx.cli.main()
+echo = lfx.cli.terminal.echo
+
+def echo_and_start_the_timer(text, **options):
+    echo(text, **options)
+    step, number, seconds = job["interrupt"]
+    if step in text:
+        lfx.cli.terminal.echo = echo
+        signal.signal(signal.SIGPROF, lambda *_: os.kill(os.getpid(), number))
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+if job["interrupt"] is not None:
+    lfx.cli.terminal.echo = echo_and_start_the_timer
+try:
+    lfx.cli.main()
+except SystemExit as end:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(end.code)  # without the end of Python, which takes seconds with all objects of torch
 """
 
 
 class Commands:
-    """Starts commands, one at a time."""
+    """Runs commands, one at a time."""
 
     def __init__(self) -> None:
         self._server = subprocess.Popen(
             [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
         )
 
-    def start(self, arguments: list[str], folder: Path, stdout: Path, stderr: Path) -> int:
-        """Start a command in a folder, with its streams in files; return the id of its process."""
+    def run(
+        self, arguments: list[str], folder: Path, interrupt: tuple[str, int, float] | None = None
+    ) -> tuple[int, str, str]:
+        """Run a command in a folder.
+
+        Args:
+            interrupt: a step of its progress, a signal that the command gets in it, and after how many seconds of its
+                CPU time.
+        Returns:
+            The exit status, less than 0 for a signal, and what it has written to stdout and stderr.
+        """
         assert self._server.stdin is not None
-        streams = [os.devnull, str(stdout), str(stderr)]
-        self._server.stdin.write(json.dumps({"arguments": arguments, "folder": str(folder), "streams": streams}) + "\n")
-        self._server.stdin.flush()
-        return self._number()
-
-    def wait(self) -> int:
-        """Wait for the end of the command; return its exit status, or less than 0 for a signal."""
-        return self._number()
-
-    def run(self, arguments: list[str], folder: Path) -> tuple[int, str, str]:
-        """Run a command in a folder; return its exit status and what it has written."""
-        with tempfile.TemporaryDirectory() as temporary:
-            stdout, stderr = Path(temporary, "stdout"), Path(temporary, "stderr")
-            stdout.touch()
-            stderr.touch()
-            self.start(arguments, folder, stdout, stderr)
-            code = self.wait()
-            return code, stdout.read_text(encoding="utf-8"), stderr.read_text(encoding="utf-8")
-
-    def _number(self) -> int:
         assert self._server.stdout is not None
-        return int(self._server.stdout.readline())
+        with tempfile.TemporaryDirectory() as temporary:
+            paths = [Path(temporary, name) for name in ("stdout", "stderr")]
+            for path in paths:
+                path.touch()
+            streams = [os.devnull, *map(str, paths)]
+            job = {"arguments": arguments, "folder": str(folder), "streams": streams, "interrupt": interrupt}
+            self._server.stdin.write(json.dumps(job) + "\n")
+            self._server.stdin.flush()
+            code = int(self._server.stdout.readline())
+            stdout, stderr = (path.read_text(encoding="utf-8") for path in paths)
+        return code, stdout, stderr
 
     def close(self) -> None:
         """End the process."""

@@ -10,12 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -499,7 +498,8 @@ def test_a_bundle_without_tokenizer_says_what_to_do(copy: Path) -> None:
     assert "has no tokenizer.json" in lfx("run", copy, "--text", "fox").error()
 
 
-# A signal, the step of the export in which it is sent, and the longest wait after the step began, in seconds.
+# A signal, the step of the export in which it is sent, and the longest wait after the step began, in seconds (of CPU
+# time, except while torch is being imported).
 INTERRUPTS = [
     (signal.SIGINT, "importing torch", 1.0),
     (signal.SIGTERM, "tracing", 0.8),
@@ -521,6 +521,7 @@ def _interrupt(
     forked: Commands, model: Path, folder: Path, number: signal.Signals, step: str, wait_s: float
 ) -> Interrupted:
     """Interrupt an export; the one that is interrupted while it imports torch has a process of its own."""
+    seconds = float(np.random.default_rng().uniform(1e-3, wait_s))
     arguments = ["export", "--model", str(model), "--output", "bundle"]
     if step == "importing torch":
         # Started as by the installed script. Under `python -m`, CPython itself exits with 130 if the interrupt passed
@@ -530,37 +531,16 @@ def _interrupt(
             command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
             assert process.stderr is not None
-            seen = _read_until(process.stderr, step)
-            time.sleep(float(np.random.default_rng().uniform(0, wait_s)))
+            seen = ""
+            for line in process.stderr:
+                seen += line
+                if step in line:
+                    break
+            time.sleep(seconds)
             process.send_signal(number)
             stdout, stderr = process.communicate(timeout=120)
         return Interrupted(Done(process.returncode, stdout, seen + stderr), folder)
-    streams = folder.parent / f"streams {step}"
-    streams.mkdir()
-    (streams / "stdout").touch()
-    os.mkfifo(streams / "stderr")
-    # The command opens its end of the pipe once this one is open.
-    opened: list[TextIO] = []
-    opening = threading.Thread(target=lambda: opened.append((streams / "stderr").open(encoding="utf-8")))
-    opening.start()
-    process_id = forked.start(arguments, folder, streams / "stdout", streams / "stderr")
-    opening.join()
-    with opened[0] as pipe:
-        seen = _read_until(pipe, step)
-        time.sleep(float(np.random.default_rng().uniform(0, wait_s)))
-        os.kill(process_id, number)
-        stderr = pipe.read()
-    return Interrupted(Done(forked.wait(), (streams / "stdout").read_text(), seen + stderr), folder)
-
-
-def _read_until(stream: TextIO, step: str) -> str:
-    """Read lines up to the one that names a step."""
-    seen = ""
-    for line in stream:
-        seen += line
-        if step in line:
-            break
-    return seen
+    return Interrupted(Done(*forked.run(arguments, folder, (step, number, seconds))), folder)
 
 
 @pytest.fixture(scope="module")
