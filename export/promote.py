@@ -32,8 +32,8 @@ def promoting_by_metadata() -> Iterator[None]:
                 interpreter._maybe_promote_node(node, rule)  # a changed node runs, and gets new metadata
         return node.meta["val"]
 
-    _TypePromotionInterpreter.run_node = run_node
+    _TypePromotionInterpreter.run_node = run_node  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
-        _TypePromotionInterpreter.run_node = original
+        _TypePromotionInterpreter.run_node = original  # type: ignore[method-assign]
