@@ -79,7 +79,7 @@ def _decomposed(node: fx.Node, decompositions: Mapping[Any, Any]) -> _Call | Non
     if op == _ATEN.dropout.default and not args[2]:
         return _ATEN.clone.default, args[:1], {}
     if op == _ATEN.contiguous.default and len(args) == 1 and not kwargs and not _is_output(args[0]):
-        return _ATEN.clone.default, args, {}
+        return _ATEN.clone.default, args, {"memory_format": torch.contiguous_format}
     if op == _ATEN.to.dtype and len(args) == 2 and not kwargs:
         return _ATEN._to_copy.default, args[:1], {"dtype": args[1]}
     return (op, args, kwargs) if _is_kept(op, decompositions) else None

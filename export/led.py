@@ -3,7 +3,7 @@
 `GenerationEncoder` is Hugging Face's encoder, with the keys and values of the decoder's cross-attention, which depend
 on the encoder alone. `GenerationDecoder` is Hugging Face's decoder with cached keys and values as inputs and outputs,
 for torch.onnx to trace: one path for any number of tokens and of cached tokens. `LEDModel` and `LEDDecoder` are one
-graph with the encoder, without a cache.
+graph with the encoder, without a cache. They call `view` in the place of `reshape`, which `decompose` leaves to torch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def cache_names(prefix: str, layers: int, part: str) -> list[str]:
 
 def split_heads(attention: led.LEDDecoderAttention, states: torch.Tensor) -> torch.Tensor:
     """(B, S, H·D) -> (B, H, S, D)."""
-    return states.reshape(*states.shape[:2], attention.num_heads, attention.head_dim).transpose(1, 2)
+    return states.view(*states.shape[:2], attention.num_heads, attention.head_dim).transpose(1, 2)
 
 
 class GenerationEncoder(nn.Module):
@@ -138,17 +138,17 @@ class GenerationDecoder(nn.Module):
             plain: torch.Tensor = head(hidden) + bias
             return plain
         # Gemm reads the weight that it shares with the embedding as it is stored. A MatMul would need it transposed.
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        flat = hidden.view(-1, hidden.shape[-1])
         vocab_size = head.weight.shape[0]
         logits = ops.symbolic(
             "Gemm",
-            (flat, head.weight, bias.to(hidden.dtype).reshape(-1)),
+            (flat, head.weight, bias.to(hidden.dtype).view(-1)),
             {"transB": 1},
             dtype=hidden.dtype,
             shape=(flat.shape[0], vocab_size),
             version=13,
         )
-        return logits.reshape(*hidden.shape[:2], vocab_size)
+        return logits.view(*hidden.shape[:2], vocab_size)
 
 
 class LEDModel(led.LEDModel):  # type: ignore[misc]
@@ -231,5 +231,5 @@ def _attend(
     scores = (query @ key.transpose(-1, -2)).float() + mask  # in float32 in any precision
     weights = nn.functional.softmax(scores, dim=-1).to(value.dtype)
     context = (weights @ value).transpose(1, 2)
-    output: torch.Tensor = attention.out_proj(context.reshape(*hidden.shape[:2], attention.embed_dim))
+    output: torch.Tensor = attention.out_proj(context.contiguous().view(*hidden.shape[:2], attention.embed_dim))
     return output

@@ -16,6 +16,7 @@ from lfx.export.decompose import decomposing_in_place
 from lfx.export.load import quiet
 from lfx.export.passes.opset import TRACED
 from lfx.export.probe import forward_inputs, granularity
+from lfx.export.promote import promoting_by_metadata
 from lfx.export.rewrite import Attentions, ExportWrapper, GlobalTokens, attention_windows, rewrite
 from lfx.export.torch_runners import TORCH_DTYPES
 from lfx.signature import GRAPH_INPUTS, TASKS
@@ -70,7 +71,13 @@ def run_onnx(
     """
     module = module if module is not None else wrapper
     try:
-        with _TRACING, quiet(), torch.autocast("cpu", enabled=False), decomposing_in_place():
+        with (
+            _TRACING,
+            quiet(),
+            torch.autocast("cpu", enabled=False),
+            decomposing_in_place(),
+            promoting_by_metadata(),
+        ):
             program = torch.onnx.export(
                 wrapper,
                 example,

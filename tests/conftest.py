@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 
 from lfx.export import export
-from tests.models import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from tests.models import VOCAB_SIZE, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 MakeBundle = Callable[..., Path]
 MakeLed = Callable[..., tuple[Any, Path]]
@@ -80,8 +80,7 @@ def bundle(made_once: MakeOnce) -> MakeBundle:
     """bundle(task, **export options) -> the folder of a tiny exported model with a tokenizer, which tests only read."""
 
     def make(task: str = "feature-extraction", **options: Any) -> Path:
-        changed = {name: value for name, value in options.items() if DEFAULTS[name].default != value}
-        name = ",".join(["bundle", task, *(f"{name}={changed[name]}" for name in sorted(changed))])
+        name = _name("bundle", task, options)
 
         def fill(folder: Path) -> None:
             export(tiny_model(task), folder / task, tokenizer=tiny_tokenizer(), **options)
@@ -89,6 +88,24 @@ def bundle(made_once: MakeOnce) -> MakeBundle:
         return made_once(name, fill) / task
 
     return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint_bundle(made_once: MakeOnce) -> MakeBundle:
+    """checkpoint_bundle(task, **export options) -> a bundle of a tiny checkpoint in a folder, which tests only read."""
+
+    def make(task: str = "feature-extraction", **options: Any) -> Path:
+        checkpoint = made_once(f"checkpoint,{task}", lambda folder: save_tiny_checkpoint(folder, task))
+        name = _name("checkpoint-bundle", task, options)
+        return made_once(name, lambda folder: export(checkpoint, folder / task, **options)) / task
+
+    return make
+
+
+def _name(first: str, task: str, options: dict[str, Any]) -> str:
+    """Name a folder for a bundle by its task and the options that are not the defaults."""
+    changed = {name: value for name, value in options.items() if DEFAULTS[name].default != value}
+    return ",".join([first, task, *(f"{name}={changed[name]}" for name in sorted(changed))])
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ import pytest
 from lfx.cli import bench as cli_bench
 from lfx.cli.bench import run_bench
 from lfx.errors import InputError
-from lfx.export import export
 from lfx.runtime import Engine, bench
+from tests.cli.forked import Commands
 from tests.conftest import MakeBundle, SmallDisk
 from tests.models import save_tiny_checkpoint
 
@@ -128,12 +128,15 @@ def lfx(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_command_measures_beside_pytorch_and_writes_its_rows(tmp_path: Path) -> None:
-    bundle = export(save_tiny_checkpoint(tmp_path / "checkpoint", "text-classification"), tmp_path / "bundle")
+def test_the_command_measures_beside_pytorch_and_writes_its_rows(
+    checkpoint_bundle: MakeBundle, forked: Commands, tmp_path: Path
+) -> None:
+    bundle = checkpoint_bundle("text-classification")
     options = ["--length", "16", "--length", "40", "--batch", "2", "--rounds", "2", "--against", "pytorch", "--json"]
-    done = lfx("bench", bundle, *options, "--output", tmp_path / "rows.jsonl", "--plot", tmp_path / "plot.png")
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    command = ["bench", str(bundle), *options, "--output", "rows.jsonl", "--plot", "plot.png"]
+    code, stdout, stderr = forked.run(command, tmp_path)
+    assert code == 0, stderr
+    rows = [json.loads(line) for line in stdout.splitlines()]
     assert [(row["seqlen"], row["contender"]) for row in rows] == [
         (16, "lfx onnxruntime"),
         (16, "pytorch"),
@@ -141,16 +144,18 @@ def test_the_command_measures_beside_pytorch_and_writes_its_rows(tmp_path: Path)
         (40, "pytorch"),
     ]
     assert all(row["tokens_per_second"] > 0 and row["cpu"] and row["versions"]["torch"] for row in rows)
-    assert (tmp_path / "rows.jsonl").read_text() == done.stdout
+    assert (tmp_path / "rows.jsonl").read_text() == stdout
     assert (tmp_path / "plot.png").is_file()
 
 
-def test_a_checkpoint_with_other_weights_is_not_measured(tmp_path: Path) -> None:
-    bundle = export(save_tiny_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle")
-    other = save_tiny_checkpoint(tmp_path / "other", seed=1)
-    done = lfx("bench", bundle, "--length", "8", "--against", "pytorch", "--source", other)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "other weights than the bundle was made from" in done.stderr
+def test_a_checkpoint_with_other_weights_is_not_measured(
+    checkpoint_bundle: MakeBundle, forked: Commands, tmp_path: Path
+) -> None:
+    save_tiny_checkpoint(tmp_path / "other", seed=1)
+    command = ["bench", str(checkpoint_bundle()), "--length", "8", "--against", "pytorch", "--source", "other"]
+    code, stdout, stderr = forked.run(command, tmp_path)
+    assert (code, stdout) == (1, "")
+    assert "other weights than the bundle was made from" in stderr
 
 
 @pytest.mark.parametrize(

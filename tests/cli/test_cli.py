@@ -11,8 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from lfx.cli import cli
 from lfx.errors import ArtifactError, BuildError
 from lfx.manifest import MANIFEST, MODEL, WEIGHTS, Manifest
+from tests.cli.forked import ENVIRONMENT, Commands
 from tests.conftest import MakeBundle
 from tests.models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from tests.runtime.test_signing import Signer
 
 LABELS = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
 COMMANDS = tuple(cli.commands)
-# All models here are folders, so nothing is looked up on the hub.
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
-# Number of processes that run at once; each imports torch.
-WORKERS = 2
 
 
 @dataclass(frozen=True)
@@ -64,6 +60,11 @@ class Done:
 def lfx(*arguments: str | Path, cwd: Path | None = None) -> Done:
     """Run the command."""
     return _done([sys.executable, "-m", "lfx.cli", *map(str, arguments)], cwd)
+
+
+def _forked(forked: Commands, arguments: Sequence[str | Path], folder: Path) -> Done:
+    """Run the command in a copy of a process that has imported torch."""
+    return Done(*forked.run([str(argument) for argument in arguments], folder))
 
 
 def _done(command: list[str], cwd: Path | None) -> Done:
@@ -112,8 +113,8 @@ def test_help_lists_every_command(option: str) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command: str) -> None:
-    done = lfx(command, "--help")
+def test_every_command_has_help(command: str, forked: Commands, tmp_path: Path) -> None:
+    done = _forked(forked, [command, "--help"], tmp_path)
     assert (done.code, done.stderr) == (0, "")
     usage, _, first_line = done.stdout.splitlines()[:3]
     assert f" {command} [OPTIONS]" in usage
@@ -147,8 +148,8 @@ def test_version_is_that_of_the_package() -> None:
     ],
     ids=" ".join,
 )
-def test_wrong_usage_exits_2_with_usage_on_stderr(arguments: list[str]) -> None:
-    done = lfx(*arguments)
+def test_wrong_usage_exits_2_with_usage_on_stderr(arguments: list[str], forked: Commands, tmp_path: Path) -> None:
+    done = _forked(forked, arguments, tmp_path)
     assert (done.code, done.stdout) == (2, "")
     assert done.stderr.startswith("Usage: ")
     assert "\nError: " in done.stderr
@@ -320,7 +321,7 @@ def _scale_the_weights(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def parities(reviews: Path, workspace: Path) -> dict[str, Done]:
+def parities(reviews: Path, workspace: Path, forked: Commands) -> dict[str, Done]:
     """`lfx parity` of an unchanged bundle, of one with a changed weight, and against another model."""
     spoiled = Path(shutil.copytree(reviews, workspace / "spoiled"))
     _scale_the_weights(spoiled)
@@ -331,9 +332,7 @@ def parities(reviews: Path, workspace: Path) -> dict[str, Done]:
         "other": [reviews, "--source", "checkpoints/other", "--json"],
         "table": [reviews, "--source", workspace / "checkpoints" / "tiny-reviews"],
     }
-    with ThreadPoolExecutor(WORKERS) as pool:
-        done = pool.map(lambda arguments: lfx("parity", *arguments, cwd=workspace), commands.values())
-        return dict(zip(commands, done, strict=True))
+    return {name: _forked(forked, ["parity", *arguments], workspace) for name, arguments in commands.items()}
 
 
 def test_parity_reports_what_the_export_measured(parities: dict[str, Done], exported: Done) -> None:
@@ -368,8 +367,10 @@ def test_parity_out_of_tolerance_exits_1_with_the_report_on_stdout(parities: dic
     assert report["outputs"]["logits"]["max_abs_error"] > report["outputs"]["logits"]["tolerance"]
 
 
-def test_parity_of_a_bundle_made_from_a_module_asks_for_its_checkpoint(bundle: MakeBundle) -> None:
-    message = lfx("parity", bundle()).error()
+def test_parity_of_a_bundle_made_from_a_module_asks_for_its_checkpoint(
+    bundle: MakeBundle, forked: Commands, tmp_path: Path
+) -> None:
+    message = _forked(forked, ["parity", bundle()], tmp_path).error()
     assert "made from a module in memory" in message
     assert "--source" in message
 
@@ -380,7 +381,7 @@ def test_parity_refuses_a_checkpoint_with_other_weights(parities: dict[str, Done
 
 
 @pytest.fixture(scope="module")
-def refused(workspace: Path) -> dict[str, Done]:
+def refused(workspace: Path, forked: Commands) -> dict[str, Done]:
     """Exports that are refused, each in its own folder."""
     good = workspace / "checkpoints" / "tiny-reviews"
     other = workspace / "refused"
@@ -394,13 +395,12 @@ def refused(workspace: Path) -> dict[str, Done]:
         "output": ["--model", good, "--output", other / "notes"],
     }
 
-    def run(item: tuple[str, list[str | Path]]) -> Done:
-        folder = workspace / f"cwd {item[0]}"
+    done = {}
+    for name, arguments in commands.items():
+        folder = workspace / f"cwd {name}"
         folder.mkdir()
-        return lfx("export", *item[1], cwd=folder)
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        return dict(zip(commands, pool.map(run, commands.items()), strict=True))
+        done[name] = _forked(forked, ["export", *arguments], folder)
+    return done
 
 
 @pytest.mark.parametrize(
@@ -443,10 +443,12 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("command", [["run", "--text", "fox"], ["inspect"], ["parity"]], ids=lambda c: c[0])
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_bundle_is_an_error_of_one_line(name: str, command: list[str], copy: Path) -> None:
+def test_a_broken_bundle_is_an_error_of_one_line(
+    name: str, command: list[str], copy: Path, forked: Commands, tmp_path: Path
+) -> None:
     change, message = BROKEN[name]
     change(copy)
-    done = lfx(command[0], copy, *command[1:], "--json")
+    done = _forked(forked, [command[0], copy, *command[1:], "--json"], tmp_path)
     assert message in done.error()
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
@@ -467,9 +469,11 @@ def test_a_broken_bundle_is_an_error_of_one_line(name: str, command: list[str], 
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
 )
-def test_run_refuses_in_one_line(arguments: list[str], message: str, reviews: Path, tmp_path: Path) -> None:
+def test_run_refuses_in_one_line(
+    arguments: list[str], message: str, reviews: Path, forked: Commands, tmp_path: Path
+) -> None:
     (tmp_path / "latin.txt").write_bytes("größe".encode("latin-1"))
-    done = lfx("run", reviews, *arguments, "--json", cwd=tmp_path)
+    done = _forked(forked, ["run", reviews, *arguments, "--json"], tmp_path)
     assert message in done.error()
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
@@ -481,10 +485,10 @@ def test_the_longest_text_still_runs(reviews: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "review.txt"])
-def test_a_path_that_is_no_bundle_is_an_error_of_one_line(path: str, tmp_path: Path) -> None:
+def test_a_path_that_is_no_bundle_is_an_error_of_one_line(path: str, forked: Commands, tmp_path: Path) -> None:
     (tmp_path / "review.txt").write_text("fox")
     for command in (["run", path, "--text", "fox"], ["inspect", path], ["parity", path]):
-        assert "bundle" in lfx(*command, cwd=tmp_path).error()
+        assert "bundle" in _forked(forked, command, tmp_path).error()
 
 
 def test_a_bundle_without_tokenizer_says_what_to_do(copy: Path) -> None:
@@ -494,7 +498,8 @@ def test_a_bundle_without_tokenizer_says_what_to_do(copy: Path) -> None:
     assert "has no tokenizer.json" in lfx("run", copy, "--text", "fox").error()
 
 
-# A signal, the step of the export in which it is sent, and the longest wait after the step began, in seconds.
+# A signal, the step of the export in which it is sent, and the longest wait after the step began, in seconds (of CPU
+# time, except while torch is being imported).
 INTERRUPTS = [
     (signal.SIGINT, "importing torch", 1.0),
     (signal.SIGTERM, "tracing", 0.8),
@@ -512,39 +517,44 @@ class Interrupted:
     folder: Path
 
 
-def _interrupt(model: Path, folder: Path, number: signal.Signals, step: str, wait_s: float) -> Interrupted:
-    # Started as by the installed script. Under `python -m`, CPython itself exits with 130 if the interrupt passed
-    # through exec() of source text, which torch calls while tracing, even if the interrupt was caught.
-    start = "from lfx.cli import main; main()"
-    command = [sys.executable, "-c", start, "export", "--model", str(model), "--output", "bundle"]
-    with subprocess.Popen(
-        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None
-        seen = ""
-        for line in process.stderr:
-            seen += line
-            if step in line:
-                break
-        time.sleep(float(np.random.default_rng().uniform(0, wait_s)))
-        process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=120)
-    return Interrupted(Done(process.returncode, stdout, seen + stderr), folder)
+def _interrupt(
+    forked: Commands, model: Path, folder: Path, number: signal.Signals, step: str, wait_s: float
+) -> Interrupted:
+    """Interrupt an export; the one that is interrupted while it imports torch has a process of its own."""
+    seconds = float(np.random.default_rng().uniform(1e-3, wait_s))
+    arguments = ["export", "--model", str(model), "--output", "bundle"]
+    if step == "importing torch":
+        # Started as by the installed script. Under `python -m`, CPython itself exits with 130 if the interrupt passed
+        # through exec() of source text, which torch calls while tracing, even if the interrupt was caught.
+        command = [sys.executable, "-c", "from lfx.cli import main; main()", *arguments]
+        with subprocess.Popen(
+            command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            seen = ""
+            for line in process.stderr:
+                seen += line
+                if step in line:
+                    break
+            time.sleep(seconds)
+            process.send_signal(number)
+            stdout, stderr = process.communicate(timeout=120)
+        return Interrupted(Done(process.returncode, stdout, seen + stderr), folder)
+    return Interrupted(Done(*forked.run(arguments, folder, (step, number, seconds))), folder)
 
 
 @pytest.fixture(scope="module")
-def interrupted(workspace: Path, reviews: Path) -> dict[str, Interrupted]:
+def interrupted(workspace: Path, reviews: Path, forked: Commands) -> dict[str, Interrupted]:
     """Interrupted exports into an empty folder; the last one replaces an older bundle."""
     model = workspace / "checkpoints" / "tiny-reviews"
-    with ThreadPoolExecutor(WORKERS) as pool:
-        jobs = {}
-        for name, interrupt in zip(STEPS, INTERRUPTS, strict=True):
-            folder = workspace / name
-            folder.mkdir()
-            if name == STEPS[-1]:
-                shutil.copytree(reviews, folder / "bundle")
-            jobs[name] = pool.submit(_interrupt, model, folder, *interrupt)
-        return {name: job.result() for name, job in jobs.items()}
+    outcomes = {}
+    for name, interrupt in zip(STEPS, INTERRUPTS, strict=True):
+        folder = workspace / name
+        folder.mkdir()
+        if name == STEPS[-1]:
+            shutil.copytree(reviews, folder / "bundle")
+        outcomes[name] = _interrupt(forked, model, folder, *interrupt)
+    return outcomes
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -674,8 +684,10 @@ def test_json_has_null_where_a_model_gives_nan(copy: Path) -> None:
 @pytest.mark.parametrize(
     "arguments", [["\x1b[31m"], ["inspect", "--\x1b[31m"], ["inspect", "a", "b\x1b[31m\nerror: c"]]
 )
-def test_wrong_usage_shows_control_characters_as_escapes(arguments: list[str]) -> None:
-    done = lfx(*arguments)
+def test_wrong_usage_shows_control_characters_as_escapes(
+    arguments: list[str], forked: Commands, tmp_path: Path
+) -> None:
+    done = _forked(forked, arguments, tmp_path)
     assert done.code == 2
     assert r"\x1b[31m" in done.stderr
     assert "\x1b" not in done.stderr

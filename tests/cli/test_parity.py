@@ -21,30 +21,20 @@ from lfx.cli import cli
 from lfx.cli.parity import run_parity
 from lfx.cli.source import checkpoint_of
 from lfx.errors import InputError
-from lfx.export import export
 from lfx.export.quantize import quantize
 from lfx.manifest import MODEL, WEIGHTS, Manifest
 from lfx.runtime import Engine
 from lfx.runtime.plan import PlanManifest
 from lfx.runtime.profile import Profile, Range
 from lfx.signature import TASKS
-from tests.conftest import SmallDisk
-from tests.models import VOCAB_SIZE, save_tiny_checkpoint
+from tests.conftest import MakeBundle, SmallDisk
+from tests.models import VOCAB_SIZE
 
 
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """bundles(task) returns a bundle whose checkpoint is a folder, which parity loads; made once per module."""
-    cache: dict[str, Path] = {}
-
-    def make(task: str = "feature-extraction", **options: Any) -> Path:
-        key = f"{task} {options}"
-        if key not in cache:
-            folder = tmp_path_factory.mktemp("parity")
-            cache[key] = export(save_tiny_checkpoint(folder / "checkpoint", task), folder / "bundle", **options)
-        return cache[key]
-
-    return make
+@pytest.fixture
+def bundles(checkpoint_bundle: MakeBundle) -> MakeBundle:
+    """bundles(task, **options) returns a bundle whose checkpoint is a folder, which parity loads."""
+    return checkpoint_bundle
 
 
 def lfx(*arguments: Any) -> Result:

@@ -16,16 +16,20 @@ from torch.export import ExportedProgram
 from lfx.errors import ExportError
 from lfx.export import decompose, export, trace
 from lfx.runtime import Engine
-from tests.models import tiny_model
+from tests.models import tiny_led, tiny_model
 
 # Names of torch's own nodes, which it records in the file.
-RECORDS = ("pkg.onnxscript.optimizer.folded_from", "pkg.torch.export.ExportedProgram.graph_signature")
+RECORDS = (
+    "pkg.onnxscript.optimizer.folded_from",
+    "pkg.torch.export.ExportedProgram.graph_signature",
+    "pkg.torch.export.graph_signature.OutputSpec.kind",
+)
 
 
-def _graph(folder: Path) -> onnx.ModelProto:
-    """Return the graph and its weights, without torch's records."""
-    model = onnx.load(folder / "model.onnx")
-    for message in (model.graph, *model.graph.value_info):
+def graph_of(path: Path) -> onnx.ModelProto:
+    """Return the graph of a file and its weights, without torch's records."""
+    model = onnx.load(path)
+    for message in (model.graph, *model.graph.value_info, *model.graph.output):
         kept = [entry for entry in message.metadata_props if entry.key not in RECORDS]
         del message.metadata_props[:]
         message.metadata_props.extend(kept)
@@ -53,7 +57,20 @@ def test_the_graph_is_the_one_that_torch_decomposes(
     monkeypatch.setattr(trace, "decomposing_in_place", contextlib.nullcontext)
     by_torch = export(tiny_model(task), tmp_path / "by torch", **options)
     assert results == [True]
-    assert _graph(in_place) == _graph(by_torch)
+    assert graph_of(in_place / "model.onnx") == graph_of(by_torch / "model.onnx")
+
+
+def test_both_graphs_of_an_led_are_decomposed_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    original = decompose.decompose
+    monkeypatch.setattr(decompose, "decompose", lambda *graph: results.append(original(*graph)) or results[-1])
+    settings: dict[str, Any] = {"encoder_layers": 1, "decoder_layers": 1, "attention_window": [8]}
+    in_place = export(tiny_led(**settings), tmp_path / "in place")
+    assert results == [True, True]
+    monkeypatch.setattr(trace, "decomposing_in_place", contextlib.nullcontext)
+    by_torch = export(tiny_led(**settings), tmp_path / "by torch")
+    for name in ("encoder_model.onnx", "decoder_model.onnx"):
+        assert graph_of(in_place / name) == graph_of(by_torch / name)
 
 
 class Decomposed(nn.Module):

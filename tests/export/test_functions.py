@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -48,9 +49,14 @@ def _run(op: str, inputs: dict[str, np.ndarray], opset: int = 17, bodies: Any = 
     model = _model(op, inputs, opset, bodies, **attributes)
     if next(iter(inputs.values())).dtype == ml_dtypes.bfloat16:
         return np.asarray(ReferenceEvaluator(onnx.load_from_string(model)).run(None, inputs)[0])
+    return np.asarray(_session(model).run(None, inputs)[0])
+
+
+@functools.lru_cache(16)  # a model has no sizes, and tests run it at many
+def _session(model: bytes) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    return np.asarray(ort.InferenceSession(model, options).run(None, inputs)[0])
+    return ort.InferenceSession(model, options)
 
 
 def _banded(

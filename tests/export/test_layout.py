@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,10 @@ import onnxruntime
 import openvino
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
+from lfx.cli import cli
 from lfx.errors import ExportError, InputError, ParityError
 from lfx.export import export, relayout
 from lfx.export.quantize import quantize
@@ -254,13 +254,12 @@ def test_relayout_of_a_sentence_embedding_adds_the_hidden_states(bundle: MakeBun
     assert list(by_onnxruntime(folder / "onnx" / "model_fp16.onnx")) == ["last_hidden_state", "sentence_embedding"]
 
 
-def test_the_command_exports_in_the_layout(tmp_path: Path) -> None:
+def test_the_command_exports_in_the_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = save_tiny_checkpoint(tmp_path / "classifier", "text-classification")
-    command = [sys.executable, "-m", "lfx.cli", "export", "--model", str(checkpoint), "--layout", "hf"]
-    done = subprocess.run(
-        [*command, "--model-type", "roberta"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    command = ["export", "--model", str(checkpoint), "--layout", "hf", "--model-type", "roberta"]
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 0, done.output
     assert done.stdout.startswith("classifier-hf: text-classification")
     assert (tmp_path / "classifier-hf" / "onnx" / "model.onnx").is_file()
     with Engine(tmp_path / "classifier-hf") as engine, pytest.raises(InputError, match="global_attention_mask"):

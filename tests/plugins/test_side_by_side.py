@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -115,14 +116,8 @@ class Problem:
 
     def openvino(self) -> Array:
         """The function body in OpenVINO, which wants it inlined; the inliner fills in no default of an attribute."""
-        openvino = pytest.importorskip("openvino")
         model = _model("BandedAttention", self.inputs, 17, scale=SIZE**-0.5, **self.attributes)
-        model = onnx.inliner.inline_local_functions(onnx.load_from_string(model))
-        core = openvino.Core()
-        compiled = core.compile_model(
-            core.read_model(model.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-        )
-        return np.array(compiled(list(self.inputs.values()))[0])
+        return np.array(compiled_by_openvino(model)(list(self.inputs.values()))[0])
 
     @torch.inference_mode()
     def hugging_face(self) -> Array:
@@ -137,6 +132,14 @@ class Problem:
     def emulated(self, kernels: Kernels) -> Array:
         """The kernel on the emulated device."""
         return Banded(self.inputs, **self.attributes).run(kernels.banded, None)
+
+
+@functools.lru_cache(1)  # a model has no sizes, and a test runs it at many
+def compiled_by_openvino(model: bytes) -> Any:
+    openvino = pytest.importorskip("openvino")
+    inlined = onnx.inliner.inline_local_functions(onnx.load_from_string(model))
+    core = openvino.Core()
+    return core.compile_model(core.read_model(inlined.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
 
 @pytest.mark.parametrize(("dilation", "causal"), PATTERNS, ids=str)
