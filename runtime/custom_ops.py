@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import lfx
@@ -28,6 +29,8 @@ def library() -> Path:
             path = Path(folder) / "_lib" / name
             if path.is_file():
                 return path
+    if sys.platform == "win32":
+        raise NoKernelError("lfx has no kernels for Windows; run it on Linux or macOS")
     raise NoKernelError(f"{LIBRARIES[0]} is not installed; install lfx again where there is a C++ compiler")
 
 

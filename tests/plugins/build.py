@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "plugins"
 EMULATED = ROOT / "tests" / "plugins"
 KERNELS = ["banded/banded_attention.cu", "global/global_attention.cu", "limits.cpp"]
-CPU_KERNELS = ["cpu/cpu_attention.cpp", "cpu/baseline.cpp", "limits.cpp"]
+BASELINE_KERNELS = ["cpu/cpu_attention.cpp", "cpu/baseline.cpp", "limits.cpp"]
+CPU_KERNELS = list(BASELINE_KERNELS)
 # The flags of sources that are compiled for an instruction set, as in CMakeLists.txt.
 INSTRUCTION_SETS: dict[str, list[str]] = {}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -62,6 +63,15 @@ def cpu_library(folder: Path) -> Path:
     """The CPU kernels as C functions."""
     sources = [*CPU_KERNELS, str(EMULATED / "cpu_calls.cpp")]
     return build_library(folder, "lfx_cpu", sources, "-O2", f"-I{EMULATED}", "-pthread")
+
+
+def aarch64_check(folder: Path, cross_compiler: str) -> None:
+    """The program that compares the CPU kernels with the host reference, for aarch64 and with its C library inside."""
+    sources = [PLUGINS / source for source in (*BASELINE_KERNELS, "reference.cpp")] + [EMULATED / "cpu_check.cpp"]
+    flags = ["-std=c++17", "-O2", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-static", "-pthread"]
+    includes = [f"-I{PLUGINS}", f"-I{EMULATED}"]
+    command = [cross_compiler, *flags, *includes, *map(str, sources), "-o", str(folder / "check")]
+    subprocess.run(command, check=True)
 
 
 def cpu_check(folder: Path) -> Path:

@@ -72,7 +72,7 @@ def refused_piece(document: Document, reason: str, columns: Columns, file_format
 
 
 def _is_exit(error: BaseException | None) -> bool:
-    """Whether an error was a SystemExit: modules in C++ turn one that is raised during their import into ImportError."""
+    """Whether an error was a SystemExit: a module in C++ makes an ImportError of one that is raised in its import."""
     while error is not None:
         if isinstance(error, SystemExit):
             return True
