@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 from lfx_build import build_sdist  # noqa: E402  # the folder is not on the path before
 
 DIST = ROOT / "dist"
-HEADERS = ROOT / "build" / "headers" / "kernel_lens" / "include" / "tensorrt"
+HEADERS = ROOT / "build" / "headers" / "tensorrt"
 
 
 def main() -> None:
