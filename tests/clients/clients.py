@@ -39,6 +39,7 @@ class Case:
         options: those given to the client.
         output: the output that is compared with Engine's.
         refused: part of the client's error, if it cannot run the model.
+        is_wrong: whether the client gives other numbers, without an error.
     """
 
     client: str
@@ -48,6 +49,7 @@ class Case:
     file: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     refused: str | None = None
+    is_wrong: bool = False
 
     @property
     def folder(self) -> str:
