@@ -25,6 +25,8 @@ INPUTS: dict[str, Any] = {
 }
 _BROWSER = next((name for name in ("chromium", "chromium-browser", "google-chrome") if shutil.which(name)), None)
 _SECONDS = 120
+# Chromium's own implementation of Vulkan on the CPU, in the place of a GPU.
+_SOFTWARE_WEBGPU = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"]
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,9 @@ def _browser(case: Case, model: Path) -> dict[str, Any]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}/web.html"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+        uses_gpu = "webgpu" in case.options.get("executionProviders", ())
+        options = ["--headless", "--no-sandbox", f"--user-data-dir={profile}"]
+        options += _SOFTWARE_WEBGPU if uses_gpu else ["--disable-gpu"]
         browser = subprocess.Popen(
             ["chromium", *options, address],
             stdin=subprocess.DEVNULL,
