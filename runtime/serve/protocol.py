@@ -220,7 +220,8 @@ class Protocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Start the next request of the connection, or refuse it."""
         super().on_response_complete()
-        if self._refuse_later is not None and not self.pipeline and not self.transport.is_closing():
+        is_last = all(cycle.disconnected for cycle in self._replies())  # the refused one is
+        if self._refuse_later is not None and is_last and not self.transport.is_closing():
             self._refuse_later()
 
     def _refuse(self, status: int, message: str) -> None:
