@@ -173,14 +173,11 @@ def test_workflows_run_make_targets_with_pinned_actions_and_may_only_read(name: 
 
 def test_the_tests_run_on_each_python_that_the_classifiers_name_and_on_no_older_one() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
-    pythons = {step["with"]["python-version"] for step in workflow["jobs"]["locked"]["steps"] if "with" in step} - {
-        None
-    }
+    options = [step.get("with", {}) for step in workflow["jobs"]["locked"]["steps"]]
+    pythons = {option["python-version"] for option in options if "python-version" in option}
     pythons |= {job["python"] for job in workflow["jobs"]["portable"]["strategy"]["matrix"]["include"]}
-    classifiers = PROJECT["project"]["classifiers"]
-    named = {
-        text.rpartition(" :: ")[2] for text in classifiers if text.startswith("Programming Language :: Python :: 3.")
-    }
+    language = "Programming Language :: Python :: 3."
+    named = {text.rpartition(" ")[2] for text in PROJECT["project"]["classifiers"] if text.startswith(language)}
     assert pythons == named
     oldest = min(named, key=Version)
     assert PROJECT["project"]["requires-python"] == f">={oldest}"
