@@ -4,8 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Folder of a package that carries a copy of TensorRT's headers, to compile the plugin. The package is not installed in .venv.
+# TensorRT's headers, to compile the plugin: NVIDIA's own of v10.14, or the copy in a package, where git cannot reach them.
+# The package is not installed in .venv.
 HEADERS := $(CURDIR)/build/headers
+TENSORRT_URL ?= https://github.com/NVIDIA/TensorRT.git
+TENSORRT_COMMIT := 3b4ddc1d45f11167f2ea53dc6046bba8df800e2d
 # Folder of a package that carries NVIDIA's tritonserver, for the tests; it is not installed in .venv either.
 TRITON := $(CURDIR)/build/triton
 # The index that pip searches for PyTorch's CPU build, in addition to the indexes that it is configured with.
@@ -32,6 +35,12 @@ if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
              % (platform.system(), platform.machine()))
 endef
 export PREFLIGHT
+# Fetches a commit's folder `include` without the rest of the repository, within two minutes.
+define fetch_headers
+git init --quiet $(HEADERS)/repository && cd $(HEADERS)/repository && git remote add origin $(TENSORRT_URL) \
+&& timeout 120 git fetch --quiet --depth 1 --filter=blob:none origin $(TENSORRT_COMMIT) \
+&& timeout 120 git checkout --quiet FETCH_HEAD -- include && mv include $(HEADERS)/tensorrt && rm -rf $(HEADERS)/repository
+endef
 # $(call venv,VENV): makes a virtual environment, or says why not.
 define venv
 @command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found; try: make PYTHON=python3.11" >&2; exit 1; }
@@ -49,10 +58,14 @@ $(STAMP): pyproject.toml requirements.lock CMakeLists.txt $(wildcard plugins/*.c
 	$(call locked,pip|setuptools) | $(call install,$(VENV))
 	@$(call locked,torch) | $(call install,$(VENV),--no-deps --extra-index-url $(TORCH_INDEX) --retries 1) || { echo \
 	"PyTorch's CPU build was not found at $(TORCH_INDEX); name another index: make TORCH_INDEX=URL" >&2; exit 1; }
-	$(call locked,kernel-lens) | $(call install,$(VENV),--no-deps --upgrade --target $(HEADERS))
+	rm -rf $(HEADERS)
+	@($(fetch_headers)) 2>/dev/null || { \
+	echo "$(TENSORRT_URL) cannot be fetched; TensorRT's headers are those of the package kernel-lens"; \
+	$(call locked,kernel-lens) | $(call install,$(VENV),--no-deps --upgrade --target $(HEADERS)) \
+	&& rm -rf $(HEADERS)/repository && ln -s kernel_lens/include/tensorrt $(HEADERS)/tensorrt; }
 	$(call locked,nvidia-pytriton) | $(call install,$(VENV),--no-deps --upgrade --target $(TRITON))
 	$(call locked_without,kernel-lens|nvidia-pytriton|uv) | $(call install,$(VENV),--no-build-isolation)
-	CMAKE_ARGS="$(CMAKE_ARGS) -DTensorRT_INCLUDE_DIR=$(HEADERS)/kernel_lens/include/tensorrt" \
+	CMAKE_ARGS="$(CMAKE_ARGS) -DTensorRT_INCLUDE_DIR=$(HEADERS)/tensorrt" \
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

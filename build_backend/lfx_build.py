@@ -1,14 +1,16 @@
-"""The build backend: scikit-build-core, and three things that it cannot know.
+"""The build backend: scikit-build-core, and four things that it cannot know.
 
 The sdist has files in the place of the links src/lfx/export and src/lfx/runtime, which Windows cannot unpack. A wheel
 without a library is pure Python, and its tag says so. And a checkout without symbolic links, Windows' default, has
-text files in the place of the links, from which no package can be built.
+text files in the place of the links, from which no package can be built. On Windows nothing is compiled: the kernels
+need vector types, which MSVC does not have, and GCC does not align those of AVX on the stack there (its bug 54412).
 """
 
 from __future__ import annotations
 
 import io
 import posixpath
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -78,10 +80,13 @@ def _build(build: Callable[..., str], folder: str, settings: Settings, metadata_
                 f"{link} is no folder: this checkout has no symbolic links; clone again with: "
                 "git clone -c core.symlinks=true URL (on Windows in developer mode)"
             )
+    without_cmake = {**(settings or {}), "wheel.cmake": "false"}
+    if sys.platform == "win32":
+        return build(folder, without_cmake, None)
     name = build(folder, settings, metadata_directory)
     with zipfile.ZipFile(Path(folder) / name) as wheel:
         if any("/_lib/" in entry for entry in wheel.namelist()):
             return name
     (Path(folder) / name).unlink()
     # Without the metadata that was prepared, whose tag is that of a wheel with a library.
-    return build(folder, {**(settings or {}), "wheel.cmake": "false"}, None)
+    return build(folder, without_cmake, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import lfx
@@ -34,6 +35,8 @@ def library(provider: str = "cpu") -> Path:
             path = Path(folder) / "_lib" / name
             if path.is_file():
                 return path
+    if sys.platform == "win32":
+        raise NoKernelError("lfx has no kernels for Windows; run it on Linux or macOS")
     compiler = "nvcc on the PATH" if provider == "cuda" else "a C++ compiler"
     raise NoKernelError(f"{names[0]} is not installed; install lfx again where there is {compiler}")
 

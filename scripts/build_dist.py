@@ -3,12 +3,14 @@
     python scripts/build_dist.py
 
 Each wheel is built from the sdist and tested: it is installed into a new environment, where `lfx --version` must print
-the wheel's version.
+the wheel's version. auditwheel, if it is on the PATH, gives the wheel with libraries the tag of the oldest systems that
+have all that the libraries need; PyPI takes no other wheels for Linux.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,7 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 from lfx_build import build_sdist  # noqa: E402  # the folder is not on the path before
 
 DIST = ROOT / "dist"
-HEADERS = ROOT / "build" / "headers" / "kernel_lens" / "include" / "tensorrt"
+HEADERS = ROOT / "build" / "headers" / "tensorrt"
 
 
 def main() -> None:
@@ -33,6 +35,8 @@ def main() -> None:
     build_wheel(
         sdist, {"CXX": "no-compiler", "CUDACXX": "no-compiler", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
     )
+    for wheel in DIST.glob("*-linux_*.whl"):
+        name_systems(wheel)
     wheels = sorted(DIST.glob("*.whl"))
     for wheel in wheels:
         try_wheel(wheel)
@@ -43,6 +47,18 @@ def build_wheel(sdist: Path, environment: dict[str, str]) -> None:
     """Build one wheel; the environment variables decide which libraries it has."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--wheel-dir", str(DIST), str(sdist)], check=True, env={**os.environ, **environment})
+
+
+def name_systems(wheel: Path) -> None:
+    """Replace a wheel for this system by one for all systems that it runs on, if auditwheel is installed."""
+    auditwheel = shutil.which("auditwheel")
+    if auditwheel is None:
+        print(
+            f"{wheel.name} is for this system, and PyPI does not take it: auditwheel is not installed", file=sys.stderr
+        )
+        return
+    subprocess.run([auditwheel, "repair", "--wheel-dir", str(DIST), str(wheel)], check=True)
+    wheel.unlink()
 
 
 def try_wheel(wheel: Path) -> None:

@@ -36,7 +36,9 @@ def _row(case: clients.Case, model: Path, versions: dict[str, str]) -> dict[str,
         return {**row, "date": record.environment()["date"], "error": result["error"]}
     answer = expected(model, case.output)
     difference = float(np.abs(np.reshape(result[case.output], answer.shape) - answer).max())
-    return {**row, "date": record.environment()["date"], "output": case.output, "max_difference": difference}
+    is_right = difference <= clients.TOLERANCE
+    date = record.environment()["date"]
+    return {**row, "date": date, "output": case.output, "max_difference": difference, "is_right": is_right}
 
 
 if __name__ == "__main__":

@@ -134,10 +134,11 @@ def compatibility() -> str:
         error = str(row.get("error", "")).replace("|", " ").replace("`", "'")
         result = f"no: `{error[:100]}{'…' if len(error) > 100 else ''}`"
         if "error" not in row:
-            result = f"yes: {row['output']}, largest difference {row['max_difference']:.1e}"
+            answer = "yes" if row["is_right"] else "**wrong numbers, no error**"
+            result = f"{answer}: {row['output']}, largest difference {row['max_difference']:.1e}"
         rows.append([f"{row['client']} {row['version']}", row["model"], row["how"], result])
     dates = " and ".join(sorted({row["date"] for row in records}))
-    note = f"\nTiny models; the difference is that from Engine. {dates}.\n"
+    note = f"\nTiny models; the difference is that from Engine, or for RoBERTa from ONNX Runtime. {dates}.\n"
     return _rows(["client", "model", "option", "runs"], rows) + note
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 from lfx import files
 from lfx.errors import ExportError, LfxError
 from lfx.files import exchange, is_disk_full, locked, open_journal, private_folder, replacing, temporary_folder
+from lfx.runtime.documents.journal import Journal
 
 
 def test_a_target_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
@@ -102,6 +104,30 @@ def test_folders_of_live_processes_and_of_other_targets_stay(tmp_path: Path) -> 
         assert other.is_dir()
         assert not second.exists()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs the list of open files")
+def test_no_file_is_removed_while_it_is_open_where_the_system_refuses_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows. The folder of a write and the journal of a run are removed all the same."""
+    unlink = os.unlink
+
+    def refusing(path: str | Path, *, dir_fd: int | None = None) -> None:
+        for descriptor in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if descriptor.readlink().name == Path(path).name:
+                    raise PermissionError(errno.EACCES, "it is open", str(path))
+        unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(files, "_CAN_REMOVE_OPEN_FILES", False)
+    monkeypatch.setattr(os, "unlink", refusing)
+    target = tmp_path / "target"
+    with locked(target), replacing(target) as temporary:
+        temporary.write_bytes(b"new")
+    with Journal(tmp_path / "rows.jsonl", {"journal": 1}, 10) as journal:
+        journal.remove()
+    assert {path.name for path in tmp_path.iterdir()} == {"target"}
 
 
 def test_one_holder_at_a_time_has_the_lock_of_a_target(tmp_path: Path) -> None:

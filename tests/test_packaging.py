@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -168,6 +171,40 @@ def test_workflows_run_make_targets_with_pinned_actions_and_may_only_read(name: 
     assert all(re.search(r"@[0-9a-f]{40}$", step["uses"]) for step in steps if "uses" in step)
 
 
+def test_the_tests_run_on_each_python_that_the_classifiers_name_and_on_no_older_one() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    options = [step.get("with", {}) for step in workflow["jobs"]["locked"]["steps"]]
+    pythons = {option["python-version"] for option in options if "python-version" in option}
+    pythons |= {job["python"] for job in workflow["jobs"]["portable"]["strategy"]["matrix"]["include"]}
+    language = "Programming Language :: Python :: 3."
+    named = {text.rpartition(" ")[2] for text in PROJECT["project"]["classifiers"] if text.startswith(language)}
+    assert pythons == named
+    oldest = min(named, key=Version)
+    assert PROJECT["project"]["requires-python"] == f">={oldest}"
+    assert PROJECT["tool"]["mypy"]["python_version"] == oldest
+    assert PROJECT["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
+
+
+def test_on_windows_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So pip needs no compiler there, and CMake does not ask for one."""
+    spec = importlib.util.spec_from_file_location("lfx_build", ROOT / "build_backend" / "lfx_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    backend = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(backend)
+    calls: list[tuple[Any, ...]] = []
+
+    def build(*arguments: Any) -> str:
+        calls.append(arguments)
+        return "lfx.whl"
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(backend, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr(backend.backend, "build_wheel", build)
+    assert backend.build_wheel("folder", {"verbose": "1"}, "metadata") == "lfx.whl"
+    assert calls == [("folder", {"verbose": "1", "wheel.cmake": "false"}, None)]
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the files that a wheel is built from."""
@@ -235,6 +272,11 @@ def test_an_sdist_has_files_in_the_place_of_links(checkout: Path, tmp_path: Path
     with tarfile.open(sdist) as archive:
         assert all(member.isfile() for member in archive)
         names = {name.partition("/")[2] for name in archive.getnames()}
+        for name in names:  # below a folder of 100 characters, Windows' limit of 260 is not reached
+            assert re.fullmatch(r"[\w./-]{1,150}", name, re.ASCII), name
+            parts = {part.partition(".")[0].lower() for part in name.split("/")}
+            assert not parts & {"con", "prn", "aux", "nul"}, name
+        assert len({name.lower() for name in names}) == len(names)
         assert {"src/lfx/export/exporter.py", "src/lfx/runtime/engine.py", "export/exporter.py"} <= names
         root = sdist.name.removesuffix(".tar.gz")
         for name in ("export/exporter.py", "runtime/engine.py"):

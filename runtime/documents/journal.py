@@ -12,7 +12,7 @@ from typing import Any
 
 from lfx.checks import parse_json
 from lfx.errors import InputError, LfxError, one_line
-from lfx.files import is_at, open_journal, try_lock
+from lfx.files import is_at, open_journal, remove_open, try_lock
 
 _HEADER = b'{"journal":'  # the start of a header
 _MARKER = b'{"chunk":'  # the start of a marker; a row starts with {"line":
@@ -176,7 +176,7 @@ class Journal:
 
     def remove(self) -> None:
         """Delete the journal; nothing may be written afterwards."""
-        self.path.unlink(missing_ok=True)
+        remove_open(self.path, self._file)
 
     def _write(self, line: bytes) -> None:
         self._digest.update(line)

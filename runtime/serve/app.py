@@ -7,8 +7,6 @@ beside them), and an `add` in `_add_models`; its path in `gate.KNOWN_PATHS`; the
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from fastapi.security import HTTPBearer
 import lfx
 from lfx.checks import shown
 from lfx.errors import LfxError
+from lfx.inline_hashes import inline_hashes
 from lfx.runtime.serve import native, openai, tei, tgi
 from lfx.runtime.serve.body import request_body
 from lfx.runtime.serve.gate import Gate
@@ -147,15 +146,10 @@ def _add_monitoring(app: FastAPI, service: Service, stats: Stats) -> None:
 
 def _content_security_policy(page: str) -> str:
     """Allow the page's own script and style, and requests to this server; nothing else."""
-
-    def hashes(tag: str) -> str:
-        parts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in parts)
-        return " ".join(f"'sha256-{digest}'" for digest in digests)
-
+    own = f"script-src {inline_hashes(page, 'script')}; style-src {inline_hashes(page, 'style')}"
     return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; img-src data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; {own}; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
     )
 
 

@@ -7,7 +7,11 @@ stops, uvicorn also closes the connections whose request it has not read yet; he
 from __future__ import annotations
 
 import asyncio
+import functools
+import select
 import time
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import httptools
@@ -19,6 +23,8 @@ from lfx.runtime.serve.settings import MAX_HEADER_BYTES
 # Time that idle connections stay open when the server stops, since a request may be in transit.
 STOP_GRACE_SECONDS = 0.5
 MAX_PIPELINED = 64  # requests that wait on a connection for the reply to an earlier one
+_PARSED_BYTES = 4096  # are parsed at a time; the headers of a request are counted with this precision
+_PROBE_SECONDS = 0.05  # between two checks whether a client that has ended its sending has gone
 _REASONS = {408: "Request Timeout", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}
 
 
@@ -42,6 +48,8 @@ class Protocol(HttpToolsProtocol):
         self._read_deadline = time.monotonic() + self.client_seconds
         self._is_stopping = False
         self._cycles: list[Any] = []  # requests without a complete reply; uvicorn keeps the newest alone
+        self._refuse_later: Callable[[], None] | None = None  # called after the replies to earlier requests
+        self._has_ended = False  # the client sends no more
         if len(self.connections) > self.max_connections:
             self._refuse(503, f"this server takes {self.max_connections} connections; try again later")
 
@@ -62,11 +70,48 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse the bytes that arrived; refuse the request if its headers or its trailers are too long."""
-        self._unset_keepalive_if_required()
-        self._header_bytes += len(data)
-        self._parse(data)
-        if self._in_message and self._header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
-            self._end_request(431, f"the headers are above {MAX_HEADER_BYTES:,} bytes; send less")
+        for start in range(0, len(data), _PARSED_BYTES):
+            if self._refuse_later is not None or self.transport.is_closing():
+                return
+            self._unset_keepalive_if_required()
+            part = data[start : start + _PARSED_BYTES]
+            self._header_bytes += len(part)
+            self._parse(part)
+            if self._in_message and self._header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+                self._end_request(431, f"the headers are above {MAX_HEADER_BYTES:,} bytes; send less")
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """Answer the requests that have come whole, if the client only ended its sending; returns whether to go on.
+
+        Only the answer to data tells whether the client has gone, so it gets an interim reply, which HTTP/1.1 allows.
+        """
+        if self._has_ended:
+            return True
+        is_answered = self.cycle is None or self.cycle.response_complete
+        is_cut = self._in_message and self._refuse_later is None
+        if is_answered or is_cut or self.cycle.scope["http_version"] != "1.1" or not hasattr(select, "poll"):
+            return None  # close
+        self._has_ended, self.cycle.keep_alive = True, False
+        if not self._replies()[0].response_started:
+            self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        self._probe()
+        return True
+
+    def _probe(self) -> None:
+        """End the requests of a client that has gone. asyncio does not watch a connection that only writes."""
+        if self.transport.is_closing():
+            return
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), 0)  # errors are always reported
+        if poll.poll(0):
+            self._abort()
+        else:
+            self.loop.call_later(_PROBE_SECONDS, self._probe)
+
+    def _replies(self) -> list[Any]:
+        """The requests without a complete reply, the first of which is being answered."""
+        self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
+        return self._cycles
 
     def _parse(self, data: bytes) -> None:
         try:
@@ -74,7 +119,7 @@ class Protocol(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as upgrade:
             self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
+            self._end_connection(functools.partial(self.send_400_response, "Invalid HTTP request received."))
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Parse a request that asks for another protocol as one that does not: RFC 9110, section 7.8, allows that.
@@ -86,7 +131,7 @@ class Protocol(HttpToolsProtocol):
         """
         method = self.parser.get_method()
         if method == b"CONNECT":
-            self.send_400_response("CONNECT is for proxies.")
+            self._end_connection(functools.partial(self.send_400_response, "CONNECT is for proxies."))
             return
         lines = [method + b" " + self.url + b" HTTP/" + self.parser.get_http_version().encode("ascii")]
         for name, value in self.headers:
@@ -122,8 +167,7 @@ class Protocol(HttpToolsProtocol):
             return  # `_ignore_upgrade` follows
         self._in_headers = False
         super().on_headers_complete()
-        self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
-        self._cycles.append(self.cycle)
+        self._replies().append(self.cycle)
         if len(self.pipeline) > MAX_PIPELINED:
             self._abort()
         if self._is_stopping:
@@ -153,13 +197,32 @@ class Protocol(HttpToolsProtocol):
 
     def _end_request(self, status: int, message: str) -> None:
         """Refuse the request that is being received, and close the connection."""
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # the app stops waiting for the body
-            self.cycle.message_event.set()
-        if self.cycle is not None and self.cycle.response_started:
+        self._end_connection(functools.partial(self._refuse, status, message))
+
+    def _end_connection(self, refuse: Callable[[], None]) -> None:
+        """Drop the request that is being received, and refuse it after the replies to earlier ones.
+
+        Args:
+            refuse: replies and closes the connection.
+        """
+        received = self.cycle if self._in_message and not self._in_headers else None
+        if received is not None:
+            received.disconnected = True  # the app stops waiting for the body
+            received.message_event.set()
+            self.pipeline = deque(item for item in self.pipeline if item[0] is not received)
+        if received is not None and received.response_started:
             self.transport.close()  # the request was refused, and the client is still sending it
+        elif any(cycle is not received for cycle in self._replies()):
+            self._refuse_later, self._receive_deadline = refuse, None
         else:
-            self._refuse(status, message)
+            refuse()
+
+    def on_response_complete(self) -> None:
+        """Start the next request of the connection, or refuse it."""
+        super().on_response_complete()
+        is_last = all(cycle.disconnected for cycle in self._replies())  # the refused one is
+        if self._refuse_later is not None and is_last and not self.transport.is_closing():
+            self._refuse_later()
 
     def _refuse(self, status: int, message: str) -> None:
         """Reply without the app, and close the connection."""

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from lfx import __version__
-from lfx.checks import file_path, one_of, real_number, shown, whole_number
+from lfx.checks import LARGEST, file_path, flag, one_of, real_number, shown, whole_number
 from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
 from lfx.files import copy, exchange, locked, private_folder, why_unwritten
 from lfx.manifest import MANIFEST, MODEL, Manifest
 from lfx.runtime import backends, plugin
 from lfx.runtime.artifact import Artifact, open_artifact
+from lfx.runtime.engine import MAX_THREADS
 from lfx.runtime.hub import local_path
 from lfx.runtime.loading import COMPUTE_PRECISIONS
 from lfx.runtime.plan import SUFFIX, PlanManifest, json_path
@@ -34,6 +35,7 @@ _MARK = "# Written by lfx triton"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _CURE = "choose another --output"
 _DAY_MS = 86_400_000
+_MAX_UINT32 = 2**32 - 1  # the largest number of config.pbtxt
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class Settings:
         gpus: numbers of the GPUs; empty = all that the server has. For a model that runs on GPUs.
         custom_ops: library of custom ops that ONNX Runtime loads; for "onnxruntime".
         backend, provider, threads, precision, token_budget: as `Engine`'s; for "python".
+    Raises:
+        InputError: an option has another type or is out of range.
+        DependencyError: the backend, provider or precision is not known.
     """
 
     name: str | None = None
@@ -69,14 +74,27 @@ class Settings:
     token_budget: int | None = None
 
     def __post_init__(self) -> None:
+        if self.name is not None and not (isinstance(self.name, str) and _NAME.fullmatch(self.name)):
+            raise InputError(
+                f"{shown(self.name)} is no name of a model; give up to 100 letters, digits, '.', '_' and '-', with a "
+                "letter, a digit or '_' first"
+            )
+        flag(self.link, "link")
+        if self.custom_ops is not None:
+            file_path(self.custom_ops, "custom_ops")
         one_of(self.triton_backend, "triton_backend", TRITON_BACKENDS)
         one_of(self.backend, "backend", ("auto", *backends.BACKENDS, "tensorrt"), DependencyError)
         one_of(self.provider, "provider", backends.PROVIDERS, DependencyError)
         if self.precision is not None:
             one_of(self.precision, "precision", COMPUTE_PRECISIONS, DependencyError)
         real_number(self.max_delay_ms, "max_delay_ms", 0, _DAY_MS)
-        whole_number(self.max_pending, "max_pending", 1)
+        whole_number(self.max_pending, "max_pending", 1, _MAX_UINT32)
         whole_number(self.instances, "instances", 1, MOST_INSTANCES)
+        for name, largest in (("max_batch", 2**31 - 1), ("threads", MAX_THREADS), ("token_budget", LARGEST)):
+            if (value := getattr(self, name)) is not None:
+                whole_number(value, name, 1, largest)
+        if not isinstance(self.gpus, list | tuple):
+            raise InputError(f"gpus is {shown(self.gpus)}; give a list of numbers of GPUs")
         for number in self.gpus:
             whole_number(number, "gpus", 0, 1023)
         if len(set(self.gpus)) < len(self.gpus):
@@ -172,11 +190,6 @@ def _open(given: Path) -> _Source:
 def _model_name(source: _Source, settings: Settings) -> str:
     if settings.name is None:
         return re.sub(r"[^A-Za-z0-9._-]", "-", source.model_name).lstrip(".-")[:100] or "model"
-    if not _NAME.fullmatch(settings.name):
-        raise InputError(
-            f"{shown(settings.name)} is no name of a model; give up to 100 letters, digits, '.', '_' and '-', with a "
-            "letter, a digit or '_' first"
-        )
     return settings.name
 
 
@@ -190,14 +203,17 @@ def _check_fit(source: _Source, settings: Settings) -> None:
     if settings.gpus and not _on_gpu(source, settings):
         raise InputError("gpus are for a model that runs on GPUs, and this one runs on the CPU; choose provider cuda")
     most = settings.max_batch
-    if most is not None:
-        whole_number(most, "max_batch", 1, 2**31 - 1)
-        if plan is not None and most > (largest := _largest_batch(plan)):
-            raise InputError(f"max_batch {most} is above the plan's {largest}; give less, or build it with --batch")
+    if most is not None and plan is not None and most > (largest := _largest_batch(plan)):
+        raise InputError(f"max_batch {most} is above the plan's {largest}; give less, or build it with --batch")
 
 
 def _check_python(source: _Source, settings: Settings) -> None:
     check_cuttable(source.signature)
+    if settings.link and not str(source.path.resolve()).isascii():
+        raise InputError(
+            f"{source.path} has other letters than ASCII in its path, which Triton's Python cannot open; leave link "
+            "out, or give another path"
+        )
     if settings.custom_ops is not None:
         raise InputError("custom ops are for Triton's onnxruntime backend; leave them out, or choose it")
     if source.plan is None:

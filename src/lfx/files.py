@@ -26,6 +26,7 @@ from lfx.errors import LfxError, one_line
 
 _LOCK = "lock"
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
+_CAN_REMOVE_OPEN_FILES = os.name == "posix"  # Windows refuses it
 _LOCK_TRIES, _LOCK_PAUSE_S = 600, 0.1  # a minute; locks are held for a few renames only
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -49,8 +50,11 @@ def private_folder(parent: Path, purpose: str, salvage: Callable[[Path], Any] = 
     try:
         yield folder
     finally:
+        if not _CAN_REMOVE_OPEN_FILES:
+            os.close(lock)
         _remove(folder)
-        os.close(lock)
+        if _CAN_REMOVE_OPEN_FILES:  # the lock is held until the folder is gone
+            os.close(lock)
 
 
 @contextlib.contextmanager
@@ -70,12 +74,16 @@ def replacing(target: Path) -> Iterator[Path]:
 def locked(target: Path) -> Iterator[None]:
     """Hold the lock on a target against other processes and threads of lfx; waits up to a minute for its holder.
 
-    The lock is a file beside the target; its last holder removes it. Hold it for a few renames only.
+    The lock is a file beside the target; its last holder removes it. Hold it for a few renames only. On Windows, which
+    has no such locks, nothing is held.
 
     Raises:
         OSError: the lock file cannot be made, or another process holds the lock for more than a minute.
     """
     path = target.absolute().parent / f"{_hidden_name(target.name)}.lock"
+    if not _CAN_REMOVE_OPEN_FILES:
+        yield
+        return
     while True:
         with open_journal(path) as lock:
             _wait_for_lock(lock.fileno())
@@ -120,6 +128,13 @@ def open_journal(path: Path) -> IO[bytes]:
         os.close(descriptor)
         raise OSError(errno.EEXIST, "it is a link, or no plain file; remove it", str(path))
     return os.fdopen(descriptor, "r+b")
+
+
+def remove_open(path: Path, file: IO[bytes]) -> None:
+    """Remove an open file, to which nothing may be written afterwards."""
+    if not _CAN_REMOVE_OPEN_FILES:
+        file.close()
+    path.unlink(missing_ok=True)
 
 
 def try_lock(descriptor: int) -> bool:

@@ -24,7 +24,6 @@ WEIGHTS = "model.onnx.data"
 _DIGEST = "manifest_sha256"
 MAX_JSON_BYTES = 64_000_000
 _PART_BYTES = 1 << 20  # number of bytes that are hashed at a time
-_CURE = "export the model again"
 # The fields of a manifest besides the signature's; see `lfx.checks.check_shape`. A measured error is a number and never
 # null: the export fails when an error is not finite.
 _MEASURED = {"max_abs_error": NUMBER, "tolerance": NUMBER}
@@ -120,7 +119,7 @@ class Manifest:
             raise ArtifactError(f"{bundle} does not exist; make a bundle with: lfx export --model MODEL")
         if not is_file:
             raise ArtifactError(f"{bundle} is no bundle: it has no {MANIFEST}; make one with: lfx export")
-        return cls.parse(read_limited(path, MAX_JSON_BYTES, _CURE), path)
+        return cls.parse(read_limited(path, MAX_JSON_BYTES, _cure(bundle)), path)
 
     @classmethod
     def parse(cls, content: bytes, path: Path) -> Manifest:
@@ -131,7 +130,7 @@ class Manifest:
         Raises:
             ArtifactError: the manifest is truncated, changed or of another format.
         """
-        data, signature = parse_sealed(content, path, ("format_version", FORMAT_VERSION), _MANIFEST, _CURE)
+        data, signature = parse_sealed(content, path, ("format_version", FORMAT_VERSION), _MANIFEST, _cure(path.parent))
         fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
         return cls(signature=signature, **fields)
 
@@ -161,23 +160,30 @@ class Manifest:
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a cycle of links
             raise ArtifactError(f"{bundle / MANIFEST} names {name!r}, which cannot be opened: {error}") from error
         if not is_file:
-            raise ArtifactError(f"{path} is missing; export the model again")
+            raise ArtifactError(f"{path} is missing; {_cure(bundle)}")
         if folder != path.parent:
             raise ArtifactError(f"{path.parent} is a link; a bundle's files may be links, and its folders may not")
         status = file.stat()
         size, inode = status.st_size, (status.st_dev, status.st_ino)
         if size != entry["bytes"]:
-            raise ArtifactError(
-                f"{path} has {size} bytes where {MANIFEST} says {entry['bytes']}; export the model again"
-            )
+            raise ArtifactError(f"{path} has {size} bytes where {MANIFEST} says {entry['bytes']}; {_cure(bundle)}")
         try:
             if inode not in digests:
                 digests[inode] = sha256(file, size)
         except OSError as error:
             raise ArtifactError(f"{path} cannot be read: {error.strerror}; make it readable") from error
         if digests[inode] != entry["sha256"]:
-            raise ArtifactError(f"{path} was changed after the export (sha256 differs); export the model again")
+            raise ArtifactError(f"{path} was changed after the export (sha256 differs); {_cure(bundle)}")
         return file
+
+
+def _cure(bundle: Path) -> str:
+    """What to do about a broken file of a bundle, which may be in the cache of huggingface_hub."""
+    # CACHE/models--ORG--NAME/snapshots/COMMIT has links to files in CACHE/models--ORG--NAME/blobs.
+    snapshots = bundle.absolute().parent
+    if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+        return f"remove {snapshots.parent}, so that it is fetched again"
+    return "export the model again"
 
 
 def locate(path: Path) -> tuple[Path | None, Path]:

@@ -26,6 +26,11 @@ INPUTS: dict[str, Any] = {
 }
 _BROWSER = next((name for name in ("chromium", "chromium-browser", "google-chrome") if shutil.which(name)), None)
 _SECONDS = 120
+# Largest difference from Engine's numbers. Chosen: 10 times the rounding error of two layers in float32. The int8 model
+# runs the same graph in the same engine.
+TOLERANCE = 1e-5
+# Chromium's own implementation of Vulkan on the CPU, in the place of a GPU.
+_SOFTWARE_WEBGPU = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"]
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,10 @@ class Case:
         model: the model, as the page names it; `folder` is its folder, which `tests.clients.models` makes.
         file: the model's file in the folder; None if the client finds it.
         how: the options, as the page shows them.
-        options: those given to the client.
+        options: those given to the client, and for onnxruntime-web the name of its build.
         output: the output that is compared with Engine's.
         refused: part of the client's error, if it cannot run the model.
+        is_wrong: whether the client gives other numbers, without an error.
     """
 
     client: str
@@ -49,6 +55,7 @@ class Case:
     file: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     refused: str | None = None
+    is_wrong: bool = False
 
     @property
     def folder(self) -> str:
@@ -69,6 +76,8 @@ _CLASSIFY = {"task": "text-classification"}
 _WRITE = {"task": "text2text-generation"}
 _FEATURES = {"class": "ORTModelForFeatureExtraction"}
 _WEB_DATA = {"externalData": [{"path": "model.onnx_data", "data": "/model/model.onnx_data"}]}
+_WEBGPU = {"executionProviders": ["webgpu"], "build": "ort.webgpu"}
+_WEBGPU_DEFAULT = {"executionProviders": ["webgpu"], "build": "ort"}
 CASES = [
     Case("onnxruntime-node", "base", "the file", file=_ONNX),
     Case("onnxruntime-node", "base with model.onnx_data", "the file", file=_ONNX),
@@ -77,6 +86,16 @@ CASES = [
     Case("onnxruntime-web", "base", "WebAssembly", file=_ONNX),
     Case("onnxruntime-web", "base with model.onnx_data", "externalData given", file=_ONNX, options=_WEB_DATA),
     Case("onnxruntime-web", "base with model.onnx_data", "no option", file=_ONNX, refused="external data"),
+    Case("onnxruntime-web", "base", "WebGPU, onnxruntime-web/webgpu", file=_ONNX, options=_WEBGPU),
+    Case("onnxruntime-web", "base", "WebGPU, default build", file=_ONNX, options=_WEBGPU_DEFAULT, is_wrong=True),
+    Case(
+        "onnxruntime-web",
+        "plain RoBERTa, torch.onnx",
+        "WebGPU, default build",
+        file="model.onnx",
+        options=_WEBGPU_DEFAULT,
+        is_wrong=True,
+    ),
     Case("@huggingface/transformers", "base", "no option"),
     Case("@huggingface/transformers", "base with model.onnx_data", "no option"),
     Case("@huggingface/transformers", "int8 of base", "dtype: q8", options={"dtype": "q8"}),
@@ -189,7 +208,9 @@ def _browser(case: Case, model: Path) -> dict[str, Any]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}/web.html"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+        uses_gpu = "webgpu" in case.options.get("executionProviders", ())
+        options = ["--headless", "--no-sandbox", f"--user-data-dir={profile}"]
+        options += _SOFTWARE_WEBGPU if uses_gpu else ["--disable-gpu"]
         browser = subprocess.Popen(
             ["chromium", *options, address],
             stdin=subprocess.DEVNULL,

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
+import torch
 
 from lfx.export import export, relayout
 from lfx.export.quantize import quantize
+from lfx.manifest import MANIFEST
 from lfx.runtime import Engine
 from tests.clients.clients import INPUTS, slug
+from tests.encoders import tiny_encoder
 from tests.models import VOCAB_SIZE, make_sentence_folder, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from tests.runtime.generation.led import tiny_led
 
@@ -38,10 +42,43 @@ def make_models(root: Path) -> None:
     led = export(tiny_led(vocab_size=VOCAB_SIZE), root / "LED bundle", tokenizer=tokenizer)
     relayout(led, root / "LED")
     relayout(led, root / slug("LED, --model-type bart"), model_type="bart")
+    _export_plain(tiny_encoder("Roberta"), root / slug("plain RoBERTa, torch.onnx"))
+
+
+class _Hidden(torch.nn.Module):
+    """The last hidden state of an encoder, alone."""
+
+    def __init__(self, encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the state, (batch, seqlen, hidden)."""
+        hidden: torch.Tensor = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return hidden
+
+
+def _export_plain(model: torch.nn.Module, folder: Path) -> None:
+    """Export an encoder as PyTorch does, without lfx."""
+    folder.mkdir()
+    arguments = tuple(torch.tensor(INPUTS[name]) for name in ("ids", "mask"))
+    names = ["input_ids", "attention_mask"]
+    torch.onnx.export(
+        _Hidden(model),
+        arguments,
+        folder / "model.onnx",
+        dynamo=False,
+        input_names=names,
+        output_names=["last_hidden_state"],
+    )
 
 
 def expected(folder: Path, output: str) -> np.ndarray[Any, Any]:
-    """What Engine answers for the inputs of the cases."""
+    """What Engine answers for the inputs of the cases; ONNX Runtime for a model that is not lfx's."""
+    if not (folder / MANIFEST).exists():
+        session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        feeds = {"input_ids": np.array(INPUTS["ids"]), "attention_mask": np.array(INPUTS["mask"])}
+        return np.asarray(session.run([output], feeds)[0])
     with Engine(folder) as engine:
         if output == "tokens":
             return engine.generate(np.array(INPUTS["ids"]), np.array(INPUTS["mask"]), **INPUTS["search"])

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "plugins"
 EMULATED = ROOT / "tests" / "plugins"
 KERNELS = ["banded/banded_attention.cu", "global/global_attention.cu", "limits.cpp"]
-CPU_KERNELS = ["cpu/cpu_attention.cpp", "cpu/baseline.cpp", "limits.cpp"]
+BASELINE_KERNELS = ["cpu/cpu_attention.cpp", "cpu/baseline.cpp", "limits.cpp"]
+CPU_KERNELS = list(BASELINE_KERNELS)
 # The flags of sources that are compiled for an instruction set, as in CMakeLists.txt.
 INSTRUCTION_SETS: dict[str, list[str]] = {}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -71,6 +72,15 @@ def fake_cuda_library(folder: Path) -> Path:
     flags = ["-DRegisterCustomOps=lfxRegisterCustomOps", "-DLFX_EMULATED", f"-I{EMULATED}"]
     flags += [f"-Wl,--wrap=_ZN3lfx{launch}EP11CUstream_st" for launch in launches]
     return build_library(folder, "fake_cuda", [*sources, str(EMULATED / "fake_cuda.cpp")], *flags)
+
+
+def aarch64_check(folder: Path, cross_compiler: str) -> None:
+    """The program that compares the CPU kernels with the host reference, for aarch64 and with its C library inside."""
+    sources = [PLUGINS / source for source in (*BASELINE_KERNELS, "reference.cpp")] + [EMULATED / "cpu_check.cpp"]
+    flags = ["-std=c++17", "-O2", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-static", "-pthread"]
+    includes = [f"-I{PLUGINS}", f"-I{EMULATED}"]
+    command = [cross_compiler, *flags, *includes, *map(str, sources), "-o", str(folder / "check")]
+    subprocess.run(command, check=True)
 
 
 def cpu_check(folder: Path) -> Path:

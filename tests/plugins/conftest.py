@@ -66,7 +66,7 @@ def library() -> Path:
 @pytest.fixture(scope="session")
 def includes() -> list[str]:
     """TensorRT's headers, as the Makefile fetches them, and CUDA's."""
-    tensorrt = ROOT / "build" / "headers" / "kernel_lens" / "include" / "tensorrt"
+    tensorrt = ROOT / "build" / "headers" / "tensorrt"
     nvcc = shutil.which("nvcc")
     if not tensorrt.is_dir() or nvcc is None:
         pytest.skip("needs TensorRT's headers (make install fetches them) and CUDA's")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,6 +67,26 @@ def test_only_listed_files_are_fetched_and_a_second_time_none(hub: Hub, bundle: 
     hub.requests.clear()
     assert local_path(Path(NAME)) == folder
     assert not [request for request in hub.requests if request.startswith("GET")]
+
+
+def test_a_broken_file_of_the_cache_is_fetched_again_after_the_cure_that_the_error_names(
+    hub: Hub, bundle: MakeBundle
+) -> None:
+    push(bundle(), NAME)
+    folder = local_path(Path(NAME))
+    weights = (folder / "model.onnx.data").resolve()
+    content = weights.read_bytes()
+    for broken in (content[:100], content[:-1] + bytes([content[-1] ^ 1])):
+        weights.write_bytes(broken)
+        with pytest.raises(ArtifactError, match=r"so that it is fetched again$") as raised:
+            Engine(NAME)
+        cure = Path(str(raised.value).rpartition("; remove ")[2].partition(",")[0])
+        shutil.rmtree(cure)
+        Engine(NAME).close()
+        assert weights.read_bytes() == content
+    (folder / "model.onnx.data").unlink()
+    with pytest.raises(ArtifactError, match=r"is missing; remove .*, so that it is fetched again$"):
+        Engine(folder)
 
 
 def test_files_of_the_hub_are_checked_against_the_manifest(hub: Hub, bundle: MakeBundle) -> None:

@@ -7,7 +7,6 @@ as its distance from the query, which compresses better than a position. All byt
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
 import json
 import re
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from lfx.errors import InputError
 from lfx.files import replacing, why_unwritten
+from lfx.inline_hashes import inline_hashes
 
 if TYPE_CHECKING:
     from lfx.runtime.strongest import Spans, Strongest
@@ -85,8 +85,8 @@ def page(
         "title": lambda: html.escape(_utf8(title)),
         "meta": lambda: script_json({**meta, "sections": sections}),
         "data": lambda: base64.b64encode(data).decode(),
-        "script_hash": lambda: _hash(template, "script"),
-        "style_hash": lambda: _hash(template, "style"),
+        "script_hash": lambda: inline_hashes(template, "script"),
+        "style_hash": lambda: inline_hashes(template, "style"),
     }
     # All placeholders are replaced in one pass, so that text of the document is not taken for a placeholder.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]](), template)
@@ -96,12 +96,6 @@ def script_json(value: Any) -> str:
     """Return a value as ASCII JSON that can neither end the script element that contains it nor begin a comment."""
     text = json.dumps(value, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _hash(template: str, tag: str) -> str:
-    """Return the hash of the last inline element of a tag, for the page's Content-Security-Policy."""
-    content = template.rpartition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
 
 
 def _packed(weights: Strongest, max_bytes: int) -> tuple[bytes, list[tuple[str, int]]]:

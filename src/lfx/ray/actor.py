@@ -32,8 +32,17 @@ class DocumentActor:
     """Runs documents; `open` is called first. Ray makes it, so that its constructor must not fail."""
 
     def open(self, options: EngineOptions, file_format: str) -> tuple[dict[str, Any], Columns]:
-        """Open the model; returns what decides the rows, and their columns."""
-        self._engine, self._format = DocumentEngine(options), file_format
+        """Open the model; returns what decides the rows, and their columns.
+
+        Raises:
+            SystemExit: the process got a SIGTERM, which ends the actor.
+        """
+        try:
+            self._engine, self._format = DocumentEngine(options), file_format
+        except ImportError as error:
+            if _is_exit(error):
+                raise SystemExit(1) from error
+            raise
         return self._engine.facts, self._engine.columns
 
     def run(self, documents: list[Document]) -> Piece:
@@ -60,6 +69,15 @@ def refused_piece(document: Document, reason: str, columns: Columns, file_format
         row["id"] = content["id"]
     row["error"] = reason
     return Piece(encode([row], columns, file_format), 1, 1, 0, 0, _errors([row]))
+
+
+def _is_exit(error: BaseException | None) -> bool:
+    """Whether an error was a SystemExit: a module in C++ makes an ImportError of one that is raised in its import."""
+    while error is not None:
+        if isinstance(error, SystemExit):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _errors(rows: list[dict[str, Any]]) -> list[str]:

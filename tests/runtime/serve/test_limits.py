@@ -272,6 +272,21 @@ def test_headers_without_end_are_refused(model: dict[str, Path]) -> None:
         assert received(client).startswith(b"HTTP/1.1 431 ")
 
 
+def test_headers_that_come_at_once_are_counted(server_of_one: Running) -> None:
+    """asyncio reads up to 256 KB at a time; the precision is 4 KB."""
+    head = b"GET /health HTTP/1.1\r\n" + b"a: b\r\n" * ((MAX_HEADER_BYTES + 8192) // 6) + b"\r\n"
+    with connected(server_of_one, head) as client:
+        assert received(client).startswith(b"HTTP/1.1 431 ")
+
+
+def test_headers_of_pipelined_requests_are_counted_apart(server_of_one: Running) -> None:
+    request = b"GET /health HTTP/1.1\r\nHost: a\r\nX: %b\r\n\r\n" % (b"x" * (MAX_HEADER_BYTES - 8192))
+    with connected(server_of_one, request * 5) as client:
+        data = b""
+        while data.count(b"HTTP/1.1 200 ") < 5 or not data.endswith(b"}"):
+            data += client.recv(65_536)
+
+
 @pytest.mark.parametrize("part", [b"a: " + b"b" * 995 + b"\r\n", b"b" * 1000], ids=["many", "one"])
 def test_trailers_without_end_are_refused_and_not_kept(part: bytes, model: dict[str, Path]) -> None:
     head = b"POST /run HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\na: b"
@@ -387,6 +402,60 @@ def test_pipelined_requests_are_answered_in_order(server_of_one: Running) -> Non
         while data.count(b"HTTP/1.1 ") < 3 or not data.endswith(b"}"):
             data += client.recv(65_536)
     assert [part[:3] for part in data.split(b"HTTP/1.1 ")[1:]] == [b"404", b"200", b"200"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "statuses"),
+    [
+        (REQUEST + b"\x00\r\n\r\n", [b"200", b"400"]),
+        (REQUEST * 2 + b"GET /nope HTTP/1.1\r\nHost: a\r\nX: " + b"b" * 80_000, [b"200", b"200", b"431"]),
+        (REQUEST + b"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n{", [b"200", b"408"]),
+        (REQUEST + b"POST /run HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", [b"200", b"400"]),
+        (REQUEST + b"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: 999999999\r\n\r\n{", [b"200", b"413"]),
+    ],
+    ids=["bytes", "headers", "slow", "chunk", "large"],
+)
+def test_a_bad_request_does_not_take_the_reply_to_the_one_before_it(
+    sent: bytes, statuses: list[bytes], model: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch)
+    with running(model, client_seconds=0.5) as server, connected(server, sent) as client:
+        (connection,) = wait_for_connection(server)
+        # The first request is being answered, and the last one was refused, or nothing of it is there to refuse.
+        assert held.entered.wait(WAIT_SECONDS)
+        if statuses[-1] != b"413":
+            wait_until(lambda: connection._refuse_later is not None)
+        held.go_on.set()
+        replies = received(client).split(b"HTTP/1.1 ")[1:]
+    assert [reply[:3] for reply in replies] == statuses
+
+
+def wait_for_connection(server: Running) -> list[Any]:
+    connections = server.server.server_state.connections
+    wait_until(lambda: len(connections) == 1)
+    return list(connections)
+
+
+def test_a_client_that_ends_its_sending_gets_its_answers(
+    model: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`nc -N` does so. An interim reply finds out whether it is still there."""
+    held = Held(monkeypatch)
+    with running(model) as server, connected(server, REQUEST * 2) as client:
+        assert held.entered.wait(WAIT_SECONDS)
+        client.shutdown(socket.SHUT_WR)
+        (connection,) = wait_for_connection(server)
+        wait_until(lambda: connection._has_ended)
+        held.go_on.set()
+        replies = received(client).split(b"HTTP/1.1 ")[1:]
+    assert [reply[:3] for reply in replies] == [b"102", b"200", b"200"]
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /run HT", REQUEST[:-1]], ids=["nothing", "line", "body"])
+def test_a_client_that_ends_its_sending_in_a_request_is_disconnected(sent: bytes, server_of_one: Running) -> None:
+    with connected(server_of_one, sent) as client:
+        client.shutdown(socket.SHUT_WR)
+        assert received(client) == b""
 
 
 def test_requests_wait_for_the_models_no_longer_than_health_says(

@@ -84,6 +84,20 @@ def test_a_linked_bundle_is_named_and_not_copied(bundle: MakeBundle, tmp_path: P
     assert json.dumps(str(bundle())) in config_of(written.folder)
 
 
+@pytest.mark.parametrize("name", ["mod\u00e8le", "mod\udce8le"], ids=["letters", "no-utf8"])
+def test_a_path_that_tritons_python_cannot_open_is_not_linked(name: str, bundle: MakeBundle, tmp_path: Path) -> None:
+    """The file system encoding of that Python is ASCII, whatever the locale is."""
+    (tmp_path / name).symlink_to(bundle())
+    (tmp_path / "real" / name).mkdir(parents=True)
+    for path in bundle().iterdir():
+        (tmp_path / "real" / name / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(InputError, match="in its path, which Triton's Python cannot open; leave link"):
+        write_model(tmp_path / "real" / name, tmp_path / "models", Settings(link=True))
+    assert not (tmp_path / "models").exists()
+    assert write_model(tmp_path / "real" / name, tmp_path / "models", Settings(name="m")).name == "m"
+    write_model(tmp_path / name, tmp_path / "models", Settings(name="linked", link=True))  # its target's path is ASCII
+
+
 def test_onnxruntime_gets_the_model_alone_and_the_library_of_custom_ops(bundle: MakeBundle, tmp_path: Path) -> None:
     settings = Settings(triton_backend="onnxruntime", custom_ops="/opt/libops.so")
     written = write_model(bundle(), tmp_path / "models", settings)
@@ -206,6 +220,14 @@ def test_a_repository_that_is_a_mount_point_works(bundle: MakeBundle, small_disk
         ({"triton_backend": "torch"}, "choose one of: python, onnxruntime, tensorrt"),
         ({"provider": "cuda", "gpus": (1, 1)}, "names a GPU twice"),
         ({"instances": 0}, "instances 0 is out of range"),
+        ({"name": 5}, "5 is no name of a model"),
+        ({"link": "yes"}, "link is 'yes'; give True or False"),
+        ({"custom_ops": 5}, "custom_ops is 5; give a path"),
+        ({"max_pending": 2**40}, "max_pending 1099511627776 is out of range"),
+        ({"max_batch": "8"}, "max_batch is '8'; give a whole number"),
+        ({"token_budget": -5}, "token_budget -5 is out of range"),
+        ({"threads": 0}, "threads 0 is out of range"),
+        ({"gpus": 1}, "gpus is 1; give a list of numbers of GPUs"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
