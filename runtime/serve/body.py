@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
@@ -69,19 +69,33 @@ def parse_body(data: bytes, form: type[AnyBody]) -> AnyBody:
 
 
 def _explain(error: ValidationError, form: type[Body]) -> str:
-    """Describe the first error.
+    """Describe the first error, after the name of the field.
 
-    For a field of several types pydantic reports one error per type, so the field's description is given instead.
+    For a field of several types pydantic reports one error per type, so the field's description is given instead. The
+    fields of an object in the body have names such as parameters.top_k.
     """
-    problems = error.errors(include_url=False, include_context=False, include_input=False)
-    first = problems[0]
-    path = first["loc"]
-    field = form.model_fields.get(str(path[0])) if path else None
-    name = str(path[0]) if path and path[0] else "the body"
-    message = first["msg"]
-    if field is not None and first["type"] != "missing" and field.description:
-        message = field.description
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    path = [str(part) for part in first["loc"]]
+    if not path or not path[0]:
+        return f"the body: {first['msg']}"[:_LONGEST_MESSAGE]
+    field = form.model_fields.get(path[0])
+    inner = _object_of(field.annotation) if field is not None else None
+    if inner is not None and len(path) > 1:
+        name, field = ".".join(path[:2]), inner.model_fields.get(path[1])
+        if field is None:
+            return f"{name} is not supported; leave it out"[:_LONGEST_MESSAGE]
+        message = f"{first['msg']}; {field.description}"
+    else:
+        name, message = path[0], first["msg"]
+        if field is not None and first["type"] != "missing" and field.description:
+            message = field.description
     return f"{name}: {message}"[:_LONGEST_MESSAGE]
+
+
+def _object_of(annotation: Any) -> type[Body] | None:
+    """The form of a field that is an object or null."""
+    forms = [option for option in get_args(annotation) if isinstance(option, type) and issubclass(option, Body)]
+    return forms[0] if forms else None
 
 
 def request_body(form: type[Body], examples: dict[str, Any]) -> dict[str, Any]:

@@ -21,23 +21,39 @@ from lfx.signature import TEXT_GENERATION
 class Parameters(StrictBody):
     """Options of generation; those that are left out or null are the checkpoint's."""
 
-    max_new_tokens: int | None = Field(None, description="largest number of generated tokens")
-    min_new_tokens: int | None = Field(None, description="smallest number of generated tokens (not TGI's)")
-    do_sample: bool | None = Field(None, description="true: sample; false: search")
-    temperature: float | None = Field(None, description="divides the logits, for sampling")
-    top_k: int | None = Field(None, description="number of likeliest tokens to sample from")
-    top_p: float | None = Field(None, description="probability of the likeliest tokens to sample from")
-    seed: int | None = Field(None, description="a seed repeats the tokens of a sampled text")
-    repetition_penalty: float | None = Field(None, description="above 1: tokens of the text become less likely")
-    num_beams: int | None = Field(None, description="number of beams (not TGI's)")
-    length_penalty: float | None = Field(None, description="above 0: beams prefer long texts (not TGI's)")
-    early_stopping: bool | Literal["never"] | None = Field(None, description="when beams end (not TGI's)")
-    no_repeat_ngram_size: int | None = Field(None, description="no n-gram of this size twice (not TGI's)")
-    details: bool | None = Field(False, description="true: with the tokens, their number and the reason of the end")
-    truncate: bool | None = Field(False, description="true: a text longer than the model takes is cut (TGI: a number)")
-    return_full_text: Literal[False] | None = Field(None, description="null or false. No other value")
-    watermark: Literal[False] | None = Field(None, description="null or false. No other value")
-    decoder_input_details: Literal[False] | None = Field(None, description="null or false. No other value")
+    max_new_tokens: int | None = Field(None, description="give the largest number of generated tokens")
+    min_new_tokens: int | None = Field(None, description="give the smallest number of generated tokens (not TGI's)")
+    do_sample: bool | None = Field(None, description="give true to sample, or false to search")
+    temperature: float | None = Field(None, description="give a number that divides the logits, for sampling")
+    top_k: int | None = Field(None, description="give the number of likeliest tokens to sample from")
+    top_p: float | None = Field(None, description="give the probability of the likeliest tokens to sample from")
+    seed: int | None = Field(None, description="give a whole number, which repeats the tokens of a sampled text")
+    repetition_penalty: float | None = Field(
+        None, description="give a number; above 1 the tokens of the text become less likely"
+    )
+    num_beams: int | None = Field(None, description="give the number of beams (not TGI's)")
+    length_penalty: float | None = Field(None, description="give a number; above 0 beams prefer long texts (not TGI's)")
+    early_stopping: bool | Literal["never"] | None = Field(
+        None, description="give true, false or 'never': when beams end (not TGI's)"
+    )
+    no_repeat_ngram_size: int | None = Field(
+        None, description="give the size of n-grams that may not come twice (not TGI's)"
+    )
+    details: bool | None = Field(False, description="give true for the tokens, their number and the reason of the end")
+    truncate: bool | None = Field(
+        False, description="give true to have a text cut that is longer than the model takes (TGI: a number)"
+    )
+    # Options that clients of TGI send, with the values that change nothing.
+    best_of: Literal[1] | None = Field(None, description="give null or 1")
+    stop: list[str] | None = Field(None, max_length=0, description="give null or an empty list")
+    typical_p: None = Field(None, description="give null")
+    frequency_penalty: None = Field(None, description="give null")
+    top_n_tokens: None = Field(None, description="give null")
+    grammar: None = Field(None, description="give null")
+    adapter_id: None = Field(None, description="give null")
+    return_full_text: Literal[False] | None = Field(None, description="give null or false")
+    watermark: Literal[False] | None = Field(None, description="give null or false")
+    decoder_input_details: Literal[False] | None = Field(None, description="give null or false")
 
 
 class GenerateRequest(Body):
@@ -45,6 +61,7 @@ class GenerateRequest(Body):
 
     inputs: str = Field(description="give a text")
     parameters: Parameters | None = Field(None, description="give an object of options, or leave it out")
+    stream: bool | None = Field(None, description="give true at /generate_stream alone")
 
 
 EXAMPLES: dict[str, Any] = {
@@ -66,12 +83,15 @@ STREAM_REPLY = event(
     }
 ).decode()
 _STREAM_PATH = "/generate_stream"
-_OTHERS = {"details", "truncate", "return_full_text", "watermark", "decoder_input_details"}
+_OTHERS = {"details", "truncate"}
+_UNUSED = {"best_of", "stop", "return_full_text", "watermark", "decoder_input_details"}
 
 
 async def generate(service: Service, data: bytes, name: str | None) -> Response:
     """Answer POST /generate: the text that the model writes."""
     body, model = await _read(service, data, name)
+    if body.stream:
+        raise RefusalError(422, f"/generate has no stream; ask {_STREAM_PATH}")
     parameters = body.parameters or Parameters.model_validate({})
     written = await service.generate(model, body.inputs, _options(parameters), truncate=bool(parameters.truncate))
 
@@ -107,7 +127,7 @@ async def _read(service: Service, data: bytes, name: str | None) -> tuple[Genera
 
 def _options(parameters: Parameters) -> dict[str, Any]:
     """The options of `Engine.generate`."""
-    return {key: value for key, value in dict(parameters).items() if key not in _OTHERS and value is not None}
+    return {key: value for key, value in dict(parameters).items() if key not in _OTHERS | _UNUSED and value is not None}
 
 
 def _details(written: Written, parameters: Parameters) -> dict[str, Any]:

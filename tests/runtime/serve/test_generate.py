@@ -60,18 +60,29 @@ def test_the_text_is_the_engines(
 
 
 def test_parameters_may_be_left_out(client: httpx.Client) -> None:
-    texts = [post(client, "/generate", {"inputs": TEXT, **body}).json() for body in ({}, {"parameters": None})]
-    assert (
-        texts[0] == texts[1] == post(client, "/generate", {"inputs": TEXT, "parameters": {"max_new_tokens": 20}}).json()
-    )
+    unused = dict.fromkeys(("typical_p", "frequency_penalty", "top_n_tokens", "grammar", "best_of", "seed"))
+    bodies: tuple[dict[str, Any], ...] = ({}, {"parameters": None}, {"parameters": {**unused, "stop": []}})
+    texts = [post(client, "/generate", {"inputs": TEXT, **body}).json() for body in bodies]
+    written = post(client, "/generate", {"inputs": TEXT, "parameters": {"max_new_tokens": 20}}).json()
+    assert texts == [written] * 3
 
 
 @pytest.mark.parametrize(
     ("body", "path", "status", "message"),
     [
         ({"inputs": 5}, "/generate", 422, "inputs: give a text"),
-        ({"inputs": TEXT, "parameters": {"beams": 2}}, "/generate", 422, "parameters"),
-        ({"inputs": TEXT, "parameters": {"typical_p": 0.9}}, "/generate", 422, "parameters"),
+        ({"inputs": TEXT, "parameters": {"beams": 2}}, "/generate", 422, "parameters.beams is not supported; leave it"),
+        ({"inputs": TEXT, "parameters": {"typical_p": 0.9}}, "/generate", 422, "parameters.typical_p: "),
+        ({"inputs": TEXT, "parameters": {"stop": ["a"]}}, "/generate", 422, "give null or an empty list"),
+        (
+            {"inputs": TEXT, "parameters": {"top_k": "5"}},
+            "/generate",
+            422,
+            "parameters.top_k: Input should be",
+        ),
+        ({"inputs": TEXT, "parameters": {"truncate": 100}}, "/generate", 422, "give true to have a text cut"),
+        ({"inputs": TEXT, "parameters": [1]}, "/generate", 422, "parameters: give an object of options"),
+        ({"inputs": TEXT, "stream": True}, "/generate", 422, "/generate has no stream; ask /generate_stream"),
         ({"inputs": TEXT, "parameters": {"num_beams": 0}}, "/generate", 422, "num_beams 0 is out of range"),
         ({"inputs": TEXT, "parameters": {"num_beams": 17}}, "/generate", 422, "num_beams 17 is above the 16 that this"),
         ({"inputs": TEXT, "parameters": {"max_new_tokens": 65}}, "/generate", 413, "max_new_tokens 65 is above"),
