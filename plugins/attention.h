@@ -1,5 +1,5 @@
 // The interface of the attention kernels: for each op a params struct, its checks and a launch. It needs no host's headers.
-// cpu/attention.h has the launches on the CPU.
+// cpu/cpu_attention.h has the launches on the CPU.
 //
 //   B batch    S sequence length    H heads    D head size    G global slots (or queries of GlobalAttention)
 #pragma once
