@@ -33,7 +33,7 @@ def attack(folder: Path) -> str:
     config = text_format.Parse(_config_of(INJECTED), model_config_pb2.ModelConfig())
     assert ([tensor.name for tensor in config.output], len(config.parameters)) == ([INJECTED], 0)
 
-    assert refused(write_model, bundle, folder / "repository", Settings(name=INJECTED))
+    assert refused(Settings, name=INJECTED)
     manifest = json.loads((bundle / MANIFEST).read_text())
     manifest["outputs"][0]["name"] = INJECTED
     (bundle / MANIFEST).write_text(json.dumps(sealed(manifest)))

@@ -122,7 +122,7 @@ def test_a_library_that_cannot_be_loaded_is_named(
     bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "broken.so").write_bytes(b"no library")
-    monkeypatch.setattr(custom_ops, "library", lambda: tmp_path / "broken.so")
+    monkeypatch.setattr(custom_ops, "library", lambda provider: tmp_path / "broken.so")
     with Engine(bundle()) as engine:
         assert engine.kernels == "function"
     with pytest.raises(DependencyError, match=r"broken.so cannot be loaded .*; install lfx again on this machine"):
