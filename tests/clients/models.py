@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,15 @@ def _export_plain(model: torch.nn.Module, folder: Path) -> None:
     folder.mkdir()
     arguments = tuple(torch.tensor(INPUTS[name]) for name in ("ids", "mask"))
     names = ["input_ids", "attention_mask"]
-    torch.onnx.export(
-        _Hidden(model),
-        arguments,
-        folder / "model.onnx",
-        dynamo=False,
-        input_names=names,
-        output_names=["last_hidden_state"],
-    )
+    with warnings.catch_warnings(action="ignore"):  # of the tracer, on transformers' code
+        torch.onnx.export(
+            _Hidden(model),
+            arguments,
+            folder / "model.onnx",
+            dynamo=False,
+            input_names=names,
+            output_names=["last_hidden_state"],
+        )
 
 
 def expected(folder: Path, output: str) -> np.ndarray[Any, Any]:

@@ -44,4 +44,4 @@ def test_cmake_builds_the_custom_ops_for_the_compilers_machine(tmp_path: Path) -
     (library,) = tmp_path.glob("liblfx_onnxruntime.so")
     assert library.read_bytes()[18:20] == b"\xb7\x00"
     names = subprocess.run([f"{CROSS}nm", "-D", "--defined-only", library], check=True, capture_output=True, text=True)
-    assert [line.split()[-1] for line in names.stdout.splitlines()] == ["RegisterCustomOps"]
+    assert "RegisterCustomOps" in [line.split()[-1] for line in names.stdout.splitlines() if " T " in line]
