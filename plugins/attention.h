@@ -36,7 +36,7 @@ struct BandedParams
     void const* key = nullptr;            // (B, S, H·D)
     void const* value = nullptr;          // (B, S, H·D)
     int32_t const* keyMask = nullptr;     // (B, S), 0 = padding
-    int32_t const* globalIndex = nullptr; // (B, G), unused slots -1
+    int32_t const* globalIndex = nullptr; // (B, G), each position once, unused slots -1
     void const* globalContext = nullptr;  // (B, G, H·D), without strides
     void* context = nullptr;              // (B, S, H·D)
     float* logSumExp = nullptr;           // (B, H, S), or nullptr if it is not wanted; see below

@@ -4,6 +4,13 @@
 // Source: PTX ISA, "mma.sync m16n8k16", "ldmatrix", "cp.async", "ex2", "lg2".
 #pragma once
 
+namespace lfx
+{
+
+constexpr int kMAX_SHARED_BYTES = 101376; // of a block on compute capability 8.6, 8.9 and 12.0, the smallest limit
+
+} // namespace lfx
+
 #ifdef LFX_EMULATED
 #include "emulated_device.h"
 #else
@@ -16,8 +23,6 @@
 
 namespace lfx
 {
-
-constexpr int kMAX_SHARED_BYTES = 101376; // of a block on compute capability 8.6, 8.9 and 12.0, the smallest limit
 
 using Half = __half;
 using Bf16 = __nv_bfloat16;

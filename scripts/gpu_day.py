@@ -7,16 +7,19 @@
 
 The steps run one after another, the most important first, each in a process of its own. Records, logs and the state of
 the steps are in --folder (default build/gpu_day) and are written as the work proceeds. A call that is cut off loses at
-most the case that it was measuring: the next call continues with the same --folder on a GPU of the same name.
+most the case that it was measuring: the next call continues with the same --folder. On another GPU, or after a change
+of the kernels or scripts, all steps begin again.
 
-Two calls of ten minutes are enough for the checks, the sanitizers and the cases of the claims. Where only one folder
-comes back from the machine with the GPU, make it the --folder, and build the library before.
+The checks, the sanitizers and the cases of the claims come first. Where only the files of one folder come back from the
+machine with the GPU, make it the --folder, copy what came back into it before the next call, and build the library
+elsewhere: --library, with libenqueue.so beside it if --headers is given.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -87,11 +90,12 @@ def steps(folder: Path, library: Path, headers: Path | None) -> list[Step]:
 
 
 class State:
-    """The results of the steps, in a file that is replaced after each one."""
+    """The results of the steps, in a file that is replaced after each one; `key` names the GPU and the source."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.results: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    def __init__(self, path: Path, key: str = "") -> None:
+        self.path, self.key = path, key
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        self.results: dict[str, dict[str, Any]] = saved["steps"] if saved.get("key") == key else {}
 
     def is_done(self, step: Step) -> bool:
         """Return whether a step has ended, or was cut off too often."""
@@ -110,7 +114,8 @@ class State:
     def _write(self, step: Step, result: dict[str, Any]) -> None:
         self.results[step.name] = result
         unfinished = self.path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps({"key": self.key, "steps": self.results}, indent=1)
+        unfinished.write_text(text + "\n", encoding="utf-8")
         unfinished.replace(self.path)
 
 
@@ -130,23 +135,24 @@ def run(todo: list[Step], state: State, deadline: float) -> list[Step]:
 
 
 def run_step(step: Step, state: State, left: float) -> None:
-    """Run a step for at most `left` seconds, with a log beside the state."""
+    """Run a step for at most `left` seconds, with its output in the log beside the state."""
     seconds = min(left, 60 * step.minutes)
     # A step that limits itself starts nothing new after its minutes, and then finishes what it has begun.
     own = ["--minutes", f"{max(seconds - 45, 1) / 60:.2f}"] if step.limits_itself else []
-    log = state.path.with_name(f"{step.name.replace(', ', '-').replace(' ', '-')}.log")
+    log = state.path.with_suffix(".log")
     print(f"{step.name}: at most {seconds:.0f} s", flush=True)
     state.begin(step)
     started = time.monotonic()
-    begin = len(log.read_text(encoding="utf-8")) if log.exists() else 0
     with log.open("a", encoding="utf-8") as output:
+        print(f"# {step.name}", file=output, flush=True)
+        begin = log.stat().st_size
         command = subprocess.Popen(
             [*step.command, *own],
             cwd=ROOT,
             env={**os.environ, **dict(step.environment)},
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,
         )
         code: int | None = None
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -157,18 +163,24 @@ def run_step(step: Step, state: State, left: float) -> None:
                     os.killpg(command.pid, signal.SIGKILL)
                 command.wait()
     took = round(time.monotonic() - started, 1)
-    is_open = seconds < 60 * step.minutes and TIME_IS_OVER in log.read_text(encoding="utf-8")[begin:]
+    is_open = seconds < 60 * step.minutes and TIME_IS_OVER.encode() in log.read_bytes()[begin:]
     if code is not None and not is_open:
-        state.end(step, status="passed" if code == 0 else "failed", code=code, seconds=took, log=log.name)
+        state.end(step, status="passed" if code == 0 else "failed", code=code, seconds=took)
     elif code is None and seconds < left:
-        state.end(step, status="failed", reason=f"stopped after {step.minutes} minutes", seconds=took, log=log.name)
+        state.end(step, status="failed", reason=f"stopped after {step.minutes} minutes", seconds=took)
     print(f"{step.name}: {state.results[step.name]}", flush=True)
 
 
 def publish(folder: Path, target: Path) -> list[Path]:
-    """Copy the records to docs/records; returns the copies."""
+    """Copy the records, and a record of the steps, to docs/records; returns the copies."""
     found = [folder / name for name in RECORDS if (folder / name).exists()]
-    return [Path(shutil.copy(path, target / path.name)) for path in found]
+    copies = [Path(shutil.copy(path, target / path.name)) for path in found]
+    state = folder / "state.json"
+    if state.exists():
+        saved = json.loads(state.read_text(encoding="utf-8"))
+        rows = [{"key": saved["key"], "step": name, **result} for name, result in saved["steps"].items()]
+        copies.append(record.write(target / "gpu_day.jsonl", rows))
+    return copies
 
 
 def main() -> None:
@@ -189,7 +201,8 @@ def main() -> None:
         copies = publish(folder, record.RECORDS)
         print("\n".join(map(str, copies)) or f"no records in {folder}")
         sys.exit(0 if copies else 1)
-    library = options.library.resolve() if options.library else built(folder / "library", options)
+    digest = source_digest()
+    library = options.library.resolve() if options.library else built(folder / f"library-{digest}", options)
     todo = steps(folder, library, options.headers)
     if options.build_only or options.dry_run:
         print(f"library: {library}")
@@ -199,7 +212,7 @@ def main() -> None:
     gpu.require()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder.mkdir(parents=True, exist_ok=True)
-    state = State(folder / "state.json")
+    state = State(folder / "state.json", f"{record.query_gpu('name')} {digest}")
     left = run(todo, state, deadline)
     failed = [
         name
@@ -213,9 +226,9 @@ def main() -> None:
 
 
 def built(folder: Path, options: argparse.Namespace) -> Path:
-    """Build the library, if an earlier call has not done so."""
+    """Build the library of this source, and with headers libenqueue.so, if an earlier call has not done so."""
     library = folder / "liblfx_plugins.so"
-    if not library.exists():
+    if not library.exists() or (options.headers and not library.with_name("libenqueue.so").exists()):
         unfinished = folder.with_suffix(".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -223,6 +236,16 @@ def built(folder: Path, options: argparse.Namespace) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     return library
+
+
+def source_digest() -> str:
+    """Return a digest of the kernels and of the scripts that run them."""
+    digest = hashlib.sha256()
+    for folder in ("plugins", "scripts", "tests/plugins"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".cu", ".cuh", ".h", ".cpp", ".py"):
+                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from lfx.machine import cpu_name, package_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "docs" / "records"
+SOURCES = ("*.py", "*.c", "*.cpp", "*.cu", "*.cuh", "*.h", "*.txt")
 _PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "numpy")
 
 
@@ -53,8 +54,9 @@ def write(name: str | Path, rows: list[dict[str, Any]]) -> Path:
     """Replace the rows of the file `name`.jsonl in docs/records, or of the file at a Path, and return its path."""
     path = name if isinstance(name, Path) else RECORDS / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return unfinished.replace(path)
 
 
 def update(name: str, row: dict[str, Any], key: tuple[str, ...]) -> Path:
@@ -71,7 +73,7 @@ def read(name: str) -> list[dict[str, Any]]:
 
 
 def _date_and_commit() -> dict[str, str]:
-    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", "*.py")
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", *SOURCES)
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") + ("+" if changed else ""),
@@ -79,6 +81,9 @@ def _date_and_commit() -> dict[str, str]:
 
 
 def _output(*command: str) -> str:
-    """Run a command; returns what it prints, or an empty string if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    """Run a command; returns what it prints, or an empty string if it fails or is not installed."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""

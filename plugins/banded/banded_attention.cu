@@ -40,13 +40,15 @@ int32_t launchTensorCores(BandedParams const& p, CUstream_st* stream)
         sharedBytes, p, stream);
 }
 
-// Warps of 32 queries do less work for a query, and are used if their blocks occupy the GPU.
+// Warps of 32 queries do less work for a query, and are used if their blocks occupy the GPU and their tables fit.
 template <typename T, int kD>
 int32_t launchTensorCores(BandedParams const& p, CUstream_st* stream)
 {
-    dim3 const wide = gridOf<banded::TensorCoreTraits<kD, 2>::kQUERIES>(p);
-    int64_t const blocks = static_cast<int64_t>(wide.x) * wide.y * wide.z;
-    return blocks >= kBLOCKS_TO_OCCUPY * static_cast<int64_t>(multiprocessors())
+    using Wide = banded::TensorCoreTraits<kD, 2>;
+    dim3 const grid = gridOf<Wide::kQUERIES>(p);
+    int64_t const blocks = static_cast<int64_t>(grid.x) * grid.y * grid.z;
+    bool const occupy = blocks >= kBLOCKS_TO_OCCUPY * static_cast<int64_t>(multiprocessors());
+    return occupy && Wide::kSHARED_BYTES + banded::Block<Wide::kQUERIES>::tableBytes(p) <= kMAX_SHARED_BYTES
         ? launchTensorCores<T, kD, 2>(p, stream)
         : launchTensorCores<T, kD, 1>(p, stream);
 }

@@ -86,7 +86,8 @@ int32_t preloadGlobalAttention() noexcept
 
 int32_t launchGlobalAttention(GlobalParams const& p, CUstream_st* stream) noexcept
 {
-    if (unsupportedReason(p, Target::kCUDA) != nullptr || inaccessibleReason(p, kDEVICE_ALIGNMENT) != nullptr)
+    if (unsupportedReason(p, Target::kCUDA) != nullptr || inaccessibleReason(p, kDEVICE_ALIGNMENT) != nullptr
+        || p.workspace == nullptr || reinterpret_cast<uintptr_t>(p.workspace) % kDEVICE_ALIGNMENT != 0)
     {
         return cudaErrorInvalidValue;
     }

@@ -159,12 +159,13 @@ class Tiling:
 
 
 WIDE, NARROW = Tiling(2), Tiling(1)
+BLOCKS_TO_OCCUPY = 2  # kBLOCKS_TO_OCCUPY of plugins/banded/banded_attention.cu
 
 
 def tiling_of(case: Case) -> Tiling:
     """Return the tiling that an H100 gets; follows plugins/banded/banded_attention.cu."""
     blocks = case.batch * case.heads * -(-case.seqlen // WIDE.block_queries)
-    return WIDE if blocks >= 2 * MULTIPROCESSORS else NARROW
+    return WIDE if blocks >= BLOCKS_TO_OCCUPY * MULTIPROCESSORS else NARROW
 
 
 def kernel_costs(case: Case) -> dict[str, float]:

@@ -45,11 +45,10 @@ def test_steps_run_in_their_order_and_keep_their_results(state: State, tmp_path:
     ]
     assert gpu_day.run(todo, state, soon()) == []
     assert order.read_text() == "123"
-    results = json.loads(state.path.read_text())
+    results = json.loads(state.path.read_text())["steps"]
     assert [results[s.name]["status"] for s in todo] == ["passed", "failed", "passed"]
     assert results["second"]["code"] == 5
-    assert (tmp_path / results["first"]["log"]).read_text() == "said\n"
-    assert results["third, last"]["log"] == "third-last.log"
+    assert (tmp_path / "state.log").read_text() == "# first\nsaid\n# second\n# third, last\n"
 
 
 def test_the_next_call_goes_on_with_what_is_left(state: State, tmp_path: Path) -> None:
@@ -84,7 +83,7 @@ def test_a_step_that_limits_itself_gets_the_time_and_stays_open_if_it_was_too_sh
     code = "import sys; print(sys.argv[1:]); print('time is over: 3 of 4 were not started')"
     limited = step("limited", code, minutes=2.0, limits_itself=True)
     assert gpu_day.run([limited], state, soon(100)) == [limited]
-    assert (tmp_path / "limited.log").read_text().startswith("['--minutes', '0.9")
+    assert (tmp_path / "state.log").read_text().startswith("# limited\n['--minutes', '0.9")
     assert gpu_day.run([limited], state, soon(1000)) == []  # its own time was too short
     assert state.results["limited"]["status"] == "passed"
 
@@ -110,7 +109,7 @@ def test_a_call_that_is_asked_to_stop_stops_its_step(tmp_path: Path) -> None:
     assert call.wait(30) == 143
     with pytest.raises(ProcessLookupError):
         os.kill(int(child.read_text()), 0)
-    assert json.loads((tmp_path / "state.json").read_text()) == {"x": {"attempts": 1}}
+    assert json.loads((tmp_path / "state.json").read_text()) == {"key": "", "steps": {"x": {"attempts": 1}}}
 
 
 def test_the_records_are_published(tmp_path: Path) -> None:
@@ -121,6 +120,22 @@ def test_the_records_are_published(tmp_path: Path) -> None:
     (folder / "gpu.jsonl").write_text("{}\n")
     (folder / "memcheck.jsonl").write_text("{}\n")
     assert gpu_day.publish(folder, target) == [target / "gpu.jsonl"]
+    State(folder / "state.json", "a GPU").end(step("memcheck", ""), status="passed", code=0)
+    assert gpu_day.publish(folder, target) == [target / "gpu.jsonl", target / "gpu_day.jsonl"]
+    row = json.loads((target / "gpu_day.jsonl").read_text())
+    assert row == {"key": "a GPU", "step": "memcheck", "status": "passed", "code": 0}
+
+
+def test_on_another_gpu_or_source_all_steps_begin_again(tmp_path: Path) -> None:
+    State(tmp_path / "state.json", "one").end(step("x", ""), status="failed")
+    assert State(tmp_path / "state.json", "one").is_done(step("x", ""))
+    assert not State(tmp_path / "state.json", "two").is_done(step("x", ""))
+
+
+def test_bytes_of_a_step_that_are_no_text_stop_nothing(state: State) -> None:
+    todo = [step(name, r"import os; os.write(1, b'\xc2')") for name in "ab"]
+    assert gpu_day.run(todo, state, soon()) == []
+    assert [state.results[name]["status"] for name in "ab"] == ["passed", "passed"]
 
 
 def test_the_steps_check_before_they_measure_and_measure_the_claims_first(tmp_path: Path) -> None:

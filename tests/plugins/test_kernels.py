@@ -288,6 +288,23 @@ def test_row_strides_of_global_attention(emulated: Kernels, host_reference: Any,
     np.testing.assert_array_equal(problem.run(emulated.global_, emulated.workspace_bytes), expected)
 
 
+@pytest.mark.parametrize("head_size", [64, 72, 128])
+def test_tables_that_do_not_fit_beside_the_tiles_of_wide_blocks(emulated: Kernels, head_size: int) -> None:
+    """The tables of a long window; blocks of 64 queries run then. All tokens are padding, so nothing is computed."""
+    problem = banded(Case(1, 20_480), 1, head_size, 10_240, precision="fp16")
+    problem.inputs["key_mask"][...] = 0
+    choose_blocks(wide=True)
+    assert not problem.run(emulated.banded, None).any()
+
+
+def test_a_launch_without_its_workspace_is_refused(emulated: Kernels) -> None:
+    def launch(params: Any, stream: Any) -> int:
+        params._obj.workspace = None
+        return int(emulated.global_(params, stream) != 1)  # cudaErrorInvalidValue
+
+    global_(Case(1, 40), 2, 1, 16).run(launch, emulated.workspace_bytes)
+
+
 def test_launches_refuse_rows_that_are_not_aligned_or_too_far_apart(emulated: Kernels) -> None:
     for precision in PRECISIONS:
         problem = banded(Case(1, 40), 1, 16, 8, precision=precision, dilation=2)

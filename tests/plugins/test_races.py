@@ -28,7 +28,9 @@ from tests.plugins.build import ROOT, emulated_library
 from tests.plugins.problems import Banded, Global, banded, global_
 from tests.plugins.races import Outcome, RaceDetector, Statement, functions, in_a_fork
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+# BandedAttention's kernels: the precision, and the multiprocessors, which decide whether blocks have 128 queries or 64.
+KERNELS = [(p, n) for p in ("fp32", "fp16", "bf16") for n in ("1000000", *(["0"] if p != "fp32" else []))]
+every_kernel = pytest.mark.parametrize(("precision", "multiprocessors"), KERNELS)
 
 
 def problems(precision: str) -> dict[str, Banded | Global]:
@@ -55,8 +57,11 @@ def race_library(made_once: MakeOnce) -> Path:
     return made_once("races", races.race_library) / "liblfx_races.so"
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_kernels_have_no_races(race_library: Path, precision: str) -> None:
+@every_kernel
+def test_the_kernels_have_no_races(
+    race_library: Path, precision: str, multiprocessors: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LFX_MULTIPROCESSORS", multiprocessors)
     cases = problems(precision)
     outcome = RaceDetector(race_library).check(cases, {name: problem.dense() for name, problem in cases.items()})
     assert outcome.races == []
@@ -72,6 +77,7 @@ def without(race_library: Path) -> dict[Statement, Outcome]:
     """What the cases have shown without each statement."""
     command = [sys.executable, "-m", "tests.plugins.races", str(race_library)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # it forks
+    env["LFX_MULTIPROCESSORS"] = "1000000"  # ptx/test_barriers.py has the blocks of 128 queries too
     done = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
     outcomes = [Outcome(**json.loads(line)) for line in done.stdout.splitlines()]
     return dict(zip(STATEMENTS, outcomes, strict=True))
@@ -158,10 +164,16 @@ def turns(made_once: MakeOnce) -> Iterator[Callable[[int], None]]:
     order(0)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@every_kernel
 def test_the_order_of_blocks_and_warps_does_not_change_a_bit(
-    emulated: Kernels, turns: Callable[[int], None], precision: str
+    emulated: Kernels,
+    turns: Callable[[int], None],
+    precision: str,
+    multiprocessors: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("LFX_MULTIPROCESSORS", multiprocessors)
+
     def outputs() -> dict[str, np.ndarray]:
         return {
             name: problem.run(emulated.banded, None)

@@ -172,3 +172,8 @@ def test_the_last_block_is_no_faster_than_the_second_kernel() -> None:
                 last = global_join.NODE_US + global_join.last_block_us(rows, gpu, levels)
                 assert last >= 0.98 * global_join.second_kernel_us(rows, gpu)
     assert "| H100 SXM | 1 | 4,096 | 12 | 1 | 768 | 128 | 4,768 | 3.1 | 42.7 | 9.3 |" in global_join.table()
+
+
+def test_the_benchmarks_choose_the_blocks_that_the_launch_chooses() -> None:
+    source = (PLUGINS / "banded" / "banded_attention.cu").read_text(encoding="utf-8")
+    assert f"kBLOCKS_TO_OCCUPY = {band_cases.BLOCKS_TO_OCCUPY};" in source
