@@ -204,7 +204,8 @@ def _check_names(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Non
             continue
         source = "" if name in options else f" of {CONFIG_FILE}"
         if name in _UNSUPPORTED:
-            if value is not None and value not in _UNSUPPORTED[name]:
+            plain = type(value) in (bool, int, float, list)  # an array's comparison is no bool
+            if value is not None and not (plain and value in _UNSUPPORTED[name]):
                 raise InputError(
                     f"{name} {shown(value)}{source} is not supported; "
                     f"{'leave it out' if name in options else f'give {name}=None to generate without it'}"
@@ -284,7 +285,7 @@ def _early_stopping(values: _Values) -> bool | Literal["never"]:
     value = values.get("early_stopping")
     if isinstance(value, bool):
         return value
-    if value == "never":
+    if isinstance(value, str) and value == "never":
         return "never"
     raise InputError(f"{values.label('early_stopping')} is {shown(value)}; give True, False or 'never'")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lfx.errors import InputError, LengthError
@@ -100,6 +101,8 @@ def test_entries_that_change_nothing_pass(config: dict[str, Any]) -> None:
         ("force_words_ids", [[3]]),
         ("prompt_lookup_num_tokens", 2),
         ("max_time", 3.0),
+        ("typical_p", np.array([1, 2])),
+        ("suppress_tokens", np.float64(3)),
     ],
 )
 def test_an_option_that_is_not_supported_is_refused_by_name(name: str, value: Any) -> None:
@@ -154,6 +157,7 @@ def test_a_name_that_is_not_known_is_refused() -> None:
         ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 is out of range"),
         ({"early_stopping": "always"}, "early_stopping is 'always'; give True, False or 'never'"),
         ({"early_stopping": 1}, "early_stopping is 1"),
+        ({"early_stopping": np.array([1, 2])}, "early_stopping is "),
         ({"do_sample": 1}, "do_sample is 1; give True or False"),
         ({"do_sample": True, "seed": -1}, "seed -1 is out of range"),
         ({"eos_token_id": 60}, "eos_token_id 60 is out of range; give a whole number from 0 to 59"),
