@@ -490,7 +490,7 @@ def code_report(library: Path) -> str:
 
     used = ", ".join(f"{count} {name}" for name, count in resources.items())
     return (
-        f"machine code, 128 queries, head size 64, float16: {used}; "
+        f"machine code of {key[0]}, 128 queries, head size 64, float16: {used}; "
         f"{65536 // (128 * (-(-resources['REG'] // 8) * 8))} blocks of 128 threads per multiprocessor by registers\n"
         f"  scores of 32 queries and 32 keys, per warp: {described(scores)}\n"
         f"  their weights and context: {described(context)}\n"
