@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
@@ -93,9 +94,10 @@ def _explain(error: ValidationError, form: type[Body]) -> str:
 
 
 def _object_of(annotation: Any) -> type[Body] | None:
-    """The form of a field that is an object or null."""
-    forms = [option for option in get_args(annotation) if isinstance(option, type) and issubclass(option, Body)]
-    return forms[0] if forms else None
+    """The form of a field that is an object or null; None for other fields."""
+    options = [option for option in get_args(annotation) if option is not NoneType]
+    is_form = len(options) == 1 and isinstance(options[0], type) and issubclass(options[0], Body)
+    return options[0] if is_form else None
 
 
 def request_body(form: type[Body], examples: dict[str, Any]) -> dict[str, Any]:
