@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-import signal
+import subprocess
 import sys
-from types import FrameType, ModuleType
 
 import pytest
 
 import lfx.ray.actor
 from lfx.ray.actor import DocumentActor
-from lfx.ray.cluster import connected
 from lfx.ray.engine import EngineOptions
+
+# A process of its own: a signal, or the error that it raises, must not reach the process of the tests.
+SIGTERM_WHILE_RAY_STARTS = """
+import signal, sys
+from types import ModuleType
+from lfx.ray.cluster import connected
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+def start(**_):
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit({status}))
+    signal.raise_signal(signal.SIGTERM)
+
+ray = sys.modules["ray"] = ModuleType("ray")
+vars(ray).update(is_initialized=lambda: False, init=start)
+signal.signal(signal.SIGTERM, interrupt)
+try:
+    with connected(None):
+        print("Ray has started")
+except KeyboardInterrupt:
+    print("interrupted", signal.getsignal(signal.SIGTERM) is interrupt)
+"""
 
 
 @pytest.mark.parametrize("status", [15, 1], ids=["driver", "head-node"])
-def test_sigterm_while_ray_starts_is_handled_as_at_other_times(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_while_ray_starts_is_handled_as_at_other_times(status: int) -> None:
     """`ray.init` replaces the handler by one that ends the process without a message."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    def start(**_: object) -> None:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(status))
-        signal.raise_signal(signal.SIGTERM)  # in this thread, at once; Ray has threads of its own
-
-    ray = ModuleType("ray")
-    vars(ray).update(is_initialized=lambda: False, init=start)
-    monkeypatch.setitem(sys.modules, "ray", ray)
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        with pytest.raises(KeyboardInterrupt), connected(None):
-            raise AssertionError("Ray has started")
-        assert signal.getsignal(signal.SIGTERM) is interrupt
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    code = SIGTERM_WHILE_RAY_STARTS.format(status=status)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("interrupted True\n", 0), done.stderr
 
 
 def test_sigterm_while_an_actor_imports_ends_the_actor(monkeypatch: pytest.MonkeyPatch) -> None:

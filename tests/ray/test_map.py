@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -395,7 +396,8 @@ def test_a_dataset_of_ray_data_gets_the_columns_of_lfx_run(bundle: MakeBundle, t
 def test_a_deployment_of_ray_serve_answers_with_rows(bundle: MakeBundle) -> None:
     from ray import serve
 
-    port = 18_000 + os.getpid() % 1000
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
         serve.run(lfx.ray.deployment(bundle("text-classification"), threads=1))
