@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ from lfx.manifest import MANIFEST, Manifest
 from lfx.parity import quick_cases
 from lfx.runtime import Engine, build_engine
 from tests.conftest import MakeLed, MakeOnce
+from tests.runtime.generation.test_other_runtimes import in_onnxruntime, in_openvino
 
 HEADS, HEAD_SIZE, LAYERS = 2, 8, 2  # of the tiny LED
 IDS = np.random.default_rng(3).integers(3, 90, (3, 50))
 MASK = np.ones_like(IDS)
 MASK[1, 20:] = 0
-Infer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -77,25 +76,6 @@ def test_engine_writes_the_bundle_s_texts(backend: str, layout: Path, bundle: Pa
         np.testing.assert_allclose(
             other.run(IDS, MASK)["last_hidden_state"], engine.run(IDS, MASK)["last_hidden_state"], rtol=0, atol=1e-5
         )
-
-
-def in_onnxruntime(file: Path) -> Infer:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    session = onnxruntime.InferenceSession(str(file))
-    names = [item.name for item in session.get_outputs()]
-    return lambda feeds: dict(zip(names, session.run(names, feeds), strict=True))
-
-
-def in_openvino(file: Path) -> Infer:
-    openvino = pytest.importorskip("openvino")
-    model = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    names = [output.get_any_name() for output in model.outputs]
-
-    def infer(feeds: dict[str, Any]) -> dict[str, Any]:
-        outputs = model(feeds)
-        return {name: np.array(outputs[i]) for i, name in enumerate(names)}
-
-    return infer
 
 
 @pytest.mark.parametrize("open_file", [in_onnxruntime, in_openvino])
