@@ -13,7 +13,7 @@ import torch
 from lfx.errors import InputError
 from lfx.parity import Case
 from lfx.runtime import custom_ops
-from lfx.torch import banded_attention, cpu_kernels, global_attention, params
+from lfx.torch import banded_attention, cpu_kernels, global_attention, kernels, params
 from tests.plugins import problems
 from tests.plugins.test_custom_ops import context, model, session
 from tests.torch.test_ops import error, tensors
@@ -60,7 +60,7 @@ def test_views_of_one_projection_are_read_where_they_are(no_formula: None, monke
         addresses.append({name: tensor.data_ptr() for name, tensor in given.items()})
         return params.make_params(struct, given, *rest, **fields)
 
-    monkeypatch.setattr(cpu_kernels, "make_params", make_params)
+    monkeypatch.setattr(kernels, "make_params", make_params)
     packed = {**inputs, **dict(zip(names, thirds, strict=True))}
     assert torch.equal(banded_attention(**packed, **problem.attributes), expected)
     assert [addresses[0][name] for name in names] == [part.data_ptr() for part in thirds]
@@ -120,10 +120,10 @@ def test_torch_s_number_of_threads_changes_no_bit(no_formula: None) -> None:
 
 
 def test_the_number_of_threads_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = cpu_kernels.CpuKernels(custom_ops.library())
+    library = cpu_kernels.CpuKernels(custom_ops.library())
     counts: list[int] = []
-    monkeypatch.setattr(kernels, "_banded", lambda params, instructions, threads: counts.append(threads))
-    monkeypatch.setattr(cpu_kernels, "kernels_for", lambda tensor: kernels)
+    monkeypatch.setattr(library, "_banded", lambda params, instructions, threads: counts.append(threads))
+    monkeypatch.setattr(cpu_kernels, "kernels_for", lambda tensor: library)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     problem = problems.banded(Case(1, 9), 2, 16, window=5)
     banded_attention(**tensors(problem), **problem.attributes)

@@ -19,13 +19,13 @@ CASES = [Case(2, 70, "ragged", "right"), Case(1, 1), Case(2, 33, "all", "left"),
 
 
 @pytest.fixture(scope="module")
-def library(made_once: MakeOnce) -> kernels.Kernels:
+def library(made_once: MakeOnce) -> kernels.CudaKernels:
     """The kernels for the emulated device."""
-    return kernels.Kernels(made_once("emulated", emulated_library) / "liblfx_emulated.so")
+    return kernels.CudaKernels(made_once("emulated", emulated_library) / "liblfx_emulated.so")
 
 
 @pytest.fixture
-def calls(library: kernels.Kernels, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def calls(library: kernels.CudaKernels, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Makes the ops run the kernels on CPU tensors; the results are counted: "kernel" or "not supported"."""
     counted: list[str] = []
 
@@ -55,7 +55,11 @@ def test_the_ops_on_kernels_are_the_definition(calls: list[str], precision: str)
     assert set(calls) == {"kernel"}
 
 
-def test_thirds_of_one_projection_and_a_scale_reach_the_kernel(calls: list[str]) -> None:
+def test_thirds_of_one_projection_and_a_scale_reach_the_kernel(
+    calls: list[str], library: kernels.CudaKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch, given = library._banded, []
+    monkeypatch.setattr(library, "_banded", lambda params, stream: given.append(params._obj) or launch(params, stream))
     problem = problems.banded(Case(2, 40, "scattered", "right"), 2, 16, window=5)
     inputs = tensors(problem)
     packed = torch.cat([2 * inputs["query"], inputs["key"], inputs["value"]], dim=2)
@@ -63,6 +67,25 @@ def test_thirds_of_one_projection_and_a_scale_reach_the_kernel(calls: list[str])
     output = banded_attention(**{**inputs, **parts}, **problem.attributes, scale=16**-0.5 / 2)
     assert error(output, problem.dense()) <= problem.tolerance()
     assert calls == ["kernel"]
+    addresses = [given[0].query, given[0].key, given[0].value]
+    assert addresses == [part.data_ptr() for part in parts.values()]  # they are not copied
+
+
+def test_rows_that_are_not_aligned_are_copied(calls: list[str]) -> None:
+    def moved(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        names = ("query", "key", "value")
+        views = {name: torch.cat([inputs[name][..., :1], inputs[name]], dim=2)[..., 1:] for name in names}
+        assert all(view.data_ptr() % 16 == 2 and view.stride(1) % 8 == 1 for view in views.values())
+        return {**inputs, **views}
+
+    problem = problems.banded(Case(2, 20, "scattered"), 2, 16, window=5, precision="fp16")
+    inputs = tensors(problem)
+    expected = banded_attention(**inputs, **problem.attributes)
+    assert torch.equal(banded_attention(**moved(inputs), **problem.attributes), expected)
+    rows = problems.global_(Case(2, 20), 3, 2, 16, precision="fp16")
+    expected = global_attention(**tensors(rows), **rows.attributes)
+    assert torch.equal(global_attention(**moved(tensors(rows)), **rows.attributes), expected)
+    assert calls == ["kernel"] * 4
 
 
 def test_sizes_that_the_kernels_do_not_support_run_in_pytorch(calls: list[str]) -> None:
@@ -74,7 +97,7 @@ def test_sizes_that_the_kernels_do_not_support_run_in_pytorch(calls: list[str]) 
     assert calls == ["not supported", "not supported"]
 
 
-def test_a_kernel_that_fails_is_an_error(library: kernels.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_fails_is_an_error(library: kernels.CudaKernels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "kernels_for", lambda tensor: library)
     monkeypatch.setattr(library, "_banded", lambda params, stream: 700)
     problem = problems.banded(Case(1, 9), 2, 16, window=5)

@@ -12,10 +12,10 @@ import torch
 
 from lfx.errors import InputError
 from lfx.runtime import custom_ops
-from lfx.torch.params import BandedParams, GlobalParams, make_params, with_rows
+from lfx.torch.kernels import Kernels
 
 
-class CpuKernels:
+class CpuKernels(Kernels):
     """The functions of a library; they take float32.
 
     Args:
@@ -28,10 +28,8 @@ class CpuKernels:
 
     def __init__(self, path: Path, instructions: str = "") -> None:
         library = ctypes.CDLL(str(path))
-        self._banded, self._global = library.lfxBandedAttentionCpu, library.lfxGlobalAttentionCpu
-        for function, params in ((self._banded, BandedParams), (self._global, GlobalParams)):
-            function.restype = ctypes.c_char_p
-            function.argtypes = [ctypes.POINTER(params), ctypes.c_int32, ctypes.c_int32]
+        functions = library.lfxBandedAttentionCpu, library.lfxGlobalAttentionCpu
+        super().__init__(*functions, [ctypes.c_int32, ctypes.c_int32], ctypes.c_char_p)
         library.lfxCpuInstructionSet.argtypes = [ctypes.c_char_p]
         self._set = library.lfxCpuInstructionSet(instructions.encode())
         if self._set < 0:
@@ -40,65 +38,9 @@ class CpuKernels:
                 "this CPU must have it"
             )
 
-    def banded_attention(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        key_mask: torch.Tensor,
-        global_index: torch.Tensor,
-        global_context: torch.Tensor,
-        *,
-        num_heads: int,
-        window: int,
-        dilation: int,
-        causal: bool,
-        scale: float,
-    ) -> torch.Tensor | None:
-        """Compute BandedAttention; None if the kernels do not support the sizes."""
-        tensors = {
-            "query": with_rows(query),
-            "key": with_rows(key),
-            "value": with_rows(value),
-            "key_mask": key_mask.contiguous(),
-            "global_index": global_index.contiguous(),
-            "global_context": global_context.contiguous(),
-        }
-        sizes = {"slots": global_index.shape[1], "window": window, "dilation": dilation, "causal": int(causal)}
-        return self._run(self._banded, BandedParams, tensors, num_heads, scale=scale, **sizes)
-
-    def global_attention(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        key_mask: torch.Tensor,
-        *,
-        num_heads: int,
-        scale: float,
-    ) -> torch.Tensor | None:
-        """Compute GlobalAttention; None if the kernels do not support the sizes."""
-        tensors = {
-            "query": with_rows(query),
-            "key": with_rows(key),
-            "value": with_rows(value),
-            "key_mask": key_mask.contiguous(),
-        }
-        return self._run(self._global, GlobalParams, tensors, num_heads, scale=scale, queries=query.shape[1])
-
-    def _run(
-        self,
-        function: Any,
-        params: type[ctypes.Structure],
-        tensors: dict[str, torch.Tensor],
-        num_heads: int,
-        **fields: Any,
-    ) -> torch.Tensor | None:
-        query = tensors["query"]
-        context = tensors["context"] = torch.empty_like(query, memory_format=torch.contiguous_format)
-        filled = make_params(params, tensors, num_heads, **fields)
-        unsupported = function(ctypes.byref(filled), self._set, torch.get_num_threads())
-        return context if unsupported is None else None
+    def call(self, function: Any, params: ctypes.Structure, device: torch.device) -> bool:
+        """Compute an op on torch's number of threads; False if the kernels do not support the sizes."""
+        return function(ctypes.byref(params), self._set, torch.get_num_threads()) is None
 
 
 @functools.cache

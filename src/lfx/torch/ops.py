@@ -67,7 +67,7 @@ def _global(
     return blocks.global_attention(*inputs, **attributes) if context is None else context  # type: ignore[arg-type]
 
 
-def _kernels_for(query: torch.Tensor) -> kernels.Kernels | cpu_kernels.CpuKernels | None:
+def _kernels_for(query: torch.Tensor) -> kernels.Kernels | None:
     return kernels.kernels_for(query) or cpu_kernels.kernels_for(query)
 
 

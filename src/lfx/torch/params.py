@@ -56,8 +56,7 @@ def make_params(params: type[Params], tensors: Mapping[str, torch.Tensor], num_h
     """Fill a struct.
 
     Args:
-        tensors: the tensors of the struct by the names of its fields; query, key, value and context as `with_rows`
-            returns them, and the others contiguous.
+        tensors: the tensors of the struct by the names of its fields, as `readable` returns them.
         fields: those that do not follow from the tensors.
     """
     batch, seqlen, width = tensors["key"].shape
@@ -82,9 +81,23 @@ def row_stride(tensor: torch.Tensor) -> int:
     return tensor.stride(0) if batch > 1 else width
 
 
-def with_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor (B, S, H·D) if a row has no gaps and all rows have one distance, and otherwise a contiguous copy."""
+def readable(tensors: Mapping[str, torch.Tensor], alignment: int) -> dict[str, torch.Tensor]:
+    """The tensors as the kernels read them: those that have a stride as `with_rows` gives them, others contiguous."""
+    return {
+        name: with_rows(tensor, alignment) if name in _STRIDED else tensor.contiguous()
+        for name, tensor in tensors.items()
+    }
+
+
+def with_rows(tensor: torch.Tensor, alignment: int) -> torch.Tensor:
+    """The tensor (B, S, H·D) if its rows have no gaps inside, one distance and the alignment; otherwise a copy.
+
+    Args:
+        alignment: of the address of each row, in bytes.
+    """
     batch, tokens, width = tensor.shape
     stride = row_stride(tensor)
-    has_rows = tensor.stride(2) == 1 and width <= stride <= _LARGEST_STRIDE
-    return tensor if has_rows and (batch == 1 or tensor.stride(0) == tokens * stride) else tensor.contiguous()
+    is_regular = tensor.stride(2) == 1 and width <= stride <= _LARGEST_STRIDE
+    is_regular &= batch == 1 or tensor.stride(0) == tokens * stride
+    is_aligned = not any(number % alignment for number in (tensor.data_ptr(), stride * tensor.element_size()))
+    return tensor if is_regular and is_aligned else tensor.clone(memory_format=torch.contiguous_format)
