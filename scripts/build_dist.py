@@ -9,6 +9,7 @@ have all that the libraries need; PyPI takes no other wheels for Linux.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ HEADERS = ROOT / "build" / "headers" / "tensorrt"
 
 def main() -> None:
     """Build the sdist and the wheels, and test the wheels."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     DIST.mkdir(exist_ok=True)
     os.chdir(ROOT)
     sdist = DIST / build_sdist(str(DIST))

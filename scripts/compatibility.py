@@ -1,10 +1,13 @@
-"""Run the clients of tests/clients, and write docs/records/compatibility.jsonl: `python -m scripts.compatibility`.
+"""Run the clients of tests/clients, and write docs/records/compatibility.jsonl.
+
+    python -m scripts.compatibility
 
 `make clients` sets up their environments first.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +22,7 @@ from tests.clients.models import expected, make_models
 
 def main() -> None:
     """Run every case, and write the record."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if (reason := clients.missing()) is not None:
         sys.exit(reason)
     versions = clients.versions()

@@ -1,17 +1,17 @@
-"""Draw the figures of docs/chunking.md from the code that they explain: `python scripts/figures.py [FOLDER]`.
+"""Draw the figures of docs/chunking.md from the code that they explain: `python scripts/figures.py`.
 
 This script computes no windows and chunks itself. It reads those of lfx from inner values of the function bodies, run
 by ONNX's reference evaluator, and those of Hugging Face from the operands of its matrix products. The shapes in the
 comments use the letters of export/functions, and w = one-sided window. Each figure has one batch row and one head.
 
-The figure of docs/cluster.md is drawn from its record, once there is one.
+The figure of docs/cluster.md is drawn from its record, if there is one. Two runs write the same bytes.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -326,8 +326,16 @@ def ray() -> Any:
     return figure
 
 
-def main(folder: Path = FOLDER) -> None:
-    """Draw all figures into a folder; two runs write the same bytes."""
+def main() -> None:
+    """Draw all figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the figures  [default: docs/figures]")
+    mpl.use("Agg")
+    draw_figures(parser.parse_args().output)
+
+
+def draw_figures(folder: Path) -> None:
+    """Draw all figures into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for draw in (masks, as_strided, skew, blocks, gather_back, *([ray] if RAY_RECORD.exists() else [])):
         with mpl.rc_context(STYLE):
@@ -362,5 +370,4 @@ def load_test(records: list[dict[str, Any]], label: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    mpl.use("Agg")
-    main(*map(Path, sys.argv[1:2]))
+    main()

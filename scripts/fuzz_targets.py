@@ -8,6 +8,7 @@ corpus. `scripts/fuzz.py` runs all targets.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -80,5 +81,9 @@ def _memory() -> str | None:
 TARGETS = {target.__name__: target for target in (manifest, plan, signature, onnx)}
 
 if __name__ == "__main__":
-    atheris.Setup([sys.argv[0], *sys.argv[2:]], TARGETS[sys.argv[1]])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=TARGETS)
+    parser.epilog = "All other arguments are libFuzzer's."
+    given, others = parser.parse_known_args()
+    atheris.Setup([sys.argv[0], *others], TARGETS[given.target])
     atheris.Fuzz()

@@ -10,6 +10,7 @@ that index to TORCH_CPU, and its version and requirements to [tool.uv] in pyproj
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -39,14 +40,17 @@ TORCH_CPU = {
 
 
 def main() -> None:
-    """Write the lock; the arguments are passed to uv."""
+    """Write the lock."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.epilog = "All options are passed to: uv pip compile"
+    _, options = parser.parse_known_args()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
     selected = [f"--extra={name}" for name in extras if name not in LEFT_OUT]
     selected += [f"--group={name}" for name in project["dependency-groups"]]
     command = [sys.executable, "-m", "uv", "--quiet", "pip", "compile", "pyproject.toml", *selected]
     command += ["--universal", "--python-version=3.11", "--generate-hashes", "--custom-compile-command=make lock"]
-    status = subprocess.run([*command, f"--output-file={LOCK.name}", *sys.argv[1:]], cwd=ROOT, check=False).returncode
+    status = subprocess.run([*command, f"--output-file={LOCK.name}", *options], cwd=ROOT, check=False).returncode
     if status:
         sys.exit(status)
     LOCK.write_text(with_torch_cpu(LOCK.read_text()))

@@ -7,6 +7,7 @@ Python and lfx itself do not count.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import tomllib
 from collections.abc import Iterable
@@ -65,6 +66,7 @@ def installed_bytes(names: Iterable[str]) -> int:
 
 def main() -> None:
     """Write the record of each selection of extras."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = []
     for extras in SELECTIONS:
         names = closure(extras)

@@ -1,11 +1,11 @@
-"""Write the tables and the chart of README and docs from docs/records: `python scripts/tables.py [--check]`.
+"""Write the tables and the chart of README and docs from docs/records: `python scripts/tables.py`.
 
-A table is the text between `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written, and the exit
-status is 1 if a table differs from the records.
+A table is the text between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 import statistics
@@ -574,7 +574,12 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def main() -> int:
     """Write the tables and the chart, or check the tables; returns the exit status."""
-    if "--check" not in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if a table differs from the records"
+    )
+    check = parser.parse_args().check
+    if not check:
         chart()
     stale = []
     for page in PAGES:
@@ -582,9 +587,9 @@ def main() -> int:
         updated = _BLOCK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
         if updated != text:
             stale.append(page.name)
-            if "--check" not in sys.argv:
+            if not check:
                 page.write_text(updated, encoding="utf-8")
-    if "--check" in sys.argv and stale:
+    if check and stale:
         print(f"tables differ from the records in {', '.join(stale)}; run: python scripts/tables.py")
         return 1
     return 0

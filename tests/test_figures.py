@@ -107,7 +107,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all figures, drawn now."""
     folder = tmp_path_factory.mktemp("figures")
     mpl.use("Agg")
-    figures.main(folder)
+    figures.draw_figures(folder)
     return folder
 
 

@@ -16,6 +16,7 @@ of the table assumes it all the same.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -101,4 +102,5 @@ def table(cases: Iterable[Rows] = CASES) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(table())

@@ -6,8 +6,8 @@ python -m scripts.bench.peers --optimum-python V/bin/python
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 import warnings
 from importlib.metadata import version
@@ -42,4 +42,7 @@ def main(checkpoint: str, cases: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("cases", help="the .npz file that peers.py writes")
+    main(**vars(parser.parse_args()))
