@@ -65,9 +65,8 @@ def test_a_wrong_row_is_out_of_tolerance() -> None:
 
 
 def test_the_script_writes_a_row_for_each_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def in_this_process(name: str, work: Path, shape: list[str], **options: Any) -> dict[str, Any]:
-        arguments = ["--child", name, f"--work={work}", *shape, *(f"--{key}={value}" for key, value in options.items())]
-        parsed = long.parser().parse_args(arguments)
+    def in_this_process(module: str, *flags: str, **options: Any) -> dict[str, Any]:
+        parsed = long.parser().parse_args([*flags, *(f"--{key}={value}" for key, value in options.items())])
         return long.child(parsed, long.setup_of(parsed))
 
     monkeypatch.setattr(long, "run_child", in_this_process)

@@ -34,6 +34,7 @@ from lfx.runtime import Engine
 from lfx.runtime.bench import measure, peak_memory_bytes
 from scripts import record
 from scripts.bench.band_cases import base_model_flops
+from scripts.bench.child import run_child
 from scripts.bench.contenders import Run, differences, engine_run, huggingface_run, random_ids
 from scripts.checkpoints import BASE_MAX_SEQLEN, HIDDEN, INTERMEDIATE
 
@@ -72,11 +73,12 @@ def _parent(lengths: list[int], measures: list[str], threads: int, work: Path) -
     bundles = {size: work / f"base-{size}" for size in (BASE_MAX_SEQLEN, LONG_MAX_SEQLEN)}
     for size in sorted({_table_size(length) for length in lengths}):
         if not bundles[size].exists():
-            record.update("export", {**about, **_child("export", bundle=bundles[size])}, ("max_seqlen",))
+            measured = run_child("cpu", child="export", bundle=bundles[size])
+            record.update("export", {**about, **measured}, ("max_seqlen",))
     for length in lengths:
         bundle = bundles[_table_size(length)]
         for contender in CONTENDERS if "memory" in measures else ():
-            peak = _child("memory", bundle=bundle, lengths=length, contender=contender, threads=threads)
+            peak = run_child("cpu", child="memory", bundle=bundle, lengths=length, contender=contender, threads=threads)
             row = {**about, "seqlen": length, "contender": contender, **peak}
             record.update("memory", row, ("seqlen", "contender"))
         for globals_ in (0, 1) if length in (512, 4096) else (1,):
@@ -88,16 +90,6 @@ def _parent(lengths: list[int], measures: list[str], threads: int, work: Path) -
 
 def _table_size(length: int) -> int:
     return BASE_MAX_SEQLEN if length <= BASE_MAX_SEQLEN else LONG_MAX_SEQLEN
-
-
-def _child(measurement: str, **options: Any) -> dict[str, Any]:
-    command = [sys.executable, "-m", "scripts.bench.cpu", "--child", measurement]
-    command += [f"--{name}={value}" for name, value in options.items()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 def _export_child(bundle: Path) -> None:

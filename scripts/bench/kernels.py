@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from lfx.runtime import Engine
 from lfx.runtime.bench import measure, peak_memory_bytes
 from scripts import record
 from scripts.bench.backends import is_attention, onnxruntime_counters
+from scripts.bench.child import run_child
 from scripts.bench.contenders import Run, engine_run, huggingface_run, random_ids
 from scripts.checkpoints import DOCUMENT, LAYERS, base_model, trained_tokenizer
 
@@ -81,7 +80,8 @@ def _parent(options: argparse.Namespace, work: Path) -> None:
         "globals": 1,
     }
     for length in options.lengths:
-        peaks = {name: _peak_memory(name, work, length, options.threads) for name in (EAGER, *OURS)}
+        memory = {"work": work, "lengths": length, "threads": options.threads}
+        peaks = {name: run_child("kernels", child=name, **memory) for name in (EAGER, *OURS)}
         rounds = options.rounds or ROUNDS.get(length, 5)
         rows = _latency(work, length, rounds, options.threads)
         for name, row in rows.items():
@@ -103,15 +103,6 @@ def _make_models(work: Path, layers: int) -> None:
         export(checkpoint, work / "fp32")
     if not (work / "int8").exists():
         quantize(work / "fp32", work / "int8", calibration=DOCUMENT)
-
-
-def _peak_memory(name: str, work: Path, length: int, threads: int) -> dict[str, int]:
-    command = [sys.executable, "-m", "scripts.bench.kernels", "--child", name, "--work", str(work)]
-    command += ["--lengths", str(length), "--threads", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 @functools.cache

@@ -23,8 +23,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +36,7 @@ from lfx.parity import Arrays
 from lfx.runtime import Engine
 from lfx.runtime.bench import measure, peak_memory_bytes
 from scripts import record
+from scripts.bench.child import run_child
 from scripts.checkpoints import LAYERS, WINDOW, base_model
 
 OUTPUT = "last_hidden_state"
@@ -184,17 +183,6 @@ def time_lengths(setup: Setup, bundle: Path, threads: int, rounds: int) -> dict[
     return {row["contender"]: {name: row[name] for name in ("p50_ms", "p5_ms", "p95_ms")} for row in rows}
 
 
-def run_child(name: str, work: Path, setup_options: list[str], **options: Any) -> dict[str, Any]:
-    """Run a step of this script in a child process; returns the JSON in the last line that it printed."""
-    command = [sys.executable, "-m", "scripts.bench.long", "--child", name, f"--work={work}", *setup_options]
-    command += [f"--{key}={value}" for key, value in options.items()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def child(options: argparse.Namespace, setup: Setup) -> dict[str, Any]:
     """Run a step, in the child process; returns its measurements."""
     bundle = options.work / options.bundle
@@ -213,15 +201,15 @@ def _parent(options: argparse.Namespace, setup: Setup, work: Path) -> list[dict[
     shape.append(f"--lengths={','.join(map(str, setup.lengths))}")
     for bundle in ("whole", ONE_LAYER):
         if not (work / bundle).exists():
-            run_child("export", work, shape, bundle=bundle)
-    times = run_child("time", work, shape, bundle="whole", rounds=options.rounds)
+            run_child("long", *shape, child="export", work=work, bundle=bundle)
+    times = run_child("long", *shape, child="time", work=work, bundle="whole", rounds=options.rounds)
     memory, saved, checks = {}, {}, {}
     for length in setup.lengths:
-        memory[length] = run_child("memory", work, shape, bundle="whole", length=length)
+        memory[length] = run_child("long", *shape, child="memory", work=work, bundle="whole", length=length)
         saved[length] = dict(np.load(work / f"{length}.npz"))
         print(length, times[str(length)], memory[length], flush=True)
     for length in setup.lengths:
-        run_child("memory", work, shape, bundle=ONE_LAYER, length=length)
+        run_child("long", *shape, child="memory", work=work, bundle=ONE_LAYER, length=length)
         checks[length] = check_layer(setup, length, np.load(work / f"{length}.npz")["rows"])
     slices = check_slices(setup, saved.__getitem__)
     about = _about(options, setup, work)

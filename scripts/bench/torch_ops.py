@@ -15,8 +15,6 @@ import argparse
 import copy
 import functools
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -28,6 +26,7 @@ from transformers import logging
 from lfx.runtime.bench import measure, peak_memory_bytes
 from lfx.torch import accelerate, cpu_kernels
 from scripts import record
+from scripts.bench.child import run_child
 from scripts.checkpoints import base_model
 
 # Length -> rounds; lengths above 4,096 run on a model with a longer position table.
@@ -69,7 +68,10 @@ def main() -> None:
 
 
 def _measured(names: tuple[str, ...], length: int, options: argparse.Namespace) -> dict[str, Any]:
-    peaks = {name: _peak_bytes(name, length, options) for name in names}
+    flags = ["--dry-run"] if options.dry_run else []
+    children = {
+        name: run_child("torch_ops", *flags, child=name, lengths=length, threads=options.threads) for name in names
+    }
     runs = {name: _contender(name, length, options.dry_run) for name in names}
     outputs = {name: run(_ids(length)) for name, run in runs.items()}  # the warm-up
     rounds = 1 if options.dry_run else ROUNDS.get(length, 3)
@@ -85,20 +87,11 @@ def _measured(names: tuple[str, ...], length: int, options: argparse.Namespace) 
             name: {
                 "median_ms": rows[name]["p50_ms"],
                 **{figure: rows[name][figure] for figure in FIGURES},
-                "peak_bytes": peaks[name],
+                "peak_bytes": children[name]["peak_bytes"],
             }
             for name in names
         },
     }
-
-
-def _peak_bytes(name: str, length: int, options: argparse.Namespace) -> int:
-    command = [sys.executable, "-m", "scripts.bench.torch_ops", f"--child={name}", f"--lengths={length}"]
-    command += [f"--threads={options.threads}", *(["--dry-run"] if options.dry_run else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
 
 
 def _contender(name: str, length: int, is_small: bool) -> Run:
