@@ -100,7 +100,7 @@ def read_bart(model: str) -> Bart:
     """Check the files of a checkpoint.
 
     Raises:
-        ExportError: a setting is invalid or has no counterpart in LED, the head is another one's, or a file is broken.
+        ExportError: a setting is invalid or has no counterpart in LED, LED has no such head, or a file is broken.
     """
     fetch = fetcher(model)
     path = config_file(fetch, model)

@@ -218,7 +218,7 @@ def _content(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _follow_umask(folder: Path) -> None:
-    """Set the mode of all files by the umask, as the folder's is; the onnx package makes some private to the owner."""
+    """Give all files the access that the umask leaves, which is the folder's; the onnx package makes some private."""
     mode = folder.stat().st_mode & 0o666
     for path in _content(folder)[1]:
         (folder / path).chmod(mode)

@@ -113,8 +113,8 @@ def longest_sequence(module: nn.Module, requested: int | None) -> int | None:
 def _positions(part: nn.Module) -> int | None:
     """Return the number of tokens that the position table of a module has rows for; None if it has no table.
 
-    Longformer's has rows up to the padding index that no token uses. Hugging Face's LED encoder takes positions for the
-    padding to a multiple of the window too, from a table without rows for it.
+    In Longformer's table no token uses the rows up to the padding index. Hugging Face's LED encoder pads to a multiple
+    of the window and needs rows for the padding too, so the number is rounded down to a multiple.
     """
     if isinstance(part, hf.LongformerEmbeddings) and isinstance(part.position_embeddings, nn.Embedding):
         return int(part.position_embeddings.num_embeddings - part.padding_idx - 1)

@@ -381,7 +381,7 @@ def _load_texts(
 
 
 def _longest_text(settings: EncoderSettings, module: nn.Module, tokenizer: Any) -> int | None:
-    """Return the length in tokens from which on sentence-transformers truncates a text, at most the model's own."""
+    """Return the number of tokens to which sentence-transformers truncates a text, at most the model's maximum."""
     longest = settings.max_seqlen or getattr(tokenizer, "model_max_length", None)
     limit = longest_sequence(module, None)
     if type(longest) is not int or longest < 1:

@@ -77,7 +77,7 @@ def _refuse_padding_in_texts(settings: dict[str, Any], tokenizer: Any, encoder: 
 
 
 def make_longformer(encoder: Encoder, original: Any, config: transformers.LongformerConfig) -> Any:
-    """Make the Longformer that an encoder becomes; it shares the weights. The projections of global tokens are copies.
+    """Turn an encoder into a Longformer that shares its weights; the projections of global tokens are copies.
 
     Raises:
         ExportError: the encoder's class in transformers lacks weights.
@@ -93,7 +93,7 @@ def make_longformer(encoder: Encoder, original: Any, config: transformers.Longfo
     if encoder.family.fixed.get("type_vocab_size"):  # the family has no token types
         weights[f"{base}embeddings.token_type_embeddings.weight"] = torch.zeros(1, config.hidden_size)
     if "lm_head.decoder.bias" in weights:
-        weights["lm_head.bias"] = weights["lm_head.decoder.bias"].clone()  # the decoder's is the one that is added
+        weights["lm_head.bias"] = weights["lm_head.decoder.bias"].clone()  # transformers adds the decoder's
     pooler = {} if encoder.task != "feature-extraction" else {"add_pooling_layer": "pooler.dense.weight" in weights}
     with torch.device("meta"):  # no memory, and no random numbers, for weights that are replaced
         model = getattr(transformers, encoder.architecture)(config, **pooler)

@@ -55,9 +55,9 @@ def _weights(mode: str, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     """Return the weight of each token in a sum over the sequence, (B, S), 0 for padding, and its divisor, (B, 1)."""
     count = mask.sum(dim=1, keepdim=True)
     if mode in ("cls", "lasttoken"):
-        number = torch.cumsum(mask, dim=1)  # of the real token, from 1
+        number = torch.cumsum(mask, dim=1)  # 1 for the first real token
         return mask * (number == (1 if mode == "cls" else count)), torch.ones_like(count)
-    if mode == "weightedmean":  # by the position, which counts from the first real token and does not leave out holes
+    if mode == "weightedmean":  # a weight is the position, 1 for the first real token; padding after that counts too
         has_begun = (torch.cumsum(mask, dim=1) > 0).to(mask.dtype)
         weights = mask * torch.cumsum(has_begun, dim=1)
         return weights, weights.sum(dim=1, keepdim=True).clamp(min=1.0)

@@ -337,7 +337,7 @@ def check_rows(module: nn.Module, signature: Signature) -> None:
     Args:
         signature: the module's; sequences of different lengths are tried if it says that padding may be added.
     Raises:
-        ExportError: an output does.
+        ExportError: an output depends on them.
     """
     if is_unchanged(module):
         return

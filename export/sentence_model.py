@@ -176,9 +176,9 @@ def _read_module(fetch: Fetch, module_class: str, name: str, size: int) -> tuple
 
     Args:
         module_class: of sentence-transformers.
-        size: number of values of the vector that it gets.
+        size: length of its input vector.
     Returns:
-        The module, None for one that does nothing; and the number of values that it gives.
+        The module, None for one that does nothing; and the length of its output vector.
     """
     path = fetch(f"{name}/config.json")
     settings = {} if path is None else read_object(path)

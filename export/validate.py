@@ -151,7 +151,7 @@ def compare_engine(
 
 
 def validation_backend(signature: Signature) -> str:
-    """Return the backend that validates: ONNX Runtime, or for bf16 OpenVINO, or onnx's evaluator without OpenVINO.
+    """Return the backend that validates: ONNX Runtime; for bf16 OpenVINO, or "reference" if it is not installed.
 
     ONNX Runtime has few CPU kernels for bf16.
     """

@@ -190,7 +190,7 @@ def _split(value: Any, name: str, signature: Signature) -> Sequence[Any] | NDArr
 
 
 def _split_each(value: Any, name: str, signature: Signature) -> Sequence[Any] | NDArray[Any]:
-    """`_split`, but by all items of a list, of which any may be wrong, and not by the first."""
+    """Like `_split`, but look at all items of a list, any of which may be wrong, and not at the first alone."""
     if _is_list(value) and len(value) > 0:
         with _readable(name, signature):
             items = _items(value, name)

@@ -84,7 +84,7 @@ class Postprocessor:
         return head.read(self, encoded, *arrays)
 
     def _classes(self, _: Encoded, logits: NDArray[Any]) -> list[dict[str, Any]]:
-        """Label and score of each class, from logits (classes,), best first; of a regression each value in order."""
+        """Label and score of each class, from logits (classes,), best first; for a regression each value, in order."""
         if is_multi_label(self._tokenizer.signature, self._problem_type):
             scores = 0.5 * (1.0 + np.tanh(0.5 * logits))  # the sigmoid, without overflow
         elif len(logits) == 1 or self._problem_type == "regression":

@@ -1,7 +1,7 @@
 """The bodies of the lfx ops: ONNX local functions of standard ops that have the same meaning in opsets 17 to 23.
 
-Each function is one op of domain `lfx`, version 1. A runtime that has a kernel for the op (the TensorRT plugin) runs
-the kernel; any other runtime inlines the body. The shapes in the comments use these letters:
+Each function is one op of domain `lfx`, version 1. A runtime that has a kernel for the op (TensorRT's plugin, ONNX
+Runtime's custom op) runs the kernel; otherwise it inlines the body. The shapes in the comments use these letters:
 
     B batch            S sequence length              H heads        D head size
     G global slots     d dilation                     T = ceil(S / d), length of one interleaved subsequence

@@ -106,7 +106,7 @@ class DevicePool:
 
 
 def _rounded(size: int) -> int:
-    """Round up to one of four sizes between two powers of 2, so that a tensor that grows takes few sizes."""
+    """Round up to one of four sizes between two powers of 2, so that a growing tensor is allocated in few sizes."""
     step = 1 << max(max(size, _SMALLEST_BYTES).bit_length() - 3, 0)
     return max(-(-size // step) * step, _SMALLEST_BYTES)
 

@@ -70,7 +70,7 @@ class OpenVino(AnyShape, HostTensors):
         # The compiled model keeps the addresses of the last request's inputs, and uses them when the next begins. If
         # their memory is freed, `infer` after `infer_tensors` gives wrong numbers or aborts (OpenVINO 2026.4).
         self._last_inputs: Mapping[str, Any] = {}
-        self._lock = threading.Lock()  # so that these are the inputs of the request that ran last
+        self._lock = threading.Lock()  # keeps `_last_inputs` those of the request that ran last
         self.name = f"openvino {openvino.__version__.split('-')[0]} CPU"
         # An OpenVINO port may have several names, so outputs are identified by their order in the graph.
         self.input_names = [item.name for item in graph.graph.input]

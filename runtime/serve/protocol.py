@@ -47,7 +47,7 @@ class Protocol(HttpToolsProtocol):
         self._in_message, self._in_headers, self._header_bytes = False, False, 0
         self._read_deadline = time.monotonic() + self.client_seconds
         self._is_stopping = False
-        self._cycles: list[Any] = []  # requests without a complete reply; uvicorn keeps the newest alone
+        self._cycles: list[Any] = []  # requests without a complete reply; uvicorn keeps only the newest
         self._refuse_later: Callable[[], None] | None = None  # called after the replies to earlier requests
         self._has_ended = False  # the client sends no more
         if len(self.connections) > self.max_connections:

@@ -245,7 +245,7 @@ class TritonModel:
         return [spec.name for spec in self._signature.outputs if spec.name in wanted] or None
 
     def _run(self, rows: Sequence[_Row], names: list[str] | None) -> None:
-        """Run sequences in batches; of a batch that fails, each sequence gets the error."""
+        """Run sequences in batches; if a batch fails, each of its sequences gets the error."""
         results = _own_error(self._engine.run_together, [row.feeds for row in rows], outputs=names, on_error="return")
         for row, result in zip(rows, [results] * len(rows) if isinstance(results, LfxError) else results, strict=True):
             row.result = result

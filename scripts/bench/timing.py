@@ -91,7 +91,7 @@ def measure(
     """Time all contenders, alternating, with the L2 flushed before each.
 
     Args:
-        seconds: about the time that it takes, if that is 5 to `most_rounds` rounds.
+        seconds: approximate duration; the number of rounds is 5 to `most_rounds`.
     Returns:
         The number of rounds; and for each contender median_us, p5_us and p95_us of a call, and times_slower, the median
         over the rounds of its time divided by that of the contender lfx, if there is one.

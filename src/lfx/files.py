@@ -269,7 +269,7 @@ def _sweep(parent: Path, prefix: str, salvage: Callable[[Path], Any]) -> None:
             try:
                 lock = os.open(folder / _LOCK, os.O_RDWR | _NO_FOLLOW)
             except FileNotFoundError:
-                folder.rmdir()  # its process was killed before it made the lock, or makes a new folder instead
+                folder.rmdir()  # its process was killed before it made the lock; one that is alive makes a new folder
                 continue
             try:
                 if _is_leftover(lock):

@@ -90,7 +90,7 @@ def command(bundle: Path, output: Path | None, generation: tuple[str, ...], as_j
 def described(accuracy: dict[str, Any]) -> dict[str, str]:
     """Return a line of text for each output of the manifest's entry `accuracy`, and for the texts of greedy search.
 
-    Outputs that differ by the number of a layer have one line, of the worst of them.
+    Outputs whose names differ only in the layer's number share a line, which has their worst values.
     """
     lines = {}
     for label, names in grouped(accuracy["outputs"]).items():

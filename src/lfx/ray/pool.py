@@ -190,7 +190,7 @@ class Pool:
         yield task, piece
 
     def _failed(self, task: Task, error: BaseException) -> Iterator[tuple[Task, Piece]]:
-        """Run a task again, alone on its actor; in halves if it has failed before; yields the row of a single one."""
+        """Queue a task again: alone on its actor, then in halves; yield the error of a task of a single document."""
         task.deaths, task.is_suspect = task.deaths + 1, True
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row >= _MAX_DEATHS_IN_A_ROW * len(self._slots):
