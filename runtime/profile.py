@@ -163,7 +163,7 @@ def _repeat(ranges: list[Range], count: int) -> Iterable[Range]:
     return ranges if len(ranges) == count else itertools.repeat(ranges[0], count)
 
 
-def choose(candidates: Sequence[Profile | DecoderProfile], batch: int, seqlen: int) -> int | None:
+def choose_profile(candidates: Sequence[Profile | DecoderProfile], batch: int, seqlen: int) -> int | None:
     """Index of the profile to run a shape with: the one with the nearest optimum; None if none takes the shape."""
     supporting = [i for i, profile in enumerate(candidates) if profile.supports_shape(batch, seqlen)]
 

@@ -19,7 +19,7 @@ from lfx.runtime.device import check, cudart, require_gpu
 from lfx.runtime.dlpack import CUDA
 from lfx.runtime.flavor import FLAVORS
 from lfx.runtime.plan import PlanManifest, decoder_path
-from lfx.runtime.profile import DecoderProfile, Profile, choose
+from lfx.runtime.profile import DecoderProfile, Profile, choose_profile
 from lfx.signature import PAST
 
 Arrays = dict[str, NDArray[Any]]
@@ -82,7 +82,7 @@ class TensorRt:
 
     def supports_shape(self, batch: int, seqlen: int) -> bool:
         """Whether a profile of the plan takes a batch of this shape."""
-        return choose(self._profiles, batch, seqlen) is not None
+        return choose_profile(self._profiles, batch, seqlen) is not None
 
     def infer(self, feeds: Arrays, outputs: Sequence[str] | None = None, *, on_device: bool = False) -> Arrays:
         """Run one batch on this thread's own context and stream; see `lfx.runtime.backends.interface.Backend`.
@@ -140,7 +140,7 @@ class TensorRt:
             InputError: no profile takes them.
         """
         shape = next(iter(shapes.values()))
-        profile = choose(self._profiles, shape[0], shape[-1])
+        profile = choose_profile(self._profiles, shape[0], shape[-1])
         if profile is None:
             ranges = " or ".join(map(str, self._profiles))
             raise InputError(
@@ -163,7 +163,7 @@ class TensorRtDecoder(TensorRt):
         (rows, tokens), seqlen = shapes["input_ids"], shapes["encoder_attention_mask"][1]
         past = next((shape[2] for name, shape in shapes.items() if name.startswith(PAST) and ".decoder." in name), 0)
         fitting = [i for i, profile in enumerate(self._decoder_profiles) if profile.supports_step(tokens, past)]
-        profile = choose([self._decoder_profiles[i] for i in fitting], rows, seqlen)
+        profile = choose_profile([self._decoder_profiles[i] for i in fitting], rows, seqlen)
         if profile is None:
             ranges = " or ".join(map(str, self._profiles))
             raise InputError(

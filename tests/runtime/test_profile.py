@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lfx.errors import BuildError
-from lfx.runtime.profile import CHOICES, Profile, Range, choose, profiles
+from lfx.runtime.profile import CHOICES, Profile, Range, choose_profile, profiles
 from lfx.signature import GRAPH_INPUTS, Signature, TensorSpec
 
 SIGNATURE = Signature(
@@ -89,9 +89,9 @@ def test_shapes_follow_the_axes_of_the_input(axes: Any, smallest: Any, largest: 
 def test_a_batch_takes_the_profile_tuned_for_the_nearest_shape() -> None:
     short = Profile(Range(1, 1, 8), Range(1, 64, 512))
     long = Profile(Range(1, 1, 2), Range(1, 4096, 4096))
-    assert choose((short, long), 1, 64) == 0
-    assert choose((short, long), 1, 500) == 0
-    assert choose((short, long), 1, 4000) == 1
-    assert choose((short, long), 8, 512) == 0
-    assert choose((short, long), 8, 513) is None
-    assert choose((), 1, 1) is None
+    assert choose_profile((short, long), 1, 64) == 0
+    assert choose_profile((short, long), 1, 500) == 0
+    assert choose_profile((short, long), 1, 4000) == 1
+    assert choose_profile((short, long), 8, 512) == 0
+    assert choose_profile((short, long), 8, 513) is None
+    assert choose_profile((), 1, 1) is None
