@@ -3,7 +3,8 @@
 A backend that is named explicitly is used or is an error; none falls back to another device or library. To add a
 backend: a module here with a class like `reference.Reference`, its name in `BACKENDS` and a branch in `load`; its name
 in the docstring of `Engine` and in the help of `--backend` (`lfx.cli.engine`); if it has CPU threads, its name in
-`serve.supervisor.supervise`, which divides the cores; an extra in pyproject.toml; rows in docs/backends.md.
+`serve.supervisor.supervise`, which divides the cores; its package in `lfx.cli.bench`, whose records have the version;
+an extra in pyproject.toml; rows in docs/backends.md, and name and extra in docs/commands.md.
 """
 
 from __future__ import annotations
