@@ -202,14 +202,14 @@ def _rename(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, tensor in weights.items():
         new = f"led.{name.removeprefix('model.')}" if name.startswith("model.") else name
         if ".self_attn." in new and "encoder.layers." in new:
-            part, _, kind = new.rpartition(".")
+            part, _, parameter = new.rpartition(".")
             attention, _, projection = part.rpartition(".")
             if projection in _PROJECTIONS:
                 local = f"{attention}.longformer_self_attn.{_PROJECTIONS[projection]}"
-                renamed[f"{local}_global.{kind}"] = tensor.clone()
-                new = f"{local}.{kind}"
+                renamed[f"{local}_global.{parameter}"] = tensor.clone()
+                new = f"{local}.{parameter}"
             else:
-                new = f"{attention}.output.{kind}"
+                new = f"{attention}.output.{parameter}"
         renamed[new] = tensor
     return renamed
 

@@ -22,7 +22,7 @@ from lfx.export.trace import first_names, run_onnx, trace
 from lfx.signature import PAST, PRESENT, TEXT_GENERATION, Decoder, Signature, TensorSpec
 
 ENCODER_MODEL, DECODER_MODEL = "encoder_model.onnx", "decoder_model.onnx"
-# Of the example that the decoder is traced with; they differ, so that torch.export merges no two axes.
+# Sizes of the example that the decoder is traced with; they differ, so that torch.export merges no two axes.
 _SIZES = {"batch": 3, "tokens": 5, "past": 7, "sequence": 11}
 
 

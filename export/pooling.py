@@ -14,7 +14,7 @@ from lfx.signature import POOLINGS
 
 # Starts of the names of the modules below that compute in float32.
 IN_FLOAT32_MODULES = ("pooling/", "normalize_")
-# Of a Dense; each computes every value by itself.
+# Activations that a Dense may have; each is elementwise.
 ACTIVATIONS = {cls.__name__: cls for cls in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid)}
 
 

@@ -56,5 +56,5 @@ def reason_for_function(backend: str, provider: str, precision: str, has_attenti
 
 def refusal(error: Exception) -> str:
     """The message of an lfx op that refuses a node, inside an error of ONNX Runtime; empty if there is none."""
-    found = re.search(r"lfx::(Banded|Global)Attention: .*", str(error))
-    return found[0] if found else ""
+    match = re.search(r"lfx::(Banded|Global)Attention: .*", str(error))
+    return match[0] if match else ""

@@ -1,7 +1,7 @@
 """Selects the strongest attention weights of a sequence from the attention outputs of a bundle, for `lfx explain`.
 
-Of each query the `KEPT` tokens with the largest weights are taken; a span is a run of adjacent ones, and its weight is
-the sum of their weights.
+For each query the `KEPT` tokens with the largest weights are selected. A span is a run of adjacent ones, and its weight
+is the sum of their weights.
 """
 
 from __future__ import annotations

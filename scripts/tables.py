@@ -422,10 +422,10 @@ def kernels() -> str:
     names = ("huggingface-eager", "fp32-function", "fp32-fused", "int8-function", "int8-fused")
     rows = []
     for seqlen in sorted({row["seqlen"] for row in records}):
-        found = {row["contender"]: row for row in records if row["seqlen"] == seqlen}
+        by_contender = {row["contender"]: row for row in records if row["seqlen"] == seqlen}
         cells = []
         for name in names:
-            if (row := found.get(name)) is None:
+            if (row := by_contender.get(name)) is None:
                 cells.append("not measured")
                 continue
             attention = "" if row["attention_ms"] is None else f", attention {_time(row['attention_ms'])}"

@@ -116,9 +116,9 @@ def run_on_device(session: Any, feeds: Arrays, names: Sequence[str], device: str
         binding.bind_output(name, device)
     session.run_with_iobinding(binding)
     binding.synchronize_outputs()
-    place = (CUDA if device == "cuda" else CPU, 0)
+    dlpack_device = (CUDA if device == "cuda" else CPU, 0)
     return [
-        DeviceArray(value.data_ptr(), tuple(value.shape()), _dtype(value.data_type()), place, value)
+        DeviceArray(value.data_ptr(), tuple(value.shape()), _dtype(value.data_type()), dlpack_device, value)
         for value in binding.get_outputs()
     ]
 

@@ -267,7 +267,7 @@ def _complete(opened: asyncio.Future[None], error: LfxError | None) -> None:
 
 
 def connection_limit(wanted: int) -> int:
-    """Raise the limit of open files to the largest that the system allows; return how many connections it leaves."""
+    """Raise the limit of open files as far as the system allows; return the number of connections that fit."""
     try:
         import resource
     except ImportError:  # Windows has no such limit

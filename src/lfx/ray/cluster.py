@@ -1,4 +1,4 @@
-"""Starting Ray on this machine or connecting to a cluster, and how many actors fit in it."""
+"""Starting Ray on this machine or connecting to a cluster, and the number of actors that fit in it."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Inputs:
     def __init__(self, source: str) -> None:
         self._source = source
         with _reading(source):
-            files = [_file(name, found) for name, found in sorted(_list_files(source))]
+            files = [_file(name, listed) for name, listed in sorted(_list_files(source))]
         self._files = files
         self._starts = [0, *accumulate(file.documents for file in files)]
         self.documents = self._starts[-1]
@@ -146,8 +146,8 @@ def _list_remote_files(source: str) -> Iterator[tuple[str, Source]]:
         _check_suffix(Path(path), source)
         yield PurePosixPath(path).name, RemoteFile(filesystem, path)
         return
-    found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-    named = ((info.path.removeprefix(path).lstrip("/"), info) for info in found if info.is_file)
+    entries = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    named = ((info.path.removeprefix(path).lstrip("/"), info) for info in entries if info.is_file)
     files = [(name, RemoteFile(filesystem, info.path)) for name, info in named]
     yield from _some([(n, file) for n, file in files if is_documents(Path(n)) and not _is_hidden(n)], source)
 

@@ -61,8 +61,8 @@ class Columns:
     def schema(self) -> Any:
         """The pyarrow schema of a part: the file and the number of the document, its id as text, and the results."""
         pyarrow = require("pyarrow", "ray")
-        place = [("file", pyarrow.string()), ("line", pyarrow.int64()), ("id", pyarrow.string())]
-        return pyarrow.schema([*place, *self.results()])
+        identity = [("file", pyarrow.string()), ("line", pyarrow.int64()), ("id", pyarrow.string())]
+        return pyarrow.schema([*identity, *self.results()])
 
 
 def encode(rows: Sequence[dict[str, Any]], columns: Columns, file_format: str) -> bytes:

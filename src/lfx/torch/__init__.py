@@ -1,6 +1,6 @@
 """The lfx ops as custom ops of PyTorch, and `accelerate`, which puts them into a model of transformers for inference.
 
-The package needs torch, and `accelerate` also transformers. Of the rest of lfx, export alone imports it.
+The package needs torch, and `accelerate` also transformers. No other part of lfx but export imports it.
 """
 
 from __future__ import annotations
