@@ -43,7 +43,7 @@ class Family:
         starts_at_zero: whether a token's position is its index, from row 0 of the table. Otherwise positions are as
             Longformer's: only ids that are no padding are counted, and the first has row pad_token_id + 1.
         head_activation: whether the masked LM head applies `hidden_act`. Otherwise it applies GELU, as Longformer's.
-        replaced: pretraining class -> the class that is converted in its stead, without the head that Longformer lacks.
+        replaced: pretraining class -> the class that is converted instead, without the head that Longformer lacks.
     """
 
     prefix: str

@@ -66,7 +66,7 @@ def relayout(
     Returns:
         The new folder, which `Engine` opens too.
     Raises:
-        ArtifactError: a bundle is none, or is broken.
+        ArtifactError: a path is no bundle, or a bundle is broken.
         ExportError: the global tokens depend on the input, a bundle does not belong to the first, or an option cannot
             be used.
         ParityError: a written model does not give the bundle's outputs.
@@ -192,7 +192,7 @@ def _compare(artifact: Artifact, path: Path) -> None:
 
 
 def _difference(actual: NDArray[Any], expected: NDArray[Any]) -> float:
-    """The largest difference; of outputs that are no floats, infinity if one differs."""
+    """The largest difference; for outputs that are not floats, infinity if any number differs."""
     if expected.dtype.kind != "f":
         return 0.0 if np.array_equal(actual, expected) else math.inf
     return float(abs(actual.astype(np.float64) - expected).max(initial=0.0))

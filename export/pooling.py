@@ -21,7 +21,7 @@ ACTIVATIONS = {cls.__name__: cls for cls in (nn.Identity, nn.Tanh, nn.ReLU, nn.G
 class Pooling(nn.Module):
     """Pools the hidden states of a sequence into one vector, in float32 also for a model in half precision.
 
-    A sequence of padding only gives zeros.
+    A sequence that is all padding gives zeros.
 
     Args:
         modes: of `lfx.signature.POOLINGS`; their vectors are concatenated.
@@ -100,7 +100,7 @@ class Dense(nn.Module):
 
 
 class LongformerForSentenceEmbedding(nn.Module):
-    """A LongformerModel, a pooling, and the modules behind it; its output is sentence_embedding.
+    """A LongformerModel, a pooling, and the modules after it; its output is sentence_embedding.
 
     Args:
         longformer: the encoder, which is not changed.

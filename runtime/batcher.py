@@ -185,7 +185,7 @@ class Batcher:
     ) -> Future[Outputs]:
         """Submit one sequence. The arguments are those of `Engine.run`.
 
-        A batch copies the outputs that its requests ask for together.
+        An output is copied for all requests of a batch if one of them asks for it.
 
         Returns:
             A future of what `Engine.run` returns for this sequence: output name -> array with a batch axis of 1. If the

@@ -42,7 +42,7 @@ def library(provider: str = "cpu") -> Path:
 
 
 def reason_for_function(backend: str, provider: str, precision: str, has_attention_nodes: bool) -> str:
-    """Why a model has no kernels, and what to do, as far as its files and the options say; empty if it may have."""
+    """The reason why the files or the options rule out the kernels, and what to do; empty if they do not."""
     if not has_attention_nodes:
         return "the model's attention nodes are inlined; export it without inlined functions"
     if backend != "onnxruntime":

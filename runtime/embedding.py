@@ -26,7 +26,7 @@ def embedding_size(signature: Signature) -> int:
     """The number of values of a sentence embedding.
 
     Raises:
-        ArtifactError: the model has no such output, or not (batch, size).
+        ArtifactError: the model has no such output, or its shape is not (batch, size).
     """
     shape = next((spec.shape for spec in signature.outputs if spec.name == SENTENCE_OUTPUT), ())
     if len(shape) != 2 or not isinstance(shape[1], int):

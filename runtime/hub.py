@@ -155,7 +155,7 @@ def _may_write_card(api: Any, repository: str, revision: str | None) -> bool:
 
 @contextlib.contextmanager
 def _failing(error_type: type[LfxError], failure: str) -> Iterator[None]:
-    """Turn the errors of huggingface_hub into an LfxError; it raises its own, those of HTTP and those of the system."""
+    """Turn the errors of huggingface_hub into an LfxError; it raises its own errors, its HTTP client's and OSError."""
     try:
         yield
     except LfxError:

@@ -54,7 +54,7 @@ class Worker:
         self, tensors: Mapping[str, DeviceTensor], profile: int, outputs: Sequence[str]
     ) -> dict[str, DeviceTensor]:
         """Run one batch of tensors, and wait for its outputs, which are new tensors on the device."""
-        self._previous = None  # other shapes and addresses are set than those of the previous `run`
+        self._previous = None  # the next `run` sets its shapes and addresses again
         self._destroy_graph()
         self._select(profile)
         for name, tensor in tensors.items():
@@ -128,7 +128,7 @@ class Worker:
             raise InputError(f"{name} of shape {shape} is outside the plan's profile: {self._reason()}")
 
     def _target(self, name: str, size: int, on_device: bool) -> DeviceMemory | Lease | Buffer | None:
-        """Where an output is copied after the graph; None = to its buffer's host memory, in the graph."""
+        """The memory that an output is copied to after the graph; None if the graph copies it to its buffer's own."""
         if on_device:
             return DeviceMemory(self._cuda, size)
         if size < LEASED_FROM_BYTES:

@@ -133,7 +133,7 @@ def _fit_fill(array: np.ndarray, precision: str) -> np.ndarray:
 
 
 def _keep_constants(model: ir.Model, in_float32: set[ir.Node], precision: str | None) -> set[ir.Value]:
-    """Give the nodes that stay in float32 constants in float32; returns these.
+    """Give nodes that stay in float32 float32 constants of their own, and return these constants.
 
     Args:
         precision: that mask fill values are scaled to; None = they are not.

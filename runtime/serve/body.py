@@ -33,7 +33,7 @@ Item = TypeVar("Item")
 
 
 class _FailFast(FailFast):
-    """pydantic's FailFast, which a union of types can hold: a union needs types with a hash."""
+    """pydantic's FailFast with a hash, which a union of types needs."""
 
     __hash__ = object.__hash__
 

@@ -64,7 +64,7 @@ class Stats:
             )
 
     def stop(self) -> None:
-        """Stop offering them."""
+        """Stop offering the counters."""
         if self._server is not None:
             self._server.close()
 

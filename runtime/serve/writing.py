@@ -16,8 +16,8 @@ class WrittenToken:
     """A generated token.
 
     Attributes:
-        text: the characters that it adds to the text: none before the last byte of a character, and all bytes of it
-            then. For a special token, its entry in the vocabulary, which is no part of the text.
+        text: the characters that it completes; a character whose bytes are in several tokens comes with the last one.
+            For a special token, its entry in the vocabulary, which is no part of the text.
         special: whether it is a special token.
         last: whether it ends the text.
     """

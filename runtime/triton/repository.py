@@ -369,7 +369,7 @@ def _write_config(folder: Path, config: ModelConfig) -> None:
 def _seal(text: str, folder: Path) -> str:
     """A digest of the config and of the model's other files, which says whether they are as lfx wrote them.
 
-    Of a file that is too large to be edited by hand, its size counts and not its bytes.
+    For a file that is too large to be edited by hand, the digest has the size and not the bytes.
     """
     digest = hashlib.sha256(text.encode())
     for path in sorted(folder.rglob("*")):

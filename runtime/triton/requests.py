@@ -165,7 +165,7 @@ class TritonModel:
         return [_own_error(self._result, request, rows) for request, rows in zip(requests, prepared, strict=True)]
 
     def counted(self) -> dict[str, int]:
-        """By how much each of `COUNTERS` has grown since the last call."""
+        """The increase of each of `COUNTERS` since the last call."""
         snapshot = self._engine.metrics.snapshot()
         now = {name: getattr(snapshot, name) for name in COUNTERS}
         grown = {name: now[name] - self._counted[name] for name in now}

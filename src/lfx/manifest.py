@@ -56,7 +56,7 @@ class Manifest:
 
     Attributes:
         signature: inputs, outputs and limits of the model.
-        opset: version of the default ONNX domain, 17 or 23.
+        opset: version of the default ONNX domain, 17 to 23.
         source: {"model": hub id, folder or class name, "kind": "hub", "folder" or "module", "sha256": of the weights}.
         versions: package name -> version at export.
         inlined: whether the lfx functions are inlined, so that the graph has no attention nodes.
@@ -218,7 +218,7 @@ def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_limited(path: Path, max_bytes: int, cure: str) -> bytes:
-    """Read a file of at most `max_bytes`; no more than its size, since a file of /proc may have no end.
+    """Read a file of at most `max_bytes`, up to the size that it reports, since a file of /proc may have no end.
 
     Args:
         cure: what to do about a broken file; the end of the message.

@@ -93,7 +93,7 @@ _PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "numpy")
 def command(model: Path, open_engine: OpenEngine, **options: Any) -> None:
     """Measure latency, tokens per second and peak memory of a bundle or a plan, by length and batch size.
 
-    Of a model that writes texts, the prefill (the time to the first token) and the tokens per second after it are
+    For a model that writes texts, the prefill (the time to the first token) and the tokens per second after it are
     measured apart.
     """
     if options["source"] is not None and not options["against"]:

@@ -66,7 +66,7 @@ from lfx.signature import grouped
 def command(bundle: Path, output: Path | None, generation: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Quantize the linear layers of a bundle to int8, calibrated on your text, and measure the accuracy.
 
-    Of a model that writes texts, both graphs are quantized, and the texts of greedy search are compared with those of
+    For a model that writes texts, both graphs are quantized, and the texts of greedy search are compared with those of
     float32.
     """
     generate = generation_options(generation)

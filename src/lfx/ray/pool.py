@@ -76,7 +76,7 @@ class Pool:
         report: Callable[[str], None],
     ) -> None:
         self._ray, self._options, self._format, self._report = ray, options, file_format, report
-        # SPREAD: over the machines, so that one that ends takes few actors along.
+        # SPREAD: over the machines, so that few actors end with a machine.
         self._make = ray.remote(DocumentActor).options(max_restarts=0, scheduling_strategy="SPREAD", **resources)
         self._opened: tuple[dict[str, Any], Columns] | None = None
         self._deaths_in_a_row = self._failed_starts = 0
