@@ -99,12 +99,12 @@ def export(
         global_attention: "mask" makes global_attention_mask a graph input; "first" fixes the first token of every
             row; "none" leaves global attention out.
         pooling: one of `lfx.signature.POOLINGS`: sentence embeddings of a LongformerModel, or of a checkpoint without a
-            pooling of its own. They are not normalized, as those of sentence-transformers for such a model.
+            pooling of its own. They are not normalized, like those of sentence-transformers for such a model.
         max_global: constant number of global slots, 1 to max_seqlen; None = the largest number of global tokens in
             a row of the batch.
         max_seqlen: longest sequence in tokens, 1 or more; default: the largest that Hugging Face's position embeddings
             allow, or no limit if the model has none. For sentence embeddings of a folder of sentence-transformers: the
-            length from which on that truncates, if it is shorter.
+            length to which that truncates, if it is shorter.
         inline_functions: write standard ops only, without the domain lfx.
         output_attentions: add the attention probabilities of each layer to the outputs, as Hugging Face's
             output_attentions does; docs/ops.md has their layout. Such a bundle is meant for analysis: it is slower, and
@@ -371,7 +371,7 @@ def _load_texts(
     """Return the tokenizer and the longest sequence: the caller's, or those of the checkpoint.
 
     Args:
-        settings: of sentence-transformers, which are followed; None = there are none.
+        settings: those of a sentence-transformers folder; None for any other checkpoint.
     """
     if tokenizer is None:
         tokenizer = load_tokenizer(source, lower_case=settings is not None and settings.lower_case)

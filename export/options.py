@@ -43,7 +43,7 @@ def check_choices(task: Any, precision: Any, global_attention: Any, inline_funct
 
 
 def check_pooling(pooling: Any, task: str) -> None:
-    """Check the argument `pooling`, which is for sentence embeddings; None is none.
+    """Check the argument `pooling`, which is for sentence embeddings; None = no pooling.
 
     Raises:
         ExportError: it is unknown, or the task is another.

@@ -80,7 +80,7 @@ def copy_settings(fetch: Fetch, folder: Path) -> None:
 
 def read_settings_of(fetch: Fetch) -> tuple[Path | None, dict[str, Any]]:
     """Return the path and the settings of the encoder; None and no settings if there are none."""
-    path = next((found for name in _ENCODERS if (found := fetch(name)) is not None), None)
+    path = next((file for name in _ENCODERS if (file := fetch(name)) is not None), None)
     return path, {} if path is None else read_object(path)
 
 
@@ -88,7 +88,7 @@ def score_function(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the settings of a config.json that say which function a CrossEncoder applies to the logits.
 
     Raises:
-        ExportError: it is none of torch.nn.
+        ExportError: it is not a name in torch.nn.
     """
     old = "sbert_ce_default_activation_function"
     check_function(config, old, path)
@@ -104,7 +104,7 @@ def check_function(settings: dict[str, Any], name: str, path: Path) -> None:
     """Check a setting that names a function, which sentence-transformers imports by its name.
 
     Raises:
-        ExportError: it is none of torch.nn.
+        ExportError: it is not a name in torch.nn.
     """
     function = settings.get(name)
     if function is not None and not (isinstance(function, str) and function.startswith("torch.nn.")):

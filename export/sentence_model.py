@@ -56,7 +56,7 @@ class EncoderSettings:
     """What sentence-transformers does to a text before the encoder.
 
     Attributes:
-        max_seqlen: length in tokens from which on it truncates; None = the tokenizer's own.
+        max_seqlen: length in tokens to which it truncates; None = the tokenizer's own.
         lower_case: whether it converts the text to lower case.
     """
 

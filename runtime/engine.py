@@ -185,7 +185,7 @@ class Engine(OpenModel):
 
         Args:
             texts: one text, or any number of texts.
-            prompt: is put before each text; an empty string is none. Default: the default prompt of the checkpoint's
+            prompt: is put before each text; may be empty. Default: the default prompt of the checkpoint's
                 config_sentence_transformers.json, if it has one.
             truncate: cut a text of more tokens than the model's maximum (see `Tokenizer.truncate`); otherwise such a
                 text is an error.

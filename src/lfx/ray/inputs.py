@@ -98,7 +98,7 @@ def check_apart(source: str, output: Path) -> None:
         return
     first, second = os.path.realpath(source), os.path.realpath(output)
     if os.path.commonpath([first, second]) in (first, second):
-        raise InputError(f"{output} and the input {source} lie in one another; give another output")
+        raise InputError(f"of {output} and the input {source}, one contains the other; give another output")
 
 
 def _list_files(source: str) -> Iterator[tuple[str, Source]]:
