@@ -16,7 +16,6 @@ import json
 import tempfile
 from pathlib import Path
 
-import nncf
 import numpy as np
 import onnx
 from onnx.inliner import inline_local_functions
@@ -42,6 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     threads = parser.parse_args().threads
+    import nncf
+
     with tempfile.TemporaryDirectory(prefix="lfx-quantizers-") as name:
         folder = Path(name)
         fp32 = export(save_base_checkpoint(folder / "checkpoint"), folder / "fp32")
@@ -76,6 +77,8 @@ def contenders(
     fp32: Path, float_engine: Engine, calibration: list[np.ndarray], folder: Path, threads: int
 ) -> dict[str, Run]:
     """Return the contenders: name -> a function from ids to last_hidden_state; times are relative to the first."""
+    import nncf
+
     text = folder / "windows.jsonl"  # `lfx quantize` calibrates on every second line
     lines = itertools.chain.from_iterable((ids, ids) for ids in calibration)
     text.write_text("".join(json.dumps({"input_ids": ids[0].tolist()}) + "\n" for ids in lines), encoding="utf-8")
