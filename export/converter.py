@@ -71,15 +71,15 @@ def convert(
     *,
     progress: Progress = lambda step: None,
 ) -> Path:
-    """Make a Longformer checkpoint of an encoder, and compare the two before it reports success.
+    """Turn an encoder into a Longformer checkpoint, and compare the two before reporting success.
 
     Args:
         model: a checkpoint folder or a hub id: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA or DistilBERT, with or
             without a head; a BART, which becomes an LED; or a folder of sentence-transformers.
         output: the new checkpoint's folder, which does not exist yet or is empty.
         max_seqlen: longest sequence in tokens, 1 to 65,536. The position embeddings are repeated up to it.
-        attention_window: tokens on both sides together that a token attends to, an even number from 4 on; a sequence
-            has one for each layer.
+        attention_window: width of the window in tokens, both sides together: an even number of 4 or more, or a sequence
+            with one for each layer.
         progress: called with the name of each step.
     Returns:
         The new checkpoint's folder.

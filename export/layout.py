@@ -135,7 +135,7 @@ def write_layout(
     _edit_config(folder / "config.json", model_type, [file for file in files if _has_data(folder / FOLDER / file)])
     _edit_tokenizer(folder / _TOKENIZER_CONFIG)
     for bundle in bundles:
-        if folder in bundle.parents:  # an export's own, which is no part of the result
+        if folder in bundle.parents:  # the bundle that `export` wrote first, inside the folder
             shutil.rmtree(bundle)
     dataclasses.replace(manifest, signature=names[name], inlined=True, model_file=f"{FOLDER}/{name}").write(folder)
 

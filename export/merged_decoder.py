@@ -151,7 +151,7 @@ def _signature(spec: Decoder, hidden: TensorSpec) -> Decoder:
 def _reorder(graph: ir.Graph, spec: Decoder, made: list[ir.Value]) -> None:
     """Set inputs and outputs in the order of a signature, with its axes.
 
-    transformers.js makes the first, empty caches, and knows the size of one axis, by the name batch_size.
+    transformers.js makes the empty caches of the first call, for which it knows one axis by its name, batch_size.
     """
     inputs = {str(value.name): value for value in graph.inputs}
     outputs = {str(value.name): value for value in (*graph.outputs, *made)}

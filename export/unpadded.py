@@ -125,7 +125,7 @@ _OF_LED: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _of_led(attention: type[nn.Module]) -> type[nn.Module]:
-    """Return a self-attention class whose modules are LEDEncoderSelfAttention too, so that subclasses stay theirs."""
+    """Return a subclass of a self-attention class and of LEDEncoderSelfAttention, whose place it takes."""
     names = {"__module__": attention.__module__, "__doc__": attention.__doc__}
     bases = (attention, led.LEDEncoderSelfAttention)
     return _OF_LED.setdefault(attention, type(attention.__name__, bases, names))

@@ -83,7 +83,7 @@ def push(
 ) -> str:
     """Upload a bundle to a repository of the hub, in one commit, with a model card.
 
-    Files of the bundle that the repository held before and the new one does not have are deleted in the same commit.
+    The same commit deletes the files of the repository's previous bundle that the new one does not have.
 
     The token is that of huggingface_hub: the environment variable HF_TOKEN, or that of `hf auth login`.
 

@@ -58,11 +58,11 @@ def prepare_each(
 ) -> list[Feeds | InputError]:
     """Check each sequence alone: like `prepare`, but an InputError of a sequence is returned at its index.
 
-    A list is one sequence if it has whole numbers alone, for multiple choice if it has lists of them alone; otherwise
-    each of its items is a sequence, or that sequence's error.
+    A list of whole numbers only is one sequence (for multiple choice, a list of lists of whole numbers only). In any
+    other list each item is a sequence, or that sequence's error.
 
     Raises:
-        InputError: an argument cannot be split into sequences, or a mask has not as many sequences as the ids.
+        InputError: an argument cannot be split into sequences, or a mask has another number of sequences than the ids.
     """
     sequences = _split_each(ids, "input_ids", signature)
     masks = _split_mask(attention_mask, "attention_mask", len(sequences), signature)

@@ -50,7 +50,7 @@ def require_agreement(accuracy: dict[str, Any], least: float) -> None:
         least: 0 to 1.
     Raises:
         ExportError: the model has no labels, since its outputs have a single entry.
-        ParityError: the share of one is smaller.
+        ParityError: a share is smaller than `least`.
     """
     shares = {
         f"labels of {name}": result["label_agreement"]

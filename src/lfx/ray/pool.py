@@ -34,8 +34,8 @@ class Task:
         part: number of the part that their rows belong to.
         first: index of their first one in the part.
         deaths: number of actors that ended while they ran it.
-        is_suspect: whether it, or the task that it was split from, has ended an actor. No other task is queued behind
-            a suspect, which would take it along.
+        is_suspect: whether it, or the task that it was split from, has ended an actor. No other task waits at the actor
+            of a suspect, so that none is lost with it.
     """
 
     part: int
