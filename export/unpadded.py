@@ -85,8 +85,8 @@ class LongformerModel(hf.LongformerModel):  # type: ignore[misc]
 class LEDEncoderLayer(led.LEDEncoderLayer):  # type: ignore[misc]
     """Calls self-attention with the attention mask alone.
 
-    Hugging Face's clamps a float16 output that has an infinite value. It is the result of a layer norm, so that it has
-    one only if the norm's weight is above 65,504 / √hidden.
+    Hugging Face's layer also clamps a float16 output that has an infinite value. The output of this layer is that of a
+    layer norm, which is infinite only if the norm's weight is above 65,504 / √hidden.
     """
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, ...]:

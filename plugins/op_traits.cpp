@@ -42,8 +42,8 @@ void setCommonSizes(
     setContiguous(params);
 }
 
-// The width of query, key and value, which is the same; less than 0 if it is known of none of them. A graph that reshapes
-// the query often leaves its width unknown.
+// The width that query, key and value have in common; less than 0 if none of the three shapes gives it. A graph that
+// reshapes the query often leaves its width unknown.
 template <typename Op>
 int64_t width(typename Op::Shapes const& shapes)
 {

@@ -12,8 +12,8 @@ def run_child(module: str, *flags: str, **options: Any) -> dict[str, Any]:
     """Run a benchmark's module as a program, and return the JSON in the last line that it prints.
 
     Args:
-        flags: arguments as they are.
-        options: name -> value of further options.
+        flags: arguments that are passed unchanged.
+        options: name -> value, passed as --name=value.
     """
     command = [sys.executable, "-m", f"scripts.bench.{module}", *flags]
     command += [f"--{name}={value}" for name, value in options.items()]

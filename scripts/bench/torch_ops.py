@@ -75,7 +75,7 @@ def _measured(names: tuple[str, ...], length: int, options: argparse.Namespace) 
     runs = {name: _contender(name, length, options.dry_run) for name in names}
     outputs = {name: run(_ids(length)) for name, run in runs.items()}  # the warm-up
     rounds = 1 if options.dry_run else ROUNDS.get(length, 3)
-    # `measure` reports each contender's time by the first one's, which is ours.
+    # `measure` reports each contender's time relative to the first one's, which is ours.
     timed = {name: runs[name] for name in (OURS, *(name for name in names if name != OURS))}
     rows = {row["contender"]: row for row in measure(timed, [length], [1], rounds=rounds, vocab_size=VOCAB_SIZE)}
     return {
