@@ -149,9 +149,10 @@ def documents() -> str:
         rates = row["tokens_per_second"]
         lines.append(
             f"{row['documents']} documents of {row['shortest']} to {row['longest']:,} tokens, base shape, "
-            f"{row['threads']} threads: {rates['mixed']:.0f} tokens/s, {row['mixed_over_uniform']:.2f} times as many "
-            f"as with documents that all have {row['uniform_length']:,} tokens ({rates['uniform']:.0f} tokens/s, in "
-            f"turns). Largest difference from running {row['one_by_one']['documents']} of them one by one: "
+            f"{row['threads']} threads: {rates['mixed']:.0f} tokens/s. Documents that all have "
+            f"{row['uniform_length']:,} tokens, in turns with them: {rates['uniform']:.0f} tokens/s. The median over "
+            f"the turns of the first rate divided by the second is {row['mixed_over_uniform']:.2f}. Largest "
+            f"difference from running {row['one_by_one']['documents']} of the documents one by one: "
             f"{row['one_by_one']['largest_difference']:.1e}. {_hardware(row)}."
         )
     for row in record.read("soak"):
