@@ -159,7 +159,7 @@ def make_config(bart: Bart) -> Any:
 
 
 def make_led(bart: Bart, original: Any, max_seqlen: int, windows: tuple[int, ...]) -> Any:
-    """Make the LED that a BART becomes; it shares the weights. The projections of global tokens are copies.
+    """Turn a BART into an LED that shares its weights; the projections of global tokens are copies.
 
     Args:
         max_seqlen: longest sequence in tokens; the position table has rows for it, padded to the widest window.
@@ -254,7 +254,7 @@ def _with_one_end(inputs: Arrays, config: Any) -> Arrays:
 
 
 def _compared(run: Runner) -> Runner:
-    """Select the outputs that are compared: the encoder's states of padding become 0; logits are of some positions."""
+    """Select what is compared: the encoder's states, 0 where there is padding, and the logits of some positions."""
 
     def selected(inputs: Arrays) -> Arrays:
         outputs, mask = run(inputs), inputs["attention_mask"]

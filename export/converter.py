@@ -248,7 +248,7 @@ def _cases(equal_seqlen: int) -> list[Case]:
 
 
 def _compared(run: Runner, task: str) -> Runner:
-    """Select the outputs that are compared: those of padding become 0, and a masked LM's are those of some positions.
+    """Select the outputs that are compared: set those of padding to 0, and keep a masked LM's of some positions.
 
     The logits of 257 tokens for a vocabulary of 250,000 words would take 0.5 GB, in a dozen arrays.
     """

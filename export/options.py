@@ -14,7 +14,7 @@ from lfx.signature import GLOBAL_MODES, POOLINGS, PRECISIONS, SENTENCE_EMBEDDING
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """The arguments of `export` that the graphs are made by.
+    """The arguments of `export` that determine the graphs.
 
     Attributes:
         tokens: the rule for global tokens.

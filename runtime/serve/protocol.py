@@ -81,9 +81,9 @@ class Protocol(HttpToolsProtocol):
                 self._end_request(431, f"the headers are above {MAX_HEADER_BYTES:,} bytes; send less")
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        """Answer the requests that have come whole, if the client only ended its sending; returns whether to go on.
+        """Keep the connection for replies to complete requests when the client stops sending; returns whether it stays.
 
-        Only the answer to data tells whether the client has gone, so it gets an interim reply, which HTTP/1.1 allows.
+        Only the answer to data shows whether the client has gone, so it gets an interim reply, which HTTP/1.1 allows.
         """
         if self._has_ended:
             return True

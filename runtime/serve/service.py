@@ -132,7 +132,8 @@ class Service:
         """Tokenize and compute the inputs of one request; if the call is cancelled, those pending are not computed.
 
         Raises:
-            RefusalError: too many inputs, too many texts are in progress, or it takes longer than answer_seconds.
+            RefusalError: there are too many inputs or too many texts in progress, or it takes longer than
+                answer_seconds.
             LfxError: the model cannot take an input, or failed.
         """
         if len(inputs) > self.settings.max_inputs:

@@ -175,7 +175,7 @@ class _Worker:
         identities: name -> `Engine.identity` of each model, once it was ready.
         is_stopping: whether it was asked to stop.
         failure: the error that it ended with; None if it reported none.
-        failed_starts: number of its predecessors, and itself, that ended before they were ready, since one was ready.
+        failed_starts: number of workers in a row, up to this one, that ended before they were ready.
         replace_at: the time when another replaces it, of time.monotonic; None until its end was seen.
     """
 

@@ -52,7 +52,7 @@ class _Windows(click.ParamType):  # type: ignore[type-arg]  # generic from click
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON instead of a summary.")
 def command(model: str, output: Path, max_seqlen: int, attention_window: int | list[int], as_json: bool) -> None:
-    """Make a Longformer of a BERT, RoBERTa or similar encoder, or an LED of a BART, and compare the two."""
+    """Convert a BERT, RoBERTa or similar encoder to a Longformer, or a BART to an LED, and compare the two."""
     with progress() as step:
         step("importing torch")
         from lfx.export.converter import convert_and_compare

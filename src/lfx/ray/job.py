@@ -59,8 +59,8 @@ def map_documents(
     in each file of the documents' numbers. In Parquet all parts have the same columns, and an id that is no string is
     written as JSON text.
 
-    If an actor or its machine ends, another one runs its documents. Documents that end two actors are run in halves,
-    and a document that ends two actors alone gets an `error`.
+    If an actor or its machine ends, another one runs its documents. Documents during which two actors have ended are
+    split in halves, which run on their own; a single document during which two actors have ended gets an `error`.
 
     Args:
         source: a file, a folder or a URI, see `lfx.ray.inputs.Inputs`; only this process reads it.
