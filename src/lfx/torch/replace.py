@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from inspect import getattr_static
 from types import FunctionType
 from typing import Any, TypeVar
@@ -92,8 +93,25 @@ def _new_class(module: nn.Module, replacements: dict[type[nn.Module], type[nn.Mo
             return cls
         if cls is original:
             return replacement
-        return type(cls.__name__, (replacement, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+        return _combined(cls, replacement)
     return None
+
+
+@functools.cache
+def _combined(cls: type[nn.Module], replacement: type[nn.Module]) -> type[nn.Module]:
+    """A class named as a user's subclass, whose bases are ours and the subclass; its modules can be pickled."""
+
+    def reduce(module: nn.Module) -> tuple[Any, ...]:
+        return _empty, (cls, replacement), module.__getstate__()
+
+    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce__": reduce}
+    return type(cls.__name__, (replacement, cls), names)
+
+
+def _empty(cls: type[nn.Module], replacement: type[nn.Module]) -> nn.Module:
+    """A module of the combined class without its state, for pickle."""
+    combined = _combined(cls, replacement)
+    return combined.__new__(combined)
 
 
 def _methods(original: type[nn.Module]) -> list[str]:
