@@ -129,10 +129,14 @@ def test_a_library_that_cannot_be_loaded_is_named(
         Engine(bundle(), kernels="fused")
 
 
-def test_a_node_that_the_kernel_refuses_runs_its_function(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_the_kernel_refuses_runs_its_function(
+    bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("LFX_CPU_INSTRUCTIONS", "mmx")  # an error that the op gives when the model is loaded
     with Engine(bundle()) as engine:
         assert engine.kernels == "function"
+    assert "attention runs without lfx's kernels: there is no kernel for a node" in caplog.text
+    assert "LFX_CPU_INSTRUCTIONS is 'mmx'; it must be baseline, avx2 or avx512" in caplog.text
     with pytest.raises(
         DependencyError, match=r"no kernel for a node \(lfx::\w+Attention: LFX_CPU_INSTRUCTIONS is 'mmx'"
     ):
