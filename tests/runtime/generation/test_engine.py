@@ -116,6 +116,23 @@ def test_sequences_of_different_lengths_give_what_each_gives_alone(options: dict
         assert (together[i, alone.shape[1] :] == 1).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_rows_of_several_batches_have_hugging_faces_fill(
+    options: dict[str, Any], engine: Engine, led_bundle: MakeLed
+) -> None:
+    """With the pad token 0, which Hugging Face's beam search replaces by the end token."""
+    rng = np.random.default_rng(2)
+    sequences = [rng.integers(3, VOCAB_SIZE, length).tolist() for length in (40, 3, 300, 17)]
+    ids = np.array([sequence + [1] * (300 - len(sequence)) for sequence in sequences])
+    mask = (np.arange(300) < np.array([[len(sequence)] for sequence in sequences])).astype(np.int64)
+    feeds = {"input_ids": ids, "attention_mask": mask, "global_attention_mask": np.eye(1, 300, dtype=np.int64) * mask}
+    chosen = {"max_new_tokens": 20, "pad_token_id": 0, **options}
+    tokens = engine.generate(sequences, **chosen)
+    assert (tokens == torch_generate(led_bundle()[0], feeds, **chosen)).all()
+    lengths = {int(np.flatnonzero(np.append(row[1:], 2) == 2)[0]) for row in tokens}
+    assert len(lengths) > 1
+
+
 def test_texts_give_what_their_ids_give(engine: Engine) -> None:
     texts = ["the quick brown fox", "jumps over the lazy dog the quick brown"]
     tokens = engine.generate(texts, max_new_tokens=8)
