@@ -35,6 +35,17 @@ gc.freeze()
 gc.set_threshold(50_000, 20, 20)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Mark as slow the cases that do not fulfil the rule of `tests.marks.fast_if`."""
+    for item in items:
+        for marker in item.iter_markers("fast_if"):
+            (rule,) = marker.args
+            values = {"case": item.callspec.id, **item.callspec.params}
+            if not rule(*(values[name] for name in inspect.signature(rule).parameters)):
+                item.add_marker("slow")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def tables_of_torch_onnx() -> Iterator[None]:
     """Let torch.onnx make its tables of functions and decompositions once; each export takes 0.5 s to make them."""

@@ -26,6 +26,7 @@ from lfx.errors import ArtifactError, BuildError
 from lfx.manifest import MANIFEST, MODEL, WEIGHTS, Manifest
 from tests.cli.forked import ENVIRONMENT, Commands
 from tests.conftest import MakeBundle
+from tests.marks import fast_if
 from tests.models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from tests.runtime.test_signing import Signer
 
@@ -198,6 +199,7 @@ def test_run_gives_the_logits_and_labels_of_the_model(reviews: Path) -> None:
     assert result["answers"][0]["score"] == pytest.approx(float(scores[best]), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_run_takes_a_file_a_backend_and_the_model_file(reviews: Path, tmp_path: Path) -> None:
     (tmp_path / "review.txt").write_text("the lazy dog")
     plain = lfx("run", reviews, "--text", "the lazy dog", "--json").json()
@@ -701,6 +703,7 @@ LOCALES = (
 )
 
 
+@fast_if(lambda locale: locale["LC_ALL"] == "POSIX")
 @pytest.mark.parametrize("locale", LOCALES, ids=lambda locale: " ".join(locale.values()))
 def test_names_that_the_locale_cannot_encode_are_printed(locale: dict[str, str], copy: Path) -> None:
     _rename_labels(copy)
