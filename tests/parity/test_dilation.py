@@ -21,6 +21,7 @@ from tests.marks import fast_if
 from tests.models import tiny_config, tiny_model
 from tests.parity.test_tasks import LARGEST_FP32_ERROR
 
+pytestmark = pytest.mark.usefixtures("remembered_references")
 BY_HEAD = [[1, 2, 2, 4], [3, 1, 3, 1]]  # heads that lie together, and heads that alternate
 PATTERNS: dict[str, dict[str, Any]] = {
     "by-layer": {"attention_dilation": [1, 3]},

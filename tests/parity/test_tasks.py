@@ -15,6 +15,7 @@ from tests.conftest import MakeBundle
 from tests.marks import fast_if
 from tests.models import WINDOW, tiny_model
 
+pytestmark = pytest.mark.usefixtures("remembered_references")
 # A chosen bound, not derived; the measured errors are about a hundred times smaller.
 LARGEST_FP32_ERROR = 1e-4
 

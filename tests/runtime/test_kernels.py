@@ -25,7 +25,9 @@ from lfx.runtime import Engine, custom_ops
 from tests.conftest import MakeBundle
 from tests.marks import fast_if
 from tests.models import VOCAB_SIZE, tiny_model
+from tests.runtime.spawned import last_hidden_state
 
+pytestmark = pytest.mark.usefixtures("remembered_references")
 RAGGED = [[5, 6, 7, 8], list(range(3, 40)), [9], [11] * 17]
 
 
@@ -155,14 +157,10 @@ def test_a_pickled_engine_keeps_its_choice(bundle: MakeBundle) -> None:
         np.testing.assert_array_equal(*(e.run(RAGGED[1])["last_hidden_state"] for e in (engine, copy)))
 
 
-def _answer(path: Path) -> Any:
-    with Engine(path, kernels="fused") as engine:
-        return engine.run(RAGGED[1])["last_hidden_state"]
-
-
 def test_a_spawned_process_computes_the_same_bits(bundle: MakeBundle) -> None:
+    arguments = (bundle(), RAGGED[1])
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        np.testing.assert_array_equal(pool.apply(_answer, (bundle(),)), _answer(bundle()))
+        np.testing.assert_array_equal(pool.apply(last_hidden_state, arguments), last_hidden_state(*arguments))
 
 
 def test_sequences_that_run_together_get_what_each_gets_alone(bundle: MakeBundle) -> None:
