@@ -34,7 +34,7 @@ from tests.conftest import MakeBundle, SmallDisk
 
 pytest.importorskip("ray")
 parquet = pytest.importorskip("pyarrow.parquet")
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 ONE, TWO = PoolSize(actors=1), PoolSize(actors=2)

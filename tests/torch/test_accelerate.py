@@ -286,6 +286,7 @@ def test_with_a_fixed_number_of_slots_all_lengths_share_one_graph(fresh_dynamo: 
     check_compiled(counter, counter)
 
 
+@pytest.mark.full_size
 @pytest.mark.slow
 def test_inductor_compiles_the_model(fresh_dynamo: None) -> None:
     counter = CompileCounterWithBackend("inductor")
