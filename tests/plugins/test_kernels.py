@@ -21,9 +21,8 @@ import pytest
 
 from lfx.parity import Case, full_cases
 from scripts.bench.launch import Kernels
-from tests.conftest import MakeOnce
 from tests.plugins import mutants
-from tests.plugins.build import ROOT
+from tests.plugins.build import ROOT, built_once
 from tests.plugins.problems import Banded, Global, banded, global_, rounding_of_sums
 from tests.plugins.races import in_a_fork
 from tests.plugins.tensors import LAYOUTS
@@ -443,9 +442,9 @@ def with_results() -> list[tuple[Banded | Global, bool, np.ndarray]]:
 
 
 @pytest.fixture(scope="module")
-def unchanged(made_once: MakeOnce) -> Path:
+def unchanged() -> Path:
     """The kernels before each mutation."""
-    return made_once("unchanged", mutants.unchanged)
+    return built_once("unchanged", mutants.unchanged)
 
 
 def outcome(library: Path, with_results: list[tuple[Banded | Global, bool, np.ndarray]]) -> str:
