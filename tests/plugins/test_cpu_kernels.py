@@ -213,6 +213,7 @@ def test_the_sizes_of_the_structs_are_those_of_the_header(cpu: Any) -> None:
         assert b"null pointer" in function(ctypes.byref(params), 0, 1)
 
 
+@pytest.mark.slow
 def test_sanitizers_find_nothing_in_random_problems() -> None:
     program = built_once("cpu-check", cpu_check) / "check"
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
