@@ -17,7 +17,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 EXTRAS := export,cpu,rtx,openvino,report,parquet,metrics,verify,serve,ray,torch,triton,demo,fuzz,test
 
 # Two processes of one thread each: most of the tests trace and load models, which uses one thread.
-FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # locked: the lock's entries of the packages in the argument (NAME or NAME|NAME), with their hashes; locked_without: all
 # the other entries.
@@ -88,15 +88,15 @@ $(CLIENTS)/.installed: $(STAMP) tests/clients/requirements.txt tests/clients/pac
 	cd $(CLIENTS)/node && npm ci --silent --ignore-scripts
 	touch $@
 
-test: install clients  ## Everything, the full-size shape included.
-	$(FAST)
-	$(BIN)/python -m pytest -m slow
+test: install clients  ## Everything; the full-size shapes run last, with all threads.
+	$(PYTEST) -m 'not full_size'
+	$(BIN)/python -m pytest -m full_size
 
-test-fast: install clients  ## Without the full-size shape.
-	$(FAST)
+test-fast: install  ## A cut through all parts, for every change: without the long lists of cases and real servers.
+	$(PYTEST) -m 'not slow'
 
-test-lowest: .venv-lowest/.installed  ## Without the full-size shape, on the lowest versions that pyproject.toml allows.
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadfile -m 'not slow'
+test-lowest: .venv-lowest/.installed  ## All but the full-size shapes, on the lowest versions that pyproject.toml allows.
+	$(subst $(BIN),.venv-lowest/bin,$(PYTEST)) -m 'not full_size'
 
 .venv-lowest/.installed: pyproject.toml constraints-lowest.txt requirements.lock
 	rm -rf .venv-lowest

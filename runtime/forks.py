@@ -13,6 +13,8 @@ import os
 import weakref
 from typing import Protocol
 
+from lfx.errors import LfxError
+
 
 class Watched(Protocol):
     """An object that is told when it is in a forked child process."""
@@ -44,6 +46,16 @@ def keep(value: object) -> None:
 def made_before(name: str) -> str:
     """The error message of an Engine or a Batcher in a child process."""
     return f"this {name} was made before a fork, and works in its own process only; make a new one in each process"
+
+
+def check_process(made_at: int, name: str) -> None:
+    """Raise LfxError in a child process that was forked after the object was made.
+
+    Args:
+        made_at: `generation()` when the object was made.
+    """
+    if made_at != generation():
+        raise LfxError(made_before(name))
 
 
 def _notify_all() -> None:

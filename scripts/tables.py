@@ -368,8 +368,9 @@ def generation() -> str:
     first = records[0]
     turns = {row["seqlen"]: row["rounds"] for row in records}
     counts = " and ".join(f"{count} at {seqlen:,} tokens" for seqlen, count in turns.items())
-    note = f"\nled-base-16384's config with random weights, fp32, batch 1, {first['new_tokens']} new tokens by greedy "
-    note += f"search, {first['threads']} threads, medians of turns: {counts}. {_hardware(first)}.\n"
+    int8 = " unless the row says int8" if any(row["precision"] == "int8" for row in records) else ""
+    note = f"\nled-base-16384's config with random weights, fp32{int8}, batch 1, {first['new_tokens']} new tokens by "
+    note += f"greedy search, {first['threads']} threads, medians of turns: {counts}. {_hardware(first)}.\n"
     return _rows(header, rows) + note
 
 

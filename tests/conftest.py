@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from lfx.export import export
+from lfx.export import export, validate
+from lfx.export.load import weights_sha256
 from tests.models import VOCAB_SIZE, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 MakeBundle = Callable[..., Path]
@@ -33,6 +34,17 @@ settings.load_profile("lfx")
 # torch and transformers make many objects that live on; by default Python searches them for garbage all the time.
 gc.freeze()
 gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Mark as slow the cases that do not fulfil the rule of `tests.marks.fast_if`."""
+    for item in items:
+        for marker in item.iter_markers("fast_if"):
+            (rule,) = marker.args
+            values = {"case": item.callspec.id, **item.callspec.params}
+            if not rule(*(values[name] for name in inspect.signature(rule).parameters)):
+                item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -129,6 +141,41 @@ def led_bundle(made_once: MakeOnce) -> MakeLed:
         return model, made_once(name, fill) / "led"
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _reference_outputs() -> dict[Any, Any]:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def remembered_references(_reference_outputs: dict[Any, Any]) -> Iterator[None]:
+    """Let comparisons of one model share what PyTorch computes: it runs once for each precision and each input.
+
+    For modules of tests whose models differ in their classes, configs or weights.
+    """
+    outputs = _reference_outputs
+
+    def remembering(make: Callable[..., Any]) -> Callable[..., Any]:
+        def runner(module: Any, *arguments: Any, **options: Any) -> Callable[[Any], Any]:
+            model = (repr(module), repr(getattr(module, "config", None)), weights_sha256(module))
+            made = functools.cache(lambda: make(module, *arguments, **options))
+
+            def run(inputs: dict[str, Any]) -> Any:
+                values = [(name, array.shape, array.tobytes()) for name, array in inputs.items()]
+                key = (make, model, repr(arguments), repr(sorted(options.items())), *values)
+                if key not in outputs:
+                    outputs[key] = made()(inputs)
+                return dict(outputs[key])
+
+            return run
+
+        return runner
+
+    with pytest.MonkeyPatch.context() as patch:
+        for make in (validate.reference_runner, validate.torch_runner):
+            patch.setattr(validate, make.__name__, remembering(make))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,7 @@ def test_a_wrong_row_is_out_of_tolerance() -> None:
     assert not compare_rows(rows, {OUTPUT: rows[OUTPUT]}, actual, 2)["passed"]
 
 
+@pytest.mark.slow
 def test_the_script_writes_a_row_for_each_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def in_this_process(module: str, *flags: str, **options: Any) -> dict[str, Any]:
         parsed = long.parser().parse_args([*flags, *(f"--{key}={value}" for key, value in options.items())])

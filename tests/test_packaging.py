@@ -250,6 +250,7 @@ def test_a_wheel_without_libraries_is_pure_python_and_has_both_linked_folders(ch
         } <= set(archive.namelist())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(any(Path(folder, "nvcc").exists() for folder in ("/usr/bin", "/bin")), reason="nvcc is in /usr/bin")
 def test_a_wheel_that_a_cpp_compiler_built_has_the_custom_ops_and_its_platform(checkout: Path, tmp_path: Path) -> None:
     compiler = shutil.which("c++") or shutil.which("g++")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+
+_log = logging.getLogger("lfx")
 
 
 class OnnxRuntime(AnyShape, HostTensors):
@@ -140,6 +143,8 @@ def _open_session(
         except custom_ops.NoKernelError as error:
             if kernels == "fused":
                 raise DependencyError(f"kernels is 'fused', and {error}, or leave kernels out") from error
+            if custom_ops.INSTRUCTIONS_VARIABLE in str(error):  # set by the user, for these kernels
+                _log.warning("attention runs without lfx's kernels: %s", one_line(error))
         except LfxError:  # such as nodes of float16, which the kernels do not take
             if kernels == "fused":
                 raise

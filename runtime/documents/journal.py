@@ -23,6 +23,19 @@ def journal_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
 
+def read_header(output: Path) -> dict[str, Any]:
+    """The header of the journal that a stopped run left; empty if there is none."""
+    path = journal_path(output)
+    try:
+        if path.is_symlink() or not path.is_file():
+            return {}
+        with path.open("rb") as file:
+            header = parse_json(file.readline())
+    except (OSError, ValueError):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
 class Journal:
     """The open and locked journal of one output. A context manager.
 

@@ -6,12 +6,13 @@ import dataclasses
 import itertools
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lfx import __version__
-from lfx.checks import file_path, whole_number
+from lfx.checks import LARGEST, file_path, whole_number
 from lfx.errors import InputError, one_line, require
 from lfx.files import is_disk_full
 from lfx.manifest import sha256
@@ -24,7 +25,7 @@ from lfx.runtime.documents.formats import (
     read_documents,
     write_rows,
 )
-from lfx.runtime.documents.journal import Journal, journal_path
+from lfx.runtime.documents.journal import Journal, journal_path, read_header
 from lfx.runtime.documents.rows import OUTPUT_BYTES, Runner, Summary, outputs_per_sequence, windows_of
 from lfx.runtime.engine import Engine
 from lfx.runtime.postprocess import Postprocessor
@@ -75,6 +76,7 @@ def run_documents(
         max_windows: largest number of windows of a document, 1 or more; a document with more is refused. Default:
             4,096.
         generation: options of `Engine.generate`, for a model that writes texts; one text for each document or window.
+            A seed is drawn for sampling without one, and a resumed run has that of the stopped one.
         progress: called with a line after each chunk of 256 documents.
         report: called with a line for each row with an error.
     Returns:
@@ -96,6 +98,7 @@ def run_documents(
     source, output = _check_files(engine, source, output)
     generation = dict(generation or {})
     check_generation(engine, generation)
+    generation |= _drawn_seed(engine, generation, output)
     try:
         stamp, digest = _stamp(source), sha256(source)
     except OSError as error:
@@ -154,6 +157,18 @@ def _settings(runner: Runner) -> Any:
     """The settings of generation, as JSON types."""
     settings = runner.engine.generation_settings(**runner.generation)
     return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def _drawn_seed(engine: Engine, generation: Mapping[str, Any], output: Path) -> dict[str, int]:
+    """The option `seed` for sampling without one: the seed in the journal of a stopped run, or a new one."""
+    if engine.signature.task != TEXT_GENERATION:
+        return {}
+    settings = engine.generation_settings(**generation)
+    if not settings.do_sample or settings.seed is not None:
+        return {}
+    stopped = read_header(output).get("generation")
+    kept = stopped.get("seed") if isinstance(stopped, dict) else None
+    return {"seed": kept if type(kept) is int and 0 <= kept <= LARGEST else secrets.randbelow(LARGEST)}
 
 
 def check_generation(engine: Engine, generation: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfx.errors import ArtifactError, InputError
+from lfx.runtime import forks
 from lfx.runtime.backends.interface import TensorBackend
 from lfx.runtime.generation.model import Int64
 from lfx.runtime.inputs import Feeds, stack
@@ -54,9 +55,15 @@ class GraphGenerator:
         assert signature.decoder is not None
         self.encoder, self.decoder, self.signature, self._on_batch = encoder, decoder, signature, on_batch
         self.spec: Decoder = signature.decoder
+        self._made_at = forks.generation()
 
     def encode(self, sequences: Sequence[Feeds], copies: int) -> GraphCache:
-        """Run the encoder; see `TextGenerator`."""
+        """Run the encoder; see `TextGenerator`.
+
+        Raises:
+            LfxError: this process was forked since, or the backend failed.
+        """
+        forks.check_process(self._made_at, "Engine")
         feeds = stack(sequences, self.signature.pad_token_id)
         outputs = self.encoder.infer_tensors({name: self.encoder.tensor(array) for name, array in feeds.items()})
         self._on_batch(feeds)
@@ -72,7 +79,7 @@ class GraphCache:
     """
 
     def __init__(self, decoder: TensorBackend, spec: Decoder, encoded: Tensors, mask: Int64, copies: int) -> None:
-        self._decoder = decoder
+        self._decoder, self._made_at = decoder, forks.generation()
         batch = len(mask)
         self._encoder: Tensors = {"encoder_attention_mask": decoder.tensor(mask)}
         cross = [item for item in spec.inputs if item.name.startswith(PAST) and ".encoder." in item.name]
@@ -97,7 +104,12 @@ class GraphCache:
         self._sequences = np.repeat(self._encoded_sequences, copies)
 
     def step(self, tokens: Int64) -> NDArray[Any]:
-        """Decode the next token of each row; see `Cache`."""
+        """Decode the next token of each row; see `Cache`.
+
+        Raises:
+            LfxError: this process was forked since, or the backend failed.
+        """
+        forks.check_process(self._made_at, "Engine")
         self._match_encoder()
         outputs = self._decoder.infer_tensors(
             {"input_ids": self._decoder.tensor(np.ascontiguousarray(tokens)), **self._encoder, **self._past}

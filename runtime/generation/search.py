@@ -66,7 +66,7 @@ def stream(
             next_tokens = choose(scores, np.array([generators[row].random() for row in rows]))
         else:
             next_tokens = scores.argmax(axis=1)
-        column = np.full(count, settings.pad_token_id or 0, np.int64)
+        column = np.full(count, settings.fill_token_id, np.int64)
         column[rows] = next_tokens
         tokens = np.concatenate([tokens, next_tokens[:, None]], axis=1)
         goes_on = ~np.isin(next_tokens, settings.eos_token_ids)
@@ -163,9 +163,7 @@ class _BeamSearch:
         self.cache = model.encode(sequences, beams)
         self.rules = rules(settings, _encoder_ids(sequences))
         self.sequences = np.arange(batch)  # index in the batch of each sequence that goes on
-        # Hugging Face's search fills with the first end token where the pad token is 0.
-        fill = settings.pad_token_id or (settings.eos_token_ids[0] if settings.eos_token_ids else 0)
-        self.running = np.full((batch, beams, settings.max_length), fill, np.int64)
+        self.running = np.full((batch, beams, settings.max_length), settings.fill_token_id, np.int64)
         self.running[:, :, 0] = settings.decoder_start_token_id
         self.running_scores = np.zeros((batch, beams), np.float32)
         self.running_scores[:, 1:] = _NEVER  # all beams are equal at first, so only one may be continued

@@ -139,6 +139,13 @@ class GenerationSettings:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
 
+    @property
+    def fill_token_id(self) -> int:
+        """The token after the end of a row: the pad token; for beams, if that is 0, the first end token."""
+        if self.num_beams > 1 and self.eos_token_ids:
+            return self.pad_token_id or self.eos_token_ids[0]
+        return self.pad_token_id or 0
+
 
 def resolve(
     options: Mapping[str, Any],
@@ -202,6 +209,7 @@ def _check_names(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Non
     for name, value in {**defaults, **options}.items():
         if name in _DEFAULTS:
             continue
+        label = name if name.isprintable() and len(name) <= 80 else shown(name)
         source = "" if name in options else f" of {CONFIG_FILE}"
         if name in _UNSUPPORTED:
             plain = type(value) in (bool, int, float, list)  # an array's comparison is no bool
@@ -211,9 +219,9 @@ def _check_names(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Non
                     f"{'leave it out' if name in options else f'give {name}=None to generate without it'}"
                 )
         elif name in options and name not in defaults:
-            raise InputError(f"{name} is no option of generate; choose from: {', '.join(sorted(_DEFAULTS))}")
+            raise InputError(f"{label} is no option of generate; choose from: {', '.join(sorted(_DEFAULTS))}")
         elif name not in _WITHOUT_EFFECT and value is not None:
-            raise InputError(f"{name}{source} is not known; give {name}=None to generate without it")
+            raise InputError(f"{label}{source} is not known; give {label}=None to generate without it")
 
 
 class _Values:

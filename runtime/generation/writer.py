@@ -79,7 +79,7 @@ class TextWriter:
         if len({seqlen_of(feeds) for feeds in prepared}) == 1:
             return search.generate(self._searched, prepared, settings)
         rows = cast("list[Int64]", self._rows(prepared, settings, keep_errors=False))
-        return join_rows(rows, settings.pad_token_id or 0)
+        return join_rows(rows, settings.fill_token_id)
 
     def write_each(self, sequences: Sequence[Feeds | LfxError], settings: GenerationSettings) -> list[Int64 | LfxError]:
         """Generate the rows of each sequence, or return its error."""

@@ -28,6 +28,8 @@ from lfx.errors import DependencyError, LfxError
 from lfx.runtime.serve.server import Announce, Report, address_of, listen
 from lfx.runtime.serve.settings import Settings
 
+# -P keeps the current folder, in which anybody's bundle may be, off sys.path.
+WORKER = [sys.executable, "-P", "-m", "lfx.runtime.serve.worker"]
 _POLL_SECONDS = 0.1
 _KILL_SECONDS = 10.0  # after stop_seconds, until the workers are killed
 _RESTART_SECONDS = 1.0  # shortest time between two starts of one worker
@@ -198,7 +200,7 @@ class _Worker:
         self.replace_at: float | None = None
         self.number, self._report, self._when_ready = number, report, when_ready
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lfx.runtime.serve.worker"],
+            WORKER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=[sock.fileno()],

@@ -4,8 +4,9 @@
     python -m scripts.bench.generation --rounds 3 1      # one turn at the second length, 16,384 tokens
     python -m scripts.bench.generation --tiny --output generation.jsonl      # the same steps in seconds
 
-The model has the config of led-base-16384 and random weights. All contenders write the same number of tokens by greedy
-search, without an end token, for one document whose first token is global.
+The model has the config of led-base-16384 and random weights; its int8 bundle is made by `lfx.export.quantize`. All
+contenders write the same number of tokens by greedy search, without an end token, for one document whose first token is
+global.
 
 Time: one process, in which the contenders take turns, after one run of each at the first length as warm-up. The prefill
 is the time to the first token. Memory: peak resident set size of a process for each contender and length, which opens
@@ -34,7 +35,14 @@ from scripts import record
 
 HUGGING_FACE = "Hugging Face"
 PEAK_TOKENS = 4  # written by the processes that measure memory, whose peak is at the prefill
-BACKENDS = {"lfx onnxruntime": "onnxruntime", "lfx openvino": "openvino"}
+# Contender -> its bundle in the folder, and its backend.
+ENGINES = {
+    "lfx onnxruntime": ("bundle", "onnxruntime"),
+    "lfx onnxruntime int8": ("bundle-int8", "onnxruntime"),
+    "lfx openvino": ("bundle", "openvino"),
+}
+# The int8 bundle is calibrated on half of these documents of random ids, and on the texts that are written for them.
+CALIBRATION = {"documents": 4, "tokens": 512, "new_tokens": 16}
 
 
 @dataclass(frozen=True)
@@ -97,10 +105,23 @@ def make(folder: Path, setup: Setup) -> None:
     export(model, folder / "bundle")
 
 
+def make_int8(folder: Path, setup: Setup) -> None:
+    """Write the int8 bundle of the bundle in the folder."""
+    from lfx.export.quantize import quantize
+
+    count, tokens = CALIBRATION["documents"], CALIBRATION["tokens"]
+    ids = np.random.default_rng(0).integers(3, setup.config["vocab_size"], (count, tokens))
+    documents = folder / "calibration.jsonl"
+    documents.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids.tolist()), encoding="utf-8")
+    options = {"max_new_tokens": CALIBRATION["new_tokens"], "eos_token_id": None}
+    quantize(folder / "bundle", folder / "bundle-int8", calibration=documents, generate=options)
+
+
 def contender(name: str, folder: Path, threads: int) -> Generate:
     """Open a contender."""
-    if name in BACKENDS:
-        return engine_generate(Engine(folder / "bundle", BACKENDS[name], threads=threads))
+    if name in ENGINES:
+        bundle, backend = ENGINES[name]
+        return engine_generate(Engine(folder / bundle, backend, threads=threads))
     import torch
     from transformers import LEDForConditionalGeneration
 
@@ -152,28 +173,29 @@ def measure(
         row["times_hugging_face_prefill"] = other["prefill_times_the_first"] / row["prefill_times_the_first"]
         row["times_hugging_face_decode"] = other["decode_times_the_first"] / row["decode_times_the_first"]
         row["peak_memory_bytes"] = peak_memory(row["contender"], folder, setup_name, row["seqlen"], threads)
-    facts = {
-        **record.environment(),
-        "model": Manifest.read(folder / "bundle").to_dict()["manifest_sha256"],
-        "setup": setup_name,
-        "threads": threads,
-    }
-    return [{**row, **facts} for row in rows]
+    facts = {**record.environment(), "setup": setup_name, "threads": threads}
+    return [{**row, **_model(row["contender"], folder), **facts} for row in rows]
+
+
+def _model(name: str, folder: Path) -> dict[str, Any]:
+    """Return the precision of a contender, and the digest of its bundle; Hugging Face's is that of the fp32 bundle."""
+    manifest = Manifest.read(folder / (ENGINES[name][0] if name in ENGINES else "bundle"))
+    return {"precision": manifest.signature.precision, "model": manifest.to_dict()["manifest_sha256"]}
 
 
 def main() -> None:
     """Measure, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, nargs="+", default=[3], help="for each length, or one number for all")
-    parser.add_argument("--without", choices=BACKENDS, action="append", default=[], help="leave a contender out")
+    parser.add_argument("--without", choices=ENGINES, action="append", default=[], help="leave a contender out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="measure a tiny model")
     parser.add_argument("--output", type=Path, help="default: docs/records/generation.jsonl")
     parser.add_argument(
-        "--folder", type=Path, help="keep the checkpoint and the bundle here, or use those that are here"
+        "--folder", type=Path, help="keep the checkpoint and the bundles here, or use those that are here"
     )
     parser.add_argument("--setup", choices=SETUPS, default="base", help=argparse.SUPPRESS)
-    parser.add_argument("--peak", choices=(*BACKENDS, HUGGING_FACE), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=(*ENGINES, HUGGING_FACE), help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak is not None:
@@ -182,11 +204,13 @@ def main() -> None:
     setup = "tiny" if options.tiny else "base"
     if len(options.rounds) not in (1, len(SETUPS[setup].lengths)):
         parser.error(f"--rounds has {len(options.rounds)} numbers; give 1 or {len(SETUPS[setup].lengths)}")
-    names = [name for name in (*BACKENDS, HUGGING_FACE) if name not in options.without]
+    names = [name for name in (*ENGINES, HUGGING_FACE) if name not in options.without]
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         if not (folder / "bundle").exists():
             make(folder, SETUPS[setup])
+        if "lfx onnxruntime int8" in names and not (folder / "bundle-int8").exists():
+            make_int8(folder, SETUPS[setup])
         rows = measure(folder, setup, names, rounds=options.rounds, threads=options.threads)
     print(record.write(options.output or "generation", rows))
 

@@ -215,13 +215,20 @@ def _count(opcodes: Counter[str], opcode: str) -> int:
 
 def report(library: Path) -> list[dict[str, Any]]:
     """Return the rows of all GPUs, cases and tilings, for head size 64."""
-    resources, rows = sass.resources(library), []
-    for architecture in GPUS:
-        codes = sass.machine_code(library, architecture)
-        for tiling in (WIDE, NARROW):
-            key = _find(codes, 64, tiling)
-            if key is not None:
-                rows += [row(architecture, codes[key], resources[key]["REG"], case, tiling) for case in CASES]
+    resources = sass.resources(library)
+    codes = {architecture: sass.machine_code(library, architecture) for architecture in GPUS}
+    return [row for architecture in GPUS for row in rows_of(architecture, codes[architecture], resources)]
+
+
+def rows_of(
+    architecture: str, codes: dict[sass.Kernel, str], resources: dict[sass.Kernel, dict[str, int]]
+) -> list[dict[str, Any]]:
+    """Return the rows of one architecture's GPU; the arguments are those of `budgets`."""
+    rows = []
+    for tiling in (WIDE, NARROW):
+        key = _find(codes, 64, tiling)
+        if key is not None:
+            rows += [row(architecture, codes[key], resources[key]["REG"], case, tiling) for case in CASES]
     return rows
 
 

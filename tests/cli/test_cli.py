@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -26,6 +27,7 @@ from lfx.errors import ArtifactError, BuildError
 from lfx.manifest import MANIFEST, MODEL, WEIGHTS, Manifest
 from tests.cli.forked import ENVIRONMENT, Commands
 from tests.conftest import MakeBundle
+from tests.marks import fast_if
 from tests.models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from tests.runtime.test_signing import Signer
 
@@ -81,10 +83,13 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workspace
 
 
+EXPORT = ("export", "--model", "checkpoints/tiny-reviews", "--json")
+
+
 @pytest.fixture(scope="module")
-def exported(workspace: Path) -> Done:
+def exported(workspace: Path, forked: Commands) -> Done:
     """The export of that checkpoint, with --json."""
-    return lfx("export", "--model", "checkpoints/tiny-reviews", "--json", cwd=workspace)
+    return _forked(forked, EXPORT, workspace)
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +185,17 @@ def test_export_shows_its_steps_on_stderr(exported: Done) -> None:
     ]
 
 
+@pytest.mark.slow
+def test_a_process_of_its_own_exports_the_same_bundle(exported: Done, workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to(workspace / "checkpoints")
+    done = lfx(*EXPORT, cwd=tmp_path)
+    assert done.json() == json.loads((tmp_path / "tiny-reviews" / MANIFEST).read_text())
+    Manifest.read(tmp_path / "tiny-reviews").verify(tmp_path / "tiny-reviews")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "tiny-reviews"]
+    assert done.json()["files"] == exported.json()["files"]
+    assert done.stderr == exported.stderr
+
+
 def test_run_gives_the_logits_and_labels_of_the_model(reviews: Path) -> None:
     done = lfx("run", reviews, "--text", "the lazy dog", "--json")
     result = done.json()
@@ -198,6 +214,7 @@ def test_run_gives_the_logits_and_labels_of_the_model(reviews: Path) -> None:
     assert result["answers"][0]["score"] == pytest.approx(float(scores[best]), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_run_takes_a_file_a_backend_and_the_model_file(reviews: Path, tmp_path: Path) -> None:
     (tmp_path / "review.txt").write_text("the lazy dog")
     plain = lfx("run", reviews, "--text", "the lazy dog", "--json").json()
@@ -544,33 +561,40 @@ def _interrupt(
 
 
 @pytest.fixture(scope="module")
-def interrupted(workspace: Path, reviews: Path, forked: Commands) -> dict[str, Interrupted]:
-    """Interrupted exports into an empty folder; the last one replaces an older bundle."""
+def interrupted(workspace: Path, reviews: Path, forked: Commands) -> Callable[[str], Interrupted]:
+    """interrupted(name) -> an interrupted export into an empty folder; the last one replaces an older bundle."""
     model = workspace / "checkpoints" / "tiny-reviews"
-    outcomes = {}
-    for name, interrupt in zip(STEPS, INTERRUPTS, strict=True):
+
+    @functools.cache
+    def outcome(name: str) -> Interrupted:
         folder = workspace / name
         folder.mkdir()
         if name == STEPS[-1]:
             shutil.copytree(reviews, folder / "bundle")
-        outcomes[name] = _interrupt(forked, model, folder, *interrupt)
-    return outcomes
+        return _interrupt(forked, model, folder, *INTERRUPTS[STEPS.index(name)])
+
+    return outcome
 
 
+in_a_copy = fast_if(lambda name: "importing torch" not in name)  # see _interrupt
+
+
+@in_a_copy
 @pytest.mark.parametrize("name", STEPS)
-def test_an_interrupted_export_says_so_and_exits_1(name: str, interrupted: dict[str, Interrupted]) -> None:
-    done = interrupted[name].done
+def test_an_interrupted_export_says_so_and_exits_1(name: str, interrupted: Callable[[str], Interrupted]) -> None:
+    done = interrupted(name).done
     assert done.error() == "error: interrupted; nothing half-written was left"
     assert done.stdout == ""
 
 
+@in_a_copy
 @pytest.mark.parametrize("name", STEPS[:-1])
-def test_an_interrupted_export_leaves_nothing(name: str, interrupted: dict[str, Interrupted]) -> None:
-    assert list(interrupted[name].folder.iterdir()) == []
+def test_an_interrupted_export_leaves_nothing(name: str, interrupted: Callable[[str], Interrupted]) -> None:
+    assert list(interrupted(name).folder.iterdir()) == []
 
 
-def test_an_interrupted_export_keeps_the_older_bundle(interrupted: dict[str, Interrupted], reviews: Path) -> None:
-    folder = interrupted[STEPS[-1]].folder
+def test_an_interrupted_export_keeps_the_older_bundle(interrupted: Callable[[str], Interrupted], reviews: Path) -> None:
+    folder = interrupted(STEPS[-1]).folder
     assert [path.name for path in folder.iterdir()] == ["bundle"]
     assert (folder / "bundle" / MANIFEST).read_text() == (reviews / MANIFEST).read_text()
     Manifest.read(folder / "bundle").verify(folder / "bundle")
@@ -701,6 +725,7 @@ LOCALES = (
 )
 
 
+@fast_if(lambda locale: locale["LC_ALL"] == "POSIX")
 @pytest.mark.parametrize("locale", LOCALES, ids=lambda locale: " ".join(locale.values()))
 def test_names_that_the_locale_cannot_encode_are_printed(locale: dict[str, str], copy: Path) -> None:
     _rename_labels(copy)

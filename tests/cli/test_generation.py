@@ -97,6 +97,18 @@ def test_bench_refuses_options_of_other_tasks(led_bundle: MakeLed, bundle: MakeB
     assert "--plot is not drawn for models that write texts" in str(done.exception)
 
 
+def test_bench_measures_what_the_decoder_has_positions_for(
+    led_bundle: MakeLed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = run("bench", led_bundle()[1], "--length", 8, "--new-tokens", 65)
+    assert done.exit_code == 1
+    assert "--new-tokens 65 is above what the decoder has positions for; give at most 64" in str(done.exception)
+    measured: list[int] = []
+    monkeypatch.setattr(bench, "measure_generation", lambda *sizes, new_tokens, **_: measured.append(new_tokens) or [])
+    assert run("bench", led_bundle()[1], "--length", 8, "--json").exit_code == 0
+    assert measured == [64]  # the default is 128
+
+
 def test_rows_have_the_measured_times(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])

@@ -15,6 +15,7 @@ from lfx.export import export
 from lfx.ray.job import _model_of_actors
 from lfx.runtime.hub import push
 from tests.conftest import MakeBundle
+from tests.marks import fast_if
 from tests.models import save_tiny_checkpoint, tiny_tokenizer
 from tests.runtime.hub_server import Hub, hub_of_this_process
 from tests.runtime.serve.running import Command
@@ -42,6 +43,7 @@ def lfx(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@fast_if(lambda arguments: arguments[0] in ("run", "verify"))
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
@@ -83,6 +85,7 @@ def test_triton_names_the_model_for_the_repository(hub: Hub, tmp_path: Path) -> 
     assert re.search(r'name: "text"', (tmp_path / "models" / "classifier" / "config.pbtxt").read_text())
 
 
+@pytest.mark.slow
 def test_map_takes_a_name(hub: Hub, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     (tmp_path / "in.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")

@@ -28,6 +28,7 @@ from lfx.runtime.plan import PlanManifest
 from lfx.runtime.profile import Profile, Range
 from lfx.signature import TASKS
 from tests.conftest import MakeBundle, SmallDisk
+from tests.marks import fast_if
 from tests.models import VOCAB_SIZE
 
 
@@ -54,6 +55,7 @@ def spoiled(bundle: Path, folder: Path, weight: str, change: float) -> Path:
     return copy
 
 
+@fast_if(lambda task: task == "question-answering")
 @pytest.mark.parametrize("task", TASKS)
 def test_an_unchanged_bundle_is_in_tolerance_at_every_layer(bundles: Callable[..., Path], task: str) -> None:
     result = lfx("parity", bundles(task), "--by-layer")
@@ -91,11 +93,13 @@ def test_json_has_the_layers_too(bundles: Callable[..., Path]) -> None:
     assert tolerances[0] < tolerances[1]  # one layer rounds less than two
 
 
+@pytest.mark.slow
 def test_half_precision_by_layer(bundles: Callable[..., Path]) -> None:
     result = lfx("parity", bundles(precision="fp16"), "--by-layer")
     assert "all layers are in tolerance" in result.stdout, result.output
 
 
+@pytest.mark.slow
 def test_an_inlined_bundle_has_no_layers_to_compare(bundles: Callable[..., Path], tmp_path: Path) -> None:
     folder = bundles(inline_functions=True)
     with pytest.raises(InputError, match="functions inlined"):

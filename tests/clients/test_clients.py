@@ -12,6 +12,7 @@ from tests.clients.models import expected, make_models
 from tests.conftest import MakeOnce
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.clients,
     pytest.mark.skipif(clients.missing() is not None, reason=str(clients.missing())),
 ]

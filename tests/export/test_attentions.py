@@ -24,6 +24,7 @@ from lfx.runtime.documents import run_documents
 from lfx.runtime.runner import engine_runner, model_inputs
 from lfx.signature import Signature, grouped
 from tests.conftest import MakeBundle
+from tests.marks import fast_if
 from tests.models import WINDOW, tiny_config, tiny_model
 
 BACKENDS = ["onnxruntime", "openvino"]
@@ -118,6 +119,7 @@ def test_the_default_graph_has_no_trace_of_them_and_the_attention_nodes_stay(
     assert {name: weights[1].get(name) for name in weights[0]} == weights[0]
 
 
+@fast_if(lambda task: task == "question-answering")
 @pytest.mark.parametrize(
     ("task", "options"),
     [

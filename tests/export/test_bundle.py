@@ -22,6 +22,7 @@ from lfx.export.bundle import atomic_folder, check_target
 from lfx.manifest import MANIFEST, MODEL, Manifest
 from lfx.signature import Signature, TensorSpec
 from tests.conftest import MakeBundle
+from tests.marks import fast_if
 from tests.models import tiny_model
 
 IDS = (TensorSpec("input_ids", "int64", ("batch", "sequence")),)
@@ -249,6 +250,7 @@ def _steps(output: Path, before: Callable[[], None]) -> Iterator[int]:
     raise AssertionError("no export completed")
 
 
+@fast_if(lambda case: case == "exchange")
 def test_a_kill_at_any_step_leaves_a_whole_bundle_and_the_next_export_clears_up(
     tmp_path: Path, either_way: str
 ) -> None:

@@ -23,6 +23,7 @@ from lfx.runtime import Engine
 from lfx.signature import SENTENCE_EMBEDDING, TASKS
 from tests.conftest import MakeBundle, SmallDisk
 from tests.encoders import COUNTED, FAMILIES, POSITIONS, save_pieces, save_tiny_encoder, save_wordpieces, tiny_encoder
+from tests.marks import fast_if
 from tests.models import LONGFORMER_TASKS, VOCAB_SIZE, save_tiny_checkpoint, tiny_tokenizer
 
 WINDOW = 16  # both sides together: a sequence of up to 9 tokens is within one side
@@ -109,6 +110,7 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+@fast_if(lambda family, ending: family == "Roberta" or ending == "Model")
 @pytest.mark.parametrize(("family", "ending"), CARRIED)
 def test_every_family_and_head_computes_what_the_original_does(tmp_path: Path, family: str, ending: str) -> None:
     needs_pooler(family, ending)
@@ -309,6 +311,7 @@ EXPORTED = [
 ]
 
 
+@fast_if(lambda family: family == "Roberta")
 @pytest.mark.parametrize(("family", "ending"), EXPORTED)
 def test_the_engine_of_the_converted_checkpoint_computes_what_the_original_does(
     tmp_path: Path, family: str, ending: str

@@ -91,6 +91,7 @@ def test_the_options_of_generation_and_the_tokenizer_are_carried(tmp_path: Path)
     assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == 100
 
 
+@pytest.mark.slow
 def test_a_converted_checkpoint_exports(tmp_path: Path) -> None:
     tiny_bart().save_pretrained(tmp_path / "bart")
     bundle = export(convert(tmp_path / "bart", tmp_path / "led", **OPTIONS), tmp_path / "bundle")

@@ -20,6 +20,7 @@ from lfx.errors import ExportError, InputError, ParityError
 from lfx.export import export
 from lfx.export.rewrite import clone
 from lfx.runtime import Engine
+from tests.marks import fast_if
 from tests.models import VOCAB_SIZE, tiny_config, tiny_model
 
 LENGTHS = (1, 7, 8, 9, 16, 17, 40)
@@ -47,6 +48,7 @@ def _check(folder: Path, model: nn.Module, output: str, lengths: tuple[int, ...]
             np.testing.assert_allclose(mine, theirs.numpy(), atol=2e-5, err_msg=f"length {seqlen}")
 
 
+@pytest.mark.slow
 def test_position_embeddings_replaced_by_xpos(tmp_path: Path) -> None:
     """The notebook case: model.embeddings.position_embeddings = RotaryEmbedding(use_xpos=True)."""
     model = tiny_model()
@@ -84,6 +86,7 @@ class _HalfPositions(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+@pytest.mark.slow
 def test_positions_that_half_precision_rounds_are_refused(tmp_path: Path) -> None:
     model = tiny_model()
     model.embeddings.position_embeddings = _HalfPositions()
@@ -134,6 +137,7 @@ def test_an_id_that_a_table_of_the_module_does_not_have_is_refused(tmp_path: Pat
                 engine.run([[3, 50]])
 
 
+@fast_if(lambda wrong: wrong == 96)
 @pytest.mark.parametrize("wrong", [None, 96])
 def test_a_table_of_positions_of_the_module_needs_max_seqlen(wrong: int | None, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from lfx.errors import ExportError
 from lfx.export import decompose, export, trace
 from lfx.runtime import Engine
+from tests.marks import fast_if
 from tests.models import tiny_led, tiny_model
 
 # Names of torch's own nodes, which it records in the file.
@@ -36,6 +37,7 @@ def graph_of(path: Path) -> onnx.ModelProto:
     return model
 
 
+@fast_if(lambda case: case == "slots")
 @pytest.mark.parametrize(
     ("task", "options"),
     [
@@ -60,6 +62,7 @@ def test_the_graph_is_the_one_that_torch_decomposes(
     assert graph_of(in_place / "model.onnx") == graph_of(by_torch / "model.onnx")
 
 
+@pytest.mark.slow
 def test_both_graphs_of_an_led_are_decomposed_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     original = decompose.decompose
@@ -91,6 +94,7 @@ def _in_place(hidden: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
+@fast_if(lambda case: case == "in place")
 @pytest.mark.parametrize(
     "head",
     [_in_place, lambda x: x.std(dim=2), lambda x: x.flatten(2).unflatten(2, (2, 16)) * torch.tensor([2.0])],

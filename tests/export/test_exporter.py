@@ -22,6 +22,7 @@ from lfx.manifest import Manifest
 from lfx.parity import inputs_of, quick_cases
 from lfx.runtime import Engine
 from tests.conftest import MakeBundle
+from tests.marks import fast_if
 from tests.models import VOCAB_SIZE, WINDOW, tiny_model
 
 
@@ -58,6 +59,7 @@ def _answers(
         return out
 
 
+@fast_if(lambda opset: opset == 23)
 @pytest.mark.parametrize("opset", [18, 19, 20, 21, 22, 23])
 def test_each_opset_is_what_was_asked_for_and_gives_the_same_numbers(own_bundle: MakeBundle, opset: int) -> None:
     model = _graph(own_bundle(opset=opset))
@@ -109,6 +111,7 @@ def test_the_graph_is_small_and_named_after_the_modules(bundle: MakeBundle) -> N
     assert not made_up
 
 
+@fast_if(lambda hidden: hidden == 2)
 @pytest.mark.parametrize(("hidden", "heads"), [(2, 1), (3, 3), (4, 2), (8, 4), (16, 2), (32, 1)])
 def test_the_layout_of_weights_does_not_depend_on_their_size(hidden: int, heads: int, tmp_path: Path) -> None:
     model = tiny_model(hidden_size=hidden, num_attention_heads=heads, intermediate_size=2 * hidden)
@@ -347,6 +350,7 @@ def test_a_sparse_weight_is_refused_by_name(tmp_path: Path) -> None:
         export(model, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_concurrent_exports_in_threads_are_correct(tmp_path: Path) -> None:
     models = [tiny_model(seed=seed) for seed in range(3)]
     with ThreadPoolExecutor() as threads:

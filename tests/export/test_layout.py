@@ -24,6 +24,7 @@ from lfx.manifest import MANIFEST, Manifest
 from lfx.runtime import Engine
 from lfx.signature import SENTENCE_EMBEDDING
 from tests.conftest import MakeBundle, MakeOnce
+from tests.marks import fast_if
 from tests.models import make_sentence_folder, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 IDS = np.random.default_rng(0).integers(3, 50, (2, 37))
@@ -53,6 +54,7 @@ def assert_same(actual: dict[str, np.ndarray], expected: dict[str, Any], bundle:
         np.testing.assert_allclose(actual[name], expected[name], rtol=0, atol=measured["tolerance"])
 
 
+@fast_if(lambda task: task in ("feature-extraction", "text-classification"))
 @pytest.mark.parametrize("run", [by_onnxruntime, by_openvino, by_engine], ids=lambda run: run.__name__)
 @pytest.mark.parametrize("task", ["feature-extraction", "text-classification", "token-classification", "fill-mask"])
 def test_a_bundle_in_the_layout_of_the_hub_gives_the_engines_numbers(

@@ -127,6 +127,7 @@ def test_half_precision_stands_beside_float32_with_its_own_data(
         np.testing.assert_array_equal(half.generate(IDS, **options), other.generate(IDS, **options))
 
 
+@pytest.mark.slow
 def test_an_export_in_the_layout_writes_the_bundle_s_texts(bundle: Path, led_bundle: MakeLed, tmp_path: Path) -> None:
     folder = export(led_bundle(7)[0], tmp_path / "hf", layout="hf", model_type="bart")
     assert json.loads((folder / "config.json").read_text())["model_type"] == "bart"

@@ -26,6 +26,7 @@ from lfx.runtime import Engine
 from lfx.runtime.artifact import open_artifact
 from lfx.signature import PAST, PRESENT, TEXT_GENERATION, Decoder, TensorSpec
 from tests.conftest import MakeBundle
+from tests.marks import fast_if
 from tests.models import VOCAB_SIZE, save_tiny_checkpoint, tiny_led
 from tests.runtime.generation.led import random_inputs, torch_generate
 from tests.runtime.generation.ties import check_same
@@ -131,6 +132,7 @@ def test_shared_weights_are_stored_once(bundle: MakeBundle) -> None:
     assert sorted(node.op_type for node in heads) == ["Gather", "Gemm"]
 
 
+@pytest.mark.slow
 def test_the_options_of_generation_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     folder = save_tiny_checkpoint(tmp_path / "checkpoint", TEXT_GENERATION)
     options = {"num_beams": 3, "no_repeat_ngram_size": 2, "decoder_start_token_id": 2}
@@ -186,6 +188,7 @@ def test_tokens_may_come_in_calls_of_any_length(engine: Engine, length: int, ste
     np.testing.assert_allclose(np.concatenate(logits, axis=1), expected, atol=2e-5)
 
 
+@fast_if(lambda changes: "tie_word_embeddings" in changes)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -214,6 +217,7 @@ def test_models_of_other_settings_are_right(changes: dict[str, Any], tmp_path: P
             check_same(ours, theirs, model, feeds, engine.generation_settings(**options))
 
 
+@fast_if(lambda precision, opset: (precision, opset) == ("fp16", 17))
 @pytest.mark.parametrize("opset", [17, 21])
 @pytest.mark.parametrize(("precision", "backend"), [("fp16", "onnxruntime"), ("bf16", "openvino")])
 def test_half_precisions_are_within_the_derived_tolerance(
@@ -228,6 +232,7 @@ def test_half_precisions_are_within_the_derived_tolerance(
         assert caches == {"float16" if precision == "fp16" else "float32"}
 
 
+@fast_if(lambda options: "max_global" in options)
 @pytest.mark.parametrize(
     "options", [{"max_global": 5}, {"global_attention": "first"}, {"global_attention": "none"}], ids=str
 )
@@ -236,6 +241,7 @@ def test_every_mode_of_global_attention_agrees_with_pytorch(options: dict[str, A
         assert not compare_engine(engine, tiny_led(), quick_cases, lambda step: None).failures()
 
 
+@pytest.mark.slow
 def test_a_wrong_decoder_is_out_of_tolerance_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +282,7 @@ def test_a_decoder_of_another_model_is_refused(bundle: MakeBundle, tmp_path: Pat
         open_artifact(folder)
 
 
+@pytest.mark.slow
 def test_a_subclass_of_the_self_attention_keeps_its_own_code(tmp_path: Path) -> None:
     class Doubled(led.LEDEncoderSelfAttention):  # type: ignore[misc]
         def forward(self, *arguments: Any, **options: Any) -> Any:

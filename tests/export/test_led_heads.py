@@ -20,6 +20,7 @@ from lfx.manifest import MODEL, Manifest
 from lfx.parity import full_cases, quick_cases
 from lfx.runtime import Engine
 from lfx.signature import TEXT_GENERATION
+from tests.marks import fast_if
 from tests.models import tiny_led
 
 HEADS = {task: name for task, name in LED_CLASSES.items() if task != TEXT_GENERATION}
@@ -38,6 +39,7 @@ def head(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return request.param, folder / "checkpoint", export(folder / "checkpoint", folder / "bundle")
 
 
+@fast_if(lambda head: head == "text-classification")
 def test_the_task_is_that_of_the_class(head: tuple[str, Path, Path]) -> None:
     task, checkpoint, bundle = head
     model, loaded_task = load(str(checkpoint))
@@ -52,6 +54,7 @@ def test_the_task_is_that_of_the_class(head: tuple[str, Path, Path]) -> None:
     assert signature.decoder is None
 
 
+@fast_if(lambda head: head == "text-classification")
 def test_the_graph_has_no_second_path_for_the_decoder(head: tuple[str, Path, Path]) -> None:
     graph = onnx.load(head[2] / "model.onnx", load_external_data=False).graph
     assert sum(node.op_type == "BandedAttention" for node in graph.node) == 2
@@ -59,12 +62,14 @@ def test_the_graph_has_no_second_path_for_the_decoder(head: tuple[str, Path, Pat
     assert sum(node.op_type == "If" for node in graph.node) == 2
 
 
+@fast_if(lambda head: head == "text-classification")
 def test_every_case_agrees_with_pytorch(head: tuple[str, Path, Path]) -> None:
     with Engine(head[2], threads=1) as engine:
         report = compare_engine(engine, tiny_led(HEADS[head[0]]), full_cases, lambda step: None)
     assert not report.failures()
 
 
+@fast_if(lambda head: head == "text-classification")
 def test_padding_after_a_sequence_does_not_change_its_outputs(head: tuple[str, Path, Path]) -> None:
     random = np.random.default_rng(0)
     rows = [[*random.integers(4, 99, length).tolist(), 2] for length in (3, 17, 30)]
@@ -75,10 +80,12 @@ def test_padding_after_a_sequence_does_not_change_its_outputs(head: tuple[str, P
                 np.testing.assert_allclose(together[name][i], alone[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_half_precision_is_within_the_derived_tolerance(tmp_path: Path) -> None:
     export(tiny_led("LEDForQuestionAnswering"), tmp_path / "bundle", precision="fp16", opset=21)
 
 
+@fast_if(lambda head: head == "text-classification")
 def test_int8_is_that_of_an_encoder(head: tuple[str, Path, Path], tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     text = tmp_path / "documents.jsonl"

@@ -17,6 +17,7 @@ from lfx.errors import ExportError, InputError
 from lfx.export import export
 from lfx.export.load import load
 from lfx.runtime import Batcher, Engine
+from tests.marks import fast_if
 from tests.models import save_tiny_checkpoint, tiny_model
 
 IDS = torch.arange(40)[None] % 50 + 3
@@ -66,6 +67,7 @@ BRANCHES: dict[str, Callable[[Any], bool]] = {
 }
 
 
+@fast_if(lambda where: where in ("sequence 100", "batch 4"))
 @pytest.mark.parametrize("where", BRANCHES)
 def test_a_branch_on_some_sizes_is_refused(where: str, tmp_path: Path) -> None:
     module = Wrapped(lambda x, ids: x * 2 if BRANCHES[where](ids) else x).eval()
@@ -80,6 +82,7 @@ def test_a_size_that_becomes_a_constant_is_refused(tmp_path: Path) -> None:
         export(module, tmp_path / "out")
 
 
+@fast_if(lambda case: case == "mean")
 @pytest.mark.parametrize(
     "change",
     [
@@ -96,6 +99,7 @@ def test_an_output_that_depends_on_other_sequences_is_refused(change: Callable[.
     assert list(tmp_path.iterdir()) == []
 
 
+@fast_if(lambda case: case == "longest")
 @pytest.mark.parametrize(
     "change",
     [
@@ -142,6 +146,7 @@ class AlwaysDropout(nn.Module):
 CONSTANT = "takes a size of the traced example for a constant, as in nn.LSTM"
 
 
+@fast_if(lambda case: case == "dropout")
 @pytest.mark.parametrize(
     ("head", "reason"),
     [
@@ -163,6 +168,7 @@ def test_a_convolution_over_the_tokens_is_exported(tmp_path: Path) -> None:
     same(module, folder, IDS.expand(20, 40))
 
 
+@pytest.mark.slow
 def test_two_encoders_with_different_numbers_of_global_tokens(tmp_path: Path) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -199,6 +205,7 @@ def test_a_branch_beyond_the_longest_sequence_is_none(tmp_path: Path) -> None:
     same(module, export(module, tmp_path / "out", max_seqlen=100))
 
 
+@fast_if(lambda case: case in ("tokens", "a mean", "a maximum"))
 @pytest.mark.parametrize(
     ("change", "ignores"),
     [
@@ -264,6 +271,7 @@ class MeanChoice(LongformerForMultipleChoice):  # type: ignore[misc]
         return {"logits": self.classifier(hidden.mean(dim=1)).unflatten(0, input_ids.shape[:2]).squeeze(-1)}
 
 
+@fast_if(lambda task: task == "text-classification")
 @pytest.mark.parametrize("task", ["text-classification", "multiple-choice"])
 def test_a_replaced_head_in_a_known_class_is_probed(task: str, tmp_path: Path) -> None:
     module = tiny_model(task)
@@ -308,6 +316,7 @@ class Rule(nn.Module):
         return {"logits": outputs.logits}
 
 
+@fast_if(lambda default_global: default_global == "required")
 @pytest.mark.parametrize(
     ("rule", "default_global"),
     [(None, "first"), (torch.zeros_like, "none"), (lambda ids: (ids % 3 == 0).long(), "required")],
@@ -347,6 +356,7 @@ class _Adapted(nn.Linear):
         return super().forward(hidden) + 0.5 * hidden.roll(1, -1)
 
 
+@fast_if(lambda change: change == "no bias")
 @pytest.mark.parametrize(
     ("name", "change"),
     [("key_global", "adapter"), ("value_global", "no bias"), ("key_global", "hook"), ("query_global", "adapter")],

@@ -16,6 +16,7 @@ from lfx.export import export
 from lfx.export.probe import adds_globals, default_global_of, granularity, ignores_padding, is_unchanged
 from lfx.runtime import build_engine
 from lfx.signature import GRAPH_INPUTS, TASKS, Signature, TensorSpec
+from tests.marks import fast_if
 from tests.models import tiny_config, tiny_model
 
 
@@ -240,12 +241,14 @@ def test_global_tokens_that_a_module_adds_are_found(module: Any, adds: bool) -> 
     assert adds_globals(module(), signature(vocab_size=55)) is adds
 
 
+@fast_if(lambda option: "max_global" in option)
 @pytest.mark.parametrize("option", [{"max_global": 2}, {"global_attention": "first"}], ids=str)
 def test_an_option_without_room_for_added_tokens_is_refused(option: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="gives global attention to tokens that its global_attention_mask does not"):
         export(Adding().eval(), tmp_path / "out", **option)
 
 
+@fast_if(lambda case: case == "added")
 @pytest.mark.parametrize("module", [Adding, lambda: Deciding(lambda ids: (ids == 2).long())], ids=["added", "no input"])
 def test_a_plan_with_fewer_slots_than_tokens_is_refused_for_a_rule_of_the_module(module: Any, tmp_path: Path) -> None:
     bundle = export(module().eval(), tmp_path / "out")

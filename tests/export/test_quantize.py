@@ -27,6 +27,7 @@ from lfx.manifest import MODEL, Manifest
 from lfx.parity import Report, full_cases
 from lfx.runtime import Engine
 from tests.conftest import MakeBundle, SmallDisk
+from tests.marks import fast_if
 from tests.models import VOCAB_SIZE, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 LAYERS = [
@@ -187,6 +188,7 @@ def test_weights_of_eight_bits_are_not_run_where_they_overflow(
     Engine(path).close()
 
 
+@fast_if(lambda task: task == "feature-extraction")
 @pytest.mark.parametrize(
     ("task", "opset", "activations"),
     [
@@ -239,6 +241,7 @@ def test_wrong_scales_are_found(int8: Any, tmp_path: Path) -> None:
         _compare_changed(model, folder).require()
 
 
+@fast_if(lambda name: name == "1.intermediate.dense")
 @pytest.mark.parametrize("name", ["0.attention.self.query", "1.attention.self.key", "1.intermediate.dense"])
 def test_a_layer_with_half_its_weights_is_found(int8: Any, tmp_path: Path, name: str) -> None:
     folder = shutil.copytree(int8(), tmp_path / "half")

@@ -28,6 +28,7 @@ from lfx.parity import quick_cases
 from lfx.runtime import Engine
 from lfx.runtime.model_card import model_card
 from tests.conftest import MakeBundle, MakeLed, MakeOnce
+from tests.marks import fast_if
 from tests.models import VOCAB_SIZE, tiny_led
 
 FILES = ("encoder_model.onnx", "decoder_model.onnx")
@@ -153,6 +154,7 @@ def test_the_decoder_is_calibrated_on_the_texts_of_the_float32_model(
         assert layers[name]["scale"] == pytest.approx((high - low) / 255, rel=1e-4)
 
 
+@fast_if(lambda options: not options)
 @pytest.mark.parametrize(
     ("backend", "options"),
     [
@@ -229,6 +231,7 @@ def test_tokens_agree_until_the_first_difference() -> None:
     assert compare_texts(*shorter)["token_agreement"] == pytest.approx(1 / 3)
 
 
+@fast_if(lambda pattern: pattern == "led.decoder.*")
 @pytest.mark.parametrize(
     ("pattern", "kept", "float_file"),
     [
@@ -272,6 +275,7 @@ def test_a_graph_without_int8_layers_is_that_of_the_float32_bundle(
     assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_a_head_of_its_own_is_int8_and_compared_by_layer(text: Path, tmp_path: Path) -> None:
     changes = {"tie_word_embeddings": False, "encoder_layers": 1, "decoder_layers": 1, "attention_window": [8]}
     tiny_led(**changes).save_pretrained(tmp_path / "checkpoint")

@@ -23,6 +23,7 @@ from lfx.manifest import Manifest
 from lfx.runtime import Engine
 from lfx.signature import POOLINGS
 from tests.export.test_pooling import pooled
+from tests.marks import fast_if
 from tests.models import make_sentence_folder, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 OUTPUT = "sentence_embedding"
@@ -99,6 +100,7 @@ def test_the_bundle_is_the_pooled_hidden_states_of_torch(side: str, all_modes: t
         np.testing.assert_allclose(engine.run(rows)[OUTPUT], expected, atol=2e-6)
 
 
+@fast_if(lambda precision: precision == "fp16")
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_vectors_have_norm_1_in_every_precision(precision: str, tmp_path: Path) -> None:
     folder = sentences(tmp_path / "c", {"pooling_mode": ["cls", "weightedmean"]}, Normalize={})
@@ -128,6 +130,7 @@ def test_every_form_of_a_pooling_is_read(settings: dict[str, Any], modes: tuple[
     assert (task, model.pooling.modes, model.module_names) == ("sentence-embedding", modes, [])
 
 
+@fast_if(lambda suffix: suffix == "safetensors")
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_the_modules_after_a_pooling_are_computed(suffix: str, tmp_path: Path) -> None:
     dense = {"in_features": 32, "out_features": 6, "activation_function": "torch.nn.modules.activation.ReLU"}
@@ -152,6 +155,7 @@ def test_the_modules_after_a_pooling_are_computed(suffix: str, tmp_path: Path) -
     np.testing.assert_allclose(actual, expected.relu()[:, :4], atol=1e-5)
 
 
+@fast_if(lambda mode: mode == "max")
 @pytest.mark.parametrize("mode", ["mean", "max"])
 def test_pooling_embeds_a_bare_model_without_a_norm(mode: str, tmp_path: Path) -> None:
     folder = save_tiny_checkpoint(tmp_path / "c", "fill-mask")
@@ -295,6 +299,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert "pooling 'median' is not known" in refusal(bare, pooling="median")
 
 
+@fast_if(lambda longest: longest == 40)
 @pytest.mark.parametrize(
     ("max_seq_length", "of_tokenizer", "asked", "longest"),
     [(40, 20, None, 40), (None, 20, None, 20), (5000, None, None, 128), (40, 20, 100, 100)],
@@ -309,6 +314,7 @@ def test_the_longest_sequence_is_that_of_sentence_transformers(
     assert Manifest.read(export(folder, tmp_path / "b", max_seqlen=asked)).signature.max_seqlen == longest
 
 
+@pytest.mark.slow
 def test_texts_become_lower_case_if_sentence_transformers_converts_them(tmp_path: Path) -> None:
     folder = sentences(tmp_path / "c")
     edit(folder / "sentence_bert_config.json", do_lower_case=True)
@@ -346,6 +352,7 @@ def test_a_pooled_longformer_is_known_and_a_subclass_is_not() -> None:
     assert not is_hugging_face(LongformerForSentenceEmbedding(model, ["max"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("new", [False, True])
 def test_the_vectors_are_those_of_sentence_transformers(
     new: bool, all_modes: tuple[Path, Path], tmp_path: Path

@@ -139,6 +139,7 @@ def same(model: nn.Module, bundle: Path, lengths: tuple[int, ...], **masks: Any)
             np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5, err_msg=f"length {length}")
 
 
+@pytest.mark.slow
 def test_relative_sinusoidal_positions_are_exported_at_any_length(relative: Any, tmp_path: Path) -> None:
     bundle = export(relative, tmp_path / "bundle", global_attention="none", max_seqlen=300)
     same(relative, bundle, (1, 7, 40, 300))
@@ -171,6 +172,7 @@ def test_a_model_is_trained_and_exported_in_stages_of_larger_windows_and_lengths
         assert (engine.signature.attention_windows, engine.signature.max_seqlen) == ((8, 8), 256)
 
 
+@pytest.mark.slow
 def test_a_forward_that_was_replaced_on_an_instance_is_exported(tmp_path: Path) -> None:
     """A check that a new module is called: its forward is wrapped, and bound to the instance."""
     calls = []

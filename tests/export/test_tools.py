@@ -19,6 +19,7 @@ from packaging.version import Version
 from lfx.manifest import MODEL, Manifest
 from lfx.parity import UNIT_ROUNDOFF
 from tests.conftest import MakeBundle
+from tests.marks import fast_if
 
 
 def answer(path: Path) -> np.ndarray:
@@ -65,6 +66,7 @@ CASES = [
 ]
 
 
+@fast_if(lambda tool, options: tool is slim and "max_global" in options)
 @pytest.mark.parametrize(
     ("tool", "precision", "options"), CASES, ids=lambda value: getattr(value, "__name__", str(value))
 )

@@ -17,9 +17,11 @@ from lfx.export.validate import compare_engine
 from lfx.parity import Case, Report, full_cases, quick_cases
 from lfx.runtime import Engine
 from tests.export.test_loop_attention import VARIABLE_GLOBALS
+from tests.marks import fast_if
 from tests.models import tiny_config, tiny_model
 from tests.parity.test_tasks import LARGEST_FP32_ERROR
 
+pytestmark = pytest.mark.usefixtures("remembered_references")
 BY_HEAD = [[1, 2, 2, 4], [3, 1, 3, 1]]  # heads that lie together, and heads that alternate
 PATTERNS: dict[str, dict[str, Any]] = {
     "by-layer": {"attention_dilation": [1, 3]},
@@ -68,6 +70,7 @@ def check(folder: Path, pattern: str, step: int, backend: str = "auto") -> Repor
     return report
 
 
+@fast_if(lambda pattern, opset: (pattern, opset) == ("by-head-causal", 21))
 @EACH
 @pytest.mark.parametrize(("opset", "step"), [(17, 1), (21, 5)])
 def test_lengths_and_global_patterns_are_the_reference(bundles: Any, pattern: str, opset: int, step: int) -> None:
@@ -76,11 +79,13 @@ def test_lengths_and_global_patterns_are_the_reference(bundles: Any, pattern: st
     assert max(result.error for result in report.outputs.values()) <= LARGEST_FP32_ERROR
 
 
+@fast_if(lambda options: "max_global" in options)
 @pytest.mark.parametrize("options", [{"max_global": 5}, {"global_attention": "first"}, {"global_attention": "none"}])
 def test_modes_of_export_are_the_reference(bundles: Any, options: dict[str, Any]) -> None:
     check(bundles("by-head-causal", **options), "by-head-causal", 5)
 
 
+@fast_if(lambda precision: precision == "fp16")
 @pytest.mark.parametrize(("precision", "backend"), [("fp16", "onnxruntime"), ("bf16", "openvino")])
 def test_half_precision_is_within_the_derived_tolerance(bundles: Any, precision: str, backend: str) -> None:
     check(bundles("by-head-causal", precision=precision), "by-head-causal", 5, backend)
@@ -102,6 +107,7 @@ def test_the_signature_says_how_far_a_layer_sees(bundles: Any) -> None:
             assert (engine.signature.attention_windows, engine.signature.causal) == (reach, causal)
 
 
+@fast_if(lambda pattern: pattern == "by-head-causal")
 @EACH
 def test_each_layer_is_compared_whole(bundles: Any, pattern: str, tmp_path: Path) -> None:
     """`--by-layer` joins the nodes of a layer."""
@@ -142,6 +148,7 @@ def test_layers_that_a_module_joins_are_compared_each(tmp_path: Path) -> None:
     assert list(report.outputs) == ["attention_0", "attention_1", "output"]
 
 
+@fast_if(lambda pattern: pattern == "by-head-causal")
 @EACH
 @pytest.mark.parametrize("mask", VARIABLE_GLOBALS.values(), ids=VARIABLE_GLOBALS)
 def test_a_batch_is_its_rows_one_by_one(bundles: Any, pattern: str, mask: Any) -> None:

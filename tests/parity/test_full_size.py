@@ -16,7 +16,7 @@ from lfx.parity import Case, compare, inputs_of
 from lfx.runtime import Engine
 from lfx.runtime.runner import engine_runner
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.full_size, pytest.mark.slow]
 
 CASES = [Case(1, 4096, "scattered", "none"), Case(1, 4095, "none", "left"), Case(2, 700, "ragged", "right")]
 

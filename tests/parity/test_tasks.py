@@ -12,8 +12,10 @@ from lfx.parity import Case, Report, full_cases
 from lfx.runtime import Engine
 from lfx.signature import TASKS
 from tests.conftest import MakeBundle
+from tests.marks import fast_if
 from tests.models import WINDOW, tiny_model
 
+pytestmark = pytest.mark.usefixtures("remembered_references")
 # A chosen bound, not derived; the measured errors are about a hundred times smaller.
 LARGEST_FP32_ERROR = 1e-4
 
@@ -23,6 +25,7 @@ def _compare(folder: Path, task: str, backend: str = "auto", **changes: object) 
         return compare_engine(engine, tiny_model(task, **changes), full_cases, lambda step: None)
 
 
+@fast_if(lambda task, opset: (task, opset) == ("feature-extraction", 17))
 @pytest.mark.parametrize("opset", [17, 21])
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_agrees_with_pytorch_in_fp32(bundle: MakeBundle, task: str, opset: int) -> None:
@@ -33,17 +36,20 @@ def test_every_task_agrees_with_pytorch_in_fp32(bundle: MakeBundle, task: str, o
         assert result.error <= LARGEST_FP32_ERROR, f"{name} at {result.worst}"
 
 
+@fast_if(lambda task: task == "text-classification")
 @pytest.mark.parametrize("task", ["feature-extraction", "fill-mask", "text-classification"])
 def test_fp16_is_within_the_derived_tolerance(bundle: MakeBundle, task: str) -> None:
     assert not _compare(bundle(task, precision="fp16"), task).failures()
 
 
+@fast_if(lambda backend: backend == "openvino")
 @pytest.mark.parametrize("backend", ["openvino", "reference"])
 def test_bf16_is_within_the_derived_tolerance(bundle: MakeBundle, backend: str) -> None:
     report = _compare(bundle(precision="bf16"), "feature-extraction", backend)
     assert not report.failures()
 
 
+@fast_if(lambda options: "max_global" in options)
 @pytest.mark.parametrize("options", [{"max_global": 5}, {"global_attention": "first"}, {"inline_functions": True}])
 def test_every_mode_of_export_agrees_with_pytorch(bundle: MakeBundle, options: dict[str, object]) -> None:
     report = _compare(bundle(**options), "feature-extraction")

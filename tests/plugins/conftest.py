@@ -1,4 +1,4 @@
-"""The libraries that the plugin's tests run; each is compiled once a session."""
+"""The libraries that the plugin's tests run."""
 
 from __future__ import annotations
 
@@ -14,21 +14,14 @@ from lfx.errors import PluginError
 from lfx.runtime import plugin as plugins
 from scripts.bench.launch import Kernels
 from tests.conftest import MakeOnce
-from tests.plugins.build import (
-    EMULATED,
-    KERNELS,
-    ROOT,
-    build_library,
-    cpu_library,
-    emulated_library,
-    reference_library,
-)
+from tests.plugins import build
+from tests.plugins.build import ROOT, built_once, cpu_library, emulated_library, reference_library
 
 
 @pytest.fixture(scope="session")
-def host_reference(made_once: MakeOnce) -> Any:
+def host_reference() -> Any:
     """plugins/reference.cpp."""
-    library = ctypes.CDLL(str(made_once("reference", reference_library) / "liblfx_reference.so"))
+    library = ctypes.CDLL(str(built_once("reference", reference_library) / "liblfx_reference.so"))
     for name in ("lfxBandedAttentionReference", "lfxGlobalAttentionReference"):
         function = getattr(library, name)
         function.restype = ctypes.c_char_p
@@ -37,15 +30,15 @@ def host_reference(made_once: MakeOnce) -> Any:
 
 
 @pytest.fixture(scope="session")
-def emulated(made_once: MakeOnce) -> Kernels:
+def emulated() -> Kernels:
     """The kernels' own source, compiled for the emulated machine."""
-    return Kernels(made_once("emulated", emulated_library) / "liblfx_emulated.so")
+    return Kernels(built_once("emulated", emulated_library) / "liblfx_emulated.so")
 
 
 @pytest.fixture(scope="session")
-def cpu(made_once: MakeOnce) -> Any:
+def cpu() -> Any:
     """The CPU kernels: cpu_calls.cpp."""
-    library = ctypes.CDLL(str(made_once("cpu", cpu_library) / "liblfx_cpu.so"))
+    library = ctypes.CDLL(str(built_once("cpu", cpu_library) / "liblfx_cpu.so"))
     for name in ("lfxBandedAttentionCpu", "lfxGlobalAttentionCpu"):
         function = getattr(library, name)
         function.restype = ctypes.c_char_p
@@ -76,9 +69,6 @@ def includes() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def plugin_library(includes: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plugin_library(includes: list[str], made_once: MakeOnce) -> Path:
     """The plugins over the emulated kernels."""
-    folder = tmp_path_factory.mktemp("plugin")
-    hosts = [f"tensorrt/{path.name}" for path in sorted((ROOT / "plugins" / "tensorrt").glob("*.cpp"))]
-    sources = [*KERNELS, "op_traits.cpp", *hosts]
-    return build_library(folder, "lfx_plugin", sources, "-O2", "-DLFX_EMULATED", f"-I{EMULATED}", *includes)
+    return made_once("plugin", lambda folder: build.plugin_library(folder, includes)) / "liblfx_plugin.so"

@@ -20,6 +20,7 @@
 #include <deque>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -145,20 +146,29 @@ inline std::function<void()> body;
 inline bool isRandom = false; // the order of blocks, warps and lanes
 inline std::mt19937_64 random;
 
-// 0, step, 2 · step, … below `count`, in the order in which they take turns.
-inline std::vector<size_t> turns(size_t count, size_t step = 1)
+// Numbers below `count`, in the order in which they take turns.
+class Turns
 {
-    std::vector<size_t> order((count + step - 1) / step);
-    for (size_t i = 0; i < order.size(); ++i)
+public:
+    explicit Turns(size_t count)
+        : mOrder(count)
     {
-        order[i] = i * step;
+        std::iota(mOrder.begin(), mOrder.end(), size_t{0});
     }
-    if (isRandom)
+    // The order of a round.
+    std::vector<size_t> const& next()
     {
-        std::shuffle(order.begin(), order.end(), random);
+        if (isRandom)
+        {
+            std::iota(mOrder.begin(), mOrder.end(), size_t{0});
+            std::shuffle(mOrder.begin(), mOrder.end(), random);
+        }
+        return mOrder;
     }
-    return order;
-}
+
+private:
+    std::vector<size_t> mOrder;
+};
 
 [[noreturn]] inline void fail(char const* reason)
 {
@@ -212,7 +222,8 @@ bool together(size_t first, size_t count, State state, Finish finish)
         {
             return false;
         }
-        if (std::strcmp(fibers[i].operation, fibers[first].operation) != 0)
+        if (fibers[i].operation != fibers[first].operation
+            && std::strcmp(fibers[i].operation, fibers[first].operation) != 0)
         {
             fail("threads of a warp wait for different operations");
         }
@@ -256,37 +267,35 @@ inline void runBlock(size_t threads)
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, run, 0);
     }
-    std::vector<bool> ready(threads, true);
+    std::vector<uint8_t> ready(threads / 32, 1); // the warps whose threads all run
+    Turns warps(threads / 32);
+    Turns lanes(32);
     for (;;)
     {
         bool progress = false;
-        for (size_t warp : turns(threads, 32))
+        for (size_t warp : warps.next())
         {
-            bool const isReady
-                = std::find(ready.begin() + warp, ready.begin() + warp + 32, true) != ready.begin() + warp + 32;
-            if (isRandom && isReady && random() % 2 == 0)
+            if (!ready[warp])
             {
-                progress = true; // the warp misses a turn, so that others get ahead of it
                 continue;
             }
-            for (size_t lane : turns(32))
+            progress = true;
+            if (isRandom && random() % 2 == 0)
             {
-                size_t const i = warp + lane;
-                if (ready[i] && fibers[i].state == State::kRUNNING)
-                {
-                    ready[i] = false;
-                    resume(fibers[i]);
-                    progress = true;
-                }
+                continue; // the warp misses a turn, so that others get ahead of it
             }
-            if (together(warp, 32, State::kAT_WARP, finishWarp))
+            ready[warp] = 0;
+            for (size_t lane : lanes.next())
             {
-                for (size_t i = warp; i < warp + 32; ++i)
+                resume(fibers[32 * warp + lane]);
+            }
+            if (together(32 * warp, 32, State::kAT_WARP, finishWarp))
+            {
+                for (size_t i = 32 * warp; i < 32 * warp + 32; ++i)
                 {
                     fibers[i].state = State::kRUNNING;
-                    ready[i] = true;
                 }
-                progress = true;
+                ready[warp] = 1;
             }
         }
         if (together(0, threads, State::kAT_BLOCK, [threads](size_t) {
@@ -305,8 +314,8 @@ inline void runBlock(size_t threads)
             for (size_t i = 0; i < threads; ++i)
             {
                 fibers[i].state = State::kRUNNING;
-                ready[i] = true;
             }
+            std::fill(ready.begin(), ready.end(), 1);
             progress = true;
         }
         if (!progress)
@@ -614,7 +623,8 @@ int32_t launch(
         emulated::fibers = std::vector<emulated::Fiber>(threads);
     }
     emulated::body = [kernel, &params] { kernel(params); };
-    for (size_t block : emulated::turns(static_cast<size_t>(grid.x) * grid.y * grid.z))
+    emulated::Turns blocks(static_cast<size_t>(grid.x) * grid.y * grid.z);
+    for (size_t block : blocks.next())
     {
         emulated::blockIndex = {static_cast<int32_t>(block % grid.x), static_cast<int32_t>(block / grid.x % grid.y),
             static_cast<int32_t>(block / grid.x / grid.y)};

@@ -11,6 +11,8 @@ import pytest
 
 from tests.plugins.build import ROOT, aarch64_check
 
+pytestmark = pytest.mark.slow
+
 CROSS = "aarch64-linux-gnu-"
 COMPILER = shutil.which(f"{CROSS}g++")
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")

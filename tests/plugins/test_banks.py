@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from lfx.parity import Case
-from tests.conftest import MakeOnce
 from tests.plugins import races
-from tests.plugins.build import EMULATED, PLUGINS, compiler
+from tests.plugins.build import EMULATED, PLUGINS, built_once, compiler
+from tests.plugins.parts import first_of_each
 from tests.plugins.problems import banded, global_
 from tests.plugins.races import Problem, RaceDetector
 
@@ -39,10 +39,9 @@ def tiles_library(folder: Path, plugins: Path = PLUGINS) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiles(made_once: MakeOnce) -> ctypes.CDLL:
+def tiles() -> ctypes.CDLL:
     """tiles.cu."""
-
-    return ctypes.CDLL(str(made_once("tiles", tiles_library) / "libtiles.so"))
+    return ctypes.CDLL(str(built_once("tiles", tiles_library) / "libtiles.so"))
 
 
 @pytest.mark.parametrize("head_size", [32, 64, 128])
@@ -66,9 +65,9 @@ def check_layout(head_size: int, tiles: ctypes.CDLL) -> None:
 
 
 @pytest.fixture(scope="module")
-def race_library(made_once: MakeOnce) -> Path:
+def race_library() -> Path:
     """The kernels with the race detector."""
-    return made_once("races", races.race_library) / "liblfx_races.so"
+    return built_once("races", races.race_library) / "liblfx_races.so"
 
 
 # Broken layouts: what the line of `permutation` in tensor_core_tiles.cuh is replaced by.
@@ -80,7 +79,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", first_of_each(BROKEN))
 def test_a_broken_layout_is_found(name: str, tmp_path: Path) -> None:
     plugins = tmp_path / "plugins"
     shutil.copytree(PLUGINS, plugins)
@@ -127,8 +126,8 @@ def test_global_attention_has_no_bank_conflicts(precision: str, race_library: Pa
 
 
 @pytest.mark.parametrize(("stride", "passes"), [(1, 1), (2, 2), (4, 4), (32, 32), (33, 1), (0, 1)])
-def test_the_passes_of_a_warp_follow_its_stride(stride: int, passes: int, made_once: MakeOnce) -> None:
-    examples = races.functions(made_once("race_examples", races.example_library) / "liblfx_race_examples.so")
+def test_the_passes_of_a_warp_follow_its_stride(stride: int, passes: int) -> None:
+    examples = races.functions(built_once("race_examples", races.example_library) / "liblfx_race_examples.so")
     memory = np.array([stride, 0], np.int32)
     examples.lfxBankCount()
     examples.lfxRaceExample(b"readWithStride", memory.ctypes.data_as(ctypes.c_void_p))

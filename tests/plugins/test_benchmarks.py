@@ -29,8 +29,10 @@ from scripts.bench import band_cases, gpu, launch, rivals, sass, timing
 from scripts.bench import gpu_kernels as bench
 from scripts.bench import gpu_model as whole
 from scripts.bench.launch import Kernels
+from tests.conftest import MakeOnce
 from tests.models import VOCAB_SIZE, tiny_model
 from tests.plugins.build import ROOT
+from tests.plugins.parts import first_of_each
 
 SMALL = band_cases.Case(seqlen=64, window=8, globals=2, batch=2, heads=2, precision="fp32", head_size=16)
 CASES = [SMALL, replace(SMALL, globals=0), replace(SMALL, globals=20, seqlen=80), replace(SMALL, seqlen=16)]
@@ -500,13 +502,14 @@ def tiny_inputs(seqlen: int, batch: int, device: str) -> tuple[torch.Tensor, tor
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(made_once: MakeOnce) -> Path:
     """The library, as the scripts build it."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on the PATH")
-    return gpu.build(tmp_path_factory.mktemp("library"), None, "sm_90")
+    return made_once("benchmark-library", lambda folder: gpu.build(folder, None, "sm_90")) / "liblfx_plugins.so"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["gpu_kernels", "gpu_model"])
 def test_a_dry_run_lists_everything_and_stops(script: str, built: Path, tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
@@ -520,9 +523,10 @@ def test_a_dry_run_lists_everything_and_stops(script: str, built: Path, tmp_path
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-@pytest.mark.parametrize("script", ["gpu_kernels", "gpu_model"])
-def test_without_a_gpu_and_without_dry_run_they_say_so(script: str, built: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", f"scripts.bench.{script}", "--library", str(built)]
+@pytest.mark.parametrize("script", first_of_each(["gpu_kernels", "gpu_model"]))
+def test_without_a_gpu_and_without_dry_run_they_say_so(script: str, tmp_path: Path) -> None:
+    """Before they look for the library."""
+    command = [sys.executable, "-m", f"scripts.bench.{script}", "--library", str(tmp_path / "no.so")]
     command += ["--record", str(tmp_path / "record.jsonl")]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1

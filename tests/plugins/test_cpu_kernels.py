@@ -13,8 +13,7 @@ import pytest
 
 from lfx.parity import Case, full_cases
 from scripts.bench.launch import STRIDES, BandedParams, GlobalParams, banded_params
-from tests.conftest import MakeOnce
-from tests.plugins.build import cpu_check
+from tests.plugins.build import built_once, cpu_check
 from tests.plugins.problems import Banded, Global, banded, global_
 
 SETS = ("baseline", "avx2", "avx512")
@@ -214,7 +213,8 @@ def test_the_sizes_of_the_structs_are_those_of_the_header(cpu: Any) -> None:
         assert b"null pointer" in function(ctypes.byref(params), 0, 1)
 
 
-def test_sanitizers_find_nothing_in_random_problems(made_once: MakeOnce) -> None:
-    program = made_once("cpu-check", cpu_check) / "check"
+@pytest.mark.slow
+def test_sanitizers_find_nothing_in_random_problems() -> None:
+    program = built_once("cpu-check", cpu_check) / "check"
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -21,9 +21,9 @@ from lfx.export.validate import compare_engine
 from lfx.parity import Case, quick_cases
 from lfx.runtime import Engine, custom_ops
 from lfx.runtime.backends import onnxruntime as backend
-from tests.conftest import MakeBundle, MakeOnce
+from tests.conftest import MakeBundle
 from tests.models import tiny_model
-from tests.plugins.build import fake_cuda_library
+from tests.plugins.build import built_once, fake_cuda_library
 from tests.plugins.problems import Banded, Global, banded, global_
 from tests.plugins.test_custom_ops import check, context, model, session
 
@@ -57,9 +57,9 @@ class FakeCuda:
 
 
 @pytest.fixture
-def cuda(made_once: MakeOnce) -> Iterator[FakeCuda]:
+def cuda() -> Iterator[FakeCuda]:
     """No scratch memory may be left after a test, and no launch may be on another stream than the context's."""
-    fake = FakeCuda(made_once("fake-cuda", fake_cuda_library) / "libfake_cuda.so")
+    fake = FakeCuda(built_once("fake-cuda", fake_cuda_library) / "libfake_cuda.so")
     yield fake
     fake.fail(0)
     assert fake.counts["live"] == fake.counts["other_streams"] == 0

@@ -21,9 +21,9 @@ import pytest
 
 from lfx.parity import Case, full_cases
 from scripts.bench.launch import Kernels
-from tests.conftest import MakeOnce
 from tests.plugins import mutants
-from tests.plugins.build import ROOT
+from tests.plugins.build import ROOT, built_once
+from tests.plugins.parts import first_of_each
 from tests.plugins.problems import Banded, Global, banded, global_, rounding_of_sums
 from tests.plugins.races import in_a_fork
 from tests.plugins.tensors import LAYOUTS
@@ -443,9 +443,9 @@ def with_results() -> list[tuple[Banded | Global, bool, np.ndarray]]:
 
 
 @pytest.fixture(scope="module")
-def unchanged(made_once: MakeOnce) -> Path:
+def unchanged() -> Path:
     """The kernels before each mutation."""
-    return made_once("unchanged", mutants.unchanged)
+    return built_once("unchanged", mutants.unchanged)
 
 
 def outcome(library: Path, with_results: list[tuple[Banded | Global, bool, np.ndarray]]) -> str:
@@ -471,7 +471,7 @@ def test_the_kernels_before_the_mutations_are_right(unchanged: Path, with_result
     assert outcome(unchanged / "libunchanged.so", with_results) == "right"
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", first_of_each(MUTATIONS, lambda name: MUTATIONS[name][0]))  # of each file
 def test_the_suite_finds_a_broken_kernel(name: str, unchanged: Path, with_results: Any, tmp_path: Path) -> None:
     """Mutations of the kernels' source: each must make the checks fail, or they prove nothing."""
     assert outcome(mutants.mutant(tmp_path, unchanged, *MUTATIONS[name]), with_results) in ("wrong", "stopped")

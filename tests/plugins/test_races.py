@@ -22,9 +22,8 @@ import pytest
 
 from lfx.parity import Case
 from scripts.bench.launch import Kernels
-from tests.conftest import MakeOnce
 from tests.plugins import races
-from tests.plugins.build import ROOT, emulated_library
+from tests.plugins.build import ROOT, built_once, emulated_library
 from tests.plugins.problems import Banded, Global, banded, global_
 from tests.plugins.races import Outcome, RaceDetector, Statement, functions, in_a_fork
 
@@ -52,9 +51,9 @@ def problems(precision: str) -> dict[str, Banded | Global]:
 
 
 @pytest.fixture(scope="module")
-def race_library(made_once: MakeOnce) -> Path:
+def race_library() -> Path:
     """The kernels with the race detector."""
-    return made_once("races", races.race_library) / "liblfx_races.so"
+    return built_once("races", races.race_library) / "liblfx_races.so"
 
 
 @every_kernel
@@ -129,9 +128,9 @@ EXAMPLES = {
 
 
 @pytest.fixture(scope="module")
-def examples(made_once: MakeOnce) -> ctypes.CDLL:
+def examples() -> ctypes.CDLL:
     """race_examples.cu."""
-    return functions(made_once("race_examples", races.example_library) / "liblfx_race_examples.so")
+    return functions(built_once("race_examples", races.example_library) / "liblfx_race_examples.so")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -155,9 +154,9 @@ def test_a_process_that_is_stopped_leaves_its_message() -> None:
 
 
 @pytest.fixture
-def turns(made_once: MakeOnce) -> Iterator[Callable[[int], None]]:
+def turns() -> Iterator[Callable[[int], None]]:
     """turns(seed): blocks, warps and lanes take turns in a random order; turns(0): in ascending order."""
-    library = made_once("emulated", emulated_library) / "liblfx_emulated.so"
+    library = built_once("emulated", emulated_library) / "liblfx_emulated.so"
     order = ctypes.CDLL(str(library)).lfxEmulatedOrder
     order.argtypes = [ctypes.c_uint64]
     yield order

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.inliner
+import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -25,10 +26,11 @@ from lfx import reference
 from lfx.export import LoopSelfAttention
 from lfx.parity import Case, inputs_of
 from scripts.bench.launch import Kernels
-from tests.export.test_functions import _model, _run
+from tests.export.test_functions import _model
 from tests.export.test_loop_attention import VARIABLE_GLOBALS
 from tests.models import tiny_config
 from tests.plugins.problems import Banded, rounding
+from tests.plugins.test_custom_ops import session
 
 WINDOW, HEADS, SIZE = 6, 2, 8
 PATTERNS = list(product((1, 2, 3), (0, 1)))  # dilation, causal
@@ -112,12 +114,11 @@ class Problem:
 
     def onnxruntime(self, opset: int) -> Array:
         """The function body in ONNX Runtime."""
-        return _run("BandedAttention", self.inputs, opset, **self.attributes)
+        return np.asarray(in_onnxruntime(opset, **self.attributes).run(None, self.inputs)[0])
 
     def openvino(self) -> Array:
         """The function body in OpenVINO, which wants it inlined; the inliner fills in no default of an attribute."""
-        model = _model("BandedAttention", self.inputs, 17, scale=SIZE**-0.5, **self.attributes)
-        return np.array(compiled_by_openvino(model)(list(self.inputs.values()))[0])
+        return np.array(in_openvino(**self.attributes)(list(self.inputs.values()))[0])
 
     @torch.inference_mode()
     def hugging_face(self) -> Array:
@@ -134,10 +135,25 @@ class Problem:
         return Banded(self.inputs, **self.attributes).run(kernels.banded, None)
 
 
-@functools.lru_cache(1)  # a model has no sizes, and a test runs it at many
-def compiled_by_openvino(model: bytes) -> Any:
+# A model has no sizes, and a test runs it at many.
+
+
+def function_body(opset: int, **attributes: Any) -> bytes:
+    """A model of the function body."""
+    some_inputs = Problem(torch.zeros(1, 2), attributes["dilation"], attributes["causal"]).inputs
+    return _model("BandedAttention", some_inputs, opset, **attributes)
+
+
+@functools.lru_cache(2)
+def in_onnxruntime(opset: int, **attributes: int) -> onnxruntime.InferenceSession:
+    return session(function_body(opset, **attributes), None)
+
+
+@functools.lru_cache(1)
+def in_openvino(**attributes: int) -> Any:
     openvino = pytest.importorskip("openvino")
-    inlined = onnx.inliner.inline_local_functions(onnx.load_from_string(model))
+    model = onnx.load_from_string(function_body(17, scale=SIZE**-0.5, **attributes))
+    inlined = onnx.inliner.inline_local_functions(model)
     core = openvino.Core()
     return core.compile_model(core.read_model(inlined.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 

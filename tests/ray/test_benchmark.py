@@ -16,6 +16,7 @@ from scripts import figures, record
 pytest.importorskip("ray")
 
 
+@pytest.mark.slow
 def test_a_short_run_has_the_rows_of_lfx_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "ray.jsonl"
     options = ["--documents", "300", "--rounds", "1", "--output", str(path)]

@@ -14,7 +14,7 @@ from lfx.ray.engine import EngineOptions
 # A process of its own: a signal, or the error that it raises, must not reach the process of the tests.
 SIGTERM_WHILE_RAY_STARTS = """
 import signal, sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from lfx.ray.cluster import connected
 
 def interrupt(number, frame):
@@ -25,7 +25,7 @@ def start(**_):
     signal.raise_signal(signal.SIGTERM)
 
 ray = sys.modules["ray"] = ModuleType("ray")
-vars(ray).update(is_initialized=lambda: False, init=start)
+vars(ray).update(is_initialized=lambda: False, init=start, job_config=SimpleNamespace(JobConfig=object))
 signal.signal(signal.SIGTERM, interrupt)
 try:
     with connected(None):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import click
@@ -61,6 +63,16 @@ def test_linked_folders_and_files_are_read(tmp_path: Path) -> None:
     (documents / "c.jsonl").symlink_to(tmp_path / "data" / "b.jsonl")
     (documents / ".hidden").symlink_to(documents)
     assert Inputs(str(documents)).documents == 5
+
+
+def test_the_depth_of_the_folders_is_not_limited_by_the_stack(tmp_path: Path) -> None:
+    write_lines(tmp_path.joinpath(*["d"] * 200, "a.jsonl"), 2)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 100)
+    try:
+        assert Inputs(str(tmp_path)).documents == 2
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def test_a_folder_that_cannot_be_listed_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

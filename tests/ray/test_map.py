@@ -34,7 +34,7 @@ from tests.conftest import MakeBundle, SmallDisk
 
 pytest.importorskip("ray")
 parquet = pytest.importorskip("pyarrow.parquet")
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 ONE, TWO = PoolSize(actors=1), PoolSize(actors=2)
@@ -333,13 +333,16 @@ def test_actors_with_different_models_are_refused(
 def run_map(cluster: Any, *arguments: str | Path) -> list[str]:
     """The command line of `lfx map` in the cluster."""
     code = "import sys; sys.argv[0] = 'lfx'; from lfx.cli import main; main()"
-    return [sys.executable, "-c", code, "map", *map(str, arguments), "--address", cluster.address]
+    return [sys.executable, "-P", "-c", code, "map", *map(str, arguments), "--address", cluster.address]
 
 
-def test_the_command_prints_its_counts_and_nothing_of_rays(cluster: Any, bundle: MakeBundle, tmp_path: Path) -> None:
+def test_the_command_prints_nothing_of_rays_and_runs_no_code_of_its_folder(
+    cluster: Any, bundle: MakeBundle, tmp_path: Path
+) -> None:
     source = write_documents(tmp_path / "in.jsonl", 5)
     command = run_map(cluster, source, tmp_path / "out", "--model", bundle("text-classification"), "--json")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    (tmp_path / "onnxruntime.py").write_text("raise SystemExit('code of the current folder was run')")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
     assert (printed["documents"], printed["refused"]) == (5, 0)

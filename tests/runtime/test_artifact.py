@@ -19,6 +19,7 @@ from lfx.manifest import MANIFEST, MODEL, WEIGHTS, Manifest, sealed, sha256
 from lfx.runtime import Engine
 from lfx.runtime.backends import BACKENDS
 from tests.conftest import MakeBundle
+from tests.marks import fast_if
 
 IDS = [5, 6, 7, 8, 9]
 
@@ -77,6 +78,7 @@ def chain(copy: Path, linked: Path) -> None:
         (linked / path.name).symlink_to(copy.parent / f"{path.name}.link")
 
 
+@fast_if(lambda links, backend: links is hub_cache or backend == "onnxruntime")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("links", [hub_cache, folder_per_file, hard_links, chain], ids=lambda f: f.__name__)
 def test_a_bundle_of_links_gives_the_outputs_of_the_bundle(

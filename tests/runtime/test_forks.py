@@ -19,8 +19,9 @@ import pytest
 
 from lfx.errors import LfxError
 from lfx.runtime import Batcher, Engine
+from lfx.runtime.forks import made_before
 from lfx.runtime.metrics import Metrics
-from tests.conftest import MakeBundle
+from tests.conftest import MakeBundle, MakeLed
 from tests.runtime.test_batcher import LONG, Recorded
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -155,6 +156,16 @@ def test_a_child_ends_when_it_exits(bundle: MakeBundle, backend: str, when: str)
 def test_an_engine_of_the_parent_can_be_pickled_and_opened_in_the_child(engine: Engine) -> None:
     result = in_child(lambda: pickle.loads(pickle.dumps(engine)).run([5, 6])["pooler_output"])
     np.testing.assert_allclose(result, engine.run([5, 6])["pooler_output"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["not-begun", "begun"])
+def test_a_stream_of_the_parent_ends_in_the_child_with_an_error(begun: bool, led_bundle: MakeLed) -> None:
+    with Engine(led_bundle()[1], threads=1) as writer:
+        columns = writer.generate([5, 6, 7, 2], stream=True, max_new_tokens=4, eos_token_id=None)
+        if begun:
+            next(columns)
+        assert in_child(lambda: next(columns)) == made_before("Engine")
+        assert len(list(columns)) == 4 - begun
 
 
 def test_a_batcher_of_the_parent_answers_in_the_parent_only(engine: Engine) -> None:

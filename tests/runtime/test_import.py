@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MakeBundle
+from tests.marks import fast_if
 
 EXPORT_SIDE = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
 
@@ -106,6 +107,7 @@ print([name for name in {heavy} if name in sys.modules])
     assert done.stdout.endswith("\n[]\n")
 
 
+@fast_if(lambda blocked, arguments: (arguments[0] != "export" and blocked != "torch") or blocked == "onnxruntime")
 @pytest.mark.parametrize(
     ("blocked", "arguments", "extra"),
     [

@@ -23,8 +23,11 @@ from lfx.export.validate import compare_engine
 from lfx.parity import full_cases
 from lfx.runtime import Engine, custom_ops
 from tests.conftest import MakeBundle
+from tests.marks import fast_if
 from tests.models import VOCAB_SIZE, tiny_model
+from tests.runtime.spawned import last_hidden_state
 
+pytestmark = pytest.mark.usefixtures("remembered_references")
 RAGGED = [[5, 6, 7, 8], list(range(3, 40)), [9], [11] * 17]
 
 
@@ -46,6 +49,7 @@ def test_the_engine_says_what_runs_attention(bundle: MakeBundle, kernels: str) -
         assert engine.kernels == ("function" if kernels == "function" else "fused")
 
 
+@fast_if(lambda task, opset: (task, opset) == ("feature-extraction", 17))
 @pytest.mark.parametrize("opset", [17, 21])
 @pytest.mark.parametrize("task", ["feature-extraction", "text-classification", "question-answering", "multiple-choice"])
 @pytest.mark.parametrize("kernels", ["fused", "function"])
@@ -55,6 +59,7 @@ def test_models_agree_with_pytorch(bundle: MakeBundle, task: str, opset: int, ke
     assert not report.failures()
 
 
+@fast_if(lambda options: "max_global" in options)
 @pytest.mark.parametrize("options", [{"max_global": 5}, {"global_attention": "first"}, {"global_attention": "none"}])
 def test_every_mode_of_export_has_kernels(bundle: MakeBundle, options: dict[str, Any]) -> None:
     with Engine(bundle(**options), kernels="fused") as engine:
@@ -129,10 +134,14 @@ def test_a_library_that_cannot_be_loaded_is_named(
         Engine(bundle(), kernels="fused")
 
 
-def test_a_node_that_the_kernel_refuses_runs_its_function(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_the_kernel_refuses_runs_its_function(
+    bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("LFX_CPU_INSTRUCTIONS", "mmx")  # an error that the op gives when the model is loaded
     with Engine(bundle()) as engine:
         assert engine.kernels == "function"
+    assert "attention runs without lfx's kernels: there is no kernel for a node" in caplog.text
+    assert "LFX_CPU_INSTRUCTIONS is 'mmx'; it must be baseline, avx2 or avx512" in caplog.text
     with pytest.raises(
         DependencyError, match=r"no kernel for a node \(lfx::\w+Attention: LFX_CPU_INSTRUCTIONS is 'mmx'"
     ):
@@ -152,14 +161,10 @@ def test_a_pickled_engine_keeps_its_choice(bundle: MakeBundle) -> None:
         np.testing.assert_array_equal(*(e.run(RAGGED[1])["last_hidden_state"] for e in (engine, copy)))
 
 
-def _answer(path: Path) -> Any:
-    with Engine(path, kernels="fused") as engine:
-        return engine.run(RAGGED[1])["last_hidden_state"]
-
-
 def test_a_spawned_process_computes_the_same_bits(bundle: MakeBundle) -> None:
+    arguments = (bundle(), RAGGED[1])
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        np.testing.assert_array_equal(pool.apply(_answer, (bundle(),)), _answer(bundle()))
+        np.testing.assert_array_equal(pool.apply(last_hidden_state, arguments), last_hidden_state(*arguments))
 
 
 def test_sequences_that_run_together_get_what_each_gets_alone(bundle: MakeBundle) -> None:
@@ -191,6 +196,7 @@ def test_sixteen_threads_get_the_answers_of_one(bundle: MakeBundle) -> None:
             list(pool.map(hammer, range(16)))
 
 
+@pytest.mark.full_size
 @pytest.mark.slow
 def test_sixteen_threads_for_a_minute_get_the_answers_of_one(bundle: MakeBundle) -> None:
     """Half of the threads share one Engine, and the others have one for two of them."""

@@ -105,6 +105,19 @@ def test_attention_masks_of_every_form_agree() -> None:
                 torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("cls", ["LongformerModel", "LEDModel"])
+@pytest.mark.parametrize("value", [-1.0, 0.5, 1.5, 3.0])
+def test_other_values_in_masks_mean_what_they_mean_to_hugging_face(cls: str, value: float) -> None:
+    model = tiny_model() if cls == "LongformerModel" else tiny_led(LEDModel).encoder
+    accelerated = accelerate(copy.deepcopy(model))
+    ids = torch.randint(3, VOCAB_SIZE, (2, 21), generator=torch.Generator().manual_seed(0))
+    mask, marks = torch.ones(2, 21), torch.zeros(2, 21)
+    mask[0, 5:9], mask[1, 0], marks[1, 3], marks[0, 12] = value, value, 2, value
+    for inputs in ({"attention_mask": mask}, {"attention_mask": mask, "global_attention_mask": marks}):
+        with torch.inference_mode():
+            torch.testing.assert_close(accelerated(ids, **inputs)[0], model(ids, **inputs)[0])
+
+
 def test_the_outputs_have_hugging_face_s_shapes_and_types() -> None:
     model = tiny_model()
     accelerated = accelerate(copy.deepcopy(model))
@@ -273,6 +286,7 @@ def test_with_a_fixed_number_of_slots_all_lengths_share_one_graph(fresh_dynamo: 
     check_compiled(counter, counter)
 
 
+@pytest.mark.full_size
 @pytest.mark.slow
 def test_inductor_compiles_the_model(fresh_dynamo: None) -> None:
     counter = CompileCounterWithBackend("inductor")
@@ -367,6 +381,9 @@ def test_self_attention_in_a_module_of_one_s_own_is_accelerated(cls: Any) -> Non
         accelerated = accelerate(model)
         torch.testing.assert_close(accelerated(hidden, mask), expected)
         assert accelerated(hidden[:, :21], mask[:, :21]).shape == (2, 21, 32)  # no multiple of the window
+        copied = pickle.loads(pickle.dumps(accelerated))
+        assert type(copied.attention) is type(model.attention)
+        assert torch.equal(copied(hidden, mask), accelerated(hidden, mask))
     if cls is Scaled:
         assert isinstance(model.attention, Scaled) and model.attention.factor() == 3
 

@@ -18,7 +18,7 @@ from lfx.cli.terminal import echo, echo_json, progress, table
 from lfx.errors import InputError
 from lfx.files import replacing, why_unwritten
 from lfx.machine import cpu_name, package_versions
-from lfx.signature import TEXT_GENERATION
+from lfx.signature import TEXT_GENERATION, Signature
 
 if TYPE_CHECKING:
     from lfx.cli.engine import OpenEngine
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 AGAINST = ("pytorch", "pytorch-bf16", "pytorch-compile")
 _LENGTHS = (512, 1024, 2048, 4096)
+_NEW_TOKENS = 128
 # Greedy search that has no end token and no rules of the checkpoint's.
 _GREEDY: dict[str, Any] = {
     "num_beams": 1,
@@ -84,7 +85,8 @@ _PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "numpy")
 @click.option(
     "--new-tokens",
     type=click.IntRange(2, MOST_TOKENS),
-    help="Set the number of tokens that a model that writes texts generates.  [default: 128]",
+    help="Set the number of tokens that a model that writes texts generates.  "
+    "[default: 128, or what its decoder has positions for]",
 )
 @click.option("--output", type=OutputPath(), help="Write the rows to this .jsonl file.")
 @click.option("--plot", type=OutputPath(), help="Plot tokens per second over length into this .png file.")
@@ -140,11 +142,12 @@ def run_bench(
             )
         _check_task(signature.task, new_tokens, plot)
         lengths = _checked_lengths(lengths, signature.max_seqlen)
+        new_tokens = _checked_new_tokens(signature, new_tokens)
         step(f"attention runs in {'fused kernels' if engine.kernels == 'fused' else 'function bodies'}")
         modules = _torch_modules(model, engine, against, source, step)
         settings: dict[str, Any] = {"rounds": rounds, "vocab_size": signature.vocab_size or 32, "progress": step}
         if signature.task == TEXT_GENERATION:
-            settings["new_tokens"] = 128 if new_tokens is None else new_tokens
+            settings["new_tokens"] = new_tokens
             rows = _measure_generation(engine, modules, lengths, batch_sizes, **settings)
         else:
             rows = _measure(engine, modules, only, lengths, batch_sizes, **settings)
@@ -220,6 +223,18 @@ def _checked_lengths(lengths: tuple[int, ...], max_seqlen: int | None) -> tuple[
         if max_seqlen is not None and length > max_seqlen:
             raise InputError(f"length {length} is above the model's maximum {max_seqlen}; give a shorter one")
     return lengths or tuple(n for n in _LENGTHS if max_seqlen is None or n <= max_seqlen) or (max_seqlen or 512,)
+
+
+def _checked_new_tokens(signature: Signature, new_tokens: int | None) -> int:
+    """Return the number of tokens, or the default one up to the decoder's maximum.
+
+    Raises:
+        InputError: the number is above the maximum.
+    """
+    most = signature.decoder.max_tokens if signature.decoder is not None else None
+    if most is not None and new_tokens is not None and new_tokens > most:
+        raise InputError(f"--new-tokens {new_tokens} is above what the decoder has positions for; give at most {most}")
+    return new_tokens or min(_NEW_TOKENS, most or _NEW_TOKENS)
 
 
 def _facts(engine: Engine) -> dict[str, Any]:

@@ -79,7 +79,8 @@ def connected(address: str | None) -> Iterator[ModuleType]:
     local: dict[str, Any] = {"include_dashboard": False} if address is None else {}
     try:
         with _own_signals():
-            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
+            job = _job_without_current_folder(ray)
+            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", job_config=job, **local)
     except Exception as error:
         what = "Ray cannot start" if address is None else f"no Ray cluster at {address}"
         raise LfxError(f"{what}: {one_line(error)}") from error
@@ -89,6 +90,20 @@ def connected(address: str | None) -> Iterator[ModuleType]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _job_without_current_folder(ray: Any) -> Any:
+    """Settings of a job whose workers import modules from the installation alone.
+
+    Ray puts the current folder, in which anybody's bundle may be, and the script's first on sys.path of the workers,
+    unless the job brings a folder of its own.
+    """
+
+    class Job(ray.job_config.JobConfig):  # type: ignore[misc]
+        def _runtime_env_has_working_dir(self) -> bool:
+            return True
+
+    return Job()
 
 
 def machines(ray: Any) -> list[dict[str, float]]:

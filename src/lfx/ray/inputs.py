@@ -108,35 +108,41 @@ def _list_files(source: str) -> Iterator[tuple[str, Source]]:
         return
     root = Path(source)
     if root.is_dir():
-        yield from _some([(path.relative_to(root).as_posix(), path) for path in _walk(root, ())], source)
+        yield from _some([(path.relative_to(root).as_posix(), path) for path in _walk(root)], source)
     else:
         _check_suffix(root, source)
         yield root.name, root
 
 
-def _walk(folder: Path, parents: tuple[str, ...]) -> Iterator[Path]:
-    """Yield the files of documents in a folder and in those below it, links included.
+def _walk(root: Path) -> Iterator[Path]:
+    """Yield the files of documents in a folder and in those below it, links included, in no order.
 
     Raises:
         InputError: a folder cannot be read, a link leads nowhere or to a folder that it lies in: documents would be
             left out.
     """
-    parents = (*parents, os.path.realpath(folder))
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read: {error.strerror}; make it readable, or remove it") from error
-    for path in entries:
-        if _is_hidden(path.name):
-            continue
-        if path.is_symlink() and not path.exists():
-            raise InputError(f"{path} is a link to a file or folder that does not exist; fetch it, or remove the link")
-        if path.is_dir():
-            if path.is_symlink() and os.path.realpath(path) in parents:
-                raise InputError(f"{path} is a link to a folder that it lies in; remove it")
-            yield from _walk(path, parents)
-        elif is_documents(path) and path.is_file():
-            yield path
+    pending: list[tuple[Path, tuple[str, ...]]] = [(root, ())]  # folders, each with the real paths of those around it
+    while pending:
+        folder, parents = pending.pop()
+        parents = (*parents, os.path.realpath(folder))
+        try:
+            entries = sorted(folder.iterdir())
+        except OSError as error:
+            raise InputError(f"{folder} cannot be read: {error.strerror}; make it readable, or remove it") from error
+        for path in entries:
+            if _is_hidden(path.name):
+                continue
+            is_link = path.is_symlink()
+            if is_link and not path.exists():
+                raise InputError(
+                    f"{path} is a link to a file or folder that does not exist; fetch it, or remove the link"
+                )
+            if path.is_dir():
+                if is_link and os.path.realpath(path) in parents:
+                    raise InputError(f"{path} is a link to a folder that it lies in; remove it")
+                pending.append((path, parents))
+            elif is_documents(path) and path.is_file():
+                yield path
 
 
 def _list_remote_files(source: str) -> Iterator[tuple[str, Source]]:

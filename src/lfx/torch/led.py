@@ -40,7 +40,7 @@ class LEDEncoder(hf.LEDEncoder):  # type: ignore[misc]
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        tokens = merged_tokens(embedded, attention_mask, global_attention_mask, self.max_global)
+        tokens = merged_tokens(embedded, attention_mask, global_attention_mask, self.max_global, _read_mask)
         states = [self.layernorm_embedding(embedded + self.embed_positions(embedded.shape[:2]))]
         for layer in self.layers:
             states.append(layer(states[-1], attention_mask=tokens)[0])
@@ -49,3 +49,8 @@ class LEDEncoder(hf.LEDEncoder):  # type: ignore[misc]
         if not (return_dict if return_dict is not None else config.return_dict):
             return tuple(item for item in (states[-1], all_states) if item is not None)
         return hf.LEDEncoderBaseModelOutput(last_hidden_state=states[-1], hidden_states=all_states)
+
+
+def _read_mask(merged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens are real and which global, for any value, as LEDEncoder reads it."""
+    return merged >= 1, merged > 1

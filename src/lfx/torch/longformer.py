@@ -5,6 +5,7 @@ The classes keep their names, which a saved config holds as the architecture.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class LongformerModel(hf.LongformerModel):  # type: ignore[misc]
         embedded = self.embeddings(
             input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds
         )
-        tokens = merged_tokens(embedded, attention_mask, global_attention_mask, self.max_global)
+        tokens = merged_tokens(embedded, attention_mask, global_attention_mask, self.max_global, _read_mask)
         return_dict = return_dict if return_dict is not None else config.return_dict
         encoded = self.encoder(
             embedded,
@@ -98,15 +99,25 @@ class LongformerModel(hf.LongformerModel):  # type: ignore[misc]
         )
 
 
+def _read_mask(merged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens are real and which global, for any value, as LongformerModel reads it."""
+    return merged > 0, merged == 2
+
+
 def merged_tokens(
     embedded: torch.Tensor,
     attention_mask: torch.Tensor | None,
     global_attention_mask: torch.Tensor | None,
     max_global: int | None,
+    read_mask: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
 ) -> Tokens:
-    """Make the Tokens from a model's masks; an attention_mask may mark global tokens with 2, as Hugging Face's may."""
+    """Make the Tokens from a model's masks; an attention_mask may mark global tokens with 2, as Hugging Face's may.
+
+    Args:
+        read_mask: which tokens of a merged mask are real and which are global, two (B, S) bool; models differ in values
+            other than 0, 1 and 2.
+    """
     if attention_mask is None and global_attention_mask is None:
         real = torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
         return tokens_of(real, None, max_global)
-    merged = merged_mask(embedded, attention_mask, global_attention_mask)
-    return tokens_of(merged > 0, merged > 1, max_global)
+    return tokens_of(*read_mask(merged_mask(embedded, attention_mask, global_attention_mask)), max_global)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from inspect import getattr_static
 from types import FunctionType
 from typing import Any, TypeVar
@@ -77,7 +78,8 @@ def _new_class(module: nn.Module, replacements: dict[type[nn.Module], type[nn.Mo
         InputError: a subclass or the module has a method of its own that `original.forward` is or may call: ours would
             not call it.
     """
-    cls = type(module)
+    cls: Any = type(module)
+    replacement: Any
     for original, replacement in replacements.items():
         if not isinstance(module, original):
             continue
@@ -92,8 +94,24 @@ def _new_class(module: nn.Module, replacements: dict[type[nn.Module], type[nn.Mo
             return cls
         if cls is original:
             return replacement
-        return type(cls.__name__, (replacement, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+        return _combined(cls, replacement)
     return None
+
+
+@functools.cache
+def _combined(cls: Any, replacement: Any) -> type[Any]:
+    """A class named as a user's subclass, whose bases are ours and the subclass; its modules can be pickled."""
+
+    def reduce(module: Any) -> tuple[Any, ...]:
+        return _empty, (cls, replacement), module.__getstate__()
+
+    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce__": reduce}
+    return type(cls.__name__, (replacement, cls), names)
+
+
+def _empty(cls: Any, replacement: Any) -> Any:
+    """A module of the combined class without its state, for pickle."""
+    return object.__new__(_combined(cls, replacement))
 
 
 def _methods(original: type[nn.Module]) -> list[str]:

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import MakeOnce
+from tests.plugins.build import built_once
 from tests.plugins.ptx.build import COMPUTE_CAPABILITIES, interpreter_objects, launch_code, link, nvcc
 from tests.plugins.ptx.interpreter import InterpretedKernels, Interpreter
 
 
 @pytest.fixture(scope="session")
-def interpreter_folder(made_once: MakeOnce) -> Path:
+def interpreter_folder() -> Path:
     """The interpreter's object files."""
-    return made_once("ptx-interpreter", interpreter_objects)
+    return built_once("ptx-interpreter", interpreter_objects)
 
 
 @pytest.fixture(scope="session")
@@ -28,11 +28,11 @@ def interpreter(interpreter_folder: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
-def kernel_folders(made_once: MakeOnce) -> dict[int, Path]:
+def kernel_folders() -> dict[int, Path]:
     """Compute capability -> the kernels' launch code in object files, and their PTX."""
     listed = subprocess.run([nvcc(), "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
     return {
-        capability: made_once(
+        capability: built_once(
             f"ptx-kernels-{capability}", functools.partial(launch_code, compute_capability=capability)
         )
         for capability in COMPUTE_CAPABILITIES

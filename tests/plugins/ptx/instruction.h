@@ -99,7 +99,7 @@ struct Lanes
 {
     Block& block;
     uint32_t index; // of the warp in its block
-    uint64_t epoch = 1;
+    uint32_t epoch = 1;
     Registers registers;
     std::array<Copies, kLANES> copies;
 };

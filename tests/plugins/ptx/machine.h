@@ -28,7 +28,7 @@ public:
     GlobalMemory& global;
     SharedMemory shared;
     std::vector<uint8_t> parameters;
-    uint64_t epoch = 0; // counts barriers, and blocks
+    uint32_t epoch = 0; // counts barriers, and blocks
 };
 
 // Runs every block, one after another. Throws Error.

@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 namespace lfx::ptx
@@ -17,7 +18,7 @@ std::string describe(uint64_t address, size_t bytes)
 
 void checkAlignment(uint64_t address, size_t bytes, int32_t lane)
 {
-    if (address % bytes != 0)
+    if ((address & (bytes - 1)) != 0) // bytes is a power of 2
     {
         throw Fault("unaligned access of " + describe(address, bytes), lane);
     }
@@ -95,6 +96,12 @@ size_t SharedMemory::offset(uint32_t address, size_t bytes, Accessor const& acce
 
 void SharedMemory::checkState(size_t offset, size_t bytes, Accessor const& accessor, bool reads) const
 {
+    static constexpr std::array<uint8_t, kMAX_ACCESS> kALL_DEFINED{kDEFINED, kDEFINED, kDEFINED, kDEFINED, kDEFINED,
+        kDEFINED, kDEFINED, kDEFINED, kDEFINED, kDEFINED, kDEFINED, kDEFINED, kDEFINED, kDEFINED, kDEFINED, kDEFINED};
+    if (bytes <= kMAX_ACCESS && std::memcmp(&mState[offset], kALL_DEFINED.data(), bytes) == 0)
+    {
+        return;
+    }
     for (size_t i = offset; i < offset + bytes; ++i)
     {
         if (mState[i] == kIN_FLIGHT)
@@ -133,7 +140,7 @@ void SharedMemory::noteRead(size_t offset, size_t bytes, Accessor const& accesso
         history.readWarps |= 1U << accessor.warp;
         if (history.lastReadWarp != accessor.warp || history.readWarpEpoch != accessor.warpEpoch)
         {
-            history.lastReadWarp = accessor.warp;
+            history.lastReadWarp = static_cast<uint8_t>(accessor.warp);
             history.readWarpEpoch = accessor.warpEpoch;
             history.readLanes = 0;
         }
@@ -162,8 +169,8 @@ void SharedMemory::noteWrite(size_t offset, size_t bytes, Accessor const& access
         }
         history.writeEpoch = accessor.blockEpoch;
         history.writeWarpEpoch = accessor.warpEpoch;
-        history.writeWarp = accessor.warp;
-        history.writeLane = accessor.lane;
+        history.writeWarp = static_cast<uint8_t>(accessor.warp);
+        history.writeLane = static_cast<int8_t>(accessor.lane);
         history.isAtomic = isAtomic;
     }
 }

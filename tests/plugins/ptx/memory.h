@@ -52,8 +52,8 @@ struct Accessor
 {
     uint32_t warp;
     int32_t lane; // kWHOLE_WARP: all its lanes together
-    uint64_t blockEpoch;
-    uint64_t warpEpoch;
+    uint32_t blockEpoch;
+    uint32_t warpEpoch;
 };
 
 constexpr int32_t kWHOLE_WARP = -1;
@@ -89,19 +89,20 @@ private:
     // The last accesses of an element.
     struct History
     {
-        uint64_t writeEpoch = 0; // of the block; epochs of a launch start at 1
-        uint64_t writeWarpEpoch = 0;
-        uint32_t writeWarp = 0;
-        int32_t writeLane = 0;
-        bool isAtomic = false;
-        uint64_t readEpoch = 0;
+        uint32_t writeEpoch = 0; // of the block; epochs of a launch start at 1
+        uint32_t writeWarpEpoch = 0;
+        uint32_t readEpoch = 0;
+        uint32_t readWarpEpoch = 0;
         uint32_t readWarps = 0; // in readEpoch
-        uint32_t lastReadWarp = 0;
-        uint64_t readWarpEpoch = 0;
         uint32_t readLanes = 0; // of lastReadWarp, in readWarpEpoch
+        uint8_t writeWarp = 0;
+        uint8_t lastReadWarp = 0;
+        int8_t writeLane = 0;
+        bool isAtomic = false;
     };
 
     static constexpr size_t kELEMENT = 2; // bytes of the smallest access
+    static constexpr size_t kMAX_ACCESS = 16;
 
     size_t offset(uint32_t address, size_t bytes, Accessor const& accessor) const;
     void checkState(size_t offset, size_t bytes, Accessor const& accessor, bool reads) const;

@@ -15,6 +15,7 @@ import pytest
 
 from lfx.parity import Case
 from tests.plugins.build import PLUGINS
+from tests.plugins.parts import first_of_each
 from tests.plugins.problems import Banded, Global, banded, global_
 from tests.plugins.ptx.build import COMPUTE_CAPABILITIES, ptx
 from tests.plugins.ptx.interpreter import InterpretedKernels, PtxError
@@ -186,7 +187,7 @@ def finding(problem: Banded | Global, kernels: InterpretedKernels, wide: bool) -
     return ""
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", first_of_each(MUTATIONS, lambda name: MUTATIONS[name].file))
 def test_the_interpreter_finds_a_mutation(
     emulated: InterpretedKernels, kernel_folders: dict[int, Path], tmp_path: Path, name: str
 ) -> None:

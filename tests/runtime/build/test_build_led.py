@@ -23,6 +23,7 @@ from lfx.runtime.build.check_graph import check_conversion
 from lfx.runtime.plan import PlanManifest, decoder_path, json_path
 from lfx.runtime.signing import verify
 from tests.conftest import MakeBundle, MakeLed
+from tests.marks import fast_if
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
 RTX = {"flavor": "tensorrt-rtx", "target": "sm89"}
@@ -113,6 +114,7 @@ def _needs_tensorrt() -> None:
         pytest.skip(f"no plugin library: {error}")
 
 
+@fast_if(lambda precision: precision == "fp16")
 @pytest.mark.trt
 @pytest.mark.usefixtures("_needs_tensorrt")
 @pytest.mark.parametrize(
@@ -157,6 +159,7 @@ def test_a_model_that_writes_texts_becomes_two_plans(
     assert PlanManifest.read(plan) == manifest
 
 
+@pytest.mark.slow
 @pytest.mark.trt
 @pytest.mark.usefixtures("_needs_tensorrt")
 def test_the_command_builds_and_inspect_shows_both_plans(led: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from lfx.runtime.build import Options
 from lfx.runtime.build import prepare_graph as freeze
 from lfx.runtime.plan import PlanManifest, json_path
 from tests.conftest import MakeBundle, SmallDisk
+from tests.marks import fast_if
 from tests.models import LONGFORMER_TASKS, VOCAB_SIZE, tiny_model
 
 pytestmark = pytest.mark.trt
@@ -58,6 +59,7 @@ def copy(plan: Path, tmp_path: Path) -> Path:
     return tmp_path / plan.name
 
 
+@fast_if(lambda task, precision: (task, precision) in (("feature-extraction", "bf16"), ("question-answering", "fp16")))
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("task", LONGFORMER_TASKS)
 def test_all_attention_nodes_of_all_tasks_become_plugin_layers(
@@ -72,6 +74,7 @@ def test_all_attention_nodes_of_all_tasks_become_plugin_layers(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.plan", "one.plan.json"]
 
 
+@fast_if(lambda precision: precision == "fp16")
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_without_the_plugin_no_node_is_a_plugin_layer(precision: str, bundle: MakeBundle, tmp_path: Path) -> None:
     built = build_engine(
@@ -81,6 +84,7 @@ def test_without_the_plugin_no_node_is_a_plugin_layer(precision: str, bundle: Ma
     assert (manifest.attention_nodes, manifest.plugin_layers, manifest.plugin_version) == (2 * LAYERS, 0, None)
 
 
+@fast_if(lambda options: "max_global" in options)
 @pytest.mark.parametrize(
     ("options", "precision"),
     [
@@ -106,6 +110,7 @@ def dilated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(use_loop_attention(tiny_model(**config)), tmp_path_factory.mktemp("dilated") / "bundle")
 
 
+@fast_if(lambda plugin: plugin)
 @pytest.mark.parametrize("plugin", [True, False])
 def test_heads_of_different_dilations_build(plugin: bool, dilated: Path, tmp_path: Path) -> None:
     options = {"precision": "fp16", "plugin": plugin, "max_global": 4, **RTX}
@@ -116,6 +121,7 @@ def test_heads_of_different_dilations_build(plugin: bool, dilated: Path, tmp_pat
     assert (manifest.signature.attention_windows, manifest.signature.causal) == ((16, 24), True)
 
 
+@pytest.mark.slow
 def test_a_bundle_of_inlined_functions_builds_without_the_plugin_only(bundle: MakeBundle, tmp_path: Path) -> None:
     inlined = bundle(inline_functions=True)
     with pytest.raises(BuildError, match="functions are inlined, so it has no attention nodes; build with --no-plugin"):
@@ -124,6 +130,7 @@ def test_a_bundle_of_inlined_functions_builds_without_the_plugin_only(bundle: Ma
     assert PlanManifest.read(built).plugin_layers == 0
 
 
+@pytest.mark.full_size
 @pytest.mark.slow
 def test_longformer_base_builds_with_all_its_attention_in_the_plugin(tmp_path: Path) -> None:
     base = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -219,6 +226,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@fast_if(lambda task: task == "feature-extraction")
 @pytest.mark.parametrize("task", ["feature-extraction", "sentence-embedding"])
 def test_a_plan_in_fp16_may_have_float16_outputs(task: str, bundle: MakeBundle, tmp_path: Path) -> None:
     options = {"precision": "fp16", "options": Options(float16_outputs=True), **RTX}
@@ -335,6 +343,7 @@ def _runs(process: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_concurrent_builds_leave_one_plan_with_its_own_json(bundle: MakeBundle, tmp_path: Path) -> None:
     failed: list[BaseException] = []
 
@@ -380,6 +389,7 @@ def separators(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(_Separators().eval(), tmp_path_factory.mktemp("separators") / "own")
 
 
+@fast_if(lambda precision: precision == "fp16")
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_model_that_chooses_global_tokens_needs_a_slot_for_each_token(
     precision: str, separators: Path, tmp_path: Path
@@ -408,6 +418,7 @@ def test_a_changed_bundle_is_refused(bundle: MakeBundle, tmp_path: Path) -> None
         build_engine(folder, tmp_path / "one.plan", **RTX)
 
 
+@pytest.mark.slow
 def test_heads_that_the_plugin_does_not_support_are_refused_by_name(tmp_path: Path) -> None:
     folder = export(tiny_model(hidden_size=24), tmp_path / "odd")
     with pytest.raises(BuildError, match=r"layer\.0.* has head size 12; the plugin takes multiples of 8 .*--no-plugin"):

@@ -26,6 +26,7 @@ from lfx.runtime.build.check_graph import check_conversion
 from lfx.runtime.runner import engine_runner, model_inputs
 from lfx.signature import POOLINGS
 from tests.conftest import MakeBundle
+from tests.marks import fast_if
 from tests.models import tiny_model
 
 HEAD_SIZE = 16  # of tests.models.tiny_config
@@ -58,6 +59,7 @@ def test_freezing_keeps_the_cheaper_branch_of_the_global_rows_and_no_if(
     assert [node.attributes["num_heads"].as_int() for node in rows] == [heads] * 2  # one head of the width of all heads
 
 
+@fast_if(lambda slots: slots in (4, HEAD_SIZE))
 @pytest.mark.parametrize("slots", [1, 4, HEAD_SIZE, 40])
 def test_a_frozen_graph_gives_the_bundle_s_outputs(slots: int, own_bundle: MakeBundle, tmp_path: Path) -> None:
     model = _load(own_bundle())
@@ -85,6 +87,7 @@ def test_a_graph_of_constant_slots_is_not_changed(options: dict[str, Any], own_b
     assert _ops(model) == before
 
 
+@fast_if(lambda precision: precision == "fp16")
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_pooling_and_norm_stay_in_float32(precision: str, tmp_path: Path) -> None:
     modules = [Dense(32 * len(POOLINGS), 8, torch.nn.Tanh()), Normalize()]
@@ -154,6 +157,7 @@ def long_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(model.eval(), tmp_path_factory.mktemp("long") / "sines", max_seqlen=4096)
 
 
+@fast_if(lambda precision: precision == "fp16")
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_positions_are_computed_in_float32_at_any_length(precision: str, long_bundle: Path, tmp_path: Path) -> None:
     backend = "openvino" if precision == "bf16" else "onnxruntime"
@@ -250,6 +254,7 @@ class _FromIntegers(torch.nn.Module):
         }
 
 
+@fast_if(lambda precision: precision == "fp16")
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_floats_of_integers_meet_converted_values(precision: str, tmp_path: Path) -> None:
     backend = "openvino" if precision == "bf16" else "onnxruntime"
@@ -354,6 +359,7 @@ class _Own(torch.nn.Module):
         return torch.cond(few, lambda x: x * 2, lambda x: x * 3, (hidden,))
 
 
+@fast_if(lambda op_type, inline: op_type == "TopK" and not inline)
 @pytest.mark.parametrize(("op_type", "options"), [("TopK", {}), ("If", {"max_global": 4})])
 @pytest.mark.parametrize("inline", [False, True])
 def test_a_topk_and_an_if_of_the_user_are_not_changed(

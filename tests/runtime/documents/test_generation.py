@@ -12,6 +12,7 @@ from lfx.errors import InputError, LfxError
 from lfx.runtime import Engine
 from lfx.runtime.documents import run as documents
 from lfx.runtime.documents import run_documents
+from lfx.runtime.documents.journal import read_header
 from lfx.runtime.generation.graphs import GraphGenerator
 from lfx.runtime.tokenizer import Tokenizer
 from tests.conftest import MakeBundle, MakeLed
@@ -83,6 +84,29 @@ def test_a_stopped_run_goes_on_after_its_last_chunk(
     done = run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", generation=OPTIONS)
     assert done.resumed_at == 8
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_resumed_run_has_the_seed_of_the_stopped_one(
+    led: tuple[Engine, Tokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, tokenizer = led
+    monkeypatch.setattr(documents, "CHUNK", 2)
+    source, sampling = write(tmp_path / "in.jsonl", texts(4)), {"max_new_tokens": 6, "do_sample": True}
+
+    def stop(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", generation=sampling, progress=stop)
+    seed = read_header(tmp_path / "out.jsonl")["generation"]["seed"]
+    done = run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", generation=sampling)
+    assert done.resumed_at == 2
+    given = {**sampling, "seed": seed}
+    run_documents(engine, tokenizer, source, tmp_path / "whole.jsonl", generation=given)
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        run_documents(engine, tokenizer, source, tmp_path / "other.jsonl", generation=sampling, progress=stop)
+    assert read_header(tmp_path / "other.jsonl")["generation"]["seed"] != seed  # each run draws its own
 
 
 def test_a_run_is_not_resumed_with_other_options(

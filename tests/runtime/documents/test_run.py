@@ -269,6 +269,7 @@ def command(bundle: Path, folder: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "lfx.cli", *arguments, *options]
 
 
+@pytest.mark.slow
 def test_the_command_killed_at_random_points_ends_with_the_same_file(bundle: MakeBundle, tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl", texts(3000))
     subprocess.run(command(bundle(CLASSIFIER), tmp_path), check=True, capture_output=True)

@@ -13,6 +13,7 @@ import pytest
 from lfx.errors import InputError, LfxError
 from lfx.runtime.generation import generate, resolve, stream
 from lfx.runtime.generation.rules import choose_different, rules
+from tests.marks import fast_if
 from tests.runtime.generation.led import VOCAB_SIZE, TorchLed, random_inputs, reseed, split, tiny_led, torch_generate
 from tests.runtime.generation.ties import check_same
 
@@ -67,6 +68,7 @@ def test_at_least_100_models_are_compared() -> None:
     assert len(OPTIONS) * MODELS >= 100
 
 
+@fast_if(lambda name: name in ("greedy", "forced", "beams-4-never-short", "beams-4-everything"))
 @pytest.mark.parametrize("name", OPTIONS)
 def test_tokens_are_hugging_faces(name: str, model: Any) -> None:
     options, first = OPTIONS[name], MODELS * list(OPTIONS).index(name)
@@ -104,6 +106,7 @@ def test_finished_sequences_of_a_beam_search_leave_the_batch(model: Any) -> None
     assert led.rows_decoded == sorted(led.rows_decoded, reverse=True)
 
 
+@fast_if(lambda options: "no_repeat_ngram_size" in options)
 @pytest.mark.parametrize(
     "options",
     [
@@ -191,6 +194,7 @@ class Draws:
         return chosen
 
 
+@fast_if(lambda options: "temperature" in options or "min_length" in options)
 @pytest.mark.parametrize(
     "options",
     [

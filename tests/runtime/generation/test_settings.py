@@ -139,6 +139,11 @@ def test_a_name_that_is_not_known_is_refused() -> None:
     with pytest.raises(InputError, match=r"made_up of generation_config.json is not known; give made_up=None"):
         settings({"made_up": 2})
     assert settings({"made_up": 2}, made_up=None) == settings()
+    for name in ("\ud800", "a\nb", "x" * 1_000_000):
+        with pytest.raises(InputError) as caught:
+            settings({name: 2})
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
+from tests.marks import fast_if
 from tests.runtime.serve.running import Running
 
 OPERATIONS = [
@@ -43,6 +44,7 @@ CASES = [
 ]
 
 
+@fast_if(lambda label: label in ("GET /info", "POST /run", "POST /embed"))
 @pytest.mark.parametrize(("label", "mode"), CASES)
 def test_no_request_gets_a_server_error(label: str, mode: GenerationMode, server: Running) -> None:
     schema = schemathesis.openapi.from_url(f"{server.address}/openapi.json")

@@ -83,12 +83,14 @@ def use(page: Page, model: str, text: str, **fields: str) -> str:
     return page.inner_text("#answers")
 
 
+@pytest.mark.slow
 def test_labels_are_shown(page: Page) -> None:
     answers = use(page, "cls", MARKUP)
     assert re.search(r"LABEL_[01]\s+0\.\d{4}", answers)
     assert page.locator("#answers .bar").count() == 2
 
 
+@pytest.mark.slow
 def test_an_answer_is_highlighted_in_the_document(page: Page) -> None:
     answers = use(page, "qa", f"\U0001f98a {MARKUP} {DOCUMENT[:90]}", question="the quick fox")
     marked = page.inner_text("#answers mark")
@@ -98,6 +100,7 @@ def test_an_answer_is_highlighted_in_the_document(page: Page) -> None:
     assert page.locator("#answers img, #answers script").count() == 0
 
 
+@pytest.mark.slow
 def test_similar_passages_are_ranked(page: Page) -> None:
     use(page, "emb", DOCUMENT + "\n\n" + MARKUP, question="the fox is quick")
     assert page.locator(".passage").count() == 4
@@ -106,6 +109,7 @@ def test_similar_passages_are_ranked(page: Page) -> None:
     assert page.locator(".passage img").count() == 0
 
 
+@pytest.mark.slow
 def test_labels_of_tokens_choices_and_outputs_are_shown(page: Page) -> None:
     use(page, "ner", "the quick brown fox")
     assert page.locator(".token").count() >= 4
@@ -115,6 +119,7 @@ def test_labels_of_tokens_choices_and_outputs_are_shown(page: Page) -> None:
     assert "pooler_output: 32 numbers" in use(page, "org/bare", "the fox")
 
 
+@pytest.mark.slow
 def test_a_refusal_is_shown(page: Page) -> None:
     page.fill("#text", "fox " * 500)
     page.click("#go")
@@ -123,6 +128,7 @@ def test_a_refusal_is_shown(page: Page) -> None:
     page.expected_problems = 1  # type: ignore[attr-defined]  # Chromium's line on the console for status 413
 
 
+@pytest.mark.slow
 def test_a_key_is_asked_for(browser: Browser, bundle: MakeBundle) -> None:
     with running({"cls": bundle("text-classification")}, api_key="sesame") as server:
         page = browser.new_page()
@@ -134,6 +140,7 @@ def test_a_key_is_asked_for(browser: Browser, bundle: MakeBundle) -> None:
         page.close()
 
 
+@pytest.mark.slow
 def test_a_text_is_written_as_its_tokens_come(browser: Browser, led_bundle: MakeLed) -> None:
     with running({"org/led": led_bundle()[1]}) as server:
         page = browser.new_page()

@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from lfx.errors import InputError
 from lfx.runtime.serve.settings import named_models
 from tests.conftest import MakeBundle
+from tests.marks import fast_if
 from tests.runtime.serve.running import WAIT_SECONDS, Command, wait_until
 from tests.runtime.test_import import lfx_without
 
@@ -46,6 +47,7 @@ def ask(address: str) -> httpx.Response:
     return httpx.post(f"{address}/run", json=BODY, timeout=WAIT_SECONDS)
 
 
+@pytest.mark.slow
 def test_at_sigterm_what_came_is_answered_and_nothing_new_is_taken(model: Path) -> None:
     with Command(model, "--max-delay", "8000", "--stop-time", "100") as server, server.client() as client:
         server.wait_for("is ready")
@@ -73,6 +75,7 @@ def test_at_sigterm_what_came_is_answered_and_nothing_new_is_taken(model: Path) 
         assert server.lines[-1] == "stopped"
 
 
+@fast_if(lambda second: second)
 @pytest.mark.parametrize("second", [True, False], ids=["second-signal", "stop-time"])
 def test_a_stop_ends_within_its_bound_and_says_so_to_the_clients(model: Path, second: bool) -> None:
     options = ["--max-delay", "3600000", "--stop-time", "3600" if second else "1"]
@@ -90,6 +93,7 @@ def test_a_stop_ends_within_its_bound_and_says_so_to_the_clients(model: Path, se
         assert server.wait() == 0
 
 
+@fast_if(lambda workers: workers == 1)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_script_may_read_the_address_and_close_stdout(workers: int, model: Path) -> None:
     with Command(f"cls={model}", "--workers", str(workers), "--json") as server:
@@ -130,6 +134,7 @@ def test_workers_share_a_port_and_say_their_memory(workers: Command) -> None:
         assert gauge(client, "lfx_requests_total") == before + 10
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_replaced_and_no_answer_is_lost_or_wrong(workers: Command) -> None:
     with workers.client() as client:
         expected = client.post("/predict", json=BODY).json()
@@ -179,6 +184,7 @@ def kill_worker(server: Command, number: int) -> None:
     os.kill(int(pids[-1]), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_replacement_that_cannot_start_is_tried_again_and_the_others_answer(
     replaceable: tuple[Command, Path],
 ) -> None:
@@ -197,6 +203,7 @@ def test_a_replacement_that_cannot_start_is_tried_again_and_the_others_answer(
         wait_until(lambda: gauge(client, "lfx_ready") == 2)
 
 
+@pytest.mark.slow
 def test_a_bundle_that_is_replaced_is_opened_by_all_workers_once_one_has_opened_it(
     replaceable: tuple[Command, Path], bundle: MakeBundle
 ) -> None:
@@ -221,6 +228,7 @@ def test_a_bundle_that_is_replaced_is_opened_by_all_workers_once_one_has_opened_
     assert sum("is restarted" in line for line in server.lines) == 1
 
 
+@pytest.mark.slow
 def test_workers_serve_where_the_folder_of_temporary_files_cannot_have_sockets(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / ("t" * 100)
     folder.mkdir()
@@ -264,6 +272,7 @@ def failing(*arguments: str | Path) -> str:
     return error
 
 
+@fast_if(lambda workers: workers == "2")
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_start_that_fails_is_one_line(workers: str, model: Path, tmp_path: Path) -> None:
     assert "does not exist" in failing(tmp_path / "nowhere", "--port", "0", "--workers", workers)
@@ -272,6 +281,7 @@ def test_a_start_that_fails_is_one_line(workers: str, model: Path, tmp_path: Pat
         assert f"127.0.0.1:{port} cannot be listened on" in failing(model, "--port", port, "--workers", workers)
 
 
+@fast_if(lambda module: module == "uvicorn")
 @pytest.mark.parametrize("module", ["fastapi", "uvicorn", "httptools"])
 def test_a_missing_extra_is_one_line_with_the_cure(module: str) -> None:
     done = lfx_without((module,), "serve", "nowhere")

@@ -15,6 +15,7 @@ from tests.conftest import MakeBundle
 TEXTS = ["the quick brown fox", "the fox", "jumps over the lazy dog " * 8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "load"), [("serve", serve.load), ("triton", triton.load)])
 def test_a_short_load_test_has_answers_equal_to_one_by_one_runs(
     name: str, load: serve.Load, bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -29,6 +29,7 @@ from tests.conftest import MakeBundle
 from tests.models import VOCAB_SIZE, WINDOW
 from tests.runtime.triton.running import Running, running
 
+pytestmark = pytest.mark.slow
 TASKS = {
     "bare": "feature-extraction",
     "cls": "text-classification",

@@ -1,0 +1,112 @@
+"""`map_documents` and the classes of `lfx.ray` with Ray replaced by calls in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import lfx.ray
+import lfx.ray.job
+from lfx.errors import InputError
+from lfx.ray.engine import EngineOptions
+from lfx.ray.job import map_documents
+from tests.conftest import MakeBundle
+from tests.ray.test_map import TWO, rows_of, rows_of_run, write_documents
+from tests.ray.test_pool import FakeRay
+
+pyarrow = pytest.importorskip("pyarrow")
+
+
+@pytest.mark.parametrize("file_format", ["jsonl", "parquet"])
+def test_the_rows_of_a_map_are_those_of_lfx_run(
+    file_format: str, bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def connected(address: str | None) -> Iterator[FakeRay]:
+        yield FakeRay()
+
+    monkeypatch.setattr(lfx.ray.job, "connected", connected)
+    monkeypatch.setattr(lfx.ray.job, "machines", lambda ray: [{"CPU": 3.0}])
+    model, source = bundle("text-classification"), write_documents(tmp_path / "in.jsonl", 300)
+    options = EngineOptions(model, threads=1)
+    summary, facts = map_documents(source, tmp_path / "out", options, TWO, file_format=file_format)
+    expected = rows_of_run(model, source, tmp_path)
+    if file_format == "parquet":  # ids are text there, since one column has one type
+        expected = [{**row, "id": str(row["id"])} for row in expected]
+    assert rows_of(tmp_path / "out") == expected
+    assert (summary.documents, summary.refused, summary.resumed_at) == (300, 4, 0)
+    assert facts["backend"].startswith("onnxruntime")
+    again, _ = map_documents(source, tmp_path / "out", options, TWO, file_format=file_format)
+    assert (again.documents, again.resumed_at) == (300, 300)
+
+
+def test_a_batch_of_a_dataset_gets_the_columns_of_lfx_run(bundle: MakeBundle, tmp_path: Path) -> None:
+    model, source = bundle("text-classification"), write_documents(tmp_path / "in.jsonl", 40)
+    texts = [json.loads(line).get("text") for line in source.read_text().splitlines()]
+    documents = lfx.ray.Documents(str(model), threads=1)
+    batch = pyarrow.table({"key": range(40), "text": texts})
+    results = documents(batch).to_pylist()
+    assert set(results[0]) == {"key", "tokens", "answers", "outputs", "error"}
+    for row, (key, other) in zip(results, enumerate(rows_of_run(model, source, tmp_path)), strict=True):
+        assert row["key"] == key
+        assert (row["error"] is None) == ("error" not in other)
+        if "outputs" in other:
+            assert row["outputs"]["logits"] == pytest.approx(other["outputs"]["logits"])
+            assert row["answers"] == other["answers"]
+    with pytest.raises(InputError, match="the dataset has a column 'tokens', the name of a result; rename it"):
+        documents(batch.append_column("tokens", batch["key"]))
+
+
+class Serve(ModuleType):
+    """The functions of `ray.serve` that a deployment calls; documents run one by one."""
+
+    @staticmethod
+    def batch(**_: Any) -> Callable[[Any], Any]:
+        def one_by_one(together: Any) -> Any:
+            async def run_one(document: Any) -> Any:
+                (rows,) = await together([document])
+                return rows
+
+            return run_one
+
+        return one_by_one
+
+
+class Request:
+    """A request of Starlette's."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    async def body(self) -> bytes:
+        return self._content
+
+
+def test_a_service_answers_with_rows(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lfx.ray.serving import Service
+
+    monkeypatch.setitem(sys.modules, "ray.serve", Serve("ray.serve"))
+    service = Service(bundle("text-classification"), threads=1)
+
+    def ask(body: bytes) -> tuple[int, Any]:
+        reply = asyncio.run(service(Request(body)))
+        return reply.status_code, json.loads(reply.body)
+
+    status, (row,) = ask(b'{"text": "the fox", "id": 7}')
+    assert (status, row["id"]) == (200, 7)
+    assert row["answers"][0]["label"].startswith("LABEL_")
+    status, ((good,), (bad,)) = ask(b'[{"text": "the fox"}, {}]')
+    assert status == 200
+    assert good["outputs"] == row["outputs"]
+    assert bad["error"].startswith("the document has the fields none")
+    status, error = ask(b"{")
+    assert (status, "the body is no JSON" in error["error"]) == (400, True)
+    assert ask(b"{}")[0] == 400
