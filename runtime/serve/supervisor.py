@@ -28,7 +28,7 @@ from lfx.errors import DependencyError, LfxError
 from lfx.runtime.serve.server import Announce, Report, address_of, listen
 from lfx.runtime.serve.settings import Settings
 
-# -P keeps the current folder, in which anybody's bundle may be, off sys.path.
+# -P keeps the current folder off sys.path: a bundle from elsewhere may lie there, with Python files.
 WORKER = [sys.executable, "-P", "-m", "lfx.runtime.serve.worker"]
 _POLL_SECONDS = 0.1
 _KILL_SECONDS = 10.0  # after stop_seconds, until the workers are killed
