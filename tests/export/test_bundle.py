@@ -267,6 +267,7 @@ def test_a_kill_at_any_step_leaves_a_whole_bundle_and_the_next_export_clears_up(
     assert seen == {"old", "new"}
 
 
+@pytest.mark.slow
 def test_a_kill_of_the_first_export_leaves_nothing_or_all(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for _ in _steps(out, lambda: shutil.rmtree(out, ignore_errors=True)):

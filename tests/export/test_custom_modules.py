@@ -65,6 +65,7 @@ class _Sinusoid(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+@pytest.mark.slow
 def test_positions_without_a_table_have_no_longest_sequence(tmp_path: Path) -> None:
     model = tiny_model()
     model.embeddings.position_embeddings = _Sinusoid()
@@ -96,6 +97,7 @@ def test_positions_that_half_precision_rounds_are_refused(tmp_path: Path) -> Non
     assert not (tmp_path / "fp16").exists()
 
 
+@pytest.mark.slow
 def test_max_seqlen_limits_a_model_without_a_table(tmp_path: Path) -> None:
     model = tiny_model()
     model.embeddings.position_embeddings = _Sinusoid()
@@ -125,6 +127,7 @@ class _Tables(nn.Module):
         return self.encoder(x, attention_mask=mask)[0][:, :length]
 
 
+@pytest.mark.slow
 def test_an_id_that_a_table_of_the_module_does_not_have_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder = export(_Tables().eval(), tmp_path / "out")
@@ -193,6 +196,7 @@ class _SubclassWithMask(_Subclass):
         )
 
 
+@pytest.mark.slow
 def test_a_subclass_keeps_its_forward_around_the_replaced_one(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = _SubclassWithMask(tiny_config()).eval()
@@ -242,6 +246,7 @@ def test_self_attention_called_directly_exports_for_every_length(tmp_path: Path)
             np.testing.assert_allclose(mine["output_0"], theirs[0].numpy(), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_windows_that_differ_by_layer(tmp_path: Path) -> None:
     model = tiny_model(num_hidden_layers=3, attention_window=[4, 64, 16])
     folder = export(model, tmp_path / "out")
@@ -290,6 +295,7 @@ class _OnlyIds(nn.Module):
         return self.inner(input_ids).last_hidden_state
 
 
+@pytest.mark.slow
 def test_a_model_of_ids_alone_has_one_input(tmp_path: Path) -> None:
     model = _OnlyIds().eval()
     with Engine(export(model, tmp_path / "out")) as engine:

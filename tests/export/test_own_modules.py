@@ -50,6 +50,7 @@ def same(module: nn.Module, folder: Path, ids: torch.Tensor = IDS, **masks: torc
         np.testing.assert_allclose(next(iter(actual.values())), expected.numpy(), rtol=0, atol=1e-5)
 
 
+@fast_if(lambda axis: axis == 1)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_branch_on_the_shape_is_refused(axis: int, tmp_path: Path) -> None:
     module = Wrapped(lambda x, ids: x * 2 if ids.shape[axis] > 100 else x).eval()
@@ -161,6 +162,7 @@ def test_heads_that_have_no_graph_are_refused_with_the_reason(head: nn.Module, r
         export(Headed(head).eval(), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_convolution_over_the_tokens_is_exported(tmp_path: Path) -> None:
     module = Headed(nn.Conv1d(32, 16, 3, padding=1)).eval()
     folder = export(module, tmp_path / "out")
@@ -185,6 +187,7 @@ def test_two_encoders_with_different_numbers_of_global_tokens(tmp_path: Path) ->
     same(module, export(module, tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_table_of_positions_beyond_4096_tokens_is_found_too_short(tmp_path: Path) -> None:
     class Positions(nn.Module):
         def __init__(self) -> None:
@@ -200,6 +203,7 @@ def test_a_table_of_positions_beyond_4096_tokens_is_found_too_short(tmp_path: Pa
         export(Positions().eval(), tmp_path / "out", max_seqlen=6000)
 
 
+@pytest.mark.slow
 def test_a_branch_beyond_the_longest_sequence_is_none(tmp_path: Path) -> None:
     module = Wrapped(lambda x, ids: x * 2 if ids.shape[1] > 100 else x).eval()
     same(module, export(module, tmp_path / "out", max_seqlen=100))
@@ -271,7 +275,7 @@ class MeanChoice(LongformerForMultipleChoice):  # type: ignore[misc]
         return {"logits": self.classifier(hidden.mean(dim=1)).unflatten(0, input_ids.shape[:2]).squeeze(-1)}
 
 
-@fast_if(lambda task: task == "text-classification")
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["text-classification", "multiple-choice"])
 def test_a_replaced_head_in_a_known_class_is_probed(task: str, tmp_path: Path) -> None:
     module = tiny_model(task)
@@ -291,6 +295,7 @@ class LargestOf(LongformerModel):  # type: ignore[misc]
         return hidden.amax(dim=1)[:, :1]
 
 
+@pytest.mark.slow
 def test_a_model_whose_own_forward_reads_padding_is_detected(tmp_path: Path) -> None:
     model = tiny_model()
     model.__class__ = LargestOf
@@ -375,12 +380,14 @@ def test_projections_that_are_more_than_weight_and_bias(name: str, change: str, 
     same(module, export(module, tmp_path / "out"), **marks)
 
 
+@pytest.mark.slow
 def test_a_feed_forward_in_chunks_is_the_same_model(tmp_path: Path) -> None:
     module = tiny_model(chunk_size_feed_forward=4)
     same(tiny_model(), export(module, tmp_path / "out"), IDS[:, :29])
     assert module.encoder.layer[0].chunk_size_feed_forward == 4
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_returns_tuples_keeps_the_names_of_its_outputs(tmp_path: Path) -> None:
     module, _ = load(str(save_tiny_checkpoint(tmp_path / "it", "text-classification", return_dict=False)), "auto")
     with Engine(export(module, tmp_path / "out")) as engine:
@@ -402,6 +409,7 @@ def test_weights_that_begin_at_one_address_keep_their_names(tmp_path: Path) -> N
     same(module, export(module, tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_an_export_inside_autocast_is_a_float32_model(tmp_path: Path) -> None:
     module = tiny_model()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -409,12 +417,14 @@ def test_an_export_inside_autocast_is_a_float32_model(tmp_path: Path) -> None:
     same(module, folder)
 
 
+@pytest.mark.slow
 def test_a_model_that_was_made_in_inference_mode_exports(tmp_path: Path) -> None:
     with torch.inference_mode():
         module = tiny_model()
     same(module, export(module, tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_class_whose_new_takes_arguments_exports(tmp_path: Path) -> None:
     class Made(Wrapped):
         def __new__(cls, size: int) -> Any:
@@ -427,6 +437,7 @@ def test_a_class_whose_new_takes_arguments_exports(tmp_path: Path) -> None:
     same(module, export(module, tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_window_that_is_a_number_of_numpy_exports(tmp_path: Path) -> None:
     module = tiny_model()
     for layer in module.encoder.layer:
@@ -434,6 +445,7 @@ def test_a_window_that_is_a_number_of_numpy_exports(tmp_path: Path) -> None:
     same(module, export(module, tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_an_export_with_another_default_dtype_is_a_float32_model(tmp_path: Path) -> None:
     module = Wrapped().eval()
     torch.set_default_dtype(torch.float64)
@@ -444,6 +456,7 @@ def test_an_export_with_another_default_dtype_is_a_float32_model(tmp_path: Path)
     same(module, folder)
 
 
+@pytest.mark.slow
 def test_the_shorter_of_two_position_tables_is_the_limit(tmp_path: Path) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -473,6 +486,7 @@ def twice(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(hidden, 2 * linear.weight)
 
 
+@pytest.mark.slow
 def test_a_projection_with_a_forward_of_its_own_is_called(tmp_path: Path) -> None:
     model = tiny_model()
     for module in model.modules():

@@ -248,7 +248,7 @@ def test_an_option_without_room_for_added_tokens_is_refused(option: dict[str, An
         export(Adding().eval(), tmp_path / "out", **option)
 
 
-@fast_if(lambda case: case == "added")
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [Adding, lambda: Deciding(lambda ids: (ids == 2).long())], ids=["added", "no input"])
 def test_a_plan_with_fewer_slots_than_tokens_is_refused_for_a_rule_of_the_module(module: Any, tmp_path: Path) -> None:
     bundle = export(module().eval(), tmp_path / "out")

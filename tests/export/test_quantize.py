@@ -93,6 +93,7 @@ def test_nothing_is_written_into_the_bundle_and_modes_follow_the_umask(
     assert [path.name for path in tmp_path.iterdir()] == ["int8"]
 
 
+@pytest.mark.slow
 def test_files_in_folders_are_kept(text: Path, tmp_path: Path) -> None:
     checkpoint = save_tiny_checkpoint(tmp_path / "c", "sentence-embedding")
     tiny_tokenizer().save_pretrained(checkpoint)
@@ -136,6 +137,7 @@ class Both(torch.nn.Module):
         return {"hidden": hidden, "logits": self.head(hidden)}
 
 
+@pytest.mark.slow
 def test_only_what_a_product_reads_is_rounded(int8: Any, text: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     both = quantize(export(Both().eval(), tmp_path / "fp32"), tmp_path / "int8", calibration=text)
@@ -287,6 +289,7 @@ class Shared(torch.nn.Module):
         return self.twice(torch.tanh(self.twice(hidden))) @ self.matrix
 
 
+@pytest.mark.slow
 def test_shared_projections_and_other_matrix_products_stay_float32(text: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Shared().eval()
@@ -319,6 +322,7 @@ def test_a_text_file_is_cut_into_windows(bundle: MakeBundle, tmp_path: Path) -> 
     assert np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b) > 0.98
 
 
+@fast_if(lambda link: link is os.symlink)
 @pytest.mark.parametrize("link", [os.link, os.symlink])
 def test_a_bundle_of_links_is_quantized_too(bundle: MakeBundle, text: Path, tmp_path: Path, link: Any) -> None:
     own, folder = shutil.copytree(bundle(), tmp_path / "own"), tmp_path / "linked"

@@ -324,6 +324,7 @@ def test_the_commands_take_the_int8_bundle(int8: Int8, led_bundle: MakeLed, text
     assert [row["new_tokens"] for row in rows] == [len(tokens) - 1 for tokens in expected]
 
 
+@pytest.mark.slow
 def test_openvino_writes_texts_with_the_int8_bundle(int8: Int8, led_bundle: MakeLed, text: Path) -> None:
     pytest.importorskip("openvino")
     ids = windows_of(text)

@@ -85,7 +85,7 @@ def test_modes_of_export_are_the_reference(bundles: Any, options: dict[str, Any]
     check(bundles("by-head-causal", **options), "by-head-causal", 5)
 
 
-@fast_if(lambda precision: precision == "fp16")
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "backend"), [("fp16", "onnxruntime"), ("bf16", "openvino")])
 def test_half_precision_is_within_the_derived_tolerance(bundles: Any, precision: str, backend: str) -> None:
     check(bundles("by-head-causal", precision=precision), "by-head-causal", 5, backend)

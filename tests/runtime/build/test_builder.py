@@ -84,7 +84,7 @@ def test_without_the_plugin_no_node_is_a_plugin_layer(precision: str, bundle: Ma
     assert (manifest.attention_nodes, manifest.plugin_layers, manifest.plugin_version) == (2 * LAYERS, 0, None)
 
 
-@fast_if(lambda options: "max_global" in options)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "precision"),
     [
@@ -110,7 +110,7 @@ def dilated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(use_loop_attention(tiny_model(**config)), tmp_path_factory.mktemp("dilated") / "bundle")
 
 
-@fast_if(lambda plugin: plugin)
+@pytest.mark.slow
 @pytest.mark.parametrize("plugin", [True, False])
 def test_heads_of_different_dilations_build(plugin: bool, dilated: Path, tmp_path: Path) -> None:
     options = {"precision": "fp16", "plugin": plugin, "max_global": 4, **RTX}

@@ -184,6 +184,7 @@ def test_a_conversion_that_is_wrong_at_long_lengths_only_is_refused(
         check_conversion(long_bundle, manifest, tmp_path / MODEL, signature, lambda _: None, lambda _: None)
 
 
+@fast_if(lambda converted: converted)
 @pytest.mark.parametrize("converted", [True, False], ids=["fp32 bundle", "fp16 bundle"])
 def test_float_outputs_are_float16_if_the_signature_says_so(
     converted: bool, bundle: MakeBundle, tmp_path: Path
@@ -254,7 +255,7 @@ class _FromIntegers(torch.nn.Module):
         }
 
 
-@fast_if(lambda precision: precision == "fp16")
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_floats_of_integers_meet_converted_values(precision: str, tmp_path: Path) -> None:
     backend = "openvino" if precision == "bf16" else "onnxruntime"
@@ -285,6 +286,7 @@ class _Infinite(torch.nn.Module):
         return {"weights": scores.softmax(-1), "pooled": (scores.softmax(-1)[..., None] * hidden).sum(1)}
 
 
+@pytest.mark.slow
 def test_infinities_stay_infinite_in_half_precision(tmp_path: Path) -> None:
     bundle = export(_Infinite().eval(), tmp_path / "own")
     manifest = Manifest.read(bundle)

@@ -79,7 +79,7 @@ def test_the_reference_backend_generates(led_bundle: MakeLed, tmp_path: Path) ->
     assert (tokens == torch_generate(model, feeds, max_new_tokens=8, num_beams=2)).all()
 
 
-@fast_if(lambda precision, backend: (precision, backend) == ("fp16", "onnxruntime"))
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "backend"), [("fp16", "onnxruntime"), ("fp16", "openvino"), ("bf16", "openvino")]
 )
