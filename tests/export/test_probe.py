@@ -17,7 +17,7 @@ from lfx.export.probe import adds_globals, default_global_of, granularity, ignor
 from lfx.runtime import build_engine
 from lfx.signature import GRAPH_INPUTS, TASKS, Signature, TensorSpec
 from tests.marks import fast_if
-from tests.models import tiny_config, tiny_model
+from tests.models import ONE_LAYER, tiny_config, tiny_model
 
 
 def signature(**options: Any) -> Signature:
@@ -108,7 +108,7 @@ class Around(nn.Module):
 
     def __init__(self, rule: Callable[[Any], Any], task: str = "text-classification") -> None:
         super().__init__()
-        self.model, self.rule = tiny_model(task), rule
+        self.model, self.rule = tiny_model(task, **ONE_LAYER), rule
 
     def forward(
         self,

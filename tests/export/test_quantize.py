@@ -28,7 +28,7 @@ from lfx.parity import Report, full_cases
 from lfx.runtime import Engine
 from tests.conftest import MakeBundle, SmallDisk
 from tests.marks import fast_if
-from tests.models import VOCAB_SIZE, save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from tests.models import ONE_LAYER, VOCAB_SIZE, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 LAYERS = [
     f"encoder.layer.{layer}.{name}"
@@ -129,7 +129,7 @@ class Both(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = tiny_model()
+        self.model = tiny_model(**ONE_LAYER)
         self.head = torch.nn.Linear(32, 5)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -27,6 +27,7 @@ from tests.conftest import MakeLed
 from tests.models import VOCAB_SIZE
 from tests.runtime.backends import fake_tensorrt
 
+pytestmark = pytest.mark.usefixtures("few_objects")
 PROFILES = (Profile(Range(1, 1, 4), Range(1, 32, 64)), Profile(Range(1, 1, 4), Range(65, 128, 200)))
 DECODER_PROFILES = tuple(
     DecoderProfile(Range(1, 4, 16), Range(1, 1, 4), Range(0, 10, 39), profile.seqlen) for profile in PROFILES

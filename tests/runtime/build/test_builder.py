@@ -28,7 +28,7 @@ from lfx.runtime.build import prepare_graph as freeze
 from lfx.runtime.plan import PlanManifest, json_path
 from tests.conftest import MakeBundle, SmallDisk
 from tests.marks import fast_if
-from tests.models import LONGFORMER_TASKS, VOCAB_SIZE, tiny_model
+from tests.models import LONGFORMER_TASKS, ONE_LAYER, VOCAB_SIZE, tiny_model
 
 pytestmark = pytest.mark.trt
 
@@ -375,7 +375,7 @@ class _Separators(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = tiny_model()
+        self.inner = tiny_model(**ONE_LAYER)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         separators = (input_ids == 2).long()
@@ -420,7 +420,7 @@ def test_a_changed_bundle_is_refused(bundle: MakeBundle, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_heads_that_the_plugin_does_not_support_are_refused_by_name(tmp_path: Path) -> None:
-    folder = export(tiny_model(hidden_size=24), tmp_path / "odd")
+    folder = export(tiny_model(**ONE_LAYER, hidden_size=24), tmp_path / "odd")
     with pytest.raises(BuildError, match=r"layer\.0.* has head size 12; the plugin takes multiples of 8 .*--no-plugin"):
         build_engine(folder, tmp_path / "one.plan", **RTX)
     built = build_engine(folder, tmp_path / "one.plan", plugin=False, **RTX, log=lambda line: None)
