@@ -64,6 +64,7 @@ def test_an_unchanged_bundle_is_in_tolerance_at_every_layer(bundles: Callable[..
     assert re.findall(r"attention_\d", result.stdout) == ["attention_0", "attention_1"]
 
 
+@fast_if(lambda first: first == "attention_1")
 @pytest.mark.parametrize(
     ("weight", "first"),
     [

@@ -144,7 +144,7 @@ class AlwaysDropout(nn.Module):
 CONSTANT = "takes a size of the traced example for a constant, as in nn.LSTM"
 
 
-@fast_if(lambda case: case == "dropout")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "reason"),
     [

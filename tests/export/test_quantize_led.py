@@ -407,6 +407,7 @@ def test_a_bundle_with_a_file_missing_or_changed_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+@pytest.mark.slow
 def test_a_bundle_of_links_is_quantized_and_a_text_is_cut_into_windows(led_bundle: MakeLed, tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "linked").mkdir()

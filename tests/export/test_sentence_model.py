@@ -178,6 +178,7 @@ def test_pooling_embeds_a_module_in_memory_and_leaves_it(tmp_path: Path) -> None
         export(tiny_model("fill-mask"), tmp_path / "c", pooling="cls")
 
 
+@pytest.mark.slow
 def test_the_task_of_the_bare_model_is_kept_and_so_are_the_settings(tmp_path: Path) -> None:
     folder = sentences(tmp_path / "c", None, Dense={"in_features": 32, "out_features": 4})
     bundle = export(folder, tmp_path / "b", task="feature-extraction")

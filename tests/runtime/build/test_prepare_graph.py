@@ -87,7 +87,7 @@ def test_a_graph_of_constant_slots_is_not_changed(options: dict[str, Any], own_b
     assert _ops(model) == before
 
 
-@fast_if(lambda precision: precision == "fp16")
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_pooling_and_norm_stay_in_float32(precision: str, tmp_path: Path) -> None:
     modules = [Dense(32 * len(POOLINGS), 8, torch.nn.Tanh()), Normalize()]
