@@ -191,6 +191,7 @@ def test_a_page_on_a_full_disk_says_what_to_do(bundles: Callable[..., Path], sma
     assert [path.name for path in folder.iterdir()] == ["ballast"]
 
 
+@pytest.mark.slow
 def test_int8_reports_its_loss_of_accuracy(bundles: Callable[..., Path], tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     text = tmp_path / "documents.jsonl"

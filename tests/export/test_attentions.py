@@ -188,6 +188,7 @@ def test_dilation_and_causal_windows_are_refused(tmp_path: Path) -> None:
             export(model, tmp_path / "bundle", output_attentions=True)
 
 
+@pytest.mark.slow
 def test_an_output_of_that_name_is_refused(tmp_path: Path) -> None:
     class Named(torch.nn.Module):
         def __init__(self) -> None:

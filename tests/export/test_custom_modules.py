@@ -20,7 +20,6 @@ from lfx.errors import ExportError, InputError, ParityError
 from lfx.export import export
 from lfx.export.rewrite import clone
 from lfx.runtime import Engine
-from tests.marks import fast_if
 from tests.models import ONE_LAYER, VOCAB_SIZE, tiny_config, tiny_model
 
 LENGTHS = (1, 7, 8, 9, 16, 17, 40)
@@ -140,7 +139,7 @@ def test_an_id_that_a_table_of_the_module_does_not_have_is_refused(tmp_path: Pat
                 engine.run([[3, 50]])
 
 
-@fast_if(lambda wrong: wrong == 96)
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [None, 96])
 def test_a_table_of_positions_of_the_module_needs_max_seqlen(wrong: int | None, tmp_path: Path) -> None:
     torch.manual_seed(0)

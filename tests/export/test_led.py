@@ -26,6 +26,7 @@ from lfx.runtime import Engine
 from lfx.runtime.artifact import open_artifact
 from lfx.signature import PAST, PRESENT, TEXT_GENERATION, Decoder, TensorSpec
 from tests.conftest import MakeBundle
+from tests.marks import fast_if
 from tests.models import VOCAB_SIZE, save_tiny_checkpoint, tiny_led
 from tests.runtime.generation.led import random_inputs, torch_generate
 from tests.runtime.generation.ties import check_same
@@ -294,6 +295,7 @@ def test_a_subclass_of_the_self_attention_keeps_its_own_code(tmp_path: Path) -> 
         assert not compare_engine(engine, model, quick_cases, lambda step: None).failures()
 
 
+@fast_if(lambda options: "max_global" not in options)
 @pytest.mark.parametrize(
     ("options", "message"),
     [

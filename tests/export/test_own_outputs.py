@@ -44,7 +44,7 @@ def test_both_axes_of_a_token_by_token_output_are_cut(tmp_path: Path) -> None:
         assert [row.shape for row in engine.run([[5, 6, 7], [8]])["output"]] == [(3, 3), (1, 1)]
 
 
-@fast_if(lambda message: message.split()[0] in ("outputs", "returns", "rename"))
+@fast_if(lambda message: "one tensor" in message or "nested" in message)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

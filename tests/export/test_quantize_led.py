@@ -154,7 +154,7 @@ def test_the_decoder_is_calibrated_on_the_texts_of_the_float32_model(
         assert layers[name]["scale"] == pytest.approx((high - low) / 255, rel=1e-4)
 
 
-@fast_if(lambda options: not options)
+@fast_if(lambda backend, options: backend == "onnxruntime" and not options)
 @pytest.mark.parametrize(
     ("backend", "options"),
     [
@@ -291,6 +291,7 @@ def lfx(*arguments: Any) -> Any:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_agreement(led_bundle: MakeLed, text: Path, tmp_path: Path) -> None:
     arguments = ("--calibration", text, "--samples", 4, "--generate", "max_new_tokens=5", "--min-agreement", "0.01")
     done = lfx("quantize", led_bundle()[1], "--output", tmp_path / "int8", *arguments)

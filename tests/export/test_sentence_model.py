@@ -169,6 +169,7 @@ def test_pooling_embeds_a_bare_model_without_a_norm(mode: str, tmp_path: Path) -
         np.testing.assert_allclose(engine.run(ids.numpy())[OUTPUT][0], pooled(mode, hidden, [1] * 27), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_pooling_embeds_a_module_in_memory_and_leaves_it(tmp_path: Path) -> None:
     model = tiny_model().train()
     bundle = export(model, tmp_path / "b", pooling="cls")

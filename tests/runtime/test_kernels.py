@@ -67,6 +67,7 @@ def test_every_mode_of_export_has_kernels(bundle: MakeBundle, options: dict[str,
     assert not report.failures()
 
 
+@pytest.mark.slow
 def test_attention_weights_are_those_of_their_own_functions(bundle: MakeBundle) -> None:
     folder = bundle(output_attentions=True)
     with Engine(folder, kernels="fused") as fused, Engine(folder, kernels="function") as function:

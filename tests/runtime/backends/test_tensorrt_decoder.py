@@ -24,6 +24,7 @@ from lfx.runtime.plan import DecoderPlan, PlanManifest, decoder_path, json_path
 from lfx.runtime.profile import DecoderProfile, Profile, Range
 from lfx.signature import Signature, TensorSpec
 from tests.conftest import MakeLed
+from tests.marks import fast_if
 from tests.models import VOCAB_SIZE
 from tests.runtime.backends import fake_tensorrt
 
@@ -135,6 +136,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 }
 
 
+@fast_if(lambda name: name in ("greedy", "2 beams"))
 @pytest.mark.parametrize("name", SEARCHES)
 def test_two_plans_give_the_tokens_of_the_bundle(name: str, plan: Path, reference: Engine) -> None:
     options = {"max_new_tokens": 20, **SEARCHES[name]}

@@ -157,7 +157,7 @@ def long_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(model.eval(), tmp_path_factory.mktemp("long") / "sines", max_seqlen=4096)
 
 
-@fast_if(lambda precision: precision == "fp16")
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_positions_are_computed_in_float32_at_any_length(precision: str, long_bundle: Path, tmp_path: Path) -> None:
     backend = "openvino" if precision == "bf16" else "onnxruntime"
