@@ -196,6 +196,12 @@ def own_bundle(bundle: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> 
     return make
 
 
+@pytest.fixture(scope="module")
+def few_objects() -> None:
+    """Let gc.collect() search the objects that a module of tests makes; all those of torch take a second."""
+    gc.freeze()
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
     """small_disk() -> an empty folder on a disk of 128 KiB of its own."""

@@ -16,6 +16,7 @@ from lfx.signature import SENTENCE_EMBEDDING, TASKS, TEXT_GENERATION
 
 VOCAB_SIZE = 99
 WINDOW = 8  # one-sided, of the widest layer
+ONE_LAYER: dict[str, Any] = {"num_hidden_layers": 1, "attention_window": [2 * WINDOW]}
 LONGFORMER_TASKS = [task for task in TASKS if task != TEXT_GENERATION]
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -112,6 +113,7 @@ def test_a_manifest_with_changed_values_is_refused_or_usable(data: dict[str, Any
         json.dumps(manifest.to_dict())
 
 
+@pytest.mark.slow
 @given(spoiled(PLAN_DATA))
 def test_a_plan_s_json_with_changed_values_is_refused_or_usable(data: dict[str, Any]) -> None:
     manifest = parse_plan({**data, "plan_format_version": PLAN_FORMAT_VERSION})

@@ -148,6 +148,7 @@ def test_the_command_measures_beside_pytorch_and_writes_its_rows(
     assert (tmp_path / "plot.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_other_weights_is_not_measured(
     checkpoint_bundle: MakeBundle, forked: Commands, tmp_path: Path
 ) -> None:

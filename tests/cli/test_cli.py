@@ -747,6 +747,7 @@ def test_names_that_the_locale_cannot_encode_are_printed(locale: dict[str, str],
 FULL, CLOSED = (">/dev/full", "No space left on device"), (">&-", "stdout cannot be written: it is closed")
 
 
+@fast_if(lambda arguments: "--json" in arguments)
 @pytest.mark.parametrize(
     ("arguments", "stream", "message"),
     [

@@ -64,6 +64,7 @@ def test_a_command_takes_a_revision(hub: Hub, tmp_path: Path) -> None:
     assert "text-classification" in lfx(tmp_path, "inspect", f"{NAME}@{commit}")
 
 
+@pytest.mark.slow
 def test_explain_takes_a_name(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:
     push(bundle("text-classification", output_attentions=True), "org/attentions")
     lfx(tmp_path, "explain", "org/attentions", "--text", TEXT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import http.server
 import json
@@ -148,14 +149,41 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     return _RUNNERS[case.client](case, model)
 
 
-def _program(case: Case, model: Path, *, command: list[str], cwd: Path | None = None) -> dict[str, Any]:
-    arguments = [*command, case.client, str(model), json.dumps(case.options)]
+def _node(case: Case, model: Path) -> dict[str, Any]:
+    arguments = ["node", str(HERE / "run_node.mjs"), case.client, str(model), json.dumps(case.options)]
     done = subprocess.run(
-        arguments, input=json.dumps(INPUTS), capture_output=True, text=True, check=False, cwd=cwd, timeout=_SECONDS
+        arguments, input=json.dumps(INPUTS), capture_output=True, text=True, check=False, cwd=NODE, timeout=_SECONDS
     )
     lines = done.stdout.strip().splitlines()
     result: dict[str, Any] = json.loads(lines[-1]) if lines else {"error": done.stderr[-500:]}
     return result
+
+
+def _python(case: Case, model: Path) -> dict[str, Any]:
+    """Run a case in one process for all cases: each would import torch again."""
+    client = _python_client()
+    job = {"client": case.client, "model": str(model), "options": case.options, "inputs": INPUTS}
+    watchdog = threading.Timer(_SECONDS, client.kill)
+    watchdog.start()
+    try:
+        assert client.stdin is not None and client.stdout is not None
+        client.stdin.write(json.dumps(job) + "\n")
+        client.stdin.flush()
+        lines = (line.removeprefix("result ") for line in client.stdout if line.startswith("result "))
+        result: dict[str, Any] = json.loads(next(lines, '{"error": "the process of the client ended"}'))
+        return result
+    finally:
+        watchdog.cancel()
+
+
+@functools.cache
+def _python_client() -> subprocess.Popen[str]:
+    command = [str(PYTHON), str(HERE / "run_python.py")]
+    client = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    atexit.register(client.communicate)  # it ends with its input
+    return client
 
 
 def _openvino(case: Case, model: Path) -> dict[str, Any]:
@@ -227,8 +255,6 @@ def _browser(case: Case, model: Path) -> dict[str, Any]:
     return json.loads(posted[0]) if posted else {"error": "the page posted no result"}
 
 
-_node = functools.partial(_program, command=["node", str(HERE / "run_node.mjs")], cwd=NODE)
-_python = functools.partial(_program, command=[str(PYTHON), str(HERE / "run_python.py")])
 _RUNNERS = {
     "onnxruntime-node": _node,
     "@huggingface/transformers": _node,

@@ -1,6 +1,6 @@
-"""Runs one model in the Python clients: python run_python.py CLIENT MODEL OPTIONS, with inputs as JSON on stdin.
+"""Runs models in the Python clients: python run_python.py reads jobs from stdin, one line of JSON each.
 
-Prints {output: [numbers]}, or {"error": text}.
+A job has client, model, options and inputs. Prints a line for each: result, and {output: [numbers]} or {"error": text}.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def main(client: str, model: str, options: dict[str, Any], inputs: dict[str, Any
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    try:
-        result = main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.load(sys.stdin))
-    except Exception as error:
-        result = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
-    print("\n" + json.dumps(result))
+    for line in sys.stdin:
+        try:
+            result = main(**json.loads(line))
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        print(f"\nresult {json.dumps(result)}", flush=True)

@@ -58,6 +58,7 @@ def cases(signature: Signature) -> list[tuple[Case, Arrays]]:
     return [(case, model_inputs(case, signature)) for case in made]
 
 
+@fast_if(lambda backend: backend == "onnxruntime")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_probabilities_are_hugging_faces_in_all_layers(
     with_attentions: Path, hugging_faces: list[tuple[Case, Arrays, Any]], backend: str
@@ -83,6 +84,7 @@ def test_probabilities_are_hugging_faces_in_all_layers(
                     assert not actual[row, ..., count:].any(), case  # theirs are uniform filler
 
 
+@fast_if(lambda backend: backend == "onnxruntime")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_other_outputs_are_bitwise_those_of_a_bundle_without(
     bundle: MakeBundle, with_attentions: Path, backend: str
@@ -94,6 +96,7 @@ def test_other_outputs_are_bitwise_those_of_a_bundle_without(
                 np.testing.assert_array_equal(ours[name], expected, err_msg=f"{name}, {case}")
 
 
+@pytest.mark.slow
 def test_the_scaling_of_a_query_stays_fused_with_its_projection(tmp_path: Path) -> None:
     model = tiny_model(hidden_size=40)  # a head size of 20: scaling by 1 / √20 rounds
     plain, ours = export(model, tmp_path / "plain"), export(model, tmp_path / "ours", output_attentions=True)
@@ -165,6 +168,7 @@ def test_the_layers_of_a_kind_are_shown_together() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_wrong_probability_fails_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*arguments: Any, **options: Any) -> Any:
         return banded_probabilities(*arguments, **options) * 1.01
@@ -184,6 +188,7 @@ def test_dilation_and_causal_windows_are_refused(tmp_path: Path) -> None:
             export(model, tmp_path / "bundle", output_attentions=True)
 
 
+@pytest.mark.slow
 def test_an_output_of_that_name_is_refused(tmp_path: Path) -> None:
     class Named(torch.nn.Module):
         def __init__(self) -> None:

@@ -250,6 +250,7 @@ def _steps(output: Path, before: Callable[[], None]) -> Iterator[int]:
     raise AssertionError("no export completed")
 
 
+@pytest.mark.slow
 @fast_if(lambda case: case == "exchange")
 def test_a_kill_at_any_step_leaves_a_whole_bundle_and_the_next_export_clears_up(
     tmp_path: Path, either_way: str
@@ -267,6 +268,7 @@ def test_a_kill_at_any_step_leaves_a_whole_bundle_and_the_next_export_clears_up(
     assert seen == {"old", "new"}
 
 
+@pytest.mark.slow
 def test_a_kill_of_the_first_export_leaves_nothing_or_all(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for _ in _steps(out, lambda: shutil.rmtree(out, ignore_errors=True)):

@@ -20,8 +20,7 @@ from lfx.errors import ExportError, InputError, ParityError
 from lfx.export import export
 from lfx.export.rewrite import clone
 from lfx.runtime import Engine
-from tests.marks import fast_if
-from tests.models import VOCAB_SIZE, tiny_config, tiny_model
+from tests.models import ONE_LAYER, VOCAB_SIZE, tiny_config, tiny_model
 
 LENGTHS = (1, 7, 8, 9, 16, 17, 40)
 
@@ -51,7 +50,7 @@ def _check(folder: Path, model: nn.Module, output: str, lengths: tuple[int, ...]
 @pytest.mark.slow
 def test_position_embeddings_replaced_by_xpos(tmp_path: Path) -> None:
     """The notebook case: model.embeddings.position_embeddings = RotaryEmbedding(use_xpos=True)."""
-    model = tiny_model()
+    model = tiny_model(**ONE_LAYER)
     model.embeddings.position_embeddings = RotaryEmbedding(dim=32, use_xpos=True, cache_max_seq_len=130)
     _check(export(model, tmp_path / "out"), model, "last_hidden_state")
 
@@ -65,8 +64,9 @@ class _Sinusoid(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+@pytest.mark.slow
 def test_positions_without_a_table_have_no_longest_sequence(tmp_path: Path) -> None:
-    model = tiny_model()
+    model = tiny_model(**ONE_LAYER)
     model.embeddings.position_embeddings = _Sinusoid()
     folder = export(model, tmp_path / "out")
     with Engine(folder) as engine:
@@ -88,7 +88,7 @@ class _HalfPositions(nn.Module):
 
 @pytest.mark.slow
 def test_positions_that_half_precision_rounds_are_refused(tmp_path: Path) -> None:
-    model = tiny_model()
+    model = tiny_model(**ONE_LAYER)
     model.embeddings.position_embeddings = _HalfPositions()
     export(model, tmp_path / "fp32", max_seqlen=4096)
     with pytest.raises(ParityError, match=r"PyTorch itself has error .* against PyTorch in float32 in fp16, above"):
@@ -96,8 +96,9 @@ def test_positions_that_half_precision_rounds_are_refused(tmp_path: Path) -> Non
     assert not (tmp_path / "fp16").exists()
 
 
+@pytest.mark.slow
 def test_max_seqlen_limits_a_model_without_a_table(tmp_path: Path) -> None:
-    model = tiny_model()
+    model = tiny_model(**ONE_LAYER)
     model.embeddings.position_embeddings = _Sinusoid()
     with Engine(export(model, tmp_path / "out", max_seqlen=50)) as engine:
         assert engine.signature.max_seqlen == 50
@@ -110,7 +111,7 @@ class _Tables(nn.Module):
         super().__init__()
         self.words, self.tags = nn.Embedding(50, 32), nn.Embedding(70, 32)
         self.positions = nn.Embedding(positions, 32) if positions is not None else None
-        self.encoder = LongformerEncoder(tiny_config())
+        self.encoder = LongformerEncoder(tiny_config(**ONE_LAYER))
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         x = self.words(input_ids) + self.tags(input_ids.reshape(-1)).reshape(*input_ids.shape, 32)
@@ -125,6 +126,7 @@ class _Tables(nn.Module):
         return self.encoder(x, attention_mask=mask)[0][:, :length]
 
 
+@pytest.mark.slow
 def test_an_id_that_a_table_of_the_module_does_not_have_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder = export(_Tables().eval(), tmp_path / "out")
@@ -137,7 +139,7 @@ def test_an_id_that_a_table_of_the_module_does_not_have_is_refused(tmp_path: Pat
                 engine.run([[3, 50]])
 
 
-@fast_if(lambda wrong: wrong == 96)
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [None, 96])
 def test_a_table_of_positions_of_the_module_needs_max_seqlen(wrong: int | None, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -153,7 +155,7 @@ class _Ranker(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone = tiny_model()
+        self.backbone = tiny_model(**ONE_LAYER)
         self.score = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 1))
 
     def forward(
@@ -193,9 +195,10 @@ class _SubclassWithMask(_Subclass):
         )
 
 
+@pytest.mark.slow
 def test_a_subclass_keeps_its_forward_around_the_replaced_one(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = _SubclassWithMask(tiny_config()).eval()
+    model = _SubclassWithMask(tiny_config(**ONE_LAYER)).eval()
     _check(export(model, tmp_path / "out"), model, "output")
 
 
@@ -242,6 +245,7 @@ def test_self_attention_called_directly_exports_for_every_length(tmp_path: Path)
             np.testing.assert_allclose(mine["output_0"], theirs[0].numpy(), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_windows_that_differ_by_layer(tmp_path: Path) -> None:
     model = tiny_model(num_hidden_layers=3, attention_window=[4, 64, 16])
     folder = export(model, tmp_path / "out")
@@ -253,7 +257,7 @@ def test_windows_that_differ_by_layer(tmp_path: Path) -> None:
 class _NoIds(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inner = tiny_model()
+        self.inner = tiny_model(**ONE_LAYER)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner(x)[0]
@@ -267,7 +271,7 @@ def test_a_forward_without_input_ids_is_refused(tmp_path: Path) -> None:
 class _Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inner = tiny_model()
+        self.inner = tiny_model(**ONE_LAYER)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         states = self.inner(input_ids)[0]
@@ -284,12 +288,13 @@ def test_a_model_that_cannot_be_traced_is_an_error_of_one_line(tmp_path: Path) -
 class _OnlyIds(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inner = tiny_model()
+        self.inner = tiny_model(**ONE_LAYER)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.inner(input_ids).last_hidden_state
 
 
+@pytest.mark.slow
 def test_a_model_of_ids_alone_has_one_input(tmp_path: Path) -> None:
     model = _OnlyIds().eval()
     with Engine(export(model, tmp_path / "out")) as engine:

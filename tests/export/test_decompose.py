@@ -17,7 +17,7 @@ from lfx.errors import ExportError
 from lfx.export import decompose, export, trace
 from lfx.runtime import Engine
 from tests.marks import fast_if
-from tests.models import tiny_led, tiny_model
+from tests.models import ONE_LAYER, tiny_led, tiny_model
 
 # Names of torch's own nodes, which it records in the file.
 RECORDS = (
@@ -54,10 +54,10 @@ def test_the_graph_is_the_one_that_torch_decomposes(
     results = []
     original = decompose.decompose
     monkeypatch.setattr(decompose, "decompose", lambda *graph: results.append(original(*graph)) or results[-1])
-    in_place = export(tiny_model(task), tmp_path / "in place", **options)
+    in_place = export(tiny_model(task, **ONE_LAYER), tmp_path / "in place", **options)
     assert results == [True]
     monkeypatch.setattr(trace, "decomposing_in_place", contextlib.nullcontext)
-    by_torch = export(tiny_model(task), tmp_path / "by torch", **options)
+    by_torch = export(tiny_model(task, **ONE_LAYER), tmp_path / "by torch", **options)
     assert results == [True]
     assert graph_of(in_place / "model.onnx") == graph_of(by_torch / "model.onnx")
 
@@ -81,7 +81,7 @@ class Decomposed(nn.Module):
 
     def __init__(self, head: Any) -> None:
         super().__init__()
-        self.inner, self.head = tiny_model(num_hidden_layers=1, attention_window=[8]), head
+        self.inner, self.head = tiny_model(**ONE_LAYER), head
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.head(self.inner(input_ids).last_hidden_state)

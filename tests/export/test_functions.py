@@ -90,7 +90,7 @@ WINDOWS = (1, 3, 8)
 LENGTHS = (1, 2, 7, 8, 9, 16, 17, 25, 127, 128, 129, 200)
 
 
-@fast_if(lambda seqlen, window: seqlen in (1, 17, 129) or (seqlen, window) == (200, 8))
+@fast_if(lambda seqlen, window: (seqlen, window) in ((1, 1), (17, 3), (25, 8), (129, 8), (200, 3)))
 @pytest.mark.parametrize("seqlen", LENGTHS)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_banded_attention_is_the_reference_at_every_length_dilation_and_direction(seqlen: int, window: int) -> None:
@@ -122,6 +122,7 @@ def test_a_window_beyond_the_sequence_and_blocks_beyond_one() -> None:
         np.testing.assert_allclose(actual, expected, atol=TOLERANCE["float32"])
 
 
+@fast_if(lambda opset: opset == 17)
 @pytest.mark.parametrize("opset", [17, 23])
 @pytest.mark.parametrize(("seqlen", "dilation", "causal"), [(300, 2, 0), (700, 3, 1), (270, 1, 1), (9, 40, 0)])
 def test_many_blocks_of_many_subsequences_heads_and_rows(seqlen: int, dilation: int, causal: int, opset: int) -> None:
@@ -201,6 +202,7 @@ def test_global_attention_over_a_row_without_real_keys_is_zero() -> None:
     assert actual[0].any()
 
 
+@fast_if(lambda opset: opset in (21, 23))
 @pytest.mark.parametrize("opset", range(17, 24))
 def test_bodies_give_the_same_outputs_in_every_opset(opset: int) -> None:
     inputs = _banded(37)
@@ -229,6 +231,7 @@ def _rows(slots: int, size: int = 8, heads: int = 2, seqlen: int = 30) -> dict[s
     }
 
 
+@fast_if(lambda slots: slots in (1, 8, 40))
 @pytest.mark.parametrize("slots", [1, 5, 7, 8, 9, 40])
 def test_folded_and_projected_global_rows_are_the_same_numbers(slots: int) -> None:
     inputs = _rows(slots)

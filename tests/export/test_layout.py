@@ -54,7 +54,7 @@ def assert_same(actual: dict[str, np.ndarray], expected: dict[str, Any], bundle:
         np.testing.assert_allclose(actual[name], expected[name], rtol=0, atol=measured["tolerance"])
 
 
-@fast_if(lambda task: task in ("feature-extraction", "text-classification"))
+@fast_if(lambda task: task == "text-classification")
 @pytest.mark.parametrize("run", [by_onnxruntime, by_openvino, by_engine], ids=lambda run: run.__name__)
 @pytest.mark.parametrize("task", ["feature-extraction", "text-classification", "token-classification", "fill-mask"])
 def test_a_bundle_in_the_layout_of_the_hub_gives_the_engines_numbers(
@@ -87,6 +87,7 @@ class _Positive(nn.Module):
         return torch.as_tensor(self.inner(input_ids, attention_mask=attention_mask)[0] > 0)
 
 
+@pytest.mark.slow
 def test_outputs_that_are_no_floats_are_compared_too(tmp_path: Path) -> None:
     bundle = export(_Positive().eval(), tmp_path / "own")
     ids = [5, 6, 7, 8, 9]
@@ -123,6 +124,7 @@ def test_without_global_tokens_the_weights_of_global_attention_are_left_out(bund
     assert not [tensor.name for tensor in model.graph.initializer if "_global" in tensor.name]
 
 
+@pytest.mark.slow
 def test_int8_and_fp16_stand_beside_fp32_with_their_own_data(bundle: MakeBundle, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 40)
@@ -245,12 +247,14 @@ def test_sentence_embeddings_have_the_hidden_states_and_all_files_of_the_modules
         np.testing.assert_allclose(engine.embed(texts), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_relayout_needs_the_checkpoint_for_modules_with_weights(sentence_layout: Path, tmp_path: Path) -> None:
     bundle = export(sentence_layout / "checkpoint", tmp_path / "bundle")
     with pytest.raises(ExportError, match="does not have the weights of 2_Dense"):
         relayout(bundle, tmp_path / "hf")
 
 
+@pytest.mark.slow
 def test_relayout_of_a_sentence_embedding_adds_the_hidden_states(bundle: MakeBundle, tmp_path: Path) -> None:
     folder = relayout(bundle(SENTENCE_EMBEDDING, precision="fp16"), tmp_path / "hf")
     assert list(by_onnxruntime(folder / "onnx" / "model_fp16.onnx")) == ["last_hidden_state", "sentence_embedding"]

@@ -109,6 +109,7 @@ def test_parity_compares_both_graphs(layout: Path, led_bundle: MakeLed) -> None:
     assert {"logits", "present.1.encoder.value", "present.0.decoder.key"} <= set(report.outputs)
 
 
+@pytest.mark.slow
 def test_half_precision_stands_beside_float32_with_its_own_data(
     bundle: Path, led_bundle: MakeLed, tmp_path: Path
 ) -> None:

@@ -85,6 +85,7 @@ def test_half_precision_is_within_the_derived_tolerance(tmp_path: Path) -> None:
     export(tiny_led("LEDForQuestionAnswering"), tmp_path / "bundle", precision="fp16", opset=21)
 
 
+@pytest.mark.slow
 @fast_if(lambda head: head == "text-classification")
 def test_int8_is_that_of_an_encoder(head: tuple[str, Path, Path], tmp_path: Path) -> None:
     random = np.random.default_rng(0)

@@ -53,6 +53,7 @@ def test_a_config_without_architecture_is_the_bare_model(tmp_path: Path) -> None
     assert load(str(folder))[1] == "feature-extraction"
 
 
+@pytest.mark.slow
 def test_the_bare_model_of_a_checkpoint_without_pooler_has_no_pooler_output(tmp_path: Path) -> None:
     """A randomly initialized pooler would give wrong outputs without an error."""
     from lfx.runtime import Engine

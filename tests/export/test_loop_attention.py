@@ -83,6 +83,7 @@ class OwnAttention(hf.LongformerSelfAttention):
     """A subclass of Hugging Face's attention."""
 
 
+@pytest.mark.slow
 def test_subclasses_follow_the_config_too(tmp_path: Path) -> None:
     expected = looped(attention_dilation=[1, [1, 4, 1, 2]])
     model = tiny_model(num_attention_heads=4, attention_dilation=[1, [1, 4, 1, 2]])

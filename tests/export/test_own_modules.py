@@ -18,15 +18,12 @@ from lfx.export import export
 from lfx.export.load import load
 from lfx.runtime import Batcher, Engine
 from tests.marks import fast_if
-from tests.models import save_tiny_checkpoint, tiny_model
+from tests.models import ONE_LAYER, save_tiny_checkpoint, tiny_model
 
 IDS = torch.arange(40)[None] % 50 + 3
 
 
 FILLED = torch.finfo(torch.float32).min
-
-
-ONE_LAYER: dict[str, Any] = {"num_hidden_layers": 1, "attention_window": [16]}
 
 
 class Wrapped(nn.Module):
@@ -50,6 +47,7 @@ def same(module: nn.Module, folder: Path, ids: torch.Tensor = IDS, **masks: torc
         np.testing.assert_allclose(next(iter(actual.values())), expected.numpy(), rtol=0, atol=1e-5)
 
 
+@fast_if(lambda axis: axis == 1)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_branch_on_the_shape_is_refused(axis: int, tmp_path: Path) -> None:
     module = Wrapped(lambda x, ids: x * 2 if ids.shape[axis] > 100 else x).eval()
@@ -146,7 +144,7 @@ class AlwaysDropout(nn.Module):
 CONSTANT = "takes a size of the traced example for a constant, as in nn.LSTM"
 
 
-@fast_if(lambda case: case == "dropout")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "reason"),
     [
@@ -161,6 +159,7 @@ def test_heads_that_have_no_graph_are_refused_with_the_reason(head: nn.Module, r
         export(Headed(head).eval(), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_convolution_over_the_tokens_is_exported(tmp_path: Path) -> None:
     module = Headed(nn.Conv1d(32, 16, 3, padding=1)).eval()
     folder = export(module, tmp_path / "out")
@@ -173,7 +172,7 @@ def test_two_encoders_with_different_numbers_of_global_tokens(tmp_path: Path) ->
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.one, self.all = tiny_model(), tiny_model()
+            self.one, self.all = tiny_model(**ONE_LAYER), tiny_model(**ONE_LAYER)
 
         def forward(self, input_ids: torch.Tensor) -> Any:
             first = torch.zeros_like(input_ids)
@@ -185,11 +184,12 @@ def test_two_encoders_with_different_numbers_of_global_tokens(tmp_path: Path) ->
     same(module, export(module, tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_table_of_positions_beyond_4096_tokens_is_found_too_short(tmp_path: Path) -> None:
     class Positions(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner, self.table = tiny_model(max_position_embeddings=6002), nn.Embedding(5000, 32)
+            self.inner, self.table = tiny_model(**ONE_LAYER, max_position_embeddings=6002), nn.Embedding(5000, 32)
 
         def forward(self, input_ids: torch.Tensor) -> Any:
             places = torch.arange(input_ids.shape[1])
@@ -200,6 +200,7 @@ def test_a_table_of_positions_beyond_4096_tokens_is_found_too_short(tmp_path: Pa
         export(Positions().eval(), tmp_path / "out", max_seqlen=6000)
 
 
+@pytest.mark.slow
 def test_a_branch_beyond_the_longest_sequence_is_none(tmp_path: Path) -> None:
     module = Wrapped(lambda x, ids: x * 2 if ids.shape[1] > 100 else x).eval()
     same(module, export(module, tmp_path / "out", max_seqlen=100))
@@ -271,10 +272,10 @@ class MeanChoice(LongformerForMultipleChoice):  # type: ignore[misc]
         return {"logits": self.classifier(hidden.mean(dim=1)).unflatten(0, input_ids.shape[:2]).squeeze(-1)}
 
 
-@fast_if(lambda task: task == "text-classification")
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["text-classification", "multiple-choice"])
 def test_a_replaced_head_in_a_known_class_is_probed(task: str, tmp_path: Path) -> None:
-    module = tiny_model(task)
+    module = tiny_model(task, **ONE_LAYER)
     assert Engine(export(module, tmp_path / "as it is")).signature.ignores_padding
     if task == "text-classification":
         module.classifier = Mean()
@@ -291,8 +292,9 @@ class LargestOf(LongformerModel):  # type: ignore[misc]
         return hidden.amax(dim=1)[:, :1]
 
 
+@pytest.mark.slow
 def test_a_model_whose_own_forward_reads_padding_is_detected(tmp_path: Path) -> None:
-    model = tiny_model()
+    model = tiny_model(**ONE_LAYER)
     model.__class__ = LargestOf
     assert not Engine(export(model, tmp_path / "out")).signature.ignores_padding
 
@@ -302,7 +304,7 @@ class Rule(nn.Module):
 
     def __init__(self, rule: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
         super().__init__()
-        self.classifier, self.rule = tiny_model("text-classification"), rule
+        self.classifier, self.rule = tiny_model("text-classification", **ONE_LAYER), rule
 
     def forward(
         self,
@@ -346,7 +348,7 @@ def test_global_tokens_that_the_module_decides_are_not_fixed(options: dict[str, 
 
 def test_more_slots_than_tokens_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="max_global 129 is above the longest sequence, 128 tokens"):
-        export(tiny_model(), tmp_path / "out", max_global=129)
+        export(tiny_model(**ONE_LAYER), tmp_path / "out", max_global=129)
 
 
 class _Adapted(nn.Linear):
@@ -362,7 +364,7 @@ class _Adapted(nn.Linear):
     [("key_global", "adapter"), ("value_global", "no bias"), ("key_global", "hook"), ("query_global", "adapter")],
 )
 def test_projections_that_are_more_than_weight_and_bias(name: str, change: str, tmp_path: Path) -> None:
-    module = tiny_model()
+    module = tiny_model(**ONE_LAYER)
     for layer in module.encoder.layer:
         attention = layer.attention.self
         if change == "hook":
@@ -375,12 +377,14 @@ def test_projections_that_are_more_than_weight_and_bias(name: str, change: str, 
     same(module, export(module, tmp_path / "out"), **marks)
 
 
+@pytest.mark.slow
 def test_a_feed_forward_in_chunks_is_the_same_model(tmp_path: Path) -> None:
-    module = tiny_model(chunk_size_feed_forward=4)
-    same(tiny_model(), export(module, tmp_path / "out"), IDS[:, :29])
+    module = tiny_model(**ONE_LAYER, chunk_size_feed_forward=4)
+    same(tiny_model(**ONE_LAYER), export(module, tmp_path / "out"), IDS[:, :29])
     assert module.encoder.layer[0].chunk_size_feed_forward == 4
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_returns_tuples_keeps_the_names_of_its_outputs(tmp_path: Path) -> None:
     module, _ = load(str(save_tiny_checkpoint(tmp_path / "it", "text-classification", return_dict=False)), "auto")
     with Engine(export(module, tmp_path / "out")) as engine:
@@ -402,19 +406,22 @@ def test_weights_that_begin_at_one_address_keep_their_names(tmp_path: Path) -> N
     same(module, export(module, tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_an_export_inside_autocast_is_a_float32_model(tmp_path: Path) -> None:
-    module = tiny_model()
+    module = tiny_model(**ONE_LAYER)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         folder = export(module, tmp_path / "out")
     same(module, folder)
 
 
+@pytest.mark.slow
 def test_a_model_that_was_made_in_inference_mode_exports(tmp_path: Path) -> None:
     with torch.inference_mode():
-        module = tiny_model()
+        module = tiny_model(**ONE_LAYER)
     same(module, export(module, tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_class_whose_new_takes_arguments_exports(tmp_path: Path) -> None:
     class Made(Wrapped):
         def __new__(cls, size: int) -> Any:
@@ -427,13 +434,15 @@ def test_a_class_whose_new_takes_arguments_exports(tmp_path: Path) -> None:
     same(module, export(module, tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_window_that_is_a_number_of_numpy_exports(tmp_path: Path) -> None:
-    module = tiny_model()
+    module = tiny_model(**ONE_LAYER)
     for layer in module.encoder.layer:
         layer.attention.self.one_sided_attn_window_size = np.int64(8)
     same(module, export(module, tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_an_export_with_another_default_dtype_is_a_float32_model(tmp_path: Path) -> None:
     module = Wrapped().eval()
     torch.set_default_dtype(torch.float64)
@@ -444,11 +453,12 @@ def test_an_export_with_another_default_dtype_is_a_float32_model(tmp_path: Path)
     same(module, folder)
 
 
+@pytest.mark.slow
 def test_the_shorter_of_two_position_tables_is_the_limit(tmp_path: Path) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.long, self.short = tiny_model(), tiny_model(max_position_embeddings=66)
+            self.long, self.short = tiny_model(**ONE_LAYER), tiny_model(**ONE_LAYER, max_position_embeddings=66)
 
         def forward(self, input_ids: torch.Tensor) -> Any:
             return self.long(input_ids)[0] + self.short(input_ids)[0]
@@ -473,8 +483,9 @@ def twice(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(hidden, 2 * linear.weight)
 
 
+@pytest.mark.slow
 def test_a_projection_with_a_forward_of_its_own_is_called(tmp_path: Path) -> None:
-    model = tiny_model()
+    model = tiny_model(**ONE_LAYER)
     for module in model.modules():
         if hasattr(module, "value_global"):
             module.value_global.forward = MethodType(twice, module.value_global)

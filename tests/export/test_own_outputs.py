@@ -37,13 +37,14 @@ def test_sequences_of_a_batch_whose_rows_are_not_in_front_are_not_mixed(tmp_path
                 list(engine.stream(documents))
 
 
+@pytest.mark.slow
 def test_both_axes_of_a_token_by_token_output_are_cut(tmp_path: Path) -> None:
     module = Wrapped(lambda x, ids: x @ x.transpose(1, 2)).eval()
     with Engine(export(module, tmp_path / "out")) as engine:
         assert [row.shape for row in engine.run([[5, 6, 7], [8]])["output"]] == [(3, 3), (1, 1)]
 
 
-@fast_if(lambda message: message.split()[0] in ("outputs", "returns", "rename"))
+@fast_if(lambda message: "one tensor" in message or "nested" in message)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -83,6 +84,7 @@ def test_outputs_may_have_the_names_of_inner_values(tmp_path: Path) -> None:
     assert len(set(values)) == len(values)
 
 
+@pytest.mark.slow
 def test_outputs_may_have_the_names_that_lfx_gives_inner_values(tmp_path: Path) -> None:
     def change(x: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"Mul_output": (x * 2) @ x.transpose(1, 2) * 0.03, "Add_output": x * 5 + 1}

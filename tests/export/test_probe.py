@@ -17,7 +17,7 @@ from lfx.export.probe import adds_globals, default_global_of, granularity, ignor
 from lfx.runtime import build_engine
 from lfx.signature import GRAPH_INPUTS, TASKS, Signature, TensorSpec
 from tests.marks import fast_if
-from tests.models import tiny_config, tiny_model
+from tests.models import ONE_LAYER, tiny_config, tiny_model
 
 
 def signature(**options: Any) -> Signature:
@@ -108,7 +108,7 @@ class Around(nn.Module):
 
     def __init__(self, rule: Callable[[Any], Any], task: str = "text-classification") -> None:
         super().__init__()
-        self.model, self.rule = tiny_model(task), rule
+        self.model, self.rule = tiny_model(task, **ONE_LAYER), rule
 
     def forward(
         self,
@@ -248,7 +248,7 @@ def test_an_option_without_room_for_added_tokens_is_refused(option: dict[str, An
         export(Adding().eval(), tmp_path / "out", **option)
 
 
-@fast_if(lambda case: case == "added")
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [Adding, lambda: Deciding(lambda ids: (ids == 2).long())], ids=["added", "no input"])
 def test_a_plan_with_fewer_slots_than_tokens_is_refused_for_a_rule_of_the_module(module: Any, tmp_path: Path) -> None:
     bundle = export(module().eval(), tmp_path / "out")

@@ -67,6 +67,7 @@ def test_the_graph_is_the_one_that_torch_promotes(name: str, tmp_path: Path, mon
     assert graphs[0] == graphs[1]
 
 
+@pytest.mark.slow
 def test_outputs_of_several_dtypes_are_pytorchs(tmp_path: Path) -> None:
     module = Mixed().eval()
     ids = torch.arange(40)[None] % 50 + 3

@@ -154,7 +154,7 @@ def test_the_decoder_is_calibrated_on_the_texts_of_the_float32_model(
         assert layers[name]["scale"] == pytest.approx((high - low) / 255, rel=1e-4)
 
 
-@fast_if(lambda options: not options)
+@fast_if(lambda backend, options: backend == "onnxruntime" and not options)
 @pytest.mark.parametrize(
     ("backend", "options"),
     [
@@ -291,6 +291,7 @@ def lfx(*arguments: Any) -> Any:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_agreement(led_bundle: MakeLed, text: Path, tmp_path: Path) -> None:
     arguments = ("--calibration", text, "--samples", 4, "--generate", "max_new_tokens=5", "--min-agreement", "0.01")
     done = lfx("quantize", led_bundle()[1], "--output", tmp_path / "int8", *arguments)
@@ -324,6 +325,7 @@ def test_the_commands_take_the_int8_bundle(int8: Int8, led_bundle: MakeLed, text
     assert [row["new_tokens"] for row in rows] == [len(tokens) - 1 for tokens in expected]
 
 
+@pytest.mark.slow
 def test_openvino_writes_texts_with_the_int8_bundle(int8: Int8, led_bundle: MakeLed, text: Path) -> None:
     pytest.importorskip("openvino")
     ids = windows_of(text)
@@ -406,6 +408,7 @@ def test_a_bundle_with_a_file_missing_or_changed_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+@pytest.mark.slow
 def test_a_bundle_of_links_is_quantized_and_a_text_is_cut_into_windows(led_bundle: MakeLed, tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "linked").mkdir()

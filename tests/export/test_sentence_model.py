@@ -100,7 +100,7 @@ def test_the_bundle_is_the_pooled_hidden_states_of_torch(side: str, all_modes: t
         np.testing.assert_allclose(engine.run(rows)[OUTPUT], expected, atol=2e-6)
 
 
-@fast_if(lambda precision: precision == "fp16")
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_vectors_have_norm_1_in_every_precision(precision: str, tmp_path: Path) -> None:
     folder = sentences(tmp_path / "c", {"pooling_mode": ["cls", "weightedmean"]}, Normalize={})
@@ -155,7 +155,7 @@ def test_the_modules_after_a_pooling_are_computed(suffix: str, tmp_path: Path) -
     np.testing.assert_allclose(actual, expected.relu()[:, :4], atol=1e-5)
 
 
-@fast_if(lambda mode: mode == "max")
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["mean", "max"])
 def test_pooling_embeds_a_bare_model_without_a_norm(mode: str, tmp_path: Path) -> None:
     folder = save_tiny_checkpoint(tmp_path / "c", "fill-mask")
@@ -169,6 +169,7 @@ def test_pooling_embeds_a_bare_model_without_a_norm(mode: str, tmp_path: Path) -
         np.testing.assert_allclose(engine.run(ids.numpy())[OUTPUT][0], pooled(mode, hidden, [1] * 27), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_pooling_embeds_a_module_in_memory_and_leaves_it(tmp_path: Path) -> None:
     model = tiny_model().train()
     bundle = export(model, tmp_path / "b", pooling="cls")
@@ -178,6 +179,7 @@ def test_pooling_embeds_a_module_in_memory_and_leaves_it(tmp_path: Path) -> None
         export(tiny_model("fill-mask"), tmp_path / "c", pooling="cls")
 
 
+@pytest.mark.slow
 def test_the_task_of_the_bare_model_is_kept_and_so_are_the_settings(tmp_path: Path) -> None:
     folder = sentences(tmp_path / "c", None, Dense={"in_features": 32, "out_features": 4})
     bundle = export(folder, tmp_path / "b", task="feature-extraction")
@@ -189,6 +191,7 @@ def test_the_task_of_the_bare_model_is_kept_and_so_are_the_settings(tmp_path: Pa
     Engine(bundle).close()
 
 
+@pytest.mark.slow
 def test_the_settings_of_other_modules_are_kept_for_the_bare_model(tmp_path: Path) -> None:
     """Whatever class a module has; no code and no weights."""
     folder = sentences(tmp_path / "c", {"auto_map": {"a": "b"}, "own": 5})
@@ -330,6 +333,7 @@ def test_texts_become_lower_case_if_sentence_transformers_converts_them(tmp_path
     assert tokenizer.backend_tokenizer.to_str() == once
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_brings_its_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = sentences(tmp_path / "hub" / "c0ffee", None, Normalize={})
 

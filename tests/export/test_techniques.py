@@ -145,6 +145,7 @@ def test_relative_sinusoidal_positions_are_exported_at_any_length(relative: Any,
     same(relative, bundle, (1, 7, 40, 300))
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_and_exported_in_stages_of_larger_windows_and_lengths(tmp_path: Path) -> None:
     """Weights do not depend on the window, so a stage begins with those of the one before it."""
     save_tiny_checkpoint(tmp_path / "stage-1", "fill-mask", attention_window=[8, 8], max_position_embeddings=130)

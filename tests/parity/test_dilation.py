@@ -79,18 +79,19 @@ def test_lengths_and_global_patterns_are_the_reference(bundles: Any, pattern: st
     assert max(result.error for result in report.outputs.values()) <= LARGEST_FP32_ERROR
 
 
-@fast_if(lambda options: "max_global" in options)
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"max_global": 5}, {"global_attention": "first"}, {"global_attention": "none"}])
 def test_modes_of_export_are_the_reference(bundles: Any, options: dict[str, Any]) -> None:
     check(bundles("by-head-causal", **options), "by-head-causal", 5)
 
 
-@fast_if(lambda precision: precision == "fp16")
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "backend"), [("fp16", "onnxruntime"), ("bf16", "openvino")])
 def test_half_precision_is_within_the_derived_tolerance(bundles: Any, precision: str, backend: str) -> None:
     check(bundles("by-head-causal", precision=precision), "by-head-causal", 5, backend)
 
 
+@pytest.mark.slow
 def test_heads_of_one_dilation_are_one_node(bundles: Any) -> None:
     assert nodes(bundles("by-head-causal", opset=17)) == [
         {"num_heads": heads, "window": window, "dilation": dilation, "causal": 1}
@@ -101,6 +102,7 @@ def test_heads_of_one_dilation_are_one_node(bundles: Any) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_signature_says_how_far_a_layer_sees(bundles: Any) -> None:
     for pattern, reach, causal in (("by-layer", (4, 24), False), ("by-head-causal", (16, 24), True)):
         with Engine(bundles(pattern, opset=17)) as engine:

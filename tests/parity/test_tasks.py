@@ -42,7 +42,7 @@ def test_fp16_is_within_the_derived_tolerance(bundle: MakeBundle, task: str) -> 
     assert not _compare(bundle(task, precision="fp16"), task).failures()
 
 
-@fast_if(lambda backend: backend == "openvino")
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["openvino", "reference"])
 def test_bf16_is_within_the_derived_tolerance(bundle: MakeBundle, backend: str) -> None:
     report = _compare(bundle(precision="bf16"), "feature-extraction", backend)

@@ -78,7 +78,7 @@ def chain(copy: Path, linked: Path) -> None:
         (linked / path.name).symlink_to(copy.parent / f"{path.name}.link")
 
 
-@fast_if(lambda links, backend: links is hub_cache or backend == "onnxruntime")
+@fast_if(lambda links: links is hub_cache)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("links", [hub_cache, folder_per_file, hard_links, chain], ids=lambda f: f.__name__)
 def test_a_bundle_of_links_gives_the_outputs_of_the_bundle(

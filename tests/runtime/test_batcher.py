@@ -264,6 +264,7 @@ class Unmasked(torch.nn.Module):
         return self.model(input_ids).last_hidden_state
 
 
+@pytest.mark.slow
 def test_without_a_mask_only_equal_lengths_run_together(tmp_path: Path) -> None:
     sequences = [np.arange(3, 3 + n) for n in (20, 23, 20, 23)]
     with Engine(export(Unmasked().eval(), tmp_path / "bundle"), threads=1) as engine:

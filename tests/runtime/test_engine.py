@@ -26,6 +26,7 @@ from lfx.runtime import Batcher, Engine, backends
 from lfx.runtime.backends.onnxruntime import DISABLED_ON_CPU
 from lfx.signature import Signature, TensorSpec
 from tests.conftest import MakeBundle
+from tests.marks import fast_if
 from tests.models import VOCAB_SIZE, tiny_model
 
 OUTPUTS = ["last_hidden_state", "pooler_output"]
@@ -213,6 +214,7 @@ BAD_DOCUMENTS = [
 ]
 
 
+@fast_if(lambda task: task == "text-classification")
 @pytest.mark.parametrize("task", ["text-classification", "multiple-choice"])
 @pytest.mark.parametrize("bad", BAD_DOCUMENTS, ids=lambda bad: str(bad).replace("\n", ""))
 def test_on_error_return_runs_the_others_wherever_the_bad_document_is(task: str, bad: Any, bundle: MakeBundle) -> None:

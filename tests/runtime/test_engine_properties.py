@@ -128,6 +128,7 @@ def test_valid_requests_of_any_form_give_what_hugging_face_gives(
             )
 
 
+@pytest.mark.slow
 @HALF
 @given(request=requests((2,)))
 def test_valid_choices_of_any_form_give_what_hugging_face_gives(
@@ -179,6 +180,7 @@ def test_any_object_is_run_or_is_an_input_error(ids: Any, mask: Any, marks: Any,
         assert all(np.isfinite(row).all() for output in outputs.values() for row in output)
 
 
+@pytest.mark.slow
 @given(ids=st.lists(VALID, min_size=2, max_size=2) | ANYTHING, mask=st.none() | ANYTHING, marks=st.none() | ANYTHING)
 def test_any_object_as_choices_is_run_or_is_an_input_error(
     ids: Any, mask: Any, marks: Any, chooser_engine: Engine

@@ -107,7 +107,7 @@ print([name for name in {heavy} if name in sys.modules])
     assert done.stdout.endswith("\n[]\n")
 
 
-@fast_if(lambda blocked, arguments: (arguments[0] != "export" and blocked != "torch") or blocked == "onnxruntime")
+@fast_if(lambda blocked, arguments: blocked != "torch" and arguments[0] != "export")
 @pytest.mark.parametrize(
     ("blocked", "arguments", "extra"),
     [

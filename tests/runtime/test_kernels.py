@@ -59,7 +59,7 @@ def test_models_agree_with_pytorch(bundle: MakeBundle, task: str, opset: int, ke
     assert not report.failures()
 
 
-@fast_if(lambda options: "max_global" in options)
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"max_global": 5}, {"global_attention": "first"}, {"global_attention": "none"}])
 def test_every_mode_of_export_has_kernels(bundle: MakeBundle, options: dict[str, Any]) -> None:
     with Engine(bundle(**options), kernels="fused") as engine:
@@ -67,6 +67,7 @@ def test_every_mode_of_export_has_kernels(bundle: MakeBundle, options: dict[str,
     assert not report.failures()
 
 
+@pytest.mark.slow
 def test_attention_weights_are_those_of_their_own_functions(bundle: MakeBundle) -> None:
     folder = bundle(output_attentions=True)
     with Engine(folder, kernels="fused") as fused, Engine(folder, kernels="function") as function:
@@ -183,6 +184,7 @@ def test_the_order_of_a_batch_changes_no_bit(bundle: MakeBundle) -> None:
         np.testing.assert_array_equal(forward[name], backward[name][::-1])
 
 
+@pytest.mark.slow
 def test_sixteen_threads_get_the_answers_of_one(bundle: MakeBundle) -> None:
     with Engine(bundle(), kernels="fused", threads=2) as engine:
         expected = [engine.run(ids)["last_hidden_state"] for ids in RAGGED]

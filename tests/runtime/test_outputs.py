@@ -16,6 +16,7 @@ from lfx.runtime.dlpack import CPU, DeviceArray
 from lfx.runtime.outputs import request_outputs
 from tests.conftest import MakeBundle
 
+pytestmark = pytest.mark.usefixtures("few_objects")
 IDS = [[5, 6, 7, 8], [9, 8, 7, 6]]
 RAGGED = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 

@@ -281,6 +281,7 @@ def check_compiled(backend: Any, counter: Any) -> None:
     assert counter.frame_count == 2  # for the first length, and for all others
 
 
+@pytest.mark.slow
 def test_with_a_fixed_number_of_slots_all_lengths_share_one_graph(fresh_dynamo: None) -> None:
     counter = CompileCounter()
     check_compiled(counter, counter)

@@ -57,6 +57,7 @@ class QuantizedWeight(nn.Module):
         return torch.matmul(hidden, self.weight.to(hidden.dtype) * 0.01)
 
 
+@pytest.mark.slow
 def test_activations_in_front_of_int8_weights_stay_float32(tmp_path: Path) -> None:
     torch.manual_seed(0)
     bundle = export(QuantizedWeight().eval(), tmp_path / "out")

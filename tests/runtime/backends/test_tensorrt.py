@@ -22,6 +22,7 @@ from lfx.runtime.profile import Profile, Range
 from lfx.signature import GRAPH_INPUTS, Signature, TensorSpec
 from tests.runtime.backends import fake_tensorrt
 
+pytestmark = pytest.mark.usefixtures("few_objects")
 WIDTH = 4
 SIGNATURE = Signature(
     architecture="LongformerModel",

@@ -24,9 +24,11 @@ from lfx.runtime.plan import DecoderPlan, PlanManifest, decoder_path, json_path
 from lfx.runtime.profile import DecoderProfile, Profile, Range
 from lfx.signature import Signature, TensorSpec
 from tests.conftest import MakeLed
+from tests.marks import fast_if
 from tests.models import VOCAB_SIZE
 from tests.runtime.backends import fake_tensorrt
 
+pytestmark = pytest.mark.usefixtures("few_objects")
 PROFILES = (Profile(Range(1, 1, 4), Range(1, 32, 64)), Profile(Range(1, 1, 4), Range(65, 128, 200)))
 DECODER_PROFILES = tuple(
     DecoderProfile(Range(1, 4, 16), Range(1, 1, 4), Range(0, 10, 39), profile.seqlen) for profile in PROFILES
@@ -134,6 +136,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 }
 
 
+@fast_if(lambda name: name in ("greedy", "2 beams"))
 @pytest.mark.parametrize("name", SEARCHES)
 def test_two_plans_give_the_tokens_of_the_bundle(name: str, plan: Path, reference: Engine) -> None:
     options = {"max_new_tokens": 20, **SEARCHES[name]}

@@ -27,7 +27,7 @@ from lfx.runtime.runner import engine_runner, model_inputs
 from lfx.signature import POOLINGS
 from tests.conftest import MakeBundle
 from tests.marks import fast_if
-from tests.models import tiny_model
+from tests.models import ONE_LAYER, tiny_model
 
 HEAD_SIZE = 16  # of tests.models.tiny_config
 
@@ -87,11 +87,11 @@ def test_a_graph_of_constant_slots_is_not_changed(options: dict[str, Any], own_b
     assert _ops(model) == before
 
 
-@fast_if(lambda precision: precision == "fp16")
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_pooling_and_norm_stay_in_float32(precision: str, tmp_path: Path) -> None:
     modules = [Dense(32 * len(POOLINGS), 8, torch.nn.Tanh()), Normalize()]
-    bundle = export(LongformerForSentenceEmbedding(tiny_model(), POOLINGS, modules), tmp_path / "b")
+    bundle = export(LongformerForSentenceEmbedding(tiny_model(**ONE_LAYER), POOLINGS, modules), tmp_path / "b")
     model = _load(bundle)
     freeze.freeze_slots(model, 4)
     freeze.convert(model, precision)
@@ -152,12 +152,12 @@ class _Sinusoids(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def long_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny_model()
+    model = tiny_model(**ONE_LAYER)
     model.embeddings.position_embeddings = _Sinusoids()
     return export(model.eval(), tmp_path_factory.mktemp("long") / "sines", max_seqlen=4096)
 
 
-@fast_if(lambda precision: precision == "fp16")
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_positions_are_computed_in_float32_at_any_length(precision: str, long_bundle: Path, tmp_path: Path) -> None:
     backend = "openvino" if precision == "bf16" else "onnxruntime"
@@ -184,6 +184,7 @@ def test_a_conversion_that_is_wrong_at_long_lengths_only_is_refused(
         check_conversion(long_bundle, manifest, tmp_path / MODEL, signature, lambda _: None, lambda _: None)
 
 
+@fast_if(lambda converted: converted)
 @pytest.mark.parametrize("converted", [True, False], ids=["fp32 bundle", "fp16 bundle"])
 def test_float_outputs_are_float16_if_the_signature_says_so(
     converted: bool, bundle: MakeBundle, tmp_path: Path
@@ -239,7 +240,7 @@ class _FromIntegers(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner, self.scale = tiny_model(), torch.nn.Parameter(torch.full((1,), 3.0))
+        self.inner, self.scale = tiny_model(**ONE_LAYER), torch.nn.Parameter(torch.full((1,), 3.0))
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
         hidden = self.inner(input_ids, attention_mask=attention_mask)[0]
@@ -254,7 +255,7 @@ class _FromIntegers(torch.nn.Module):
         }
 
 
-@fast_if(lambda precision: precision == "fp16")
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_floats_of_integers_meet_converted_values(precision: str, tmp_path: Path) -> None:
     backend = "openvino" if precision == "bf16" else "onnxruntime"
@@ -277,7 +278,7 @@ class _Infinite(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = tiny_model()
+        self.inner = tiny_model(**ONE_LAYER)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
         hidden = self.inner(input_ids, attention_mask=attention_mask)[0]
@@ -285,6 +286,7 @@ class _Infinite(torch.nn.Module):
         return {"weights": scores.softmax(-1), "pooled": (scores.softmax(-1)[..., None] * hidden).sum(1)}
 
 
+@pytest.mark.slow
 def test_infinities_stay_infinite_in_half_precision(tmp_path: Path) -> None:
     bundle = export(_Infinite().eval(), tmp_path / "own")
     manifest = Manifest.read(bundle)
@@ -344,7 +346,7 @@ class _Own(torch.nn.Module):
 
     def __init__(self, op_type: str) -> None:
         super().__init__()
-        self.inner, self.op_type = tiny_model(), op_type
+        self.inner, self.op_type = tiny_model(**ONE_LAYER), op_type
 
     def forward(
         self,

@@ -61,6 +61,7 @@ def run_lines(engine: Engine, tokenizer: Tokenizer, content: list[bytes], stride
         return [parse_json(line) for line in output.read_bytes().splitlines()]
 
 
+@pytest.mark.slow
 @given(st.lists(lines, max_size=6), st.sampled_from([None, 5]))
 def test_each_line_gets_a_row(engine: Engine, tokenizer: Tokenizer, content: list[bytes], stride: int | None) -> None:
     rows = run_lines(engine, tokenizer, content, stride)
@@ -97,6 +98,7 @@ def test_parquet_gives_the_rows_of_jsonl(engine: Engine, tokenizer: Tokenizer, v
             assert other["id"] == row["id"]
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=300), st.integers(0, 2), st.booleans())
 def test_a_journal_of_any_bytes_changes_no_result(
     engine: Engine, tokenizer: Tokenizer, junk: bytes, whole_lines: int, has_header: bool

@@ -25,6 +25,7 @@ from lfx.runtime.documents import run_documents
 from lfx.runtime.documents.journal import journal_path
 from lfx.runtime.tokenizer import Tokenizer
 from tests.conftest import MakeBundle
+from tests.marks import fast_if
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
 CLASSIFIER = "text-classification"
@@ -216,6 +217,7 @@ def test_other_suffixes_of_the_formats_are_accepted(
     assert [row["line"] for row in rows(tmp_path / "out.NDJSON")] == [1, 2, 3]
 
 
+@fast_if(lambda cut: cut in (200, 20000))
 @pytest.mark.parametrize("cut", [1, 7, 200, 4000, 20000])
 def test_a_run_that_was_stopped_anywhere_resumes_to_the_same_file(
     cut: int, engine: Engine, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
