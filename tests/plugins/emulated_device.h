@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <csetjmp>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -122,25 +121,33 @@ enum class State
     kDONE,
 };
 
+using Place = void* [5]; // of __builtin_setjmp, which takes a fifth of the time of the library's
+
 struct Fiber
 {
     Index index;
     State state;
     char const* operation;
     void* argument;
-    ucontext_t context;
-    jmp_buf place;
+    Place place;
     bool started;
-    std::vector<uint8_t> stack;
     std::vector<Copy> open;               // copies since the last commitCopies()
     std::deque<std::vector<Copy>> groups; // committed, not yet waited for
+};
+
+// What a fiber needs to start. Apart, so that what is read at each turn is small.
+struct Start
+{
+    ucontext_t context;
+    std::vector<uint8_t> stack;
 };
 
 inline Fiber* current = nullptr;
 inline Index blockIndex;
 inline uint8_t* shared = nullptr;
 inline std::vector<Fiber> fibers;
-inline jmp_buf scheduler;
+inline std::vector<Start> starts; // of each fiber
+inline Place scheduler;
 inline ucontext_t schedulerContext;
 inline std::function<void()> body;
 inline bool isRandom = false; // the order of blocks, warps and lanes
@@ -177,14 +184,20 @@ private:
     std::abort();
 }
 
+// Jumps are functions of their own: one that has set a place, this one or another, must not jump.
+[[noreturn]] __attribute__((noinline)) inline void jumpTo(Place& place)
+{
+    __builtin_longjmp(place, 1);
+}
+
 inline void yield(State state, char const* operation, void* argument)
 {
     current->state = state;
     current->operation = operation;
     current->argument = argument;
-    if (_setjmp(current->place) == 0)
+    if (__builtin_setjmp(current->place) == 0)
     {
-        _longjmp(scheduler, 1);
+        jumpTo(scheduler);
     }
 }
 
@@ -192,7 +205,7 @@ inline void run()
 {
     body();
     current->state = State::kDONE;
-    _longjmp(scheduler, 1);
+    jumpTo(scheduler);
 }
 
 inline void resume(Fiber& fiber)
@@ -200,14 +213,14 @@ inline void resume(Fiber& fiber)
     current = &fiber;
     race::setThread(fiber.index.x);
     fiber.state = State::kRUNNING;
-    if (_setjmp(scheduler) == 0)
+    if (__builtin_setjmp(scheduler) == 0)
     {
         if (fiber.started)
         {
-            _longjmp(fiber.place, 1);
+            jumpTo(fiber.place);
         }
         fiber.started = true;
-        swapcontext(&schedulerContext, &fiber.context);
+        swapcontext(&schedulerContext, &starts[fiber.index.x].context);
     }
     race::setThread(race::kNO_THREAD);
 }
@@ -260,12 +273,13 @@ inline void runBlock(size_t threads)
         fiber.started = false;
         fiber.open.clear();
         fiber.groups.clear();
-        fiber.stack.resize(256 * 1024);
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, run, 0);
+        Start& start = starts[i];
+        start.stack.resize(256 * 1024);
+        getcontext(&start.context);
+        start.context.uc_stack.ss_sp = start.stack.data();
+        start.context.uc_stack.ss_size = start.stack.size();
+        start.context.uc_link = nullptr;
+        makecontext(&start.context, run, 0);
     }
     std::vector<uint8_t> ready(threads / 32, 1); // the warps whose threads all run
     Turns warps(threads / 32);
@@ -460,8 +474,10 @@ void mma(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
     Product product{c, a, {b0, b1}};
     emulated::warp(
         [](void* const(&lanes)[32]) {
+            using Row = float __attribute__((vector_size(32)));
             float a[16][16];
-            float b[16][8];
+            Row b[16];
+            Row c[16];
             for (int lane = 0; lane < 32; ++lane)
             {
                 Product const& p = *static_cast<Product*>(lanes[lane]);
@@ -472,20 +488,21 @@ void mma(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
                 for (int i = 0; i < 4; ++i)
                 {
                     b[lane % 4 * 2 + i % 2 + i / 2 * 8][lane / 4] = unpack<T>(p.b[i / 2], i % 2);
+                    c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = p.c[i];
+                }
+            }
+            for (int row = 0; row < 16; ++row)
+            {
+                for (int k = 0; k < 16; ++k)
+                {
+                    c[row] += a[row][k] * b[k];
                 }
             }
             for (int lane = 0; lane < 32; ++lane)
             {
                 for (int i = 0; i < 4; ++i)
                 {
-                    int const row = lane / 4 + i / 2 * 8;
-                    int const column = lane % 4 * 2 + i % 2;
-                    float sum = static_cast<Product*>(lanes[lane])->c[i];
-                    for (int k = 0; k < 16; ++k)
-                    {
-                        sum += a[row][k] * b[k][column];
-                    }
-                    static_cast<Product*>(lanes[lane])->c[i] = sum;
+                    static_cast<Product*>(lanes[lane])->c[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
                 }
             }
         },
@@ -621,6 +638,7 @@ int32_t launch(
     if (emulated::fibers.size() < static_cast<size_t>(threads))
     {
         emulated::fibers = std::vector<emulated::Fiber>(threads);
+        emulated::starts = std::vector<emulated::Start>(threads);
     }
     emulated::body = [kernel, &params] { kernel(params); };
     emulated::Turns blocks(static_cast<size_t>(grid.x) * grid.y * grid.z);

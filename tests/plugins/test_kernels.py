@@ -23,7 +23,7 @@ from lfx.parity import Case, full_cases
 from scripts.bench.launch import Kernels
 from tests.plugins import mutants
 from tests.plugins.build import ROOT, built_once
-from tests.plugins.parts import first_of_each
+from tests.plugins.parts import fast_if, first_of_each
 from tests.plugins.problems import Banded, Global, banded, global_, rounding_of_sums
 from tests.plugins.races import in_a_fork
 from tests.plugins.tensors import LAYOUTS
@@ -31,7 +31,11 @@ from tests.plugins.tensors import LAYOUTS
 PRECISIONS = ("fp32", "fp16", "bf16")
 # BandedAttention's kernels: the precision, and whether blocks have 128 queries or 64.
 KERNELS = [("fp32", False), ("fp16", False), ("fp16", True), ("bf16", False), ("bf16", True)]
-every_kernel = pytest.mark.parametrize(("precision", "wide"), KERNELS, ids=["fp32", "fp16", "fp16w", "bf16", "bf16w"])
+IDS = ["fp32", "fp16", "fp16w", "bf16", "bf16w"]
+every_kernel = pytest.mark.parametrize(("precision", "wide"), KERNELS, ids=IDS)
+# The kernels for bfloat16 are the templates of those for float16: the slow part has their sweeps.
+SWEPT = fast_if(KERNELS, lambda kernel: kernel[0] != "bf16")
+every_swept_kernel = pytest.mark.parametrize(("precision", "wide"), SWEPT, ids=IDS)
 
 
 def choose_blocks(wide: bool) -> None:
@@ -97,14 +101,14 @@ def test_banded_attention_over_the_cases_of_the_parity_suite(emulated: Kernels, 
         check(banded(case, 2, 16, 8, precision=precision), emulated, wide)
 
 
-@every_kernel
+@every_swept_kernel
 @pytest.mark.parametrize(("dilation", "causal"), product((1, 2, 3), (0, 1)))
 def test_dilation_and_causal(emulated: Kernels, precision: str, wide: bool, dilation: int, causal: int) -> None:
     for case in (Case(1, 1), Case(2, 130, "ragged", "right"), Case(1, 200, "scattered", "holes"), Case(1, 65, "first")):
         check(banded(case, 2, 32, 20, precision=precision, dilation=dilation, causal=causal), emulated, wide)
 
 
-@every_kernel
+@every_swept_kernel
 @pytest.mark.parametrize("head_size", (8, 24, 32, 40, 64, 72, 128))
 def test_head_sizes(emulated: Kernels, precision: str, wide: bool, head_size: int) -> None:
     for case in (Case(1, 150, "scattered", "left"), Case(2, 64, "none", "empty_row")):
@@ -112,7 +116,7 @@ def test_head_sizes(emulated: Kernels, precision: str, wide: bool, head_size: in
         check_global(global_(case, 4, 3, head_size, precision=precision), emulated)
 
 
-@every_kernel
+@every_swept_kernel
 @pytest.mark.parametrize("window", (0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 2**31 - 1))
 def test_windows_and_lengths_around_the_tiles(emulated: Kernels, precision: str, wide: bool, window: int) -> None:
     for seqlen in (15, 16, 17, 63, 64, 65, 127, 128, 129):
@@ -133,7 +137,7 @@ def test_more_global_tokens_than_a_tile_holds(emulated: Kernels, precision: str,
     check(problem, emulated, wide)
 
 
-@every_kernel
+@every_swept_kernel
 @pytest.mark.parametrize("key", (0, 63, 64, 100, 127, 170, 200, 329))
 def test_one_masked_key_in_a_tile_of_visible_keys(emulated: Kernels, precision: str, wide: bool, key: int) -> None:
     check(one_key_masked(key, precision), emulated, wide)
@@ -159,7 +163,7 @@ def test_large_scores_do_not_overflow(emulated: Kernels, precision: str, wide: b
     check(problem, emulated, wide)
 
 
-@every_kernel
+@every_swept_kernel
 @pytest.mark.parametrize("growth", (5, 20, 60, 200, -200))
 def test_scores_that_grow_or_fall_along_a_row(emulated: Kernels, precision: str, wide: bool, growth: float) -> None:
     check(growing_scores(growth, precision), emulated, wide)
@@ -171,13 +175,12 @@ def test_global_attention_over_the_cases_of_the_parity_suite(emulated: Kernels, 
         check_global(global_(case, 3, 2, 16, precision=precision), emulated)
 
 
+SIZES = ((1, 1, 136), (12, 1, 768), (17, 1, 256), (5, 1, 1024), (40, 2, 64), (16, 12, 64))
+
+
 @pytest.mark.parametrize(
     ("precision", "queries", "num_heads", "head_size"),
-    [
-        (precision, *sizes)
-        for precision in PRECISIONS
-        for sizes in ((1, 1, 136), (12, 1, 768), (17, 1, 256), (5, 1, 1024), (40, 2, 64), (16, 12, 64))
-    ],
+    fast_if(((precision, *sizes) for precision in PRECISIONS for sizes in SIZES), lambda case: case[0] == "fp16"),
 )
 def test_wide_heads_and_many_queries(
     emulated: Kernels, precision: str, queries: int, num_heads: int, head_size: int
@@ -191,7 +194,7 @@ def test_keys_in_many_parts_join_to_one_row(emulated: Kernels, precision: str) -
     check_global(global_(Case(1, 3000, "none", "right"), 2, 1, 16, precision=precision), emulated)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", fast_if(PRECISIONS, lambda precision: precision == "fp16"))
 def test_accumulators_are_rescaled_across_the_tiles_of_a_part(emulated: Kernels, precision: str) -> None:
     for problem in several_tiles_in_a_part(precision):
         check_global(problem, emulated)
@@ -259,7 +262,7 @@ def check_layout(problem: Banded | Global, layout: str, kernels: Kernels, host_r
     assert np.abs(sums[seen] - exact[seen]).max() <= rounding_of_sums(problem.inputs, problem.num_heads, keys)
 
 
-@every_kernel
+@every_swept_kernel
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_row_strides_change_no_bit_and_the_log_sum_exp_is_the_references(
     emulated: Kernels, host_reference: Any, precision: str, wide: bool, layout: str

@@ -24,12 +24,16 @@ from lfx.parity import Case
 from scripts.bench.launch import Kernels
 from tests.plugins import races
 from tests.plugins.build import ROOT, built_once, emulated_library
+from tests.plugins.parts import fast_if
 from tests.plugins.problems import Banded, Global, banded, global_
 from tests.plugins.races import Outcome, RaceDetector, Statement, functions, in_a_fork
 
 # BandedAttention's kernels: the precision, and the multiprocessors, which decide whether blocks have 128 queries or 64.
 KERNELS = [(p, n) for p in ("fp32", "fp16", "bf16") for n in ("1000000", *(["0"] if p != "fp32" else []))]
-every_kernel = pytest.mark.parametrize(("precision", "multiprocessors"), KERNELS)
+# The kernels for bfloat16 are the templates of those for float16.
+every_kernel = pytest.mark.parametrize(
+    ("precision", "multiprocessors"), fast_if(KERNELS, lambda kernel: kernel[0] != "bf16")
+)
 
 
 def problems(precision: str) -> dict[str, Banded | Global]:

@@ -11,6 +11,7 @@ import pytest
 from lfx.parity import Case
 from tests.plugins.problems import Banded, Global, banded, global_
 from tests.plugins.ptx.build import COMPUTE_CAPABILITIES
+from tests.plugins.ptx.conftest import KernelFolder
 from tests.plugins.ptx.interpreter import InterpretedKernels
 from tests.plugins.ptx.test_mutations import finding
 
@@ -45,9 +46,9 @@ KERNELS: dict[str, Callable[[], list[Banded] | list[Global]]] = {
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_each_barrier_is_needed(
-    emulated: InterpretedKernels, kernel_folders: dict[int, Path], tmp_path: Path, kernel: str
+    emulated: InterpretedKernels, kernel_folder: KernelFolder, tmp_path: Path, kernel: str
 ) -> None:
-    folder = kernel_folders[COMPUTE_CAPABILITIES[0]]
+    folder = kernel_folder(COMPUTE_CAPABILITIES[0])
     modules = [path.read_text(encoding="utf-8") for path in folder.glob("*.ptx")]
     module = next(text for text in modules if kernel in text)
     header = re.split(r"(?:\.visible )?\.entry", module, maxsplit=1)[0]

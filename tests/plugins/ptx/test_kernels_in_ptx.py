@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from lfx.parity import Case
+from tests.plugins.parts import first_of_each
 from tests.plugins.problems import banded, global_
 from tests.plugins.ptx.build import COMPUTE_CAPABILITIES
+from tests.plugins.ptx.conftest import KernelFolder
 from tests.plugins.ptx.interpreter import InterpretedKernels
 from tests.plugins.test_kernels import (
     KERNELS,
@@ -72,6 +74,7 @@ def test_accumulators_are_rescaled_across_the_tiles_of_a_part(emulated: Interpre
     check_global(global_(Case(1, 70), 1, 270, 8), emulated)  # in float32 one that is smaller, since it takes longer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "wide"), KERNELS)
 def test_ptx_for_newer_gpus(interpreted: Callable[[int], InterpretedKernels], precision: str, wide: bool) -> None:
     """The cases above in small, since another compiler emits this PTX."""
@@ -88,11 +91,12 @@ def test_ptx_for_newer_gpus(interpreted: Callable[[int], InterpretedKernels], pr
         check_global(global_(Case(1, 700, "none", "right"), 17, 2, 64, precision=precision), kernels)
 
 
-def test_every_opcode_of_the_kernels_has_a_test(kernel_folders: dict[int, Path]) -> None:
+@pytest.mark.parametrize("compute_capability", first_of_each(COMPUTE_CAPABILITIES))
+def test_every_opcode_of_the_kernels_has_a_test(kernel_folder: KernelFolder, compute_capability: int) -> None:
     tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
     tested = set(re.findall(r"[a-z][a-z0-9_]*(?:\.[a-z0-9_]+)+|bra|ret", tests))
     opcode = re.compile(r"^\s*(?:\{\s*)?(?:@!?%p\d+\s+)?([a-z][\w.]*)", re.MULTILINE)
-    for folder in kernel_folders.values():
-        used = {match for path in folder.glob("*.ptx") for match in opcode.findall(path.read_text(encoding="utf-8"))}
-        assert len(used) > 60
-        assert used - tested == set()
+    paths = kernel_folder(compute_capability).glob("*.ptx")
+    used = {match for path in paths for match in opcode.findall(path.read_text(encoding="utf-8"))}
+    assert len(used) > 60
+    assert used - tested == set()

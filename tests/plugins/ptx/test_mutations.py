@@ -18,6 +18,7 @@ from tests.plugins.build import PLUGINS
 from tests.plugins.parts import first_of_each
 from tests.plugins.problems import Banded, Global, banded, global_
 from tests.plugins.ptx.build import COMPUTE_CAPABILITIES, ptx
+from tests.plugins.ptx.conftest import KernelFolder
 from tests.plugins.ptx.interpreter import InterpretedKernels, PtxError
 from tests.plugins.test_kernels import check, check_global
 
@@ -189,7 +190,7 @@ def finding(problem: Banded | Global, kernels: InterpretedKernels, wide: bool) -
 
 @pytest.mark.parametrize("name", first_of_each(MUTATIONS, lambda name: MUTATIONS[name].file))
 def test_the_interpreter_finds_a_mutation(
-    emulated: InterpretedKernels, kernel_folders: dict[int, Path], tmp_path: Path, name: str
+    emulated: InterpretedKernels, kernel_folder: KernelFolder, tmp_path: Path, name: str
 ) -> None:
     mutation = MUTATIONS[name]
     problem = mutation.target.problem()
@@ -202,6 +203,6 @@ def test_the_interpreter_finds_a_mutation(
         emulated.interpreter.load(text)
         reason = finding(problem, emulated, mutation.target.wide)
     finally:
-        for original in kernel_folders[COMPUTE_CAPABILITIES[0]].glob("*.ptx"):
+        for original in kernel_folder(COMPUTE_CAPABILITIES[0]).glob("*.ptx"):
             emulated.interpreter.load(original.read_text(encoding="utf-8"))
     assert re.search(mutation.reason, reason), reason
