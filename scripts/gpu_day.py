@@ -3,6 +3,7 @@
     python -m scripts.gpu_day --headers DIR              # for --minutes; call it again until nothing is left
     python -m scripts.gpu_day --build-only --target sm_90   # only builds the library; needs no GPU
     python -m scripts.gpu_day --dry-run                  # builds, and lists what it would run; needs no GPU
+    python -m scripts.gpu_day --again                    # tries the steps that have failed or were skipped once more
     python -m scripts.gpu_day --publish                  # copies the finished records to docs/records
 
 The steps run one after another, the most important first, each in a process of its own. Records, logs and the state of
@@ -10,9 +11,10 @@ the steps are in --folder (default build/gpu_day) and are written as the work pr
 most the case that it was measuring: the next call continues with the same --folder. On another GPU, or after a change
 of the kernels or scripts, all steps begin again.
 
-The checks, the sanitizers and the cases of the claims come first. Where only the files of one folder come back from the
-machine with the GPU, make it the --folder, copy what came back into it before the next call, and build the library
-elsewhere: --library, with libenqueue.so beside it if --headers is given.
+The checks, the sanitizers and the cases of the claims come first. How many calls they take depends on the machine: a
+step may take all of its minutes, and leaves out the cases that do not fit into them. Where only the files of one folder
+come back from the machine with the GPU, make it the --folder, copy what came back into it before the next call, and
+build the library elsewhere: --library, with libenqueue.so beside it if --headers is given.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ TIME_IS_OVER = "time is over"
 LEAST_SECONDS = 20.0  # that a step is started with
 MOST_ATTEMPTS = 3  # of a step that is cut off by the end of a call
 RECORDS = ("gpu.jsonl", "gpu_kernels.jsonl", "gpu_model.jsonl")
+# Runs the command after it, which Linux stops when this process ends, also if it is killed: prctl(PR_SET_PDEATHSIG).
+_END_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])"
+ENDS_WITH_PARENT = [sys.executable, "-c", _END_WITH_PARENT]
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ def steps(folder: Path, library: Path, headers: Path | None) -> list[Step]:
 
     def sanitizer(tool: str) -> Step:
         launcher = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+        if tool == "memcheck":  # PyTorch and the CUDA runtime ask the driver for functions that it may not have
+            launcher += ["--report-api-errors", "no"]
         quick = ["--quick", "--part", "kernels", "--record", str(folder / f"{tool}.jsonl")]
         # Each tensor in an allocation of its own, so that an access past its end is outside of all memory.
         separate = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
@@ -101,6 +108,10 @@ class State:
         """Return whether a step has ended, or was cut off too often."""
         result = self.results.get(step.name, {})
         return "status" in result or result.get("attempts", 0) >= MOST_ATTEMPTS
+
+    def forget(self) -> None:
+        """Let the steps that have not passed begin again."""
+        self.results = {name: result for name, result in self.results.items() if result.get("status") == "passed"}
 
     def begin(self, step: Step) -> None:
         """Count an attempt, before it begins: the call may end at any time."""
@@ -147,7 +158,7 @@ def run_step(step: Step, state: State, left: float) -> None:
         print(f"# {step.name}", file=output, flush=True)
         begin = log.stat().st_size
         command = subprocess.Popen(
-            [*step.command, *own],
+            [*(ENDS_WITH_PARENT if sys.platform == "linux" else []), *step.command, *own],
             cwd=ROOT,
             env={**os.environ, **dict(step.environment)},
             stdout=output,
@@ -163,9 +174,12 @@ def run_step(step: Step, state: State, left: float) -> None:
                     os.killpg(command.pid, signal.SIGKILL)
                 command.wait()
     took = round(time.monotonic() - started, 1)
-    is_open = seconds < 60 * step.minutes and TIME_IS_OVER.encode() in log.read_bytes()[begin:]
+    said = log.read_bytes()[begin:].decode(errors="replace").splitlines()
+    left_out = next((line for line in said if line.startswith(TIME_IS_OVER)), None)
+    is_open = seconds < 60 * step.minutes and left_out is not None
     if code is not None and not is_open:
-        state.end(step, status="passed" if code == 0 else "failed", code=code, seconds=took)
+        reason = {} if left_out is None else {"reason": left_out}
+        state.end(step, status="passed" if code == 0 else "failed", code=code, seconds=took, **reason)
     elif code is None and seconds < left:
         state.end(step, status="failed", reason=f"stopped after {step.minutes} minutes", seconds=took)
     print(f"{step.name}: {state.results[step.name]}", flush=True)
@@ -193,6 +207,7 @@ def main() -> None:
     parser.add_argument("--target", default="sm_90", help="architecture without a GPU; default %(default)s")
     parser.add_argument("--build-only", action="store_true")
     parser.add_argument("--dry-run", action="store_true", help="build and list the steps; needs no GPU")
+    parser.add_argument("--again", action="store_true", help="begin the steps again that have not passed")
     parser.add_argument("--publish", action="store_true", help="copy the records to docs/records")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
@@ -201,8 +216,8 @@ def main() -> None:
         copies = publish(folder, record.RECORDS)
         print("\n".join(map(str, copies)) or f"no records in {folder}")
         sys.exit(0 if copies else 1)
-    digest = source_digest()
-    library = options.library.resolve() if options.library else built(folder / f"library-{digest}", options)
+    digest, target = source_digest(), gpu.architecture(options.target)
+    library = options.library.resolve() if options.library else built(folder / f"library-{target}-{digest}", options)
     todo = steps(folder, library, options.headers)
     if options.build_only or options.dry_run:
         print(f"library: {library}")
@@ -213,6 +228,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder.mkdir(parents=True, exist_ok=True)
     state = State(folder / "state.json", f"{record.query_gpu('name')} {digest}")
+    if options.again:
+        state.forget()
     left = run(todo, state, deadline)
     failed = [
         name
@@ -220,6 +237,9 @@ def main() -> None:
         if result.get("status", "failed") == "failed" and name not in {step.name for step in left}
     ]
     print(f"{len(todo) - len(left)} of {len(todo)} steps done, failed: {', '.join(failed) or 'none'}")
+    for name, result in state.results.items():
+        if "reason" in result:
+            print(f"{name}: {result['reason']}")
     if left:
         print(f"call it again for: {', '.join(step.name for step in left)}")
     sys.exit(3 if left else 1 if failed else 0)

@@ -234,6 +234,12 @@ struct TileSequence
         return tile * kKEYS;
     }
 
+    // Number of slots from the first one of a global tile to the last used one.
+    __device__ __forceinline__ int32_t slotsFrom(int32_t tile) const
+    {
+        return numSlots - firstSlot(tile);
+    }
+
     __device__ __forceinline__ int32_t firstKey(int32_t tile) const
     {
         return firstBandKey + (tile - numGlobal) * kKEYS;

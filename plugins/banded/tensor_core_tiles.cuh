@@ -36,6 +36,10 @@ struct TensorCoreTraits : BlockTraits
     static constexpr int kKEYS = 64;       // of a tile
     static constexpr int kGROUP_KEYS = 32; // whose scores a warp computes at a time
     static constexpr int kGROUPS = kKEYS / kGROUP_KEYS;
+    // So few global tokens of a tile, or fewer, are a group of their own. With one row tile they are not: nvcc would take
+    // more instructions for all other groups.
+    static constexpr int kFEW_KEYS = 16;
+    static constexpr bool kGROUPS_FEW_KEYS = kROW_TILES > 1;
     static constexpr int kCHUNK = 8;            // elements of a 16-byte copy
     static constexpr int kCHUNKS = kD / kCHUNK; // of a row
     static constexpr int kTILE_SIZE = kKEYS * kD;

@@ -205,6 +205,21 @@ __device__ __forceinline__ void accumulate(
     }
 }
 
+// Attention over the first kKEYS keys of a group; those that the warp sees are among them.
+template <int kKEYS, typename T, int kD, int kROW_TILES>
+__device__ __forceinline__ void attendGroup(WarpRows<T, kD, kROW_TILES>& rows, T const* keys, T const* values,
+    float scaleLog2, Visibility<16 * kROW_TILES> const& visibility)
+{
+    float scores[kROW_TILES][kKEYS / 8][4] = {};
+    computeScores(scores, rows, keys);
+    if (kKEYS < visibility.kKEYS || !visibility.isAll())
+    {
+        maskScores(scores, visibility);
+    }
+    updateSoftmax(rows, scores, scaleLog2);
+    accumulate(rows, scores, values, scaleLog2);
+}
+
 // Attention over a tile; visibilityOf(group) says which keys of each group the warp sees.
 template <typename T, int kD, int kROW_TILES, typename VisibilityOf>
 __device__ __forceinline__ void attendTile(
@@ -220,14 +235,7 @@ __device__ __forceinline__ void attendTile(
             continue;
         }
         int32_t const offset = group * Traits::kGROUP_KEYS * kD;
-        float scores[kROW_TILES][Traits::kGROUP_KEYS / 8][4] = {};
-        computeScores(scores, rows, keys + offset);
-        if (!visibility.isAll())
-        {
-            maskScores(scores, visibility);
-        }
-        updateSoftmax(rows, scores, scaleLog2);
-        accumulate(rows, scores, values + offset, scaleLog2);
+        attendGroup<Traits::kGROUP_KEYS>(rows, keys + offset, values + offset, scaleLog2, visibility);
     }
 }
 
@@ -321,8 +329,7 @@ __global__ void __launch_bounds__(TensorCoreTraits<kD, kROW_TILES>::kTHREADS,
         int32_t const buffer = tile % 2 * Traits::kTILE_SIZE;
         if (tiles.isGlobal(tile))
         {
-            copyGlobalTokens(block, copy, keys + buffer, values + buffer, tiles.firstSlot(tile),
-                tiles.numSlots - tiles.firstSlot(tile));
+            copyGlobalTokens(block, copy, keys + buffer, values + buffer, tiles.firstSlot(tile), tiles.slotsFrom(tile));
         }
         else
         {
@@ -350,10 +357,18 @@ __global__ void __launch_bounds__(TensorCoreTraits<kD, kROW_TILES>::kTHREADS,
             rows.keepQueries();
         }
         int32_t const buffer = tile % 2 * Traits::kTILE_SIZE;
-        attendTile(rows, keys + buffer, values + buffer, scaleLog2, [&](int32_t key) {
-            return tiles.isGlobal(tile) ? visibleSlots<Traits>(block, tiles.firstSlot(tile) + key)
-                                        : visibleKeys<Traits>(block, tiles.firstKey(tile) + key);
-        });
+        if (Traits::kGROUPS_FEW_KEYS && tiles.isGlobal(tile) && tiles.slotsFrom(tile) <= Traits::kFEW_KEYS)
+        {
+            attendGroup<Traits::kFEW_KEYS>(
+                rows, keys + buffer, values + buffer, scaleLog2, visibleSlots<Traits>(block, tiles.firstSlot(tile)));
+        }
+        else
+        {
+            attendTile(rows, keys + buffer, values + buffer, scaleLog2, [&](int32_t key) {
+                return tiles.isGlobal(tile) ? visibleSlots<Traits>(block, tiles.firstSlot(tile) + key)
+                                            : visibleKeys<Traits>(block, tiles.firstKey(tile) + key);
+            });
+        }
     }
     writeContext(block, rows, queries);
 }

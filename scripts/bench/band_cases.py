@@ -58,14 +58,18 @@ class Case:
 
 
 def cases(quick: bool = False) -> list[Case]:
-    """Return all cases, those of the claims first; in each part fp16 of the base model, then bf16, then 16 heads."""
+    """Return all cases, those of the claims first; in each part fp16 of the base model, then bf16, then 16 heads.
+
+    Of the cases of the claims, the two lengths that the claims on the model have come first.
+    """
     all_cases = [
         Case(seqlen, window, globals_, batch, heads, precision)
         for heads, precision, batch, globals_, window, seqlen in itertools.product(
             (12, 16), ("fp16", "bf16"), (8, 1), (1, 0, 64), (256, 64), LENGTHS
         )
     ]
-    return [c for c in all_cases if c.required] + [c for c in all_cases if not c.required and not quick]
+    required = sorted((c for c in all_cases if c.required), key=lambda case: case.seqlen not in (4096, 16384))
+    return required + [c for c in all_cases if not c.required and not quick]
 
 
 def band_or_global(window: int, globals_: int) -> Callable[..., Any]:
@@ -111,6 +115,11 @@ class Tiling:
     threads: int = 128
 
     @property
+    def few_keys(self) -> int:
+        """Number of global tokens of a tile up to which they are a group of their own."""
+        return 16 if self.row_tiles > 1 else 0
+
+    @property
     def warp_queries(self) -> int:
         """Number of queries of a warp."""
         return 16 * self.row_tiles
@@ -127,15 +136,20 @@ class Tiling:
         return 2 * rows * case.head_size + 4 * (self.block_queries + 1 + reach // 32)
 
     def l2_bytes(self, case: Case) -> int:
-        """Return the bytes of the rows that all blocks of one head read and write."""
+        """Return the bytes of the rows, and of the key mask, that all blocks of one head read and write."""
         first = np.arange(0, case.seqlen, self.block_queries)
         begin = np.maximum(first - case.window, 0)
         end = np.minimum(np.minimum(first + self.block_queries, case.seqlen) + case.window, case.seqlen)
-        rows = 2 * int((end - begin).sum() + case.globals * len(first)) + 2 * case.seqlen
-        return rows * 2 * case.head_size
+        keys = int((end - begin).sum())
+        rows = 2 * (keys + case.globals * len(first)) + 2 * case.seqlen
+        return rows * 2 * case.head_size + 4 * (keys + case.seqlen)
 
     def work(self, case: Case) -> Counter[str]:
-        """Return over all warps of one head: warps, tiles, groups that all queries see, and the other groups."""
+        """Return over all warps of one head: warps, tiles, whole groups, other groups, and groups of few slots.
+
+        All queries of the warp see a whole group. A group of few slots has `few_keys` keys. "unseen" is the number of
+        products of 16 queries and 16 keys in the groups of the band that no query of the 16 sees.
+        """
         total: Counter[str] = Counter()
         blocks = np.arange(0, case.seqlen, self.block_queries)
         begin = np.maximum(blocks - case.window, 0)
@@ -145,17 +159,34 @@ class Tiling:
         block = warps // self.block_queries
         total["warps"] = len(warps)
         total["tiles"] = int(tiles[block].sum()) + len(warps) * -(-case.globals // self.tile_keys)
-        total["groups"] = len(warps) * -(-case.globals // self.group_keys)
-        last = np.minimum(warps + self.warp_queries - 1 + case.window, end[block] - 1)
+        few = 0 < case.globals % self.tile_keys <= self.few_keys
+        total["few"] = len(warps) * few
+        total["groups"] = len(warps) * (-(-case.globals // self.group_keys) - few)
         for group in range(int(tiles.max()) * self.tile_keys // self.group_keys):
             first = begin[block] + group * self.group_keys
-            visible = (first <= last) & (first + self.group_keys > np.maximum(warps - case.window, case.globals))
+            visible = _is_seen(case, warps, self.warp_queries, first, self.group_keys, end[block])
             distance = first - (warps - case.window)
             whole = (distance >= self.warp_queries - 1) & (distance + self.group_keys - 1 <= 2 * case.window)
             whole &= visible & (first >= case.globals) & (first + self.group_keys <= end[block])
             total["whole"] += int(whole.sum())
             total["groups"] += int((visible & ~whole).sum())
+            # The operands of mma are 16 queries and, in pairs, 16 keys.
+            for query, key in itertools.product(range(0, self.warp_queries, 16), range(0, self.group_keys, 16)):
+                needed = _is_seen(case, warps + query, 16, first + key, 16, end[block])
+                total["unseen"] += int((visible & ~needed).sum())
         return total
+
+    def unseen(self, case: Case) -> float:
+        """Return the share of the products of 16 queries and 16 keys of the band that no query of the 16 sees."""
+        work = self.work(case)
+        products = (work["whole"] + work["groups"]) * self.row_tiles * self.group_keys // 16
+        return work["unseen"] / (products + work["few"] * self.row_tiles)
+
+
+def _is_seen(case: Case, query: Any, queries: int, key: Any, keys: int, end: Any) -> Any:
+    """Return whether one of `queries` queries sees one of `keys` local keys, both from the given ones on."""
+    last = np.minimum(query + queries - 1 + case.window, end - 1)
+    return (key <= last) & (key + keys > np.maximum(query - case.window, case.globals))
 
 
 WIDE, NARROW = Tiling(2), Tiling(1)
@@ -175,24 +206,25 @@ def kernel_costs(case: Case) -> dict[str, float]:
         block_queries: number of queries of a block.
         computed_over_useful: number of pairs in the computed groups of keys, over the useful pairs; the band skips
             groups of global tokens only.
-        l2_bytes: bytes of the key, value, query and context rows that all blocks transfer.
+        l2_bytes: bytes of the key, value, query and context rows, and of the key mask, that all blocks transfer.
         shared_bytes: bytes that ldmatrix reads and cp.async writes, on compute capability 9.0.
     """
     tiling, size = tiling_of(case), case.head_size
     work = tiling.work(case)
     groups = work["whole"] + work["groups"]
+    columns = groups * tiling.group_keys + work["few"] * tiling.few_keys
     first = np.arange(0, case.seqlen, tiling.block_queries)
     keys = np.minimum(first + tiling.block_queries + case.window, case.seqlen) - np.maximum(first - case.window, 0)
     copied = tiling.tile_keys * -(-keys // tiling.tile_keys) + tiling.group_keys * -(-case.globals // tiling.group_keys)
     # Columns of the queries that stay in registers.
     kept = min(size, 48 if tiling is WIDE else 64) if size <= 64 else 0
-    loaded = 2 * tiling.group_keys * size + tiling.warp_queries * (size - kept)  # numbers that a warp loads for a group
+    again = (groups + work["few"]) * tiling.warp_queries * (size - kept)  # numbers of queries that warps load
     heads = case.batch * case.heads
     return {
         "block_queries": tiling.block_queries,
-        "computed_over_useful": groups * tiling.group_keys * tiling.warp_queries / useful_pairs(case),
+        "computed_over_useful": columns * tiling.warp_queries / useful_pairs(case),
         "l2_bytes": float(heads * tiling.l2_bytes(case)),
-        "shared_bytes": float(heads * (groups * 2 * loaded + copied.sum() * 4 * size)),
+        "shared_bytes": float(heads * (2 * (2 * columns * size + again) + copied.sum() * 4 * size)),
     }
 
 

@@ -27,8 +27,7 @@ def build(folder: Path, headers: Path | None, default_target: str = "sm_80") -> 
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         sys.exit("nvcc is not on the PATH; install the CUDA toolkit")
-    capability = record.query_gpu("compute_cap")
-    target = f"sm_{capability.replace('.', '')}" if capability else default_target
+    target = architecture(default_target)
     sources = ["banded/banded_attention.cu", "global/global_attention.cu", "limits.cpp"]
     flags = [f"-I{ROOT / 'plugins'}"]
     if headers is not None:
@@ -42,6 +41,12 @@ def build(folder: Path, headers: Path | None, default_target: str = "sm_80") -> 
     paths = [str(ROOT / "plugins" / source) for source in sources]
     subprocess.run([*command, "-o", str(library), *paths], check=True)
     return library
+
+
+def architecture(default: str) -> str:
+    """Return the architecture of this GPU, such as sm_90, or `default` without a GPU."""
+    capability = record.query_gpu("compute_cap")
+    return f"sm_{capability.replace('.', '')}" if capability else default
 
 
 def require() -> None:

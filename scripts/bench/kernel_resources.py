@@ -2,13 +2,14 @@
 
     python -m scripts.bench.kernel_resources [--library FILE] [--json]
     python -m scripts.bench.kernel_resources --budgets     # of a warp, for each architecture and head size
+    python -m scripts.bench.kernel_resources --edges       # products that are computed in vain at the edges of the band
 
 For each GPU it reads the machine code of the kernel for head size 64 in float16, finds its loops, and counts the
 instructions on the path of a warp: once before and after the tiles, for each tile, for each group of keys that all its
-queries see, and for each other group. The numbers of tiles and groups follow from the case. Sums are taken to be
-rescaled for the first group of a warp only, as they are if no score is 2^8 times as large as that group's. A resource's
-time is its total over all blocks, divided by the rate of the whole GPU: the kernel takes at least the largest of them,
-and longer if the last wave of blocks is not full.
+queries see, for each other group, and for a group of at most 16 global tokens. The numbers of tiles and groups follow
+from the case. Sums are taken to be rescaled for the first group of a warp only, as they are if no score is 2^8 times as
+large as that group's. A resource's time is its total over all blocks, divided by the rate of the whole GPU: the kernel
+takes at least the largest of them, and longer if the last wave of blocks is not full.
 
 Needs cuobjdump, but no GPU.
 """
@@ -88,16 +89,19 @@ class WarpCosts:
         once: before and after the tiles, and the rescaling of sums.
         tile: the copies of a tile, and finding that no query sees its groups.
         whole, group: in addition, a group that all queries see, and one that they see in part.
+        few: in addition, the group of a tile of few slots.
     """
 
     once: Counter[str]
     tile: Counter[str]
     whole: Counter[str]
     group: Counter[str]
+    few: Counter[str]
 
     def total(self, work: Counter[str]) -> Counter[str]:
         """Return the opcodes of all warps together."""
-        parts = (self.once, "warps"), (self.tile, "tiles"), (self.whole, "whole"), (self.group, "groups")
+        parts = [(self.once, "warps"), (self.tile, "tiles")]
+        parts += [(self.whole, "whole"), (self.group, "groups"), (self.few, "few")]
         total: Counter[str] = Counter()
         for opcodes, number in parts:
             for name, count in opcodes.items():
@@ -111,7 +115,9 @@ def warp_costs(code: str, case: Case, tiling: Tiling) -> WarpCosts:
     products = {b.start for b in blocks.values() if b.count("HMMA")}
     with_products = [loop for loop in sass.loops(blocks) if any(loop[0] <= p <= loop[1] for p in products)]
     inner, outer = with_products[0], with_products[-1]  # over groups, over tiles
-    scores, context = sorted(products, key=lambda start: blocks[start].count("MUFU"))
+    scores, context = sorted(
+        (start for start in products if inner[0] <= start <= inner[1]), key=lambda start: blocks[start].count("MUFU")
+    )
     groups = {start: b for start, b in blocks.items() if inner[0] <= start <= inner[1]}
     mask = max(groups.values(), key=lambda b: b.count("FSEL")).start
     rescaling = max(groups.values(), key=lambda b: b.count("FMUL")).start
@@ -125,9 +131,29 @@ def warp_costs(code: str, case: Case, tiling: Tiling) -> WarpCosts:
     without = {start: b for start, b in body.items() if start == band_copy or not b.count("LDGSTS")}
     tile = _opcodes(sass.path(without, [outer[0], band_copy, inner[0], outer[1]]))
     tile.update(_opcodes(none * (tiling.tile_keys // tiling.group_keys - 1)))
+    few: Counter[str] = Counter()
+    if tiling.few_keys:
+        few.update(_few(blocks, without, outer, inner, band_copy))
+        few.subtract(tile)
     once = _once(blocks, outer, case, tiling)
     once.update(_difference(rescaled, around))
-    return WarpCosts(once, tile, _difference(around, none), _difference(masked, none))
+    return WarpCosts(once, tile, _difference(around, none), _difference(masked, none), few)
+
+
+def _few(
+    blocks: dict[int, Block],
+    body: dict[int, Block],
+    outer: tuple[int, int],
+    inner: tuple[int, int],
+    band_copy: int,
+) -> Counter[str]:
+    """Count a tile of few slots, which is followed by one of the band; `body` has the blocks without products."""
+    outside = {start: b for start, b in blocks.items() if outer[0] <= start <= outer[1]}
+    outside = {start: b for start, b in outside.items() if not inner[0] <= start <= inner[1]}
+    products = {start: b for start, b in outside.items() if b.count("HMMA")}
+    allowed = {start: b for start, b in body.items() if start in outside} | products
+    scores, context = sorted(products, key=lambda start: products[start].count("MUFU"))
+    return _opcodes(sass.path(allowed, [outer[0], band_copy, scores, context, outer[1]]))
 
 
 def _difference(longer: Iterable[Block], shorter: Iterable[Block]) -> Counter[str]:
@@ -265,6 +291,7 @@ def budgets(codes: dict[sass.Kernel, str], resources: dict[sass.Kernel, dict[str
                     "tile": costs.tile.total(),
                     "whole": costs.whole.total(),
                     "group": costs.group.total(),
+                    "few": costs.few.total(),
                     "once": costs.once.total(),
                     "resident_blocks": resident_blocks(
                         architecture, used["REG"], tiling.threads, tiling.shared_bytes(case)
@@ -276,7 +303,8 @@ def budgets(codes: dict[sass.Kernel, str], resources: dict[sass.Kernel, dict[str
 
 UNITS = {"instructions": 1, "shared_bytes": 1e3, "l2_bytes": 1e3, "tensor_flops": 1e6, "exponentials": 1e3}
 BUDGET_HEADER = ["architecture", "head size", "queries", "registers", "local bytes", "HMMA", "LDSM", "LDGSTS"]
-BUDGET_HEADER += ["instructions of a tile", "of a whole group", "of another", "once", "resident blocks"]
+BUDGET_HEADER += ["instructions of a tile", "of a whole group", "of another", "of a group of few slots", "once"]
+BUDGET_HEADER += ["resident blocks"]
 HEADER = [
     "GPU",
     "queries",
@@ -310,6 +338,15 @@ def budget_table(rows: list[dict[str, Any]]) -> str:
     return markdown(BUDGET_HEADER, [list(map(str, row.values())) for row in rows])
 
 
+def edge_table() -> str:
+    """Make a Markdown table of the share of the products that no query sees, at 4,096 tokens, one of them global."""
+    lines = []
+    for tiling, window in itertools.product((WIDE, NARROW), (256, 128, 64)):
+        share = tiling.unseen(Case(4096, window, 1, 1, 1, "fp16"))
+        lines.append([str(tiling.block_queries), str(window), f"{share:.1%}"])
+    return markdown(["queries", "window", "products of 16 queries and 16 keys that no query sees"], lines)
+
+
 def markdown(header: list[str], lines: list[list[str]]) -> str:
     """Make a Markdown table."""
     return "".join("| " + " | ".join(line) + " |\n" for line in [header, ["---"] * len(header), *lines])
@@ -320,8 +357,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", type=Path, help="default: the installed plugin's")
     parser.add_argument("--budgets", action="store_true", help="print what a warp takes, for each architecture")
+    parser.add_argument("--edges", action="store_true", help="print what is computed in vain; needs no library")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each row")
     options = parser.parse_args()
+    if options.edges:
+        print(edge_table(), end="")
+        return
     if sass.TOOL is None:
         parser.exit(1, "cuobjdump is not installed; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm\n")
     try:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,10 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lfx.cli import cli
+from lfx.cli import cli, inspect
 from lfx.errors import ArtifactError, BuildError
 from lfx.manifest import MANIFEST, MODEL, WEIGHTS, Manifest
+from lfx.runtime import custom_ops
 from tests.cli.forked import ENVIRONMENT, Commands
 from tests.conftest import MakeBundle
 from tests.marks import fast_if
@@ -314,6 +316,22 @@ def test_inspect_shows_the_limits_to_people(reviews: Path) -> None:
         "transformers ",
     ):
         assert text in done.stdout, text
+
+
+def test_inspect_shows_what_runs_attention_on_each_provider_with_a_library(
+    reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "_lib").mkdir()
+    monkeypatch.setattr(custom_ops, "lfx", SimpleNamespace(__path__=[str(tmp_path)]))
+    manifest = Manifest.read(reviews)
+    assert "liblfx_onnxruntime.so is not installed" in dict(inspect.rows(manifest))["attention on the CPU"]
+    for name in custom_ops.LIBRARIES[0], custom_ops.CUDA_LIBRARY:
+        assert "attention on CUDA" not in dict(inspect.rows(manifest))
+        (tmp_path / "_lib" / name).touch()
+    found = dict(inspect.rows(manifest))
+    assert found["attention on the CPU"] == found["attention on CUDA"] == "fused kernels"
+    inlined = dict(inspect.rows(dataclasses.replace(manifest, inlined=True)))
+    assert inlined["attention on CUDA"].startswith("function (the model's attention nodes are inlined")
 
 
 def test_a_closed_pipe_on_stdout_is_no_crash(reviews: Path) -> None:

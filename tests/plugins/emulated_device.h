@@ -3,7 +3,8 @@
 // Every CUDA thread is a fiber. It runs until a collective operation (a barrier, a shuffle, a tensor-core product) and
 // continues when all threads of its warp or block have arrived. If they never arrive, the kernel's threads have diverged
 // and the program stops. Shared memory starts as NaN, ends at a guard page, and receives an asynchronous copy only when
-// the thread waits for it, so that a kernel that reads too early or past the end fails.
+// the thread waits for it, so that a kernel that reads too early or past the end fails. It starts at a multiple of 16
+// bytes: the bytes between its end and the guard page, if any, are NaN and must stay as they are.
 //
 // Blocks, warps and lanes take turns in ascending order, or in a random one; see lfxEmulatedOrder().
 #pragma once
@@ -354,18 +355,19 @@ inline void warp(WarpOperation operation, char const* name, void* argument)
     yield(State::kAT_WARP, name, &call);
 }
 
-// Shared memory of exactly `bytes`, followed by a guard page.
+// Shared memory of `bytes`, rounded up to 16, followed by a guard page.
 class SharedMemory
 {
 public:
     explicit SharedMemory(size_t bytes)
-        : mBytes((bytes + 15) / 16 * 16)
-        , mPages((mBytes + 4095) / 4096 * 4096)
+        : mBytes(bytes)
+        , mRounded((bytes + 15) / 16 * 16)
+        , mPages((mRounded + 4095) / 4096 * 4096)
     {
         mStart = static_cast<uint8_t*>(
             mmap(nullptr, mPages + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
         mprotect(mStart + mPages, 4096, PROT_NONE);
-        shared = mStart + mPages - mBytes;
+        shared = mStart + mPages - mRounded;
     }
     ~SharedMemory()
     {
@@ -374,10 +376,22 @@ public:
     void poison()
     {
         std::memset(shared, 0xff, mBytes);
+        std::memcpy(shared + mBytes, kPAST_THE_END, mRounded - mBytes);
+    }
+    void checkEnd() const
+    {
+        if (std::memcmp(shared + mBytes, kPAST_THE_END, mRounded - mBytes) != 0)
+        {
+            fail("a write past the end of shared memory");
+        }
     }
 
 private:
+    // NaN in float32, float16 and bfloat16, and no number that a kernel writes.
+    static constexpr uint16_t kPAST_THE_END[8] = {0x7fc1, 0x7fc1, 0x7fc1, 0x7fc1, 0x7fc1, 0x7fc1, 0x7fc1, 0x7fc1};
+
     size_t mBytes;
+    size_t mRounded;
     size_t mPages;
     uint8_t* mStart;
 };
@@ -649,6 +663,7 @@ int32_t launch(
         memory.poison();
         race::beginBlock(static_cast<int>(block));
         emulated::runBlock(threads);
+        memory.checkEnd();
     }
     return 0;
 }

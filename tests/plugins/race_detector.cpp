@@ -5,6 +5,7 @@
 
 #include "bank_conflicts.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -77,7 +78,7 @@ struct SharedCell
 struct GlobalCell
 {
     Access write;
-    Access read; // the last one
+    size_t reads; // index in State::reads of those since the write; 0: there were none
 };
 
 // A cell for each kCELL_BYTES of a piece of memory, all zeros at first. Those that are never accessed take no memory.
@@ -157,6 +158,7 @@ struct State
     int64_t time = 0;
     std::unique_ptr<Memory<SharedCell>> shared;
     std::vector<std::unique_ptr<Memory<GlobalCell>>> global;
+    std::vector<std::vector<Access>> reads{1};               // of the cells of global memory
     std::map<int, Access> fences;                            // the last one of each thread of the block
     std::map<uint8_t const*, std::vector<Release>> releases; // by address, in this launch
     std::vector<Acquire> acquires;                           // of the block
@@ -286,14 +288,31 @@ void checkGlobal(Memory<GlobalCell>& memory, size_t offset, Access const& access
         char const* const what = kind == Kind::kREAD ? "read after write" : "write after write";
         report(what, memory.name, offset, cell.write, access);
     }
+    std::vector<std::vector<Access>>& all = state().reads;
     if (kind == Kind::kREAD)
     {
-        cell.read = access;
+        if (cell.reads == 0)
+        {
+            cell.reads = all.size();
+            all.emplace_back();
+        }
+        // What is ordered after this read is also ordered after those that are ordered before it.
+        std::vector<Access>& reads = all[cell.reads];
+        auto const isBefore = [&access](Access const& read) { return isOrdered(read, access); };
+        reads.erase(std::remove_if(reads.begin(), reads.end(), isBefore), reads.end());
+        reads.push_back(access);
         return;
     }
-    if (!isOrdered(cell.read, access))
+    for (Access const& read : all[cell.reads])
     {
-        report("write after read", memory.name, offset, cell.read, access);
+        if (!isOrdered(read, access))
+        {
+            report("write after read", memory.name, offset, read, access);
+        }
+    }
+    if (kind == Kind::kWRITE)
+    {
+        all[cell.reads].clear(); // an atomic operation would hide them from the next one, of another thread
     }
     cell.write = access;
 }
@@ -482,6 +501,7 @@ extern "C"
     void lfxRaceReset()
     {
         state().global.clear();
+        state().reads.resize(1);
         state().reports.clear();
         state().reported.clear();
         state().races = 0;

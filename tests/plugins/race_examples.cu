@@ -153,6 +153,51 @@ void lastBlockReads(Memory p)
     }
 }
 
+// A number of the block's own in global memory: all its threads read it, and one that has read it writes it.
+template <bool kBARRIER>
+void readerWrites(Memory p)
+{
+    shared()[threadIdx.x] = p.memory[blockIdx.x];
+    if (kBARRIER)
+    {
+        __syncthreads();
+    }
+    if (threadIdx.x == 63)
+    {
+        p.memory[blockIdx.x] = 1;
+    }
+}
+
+// All blocks read a number, and the last one writes it; memory[0] counts the blocks that have read it.
+template <bool kCOUNTED>
+void lastBlockWrites(Memory p)
+{
+    if (threadIdx.x == 0)
+    {
+        shared()[0] = p.memory[4];
+        shared()[1] = blockIdx.x;
+        if (kCOUNTED)
+        {
+            __threadfence();
+            shared()[1] = atomicAdd(p.memory, 1);
+            __threadfence();
+        }
+        if (shared()[1] == 3)
+        {
+            p.memory[4] = 1;
+        }
+    }
+}
+
+void atomicAfterRead(Memory p)
+{
+    shared()[threadIdx.x] = threadIdx.x == 0 ? p.memory[blockIdx.x] : 0;
+    if (threadIdx.x == 0 || threadIdx.x == 63)
+    {
+        atomicAdd(p.memory + blockIdx.x, 1); // the first one is of the thread that has read
+    }
+}
+
 struct Example
 {
     char const* name;
@@ -179,6 +224,11 @@ Example const kEXAMPLES[] = {
     {"lastBlockReads", lastBlockReads<true, true>},
     {"lastBlockReadsWithoutRelease", lastBlockReads<false, true>},
     {"lastBlockReadsWithoutAcquire", lastBlockReads<true, false>},
+    {"readerWrites", readerWrites<true>},
+    {"readerWritesWithoutBarrier", readerWrites<false>},
+    {"lastBlockWrites", lastBlockWrites<true>},
+    {"lastBlockWritesUncounted", lastBlockWrites<false>},
+    {"atomicAfterRead", atomicAfterRead},
 };
 
 } // namespace

@@ -111,7 +111,7 @@ def test_the_mask_function_is_the_references_visible_mask(case: band_cases.Case)
 def test_kernel_costs_are_those_of_the_readme() -> None:
     case = band_cases.Case(32768, 256, 1, 1, 12, "fp16")
     computed = band_cases.kernel_costs(case)["computed_over_useful"] * band_cases.useful_pairs(case)
-    assert computed / case.seqlen == pytest.approx(576, rel=0.01)
+    assert computed / case.seqlen == pytest.approx(560, rel=0.01)
 
 
 def test_floors_follow_the_published_rates() -> None:

@@ -87,6 +87,7 @@ def test_a_step_that_limits_itself_gets_the_time_and_stays_open_if_it_was_too_sh
     assert (tmp_path / "state.log").read_text().startswith("# limited\n['--minutes', '0.9")
     assert gpu_day.run([limited], state, soon(1000)) == []  # its own time was too short
     assert state.results["limited"]["status"] == "passed"
+    assert state.results["limited"]["reason"] == "time is over: 3 of 4 were not started"
 
 
 def test_a_step_whose_program_is_missing_is_skipped_with_the_reason(state: State) -> None:
@@ -111,6 +112,57 @@ def test_a_call_that_is_asked_to_stop_stops_its_step(tmp_path: Path) -> None:
     with pytest.raises(ProcessLookupError):
         os.kill(int(child.read_text()), 0)
     assert json.loads((tmp_path / "state.json").read_text()) == {"key": "", "steps": {"x": {"attempts": 1}}}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux stops the step")
+def test_a_call_that_is_killed_takes_its_step_with_it_and_the_next_call_runs_it_again(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"  # whose end is read when the step has ended
+    os.mkfifo(pipe)
+    waits = f"import time; pipe = open({str(pipe)!r}, 'w'); pipe.write('x'); pipe.flush(); time.sleep(600)"
+    script = (
+        "from pathlib import Path; from scripts import gpu_day; from tests.plugins.test_gpu_day import soon, step\n"
+        f"state = gpu_day.State(Path({str(tmp_path / 'state.json')!r}))\n"
+        f"gpu_day.run([step('a', ''), step('b', {waits!r})], state, soon())\n"
+    )
+    call = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    with pipe.open() as end:
+        assert end.read(1) == "x"
+        call.kill()
+        assert end.read() == ""
+    call.wait()
+    state = State(tmp_path / "state.json")
+    assert state.results["a"]["status"] == "passed"
+    assert state.results["b"] == {"attempts": 1}
+    assert gpu_day.run([step("a", "raise SystemExit(5)"), step("b", "")], state, soon()) == []
+    assert [state.results[name]["status"] for name in "ab"] == ["passed", "passed"]
+
+
+def test_steps_that_have_not_passed_begin_again_if_they_are_asked_to(state: State) -> None:
+    passed, failed, missing = step("a", ""), step("b", "raise SystemExit(5)"), step("c", "", program="no-such-program")
+    assert gpu_day.run([passed, failed, missing], state, soon()) == []
+    state.forget()
+    assert gpu_day.run([passed, step("b", ""), step("c", "")], state, soon()) == []
+    assert [(r["attempts"], r["status"]) for r in state.results.values()] == [(1, "passed")] * 3
+
+
+def test_there_is_a_library_for_each_architecture_and_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built: list[str] = []
+
+    def build(folder: Path, headers: Path | None, target: str) -> None:
+        built.append(target)
+        (folder / "liblfx_plugins.so").touch()
+
+    monkeypatch.setattr(gpu, "build", build)
+    monkeypatch.setattr(record, "query_gpu", lambda fields: "")
+    for target in ("sm_90", "sm_80", "sm_90"):
+        arguments = ["gpu_day", "--build-only", "--target", target, "--folder", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        gpu_day.main()
+    assert built == ["sm_90", "sm_80"]
+    libraries = capsys.readouterr().out.splitlines()
+    assert libraries[0] == libraries[2] != libraries[1]
 
 
 def test_the_records_are_published(tmp_path: Path) -> None:

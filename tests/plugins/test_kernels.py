@@ -146,6 +146,7 @@ def test_one_masked_key_in_a_tile_of_visible_keys(emulated: Kernels, precision: 
 @every_kernel
 def test_used_slots_among_unused_ones(emulated: Kernels, precision: str, wide: bool) -> None:
     cases: list[tuple[int, list[int]]] = [(1, []), (80, []), (1, [0]), (80, [0]), (80, [15, 16]), (80, [40])]
+    cases += [(20, [2, 15]), (80, [5, 79]), (96, [80])]  # at most 16 slots in the last tile, and 17
     for slots, used in [*cases, (80, [64]), (140, [3, 139])]:
         check(some_slots_used(used, slots, precision), emulated, wide)
 
@@ -360,6 +361,31 @@ MUTATIONS = {
         "distance - kWARP_QUERIES >= last",
         "distance >= last",
     ),
+    "a group of few slots for more slots than it has": (
+        "banded/tensor_cores.cuh",
+        "tiles.slotsFrom(tile) <= Traits::kFEW_KEYS",
+        "tiles.slotsFrom(tile) <= Traits::kFEW_KEYS + 1",
+    ),
+    "a group of few slots of which some are unused": (
+        "banded/tensor_cores.cuh",
+        "kKEYS < visibility.kKEYS || !visibility.isAll()",
+        "kKEYS == visibility.kKEYS && !visibility.isAll()",
+    ),
+    "a tile of the band taken for one of few slots": (
+        "banded/tensor_cores.cuh",
+        "tiles.isGlobal(tile) && tiles.slotsFrom",
+        "tiles.slotsFrom",
+    ),
+    "the slots of the first tile in the last one": (
+        "banded/tensor_cores.cuh",
+        "visibleSlots<Traits>(block, tiles.firstSlot(tile)));",
+        "visibleSlots<Traits>(block, 0));",
+    ),
+    "tables that are too small for a wide block": (
+        "banded/block.cuh",
+        "min(kQUERIES + 2 * window",
+        "min(64 + 2 * window",
+    ),
     "a row of values that is not advanced": ("banded/tensor_core_tiles.cuh", "+= valueStep;", "+= 0 * valueStep;"),
     "the last used slot left out": ("banded/block.cuh", "atomicMax(numSlots, slot + 1)", "atomicMax(numSlots, slot)"),
     "a group of slots that is not copied": (
@@ -429,6 +455,7 @@ def problems_of_mutations() -> Iterator[tuple[Banded | Global, bool]]:
     for wide in (False, True):
         yield one_key_masked(200, "fp16"), wide
         yield some_slots_used([64], 80, "fp16"), wide
+        yield some_slots_used([3, 16], 20, "fp16"), wide
         yield growing_scores(60, "fp16"), wide
     yield banded(Case(1, 70, "first"), 1, 16, 40), False
     for case in (Case(1, 100, "first"), Case(2, 40)):

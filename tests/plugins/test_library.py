@@ -145,6 +145,9 @@ def test_two_blocks_of_folded_global_rows_are_resident_on_gpus_with_enough_share
             )
 
 
+KEPT_STEPS = {"sm_80": 2, "sm_90": 3, "sm_100": 1}  # kWIDE_KEPT_STEPS of tensor_core_tiles.cuh; others keep all
+
+
 @every_architecture
 @pytest.mark.parametrize("row_tiles", [1, 2])
 @pytest.mark.parametrize("head_size", [32, 64, 128])
@@ -152,13 +155,17 @@ def test_a_group_has_no_more_products_than_needed_and_each_load_feeds_all_row_ti
     head_size: int, row_tiles: int, architecture: str, code: Code
 ) -> None:
     # Scores and context of 16 queries by 32 keys take products of 16 by 8 by 16; a load is of two operands for all row
-    # tiles. A fragment of the queries is loaded once, before the keys or for each group.
-    products = 2 * (32 // 8) * (head_size // 16)
+    # tiles. A fragment of the queries is loaded once, before the keys or for each group. With two row tiles there is a
+    # group of 16 keys too, which loads the fragments again that are not kept.
     seen = 0
     for (_, name), text in code(architecture).items():
         if re.search(rf"bandedAttentionTensorCores.*Li{head_size}ELi{row_tiles}E", name):
-            assert len(re.findall(r"\bHMMA\.", text)) == products * row_tiles, name
-            assert len(re.findall(r"\bLDSM\.", text)) == products // 2 + head_size // 16 * row_tiles, name
+            keys, steps = (32, head_size // 16) if row_tiles == 1 else (32 + 16, head_size // 16)
+            kept = {32: steps, 64: KEPT_STEPS.get(architecture, steps), 128: 0}[head_size]
+            again = steps - kept if row_tiles == 2 else 0
+            products = 2 * (keys // 8) * steps
+            assert len(re.findall(r"HMMA\.", text)) == products * row_tiles, name
+            assert len(re.findall(r"LDSM\.", text)) == products // 2 + (steps + again) * row_tiles, name
             seen += 1
     assert seen == 2
 
@@ -183,45 +190,46 @@ def test_the_other_kernels_keep_to_their_registers(name: str, resources: dict[tu
 
 
 # Architecture, head size and queries of a block -> registers, and instructions of a warp: for a tile without its
-# groups, for a group of 32 keys that all its queries see, for another group, and once. They were made by nvcc 13.0 and
-# are printed by `python -m scripts.bench.kernel_resources --budgets`; another version may add 3 % to the instructions.
+# groups, for a group of 32 keys that all its queries see, for another group, once, and for a group of at most 16 global
+# tokens, which only blocks of 128 queries have. They were made by nvcc 13.0 and are printed by
+# `python -m scripts.bench.kernel_resources --budgets`; another version may add 3 % to the instructions.
 BUDGETS = {
-    ("sm_80", 32, 128): (121, 134, 235, 343, 693),
-    ("sm_80", 32, 64): (88, 132, 122, 193, 508),
-    ("sm_80", 64, 128): (168, 144, 304, 412, 1008),
-    ("sm_80", 64, 64): (126, 134, 155, 224, 687),
-    ("sm_80", 128, 128): (237, 164, 452, 558, 1663),
-    ("sm_80", 128, 64): (153, 164, 289, 359, 984),
-    ("sm_86", 32, 128): (126, 132, 235, 343, 699),
-    ("sm_86", 32, 64): (89, 132, 122, 193, 514),
-    ("sm_86", 64, 128): (186, 142, 286, 394, 1019),
-    ("sm_86", 64, 64): (127, 134, 155, 224, 691),
-    ("sm_86", 128, 128): (235, 162, 452, 558, 1668),
-    ("sm_86", 128, 64): (154, 162, 289, 359, 989),
-    ("sm_89", 32, 128): (126, 132, 235, 343, 699),
-    ("sm_89", 32, 64): (89, 132, 122, 193, 514),
-    ("sm_89", 64, 128): (186, 142, 286, 394, 1019),
-    ("sm_89", 64, 64): (127, 134, 155, 224, 691),
-    ("sm_89", 128, 128): (235, 162, 452, 558, 1668),
-    ("sm_89", 128, 64): (154, 162, 289, 359, 989),
-    ("sm_90", 32, 128): (124, 137, 235, 343, 768),
-    ("sm_90", 32, 64): (86, 132, 124, 194, 562),
-    ("sm_90", 64, 128): (167, 146, 292, 398, 1114),
-    ("sm_90", 64, 64): (125, 140, 156, 225, 757),
-    ("sm_90", 128, 128): (236, 165, 452, 558, 1830),
-    ("sm_90", 128, 64): (153, 162, 289, 359, 1090),
-    ("sm_100", 32, 128): (147, 149, 200, 347, 774),
-    ("sm_100", 32, 64): (107, 124, 114, 176, 571),
-    ("sm_100", 64, 128): (168, 151, 256, 402, 1102),
-    ("sm_100", 64, 64): (128, 154, 145, 207, 745),
-    ("sm_100", 128, 128): (255, 171, 356, 503, 1741),
-    ("sm_100", 128, 64): (186, 158, 214, 276, 1091),
-    ("sm_120", 32, 128): (146, 149, 234, 381, 787),
-    ("sm_120", 32, 64): (105, 124, 130, 192, 579),
-    ("sm_120", 64, 128): (204, 155, 303, 450, 1121),
-    ("sm_120", 64, 64): (128, 155, 172, 234, 758),
-    ("sm_120", 128, 128): (255, 171, 461, 608, 1780),
-    ("sm_120", 128, 64): (184, 158, 253, 315, 1110),
+    ("sm_80", 32, 128): (121, 140, 235, 343, 695, 136),
+    ("sm_80", 32, 64): (88, 132, 122, 193, 508, 0),
+    ("sm_80", 64, 128): (168, 149, 304, 412, 1010, 184),
+    ("sm_80", 64, 64): (126, 134, 155, 224, 687, 0),
+    ("sm_80", 128, 128): (234, 169, 452, 558, 1657, 293),
+    ("sm_80", 128, 64): (153, 164, 289, 359, 984, 0),
+    ("sm_86", 32, 128): (128, 137, 235, 343, 690, 138),
+    ("sm_86", 32, 64): (89, 132, 122, 193, 514, 0),
+    ("sm_86", 64, 128): (190, 147, 286, 394, 1013, 168),
+    ("sm_86", 64, 64): (127, 134, 155, 224, 691, 0),
+    ("sm_86", 128, 128): (237, 167, 452, 558, 1661, 295),
+    ("sm_86", 128, 64): (154, 162, 289, 359, 989, 0),
+    ("sm_89", 32, 128): (128, 137, 235, 343, 690, 138),
+    ("sm_89", 32, 64): (89, 132, 122, 193, 514, 0),
+    ("sm_89", 64, 128): (190, 147, 286, 394, 1013, 168),
+    ("sm_89", 64, 64): (127, 134, 155, 224, 691, 0),
+    ("sm_89", 128, 128): (237, 167, 452, 558, 1661, 295),
+    ("sm_89", 128, 64): (154, 162, 289, 359, 989, 0),
+    ("sm_90", 32, 128): (124, 149, 235, 343, 768, 136),
+    ("sm_90", 32, 64): (86, 132, 124, 194, 562, 0),
+    ("sm_90", 64, 128): (167, 158, 292, 398, 1114, 174),
+    ("sm_90", 64, 64): (125, 140, 156, 225, 757, 0),
+    ("sm_90", 128, 128): (236, 178, 452, 558, 1818, 293),
+    ("sm_90", 128, 64): (153, 162, 289, 359, 1090, 0),
+    ("sm_100", 32, 128): (147, 165, 200, 347, 772, 81),
+    ("sm_100", 32, 64): (107, 124, 114, 176, 571, 0),
+    ("sm_100", 64, 128): (168, 165, 254, 400, 1090, 125),
+    ("sm_100", 64, 64): (128, 154, 145, 207, 745, 0),
+    ("sm_100", 128, 128): (255, 185, 356, 503, 1741, 188),
+    ("sm_100", 128, 64): (186, 158, 214, 276, 1091, 0),
+    ("sm_120", 32, 128): (144, 165, 234, 381, 784, 97),
+    ("sm_120", 32, 64): (105, 124, 130, 192, 579, 0),
+    ("sm_120", 64, 128): (203, 168, 303, 450, 1117, 148),
+    ("sm_120", 64, 64): (128, 155, 172, 234, 758, 0),
+    ("sm_120", 128, 128): (255, 185, 461, 608, 1780, 237),
+    ("sm_120", 128, 64): (184, 158, 253, 315, 1110, 0),
 }
 
 
@@ -237,8 +245,8 @@ def test_the_kernels_of_banded_attention_keep_to_their_budgets(
         registers, *instructions = BUDGETS[row["architecture"], row["head_size"], row["queries"]]
         assert row["local_bytes"] == 0, row
         assert row["registers"] <= registers, row
-        for name, limit in zip(("tile", "whole", "group", "once"), instructions, strict=True):
-            assert 0.5 * limit < row[name] <= 1.03 * limit, (name, limit, row)
+        for name, limit in zip(("tile", "whole", "group", "once", "few"), instructions, strict=True):
+            assert 0.5 * limit < row[name] <= 1.03 * limit or row[name] == limit == 0, (name, limit, row)
         assert row["HMMA"] == row["head_size"] * row["queries"] // 128, row  # scores and context of 32 keys
         assert row["LDGSTS"] == row["head_size"] // 8, row  # a thread's part of 64 keys and values
 

@@ -128,6 +128,11 @@ EXAMPLES = {
     "lastBlockReads": set(),
     "lastBlockReadsWithoutRelease": {READ},
     "lastBlockReadsWithoutAcquire": {READ},
+    "readerWrites": set(),
+    "readerWritesWithoutBarrier": {WRITE},
+    "lastBlockWrites": set(),
+    "lastBlockWritesUncounted": {WRITE},
+    "atomicAfterRead": {WRITE},
 }
 
 

@@ -65,7 +65,9 @@ def _bundle(manifest: Manifest) -> Iterator[list[str]]:
     yield ["model", str(manifest.source.get("model"))]
     yield from _model(manifest.signature)
     yield ["opset", f"{manifest.opset}{', functions inlined' if manifest.inlined else ''}"]
-    yield ["attention on the CPU", _kernels_text(manifest)]
+    yield ["attention on the CPU", _kernels_text(manifest, "cpu")]
+    if _has_library("cuda"):
+        yield ["attention on CUDA", _kernels_text(manifest, "cuda")]
     measured = manifest.validation.get("outputs", {})
     for name, group in grouped(measured).items():
         label = "float32 validated" if manifest.quantization else "validated"
@@ -91,14 +93,25 @@ def _bundle(manifest: Manifest) -> Iterator[list[str]]:
     yield ["made with", _versions(manifest.versions)]
 
 
-def _kernels_text(manifest: Manifest) -> str:
-    """What runs the attention nodes in ONNX Runtime on this machine."""
+def _has_library(provider: str) -> bool:
+    """Whether lfx was installed with the kernels of an execution provider."""
     from lfx.runtime import custom_ops
 
-    reason = custom_ops.reason_for_function("onnxruntime", "cpu", manifest.signature.precision, not manifest.inlined)
+    try:
+        custom_ops.library(provider)
+    except custom_ops.NoKernelError:
+        return False
+    return True
+
+
+def _kernels_text(manifest: Manifest, provider: str) -> str:
+    """What runs the attention nodes on an execution provider of ONNX Runtime."""
+    from lfx.runtime import custom_ops
+
+    reason = custom_ops.reason_for_function("onnxruntime", provider, manifest.signature.precision, not manifest.inlined)
     try:
         if not reason:
-            custom_ops.library()
+            custom_ops.library(provider)
     except custom_ops.NoKernelError as error:
         reason = str(error)
     return f"function ({reason})" if reason else "fused kernels"
