@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from lfx.errors import ExportError
+from lfx.export.quantize.head import HEAD, tied_head
 from lfx.export.shared_weights import LEAST_BYTES, save_models
 from lfx.manifest import WEIGHTS
 from lfx.signature import Signature
@@ -26,11 +27,11 @@ def linear_layers(model: onnx.ModelProto, keep_float: Sequence[str]) -> dict[str
     """List the MatMul nodes of the torch.nn.Linear modules that are quantized.
 
     The exporter names the node MODULE/MatMul and the weight MODULE.weight.T. A weight that is tied to an embedding has
-    the embedding's name and is not quantized, and neither is a module that is called several times: its inputs have
-    several ranges, but it would get one scale.
+    the embedding's name and is not quantized, except in the head of a decoder, a Gemm, which gets a copy. A module that
+    is called several times is not quantized: its inputs have several ranges, but it would get one scale.
 
     Args:
-        keep_float: patterns of module names that stay float32.
+        keep_float: patterns of module names that stay float32. A tied head has the name of its embedding too.
     Returns:
         Node name -> module name.
     """
@@ -42,6 +43,10 @@ def linear_layers(model: onnx.ModelProto, keep_float: Sequence[str]) -> dict[str
         is_linear = node.op_type == "MatMul" and node.input[1] == weight and weight in initializers
         if is_linear and not any(fnmatch(name, pattern) for pattern in (_GLOBAL_QUERY, *keep_float)):
             candidates.append((node.name, name))
+    if (tied := tied_head(model.graph)) is not None:
+        head, embedding = tied
+        if not any(fnmatch(name, pattern) for name in (HEAD, embedding) for pattern in keep_float):
+            candidates.append((head.name, HEAD))
     calls = Counter(name for _, name in candidates)
     return {node: name for node, name in candidates if calls[name] == 1}
 

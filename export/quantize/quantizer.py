@@ -14,6 +14,7 @@ from onnxruntime import quantization as ortq
 from lfx.errors import ExportError, LfxError, one_line
 from lfx.export.quantize.calibration import CalibrationReader
 from lfx.export.quantize.graph import finalize_quantized, join_weights
+from lfx.export.quantize.head import separate_head
 from lfx.parity import Arrays
 from lfx.signature import Signature
 
@@ -65,6 +66,7 @@ def quantize_graphs(
     for name, chosen in layers.items():
         files[name] = folder / name if chosen else source / name
         if chosen:
+            separate_head(source / name, chosen)
             _quantize_graph(source / name, files[name], calibration[name], chosen, steps)
         scales |= finalize_quantized(files[name], signature, chosen)
     if len(layers) > 1:

@@ -46,6 +46,7 @@ LAYERS = {
         *(f"led.decoder.layers.{i}.{part}.out_proj" for i in (0, 1) for part in ("self_attn", "encoder_attn")),
         *(f"led.decoder.layers.{i}.encoder_attn.q_proj" for i in (0, 1)),
         *(f"led.decoder.layers.{i}.{name}" for i in (0, 1) for name in ("fc1", "fc2")),
+        "lm_head",
     ],
 }
 Int8 = Callable[..., Path]
@@ -113,7 +114,10 @@ def test_both_graphs_read_one_file_with_each_weight_once(int8: Int8, led_bundle:
     assert {place[0] for place in stored} == {WEIGHTS}
     assert sum(length for _, _, length in stored) == (folder / WEIGHTS).stat().st_size
     readers = Counter(n.op_type for n in graph_of(folder, FILES[1]).graph.node if "led.shared.weight" in n.input)
-    assert readers == {"Gather": 1, "Gemm": 1}  # the embeddings, which are the head too, stay float32
+    assert readers == {"Gather": 1}  # the embeddings stay float32; the head that is tied to them has int8 values
+    head = "lm_head.weight.T_quantized"
+    assert decoder[head] not in encoder.values()
+    assert decoder[head][2] == encoder["led.shared.weight"][2] // 4
 
 
 def test_only_products_read_int8_values(int8: Int8) -> None:
@@ -236,7 +240,8 @@ def test_tokens_agree_until_the_first_difference() -> None:
     ("pattern", "kept", "float_file"),
     [
         ("led.encoder.*", [n for n in LAYERS[FILES[0]] if ".encoder.layers." in n], None),
-        ("led.decoder.*", [n for names in LAYERS.values() for n in names if ".decoder." in n], FILES[1]),
+        ("led.decoder.*", ["lm_head", *(n for ns in LAYERS.values() for n in ns if ".decoder." in n)], FILES[1]),
+        ("lm_head", ["lm_head"], None),
         ("*.encoder_attn.[kv]_proj", [n for n in LAYERS[FILES[0]] if "encoder_attn" in n], None),
     ],
 )
