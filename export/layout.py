@@ -10,6 +10,7 @@ the global tokens are fixed by the rule of the task.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -31,7 +32,7 @@ from lfx.export.settings import read_object
 from lfx.manifest import Manifest
 from lfx.parity import quick_cases
 from lfx.runtime import Engine
-from lfx.runtime.artifact import Artifact, check_bundle
+from lfx.runtime.artifact import Artifact, check_bundle, unchanged
 from lfx.runtime.runner import model_inputs, outputs_runner, with_text
 
 LAYOUTS = ("lfx", "hf")
@@ -85,7 +86,9 @@ def relayout(
         raise ExportError(f"{target} is a bundle that is read, which would be lost; give another output")
     manifests = [Manifest.read(path) for path in folders]
     check_space(target, sum(entry["bytes"] for manifest in manifests for entry in manifest.files.values()))
-    with atomic_folder(target) as new:
+    with atomic_folder(target) as new, contextlib.ExitStack() as checks:
+        for path, manifest in zip(folders, manifests, strict=True):
+            checks.enter_context(unchanged(path, manifest))
         write_layout(folders, new, model_type=model_type, in_own_file=external_data, progress=progress)
     return target
 

@@ -81,6 +81,38 @@ def open_artifact(path: Path) -> Artifact:
     return check_bundle(bundle, manifest)
 
 
+@contextlib.contextmanager
+def unchanged(bundle: Path, manifest: Manifest) -> Iterator[None]:
+    """Refuse what a block has made of a bundle's files, if another bundle got the folder's name meanwhile.
+
+    `lfx export` replaces a bundle by one rename of its folder, while others may read it.
+
+    Args:
+        manifest: as it was read before the block.
+    Raises:
+        ArtifactError: the bundle was replaced.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_current(bundle, manifest):
+            raise _replaced(bundle) from error
+        raise
+    if not _is_current(bundle, manifest):
+        raise _replaced(bundle)
+
+
+def _is_current(bundle: Path, manifest: Manifest) -> bool:
+    try:
+        return Manifest.read(bundle) == manifest
+    except ArtifactError:
+        return False
+
+
+def _replaced(bundle: Path) -> ArtifactError:
+    return ArtifactError(f"{bundle} was replaced or changed while it was read; run it again")
+
+
 def check_bundle(bundle: Path, manifest: Manifest) -> Artifact:
     """`open_artifact` for a bundle whose manifest was already read."""
     listed = manifest.verify(bundle)

@@ -26,7 +26,7 @@ from lfx.runtime.open_model import OpenModel
 from lfx.runtime.outputs import OutputRequest, request_outputs
 from lfx.runtime.ragged import Row
 from lfx.runtime.streaming import AHEAD, iterator_of, stream_rows
-from lfx.runtime.tokenizer import Tokenizer, text_folder
+from lfx.runtime.tokenizer import Tokenizer, open_tokenizer
 from lfx.runtime.warm_up import padding_batch, warm_up_shapes
 
 MAX_THREADS = 1024
@@ -383,7 +383,7 @@ class Engine(OpenModel):
         if given is not None:
             return given
         if self._tokenizer is None:
-            self._tokenizer = Tokenizer(text_folder(self.path, self.manifest), self.signature)
+            self._tokenizer = open_tokenizer(self.path, self.manifest, self.signature)
         return self._tokenizer
 
     def _runner(self, request: OutputRequest) -> BatchRunner:

@@ -16,7 +16,7 @@ import lfx
 from lfx.checks import flag, shown
 from lfx.errors import ArtifactError, InputError, LfxError, one_line
 from lfx.manifest import MANIFEST, Manifest
-from lfx.runtime.artifact import check_bundle
+from lfx.runtime.artifact import check_bundle, unchanged
 from lfx.runtime.model_card import CARD, MARK, model_card
 
 # A repository's name, and a branch, a tag or a commit after @.
@@ -127,7 +127,8 @@ def push(
         progress(f"uploading {len(added)} files" + (f", deleting {len(deleted)}" if deleted else ""))
         operations: list[Any] = [*added, *deleted]
         message = f"Bundle of lfx {manifest.signature.lfx_version}: {manifest.signature.architecture}"
-        commit: Any = api.create_commit(repository, operations, commit_message=message, revision=revision)
+        with unchanged(folder, manifest):
+            commit: Any = api.create_commit(repository, operations, commit_message=message, revision=revision)
         return str(commit.commit_url)
 
 

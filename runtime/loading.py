@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lfx.checks import file_path, one_of
-from lfx.errors import ArtifactError, DependencyError, InputError
+from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
 from lfx.machine import int8_overflows
-from lfx.manifest import Manifest
+from lfx.manifest import MANIFEST, Manifest
 from lfx.runtime import backends, custom_ops
 from lfx.runtime.artifact import Artifact, open_artifact
 from lfx.runtime.hub import local_path
-from lfx.runtime.plan import SUFFIX, PlanManifest
+from lfx.runtime.plan import SUFFIX, PlanManifest, decoder_path, json_path
 from lfx.signature import PAST, PRESENT, QUANTIZED, Signature
 
 COMPUTE_PRECISIONS = ("fp32", "bf16")
+_OPENINGS = 3  # of a model that is replaced each time
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def load_model(
     one_of(kernels, "kernels", custom_ops.KERNELS, DependencyError)
     file = local_path(_checked_path(path))
     load = _load_plan if file.suffix == SUFFIX and not file.is_dir() else _load_onnx
-    model = load(file, backend, provider, threads, precision, kernels)
+    model = _load_unreplaced(file, lambda: load(file, backend, provider, threads, precision, kernels))
     names = ([spec.name for spec in model.signature.inputs], [spec.name for spec in model.signature.outputs])
     if (sorted(model.backend.input_names), model.backend.output_names) != (sorted(names[0]), names[1]):
         raise ArtifactError(f"{file} has other inputs or outputs than its manifest; export it again")
@@ -68,6 +70,39 @@ def load_model(
     if model.graphs is not None:
         _check_decoder(file, model.signature, model.graphs[1])
     return model
+
+
+def _load_unreplaced(file: Path, load: Callable[[], LoadedModel]) -> LoadedModel:
+    """Load a model; load it again if it is replaced meanwhile, as `lfx export` and `lfx build-engine` do."""
+    for _ in range(_OPENINGS):
+        before = _stamps(file)
+        try:
+            model = load()
+        except LfxError:
+            if _stamps(file) == before:
+                raise
+            continue
+        if _stamps(file) == before:
+            return model
+    raise ArtifactError(f"{file} was replaced while it was opened, {_OPENINGS} times in a row; open it again")
+
+
+def _stamps(file: Path) -> list[tuple[int, ...] | None]:
+    """Which files a bundle, an ONNX file or a plan consists of now; they change when it is replaced."""
+    if file.suffix == SUFFIX and not file.is_dir():
+        files = [file, decoder_path(file), json_path(file)]
+    else:
+        files = [file, file / MANIFEST, file.parent / MANIFEST]
+    return [_stamp(path) for path in files]
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    identity = (status.st_dev, status.st_ino)
+    return identity if path.is_dir() else (*identity, status.st_size, status.st_mtime_ns)
 
 
 def _check_decoder(file: Path, signature: Signature, backend: backends.Backend) -> None:

@@ -23,8 +23,7 @@ class Postprocessor:
     Thread-safe.
 
     Args:
-        tokenizer: the bundle's tokenizer. tokenizer_config.json is read from its folder, and config.json from its
-            `config_folder`, if they exist.
+        tokenizer: the bundle's tokenizer, which has read tokenizer_config.json and config.json, if they exist.
     Raises:
         ArtifactError: one of these files is broken.
         InputError: `tokenizer` is no Tokenizer.
@@ -34,9 +33,9 @@ class Postprocessor:
         if not isinstance(tokenizer, Tokenizer):
             raise InputError(f"tokenizer is {type(tokenizer).__name__}; give a Tokenizer")
         self._tokenizer = tokenizer
-        self._labels, self._problem_type = _labels(tokenizer.config_folder / CONFIG)
+        self._labels, self._problem_type = _labels(tokenizer.config, tokenizer.config_folder / CONFIG)
         path = tokenizer.folder / TOKENIZER_CONFIG
-        mask_token = _mask_token(path)
+        mask_token = _mask_token(tokenizer.tokenizer_config, path)
         with failing(ArtifactError, f"{path} has a broken mask_token", "export the model again"):
             self._mask_id = tokenizer.token_id(mask_token)
 
@@ -263,9 +262,9 @@ def settings(path: Path) -> dict[str, Any]:
     return json_object(read_file(path), path)
 
 
-def _labels(path: Path) -> tuple[dict[str, str], str | None]:
+def _labels(data: bytes | None, path: Path) -> tuple[dict[str, str], str | None]:
     """id2label (index as text -> name) and problem_type of a checkpoint's config."""
-    config = settings(path)
+    config = json_object(data, path)
     labels, problem_type = config.get("id2label", {}), config.get("problem_type")
     if not isinstance(labels, dict) or not all(isinstance(label, str) and is_utf8(label) for label in labels.values()):
         raise ArtifactError(
@@ -276,9 +275,9 @@ def _labels(path: Path) -> tuple[dict[str, str], str | None]:
     return labels, problem_type
 
 
-def _mask_token(path: Path) -> str:
+def _mask_token(data: bytes | None, path: Path) -> str:
     """The mask token of a tokenizer's config; Longformer's own if the config has none."""
-    token = settings(path).get("mask_token")
+    token = json_object(data, path).get("mask_token")
     if isinstance(token, dict):
         token = token.get("content", token)
     if not isinstance(token, str | None):

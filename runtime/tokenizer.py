@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lfx.checks import file_path, parse_json, whole_number
 from lfx.errors import ArtifactError, InputError, LengthError, LfxError, one_line
-from lfx.manifest import MANIFEST, Manifest, sha256
+from lfx.manifest import MANIFEST, Manifest
 from lfx.signature import SENTENCE_EMBEDDING, TASKS, Signature
 
 TOKENIZER, CONFIG, TOKENIZER_CONFIG = "tokenizer.json", "config.json", "tokenizer_config.json"
@@ -128,8 +128,11 @@ class Tokenizer:
         unlisted: whether to read the files of a bundle even if its lfx.json does not list them. Default: False.
         config_folder: folder of the config.json that has the labels, and of config_sentence_transformers.json. Default:
             `folder`.
+        listed: the files of the bundle in `config_folder` that an Engine has opened, from its manifest: a bundle that
+            has replaced it is refused. Default: those that the lfx.json in the folder lists now.
     Attributes:
         folder, signature, config_folder: the arguments.
+        config, tokenizer_config: content of config.json and of tokenizer_config.json; None if there is no such file.
         prompt: is put before a text for sentence embeddings: the default prompt of sentence-transformers, or empty.
         sha256: one digest of the files that decide ids and answers: tokenizer.json, config.json, tokenizer_config.json
             and, for sentence embeddings, config_sentence_transformers.json.
@@ -140,7 +143,13 @@ class Tokenizer:
     """
 
     def __init__(
-        self, folder: Path, signature: Signature, *, unlisted: bool = False, config_folder: Path | None = None
+        self,
+        folder: Path,
+        signature: Signature,
+        *,
+        unlisted: bool = False,
+        config_folder: Path | None = None,
+        listed: Mapping[str, Any] | None = None,
     ) -> None:
         from tokenizers import Tokenizer
 
@@ -150,10 +159,13 @@ class Tokenizer:
         self.config_folder = self.folder
         if config_folder is not None:
             self.config_folder = file_path(config_folder, "config_folder", ArtifactError)
-        listed = None if unlisted else listed_files(self.folder)
-        listed_configs = listed if config_folder is None else listed_files(self.config_folder)
+        listed_configs = listed_texts = None
+        if config_folder is not None or not unlisted:
+            listed_configs = listed if listed is not None else listed_files(self.config_folder)
+        if not unlisted:
+            listed_texts = listed_configs if config_folder is None else listed_files(self.folder)
         path = self.folder / TOKENIZER
-        data = read_listed(path, listed)
+        data = read_listed(path, listed_texts)
         if data is None:
             raise ArtifactError(
                 f"{self.folder} has no {TOKENIZER}, since its checkpoint had no tokenizer; give ids to Engine.run "
@@ -165,8 +177,8 @@ class Tokenizer:
             self._tokenizer.no_padding()
             if getattr(self._tokenizer.model, "dropout", None):  # it would give a text other ids at each call
                 self._tokenizer.model.dropout = None
-        config = read_listed(self.config_folder / CONFIG, listed_configs)
-        tokenizer_config = read_listed(self.folder / TOKENIZER_CONFIG, listed)
+        self.config = config = read_listed(self.config_folder / CONFIG, listed_configs)
+        self.tokenizer_config = tokenizer_config = read_listed(self.folder / TOKENIZER_CONFIG, listed_texts)
         self._tokenizer.encode_special_tokens = _splits_special_tokens(tokenizer_config, self.folder / TOKENIZER_CONFIG)
         self._keeps_end = _keeps_end(tokenizer_config, self.folder / TOKENIZER_CONFIG)
         self.prompt, files = "", [data, config, tokenizer_config]
@@ -344,7 +356,10 @@ def read_listed(path: Path, listed: Mapping[str, Any] | None) -> bytes | None:
         )
     data = read_file(path)
     if entry is not None and hashlib.sha256(data or b"").hexdigest() != entry["sha256"]:
-        raise ArtifactError(f"{path} was changed after the export (sha256 differs); export the model again")
+        raise ArtifactError(
+            f"{path} was changed after the export (sha256 differs), or the bundle was replaced since it was opened; "
+            "open it again, or export the model again"
+        )
     return data
 
 
@@ -449,20 +464,32 @@ def text_folder(model: Path, manifest: Any) -> Path:
     Raises:
         ArtifactError: the bundle of that name is not the one that the plan was built from.
     """
+    return text_files(model, manifest)[0]
+
+
+def text_files(model: Path, manifest: Any) -> tuple[Path, Mapping[str, Any] | None]:
+    """Return `text_folder`, and the files that the manifest of the bundle lists which an Engine has opened.
+
+    The files are those of that manifest, not of the lfx.json in the folder, which may have been replaced. For a folder
+    that is no such bundle they are None.
+    """
+    if isinstance(manifest, Manifest):
+        return (model if model.is_dir() else model.parent), manifest.files
     if model.is_dir():
-        return model
+        return model, None
     recorded = getattr(manifest, "bundle", None)
     if not recorded:
-        return model.parent
+        return model.parent, None
     bundle = file_path(model.parent / Path(str(recorded.get("name", ""))).name, "the bundle that the plan names")
     if not bundle.is_dir():
-        return model.parent
-    if not (bundle / MANIFEST).is_file() or sha256(bundle / MANIFEST) != recorded["sha256"]:
+        return model.parent, None
+    data = read_file(bundle / MANIFEST)
+    if data is None or hashlib.sha256(data).hexdigest() != recorded["sha256"]:
         raise ArtifactError(
             f"{bundle} is not the bundle that {model} was built from, so its tokenizer and labels may be others; build "
             "the plan again, or move it to another folder and give --tokenizer"
         )
-    return bundle
+    return bundle, Manifest.parse(data, bundle / MANIFEST).files
 
 
 def open_tokenizer(model: Path, manifest: Any, signature: Signature, given: Path | None = None) -> Tokenizer:
@@ -475,11 +502,11 @@ def open_tokenizer(model: Path, manifest: Any, signature: Signature, given: Path
     Raises:
         ArtifactError: there is no tokenizer, or it is broken.
     """
-    folder = text_folder(model, manifest)
+    folder, listed = text_files(model, manifest)
     if given is None:
-        return Tokenizer(folder, signature)
+        return Tokenizer(folder, signature, listed=listed)
     has_config = (folder / CONFIG).exists() and folder.resolve() != given.resolve()
-    return Tokenizer(given, signature, unlisted=True, config_folder=folder if has_config else None)
+    return Tokenizer(given, signature, unlisted=True, config_folder=folder if has_config else None, listed=listed)
 
 
 def _digest(*files: bytes | None) -> str:

@@ -29,7 +29,7 @@ from lfx.files import copy, temporary_folder
 from lfx.machine import int8_overflows, package_versions
 from lfx.manifest import MANIFEST, Manifest, sha256
 from lfx.parity import Arrays
-from lfx.runtime.artifact import check_bundle
+from lfx.runtime.artifact import check_bundle, unchanged
 from lfx.runtime.generation.model import Int64
 from lfx.signature import Signature
 
@@ -110,7 +110,11 @@ def quantize(
     )
     layers, steps = _layers(folder, manifest, keep_float), Steps(activations, full_range)
     signature = dataclasses.replace(manifest.signature, precision="int8", weight_bits=steps.weight_bits)
-    with atomic_folder(target) as new_folder, temporary_folder("quantize") as scratch:
+    with (
+        atomic_folder(target) as new_folder,
+        temporary_folder("quantize") as scratch,
+        unchanged(folder, manifest),
+    ):
         # The quantizer writes into the folder of its input, and does not follow links to weights.
         for name, file in artifact.files.items():
             copy(file, scratch / name)

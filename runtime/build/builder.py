@@ -12,7 +12,7 @@ from lfx.files import is_disk_full, private_folder, temporary_folder, why_unwrit
 from lfx.machine import package_versions
 from lfx.manifest import MANIFEST, sha256
 from lfx.runtime import plugin as plugins
-from lfx.runtime.artifact import check_bundle
+from lfx.runtime.artifact import check_bundle, unchanged
 from lfx.runtime.build.arguments import Arguments, Options, check_arguments, local_target
 from lfx.runtime.build.check_graph import check_conversion
 from lfx.runtime.build.launch import run_tensorrt
@@ -101,7 +101,8 @@ def build_engine(
             private_folder(path.absolute().parent, path.name) as private,
         ):
             built = private / path.name
-            _build_plan(arguments, source, scratch, built, progress, log)
+            with unchanged(arguments.bundle, arguments.manifest):
+                _build_plan(arguments, source, scratch, built, progress, log)
             publish(built, path)
     except OSError as error:
         raise BuildError(why_unwritten(path, error, _CURE)) from error

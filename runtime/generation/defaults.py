@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lfx.errors import ArtifactError
 from lfx.runtime.generation.settings import CONFIG_FILE, CONFIG_OPTIONS
 from lfx.runtime.plan import PlanManifest
-from lfx.runtime.tokenizer import CONFIG, json_object, listed_files, read_listed, text_folder
+from lfx.runtime.tokenizer import CONFIG, json_object, listed_files, read_listed, text_files
 
 
 def defaults_of(model: Path, manifest: Any) -> dict[str, Any]:
@@ -21,21 +22,22 @@ def defaults_of(model: Path, manifest: Any) -> dict[str, Any]:
     """
     if isinstance(manifest, PlanManifest) and manifest.decoder_plan is not None:
         return manifest.decoder_plan.generation
-    return read_defaults(text_folder(model, manifest))
+    return read_defaults(*text_files(model, manifest))
 
 
-def read_defaults(folder: Path) -> dict[str, Any]:
+def read_defaults(folder: Path, listed: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read the defaults of a bundle's options.
 
     Args:
         folder: the bundle, or the folder of a single ONNX file.
+        listed: the files of the bundle that an Engine has opened. Default: those that the lfx.json in the folder lists.
     Returns:
         The entries of generation_config.json. If there is no such file, the entries of config.json that are options of
         generation, as old checkpoints have them.
     Raises:
         ArtifactError: a file is broken, was changed after the export, or is not listed in the bundle's lfx.json.
     """
-    listed = listed_files(folder)
+    listed = listed_files(folder) if listed is None else listed
     path = folder / CONFIG_FILE
     data = read_listed(path, listed)
     if data is not None:

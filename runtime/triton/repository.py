@@ -15,9 +15,9 @@ from lfx import __version__
 from lfx.checks import LARGEST, file_path, flag, one_of, real_number, shown, whole_number
 from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
 from lfx.files import copy, exchange, locked, private_folder, why_unwritten
-from lfx.manifest import MANIFEST, MODEL, Manifest
+from lfx.manifest import MANIFEST, MODEL, Manifest, sha256
 from lfx.runtime import backends, plugin
-from lfx.runtime.artifact import Artifact, open_artifact
+from lfx.runtime.artifact import Artifact, open_artifact, unchanged
 from lfx.runtime.engine import MAX_THREADS
 from lfx.runtime.hub import local_path
 from lfx.runtime.loading import COMPUTE_PRECISIONS
@@ -161,7 +161,7 @@ def write_model(model: str | Path, repository: str | Path, settings: Settings) -
     plugins: Path | None = None
     try:
         output.mkdir(exist_ok=True)
-        with _replacing(target) as folder:
+        with _replacing(target) as folder, _unchanged(source):
             version = folder / VERSION
             version.mkdir()
             if settings.triton_backend == "python":
@@ -185,6 +185,14 @@ def _open(given: Path) -> _Source:
         return _Source(path, plan.signature, None, plan)
     artifact = open_artifact(path)
     return _Source(artifact.bundle or path, artifact.signature, artifact, None)
+
+
+def _unchanged(source: _Source) -> contextlib.AbstractContextManager[None]:
+    """Refuse the copies of a bundle that is replaced meanwhile."""
+    artifact = source.artifact
+    if artifact is None or artifact.bundle is None or artifact.manifest is None:
+        return contextlib.nullcontext()
+    return unchanged(artifact.bundle, artifact.manifest)
 
 
 def _model_name(source: _Source, settings: Settings) -> str:
@@ -304,6 +312,7 @@ def _add_plan(source: _Source, plan: PlanManifest, version: Path) -> str:
     """Add a plan, its JSON and the text files of its bundle, if they are there."""
     for file in (*plan.files(source.path), json_path(source.path)):
         copy(file, version / file.name)
+    plan.verify(version / source.path.name)  # it may have been replaced since it was opened
     bundle = source.path.parent / str(plan.bundle["name"])
     if finds_tokenizer(source.path, plan) and bundle.is_dir():
         manifest = Manifest.read(bundle)
@@ -322,6 +331,8 @@ def _write_native(source: _Source, version: Path) -> Path | None:
             copy(file, version / name)
         return None
     copy(source.path, version / PLAN)
+    if sha256(version / PLAN) != source.plan.plan["sha256"]:
+        raise ArtifactError(f"{source.path} was replaced while it was read; run it again")
     if not source.plan.plugin_layers:
         return None
     copy(plugin.library(), version / plugin.LIBRARY)

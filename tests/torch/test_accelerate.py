@@ -13,7 +13,11 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from transformers import LEDConfig, LEDForConditionalGeneration, LEDForQuestionAnswering, LEDModel, LongformerModel
-from transformers.models.longformer.modeling_longformer import LongformerEncoder, LongformerSelfAttention
+from transformers.models.longformer.modeling_longformer import (
+    LongformerEncoder,
+    LongformerLayer,
+    LongformerSelfAttention,
+)
 
 from lfx.errors import InputError
 from lfx.export import use_loop_attention
@@ -421,6 +425,78 @@ def test_a_method_of_one_s_own_that_would_not_be_called_is_refused() -> None:
     model.__class__ = MarksGlobals
     with pytest.raises(InputError, match="MarksGlobals has a _merge_to_attention_mask of its own"):
         accelerate(model)
+
+
+class GatedLayer(LongformerLayer):  # type: ignore[misc]
+    """A user's layer, which treats global tokens apart."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, *arguments: Any, is_index_global_attn: Any = None, **rest: Any
+    ) -> Any:
+        """That of the parent."""
+        outputs = super().forward(hidden_states, *arguments, is_index_global_attn=is_index_global_attn, **rest)
+        return (
+            outputs if is_index_global_attn is None else (outputs[0] + is_index_global_attn[:, :, None], *outputs[1:])
+        )
+
+
+class DroppedIn(nn.Module):
+    """A user's module in place of one of transformers'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = LongformerSelfAttention(tiny_config(), 0)
+
+    def forward(self, hidden_states: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        """The hidden states."""
+        return (hidden_states,)
+
+
+def test_a_part_that_the_masks_are_handed_to_must_be_transformers_own() -> None:
+    for path in ("encoder.layer.1", "encoder.layer.1.attention", "encoder.layer.1.attention.self", "encoder"):
+        model = tiny_model()
+        model.set_submodule(path, DroppedIn())
+        with pytest.raises(
+            InputError, match=r"has a DroppedIn where transformers has a Longformer.*before it is wrapped"
+        ):
+            accelerate(model)
+    model = tiny_model()
+    model.encoder.layer[1].__class__ = GatedLayer
+    with pytest.raises(
+        InputError, match=r"GatedLayer has a forward of its own.*whose LongformerLayer is transformers'"
+    ):
+        accelerate(model)
+    led = tiny_led(LEDModel)
+    led.encoder.layers[0].self_attn = DroppedIn()
+    with pytest.raises(InputError, match="has a DroppedIn where transformers has a LEDEncoderAttention"):
+        accelerate(led)
+
+
+@pytest.mark.parametrize("cls", ["LongformerModel", "LEDModel"])
+def test_a_new_model_of_an_accelerated_class_is_hugging_face_s(cls: str) -> None:
+    model = tiny_model() if cls == "LongformerModel" else tiny_led(LEDModel).encoder
+    ids, marks = torch.full((2, 21), 5), torch.zeros(2, 21)
+    marks[:, 0] = 1
+    accelerated = accelerate(copy.deepcopy(model))
+    new = type(accelerated)(model.config).eval()
+    new.load_state_dict(accelerated.state_dict())
+    with torch.inference_mode():
+        expected = model(ids, global_attention_mask=marks)[0]
+        assert torch.equal(new(ids, global_attention_mask=marks)[0], expected)
+        torch.testing.assert_close(accelerate(new)(ids, global_attention_mask=marks)[0], expected)
+
+
+def test_new_parts_of_accelerated_classes_are_hugging_face_s() -> None:
+    model = tiny_model()
+    accelerated = accelerate(copy.deepcopy(model))
+    ids = torch.full((2, 21), 5)
+    for path in ("encoder", "encoder.layer.1.attention.self"):
+        part = accelerated.get_submodule(path)
+        new = copy.deepcopy(model)
+        new.set_submodule(path, type(part)(model.config, *([1] if path.endswith("self") else [])).eval())
+        new.load_state_dict(model.state_dict())
+        with torch.inference_mode():
+            assert torch.equal(new(ids)[0], model(ids)[0])
 
 
 @pytest.mark.parametrize("part", ["encoder.layer.0.attention.self", "encoder", ""])

@@ -16,9 +16,11 @@ class AcceleratedAttention(nn.Module):
     """The forward of a LongformerSelfAttention or LEDEncoderSelfAttention, for a sequence of any length.
 
     Attributes:
+        is_accelerated: whether `lfx.torch.accelerate` made the module; a new one of its class is Hugging Face's.
         max_global: see `lfx.torch.accelerate`.
     """
 
+    is_accelerated = False
     max_global: int | None = None
     # Set by the class of transformers that this one is combined with.
     num_heads: int
@@ -53,6 +55,16 @@ class AcceleratedAttention(nn.Module):
         Raises:
             InputError: output_attentions is set, or the module is in training mode.
         """
+        if not self.is_accelerated:
+            context: tuple[torch.Tensor] = super().forward(
+                hidden_states=hidden_states,
+                attention_mask=attention_mask,
+                is_index_masked=is_index_masked,
+                is_index_global_attn=is_index_global_attn,
+                is_global_attn=is_global_attn,
+                output_attentions=output_attentions,
+            )
+            return context
         check_inference(self, output_attentions)
         query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
         # Under torch.autocast the projections have its type.
@@ -66,7 +78,7 @@ class AcceleratedAttention(nn.Module):
             global_context = self._global_context(hidden_states, tokens)
         else:
             global_context = hidden_states.new_zeros((hidden_states.shape[0], slots, hidden_states.shape[2]))
-        context = banded_attention(
+        rows = banded_attention(
             query,
             key,
             value,
@@ -76,7 +88,7 @@ class AcceleratedAttention(nn.Module):
             num_heads=self.num_heads,
             window=self.one_sided_attn_window_size,
         )
-        return (context,)
+        return (rows,)
 
     def _global_context(self, hidden: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """Compute the context of the global tokens, (B, G, hidden), in the cheaper of two forms; see docs/ops.md."""

@@ -1,6 +1,7 @@
 """Hugging Face's LED encoder with `AcceleratedAttention`, without padding to the window and the 4-D mask.
 
-The classes keep their names, which a saved config holds as the architecture.
+The classes keep their names, which a saved config holds as the architecture. A new module of one of them, which
+`accelerate` did not make, is Hugging Face's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class LEDEncoderSelfAttention(AcceleratedAttention, hf.LEDEncoderSelfAttention):
 class LEDEncoder(hf.LEDEncoder):  # type: ignore[misc]
     """Runs a sequence of any length as it is."""
 
+    is_accelerated = False
     max_global: int | None = None
 
     def forward(
@@ -35,6 +37,17 @@ class LEDEncoder(hf.LEDEncoder):  # type: ignore[misc]
         **kwargs: Any,
     ) -> Any:
         """Run the encoder; the arguments and the outputs are those of Hugging Face's LEDEncoder."""
+        if not self.is_accelerated:
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                global_attention_mask=global_attention_mask,
+                inputs_embeds=inputs_embeds,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                return_dict=return_dict,
+                **kwargs,
+            )
         config = self.config
         check_inference(self, output_attentions if output_attentions is not None else config.output_attentions)
         if (input_ids is None) == (inputs_embeds is None):

@@ -1,6 +1,7 @@
 """Hugging Face's Longformer modules with `AcceleratedAttention`, without padding to the window and the 4-D mask.
 
-The classes keep their names, which a saved config holds as the architecture.
+The classes keep their names, which a saved config holds as the architecture. A new module of one of them, which
+`accelerate` did not make, is Hugging Face's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class LongformerSelfAttention(AcceleratedAttention, hf.LongformerSelfAttention):
 class LongformerEncoder(hf.LongformerEncoder):  # type: ignore[misc]
     """Hands its layers the Tokens."""
 
+    is_accelerated = False
     max_global: int | None = None
 
     def forward(
@@ -40,6 +42,15 @@ class LongformerEncoder(hf.LongformerEncoder):  # type: ignore[misc]
             attention_mask: Tokens, or Hugging Face's mask of this module: (B, S), < 0 masked, 0 local, > 0 global.
             padding_len: number of tokens at the end that a caller added; they are cut off.
         """
+        if not self.is_accelerated:
+            return super().forward(
+                hidden_states=hidden_states,
+                attention_mask=attention_mask,
+                padding_len=padding_len,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                return_dict=return_dict,
+            )
         check_inference(self, output_attentions)
         tokens = attention_mask
         if not isinstance(tokens, Tokens):
@@ -58,6 +69,7 @@ class LongformerEncoder(hf.LongformerEncoder):  # type: ignore[misc]
 class LongformerModel(hf.LongformerModel):  # type: ignore[misc]
     """Runs a sequence of any length as it is."""
 
+    is_accelerated = False
     max_global: int | None = None
 
     def forward(
@@ -74,6 +86,19 @@ class LongformerModel(hf.LongformerModel):  # type: ignore[misc]
         **kwargs: Any,
     ) -> Any:
         """Run the model; the arguments and the outputs are those of Hugging Face's LongformerModel."""
+        if not (self.is_accelerated and getattr(self.encoder, "is_accelerated", False)):
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                global_attention_mask=global_attention_mask,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                return_dict=return_dict,
+                **kwargs,
+            )
         config = self.config
         check_inference(self, output_attentions if output_attentions is not None else config.output_attentions)
         if (input_ids is None) == (inputs_embeds is None):

@@ -31,8 +31,9 @@ def accelerate(model: Model, *, max_global: int | None = None) -> Model:
     Returns:
         `model`.
     Raises:
-        InputError: the model has no such module, or one with a method of its own in place of one of transformers'; or
-            max_global is out of range.
+        InputError: the model has no such module, or one with a method of its own in place of one of transformers'; an
+            encoder has other layers than transformers', or layers with a forward of their own; or max_global is out of
+            range.
     """
     require("transformers", "torch")
     if max_global is not None:
@@ -44,12 +45,16 @@ def accelerate(model: Model, *, max_global: int | None = None) -> Model:
     if not any(isinstance(module, tuple(attention)) for module in model.modules()):
         raise InputError(f"{type(model).__name__} has no Longformer self-attention; give a Longformer or LED")
     new_classes = {module: _new_class(module, replacements) for module in model.modules()}
+    for module in model.modules():
+        for original, parts in _parts().items():
+            if isinstance(module, original):
+                _check_parts(module, parts)
     for module, cls in new_classes.items():
         if hasattr(module, "chunk_size_feed_forward"):
             module.chunk_size_feed_forward = 0  # type: ignore[assignment]
         if cls is not None:
             module.__class__ = cls
-            module.max_global = max_global  # type: ignore[assignment]
+            module.is_accelerated, module.max_global = True, max_global  # type: ignore[assignment]
     return model
 
 
@@ -69,6 +74,27 @@ def _replacements() -> dict[type[nn.Module], type[nn.Module]]:
     }
 
 
+def _parts() -> dict[type[nn.Module], list[tuple[str, type[nn.Module]]]]:
+    """Class of transformers -> the parts down to its self-attention, see `_check_parts`."""
+    from transformers.models.led import modeling_led as led
+    from transformers.models.longformer import modeling_longformer as longformer
+
+    of_encoder: list[tuple[str, type[nn.Module]]] = [
+        ("layer", longformer.LongformerLayer),
+        ("attention", longformer.LongformerAttention),
+        ("self", longformer.LongformerSelfAttention),
+    ]
+    return {
+        longformer.LongformerModel: [("encoder", longformer.LongformerEncoder), *of_encoder],
+        longformer.LongformerEncoder: of_encoder,
+        led.LEDEncoder: [
+            ("layers", led.LEDEncoderLayer),
+            ("self_attn", led.LEDEncoderAttention),
+            ("longformer_self_attn", led.LEDEncoderSelfAttention),
+        ],
+    }
+
+
 def _new_class(module: nn.Module, replacements: dict[type[nn.Module], type[nn.Module]]) -> Any:
     """The class that a module gets; None if it stays as it is.
 
@@ -84,12 +110,7 @@ def _new_class(module: nn.Module, replacements: dict[type[nn.Module], type[nn.Mo
         if not isinstance(module, original):
             continue
         known = replacement if isinstance(module, replacement) else original
-        for name in _methods(original):
-            if getattr_static(cls, name) is not getattr_static(known, name) or name in vars(module):
-                raise InputError(
-                    f"{cls.__name__} has a {name} of its own, which accelerate cannot replace; give a model whose "
-                    f"{original.__name__} is transformers' own"
-                )
+        _check_methods(module, known, _methods(original), original.__name__)
         if known is replacement:
             return cls
         if cls is original:
@@ -112,6 +133,39 @@ def _combined(cls: Any, replacement: Any) -> type[Any]:
 def _empty(cls: Any, replacement: Any) -> Any:
     """A module of the combined class without its state, for pickle."""
     return object.__new__(_combined(cls, replacement))
+
+
+def _check_parts(owner: nn.Module, parts: list[tuple[str, type[nn.Module]]]) -> None:
+    """Check what is between a model or an encoder and its self-attention: only transformers' own hands the Tokens on.
+
+    Args:
+        parts: the attribute of `owner` that has its part or parts, and their class; then the same of these parts.
+    Raises:
+        InputError: a part is of another class, or has a forward of its own.
+    """
+    if not parts:
+        return
+    name, original = parts[0]
+    value = getattr(owner, name)
+    for part in value if isinstance(value, nn.ModuleList | nn.Sequential) else [value]:
+        if not isinstance(part, original):
+            raise InputError(
+                f"{type(owner).__name__} has a {type(part).__name__} where transformers has a {original.__name__}, "
+                "which accelerate cannot replace; if it is a wrapper, accelerate the model before it is wrapped"
+            )
+        if original not in _replacements():
+            _check_methods(part, original, ["forward"], original.__name__)
+        _check_parts(part, parts[1:])
+
+
+def _check_methods(module: nn.Module, known: type[nn.Module], names: list[str], original: str) -> None:
+    """Raise InputError if a module has another method of one of these names than the class `known`."""
+    for name in names:
+        if getattr_static(type(module), name) is not getattr_static(known, name) or name in vars(module):
+            raise InputError(
+                f"{type(module).__name__} has a {name} of its own, which accelerate cannot replace; give a model whose "
+                f"{original} is transformers' own"
+            )
 
 
 def _methods(original: type[nn.Module]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -416,6 +417,23 @@ def test_a_changed_bundle_is_refused(bundle: MakeBundle, tmp_path: Path) -> None
     (folder / "model.onnx.data").write_bytes(data)
     with pytest.raises(ArtifactError, match="was changed after the export"):
         build_engine(folder, tmp_path / "one.plan", **RTX)
+
+
+def test_a_bundle_that_is_replaced_during_the_build_is_refused(
+    bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(bundle(), tmp_path / "bundle")
+
+    def replace_bundle(job: dict[str, Any], *_: Any) -> dict[str, Any]:
+        shutil.rmtree(folder)
+        shutil.copytree(bundle("text-classification"), folder)
+        Path(job["plan"]).write_bytes(b"plan")
+        return {"tensorrt_version": "1.5", "network_layers": 9, "plugin_layers": 2 * LAYERS}
+
+    monkeypatch.setattr("lfx.runtime.build.builder.run_tensorrt", replace_bundle)
+    with pytest.raises(ArtifactError, match="bundle was replaced or changed while it was read; run it again"):
+        build_engine(folder, tmp_path / "one.plan", **RTX)
+    assert not (tmp_path / "one.plan").exists()
 
 
 @pytest.mark.slow
