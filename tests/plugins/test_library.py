@@ -164,8 +164,8 @@ def test_a_group_has_no_more_products_than_needed_and_each_load_feeds_all_row_ti
             kept = {32: steps, 64: KEPT_STEPS.get(architecture, steps), 128: 0}[head_size]
             again = steps - kept if row_tiles == 2 else 0
             products = 2 * (keys // 8) * steps
-            assert len(re.findall(r"HMMA\.", text)) == products * row_tiles, name
-            assert len(re.findall(r"LDSM\.", text)) == products // 2 + (steps + again) * row_tiles, name
+            assert len(re.findall(r"\bHMMA\.", text)) == products * row_tiles, name
+            assert len(re.findall(r"\bLDSM\.", text)) == products // 2 + (steps + again) * row_tiles, name
             seen += 1
     assert seen == 2
 
