@@ -50,7 +50,21 @@ def separate_head(path: Path, layers: Mapping[str, str]) -> None:
     kept = [node for node in graph.node if node not in (flat, head, logits)]
     del graph.node[:]
     graph.node.extend([*kept, matmul, add])
+    _remove_unused(graph)
     onnx.save(model, str(path))
+
+
+def _remove_unused(graph: onnx.GraphProto) -> None:
+    """Remove nodes and initializers that nothing reads. The graph has no subgraphs."""
+    read = {output.name for output in graph.output}
+    for node in reversed(list(graph.node)):  # readers come after what they read
+        if read.isdisjoint(node.output):
+            graph.node.remove(node)
+        else:
+            read.update(node.input)
+    for tensor in list(graph.initializer):
+        if tensor.name not in read:
+            graph.initializer.remove(tensor)
 
 
 def _add_transposed(graph: onnx.GraphProto, name: str, path: Path) -> str:

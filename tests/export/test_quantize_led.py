@@ -118,6 +118,12 @@ def test_both_graphs_read_one_file_with_each_weight_once(int8: Int8, led_bundle:
     head = "lm_head.weight.T_quantized"
     assert decoder[head] not in encoder.values()
     assert decoder[head][2] == encoder["led.shared.weight"][2] // 4
+    graph = graph_of(folder, FILES[1]).graph
+    assert {t.name for t in graph.initializer} <= {name for node in graph.node for name in node.input}
+    unread = {name for node in graph.node for name in node.output} - {
+        name for node in graph.node for name in node.input
+    }
+    assert unread <= {output.name for output in graph.output}
 
 
 def test_only_products_read_int8_values(int8: Int8) -> None:
