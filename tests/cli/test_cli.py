@@ -476,6 +476,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@fast_if(lambda command, name: command[0] == "run" or name == "weights changed")
 @pytest.mark.parametrize("command", [["run", "--text", "fox"], ["inspect"], ["parity"]], ids=lambda c: c[0])
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_bundle_is_an_error_of_one_line(

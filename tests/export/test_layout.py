@@ -167,6 +167,7 @@ def test_export_refuses_options_that_the_layout_excludes(options: dict[str, Any]
         export(tiny_model(), tmp_path / "out", **options)
 
 
+@pytest.mark.slow
 def test_relayout_refuses_bundles_that_do_not_belong_together(bundle: MakeBundle, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="two bundles are fp32"):
         relayout(bundle(), tmp_path / "hf", others=[bundle()])

@@ -30,6 +30,7 @@ def test_outputs_that_cannot_be_cut_take_sequences_of_one_length(change: Any, tm
         engine.run([[5, 6, 7], [8]])
 
 
+@pytest.mark.slow
 def test_sequences_of_a_batch_whose_rows_are_not_in_front_are_not_mixed(tmp_path: Path) -> None:
     with Engine(export(Wrapped(lambda x, ids: x.transpose(0, 1)).eval(), tmp_path / "out")) as engine:
         for documents in ([[5, 6]], [[5, 6], [7, 8]], [[5, 6], [7, 8], [9, 10]]):

@@ -271,6 +271,7 @@ def test_layers_are_kept_by_graph(
         assert engine.generate(windows_of(text)[0], **OPTIONS).shape[0] == 1
 
 
+@pytest.mark.slow
 def test_a_graph_without_int8_layers_is_that_of_the_float32_bundle(
     led_bundle: MakeLed, text: Path, tmp_path: Path
 ) -> None:

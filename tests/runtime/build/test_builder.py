@@ -176,6 +176,7 @@ def test_several_profiles_and_options_reach_tensorrt(bundle: MakeBundle, tmp_pat
     assert "TensorRT: building" in steps
 
 
+@pytest.mark.slow
 def test_an_older_plan_is_replaced(bundle: MakeBundle, copy: Path) -> None:
     before = sha256(copy)
     build_engine(bundle(), copy, max_global=2, **RTX, log=lambda line: None)
@@ -256,6 +257,7 @@ def test_a_path_that_cannot_be_a_bundle_is_refused(path: Any, tmp_path: Path) ->
         build_engine(path, tmp_path / "one.plan", **RTX)
 
 
+@pytest.mark.slow
 def test_a_bundle_of_links_builds(bundle: MakeBundle, tmp_path: Path) -> None:
     (tmp_path / "links").mkdir()
     for path in bundle().iterdir():
@@ -511,6 +513,7 @@ def test_random_changes_of_json_and_plan_are_refused(copy: Path) -> None:
     assert refused > 350
 
 
+@pytest.mark.slow
 def test_modules_come_from_the_installation_and_not_from_the_current_folder(
     bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
