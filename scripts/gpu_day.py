@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -40,6 +41,7 @@ ROOT = record.ROOT
 TIME_IS_OVER = "time is over"
 LEAST_SECONDS = 20.0  # that a step is started with
 MOST_ATTEMPTS = 3  # of a step that is cut off by the end of a call
+PACKAGES = ("numpy", "ml_dtypes", "torch", "transformers")  # that the steps cannot do without
 RECORDS = ("gpu.jsonl", "gpu_kernels.jsonl", "gpu_model.jsonl")
 # Runs the command after it, which Linux stops when this process ends, also if it is killed: prctl(PR_SET_PDEATHSIG).
 _END_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])"
@@ -219,11 +221,16 @@ def main() -> None:
     digest, target = source_digest(), gpu.architecture(options.target)
     library = options.library.resolve() if options.library else built(folder / f"library-{target}-{digest}", options)
     todo = steps(folder, library, options.headers)
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if options.build_only or options.dry_run:
         print(f"library: {library}")
         for step in todo if options.dry_run else []:
             print(f"{step.name}: at most {step.minutes:g} minutes: {' '.join(step.command)}")
+        if options.dry_run and missing:
+            print(f"install before the steps run: {' '.join(missing)}")
         return
+    if missing:
+        sys.exit(f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}")
     gpu.require()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder.mkdir(parents=True, exist_ok=True)

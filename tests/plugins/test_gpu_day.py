@@ -165,6 +165,20 @@ def test_there_is_a_library_for_each_architecture_and_source(
     assert libraries[0] == libraries[2] != libraries[1]
 
 
+def test_packages_that_are_missing_are_named_before_any_step_fails(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_day, "PACKAGES", ("numpy", "no_such_package"))
+    arguments = ["gpu_day", "--library", str(library), "--folder", str(tmp_path / "day")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="not installed: no_such_package; pip install no_such_package"):
+        gpu_day.main()
+    assert not (tmp_path / "day").exists()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--dry-run"])
+    gpu_day.main()
+    assert capsys.readouterr().out.splitlines()[-1] == "install before the steps run: no_such_package"
+
+
 def test_the_records_are_published(tmp_path: Path) -> None:
     folder, target = tmp_path / "folder", tmp_path / "records"
     folder.mkdir()

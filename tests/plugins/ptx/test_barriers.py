@@ -66,5 +66,5 @@ def test_each_barrier_is_needed(
 
 
 def is_needed(kernel: str, opcode: str) -> bool:
-    """The float32 kernels have barriers of a warp that the same source for narrower weights needs."""
-    return "Fp32" not in kernel or opcode != "bar.warp.sync"
+    """GlobalAttention in float32 has barriers of a warp that the same source for narrower weights needs."""
+    return "globalAttentionFp32" not in kernel or opcode != "bar.warp.sync"
