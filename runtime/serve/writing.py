@@ -17,7 +17,8 @@ class WrittenToken:
 
     Attributes:
         text: the characters that it adds to the text: none before the last byte of a character, and all bytes of it
-            then. For a special token, its entry in the vocabulary, which is no part of the text.
+            then. Bytes before an end token that are no whole character are in the text's end alone, as U+FFFD. For a
+            special token, its entry in the vocabulary, which is no part of the text.
         special: whether it is a special token.
         last: whether it ends the text.
     """
