@@ -29,7 +29,7 @@ from lfx.export.layout_models import ENDINGS, file_name, static_mode, write_mode
 from lfx.export.options import check_progress
 from lfx.export.sentence_folder import MODULES, copy_weights, has_weights, read_modules
 from lfx.export.settings import read_object
-from lfx.manifest import Manifest
+from lfx.manifest import LAYOUT_FOLDER, Manifest
 from lfx.parity import quick_cases
 from lfx.runtime import Engine
 from lfx.runtime.artifact import Artifact, check_bundle, unchanged
@@ -37,7 +37,6 @@ from lfx.runtime.runner import model_inputs, outputs_runner, with_text
 
 LAYOUTS = ("lfx", "hf")
 MODEL_TYPES = ("longformer", "roberta", "bart")
-FOLDER = "onnx"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 Progress = Callable[[str], None]
@@ -124,23 +123,25 @@ def write_layout(
     artifacts = [check_bundle(bundle, Manifest.read(bundle)) for bundle in bundles]
     _check_together(artifacts)
     names = {}
-    (folder / FOLDER).mkdir()
+    (folder / LAYOUT_FOLDER).mkdir()
     for artifact in artifacts:
         name = file_name(artifact.signature)
         progress(f"writing {name}")
-        names[name] = write_models(artifact, folder / FOLDER / name, in_own_file)
+        names[name] = write_models(artifact, folder / LAYOUT_FOLDER / name, in_own_file)
         progress(f"comparing {name} with its bundle")
-        _compare(artifact, folder / FOLDER / name)
+        _compare(artifact, folder / LAYOUT_FOLDER / name)
     manifest, name = artifacts[0].manifest, file_name(artifacts[0].signature)
     assert manifest is not None
     _copy_files(artifacts[0], folder, fetch)
-    files = sorted(path.name for path in (folder / FOLDER).glob("*.onnx"))
-    _edit_config(folder / "config.json", model_type, [file for file in files if _has_data(folder / FOLDER / file)])
+    graphs = folder / LAYOUT_FOLDER
+    files = sorted(path.name for path in graphs.glob("*.onnx"))
+    _edit_config(folder / "config.json", model_type, [file for file in files if _has_data(graphs / file)])
     _edit_tokenizer(folder / _TOKENIZER_CONFIG)
     for bundle in bundles:
         if folder in bundle.parents:  # the bundle that `export` wrote first, inside the folder
             shutil.rmtree(bundle)
-    dataclasses.replace(manifest, signature=names[name], inlined=True, model_file=f"{FOLDER}/{name}").write(folder)
+    model_file = f"{LAYOUT_FOLDER}/{name}"
+    dataclasses.replace(manifest, signature=names[name], inlined=True, model_file=model_file).write(folder)
 
 
 def _check_together(artifacts: Sequence[Artifact]) -> None:
@@ -208,7 +209,7 @@ def _copy_files(artifact: Artifact, folder: Path, fetch: Fetch | None) -> None:
     model = Path(manifest.model_file)
     left_out = {manifest.model_file, *((model.parent / name).as_posix() for name in artifact.files)}
     for name in manifest.files:
-        if name not in left_out and not name.startswith(f"{FOLDER}/"):
+        if name not in left_out and not name.startswith(f"{LAYOUT_FOLDER}/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle / name, folder / name)
     if not (folder / MODULES).exists():

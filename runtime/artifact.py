@@ -115,6 +115,11 @@ def _replaced(bundle: Path) -> ArtifactError:
 
 def check_bundle(bundle: Path, manifest: Manifest) -> Artifact:
     """`open_artifact` for a bundle whose manifest was already read."""
+    with unchanged(bundle, manifest):
+        return _check_bundle(bundle, manifest)
+
+
+def _check_bundle(bundle: Path, manifest: Manifest) -> Artifact:
     listed = manifest.verify(bundle)
     names = [manifest.model_file]
     if manifest.signature.decoder is not None:

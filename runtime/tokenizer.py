@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lfx.checks import file_path, parse_json, whole_number
 from lfx.errors import ArtifactError, InputError, LengthError, LfxError, one_line
-from lfx.manifest import MANIFEST, Manifest
+from lfx.manifest import LAYOUT_FOLDER, MANIFEST, Manifest
 from lfx.signature import SENTENCE_EMBEDDING, TASKS, Signature
 
 TOKENIZER, CONFIG, TOKENIZER_CONFIG = "tokenizer.json", "config.json", "tokenizer_config.json"
@@ -457,7 +457,8 @@ def _default_prompt(data: bytes | None, path: Path) -> str:
 def text_folder(model: Path, manifest: Any) -> Path:
     """Return the folder of the tokenizer: the bundle, or for a plan the bundle of that name in the plan's folder.
 
-    If there is no such bundle, the folder of the plan or the .onnx file is returned.
+    If there is no such bundle, the folder of the plan or the .onnx file is returned. The bundle of an .onnx file in the
+    layout of the hub is the folder around it.
 
     Args:
         model: the bundle, the .onnx file or the plan. manifest: of an Engine that opened it.
@@ -479,7 +480,9 @@ def text_files(model: Path, manifest: Any) -> tuple[Path, Mapping[str, Any] | No
         return model, None
     recorded = getattr(manifest, "bundle", None)
     if not recorded:
-        return model.parent, None
+        around = model.parent.parent
+        in_layout = manifest is None and model.parent.name == LAYOUT_FOLDER and (around / MANIFEST).is_file()
+        return around if in_layout else model.parent, None
     bundle = file_path(model.parent / Path(str(recorded.get("name", ""))).name, "the bundle that the plan names")
     if not bundle.is_dir():
         return model.parent, None

@@ -35,7 +35,8 @@ def read_defaults(folder: Path, listed: Mapping[str, Any] | None = None) -> dict
         The entries of generation_config.json. If there is no such file, the entries of config.json that are options of
         generation, as old checkpoints have them.
     Raises:
-        ArtifactError: a file is broken, was changed after the export, or is not listed in the bundle's lfx.json.
+        ArtifactError: both files are missing; or one is broken, was changed after the export, or is not listed in the
+            bundle's lfx.json.
     """
     listed = listed_files(folder) if listed is None else listed
     path = folder / CONFIG_FILE
@@ -43,7 +44,13 @@ def read_defaults(folder: Path, listed: Mapping[str, Any] | None = None) -> dict
     if data is not None:
         return _checked(json_object(data, path), path)
     path = folder / CONFIG
-    config = json_object(read_listed(path, listed), path)
+    data = read_listed(path, listed)
+    if data is None:
+        raise ArtifactError(
+            f"{folder} has neither {CONFIG_FILE} nor {CONFIG}, so the token that ends a text is not known; open the "
+            "bundle, or copy these files beside the ONNX file"
+        )
+    config = json_object(data, path)
     defaults = {name: value for name, value in config.items() if name in CONFIG_OPTIONS and value is not None}
     if config.get("force_bos_token_to_be_generated") is True:
         defaults.setdefault("forced_bos_token_id", config.get("bos_token_id"))

@@ -17,7 +17,8 @@ class WrittenToken:
 
     Attributes:
         text: the characters that it completes; a character whose bytes are in several tokens comes with the last one.
-            For a special token, its entry in the vocabulary, which is no part of the text.
+            Bytes before an end token that are no whole character are in the text's end alone, as U+FFFD. For a special
+            token, its entry in the vocabulary, which is no part of the text.
         special: whether it is a special token.
         last: whether it ends the text.
     """

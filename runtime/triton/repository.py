@@ -415,7 +415,8 @@ def _refusal(folder: Path) -> str | None:
 def _replacing(target: Path) -> Iterator[Path]:
     """Make a new folder that takes the place of `target` if the block ends without an error."""
     repository = target.parent
-    _check_replaceable(target)
+    with locked(target):  # while another process replaces it, files of both models would be read
+        _check_replaceable(target)
     # Not in the repository, if the parent can be used: Triton takes each folder there for a model.
     beside = repository.parent if _is_usable(repository.parent, repository) else repository
     with private_folder(beside, f"triton {target}") as private:

@@ -20,6 +20,7 @@ MANIFEST = "lfx.json"
 MODEL = "model.onnx"
 ENCODER_MODEL = "encoder_model.onnx"  # in place of MODEL in the bundle of a model that writes texts
 WEIGHTS = "model.onnx.data"
+LAYOUT_FOLDER = "onnx"  # of the ONNX files of a bundle in the layout of the hub
 # The key of the digest of all other fields.
 _DIGEST = "manifest_sha256"
 MAX_JSON_BYTES = 64_000_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from lfx.errors import BuildError, ExportError, ParityError
+from lfx.errors import ArtifactError, BuildError, ExportError, ParityError
 from lfx.export import export, relayout
 from lfx.export.merged_decoder import merge_cross_attention
 from lfx.export.quantize import quantize
@@ -76,6 +77,18 @@ def test_engine_writes_the_bundle_s_texts(backend: str, layout: Path, bundle: Pa
         np.testing.assert_allclose(
             other.run(IDS, MASK)["last_hidden_state"], engine.run(IDS, MASK)["last_hidden_state"], rtol=0, atol=1e-5
         )
+
+
+def test_the_file_of_the_encoder_has_the_options_and_the_tokenizer_of_its_bundle(layout: Path, tmp_path: Path) -> None:
+    with Engine(layout) as engine, Engine(layout / "onnx" / "encoder_model.onnx") as other:
+        assert other.manifest is None
+        assert other.generation_settings() == engine.generation_settings()
+        assert engine.generation_settings().eos_token_ids == (2,)
+        np.testing.assert_array_equal(other.generate("the fox"), engine.generate("the fox"))
+    shutil.copytree(layout / "onnx", tmp_path / "onnx")
+    message = r"has neither generation_config.json nor config.json, so the token that ends a text is not known"
+    with Engine(tmp_path / "onnx" / "encoder_model.onnx") as alone, pytest.raises(ArtifactError, match=message):
+        alone.generate([[5, 6, 7]])
 
 
 @pytest.mark.parametrize("open_file", [in_onnxruntime, in_openvino])

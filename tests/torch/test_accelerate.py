@@ -353,6 +353,34 @@ def test_projections_that_are_not_plain_are_called() -> None:
         np.testing.assert_allclose(actual[name], expected, atol=1e-5)
 
 
+class ByPosition(nn.Module):
+    """A user's projection that depends on the position, which is the first axis in Hugging Face's attention."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Project, and scale by the position."""
+        positions = torch.arange(len(hidden), dtype=hidden.dtype)
+        scaled: torch.Tensor = self.linear(hidden) * (1 + 0.1 * positions)[:, None, None]
+        return scaled
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "query_global", "key_global", "value_global"])
+@pytest.mark.parametrize("cls", ["LongformerModel", "LEDModel"])
+def test_a_projection_that_depends_on_the_position_gets_hugging_face_s_axes(cls: str, name: str) -> None:
+    model = tiny_model() if cls == "LongformerModel" else tiny_led(LEDModel)
+    layers = model.encoder.layer if cls == "LongformerModel" else model.encoder.layers
+    for layer in layers:
+        attention = layer.attention.self if cls == "LongformerModel" else layer.self_attn.longformer_self_attn
+        setattr(attention, name, ByPosition(getattr(attention, name)))
+    arrays = make_inputs(Case(2, 21, "scattered"))
+    actual = runner(accelerate(copy.deepcopy(model)))(arrays)
+    for output, expected in runner(model)(arrays).items():
+        np.testing.assert_allclose(actual[output], expected, atol=1e-4)
+
+
 class Own(nn.Module):
     """A user's module with Longformer's self-attention, which is given Hugging Face's mask."""
 

@@ -66,7 +66,7 @@ class AcceleratedAttention(nn.Module):
             )
             return context
         check_inference(self, output_attentions)
-        query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
+        query, key, value = (_project(part, hidden_states) for part in (self.query, self.key, self.value))
         # Under torch.autocast the projections have its type.
         hidden_states = hidden_states.to(query.dtype)
         tokens = attention_mask
@@ -94,16 +94,16 @@ class AcceleratedAttention(nn.Module):
         """Compute the context of the global tokens, (B, G, hidden), in the cheaper of two forms; see docs/ops.md."""
         width = hidden.shape[2]
         position = tokens.global_index.clamp(min=0).long()[:, :, None].expand(-1, -1, width)
-        query = self.query_global(hidden.gather(1, position))
+        query = _project(self.query_global, hidden.gather(1, position))
         projections = (self.key_global, self.value_global)
         if tokens.global_index.shape[1] >= self.head_dim or not all(map(_is_plain, projections)):
-            key, value = (projection(hidden) for projection in projections)
+            key, value = (_project(projection, hidden) for projection in projections)
             rows: torch.Tensor = global_attention(query, key, value, tokens.key_mask, num_heads=self.num_heads)
             return rows
         key_weight, value_weight = (
             projection.weight.view(self.num_heads, self.head_dim, width) for projection in projections
         )
-        by_head = query.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, H, G, D)
+        by_head = query.reshape(*query.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, G, D)
         folded = by_head @ key_weight  # (B, H, G, hidden)
         # A query's product with the key's bias adds one constant to all its scores, which softmax cancels.
         weighted_sum = global_attention(
@@ -125,6 +125,15 @@ def check_inference(module: nn.Module, output_attentions: Any) -> None:
         raise InputError("an accelerated model stores no attention weights; leave output_attentions out")
     if module.training:
         raise InputError("an accelerated model runs inference alone; call model.eval() first")
+
+
+def _project(projection: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Call a projection; one of a user's own gets (S, B, hidden), as Hugging Face's attention gives it."""
+    if _is_plain(projection):
+        plain: torch.Tensor = projection(hidden)
+        return plain
+    own: torch.Tensor = projection(hidden.transpose(0, 1))
+    return own.transpose(0, 1)
 
 
 def _is_plain(projection: nn.Module) -> bool:

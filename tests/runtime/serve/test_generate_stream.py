@@ -210,6 +210,7 @@ def test_a_character_of_several_tokens_comes_with_its_last_one() -> None:
     tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
     assert texts(tokenizer, [1, 0, 1, 2, 3, 4, 5, 1, 6]) == ["a", "", " a", "", "", "", "\U0001f98a", "a", "</s>"]
     assert texts(tokenizer, [1, 2, 3]) == ["a", "", "\ufffd"]
+    assert texts(tokenizer, [1, 2, 3, 6]) == ["a", "", "", "</s>"]  # the whole text alone has the U+FFFD, as documented
     with pytest.raises(ArtifactError, match="id 9 is not in the tokenizer's vocabulary"):
         texts(tokenizer, [9])
 

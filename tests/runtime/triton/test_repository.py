@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,28 @@ def test_a_model_of_lfx_is_replaced_and_edited_or_foreign_ones_are_kept(bundle: 
     (models / "other" / "config.pbtxt").write_text('name: "other"\n')
     with pytest.raises(ArtifactError, match="is no model of lfx"):
         write_model(bundle(), models, Settings(name="other"))
+
+
+def test_an_older_model_is_checked_while_no_other_process_replaces_it(
+    bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, locked, refusal = [0], repositories.locked, repositories._refusal
+
+    @contextlib.contextmanager
+    def counting(target: Path) -> Iterator[None]:
+        with locked(target):
+            held[0] += 1
+            yield
+            held[0] -= 1
+
+    def checked(folder: Path) -> str | None:
+        assert held[0] == 1
+        return refusal(folder)
+
+    write_model(bundle(), tmp_path / "models", Settings(name="m"))
+    monkeypatch.setattr(repositories, "locked", counting)
+    monkeypatch.setattr(repositories, "_refusal", checked)
+    assert write_model(bundle(), tmp_path / "models", Settings(name="m")).name == "m"
 
 
 def test_a_failed_write_leaves_the_older_model(
