@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +45,8 @@ class OnnxRuntime(AnyShape, HostTensors):
             kernels: "fused": lfx's kernels run attention; "function": the bodies of its nodes do; "auto": the kernels,
                 if the library is installed and has a kernel for every attention node.
         Raises:
-            DependencyError: the provider is not known, not installed, or cannot run this model; or `kernels` is
-                "fused", and there is no library or no kernel for an attention node.
+            DependencyError: the provider is not known, not installed, or cannot run this model; `kernels` is "fused",
+                and there is no library or no kernel for an attention node; or the system does not start the threads.
             ArtifactError: ONNX Runtime cannot load the file.
         """
         if provider not in PROVIDERS:
@@ -56,6 +58,7 @@ class OnnxRuntime(AnyShape, HostTensors):
                 f"this onnxruntime {ort.__version__} has no {provider_name}; install it with: "
                 "pip install 'longformer-lfx[gpu]', or use provider='cpu'"
             )
+        _check_threads(threads)
         self._make_tensor = ort.OrtValue.ortvalue_from_numpy
         # Cached keys and values stay in the memory of the device.
         self._device = "cpu" if provider == "cpu" else "cuda"
@@ -176,6 +179,31 @@ def _session(ort: Any, model: Path, provider: str, options: tuple[int | None, bo
                 "backend='openvino' (pip install 'longformer-lfx[openvino]'), or export it with --precision fp32"
             ) from error
         raise ArtifactError(f"{model} cannot be loaded by ONNX Runtime: {with_cure(error)}") from error
+
+
+def _check_threads(threads: int | None) -> None:
+    """Raise DependencyError if the system does not start this many threads, by starting and ending them.
+
+    ONNX Runtime hangs if the system refuses one of its threads but not the first (1.31). The calling thread is one of
+    those of a run. By default ONNX Runtime has one for each core, which may be half of what `os.cpu_count` returns.
+    """
+    wanted = (os.cpu_count() or 1) if threads is None else threads
+    started: list[threading.Thread] = []
+    end = threading.Event()
+    try:
+        while 1 + len(started) < wanted:
+            thread = threading.Thread(target=end.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError as error:
+        raise DependencyError(
+            f"the system starts only {1 + len(started)} of {wanted} threads (ulimit -u, or the limit of processes of "
+            "the container); raise that limit, or give fewer threads"
+        ) from error
+    finally:
+        end.set()
+        for thread in started:
+            thread.join()
 
 
 def _session_options(ort: Any, threads: int | None, fused: bool) -> Any:

@@ -11,7 +11,7 @@ import functools
 import select
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httptools
@@ -172,6 +172,8 @@ class Protocol(HttpToolsProtocol):
             self._abort()
         if self._is_stopping:
             self.cycle.keep_alive = False
+        if self.cycle.scope["http_version"] == "1.0":
+            self.cycle.send = functools.partial(_send_until_closed, self.cycle, self.cycle.send)
 
     def on_message_complete(self) -> None:
         """End the time limit of the request."""
@@ -251,3 +253,13 @@ class Protocol(HttpToolsProtocol):
 def make_protocol(client_seconds: float, max_connections: int) -> type[Any]:
     """Make a subclass of `Protocol` with these limits."""
     return type("LimitedProtocol", (Protocol,), {"client_seconds": client_seconds, "max_connections": max_connections})
+
+
+async def _send_until_closed(cycle: Any, send: Callable[[Any], Awaitable[None]], message: Any) -> None:
+    """Send a part of a reply to HTTP/1.0. One of unknown length ends where the connection does, without chunks."""
+    if message["type"] == "http.response.start":
+        if not any(name.lower() == b"content-length" for name, _ in message.get("headers", [])):
+            cycle.chunked_encoding = False
+    elif cycle.expected_content_length == 0:  # uvicorn compares this with what is sent
+        cycle.expected_content_length = len(message.get("body", b""))
+    await send(message)

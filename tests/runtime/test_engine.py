@@ -684,6 +684,22 @@ def test_threads_below_one_are_refused_and_one_is_used(bundle: MakeBundle, engin
         assert_same(single.run(RAGGED), engine.run(RAGGED))
 
 
+def test_threads_that_the_system_refuses_are_an_error(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime would hang."""
+    start, left = threading.Thread.start, iter(range(3))
+
+    def start_three(thread: threading.Thread) -> None:
+        if next(left, None) is None:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    before = threading.active_count()
+    monkeypatch.setattr(threading.Thread, "start", start_three)
+    with pytest.raises(DependencyError, match=r"starts only 4 of 16 threads \(ulimit -u.*give fewer threads"):
+        Engine(bundle(), threads=16)
+    assert threading.active_count() == before
+
+
 @pytest.mark.skipif(HAS_CUDA, reason="this onnxruntime has the CUDA provider")
 @pytest.mark.parametrize(("provider", "name"), [("cuda", "CUDA"), ("tensorrt", "Tensorrt")])
 def test_an_unavailable_provider_is_an_error_with_a_cure(bundle: MakeBundle, provider: str, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,6 +164,19 @@ def test_a_text_that_takes_too_long_is_given_up(
     assert server.server.service.in_progress == 0
     server.server.service._generating.submit(lambda: None).result(WAIT_SECONDS)  # the thread is free again
     assert steps.count == 3
+
+
+def test_http_1_0_gets_no_chunks(server: Running) -> None:
+    body = json.dumps({"inputs": TEXT, "parameters": {"max_new_tokens": 3}}).encode()
+    with socket.create_connection(server.socket_address, WAIT_SECONDS) as client:
+        client.sendall(b"POST /generate_stream HTTP/1.0\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        headers, _, events = client.makefile("rb").read().partition(b"\r\n\r\n")
+    assert headers.startswith(b"HTTP/1.1 200 ")
+    assert b"connection: close" in headers
+    assert b"transfer-encoding" not in headers
+    *parts, end = events.split(b"\n\n")
+    assert end == b""
+    assert [json.loads(part.removeprefix(b"data:"))["index"] for part in parts] == [1, 2, 3]
 
 
 def test_a_client_that_goes_away_ends_the_text(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
