@@ -30,6 +30,7 @@ from tests.conftest import MakeBundle, SmallDisk
 from tests.marks import fast_if
 from tests.models import ONE_LAYER, VOCAB_SIZE, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("remembered_references")
 LAYERS = [
     f"encoder.layer.{layer}.{name}"
     for layer in (0, 1)
