@@ -122,7 +122,8 @@ enum class State
     kDONE,
 };
 
-using Place = void* [5]; // of __builtin_setjmp, which takes a fifth of the time of the library's
+// Of __builtin_setjmp. The jumps of the C library, which do more, took a quarter of the time of a run.
+using Place = void* [5];
 
 struct Fiber
 {

@@ -35,6 +35,7 @@ def interpreter_objects(folder: Path) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, SOURCES))
+    Path(f"{headers}.gch").unlink()  # tens of megabytes
 
 
 def link(objects: list[Path], library: Path) -> Path:
