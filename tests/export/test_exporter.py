@@ -111,7 +111,7 @@ def test_the_graph_is_small_and_named_after_the_modules(bundle: MakeBundle) -> N
     assert not made_up
 
 
-@fast_if(lambda hidden: hidden == 2)
+@pytest.mark.slow
 @pytest.mark.parametrize(("hidden", "heads"), [(2, 1), (3, 3), (4, 2), (8, 4), (16, 2), (32, 1)])
 def test_the_layout_of_weights_does_not_depend_on_their_size(hidden: int, heads: int, tmp_path: Path) -> None:
     model = tiny_model(hidden_size=hidden, num_attention_heads=heads, intermediate_size=2 * hidden)

@@ -15,7 +15,6 @@ from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpre
 from lfx.export import export, promote, trace
 from lfx.runtime import Engine
 from tests.export.test_decompose import graph_of
-from tests.marks import fast_if
 from tests.models import tiny_led, tiny_model
 
 
@@ -53,7 +52,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any], str]] = {
 }
 
 
-@fast_if(lambda name: name == "several dtypes")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_graph_is_the_one_that_torch_promotes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, options, file = MODELS[name]

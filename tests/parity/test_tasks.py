@@ -49,7 +49,7 @@ def test_bf16_is_within_the_derived_tolerance(bundle: MakeBundle, backend: str) 
     assert not report.failures()
 
 
-@fast_if(lambda options: "max_global" in options)
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"max_global": 5}, {"global_attention": "first"}, {"inline_functions": True}])
 def test_every_mode_of_export_agrees_with_pytorch(bundle: MakeBundle, options: dict[str, object]) -> None:
     report = _compare(bundle(**options), "feature-extraction")

@@ -583,6 +583,7 @@ def test_all_methods_of_a_closed_engine_raise(bundle: MakeBundle) -> None:
             ask()
 
 
+@pytest.mark.slow
 def test_an_engine_is_reopened_by_another_process(
     bundle: MakeBundle, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

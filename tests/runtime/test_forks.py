@@ -22,7 +22,6 @@ from lfx.runtime import Batcher, Engine
 from lfx.runtime.forks import made_before
 from lfx.runtime.metrics import Metrics
 from tests.conftest import MakeBundle, MakeLed
-from tests.marks import fast_if
 from tests.runtime.test_batcher import LONG, Recorded
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -145,7 +144,6 @@ sys.exit(0 if code == 7 else f"the child ended with {code}")
 """
 
 
-@fast_if(lambda when: when == "after")
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_child_ends_when_it_exits(bundle: MakeBundle, backend: str, when: str) -> None:

@@ -106,7 +106,7 @@ def test_finished_sequences_of_a_beam_search_leave_the_batch(model: Any) -> None
     assert led.rows_decoded == sorted(led.rows_decoded, reverse=True)
 
 
-@fast_if(lambda options: "no_repeat_ngram_size" in options)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
