@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,7 @@ def _session(ort: Any, model: Path, provider: str, options: tuple[int | None, bo
             raise custom_ops.NoKernelError(
                 f"{library} cannot be loaded ({one_line(error, 160)}); install lfx again on this machine"
             ) from error
+    _check_threads(options[0])
     try:
         return ort.InferenceSession(
             str(model),
@@ -176,6 +179,31 @@ def _session(ort: Any, model: Path, provider: str, options: tuple[int | None, bo
                 "backend='openvino' (pip install 'longformer-lfx[openvino]'), or export it with --precision fp32"
             ) from error
         raise ArtifactError(f"{model} cannot be loaded by ONNX Runtime: {with_cure(error)}") from error
+
+
+def _check_threads(threads: int | None) -> None:
+    """Check that the system starts the threads of a session: ONNX Runtime waits forever if it refuses one of them.
+
+    Raises:
+        DependencyError: it refuses one.
+    """
+    needed = (threads or os.cpu_count() or 1) - 1  # besides the caller's; ONNX Runtime's default is at most that
+    end, started = threading.Event(), list[threading.Thread]()
+    try:
+        for _ in range(needed):
+            thread = threading.Thread(target=end.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError as error:
+        allowed = len(started) + 1
+        raise DependencyError(
+            f"the system allows only {allowed} of {needed + 1} threads; give threads={allowed} (--threads {allowed}), "
+            "or raise the limit of ulimit -u or of the container's processes"
+        ) from error
+    finally:
+        end.set()
+        for thread in started:
+            thread.join()
 
 
 def _session_options(ort: Any, threads: int | None, fused: bool) -> Any:

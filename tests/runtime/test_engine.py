@@ -669,6 +669,22 @@ def test_unknown_backends_and_providers_name_the_known_ones(
         Engine(bundle(), **options)
 
 
+def test_threads_that_the_system_refuses_are_an_error(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, start, left = bundle(), threading.Thread.start, [3]
+
+    def limited(thread: threading.Thread) -> None:
+        if left[0] == 0:
+            raise RuntimeError("can't start new thread")
+        left[0] -= 1
+        start(thread)
+
+    before = threading.active_count()
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(DependencyError, match=r"allows only 4 of 16 threads; give threads=4 \(--threads 4\)"):
+        Engine(folder, "onnxruntime", kernels="function", threads=16)
+    assert threading.active_count() == before
+
+
 def test_threads_are_refused_by_the_reference_evaluator(bundle: MakeBundle) -> None:
     with pytest.raises(DependencyError, match=r"threads is 2, and the reference evaluator has one thread"):
         Engine(bundle(), "reference", threads=2)
