@@ -182,10 +182,13 @@ def _session(ort: Any, model: Path, provider: str, options: tuple[int | None, bo
 
 
 def _check_threads(threads: int | None) -> None:
-    """Raise DependencyError if the system does not start this many threads, by starting and ending them.
+    """Check that the system starts the threads of a session: ONNX Runtime hangs if it refuses one but not the first.
 
-    ONNX Runtime hangs if the system refuses one of its threads but not the first (1.31). The calling thread is one of
-    those of a run. By default ONNX Runtime has one for each core, which may be half of what `os.cpu_count` returns.
+    The calling thread is one of those of a run. By default ONNX Runtime has one for each core, which may be half of
+    what `os.cpu_count` returns.
+
+    Raises:
+        DependencyError: it refuses one.
     """
     wanted = (os.cpu_count() or 1) if threads is None else threads
     started: list[threading.Thread] = []
@@ -196,9 +199,10 @@ def _check_threads(threads: int | None) -> None:
             thread.start()
             started.append(thread)
     except RuntimeError as error:
+        allowed = 1 + len(started)
         raise DependencyError(
-            f"the system starts only {1 + len(started)} of {wanted} threads (ulimit -u, or the limit of processes of "
-            "the container); raise that limit, or give fewer threads"
+            f"the system starts only {allowed} of {wanted} threads (ulimit -u, or the limit of processes of the "
+            f"container); raise that limit, or give threads={allowed} (--threads {allowed})"
         ) from error
     finally:
         end.set()

@@ -136,6 +136,29 @@ except KeyboardInterrupt:
     assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
 
 
+def test_one_signal_during_an_import_interrupts_once(tmp_path: Path) -> None:
+    (tmp_path / "stopped.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    program = """
+import sys, threading
+from lfx.cli.terminal import catch_interrupts, progress
+catch_interrupts()
+sys.path.insert(0, sys.argv[1])
+try:
+    with progress() as step:
+        import stopped
+        step("next")
+except KeyboardInterrupt:
+    for thread in threading.enumerate():  # the timer that sends the signal again
+        if thread is not threading.current_thread():
+            thread.join()
+    print("cleaned up")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("cleaned up\n", "", 0)
+
+
 def test_ignored_signals_stay_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}

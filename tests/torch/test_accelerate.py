@@ -308,6 +308,25 @@ def test_more_globals_than_slots_are_an_error(fresh_dynamo: None) -> None:
         classify(accelerate(model, max_global=0), 2, 33, 1)
 
 
+@pytest.mark.parametrize("max_global", [0, 4])
+def test_the_check_of_the_slots_is_an_op_that_a_compiler_neither_fuses_nor_removes(
+    max_global: int, fresh_dynamo: None
+) -> None:
+    targets: list[str] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    model = accelerate(one_layer(), max_global=max_global)
+    classify(torch.compile(model, fullgraph=True, backend=backend), 2, 33, max_global)
+    # inductor fuses an assertion into a parallel loop, in which an exception ends the process
+    assert any("lfx.at_most" in name for name in targets) and not any("assert_async" in name for name in targets)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match=f"a row has more than max_global={max_global} global tokens"):
+        classify(torch.compile(model, fullgraph=True, backend="aot_eager"), 2, 33, 5)
+
+
 def test_fewer_tokens_than_slots_are_no_error() -> None:
     model = one_layer()
     actual = classify(accelerate(copy.deepcopy(model), max_global=64), 2, 3, 2)

@@ -103,6 +103,7 @@ def test_torch_s_own_checks_pass() -> None:
         options = {**problem.attributes, "causal": causal}
         torch.library.opcheck(banded_attention, tuple(tensors(problem).values()), options)
     torch.library.opcheck(global_attention, tuple(global_inputs(2, 37, 3).values()), {"num_heads": 2})
+    torch.library.opcheck(ops.at_most, (torch.eye(3, 7, dtype=torch.bool), 1))
     assert torch.ops.lfx.banded_attention.default._schema.name == "lfx::banded_attention"
 
 

@@ -20,7 +20,9 @@ from typing import Any, TextIO
 from lfx.checks import json_text
 from lfx.errors import LfxError, with_cure
 
-_interrupted = threading.Event()
+_interrupted = threading.Event()  # a signal arrived
+_raised = threading.Event()  # its KeyboardInterrupt was raised
+_sent_again = threading.Event()  # the next signal is one that was put off
 _IMPORT_SYSTEM = "<frozen importlib._bootstrap>"  # the file name in its frames
 _LONGEST_CELL = 2000  # characters; rich needs minutes to lay out a label of millions
 
@@ -128,9 +130,15 @@ def interrupted() -> bool:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     _interrupted.set()
+    if _sent_again.is_set():
+        _sent_again.clear()
+        if _raised.is_set():  # by a step meanwhile: a second interrupt would end the clean-up
+            return
     if _is_importing(frame):
+        _raised.clear()
         _send_again(number)
         return
+    _raised.set()
     raise KeyboardInterrupt
 
 
@@ -144,8 +152,14 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def _send_again(number: int) -> None:
-    """Send a signal to this process again after 0.1 s."""
-    timer = threading.Timer(0.1, os.kill, (os.getpid(), number))
+    """Send a signal to this process again after 0.1 s, unless its KeyboardInterrupt was raised by then."""
+
+    def send() -> None:
+        if not _raised.is_set():
+            _sent_again.set()
+            os.kill(os.getpid(), number)
+
+    timer = threading.Timer(0.1, send)
     timer.daemon = True
     timer.start()
 
@@ -155,6 +169,7 @@ def _unless_interrupted(show: Callable[[str], None]) -> Callable[[str], None]:
 
     def step(name: str) -> None:
         if _interrupted.is_set():
+            _raised.set()
             raise KeyboardInterrupt
         show(name)
 
@@ -166,6 +181,7 @@ def _on_unraisable(error: Any) -> None:
     if not isinstance(error.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(error)
         return
+    _raised.clear()
     _send_again(signal.SIGINT)
 
 

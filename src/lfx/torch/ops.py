@@ -136,6 +136,20 @@ def _like_query(query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
+def _at_most(is_global: torch.Tensor, most: int) -> torch.Tensor:
+    """A copy of a (B, S) bool, if no row has more than `most` global tokens.
+
+    An op of its own: inductor would fuse an assertion into a parallel loop, in which an exception ends the process.
+    """
+    fits = (is_global.sum(dim=1) <= most).all()
+    message = f"a row has more than max_global={most} global tokens"
+    if fits.is_cuda:  # without waiting for the device
+        torch._assert_async(fits, message)
+    elif not fits:
+        raise RuntimeError(message)
+    return is_global.clone()
+
+
 # Explicit schemas: torch cannot infer them from annotations that are strings.
 banded_attention = torch.library.custom_op(
     "lfx::banded_attention",
@@ -153,3 +167,8 @@ global_attention = torch.library.custom_op(
 for _op in (banded_attention, global_attention):
     _op.register_fake(_like_query)
     _op.register_autograd(_refuse_gradients)
+
+at_most = torch.library.custom_op(
+    "lfx::at_most", _at_most, mutates_args=(), schema="(Tensor is_global, int most) -> Tensor"
+)
+at_most.register_fake(lambda is_global, most: torch.empty_like(is_global))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from lfx.errors import InputError
+from lfx.torch.ops import at_most
 
 
 class Tokens(NamedTuple):
@@ -42,10 +43,10 @@ def tokens_of(real: torch.Tensor, is_global: torch.Tensor | None, max_global: in
         slots = int(is_global.sum(dim=1).max().item())
     if not slots or is_global is None:
         if max_global == 0 and is_global is not None:
-            _check_count(is_global, 0)
+            key_mask = key_mask.masked_fill(_checked(is_global, 0), 0)  # which is none: torch.compile keeps the check
         return Tokens(key_mask, key_mask.new_full((batch, 1), -1), False)
     if max_global is not None:
-        _check_count(is_global, max_global)
+        is_global = _checked(is_global, max_global)
     position = torch.arange(seqlen, device=real.device).expand(batch, -1).masked_fill(~is_global, seqlen)
     if max_global is not None:  # topk takes no k above the length
         position = torch.cat([position, position.new_full((batch, slots), seqlen)], dim=1)
@@ -53,13 +54,11 @@ def tokens_of(real: torch.Tensor, is_global: torch.Tensor | None, max_global: in
     return Tokens(key_mask, first.masked_fill(first == seqlen, -1).to(torch.int32), True)
 
 
-def _check_count(is_global: torch.Tensor, most: int) -> None:
-    """Refuse a row of more than `most` global tokens; on a GPU without waiting for it."""
-    fits = (is_global.sum(dim=1) <= most).all()
-    if not torch.compiler.is_compiling() and not fits.is_cuda:
-        if not fits:
-            raise InputError(
-                f"a row has more than max_global={most} global tokens; accelerate with a larger max_global"
-            )
-        return
-    torch._assert_async(fits, f"a row has more than max_global={most} global tokens")
+def _checked(is_global: torch.Tensor, most: int) -> torch.Tensor:
+    """`is_global`, if no row has more than `most` global tokens; on a GPU checked without waiting for it."""
+    if torch.compiler.is_compiling() or is_global.is_cuda:
+        checked: torch.Tensor = at_most(is_global, most)
+        return checked
+    if not (is_global.sum(dim=1) <= most).all():
+        raise InputError(f"a row has more than max_global={most} global tokens; accelerate with a larger max_global")
+    return is_global
