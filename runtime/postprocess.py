@@ -161,7 +161,8 @@ class Postprocessor:
             return None
         first, stop = encoded.offsets[span.first][0], encoded.offsets[span.last][1]
         text = encoded.text[first:stop]
-        return first + len(text) - len(text.lstrip()), stop - (len(text) - len(text.rstrip()))
+        first += len(text) - len(text.lstrip())
+        return first, first + len(text.strip())
 
     def _best_span(self, encoded: Encoded, start: NDArray[Any], end: NDArray[Any]) -> list[dict[str, Any]]:
         """The text and the score of the best span of the document, from start and end logits (seqlen,)."""

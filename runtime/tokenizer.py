@@ -33,7 +33,7 @@ class Encoded:
 
     Attributes:
         ids: ids of the tokens, special tokens included.
-        pieces: the vocabulary entry of each token.
+        pieces: the vocabulary entry of each token; of a token that is unknown to a Unigram tokenizer, its characters.
         document: positions in `ids` of the document's tokens, which are those of the pair if there is one; None if it
             is not known.
         text: the document, or the whole document of a window.
@@ -167,6 +167,8 @@ class Tokenizer:
         path = self.folder / TOKENIZER
         data = read_listed(path, listed_texts)
         if data is None:
+            if self.folder.is_file():
+                raise ArtifactError(f"{self.folder} is a file; give the folder that has its {TOKENIZER}")
             raise ArtifactError(
                 f"{self.folder} has no {TOKENIZER}, since its checkpoint had no tokenizer; give ids to Engine.run "
                 "instead, name a folder that has one with --tokenizer, or export a checkpoint that has one"

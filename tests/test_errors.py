@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
-from lfx.errors import one_line, with_cure
+from lfx.errors import DependencyError, one_line, require, with_cure
 
 OPENVINO = (
     "Exception from src/inference/src/cpp/core.cpp:84:\n"
@@ -47,3 +48,25 @@ def test_an_error_of_memory_or_disk_has_a_cure(error: Exception, text: str) -> N
 def test_source_locations_of_openvino_are_removed() -> None:
     assert one_line(RuntimeError(OPENVINO)) == "Loading input model"
     assert one_line(RuntimeError("\n")) == "RuntimeError"
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ("raise RuntimeError('Could not determine home directory.')", r"Could not determine home directory\."),
+        ("import lfx_no_such_module", "No module named 'lfx_no_such_module'"),
+    ],
+    ids=["error", "module"],
+)
+def test_a_module_whose_import_fails_is_named(
+    line: str, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lfx_broken_module.py").write_text(line)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DependencyError, match=rf"^lfx_broken_module cannot be imported \({cause}\); correct that"):
+        require("lfx_broken_module", "openvino")
+
+
+def test_a_module_that_is_not_installed_is_named_with_its_extra() -> None:
+    with pytest.raises(DependencyError, match=r"^lfx_none\.module is not installed; .*'longformer-lfx\[x\]'$"):
+        require("lfx_none.module", "x")

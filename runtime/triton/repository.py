@@ -316,7 +316,7 @@ def _add_plan(source: _Source, plan: PlanManifest, version: Path) -> str:
     bundle = source.path.parent / str(plan.bundle["name"])
     if finds_tokenizer(source.path, plan) and bundle.is_dir():
         manifest = Manifest.read(bundle)
-        texts = [name for name in manifest.files if not name.startswith(MODEL)]
+        texts = [name for name in manifest.files if not name.endswith((".onnx", ".onnx.data", ".onnx_data"))]
         _add_files(bundle, version / bundle.name, manifest, texts)
     return source.path.name
 

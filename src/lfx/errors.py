@@ -76,16 +76,15 @@ def require(module: str, extra: str) -> ModuleType:
     """Import `module`, or say which extra installs it.
 
     Raises:
-        DependencyError: the module is not installed.
+        DependencyError: the module is not installed, or its import fails.
     """
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is not None and error.name.split(".")[0] == module.split(".", maxsplit=1)[0]:
-            raise DependencyError(
-                f"{module} is not installed; install it with: pip install 'longformer-lfx[{extra}]'"
-            ) from error
-        raise
+    except Exception as error:
+        failure, package = "is not installed; install it with", module.split(".", maxsplit=1)[0]
+        if not isinstance(error, ModuleNotFoundError) or (error.name or "").split(".")[0] != package:
+            failure = f"cannot be imported ({one_line(error, 160)}); correct that, or install it again with"
+        raise DependencyError(f"{module} {failure}: pip install 'longformer-lfx[{extra}]'") from error
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

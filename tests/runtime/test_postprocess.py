@@ -165,6 +165,19 @@ def test_an_answer_is_cut_from_the_text_between_its_characters(folder: Path) -> 
     assert Postprocessor(reader).answers(encoded, outputs)[0]["answer"] == "\u65e5\u672c"
 
 
+def test_an_answer_of_white_space_has_an_empty_range(folder: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({"?": 0, " ": 1, "fox": 2, "[UNK]": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    reader = Tokenizer(folder, signature("question-answering"))
+    encoded = reader.encode("?", "fox  fox")
+    assert encoded.pieces == ["?", "fox", " ", " ", "fox"]
+    for first, last, answer in ((2, 3, ("", 5, 5)), (1, 2, ("fox", 0, 3)), (3, 4, ("fox", 5, 8))):
+        outputs = {"start_logits": peak(first, of=5)[None], "end_logits": peak(last, of=5)[None]}
+        (found,) = Postprocessor(reader).answers_of_request(encoded, outputs)
+        assert (found["answer"], found["start"], found["end"]) == answer
+
+
 def byte_vocabulary() -> dict[str, int]:
     return {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 

@@ -142,6 +142,11 @@ def test_a_bundle_without_tokenizer_is_an_artifact_error(folder: Path) -> None:
         Tokenizer(folder, signature("fill-mask"))
 
 
+def test_a_file_in_place_of_a_folder_is_an_artifact_error(folder: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json is a file; give the folder that has its tokenizer\.json"):
+        Tokenizer(folder / TOKENIZER, signature("feature-extraction"), unlisted=True)
+
+
 def test_files_that_the_manifest_does_not_list_are_read_on_request(bundle: MakeBundle, tmp_path: Path) -> None:
     copy = shutil.copytree(bundle("text-classification"), tmp_path / "bundle")
     Tokenizer(copy, signature("text-classification"))

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from lfx.errors import ArtifactError, InputError, LfxError
+from lfx.manifest import sha256
 from lfx.runtime import plugin
 from lfx.runtime.triton import repository as repositories
 from lfx.runtime.triton.repository import Settings, write_model
-from tests.conftest import MakeBundle, SmallDisk
+from tests.conftest import MakeBundle, MakeLed, SmallDisk
 from tests.runtime.backends.test_tensorrt import MANIFEST, write_plan
 
 
@@ -129,6 +130,15 @@ def test_a_plan_runs_in_an_engine_with_its_json_beside_it(tmp_path: Path) -> Non
     written = write_model(write_plan(tmp_path), tmp_path / "models", Settings(name="p"))
     assert names(written.folder) == {"config.pbtxt", "1/model.py", "1/model.plan", "1/model.plan.json"}
     assert "kind: KIND_GPU" in config_of(written.folder)
+
+
+def test_a_plan_of_a_led_has_no_graphs_of_its_bundle_beside_it(led_bundle: MakeLed, tmp_path: Path) -> None:
+    bundle = tmp_path / "led"
+    bundle.symlink_to(led_bundle()[1])
+    plan = write_plan(tmp_path, replace(MANIFEST, bundle={"name": "led", "sha256": sha256(bundle / "lfx.json")}))
+    written = write_model(plan, tmp_path / "models", Settings(name="p"))
+    texts = {"config.json", "generation_config.json", "lfx.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in (written.folder / "1" / "led").iterdir()} == texts
 
 
 def test_a_model_of_lfx_is_replaced_and_edited_or_foreign_ones_are_kept(bundle: MakeBundle, tmp_path: Path) -> None:
