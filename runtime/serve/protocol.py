@@ -173,7 +173,8 @@ class Protocol(HttpToolsProtocol):
         if self._is_stopping:
             self.cycle.keep_alive = False
         if self.cycle.scope["http_version"] == "1.0":
-            self.cycle.send = functools.partial(_send_until_closed, self.cycle, self.cycle.send)
+            replaced = functools.partial(_send_until_closed, self.cycle, self.cycle.send)
+            self.cycle.send = replaced  # type: ignore[method-assign]
 
     def on_message_complete(self) -> None:
         """End the time limit of the request."""

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from lfx.parity import Case
+from tests.marks import first_of_each
 from tests.plugins import races
 from tests.plugins.build import EMULATED, PLUGINS, built_once, compiler
-from tests.plugins.parts import first_of_each
 from tests.plugins.problems import banded, global_
 from tests.plugins.races import Problem, RaceDetector
 

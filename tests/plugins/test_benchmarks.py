@@ -30,9 +30,9 @@ from scripts.bench import gpu_kernels as bench
 from scripts.bench import gpu_model as whole
 from scripts.bench.launch import Kernels
 from tests.conftest import MakeOnce
+from tests.marks import first_of_each
 from tests.models import VOCAB_SIZE, tiny_model
 from tests.plugins.build import ROOT
-from tests.plugins.parts import first_of_each
 
 SMALL = band_cases.Case(seqlen=64, window=8, globals=2, batch=2, heads=2, precision="fp32", head_size=16)
 CASES = [SMALL, replace(SMALL, globals=0), replace(SMALL, globals=20, seqlen=80), replace(SMALL, seqlen=16)]

@@ -13,8 +13,8 @@ import pytest
 
 from lfx.parity import Case, full_cases
 from scripts.bench.launch import STRIDES, BandedParams, GlobalParams, banded_params
+from tests.marks import fast_where
 from tests.plugins.build import built_once, cpu_check
-from tests.plugins.parts import fast_if
 from tests.plugins.problems import Banded, Global, banded, global_
 
 SETS = ("baseline", "avx2", "avx512")
@@ -56,7 +56,7 @@ def test_windows_and_lengths_around_the_tile_of_64_queries(run: Run, window: int
             check(run, banded(Case(2, seqlen, "scattered", "holes"), 1, 8, window, dilation=dilation, causal=causal))
 
 
-@pytest.mark.parametrize("seqlen", fast_if([1, 129, 255, 256, 257, 1134], lambda seqlen: seqlen < 1000))
+@pytest.mark.parametrize("seqlen", fast_where([1, 129, 255, 256, 257, 1134], lambda seqlen: seqlen < 1000))
 def test_the_base_window(run: Run, seqlen: int) -> None:
     for globals_, padding in (("none", "none"), ("first", "right"), ("all", "left"), ("ragged", "empty_row")):
         check(run, banded(Case(2, seqlen, globals_, padding), 1, 64, 256), threads=2)
@@ -74,7 +74,7 @@ def test_global_attention_is_the_dense_definition(run: Run, queries: int) -> Non
 
 
 @pytest.mark.parametrize("head_size", [8, 64, 128, 136, 768, 1024])
-@pytest.mark.parametrize("seqlen", fast_if([1, 511, 512, 513, 1134], lambda seqlen: seqlen < 512))
+@pytest.mark.parametrize("seqlen", fast_where([1, 511, 512, 513, 1134], lambda seqlen: seqlen < 512))
 def test_parts_of_the_keys_and_heads_of_hidden_width(run: Run, seqlen: int, head_size: int) -> None:
     for queries in (1, 12, 17):
         check(run, global_(Case(2, seqlen, padding="holes"), queries, 1, head_size), threads=2)

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 from lfx.export import functions
 from lfx.parity import Case, full_cases
 from lfx.runtime import custom_ops
-from tests.plugins.parts import fast_if
+from tests.marks import fast_where
 from tests.plugins.problems import Banded, Global, banded, global_
 
 WINDOW = 8
@@ -85,7 +85,7 @@ def test_banded_attention_is_the_dense_definition(ops_library: Path, dilation: i
         check(loaded, banded(case, 2, 16, WINDOW, dilation=dilation, causal=causal))
 
 
-@pytest.mark.parametrize("seqlen", fast_if([1, 255, 256, 257, 129, 1134], lambda seqlen: seqlen < 1000))
+@pytest.mark.parametrize("seqlen", fast_where([1, 255, 256, 257, 129, 1134], lambda seqlen: seqlen < 1000))
 def test_the_base_shape(ops_library: Path, seqlen: int) -> None:
     case = Case(1, seqlen, "scattered", "right")
     problem = banded(case, 12, 64, 256)

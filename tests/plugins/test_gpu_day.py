@@ -17,8 +17,8 @@ import pytest
 from scripts import gpu_check, gpu_day, record
 from scripts.bench import gpu
 from scripts.gpu_day import State, Step
+from tests.marks import first_of_each
 from tests.plugins.build import ROOT
-from tests.plugins.parts import first_of_each
 
 
 def step(name: str, code: str, **attributes: Any) -> Step:

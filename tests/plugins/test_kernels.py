@@ -21,9 +21,9 @@ import pytest
 
 from lfx.parity import Case, full_cases
 from scripts.bench.launch import Kernels
+from tests.marks import fast_where, first_of_each
 from tests.plugins import mutants
 from tests.plugins.build import ROOT, built_once
-from tests.plugins.parts import fast_if, first_of_each
 from tests.plugins.problems import Banded, Global, banded, global_, rounding_of_sums
 from tests.plugins.races import in_a_fork
 from tests.plugins.tensors import LAYOUTS
@@ -34,7 +34,7 @@ KERNELS = [("fp32", False), ("fp16", False), ("fp16", True), ("bf16", False), ("
 IDS = ["fp32", "fp16", "fp16w", "bf16", "bf16w"]
 every_kernel = pytest.mark.parametrize(("precision", "wide"), KERNELS, ids=IDS)
 # The kernels for bfloat16 are the templates of those for float16: the slow part has their sweeps.
-SWEPT = fast_if(KERNELS, lambda kernel: kernel[0] != "bf16")
+SWEPT = fast_where(KERNELS, lambda kernel: kernel[0] != "bf16")
 every_swept_kernel = pytest.mark.parametrize(("precision", "wide"), SWEPT, ids=IDS)
 
 
@@ -181,7 +181,7 @@ SIZES = ((1, 1, 136), (12, 1, 768), (17, 1, 256), (5, 1, 1024), (40, 2, 64), (16
 
 @pytest.mark.parametrize(
     ("precision", "queries", "num_heads", "head_size"),
-    fast_if(((precision, *sizes) for precision in PRECISIONS for sizes in SIZES), lambda case: case[0] == "fp16"),
+    fast_where(((precision, *sizes) for precision in PRECISIONS for sizes in SIZES), lambda case: case[0] == "fp16"),
 )
 def test_wide_heads_and_many_queries(
     emulated: Kernels, precision: str, queries: int, num_heads: int, head_size: int
@@ -195,7 +195,7 @@ def test_keys_in_many_parts_join_to_one_row(emulated: Kernels, precision: str) -
     check_global(global_(Case(1, 3000, "none", "right"), 2, 1, 16, precision=precision), emulated)
 
 
-@pytest.mark.parametrize("precision", fast_if(PRECISIONS, lambda precision: precision == "fp16"))
+@pytest.mark.parametrize("precision", fast_where(PRECISIONS, lambda precision: precision == "fp16"))
 def test_accumulators_are_rescaled_across_the_tiles_of_a_part(emulated: Kernels, precision: str) -> None:
     for problem in several_tiles_in_a_part(precision):
         check_global(problem, emulated)

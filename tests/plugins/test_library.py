@@ -18,14 +18,14 @@ from lfx.errors import BuildError
 from lfx.runtime.build.launch import _named_library, run_tensorrt
 from scripts.bench import kernel_resources, sass
 from scripts.bench.kernel_resources import SHARED_KB, resident_blocks
-from tests.plugins.parts import fast_if
+from tests.marks import fast_where
 
 pytestmark = pytest.mark.trt
 
 ARCHITECTURES = {"sm_90", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120"}
 # Disassembling takes seconds for each architecture: the slow part reads those that are not the H100's.
 every_architecture = pytest.mark.parametrize(
-    "architecture", fast_if(sorted(ARCHITECTURES), lambda name: name == "sm_90")
+    "architecture", fast_where(sorted(ARCHITECTURES), lambda name: name == "sm_90")
 )
 Code = Callable[[str], dict[tuple[str, str], str]]
 

@@ -22,9 +22,9 @@ import pytest
 
 from lfx.parity import Case
 from scripts.bench.launch import Kernels
+from tests.marks import fast_where
 from tests.plugins import races
 from tests.plugins.build import ROOT, built_once, emulated_library
-from tests.plugins.parts import fast_if
 from tests.plugins.problems import Banded, Global, banded, global_
 from tests.plugins.races import Outcome, RaceDetector, Statement, functions, in_a_fork
 
@@ -32,7 +32,7 @@ from tests.plugins.races import Outcome, RaceDetector, Statement, functions, in_
 KERNELS = [(p, n) for p in ("fp32", "fp16", "bf16") for n in ("1000000", *(["0"] if p != "fp32" else []))]
 # The kernels for bfloat16 are the templates of those for float16.
 every_kernel = pytest.mark.parametrize(
-    ("precision", "multiprocessors"), fast_if(KERNELS, lambda kernel: kernel[0] != "bf16")
+    ("precision", "multiprocessors"), fast_where(KERNELS, lambda kernel: kernel[0] != "bf16")
 )
 
 

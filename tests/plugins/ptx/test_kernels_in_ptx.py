@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lfx.parity import Case
-from tests.plugins.parts import first_of_each
+from tests.marks import first_of_each
 from tests.plugins.problems import banded, global_
 from tests.plugins.ptx.build import COMPUTE_CAPABILITIES
 from tests.plugins.ptx.conftest import KernelFolder

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import pytest
 
 from lfx.parity import Case
+from tests.marks import first_of_each
 from tests.plugins.build import PLUGINS
-from tests.plugins.parts import first_of_each
 from tests.plugins.problems import Banded, Global, banded, global_
 from tests.plugins.ptx.build import COMPUTE_CAPABILITIES, ptx
 from tests.plugins.ptx.conftest import KernelFolder
