@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from lfx.checks import flag
+from lfx.checks import flag, is_iterable
 from lfx.errors import ArtifactError, InputError
 from lfx.runtime.tokenizer import Tokenizer
 from lfx.signature import SENTENCE_EMBEDDING, Signature
@@ -45,7 +45,7 @@ def encode_texts(texts: Any, tokenizer: Any, *, prompt: Any, truncate: Any) -> I
     if not isinstance(prompt, str | None):
         raise InputError(f"prompt is {type(prompt).__name__}; give a string, or leave it out")
     flag(truncate, "truncate")
-    if isinstance(texts, bytes | bytearray | memoryview | Mapping) or not isinstance(texts, Iterable):
+    if isinstance(texts, bytes | bytearray | memoryview | Mapping) or not is_iterable(texts):
         raise InputError(f"texts is {type(texts).__name__}; give a list of strings")
     return _encode([texts] if isinstance(texts, str) else texts, tokenizer, prompt, truncate)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lfx
-from lfx.checks import flag, shown
+from lfx.checks import file_path, flag, shown
 from lfx.errors import ArtifactError, InputError, LfxError, one_line
 from lfx.manifest import MANIFEST, Manifest
 from lfx.runtime.artifact import check_bundle, unchanged
@@ -97,7 +97,7 @@ def push(
         The address of the commit.
     Raises:
         ArtifactError: the bundle is broken.
-        InputError: `repository` is no name of a repository.
+        InputError: `bundle` is no path, `repository` is no name of a repository, or an option has another type.
         LfxError: the hub refuses, or cannot be reached.
     """
     if not isinstance(repository, str) or (match := _REPOSITORY.fullmatch(repository)) is None or match[2] is not None:
@@ -105,7 +105,7 @@ def push(
     flag(private, "private")
     if not isinstance(revision, str | None):
         raise InputError(f"revision is {shown(revision)}; give the name of a branch, or leave it out")
-    folder = Path(bundle)
+    folder = file_path(bundle, "bundle")
     progress("checking the bundle")
     manifest = Manifest.read(folder)
     check_bundle(folder, manifest)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lfx.checks import flag, one_of, shown
+from lfx.checks import flag, is_iterable, one_of, shown
 from lfx.errors import ArtifactError, InputError
 from lfx.signature import Signature
 
@@ -64,7 +64,7 @@ def output_names(signature: Signature, outputs: Any) -> tuple[str, ...]:
     Raises:
         InputError: it is no list of names, is empty, or has a name that the model does not have.
     """
-    if isinstance(outputs, str) or not isinstance(outputs, Iterable):
+    if isinstance(outputs, str) or not is_iterable(outputs):
         raise InputError(f"outputs is {shown(outputs)}; give a list of names, such as outputs=['pooler_output']")
     known = [spec.name for spec in signature.outputs]
     names = tuple(outputs)
@@ -80,7 +80,7 @@ def _dtype_name(dtype: Any) -> str:
     """The name of a dtype that is given as a string or a numpy type."""
     try:
         name = np.dtype(dtype).name
-    except TypeError:
+    except Exception:
         name = dtype
     return str(one_of(name, "output_dtype", OUTPUT_DTYPES, InputError))
 

@@ -25,6 +25,7 @@ END_TO_END = 0  # stride of windows without overlap: each begins at the end of t
 MAX_FILE_BYTES = 1 << 29  # of a tokenizer or a config; the largest known tokenizers have a tenth of that
 
 MAX_CHARACTERS = 5_000_000  # of a text and its pair; the tokenizers library takes 200 bytes of memory for each
+_MAX_ID = 2**32 - 1  # of the tokenizers library
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,7 @@ class Tokenizer:
             InputError: `ids` are no ids, or one is not in the vocabulary.
         """
         with failing(InputError, "the tokenizer fails on these ids", "use the tokenizer that belongs to this model"):
-            tokens = [whole_number(token, "id", 0, 2**32 - 1) for token in ids]
+            tokens = [whole_number(token, "id", 0, _MAX_ID) for token in ids]
             for token in tokens:
                 if self._tokenizer.id_to_token(token) is None:
                     raise InputError(
@@ -317,17 +318,21 @@ class Tokenizer:
             return str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def piece(self, token: int) -> str:
-        """The vocabulary entry of an id; empty if the vocabulary does not have it."""
-        return self._tokenizer.id_to_token(token) or ""
+        """The vocabulary entry of an id; empty if the vocabulary does not have it.
+
+        Raises:
+            InputError: `token` is no id.
+        """
+        return self._tokenizer.id_to_token(whole_number(token, "id", 0, _MAX_ID)) or ""
 
     def is_special(self, token: int) -> bool:
-        """Whether an id is a special token, which `decode` leaves out."""
-        added = self._tokenizer.get_added_tokens_decoder().get(token)
+        """Whether an id is a special token, which `decode` leaves out; raises the error of `piece`."""
+        added = self._tokenizer.get_added_tokens_decoder().get(whole_number(token, "id", 0, _MAX_ID))
         return added is not None and bool(added.special)
 
     def has_id(self, token: int) -> bool:
-        """Whether an id is in the vocabulary."""
-        return self._tokenizer.id_to_token(token) is not None
+        """Whether an id is in the vocabulary; raises the error of `piece`."""
+        return self._tokenizer.id_to_token(whole_number(token, "id", 0, _MAX_ID)) is not None
 
     def token_id(self, token: str) -> int | None:
         """The id of a vocabulary entry; None if the vocabulary does not have it."""

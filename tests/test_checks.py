@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lfx.checks import NUMBER, check_shape, parse_json
+from lfx.checks import NUMBER, check_shape, file_path, parse_json
+from lfx.errors import InputError
 
 
 def test_a_key_that_appears_twice_among_many_is_named() -> None:
@@ -27,3 +28,15 @@ def test_a_number_that_no_float_holds_is_refused(text: str) -> None:
         check_shape(parse_json(f'{{"error": {text}}}'), {"error": NUMBER}, "the file")
     check_shape(parse_json('{"error": 1e308}'), {"error": NUMBER}, "the file")
     check_shape(parse_json('{"error": 0}'), {"error": NUMBER}, "the file")
+
+
+@pytest.mark.parametrize("path", [b"x", ValueError("no path")], ids=["bytes", "error"])
+def test_an_object_that_gives_no_path_is_refused(path: object) -> None:
+    class Named:
+        def __fspath__(self) -> str:
+            if isinstance(path, Exception):
+                raise path
+            return path  # type: ignore[return-value]
+
+    with pytest.raises(InputError, match=r"output is .*, which gives no path"):
+        file_path(Named(), "output")

@@ -149,6 +149,8 @@ def write_model(model: str | Path, repository: str | Path, settings: Settings) -
         ArtifactError: the bundle or plan is missing, truncated or changed, or has outputs that Triton cannot take.
         LfxError: the repository cannot be written, or the name is that of a model that lfx did not write.
     """
+    if not isinstance(settings, Settings):
+        raise InputError(f"settings is {shown(settings)}; give Settings")
     source = _open(file_path(model, "model"))
     name = _model_name(source, settings)
     _check_fit(source, settings)

@@ -7,11 +7,12 @@ import math
 import numbers
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn
 
-from lfx.errors import InputError, LfxError
+from lfx.errors import InputError, LfxError, one_line
 
 # Types of JSON values; see `check_shape`. A NUMBER is finite as a float; a COUNT may be null.
 NUMBER, COUNT = (int, float), (int, NoneType)
@@ -79,6 +80,11 @@ def flag(value: Any, name: str, error: type[LfxError] = InputError) -> bool:
     return value
 
 
+def is_iterable(value: Any) -> bool:
+    """Whether a value can be iterated over. An array without axes can not, although it is an `Iterable`."""
+    return isinstance(value, Iterable) and getattr(value, "shape", None) != ()
+
+
 def file_path(value: Any, name: str, error: type[LfxError] = InputError) -> Path:
     """Check an option that must be a path, and return it. The file need not exist.
 
@@ -90,12 +96,15 @@ def file_path(value: Any, name: str, error: type[LfxError] = InputError) -> Path
         raise error(f"{name} is {shown(value)}; give a path")
     try:
         path = Path(value)
+    except Exception as problem:  # of its own __fspath__
+        raise error(f"{name} is {shown(value)}, which gives no path ({one_line(problem, 80)})") from problem
+    try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return path
-    except (OSError, ValueError, TypeError) as problem:
+    except (OSError, ValueError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else str(problem)
-        raise error(f"{name} {shown(os.fspath(value))} cannot be opened: {reason}; give another path") from problem
+        raise error(f"{name} {shown(str(path))} cannot be opened: {reason}; give another path") from problem
     return path
 
 

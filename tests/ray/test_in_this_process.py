@@ -16,7 +16,7 @@ import pytest
 import lfx.ray
 import lfx.ray.job
 from lfx.errors import InputError
-from lfx.ray.engine import EngineOptions
+from lfx.ray.engine import DocumentEngine, EngineOptions
 from lfx.ray.job import map_documents
 from tests.conftest import MakeBundle
 from tests.ray.test_map import TWO, rows_of, rows_of_run, write_documents
@@ -46,6 +46,11 @@ def test_the_rows_of_a_map_are_those_of_lfx_run(
     assert facts["backend"].startswith("onnxruntime")
     again, _ = map_documents(source, tmp_path / "out", options, TWO, file_format=file_format)
     assert (again.documents, again.resumed_at) == (300, 300)
+
+
+def test_a_tokenizer_that_is_no_path_is_refused(bundle: MakeBundle) -> None:
+    with pytest.raises(InputError, match="tokenizer is 5; give a path"):
+        DocumentEngine(EngineOptions(bundle(), tokenizer=5))  # type: ignore[arg-type]
 
 
 def test_a_batch_of_a_dataset_gets_the_columns_of_lfx_run(bundle: MakeBundle, tmp_path: Path) -> None:

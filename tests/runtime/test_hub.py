@@ -146,6 +146,8 @@ def test_a_repository_is_public_unless_asked_for(hub: Hub, bundle: MakeBundle) -
 def test_push_refuses_what_is_no_repository(name: Any, bundle: MakeBundle) -> None:
     with pytest.raises(InputError, match="give ORG/NAME"):
         push(bundle(), name)
+    with pytest.raises(InputError, match="bundle is 5; give a path"):
+        push(5, NAME)  # type: ignore[arg-type]
 
 
 def test_push_refuses_a_broken_bundle(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:

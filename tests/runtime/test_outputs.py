@@ -81,6 +81,7 @@ def test_stream_and_ragged_runs_return_these_outputs_only(engine: Engine) -> Non
         ("pooler_output", r"outputs is 'pooler_output'; give a list of names, such as outputs=\['pooler_output'\]"),
         ([], "outputs is an empty list; give at least one of last_hidden_state, pooler_output"),
         (7, "outputs is 7; give a list of names"),
+        (np.array("pooler_output"), "outputs is array.*; give a list of names"),
     ],
 )
 def test_unknown_outputs_are_refused_with_the_list(bundle: MakeBundle, outputs: Any, message: str) -> None:
@@ -116,6 +117,7 @@ def test_options_that_do_not_fit_are_refused(bundle: MakeBundle) -> None:
         for options, message in (
             ({"output_dtype": "int8"}, "output_dtype 'int8' is not known; choose one of: float32, float16"),
             ({"output_dtype": object()}, "output_dtype"),
+            ({"output_dtype": "\ud800"}, r"output_dtype '\\ud800' is not known"),
             ({"device_outputs": 1}, "device_outputs is 1; give True or False"),
             ({"device_outputs": True, "output_dtype": "float16"}, "output_dtype converts on the host"),
             ({"device_outputs": True, "on_error": "return"}, "device_outputs is for sequences of one length"),

@@ -412,6 +412,9 @@ def test_arguments_of_another_type_are_refused(folder: Path) -> None:
         lambda: Postprocessor(tokenizer).label(None),  # type: ignore[arg-type]
         lambda: tokenizer.windows("the fox", None, 10**5000),
         lambda: tokenizer.decode(None),  # type: ignore[arg-type]
+        lambda: tokenizer.piece("fox"),  # type: ignore[arg-type]
+        lambda: tokenizer.is_special([]),  # type: ignore[arg-type]
+        lambda: tokenizer.has_id(-1),
     ):
         with pytest.raises(InputError):
             call()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lfx import __version__
-from lfx.checks import whole_number
+from lfx.checks import file_path, whole_number
 from lfx.errors import InputError
 from lfx.ray.parts import Columns
 from lfx.runtime import Engine
@@ -73,7 +73,7 @@ class DocumentEngine:
             check_cuttable(engine.signature)
         stride = None if options.stride is None else whole_number(options.stride, "stride", 1)
         max_windows = whole_number(options.max_windows, "max_windows", 1)
-        asked = None if options.tokenizer is None else Path(options.tokenizer)
+        asked = None if options.tokenizer is None else file_path(options.tokenizer, "tokenizer")
         has_tokenizer = asked is not None or (text_folder(model, engine.manifest) / TOKENIZER).exists()
         tokenizer = open_tokenizer(model, engine.manifest, engine.signature, asked) if has_tokenizer else None
         postprocessor = None if tokenizer is None else Postprocessor(tokenizer)

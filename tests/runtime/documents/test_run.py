@@ -408,6 +408,8 @@ def test_options_that_are_no_whole_numbers_are_refused(
     wrong: Any = {"stride": 5, name: options["stride"]}
     with pytest.raises(InputError, match=rf"{name} .*give a whole number, 1 or more"):
         run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", **wrong)
+    with pytest.raises(InputError, match="generation is 5; give a dict of options"):
+        run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", generation=5)  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 

@@ -292,6 +292,11 @@ def test_a_plan_of_tensorrt_rtx_is_refused_for_the_tensorrt_backend(tmp_path: Pa
         write_model(plan, tmp_path / "models", Settings(triton_backend="tensorrt"))
 
 
+def test_settings_of_another_type_are_refused(bundle: MakeBundle, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="settings is 5; give Settings"):
+        write_model(bundle(), tmp_path / "models", 5)  # type: ignore[arg-type]
+
+
 def test_attention_outputs_are_refused(bundle: MakeBundle, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exported without --output-attentions"):
         write_model(bundle(output_attentions=True), tmp_path / "models", Settings())
