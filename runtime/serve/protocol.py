@@ -172,8 +172,9 @@ class Protocol(HttpToolsProtocol):
             self._abort()
         if self._is_stopping:
             self.cycle.keep_alive = False
-        if self.cycle.scope["http_version"] == "1.0":
-            self.cycle.send = functools.partial(_send_until_closed, self.cycle, self.cycle.send)
+        cycle: Any = self.cycle
+        if cycle.scope["http_version"] == "1.0":
+            cycle.send = functools.partial(_send_until_closed, cycle, cycle.send)
 
     def on_message_complete(self) -> None:
         """End the time limit of the request."""
