@@ -172,9 +172,9 @@ class Protocol(HttpToolsProtocol):
             self._abort()
         if self._is_stopping:
             self.cycle.keep_alive = False
-        if self.cycle.scope["http_version"] == "1.0":
-            replaced = functools.partial(_send_until_closed, self.cycle, self.cycle.send)
-            self.cycle.send = replaced  # type: ignore[method-assign]
+        cycle: Any = self.cycle
+        if cycle.scope["http_version"] == "1.0":
+            cycle.send = functools.partial(_send_until_closed, cycle, cycle.send)
 
     def on_message_complete(self) -> None:
         """End the time limit of the request."""
