@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lfx.errors import InputError, LfxError, one_line
 from lfx.runtime.engine import Engine
 from lfx.runtime.generation.rows import without_padding
-from lfx.runtime.inputs import prepare
+from lfx.runtime.inputs import prepare, prepare_each
 from lfx.runtime.postprocess import Postprocessor, answer_outputs
 from lfx.runtime.streaming import AHEAD
 from lfx.runtime.tokenizer import Encoded, Tokenizer
@@ -49,10 +49,16 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Window:
-    """A window to run, and the fields of its row that are known before."""
+    """A window to run, its number in its document, and the fields of its row that are known before."""
 
     row: dict[str, Any]
     encoded: Encoded
+    number: int
+
+    @property
+    def index(self) -> int:
+        """A number that no other window of the run has, however often the run is stopped and resumed."""
+        return int(self.row["line"]) + (self.number << 32)
 
 
 @dataclass(frozen=True)
@@ -100,20 +106,21 @@ class Runner:
             yield {**row, "error": _reason(error)}
             return
         for number, window in enumerate(windows):
-            yield _Window({**row, **({"window": number} if self.stride is not None else {})}, window)
+            yield _Window({**row, **({"window": number} if self.stride is not None else {})}, window, number)
 
     def _run_group(self, group: list[_Window | dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Run the windows of a group; yields all its rows, in order."""
-        results = iter(self._outputs([item.encoded.ids for item in group if isinstance(item, _Window)]))
+        results = iter(self._outputs([item for item in group if isinstance(item, _Window)]))
         for item in group:
             yield self._row(item, next(results)) if isinstance(item, _Window) else item
 
-    def _outputs(self, sequences: list[list[int]]) -> Sequence[Outputs | Exception]:
-        """The engine's outputs for each sequence, or the exception that it raises for it."""
-        if not sequences:
+    def _outputs(self, windows: list[_Window]) -> Sequence[Outputs | Exception]:
+        """The engine's outputs for each window, or the exception that it raises for it."""
+        if not windows:
             return []
         if self.engine.signature.task == TEXT_GENERATION:
-            return self._texts(sequences)
+            return self._texts(windows)
+        sequences = [window.encoded.ids for window in windows]
         try:
             return list(self.engine.stream(sequences, ahead=AHEAD, outputs=self._output_names()))
         except MemoryError:
@@ -125,25 +132,30 @@ class Runner:
             self._check_engine(failures[0])
         return results
 
-    def _texts(self, sequences: list[list[int]]) -> Sequence[Outputs | Exception]:
-        """The ids of the text that the engine writes for each sequence, or the exception that it raises for it."""
-        results = self._generate(sequences)
-        if len(sequences) > 1:  # a batch may have failed because of one of its sequences, or of its size
+    def _texts(self, windows: list[_Window]) -> Sequence[Outputs | Exception]:
+        """The ids of the text that the engine writes for each window, or the exception that it raises for it."""
+        results = self._generate(windows)
+        if len(windows) > 1:  # a batch may have failed because of one of its sequences, or of its size
             failed = [i for i, result in enumerate(results) if isinstance(result, Exception)]
             for i in failed:
-                results[i] = self._generate([sequences[i]])[0]
+                results[i] = self._generate([windows[i]])[0]
         failures = [result for result in results if isinstance(result, Exception)]
         if len(failures) == len(results):
             self._check_engine(failures[0])
         return results
 
-    def _generate(self, sequences: list[list[int]]) -> list[Outputs | Exception]:
+    def _generate(self, windows: list[_Window]) -> list[Outputs | Exception]:
+        """`Engine.generate`, with the random numbers of each window's `index`."""
+        ids, indices = [window.encoded.ids for window in windows], [window.index for window in windows]
         try:
-            rows = self.engine.generate(sequences, on_error="return", **self.generation)
+            with self.engine.metrics.call():
+                writer = self.engine.text_writer()
+                sequences: list[Any] = list(prepare_each(ids, None, None, self.engine.signature))
+                rows = writer.write_each(sequences, writer.settings(self.generation), indices)
         except MemoryError:
             raise
         except Exception as error:
-            return [error] * len(sequences)
+            return [error] * len(windows)
         return [row if isinstance(row, LfxError) else {GENERATED: row[0]} for row in rows]
 
     def _outputs_alone(self, ids: list[int]) -> Outputs | Exception:

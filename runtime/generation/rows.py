@@ -24,6 +24,7 @@ def generate_rows(
     *,
     pad: bool,
     keep_errors: bool,
+    indices: Sequence[int] | None = None,
 ) -> list[Int64 | LfxError]:
     """Generate text for prepared sequences, in batches of similar lengths.
 
@@ -31,6 +32,7 @@ def generate_rows(
         sequences: an error among them is returned at its index.
         token_budget, supports_shape, pad: see `lfx.runtime.batching.batches`; of the encoder.
         keep_errors: return the error of a batch that fails for each of its sequences; do not raise it.
+        indices: as for `generate`.
     Returns:
         For each sequence: (num_return_sequences, tokens) from the start token on, padded to the longest of its batch;
         or its error.
@@ -41,17 +43,18 @@ def generate_rows(
     valid = [i for i, item in enumerate(sequences) if not isinstance(item, LfxError)]
     lengths = [seqlen_of(rows[i]) for i in valid]
     for group in batches(lengths, token_budget, supports_shape, pad=pad):
-        indices = [valid[i] for i in group]
+        chosen = [valid[i] for i in group]
+        numbers = chosen if indices is None else [indices[i] for i in chosen]
         try:
-            tokens = generate(model, [rows[i] for i in indices], settings, indices)
-            results: list[Any] = np.split(tokens, len(indices))
+            tokens = generate(model, [rows[i] for i in chosen], settings, numbers)
+            results: list[Any] = np.split(tokens, len(chosen))
         except ArtifactError:
             raise
         except LfxError as error:
             if not keep_errors:
                 raise
-            results = [error] * len(indices)
-        for i, result in zip(indices, results, strict=True):
+            results = [error] * len(chosen)
+        for i, result in zip(chosen, results, strict=True):
             rows[i] = result
     return rows
 

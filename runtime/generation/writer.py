@@ -81,16 +81,26 @@ class TextWriter:
         rows = cast("list[Int64]", self._rows(prepared, settings, keep_errors=False))
         return join_rows(rows, settings.fill_token_id)
 
-    def write_each(self, sequences: Sequence[Feeds | LfxError], settings: GenerationSettings) -> list[Int64 | LfxError]:
-        """Generate the rows of each sequence, or return its error."""
-        return self._rows(sequences, settings, keep_errors=True)
+    def write_each(
+        self,
+        sequences: Sequence[Feeds | LfxError],
+        settings: GenerationSettings,
+        indices: Sequence[int] | None = None,
+    ) -> list[Int64 | LfxError]:
+        """Generate the rows of each sequence, or return its error; `indices` as for `search.generate`."""
+        return self._rows(sequences, settings, keep_errors=True, indices=indices)
 
     @property
     def _searched(self) -> TextGenerator:
         return self.model if self.on_step is None else StoppableGenerator(self.model, self.on_step)
 
     def _rows(
-        self, sequences: Sequence[Feeds | LfxError], settings: GenerationSettings, *, keep_errors: bool
+        self,
+        sequences: Sequence[Feeds | LfxError],
+        settings: GenerationSettings,
+        *,
+        keep_errors: bool,
+        indices: Sequence[int] | None = None,
     ) -> list[Int64 | LfxError]:
         return generate_rows(
             self._searched,
@@ -100,4 +110,5 @@ class TextWriter:
             self.model.encoder.supports_shape,
             pad=self.model.signature.may_pad,
             keep_errors=keep_errors,
+            indices=indices,
         )

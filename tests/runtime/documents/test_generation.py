@@ -109,6 +109,28 @@ def test_a_resumed_run_has_the_seed_of_the_stopped_one(
     assert read_header(tmp_path / "other.jsonl")["generation"]["seed"] != seed  # each run draws its own
 
 
+def test_equal_documents_get_samples_of_their_own(
+    led: tuple[Engine, Tokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each chunk, and where a batch fails and its documents run alone."""
+    engine, _ = led
+    monkeypatch.setattr(documents, "CHUNK", 4)
+    source = write(tmp_path / "in.jsonl", [{"input_ids": [5, 6, 7, 2]}] * 10)
+    sampling = {"max_new_tokens": 12, "do_sample": True, "temperature": 2.0, "top_k": 0, "seed": 5}
+    run_documents(engine, None, source, tmp_path / "out.jsonl", generation=sampling)
+    assert len({tuple(row["output_ids"]) for row in rows(tmp_path / "out.jsonl")}) == 10
+    encode = GraphGenerator.encode
+
+    def fail(self: Any, sequences: Any, copies: int) -> Any:
+        if len(sequences) > 1:
+            raise LfxError("out of memory")
+        return encode(self, sequences, copies)
+
+    monkeypatch.setattr(GraphGenerator, "encode", fail)
+    run_documents(engine, None, source, tmp_path / "alone.jsonl", generation=sampling)
+    assert (tmp_path / "alone.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+
+
 def test_a_run_is_not_resumed_with_other_options(
     led: tuple[Engine, Tokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
