@@ -375,7 +375,7 @@ class Engine(OpenModel):
         self.check_usable()
         encoder, decoder = check_graphs(self._graphs, self.signature)
         if self._generation_defaults is None:
-            self._generation_defaults = defaults_of(self.path, self.manifest)
+            self._generation_defaults = defaults_of(self.path, self.text_source)
         model = GraphGenerator(encoder, decoder, self.signature, self.metrics.computed_batch)
         return TextWriter(model, self._generation_defaults, self.token_budget, on_step)
 
@@ -383,7 +383,7 @@ class Engine(OpenModel):
         if given is not None:
             return given
         if self._tokenizer is None:
-            self._tokenizer = open_tokenizer(self.path, self.manifest, self.signature)
+            self._tokenizer = open_tokenizer(self.path, self.text_source, self.signature)
         return self._tokenizer
 
     def _runner(self, request: OutputRequest) -> BatchRunner:

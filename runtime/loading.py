@@ -15,6 +15,7 @@ from lfx.runtime import backends, custom_ops
 from lfx.runtime.artifact import Artifact, open_artifact
 from lfx.runtime.hub import local_path
 from lfx.runtime.plan import SUFFIX, PlanManifest, decoder_path, json_path
+from lfx.runtime.tokenizer import ListedFolder
 from lfx.signature import PAST, PRESENT, QUANTIZED, Signature
 
 COMPUTE_PRECISIONS = ("fp32", "bf16")
@@ -28,6 +29,7 @@ class LoadedModel:
     Attributes:
         path: the bundle, ONNX file or plan; for a repository of the hub, its folder in the hub's cache.
         manifest: None for a single ONNX file.
+        around: the bundle that a single ONNX file is in, if any, which has its tokenizer; else None.
         artifact: the files of a bundle or ONNX file; None for a plan.
         kernels: "fused" if lfx's own kernels run all attention nodes, "function" otherwise.
         graphs: the encoder's and the decoder's graph of a model that writes texts, of which `backend` is the first;
@@ -40,6 +42,7 @@ class LoadedModel:
     manifest: Manifest | PlanManifest | None
     artifact: Artifact | None
     kernels: str
+    around: ListedFolder | None = None
     graphs: tuple[backends.TensorBackend, backends.TensorBackend] | None = None
 
 
@@ -92,7 +95,7 @@ def _stamps(file: Path) -> list[tuple[int, ...] | None]:
     if file.suffix == SUFFIX and not file.is_dir():
         files = [file, decoder_path(file), json_path(file)]
     else:
-        files = [file, file / MANIFEST, file.parent / MANIFEST]
+        files = [file, file / MANIFEST, file.parent / MANIFEST, file.absolute().parent.parent / MANIFEST]
     return [_stamp(path) for path in files]
 
 
@@ -147,7 +150,7 @@ def _load_plan(
 
     loaded = TensorRt(plan, manifest)
     graphs = (loaded, TensorRtDecoder(plan, manifest)) if manifest.decoder_plan is not None else None
-    return LoadedModel(plan, loaded, manifest.signature, manifest, None, built_with, graphs)
+    return LoadedModel(plan, loaded, manifest.signature, manifest, None, built_with, graphs=graphs)
 
 
 def _load_onnx(
@@ -171,7 +174,8 @@ def _load_onnx(
             decoder = model.with_name(signature.decoder.model_file)
             graphs = (loaded, backends.load(decoder, backend, provider, threads, precision, stored))
     used = loaded.kernels if isinstance(loaded, backends.OnnxRuntime) else "function"
-    return LoadedModel(path, loaded, signature, artifact.manifest, artifact, used, graphs)
+    around = ListedFolder.around(path) if artifact.manifest is None else None
+    return LoadedModel(path, loaded, signature, artifact.manifest, artifact, used, around, graphs)
 
 
 def _check_weight_bits(path: Path, signature: Signature, provider: str) -> None:

@@ -27,6 +27,7 @@ class OpenModel:
         self._forked = False
         model = load_model(path, backend, provider, threads, precision, kernels)
         self.manifest, self.signature = model.manifest, model.signature
+        self._around = model.around
         self._files = tuple(model.artifact.files.values()) if model.artifact is not None else ()
         self._backend: backends.Backend | None = model.backend
         self._graphs = model.graphs
@@ -40,6 +41,11 @@ class OpenModel:
     def graphs(self) -> tuple[backends.TensorBackend, backends.TensorBackend] | None:
         """The encoder and the decoder of an open model that writes texts; None for other models."""
         return self._graphs
+
+    @property
+    def text_source(self) -> Any:
+        """The manifest, or for a single ONNX file the bundle that it was in when it was opened; see `text_files`."""
+        return self.manifest if self.manifest is not None else self._around
 
     @property
     def identity(self) -> str:

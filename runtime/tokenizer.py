@@ -461,6 +461,36 @@ def _default_prompt(data: bytes | None, path: Path) -> str:
     return prompt
 
 
+@dataclass(frozen=True)
+class ListedFolder:
+    """The bundle of a single .onnx file that is no bundle's own: its folder, or in the layout of the hub the one above.
+
+    Attributes:
+        folder: the bundle.
+        files: those that its lfx.json lists.
+    """
+
+    folder: Path
+    files: Mapping[str, Any]
+
+    @classmethod
+    def around(cls, model: Path) -> ListedFolder | None:
+        """Find and read the bundle of an .onnx file; None if it is in none.
+
+        Raises:
+            ArtifactError: the lfx.json is broken.
+        """
+        folder = _folder_around(model)
+        files = listed_files(folder)
+        return None if files is None else cls(folder, files)
+
+
+def _folder_around(model: Path) -> Path:
+    folder = model.absolute().parent
+    is_layout = folder.name == LAYOUT_FOLDER and (folder.parent / MANIFEST).is_file()
+    return folder.parent if is_layout else folder
+
+
 def text_folder(model: Path, manifest: Any) -> Path:
     """Return the folder of the tokenizer: the bundle, or for a plan the bundle of that name in the plan's folder.
 
@@ -468,7 +498,8 @@ def text_folder(model: Path, manifest: Any) -> Path:
     layout of the hub is the folder around it.
 
     Args:
-        model: the bundle, the .onnx file or the plan. manifest: of an Engine that opened it.
+        model: the bundle, the .onnx file or the plan.
+        manifest: `text_source` of an Engine that opened it.
     Raises:
         ArtifactError: the bundle of that name is not the one that the plan was built from.
     """
@@ -481,15 +512,15 @@ def text_files(model: Path, manifest: Any) -> tuple[Path, Mapping[str, Any] | No
     The files are those of that manifest, not of the lfx.json in the folder, which may have been replaced. For a folder
     that is no such bundle they are None.
     """
+    if isinstance(manifest, ListedFolder):
+        return manifest.folder, manifest.files
     if isinstance(manifest, Manifest):
         return (model if model.is_dir() else model.parent), manifest.files
     if model.is_dir():
         return model, None
     recorded = getattr(manifest, "bundle", None)
     if not recorded:
-        around = model.parent.parent
-        in_layout = manifest is None and model.parent.name == LAYOUT_FOLDER and (around / MANIFEST).is_file()
-        return around if in_layout else model.parent, None
+        return _folder_around(model) if manifest is None else model.parent, None
     bundle = file_path(model.parent / Path(str(recorded.get("name", ""))).name, "the bundle that the plan names")
     if not bundle.is_dir():
         return model.parent, None
@@ -507,7 +538,7 @@ def open_tokenizer(model: Path, manifest: Any, signature: Signature, given: Path
 
     Args:
         model: the bundle, the .onnx file or the plan.
-        manifest, signature: those of an Engine that opened it.
+        manifest, signature: `text_source` and `signature` of an Engine that opened it.
         given: folder of a tokenizer that replaces the model's; None = the model's.
     Raises:
         ArtifactError: there is no tokenizer, or it is broken.

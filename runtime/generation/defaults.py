@@ -16,7 +16,8 @@ def defaults_of(model: Path, manifest: Any) -> dict[str, Any]:
     """The defaults of a model's options: those of its bundle, or those that a plan was built with.
 
     Args:
-        model: path of the bundle, ONNX file or plan. manifest: its manifest; None for a single ONNX file.
+        model: path of the bundle, ONNX file or plan.
+        manifest: `text_source` of an Engine that opened it.
     Raises:
         ArtifactError: see `read_defaults`.
     """

@@ -91,8 +91,8 @@ class ServedModel:
         self._tokenizer: Tokenizer | None = None
         self._postprocessor: Postprocessor | None = None
         folder = None if settings.tokenizer is None else Path(settings.tokenizer)
-        if folder is not None or (text_folder(self.engine.path, self.engine.manifest) / TOKENIZER).exists():
-            self._tokenizer = open_tokenizer(self.engine.path, self.engine.manifest, self.signature, folder)
+        if folder is not None or (text_folder(self.engine.path, self.engine.text_source) / TOKENIZER).exists():
+            self._tokenizer = open_tokenizer(self.engine.path, self.engine.text_source, self.signature, folder)
             self._postprocessor = Postprocessor(self._tokenizer)
         self.engine.warm_up()
         # The Service takes a request while fewer than max_pending texts are in progress; it has up to max_inputs texts.

@@ -144,8 +144,8 @@ class TritonModel:
             token_budget=int(values.get("token_budget", TOKEN_BUDGET)),
         )
         tokenizer = None
-        if finds_tokenizer(path, engine.manifest):
-            tokenizer = open_tokenizer(path, engine.manifest, engine.signature)
+        if finds_tokenizer(path, engine.text_source):
+            tokenizer = open_tokenizer(path, engine.text_source, engine.signature)
         engine.warm_up()
         return cls(engine, tokenizer)
 

@@ -20,7 +20,7 @@ from lfx.runtime.artifact import check_bundle, unchanged
 from lfx.runtime.postprocess import Postprocessor
 from lfx.runtime.tokenizer import open_tokenizer
 from lfx.runtime.triton import repository
-from tests.conftest import MakeBundle, MakeLed
+from tests.conftest import MakeBundle, MakeLed, MakeOnce
 
 IDS = [5, 6, 7, 8, 9]
 
@@ -75,6 +75,24 @@ def test_an_open_engine_takes_no_options_of_another_bundle(led_bundle: MakeLed, 
             ArtifactError, match=r"generation_config\.json was changed .* was replaced since it was opened"
         ):
             engine.generate([IDS])
+
+
+def test_an_open_engine_of_a_file_in_a_bundle_takes_no_texts_and_options_of_another(
+    led_bundle: MakeLed, made_once: MakeOnce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = made_once("led-hf", lambda new: relayout(led_bundle(7)[1], new / "hf")) / "hf"
+    folder = Path(shutil.copytree(layout, tmp_path / "a"))
+    monkeypatch.chdir(folder / "onnx")
+    with Engine("encoder_model.onnx") as first, Engine(folder / "onnx" / "encoder_model.onnx") as second:
+        edit: Any = {"generation_config": lambda options: options.update(num_beams=3), "tokenizer": turn_vocabulary}
+        replace(folder, edited(folder, tmp_path / "b", **edit))
+        for engine in (first, second):
+            with pytest.raises(
+                ArtifactError, match=r"generation_config\.json was changed .* was replaced since it was"
+            ):
+                engine.generate([IDS])
+            with pytest.raises(ArtifactError, match=r"tokenizer\.json was changed .* was replaced since it was opened"):
+                open_tokenizer(engine.path, engine.text_source, engine.signature)
 
 
 def test_labels_are_those_that_the_tokenizer_was_opened_with(bundle: MakeBundle, tmp_path: Path) -> None:

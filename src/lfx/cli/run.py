@@ -264,7 +264,7 @@ def run_documents(
     from lfx.runtime.tokenizer import TOKENIZER, text_folder
 
     reader = None
-    if tokenizer or (text_folder(engine.path, engine.manifest) / TOKENIZER).exists():
+    if tokenizer or (text_folder(engine.path, engine.text_source) / TOKENIZER).exists():
         reader = open_tokenizer(model, engine, tokenizer)
     start = time.perf_counter()
     try:
@@ -298,7 +298,7 @@ def open_tokenizer(model: Path, engine: Engine, given: Path | None) -> Tokenizer
     """Open the tokenizer in the folder `given`, or the model's own; see `lfx.runtime.tokenizer.open_tokenizer`."""
     from lfx.runtime import tokenizer
 
-    return tokenizer.open_tokenizer(engine.path, engine.manifest, engine.signature, given)
+    return tokenizer.open_tokenizer(engine.path, engine.text_source, engine.signature, given)
 
 
 def _pair_help(choices: bool) -> str:

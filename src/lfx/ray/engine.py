@@ -74,8 +74,8 @@ class DocumentEngine:
         stride = None if options.stride is None else whole_number(options.stride, "stride", 1)
         max_windows = whole_number(options.max_windows, "max_windows", 1)
         asked = None if options.tokenizer is None else file_path(options.tokenizer, "tokenizer")
-        has_tokenizer = asked is not None or (text_folder(model, engine.manifest) / TOKENIZER).exists()
-        tokenizer = open_tokenizer(model, engine.manifest, engine.signature, asked) if has_tokenizer else None
+        has_tokenizer = asked is not None or (text_folder(model, engine.text_source) / TOKENIZER).exists()
+        tokenizer = open_tokenizer(model, engine.text_source, engine.signature, asked) if has_tokenizer else None
         postprocessor = None if tokenizer is None else Postprocessor(tokenizer)
         self._runner = engine, tokenizer, postprocessor, stride, max_windows
         self.columns = Columns.of(engine.signature, tokenizer is not None, stride is not None)
