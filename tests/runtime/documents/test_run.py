@@ -194,8 +194,8 @@ def test_parquet_in_and_out(engine: Engine, tokenizer: Tokenizer, tmp_path: Path
         ("x" * 5000, "out.jsonl", "the input .* cannot be opened: File name too long"),
         ("in.jsonl", "x" * 5000 + ".jsonl", "the output .* cannot be opened: File name too long"),
         ("in.jsonl", "x" * 244 + ".jsonl", "the journal of this run, cannot be opened: .*File name too long"),
-        ("a\0.jsonl", "out.jsonl", "the input .* cannot be opened: embedded null byte"),
-        ("in.jsonl", "a\0.jsonl", "the output .* cannot be opened: embedded null byte"),
+        ("a\0.jsonl", "out.jsonl", "the input .* cannot be opened: .*embedded null"),
+        ("in.jsonl", "a\0.jsonl", "the output .* cannot be opened: .*embedded null"),
     ],
 )
 def test_bad_paths_are_refused(

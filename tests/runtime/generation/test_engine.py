@@ -127,8 +127,13 @@ def test_rows_of_several_batches_have_hugging_faces_fill(options: dict[str, Any]
     ids = np.array([sequence + [1] * (300 - len(sequence)) for sequence in sequences])
     mask = (np.arange(300) < np.array([[len(sequence)] for sequence in sequences])).astype(np.int64)
     feeds = {"input_ids": ids, "attention_mask": mask, "global_attention_mask": np.eye(1, 300, dtype=np.int64) * mask}
-    chosen = {"max_new_tokens": 20, "pad_token_id": 0, "eos_token_id": list(range(2, VOCAB_SIZE, 5)), **options}
     with Engine(led_bundle()[1], threads=1, token_budget=1) as engine:
+        written = engine.generate(sequences, max_new_tokens=20, eos_token_id=None, **options)[:, 1:].tolist()
+        lengths = {
+            end: {row.index(end) if end in row else 20 for row in written} for end in {*itertools.chain(*written)}
+        }
+        end = max(lengths, key=lambda end: len(lengths[end]))  # texts that end with it have the most different lengths
+        chosen = {"max_new_tokens": 20, "pad_token_id": 0, "eos_token_id": end, **options}
         tokens = engine.generate(sequences, **chosen)
         widths = {engine.generate(sequence, **chosen).shape[1] for sequence in sequences}
     assert len(widths) > 1
