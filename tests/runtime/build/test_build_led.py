@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -66,6 +67,7 @@ def test_both_graphs_are_converted_and_give_the_bundle_s_logits(precision: str, 
 
 def test_the_prepared_graphs_write_the_bundle_s_texts(led: Path, tmp_path: Path) -> None:
     prepare(led, tmp_path, "fp16")
+    shutil.copy(led / "generation_config.json", tmp_path)
     ids = np.random.default_rng(0).integers(3, 90, (1, 40))
     with Engine(led) as engine, Engine(tmp_path / ENCODER, "onnxruntime") as half:
         options = {"max_new_tokens": 12, "num_beams": 2, "eos_token_id": 2}
