@@ -16,6 +16,7 @@ from lfx.export.quantize.calibration import CalibrationReader
 from lfx.export.quantize.graph import finalize_quantized, join_weights
 from lfx.export.quantize.head import separate_head
 from lfx.parity import Arrays
+from lfx.runtime.backends.onnxruntime import check_threads
 from lfx.signature import Signature
 
 
@@ -78,6 +79,7 @@ def _quantize_graph(
     source: Path, target: Path, calibration: Iterable[Arrays], layers: Mapping[str, str], steps: Steps
 ) -> None:
     """Run ONNX Runtime's quantizer over the MatMul nodes in `layers`."""
+    check_threads(None, may_choose=False)  # its sessions have the default number
     with _quiet_quantizer():
         ortq.quantize_static(
             str(source),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ PROVIDERS = {
 }
 
 _log = logging.getLogger("lfx")
+# Time in which the system frees threads that have ended; until then it counts them.
+_RELEASE_SECONDS = 1.0
 
 
 class OnnxRuntime(AnyShape, HostTensors):
@@ -58,7 +61,7 @@ class OnnxRuntime(AnyShape, HostTensors):
                 f"this onnxruntime {ort.__version__} has no {provider_name}; install it with: "
                 "pip install 'longformer-lfx[gpu]', or use provider='cpu'"
             )
-        _check_threads(threads)
+        check_threads(threads)
         self._make_tensor = ort.OrtValue.ortvalue_from_numpy
         # Cached keys and values stay in the memory of the device.
         self._device = "cpu" if provider == "cpu" else "cuda"
@@ -181,16 +184,33 @@ def _session(ort: Any, model: Path, provider: str, options: tuple[int | None, bo
         raise ArtifactError(f"{model} cannot be loaded by ONNX Runtime: {with_cure(error)}") from error
 
 
-def _check_threads(threads: int | None) -> None:
+def check_threads(threads: int | None, *, may_choose: bool = True) -> None:
     """Check that the system starts the threads of a session: ONNX Runtime hangs if it refuses one but not the first.
 
     The calling thread is one of those of a run. By default ONNX Runtime has one for each core, which may be half of
     what `os.cpu_count` returns.
 
+    Args:
+        threads: number of threads; None = ONNX Runtime's default.
+        may_choose: whether the user may give another number.
     Raises:
         DependencyError: it refuses one.
     """
     wanted = (os.cpu_count() or 1) if threads is None else threads
+    allowed, deadline = _startable(wanted), time.monotonic() + _RELEASE_SECONDS
+    while allowed < wanted and time.monotonic() < deadline:  # those of an Engine just closed may still count
+        time.sleep(_RELEASE_SECONDS / 50)
+        allowed = max(allowed, _startable(wanted))
+    if allowed < wanted:
+        fewer = f", or give threads={allowed} (--threads {allowed})" if may_choose else ""
+        raise DependencyError(
+            f"the system starts only {allowed} of {wanted} threads (ulimit -u, or the limit of processes of the "
+            f"container); raise that limit{fewer}"
+        )
+
+
+def _startable(wanted: int) -> int:
+    """How many of these threads the system starts, the calling one included; when this returns, it has freed them."""
     started: list[threading.Thread] = []
     end = threading.Event()
     try:
@@ -198,16 +218,22 @@ def _check_threads(threads: int | None) -> None:
             thread = threading.Thread(target=end.wait, daemon=True)
             thread.start()
             started.append(thread)
-    except RuntimeError as error:
-        allowed = 1 + len(started)
-        raise DependencyError(
-            f"the system starts only {allowed} of {wanted} threads (ulimit -u, or the limit of processes of the "
-            f"container); raise that limit, or give threads={allowed} (--threads {allowed})"
-        ) from error
+    except RuntimeError:
+        pass
     finally:
         end.set()
         for thread in started:
             thread.join()
+        _wait_until_freed([thread.native_id for thread in started])
+    return 1 + len(started)
+
+
+def _wait_until_freed(threads: Sequence[int | None]) -> None:
+    """Wait until Linux has freed threads that were joined: it counts one for a moment longer, up to its entry's end."""
+    deadline = time.monotonic() + _RELEASE_SECONDS
+    for thread in threads:
+        while Path(f"/proc/self/task/{thread}").exists() and time.monotonic() < deadline:
+            time.sleep(0.0005)
 
 
 def _session_options(ort: Any, threads: int | None, fused: bool) -> Any:

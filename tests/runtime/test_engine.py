@@ -694,11 +694,39 @@ def test_threads_that_the_system_refuses_are_an_error(bundle: MakeBundle, monkey
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    before = threading.active_count()
+    folder, before = bundle(), threading.active_count()
     monkeypatch.setattr(threading.Thread, "start", start_three)
+    monkeypatch.setattr("lfx.runtime.backends.onnxruntime._RELEASE_SECONDS", 0.05)
     with pytest.raises(DependencyError, match=r"starts only 4 of 16 threads .*; .* give threads=4 \(--threads 4\)"):
-        Engine(bundle(), threads=16)
+        Engine(folder, threads=16)
     assert threading.active_count() == before
+
+
+def test_threads_that_the_system_still_counts_are_waited_for(
+    bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of an Engine just closed; and its own, of which none is left when ONNX Runtime starts its threads."""
+    start, exists, refusals = threading.Thread.start, Path.exists, iter(range(2))
+    looked_up: list[Path] = []
+
+    def start_later(thread: threading.Thread) -> None:
+        if next(refusals, None) is not None:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def stays_for_a_moment(path: Path, **options: Any) -> bool:
+        if path.parent != Path("/proc/self/task"):
+            return exists(path, **options)
+        looked_up.append(path)
+        return looked_up.count(path) < 3 or exists(path)
+
+    folder = bundle()
+    monkeypatch.setattr(threading.Thread, "start", start_later)
+    monkeypatch.setattr(Path, "exists", stays_for_a_moment)
+    with Engine(folder, threads=3) as engine:
+        assert engine.threads == 3
+    assert len(set(looked_up)) == 2
+    assert len(looked_up) >= 6
 
 
 @pytest.mark.skipif(HAS_CUDA, reason="this onnxruntime has the CUDA provider")
