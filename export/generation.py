@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.models.led import modeling_led as led
 
-from lfx.checks import whole_number
+from lfx.checks import shown, whole_number
 from lfx.errors import ExportError
 from lfx.export.describe import describe
 from lfx.export.graph import finalize_graph
@@ -127,18 +127,27 @@ def _read_batch_from_ids(model: ir.Model) -> None:
     """Take every batch size from input_ids.
 
     The tracer takes it from any input. The rows of one text may share the encoder's tensors, whose batch is then 1.
+
+    Raises:
+        ExportError: a node reads it together with other sizes.
     """
     ids = next(value for value in model.graph.inputs if value.name == "input_ids")
     assert ids.shape is not None
     others = {value for value in model.graph.inputs if value.shape is not None and value.shape[0] == ids.shape[0]}
     for node in model.graph.all_nodes():
-        reads_first_axis = node.op_type == "Shape" and _ends(node) == (0, 1)
-        if reads_first_axis and node.inputs[0] in others:
+        axes = _axes(node) if node.op_type == "Shape" else range(0)
+        if len(axes) > 1 and 0 in axes:
+            raise ExportError(
+                f"a module of the decoder reads the batch together with other sizes ({shown(node.name)}), so that rows "
+                "of one text cannot share the encoder's states; read each size on its own, such as x.shape[0]"
+            )
+        if 0 in axes and node.inputs[0] in others:
             node.replace_input_with(0, ids)
-        assert node.op_type != "Shape" or reads_first_axis or _ends(node)[0] > 0, node
 
 
-def _ends(node: ir.Node) -> tuple[int, int | None]:
-    """The first axis, and the one after the last, of which a Shape node gives the sizes."""
+def _axes(node: ir.Node) -> range:
+    """The axes of which a Shape node gives the sizes; of a tensor of unknown axes, as if it had two."""
     start, end = node.attributes.get("start"), node.attributes.get("end")
-    return (start.as_int() if start else 0), (end.as_int() if end else None)
+    value = node.inputs[0]
+    rank = 2 if value is None or value.shape is None else len(value.shape)
+    return range(rank)[(start.as_int() if start else 0) : (end.as_int() if end else None)]

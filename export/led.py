@@ -37,6 +37,12 @@ def cache_names(prefix: str, layers: int, part: str) -> list[str]:
     return [f"{prefix}.{i}.{part}.{name}" for i in range(layers) for name in ("key", "value")]
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is an nn.Linear, without hooks and without a forward of its own."""
+    changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and not changed
+
+
 def split_heads(attention: led.LEDDecoderAttention, states: torch.Tensor) -> torch.Tensor:
     """(B, S, H·D) -> (B, H, S, D)."""
     return states.view(*states.shape[:2], attention.num_heads, attention.head_dim).transpose(1, 2)
@@ -134,7 +140,8 @@ class GenerationDecoder(nn.Module):
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         head, bias = self.model.lm_head, self.model.final_logits_bias
-        if head.weight is not self.model.led.decoder.embed_tokens.weight:
+        is_tied = is_linear(head) and head.weight is self.model.led.decoder.embed_tokens.weight
+        if not is_tied or head.bias is not None:
             plain: torch.Tensor = head(hidden) + bias
             return plain
         # Gemm reads the weight that it shares with the embedding as it is stored. A MatMul would need it transposed.

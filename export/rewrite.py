@@ -35,7 +35,7 @@ from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError
 from lfx.export.functions import DOMAIN, VERSION
-from lfx.export.led import GenerationEncoder, LEDDecoder, LEDModel
+from lfx.export.led import GenerationEncoder, LEDDecoder, LEDModel, is_linear
 from lfx.export.loop_attention import LoopSelfAttention
 from lfx.export.unpadded import SELF_ATTENTION, replace_attention, replace_classes
 from lfx.export.windows import both_sides
@@ -235,8 +235,7 @@ def _ranges(heads: list[int]) -> list[tuple[int, int]]:
 
 def _is_plain(projection: nn.Module) -> bool:
     """Return whether a projection is an nn.Linear with a bias, without hooks and without a forward of its own."""
-    changed = projection._forward_hooks or projection._forward_pre_hooks or "forward" in vars(projection)
-    return type(projection) is nn.Linear and projection.bias is not None and not changed
+    return is_linear(projection) and projection.bias is not None
 
 
 def attention_windows(model: nn.Module) -> list[int]:

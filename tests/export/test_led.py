@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -293,6 +294,41 @@ def test_a_subclass_of_the_self_attention_keeps_its_own_code(tmp_path: Path) -> 
     model.led.encoder.layers[0].self_attn.longformer_self_attn.__class__ = Doubled
     with Engine(export(model, tmp_path / "bundle"), threads=1) as engine:
         assert not compare_engine(engine, model, quick_cases, lambda step: None).failures()
+
+
+class Scaled(nn.Linear):
+    """A head with a forward of its own."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return super().forward(0.5 * states)
+
+
+@fast_if(lambda head: head is Scaled)
+@pytest.mark.parametrize("head", [Scaled, nn.Linear])
+def test_modules_of_the_user_s_own_in_the_decoder_are_traced(head: type[nn.Linear], tmp_path: Path) -> None:
+    """A LayerNorm without weights, and a head that has the embeddings' weight and a bias."""
+    model = tiny_led(encoder_layers=1, decoder_layers=1, attention_window=[8])
+    model.led.decoder.layers[0].final_layer_norm = nn.LayerNorm(32, elementwise_affine=False)
+    model.lm_head = head(32, VOCAB_SIZE)
+    model.lm_head.weight = model.led.shared.weight
+    nn.init.normal_(model.lm_head.bias)
+    export(model, tmp_path / "bundle")  # compares it with the model
+
+
+@pytest.mark.parametrize(("ends", "refused"), [("", True), ("start = -2", True), ("start = -1", False)])
+def test_sizes_that_are_read_with_the_batch_are_refused(ends: str, refused: bool) -> None:
+    """The batch is that of the ids, and the rows of one text may share the other tensors."""
+    graph = ir.from_onnx_text(
+        f"""<ir_version: 8, opset_import: ["": 18]>
+        decoder (int64[batch, tokens] input_ids, float[batch, sequence] mask) => (int64[1] size, int64[n] sizes)
+        {{ size = Shape <start = 0, end = 1> (mask)  sizes = Shape {f"<{ends}>" if ends else ""} (mask) }}"""
+    )
+    if refused:
+        with pytest.raises(ExportError, match=r"reads the batch together with other sizes .*; read each size on its"):
+            generation._read_batch_from_ids(graph)
+        return
+    generation._read_batch_from_ids(graph)
+    assert [node.inputs[0].name for node in graph.graph if node.inputs[0]] == ["input_ids", "mask"]
 
 
 @fast_if(lambda options: "max_global" not in options)

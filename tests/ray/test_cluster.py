@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
 import lfx.ray.actor
 from lfx.ray.actor import DocumentActor
+from lfx.ray.cluster import connected
 from lfx.ray.engine import EngineOptions
 
 # A process of its own: a signal, or the error that it raises, must not reach the process of the tests.
@@ -41,6 +44,24 @@ def test_sigterm_while_ray_starts_is_handled_as_at_other_times(status: int) -> N
     code = SIGTERM_WHILE_RAY_STARTS.format(status=status)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("interrupted True\n", 0), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "brings_job"),
+    [(None, True), ("10.0.0.1:6379", True), ("ray://10.0.0.1:10001", False), ("auto", False)],
+)
+def test_a_job_keeps_its_folder_out_unless_it_runs_in_the_cluster(
+    address: str | None, brings_job: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray sends the options of a job of ray:// as JSON, which a JobConfig is not."""
+    monkeypatch.setenv("RAY_ADDRESS", "ray://10.0.0.2:10001")
+    given: list[dict[str, Any]] = []
+    ray: Any = ModuleType("ray")
+    vars(ray).update(is_initialized=lambda: False, init=lambda **options: given.append(options), shutdown=lambda: None)
+    vars(ray).update(job_config=SimpleNamespace(JobConfig=object), _private=SimpleNamespace(worker=SimpleNamespace()))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with connected(address):
+        assert ("job_config" in given[0]) == brings_job
 
 
 def test_sigterm_while_an_actor_imports_ends_the_actor(monkeypatch: pytest.MonkeyPatch) -> None:

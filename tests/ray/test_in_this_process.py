@@ -66,6 +66,8 @@ def test_a_batch_of_a_dataset_gets_the_columns_of_lfx_run(bundle: MakeBundle, tm
         if "outputs" in other:
             assert row["outputs"]["logits"] == pytest.approx(other["outputs"]["logits"])
             assert row["answers"] == other["answers"]
+    alone = documents(batch.select(["text"]))
+    assert alone.equals(documents(batch).drop_columns(["key"]))
     with pytest.raises(InputError, match="the dataset has a column 'tokens', the name of a result; rename it"):
         documents(batch.append_column("tokens", batch["key"]))
 

@@ -49,8 +49,9 @@ class Documents:
             raise InputError(f"the dataset has a column {taken[0]!r}, the name of a result; rename it")
         documents = table.select([name for name in _INPUT_COLUMNS if name in table.column_names])
         rows, _ = self._engine.rows(parquet_document(documents, i) for i in range(table.num_rows))
-        kept = table.drop_columns([name for name in _INPUT_COLUMNS if name in table.column_names])
-        kept = kept.take(pyarrow.array([row["line"] for row in rows], pyarrow.int64()))
-        for name, column_type in results:
-            kept = kept.append_column(name, pyarrow.array([row.get(name) for row in rows], column_type))
-        return kept
+        lines = pyarrow.array([row["line"] for row in rows], pyarrow.int64())
+        kept = [i for i, name in enumerate(table.column_names) if name not in _INPUT_COLUMNS]
+        columns = [table.column(i).take(lines) for i in kept]
+        columns += [pyarrow.array([row.get(name) for row in rows], column_type) for name, column_type in results]
+        fields = [*(table.schema.field(i) for i in kept), *(pyarrow.field(*result) for result in results)]
+        return pyarrow.table(columns, pyarrow.schema(fields, table.schema.metadata))

@@ -65,7 +65,8 @@ def connected(address: str | None) -> Iterator[ModuleType]:
     """Connect to Ray, and yield the module `ray`; a connection that exists already is used and left open.
 
     Args:
-        address: address of a cluster, such as 10.0.0.1:6379. Default: Ray is started on this machine, and stopped.
+        address: address of a cluster, such as 10.0.0.1:6379 or ray://10.0.0.1:10001. Default: Ray is started on this
+            machine, and stopped.
     Raises:
         LfxError: there is no cluster, or Ray cannot start.
         DependencyError: ray is not installed.
@@ -76,11 +77,12 @@ def connected(address: str | None) -> Iterator[ModuleType]:
     if ray.is_initialized():
         yield ray
         return
-    local: dict[str, Any] = {"include_dashboard": False} if address is None else {}
+    options: dict[str, Any] = {"include_dashboard": False} if address is None else {}
     try:
         with _own_signals():
-            job = _job_without_current_folder(ray)
-            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", job_config=job, **local)
+            if not _has_proxy(address):
+                options["job_config"] = _job_without_current_folder(ray)
+            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **options)
     except Exception as error:
         what = "Ray cannot start" if address is None else f"no Ray cluster at {address}"
         raise LfxError(f"{what}: {one_line(error)}") from error
@@ -90,6 +92,13 @@ def connected(address: str | None) -> Iterator[ModuleType]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _has_proxy(address: str | None) -> bool:
+    """Whether the job is a process of the cluster, as with ray://HOST:PORT; it has nothing of the current folder."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS")
+    return address is not None and "://" in address
 
 
 def _job_without_current_folder(ray: Any) -> Any:
