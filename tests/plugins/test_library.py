@@ -156,16 +156,18 @@ def test_a_group_has_no_more_products_than_needed_and_each_load_feeds_all_row_ti
 ) -> None:
     # Scores and context of 16 queries by 32 keys take products of 16 by 8 by 16; a load is of two operands for all row
     # tiles. A fragment of the queries is loaded once, before the keys or for each group. With two row tiles there is a
-    # group of 16 keys too, which loads the fragments again that are not kept.
+    # group of 16 keys too, which loads the fragments again that are not kept. Counted is the code that a warp reaches
+    # that has not diverged: for others nvcc repeats some of it.
     seen = 0
     for (_, name), text in code(architecture).items():
         if re.search(rf"bandedAttentionTensorCores.*Li{head_size}ELi{row_tiles}E", name):
-            keys, steps = (32, head_size // 16) if row_tiles == 1 else (32 + 16, head_size // 16)
+            keys, steps = 32 if row_tiles == 1 else 32 + 16, head_size // 16
             kept = {32: steps, 64: KEPT_STEPS.get(architecture, steps), 128: 0}[head_size]
             again = steps - kept if row_tiles == 2 else 0
             products = 2 * (keys // 8) * steps
-            assert len(re.findall(r"\bHMMA\.", text)) == products * row_tiles, name
-            assert len(re.findall(r"\bLDSM\.", text)) == products // 2 + (steps + again) * row_tiles, name
+            blocks = sass.basic_blocks(text).values()
+            assert sum(b.count("HMMA") for b in blocks) == products * row_tiles, name
+            assert sum(b.count("LDSM") for b in blocks) == products // 2 + (steps + again) * row_tiles, name
             seen += 1
     assert seen == 2
 
