@@ -140,16 +140,16 @@ class GenerationDecoder(nn.Module):
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         head, bias = self.model.lm_head, self.model.final_logits_bias
-        is_tied = is_linear(head) and head.weight is self.model.led.decoder.embed_tokens.weight
-        if not is_tied or head.bias is not None:
+        if not is_linear(head) or head.weight is not self.model.led.decoder.embed_tokens.weight:
             plain: torch.Tensor = head(hidden) + bias
             return plain
+        bias = bias.to(hidden.dtype) if head.bias is None else bias.to(hidden.dtype) + head.bias
         # Gemm reads the weight that it shares with the embedding as it is stored. A MatMul would need it transposed.
         flat = hidden.view(-1, hidden.shape[-1])
         vocab_size = head.weight.shape[0]
         logits = ops.symbolic(
             "Gemm",
-            (flat, head.weight, bias.to(hidden.dtype).view(-1)),
+            (flat, head.weight, bias.view(-1)),
             {"transB": 1},
             dtype=hidden.dtype,
             shape=(flat.shape[0], vocab_size),

@@ -102,6 +102,10 @@ def push(
     """
     if not isinstance(repository, str) or (match := _REPOSITORY.fullmatch(repository)) is None or match[2] is not None:
         raise InputError(f"repository is {shown(repository)}; give ORG/NAME")
+    if repository.endswith(_NOT_FOLDERS):
+        raise InputError(
+            f"repository is {shown(repository)}, which lfx opens as a file; give ORG/NAME without that end"
+        )
     flag(private, "private")
     if not isinstance(revision, str | None):
         raise InputError(f"revision is {shown(revision)}; give the name of a branch, or leave it out")
@@ -116,15 +120,16 @@ def push(
         api = HfApi(library_name="lfx", library_version=lfx.__version__)
         progress(f"making the repository {repository}")
         api.create_repo(repository, private=private, exist_ok=True)
-        names = [*manifest.files, MANIFEST, *([_SIGNATURE] if (folder / _SIGNATURE).is_file() else [])]
-        added = [CommitOperationAdd(name, str((folder / name).resolve())) for name in names]
-        if CARD not in names and _may_write_card(api, repository, revision):
-            added.append(CommitOperationAdd(CARD, card))
-        stale = [name for name in _earlier_files(api, repository, revision) if name not in names]
-        deleted = [
-            CommitOperationDelete(name) for name in stale if api.file_exists(repository, name, revision=revision)
-        ]
-        progress(f"uploading {len(added)} files" + (f", deleting {len(deleted)}" if deleted else ""))
+        with unchanged(folder, manifest):
+            names = [*manifest.files, MANIFEST, *([_SIGNATURE] if (folder / _SIGNATURE).is_file() else [])]
+            added = [CommitOperationAdd(name, str((folder / name).resolve())) for name in names]
+            if CARD not in names and _may_write_card(api, repository, revision):
+                added.append(CommitOperationAdd(CARD, card))
+            stale = [name for name in _earlier_files(api, repository, revision) if name not in names]
+            deleted = [
+                CommitOperationDelete(name) for name in stale if api.file_exists(repository, name, revision=revision)
+            ]
+            progress(f"uploading {len(added)} files" + (f", deleting {len(deleted)}" if deleted else ""))
         operations: list[Any] = [*added, *deleted]
         message = f"Bundle of lfx {manifest.signature.lfx_version}: {manifest.signature.architecture}"
         with unchanged(folder, manifest):

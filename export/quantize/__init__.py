@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +226,8 @@ def _layers(folder: Path, manifest: Manifest, keep_float: Sequence[str]) -> dict
     models = {name: onnx.load(str(folder / name), load_external_data=False) for name in files}
     all_layers = [layer for model in models.values() for layer in linear_layers(model, ()).values()]
     for pattern in keep_float:
-        if not any(fnmatch(name, pattern) for name in all_layers):
+        left = [layer for model in models.values() for layer in linear_layers(model, [pattern]).values()]
+        if len(left) == len(all_layers):
             raise ExportError(f"keep_float {pattern!r} matches no linear layer; the layers are {', '.join(all_layers)}")
     layers = {name: linear_layers(model, keep_float) for name, model in models.items()}
     if not any(layers.values()):

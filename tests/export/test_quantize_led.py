@@ -19,7 +19,7 @@ from onnx import external_data_helper, numpy_helper
 from lfx.cli import cli
 from lfx.errors import ArtifactError, ExportError, InputError, ParityError
 from lfx.export import export
-from lfx.export.quantize import quantize
+from lfx.export.quantize import _layers, quantize
 from lfx.export.quantize.generation import compare_texts
 from lfx.export.validate import compare_engine
 from lfx.files import copy
@@ -269,6 +269,12 @@ def test_layers_are_kept_by_graph(
         assert any(node.op_type == "QuantizeLinear" for node in graph.node) == (name != float_file)
     with Engine(folder) as engine:
         assert engine.generate(windows_of(text)[0], **OPTIONS).shape[0] == 1
+
+
+def test_a_tied_head_is_kept_by_the_name_of_its_embedding(led_bundle: MakeLed) -> None:
+    folder = led_bundle()[1]
+    layers = _layers(folder, Manifest.read(folder), ["led.decoder.embed_tokens"])
+    assert sorted(layers[FILES[1]].values()) == sorted({*LAYERS[FILES[1]]} - {"lm_head"})
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ def test_a_repository_is_public_unless_asked_for(hub: Hub, bundle: MakeBundle) -
     assert not hub.repositories[NAME].private
 
 
-@pytest.mark.parametrize("name", ["", "name", "a/b/c", "org/name@main", None])
+@pytest.mark.parametrize("name", ["", "name", "a/b/c", "org/name@main", "org/name.onnx", "org/name.plan", None])
 def test_push_refuses_what_is_no_repository(name: Any, bundle: MakeBundle) -> None:
     with pytest.raises(InputError, match="give ORG/NAME"):
         push(bundle(), name)
@@ -158,6 +158,19 @@ def test_push_refuses_a_broken_bundle(hub: Hub, bundle: MakeBundle, tmp_path: Pa
     with pytest.raises(ArtifactError, match=r"config\.json has 2 bytes"):
         push(copied, NAME)
     assert not hub.requests
+
+
+def test_nothing_is_pushed_of_a_bundle_that_was_replaced(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:
+    folder, other = (shutil.copytree(bundle(task), tmp_path / task) for task in ("fill-mask", "text-classification"))
+
+    def replace(step: str) -> None:
+        if step.startswith("uploading"):
+            folder.rename(tmp_path / "before")
+            other.rename(folder)
+
+    with pytest.raises(LfxError, match="was replaced or changed while it was read; run it again"):
+        push(folder, NAME, progress=replace)
+    assert not hub.repositories[NAME].files
 
 
 def test_the_card_has_the_validation_table(bundle: MakeBundle) -> None:
