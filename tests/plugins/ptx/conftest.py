@@ -18,13 +18,13 @@ KernelFolder = Callable[[int], Path]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave to the fast part the first case of each kernel in each test that test_kernels.py has too."""
+    """Leave to the fast part the first case of each kernel in each test that test_kernels.py has too, if it is short."""
     seen = set()
     for item in items:
         if isinstance(item, pytest.Function) and item.path.name == "test_kernels_in_ptx.py":
             parameters = item.callspec.params if hasattr(item, "callspec") else {}
             key = item.originalname, parameters.get("precision"), parameters.get("wide")
-            if key in seen:
+            if key in seen or "long_sequence" in item.name:
                 item.add_marker(pytest.mark.slow)
             seen.add(key)
 
