@@ -18,7 +18,7 @@ KernelFolder = Callable[[int], Path]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave to the fast part the first case of each kernel in each test that test_kernels.py has too, if it is short."""
+    """Leave to the fast part the first case of each kernel in each test that test_kernels.py has too, but long ones."""
     seen = set()
     for item in items:
         if isinstance(item, pytest.Function) and item.path.name == "test_kernels_in_ptx.py":
