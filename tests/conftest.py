@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import gc
 import inspect
@@ -19,6 +18,7 @@ from hypothesis import settings
 from lfx.export import export, validate
 from lfx.export.load import weights_sha256
 from tests.models import VOCAB_SIZE, save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from tests.once import fill_once
 
 MakeBundle = Callable[..., Path]
 MakeLed = Callable[..., tuple[Any, Path]]
@@ -74,14 +74,8 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
         root = root.parent  # of all workers
 
     def folder_of(name: str, make: Callable[[Path], object]) -> Path:
-        folder, unfinished = root / name, root / f"{name}.unfinished"
-        with (root / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be making it
-            if not folder.exists():
-                shutil.rmtree(unfinished, ignore_errors=True)
-                unfinished.mkdir()
-                make(unfinished)
-                unfinished.rename(folder)
+        folder = root / name
+        fill_once(folder, make, folder)
         return folder
 
     return folder_of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import platform
@@ -11,6 +10,8 @@ import subprocess
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from tests.once import fill_once
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "plugins"
@@ -42,20 +43,17 @@ def built_once(name: str, make: Callable[[Path], object]) -> Path:
 
     It is made once for the sources and compilers as they are, whichever process and session of tests asks for it first.
     """
-    folder, unfinished = BUILT / f"{name}-{_sources()}", BUILT / f"{name}.unfinished"
-    if folder.exists():
-        return folder
-    BUILT.mkdir(parents=True, exist_ok=True)
-    with (BUILT / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making it
-        if not folder.exists():
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            make(unfinished)
-            unfinished.rename(folder)
-            builds = BUILT.glob(f"{name}-{'[0-9a-f]' * DIGITS}")
-            for old in sorted(builds, key=lambda path: path.stat().st_mtime)[:-KEPT]:
-                shutil.rmtree(old)
+
+    def build(unfinished: Path) -> None:
+        make(unfinished)
+        builds = BUILT.glob(f"{name}-{'[0-9a-f]' * DIGITS}")
+        for old in sorted(builds, key=lambda path: path.stat().st_mtime)[: 1 - KEPT]:  # this one is not among them yet
+            shutil.rmtree(old)
+
+    folder = BUILT / f"{name}-{_sources()}"
+    if not folder.exists():
+        BUILT.mkdir(parents=True, exist_ok=True)
+        fill_once(folder, build, BUILT / name)
     return folder
 
 
