@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.led import modeling_led as led
 
 from lfx.signature import PAST, PRESENT, TEXT_GENERATION
+from lfx.torch.attention import is_linear
 
 LED_CLASSES = {  # task -> class of an LED
     "feature-extraction": "LEDModel",
@@ -35,12 +36,6 @@ def cache_names(prefix: str, layers: int, part: str) -> list[str]:
         part: "decoder" for self-attention, "encoder" for cross-attention.
     """
     return [f"{prefix}.{i}.{part}.{name}" for i in range(layers) for name in ("key", "value")]
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Return whether a module is an nn.Linear, without hooks and without a forward of its own."""
-    changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and not changed
 
 
 def split_heads(attention: led.LEDDecoderAttention, states: torch.Tensor) -> torch.Tensor:

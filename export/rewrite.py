@@ -35,11 +35,12 @@ from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError
 from lfx.export.functions import DOMAIN, VERSION
-from lfx.export.led import GenerationEncoder, LEDDecoder, LEDModel, is_linear
+from lfx.export.led import GenerationEncoder, LEDDecoder, LEDModel
 from lfx.export.loop_attention import LoopSelfAttention
 from lfx.export.unpadded import SELF_ATTENTION, replace_attention, replace_classes
 from lfx.export.windows import both_sides
 from lfx.signature import ATTENTIONS, GLOBAL_ATTENTIONS
+from lfx.torch.attention import is_plain
 
 # Local and global probabilities of each self-attention, in the order of the calls; the second is None without globals.
 Attentions = list[tuple[torch.Tensor, torch.Tensor | None]]
@@ -206,7 +207,7 @@ class _SelfAttention(LoopSelfAttention):
             (B, G, H·D).
         """
         projections = (self.key_global, self.value_global)
-        if all(map(_is_plain, projections)):
+        if all(map(is_plain, projections)):
             op = self._global_context_op()
             inputs = [query, hidden_states, key_mask, *(t for p in projections for t in (p.weight, p.bias))]
         else:  # an adapter's projection is more than its weight and bias, so the module is called
@@ -231,11 +232,6 @@ def _ranges(heads: list[int]) -> list[tuple[int, int]]:
         else:
             ranges.append((head, head + 1))
     return ranges
-
-
-def _is_plain(projection: nn.Module) -> bool:
-    """Return whether a projection is an nn.Linear with a bias, without hooks and without a forward of its own."""
-    return is_linear(projection) and projection.bias is not None
 
 
 def attention_windows(model: nn.Module) -> list[int]:

@@ -96,7 +96,7 @@ class AcceleratedAttention(nn.Module):
         position = tokens.global_index.clamp(min=0).long()[:, :, None].expand(-1, -1, width)
         query = _project(self.query_global, hidden.gather(1, position))
         projections = (self.key_global, self.value_global)
-        if tokens.global_index.shape[1] >= self.head_dim or not all(map(_is_plain, projections)):
+        if tokens.global_index.shape[1] >= self.head_dim or not all(map(is_plain, projections)):
             key, value = (_project(projection, hidden) for projection in projections)
             rows: torch.Tensor = global_attention(query, key, value, tokens.key_mask, num_heads=self.num_heads)
             return rows
@@ -129,14 +129,19 @@ def check_inference(module: nn.Module, output_attentions: Any) -> None:
 
 def _project(projection: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Call a projection; one of a user's own gets (S, B, hidden), as Hugging Face's attention gives it."""
-    if _is_plain(projection):
+    if is_plain(projection):
         plain: torch.Tensor = projection(hidden)
         return plain
     own: torch.Tensor = projection(hidden.transpose(0, 1))
     return own.transpose(0, 1)
 
 
-def _is_plain(projection: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is an nn.Linear, without hooks and without a forward of its own."""
+    changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and not changed
+
+
+def is_plain(projection: nn.Module) -> bool:
     """Whether a projection is an nn.Linear with a bias, without hooks and without a forward of its own."""
-    changed = projection._forward_hooks or projection._forward_pre_hooks or "forward" in vars(projection)
-    return type(projection) is nn.Linear and projection.bias is not None and not changed
+    return is_linear(projection) and projection.bias is not None
