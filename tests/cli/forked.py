@@ -20,8 +20,9 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 _SERVER = """
 import gc, json, os, signal, sys
 import lfx.cli, lfx.cli.terminal, lfx.export, lfx.export.validate, lfx.runtime, onnxruntime
-import torch._dynamo, torch.onnx._internal.exporter._core
+import torch._dynamo, torch.onnx._internal.exporter._core, tqdm
 
+tqdm.tqdm.get_lock()  # a semaphore of this process; Python 3.14 warns of one that a copy makes, and leaves by os._exit
 gc.freeze()  # a copy does not search the objects of torch for garbage
 for line in sys.stdin:
     job = json.loads(line)

@@ -3,7 +3,6 @@
 // Source: PTX ISA, "Integer Arithmetic Instructions".
 #include "lanewise.h"
 
-#include <tuple>
 #include <type_traits>
 
 namespace lfx::ptx
@@ -82,7 +81,9 @@ T absolute(T a)
 template <typename T, bool kREMAINDER>
 void divideIntegers(Instruction const& instruction, Lanes& lanes, uint32_t executing)
 {
-    auto const [target, a, b] = std::tuple(instruction.operands[0], instruction.operands[1], instruction.operands[2]);
+    auto const target = instruction.operands[0];
+    auto const a = instruction.operands[1];
+    auto const b = instruction.operands[2];
     Registers& registers = lanes.registers;
     uint32_t defined = registers.defined<T>(a) & registers.defined<T>(b);
     forEachLane(executing, [&](int lane) {
