@@ -136,7 +136,7 @@ def run_documents(
 
 def _header(runner: Runner, digest: str) -> dict[str, Any]:
     """The header of a journal: all that decides the rows. `digest` is the input's sha256."""
-    return {"journal": 2, "lfx": __version__, "input": digest, **row_options(runner)}
+    return {"journal": 2, "lfx": __version__, "input": digest, **row_options(runner), "kernels": runner.engine.kernels}
 
 
 def row_options(runner: Runner) -> dict[str, Any]:

@@ -265,6 +265,24 @@ def test_a_journal_of_another_input_or_stride_is_not_resumed(
         assert run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", stride=stride).resumed_at == 0
 
 
+def test_a_stopped_run_is_not_resumed_with_other_kernels(bundle: MakeBundle, tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.jsonl", texts(3)), tmp_path / "out.jsonl"
+
+    def stop(step: str) -> None:
+        raise KeyboardInterrupt
+
+    with Engine(bundle(CLASSIFIER), kernels="fused", threads=1) as engine:
+        tokenizer = Tokenizer(bundle(CLASSIFIER), engine.signature)
+        with pytest.raises(KeyboardInterrupt):
+            run_documents(engine, tokenizer, source, output, progress=stop)
+        with (
+            Engine(bundle(CLASSIFIER), kernels="function", threads=1) as other,
+            pytest.raises(InputError, match="finished documents of a run with another kernels; run it with the same"),
+        ):
+            run_documents(other, tokenizer, source, output)
+        assert run_documents(engine, tokenizer, source, output).resumed_at == 3
+
+
 def command(bundle: Path, folder: Path, *options: str) -> list[str]:
     """The command `lfx run` on a file of documents."""
     arguments = ["run", str(bundle), "--input", str(folder / "in.jsonl"), "--output", str(folder / "out.jsonl")]
