@@ -149,6 +149,8 @@ def test_version_is_that_of_the_package() -> None:
         ["run", "x"],
         ["run", "x", "--text", "a", "--input", "b"],
         ["run", "x", "--text", "a", "--threads", "0"],
+        ["run", "x", "--text", "a", "--output", "rows.jsonl"],
+        ["run", "x", "--input", "documents.json", "--output", "rows.PARQUET"],
         ["inspect"],
         ["inspect", "x", "y"],
         ["parity", "x", "--cases", "many"],
