@@ -157,6 +157,19 @@ def test_each_window_of_a_document_begins_with_the_question(bundle: MakeBundle, 
         assert all("answer" in row["answers"][0] for row in rows(tmp_path / "out.jsonl")[:-1])
 
 
+@pytest.mark.parametrize("stride", [None, 60])
+def test_a_question_about_an_empty_document_is_refused(stride: int | None, bundle: MakeBundle, tmp_path: Path) -> None:
+    with Engine(bundle("question-answering"), threads=1) as engine:
+        tokenizer = Tokenizer(bundle("question-answering"), engine.signature)
+        source = write(tmp_path / "in.jsonl", [{"text": "the fox", "pair": pair} for pair in ("", "  ", "dog")])
+        assert run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", stride=stride).refused == 2
+        *refused, answered = rows(tmp_path / "out.jsonl")
+        assert {row["error"] for row in refused} == {
+            "the document, given as pair, has no tokens, so the question has no answer in it"
+        }
+        assert answered["answers"][0]["answer"] == "dog"
+
+
 def test_documents_of_ids_need_no_tokenizer(engine: Engine, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [{"input_ids": [0, 5, 6, 2]}, {"text": "fox"}])
     assert run_documents(engine, None, source, tmp_path / "out.jsonl").refused == 1
