@@ -444,6 +444,16 @@ def test_options_that_are_no_whole_numbers_are_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+@pytest.mark.parametrize("name", ["progress", "report"])
+def test_a_callback_that_is_no_function_is_refused(
+    name: str, engine: Engine, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    wrong: Any = {name: 5}
+    source = write(tmp_path / "in.jsonl", texts(1))
+    with pytest.raises(InputError, match=f"{name} is 5; give a function"):
+        run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", **wrong)
+
+
 def test_a_document_of_too_many_windows_is_refused_by_number(
     engine: Engine, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
