@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn
 
-from lfx.checks import real_number, whole_number
+from lfx.checks import function, real_number, whole_number
 from lfx.errors import InputError, LfxError, OverloadError, one_line
 from lfx.runtime import forks
 from lfx.runtime.batch_runner import Outputs
@@ -46,7 +46,11 @@ class _RequestFuture(Future[Outputs]):
         """As `Future.add_done_callback`, but an exception of `fn` ends neither a worker nor other callbacks.
 
         It is logged. A SystemExit or KeyboardInterrupt is raised again, unless a worker is calling.
+
+        Raises:
+            InputError: `fn` is no function.
         """
+        function(fn, "fn")
 
         def call(future: Future[Outputs]) -> None:
             try:

@@ -100,7 +100,7 @@ def write_rows(lines: Callable[[], Iterator[bytes]], output: Path, outputs: Sequ
 
 
 def _bytes_lines(source: Source) -> Iterator[bytes]:
-    """Yield the lines of a file; of a longer line than `_MAX_LINE_BYTES`, its first `_MAX_LINE_BYTES` + 1 bytes."""
+    """Yield the lines of a file; of a line of more than `_MAX_LINE_BYTES`, its first `_MAX_LINE_BYTES` + 1 bytes."""
     try:
         with source.open("rb") as file:
             while line := file.readline(_MAX_LINE_BYTES + 1):
@@ -113,7 +113,7 @@ def _bytes_lines(source: Source) -> Iterator[bytes]:
 
 def _json_document(line: bytes) -> Any:
     """Parse one line; an InputError if it is too long, not UTF-8 or not JSON."""
-    if len(line) > _MAX_LINE_BYTES:
+    if len(line) - line.endswith(b"\n") > _MAX_LINE_BYTES:
         return InputError(f"a line of more than {_MAX_LINE_BYTES:,} bytes; split the document")
     try:
         return parse_json(line.decode("utf-8-sig"))

@@ -267,7 +267,10 @@ def _encode(
         raise InputError(f"{signature.task} needs the question as text and the document as pair")
     if tokenizer is None:
         raise InputError("the model has no tokenizer, so documents must have input_ids")
-    return [tokenizer.encode(text, pair)] if stride is None else tokenizer.windows(text, pair, stride)
+    windows = [tokenizer.encode(text, pair)] if stride is None else tokenizer.windows(text, pair, stride)
+    if TASKS[signature.task].needs_pair and not windows[0].document:
+        raise InputError("the document, given as pair, has no tokens, so the question has no answer in it")
+    return windows
 
 
 def _checked_id(value: Any) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lfx import __version__
-from lfx.checks import LARGEST, file_path, shown, whole_number
+from lfx.checks import LARGEST, file_path, function, shown, whole_number
 from lfx.errors import InputError, one_line, require
 from lfx.files import is_disk_full
 from lfx.manifest import sha256
@@ -95,6 +95,7 @@ def run_documents(
         )
     stride = None if stride is None else whole_number(stride, "stride", 1)
     max_windows = whole_number(max_windows, "max_windows", 1)
+    progress, report = function(progress, "progress"), function(report, "report")
     source, output = _check_files(engine, source, output)
     if not isinstance(generation, Mapping | None):
         raise InputError(f"generation is {shown(generation)}; give a dict of options, or leave it out")
@@ -136,7 +137,7 @@ def run_documents(
 
 def _header(runner: Runner, digest: str) -> dict[str, Any]:
     """The header of a journal: all that decides the rows. `digest` is the input's sha256."""
-    return {"journal": 2, "lfx": __version__, "input": digest, **row_options(runner)}
+    return {"journal": 2, "lfx": __version__, "input": digest, **row_options(runner), "kernels": runner.engine.kernels}
 
 
 def row_options(runner: Runner) -> dict[str, Any]:

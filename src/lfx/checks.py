@@ -80,6 +80,17 @@ def flag(value: Any, name: str, error: type[LfxError] = InputError) -> bool:
     return value
 
 
+def function(value: Any, name: str, error: type[LfxError] = InputError) -> Any:
+    """Check an option that must be callable, and return it.
+
+    Raises:
+        LfxError: of type `error`: the value cannot be called.
+    """
+    if not callable(value):
+        raise error(f"{name} is {shown(value)}; give a function")
+    return value
+
+
 def is_iterable(value: Any) -> bool:
     """Whether a value can be iterated over. An array without axes can not, although it is an `Iterable`."""
     return isinstance(value, Iterable) and getattr(value, "shape", None) != ()

@@ -15,6 +15,7 @@ from lfx.cli import bench as cli_bench
 from lfx.cli.bench import run_bench
 from lfx.errors import InputError
 from lfx.runtime import Engine, bench
+from lfx.signature import TEXT_GENERATION
 from tests.cli.forked import Commands
 from tests.conftest import MakeBundle, SmallDisk
 from tests.models import save_tiny_checkpoint
@@ -104,6 +105,19 @@ def test_a_plot_has_the_requested_name(name: str, tmp_path: Path) -> None:
     bench.check_plot(tmp_path / name)
     bench.plot([{"contender": "a", "batch": 1, "seqlen": 64, "tokens_per_second": 1.0}], tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "reason"),
+    [
+        (TEXT_GENERATION, {"only": ("logits",)}, "--only is for models with outputs"),
+        (TEXT_GENERATION, {"plot": Path("plot.png")}, "--plot is not drawn for models that write texts"),
+        ("fill-mask", {"new_tokens": 5}, "--new-tokens is for models that write texts"),
+    ],
+)
+def test_an_option_of_other_tasks_is_refused(task: str, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        cli_bench._check_task(task, **{"new_tokens": None, "only": (), "plot": None, **options})
 
 
 def test_a_plot_in_an_unknown_format_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers.models.longformer.modeling_longformer import LongformerSelfAtt
 
 from lfx.errors import BuildError, ExportError
 from lfx.export import export
-from lfx.export.probe import adds_globals, default_global_of, granularity, ignores_padding, is_unchanged
+from lfx.export.probe import adds_globals, check_rows, default_global_of, granularity, ignores_padding, is_unchanged
 from lfx.runtime import build_engine
 from lfx.signature import GRAPH_INPUTS, TASKS, Signature, TensorSpec
 from tests.marks import fast_if
@@ -270,6 +270,25 @@ class Far(nn.Module):
 def test_a_head_that_reads_distant_padding_is_detected() -> None:
     outputs = (TensorSpec("output", "float32", ("batch", 32)),)
     assert not ignores_padding(Far().eval(), signature(max_seqlen=598, outputs=outputs))
+
+
+class Score(nn.Module):
+    """One number for each sequence: near 0 for a short one, and with other rounding in a wider batch."""
+
+    def __init__(self, difference: float) -> None:
+        super().__init__()
+        self.model, self.difference = tiny_model(**ONE_LAYER), difference
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        score = torch.where(attention_mask.sum(dim=1) < 9, 0.001, 0.5)
+        return score + self.difference if input_ids.shape[1] > 9 else score
+
+
+def test_the_rounding_of_a_number_near_zero_is_no_dependency_on_other_sequences() -> None:
+    outputs = (TensorSpec("output", "float32", ("batch",)),)
+    check_rows(Score(1e-7).eval(), signature(outputs=outputs))
+    with pytest.raises(ExportError, match="output output of a sequence depends on the other sequences of its batch"):
+        check_rows(Score(1e-4).eval(), signature(outputs=outputs))
 
 
 def test_a_task_of_another_class_is_refused(tmp_path: Path) -> None:

@@ -208,6 +208,15 @@ def test_requests_fail_when_the_engine_is_closed_first(bundle: MakeBundle) -> No
             batcher.submit([3, 4]).result(LONG)
 
 
+def test_a_callback_that_is_no_function_is_refused(bundle: MakeBundle) -> None:
+    wrong: Any = 5
+    with Engine(bundle(), threads=1) as engine, Batcher(engine) as batcher:
+        future = batcher.submit([3, 4])
+        with pytest.raises(InputError, match="fn is 5; give a function"):
+            future.add_done_callback(wrong)
+        assert future.result(LONG)
+
+
 def test_a_callback_may_submit_again_after_the_engine_is_closed(bundle: MakeBundle) -> None:
     engine = Engine(bundle(), threads=1)
     again: list[Future[Any]] = []

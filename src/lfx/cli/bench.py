@@ -140,7 +140,7 @@ def run_bench(
             raise InputError(
                 "multiple-choice is not measured: its batches have a third axis; give another task's model"
             )
-        _check_task(signature.task, new_tokens, plot)
+        _check_task(signature.task, new_tokens, only, plot)
         lengths = _checked_lengths(lengths, signature.max_seqlen)
         new_tokens = _checked_new_tokens(signature, new_tokens)
         step(f"attention runs in {'fused kernels' if engine.kernels == 'fused' else 'function bodies'}")
@@ -169,10 +169,12 @@ def run_bench(
         echo(f"peak memory of the process: {(rows[-1]['peak_memory_bytes'] or 0) / 1e9:.2f} GB")
 
 
-def _check_task(task: str, new_tokens: int | None, plot: Path | None) -> None:
+def _check_task(task: str, new_tokens: int | None, only: tuple[str, ...], plot: Path | None) -> None:
     """Raise InputError for an option that models of this task do not have."""
     if task != TEXT_GENERATION and new_tokens is not None:
         raise InputError(f"--new-tokens is for models that write texts, and this one is for {task}; leave it out")
+    if task == TEXT_GENERATION and only:
+        raise InputError("--only is for models with outputs, and this one writes texts; leave it out")
     if task == TEXT_GENERATION and plot is not None:
         raise InputError("--plot is not drawn for models that write texts; leave it out")
 

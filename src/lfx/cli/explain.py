@@ -56,10 +56,13 @@ def command(
     import numpy as np
 
     from lfx.cli.explain_page import TOP, write
+    from lfx.runtime.documents.formats import is_documents
     from lfx.runtime.hub import local_path
     from lfx.runtime.postprocess import Postprocessor
     from lfx.runtime.strongest import strongest
 
+    if file is not None and is_documents(file):
+        raise click.UsageError(f"--input {file} is a file of documents, and the page shows one text; give it as --text")
     text = text if text is not None else read_text(file)
     with progress() as step:
         step("opening the bundle")

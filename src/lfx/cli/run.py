@@ -78,6 +78,11 @@ def command(
     documents = file if file is not None and is_documents(file) else None
     if documents is not None and (output is None or pair):
         raise click.UsageError("documents need --output FILE.jsonl or FILE.parquet, and no --pair")
+    if documents is None and output is not None and is_documents(output):
+        raise click.UsageError(
+            f"--output {output} is for results of documents, and the input is one text: name the documents .jsonl "
+            "(.ndjson) or .parquet, or give a .npz file, for the arrays of the text"
+        )
     if documents is None and stride is not None:
         raise click.UsageError("--stride is for documents: --input FILE.jsonl or FILE.parquet")
     if stride is None and max_windows is not None:

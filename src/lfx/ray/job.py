@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfx.checks import file_path, one_of
+from lfx.checks import file_path, function, one_of
 from lfx.errors import ArtifactError, InputError, one_line
 from lfx.files import is_disk_full
 from lfx.ray.actor import Piece
@@ -82,6 +82,7 @@ def map_documents(
             makes the others.
     """
     one_of(file_format, "file_format", FORMATS)
+    function(progress, "progress"), function(report, "report")
     source, output = str(source), file_path(output, "the output").absolute()
     if not output.parent.is_dir() or (output.exists() and not output.is_dir()):
         raise InputError(f"{output} cannot be written: it is no folder, or the folder that it is in does not exist")

@@ -118,7 +118,7 @@ def _differing(header: dict[str, Any], line: bytes) -> str:
     """The keys by which the header of another run differs."""
     try:
         theirs = parse_json(line)
-        keys = [key for key in header if header[key] != theirs[key]]
+        keys = [key for key in header if key in theirs and header[key] != theirs[key]]
     except (ValueError, KeyError, TypeError):
         keys = []
     return ", ".join(keys) or "version of lfx"

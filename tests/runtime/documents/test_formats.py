@@ -266,6 +266,16 @@ def test_a_line_above_the_limit_is_one_refused_document(tmp_path: Path, monkeypa
     assert "a line of more than 40 bytes" in str(long[1])
 
 
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_line_of_the_limit_is_read(end: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfx.runtime.documents.formats._MAX_LINE_BYTES", 18)
+    (tmp_path / "in.jsonl").write_bytes(b'{"input_ids": [5]}\n' + b'{"input_ids": [6]}' + end)
+    assert [document for _, document in read_documents(tmp_path / "in.jsonl")] == [
+        {"input_ids": [5]},
+        {"input_ids": [6]},
+    ]
+
+
 def test_a_file_of_many_columns_is_read(tmp_path: Path) -> None:
     # A search that is quadratic in the number of columns would take minutes.
     table = pyarrow.table({"text": ["fox"], **{f"c{i}": pyarrow.nulls(1, pyarrow.int8()) for i in range(20_000)}})

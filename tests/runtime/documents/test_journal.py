@@ -52,8 +52,13 @@ def test_complete_chunks_are_resumed_and_the_rest_is_truncated(tmp_path: Path) -
 def test_finished_documents_of_another_run_are_not_lost(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     whole = stopped(output).read_bytes()
-    for change, differing in (({"input": "b", "stride": 2}, "input, stride"), ({"stride": 2}, "stride")):
-        header = {**HEADER, **change}
+    for header, differing in (
+        ({**HEADER, "input": "b", "stride": 2}, "input, stride"),
+        ({**HEADER, "stride": 2}, "stride"),
+        ({**HEADER, "generation": {}}, "generation"),
+        ({**HEADER, "input": "b", "generation": None}, "input, generation"),
+        ({key: HEADER[key] for key in ("journal", "input")}, "stride"),
+    ):
         with pytest.raises(InputError, match=f"partial has finished documents of a run with another {differing}; run"):
             reopened(output, header)
         assert journal_path(output).read_bytes() == whole

@@ -157,6 +157,19 @@ def test_each_window_of_a_document_begins_with_the_question(bundle: MakeBundle, 
         assert all("answer" in row["answers"][0] for row in rows(tmp_path / "out.jsonl")[:-1])
 
 
+@pytest.mark.parametrize("stride", [None, 60])
+def test_a_question_about_an_empty_document_is_refused(stride: int | None, bundle: MakeBundle, tmp_path: Path) -> None:
+    with Engine(bundle("question-answering"), threads=1) as engine:
+        tokenizer = Tokenizer(bundle("question-answering"), engine.signature)
+        source = write(tmp_path / "in.jsonl", [{"text": "the fox", "pair": pair} for pair in ("", "  ", "dog")])
+        assert run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", stride=stride).refused == 2
+        *refused, answered = rows(tmp_path / "out.jsonl")
+        assert {row["error"] for row in refused} == {
+            "the document, given as pair, has no tokens, so the question has no answer in it"
+        }
+        assert answered["answers"][0]["answer"] == "dog"
+
+
 def test_documents_of_ids_need_no_tokenizer(engine: Engine, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [{"input_ids": [0, 5, 6, 2]}, {"text": "fox"}])
     assert run_documents(engine, None, source, tmp_path / "out.jsonl").refused == 1
@@ -263,6 +276,24 @@ def test_a_journal_of_another_input_or_stride_is_not_resumed(
             run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", stride=stride)
         journal_path(tmp_path / "out.jsonl").unlink()
         assert run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", stride=stride).resumed_at == 0
+
+
+def test_a_stopped_run_is_not_resumed_with_other_kernels(bundle: MakeBundle, tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.jsonl", texts(3)), tmp_path / "out.jsonl"
+
+    def stop(step: str) -> None:
+        raise KeyboardInterrupt
+
+    with Engine(bundle(CLASSIFIER), kernels="fused", threads=1) as engine:
+        tokenizer = Tokenizer(bundle(CLASSIFIER), engine.signature)
+        with pytest.raises(KeyboardInterrupt):
+            run_documents(engine, tokenizer, source, output, progress=stop)
+        with (
+            Engine(bundle(CLASSIFIER), kernels="function", threads=1) as other,
+            pytest.raises(InputError, match="finished documents of a run with another kernels; run it with the same"),
+        ):
+            run_documents(other, tokenizer, source, output)
+        assert run_documents(engine, tokenizer, source, output).resumed_at == 3
 
 
 def command(bundle: Path, folder: Path, *options: str) -> list[str]:
@@ -411,6 +442,16 @@ def test_options_that_are_no_whole_numbers_are_refused(
     with pytest.raises(InputError, match="generation is 5; give a dict of options"):
         run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", generation=5)  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["progress", "report"])
+def test_a_callback_that_is_no_function_is_refused(
+    name: str, engine: Engine, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    wrong: Any = {name: 5}
+    source = write(tmp_path / "in.jsonl", texts(1))
+    with pytest.raises(InputError, match=f"{name} is 5; give a function"):
+        run_documents(engine, tokenizer, source, tmp_path / "out.jsonl", **wrong)
 
 
 def test_a_document_of_too_many_windows_is_refused_by_number(
