@@ -105,6 +105,13 @@ _WITHOUT_EFFECT = frozenset(
 CONFIG_OPTIONS = frozenset(_DEFAULTS) - {"seed"} | frozenset(_UNSUPPORTED)
 
 
+def changes_nothing(name: str, value: Any) -> bool:
+    """Whether a value of one of Hugging Face's options is the default, or does not decide tokens."""
+    plain = type(value) in (bool, int, float, list)  # an array's comparison is no bool
+    known = _UNSUPPORTED[name] if name in _UNSUPPORTED else (_DEFAULTS.get(name),)
+    return value is None or name in _WITHOUT_EFFECT or (plain and value in known)
+
+
 @dataclass(frozen=True)
 class GenerationSettings:
     """Checked options of `Engine.generate`.
@@ -212,8 +219,7 @@ def _check_names(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Non
         label = name if name.isprintable() and len(name) <= 80 else shown(name)
         source = "" if name in options else f" of {CONFIG_FILE}"
         if name in _UNSUPPORTED:
-            plain = type(value) in (bool, int, float, list)  # an array's comparison is no bool
-            if value is not None and not (plain and value in _UNSUPPORTED[name]):
+            if not changes_nothing(name, value):
                 raise InputError(
                     f"{name} {shown(value)}{source} is not supported; "
                     f"{'leave it out' if name in options else f'give {name}=None to generate without it'}"
