@@ -11,6 +11,7 @@ import transformers
 from lfx.checks import json_text
 from lfx.errors import ExportError, one_line
 from lfx.export.settings import read_object, without_code
+from lfx.runtime.generation.settings import changes_nothing
 
 _LIMITS = ("max_length", "max_seq_length", "model_max_length")
 _TOKENIZERS = (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
@@ -42,6 +43,28 @@ def write_config(config: Any, folder: Path) -> None:
     except Exception as error:
         raise ExportError(f"the model's config cannot be written as JSON: {one_line(error)}") from error
     _write(folder / "config.json", settings)
+
+
+def check_generation_config(model: Any) -> None:
+    """Check that a model's config sets no option of generation.
+
+    transformers 5 takes them from `generation_config` alone, and writes no texts where the config has others.
+
+    Raises:
+        ExportError: it does, and they differ from those of the model's generation_config.
+    """
+    read = getattr(model.config, "_get_generation_parameters", dict)
+    options = getattr(model, "generation_config", None)
+    ignored = [
+        name
+        for name, value in sorted(read().items())
+        if not changes_nothing(name, value) and value != getattr(options, name, None)
+    ]
+    if ignored:
+        raise ExportError(
+            f"the model's config sets {', '.join(ignored)}, which transformers 5 takes from generation_config alone; "
+            "set them in model.generation_config, and delete them from model.config"
+        )
 
 
 def write_generation_config(model: Any, folder: Path) -> None:

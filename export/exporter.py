@@ -19,7 +19,13 @@ from lfx.errors import ExportError, one_line
 from lfx.export.attentions import check_layout, without_attentions
 from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.export.checkpoint import Fetch, fetcher
-from lfx.export.companions import check_tokenizer, write_config, write_generation_config, write_tokenizer
+from lfx.export.companions import (
+    check_generation_config,
+    check_tokenizer,
+    write_config,
+    write_generation_config,
+    write_tokenizer,
+)
 from lfx.export.describe import describe, longest_sequence
 from lfx.export.generation import build_graphs, is_generation
 from lfx.export.graph import finalize_graph
@@ -257,7 +263,7 @@ def _check_generation(module: nn.Module, task: str, *, output_attentions: Any) -
     """Check that the task writes texts if the module does, and refuse the options that such a model does not have.
 
     Raises:
-        ExportError: the task is another module's, or an option is given.
+        ExportError: the task is another module's, an option is given, or options of generation are in the config.
     """
     if is_generation(module) != (task == TEXT_GENERATION):
         raise ExportError(f"task {task} is not the task of a {type(module).__name__}; leave it out")
@@ -265,6 +271,8 @@ def _check_generation(module: nn.Module, task: str, *, output_attentions: Any) -
         raise ExportError(
             f"output_attentions is for models of one graph, and a {type(module).__name__} has two; leave it out"
         )
+    if is_generation(module):
+        check_generation_config(module)
 
 
 def _static_globals(module: nn.Module, task: str) -> str:

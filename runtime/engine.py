@@ -348,14 +348,19 @@ class Engine(OpenModel):
             on_error="return" a list: for each sequence the array of its rows, or its error.
         Raises:
             InputError: the model writes no texts; the encoder cannot take an input; an option is not known or not
-                supported, or out of range; beams with stream=True; or the Engine is closed.
+                supported, or out of range; beams or on_error="return" with stream=True; or the Engine is closed.
             ArtifactError: there is no tokenizer, or generation_config.json is broken.
             LfxError: the logits are not finite, the Engine was made before a fork, or the backend failed.
         """
         with self.metrics.call():
             keep_errors = one_of(on_error, "on_error", ON_ERROR, InputError) == "return"
+            if flag(stream, "stream") and keep_errors:
+                raise InputError(
+                    "on_error 'return' is not for stream=True, whose columns have no place for an error; leave one of "
+                    "them out"
+                )
             writer = self.text_writer()
-            settings = writer.settings(options, stream=flag(stream, "stream"))
+            settings = writer.settings(options, stream=stream)
             masks, open_tokenizer = (attention_mask, global_attention_mask), lambda: self._open_tokenizer(tokenizer)
             sequences = writer.prepare(inputs, masks, open_tokenizer, truncate=truncate, keep_errors=keep_errors)
             if stream:

@@ -26,6 +26,12 @@ MAX_FILE_BYTES = 1 << 29  # of a tokenizer or a config; the largest known tokeni
 
 MAX_CHARACTERS = 5_000_000  # of a text and its pair; the tokenizers library takes 200 bytes of memory for each
 _MAX_ID = 2**32 - 1  # of the tokenizers library
+# What transformers replaces in a text if `clean_up_tokenization_spaces` is set, one after the other.
+_CLEANED_UP = {
+    **{f" {mark}": mark for mark in ".?!,"},
+    " ' ": "'",
+    **{f" {end}": end for end in ("n't", "'m", "'s", "'ve", "'re")},
+}
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,8 @@ class Tokenizer:
         InputError: `signature` is no Signature.
     """
 
+    _cleans_up = False
+
     def __init__(
         self,
         folder: Path,
@@ -184,6 +192,7 @@ class Tokenizer:
         self.tokenizer_config = tokenizer_config = read_listed(self.folder / TOKENIZER_CONFIG, listed_texts)
         self._tokenizer.encode_special_tokens = _splits_special_tokens(tokenizer_config, self.folder / TOKENIZER_CONFIG)
         self._keeps_end = _keeps_end(tokenizer_config, self.folder / TOKENIZER_CONFIG)
+        self._cleans_up = _cleans_up(tokenizer_config, self.folder / TOKENIZER_CONFIG, self._tokenizer.model)
         self.prompt, files = "", [data, config, tokenizer_config]
         if signature.task == SENTENCE_EMBEDDING:
             path = self.config_folder / PROMPTS
@@ -302,9 +311,11 @@ class Tokenizer:
             ends[sequence] = max(end, last)
         return texts
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Convert ids to text, without special tokens and surrounding white space.
+    def decode(self, ids: Iterable[int], *, clean_up: bool = True) -> str:
+        """Convert ids to text as transformers does, without special tokens and surrounding white space.
 
+        Args:
+            clean_up: remove the spaces that transformers removes; otherwise the text only grows with its ids.
         Raises:
             InputError: `ids` are no ids, or one is not in the vocabulary.
         """
@@ -315,7 +326,10 @@ class Tokenizer:
                     raise InputError(
                         f"id {token} is not in the tokenizer's vocabulary; use the tokenizer that belongs to this model"
                     )
-            return str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+            text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        for spaced, cleaned in _CLEANED_UP.items() if clean_up and self._cleans_up else ():
+            text = text.replace(spaced, cleaned)
+        return text.strip()
 
     def piece(self, token: int) -> str:
         """The vocabulary entry of an id; empty if the vocabulary does not have it.
@@ -437,6 +451,16 @@ def _splits_special_tokens(data: bytes | None, path: Path) -> bool:
             f"{path}: split_special_tokens must be true, false or null; correct it, or export the model again"
         )
     return bool(split)
+
+
+def _cleans_up(data: bytes | None, path: Path, model: Any) -> bool:
+    """Whether transformers removes spaces from decoded texts; of a BPE tokenizer it does so on a second request only.
+
+    transformers 4 wrote the first key for most tokenizers.
+    """
+    settings, name = json_object(data, path), "clean_up_tokenization_spaces"
+    forced = settings.get(f"{name}_for_bpe_even_though_it_will_corrupt_output")
+    return settings.get(name) is True and (type(model).__name__ != "BPE" or forced is True)
 
 
 def _keeps_end(data: bytes | None, path: Path) -> bool:

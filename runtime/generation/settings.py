@@ -55,7 +55,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (1,),
     "low_memory": (False,),
     "max_time": (),
-    "min_p": (),
+    "min_p": (0,),
     "num_beam_groups": (1,),
     "penalty_alpha": (0,),
     "prompt_lookup_num_tokens": (),
@@ -103,6 +103,13 @@ _WITHOUT_EFFECT = frozenset(
 )
 # Names that old checkpoints have in config.json, where there is no generation_config.json.
 CONFIG_OPTIONS = frozenset(_DEFAULTS) - {"seed"} | frozenset(_UNSUPPORTED)
+
+
+def changes_nothing(name: str, value: Any) -> bool:
+    """Whether a value of one of Hugging Face's options is the default, or does not decide tokens."""
+    plain = type(value) in (bool, int, float, list)  # an array's comparison is no bool
+    known = _UNSUPPORTED[name] if name in _UNSUPPORTED else (_DEFAULTS.get(name),)
+    return value is None or name in _WITHOUT_EFFECT or (plain and value in known)
 
 
 @dataclass(frozen=True)
@@ -178,6 +185,9 @@ def resolve(
         raise InputError("the checkpoint has no decoder_start_token_id; give one")
     max_length = _max_length(values, options, max_tokens)
     min_new_tokens = values.count("min_new_tokens")
+    do_sample = values.flag("do_sample")
+    # Without sampling the checkpoint's values are not looked at, as in Hugging Face's: some have a temperature of 0.
+    sampling = values if do_sample else _Values(options, {}, vocab_size)
     settings = GenerationSettings(
         max_length=max_length,
         decoder_start_token_id=start,
@@ -189,10 +199,10 @@ def resolve(
         no_repeat_ngram_size=values.count("no_repeat_ngram_size") or 0,
         encoder_no_repeat_ngram_size=values.count("encoder_no_repeat_ngram_size") or 0,
         repetition_penalty=values.real("repetition_penalty", 1e-6, 1e6),
-        do_sample=values.flag("do_sample"),
-        temperature=values.real("temperature", 1e-6, 1e6),
-        top_k=values.count("top_k") or 0,
-        top_p=values.real("top_p", 0, 1),
+        do_sample=do_sample,
+        temperature=sampling.real("temperature", 1e-6, 1e6),
+        top_k=sampling.count("top_k") or 0,
+        top_p=sampling.real("top_p", 0, 1),
         seed=values.count("seed"),
         forced_bos_token_id=values.id("forced_bos_token_id"),
         forced_eos_token_ids=values.ids("forced_eos_token_id"),
@@ -212,8 +222,7 @@ def _check_names(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Non
         label = name if name.isprintable() and len(name) <= 80 else shown(name)
         source = "" if name in options else f" of {CONFIG_FILE}"
         if name in _UNSUPPORTED:
-            plain = type(value) in (bool, int, float, list)  # an array's comparison is no bool
-            if value is not None and not (plain and value in _UNSUPPORTED[name]):
+            if not changes_nothing(name, value):
                 raise InputError(
                     f"{name} {shown(value)}{source} is not supported; "
                     f"{'leave it out' if name in options else f'give {name}=None to generate without it'}"

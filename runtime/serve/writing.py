@@ -18,7 +18,8 @@ class WrittenToken:
     Attributes:
         text: the characters that it completes; a character whose bytes are in several tokens comes with the last one.
             Bytes before an end token that are no whole character are in the text's end alone, as U+FFFD. For a special
-            token, its entry in the vocabulary, which is no part of the text.
+            token, its entry in the vocabulary, which is no part of the text. Spaces that `Tokenizer.decode` removes
+            from the whole text are in the texts of tokens.
         special: whether it is a special token.
         last: whether it ends the text.
     """
@@ -65,7 +66,7 @@ class TokenTexts:
             ArtifactError: the tokenizer does not have the id.
         """
         self._ids.append(token)
-        text = decoded(self._tokenizer, self._ids)
+        text = decoded(self._tokenizer, self._ids, clean_up=False)  # whose end would change after it was sent
         if self._tokenizer.is_special(token):
             return WrittenToken(token, self._tokenizer.piece(token), special=True, last=last)
         if not last:
@@ -82,13 +83,13 @@ def _shared(before: str, after: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
 
 
-def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """The text of generated ids.
+def decoded(tokenizer: Tokenizer, ids: list[int], *, clean_up: bool = True) -> str:
+    """The text of generated ids; `clean_up` as for `Tokenizer.decode`.
 
     Raises:
         ArtifactError: the tokenizer does not have an id.
     """
     try:
-        return tokenizer.decode(ids)
+        return tokenizer.decode(ids, clean_up=clean_up)
     except InputError as error:
         raise ArtifactError(str(error)) from error

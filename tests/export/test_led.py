@@ -17,6 +17,7 @@ from transformers.models.led import modeling_led as led
 
 from lfx.errors import ArtifactError, ExportError, ParityError
 from lfx.export import export, generation
+from lfx.export.companions import check_generation_config
 from lfx.export.led import cache_names
 from lfx.export.load import load
 from lfx.export.teacher_forcing import empty_cache, load_decoder
@@ -143,6 +144,20 @@ def test_the_options_of_generation_are_those_of_the_checkpoint(tmp_path: Path) -
     written = json.loads((made / "generation_config.json").read_text())
     assert written.items() >= options.items()
     assert "custom_generate" not in written
+
+
+def test_options_of_generation_in_the_config_of_a_module_are_refused(tmp_path: Path) -> None:
+    """Hugging Face refuses to generate with them; without a word their absence would give other texts."""
+    model = tiny_led()
+    model.config.num_beams, model.config.max_length, model.config.do_sample = 4, 30, False
+    model.generation_config.max_length = 30
+    with pytest.raises(ValueError, match="num_beams"):
+        model.generate(torch.ones(1, 4, dtype=torch.int64))
+    with pytest.raises(ExportError, match=r"config sets num_beams, which .* set them in model.generation_config"):
+        export(model, tmp_path / "bundle")
+    model.generation_config.num_beams = 4
+    check_generation_config(model)
+    check_generation_config(tiny_led())
 
 
 def _torch_logits(model: Any, inputs: Arrays, ids: Any) -> Any:

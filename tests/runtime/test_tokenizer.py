@@ -136,6 +136,30 @@ def test_decode_leaves_special_tokens_out(folder: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("quick fox").ids) == "quick fox"
 
 
+@pytest.mark.parametrize("kind", ["WordLevel", "BPE", "forced BPE"])
+@pytest.mark.parametrize("clean_up", [True, False])
+def test_decode_removes_the_spaces_that_transformers_removes(kind: str, clean_up: bool, folder: Path) -> None:
+    words = ["<s>", "we", "do", "n't", "'s", ",", ".", "fox", "'", "'ve", "?", "!", "'re", "'m"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    if kind == "WordLevel":
+        change_tokenizer(folder, model={"type": kind, "vocab": vocabulary, "unk_token": "<s>"})
+    else:
+        change_tokenizer(folder, model={"type": "BPE", "vocab": vocabulary, "merges": []})
+    forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    path = folder / "tokenizer_config.json"
+    settings = {"clean_up_tokenization_spaces": clean_up, forced: kind == "forced BPE"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = Tokenizer(folder, signature("feature-extraction"))
+    # transformers 5.3 removed them from the texts of any BPE tokenizer
+    options = {"clean_up_tokenization_spaces": False} if kind == "BPE" else {}
+    spaced = 0
+    for ids in np.random.default_rng(0).integers(1, len(words), (50, 8)).tolist():
+        assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True, **options).strip()
+        spaced += tokenizer.decode(ids) == tokenizer.decode(ids, clean_up=False)
+    assert (spaced == 50) == (kind == "BPE" or not clean_up)
+
+
 def test_a_bundle_without_tokenizer_is_an_artifact_error(folder: Path) -> None:
     (folder / TOKENIZER).unlink()
     with pytest.raises(ArtifactError, match=rf"has no {TOKENIZER}.*give ids to Engine.run"):

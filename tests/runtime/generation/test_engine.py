@@ -339,6 +339,7 @@ def test_a_pickled_engine_generates(engine: Engine) -> None:
         ({"inputs": ["the", "fox"], "attention_mask": [[1], [1]]}, "masks are given with texts"),
         ({"inputs": [[5, 6]], "attention_mask": [[1]]}, "attention_mask has shape"),
         ({"inputs": [[5, 6]], "stream": True, "num_beams": 2}, "num_beams 2 cannot be streamed"),
+        ({"inputs": [[5], []], "stream": True, "on_error": "return"}, "on_error 'return' is not for stream=True"),
         ({"inputs": [[5, 6]], "stream": 1}, "stream is 1; give True or False"),
         ({"inputs": [[5, 6]], "on_error": "ignore"}, "on_error 'ignore' is not known"),
         ({"inputs": [[5, 6]], "beams": 2}, "beams is no option of generate; choose from: bad_words_ids, "),

@@ -291,6 +291,18 @@ def test_stream_yields_the_columns_of_generate(model: Any) -> None:
     assert (tokens == generate(TorchLed(model), split(feeds), settings)[:, 1:]).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "repetition_penalty": 1.3}], ids=str)
+def test_a_bias_of_minus_infinity_bans_a_token(options: dict[str, Any], model: Any) -> None:
+    reseed(model, 0)
+    feeds = random_inputs(np.random.default_rng(3), 2, 20, "first")
+    settings = settings_of(model, {"max_new_tokens": 12, **options})
+    banned = int(generate(TorchLed(model), split(feeds), settings)[0, 1])
+    model.final_logits_bias[0, banned] = -math.inf
+    tokens = generate(TorchLed(model), split(feeds), settings)
+    assert banned not in tokens[:, 1:] or banned == settings.fill_token_id
+    assert (tokens == torch_generate(model, feeds, max_new_tokens=12, **options)).all()
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_logits_that_are_not_finite_are_an_error(beams: int, model: Any) -> None:
     class Broken(TorchLed):

@@ -186,6 +186,15 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
         settings(**options)
 
 
+def test_the_checkpoints_options_of_sampling_do_not_stop_a_search() -> None:
+    """Nor do they stop Hugging Face's."""
+    config = {"temperature": 0.0, "top_k": -1, "top_p": None, "min_p": 0.0}
+    assert settings(config) == settings()
+    with pytest.raises(InputError, match=r"temperature of generation_config.json 0.0 is out of range"):
+        settings(config, do_sample=True)
+    assert settings({"temperature": 0.5}, do_sample=True).temperature == 0.5
+
+
 def test_an_option_of_the_checkpoint_is_named_with_its_file() -> None:
     with pytest.raises(InputError, match=r"num_beams of generation_config.json is 'four'"):
         settings({"num_beams": "four"})

@@ -235,3 +235,12 @@ def test_a_decoder_may_change_the_text_before() -> None:
     tokenizer.decoder = decoders.WordPiece(cleanup=True)
     assert "".join(texts(tokenizer, [5, 6])) == "fox."
     assert texts(tokenizer, [1, 2, 3, 4, 5])[-1] == " fox"
+
+
+def test_texts_of_tokens_keep_the_spaces_that_the_whole_text_loses() -> None:
+    """It may lose them after they were sent."""
+    reader = Reader(Tokenizers(models.WordLevel({"it": 0, "'": 1, "s": 2, "fox": 3}, unk_token="it")))
+    reader._cleans_up = True
+    tokens = TokenTexts(reader)
+    assert [tokens.add(token).text for token in [0, 1, 3]] == ["it", " '", " fox"]
+    assert reader.decode([0, 1, 3]) == "it'fox"
