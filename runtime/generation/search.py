@@ -99,9 +99,8 @@ def _generators(settings: GenerationSettings, indices: Sequence[int], copies: in
 def _scores(cache: Cache, tokens: Int64) -> Float32:
     """The logits of the next token of each row, as an array that may be changed."""
     logits = np.array(cache.step(tokens[:, -1:]), np.float32)
-    if not np.isfinite(
-        logits.max(axis=1)
-    ).all():  # minus infinity alone may come from final_logits_bias: it bans a token
+    # Minus infinity is a ban of the token by final_logits_bias.
+    if not np.isfinite(logits.max(axis=1)).all():
         raise LfxError(
             f"the decoder's logits are not finite at token {tokens.shape[1]}; export the model in fp32, or check its "
             "weights"
