@@ -89,9 +89,9 @@ def test_where_few_numbers_are_compared_the_rms_error_of_pytorch_counts() -> Non
     assert many.tolerance("logits") < few.tolerance("logits")
 
 
-def _int8_report(error: float, witness_error: float, count: int = 3000) -> Report:
+def _int8_report(error: float, witness_error: float, count: int = 3000, floats: str = "fp32") -> Report:
     """Compare outputs whose errors are normally distributed, in int8."""
-    report = Report("int8", 2)
+    report = Report("int8", 2, float_precision=floats)
     report.outputs["logits"] = result = OutputResult()
     draw = np.random.default_rng(count).standard_normal
     exact = np.sin(np.arange(float(count)))
@@ -117,6 +117,7 @@ def test_an_output_of_layers_that_stay_float32_may_have_float32s_rounding() -> N
     _int8_report(4e-7, 2e-7).require()
     with pytest.raises(ParityError, match="root mean square error"):
         _int8_report(4e-6, 2e-7).require()
+    _int8_report(2e-3, 2e-7, floats="bf16").require()
 
 
 def test_a_large_fill_value_does_not_raise_the_tolerance_of_the_others() -> None:

@@ -166,6 +166,7 @@ class Report:
         depth: output name -> number of attention layers before it, if fewer than `layers`.
         probabilities: names of the outputs that are results of a softmax.
         names: names of the reference and of the witness, for messages.
+        float_precision: fp32, fp16 or bf16, of the candidate's layers that are not int8.
     """
 
     precision: str
@@ -175,6 +176,7 @@ class Report:
     depth: dict[str, int] = field(default_factory=dict)
     probabilities: frozenset[str] = frozenset()
     names: tuple[str, str] = ("the dense float64 reference", "PyTorch")
+    float_precision: str = "fp32"
 
     def band(self, output: str) -> float:
         """Return the rounding band of an output, an absolute error; see `rounding_band` and `lfx.parity`."""
@@ -226,14 +228,14 @@ class Report:
     def _rms_limit(self, name: str, witness_rms: float) -> float:
         """Return the largest root mean square error in int8.
 
-        An output whose layers all stay float32 has the rounding error of float32 alone, which is not PyTorch's. The
-        logarithm of the ratio for n independent errors has the standard deviation √(1/n); twice the variance is taken,
-        since the errors of one token are not independent.
+        An output whose layers all stay float has its rounding error alone, which is not PyTorch's. The logarithm of the
+        ratio for n independent errors has the standard deviation √(1/n); twice the variance is taken, since the errors
+        of one token are not independent.
         """
-        result, ratio = self.outputs[name], INT8_RMS
+        result, ratio, depth = self.outputs[name], INT8_RMS, self.depth.get(name, self.layers)
         if result.count < SMALL_POOL:
             ratio *= math.exp(TAIL * math.sqrt(2.0 / result.count))
-        return ratio * witness_rms + rounding_band("fp32", self.depth.get(name, self.layers), result.magnitude)
+        return ratio * witness_rms + rounding_band(self.float_precision, depth, result.magnitude)
 
     def require(self) -> None:
         """Check that all outputs are in tolerance.
