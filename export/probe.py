@@ -82,7 +82,7 @@ def adds_globals(module: nn.Module, signature: Signature) -> bool:
     for inputs, record in _trials(module, signature):
         real = inputs["attention_mask"]
         mask = np.zeros_like(real)
-        mask[..., int(takes_mask)] = 1
+        mask[..., min(int(takes_mask), mask.shape[-1] - 1)] = 1
         masks = (mask * real,) if takes_mask else (mask * real, np.zeros_like(real))
         layers = record({**inputs, "global_attention_mask": mask})
         if not all(any(_same_globals([layer], allowed) for allowed in masks) for layer in layers):

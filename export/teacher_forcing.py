@@ -37,6 +37,8 @@ def compare_generation(
     progress: Callable[[str], None],
     precision: str,
     quantization: Mapping[str, Any] | None = None,
+    *,
+    float_precision: str = "fp32",
 ) -> Report:
     """Compare the encoder's and the decoder's graph with PyTorch over a list of cases.
 
@@ -48,6 +50,7 @@ def compare_generation(
         module: the LEDForConditionalGeneration, in float32.
         precision: of the witness and the tolerance.
         quantization: the manifest's entry, for an int8 model.
+        float_precision: of the layers of an int8 model that stay float.
     """
     witness = int8_model(module, quantization) if quantization else clone(module, TORCH_DTYPES[precision])
     return compare(
@@ -59,6 +62,7 @@ def compare_generation(
         precision=precision,
         layers=attention_layers(module),
         depth=encoder_depth(signature),
+        float_precision=float_precision,
         on_case=lambda case: progress(f"comparing: {case}"),
     )
 

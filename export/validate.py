@@ -118,10 +118,13 @@ def compare_engine(
         raise InputError("the plan was built for none of the lengths and batches that are compared; give --cases full")
     # The tolerance follows the coarser of the bundle's and the engine's precision; an int8 model's stays int8.
     precision = max(signature.precision, engine.precision, key=UNIT_ROUNDOFF.__getitem__)
+    floats = "fp32" if engine.precision == QUANTIZED else engine.precision
     if signature.decoder is not None and not by_layer:
         run, decoder = engine_runner(engine), load_decoder(engine)
         precision = QUANTIZED if quantization else precision
-        return compare_generation(run, decoder.infer, whole, signature, supported, progress, precision, quantization)
+        return compare_generation(
+            run, decoder.infer, whole, signature, supported, progress, precision, quantization, float_precision=floats
+        )
     if quantization:
         precision = QUANTIZED
         part = GenerationEncoder if signature.decoder is not None else lambda model: model
@@ -145,6 +148,7 @@ def compare_engine(
             },
         },
         probabilities=attentions,
+        float_precision=floats,
         multi_label=is_multi_label(signature, getattr(getattr(module, "config", None), "problem_type", None)),
         on_case=lambda case: progress(f"comparing: {case}"),
     )

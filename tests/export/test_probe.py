@@ -241,6 +241,11 @@ def test_global_tokens_that_a_module_adds_are_found(module: Any, adds: bool) -> 
     assert adds_globals(module(), signature(vocab_size=55)) is adds
 
 
+@pytest.mark.parametrize("module", [lambda: Around(first), lambda: Deciding(first)], ids=["a mask", "no mask"])
+def test_a_model_of_one_token_is_probed(module: Any) -> None:
+    assert not adds_globals(module().eval(), signature(vocab_size=55, max_seqlen=1))
+
+
 @fast_if(lambda option: "max_global" in option)
 @pytest.mark.parametrize("option", [{"max_global": 2}, {"global_attention": "first"}], ids=str)
 def test_an_option_without_room_for_added_tokens_is_refused(option: dict[str, Any], tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def compare(
     probabilities: frozenset[str] = frozenset(),
     names: tuple[str, str] | None = None,
     multi_label: bool = False,
+    float_precision: str = "fp32",
     on_case: Callable[[Case], None] = lambda case: None,
 ) -> Report:
     """Run each case with reference, witness and candidate, and collect the errors.
@@ -42,6 +43,7 @@ def compare(
         depth: output name -> number of attention layers before it, if fewer than `layers`.
         probabilities: names of the outputs that are results of a softmax.
         names: names of reference and witness, for messages; default: those of `Report`.
+        float_precision: of the candidate's layers that are not int8.
         multi_label: each entry of the logits is a decision by its sign; otherwise the argmax is.
         on_case: called before each case, to show progress.
     Returns:
@@ -50,7 +52,12 @@ def compare(
         ParityError: an output is missing, has another shape than the reference's, or is NaN in reference or witness.
     """
     report = Report(
-        precision, layers, depth=dict(depth or {}), probabilities=probabilities, names=names or Report.names
+        precision,
+        layers,
+        depth=dict(depth or {}),
+        probabilities=probabilities,
+        names=names or Report.names,
+        float_precision=float_precision,
     )
     for case in cases:
         on_case(case)

@@ -23,8 +23,9 @@ OPS_AROUND = 4
 # Largest error of a witness, in bands: a chosen margin for rounding. It has to tell rounding from a different function,
 # such as one with a wrong mask, whose error is of the order of the outputs: in fp32, many thousand bands.
 WITNESS_BANDS = 32.0
-# Largest ratio of the candidate's to the witness's root mean square error, in int8.
-INT8_RMS = 1.25
+# Largest ratio of the candidate's to the witness's root mean square error, in int8, and the fewest numbers that are
+# enough to tell it: the logits of a classifier are fewer.
+INT8_RMS, FEWEST = 1.25, 500
 SMALL_POOL, TAIL = 2000, 3.5  # a normally distributed error exceeds 3.5 standard deviations once in 2,000
 
 # A reference value of FILL or more in magnitude is a mask fill value (an infinity or finfo.min), not a result. The same
@@ -165,6 +166,7 @@ class Report:
         depth: output name -> number of attention layers before it, if fewer than `layers`.
         probabilities: names of the outputs that are results of a softmax.
         names: names of the reference and of the witness, for messages.
+        float_precision: fp32, fp16 or bf16, of the candidate's layers that are not int8.
     """
 
     precision: str
@@ -174,6 +176,7 @@ class Report:
     depth: dict[str, int] = field(default_factory=dict)
     probabilities: frozenset[str] = frozenset()
     names: tuple[str, str] = ("the dense float64 reference", "PyTorch")
+    float_precision: str = "fp32"
 
     def band(self, output: str) -> float:
         """Return the rounding band of an output, an absolute error; see `rounding_band` and `lfx.parity`."""
@@ -215,12 +218,24 @@ class Report:
             )
         # In int8 all numbers have an error, so the largest error alone would not show a wrong layer.
         rms, witness_rms = (math.sqrt(x / max(result.count, 1)) for x in (result.squares, result.witness_squares))
-        if self.precision == QUANTIZED and result.count >= SMALL_POOL and not rms <= INT8_RMS * witness_rms:
+        if self.precision == QUANTIZED and result.count >= FEWEST and not rms <= self._rms_limit(name, witness_rms):
             lines.append(
-                f"{name}: root mean square error {rms:.3g} is above {INT8_RMS} times {witness_rms:.3g}, that of "
-                f"{witness} in int8"
+                f"{name}: root mean square error {rms:.3g} is above {self._rms_limit(name, witness_rms):.3g}; "
+                f"{witness} has {witness_rms:.3g} in int8"
             )
         return lines
+
+    def _rms_limit(self, name: str, witness_rms: float) -> float:
+        """Return the largest root mean square error in int8.
+
+        An output whose layers all stay float has its rounding error alone, which is not PyTorch's. The logarithm of the
+        ratio for n independent errors has the standard deviation √(1/n); twice the variance is taken, since the errors
+        of one token are not independent.
+        """
+        result, ratio, depth = self.outputs[name], INT8_RMS, self.depth.get(name, self.layers)
+        if result.count < SMALL_POOL:
+            ratio *= math.exp(TAIL * math.sqrt(2.0 / result.count))
+        return ratio * witness_rms + rounding_band(self.float_precision, depth, result.magnitude)
 
     def require(self) -> None:
         """Check that all outputs are in tolerance.
