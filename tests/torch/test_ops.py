@@ -61,6 +61,16 @@ def test_banded_attention_is_the_definition(block: None, precision: str) -> None
 
 
 @pytest.mark.parametrize("precision", DTYPES)
+def test_slots_with_a_position_outside_the_sequence_are_unused(block: None, precision: str) -> None:
+    problem = problems.banded(Case(2, 9, "scattered"), 2, 8, window=5, precision=precision)
+    inputs = tensors(problem)
+    expected = banded_attention(**inputs, **problem.attributes)
+    for outside in (9, 10, 2**31 - 1, -(2**31)):
+        index = inputs["global_index"].masked_fill(inputs["global_index"] < 0, outside)
+        assert torch.equal(banded_attention(**{**inputs, "global_index": index}, **problem.attributes), expected)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
 def test_global_attention_is_the_definition(block: None, precision: str) -> None:
     for i, case in enumerate(CASES):
         problem = problems.global_(case, (1, 5, 70)[i % 3], 2, 8, precision=precision)
