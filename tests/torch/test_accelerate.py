@@ -327,6 +327,27 @@ def test_the_check_of_the_slots_is_an_op_that_a_compiler_neither_fuses_nor_remov
         classify(torch.compile(model, fullgraph=True, backend="aot_eager"), 2, 33, 5)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(("max_global", "slots"), [(None, 2), (4, 4)])
+def test_a_trace_refuses_more_globals_than_its_slots(max_global: int | None, slots: int) -> None:
+    model = one_layer().requires_grad_(False)
+    model.config.return_dict = False
+
+    def logits(classifier: nn.Module) -> Any:
+        return lambda ids, marks: classifier(ids, global_attention_mask=marks)[0]
+
+    ids = torch.randint(3, VOCAB_SIZE, (2, 21), generator=torch.Generator().manual_seed(0))
+    marks = (torch.arange(21) < 2).long().expand(2, -1)
+    with torch.no_grad():
+        accelerated = accelerate(copy.deepcopy(model), max_global=max_global)
+        traced = torch.jit.trace(logits(accelerated), (ids, marks), check_trace=False)
+        for count in range(slots + 1):
+            marks = (torch.arange(21) < count).long().expand(2, -1)
+            torch.testing.assert_close(traced(ids, marks), logits(model)(ids, marks))
+        with pytest.raises(RuntimeError, match=f"a row has more than max_global={slots} global tokens"):
+            traced(ids, (torch.arange(21) <= slots).long().expand(2, -1))
+
+
 def test_fewer_tokens_than_slots_are_no_error() -> None:
     model = one_layer()
     actual = classify(accelerate(copy.deepcopy(model), max_global=64), 2, 3, 2)
