@@ -199,6 +199,33 @@ def test_autocast_is_within_the_tolerance_of_its_type(cls: str, dtype: torch.dty
     report.require()
 
 
+class InFloat32(nn.Module):
+    """A projection whose result is float32 under autocast, as that of a norm on a GPU."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The projection."""
+        projected: torch.Tensor = self.linear(hidden).float()
+        return projected
+
+
+@pytest.mark.parametrize("names", [["query"], ["key", "value"], ["query_global"], ["key_global"]], ids="+".join)
+def test_projections_may_have_types_of_their_own_under_autocast(names: list[str]) -> None:
+    model = tiny_model()
+    for layer in model.encoder.layer:
+        for name in names:
+            setattr(layer.attention.self, name, InFloat32(getattr(layer.attention.self, name)))
+    accelerated = accelerate(copy.deepcopy(model))
+    ids = torch.randint(3, VOCAB_SIZE, (2, 21), generator=torch.Generator().manual_seed(0))
+    marks = (torch.arange(21) < 2).long().expand(2, -1)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, actual = (m(ids, global_attention_mask=marks)[0] for m in (model, accelerated))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.1)
+
+
 # ---- LED ----------------------------------------------------------------------------------------------------------
 
 
