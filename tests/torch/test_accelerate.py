@@ -226,6 +226,47 @@ def test_projections_may_have_types_of_their_own_under_autocast(names: list[str]
     torch.testing.assert_close(actual, expected, rtol=0, atol=0.1)
 
 
+class WrappedWeight(torch.Tensor):
+    """A wrapper of a tensor, such as a quantized weight of torchao: it has a product, and no view."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Any:
+        """A tensor without memory of its own."""
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.linear:
+            return function(args[0], args[1].inner, *args[2:])
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(str(function))
+
+
+def test_weights_that_wrap_a_tensor_are_not_read_but_called() -> None:
+    expected, model = tiny_model(), tiny_model()
+    for layer in model.encoder.layer:
+        for projection in (layer.attention.self.key_global, layer.attention.self.value_global):
+            projection.weight = nn.Parameter(WrappedWeight(projection.weight.detach()), requires_grad=False)
+    accelerate(model)
+    ids = torch.full((2, 21), 5)
+    marks = (torch.arange(21) < 2).long().expand(2, -1)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            model(ids, global_attention_mask=marks)[0], expected(ids, global_attention_mask=marks)[0]
+        )
+
+
 # ---- LED ----------------------------------------------------------------------------------------------------------
 
 
