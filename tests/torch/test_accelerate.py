@@ -19,8 +19,8 @@ from transformers.models.longformer.modeling_longformer import (
     LongformerSelfAttention,
 )
 
-from lfx.errors import InputError
-from lfx.export import use_loop_attention
+from lfx.errors import ExportError, InputError
+from lfx.export import export, use_loop_attention
 from lfx.export.torch_runners import reference_runner, torch_runner
 from lfx.parity import Arrays, Case, Runner, compare, full_cases, inputs_of, quick_cases
 from lfx.signature import SENTENCE_EMBEDDING, TASKS
@@ -666,6 +666,15 @@ def test_what_is_no_longformer_for_inference_is_refused() -> None:
     for count in (-1, True, "3"):
         with pytest.raises(InputError, match="max_global"):
             accelerate(tiny_model(), max_global=count)  # type: ignore[arg-type]
+
+
+def test_the_loop_and_the_export_refuse_an_accelerated_model(tmp_path: Any) -> None:
+    """Their attention would not be called."""
+    for model in (accelerate(tiny_model(attention_dilation=2)), accelerate(tiny_led(LEDModel).encoder)):
+        with pytest.raises(ExportError, match=rf"{type(model).__name__} is accelerated: .*before accelerate\(model\)"):
+            use_loop_attention(model)
+    with pytest.raises(ExportError, match=r"LongformerModel is accelerated: .*which changes a model in place"):
+        export(accelerate(tiny_model()), tmp_path / "bundle")
 
 
 def test_attention_weights_and_training_are_refused_in_one_line() -> None:
