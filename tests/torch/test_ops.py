@@ -145,6 +145,26 @@ def test_gradients_are_refused_in_one_line() -> None:
         output.sum().backward()
 
 
+@pytest.mark.parametrize("name", ["query", "value", "global_context"])
+def test_a_compiled_forward_runs_where_gradients_are_enabled_and_its_backward_is_refused(name: str) -> None:
+    torch._dynamo.reset()
+    problem = problems.banded(Case(1, 9, "first"), 2, 8, window=5)
+    inputs, rows = tensors(problem), global_inputs(1, 9, 2)
+    for given in (inputs, rows):
+        if name in given:
+            given[name].requires_grad_()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def layer(inputs: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]) -> torch.Tensor:
+        return banded_attention(**inputs, **problem.attributes).sum() + global_attention(**rows, num_heads=2).sum()
+
+    output = layer(inputs, rows)
+    expected = banded_attention(**inputs, **problem.attributes).sum() + global_attention(**rows, num_heads=2).sum()
+    torch.testing.assert_close(output, expected)
+    with pytest.raises(InputError, match="the lfx ops compute no gradients; train with Hugging Face's attention"):
+        output.backward()
+
+
 def half(x: torch.Tensor) -> torch.Tensor:
     """The tensor in float16."""
     return x.half()
