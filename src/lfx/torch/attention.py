@@ -140,8 +140,9 @@ def _project(projection: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is an nn.Linear of an ordinary tensor, without hooks and without a forward of its own."""
     changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    # Wrappers of tensors, such as torchao's quantized weights, have the method, and need not have views.
-    return type(module) is nn.Linear and not changed and not hasattr(module.weight, "__tensor_flatten__")
+    # Wrappers of tensors, such as torchao's quantized weights, have the method, and need not have views. torch.compile
+    # sees it in the class alone.
+    return type(module) is nn.Linear and not changed and not hasattr(type(module.weight), "__tensor_flatten__")
 
 
 def is_plain(projection: nn.Module) -> bool:
