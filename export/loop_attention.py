@@ -185,7 +185,7 @@ def use_loop_attention(model: nn.Module) -> nn.Module:
     Returns:
         `model`.
     Raises:
-        ExportError: attention_dilation does not fit the numbers of layers and heads.
+        ExportError: attention_dilation does not fit the numbers of layers and heads, or the model is accelerated.
     """
     for module in replace_attention(model, LoopSelfAttention).modules():
         if isinstance(module, LoopSelfAttention):

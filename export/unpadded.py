@@ -14,6 +14,7 @@ from torch import nn
 from transformers.models.led import modeling_led as led
 from transformers.models.longformer import modeling_longformer as hf
 
+from lfx.errors import ExportError
 from lfx.torch.masks import merged_mask
 
 # The classes of self-attention with a window and global tokens; LED's is a copy of Longformer's under another name.
@@ -136,7 +137,15 @@ def replace_attention(model: nn.Module, attention: type[hf.LongformerSelfAttenti
 
     A module of a user's subclass gets a new class of the same name, whose bases are the subclass and the replacement,
     so that the subclass's methods are kept.
+
+    Raises:
+        ExportError: `lfx.torch.accelerate` has replaced them already.
     """
+    if any(isinstance(m, SELF_ATTENTION) and getattr(m, "is_accelerated", False) for m in model.modules()):
+        raise ExportError(
+            f"{type(model).__name__} is accelerated: its attention is the ops of PyTorch; give the model as it was "
+            "before accelerate(model), which changes a model in place"
+        )
     replacements: dict[type[nn.Module], type[nn.Module]] = {
         led.LEDEncoderSelfAttention: _of_led(attention),
         led.LEDEncoderLayer: LEDEncoderLayer,

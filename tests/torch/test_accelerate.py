@@ -19,8 +19,8 @@ from transformers.models.longformer.modeling_longformer import (
     LongformerSelfAttention,
 )
 
-from lfx.errors import InputError
-from lfx.export import use_loop_attention
+from lfx.errors import ExportError, InputError
+from lfx.export import export, use_loop_attention
 from lfx.export.torch_runners import reference_runner, torch_runner
 from lfx.parity import Arrays, Case, Runner, compare, full_cases, inputs_of, quick_cases
 from lfx.signature import SENTENCE_EMBEDDING, TASKS
@@ -199,6 +199,76 @@ def test_autocast_is_within_the_tolerance_of_its_type(cls: str, dtype: torch.dty
     report.require()
 
 
+class InFloat32(nn.Module):
+    """A projection whose result is float32 under autocast, as that of a norm on a GPU."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The projection."""
+        projected: torch.Tensor = self.linear(hidden).float()
+        return projected
+
+
+@pytest.mark.parametrize("names", [["query"], ["key", "value"], ["query_global"], ["key_global"]], ids="+".join)
+def test_projections_may_have_types_of_their_own_under_autocast(names: list[str]) -> None:
+    model = tiny_model()
+    for layer in model.encoder.layer:
+        for name in names:
+            setattr(layer.attention.self, name, InFloat32(getattr(layer.attention.self, name)))
+    accelerated = accelerate(copy.deepcopy(model))
+    ids = torch.randint(3, VOCAB_SIZE, (2, 21), generator=torch.Generator().manual_seed(0))
+    marks = (torch.arange(21) < 2).long().expand(2, -1)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, actual = (m(ids, global_attention_mask=marks)[0] for m in (model, accelerated))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.1)
+
+
+class WrappedWeight(torch.Tensor):
+    """A wrapper of a tensor, such as a quantized weight of torchao: it has a product, and no view."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Any:
+        """A tensor without memory of its own."""
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], *_: Any) -> Any:
+        return WrappedWeight(inner["inner"])
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.linear:
+            return function(args[0], args[1].inner, *args[2:])
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(str(function))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_that_wrap_a_tensor_are_not_read_but_called(compiled: bool) -> None:
+    torch._dynamo.reset()
+    expected, model = one_layer(), one_layer()
+    for layer in model.longformer.encoder.layer:
+        for projection in (layer.attention.self.key_global, layer.attention.self.value_global):
+            projection.weight = nn.Parameter(WrappedWeight(projection.weight.detach()), requires_grad=False)
+    accelerate(model, max_global=4)
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    torch.testing.assert_close(classify(run, 2, 21, 2), classify(expected, 2, 21, 2))
+
+
 # ---- LED ----------------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +395,27 @@ def test_the_check_of_the_slots_is_an_op_that_a_compiler_neither_fuses_nor_remov
     torch._dynamo.reset()
     with pytest.raises(RuntimeError, match=f"a row has more than max_global={max_global} global tokens"):
         classify(torch.compile(model, fullgraph=True, backend="aot_eager"), 2, 33, 5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(("max_global", "slots"), [(None, 2), (4, 4)])
+def test_a_trace_refuses_more_globals_than_its_slots(max_global: int | None, slots: int) -> None:
+    model = one_layer().requires_grad_(False)
+    model.config.return_dict = False
+
+    def logits(classifier: nn.Module) -> Any:
+        return lambda ids, marks: classifier(ids, global_attention_mask=marks)[0]
+
+    ids = torch.randint(3, VOCAB_SIZE, (2, 21), generator=torch.Generator().manual_seed(0))
+    marks = (torch.arange(21) < 2).long().expand(2, -1)
+    with torch.no_grad():
+        accelerated = accelerate(copy.deepcopy(model), max_global=max_global)
+        traced = torch.jit.trace(logits(accelerated), (ids, marks), check_trace=False)
+        for count in range(slots + 1):
+            marks = (torch.arange(21) < count).long().expand(2, -1)
+            torch.testing.assert_close(traced(ids, marks), logits(model)(ids, marks))
+        with pytest.raises(RuntimeError, match=f"a row has more than max_global={slots} global tokens"):
+            traced(ids, (torch.arange(21) <= slots).long().expand(2, -1))
 
 
 def test_fewer_tokens_than_slots_are_no_error() -> None:
@@ -577,6 +668,15 @@ def test_what_is_no_longformer_for_inference_is_refused() -> None:
     for count in (-1, True, "3"):
         with pytest.raises(InputError, match="max_global"):
             accelerate(tiny_model(), max_global=count)  # type: ignore[arg-type]
+
+
+def test_the_loop_and_the_export_refuse_an_accelerated_model(tmp_path: Any) -> None:
+    """Their attention would not be called."""
+    for model in (accelerate(tiny_model(attention_dilation=2)), accelerate(tiny_led(LEDModel).encoder)):
+        with pytest.raises(ExportError, match=rf"{type(model).__name__} is accelerated: .*before accelerate\(model\)"):
+            use_loop_attention(model)
+    with pytest.raises(ExportError, match=r"LongformerModel is accelerated: .*which changes a model in place"):
+        export(accelerate(tiny_model()), tmp_path / "bundle")
 
 
 def test_attention_weights_and_training_are_refused_in_one_line() -> None:

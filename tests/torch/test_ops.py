@@ -61,6 +61,16 @@ def test_banded_attention_is_the_definition(block: None, precision: str) -> None
 
 
 @pytest.mark.parametrize("precision", DTYPES)
+def test_slots_with_a_position_outside_the_sequence_are_unused(block: None, precision: str) -> None:
+    problem = problems.banded(Case(2, 9, "scattered"), 2, 8, window=5, precision=precision)
+    inputs = tensors(problem)
+    expected = banded_attention(**inputs, **problem.attributes)
+    for outside in (9, 10, 2**31 - 1, -(2**31)):
+        index = inputs["global_index"].masked_fill(inputs["global_index"] < 0, outside)
+        assert torch.equal(banded_attention(**{**inputs, "global_index": index}, **problem.attributes), expected)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
 def test_global_attention_is_the_definition(block: None, precision: str) -> None:
     for i, case in enumerate(CASES):
         problem = problems.global_(case, (1, 5, 70)[i % 3], 2, 8, precision=precision)
@@ -133,6 +143,26 @@ def test_gradients_are_refused_in_one_line() -> None:
     output = global_attention(**{**rows, "value": rows["value"].requires_grad_()}, num_heads=2)
     with pytest.raises(InputError, match="the lfx ops compute no gradients"):
         output.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["query", "value", "global_context"])
+def test_a_compiled_forward_runs_where_gradients_are_enabled_and_its_backward_is_refused(name: str) -> None:
+    torch._dynamo.reset()
+    problem = problems.banded(Case(1, 9, "first"), 2, 8, window=5)
+    inputs, rows = tensors(problem), global_inputs(1, 9, 2)
+    for given in (inputs, rows):
+        if name in given:
+            given[name].requires_grad_()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def layer(inputs: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]) -> torch.Tensor:
+        return banded_attention(**inputs, **problem.attributes).sum() + global_attention(**rows, num_heads=2).sum()
+
+    output = layer(inputs, rows)
+    expected = banded_attention(**inputs, **problem.attributes).sum() + global_attention(**rows, num_heads=2).sum()
+    torch.testing.assert_close(output, expected)
+    with pytest.raises(InputError, match="the lfx ops compute no gradients; train with Hugging Face's attention"):
+        output.backward()
 
 
 def half(x: torch.Tensor) -> torch.Tensor:

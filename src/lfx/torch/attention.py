@@ -67,8 +67,8 @@ class AcceleratedAttention(nn.Module):
             return context
         check_inference(self, output_attentions)
         query, key, value = (_project(part, hidden_states) for part in (self.query, self.key, self.value))
-        # Under torch.autocast the projections have its type.
-        hidden_states = hidden_states.to(query.dtype)
+        # Under torch.autocast the projections have its type; one of a user's own may have another.
+        key, value, hidden_states = (tensor.to(query.dtype) for tensor in (key, value, hidden_states))
         tokens = attention_mask
         if not isinstance(tokens, Tokens):
             mask = hidden_states.new_zeros(hidden_states.shape[:2]) if tokens is None else tokens
@@ -97,14 +97,15 @@ class AcceleratedAttention(nn.Module):
         query = _project(self.query_global, hidden.gather(1, position))
         projections = (self.key_global, self.value_global)
         if tokens.global_index.shape[1] >= self.head_dim or not all(map(is_plain, projections)):
-            key, value = (_project(projection, hidden) for projection in projections)
+            inputs = (query, *(_project(projection, hidden) for projection in projections))
+            query, key, value = (tensor.to(hidden.dtype) for tensor in inputs)
             rows: torch.Tensor = global_attention(query, key, value, tokens.key_mask, num_heads=self.num_heads)
             return rows
         key_weight, value_weight = (
             projection.weight.view(self.num_heads, self.head_dim, width) for projection in projections
         )
         by_head = query.reshape(*query.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, G, D)
-        folded = by_head @ key_weight  # (B, H, G, hidden)
+        folded = (by_head @ key_weight).to(hidden.dtype)  # (B, H, G, hidden)
         # A query's product with the key's bias adds one constant to all its scores, which softmax cancels.
         weighted_sum = global_attention(
             folded.flatten(1, 2), hidden, hidden, tokens.key_mask, num_heads=1, scale=self.head_dim**-0.5
@@ -137,9 +138,11 @@ def _project(projection: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is an nn.Linear, without hooks and without a forward of its own."""
+    """Whether a module is an nn.Linear of an ordinary tensor, without hooks and without a forward of its own."""
     changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and not changed
+    # Wrappers of tensors, such as torchao's quantized weights, have the method, and need not have views. torch.compile
+    # sees it in the class alone.
+    return type(module) is nn.Linear and not changed and not hasattr(type(module.weight), "__tensor_flatten__")
 
 
 def is_plain(projection: nn.Module) -> bool:

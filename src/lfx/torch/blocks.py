@@ -37,7 +37,7 @@ def banded_attention(
     """`lfx.reference.banded_attention` in PyTorch, in the inputs' dtype with sums in float32."""
     batch, seqlen, width = query.shape
     slots = global_index.shape[1]
-    used = global_index >= 0
+    used = (global_index >= 0) & (global_index < seqlen)
     token_or_end = torch.where(used, global_index, seqlen).long()  # unused slots write past the end
     is_local = torch.cat([key_mask != 0, key_mask.new_zeros((batch, 1), dtype=torch.bool)], dim=1)
     is_local = is_local.scatter(1, token_or_end, False)  # (B, S + 1): real and not global

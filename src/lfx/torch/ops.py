@@ -127,7 +127,19 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def _refuse_gradients(ctx: Any, gradient: Any) -> NoReturn:
+def _keep_shapes(ctx: Any, inputs: tuple[torch.Tensor, ...], keyword_only_inputs: Any, output: Any) -> None:
+    ctx.shapes = [tensor.shape if tensor.is_floating_point() else None for tensor in inputs]
+
+
+def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """For each tensor that may have a gradient an op that refuses it.
+
+    The error is not raised here: torch.compile traces this for every forward in which gradients are enabled.
+    """
+    return tuple(None if shape is None else no_gradient(gradient, shape) for shape in ctx.shapes)
+
+
+def _no_gradient(gradient: torch.Tensor, shape: Any) -> NoReturn:
     raise InputError("the lfx ops compute no gradients; train with Hugging Face's attention, and accelerate afterwards")
 
 
@@ -166,7 +178,12 @@ global_attention = torch.library.custom_op(
 )
 for _op in (banded_attention, global_attention):
     _op.register_fake(_like_query)
-    _op.register_autograd(_refuse_gradients)
+    _op.register_autograd(_gradients, setup_context=_keep_shapes)
+
+no_gradient = torch.library.custom_op(
+    "lfx::no_gradient", _no_gradient, mutates_args=(), schema="(Tensor gradient, SymInt[] shape) -> Tensor"
+)
+no_gradient.register_fake(lambda gradient, shape: gradient.new_empty(shape))
 
 at_most = torch.library.custom_op(
     "lfx::at_most", _at_most, mutates_args=(), schema="(Tensor is_global, int most) -> Tensor"

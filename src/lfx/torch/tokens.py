@@ -41,9 +41,11 @@ def tokens_of(real: torch.Tensor, is_global: torch.Tensor | None, max_global: in
         slots = 0
     elif slots is None:
         slots = int(is_global.sum(dim=1).max().item())
+        if _is_traced():  # the trace keeps this number
+            max_global = slots
     if not slots or is_global is None:
         if max_global == 0 and is_global is not None:
-            key_mask = key_mask.masked_fill(_checked(is_global, 0), 0)  # which is none: torch.compile keeps the check
+            key_mask = key_mask.masked_fill(_checked(is_global, 0), 0)  # which is none: compilers keep the check
         return Tokens(key_mask, key_mask.new_full((batch, 1), -1), False)
     if max_global is not None:
         is_global = _checked(is_global, max_global)
@@ -56,9 +58,14 @@ def tokens_of(real: torch.Tensor, is_global: torch.Tensor | None, max_global: in
 
 def _checked(is_global: torch.Tensor, most: int) -> torch.Tensor:
     """`is_global`, if no row has more than `most` global tokens; on a GPU checked without waiting for it."""
-    if torch.compiler.is_compiling() or is_global.is_cuda:
+    if torch.compiler.is_compiling() or _is_traced() or is_global.is_cuda:
         checked: torch.Tensor = at_most(is_global, most)
         return checked
     if not (is_global.sum(dim=1) <= most).all():
         raise InputError(f"a row has more than max_global={most} global tokens; accelerate with a larger max_global")
     return is_global
+
+
+def _is_traced() -> bool:
+    """Whether torch.jit.trace records the call: of what Python decides it keeps the result alone."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
