@@ -149,6 +149,8 @@ class _Supervisor:
 
     def _stop(self) -> None:
         """Stop the workers, and kill those that do not end in time."""
+        # Otherwise the system would go on queueing connections, which no worker takes any more.
+        self._sock.close()
         for worker in self._workers:
             if not worker.is_stopping:
                 worker.ask_to_stop()

@@ -75,6 +75,33 @@ def test_at_sigterm_what_came_is_answered_and_nothing_new_is_taken(model: Path) 
         assert server.lines[-1] == "stopped"
 
 
+@pytest.mark.slow
+def test_workers_that_stop_refuse_connections_while_they_answer(model: Path) -> None:
+    with Command(model, "--workers", "2", "--stop-time", "100") as server:
+        for _ in range(2):
+            server.wait_for("is ready")
+        host, port = server.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as half:
+            text = json.dumps(BODY).encode()
+            head = b"POST /run HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+            half.sendall(head % len(text) + text[:5])
+            server.process.terminate()
+            for _ in range(2):
+                server.wait_for("stopping")
+
+            def is_refused() -> bool:
+                try:
+                    socket.create_connection((host, int(port)), timeout=WAIT_SECONDS).close()
+                except ConnectionRefusedError:
+                    return True
+                return False
+
+            wait_until(is_refused)
+            half.sendall(text[5:])
+            assert half.recv(1000).startswith(b"HTTP/1.1 200")
+        assert server.wait() == 0
+
+
 @fast_if(lambda second: second)
 @pytest.mark.parametrize("second", [True, False], ids=["second-signal", "stop-time"])
 def test_a_stop_ends_within_its_bound_and_says_so_to_the_clients(model: Path, second: bool) -> None:
