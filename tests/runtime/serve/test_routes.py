@@ -206,6 +206,13 @@ def test_a_text_longer_than_the_model_takes_is_refused_or_cut(client: httpx.Clie
         assert (result["truncated"], result["tokens"]) == (True, 128)
 
 
+def test_a_document_before_choices_is_cut_and_no_choice_is(client: httpx.Client) -> None:
+    body = {"inputs": {"text": LONG, "choices": ["the fox", "the dog"]}, "model": "choice", "truncate": True}
+    (result,) = answered(client, "/run", body)["results"]
+    assert (result["truncated"], result["tokens"]) == (True, 2 * 128)
+    assert len({answer["score"] for answer in result["answers"]}) == 2
+
+
 BAD_REQUESTS: list[tuple[str, Any, int, str]] = [
     ("/run", b"", 422, "the body is not JSON"),
     ("/run", b"{", 422, "the body is not JSON"),
