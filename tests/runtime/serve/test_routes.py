@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from lfx.parity import pair_tolerance
 from lfx.runtime import Engine
 from lfx.runtime.postprocess import Postprocessor
-from lfx.runtime.serve import native, openai, tei, tgi
+from lfx.runtime.serve import native, openai, replies, tei, tgi
 from lfx.runtime.serve.body import parse_body
 from lfx.runtime.serve.replies import MAX_JSON_NUMBERS, RefusalError, check_size, dumps
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, OTHER_BYTES
@@ -413,3 +413,31 @@ def test_outputs_that_are_too_large_for_a_reply_are_refused() -> None:
         check_size([np.zeros(1).view(Large)], "float")
     with pytest.raises(RefusalError, match="68,157,440 bytes, above the 67,108,864 of a reply"):
         check_size([np.zeros(1).view(Large)], "base64")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/v1/embeddings", {"input": ["a", "b"], "model": "emb"}, 'give encoding_format: "base64", or ask'),
+        ("/models/emb/embed", {"inputs": ["a", "b"]}, "of a JSON reply; ask for fewer"),
+        ("/run", {"inputs": ["a", "b"], "model": "emb"}, 'give encoding: "base64", or ask'),
+    ],
+    ids=["openai", "tei", "run"],
+)
+def test_base64_is_named_where_a_route_has_it(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str, body: Any, message: str
+) -> None:
+    monkeypatch.setattr(replies, "MAX_JSON_NUMBERS", 63)
+    reply = post(client, path, body)
+    assert reply.status_code == 413
+    error = reply.json()["error"]
+    assert message in (error["message"] if path.startswith("/v1") else error)
+
+
+def test_openai_embeddings_in_base64_may_have_more_numbers_than_json(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replies, "MAX_JSON_NUMBERS", 63)
+    body = {"input": ["a", "b"], "model": "emb"}
+    assert len(answered(client, "/v1/embeddings", {**body, "encoding_format": "base64"})["data"]) == 2
+    assert answered(client, "/v1/embeddings", {"input": "a", "model": "emb", "encoding_format": None})["data"]
