@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lfx.errors import InputError
+from lfx.runtime.serve import supervisor
 from lfx.runtime.serve.settings import named_models
 from tests.conftest import MakeBundle
 from tests.marks import fast_if
@@ -269,6 +271,19 @@ def test_workers_serve_where_the_folder_of_temporary_files_cannot_have_sockets(m
             assert gauge(client, "lfx_ready") == 1  # the worker that was asked
         assert server.stop() == 0
         assert "Traceback" not in "\n".join(server.lines)
+
+
+def test_workers_need_no_folder_of_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may have a root file system that cannot be written."""
+
+    def refuse(prefix: str) -> None:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(supervisor.tempfile, "TemporaryDirectory", refuse)
+    reports: list[str] = []
+    with contextlib.ExitStack() as stack:
+        assert supervisor._private_folder(stack, reports.append) is None
+    assert "one worker only: No usable temporary directory found" in reports[0]
 
 
 def test_workers_end_with_their_supervisor(model: Path) -> None:
