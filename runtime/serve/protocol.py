@@ -174,6 +174,7 @@ class Protocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
         cycle: Any = self.cycle
         if cycle.scope["http_version"] == "1.0":
+            cycle.waiting_for_100_continue = False  # HTTP/1.0 has no interim replies
             cycle.send = functools.partial(_send_until_closed, cycle, cycle.send)
 
     def on_message_complete(self) -> None:
