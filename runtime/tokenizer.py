@@ -333,6 +333,15 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder().get(whole_number(token, "id", 0, _MAX_ID))
         return added is not None and bool(added.special)
 
+    def ends(self) -> tuple[list[int], list[int]]:
+        """The special tokens that `encode` puts before a text, and after it."""
+        with failing(InputError, "the tokenizer fails on a letter", "use the tokenizer that belongs to this model"):
+            encoding = self._tokenizer.encode("a")
+            ids, sequences = list(encoding.ids), list(encoding.sequence_ids)
+        if 0 not in sequences:
+            return [], []
+        return ids[: sequences.index(0)], ids[len(ids) - sequences[::-1].index(0) :]
+
     def has_id(self, token: int) -> bool:
         """Whether an id is in the vocabulary; raises the error of `piece`."""
         return self._tokenizer.id_to_token(whole_number(token, "id", 0, _MAX_ID)) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import math
 import sys
@@ -148,6 +149,23 @@ def test_openai_embeddings_take_ids(client: httpx.Client, bundle: MakeBundle) ->
         reply = answered(client, "/v1/embeddings", {"input": given, "model": "emb"})
         assert all(is_close(row["embedding"], expected) for row in reply["data"])
         assert reply["usage"]["prompt_tokens"] == len(ids) * len(reply["data"])
+
+
+def test_openai_ids_without_the_models_special_tokens_are_refused(client: httpx.Client) -> None:
+    """LangChain's OpenAIEmbeddings sends ids of tiktoken unless it is told not to."""
+    for given in ([5, 6, 7], [[0, 5, 2], [5, 6, 2]], [0, 5, 6], [[]]):
+        reply = post(client, "/v1/embeddings", {"input": given, "model": "emb"})
+        assert reply.status_code == 400
+        assert "do not begin with [0] and end with [2]" in reply.json()["error"]["message"]
+
+
+def test_a_compressed_body_is_refused(client: httpx.Client) -> None:
+    body = gzip.compress(json.dumps({"inputs": "fox"}).encode())
+    reply = client.post("/run", content=body, headers={"Content-Encoding": "gzip"})
+    assert (reply.status_code, reply.json()["error"]) == (
+        415,
+        "the body is compressed; send it without Content-Encoding",
+    )
 
 
 def test_openai_models_are_listed(client: httpx.Client) -> None:
