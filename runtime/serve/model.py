@@ -180,6 +180,8 @@ class ServedModel:
     def _submit_ids(self, item: Input) -> Prepared:
         if item.text is not None or item.pair is not None or item.choices is not None:
             raise InputError("an input has both ids and a text; give one of them")
+        if item.prompt:
+            raise InputError("prompt is put before a text, and an input has ids; leave it out, or give texts")
         if not self.signature.has_choices and any(isinstance(token, list) for token in item.ids):
             raise InputError("ids contain a list; give each sequence as an input of its own")
         if self.signature.has_choices:

@@ -251,6 +251,7 @@ BAD_REQUESTS: list[tuple[str, Any, int, str]] = [
     ("/run", {"inputs": {}}, 422, "neither text nor ids"),
     ("/run", {"inputs": {"text": "a", "ids": [5]}}, 422, "both ids and a text"),
     ("/run", {"inputs": {"ids": []}}, 422, "empty"),
+    ("/run", {"inputs": {"ids": [0, 5, 2]}, "model": "emb", "prompt": "query: "}, 422, "prompt is put before a text"),
     ("/run", {"inputs": {"ids": [[0, 5], [0, 6]]}}, 422, "each sequence as an input of its own"),
     ("/run", {"inputs": {"ids": [99]}}, 422, "outside the vocabulary of 99"),
     ("/run", {"inputs": {"ids": [-1]}}, 422, "negative"),
