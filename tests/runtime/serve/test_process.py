@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from lfx.runtime.serve import supervisor
 from lfx.runtime.serve.settings import named_models
 from tests.conftest import MakeBundle
 from tests.marks import fast_if
+from tests.runtime.serve import running
 from tests.runtime.serve.running import WAIT_SECONDS, Command, wait_until
 from tests.runtime.test_import import lfx_without
 
@@ -75,6 +77,28 @@ def test_at_sigterm_what_came_is_answered_and_nothing_new_is_taken(model: Path) 
         silent.close()
         assert server.wait() == 0
         assert server.lines[-1] == "stopped"
+
+
+def test_connections_that_the_system_has_queued_are_answered_at_a_stop(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker of several accepts a few connections at a time."""
+    monkeypatch.setattr(running, "Server", functools.partial(running.Server, workers=2))
+    text = json.dumps(BODY).encode()
+    request = b"POST /run HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(text) + text
+    with running.running({"cls": model}) as started, contextlib.ExitStack() as stack:
+        loop, blocked, go_on = started.server._loop, threading.Event(), threading.Event()
+        assert loop is not None
+        loop.call_soon_threadsafe(lambda: (blocked.set(), go_on.wait(WAIT_SECONDS)))
+        assert blocked.wait(WAIT_SECONDS)
+        clients = [
+            stack.enter_context(socket.create_connection(started.socket_address, WAIT_SECONDS)) for _ in range(30)
+        ]
+        for client in clients:
+            client.sendall(request)
+        started.server.should_exit = True
+        go_on.set()
+        assert [client.recv(12) for client in clients] == [b"HTTP/1.1 200"] * len(clients)
 
 
 @pytest.mark.slow
