@@ -103,7 +103,9 @@ class Server(uvicorn.Server):
         self._max_connections = connection_limit(settings.max_connections)
         config = uvicorn.Config(
             make_app(self.service, self.stats),
-            http=make_protocol(settings.client_seconds, self._max_connections),
+            http=make_protocol(
+                settings.client_seconds, self._max_connections, lambda: self.service.state == "stopping"
+            ),
             ws="none",
             lifespan="off",
             log_config=None,
