@@ -228,7 +228,8 @@ class Tokenizer:
 
         Args:
             text: the document, or the question if there is a pair.
-            pair: the document of a question. Every window then begins with the question.
+            pair: the document of a question, every window of which begins with the question; or a choice, with which
+                every window of the text ends.
             stride: number of tokens from the start of a window to the start of the next, 1 or more; END_TO_END for
                 windows without overlap.
             prompt: is put before the document, so that the first window begins with it. Default: the attribute
@@ -247,9 +248,10 @@ class Tokenizer:
         fixed = len(encoded.ids) - len(encoded.document or ())
         size = limit - fixed
         if size < 1:
+            kept, cut = ("choice", "text before it") if self.signature.has_choices else ("question", "document")
             raise InputError(
-                f"the question and the special tokens have {fixed} tokens, which leave no room for the document in the "
-                f"model's maximum {limit}; shorten the question"
+                f"the {kept} and the special tokens have {fixed} tokens, which leave no room for the {cut} in the "
+                f"model's maximum {limit}; shorten the {kept}"
             )
         stride = size if stride == END_TO_END else stride
         if stride > size:
@@ -262,6 +264,7 @@ class Tokenizer:
     def truncate(self, text: str, pair: str | None = None, *, prompt: str | None = None) -> Encoded:
         """Encode a text or a pair; of a document with more tokens than the model takes, keep the beginning.
 
+        For multiple choice `pair` is a choice, which is kept whole, and the document is `text`.
         If the truncation_side of tokenizer_config.json is "left", keep its end, as transformers does.
 
         Raises:
@@ -289,10 +292,10 @@ class Tokenizer:
                 "the tokenizer's post-processor repeats the text, which no model here is trained for; use the "
                 "tokenizer that belongs to this model"
             )
-        index = 0 if pair is None else 1
+        index, source = (0, text) if pair is None or self.signature.has_choices else (1, pair)
         first = sequences.index(index) if index in sequences else 0
         document = range(first, first + sequences.count(index))
-        return Encoded(ids, pieces, document, text if pair is None else pair, offsets[document.start : document.stop])
+        return Encoded(ids, pieces, document, source, offsets[document.start : document.stop])
 
     def token_texts(self, text: str, pair: str | None = None) -> list[TokenText]:
         """The tokens of `encode` for a text or a pair, each with its characters; raises the errors of `encode`."""
@@ -343,6 +346,15 @@ class Tokenizer:
         """Whether an id is a special token, which `decode` leaves out; raises the error of `piece`."""
         added = self._tokenizer.get_added_tokens_decoder().get(whole_number(token, "id", 0, _MAX_ID))
         return added is not None and bool(added.special)
+
+    def ends(self) -> tuple[list[int], list[int]]:
+        """The special tokens that `encode` puts before a text, and after it."""
+        with failing(InputError, "the tokenizer fails on a letter", "use the tokenizer that belongs to this model"):
+            encoding = self._tokenizer.encode("a")
+            ids, sequences = list(encoding.ids), list(encoding.sequence_ids)
+        if 0 not in sequences:
+            return [], []
+        return ids[: sequences.index(0)], ids[len(ids) - sequences[::-1].index(0) :]
 
     def has_id(self, token: int) -> bool:
         """Whether an id is in the vocabulary; raises the error of `piece`."""

@@ -38,6 +38,7 @@ _REFUSALS = {
     404: "There is no such model.",
     408: "The client sent its request too slowly.",
     413: "The body, the number of texts, a text or the reply is above its limit.",
+    415: "The body is compressed.",
     422: "The request does not match the schema, or the model cannot take it.",
     424: "The route does not serve the model's task.",
     429: "Too many texts are in progress. Try again after the seconds of Retry-After.",

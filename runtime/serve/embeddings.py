@@ -14,9 +14,13 @@ from lfx.runtime.serve.replies import RefusalError, check_size
 from lfx.runtime.serve.service import Service
 
 
-async def embed(service: Service, model: ServedModel, items: Sequence[Input]) -> tuple[list[NDArray[np.float32]], int]:
+async def embed(
+    service: Service, model: ServedModel, items: Sequence[Input], encoding: str = "float", field: str | None = None
+) -> tuple[list[NDArray[np.float32]], int]:
     """Compute the embedding of each input; returns them, and the total number of tokens.
 
+    Args:
+        encoding, field: of the reply; see `check_size`.
     Raises:
         RefusalError: the model has another task than sentence embedding, or the request is refused.
         LfxError: the model cannot take an input, or failed.
@@ -28,5 +32,5 @@ async def embed(service: Service, model: ServedModel, items: Sequence[Input]) ->
         raise RefusalError(424, reason, "Backend", "model_not_supported") from error
     computed = await service.run(model, items)
     rows = [np.asarray(outputs[SENTENCE_OUTPUT])[0].astype(np.float32, copy=False) for _, outputs in computed]
-    check_size(list(rows), "float")
+    check_size(list(rows), encoding, field)
     return rows, sum(prepared.tokens for prepared, _ in computed)

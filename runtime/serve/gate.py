@@ -37,6 +37,9 @@ KNOWN_PATHS = OPEN_PATHS | {
 }
 
 
+_COMPRESSED = frozenset({b"gzip", b"x-gzip", b"deflate", b"br", b"zstd"})
+
+
 class Gate:
     """Passes a request to the routes when its body is complete, and cancels it when its client disconnects."""
 
@@ -67,6 +70,7 @@ class Gate:
             takes_body = scope["method"] == "POST" and scope["path"] not in OPEN_PATHS
             if takes_body:
                 self._service.check_ready()
+                _check_encoding(scope)
             # The body counts as buffered until the request is answered, since the task holds it until then.
             with _Body(self) as body:
                 if takes_body and not await body.read(scope, receive):
@@ -95,6 +99,13 @@ class Gate:
                 "the API key is missing or wrong; send the header Authorization: Bearer KEY",
                 code="invalid_api_key",
             )
+
+
+def _check_encoding(scope: MutableMapping[str, Any]) -> None:
+    """Raise RefusalError for a compressed body."""
+    for name, value in scope["headers"]:
+        if name == b"content-encoding" and value.strip().lower() in _COMPRESSED:
+            raise RefusalError(415, "the body is compressed; send it without Content-Encoding")
 
 
 class _Reply:

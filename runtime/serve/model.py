@@ -162,9 +162,26 @@ class ServedModel:
             names = tuple(dict.fromkeys((*item.outputs, *needed))) or None
         return self.batcher.submit(*arrays, outputs=names)
 
+    def check_special_tokens(self, ids: Sequence[int]) -> None:
+        """Check that ids begin and end with the model's special tokens, which ids of another tokenizer do not.
+
+        Raises:
+            InputError: they do not.
+        """
+        if self._tokenizer is None:
+            return
+        before, after = self._tokenizer.ends()
+        if list(ids[: len(before)]) != before or list(ids[len(ids) - len(after) :]) != after:
+            raise InputError(
+                f"ids do not begin with {before} and end with {after}, the model's special tokens, so they may be of "
+                "another tokenizer; give texts (LangChain: check_embedding_ctx_length=False), or the model's ids"
+            )
+
     def _submit_ids(self, item: Input) -> Prepared:
         if item.text is not None or item.pair is not None or item.choices is not None:
             raise InputError("an input has both ids and a text; give one of them")
+        if item.prompt:
+            raise InputError("prompt is put before a text, and an input has ids; leave it out, or give texts")
         if not self.signature.has_choices and any(isinstance(token, list) for token in item.ids):
             raise InputError("ids contain a list; give each sequence as an input of its own")
         if self.signature.has_choices:

@@ -23,7 +23,7 @@ class EmbeddingsRequest(Body):
         description="give a text, a list of texts, a list of token ids, or a list of lists of token ids"
     )
     model: str | None = Field(None, description="name of a model; the first one if it is left out")
-    encoding_format: Literal["float", "base64"] = Field("float", description="give float or base64")
+    encoding_format: Literal["float", "base64"] | None = Field("float", description="give float or base64")
     dimensions: int | None = Field(None, description="the model's embedding size; no other number is accepted")
     user: str | None = Field(None, description="give a string; it is not used")
     truncate: bool = Field(False, description="true: a text longer than the model takes is cut")
@@ -52,7 +52,11 @@ async def embeddings(service: Service, data: bytes) -> Response:
     # A model without embeddings is refused by `embed`.
     if (size := _size(model.signature)) is not None and body.dimensions not in (None, size):
         raise RefusalError(400, f"dimensions is {body.dimensions}, and this model has {size}", code="invalid_value")
-    rows, tokens = await embed(service, model, items)
+    if size is not None:
+        for item in items:
+            if item.ids is not None:
+                model.check_special_tokens(item.ids)
+    rows, tokens = await embed(service, model, items, body.encoding_format or "float", "encoding_format")
 
     def reply() -> Response:
         encoded = [

@@ -35,10 +35,12 @@ class Protocol(HttpToolsProtocol):
         client_seconds: longest time from the first byte of a request to its last, and longest wait for the client to
             read its reply.
         max_connections: largest number of open connections.
+        is_stopping: whether the server stops.
     """
 
     client_seconds = 20.0
     max_connections = 4096
+    is_stopping: Callable[[], bool] = staticmethod(lambda: False)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Refuse the connection if there are too many."""
@@ -52,6 +54,8 @@ class Protocol(HttpToolsProtocol):
         self._has_ended = False  # the client sends no more
         if len(self.connections) > self.max_connections:
             self._refuse(503, f"this server takes {self.max_connections} connections; try again later")
+        elif self.is_stopping():  # it was accepted before, and the server has told the others
+            self.shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell all requests of the connection that their client has gone."""
@@ -174,6 +178,7 @@ class Protocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
         cycle: Any = self.cycle
         if cycle.scope["http_version"] == "1.0":
+            cycle.waiting_for_100_continue = False  # HTTP/1.0 has no interim replies
             cycle.send = functools.partial(_send_until_closed, cycle, cycle.send)
 
     def on_message_complete(self) -> None:
@@ -251,9 +256,14 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
 
 
-def make_protocol(client_seconds: float, max_connections: int) -> type[Any]:
-    """Make a subclass of `Protocol` with these limits."""
-    return type("LimitedProtocol", (Protocol,), {"client_seconds": client_seconds, "max_connections": max_connections})
+def make_protocol(client_seconds: float, max_connections: int, is_stopping: Callable[[], bool]) -> type[Any]:
+    """Make a subclass of `Protocol` with these attributes."""
+    attributes = {
+        "client_seconds": client_seconds,
+        "max_connections": max_connections,
+        "is_stopping": staticmethod(is_stopping),
+    }
+    return type("LimitedProtocol", (Protocol,), attributes)
 
 
 async def _send_until_closed(cycle: Any, send: Callable[[Any], Awaitable[None]], message: Any) -> None:

@@ -138,14 +138,20 @@ def array_reply(array: NDArray[Any], encoding: str) -> Any:
     }
 
 
-def check_size(arrays: list[NDArray[Any]], encoding: str) -> None:
-    """Raise RefusalError if the outputs are too large for one reply."""
+def check_size(arrays: list[NDArray[Any]], encoding: str, field: str | None = "encoding") -> None:
+    """Raise RefusalError if the outputs are too large for one reply.
+
+    Args:
+        encoding: "float" or "base64".
+        field: the field of the request that asks for base64; None if the route has none.
+    """
     numbers, size = sum(array.size for array in arrays), sum(array.nbytes for array in arrays)
     if encoding == "float" and numbers > MAX_JSON_NUMBERS:
+        cure = "" if field is None else f'give {field}: "base64", or '
         raise RefusalError(
             413,
-            f"the outputs have {numbers:,} numbers, above the {MAX_JSON_NUMBERS:,} of a JSON reply; give "
-            'encoding: "base64", or ask for fewer outputs or texts',
+            f"the outputs have {numbers:,} numbers, above the {MAX_JSON_NUMBERS:,} of a JSON reply; {cure}"
+            "ask for fewer outputs or texts",
         )
     if size > MAX_OUTPUT_BYTES:
         raise RefusalError(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -21,7 +22,7 @@ import uvicorn
 from lfx.errors import InputError, LfxError, one_line
 from lfx.runtime.serve.app import make_app
 from lfx.runtime.serve.memory import memory
-from lfx.runtime.serve.protocol import make_protocol
+from lfx.runtime.serve.protocol import STOP_GRACE_SECONDS, make_protocol
 from lfx.runtime.serve.service import Service
 from lfx.runtime.serve.settings import KEEP_ALIVE_SECONDS, Settings
 from lfx.runtime.serve.stats import Stats
@@ -102,7 +103,9 @@ class Server(uvicorn.Server):
         self._max_connections = connection_limit(settings.max_connections)
         config = uvicorn.Config(
             make_app(self.service, self.stats),
-            http=make_protocol(settings.client_seconds, self._max_connections),
+            http=make_protocol(
+                settings.client_seconds, self._max_connections, lambda: self.service.state == "stopping"
+            ),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -200,6 +203,7 @@ class Server(uvicorn.Server):
         """Accept no more connections, answer the requests in progress, and cancel the rest after stop_seconds."""
         self.service.state = "stopping"
         self.stats.stop()
+        await _accept_queued(sockets or [])
         await super().shutdown(sockets)
         # uvicorn has cancelled the remaining requests; `Gate` replies 503 to their clients.
         remaining = [task for task in self.server_state.tasks if not task.done()]
@@ -255,6 +259,21 @@ class Server(uvicorn.Server):
         self._report(f"the batch in progress did not end within {self._settings.stop_seconds + _EXIT_SECONDS:g} s")
         sys.stderr.flush()
         os._exit(1)
+
+
+async def _accept_queued(sockets: list[socket.socket]) -> None:
+    """Let asyncio accept the connections that the system has queued: it would reset them when the sockets are closed.
+
+    Clients that go on connecting do not keep the sockets open for longer than STOP_GRACE_SECONDS.
+    """
+    if not hasattr(select, "poll"):
+        return
+    poll = select.poll()
+    for sock in sockets:
+        poll.register(sock.fileno(), select.POLLIN)
+    end = time.monotonic() + STOP_GRACE_SECONDS
+    while poll.poll(0) and time.monotonic() < end:
+        await asyncio.sleep(0)
 
 
 def _complete(opened: asyncio.Future[None], error: LfxError | None) -> None:

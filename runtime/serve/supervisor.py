@@ -10,6 +10,7 @@ the supervisor restarts the older workers, one by one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from lfx.errors import DependencyError, LfxError
+from lfx.errors import DependencyError, LfxError, one_line
 from lfx.runtime.serve.server import Announce, Report, address_of, listen
 from lfx.runtime.serve.settings import Settings
 
@@ -57,16 +58,25 @@ def supervise(settings: Settings, report: Report, announce: Announce) -> None:
     sock = listen(settings)
     announce({"state": "opening", "address": address_of(sock), "models": list(settings.models)})
     report(f"{address_of(sock)} is opening {', '.join(settings.models)} in {settings.workers} workers")
-    with tempfile.TemporaryDirectory(prefix="lfx-serve-") as folder:
-        _Supervisor(settings, sock, Path(folder), report, announce).run()
+    with contextlib.ExitStack() as stack:
+        _Supervisor(settings, sock, _private_folder(stack, report), report, announce).run()
     report("stopped")
+
+
+def _private_folder(stack: contextlib.ExitStack, report: Report) -> Path | None:
+    """A folder for the workers' sockets; None if no folder for temporary files can be written."""
+    try:
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lfx-serve-")))
+    except OSError as error:
+        report(f"/metrics has the counters of one worker only: {one_line(error)}; set TMPDIR to a folder with room")
+        return None
 
 
 class _Supervisor:
     """The workers, and the number of signals that this process got."""
 
     def __init__(
-        self, settings: Settings, sock: socket.socket, folder: Path, report: Report, announce: Announce
+        self, settings: Settings, sock: socket.socket, folder: Path | None, report: Report, announce: Announce
     ) -> None:
         self._settings, self._sock, self._folder, self._report = settings, sock, folder, report
         self._announce = announce
@@ -149,6 +159,8 @@ class _Supervisor:
 
     def _stop(self) -> None:
         """Stop the workers, and kill those that do not end in time."""
+        # Otherwise the system would go on queueing connections, which no worker takes any more.
+        self._sock.close()
         for worker in self._workers:
             if not worker.is_stopping:
                 worker.ask_to_stop()
@@ -186,7 +198,7 @@ class _Worker:
         number: int,
         settings: Settings,
         sock: socket.socket,
-        folder: Path,
+        folder: Path | None,
         report: Report,
         when_ready: Callable[[int], None],
         *,
@@ -209,7 +221,7 @@ class _Worker:
         given = {
             "settings": settings.to_json(),  # on stdin, not the command line: it has the API key
             "socket": sock.fileno(),
-            "folder": str(folder),
+            "folder": None if folder is None else str(folder),
             "worker": number,
             "early": early,
         }

@@ -46,7 +46,7 @@ def main() -> int:
             lambda text: send({"report": text}),
             worker=given["worker"],
             workers=settings.workers,
-            folder=Path(given["folder"]),
+            folder=None if given["folder"] is None else Path(given["folder"]),
             early=given["early"],
         )
 

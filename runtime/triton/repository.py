@@ -131,11 +131,13 @@ class Written:
         folder: its folder in the repository.
         name: its name in Triton.
         plugins: the plugin library that the server has to load; None if it needs none.
+        lacks_tokenizer: whether the model takes no texts, since the tokenizer beside a single ONNX file is not copied.
     """
 
     folder: Path
     name: str
     plugins: Path | None
+    lacks_tokenizer: bool = False
 
 
 def write_model(model: str | Path, repository: str | Path, settings: Settings) -> Written:
@@ -173,7 +175,12 @@ def write_model(model: str | Path, repository: str | Path, settings: Settings) -
             _write_config(folder, _config(name, source, settings, parameters))
     except OSError as error:
         raise LfxError(why_unwritten(output, error, _CURE)) from error
-    return Written(target, name, None if plugins is None else target / VERSION / plugins)
+    lacks_tokenizer = (
+        settings.triton_backend == "python"
+        and not _has_texts(source, settings)
+        and finds_tokenizer(source.path, source.manifest)
+    )
+    return Written(target, name, None if plugins is None else target / VERSION / plugins, lacks_tokenizer)
 
 
 def _open(given: Path) -> _Source:
@@ -341,14 +348,18 @@ def _write_native(source: _Source, version: Path) -> Path | None:
     return Path(plugin.LIBRARY)
 
 
+def _has_texts(source: _Source, settings: Settings) -> bool:
+    """Whether the model has its tokenizer in Triton. The files beside a single ONNX file are not copied."""
+    is_added = source.manifest is not None or settings.link
+    return is_added and finds_tokenizer(source.path, source.manifest)
+
+
 def _config(name: str, source: _Source, settings: Settings, parameters: Mapping[str, str]) -> ModelConfig:
     signature, plan = source.signature, source.plan
     inputs, outputs = list(signature.inputs), list(signature.outputs)
     is_python = settings.triton_backend == "python"
     if is_python:
-        # The files beside a single ONNX file are not copied.
-        is_added = source.manifest is not None or settings.link
-        has_tokenizer = is_added and finds_tokenizer(source.path, source.manifest)
+        has_tokenizer = _has_texts(source, settings)
         inputs = input_specs(signature, has_tokenizer=has_tokenizer)
         outputs = output_specs(signature, has_tokenizer=has_tokenizer)
     on_gpu = _on_gpu(source, settings)

@@ -186,6 +186,8 @@ class TritonModel:
             return [self._encoded_row(i, request) for i in range(len(next(iter(inputs.values()))))]
         if "input_ids" not in inputs:
             raise InputError(f"a request has {_listed(inputs)} and no input_ids; give them")
+        if request.parameters.get("prompt"):
+            raise InputError("prompt is put before a text, and a request has input_ids; leave it out, or give texts")
         masks = (inputs.get("attention_mask"), inputs.get("global_attention_mask"))
         return [_Row(feeds) for feeds in prepare(inputs["input_ids"], *masks, self._signature)]
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import lfx.ray.actor
+from lfx.errors import LfxError
 from lfx.ray.actor import DocumentActor
 from lfx.ray.cluster import connected
 from lfx.ray.engine import EngineOptions
@@ -62,6 +63,37 @@ def test_a_job_keeps_its_folder_out_unless_it_runs_in_the_cluster(
     monkeypatch.setitem(sys.modules, "ray", ray)
     with connected(address):
         assert ("job_config" in given[0]) == brings_job
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            "Version mismatch: The cluster was started with:\n    Ray: 2.9.0\n    Python: 3.9\n",
+            "Ray: 2.9.0 Python: 3.9",
+        ),
+        (
+            "Failure from server:\nTraceback (most recent call last):\n  File\nRuntimeError: no port\n",
+            "server: RuntimeErr",
+        ),
+        ("", "ValueError"),
+    ],
+    ids=["versions", "traceback", "empty"],
+)
+def test_a_cluster_that_refuses_says_why(error: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise ValueError(error)
+
+    ray: Any = ModuleType("ray")
+    vars(ray).update(is_initialized=lambda: False, init=refuse)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(LfxError) as caught, connected("ray://10.0.0.1:10001"):
+        pass
+    text = str(caught.value)
+    assert text.startswith("no Ray cluster at ray://10.0.0.1:10001: ")
+    assert message in text
+    assert "\n" not in text
+    assert "Traceback" not in text
 
 
 def test_sigterm_while_an_actor_imports_ends_the_actor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,9 @@ class FakeRay:
     def kill(self, handle: Any) -> None:
         handle.is_dead = True
 
+    def is_initialized(self) -> bool:
+        return True
+
 
 def run_pool(actor: type[Actor], documents: list[int], size: int, parts_of: int = 4) -> tuple[list[Any], list[str]]:
     """The rows of a pool in the order of the documents, and its reports."""
@@ -197,6 +200,37 @@ def test_an_error_of_an_actor_stops_the_pool(error: Exception, message: str) -> 
 
     with pytest.raises(LfxError, match=f"^{message}$"):
         run_pool(Failing, [1, 2], 1)
+
+
+class GrpcError(Exception):
+    """An error of grpc, whose text has several lines."""
+
+    __module__ = "grpc._channel"
+
+    def details(self) -> str:
+        return "the server has gone"
+
+
+@pytest.mark.parametrize("error", [ConnectionError("the server has gone"), GrpcError("<GrpcError:\n\tstatus …>")])
+def test_a_connection_that_is_lost_stops_the_pool_and_starts_no_ray(error: Exception) -> None:
+    """Ray's client raises ConnectionError, which is an OSError, or grpc's errors; its next call would start Ray."""
+
+    class LostRay(FakeRay):
+        def wait(self, refs: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+            raise error
+
+        def is_initialized(self) -> bool:
+            return False
+
+        def kill(self, handle: Any) -> None:
+            pytest.fail("Ray was started again")
+
+    message = "the connection to Ray was lost: the server has gone; completed documents are kept, and the same command"
+    with (
+        pytest.raises(LfxError, match=message),
+        Pool(LostRay(), EngineOptions("model"), "jsonl", 1, {}, lambda line: None) as pool,
+    ):
+        pool.opened()
 
 
 NODES = [{"CPU": 2.0}, {"CPU": 2.0, "GPU": 2.0}]

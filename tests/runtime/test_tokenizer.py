@@ -250,6 +250,19 @@ def test_windows_equal_the_truncation_of_the_tokenizers_library(
         assert (windows[-1], windows[1:3]) == (expected[-1], expected[1:3])
 
 
+def test_of_a_choice_that_is_too_long_the_text_is_cut_and_the_choice_kept(folder: Path) -> None:
+    tokenizer = Tokenizer(folder, signature("multiple-choice"))
+    theirs = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
+    theirs.enable_truncation(LONGEST, strategy="only_first")
+    for choice in ("fox", "the lazy dog"):
+        expected = theirs.encode("the quick fox " * 9, choice)
+        assert tokenizer.truncate("the quick fox " * 9, choice).ids == list(expected.ids)
+    with pytest.raises(
+        InputError, match=r"the choice and .* leave no room for the text before it .*; shorten the choice"
+    ):
+        tokenizer.truncate("fox", "the dog " * 9)
+
+
 def test_windows_are_slices_of_one_encoding_and_do_not_change_the_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(folder, signature("feature-extraction"))
 

@@ -77,6 +77,12 @@ def command(model: Path, repository: Path, as_json: bool, **options: Any) -> Non
     start = f"tritonserver --model-repository={repository}"
     if written.plugins is not None:
         start += f" --backend-config=tensorrt,plugins={written.plugins}"
+    if written.lacks_tokenizer:
+        echo(
+            "it takes ids and no texts: an ONNX file is copied without its tokenizer; give the bundle, or --link, "
+            "for texts",
+            err=True,
+        )
     if as_json:
         plugins = None if written.plugins is None else str(written.plugins)
         echo_json({"model": written.name, "folder": str(written.folder), "plugins": plugins, "start": start})

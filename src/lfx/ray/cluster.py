@@ -85,13 +85,24 @@ def connected(address: str | None) -> Iterator[ModuleType]:
             ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **options)
     except Exception as error:
         what = "Ray cannot start" if address is None else f"no Ray cluster at {address}"
-        raise LfxError(f"{what}: {one_line(error)}") from error
+        raise LfxError(f"{what}: {_reason(error)}") from error
     try:
         # Ray prints each death of an actor to stdout, where results go; the pool reports it.
         ray._private.worker._worker_logs_enabled = False
         yield ray
     finally:
         ray.shutdown()
+
+
+def _reason(error: Exception) -> str:
+    """Ray's error as one line: all its lines, such as the versions that differ; of a traceback the first and the last.
+
+    One line alone may be "Version mismatch: The cluster was started with:".
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any(line.startswith("Traceback") for line in lines):
+        lines = [lines[0], lines[-1]]
+    return one_line(Exception(" ".join(lines) or type(error).__name__), 500)
 
 
 def _has_proxy(address: str | None) -> bool:

@@ -95,23 +95,25 @@ class Pool:
         Raises:
             LfxError: the model cannot be opened.
         """
-        while self._opened is None:
-            for _ in self._wait():
-                raise AssertionError("no task was given")
+        with _connected():
+            while self._opened is None:
+                for _ in self._wait():
+                    raise AssertionError("no task was given")
         return self._opened
 
     def results(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Piece]]:
         """Run tasks; yields them with their rows in the order in which they end. A task may come back in pieces.
 
         Raises:
-            LfxError: the engine fails on every input, or all actors end.
+            LfxError: the engine fails on every input, all actors end, or the connection to Ray is lost.
         """
         remaining: Iterator[Task | None] = itertools.chain(tasks, itertools.repeat(None))
-        while True:
-            has_ended = self._fill(remaining)
-            if has_ended and not self._retries and not any(slot.tasks for slot in self._slots):
-                return
-            yield from self._wait()
+        with _connected():
+            while True:
+                has_ended = self._fill(remaining)
+                if has_ended and not self._retries and not any(slot.tasks for slot in self._slots):
+                    return
+                yield from self._wait()
 
     def _start(self) -> _Slot:
         actor = self._make.remote()
@@ -231,8 +233,26 @@ class Pool:
         self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for slot in self._slots:
+            if not self._ray.is_initialized():  # the connection was lost, and a call would start Ray on this machine
+                return
             with contextlib.suppress(Exception):  # it, or the cluster, is gone
                 self._ray.kill(slot.actor)
+
+
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    """Raise LfxError if the connection to Ray is lost: a client at ray:// raises a ConnectionError or grpc's errors."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, ConnectionError) and not type(error).__module__.startswith("grpc"):
+            raise
+        details = getattr(error, "details", None)  # the text of grpc's errors has several lines
+        reason = str(details()) if callable(details) else one_line(error)
+        raise LfxError(
+            f"the connection to Ray was lost: {reason}; completed documents are kept, and the same command resumes "
+            "after them"
+        ) from error
 
 
 def _why(error: BaseException) -> str:

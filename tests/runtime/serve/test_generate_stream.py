@@ -179,6 +179,14 @@ def test_http_1_0_gets_no_chunks(server: Running) -> None:
     assert [json.loads(part.removeprefix(b"data:"))["index"] for part in parts] == [1, 2, 3]
 
 
+def test_http_1_0_gets_no_interim_reply(server: Running) -> None:
+    body = json.dumps({"inputs": TEXT, "parameters": {"max_new_tokens": 3}}).encode()
+    with socket.create_connection(server.socket_address, WAIT_SECONDS) as client:
+        head = b"POST /generate HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+        client.sendall(head % len(body) + body)
+        assert client.makefile("rb").readline() == b"HTTP/1.1 200 OK\r\n"
+
+
 def test_a_client_that_goes_away_ends_the_text(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps(monkeypatch, free=2)
     service = server.server.service

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import re
@@ -21,9 +23,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lfx.errors import InputError
+from lfx.runtime.serve import supervisor
 from lfx.runtime.serve.settings import named_models
 from tests.conftest import MakeBundle
 from tests.marks import fast_if
+from tests.runtime.serve import running
 from tests.runtime.serve.running import WAIT_SECONDS, Command, wait_until
 from tests.runtime.test_import import lfx_without
 
@@ -73,6 +77,56 @@ def test_at_sigterm_what_came_is_answered_and_nothing_new_is_taken(model: Path) 
         silent.close()
         assert server.wait() == 0
         assert server.lines[-1] == "stopped"
+
+
+def test_connections_that_the_system_has_queued_are_answered_at_a_stop(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker of several accepts a few connections at a time."""
+    monkeypatch.setattr(running, "Server", functools.partial(running.Server, workers=2))
+    text = json.dumps(BODY).encode()
+    request = b"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(text) + text
+    with running.running({"cls": model}, stop_seconds=1000.0) as started, contextlib.ExitStack() as stack:
+        loop, blocked, go_on = started.server._loop, threading.Event(), threading.Event()
+        assert loop is not None
+        loop.call_soon_threadsafe(lambda: (blocked.set(), go_on.wait(WAIT_SECONDS)))
+        assert blocked.wait(WAIT_SECONDS)
+        clients = [
+            stack.enter_context(socket.create_connection(started.socket_address, WAIT_SECONDS)) for _ in range(30)
+        ]
+        for client in clients:
+            client.sendall(request)
+        started.server.should_exit = True
+        go_on.set()
+        for client in clients:
+            assert client.makefile("rb").read().startswith(b"HTTP/1.1 200")  # to the end of the connection
+
+
+@pytest.mark.slow
+def test_workers_that_stop_refuse_connections_while_they_answer(model: Path) -> None:
+    with Command(model, "--workers", "2", "--stop-time", "100") as server:
+        for _ in range(2):
+            server.wait_for("is ready")
+        host, port = server.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as half:
+            text = json.dumps(BODY).encode()
+            head = b"POST /run HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+            half.sendall(head % len(text) + text[:5])
+            server.process.terminate()
+            for _ in range(2):
+                server.wait_for("stopping")
+
+            def is_refused() -> bool:
+                try:
+                    socket.create_connection((host, int(port)), timeout=WAIT_SECONDS).close()
+                except ConnectionRefusedError:
+                    return True
+                return False
+
+            wait_until(is_refused)
+            half.sendall(text[5:])
+            assert half.recv(1000).startswith(b"HTTP/1.1 200")
+        assert server.wait() == 0
 
 
 @fast_if(lambda second: second)
@@ -242,6 +296,19 @@ def test_workers_serve_where_the_folder_of_temporary_files_cannot_have_sockets(m
             assert gauge(client, "lfx_ready") == 1  # the worker that was asked
         assert server.stop() == 0
         assert "Traceback" not in "\n".join(server.lines)
+
+
+def test_workers_need_no_folder_of_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may have a root file system that cannot be written."""
+
+    def refuse(prefix: str) -> None:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(supervisor.tempfile, "TemporaryDirectory", refuse)
+    reports: list[str] = []
+    with contextlib.ExitStack() as stack:
+        assert supervisor._private_folder(stack, reports.append) is None
+    assert "one worker only: No usable temporary directory found" in reports[0]
 
 
 def test_workers_end_with_their_supervisor(model: Path) -> None:

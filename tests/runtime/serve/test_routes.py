@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import math
 import sys
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 from lfx.parity import pair_tolerance
 from lfx.runtime import Engine
 from lfx.runtime.postprocess import Postprocessor
-from lfx.runtime.serve import native, openai, tei, tgi
+from lfx.runtime.serve import native, openai, replies, tei, tgi
 from lfx.runtime.serve.body import parse_body
 from lfx.runtime.serve.replies import MAX_JSON_NUMBERS, RefusalError, check_size, dumps
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, OTHER_BYTES
@@ -150,6 +151,23 @@ def test_openai_embeddings_take_ids(client: httpx.Client, bundle: MakeBundle) ->
         assert reply["usage"]["prompt_tokens"] == len(ids) * len(reply["data"])
 
 
+def test_openai_ids_without_the_models_special_tokens_are_refused(client: httpx.Client) -> None:
+    """LangChain's OpenAIEmbeddings sends ids of tiktoken unless it is told not to."""
+    for given in ([5, 6, 7], [[0, 5, 2], [5, 6, 2]], [0, 5, 6], [[]]):
+        reply = post(client, "/v1/embeddings", {"input": given, "model": "emb"})
+        assert reply.status_code == 400
+        assert "do not begin with [0] and end with [2]" in reply.json()["error"]["message"]
+
+
+def test_a_compressed_body_is_refused(client: httpx.Client) -> None:
+    body = gzip.compress(json.dumps({"inputs": "fox"}).encode())
+    reply = client.post("/run", content=body, headers={"Content-Encoding": "gzip"})
+    assert (reply.status_code, reply.json()["error"]) == (
+        415,
+        "the body is compressed; send it without Content-Encoding",
+    )
+
+
 def test_openai_models_are_listed(client: httpx.Client) -> None:
     assert [model["id"] for model in client.get("/v1/models").json()["data"]] == list(TASKS)
     assert client.get("/v1/models/org/bare").json()["id"] == "org/bare"
@@ -206,6 +224,13 @@ def test_a_text_longer_than_the_model_takes_is_refused_or_cut(client: httpx.Clie
         assert (result["truncated"], result["tokens"]) == (True, 128)
 
 
+def test_a_document_before_choices_is_cut_and_no_choice_is(client: httpx.Client) -> None:
+    body = {"inputs": {"text": LONG, "choices": ["the fox", "the dog"]}, "model": "choice", "truncate": True}
+    (result,) = answered(client, "/run", body)["results"]
+    assert (result["truncated"], result["tokens"]) == (True, 2 * 128)
+    assert len({answer["score"] for answer in result["answers"]}) == 2
+
+
 BAD_REQUESTS: list[tuple[str, Any, int, str]] = [
     ("/run", b"", 422, "the body is not JSON"),
     ("/run", b"{", 422, "the body is not JSON"),
@@ -226,6 +251,7 @@ BAD_REQUESTS: list[tuple[str, Any, int, str]] = [
     ("/run", {"inputs": {}}, 422, "neither text nor ids"),
     ("/run", {"inputs": {"text": "a", "ids": [5]}}, 422, "both ids and a text"),
     ("/run", {"inputs": {"ids": []}}, 422, "empty"),
+    ("/run", {"inputs": {"ids": [0, 5, 2]}, "model": "emb", "prompt": "query: "}, 422, "prompt is put before a text"),
     ("/run", {"inputs": {"ids": [[0, 5], [0, 6]]}}, 422, "each sequence as an input of its own"),
     ("/run", {"inputs": {"ids": [99]}}, 422, "outside the vocabulary of 99"),
     ("/run", {"inputs": {"ids": [-1]}}, 422, "negative"),
@@ -406,3 +432,31 @@ def test_outputs_that_are_too_large_for_a_reply_are_refused() -> None:
         check_size([np.zeros(1).view(Large)], "float")
     with pytest.raises(RefusalError, match="68,157,440 bytes, above the 67,108,864 of a reply"):
         check_size([np.zeros(1).view(Large)], "base64")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/v1/embeddings", {"input": ["a", "b"], "model": "emb"}, 'give encoding_format: "base64", or ask'),
+        ("/models/emb/embed", {"inputs": ["a", "b"]}, "of a JSON reply; ask for fewer"),
+        ("/run", {"inputs": ["a", "b"], "model": "emb"}, 'give encoding: "base64", or ask'),
+    ],
+    ids=["openai", "tei", "run"],
+)
+def test_base64_is_named_where_a_route_has_it(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str, body: Any, message: str
+) -> None:
+    monkeypatch.setattr(replies, "MAX_JSON_NUMBERS", 63)
+    reply = post(client, path, body)
+    assert reply.status_code == 413
+    error = reply.json()["error"]
+    assert message in (error["message"] if path.startswith("/v1") else error)
+
+
+def test_openai_embeddings_in_base64_may_have_more_numbers_than_json(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replies, "MAX_JSON_NUMBERS", 63)
+    body = {"input": ["a", "b"], "model": "emb"}
+    assert len(answered(client, "/v1/embeddings", {**body, "encoding_format": "base64"})["data"]) == 2
+    assert answered(client, "/v1/embeddings", {"input": "a", "model": "emb", "encoding_format": None})["data"]

@@ -79,6 +79,9 @@ def test_a_single_onnx_file_takes_ids_only(bundle: MakeBundle, tmp_path: Path) -
     assert names(written.folder) == {"config.pbtxt", "1/model.py", "1/bundle/model.onnx", "1/bundle/model.onnx.data"}
     assert '"text"' not in config_of(written.folder)
     assert 'value { string_value: "bundle/model.onnx" }' in config_of(written.folder)
+    assert written.lacks_tokenizer
+    (folder / "tokenizer.json").unlink()
+    assert not write_model(folder / "model.onnx", tmp_path / "models", Settings(name="m")).lacks_tokenizer
 
 
 def test_a_linked_bundle_is_named_and_not_copied(bundle: MakeBundle, tmp_path: Path) -> None:

@@ -237,6 +237,8 @@ def test_sentence_embeddings_are_those_of_embed_and_long_texts_are_cut_on_reques
     np.testing.assert_allclose(outputs["sentence_embedding"], engine.embed("fox", prompt="the "), rtol=0, atol=1e-5)
     with pytest.raises(InferenceServerException, match="takes no prompt"):
         ask(server, "cls", parameters={"prompt": "the "}, text=utf8("fox"))
+    with pytest.raises(InferenceServerException, match="prompt is put before a text"):
+        ask(server, "emb", parameters={"prompt": "the "}, input_ids=np.array([[0, 5, 2]]))
 
 
 def test_a_model_is_unloaded_and_the_one_that_replaced_it_is_loaded(
