@@ -130,6 +130,27 @@ def test_no_file_is_removed_while_it_is_open_where_the_system_refuses_that(
     assert {path.name for path in tmp_path.iterdir()} == {"target"}
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs the list of open files")
+def test_nothing_is_left_where_an_open_file_is_only_renamed_when_it_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS and FUSE, which keep such a file until it is closed."""
+    unlink = os.unlink
+
+    def renaming(path: str | Path, *, dir_fd: int | None = None) -> None:
+        for descriptor in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if descriptor.readlink().name == Path(path).name:
+                    return os.rename(path, f"{path}.hidden", src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", renaming)
+    for text in ("new", "newer"):
+        with replacing(tmp_path / "target") as temporary:
+            temporary.write_text(text)
+        assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
 def test_one_holder_at_a_time_has_the_lock_of_a_target(tmp_path: Path) -> None:
     inside, seen = [0], []
 

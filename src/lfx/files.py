@@ -50,11 +50,7 @@ def private_folder(parent: Path, purpose: str, salvage: Callable[[Path], Any] = 
     try:
         yield folder
     finally:
-        if not _CAN_REMOVE_OPEN_FILES:
-            os.close(lock)
-        _remove(folder)
-        if _CAN_REMOVE_OPEN_FILES:  # the lock is held until the folder is gone
-            os.close(lock)
+        _remove(folder, lock)
 
 
 @contextlib.contextmanager
@@ -245,15 +241,22 @@ def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
         os.close(lock)
 
 
-def _remove(folder: Path) -> None:
-    """Remove a private folder, its lock last: if this process is killed, the free lock still marks it as a leftover."""
+def _remove(folder: Path, lock: int) -> None:
+    """Remove a private folder, its lock last: if this process is killed, the free lock still marks it as a leftover.
+
+    The lock is closed first: NFS and FUSE only rename an open file that is removed, and Windows refuses to remove it.
+    A folder that keeps such a file, which another process has open, stays a leftover.
+    """
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             elif path.name != _LOCK:
                 path.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+    with contextlib.suppress(OSError):
+        if {path.name for path in folder.iterdir()} <= {_LOCK}:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sweep(parent: Path, prefix: str, salvage: Callable[[Path], Any]) -> None:
@@ -271,12 +274,15 @@ def _sweep(parent: Path, prefix: str, salvage: Callable[[Path], Any]) -> None:
             except FileNotFoundError:
                 folder.rmdir()  # its process was killed before it made the lock; one that is alive makes a new folder
                 continue
-            try:
-                if _is_leftover(lock):
-                    salvage(folder)
-                    _remove(folder)
-            finally:
+            if not _is_leftover(lock):
                 os.close(lock)
+                continue
+            try:
+                salvage(folder)
+            except BaseException:
+                os.close(lock)
+                raise
+            _remove(folder, lock)
 
 
 def _is_leftover(lock: int) -> bool:
