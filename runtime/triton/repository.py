@@ -14,7 +14,7 @@ from typing import Any
 from lfx import __version__
 from lfx.checks import LARGEST, file_path, flag, one_of, real_number, shown, whole_number
 from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
-from lfx.files import copy, exchange, locked, private_folder, why_unwritten
+from lfx.files import copy, exchange, is_mount_point, locked, move_folder, private_folder, why_unwritten
 from lfx.manifest import MANIFEST, MODEL, Manifest, sha256
 from lfx.runtime import backends, plugin
 from lfx.runtime.artifact import Artifact, open_artifact, unchanged
@@ -430,8 +430,12 @@ def _replacing(target: Path) -> Iterator[Path]:
             if not os.path.lexists(target):
                 new.rename(target)
             elif not exchange(new, target):
-                target.rename(private / "old")
-                new.rename(target)
+                move_folder(target, private / "old")
+                try:
+                    new.rename(target)
+                except OSError:
+                    (private / "old").rename(target)
+                    raise
 
 
 def _check_replaceable(target: Path) -> None:
@@ -441,5 +445,5 @@ def _check_replaceable(target: Path) -> None:
 
 def _is_usable(parent: Path, repository: Path) -> bool:
     """Whether a folder in the parent can be renamed into the repository: not if that is a mount point."""
-    same_disk = parent.stat().st_dev == repository.stat().st_dev and not os.path.ismount(repository)
+    same_disk = parent.stat().st_dev == repository.stat().st_dev and not is_mount_point(repository)
     return same_disk and os.access(parent, os.W_OK | os.X_OK)

@@ -29,6 +29,7 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 _CAN_REMOVE_OPEN_FILES = os.name == "posix"  # Windows refuses it
 _LOCK_TRIES, _LOCK_PAUSE_S = 600, 0.1  # a minute; locks are held for a few renames only
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
+MOUNTED = "it is a mount point, which cannot be replaced; mount its folder instead"  # why a file cannot be written
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -172,9 +173,56 @@ def exchange(first: Path, second: Path) -> bool:
     if rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV):
         return False
     raise OSError(number, os.strerror(number), str(first))
+
+
+def is_mount_point(path: Path) -> bool:
+    """Whether a folder or a file is mounted at this path, which can not be renamed then; a bind mount counts too."""
+    if os.path.ismount(path):
+        return True
+    absolute = path.absolute()
+    name = os.fsencode(os.path.realpath(absolute.parent)) + b"/" + os.fsencode(absolute.name)
+    for letter in b"\\ \t\n":  # the backslash first
+        name = name.replace(bytes([letter]), b"\\%03o" % letter)
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:  # another system
+        return False
+    return any(line.split(b" ")[4] == name for line in lines)
+
+
+def move_folder(source: Path, target: Path, copied: Callable[[], Any] = lambda: None) -> None:
+    """Rename a folder. One that overlayfs cannot rename, since it is of a container's image, is copied and removed.
+
+    Args:
+        target: a new path in a private folder.
+        copied: called when the whole copy is at `target`, before the folder is removed.
+    Raises:
+        OSError: the folder cannot be renamed, copied or removed.
+    """
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy = target.with_name(f"{target.name}-copy")
+        shutil.copytree(source, copy, symlinks=True)
+        copy.rename(target)
+        copied()
+        shutil.rmtree(source)
+
+
+def follow_umask(file: Path, mode: int) -> None:
+    """Give a file of this process the access `mode`, where the file system has modes."""
+    if stat.S_IMODE(file.stat().st_mode) == mode:
+        return
+    try:
+        file.chmod(mode)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 _COPIED_BYTES = 16 << 20  # which take some milliseconds
