@@ -141,7 +141,8 @@ def test_nothing_is_left_where_an_open_file_is_only_renamed_when_it_is_removed(
         for descriptor in Path("/proc/self/fd").iterdir():
             with contextlib.suppress(OSError):
                 if descriptor.readlink().name == Path(path).name:
-                    return os.rename(path, f"{path}.hidden", src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+                    os.rename(path, f"{path}.hidden", src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+                    return
         unlink(path, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "unlink", renaming)

@@ -215,6 +215,25 @@ def test_a_failed_write_leaves_the_older_model(
     assert {path.name for path in tmp_path.iterdir()} == {"models"}
 
 
+def test_a_failed_rename_leaves_the_older_model(
+    bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system cannot exchange two folders."""
+    folder = write_model(bundle(), tmp_path / "models", Settings(name="m")).folder
+    before, rename = config_of(folder), Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(repositories, "exchange", lambda first, second: False)
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(LfxError, match="no disk space left"):
+        write_model(bundle(), tmp_path / "models", Settings(name="m", max_batch=5))
+    assert config_of(folder) == before
+
+
 def test_a_repository_whose_parent_is_read_only_works(
     bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
