@@ -21,7 +21,7 @@ from lfx.runtime.artifact import Artifact, open_artifact, unchanged
 from lfx.runtime.engine import MAX_THREADS
 from lfx.runtime.hub import local_path
 from lfx.runtime.loading import COMPUTE_PRECISIONS
-from lfx.runtime.plan import SUFFIX, PlanManifest, json_path
+from lfx.runtime.plan import SUFFIX, PlanManifest, json_path, replaced
 from lfx.runtime.ragged import check_cuttable
 from lfx.runtime.triton.config import Instances, ModelConfig
 from lfx.runtime.triton.requests import MODEL_PARAMETER, finds_tokenizer, input_specs, output_specs
@@ -314,7 +314,10 @@ def _add_plan(source: _Source, plan: PlanManifest, version: Path) -> str:
     """Add a plan, its JSON and the text files of its bundle, if they are there."""
     for file in (*plan.files(source.path), json_path(source.path)):
         copy(file, version / file.name)
-    plan.verify(version / source.path.name)  # it may have been replaced since it was opened
+    added = version / source.path.name
+    if PlanManifest.read(added) != plan:  # it may have been replaced since it was opened
+        raise replaced(source.path)
+    plan.verify(added)
     bundle = source.path.parent / str(plan.bundle["name"])
     if finds_tokenizer(source.path, plan) and bundle.is_dir():
         manifest = Manifest.read(bundle)
@@ -334,7 +337,7 @@ def _write_native(source: _Source, version: Path) -> Path | None:
         return None
     copy(source.path, version / PLAN)
     if sha256(version / PLAN) != source.plan.plan["sha256"]:
-        raise ArtifactError(f"{source.path} was replaced while it was read; run it again")
+        raise replaced(source.path)
     if not source.plan.plugin_layers:
         return None
     copy(plugin.library(), version / plugin.LIBRARY)

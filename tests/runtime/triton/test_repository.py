@@ -132,6 +132,25 @@ def test_a_plan_runs_in_an_engine_with_its_json_beside_it(tmp_path: Path) -> Non
     assert "kind: KIND_GPU" in config_of(written.folder)
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_plan_that_is_replaced_while_it_is_copied_is_refused(
+    copies: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, copy, copied = write_plan(tmp_path), repositories.copy, []
+
+    def replace_and_copy(source: Path, target: Path) -> None:
+        copied.append(source)
+        if len(copied) == 1 + copies:  # the first is model.py
+            write_plan(tmp_path, replace(MANIFEST, target="sm89"))
+            if copies == 1:
+                plan.write_bytes(b"newer")
+        copy(source, target)
+
+    monkeypatch.setattr(repositories, "copy", replace_and_copy)
+    with pytest.raises(ArtifactError, match=r"\.plan was replaced while it was read; run it again"):
+        write_model(plan, tmp_path / "models", Settings(name="p"))
+
+
 def test_a_plan_of_a_led_has_no_graphs_of_its_bundle_beside_it(led_bundle: MakeLed, tmp_path: Path) -> None:
     bundle = tmp_path / "led"
     bundle.symlink_to(led_bundle()[1])
