@@ -60,15 +60,16 @@ def check_target(output: Path) -> None:
 
 
 def check_space(output: Path, needed_bytes: int, content: str = "bundle") -> None:
-    """Check that the disk of `output` has `needed_bytes` free.
+    """Check that the disk of `output` has `needed_bytes` free, if its file system says so; some of FUSE say 0 of 0.
 
     Args:
         content: what is written, for the message.
     Raises:
         ExportError: it has less.
     """
-    free = shutil.disk_usage(output.resolve().parent).free
-    if free < needed_bytes:
+    usage = shutil.disk_usage(output.resolve().parent)
+    free = usage.free
+    if free < needed_bytes and (free > 0 or usage.total > 0):
         raise ExportError(
             f"no disk space: the {content} takes about {needed_bytes / 1e6:.0f} MB and {output.absolute().parent} "
             f"has {free / 1e6:.0f} MB free; make room, or {_CURE}"

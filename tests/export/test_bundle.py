@@ -19,7 +19,7 @@ import pytest
 from lfx.errors import ArtifactError, ExportError
 from lfx.export import bundle as bundles
 from lfx.export import export, exporter
-from lfx.export.bundle import atomic_folder, check_target
+from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.manifest import MANIFEST, MODEL, Manifest
 from lfx.signature import Signature, TensorSpec
 from tests.conftest import MakeBundle
@@ -444,6 +444,12 @@ def test_a_disk_too_small_is_refused_before_the_work(tmp_path: Path, monkeypatch
     with pytest.raises(ExportError, match="no disk space: the bundle takes about 2 MB"):
         export(tiny_model(), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_a_file_system_that_does_not_say_its_size_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"total": 0, "free": 0})
+    monkeypatch.setattr(bundles.shutil, "disk_usage", lambda path: usage)
+    check_space(tmp_path / "out", 1000)
 
 
 class RustError(Exception):
