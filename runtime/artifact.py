@@ -50,8 +50,8 @@ class Artifact:
         The folder is removed when the block ends.
 
         Args:
-            unshared: whether the files are for the onnx package, which refuses a second hard link, or for onnx-ir, which
-                maps them. Those with one, and those of a file system that refuses the mapping, are copied.
+            unshared: whether the files are for the onnx package, which refuses a second hard link, or for onnx-ir,
+                which maps them. Those with one, and those of a file system that refuses the mapping, are copied.
         """
         folder = self.path.absolute().parent
         usable = all(
