@@ -17,7 +17,16 @@ import pytest
 
 from lfx import files
 from lfx.errors import ExportError, LfxError
-from lfx.files import exchange, is_disk_full, locked, open_journal, private_folder, replacing, temporary_folder
+from lfx.files import (
+    exchange,
+    is_disk_full,
+    locked,
+    open_journal,
+    private_folder,
+    replacing,
+    temporary_folder,
+    try_lock,
+)
 from lfx.runtime.documents.journal import Journal
 
 
@@ -93,6 +102,24 @@ def test_the_next_write_removes_the_leftovers_of_a_kill_at_any_step(tmp_path: Pa
             return
         assert status == -signal.SIGKILL
     raise AssertionError("no write completed")
+
+
+def test_a_leftover_is_removed_while_its_lock_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process may be alive, and about to lock it."""
+    leftover, remove, held = tmp_path / f"{files._hidden_name('out')}-x", files.shutil.rmtree, []
+    leftover.mkdir()
+    (leftover / "lock").touch()
+
+    def check(path: Path, **options: Any) -> None:
+        if path == leftover:
+            with (path / "lock").open() as lock:
+                held.append(not try_lock(lock.fileno()))
+        remove(path, **options)
+
+    monkeypatch.setattr(files.shutil, "rmtree", check)
+    with private_folder(tmp_path, "out"):
+        assert not leftover.exists()
+    assert held == [True]
 
 
 def test_folders_of_live_processes_and_of_other_targets_stay(tmp_path: Path) -> None:

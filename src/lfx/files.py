@@ -51,7 +51,7 @@ def private_folder(parent: Path, purpose: str, salvage: Callable[[Path], Any] = 
     try:
         yield folder
     finally:
-        _remove(folder, lock)
+        _remove(folder, lock, is_own=True)
 
 
 @contextlib.contextmanager
@@ -289,11 +289,12 @@ def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
         os.close(lock)
 
 
-def _remove(folder: Path, lock: int) -> None:
+def _remove(folder: Path, lock: int, *, is_own: bool) -> None:
     """Remove a private folder, its lock last: if this process is killed, the free lock still marks it as a leftover.
 
-    The lock is closed first: NFS and FUSE only rename an open file that is removed, and Windows refuses to remove it.
-    A folder that keeps such a file, which another process has open, stays a leftover.
+    The lock of an own folder is closed first: NFS and FUSE only rename an open file that is removed, and Windows
+    refuses to remove it. That of a leftover is held, since its process may be alive and about to lock it.
+    A folder that keeps a file which another process has open stays a leftover.
     """
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
@@ -301,10 +302,15 @@ def _remove(folder: Path, lock: int) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             elif path.name != _LOCK:
                 path.unlink()
-    os.close(lock)
+    if is_own:
+        os.close(lock)
     with contextlib.suppress(OSError):
         if {path.name for path in folder.iterdir()} <= {_LOCK}:
             shutil.rmtree(folder, ignore_errors=True)
+    if not is_own:
+        os.close(lock)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # where the open lock was only renamed
 
 
 def _sweep(parent: Path, prefix: str, salvage: Callable[[Path], Any]) -> None:
@@ -330,7 +336,7 @@ def _sweep(parent: Path, prefix: str, salvage: Callable[[Path], Any]) -> None:
             except BaseException:
                 os.close(lock)
                 raise
-            _remove(folder, lock)
+            _remove(folder, lock, is_own=False)
 
 
 def _is_leftover(lock: int) -> bool:
