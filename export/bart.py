@@ -16,7 +16,7 @@ import transformers
 
 from lfx.checks import whole_number
 from lfx.errors import ExportError, one_line
-from lfx.export.checkpoint import Checkpoint, Fetch, config_file, fetcher, weight_files
+from lfx.export.checkpoint import Checkpoint, Fetcher, config_file, fetcher, weight_files
 from lfx.export.led import LED_CLASSES
 from lfx.export.load import led_class, load
 from lfx.export.settings import (
@@ -75,7 +75,7 @@ class Bart:
     """
 
     files: Checkpoint
-    fetch: Fetch
+    fetch: Fetcher
     path: Path
     settings: dict[str, Any]
     positions: int

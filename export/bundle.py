@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -11,13 +12,26 @@ from pathlib import Path
 
 from lfx.checks import file_path
 from lfx.errors import ArtifactError, ExportError, LfxError
-from lfx.files import exchange, is_disk_full, locked, private_folder, why_unwritten
+from lfx.files import (
+    exchange,
+    follow_umask,
+    is_disk_full,
+    is_mount_point,
+    locked,
+    move_folder,
+    private_folder,
+    why_unwritten,
+)
 from lfx.manifest import MANIFEST, Manifest
 
-# Names in the private folder. While the file _EXCHANGING exists, _NEW may hold the older bundle.
-_NEW, _OLD, _EXCHANGING = "new", "old", "exchanging"
+# Names in the private folder. While the file _EXCHANGING exists, _NEW may hold the older bundle. While the file _COPIED
+# exists, _OLD is a copy of the older bundle, which is being removed.
+_NEW, _OLD, _EXCHANGING, _COPIED, _REMOVED = "new", "old", "exchanging", "copied", "removed"
 _SIGNATURE = f"{MANIFEST}.minisig"
 _CURE = "choose another --output"
+_EFFECTIVE = os.access in os.supports_effective_ids
+# A file that another process has open gets such a name when it is removed, on NFS and on FUSE, until it is closed.
+_STILL_OPEN = (".nfs", ".fuse_hidden")
 
 
 def check_target(output: Path) -> None:
@@ -31,28 +45,31 @@ def check_target(output: Path) -> None:
         target, current = output.resolve(), Path.cwd()
         if not target.parent.is_dir():
             raise ExportError(f"the folder {target.parent} does not exist; make it, or {_CURE}")
-        with locked(target):  # another export may be replacing it
+        with _private_folder(target), locked(target):  # another export may be replacing it, or was killed meanwhile
             refusal = _replacement_refusal(target, output)
         if refusal is not None:
             raise ExportError(refusal)
         if target.exists() and (target == current or target in current.parents):
             raise ExportError(f"{output} is the current folder or above it; name a folder inside it with --output")
-        if os.path.ismount(target):
+        if is_mount_point(target):
             raise ExportError(f"{output} is a mount point, which cannot be replaced; name a folder inside it")
+        if target.is_dir() and not os.access(target, os.W_OK | os.X_OK, effective_ids=_EFFECTIVE):
+            raise ExportError(why_unwritten(output, PermissionError(errno.EACCES, os.strerror(errno.EACCES)), _CURE))
     except (OSError, RuntimeError) as error:  # RuntimeError: a symbolic link that points to itself
         raise ExportError(why_unwritten(output, error, _CURE)) from error
 
 
 def check_space(output: Path, needed_bytes: int, content: str = "bundle") -> None:
-    """Check that the disk of `output` has `needed_bytes` free.
+    """Check that the disk of `output` has `needed_bytes` free, if its file system says so; some of FUSE say 0 of 0.
 
     Args:
         content: what is written, for the message.
     Raises:
         ExportError: it has less.
     """
-    free = shutil.disk_usage(output.resolve().parent).free
-    if free < needed_bytes:
+    usage = shutil.disk_usage(output.resolve().parent)
+    free = usage.free
+    if free < needed_bytes and (free > 0 or usage.total > 0):
         raise ExportError(
             f"no disk space: the {content} takes about {needed_bytes / 1e6:.0f} MB and {output.absolute().parent} "
             f"has {free / 1e6:.0f} MB free; make room, or {_CURE}"
@@ -73,7 +90,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     check_target(output)
     target = output.resolve()
     try:
-        with private_folder(target.parent, f"bundle {target.name}", lambda left: _clear(left, target)) as private:
+        with _private_folder(target) as private:
             new = private / _NEW
             new.mkdir()
             try:
@@ -95,9 +112,14 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         raise ExportError(why_unwritten(output, error, cure)) from error
 
 
+def _private_folder(target: Path) -> contextlib.AbstractContextManager[Path]:
+    """A private folder beside a bundle; first clears up what killed exports left, and restores the older bundle."""
+    return private_folder(target.parent, f"bundle {target.name}", lambda left: _clear(left, target))
+
+
 def _publish(new: Path, target: Path) -> None:
     """Rename `new` to `target`; an older bundle of that name is moved into the private folder."""
-    old, marker = new.with_name(_OLD), new.with_name(_EXCHANGING)
+    old, marker, copied = new.with_name(_OLD), new.with_name(_EXCHANGING), new.with_name(_COPIED)
     with locked(target):
         if not os.path.lexists(target):
             new.rename(target)
@@ -107,12 +129,14 @@ def _publish(new: Path, target: Path) -> None:
         try:
             if not exchanged:
                 marker.unlink()
-                target.rename(old)
+                text = _identity(target)
+                move_folder(target, old, lambda: copied.write_text(text))
             refusal = _replacement_refusal(new if exchanged else old, target)
             if refusal is not None:
                 raise ExportError(refusal)
             if not exchanged:
                 new.rename(target)
+                copied.unlink(missing_ok=True)
         except BaseException:
             if exchanged:
                 exchange(new, target)
@@ -130,11 +154,19 @@ def _clear(private: Path, target: Path) -> Path | None:
     """
     old = private / _OLD
     if os.path.lexists(old):
+        copied = private / _COPIED
         with locked(target):
+            if copied.exists() and os.path.lexists(target) and copied.read_text() == _identity(target):
+                shutil.rmtree(target)  # what is left of it, since its process was killed or could not remove it
             if not os.path.lexists(target):
                 old.rename(target)
     replaced = private / _NEW if (private / _EXCHANGING).exists() else old
     return _discard(replaced) if os.path.lexists(replaced) else None
+
+
+def _identity(folder: Path) -> str:
+    status = folder.stat()
+    return f"{status.st_dev} {status.st_ino}"
 
 
 def _discard(bundle: Path) -> Path | None:
@@ -146,8 +178,11 @@ def _discard(bundle: Path) -> Path | None:
             if path in listed and path not in (MANIFEST, _SIGNATURE):  # last: the manifest lists the other files
                 (bundle / path).unlink()
         for path in reversed(folders):
-            (bundle / path).rmdir()
-        if {path.name for path in bundle.iterdir()} <= {MANIFEST, _SIGNATURE}:
+            with contextlib.suppress(OSError):
+                (bundle / path).rmdir()
+        names = {path.rpartition("/")[2] for path in _content(bundle)[1]} - {MANIFEST, _SIGNATURE}
+        if all(name.startswith(_STILL_OPEN) for name in names):
+            bundle.rename(bundle.with_name(_REMOVED))  # so that `_clear` never restores it
             return None
     kept = bundle.parent.with_name(f"lfx-kept-{secrets.token_hex(4)}")
     bundle.rename(kept)
@@ -221,4 +256,4 @@ def _follow_umask(folder: Path) -> None:
     """Give all files the access that the umask leaves, which is the folder's; the onnx package makes some private."""
     mode = folder.stat().st_mode & 0o666
     for path in _content(folder)[1]:
-        (folder / path).chmod(mode)
+        follow_umask(folder / path, mode)

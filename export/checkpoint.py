@@ -47,6 +47,58 @@ _WEIGHTS = (
 _FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 
 
+class Fetcher:
+    """Maps a file name to its path in a checkpoint, or to None if there is no such file; remembers each file's state.
+
+    Args:
+        find: does so without remembering.
+    """
+
+    def __init__(self, find: Fetch) -> None:
+        self._find = find
+        self._states: dict[Path, tuple[int, int]] = {}
+
+    def __call__(self, name: str) -> Path | None:
+        path = self._find(name)
+        if path is not None:
+            self._states.setdefault(path, _state(path))
+        return path
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Refuse what a block has made, if a file of the checkpoint was changed since it was found.
+
+        A trainer that saves into the folder would give a bundle of two checkpoints: its files are read one after
+        another, and the weights stay a mapping of their file.
+
+        Raises:
+            ExportError: one was changed.
+        """
+        try:
+            yield
+        except Exception as error:
+            if (changed := self._changed()) is not None:
+                raise _changed_error(changed) from error
+            raise
+        if (changed := self._changed()) is not None:
+            raise _changed_error(changed)
+
+    def _changed(self) -> Path | None:
+        return next((path for path, state in self._states.items() if _state(path) != state), None)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def _changed_error(path: Path) -> ExportError:
+    return ExportError(f"{path} was changed while the checkpoint was read; run it again when nobody writes to it")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Local files of a checkpoint that `find` has checked.
@@ -120,21 +172,21 @@ def weight_files(fetch: Fetch, model: str, config: Path, numbers: int) -> tuple[
     return weights
 
 
-def fetcher(model: str) -> Fetch:
-    """Return a function that maps a file name to its path in the checkpoint, or to None if there is no such file.
+def fetcher(model: str) -> Fetcher:
+    """Return the `Fetcher` of a checkpoint.
 
     Raises:
         ExportError: `model` is neither a folder nor a hub id.
     """
     folder = file_path(model, "model", ExportError)
     if model and folder.is_dir():
-        return lambda name: _plain_file(folder / name)
+        return Fetcher(lambda name: _plain_file(folder / name))
     if not model or os.path.lexists(folder):
         problem = f"{model} is a file, not a folder" if model else "model is empty"
         raise ExportError(f"{problem}; give the folder that holds config.json and the weights, or a hub id")
     if folder.is_absolute() or model.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model, re.ASCII):
         raise ExportError(f"{model} does not exist; give a folder with config.json and weights, or a hub id")
-    return _hub(model)
+    return Fetcher(_hub(model))
 
 
 def _hub(model: str) -> Fetch:

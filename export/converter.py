@@ -118,7 +118,7 @@ def convert_and_compare(
     check_weights(original)
     check_space(target, _size(original, encoder.settings["hidden_size"], layers, max_seqlen), "checkpoint")
 
-    with atomic_folder(target) as folder, quiet():
+    with atomic_folder(target) as folder, encoder.fetch.unchanged(), quiet():
         progress("copying the tokenizer")
         _copy_tokenizer(encoder, folder, max_seqlen)
         copy_modules(encoder.fetch, folder, max_seqlen)
@@ -144,7 +144,7 @@ def _convert_bart(name: str, target: Path, max_seqlen: int, window: int | list[i
     check_weights(original)
     hidden = bart.settings["d_model"]
     check_space(target, _size(original, hidden, layers, max_seqlen), "checkpoint")
-    with atomic_folder(target) as folder, quiet():
+    with atomic_folder(target) as folder, bart.fetch.unchanged(), quiet():
         progress("copying the tokenizer")
         if checkpoint.copy_tokenizer(bart.files.name, folder):
             raise_limits(folder, max_seqlen, "BartTokenizer")

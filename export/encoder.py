@@ -11,7 +11,7 @@ import transformers
 
 from lfx.checks import whole_number
 from lfx.errors import ExportError, one_line
-from lfx.export.checkpoint import Checkpoint, Fetch, config_file, fetcher, weight_files
+from lfx.export.checkpoint import Checkpoint, Fetcher, config_file, fetcher, weight_files
 from lfx.export.families import FAMILIES, GELU, REFUSED, Family, Names
 from lfx.export.original import is_original
 from lfx.export.sentence_folder import score_function
@@ -59,7 +59,7 @@ class Encoder:
 
     family: Family
     files: Checkpoint
-    fetch: Fetch
+    fetch: Fetcher
     path: Path
     settings: dict[str, Any]
     positions: int

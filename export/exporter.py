@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from lfx.checks import file_path, flag, one_of, whole_number
 from lfx.errors import ExportError, one_line
 from lfx.export.attentions import check_layout, without_attentions
 from lfx.export.bundle import atomic_folder, check_space, check_target
-from lfx.export.checkpoint import Fetch, fetcher
+from lfx.export.checkpoint import Fetch, Fetcher, fetcher
 from lfx.export.companions import (
     check_generation_config,
     check_tokenizer,
@@ -138,7 +139,7 @@ def export(
     source, source_type = _source(model)
     target = _target(model, output, layout)
     check_target(target)
-    fetch: Fetch | None = None
+    fetch: Fetcher | None = None
     if isinstance(model, nn.Module):
         module = model if pooling is None else _with_pooling(model, pooling)
         task = _task_of_module(module, task)
@@ -173,7 +174,11 @@ def export(
         source={"model": source, "kind": source_type, "sha256": weights_sha256(module), **_recorded(pooling)},
         versions={"lfx": lfx.__version__, **package_versions(_PACKAGES)},
     )
-    with atomic_folder(target) as folder, quiet():
+    with (
+        atomic_folder(target) as folder,
+        fetch.unchanged() if fetch is not None else contextlib.nullcontext(),
+        quiet(),
+    ):
         progress("writing")
         bundle = folder / "bundle" if layout == "hf" else folder
         bundle.mkdir(exist_ok=True)

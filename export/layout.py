@@ -178,7 +178,7 @@ def _compare(artifact: Artifact, path: Path) -> None:
     assert artifact.manifest is not None
     measured = artifact.manifest.validation.get("outputs", {})
     if artifact.manifest.quantization:
-        measured = artifact.manifest.quantization["accuracy"]["outputs"]
+        measured = artifact.manifest.quantization.get("accuracy", {}).get("outputs", {})
     with Engine(artifact.path, "onnxruntime") as old, Engine(path, "onnxruntime") as new:
         windows, longest = new.signature.attention_windows, new.signature.max_seqlen
         for case in quick_cases(max(windows), longest):
@@ -186,6 +186,8 @@ def _compare(artifact: Artifact, path: Path) -> None:
             expected, actual = outputs_runner(old)(inputs), outputs_runner(new)(inputs)
             if new.signature.decoder is not None:  # whose keys and values of cross-attention the decoder makes
                 expected = {name: array for name, array in expected.items() if name in actual}
+            if missing := expected.keys() - measured.keys():
+                raise ExportError(f"{artifact.bundle} has no measured error of {min(missing)}; make it again")
             for name, array in expected.items():
                 error, limit = _difference(actual[name], array), measured[name]["tolerance"]
                 if not error <= limit:

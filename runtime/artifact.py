@@ -8,6 +8,7 @@ must not be links. The weights of a single ONNX file, which no manifest lists, m
 from __future__ import annotations
 
 import contextlib
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -49,12 +50,12 @@ class Artifact:
         The folder is removed when the block ends.
 
         Args:
-            unshared: whether the files must not have a second hard link either, which the onnx package refuses. Then
-                they are copied.
+            unshared: whether the files are for the onnx package, which refuses a second hard link, or for onnx-ir,
+                which maps them. Those with one, and those of a file system that refuses the mapping, are copied.
         """
         folder = self.path.absolute().parent
         usable = all(
-            not (folder / name).is_symlink() and not (unshared and file.stat().st_nlink > 1)
+            not (folder / name).is_symlink() and not (unshared and (file.stat().st_nlink > 1 or not _is_mappable(file)))
             for name, file in self.files.items()
         )
         if usable:
@@ -65,6 +66,17 @@ class Artifact:
             for name, file in self.files.items():
                 add_file(file, private / name)
             yield private / self.path.name
+
+
+def _is_mappable(file: Path) -> bool:
+    """Whether the file system has shared mappings; 9p and FUSE without a page cache do not."""
+    try:
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ):
+            return True
+    except ValueError:  # an empty file
+        return True
+    except OSError:
+        return False
 
 
 def open_artifact(path: Path) -> Artifact:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfx.checks import file_path, one_of
+from lfx.checks import file_path, one_of, shown
 from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
 from lfx.machine import int8_overflows
 from lfx.manifest import MANIFEST, Manifest
@@ -19,6 +19,8 @@ from lfx.runtime.tokenizer import ListedFolder
 from lfx.signature import PAST, PRESENT, QUANTIZED, Signature
 
 COMPUTE_PRECISIONS = ("fp32", "bf16")
+_CACHED_DTYPES = ("float32", "float16")
+_LARGEST_AXIS = 2**24
 _OPENINGS = 3  # of a model that is replaced each time
 
 
@@ -125,6 +127,20 @@ def _check_decoder(file: Path, signature: Signature, backend: backends.Backend) 
         or not set(cached) <= produced
     ):
         raise ArtifactError(f"{spec.model_file} of {file} does not fit the encoder's outputs; export it again")
+    logits = next(item for item in spec.outputs if item.name == "logits")
+    for item in (logits, *(item for item in spec.inputs if item.name.startswith(PAST))):
+        fixed = [logits.shape[-1:]] if item is logits else [item.shape[1:2], item.shape[3:]]
+        is_known = item is logits or item.dtype in _CACHED_DTYPES
+        if not is_known or not all(_is_size(axes) for axes in fixed):
+            raise ArtifactError(
+                f"{item.name} of {spec.model_file} of {file} is {shown(item.dtype)} of the shape {shown(item.shape)}, "
+                "which no decoder has; export it again"
+            )
+
+
+def _is_size(axes: tuple[int | str, ...]) -> bool:
+    """Whether this is one axis of a fixed and plausible size."""
+    return len(axes) == 1 and isinstance(axes[0], int) and 1 <= axes[0] < _LARGEST_AXIS
 
 
 def _load_plan(

@@ -90,13 +90,12 @@ def _validation(manifest: Manifest) -> str:
         for name, result in validation.get("outputs", {}).items()
     ]
     lines += _table(["output", "largest error", "PyTorch's error", "tolerance", "worst case"], rows)
-    if quantization:
-        accuracy = quantization["accuracy"]
+    if (accuracy := quantization.get("accuracy")) is not None:
         lines += ["", f"The int8 model was compared with {_plain(accuracy['reference'])}:", ""]
         rows = [
             [
                 name,
-                *(f"{result[key]:.2g}" for key in ("max_abs_error", "max_abs_value")),
+                *(f"{result[key]:.2g}" if key in result else "" for key in ("max_abs_error", "max_abs_value")),
                 f"{result['cosine']:.5f}",
                 f"{result['label_agreement']:.1%}" if "label_agreement" in result else "",
             ]

@@ -174,7 +174,7 @@ class PlanManifest:
         if decoder is not None and signature.decoder is None:
             raise ArtifactError(f"{path} is broken: it has a decoder's plan, and no decoder; {_CURE}")
         name = data["bundle"]["name"]  # `lfx run` reads the tokenizer from the folder of this name
-        if Path(name).name != name or name == "..":
+        if Path(name).name != name or name in ("", ".."):
             raise ArtifactError(f"{path} is broken: the bundle {shown(name)} is not the name of a folder; {_CURE}")
         fields = {name: data[name] for name in _FIELDS}
         return cls(signature, **{**fields, "profiles": profiles, "decoder_plan": decoder})
@@ -191,13 +191,29 @@ class PlanManifest:
         Raises:
             ArtifactError: a plan is missing, truncated, changed or replaced.
         """
-        for file, entry in self.files(plan).items():
-            _verify(file, entry, json_path(plan).name)
+        try:
+            for file, entry in self.files(plan).items():
+                _verify(file, entry, json_path(plan).name)
+        except ArtifactError as error:
+            if not self._is_current(plan):
+                raise replaced(plan) from error
+            raise
+
+    def _is_current(self, plan: Path) -> bool:
+        try:
+            return PlanManifest.read(plan) == self
+        except ArtifactError:
+            return False
 
 
 _FIELDS = tuple(
     field.name for field in dataclasses.fields(PlanManifest) if field.name not in ("signature", "decoder_plan")
 )
+
+
+def replaced(plan: Path) -> ArtifactError:
+    """The error for a plan that another build has replaced."""
+    return ArtifactError(f"{plan} was replaced while it was read; run it again")
 
 
 def _verify(plan: Path, entry: dict[str, Any], manifest: str) -> None:

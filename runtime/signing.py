@@ -19,6 +19,7 @@ from pathlib import Path
 from lfx.checks import file_path
 from lfx.errors import ArtifactError, InputError, require
 from lfx.manifest import MANIFEST, MAX_JSON_BYTES, Manifest, locate, read_limited
+from lfx.runtime.artifact import unchanged
 from lfx.runtime.plan import SUFFIX, PlanManifest, json_path
 
 SIGNATURE_SUFFIX = ".minisig"
@@ -87,8 +88,9 @@ def verify(path: str | Path, key: str | Path | None = None, signature: str | Pat
         plan.verify(model)
         return Verified(manifest_path, tuple(file.name for file in plan.files(model)), key_id, comment)
     manifest = Manifest.parse(content, manifest_path)
-    manifest.verify(bundle)
-    _refuse_unlisted(bundle, manifest)
+    with unchanged(bundle, manifest):
+        manifest.verify(bundle)
+        _refuse_unlisted(bundle, manifest)
     return Verified(manifest_path, tuple(manifest.files), key_id, comment)
 
 

@@ -197,6 +197,43 @@ def few_objects() -> None:
 
 
 @pytest.fixture
+def bind_mount() -> Iterator[Callable[[Path], None]]:
+    """bind_mount(path): mount the file or the folder at its own path."""
+    mounted: list[Path] = []
+
+    def mount(path: Path) -> None:
+        _mount(["--bind", path, path])
+        mounted.append(path)
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", path], check=True)
+
+
+@pytest.fixture
+def overlay(small_disk: SmallDisk, tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
+    """overlay(image) -> a folder that shows the files of `image`, which stays as it is, as in a container."""
+    mounted: list[Path] = []
+
+    def mount(image: Path) -> Path:
+        disk, container = small_disk(), tmp_path / "container"
+        for folder in (disk / "changes", disk / "work", container):
+            folder.mkdir()
+        _mount(["-t", "overlay", "-o", f"lowerdir={image},upperdir={disk}/changes,workdir={disk}/work", "o", container])
+        mounted.append(container)
+        return container
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", path], check=True)
+
+
+def _mount(arguments: list[str | Path]) -> None:
+    if subprocess.run(["mount", *arguments], capture_output=True, check=False).returncode != 0:
+        pytest.skip("only root can mount")
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
     """small_disk() -> an empty folder on a disk of 128 KiB of its own."""
     mounted = []

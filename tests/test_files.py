@@ -17,7 +17,16 @@ import pytest
 
 from lfx import files
 from lfx.errors import ExportError, LfxError
-from lfx.files import exchange, is_disk_full, locked, open_journal, private_folder, replacing, temporary_folder
+from lfx.files import (
+    exchange,
+    is_disk_full,
+    locked,
+    open_journal,
+    private_folder,
+    replacing,
+    temporary_folder,
+    try_lock,
+)
 from lfx.runtime.documents.journal import Journal
 
 
@@ -95,6 +104,24 @@ def test_the_next_write_removes_the_leftovers_of_a_kill_at_any_step(tmp_path: Pa
     raise AssertionError("no write completed")
 
 
+def test_a_leftover_is_removed_while_its_lock_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process may be alive, and about to lock it."""
+    leftover, remove, held = tmp_path / f"{files._hidden_name('out')}-x", files.shutil.rmtree, []
+    leftover.mkdir()
+    (leftover / "lock").touch()
+
+    def check(path: Path, **options: Any) -> None:
+        if path == leftover:
+            with (path / "lock").open() as lock:
+                held.append(not try_lock(lock.fileno()))
+        remove(path, **options)
+
+    monkeypatch.setattr(files.shutil, "rmtree", check)
+    with private_folder(tmp_path, "out"):
+        assert not leftover.exists()
+    assert held == [True]
+
+
 def test_folders_of_live_processes_and_of_other_targets_stay(tmp_path: Path) -> None:
     with private_folder(tmp_path, "out") as live, private_folder(tmp_path, "other") as other:
         with private_folder(tmp_path, "out") as second:
@@ -128,6 +155,28 @@ def test_no_file_is_removed_while_it_is_open_where_the_system_refuses_that(
     with Journal(tmp_path / "rows.jsonl", {"journal": 1}, 10) as journal:
         journal.remove()
     assert {path.name for path in tmp_path.iterdir()} == {"target"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs the list of open files")
+def test_nothing_is_left_where_an_open_file_is_only_renamed_when_it_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS and FUSE, which keep such a file until it is closed."""
+    unlink = os.unlink
+
+    def renaming(path: str | Path, *, dir_fd: int | None = None) -> None:
+        for descriptor in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if descriptor.readlink().name == Path(path).name:
+                    os.rename(path, f"{path}.hidden", src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+                    return
+        unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", renaming)
+    for text in ("new", "newer"):
+        with replacing(tmp_path / "target") as temporary:
+            temporary.write_text(text)
+        assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 def test_one_holder_at_a_time_has_the_lock_of_a_target(tmp_path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -182,3 +186,17 @@ def test_a_function_that_takes_a_graph_is_refused(where: str, tmp_path: Path) ->
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(ArtifactError, match="a function takes a graph"):
         read_header(tmp_path / "m.onnx")
+
+
+def test_a_file_system_without_shared_mappings_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / MODEL
+    onnx.save(helper.make_model(helper.make_graph([], "g", [], [], initializer=[external("w", "w.bin")])), str(path))
+    original = mmap.mmap
+
+    def private_only(*arguments: Any, **options: Any) -> mmap.mmap:
+        if not options.get("flags", mmap.MAP_SHARED) & mmap.MAP_PRIVATE:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(mmap, "mmap", private_only)  # as 9p and FUSE without a page cache do
+    assert read_header(path).weights == {"w.bin"}

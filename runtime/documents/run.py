@@ -14,7 +14,7 @@ from typing import Any
 from lfx import __version__
 from lfx.checks import LARGEST, file_path, function, shown, whole_number
 from lfx.errors import InputError, one_line, require
-from lfx.files import is_disk_full
+from lfx.files import MOUNTED, is_disk_full, is_mount_point
 from lfx.manifest import sha256
 from lfx.runtime.documents.formats import (
     SUFFIXES,
@@ -238,6 +238,8 @@ def _check_files(engine: Engine, source: Path, output: Path) -> tuple[Path, Path
     is_source = os.path.realpath(output) == os.path.realpath(source)
     if output.is_dir() or not output.absolute().parent.is_dir() or is_source:
         raise InputError(f"{output} cannot be written: it is a folder or the input, or its folder does not exist")
+    if is_mount_point(output):
+        raise InputError(f"{output} cannot be written: {MOUNTED}")
     return source, output
 
 

@@ -14,14 +14,14 @@ from typing import Any
 from lfx import __version__
 from lfx.checks import LARGEST, file_path, flag, one_of, real_number, shown, whole_number
 from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
-from lfx.files import copy, exchange, locked, private_folder, why_unwritten
+from lfx.files import copy, exchange, is_mount_point, locked, move_folder, private_folder, why_unwritten
 from lfx.manifest import MANIFEST, MODEL, Manifest, sha256
 from lfx.runtime import backends, plugin
 from lfx.runtime.artifact import Artifact, open_artifact, unchanged
 from lfx.runtime.engine import MAX_THREADS
 from lfx.runtime.hub import local_path
 from lfx.runtime.loading import COMPUTE_PRECISIONS
-from lfx.runtime.plan import SUFFIX, PlanManifest, json_path
+from lfx.runtime.plan import SUFFIX, PlanManifest, json_path, replaced
 from lfx.runtime.ragged import check_cuttable
 from lfx.runtime.triton.config import Instances, ModelConfig
 from lfx.runtime.triton.requests import MODEL_PARAMETER, finds_tokenizer, input_specs, output_specs
@@ -321,7 +321,10 @@ def _add_plan(source: _Source, plan: PlanManifest, version: Path) -> str:
     """Add a plan, its JSON and the text files of its bundle, if they are there."""
     for file in (*plan.files(source.path), json_path(source.path)):
         copy(file, version / file.name)
-    plan.verify(version / source.path.name)  # it may have been replaced since it was opened
+    added = version / source.path.name
+    if PlanManifest.read(added) != plan:  # it may have been replaced since it was opened
+        raise replaced(source.path)
+    plan.verify(added)
     bundle = source.path.parent / str(plan.bundle["name"])
     if finds_tokenizer(source.path, plan) and bundle.is_dir():
         manifest = Manifest.read(bundle)
@@ -341,7 +344,7 @@ def _write_native(source: _Source, version: Path) -> Path | None:
         return None
     copy(source.path, version / PLAN)
     if sha256(version / PLAN) != source.plan.plan["sha256"]:
-        raise ArtifactError(f"{source.path} was replaced while it was read; run it again")
+        raise replaced(source.path)
     if not source.plan.plugin_layers:
         return None
     copy(plugin.library(), version / plugin.LIBRARY)
@@ -441,8 +444,12 @@ def _replacing(target: Path) -> Iterator[Path]:
             if not os.path.lexists(target):
                 new.rename(target)
             elif not exchange(new, target):
-                target.rename(private / "old")
-                new.rename(target)
+                move_folder(target, private / "old")
+                try:
+                    new.rename(target)
+                except OSError:
+                    (private / "old").rename(target)
+                    raise
 
 
 def _check_replaceable(target: Path) -> None:
@@ -452,5 +459,5 @@ def _check_replaceable(target: Path) -> None:
 
 def _is_usable(parent: Path, repository: Path) -> bool:
     """Whether a folder in the parent can be renamed into the repository: not if that is a mount point."""
-    same_disk = parent.stat().st_dev == repository.stat().st_dev and not os.path.ismount(repository)
+    same_disk = parent.stat().st_dev == repository.stat().st_dev and not is_mount_point(repository)
     return same_disk and os.access(parent, os.W_OK | os.X_OK)

@@ -13,6 +13,7 @@ from types import NoneType
 from typing import Any, NoReturn
 
 from lfx.errors import InputError, LfxError, one_line
+from lfx.files import MOUNTED, is_mount_point
 
 # Types of JSON values; see `check_shape`. A NUMBER is finite as a float; a COUNT may be null.
 NUMBER, COUNT = (int, float), (int, NoneType)
@@ -123,7 +124,8 @@ def output_file(value: Any, name: str, error: type[LfxError] = InputError) -> Pa
     """Check an option that names a file to write, and return its path: not a folder, and its folder exists.
 
     Raises:
-        LfxError: of type `error`: the path is a folder, its folder does not exist, or `file_path` refuses it.
+        LfxError: of type `error`: the path is a folder or a mount point, its folder does not exist, or `file_path`
+            refuses it.
     """
     path = file_path(value, name, error)
     try:
@@ -132,6 +134,8 @@ def output_file(value: Any, name: str, error: type[LfxError] = InputError) -> Pa
         raise error(f"{path} cannot be written: {problem.strerror}; choose another {name}") from problem
     if not is_writable:
         raise error(f"{path} cannot be written: it is a folder, or its folder does not exist; choose another {name}")
+    if is_mount_point(path):
+        raise error(f"{path} cannot be written: {MOUNTED}")
     return path
 
 

@@ -29,6 +29,7 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 _CAN_REMOVE_OPEN_FILES = os.name == "posix"  # Windows refuses it
 _LOCK_TRIES, _LOCK_PAUSE_S = 600, 0.1  # a minute; locks are held for a few renames only
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
+MOUNTED = "it is a mount point, which cannot be replaced; mount its folder instead"  # why a file cannot be written
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -50,11 +51,7 @@ def private_folder(parent: Path, purpose: str, salvage: Callable[[Path], Any] = 
     try:
         yield folder
     finally:
-        if not _CAN_REMOVE_OPEN_FILES:
-            os.close(lock)
-        _remove(folder)
-        if _CAN_REMOVE_OPEN_FILES:  # the lock is held until the folder is gone
-            os.close(lock)
+        _remove(folder, lock, is_own=True)
 
 
 @contextlib.contextmanager
@@ -176,9 +173,56 @@ def exchange(first: Path, second: Path) -> bool:
     if rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV):
         return False
     raise OSError(number, os.strerror(number), str(first))
+
+
+def is_mount_point(path: Path) -> bool:
+    """Whether a folder or a file is mounted at this path, which can not be renamed then; a bind mount counts too."""
+    if os.path.ismount(path):
+        return True
+    absolute = path.absolute()
+    name = os.fsencode(os.path.realpath(absolute.parent)) + b"/" + os.fsencode(absolute.name)
+    for letter in b"\\ \t\n":  # the backslash first
+        name = name.replace(bytes([letter]), b"\\%03o" % letter)
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:  # another system
+        return False
+    return any(line.split(b" ")[4] == name for line in lines)
+
+
+def move_folder(source: Path, target: Path, copied: Callable[[], Any] = lambda: None) -> None:
+    """Rename a folder. One that overlayfs cannot rename, since it is of a container's image, is copied and removed.
+
+    Args:
+        target: a new path in a private folder.
+        copied: called when the whole copy is at `target`, before the folder is removed.
+    Raises:
+        OSError: the folder cannot be renamed, copied or removed.
+    """
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy = target.with_name(f"{target.name}-copy")
+        shutil.copytree(source, copy, symlinks=True)
+        copy.rename(target)
+        copied()
+        shutil.rmtree(source)
+
+
+def follow_umask(file: Path, mode: int) -> None:
+    """Give a file of this process the access `mode`, where the file system has modes."""
+    if stat.S_IMODE(file.stat().st_mode) == mode:
+        return
+    try:
+        file.chmod(mode)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 _COPIED_BYTES = 16 << 20  # which take some milliseconds
@@ -245,15 +289,28 @@ def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
         os.close(lock)
 
 
-def _remove(folder: Path) -> None:
-    """Remove a private folder, its lock last: if this process is killed, the free lock still marks it as a leftover."""
+def _remove(folder: Path, lock: int, *, is_own: bool) -> None:
+    """Remove a private folder, its lock last: if this process is killed, the free lock still marks it as a leftover.
+
+    The lock of an own folder is closed first: NFS and FUSE only rename an open file that is removed, and Windows
+    refuses to remove it. That of a leftover is held, since its process may be alive and about to lock it.
+    A folder that keeps a file which another process has open stays a leftover.
+    """
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             elif path.name != _LOCK:
                 path.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
+    if is_own:
+        os.close(lock)
+    with contextlib.suppress(OSError):
+        if {path.name for path in folder.iterdir()} <= {_LOCK}:
+            shutil.rmtree(folder, ignore_errors=True)
+    if not is_own:
+        os.close(lock)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # where the open lock was only renamed
 
 
 def _sweep(parent: Path, prefix: str, salvage: Callable[[Path], Any]) -> None:
@@ -271,12 +328,15 @@ def _sweep(parent: Path, prefix: str, salvage: Callable[[Path], Any]) -> None:
             except FileNotFoundError:
                 folder.rmdir()  # its process was killed before it made the lock; one that is alive makes a new folder
                 continue
-            try:
-                if _is_leftover(lock):
-                    salvage(folder)
-                    _remove(folder)
-            finally:
+            if not _is_leftover(lock):
                 os.close(lock)
+                continue
+            try:
+                salvage(folder)
+            except BaseException:
+                os.close(lock)
+                raise
+            _remove(folder, lock, is_own=False)
 
 
 def _is_leftover(lock: int) -> bool:

@@ -34,7 +34,15 @@ QUANTIZATION: dict[str, Any] = {
     "layers?": {"*": {"scale": NUMBER, "zero_point": int}},
     "accuracy?": {
         "reference": str,
-        "outputs": {"*": {**_MEASURED, "unfused_max_abs_error": NUMBER, "cosine": NUMBER, "label_agreement?": NUMBER}},
+        "outputs": {
+            "*": {
+                **_MEASURED,
+                "unfused_max_abs_error": NUMBER,
+                "cosine": NUMBER,
+                "label_agreement?": NUMBER,
+                "max_abs_value?": NUMBER,
+            }
+        },
         "texts?": {"texts": int, "text_agreement": NUMBER, "tokens": int, "token_agreement": NUMBER},
     },
 }

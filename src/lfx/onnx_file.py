@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ _MAX_DEPTH = 100  # protobuf's own limit of nested messages
 Key = tuple[bytes, bytes, bytes]  # the id of a function: name, domain, overload
 _MAX_FIELD = 2**29 - 1  # largest field number of protobuf
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+# File systems without a page cache (9p, FUSE with direct_io) refuse the shared mapping that mmap makes by default.
+_MAPPED: dict[str, int] = (
+    {"flags": mmap.MAP_PRIVATE, "prot": mmap.PROT_READ} if os.name == "posix" else {"access": mmap.ACCESS_READ}
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def read_header(path: Path) -> Header:
             inlined.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, **_MAPPED) as data:
             metadata: list[str] = []
             weights: set[str] = set()
             for message, key, value in _entries(data, 0, len(data), "model", 0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -73,6 +74,19 @@ def test_an_output_that_is_a_folder_or_in_a_missing_folder_is_refused_at_once(na
         lfx(arguments, "there")
     with pytest.raises(InputError, match=f"{name} nowhere/x cannot be written: its folder does not exist"):
         lfx(arguments, "nowhere/x")
+
+
+@pytest.mark.parametrize(("name", "arguments"), FILES.items())
+def test_an_output_that_is_a_mounted_file_is_refused_at_once(
+    name: str, arguments: list[str], bind_mount: Callable[[Path], None]
+) -> None:
+    """As `docker run -v "$PWD/out.jsonl:/data/out.jsonl"` has it."""
+    Path("the out\\put").touch()
+    bind_mount(Path("the out\\put"))
+    with pytest.raises(
+        InputError, match=f"{name} .* cannot be written: it is a mount point.*; mount its folder instead"
+    ):
+        lfx(arguments, "the out\\put")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -15,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from lfx.errors import ExportError
+from lfx.errors import ArtifactError, ExportError
 from lfx.export import bundle as bundles
 from lfx.export import export, exporter
-from lfx.export.bundle import atomic_folder, check_target
+from lfx.export.bundle import atomic_folder, check_space, check_target
 from lfx.manifest import MANIFEST, MODEL, Manifest
 from lfx.signature import Signature, TensorSpec
 from tests.conftest import MakeBundle
@@ -70,11 +71,20 @@ def _ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.fixture(params=["exchange", "two renames"])
+@pytest.fixture(params=["exchange", "two renames", "a copy"])
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run the test with the system call that exchanges two paths, and without it."""
-    if request.param == "two renames":
+    """Run the test with the system call that exchanges two paths, without it, and where a folder cannot be renamed."""
+    if request.param != "exchange":
         monkeypatch.setattr(bundles, "exchange", lambda first, second: False)
+    if request.param == "a copy":
+        rename = Path.rename
+
+        def refusing(path: Path, target: Path) -> Path:
+            if path.name == "out":  # as overlayfs does for a folder of a container's image
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", refusing)
     return str(request.param)
 
 
@@ -180,6 +190,8 @@ def test_a_file_added_to_the_older_bundle_during_the_export_is_kept(tmp_path: Pa
     assert _names(tmp_path) == ["out"]
 
 
+# A folder that was copied is no more: who has it open cannot add a file.
+@pytest.mark.parametrize("either_way", ["exchange", "two renames"], indirect=True)
 def test_a_file_added_to_the_older_bundle_after_the_rename_is_kept(
     tmp_path: Path, either_way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,7 +271,9 @@ def test_a_kill_at_any_step_leaves_a_whole_bundle_and_the_next_export_clears_up(
     seen = set()
     for _ in _steps(out, lambda: _export(out, "old")):
         if either_way == "exchange" or out.exists():
-            seen.add(_text(out))
+            # While a copied bundle is removed, the rest of it is refused; the next export restores it.
+            with contextlib.suppress(*([ArtifactError] if either_way == "a copy" else [])):
+                seen.add(_text(out))
         with pytest.raises(ValueError, match="no"), atomic_folder(out):
             raise ValueError("no")
         assert _text(out) in ("old", "new")  # an older bundle that was renamed is restored
@@ -333,6 +347,27 @@ def test_a_link_to_itself_is_an_error_of_one_line(tmp_path: Path) -> None:
         export(tiny_model(), tmp_path / "out")
 
 
+def test_a_bind_mount_is_refused_before_the_work(bind_mount: Callable[[Path], None], tmp_path: Path) -> None:
+    (tmp_path / "an out").mkdir()
+    bind_mount(tmp_path / "an out")
+    with pytest.raises(ExportError, match="an out is a mount point, which cannot be replaced"):
+        check_target(tmp_path / "an out")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_bundle_of_another_user_is_refused_before_the_work() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are private
+        shared = Path(folder)
+        shared.chmod(0o777)
+        _export(shared / "out", "old")
+        os.seteuid(65534)
+        try:
+            with pytest.raises(ExportError, match="out cannot be written: Permission denied; choose another"):
+                check_target(shared / "out")
+        finally:
+            os.seteuid(0)
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_folders_that_may_not_be_read_or_written_are_errors_of_one_line() -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -363,12 +398,58 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
     assert set(modes.values()) == {"-rw-r-----"}
 
 
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
+def test_a_file_system_without_modes_is_written(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, mode: int) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    with atomic_folder(tmp_path / "out") as folder:
+        _write(folder)
+        (folder / MODEL).chmod(0o600)
+        monkeypatch.setattr(Path, "chmod", refuse)
+    assert _text(tmp_path / "out") == "new"
+
+
+@pytest.mark.parametrize("name", [".nfs000001", ".fuse_hidden000001"])
+def test_a_file_that_another_process_has_open_does_not_fail_the_export(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS and FUSE such a file is renamed, and not removed, until it is closed."""
+    _export(tmp_path / "out", "old")
+    unlink = Path.unlink
+
+    def renaming(path: Path, missing_ok: bool = False) -> None:
+        if path.name == MODEL:
+            path.rename(path.with_name(name))
+        else:
+            unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", renaming)
+    _export(tmp_path / "out", "new")
+    assert _text(tmp_path / "out") == "new"
+    assert _names(tmp_path) == ["out"]
+
+
+def test_a_bundle_of_a_container_s_image_is_replaced(overlay: Callable[[Path], Path], tmp_path: Path) -> None:
+    (tmp_path / "image").mkdir()
+    _export(tmp_path / "image" / "out", "old")
+    container = overlay(tmp_path / "image")
+    _export(container / "out", "new")
+    assert (_text(container / "out"), _names(container)) == ("new", ["out"])
+
+
 def test_a_disk_too_small_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(bundles.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ExportError, match="no disk space: the bundle takes about 2 MB"):
         export(tiny_model(), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_a_file_system_that_does_not_say_its_size_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"total": 0, "free": 0})
+    monkeypatch.setattr(bundles.shutil, "disk_usage", lambda path: usage)
+    check_space(tmp_path / "out", 1000)
 
 
 class RustError(Exception):

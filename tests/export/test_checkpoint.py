@@ -15,10 +15,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from lfx.errors import ExportError
+from lfx.errors import ExportError, ParityError
+from lfx.export import convert, converter, export, exporter
 from lfx.export.checkpoint import copy_tokenizer, fetcher, find
 from lfx.export.load import load, load_tokenizer, weights_sha256
-from tests.encoders import save_wordpieces
+from tests.encoders import save_tiny_encoder, save_wordpieces
 from tests.models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 TASK = "text-classification"
@@ -47,6 +48,33 @@ def refusal(folder: Path) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_checkpoint_that_is_saved_again_while_it_is_exported_is_refused(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle would have the labels of one model and the weights of another."""
+
+    def save_again(*_: Any) -> None:
+        os.utime(folder / name, (1, 1))
+        raise ParityError("out of tolerance")
+
+    monkeypatch.setattr(exporter, "_complete_bundle", save_again)
+    with pytest.raises(ExportError, match=f"{name} was changed while the checkpoint was read; run it again"):
+        export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_is_saved_again_while_it_is_converted_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny_encoder(tmp_path / "bert", "Bert")
+    save_wordpieces(folder)
+    monkeypatch.setattr(converter, "_copy_tokenizer", lambda *_: (folder / "config.json").write_text("{}"))
+    with pytest.raises(ExportError, match=r"config\.json was changed while the checkpoint was read"):
+        convert(folder, tmp_path / "out", max_seqlen=64, attention_window=16)
+    assert not (tmp_path / "out").exists()
 
 
 def test_attention_never_uses_a_kernel_of_the_hub(folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -17,11 +19,30 @@ import pytest
 from lfx.errors import ArtifactError
 from lfx.manifest import MANIFEST, MODEL, WEIGHTS, Manifest, sealed, sha256
 from lfx.runtime import Engine
+from lfx.runtime.artifact import open_artifact
 from lfx.runtime.backends import BACKENDS
 from tests.conftest import MakeBundle
 from tests.marks import fast_if
 
 IDS = [5, 6, 7, 8, 9]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs the list of open files")
+def test_files_that_cannot_be_mapped_are_copied_for_onnx_ir(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """9p, and FUSE without a page cache, refuse a shared mapping."""
+    artifact, original = open_artifact(copy), mmap.mmap
+
+    def refuse(descriptor: int, *arguments: Any, **options: Any) -> mmap.mmap:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().is_relative_to(copy):
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        return original(descriptor, *arguments, **options)
+
+    with artifact.plain_files(unshared=True) as path:
+        assert path == copy / MODEL
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with artifact.plain_files(unshared=True) as path:
+        assert sorted(file.name for file in path.parent.iterdir()) == ["lock", MODEL, WEIGHTS]
+        assert path.read_bytes() == (copy / MODEL).read_bytes()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -195,9 +196,16 @@ def test_the_card_of_a_model_that_writes_texts_generates(led_bundle: MakeLed) ->
     assert "transformers.js" not in card and "standard operators" not in card  # it has not the layout of the hub
 
 
-def test_names_in_a_card_are_no_markup(bundle: MakeBundle) -> None:
-    import dataclasses
+@pytest.mark.parametrize("missing", ["accuracy", "max_abs_value"])
+def test_a_card_is_written_without_what_the_manifest_need_not_have(missing: str, bundle: MakeBundle) -> None:
+    measured = {"max_abs_error": 0.25, "tolerance": 1.0, "unfused_max_abs_error": 0.25, "cosine": 0.5}
+    accuracy = {"reference": "float32", "outputs": {"logits": measured}}
+    quantization = {"accuracy": accuracy} if missing != "accuracy" else {"weight_bits": 7}
+    card = model_card(dataclasses.replace(Manifest.read(bundle()), quantization=quantization), NAME)
+    assert ("| logits | 0.25 |  | 0.50000 |" in card) == (missing != "accuracy")
 
+
+def test_names_in_a_card_are_no_markup(bundle: MakeBundle) -> None:
     manifest = dataclasses.replace(Manifest.read(bundle()), source={"model": "/home/me/<b>|x`", "kind": "folder"})
     card = model_card(manifest, NAME)
     assert r"\<b\>\|x\`" in card

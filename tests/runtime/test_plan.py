@@ -80,6 +80,18 @@ def test_a_plan_that_is_a_link_is_replaced_and_its_target_stays(tmp_path: Path) 
     assert [path.read_text() for path in tmp_path.glob("kept*")] == ["years of work"] * 2
 
 
+def test_a_plan_that_is_replaced_while_it_is_checked_is_not_called_changed(tmp_path: Path) -> None:
+    plan = tmp_path / "one.plan"
+    _write(plan, b"plan")
+    manifest = PlanManifest.read(plan)
+    plan.write_bytes(b"play")
+    with pytest.raises(ArtifactError, match="was changed after the build"):
+        manifest.verify(plan)
+    _write(plan, b"play")
+    with pytest.raises(ArtifactError, match=r"one\.plan was replaced while it was read; run it again"):
+        manifest.verify(plan)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -94,6 +106,7 @@ def test_a_plan_that_is_a_link_is_replaced_and_its_target_stays(tmp_path: Path) 
         {"bundle": {}},
         {"bundle": {"name": "../../etc", "sha256": ""}},
         {"bundle": {"name": "..", "sha256": ""}},
+        {"bundle": {"name": "", "sha256": ""}},
         {"options": {"flags": "REFIT"}},
         {"options": {"flags": [5]}},
         {"options": {"workspace_bytes": "8"}},

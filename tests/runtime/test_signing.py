@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from lfx.cli.inspect import checked_manifest
 from lfx.errors import ArtifactError, InputError, LfxError
 from lfx.manifest import MANIFEST, MODEL, Manifest
 from lfx.runtime import verify
@@ -108,8 +109,30 @@ def test_the_verified_bytes_are_the_bytes_that_are_parsed(
         return result
 
     monkeypatch.setattr("lfx.runtime.signing.check_signature", check_and_exchange)
-    with pytest.raises(ArtifactError, match=r"config\.json"):
+    with pytest.raises(ArtifactError, match="signed was replaced or changed while it was read"):
         verify(signed, SIGNER.public())
+
+
+def test_a_bundle_that_is_replaced_while_it_is_verified_is_not_called_changed(
+    signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `lfx export` replaces it: with another manifest, and other files."""
+    newer = shutil.copytree(signed, tmp_path / "newer")
+    (newer / "config.json").write_text("{}")
+    Manifest.read(newer).write(newer)
+    check = Manifest.verify
+
+    def replace_and_check(manifest: Manifest, bundle: Path) -> dict[str, Path]:
+        signed.rename(tmp_path / "older")
+        newer.rename(signed)
+        return check(manifest, bundle)
+
+    monkeypatch.setattr(Manifest, "verify", replace_and_check)
+    for read in (verify, checked_manifest):
+        with pytest.raises(ArtifactError, match="signed was replaced or changed while it was read; run it again"):
+            read(signed)
+        signed.rename(newer)
+        (tmp_path / "older").rename(signed)
 
 
 def test_a_changed_file_of_a_signed_bundle_is_refused(signed: Path) -> None:

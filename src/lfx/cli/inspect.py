@@ -51,8 +51,11 @@ def _bundle_manifest(model: Path) -> Manifest:
     bundle, _ = locate(model)
     if bundle is None:
         raise ArtifactError(f"{model} has no manifest in its folder; give the bundle that lfx export wrote")
+    from lfx.runtime.artifact import unchanged
+
     manifest = Manifest.read(bundle)
-    manifest.verify(bundle)
+    with unchanged(bundle, manifest):
+        manifest.verify(bundle)
     return manifest
 
 

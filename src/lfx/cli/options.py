@@ -10,6 +10,7 @@ import click
 
 from lfx.checks import file_path
 from lfx.errors import InputError
+from lfx.files import MOUNTED, is_mount_point
 
 MOST_TOKENS = 2**31 - 1  # upper limit of options in tokens
 
@@ -62,7 +63,8 @@ class OutputPath(FilePath):
         """Return the path; an empty one is a usage error.
 
         Raises:
-            InputError: the path is a device, a pipe or (without `folder`) a folder, or its folder does not exist.
+            InputError: the path is a device, a pipe or (without `folder`) a folder or a mount point, or its folder does
+                not exist.
         """
         path = super().convert(value, param, ctx)
         reason = self._reason(path)
@@ -78,6 +80,8 @@ class OutputPath(FilePath):
             return f"it is a folder; give the name of a file, such as {path / 'result'}"
         if not path.absolute().parent.is_dir():
             return "its folder does not exist; make it first"
+        if not self._folder and is_mount_point(path):
+            return MOUNTED
         return ""
 
 

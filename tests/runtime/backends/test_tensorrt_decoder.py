@@ -286,6 +286,22 @@ def test_a_plan_without_its_decoder_is_refused(plan: Path) -> None:
         Engine(plan)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"dtype": "fp16"}, {"shape": ("batch", -1, "past", 8)}, {"shape": ("batch", 4, "past", 2**62)}, {"shape": (4,)}],
+    ids=str,
+)
+def test_keys_and_values_that_no_decoder_has_are_refused(change: dict[str, Any], plan: Path) -> None:
+    manifest = PlanManifest.read(plan)
+    decoder = manifest.signature.decoder
+    assert decoder is not None
+    inputs = [replace(spec, **change) if spec.name.endswith("0.decoder.key") else spec for spec in decoder.inputs]
+    signature = replace(manifest.signature, decoder=replace(decoder, inputs=tuple(inputs)))
+    replace(manifest, signature=signature).write(plan)
+    with pytest.raises(ArtifactError, match=r"past_key_values\.0\.decoder\.key of .*, which no decoder has"):
+        Engine(plan)
+
+
 def test_a_manifest_with_a_broken_decoder_is_refused(plan: Path, bundle: Path) -> None:
     manifest = PlanManifest.read(plan)
     assert manifest.decoder_plan is not None

@@ -221,6 +221,15 @@ def test_bad_paths_are_refused(
         run_documents(engine, tokenizer, tmp_path / source, tmp_path / output)
 
 
+def test_a_mounted_output_is_refused_before_the_work(
+    engine: Engine, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = write(tmp_path / "in.jsonl", texts(1)), tmp_path / "out.jsonl"
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == output)
+    with pytest.raises(InputError, match="it is a mount point, which cannot be replaced; mount its folder instead"):
+        run_documents(engine, tokenizer, source, output)
+
+
 @pytest.mark.parametrize("name", ["in.JSONL", "in.ndjson"])
 def test_other_suffixes_of_the_formats_are_accepted(
     name: str, engine: Engine, tokenizer: Tokenizer, tmp_path: Path

@@ -135,6 +135,25 @@ def test_a_plan_runs_in_an_engine_with_its_json_beside_it(tmp_path: Path) -> Non
     assert "kind: KIND_GPU" in config_of(written.folder)
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_plan_that_is_replaced_while_it_is_copied_is_refused(
+    copies: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, copy, copied = write_plan(tmp_path), repositories.copy, []
+
+    def replace_and_copy(source: Path, target: Path) -> None:
+        copied.append(source)
+        if len(copied) == 1 + copies:  # the first is model.py
+            write_plan(tmp_path, replace(MANIFEST, target="sm89"))
+            if copies == 1:
+                plan.write_bytes(b"newer")
+        copy(source, target)
+
+    monkeypatch.setattr(repositories, "copy", replace_and_copy)
+    with pytest.raises(ArtifactError, match=r"\.plan was replaced while it was read; run it again"):
+        write_model(plan, tmp_path / "models", Settings(name="p"))
+
+
 def test_a_plan_of_a_led_has_no_graphs_of_its_bundle_beside_it(led_bundle: MakeLed, tmp_path: Path) -> None:
     bundle = tmp_path / "led"
     bundle.symlink_to(led_bundle()[1])
@@ -216,6 +235,25 @@ def test_a_failed_write_leaves_the_older_model(
         write_model(bundle(), tmp_path / "models", Settings(name="m", max_batch=5))
     assert config_of(folder) == before
     assert {path.name for path in tmp_path.iterdir()} == {"models"}
+
+
+def test_a_failed_rename_leaves_the_older_model(
+    bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system cannot exchange two folders."""
+    folder = write_model(bundle(), tmp_path / "models", Settings(name="m")).folder
+    before, rename = config_of(folder), Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(repositories, "exchange", lambda first, second: False)
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(LfxError, match="no disk space left"):
+        write_model(bundle(), tmp_path / "models", Settings(name="m", max_batch=5))
+    assert config_of(folder) == before
 
 
 def test_a_repository_whose_parent_is_read_only_works(
