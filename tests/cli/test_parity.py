@@ -203,6 +203,9 @@ def test_int8_reports_its_loss_of_accuracy(bundles: Callable[..., Path], tmp_pat
     assert re.search(r"logits: cosine 0\.\d+ with the float64 reference, \d of 7 labels agree", result.stdout)
     assert "int8: in tolerance" in result.stdout
     assert "measure the loss from int8" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    advice = "logits: too few numbers to find every wrong layer; give --by-layer too"
+    assert advice not in result.stdout
+    assert advice in lfx("parity", folder).stdout
 
 
 def _plan(manifest: Manifest, **changes: Any) -> PlanManifest:

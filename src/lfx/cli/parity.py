@@ -102,6 +102,8 @@ def run_parity(
         _show(comparison, facts)
         if by_layer and layers is not None:
             _show_layers(layers)
+        elif layers is None and comparison.too_small():
+            echo(f"{', '.join(comparison.too_small())}: too few numbers to find every wrong layer; give --by-layer too")
     if report is not None:
         from lfx.cli.report import write
 
