@@ -162,16 +162,16 @@ class ServedModel:
             names = tuple(dict.fromkeys((*item.outputs, *needed))) or None
         return self.batcher.submit(*arrays, outputs=names)
 
-    def check_special_tokens(self, ids: Sequence[int]) -> None:
+    def check_special_tokens(self, sequences: Sequence[Sequence[int]]) -> None:
         """Check that ids begin and end with the model's special tokens, which ids of another tokenizer do not.
 
         Raises:
-            InputError: they do not.
+            InputError: those of a sequence do not.
         """
-        if self._tokenizer is None:
+        if self._tokenizer is None or not sequences:
             return
         before, after = self._tokenizer.ends()
-        if list(ids[: len(before)]) != before or list(ids[len(ids) - len(after) :]) != after:
+        if any(list(ids[: len(before)]) != before or list(ids[len(ids) - len(after) :]) != after for ids in sequences):
             raise InputError(
                 f"ids do not begin with {before} and end with {after}, the model's special tokens, so they may be of "
                 "another tokenizer; give texts (LangChain: check_embedding_ctx_length=False), or the model's ids"

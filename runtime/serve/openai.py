@@ -53,9 +53,7 @@ async def embeddings(service: Service, data: bytes) -> Response:
     if (size := _size(model.signature)) is not None and body.dimensions not in (None, size):
         raise RefusalError(400, f"dimensions is {body.dimensions}, and this model has {size}", code="invalid_value")
     if size is not None:
-        for item in items:
-            if item.ids is not None:
-                model.check_special_tokens(item.ids)
+        model.check_special_tokens([item.ids for item in items if item.ids is not None])
     rows, tokens = await embed(service, model, items, body.encoding_format or "float", "encoding_format")
 
     def reply() -> Response:

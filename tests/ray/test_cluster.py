@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
@@ -56,6 +57,7 @@ def test_a_job_keeps_its_folder_out_unless_it_runs_in_the_cluster(
 ) -> None:
     """Ray sends the options of a job of ray:// as JSON, which a JobConfig is not."""
     monkeypatch.setenv("RAY_ADDRESS", "ray://10.0.0.2:10001")
+    monkeypatch.setattr("lfx.ray.cluster._wait_for", lambda address: None)
     given: list[dict[str, Any]] = []
     ray: Any = ModuleType("ray")
     vars(ray).update(is_initialized=lambda: False, init=lambda **options: given.append(options), shutdown=lambda: None)
@@ -94,6 +96,18 @@ def test_a_cluster_that_refuses_says_why(error: str, message: str, monkeypatch: 
     assert message in text
     assert "\n" not in text
     assert "Traceback" not in text
+
+
+def test_an_address_where_nothing_listens_is_an_error_before_ray_tries_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray tries such an address 20 times, for 41 s each."""
+    ray: Any = ModuleType("ray")
+    vars(ray).update(is_initialized=lambda: False, init=lambda **_: pytest.fail("Ray tries it"))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr("lfx.ray.cluster._CONNECT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    with pytest.raises(LfxError, match=f"no Ray cluster at {address}: .*refused"), connected(address):
+        pass
 
 
 def test_sigterm_while_an_actor_imports_ends_the_actor(monkeypatch: pytest.MonkeyPatch) -> None:

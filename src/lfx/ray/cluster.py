@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from lfx.errors import InputError, LfxError, one_line, require
 
 # Ray reports its use to its makers unless it is told not to, and warns about GPUs that a task without GPUs cannot see.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+_CONNECT_S = 20.0  # how long a cluster is waited for that does not answer
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ def connected(address: str | None) -> Iterator[ModuleType]:
         return
     options: dict[str, Any] = {"include_dashboard": False} if address is None else {}
     try:
+        if address is not None:
+            _wait_for(address)
         with _own_signals():
             if not _has_proxy(address):
                 options["job_config"] = _job_without_current_folder(ray)
@@ -92,6 +97,26 @@ def connected(address: str | None) -> Iterator[ModuleType]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _wait_for(address: str) -> None:
+    """Wait until HOST:PORT answers; Ray itself would try for a quarter of an hour. Other addresses are left to Ray.
+
+    Raises:
+        OSError: it does not answer.
+    """
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        return
+    end = time.monotonic() + _CONNECT_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+            return
+        except OSError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(1.0)
 
 
 def _reason(error: Exception) -> str:
