@@ -180,8 +180,8 @@ def _discard(bundle: Path) -> Path | None:
         for path in reversed(folders):
             with contextlib.suppress(OSError):
                 (bundle / path).rmdir()
-        names = {path.rpartition("/")[2] for path in _content(bundle)[1]} - {MANIFEST, _SIGNATURE}
-        if all(name.startswith(_STILL_OPEN) for name in names):
+        others = set(_content(bundle)[1]) - {MANIFEST, _SIGNATURE}
+        if all(path.rpartition("/")[2].startswith(_STILL_OPEN) for path in others):
             bundle.rename(bundle.with_name(_REMOVED))  # so that `_clear` never restores it
             return None
     kept = kept_folder(bundle.parent.parent)
