@@ -277,6 +277,8 @@ def test_small_files_are_copied_and_large_ones_linked(tmp_path: Path, monkeypatc
 def test_a_file_that_is_mounted_in_the_root_folder_is_a_mount_point(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `docker run -v "$PWD/out.jsonl:/out.jsonl"` has it."""
     monkeypatch.setattr(Path, "read_bytes", lambda path: b"36 35 0:9 /a /out.jsonl rw - ext4 /dev/root rw\n")
+    assert not is_mount_point(Path("/out.jsonl"))  # hidden by another mount
+    monkeypatch.setattr(os.path, "lexists", lambda path: True)
     assert is_mount_point(Path("/out.jsonl"))
     assert not is_mount_point(Path("/other.jsonl"))
 

@@ -183,6 +183,8 @@ def is_mount_point(path: Path) -> bool:
     """Whether a folder or a file is mounted at this path, which can not be renamed then; a bind mount counts too."""
     if os.path.ismount(path):
         return True
+    if not os.path.lexists(path):  # a mount that another one hides is in the list too
+        return False
     absolute = path.absolute()
     name = os.fsencode(Path(os.path.realpath(absolute.parent)) / absolute.name)
     for letter in b"\\ \t\n":  # the backslash first
