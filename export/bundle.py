@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from lfx.files import (
     follow_umask,
     is_disk_full,
     is_mount_point,
+    kept_folder,
     locked,
     move_folder,
     private_folder,
@@ -180,11 +180,11 @@ def _discard(bundle: Path) -> Path | None:
         for path in reversed(folders):
             with contextlib.suppress(OSError):
                 (bundle / path).rmdir()
-        names = {path.rpartition("/")[2] for path in _content(bundle)[1]} - {MANIFEST, _SIGNATURE}
-        if all(name.startswith(_STILL_OPEN) for name in names):
+        others = set(_content(bundle)[1]) - {MANIFEST, _SIGNATURE}
+        if all(path.rpartition("/")[2].startswith(_STILL_OPEN) for path in others):
             bundle.rename(bundle.with_name(_REMOVED))  # so that `_clear` never restores it
             return None
-    kept = bundle.parent.with_name(f"lfx-kept-{secrets.token_hex(4)}")
+    kept = kept_folder(bundle.parent.parent)
     bundle.rename(kept)
     return kept
 

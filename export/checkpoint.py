@@ -237,15 +237,17 @@ def _plain_file(path: Path) -> Path | None:
     return path
 
 
-def copy_tokenizer(model: str, folder: Path) -> bool:
+def copy_tokenizer(model: str, folder: Path, fetch: Fetch | None = None) -> bool:
     """Copy a checkpoint's tokenizer files into a folder, without the keys that name code or other files.
 
+    Args:
+        fetch: of the checkpoint, from `fetcher`. Default: a new one.
     Returns:
         True if the checkpoint has a vocabulary or a tokenizer_config.json; otherwise nothing is copied.
     Raises:
         ExportError: `model` is neither a folder nor a hub id, or a tokenizer file is too large or cannot be read.
     """
-    fetch = fetcher(model)
+    fetch = fetch if fetch is not None else fetcher(model)
     sources = {name: path for name in _TOKENIZER if (path := fetch(name)) is not None}
     if not sources.keys() & _VOCABULARIES:
         return False

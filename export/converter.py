@@ -146,7 +146,7 @@ def _convert_bart(name: str, target: Path, max_seqlen: int, window: int | list[i
     check_space(target, _size(original, hidden, layers, max_seqlen), "checkpoint")
     with atomic_folder(target) as folder, bart.fetch.unchanged(), quiet():
         progress("copying the tokenizer")
-        if checkpoint.copy_tokenizer(bart.files.name, folder):
+        if checkpoint.copy_tokenizer(bart.files.name, folder, bart.fetch):
             raise_limits(folder, max_seqlen, "BartTokenizer")
         progress("converting the weights")
         made = make_led(bart, original, max_seqlen, windows)
@@ -205,7 +205,7 @@ def _size(original: Any, hidden: int, layers: int, max_seqlen: int) -> int:
 
 def _copy_tokenizer(encoder: Encoder, folder: Path, max_seqlen: int) -> None:
     """Copy the tokenizer's files; its class stays the family's, and its longest sequence becomes `max_seqlen`."""
-    if checkpoint.copy_tokenizer(encoder.files.name, folder):
+    if checkpoint.copy_tokenizer(encoder.files.name, folder, encoder.fetch):
         raise_limits(folder, max_seqlen, encoder.tokenizer_class)
 
 

@@ -148,7 +148,7 @@ def export(
         fetch = fetcher(source)
         module, task = load(source, task, pooling, fetch)
         settings = _encoder_settings(fetch, task, pooling)
-        tokenizer, max_seqlen = _load_texts(source, module, tokenizer, max_seqlen, settings)
+        tokenizer, max_seqlen = _load_texts(source, fetch, module, tokenizer, max_seqlen, settings)
     _check_module(module, source)
     _check_generation(module, task, output_attentions=output_attentions)
     if layout == "hf" and global_attention == "mask" and max_global is None:
@@ -379,7 +379,12 @@ def _encoder_settings(fetch: Fetch, task: str, pooling: str | None) -> EncoderSe
 
 
 def _load_texts(
-    source: str, module: nn.Module, tokenizer: Any, max_seqlen: int | None, settings: EncoderSettings | None
+    source: str,
+    fetch: Fetch,
+    module: nn.Module,
+    tokenizer: Any,
+    max_seqlen: int | None,
+    settings: EncoderSettings | None,
 ) -> tuple[Any, int | None]:
     """Return the tokenizer and the longest sequence: the caller's, or those of the checkpoint.
 
@@ -387,7 +392,7 @@ def _load_texts(
         settings: those of a sentence-transformers folder; None for any other checkpoint.
     """
     if tokenizer is None:
-        tokenizer = load_tokenizer(source, lower_case=settings is not None and settings.lower_case)
+        tokenizer = load_tokenizer(source, fetch, lower_case=settings is not None and settings.lower_case)
     if max_seqlen is None and settings is not None:
         max_seqlen = _longest_text(settings, module, tokenizer)
     return tokenizer, max_seqlen

@@ -147,16 +147,17 @@ def load_weights(
     return model
 
 
-def load_tokenizer(model: str, *, lower_case: bool = False) -> Any:
+def load_tokenizer(model: str, fetch: checkpoint.Fetch | None = None, *, lower_case: bool = False) -> Any:
     """Load a checkpoint's tokenizer; returns None if it has none.
 
     Args:
+        fetch: of the checkpoint, from `lfx.export.checkpoint.fetcher`. Default: a new one.
         lower_case: make it convert texts to lower case first.
     Raises:
         ExportError: the tokenizer cannot be loaded, or cannot convert to lower case.
     """
     with quiet(), temporary_folder("tokenizer") as scratch:
-        if not checkpoint.copy_tokenizer(model, scratch):
+        if not checkpoint.copy_tokenizer(model, scratch, fetch):
             return None
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(

@@ -20,7 +20,9 @@ from lfx.errors import ExportError, LfxError
 from lfx.files import (
     exchange,
     is_disk_full,
+    is_mount_point,
     locked,
+    move_folder,
     open_journal,
     private_folder,
     replacing,
@@ -270,3 +272,38 @@ def test_small_files_are_copied_and_large_ones_linked(tmp_path: Path, monkeypatc
     files.link_or_copy(source, tmp_path / "link")
     assert (tmp_path / "link").samefile(source)
     assert (tmp_path / "copy").read_bytes() == b"abc"
+
+
+def test_a_file_that_is_mounted_in_the_root_folder_is_a_mount_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `docker run -v "$PWD/out.jsonl:/out.jsonl"` has it."""
+    monkeypatch.setattr(Path, "read_bytes", lambda path: b"36 35 0:9 /a /out.jsonl rw - ext4 /dev/root rw\n")
+    assert not is_mount_point(Path("/out.jsonl"))  # hidden by another mount
+    monkeypatch.setattr(os.path, "lexists", lambda path: True)
+    assert is_mount_point(Path("/out.jsonl"))
+    assert not is_mount_point(Path("/other.jsonl"))
+
+
+def test_a_copied_folder_that_cannot_be_removed_whole_keeps_its_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container, where a folder inside it is another user's."""
+    source, private, rename = tmp_path / "source", tmp_path / "private", Path.rename
+    source.mkdir()
+    private.mkdir()
+    (source / "file").write_text("text")
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path == source:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return rename(path, target)
+
+    def remove(path: Path) -> None:
+        (path / "file").unlink()
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(files.shutil, "rmtree", remove)
+    with pytest.raises(OSError, match=r"Permission denied, so a part of it was removed; the whole of it is in .*lfx-k"):
+        move_folder(source, private / "old")
+    (kept,) = tmp_path.glob("lfx-kept-*")
+    assert (kept / "file").read_text() == "text"

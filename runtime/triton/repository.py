@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -444,11 +445,15 @@ def _replacing(target: Path) -> Iterator[Path]:
             if not os.path.lexists(target):
                 new.rename(target)
             elif not exchange(new, target):
-                move_folder(target, private / "old")
+                old = private / "old"
                 try:
+                    move_folder(target, old)
                     new.rename(target)
-                except OSError:
-                    (private / "old").rename(target)
+                except BaseException:
+                    if os.path.lexists(old) and os.path.lexists(new):
+                        if os.path.lexists(target):  # what is left of it, where it was copied
+                            shutil.rmtree(target)
+                        old.rename(target)
                     raise
 
 

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import importlib
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -182,8 +183,10 @@ def is_mount_point(path: Path) -> bool:
     """Whether a folder or a file is mounted at this path, which can not be renamed then; a bind mount counts too."""
     if os.path.ismount(path):
         return True
+    if not os.path.lexists(path):  # a mount that another one hides is in the list too
+        return False
     absolute = path.absolute()
-    name = os.fsencode(os.path.realpath(absolute.parent)) + b"/" + os.fsencode(absolute.name)
+    name = os.fsencode(Path(os.path.realpath(absolute.parent)) / absolute.name)
     for letter in b"\\ \t\n":  # the backslash first
         name = name.replace(bytes([letter]), b"\\%03o" % letter)
     try:
@@ -200,7 +203,8 @@ def move_folder(source: Path, target: Path, copied: Callable[[], Any] = lambda: 
         target: a new path in a private folder.
         copied: called when the whole copy is at `target`, before the folder is removed.
     Raises:
-        OSError: the folder cannot be renamed, copied or removed.
+        OSError: the folder cannot be renamed, copied or removed. If only a part was removed, the copy is kept beside
+            the private folder.
     """
     try:
         source.rename(target)
@@ -211,7 +215,18 @@ def move_folder(source: Path, target: Path, copied: Callable[[], Any] = lambda: 
         shutil.copytree(source, copy, symlinks=True)
         copy.rename(target)
         copied()
-        shutil.rmtree(source)
+        try:
+            shutil.rmtree(source)
+        except OSError as failure:
+            kept = kept_folder(target.parent.parent)
+            target.rename(kept)
+            why = f"{failure.strerror}, so a part of it was removed; the whole of it is in {kept}"
+            raise OSError(failure.errno, why) from failure
+
+
+def kept_folder(parent: Path) -> Path:
+    """A new name for a folder of the user's that lfx can neither remove nor put back."""
+    return parent / f"lfx-kept-{secrets.token_hex(4)}"
 
 
 def follow_umask(file: Path, mode: int) -> None:

@@ -151,6 +151,7 @@ def test_version_is_that_of_the_package() -> None:
         ["run", "x", "--text", "a", "--threads", "0"],
         ["run", "x", "--text", "a", "--output", "rows.jsonl"],
         ["run", "x", "--input", "documents.json", "--output", "rows.PARQUET"],
+        ["run", "x", "--input", "documents.json", "--output", "rows.json"],
         ["explain", "x", "--input", "documents.jsonl"],
         ["inspect"],
         ["inspect", "x", "y"],

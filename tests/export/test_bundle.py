@@ -190,6 +190,15 @@ def test_a_file_added_to_the_older_bundle_during_the_export_is_kept(tmp_path: Pa
     assert _names(tmp_path) == ["out"]
 
 
+def test_a_manifest_in_a_folder_of_the_older_bundle_is_the_user_s(tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir()
+    _export(tmp_path / "private" / "old", "old")
+    (tmp_path / "private" / "old" / "folder").mkdir()
+    (tmp_path / "private" / "old" / "folder" / "lfx.json").write_text("years of work")
+    kept = bundles._discard(tmp_path / "private" / "old")
+    assert kept is not None and (kept / "folder" / "lfx.json").read_text() == "years of work"
+
+
 # A folder that was copied is no more: who has it open cannot add a file.
 @pytest.mark.parametrize("either_way", ["exchange", "two renames"], indirect=True)
 def test_a_file_added_to_the_older_bundle_after_the_rename_is_kept(

@@ -50,11 +50,12 @@ def refusal(folder: Path) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_checkpoint_that_is_saved_again_while_it_is_exported_is_refused(
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bundle would have the labels of one model and the weights of another."""
+    """A bundle would have the labels or the tokenizer of one model and the weights of another."""
+    tiny_tokenizer().save_pretrained(folder)
 
     def save_again(*_: Any) -> None:
         os.utime(folder / name, (1, 1))
@@ -207,6 +208,26 @@ def test_a_config_and_an_index_of_the_hub_are_checked_before_weights_are_fetched
     asked.clear()
     with pytest.raises(ExportError, match="PEFT adapter"):
         find("someone/model")
+
+
+def test_the_tokenizer_of_a_hub_id_is_of_the_commit_of_its_weights(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's main branch may change while a checkpoint is loaded."""
+    for commit in ("older", "newer"):
+        shutil.copytree(saved, tmp_path / commit)
+    tiny_tokenizer().save_pretrained(tmp_path / "older")
+
+    def cached_file(model: str, name: str, *, revision: str, **_: Any) -> str | None:
+        commit = (
+            "older" if revision == "main" and name == "config.json" else "newer" if revision == "main" else revision
+        )
+        path = tmp_path / commit / name
+        return str(path) if path.exists() else None
+
+    monkeypatch.setattr(transformers.utils, "cached_file", cached_file)
+    export("someone/model", tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
 def test_a_tokenizer_is_made_from_the_checkpoints_own_files(folder: Path, tmp_path: Path) -> None:

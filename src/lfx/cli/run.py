@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from lfx.runtime.tokenizer import Encoded, Tokenizer
 
 
+_OF_ROWS = (".json", ".csv")  # suffixes by which rows may be meant; no arrays are written to such a file
+
+
 @click.command("run", cls=Command)
 @click.argument("model", type=FilePath("a bundle or a plan"))
 @click.option("--text", help="Run on this text: the question for question answering, the prompt for multiple choice.")
@@ -78,7 +81,7 @@ def command(
     documents = file if file is not None and is_documents(file) else None
     if documents is not None and (output is None or pair):
         raise click.UsageError("documents need --output FILE.jsonl or FILE.parquet, and no --pair")
-    if documents is None and output is not None and is_documents(output):
+    if documents is None and output is not None and (is_documents(output) or output.suffix.lower() in _OF_ROWS):
         raise click.UsageError(
             f"--output {output} is for results of documents, and the input is one text: name the documents .jsonl "
             "(.ndjson) or .parquet, or give a .npz file, for the arrays of the text"

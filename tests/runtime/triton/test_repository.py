@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -252,6 +253,25 @@ def test_a_failed_rename_leaves_the_older_model(
     monkeypatch.setattr(repositories, "exchange", lambda first, second: False)
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(LfxError, match="no disk space left"):
+        write_model(bundle(), tmp_path / "models", Settings(name="m", max_batch=5))
+    assert config_of(folder) == before
+
+
+def test_a_stop_while_a_copied_model_is_removed_leaves_it(
+    bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container whose image holds the model."""
+    folder = write_model(bundle(), tmp_path / "models", Settings(name="m")).folder
+    before = config_of(folder)
+
+    def stop(target: Path, old: Path) -> None:
+        shutil.copytree(target, old)
+        (target / "config.pbtxt").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(repositories, "exchange", lambda first, second: False)
+    monkeypatch.setattr(repositories, "move_folder", stop)
+    with pytest.raises(KeyboardInterrupt):
         write_model(bundle(), tmp_path / "models", Settings(name="m", max_batch=5))
     assert config_of(folder) == before
 
