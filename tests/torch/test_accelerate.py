@@ -269,6 +269,14 @@ def test_weights_that_wrap_a_tensor_are_not_read_but_called(compiled: bool) -> N
     torch.testing.assert_close(classify(run, 2, 21, 2), classify(expected, 2, 21, 2))
 
 
+def test_the_export_refuses_weights_that_wrap_a_tensor(tmp_path: Any) -> None:
+    model = tiny_model()
+    dense = model.encoder.layer[0].output.dense
+    dense.weight = nn.Parameter(WrappedWeight(dense.weight.detach()), requires_grad=False)
+    with pytest.raises(ExportError, match=r"output.dense.weight is a WrappedWeight, .* before it was quantized"):
+        export(model, tmp_path / "bundle")
+
+
 # ---- LED ----------------------------------------------------------------------------------------------------------
 
 
