@@ -681,10 +681,11 @@ def test_what_is_no_longformer_for_inference_is_refused() -> None:
 def test_the_loop_and_the_export_refuse_an_accelerated_model(tmp_path: Any) -> None:
     """Their attention would not be called."""
     for model in (accelerate(tiny_model(attention_dilation=2)), accelerate(tiny_led(LEDModel).encoder)):
-        with pytest.raises(ExportError, match=rf"{type(model).__name__} is accelerated: .*before accelerate\(model\)"):
+        with pytest.raises(ExportError, match=r"the model is accelerated: .*before accelerate\(model\)"):
             use_loop_attention(model)
-    with pytest.raises(ExportError, match=r"LongformerModel is accelerated: .*which changes a model in place"):
-        export(accelerate(tiny_model()), tmp_path / "bundle")
+    for model in (tiny_model(), tiny_led(LEDForConditionalGeneration)):
+        with pytest.raises(ExportError, match=r"the model is accelerated: .*which changes a model in place"):
+            export(accelerate(model), tmp_path / "bundle")
 
 
 def test_attention_weights_and_training_are_refused_in_one_line() -> None:
