@@ -256,7 +256,8 @@ def check_weights(module: nn.Module) -> None:
     """Check that no parameter or buffer has a NaN, and no parameter an infinity; a buffer may, such as a mask.
 
     Raises:
-        ExportError: names the tensor and the number of such values, or a tensor that is sparse or without values.
+        ExportError: names the tensor and the number of such values, or a tensor that is sparse, a wrapper of another
+            one, or without values.
     """
     parameters = dict(module.named_parameters())
     buffers = {
@@ -267,6 +268,11 @@ def check_weights(module: nn.Module) -> None:
     for name, tensor in {**parameters, **buffers}.items():
         if is_lazy(tensor):
             raise ExportError(f"{name} has no shape yet; run the module once before the export")
+        if hasattr(type(tensor), "__tensor_flatten__"):  # of torchao or of FSDP
+            raise ExportError(
+                f"{name} is a {type(tensor).__name__}, which wraps its values; give the model as it was before it was "
+                "quantized or sharded"
+            )
         if tensor.layout != torch.strided:
             raise ExportError(f"{name} is a sparse tensor; give it as a dense one, with to_dense()")
         if tensor.is_meta:

@@ -295,6 +295,7 @@ def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         for name, value in vars(original).items():
             new.__dict__[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
         new.__dict__["training"] = False
+        new.__dict__["_compiled_call_impl"] = None  # of module.compile(), which would call the original
         if "chunk_size_feed_forward" in new.__dict__:
             new.__dict__["chunk_size_feed_forward"] = 0  # chunking needs a length that is a multiple of the chunk size
         for name, weight in original._parameters.items():

@@ -143,8 +143,8 @@ def replace_attention(model: nn.Module, attention: type[hf.LongformerSelfAttenti
     """
     if any(isinstance(m, SELF_ATTENTION) and getattr(m, "is_accelerated", False) for m in model.modules()):
         raise ExportError(
-            f"{type(model).__name__} is accelerated: its attention is the ops of PyTorch; give the model as it was "
-            "before accelerate(model), which changes a model in place"
+            "the model is accelerated: its attention is lfx.torch's; give the model as it was before "
+            "accelerate(model), which changes a model in place"
         )
     replacements: dict[type[nn.Module], type[nn.Module]] = {
         led.LEDEncoderSelfAttention: _of_led(attention),

@@ -47,6 +47,19 @@ def _check(folder: Path, model: nn.Module, output: str, lengths: tuple[int, ...]
             np.testing.assert_allclose(mine, theirs.numpy(), atol=2e-5, err_msg=f"length {seqlen}")
 
 
+def test_of_a_module_that_is_compiled_in_place_the_copy_is_not() -> None:
+    """It would call the original, whose attention cannot be traced, in the original's type."""
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        raise AssertionError("the original is called")
+
+    model = tiny_model(**ONE_LAYER)
+    for part in (model, model.encoder.layer[0]):
+        part.compile(backend=backend)
+    ids = _inputs(9)[0]
+    assert clone(model, torch.float64)(ids)[0].dtype == torch.float64
+
+
 @pytest.mark.slow
 def test_position_embeddings_replaced_by_xpos(tmp_path: Path) -> None:
     """The notebook case: model.embeddings.position_embeddings = RotaryEmbedding(use_xpos=True)."""
