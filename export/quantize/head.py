@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
-from onnx import external_data_helper, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 HEAD = "lm_head"  # name of the module, whose weight has the name of the embeddings
 
@@ -71,9 +71,7 @@ def _add_transposed(graph: onnx.GraphProto, name: str, path: Path) -> str:
     """Add the transpose of a weight, in a file of its own; returns its name."""
     weight = onnx.TensorProto()
     weight.CopyFrom(next(tensor for tensor in graph.initializer if tensor.name == name))
-    if external_data_helper.uses_external_data(weight):
-        external_data_helper.load_external_data_for_tensor(weight, str(path.parent))
-    values = numpy_helper.to_array(weight).T
+    values = numpy_helper.to_array(weight, str(path.parent)).T
     file = path.with_name(f"{HEAD}.data")
     file.write_bytes(values.tobytes())
     own = graph.initializer.add(name=f"{HEAD}.weight.T", data_type=weight.data_type, dims=values.shape)

@@ -269,8 +269,11 @@ def make_protocol(client_seconds: float, max_connections: int, is_stopping: Call
 async def _send_until_closed(cycle: Any, send: Callable[[Any], Awaitable[None]], message: Any) -> None:
     """Send a part of a reply to HTTP/1.0. One of unknown length ends where the connection does, without chunks."""
     if message["type"] == "http.response.start":
-        if not any(name.lower() == b"content-length" for name, _ in message.get("headers", [])):
+        headers = list(message.get("headers", []))
+        if not any(name.lower() == b"content-length" for name, _ in headers):
             cycle.chunked_encoding = False
+            # Older releases of uvicorn do not say so.
+            message = {**message, "headers": [*headers, (b"connection", b"close")]}
     elif cycle.expected_content_length == 0:  # uvicorn compares this with what is sent
         cycle.expected_content_length = len(message.get("body", b""))
     await send(message)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from transformers import LEDConfig, LEDForConditionalGeneration, LEDForQuestionAnswering, LEDModel, LongformerModel
+from transformers.models.longformer import modeling_longformer
 from transformers.models.longformer.modeling_longformer import (
     LongformerEncoder,
     LongformerLayer,
@@ -112,6 +113,8 @@ def test_attention_masks_of_every_form_agree() -> None:
 @pytest.mark.parametrize("cls", ["LongformerModel", "LEDModel"])
 @pytest.mark.parametrize("value", [-1.0, 0.5, 1.5, 3.0])
 def test_other_values_in_masks_mean_what_they_mean_to_hugging_face(cls: str, value: float) -> None:
+    if cls == "LongformerModel" and not hasattr(modeling_longformer, "create_bidirectional_mask"):
+        pytest.skip("this release of transformers, as 5.3 does, reads such values of a Longformer in another way")
     model = tiny_model() if cls == "LongformerModel" else tiny_led(LEDModel).encoder
     accelerated = accelerate(copy.deepcopy(model))
     ids = torch.randint(3, VOCAB_SIZE, (2, 21), generator=torch.Generator().manual_seed(0))
