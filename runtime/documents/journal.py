@@ -97,9 +97,8 @@ class Journal:
         """The keys by which another run's header differs; empty if it is no header, or no chunk follows it."""
         try:
             ours, theirs = parse_json(self._header), parse_json(header)
-            keys = [
-                key for key in {**ours, **theirs} if key not in theirs or key not in ours or ours[key] != theirs[key]
-            ]
+            missing = object()
+            keys = [key for key in {**ours, **theirs} if ours.get(key, missing) != theirs.get(key, missing)]
         except (ValueError, TypeError):
             return ""
         return ", ".join(keys) if any(line.startswith(_MARKER) for line in self._file) else ""

@@ -352,7 +352,9 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: p
 
 def test_a_link_to_itself_is_an_error_of_one_line(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to("out")
-    with pytest.raises(ExportError, match=r"out (cannot be written: .*loop|exists and is no bundle)"):
+    # From Python 3.13 on, such a link is a path like others for Path.resolve.
+    message = r"out cannot be written: .*loop" if sys.version_info < (3, 13) else "out exists and is no bundle"
+    with pytest.raises(ExportError, match=message):
         export(tiny_model(), tmp_path / "out")
 
 

@@ -204,7 +204,7 @@ class Report:
 
     def too_small(self) -> list[str]:
         """Return the outputs with too few numbers for the bound of int8's root mean square error."""
-        return [name for name in self.outputs if self.precision == QUANTIZED and self.outputs[name].count < FEWEST]
+        return [name for name, result in self.outputs.items() if self.precision == QUANTIZED and result.count < FEWEST]
 
     def _failures_of(self, name: str) -> list[str]:
         result, lines, (reference, witness) = self.outputs[name], [], self.names
@@ -222,10 +222,10 @@ class Report:
             )
         # In int8 all numbers have an error, so the largest error alone would not show a wrong layer.
         rms, witness_rms = (math.sqrt(x / max(result.count, 1)) for x in (result.squares, result.witness_squares))
-        is_bounded = self.precision == QUANTIZED and name not in self.too_small()
-        if is_bounded and not rms <= self._rms_limit(name, witness_rms):
+        is_bounded = self.precision == QUANTIZED and result.count >= FEWEST
+        if is_bounded and not rms <= (limit := self._rms_limit(name, witness_rms)):
             lines.append(
-                f"{name}: root mean square error {rms:.3g} is above {self._rms_limit(name, witness_rms):.3g}; "
+                f"{name}: root mean square error {rms:.3g} is above {limit:.3g}; "
                 f"{witness} has {witness_rms:.3g} in int8"
             )
         return lines

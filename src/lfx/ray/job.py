@@ -82,7 +82,7 @@ def map_documents(
             makes the others.
     """
     one_of(file_format, "file_format", FORMATS)
-    function(progress, "progress"), function(report, "report")
+    progress, report = function(progress, "progress"), function(report, "report")
     source, output = str(source), file_path(output, "the output").absolute()
     if not output.parent.is_dir() or (output.exists() and not output.is_dir()):
         raise InputError(f"{output} cannot be written: it is no folder, or the folder that it is in does not exist")
