@@ -8,6 +8,7 @@ import inspect
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +35,10 @@ NULL_BYTE = "embedded null byte" if sys.version_info < (3, 13) else "(l?stat: )?
 settings.register_profile("lfx", max_examples=int(os.environ.get("LFX_FUZZ_EXAMPLES", "200")), deadline=None)
 settings.load_profile("lfx")
 
+
+# A shell ignores SIGINT in what it starts in the background, and a process passes that on: nothing could be interrupted.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # torch and transformers make many objects that live on; by default Python searches them for garbage all the time.
 gc.freeze()
