@@ -36,7 +36,7 @@ settings.register_profile("lfx", max_examples=int(os.environ.get("LFX_FUZZ_EXAMP
 settings.load_profile("lfx")
 
 
-# A shell ignores SIGINT in what it starts in the background, and a process passes that on: nothing could be interrupted.
+# A shell ignores SIGINT in what it starts in the background, which passes that on: nothing could be interrupted.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

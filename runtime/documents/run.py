@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lfx import __version__
-from lfx.checks import LARGEST, file_path, function, shown, whole_number
+from lfx.checks import LARGEST, file_path, function, output_file, shown, whole_number
 from lfx.errors import InputError, one_line, require
-from lfx.files import MOUNTED, is_disk_full, is_mount_point
+from lfx.files import is_disk_full
 from lfx.manifest import sha256
 from lfx.runtime.documents.formats import (
     SUFFIXES,
@@ -228,18 +228,15 @@ def _check_files(engine: Engine, source: Path, output: Path) -> tuple[Path, Path
         raise InputError("files of documents are not run for multiple-choice; use Engine.run")
     if engine.signature.output_attentions:
         check_cuttable(engine.signature)
-    source, output = file_path(source, "the input"), file_path(output, "the output")
+    source, output = file_path(source, "the input"), output_file(output, "output")
     for path in (source, output):
         if not is_documents(path):
             raise InputError(f"{path} is none of {', '.join(SUFFIXES)}; results are written in one of these formats")
     if is_parquet(source) or is_parquet(output):
         require("pyarrow.parquet", "parquet")
     check_source(source)
-    is_source = os.path.realpath(output) == os.path.realpath(source)
-    if output.is_dir() or not output.absolute().parent.is_dir() or is_source:
-        raise InputError(f"{output} cannot be written: it is a folder or the input, or its folder does not exist")
-    if is_mount_point(output):
-        raise InputError(f"{output} cannot be written: {MOUNTED}")
+    if os.path.realpath(output) == os.path.realpath(source):
+        raise InputError(f"{output} cannot be written: it is the input; choose another output")
     return source, output
 
 

@@ -201,14 +201,14 @@ def test_parquet_in_and_out(engine: Engine, tokenizer: Tokenizer, tmp_path: Path
         ("in.txt", "out.jsonl", r"none of \.jsonl, \.ndjson, \.parquet"),
         ("in.jsonl", "out.csv", r"none of \.jsonl, \.ndjson, \.parquet"),
         ("none.jsonl", "out.jsonl", "does not exist"),
-        ("in.jsonl", "in.jsonl", "it is a folder or the input"),
+        ("in.jsonl", "in.jsonl", "it is the input"),
         ("in.jsonl", "no/out.jsonl", "its folder does not exist"),
         ("in.parquet", "out.jsonl", "cannot be read as Parquet"),
         ("x" * 5000, "out.jsonl", "the input .* cannot be opened: File name too long"),
-        ("in.jsonl", "x" * 5000 + ".jsonl", "the output .* cannot be opened: File name too long"),
+        ("in.jsonl", "x" * 5000 + ".jsonl", "output .* cannot be opened: File name too long"),
         ("in.jsonl", "x" * 244 + ".jsonl", "the journal of this run, cannot be opened: .*File name too long"),
         ("a\0.jsonl", "out.jsonl", f"the input .* cannot be opened: {NULL_BYTE}"),
-        ("in.jsonl", "a\0.jsonl", f"the output .* cannot be opened: {NULL_BYTE}"),
+        ("in.jsonl", "a\0.jsonl", f"output .* cannot be opened: {NULL_BYTE}"),
     ],
 )
 def test_bad_paths_are_refused(
