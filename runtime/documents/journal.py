@@ -86,22 +86,13 @@ class Journal:
             return
         if header[: len(_HEADER)] != _HEADER[: len(header)]:  # a header may be cut anywhere
             raise InputError(f"{self.path} is no journal of lfx; move it away, or give another --output")
-        if differing := self._differing_keys(header):
+        differing = differing_keys(self._header, header)
+        if differing and any(line.startswith(_MARKER) for line in self._file):
             raise InputError(
-                f"{self.path} has finished documents of a run with another {differing}; run it with the same options "
-                "to resume it, or remove that file to begin again"
+                f"{self.path} has finished documents of a run with another {', '.join(differing)}; run it with the "
+                "same options to resume it, or remove that file to begin again"
             )
         self.restart()
-
-    def _differing_keys(self, header: bytes) -> str:
-        """The keys by which another run's header differs; empty if it is no header, or no chunk follows it."""
-        try:
-            ours, theirs = parse_json(self._header), parse_json(header)
-            missing = object()
-            keys = [key for key in {**ours, **theirs} if ours.get(key, missing) != theirs.get(key, missing)]
-        except (ValueError, TypeError):
-            return ""
-        return ", ".join(keys) if any(line.startswith(_MARKER) for line in self._file) else ""
 
     def restart(self) -> None:
         """Remove all rows."""
@@ -204,6 +195,16 @@ class Journal:
         self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+def differing_keys(ours: bytes, theirs: bytes) -> list[str]:
+    """The keys that differ between two headers, or that one of them lacks; empty if `theirs` is no JSON object."""
+    try:
+        mine, other = parse_json(ours), dict(parse_json(theirs))
+    except (ValueError, TypeError):
+        return []
+    missing = object()
+    return [key for key in {**mine, **other} if mine.get(key, missing) != other.get(key, missing)]
 
 
 def _number(row: bytes) -> int | None:

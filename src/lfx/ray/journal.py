@@ -12,6 +12,7 @@ from typing import Any
 from lfx.checks import parse_json
 from lfx.errors import InputError, one_line
 from lfx.files import is_at, open_journal, replacing, try_lock
+from lfx.runtime.documents.journal import differing_keys
 
 JOURNAL = "_lfx_map.jsonl"  # readers of folders of Parquet skip names that begin with an underscore
 _COUNTS = ("documents", "refused", "bytes")
@@ -65,9 +66,10 @@ class Parts:
             self._append(ours)
             return
         if theirs != ours:
+            differing = ", ".join(differing_keys(ours, theirs)) or "version of lfx"
             raise InputError(
-                f"{self._output} has results of a run with another {_differing(header, theirs)}; run it with the same "
-                "options to resume it, or give another output"
+                f"{self._output} has results of a run with another {differing}; run it with the same options to resume "
+                "it, or give another output"
             )
         end = len(ours)
         for line in self._file:
@@ -112,16 +114,6 @@ class Parts:
         self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-
-
-def _differing(header: dict[str, Any], line: bytes) -> str:
-    """The keys by which the header of another run differs."""
-    try:
-        theirs = parse_json(line)
-        keys = [key for key in header if key in theirs and header[key] != theirs[key]]
-    except (ValueError, KeyError, TypeError):
-        keys = []
-    return ", ".join(keys) or "version of lfx"
 
 
 def _entry(line: bytes) -> tuple[int, dict[str, int], str] | None:
