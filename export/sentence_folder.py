@@ -12,7 +12,7 @@ from lfx.export.checkpoint import Fetch, check_dtypes
 from lfx.export.companions import with_limit
 from lfx.export.settings import read_object, without_code
 from lfx.files import copy
-from lfx.runtime.tokenizer import PROMPTS
+from lfx.runtime.text_files import PROMPTS
 
 MODULES = "modules.json"
 _MODULES_BYTES, _MOST_MODULES = 1_000_000, 100

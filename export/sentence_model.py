@@ -25,7 +25,7 @@ from lfx.export.sentence_folder import (
     read_settings_of,
 )
 from lfx.export.settings import read_object
-from lfx.runtime.tokenizer import PROMPTS
+from lfx.runtime.text_files import PROMPTS
 from lfx.signature import POOLINGS
 
 # The flags of a Pooling before sentence-transformers 5.6, in the order in which it concatenates the vectors.

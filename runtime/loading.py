@@ -15,7 +15,7 @@ from lfx.runtime import backends, custom_ops
 from lfx.runtime.artifact import Artifact, open_artifact
 from lfx.runtime.hub import local_path
 from lfx.runtime.plan import SUFFIX, PlanManifest, decoder_path, json_path
-from lfx.runtime.tokenizer import ListedFolder
+from lfx.runtime.text_files import ListedFolder
 from lfx.signature import PAST, PRESENT, QUANTIZED, Signature
 
 COMPUTE_PRECISIONS = ("fp32", "bf16")

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from lfx.checks import whole_number
 from lfx.errors import ArtifactError, InputError
-from lfx.runtime.tokenizer import CONFIG, TOKENIZER_CONFIG, Encoded, Tokenizer, failing, is_utf8, json_object, read_file
+from lfx.runtime.text_files import CONFIG, TOKENIZER_CONFIG, json_object, read_file
+from lfx.runtime.tokenizer import Encoded, Tokenizer, failing, is_utf8
 from lfx.signature import is_multi_label
 
 

@@ -31,7 +31,8 @@ from lfx.runtime.engine import Engine
 from lfx.runtime.postprocess import Postprocessor
 from lfx.runtime.ragged import check_cuttable
 from lfx.runtime.streaming import AHEAD
-from lfx.runtime.tokenizer import END_TO_END, MAX_CHARACTERS, TOKENIZER, Encoded, Tokenizer
+from lfx.runtime.text_files import TOKENIZER
+from lfx.runtime.tokenizer import END_TO_END, MAX_CHARACTERS, Encoded, Tokenizer
 from lfx.signature import TEXT_GENERATION, Signature
 
 # Number of documents of a chunk. A stopped run resumes after its last complete chunk. Batches are formed within a

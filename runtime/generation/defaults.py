@@ -9,7 +9,7 @@ from typing import Any
 from lfx.errors import ArtifactError
 from lfx.runtime.generation.settings import CONFIG_FILE, CONFIG_OPTIONS
 from lfx.runtime.plan import PlanManifest
-from lfx.runtime.tokenizer import CONFIG, json_object, listed_files, read_listed, text_files
+from lfx.runtime.text_files import CONFIG, json_object, listed_files, read_listed, text_files
 
 
 def defaults_of(model: Path, manifest: Any) -> dict[str, Any]:

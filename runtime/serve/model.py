@@ -20,7 +20,8 @@ from lfx.runtime.inputs import pad_choices, prepare
 from lfx.runtime.postprocess import ANSWERED_TASKS, Postprocessor, answer_outputs
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
 from lfx.runtime.serve.writing import TokenTexts, Written, WrittenToken, decoded
-from lfx.runtime.tokenizer import TOKENIZER, Encoded, Tokenizer, encode_ids, open_tokenizer, text_folder
+from lfx.runtime.text_files import TOKENIZER, text_folder
+from lfx.runtime.tokenizer import Encoded, Tokenizer, encode_ids, open_tokenizer
 from lfx.signature import SENTENCE_EMBEDDING, TASKS
 
 

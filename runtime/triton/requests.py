@@ -20,7 +20,8 @@ from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.engine import Engine
 from lfx.runtime.inputs import Feeds, pad_choices, prepare, seqlen_of
 from lfx.runtime.postprocess import ANSWERED_TASKS, Postprocessor, answer_outputs
-from lfx.runtime.tokenizer import TOKENIZER, Encoded, Tokenizer, encode_ids, open_tokenizer, text_folder
+from lfx.runtime.text_files import TOKENIZER, text_folder
+from lfx.runtime.tokenizer import Encoded, Tokenizer, encode_ids, open_tokenizer
 from lfx.signature import SENTENCE_EMBEDDING, TASKS, Signature, TensorSpec
 
 ANSWERS, TOKENS = "answers", "num_tokens"  # outputs besides the model's

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from lfx.manifest import MANIFEST, sealed
 from lfx.runtime import Engine
-from lfx.runtime.tokenizer import CONFIG, TOKENIZER, TOKENIZER_CONFIG, Tokenizer
+from lfx.runtime.text_files import CONFIG, TOKENIZER, TOKENIZER_CONFIG
+from lfx.runtime.tokenizer import Tokenizer
 from tests.attacks import make_bundle, refused
 
 

@@ -16,7 +16,7 @@ from lfx.errors import ArtifactError, InputError
 from lfx.manifest import MANIFEST, sha256
 from lfx.runtime import Engine
 from lfx.runtime.documents import encoded
-from lfx.runtime.tokenizer import text_folder
+from lfx.runtime.text_files import text_folder
 from tests.conftest import MakeBundle, SmallDisk
 
 

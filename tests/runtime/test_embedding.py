@@ -20,7 +20,8 @@ from lfx.errors import ArtifactError, InputError
 from lfx.manifest import MANIFEST, Manifest, sha256
 from lfx.runtime import Engine
 from lfx.runtime.documents import run_documents
-from lfx.runtime.tokenizer import PROMPTS, Tokenizer
+from lfx.runtime.text_files import PROMPTS
+from lfx.runtime.tokenizer import Tokenizer
 from tests.conftest import MakeBundle
 
 TASK = "sentence-embedding"

@@ -19,7 +19,8 @@ from lfx.errors import ArtifactError, InputError
 from lfx.manifest import MANIFEST, sealed
 from lfx.runtime import Engine
 from lfx.runtime.postprocess import Postprocessor
-from lfx.runtime.tokenizer import MAX_CHARACTERS, MAX_FILE_BYTES, TOKENIZER, Encoded, Tokenizer, read_file
+from lfx.runtime.text_files import MAX_FILE_BYTES, TOKENIZER, read_file
+from lfx.runtime.tokenizer import MAX_CHARACTERS, Encoded, Tokenizer
 from lfx.signature import GRAPH_INPUTS, Signature, TensorSpec
 from tests.conftest import MakeBundle
 from tests.models import tiny_tokenizer

@@ -269,7 +269,7 @@ def run_documents(
         InputError: documents were refused; raised after the others are done.
     """
     from lfx.runtime import documents
-    from lfx.runtime.tokenizer import TOKENIZER, text_folder
+    from lfx.runtime.text_files import TOKENIZER, text_folder
 
     reader = None
     if tokenizer or (text_folder(engine.path, engine.text_source) / TOKENIZER).exists():

@@ -17,7 +17,8 @@ from lfx.runtime.documents.rows import Runner, Summary
 from lfx.runtime.documents.run import MAX_WINDOWS, row_options
 from lfx.runtime.postprocess import Postprocessor
 from lfx.runtime.ragged import check_cuttable
-from lfx.runtime.tokenizer import TOKENIZER, open_tokenizer, text_folder
+from lfx.runtime.text_files import TOKENIZER, text_folder
+from lfx.runtime.tokenizer import open_tokenizer
 
 
 @dataclass(frozen=True)
