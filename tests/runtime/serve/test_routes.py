@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import itertools
 import json
 import math
 import sys
@@ -16,6 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
+from lfx.errors import InputError
 from lfx.parity import pair_tolerance
 from lfx.runtime import Engine
 from lfx.runtime.postprocess import Postprocessor
@@ -118,6 +120,36 @@ def test_ids_and_masks_are_those_of_the_engine(client: httpx.Client, bundle: Mak
     assert is_close(reply["results"][0]["outputs"]["logits"], np.asarray(expected)[0])
     tokens = [answer["token"] for answer in reply["results"][0]["answers"]]
     assert tokens == ["0", "5", "6", "7"]  # the last id is masked
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_form_of_ids_masks_and_outputs_gets_what_the_engine_gives(
+    name: str, client: httpx.Client, bundle: MakeBundle
+) -> None:
+    row, first, none, left = [0, 5, 6, 7, 2], [1, 0, 0, 0, 0], [0] * 5, [0, 1, 1, 1, 1]
+    forms: list[Any] = [row, [row], [row, row], [row[:1]]]
+    masks: list[Any] = [None, first, none, left, [left], [left, first], [1], [], [[]], 2 * left]
+    with Engine(bundle(TASKS[name])) as engine:
+        names = [spec.name for spec in engine.signature.outputs]
+        is_choice = engine.signature.has_choices
+        for ids, mask, at in itertools.product(forms, masks, (None, first, [left], none)):
+            one = {"ids": ids, "attention_mask": mask, "global_attention_mask": at}
+            try:
+                expected = engine.run(ids, mask, at)
+            except InputError:
+                expected = None
+            for outputs in (None, [], names):
+                reply = post(client, "/run", {"inputs": one, "model": name, "outputs": outputs, "encoding": "base64"})
+                sent = [one, outputs, reply.text[:200]]
+                if expected is None or (np.ndim(ids) == 2 and not is_choice):
+                    assert reply.status_code in (413, 422), sent
+                    continue
+                assert reply.status_code == 200, sent
+                (result,) = reply.json()["results"]
+                assert list(result["outputs"]) == outputs or outputs is None, sent
+                for output, value in result["outputs"].items():
+                    array = np.frombuffer(base64.b64decode(value["base64"]), value["dtype"]).reshape(value["shape"])
+                    assert is_close(array, np.asarray(expected[output])[0]), sent
 
 
 def test_a_model_without_answers_gives_its_outputs_per_sequence(client: httpx.Client) -> None:
