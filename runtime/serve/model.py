@@ -187,7 +187,8 @@ class ServedModel:
         if self.signature.has_choices:
             self._check_choices(len(item.ids))
         future = self._enqueue(item, item.ids, item.attention_mask, item.global_attention_mask)
-        mask = np.ones(np.shape(item.ids), int) if item.attention_mask is None else np.array(item.attention_mask)
+        shape = np.shape(item.ids)  # that of the mask may be of one sequence in a list
+        mask = np.ones(shape, int) if item.attention_mask is None else np.reshape(item.attention_mask, shape)
         first = (item.ids[0], mask[0]) if self.signature.has_choices else (item.ids, mask)
         encoded, positions = encode_ids(*first)
         return Prepared(encoded, int(mask.sum()), False, future, positions)

@@ -118,6 +118,9 @@ def test_ids_and_masks_are_those_of_the_engine(client: httpx.Client, bundle: Mak
     assert is_close(reply["results"][0]["outputs"]["logits"], np.asarray(expected)[0])
     tokens = [answer["token"] for answer in reply["results"][0]["answers"]]
     assert tokens == ["0", "5", "6", "7"]  # the last id is masked
+    nested = {**one, "attention_mask": [attention], "global_attention_mask": [glob]}  # as tokenizers give them
+    again = answered(client, "/models/ner/run", {"inputs": nested, "outputs": ["logits"]})
+    assert again["results"] == reply["results"]
 
 
 def test_a_model_without_answers_gives_its_outputs_per_sequence(client: httpx.Client) -> None:
