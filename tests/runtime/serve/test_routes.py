@@ -129,6 +129,13 @@ def test_a_model_without_answers_gives_its_outputs_per_sequence(client: httpx.Cl
     assert answered(client, "/run", {"inputs": "the fox"})["results"][0]["outputs"] == {}
 
 
+def test_masked_ids_of_a_model_without_answers_give_its_outputs_per_sequence(client: httpx.Client) -> None:
+    inputs = [{"ids": [0, 5, 6, 2]}, {"ids": [0, 5, 6, 2, 1, 1], "attention_mask": [1, 1, 1, 1, 0, 0]}]
+    plain, padded = answered(client, "/models/org/bare/run", {"inputs": inputs})["results"]
+    assert padded["tokens"] == 4
+    assert is_close(padded["outputs"]["pooler_output"], plain["outputs"]["pooler_output"])
+
+
 def test_openai_embeddings_have_openais_form(client: httpx.Client, bundle: MakeBundle) -> None:
     with Engine(bundle("sentence-embedding")) as engine:
         expected = engine.embed(TEXTS[:3])
