@@ -100,6 +100,11 @@ class ServedModel:
         self.batcher = Batcher(self.engine, max_delay_ms=settings.max_delay_ms, max_pending=max_pending)
 
     @property
+    def identity(self) -> str:
+        """Digest of the model and of its tokenizer, which decide the answers."""
+        return f"{self.engine.identity} {self._tokenizer.sha256 if self._tokenizer is not None else ''}"
+
+    @property
     def largest_body(self) -> int:
         """Default limit of the body of a request for one text, in bytes."""
         return (self.signature.max_seqlen or NO_LIMIT_TOKENS) * BYTES_PER_TOKEN + OTHER_BYTES

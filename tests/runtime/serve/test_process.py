@@ -283,6 +283,20 @@ def test_a_bundle_that_is_replaced_is_opened_by_all_workers_once_one_has_opened_
 
 
 @pytest.mark.slow
+def test_a_tokenizer_that_is_replaced_is_opened_by_all_workers_once_one_has_opened_it(
+    model: Path, tmp_path: Path
+) -> None:
+    shutil.copy(model / "tokenizer.json", tmp_path)
+    with Command(model, "--workers", "2", "--tokenizer", tmp_path) as server:
+        server.wait_for("is ready")
+        server.wait_for("is ready")
+        (tmp_path / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes() + b"\n")
+        kill_worker(server, 0)
+        server.wait_for("is restarted")
+        assert server.stop() == 0
+
+
+@pytest.mark.slow
 def test_workers_serve_where_the_folder_of_temporary_files_cannot_have_sockets(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / ("t" * 100)
     folder.mkdir()
