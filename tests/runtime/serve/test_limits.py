@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import resource
 import socket
@@ -174,6 +175,20 @@ def test_what_a_client_that_has_gone_asked_for_is_not_computed(
     assert [(line["path"], line["status"]) for line in lines] == [("/run", "gone"), ("/run", 200)]
     assert (lines[1]["model"], lines[1]["texts"], lines[1]["client"]) == ("cls", 1, "127.0.0.1")
     assert "fox" not in json.dumps(lines)
+
+
+def test_a_line_of_the_log_is_one_write(model: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers share stderr: between two writes of one, a line of another may come."""
+    written: list[str] = []
+    log = io.StringIO()
+    monkeypatch.setattr(log, "write", written.append)
+    with running(model, log_requests=True) as server:
+        monkeypatch.setattr("sys.stderr", log)
+        assert run(server).status_code == 200
+        wait_until(lambda: "\n" in "".join(written))
+    (line,) = written
+    assert line.endswith("\n")
+    assert json.loads(line)["path"] == "/run"
 
 
 @pytest.mark.parametrize(
