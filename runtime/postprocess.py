@@ -137,7 +137,7 @@ class Postprocessor:
         if positions is not None:
             specs = self._tokenizer.signature.outputs
             per_token = {spec.name for spec in specs if spec.shape[1:2] == ("sequence",)}
-            arrays |= {name: arrays[name][:, positions] for name in per_token}
+            arrays |= {name: arrays[name][:, positions] for name in per_token & arrays.keys()}
         try:
             answers = self.answers(encoded, arrays)
             if answers and (span := self.answer_range(encoded, arrays)) is not None:

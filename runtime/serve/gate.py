@@ -213,4 +213,6 @@ def _log(scope: MutableMapping[str, Any], status: int, seconds: float) -> None:
         **log_fields.get(),
     }
     with contextlib.suppress(OSError, ValueError):
-        print(json.dumps(line), file=sys.stderr, flush=True)
+        # In one write: print would write the end of the line apart, and a line of another worker may come between.
+        sys.stderr.write(json.dumps(line) + "\n")
+        sys.stderr.flush()

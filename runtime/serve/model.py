@@ -101,6 +101,11 @@ class ServedModel:
         self.batcher = Batcher(self.engine, max_delay_ms=settings.max_delay_ms, max_pending=max_pending)
 
     @property
+    def identity(self) -> str:
+        """Digest of the model and of its tokenizer, which decide the answers."""
+        return f"{self.engine.identity} {self._tokenizer.sha256 if self._tokenizer is not None else ''}"
+
+    @property
     def largest_body(self) -> int:
         """Default limit of the body of a request for one text, in bytes."""
         return (self.signature.max_seqlen or NO_LIMIT_TOKENS) * BYTES_PER_TOKEN + OTHER_BYTES
@@ -188,7 +193,8 @@ class ServedModel:
         if self.signature.has_choices:
             self._check_choices(len(item.ids))
         future = self._enqueue(item, item.ids, item.attention_mask, item.global_attention_mask)
-        mask = np.ones(np.shape(item.ids), int) if item.attention_mask is None else np.array(item.attention_mask)
+        shape = np.shape(item.ids)  # that of the mask may be of one sequence in a list
+        mask = np.ones(shape, int) if item.attention_mask is None else np.reshape(item.attention_mask, shape)
         first = (item.ids[0], mask[0]) if self.signature.has_choices else (item.ids, mask)
         encoded, positions = encode_ids(*first)
         return Prepared(encoded, int(mask.sum()), False, future, positions)

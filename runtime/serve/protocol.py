@@ -52,6 +52,7 @@ class Protocol(HttpToolsProtocol):
         self._cycles: list[Any] = []  # requests without a complete reply; uvicorn keeps only the newest
         self._refuse_later: Callable[[], None] | None = None  # called after the replies to earlier requests
         self._has_ended = False  # the client sends no more
+        self._closes = False  # as soon as the request that is being received has come
         if len(self.connections) > self.max_connections:
             self._refuse(503, f"this server takes {self.max_connections} connections; try again later")
         elif self.is_stopping():  # it was accepted before, and the server has told the others
@@ -177,6 +178,7 @@ class Protocol(HttpToolsProtocol):
         if self._is_stopping:
             self.cycle.keep_alive = False
         cycle: Any = self.cycle
+        cycle.send = functools.partial(self._send, cycle, cycle.send)
         if cycle.scope["http_version"] == "1.0":
             cycle.waiting_for_100_continue = False  # HTTP/1.0 has no interim replies
             cycle.send = functools.partial(_send_until_closed, cycle, cycle.send)
@@ -187,6 +189,23 @@ class Protocol(HttpToolsProtocol):
             return
         super().on_message_complete()
         self._in_message, self._receive_deadline = False, None
+        if self._closes:
+            self.transport.close()
+
+    async def _send(self, cycle: Any, send: Callable[[Any], Awaitable[None]], message: Any) -> None:
+        """Send a part of a reply. The connection is closed after a reply, but not before the rest of its request came.
+
+        The system resets a connection that is closed with unread bytes, and the client may lose the reply.
+        """
+        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        is_early = is_last and cycle is self.cycle and self._in_message and not self._in_headers
+        waits = is_early and not cycle.keep_alive
+        cycle.keep_alive = cycle.keep_alive or waits  # uvicorn closes the connection if it is false
+        await send(message)
+        if waits:
+            self._closes = True
+            if not self._in_message:
+                self.transport.close()
 
     def check_time(self, now: float) -> None:
         """End the connection if its client is too slow. The server calls this several times a second."""

@@ -271,8 +271,11 @@ async def _accept_queued(sockets: list[socket.socket]) -> None:
     poll = select.poll()
     for sock in sockets:
         poll.register(sock.fileno(), select.POLLIN)
-    end = time.monotonic() + STOP_GRACE_SECONDS
-    while poll.poll(0) and time.monotonic() < end:
+    end, empty = time.monotonic() + STOP_GRACE_SECONDS, 0
+    while time.monotonic() < end:
+        empty = 0 if poll.poll(0) else empty + 1
+        if empty == 2:  # asyncio accepts a connection in one turn of its loop, and begins to read it in the next
+            return
         await asyncio.sleep(0)
 
 

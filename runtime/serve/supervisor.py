@@ -186,7 +186,7 @@ class _Worker:
         number: its index among the workers.
         started: the time when it was started, of time.monotonic.
         was_ready: whether it became ready.
-        identities: name -> `Engine.identity` of each model, once it was ready.
+        identities: name -> `ServedModel.identity` of each model, once it was ready.
         is_stopping: whether it was asked to stop.
         failure: the error that it ended with; None if it reported none.
         failed_starts: number of workers in a row, up to this one, that ended before they were ready.

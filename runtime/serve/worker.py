@@ -51,7 +51,7 @@ def main() -> int:
         )
 
         def when_ready() -> None:
-            identities = {name: model.engine.identity for name, model in server.service.models.items()}
+            identities = {name: model.identity for name, model in server.service.models.items()}
             send({"ready": str(memory() or ""), "identities": identities})
 
         server.run_on(socket.socket(fileno=given["socket"]), when_ready)

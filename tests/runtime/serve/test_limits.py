@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import resource
 import socket
@@ -176,6 +177,20 @@ def test_what_a_client_that_has_gone_asked_for_is_not_computed(
     assert "fox" not in json.dumps(lines)
 
 
+def test_a_line_of_the_log_is_one_write(model: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers share stderr: between two writes of one, a line of another may come."""
+    written: list[str] = []
+    log = io.StringIO()
+    monkeypatch.setattr(log, "write", written.append)
+    with running(model, log_requests=True) as server:
+        monkeypatch.setattr("sys.stderr", log)
+        assert run(server).status_code == 200
+        wait_until(lambda: "\n" in "".join(written))
+    (line,) = written
+    assert line.endswith("\n")
+    assert json.loads(line)["path"] == "/run"
+
+
 @pytest.mark.parametrize(
     ("sent", "status"),
     [
@@ -184,13 +199,27 @@ def test_what_a_client_that_has_gone_asked_for_is_not_computed(
         (b"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n{", b" 408 "),
         (b"POST /run HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{", b" 408 "),
         (b"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: 999999999\r\n\r\n{", b" 413 "),
+        (b"POST /run HTTP/1.0\r\nContent-Length: 999999999\r\n\r\n{", b" 413 "),
     ],
-    ids=["nothing", "line", "body", "chunk", "refused"],
+    ids=["nothing", "line", "body", "chunk", "refused", "refused-1.0"],
 )
 def test_a_client_that_stops_sending_is_disconnected(sent: bytes, status: bytes, model: dict[str, Path]) -> None:
     with running(model, client_seconds=0.5) as server, connected(server, sent) as client:
         assert status in received(client).partition(b"\r\n")[0]
         assert run(server).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "head", [b"HTTP/1.0\r\n", b"HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"], ids=["1.0", "close"]
+)
+def test_a_client_that_is_refused_while_it_sends_gets_the_reply(head: bytes, server_of_one: Running) -> None:
+    """nginx with its defaults speaks HTTP/1.0, and would reply 502 after a reset."""
+    body = b"a" * 20_000_000
+    with connected(server_of_one, b"POST /run %bContent-Length: %d\r\n\r\n" % (head, len(body))) as client:
+        client.sendall(body)
+        reply = client.makefile("rb").read()  # to the end of the connection
+    assert reply.startswith(b"HTTP/1.1 413 ")
+    assert reply.lower().count(b"connection: close") == 1
 
 
 def test_a_client_that_sends_byte_by_byte_is_disconnected(model: dict[str, Path]) -> None:

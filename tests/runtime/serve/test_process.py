@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import json
@@ -24,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lfx.errors import InputError
 from lfx.runtime.serve import supervisor
+from lfx.runtime.serve.server import _accept_queued
 from lfx.runtime.serve.settings import named_models
 from tests.conftest import MakeBundle
 from tests.marks import fast_if
@@ -100,6 +102,27 @@ def test_connections_that_the_system_has_queued_are_answered_at_a_stop(
         go_on.set()
         for client in clients:
             assert client.makefile("rb").read().startswith(b"HTTP/1.1 200")  # to the end of the connection
+
+
+def test_connections_that_are_accepted_last_are_used() -> None:
+    """asyncio accepts a connection in one turn of its loop, and uses it in the next; uvloop does both in one."""
+
+    async def stop(sock: socket.socket) -> int:
+        made: list[asyncio.BaseTransport] = []
+        protocol = type("Protocol", (asyncio.Protocol,), {"connection_made": lambda _, made_now: made.append(made_now)})
+        accepting = await asyncio.get_running_loop().create_server(protocol, sock=sock)
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                stack.enter_context(socket.create_connection(sock.getsockname()))
+            await _accept_queued([sock])
+            accepting.close()
+            await asyncio.sleep(0.1)
+            for transport in made:
+                transport.close()
+        return len(made)
+
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        assert asyncio.run(stop(sock)) == 4
 
 
 @pytest.mark.slow
@@ -280,6 +303,20 @@ def test_a_bundle_that_is_replaced_is_opened_by_all_workers_once_one_has_opened_
     assert len(identities) == 1
     assert identities != {old}
     assert sum("is restarted" in line for line in server.lines) == 1
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_is_replaced_is_opened_by_all_workers_once_one_has_opened_it(
+    model: Path, tmp_path: Path
+) -> None:
+    shutil.copy(model / "tokenizer.json", tmp_path)
+    with Command(model, "--workers", "2", "--tokenizer", tmp_path) as server:
+        server.wait_for("is ready")
+        server.wait_for("is ready")
+        (tmp_path / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes() + b"\n")
+        kill_worker(server, 0)
+        server.wait_for("is restarted")
+        assert server.stop() == 0
 
 
 @pytest.mark.slow

@@ -120,6 +120,9 @@ def test_ids_and_masks_are_those_of_the_engine(client: httpx.Client, bundle: Mak
     assert is_close(reply["results"][0]["outputs"]["logits"], np.asarray(expected)[0])
     tokens = [answer["token"] for answer in reply["results"][0]["answers"]]
     assert tokens == ["0", "5", "6", "7"]  # the last id is masked
+    nested = {**one, "attention_mask": [attention], "global_attention_mask": [glob]}  # as tokenizers give them
+    again = answered(client, "/models/ner/run", {"inputs": nested, "outputs": ["logits"]})
+    assert again["results"] == reply["results"]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -156,6 +159,13 @@ def test_a_model_without_answers_gives_its_outputs_per_sequence(client: httpx.Cl
     reply = answered(client, "/models/org/bare/run", {"inputs": ["the fox", "dog"]})
     assert [list(result["outputs"]) for result in reply["results"]] == [["pooler_output"], ["pooler_output"]]
     assert answered(client, "/run", {"inputs": "the fox"})["results"][0]["outputs"] == {}
+
+
+def test_masked_ids_of_a_model_without_answers_give_its_outputs_per_sequence(client: httpx.Client) -> None:
+    inputs = [{"ids": [0, 5, 6, 2]}, {"ids": [0, 5, 6, 2, 1, 1], "attention_mask": [1, 1, 1, 1, 0, 0]}]
+    plain, padded = answered(client, "/models/org/bare/run", {"inputs": inputs})["results"]
+    assert padded["tokens"] == 4
+    assert is_close(padded["outputs"]["pooler_output"], plain["outputs"]["pooler_output"])
 
 
 def test_openai_embeddings_have_openais_form(client: httpx.Client, bundle: MakeBundle) -> None:
