@@ -295,6 +295,8 @@ def _output(outputs: dict[str, NDArray[Any]], name: str, task: str, seqlen: int 
     if name not in outputs:
         raise InputError(f"{task} needs the output {name}; the outputs are {', '.join(outputs) or 'none'}")
     array = np.asarray(outputs[name][0])
+    if array.dtype == np.float16:  # the product of two probabilities may be too small for it
+        array = array.astype(np.float32)
     if seqlen is not None and array.shape[:1] != (seqlen,):
         tokens = len(array) if array.ndim else "no"
         raise InputError(f"{name} has {tokens} tokens and the text {seqlen}; give the outputs of this text")

@@ -282,7 +282,9 @@ def _checked_id(value: Any) -> Any:
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"id is {type(value).__name__}, which JSON cannot hold: {one_line(error, 80)}") from error
+        raise InputError(
+            f"id is {type(value).__name__}, which JSON cannot hold: {one_line(error, 80)}; make it text"
+        ) from error
     if len(text) > _MAX_ID_BYTES:
         raise InputError(f"id has {len(text):,} bytes as JSON, above the {_MAX_ID_BYTES:,} allowed; shorten it")
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,19 @@ def test_rows_on_a_full_disk_say_what_to_do(small_disk: SmallDisk) -> None:
     with pytest.raises(InputError, match=r"rows\.jsonl cannot be written: no disk space left; make room, or choose"):
         cli_bench._write(folder / "rows.jsonl", rows)
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_rows_that_cannot_be_written_are_printed(
+    as_json: bool, bundle: MakeBundle, small_disk: SmallDisk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = small_disk()
+    (folder / "full").write_bytes(bytes(shutil.disk_usage(folder).free))
+    settings: dict[str, Any] = {"lengths": (30,), "batch_sizes": (1,), "rounds": 1, "against": (), "source": None}
+    with pytest.raises(InputError, match=r"rows\.jsonl cannot be written: no disk space left"):
+        run_bench(bundle(), Engine, **settings, output=folder / "rows.jsonl", plot=None, as_json=as_json)
+    out = capsys.readouterr().out
+    assert json.loads(out)["seqlen"] == 30 if as_json else "tokens/s" in out
 
 
 def lfx(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -120,3 +120,15 @@ def test_a_byte_order_mark_is_no_part_of_the_text(
             windows = encoded(tmp_path / "text.txt", engine.signature, folder)
             printed.append((capsys.readouterr().out, [window.ids for window in windows]))
     assert printed[0] == printed[1]
+
+
+@pytest.mark.parametrize(("words", "more"), [(38, ""), (60, "… and 22 more answers; --json prints all")])
+def test_a_table_of_the_first_answers_says_how_many_there_are(
+    words: int, more: str, bundle: MakeBundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = bundle("token-classification")
+    with Engine(path, threads=1) as engine:
+        run_text(engine, path, "fox " * words, (), None, None, tokenizer=None, as_json=False)
+    out = capsys.readouterr().out
+    assert out.count("fox") == min(words, 39)
+    assert out.splitlines()[-1] == more if more else "more" not in out

@@ -52,6 +52,24 @@ def test_a_table_shows_markup_emoji_and_control_characters(capsys: pytest.Captur
     assert not {"\x1b", "\x07", "\u202e", "\r"} & set(out)
 
 
+@pytest.mark.parametrize("width", [20, 80])
+def test_a_table_in_a_narrow_terminal_shows_all_of_its_cells(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich treats stdout as a terminal
+    monkeypatch.setenv("COLUMNS", str(width))
+    cell = "日本語" * 40
+    table(["number", "answer"], [["123456.7", cell]])
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert ["".join(line[i].strip() for line in lines) for i in (1, 2)] == ["123456.7", cell]
+
+
+def test_a_table_says_that_a_very_long_cell_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    table(["files"], [["x" * 2000], ["y" * 2001]])
+    out = capsys.readouterr().out
+    assert (out.count("x"), out.count("y"), out.count("…")) == (2000, 2000, 1)
+
+
 def test_the_progress_bar_shows_markup_and_control_characters(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +175,44 @@ except KeyboardInterrupt:
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.stdout, done.stderr, done.returncode) == ("cleaned up\n", "", 0)
+
+
+@pytest.mark.parametrize("importing", [False, True])
+def test_a_signal_in_the_handler_of_another_one_does_not_wait_for_it(importing: bool) -> None:
+    program = """
+import faulthandler, os, signal, sys, types
+from lfx.cli import terminal
+
+faulthandler.dump_traceback_later(60, exit=True)
+terminal.catch_interrupts()
+terminal.os = types.SimpleNamespace(kill=lambda *_: None, getpid=os.getpid)  # the timer sends nothing
+terminal._is_importing = lambda frame: len(sys.argv) > 1
+
+def trace(frame, event, argument):
+    global steps
+    steps += 1
+    if steps == second:
+        signal.raise_signal(signal.SIGINT)
+    return trace
+
+second = steps = 1
+while steps >= second:  # the second signal arrives in each step of the first one's handler
+    steps, second = 0, second + 1
+    terminal._signals = type(terminal._signals)()
+    sys.settrace(trace)
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except KeyboardInterrupt:
+        pass
+    sys.settrace(None)
+    assert terminal.interrupted()
+print("done" if second > 5 else second)
+"""
+    arguments = ["importing"] if importing else []
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("done\n", "", 0)
 
 
 def test_ignored_signals_stay_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,6 +238,19 @@ def test_the_best_span_need_not_start_at_one_of_the_best_starts(folder: Path) ->
     assert answer == {"answer": "dog", "score": pytest.approx(scores[i, j], rel=1e-4)}
 
 
+def test_outputs_in_float16_have_the_answers_of_the_same_numbers_in_float32(folder: Path) -> None:
+    random = np.random.default_rng(0)
+    tokenizer = Tokenizer(folder, replace(signature("question-answering"), max_seqlen=None))
+    encoded, postprocessor = tokenizer.encode("fox", "the lazy dog " * 1000), Postprocessor(tokenizer)
+    for _ in range(20):  # a span's score is below 1e-6
+        start, end = random.normal(0, 0.3, (2, 1, len(encoded.ids))).astype(np.float16)
+        half, single = (
+            postprocessor.answers(encoded, {"start_logits": start.astype(dtype), "end_logits": end.astype(dtype)})
+            for dtype in (np.float16, np.float32)
+        )
+        assert half == single
+
+
 def test_outputs_of_another_text_or_model_are_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="needs the output logits; the outputs are other"):
         answers(folder, "text-classification", other=[1.0])

@@ -156,17 +156,13 @@ def run_bench(
             row.update(facts)
             if not against:  # the process's peak memory would include PyTorch's
                 row["peak_memory_bytes"] = bench.peak_memory_bytes()
-    if output is not None:
-        _write(output, rows)
-    if plot is not None:
-        bench.plot(rows, plot)
-    if as_json:
-        for row in rows:
-            echo_json(row)
-        return
-    _show(rows)
-    if not against:
-        echo(f"peak memory of the process: {(rows[-1]['peak_memory_bytes'] or 0) / 1e9:.2f} GB")
+    try:
+        if output is not None:
+            _write(output, rows)
+        if plot is not None:
+            bench.plot(rows, plot)
+    finally:  # rows that cannot be written are printed
+        _print(rows, as_json)
 
 
 def _check_task(task: str, new_tokens: int | None, only: tuple[str, ...], plot: Path | None) -> None:
@@ -312,6 +308,17 @@ def _show_generation(rows: list[dict[str, Any]]) -> None:
             for row in rows
         ],
     )
+
+
+def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Print the rows, as JSON lines or as a table."""
+    if as_json:
+        for row in rows:
+            echo_json(row)
+        return
+    _show(rows)
+    if "peak_memory_bytes" in rows[-1]:
+        echo(f"peak memory of the process: {(rows[-1]['peak_memory_bytes'] or 0) / 1e9:.2f} GB")
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 _OF_ROWS = (".json", ".csv")  # suffixes by which rows may be meant; no arrays are written to such a file
+_MOST_ANSWERS = 40  # in a table
 
 
 @click.command("run", cls=Command)
@@ -209,7 +210,9 @@ def run_text(
         first = ", ".join(f"{x:.4f}" for x in array.reshape(-1)[:4])
         echo(f"{name}: shape {tuple(array.shape)}, first values {first}")
     if answers:
-        table(list(answers[0]), [[_cell(v) for v in answer.values()] for answer in answers[:40]])
+        table(list(answers[0]), [[_cell(v) for v in answer.values()] for answer in answers[:_MOST_ANSWERS]])
+    if len(answers) > _MOST_ANSWERS:
+        echo(f"… and {len(answers) - _MOST_ANSWERS:,} more answers; --json prints all")
 
 
 def encode_text(

@@ -14,15 +14,29 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TextIO
 
 from lfx.checks import json_text
 from lfx.errors import LfxError, with_cure
 
-_interrupted = threading.Event()  # a signal arrived
-_raised = threading.Event()  # its KeyboardInterrupt was raised
-_sent_again = threading.Event()  # the next signal is one that was put off
+
+@dataclass
+class _Signals:
+    """What the signals did.
+
+    A signal may arrive in the handler of another one. A lock, such as that of a threading.Event, would be taken twice
+    then, and the process would wait for ever.
+    """
+
+    arrived: bool = False  # a signal arrived
+    raised: bool = False  # its KeyboardInterrupt was raised
+    waits: bool = False  # a signal is put off, and will be sent again
+    sent_again: bool = False  # the next signal is one that was put off
+
+
+_signals = _Signals()
 _IMPORT_SYSTEM = "<frozen importlib._bootstrap>"  # the file name in its frames
 _LONGEST_CELL = 2000  # characters; rich needs minutes to lay out a label of millions
 
@@ -125,20 +139,20 @@ def catch_interrupts() -> None:
 
 def interrupted() -> bool:
     """Return whether a signal arrived; a library may have turned its KeyboardInterrupt into another error."""
-    return _interrupted.is_set()
+    return _signals.arrived
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    _interrupted.set()
-    if _sent_again.is_set():
-        _sent_again.clear()
-        if _raised.is_set():  # by a step meanwhile: a second interrupt would end the clean-up
+    _signals.arrived = True
+    if _signals.sent_again:
+        _signals.sent_again = False
+        if _signals.raised:  # by a step meanwhile: a second interrupt would end the clean-up
             return
     if _is_importing(frame):
-        _raised.clear()
+        _signals.raised = False
         _send_again(number)
         return
-    _raised.set()
+    _signals.raised = True
     raise KeyboardInterrupt
 
 
@@ -153,10 +167,14 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 def _send_again(number: int) -> None:
     """Send a signal to this process again after 0.1 s, unless its KeyboardInterrupt was raised by then."""
+    if _signals.waits:
+        return
+    _signals.waits = True  # first, since a timer's start takes a lock
 
     def send() -> None:
-        if not _raised.is_set():
-            _sent_again.set()
+        _signals.waits = False
+        if not _signals.raised:
+            _signals.sent_again = True
             os.kill(os.getpid(), number)
 
     timer = threading.Timer(0.1, send)
@@ -168,8 +186,8 @@ def _unless_interrupted(show: Callable[[str], None]) -> Callable[[str], None]:
     """Wrap a progress function to raise KeyboardInterrupt at the next step, if a library caught the interrupt."""
 
     def step(name: str) -> None:
-        if _interrupted.is_set():
-            _raised.set()
+        if _signals.arrived:
+            _signals.raised = True
             raise KeyboardInterrupt
         show(name)
 
@@ -181,7 +199,7 @@ def _on_unraisable(error: Any) -> None:
     if not isinstance(error.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(error)
         return
-    _raised.clear()
+    _signals.raised = False
     _send_again(signal.SIGINT)
 
 
@@ -193,14 +211,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
     rich_table = Table(header_style="bold")
     for name in header:
-        rich_table.add_column(Text(printable(name)))
+        rich_table.add_column(Text(printable(name)), overflow="fold")  # rich would cut a long number or path
     for row in rows:
-        rich_table.add_row(*(Text(printable(cell[:_LONGEST_CELL])) for cell in row))
+        rich_table.add_row(*(Text(_cell(cell)) for cell in row))
     console = Console(soft_wrap=False)
     if not console.is_terminal:
         console = Console(width=max(160, console.width))
     with _stdout():
         console.print(rich_table)
+
+
+def _cell(text: str) -> str:
+    return printable(text if len(text) <= _LONGEST_CELL else f"{text[:_LONGEST_CELL]}…")
 
 
 @contextmanager
