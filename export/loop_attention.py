@@ -16,7 +16,7 @@ from torch import nn
 from transformers.models.longformer import modeling_longformer as hf
 
 from lfx.errors import ExportError
-from lfx.export.unpadded import replace_attention
+from lfx.export.unpadded import SELF_ATTENTION, replace_attention
 from lfx.export.windows import head_dilations, head_groups, layer_dilations
 
 
@@ -185,8 +185,11 @@ def use_loop_attention(model: nn.Module) -> nn.Module:
     Returns:
         `model`.
     Raises:
-        ExportError: attention_dilation does not fit the numbers of layers and heads, or the model is accelerated.
+        ExportError: the model has no such module or is accelerated, or attention_dilation does not fit the numbers of
+            layers and heads.
     """
+    if not isinstance(model, nn.Module) or not any(isinstance(module, SELF_ATTENTION) for module in model.modules()):
+        raise ExportError(f"{type(model).__name__} has no Longformer self-attention; give a Longformer or LED")
     for module in replace_attention(model, LoopSelfAttention).modules():
         if isinstance(module, LoopSelfAttention):
             module.read_config(module.config, module.layer_id)

@@ -191,11 +191,11 @@ def _split(value: Any, name: str, signature: Signature) -> Sequence[Any] | NDArr
 
 def _split_each(value: Any, name: str, signature: Signature) -> Sequence[Any] | NDArray[Any]:
     """Like `_split`, but look at all items of a list, any of which may be wrong, and not at the first alone."""
-    if _is_list(value) and len(value) > 0:
+    if _is_list(value) and not isinstance(value, range):  # a range is one sequence, and may be long
         with _readable(name, signature):
-            items = _items(value, name)
+            items = itertools.islice(value, len(value) + 1)  # not copied: one sequence may be too long
             if not all(map(_are_numbers if signature.has_choices else _is_number, items)):
-                return items
+                return _items(value, name)
     return _split(value, name, signature)
 
 

@@ -67,13 +67,14 @@ def output_names(signature: Signature, outputs: Any) -> tuple[str, ...]:
     if isinstance(outputs, str) or not is_iterable(outputs):
         raise InputError(f"outputs is {shown(outputs)}; give a list of names, such as outputs=['pooler_output']")
     known = [spec.name for spec in signature.outputs]
-    names = tuple(outputs)
-    for name in names:
+    names: dict[str, None] = {}
+    for name in outputs:
         if not isinstance(name, str) or name not in known:
             raise InputError(f"the model has no output {shown(name)}; its outputs are {', '.join(known)}")
+        names[name] = None
     if not names:
         raise InputError(f"outputs is an empty list; give at least one of {', '.join(known)}")
-    return tuple(dict.fromkeys(names))
+    return tuple(names)
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -280,6 +280,8 @@ class Tokenizer:
     def _tokenize(self, text: str, pair: str | None, prompt: str | None) -> Encoded:
         """Tokenize a text of any length."""
         _check_text(text, pair)
+        if not isinstance(prompt, str | None):
+            raise InputError(f"prompt is {type(prompt).__name__}; give a string, or leave it out")
         if prompt := self.prompt if prompt is None else prompt:
             text = f"{prompt}{text}"
             _check_text(text, pair)

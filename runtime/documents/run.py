@@ -98,7 +98,7 @@ def run_documents(
     max_windows = whole_number(max_windows, "max_windows", 1)
     progress, report = function(progress, "progress"), function(report, "report")
     source, output = _check_files(engine, source, output)
-    if not isinstance(generation, Mapping | None):
+    if not isinstance(generation, Mapping | None) or not all(isinstance(name, str) for name in generation or ()):
         raise InputError(f"generation is {shown(generation)}; give a dict of options, or leave it out")
     generation = dict(generation or {})
     check_generation(engine, generation)

@@ -275,6 +275,12 @@ def test_a_module_around_it_is_exported_at_any_length(attention: type[LoopSelfAt
             np.testing.assert_allclose(engine.run(ids.numpy())["output"], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("model", ["checkpoint", nn.Linear(2, 2)], ids=["path", "another module"])
+def test_what_has_no_longformer_attention_is_refused(model: Any) -> None:
+    with pytest.raises(ExportError, match=f"{type(model).__name__} has no Longformer self-attention; give a"):
+        use_loop_attention(model)
+
+
 def test_attention_weights_are_refused() -> None:
     with pytest.raises(ExportError, match="output_attentions is set"):
         looped()(torch.tensor([[3, 4]]), output_attentions=True)

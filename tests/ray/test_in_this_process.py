@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 import lfx.ray
@@ -51,6 +52,52 @@ def test_the_rows_of_a_map_are_those_of_lfx_run(
 def test_a_tokenizer_that_is_no_path_is_refused(bundle: MakeBundle) -> None:
     with pytest.raises(InputError, match="tokenizer is 5; give a path"):
         DocumentEngine(EngineOptions(bundle(), tokenizer=5))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"options": "my-bundle"},
+            r"options and size are str and PoolSize; give EngineOptions\(model\)",
+        ),
+        ({"size": 2}, "options and size are EngineOptions and int"),
+        ({"source": None}, "the input is None; give a path or a URI"),
+        ({"options": EngineOptions(5)}, "the model is 5; give a path"),  # type: ignore[arg-type]
+        ({"options": EngineOptions("model", tokenizer=5)}, "the tokenizer is 5; give a path"),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_of_another_type_are_refused_before_ray_starts(
+    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lfx.ray.job, "_model_of_actors", lambda model, address: model)
+    monkeypatch.setattr(lfx.ray.job, "connected", lambda address: pytest.fail("Ray was started"))
+    source = write_documents(tmp_path / "in.jsonl", 1)
+    arguments = {"source": source, "options": EngineOptions("model"), "size": TWO, **changes}
+    with pytest.raises(InputError, match=message):
+        map_documents(output=tmp_path / "out", **arguments)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"input_ids": np.array([[5, 6], [7, 8]])},  # as Ray gives ids of one length in batch_format="numpy"
+        ["the fox"],
+        pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"]),
+    ],
+    ids=["array of two axes", "list", "two columns of one name"],
+)
+def test_a_batch_that_is_no_table_of_documents_is_refused(batch: Any, bundle: MakeBundle) -> None:
+    documents = lfx.ray.Documents(bundle("text-classification"), threads=1)
+    with pytest.raises(
+        InputError, match=r'pyarrow makes no table of documents .*; give map_batches batch_format="pyarrow"'
+    ):
+        documents(batch)
+
+
+def test_options_of_a_deployment_that_are_no_dict_are_refused() -> None:
+    with pytest.raises(InputError, match="actor is 2; give a dict"):
+        lfx.ray.deployment("model", actor=2)  # type: ignore[arg-type]
 
 
 def test_a_batch_of_a_dataset_gets_the_columns_of_lfx_run(bundle: MakeBundle, tmp_path: Path) -> None:

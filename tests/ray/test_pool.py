@@ -233,6 +233,15 @@ def test_a_connection_that_is_lost_stops_the_pool_and_starts_no_ray(error: Excep
         pool.opened()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"actors": 0}, "actors 0"), ({"cpus": 0}, "cpus 0"), ({"cpus": "2"}, "cpus is '2'"), ({"gpus": -1}, "gpus -1")],
+)
+def test_a_size_that_no_pool_has_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        PoolSize(**options)
+
+
 NODES = [{"CPU": 2.0}, {"CPU": 2.0, "GPU": 2.0}]
 
 

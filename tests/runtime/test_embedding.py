@@ -29,6 +29,15 @@ TEXTS = ["the quick brown fox", "dog", "the lazy dog jumps over the quick brown 
 LONG = "the quick brown fox jumps over the lazy dog " * 20
 
 
+class DataFrame:
+    """Two axes and an iterator over the names of the columns, as pandas' has."""
+
+    ndim = 2
+
+    def __iter__(self) -> Iterator[str]:
+        yield "text"
+
+
 @pytest.fixture
 def engine(bundle: MakeBundle) -> Iterator[Engine]:
     """Sentence embeddings: normalized means."""
@@ -82,6 +91,7 @@ def test_a_long_text_is_refused_or_cut_to_its_beginning_if_asked(engine: Engine,
         (b"fox", {}, "texts is bytes"),
         ({"fox": 1}, {}, "texts is dict"),
         (np.array("fox"), {}, "texts is ndarray"),
+        (DataFrame(), {}, "texts is DataFrame; give a list of strings"),
         (["fox", 5], {}, "text 1: text and pair are int"),
         (["fox", ["dog"]], {}, "text 1: text and pair are list"),
         (["\ud800"], {}, "text 0: the text is not UTF-8"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import tracemalloc
 from collections import UserList, UserString, deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -571,6 +572,16 @@ def test_each_sequence_gets_its_inputs_or_its_own_error(as_sequence: Any) -> Non
     messages = {i: str(item) for i, item in enumerate(prepared) if isinstance(item, InputError)}
     for i, message in {1: "vocabulary", 3: "empty", 4: "int", 5: "str", 6: "float", 7: "maximum 12", 9: "None"}.items():
         assert message in messages[i]
+
+
+def test_a_sequence_that_is_too_long_is_not_copied_before_it_gets_its_error() -> None:
+    for ids in (range(2 * 10**12), array.array("q", [3]) * 10**6):
+        tracemalloc.start()
+        (error,) = prepare_each(ids, None, None, signature())
+        largest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert f"{len(ids)} tokens, above the model's maximum 12" in str(error)
+        assert largest < 2**20
 
 
 def test_masks_of_each_sequence_are_checked_alone() -> None:

@@ -81,6 +81,7 @@ def test_stream_and_ragged_runs_return_these_outputs_only(engine: Engine) -> Non
         ("pooler_output", r"outputs is 'pooler_output'; give a list of names, such as outputs=\['pooler_output'\]"),
         ([], "outputs is an empty list; give at least one of last_hidden_state, pooler_output"),
         (7, "outputs is 7; give a list of names"),
+        (range(10**12), "the model has no output 0"),
         (np.array("pooler_output"), "outputs is array.*; give a list of names"),
     ],
 )

@@ -453,6 +453,10 @@ def test_arguments_of_another_type_are_refused(folder: Path) -> None:
         lambda: tokenizer.piece("fox"),  # type: ignore[arg-type]
         lambda: tokenizer.is_special([]),  # type: ignore[arg-type]
         lambda: tokenizer.has_id(-1),
+        lambda: tokenizer.encode("the fox", prompt=["lazy "]),  # type: ignore[arg-type]
+        lambda: tokenizer.encode("the fox", prompt=np.array(["lazy ", "quick "])),  # type: ignore[arg-type]
+        lambda: tokenizer.windows("the fox", None, 1, prompt=True),  # type: ignore[arg-type]
+        lambda: tokenizer.truncate("the fox", prompt=b""),  # type: ignore[arg-type]
     ):
         with pytest.raises(InputError):
             call()

@@ -35,6 +35,17 @@ def tensors(problem: problems.Banded | problems.Global) -> dict[str, torch.Tenso
     return converted
 
 
+def dual(function: Any, inputs: tuple[torch.Tensor], tangents: tuple[torch.Tensor]) -> None:
+    """The derivative of a function in forward mode, without torch.func."""
+    with torch.autograd.forward_ad.dual_level():
+        function(torch.autograd.forward_ad.make_dual(inputs[0], tangents[0]))
+
+
+def jacobian(function: Any, inputs: tuple[torch.Tensor], tangents: tuple[torch.Tensor]) -> None:
+    """The Jacobian of a function in forward mode."""
+    torch.func.jacfwd(function)(*inputs)
+
+
 def error(output: torch.Tensor, expected: Any) -> float:
     """The largest difference."""
     return float(np.abs(output.double().numpy() - expected).max())
@@ -143,6 +154,21 @@ def test_gradients_are_refused_in_one_line() -> None:
     output = global_attention(**{**rows, "value": rows["value"].requires_grad_()}, num_heads=2)
     with pytest.raises(InputError, match="the lfx ops compute no gradients"):
         output.sum().backward()
+
+
+@pytest.mark.parametrize("differentiate", [torch.func.jvp, dual, jacobian], ids=["jvp", "dual level", "jacfwd"])
+def test_derivatives_in_forward_mode_are_refused(differentiate: Any) -> None:
+    problem = problems.banded(Case(1, 9, "first"), 2, 8, window=5)
+    inputs, rows = tensors(problem), global_inputs(1, 9, 2)
+    functions = {
+        "banded_attention": lambda x: banded_attention(**{**inputs, "query": x}, **problem.attributes),
+        "global_attention": lambda x: global_attention(**{**rows, "value": x}, num_heads=2),
+    }
+    for name, function in functions.items():
+        tensor = inputs["query"] if name == "banded_attention" else rows["value"]
+        with pytest.raises(InputError, match=f"{name} has no derivatives in forward mode; take them of Hugging Face's"):
+            differentiate(function, (tensor,), (torch.ones_like(tensor),))
+        function(tensor)
 
 
 @pytest.mark.parametrize("name", ["query", "value", "global_context"])

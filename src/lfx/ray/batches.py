@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lfx.errors import InputError, require
+from lfx.errors import InputError, one_line, require
 from lfx.ray.engine import DocumentEngine, EngineOptions
 from lfx.runtime.documents.formats import parquet_document
 
@@ -39,15 +39,21 @@ class Documents:
         Returns:
             A pyarrow table, with one row for each document or window, in order.
         Raises:
-            InputError: the batch has a column of the name of a result.
+            InputError: the batch is no table of documents, or has a column of the name of a result.
             LfxError: the engine fails on every input.
         """
         pyarrow = require("pyarrow", "ray")
-        table = batch if isinstance(batch, pyarrow.Table) else pyarrow.table(batch)
+        try:
+            table = batch if isinstance(batch, pyarrow.Table) else pyarrow.table(batch)
+            documents = table.select([name for name in _INPUT_COLUMNS if name in table.column_names])
+        except Exception as error:  # such as for an array of two axes, or for two columns of one name
+            raise InputError(
+                f"pyarrow makes no table of documents of the batch, a {type(batch).__name__} ({one_line(error, 80)}); "
+                'give map_batches batch_format="pyarrow"'
+            ) from error
         results = self._engine.columns.results()
         if taken := [name for name, _ in results if name in table.column_names]:
             raise InputError(f"the dataset has a column {taken[0]!r}, the name of a result; rename it")
-        documents = table.select([name for name in _INPUT_COLUMNS if name in table.column_names])
         rows, _ = self._engine.rows(parquet_document(documents, i) for i in range(table.num_rows))
         lines = pyarrow.array([row["line"] for row in rows], pyarrow.int64())
         kept = [i for i, name in enumerate(table.column_names) if name not in _INPUT_COLUMNS]

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from lfx.checks import real_number, whole_number
 from lfx.errors import InputError, LfxError, one_line, require
 
 # Ray reports its use to its makers unless it is told not to, and warns about GPUs that a task without GPUs cannot see.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+_MOST_GPUS = 1e6
 _CONNECT_S = 20.0  # how long a cluster is waited for that does not answer
 
 
@@ -28,11 +30,18 @@ class PoolSize:
         actors: number of actors. Default: as many as the cluster has CPUs for, and one CPU less, which is left for
             reading and writing; with `gpus`, as many as it has GPUs for.
         cpus, gpus: number of CPUs and GPUs of an actor; a fraction of a GPU shares it.
+    Raises:
+        InputError: an argument has another type or is out of range.
     """
 
     actors: int | None = None
     cpus: int = 1
     gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        whole_number(1 if self.actors is None else self.actors, "actors", 1)
+        whole_number(self.cpus, "cpus", 1)
+        real_number(self.gpus, "gpus", 0, _MOST_GPUS)
 
     def fit(self, nodes: list[dict[str, float]], *, may_grow: bool) -> int:
         """The number of actors to start.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfx.checks import file_path, function, one_of
+from lfx.checks import file_path, function, one_of, shown
 from lfx.errors import ArtifactError, InputError, one_line
 from lfx.files import is_disk_full
 from lfx.ray.actor import Piece
@@ -83,6 +84,13 @@ def map_documents(
     """
     one_of(file_format, "file_format", FORMATS)
     progress, report = function(progress, "progress"), function(report, "report")
+    if not isinstance(options, EngineOptions) or not isinstance(size, PoolSize | None):
+        raise InputError(
+            f"options and size are {type(options).__name__} and {type(size).__name__}; give EngineOptions(model), and "
+            "a PoolSize or None"
+        )
+    if not isinstance(source, str | os.PathLike):
+        raise InputError(f"the input is {shown(source)}; give a path or a URI")
     source, output = str(source), file_path(output, "the output").absolute()
     if not output.parent.is_dir() or (output.exists() and not output.is_dir()):
         raise InputError(f"{output} cannot be written: it is no folder, or the folder that it is in does not exist")
@@ -90,8 +98,8 @@ def map_documents(
     size = size or PoolSize()
     options = dataclasses.replace(
         options,
-        model=_model_of_actors(Path(options.model), address),
-        tokenizer=None if options.tokenizer is None else Path(options.tokenizer).absolute(),
+        model=_model_of_actors(file_path(options.model, "the model"), address),
+        tokenizer=None if options.tokenizer is None else file_path(options.tokenizer, "the tokenizer").absolute(),
         threads=options.threads or size.cpus,
     )
     inputs = Inputs(source)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lfx.checks import parse_json
-from lfx.errors import one_line, require
+from lfx.checks import parse_json, shown
+from lfx.errors import InputError, one_line, require
 from lfx.ray.engine import DocumentEngine, EngineOptions
 
 
@@ -49,8 +49,11 @@ def deployment(model: str | Path, *, actor: Mapping[str, Any] | None = None, **o
         model, options: as for `lfx.ray.EngineOptions`.
         actor: options of `serve.deployment`, such as {"num_replicas": 2, "ray_actor_options": {"num_cpus": 4}}.
     Raises:
+        InputError: `actor` is no dict.
         DependencyError: Ray Serve is not installed.
     """
+    if not isinstance(actor, Mapping | None):
+        raise InputError(f"actor is {shown(actor)}; give a dict of options of serve.deployment, or leave it out")
     serve = require("ray.serve", "ray")
     return serve.deployment(name="lfx", **(actor or {}))(Service).bind(str(model), **options)
 

@@ -75,6 +75,9 @@ def _check_attention(
     op: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor, num_heads: int
 ) -> None:
     """Raise InputError for tensors that neither op takes."""
+    # The results would have no tangents. torch.func.jvp hides those of the inputs from the op.
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise InputError(f"{op} has no derivatives in forward mode; take them of Hugging Face's attention")
     if query.dtype not in _DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise InputError(f"{op}: query is {_dtype(query)}; convert it to one of {names}")

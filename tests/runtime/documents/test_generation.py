@@ -48,6 +48,17 @@ def test_each_document_gets_its_summary(led: tuple[Engine, Tokenizer], tmp_path:
     assert [set(row) - {"id"} for row in written[6:]] == [{"line", "error"}] * 2
 
 
+@pytest.mark.parametrize(
+    ("generation", "message"), [({1: 2}, "generation is {1: 2}; give a dict"), ({"self": 1}, "self is no option of")]
+)
+def test_names_that_no_option_has_are_refused(
+    generation: Any, message: str, led: tuple[Engine, Tokenizer], tmp_path: Path
+) -> None:
+    source = write(tmp_path / "in.jsonl", texts(1))
+    with pytest.raises(InputError, match=message):
+        run_documents(*led, source, tmp_path / "out.jsonl", generation=generation)
+
+
 def test_parquet_has_the_rows_of_jsonl(led: tuple[Engine, Tokenizer], tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     engine, tokenizer = led
