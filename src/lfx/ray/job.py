@@ -89,9 +89,10 @@ def map_documents(
             f"options and size are {type(options).__name__} and {type(size).__name__}; give EngineOptions(model), and "
             "a PoolSize or None"
         )
-    if not isinstance(source, str | os.PathLike):
+    if not isinstance(source, str | os.PathLike) or source == "":
         raise InputError(f"the input is {shown(source)}; give a path or a URI")
-    source, output = str(source), file_path(output, "the output").absolute()
+    source = str(source) if "://" in str(source) else str(file_path(source, "the input"))
+    output = file_path(output, "the output").absolute()
     if not output.parent.is_dir() or (output.exists() and not output.is_dir()):
         raise InputError(f"{output} cannot be written: it is no folder, or the folder that it is in does not exist")
     check_apart(source, output)

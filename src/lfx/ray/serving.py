@@ -49,13 +49,17 @@ def deployment(model: str | Path, *, actor: Mapping[str, Any] | None = None, **o
         model, options: as for `lfx.ray.EngineOptions`.
         actor: options of `serve.deployment`, such as {"num_replicas": 2, "ray_actor_options": {"num_cpus": 4}}.
     Raises:
-        InputError: `actor` is no dict.
+        InputError: `actor` is no dict of options that Ray Serve takes.
         DependencyError: Ray Serve is not installed.
     """
     if not isinstance(actor, Mapping | None):
         raise InputError(f"actor is {shown(actor)}; give a dict of options of serve.deployment, or leave it out")
     serve = require("ray.serve", "ray")
-    return serve.deployment(name="lfx", **(actor or {}))(Service).bind(str(model), **options)
+    try:
+        make = serve.deployment(name="lfx", **(actor or {}))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"actor is {shown(actor)}, which serve.deployment does not take: {one_line(error)}") from error
+    return make(Service).bind(str(model), **options)
 
 
 def _answer(content: Any, status: int) -> Any:
