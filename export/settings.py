@@ -125,15 +125,15 @@ def check_settings(values: dict[str, Any], path: Path) -> None:
     layers = integer("num_hidden_layers", 1, _LAYERS)
     check_windows(values["attention_window"], layers, heads, positions, f"{path}: attention_window")
     layer_dilations(values.get("attention_dilation"), layers, heads, f"{path}: attention_dilation", positions)
+    one_of(values["hidden_act"], f"{path}: hidden_act", ACT2FN, ExportError)
+    real_number(values["layer_norm_eps"], f"{path}: layer_norm_eps", 0.0, 1.0, ExportError)
+    _check_shared_settings(values, path)
+
+
+def _check_shared_settings(values: dict[str, Any], path: Path) -> None:
     autoregressive = values.get("autoregressive")
     if autoregressive is not None and not isinstance(autoregressive, bool):
         raise ExportError(f"{path}: autoregressive is {shown(autoregressive)}; give true or false")
-    one_of(values["hidden_act"], f"{path}: hidden_act", ACT2FN, ExportError)
-    real_number(values["layer_norm_eps"], f"{path}: layer_norm_eps", 0.0, 1.0, ExportError)
-    _check_dtypes_and_labels(values, path)
-
-
-def _check_dtypes_and_labels(values: dict[str, Any], path: Path) -> None:
     for name in ("dtype", "torch_dtype"):
         if values.get(name) is not None:
             one_of(values[name], f"{path}: {name}", _DTYPES, ExportError)
@@ -165,7 +165,9 @@ def check_led_settings(values: dict[str, Any], path: Path) -> None:
         integer(f"max_{part}_position_embeddings", 1)
     positions, name = values["max_encoder_position_embeddings"], f"{path}: attention_window"
     window = values["attention_window"]
-    check_windows(window, values["encoder_layers"], values["encoder_attention_heads"], positions, name)
+    layers, heads = values["encoder_layers"], values["encoder_attention_heads"]
+    check_windows(window, layers, heads, positions, name)
+    layer_dilations(values.get("attention_dilation"), layers, heads, f"{path}: attention_dilation", positions)
     widest = max(window) if isinstance(window, list) else window
     if widest > positions:
         raise ExportError(
@@ -173,7 +175,7 @@ def check_led_settings(values: dict[str, Any], path: Path) -> None:
             "run the model; give a smaller window"
         )
     one_of(values["activation_function"], f"{path}: activation_function", ACT2FN, ExportError)
-    _check_dtypes_and_labels(values, path)
+    _check_shared_settings(values, path)
 
 
 def check_windows(window: Any, layers: int, heads: int, positions: int, name: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from lfx.export.quantize.head import separate_head
 from lfx.parity import Arrays
 from lfx.runtime.backends.onnxruntime import check_threads
 from lfx.signature import Signature
+
+_QUANTIZER = threading.Lock()  # it runs with settings of the whole process
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def _quantize_graph(
 ) -> None:
     """Run ONNX Runtime's quantizer over the MatMul nodes in `layers`."""
     check_threads(None, may_choose=False)  # its sessions have the default number
-    with _quiet_quantizer():
+    with _QUANTIZER, _quiet_quantizer(), _temporary_files_in(source.parent):
         ortq.quantize_static(
             str(source),
             str(target),
@@ -120,3 +124,14 @@ def _quiet_quantizer() -> Iterator[None]:
         raise ExportError(f"ONNX Runtime's quantizer failed: {type(error).__name__}: {one_line(error)}") from error
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """Have temporary files made in a folder: the quantizer's hold the model, and a kill would leave them for ever."""
+    before = tempfile.tempdir
+    tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before

@@ -415,10 +415,11 @@ def _seal(text: str, folder: Path) -> str:
 def _refusal(folder: Path) -> str | None:
     """The reason why a folder may not be replaced: it holds something that lfx did not write; None if it may."""
     cure = "remove it, or give the model another --name"
-    if folder.is_symlink() or not folder.is_dir():
+    config = folder / CONFIG
+    if folder.is_symlink() or not folder.is_dir() or (config.exists() and not config.is_file()):
         return f"{folder} exists and is no model of lfx; {cure}"
     try:
-        first, _, text = (folder / CONFIG).read_text(encoding="utf-8").partition("\n")
+        first, _, text = config.read_text(encoding="utf-8").partition("\n")
     except (FileNotFoundError, UnicodeDecodeError):
         return f"{folder} exists and is no model of lfx; {cure}" if any(folder.iterdir()) else None
     if not first.startswith(_MARK):

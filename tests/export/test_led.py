@@ -375,6 +375,8 @@ def test_a_task_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
 
 
 WRONG: list[tuple[str, list[Any]]] = [
+    ("autoregressive", ["false", 1, []]),
+    ("attention_dilation", [0, "x", True, [1], 10**12]),
     ("vocab_size", [0, "x", None, 10**12]),
     ("d_model", [0, 33, "x", 10**9]),
     ("pad_token_id", [-1, 99, None, "x"]),

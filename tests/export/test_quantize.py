@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,29 @@ def test_a_disk_that_fills_up_says_what_to_do(
     with pytest.raises(ExportError, match="int8 cannot be written: no disk space left; make room, or choose another"):
         quantize(bundle(), folder / "int8", calibration=text)
     assert list(folder.iterdir()) == []
+
+
+def test_the_quantizer_s_copies_of_the_model_are_in_the_folder_that_the_next_run_removes(
+    bundle: MakeBundle, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the process is killed, ONNX Runtime does not remove them."""
+    temporary, seen, calibration = tmp_path / "tmp", set(), quantizing._calibration
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+
+    def watched(*args: Any) -> Any:
+        def feeds(inputs: Any) -> Any:
+            for item in inputs:
+                seen.update(path.name for path in temporary.iterdir())
+                assert list(temporary.rglob("augmented_model.onnx"))
+                yield item
+
+        return {name: feeds(inputs) for name, inputs in calibration(*args).items()}
+
+    monkeypatch.setattr(quantizing, "_calibration", watched)
+    quantize(bundle(), tmp_path / "int8", calibration=text)
+    assert [name[:5] for name in seen] == [".lfx-"]
+    assert (tempfile.gettempdir(), list(temporary.iterdir())) == (str(temporary), [])
 
 
 class Both(torch.nn.Module):

@@ -198,6 +198,10 @@ def test_a_model_of_lfx_is_replaced_and_edited_or_foreign_ones_are_kept(bundle: 
     (models / "other" / "config.pbtxt").write_text('name: "other"\n')
     with pytest.raises(ArtifactError, match="is no model of lfx"):
         write_model(bundle(), models, Settings(name="other"))
+    (models / "other" / "config.pbtxt").unlink()
+    os.mkfifo(models / "other" / "config.pbtxt")  # to read it would take until somebody writes to it
+    with pytest.raises(ArtifactError, match="is no model of lfx"):
+        write_model(bundle(), models, Settings(name="other"))
 
 
 def test_an_older_model_is_checked_while_no_other_process_replaces_it(
