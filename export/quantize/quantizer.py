@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import logging
 import tempfile
 import threading
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +24,7 @@ from lfx.parity import Arrays
 from lfx.runtime.backends.onnxruntime import check_threads
 from lfx.signature import Signature
 
-_QUANTIZER = threading.Lock()  # it runs with settings of the whole process
+_QUANTIZER = threading.Lock()  # held while it runs, with settings of the whole process
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def _quantize_graph(
 ) -> None:
     """Run ONNX Runtime's quantizer over the MatMul nodes in `layers`."""
     check_threads(None, may_choose=False)  # its sessions have the default number
-    with _QUANTIZER, _quiet_quantizer(), _temporary_files_in(source.parent):
+    with _QUANTIZER, _quiet_quantizer(), _temporary_folders_in(source.parent):
         ortq.quantize_static(
             str(source),
             str(target),
@@ -127,11 +130,14 @@ def _quiet_quantizer() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _temporary_files_in(folder: Path) -> Iterator[None]:
-    """Have temporary files made in a folder: the quantizer's hold the model, and a kill would leave them for ever."""
-    before = tempfile.tempdir
-    tempfile.tempdir = str(folder)
+def _temporary_folders_in(folder: Path) -> Iterator[None]:
+    """Have the quantizer make its temporary folders, which hold the model, in `folder`: a kill leaves them there."""
+    own = types.SimpleNamespace(TemporaryDirectory=functools.partial(tempfile.TemporaryDirectory, dir=folder))
+    modules = [importlib.import_module(f"onnxruntime.quantization.{name}") for name in ("quantize", "quant_utils")]
     try:
+        for module in modules:
+            module.tempfile = own  # type: ignore[attr-defined]
         yield
     finally:
-        tempfile.tempdir = before
+        for module in modules:
+            module.tempfile = tempfile  # type: ignore[attr-defined]
