@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 
 from lfx.errors import InputError
 from lfx.parity import GLOBALS, PADDINGS, Case
@@ -111,8 +112,8 @@ def test_torch_s_own_checks_pass() -> None:
     problem = problems.banded(Case(2, 37, "scattered", "right"), 2, 8, window=5)
     for causal in (0, 1):
         options = {**problem.attributes, "causal": causal}
-        torch.library.opcheck(banded_attention, tuple(tensors(problem).values()), options)
-    torch.library.opcheck(global_attention, tuple(global_inputs(2, 37, 3).values()), {"num_heads": 2})
+        torch.library.opcheck(torch.ops.lfx.banded_attention, tuple(tensors(problem).values()), options)
+    torch.library.opcheck(torch.ops.lfx.global_attention, tuple(global_inputs(2, 37, 3).values()), {"num_heads": 2})
     torch.library.opcheck(ops.at_most, (torch.eye(3, 7, dtype=torch.bool), 1))
     assert torch.ops.lfx.banded_attention.default._schema.name == "lfx::banded_attention"
 
@@ -143,6 +144,25 @@ def test_gradients_are_refused_in_one_line() -> None:
     output = global_attention(**{**rows, "value": rows["value"].requires_grad_()}, num_heads=2)
     with pytest.raises(InputError, match="the lfx ops compute no gradients"):
         output.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "global_context"])
+def test_derivatives_in_forward_mode_are_refused(name: str) -> None:
+    problem = problems.banded(Case(1, 9, "first"), 2, 8, window=5)
+    inputs, rows = tensors(problem), global_inputs(1, 9, 2)
+
+    def banded(x: torch.Tensor) -> torch.Tensor:
+        return banded_attention(**{**inputs, name: x}, **problem.attributes)
+
+    def global_(x: torch.Tensor) -> torch.Tensor:
+        return global_attention(**{**rows, name: x}, num_heads=2)
+
+    for op, given in ((banded, inputs), (global_, rows)):
+        if name in given:
+            with pytest.raises(InputError, match="the lfx ops compute no gradients"):
+                torch.func.jvp(op, (given[name],), (torch.ones_like(given[name]),))
+            with forward_ad.dual_level(), pytest.raises(InputError, match="the lfx ops compute no gradients"):
+                op(forward_ad.make_dual(given[name], torch.ones_like(given[name])))
 
 
 @pytest.mark.parametrize("name", ["query", "value", "global_context"])

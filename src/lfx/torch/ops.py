@@ -7,9 +7,11 @@ ONNX Runtime's custom ops. Otherwise PyTorch's operators run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
 from lfx.errors import InputError
 from lfx.torch import blocks, cpu_kernels, kernels
@@ -17,6 +19,7 @@ from lfx.torch import blocks, cpu_kernels, kernels
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor key_mask"
 _LARGEST = 2**31 - 1
+_NO_GRADIENTS = "the lfx ops compute no gradients; train with Hugging Face's attention, and accelerate afterwards"
 
 
 def _banded(
@@ -140,7 +143,20 @@ def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, .
 
 
 def _no_gradient(gradient: torch.Tensor, shape: Any) -> NoReturn:
-    raise InputError("the lfx ops compute no gradients; train with Hugging Face's attention, and accelerate afterwards")
+    raise InputError(_NO_GRADIENTS)
+
+
+def _without_tangents(op: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """An op that refuses derivatives in forward mode: torch takes the results of custom ops for constants."""
+
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        duals = map(forward_ad.unpack_dual, tensors)
+        if any(dual.tangent is not None for dual in duals):
+            raise InputError(_NO_GRADIENTS)
+        return op(*args, **kwargs)
+
+    return call
 
 
 def _like_query(query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -163,22 +179,23 @@ def _at_most(is_global: torch.Tensor, most: int) -> torch.Tensor:
 
 
 # Explicit schemas: torch cannot infer them from annotations that are strings.
-banded_attention = torch.library.custom_op(
+_banded_op = torch.library.custom_op(
     "lfx::banded_attention",
     _banded,
     mutates_args=(),
     schema=f"({_TENSORS}, Tensor global_index, Tensor global_context, *, int num_heads, int window, int dilation=1, "
     "int causal=0, float scale=0.0) -> Tensor",
 )
-global_attention = torch.library.custom_op(
+_global_op = torch.library.custom_op(
     "lfx::global_attention",
     _global,
     mutates_args=(),
     schema=f"({_TENSORS}, *, int num_heads, float scale=0.0) -> Tensor",
 )
-for _op in (banded_attention, global_attention):
+for _op in (_banded_op, _global_op):
     _op.register_fake(_like_query)
     _op.register_autograd(_gradients, setup_context=_keep_shapes)
+banded_attention, global_attention = _without_tangents(_banded_op), _without_tangents(_global_op)
 
 no_gradient = torch.library.custom_op(
     "lfx::no_gradient", _no_gradient, mutates_args=(), schema="(Tensor gradient, SymInt[] shape) -> Tensor"
