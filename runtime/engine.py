@@ -367,7 +367,7 @@ class Engine(OpenModel):
                 return writer.stream(sequences, settings)
             return writer.write_each(sequences, settings) if keep_errors else writer.write(sequences, settings)
 
-    def generation_settings(self, **options: Any) -> GenerationSettings:
+    def generation_settings(self, /, **options: Any) -> GenerationSettings:
         """Check the options of `generate`, and return them with the checkpoint's defaults.
 
         Raises:
