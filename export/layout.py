@@ -179,7 +179,9 @@ def _compare(artifact: Artifact, path: Path) -> None:
     measured = artifact.manifest.validation.get("outputs", {})
     if artifact.manifest.quantization:
         measured = artifact.manifest.quantization.get("accuracy", {}).get("outputs", {})
-    with Engine(artifact.path, "onnxruntime") as old, Engine(path, "onnxruntime") as new:
+    # Both by the functions: on some inputs the rounding of lfx's kernels differs from theirs by more than the limit.
+    old_engine = Engine(artifact.path, "onnxruntime", kernels="function")
+    with old_engine as old, Engine(path, "onnxruntime") as new:
         windows, longest = new.signature.attention_windows, new.signature.max_seqlen
         for case in quick_cases(max(windows), longest):
             inputs = with_text(case, model_inputs(case, new.signature), new.signature)

@@ -55,6 +55,7 @@ def test_run_writes_the_summaries_of_documents(led_bundle: MakeLed, tmp_path: Pa
         (("--generate", "=2"), 2, "--generate '=2' is no NAME=VALUE"),
         (("--generate", "top_k=2", "--generate", "top_k=3"), 2, "--generate top_k is given more than once"),
         (("--generate", "beams=2"), 1, "beams is no option of generate"),
+        (("--generate", "self=1"), 1, "self is no option of generate"),
         (("--generate", "num_beams=two"), 1, "num_beams is 'two'; give a whole number"),
         (("--generate", "num_beams=2", "--generate", "num_return_sequences=2"), 1, "num_return_sequences 2"),
         (("--pair", "fox"), 1, "takes one text, and no --pair; leave it out"),
