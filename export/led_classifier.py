@@ -9,7 +9,7 @@ from transformers.models.led import modeling_led as led
 
 
 class LEDForSequenceClassification(led.LEDPreTrainedModel):  # type: ignore[misc]
-    """An LED with a classification head over the decoder's state at the last eos token of a sequence.
+    """An LED with a classification head over the decoder's state at the last eos token of a sequence, padding aside.
 
     A sequence without an eos token is classified by its first token; transformers raised an error.
     """
@@ -40,7 +40,10 @@ class LEDForSequenceClassification(led.LEDPreTrainedModel):  # type: ignore[misc
         )
         states = outputs.last_hidden_state
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        last = (positions * (input_ids == self.config.eos_token_id)).amax(dim=1)
+        is_end = input_ids == self.config.eos_token_id
+        if attention_mask is not None:
+            is_end = is_end & (attention_mask != 0)  # padding may have the id of the eos token
+        last = (positions * is_end).amax(dim=1)
         pooled = states.gather(1, last[:, None, None].expand(-1, 1, states.shape[2])).squeeze(1)
         return led.LEDSeq2SeqSequenceClassifierOutput(
             logits=self.classification_head(pooled), encoder_last_hidden_state=outputs.encoder_last_hidden_state

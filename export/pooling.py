@@ -37,8 +37,7 @@ class Pooling(nn.Module):
 
     def forward(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Pool hidden (B, S, H) by attention_mask (B, S), 1 = real token; returns (B, modes * H)."""
-        hidden = in_float32(hidden)
-        mask = attention_mask.to(hidden.dtype)
+        hidden, mask = in_float32(hidden), attention_mask.long()
         return torch.cat([self._pool(mode, hidden, mask) for mode in self.modes], dim=-1)
 
     def _pool(self, mode: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -46,23 +45,26 @@ class Pooling(nn.Module):
             is_real = mask.unsqueeze(-1) > 0
             largest = torch.where(is_real, hidden, float("-inf")).amax(dim=1)
             return torch.where(is_real.any(dim=1), largest, 0.0)
-        weights, divisor = _weights(mode, mask)
+        weights, divisor = (numbers.to(hidden.dtype) for numbers in _weights(mode, mask))
         # A product of matrices, since ONNX Runtime's ReduceSum adds one token after the other and rounds twice as much.
-        return torch.matmul(weights.unsqueeze(1), hidden).squeeze(1) / divisor
+        summed = torch.matmul(weights.unsqueeze(1), hidden).squeeze(1)
+        return summed / (divisor.sqrt() if mode == "mean_sqrt_len_tokens" else divisor)
 
 
 def _weights(mode: str, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the weight of each token in a sum over the sequence, (B, S), 0 for padding, and its divisor, (B, 1)."""
+    """Return the weight of each token in a sum over the sequence, (B, S), 0 for padding, and its divisor, (B, 1).
+
+    Tokens are counted in integers: OpenVINO in bfloat16 rounds float32 too, and 256 + 1 is 256 there.
+    """
     count = mask.sum(dim=1, keepdim=True)
     if mode in ("cls", "lasttoken"):
         number = torch.cumsum(mask, dim=1)  # 1 for the first real token
         return mask * (number == (1 if mode == "cls" else count)), torch.ones_like(count)
     if mode == "weightedmean":  # a weight is the position, 1 for the first real token; padding after that counts too
-        has_begun = (torch.cumsum(mask, dim=1) > 0).to(mask.dtype)
+        has_begun = (torch.cumsum(mask, dim=1) > 0).long()
         weights = mask * torch.cumsum(has_begun, dim=1)
-        return weights, weights.sum(dim=1, keepdim=True).clamp(min=1.0)
-    divisor = count.clamp(min=1.0)
-    return mask, divisor.sqrt() if mode == "mean_sqrt_len_tokens" else divisor
+        return weights, weights.sum(dim=1, keepdim=True).clamp(min=1)
+    return mask, count.clamp(min=1)
 
 
 class Normalize(nn.Module):

@@ -119,3 +119,11 @@ def test_a_sequence_is_classified_by_its_last_eos_token(ends: list[int]) -> None
         states = model.led(ids).last_hidden_state
         pooled = states[ids == model.config.eos_token_id, :].view(2, -1, states.shape[-1])[:, -1, :]
         torch.testing.assert_close(model(ids).logits, model.classification_head(pooled))
+
+
+def test_padding_of_eos_tokens_is_no_end_of_a_sequence() -> None:
+    model: Any = tiny_led("LEDForSequenceClassification", pad_token_id=2, eos_token_id=2)
+    row = [5, 6, 7, 2]
+    padded, mask = torch.tensor([[*row, 2, 2, 2]]), torch.tensor([[1, 1, 1, 1, 0, 0, 0]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(padded, mask).logits, model(torch.tensor([row])).logits)

@@ -74,6 +74,15 @@ def test_half_precision_is_pooled_and_normalized_in_float32(mode: str, dtype: An
     assert Normalize()(actual.to(dtype)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("mode", ["cls", "lasttoken", "weightedmean"])
+def test_tokens_are_counted_in_integers_which_no_backend_rounds(mode: str) -> None:
+    """OpenVINO in bfloat16 counts in bfloat16 what is float32 in the graph, where 256 + 1 is 256."""
+    inputs = (random_hidden(2, 6).float(), torch.ones(2, 6, dtype=torch.int64))
+    nodes = torch.export.export(Pooling([mode]), inputs).graph.nodes
+    counted = [node.args[0].meta["val"].dtype for node in nodes if "cumsum" in str(node.target)]
+    assert set(counted) == {torch.int64}
+
+
 def test_an_unknown_mode_or_none_is_refused() -> None:
     with pytest.raises(ExportError, match="pooling 'median' is not known; choose one of: mean, cls"):
         Pooling(["median"])
