@@ -257,10 +257,12 @@ def _record_attentions(model: nn.Module, seqlen: list[int]) -> Attentions:
         seqlen: a list whose last entry is the length of the sequence at the time of the call.
     """
     layers: Attentions = []
+    asked: list[bool] = []  # whether the caller reads the probabilities, as a model does whose config asks for them
 
     def set_output_attentions(
         _: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
+        asked.append(bool(options.get("output_attentions") or any(arguments[5:])))
         return arguments[:5], {**options, "output_attentions": True}
 
     def record(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], outputs: Any) -> Any:
@@ -275,7 +277,7 @@ def _record_attentions(model: nn.Module, seqlen: list[int]) -> Attentions:
         global_ = outputs[2].transpose(2, 3)[:, :, : seqlen[-1]] if len(outputs) > 2 else local.new_zeros(shape)
         used = torch.arange(shape[-1]) < counts[:, None]
         layers.append((local, torch.where(used[:, None, None, :], global_, 0.0)))
-        return outputs[:1]
+        return outputs if asked.pop() else outputs[:1]
 
     for module in model.modules():
         if isinstance(module, SELF_ATTENTION):

@@ -119,6 +119,12 @@ def test_the_probabilities_of_one_head_are_the_same_in_both_backends(tmp_path: P
         np.testing.assert_allclose(actual[name], array, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
+def test_a_model_whose_config_asks_for_them_is_exported_with_them(tmp_path: Path) -> None:
+    folder = export(tiny_model(output_attentions=True), tmp_path / "b", output_attentions=True)
+    assert Manifest.read(folder).signature.output_attentions
+
+
 def test_the_default_graph_has_no_trace_of_them_and_the_attention_nodes_stay(
     bundle: MakeBundle, with_attentions: Path
 ) -> None:
