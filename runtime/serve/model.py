@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfx.errors import InputError, LengthError
+from lfx.errors import InputError, LengthError, LfxError
 from lfx.runtime import Batcher, Engine
 from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.batching import TOKEN_BUDGET
@@ -22,7 +24,7 @@ from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_B
 from lfx.runtime.serve.writing import TokenTexts, Written, WrittenToken, decoded
 from lfx.runtime.text_files import TOKENIZER, text_folder
 from lfx.runtime.tokenizer import Encoded, Tokenizer, encode_ids, open_tokenizer
-from lfx.signature import SENTENCE_EMBEDDING, TASKS
+from lfx.signature import SENTENCE_EMBEDDING, TASKS, TEXT_GENERATION
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,11 @@ class ServedModel:
         if folder is not None or (text_folder(self.engine.path, self.engine.text_source) / TOKENIZER).exists():
             self._tokenizer = open_tokenizer(self.engine.path, self.engine.text_source, self.signature, folder)
             self._postprocessor = Postprocessor(self._tokenizer)
+        self._generation: Mapping[str, Any] = {}
+        if self.has_tokenizer and self.signature.task == TEXT_GENERATION:
+            with contextlib.suppress(LfxError):  # each text has the error, and other routes are answered
+                # Read now, as the model is: the files may be replaced before the first text.
+                self._generation = self.engine.text_writer().defaults
         self.engine.warm_up()
         # The Service takes a request while fewer than max_pending texts are in progress; it has up to max_inputs texts.
         max_pending = settings.max_pending + settings.max_inputs
@@ -102,8 +109,9 @@ class ServedModel:
 
     @property
     def identity(self) -> str:
-        """Digest of the model and of its tokenizer, which decide the answers."""
-        return f"{self.engine.identity} {self._tokenizer.sha256 if self._tokenizer is not None else ''}"
+        """Digests of the model and of its tokenizer, and its options of generation, which decide the answers."""
+        tokenizer = self._tokenizer.sha256 if self._tokenizer is not None else ""
+        return f"{self.engine.identity} {tokenizer} {json.dumps(self._generation, sort_keys=True)}"
 
     @property
     def largest_body(self) -> int:

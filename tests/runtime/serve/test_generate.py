@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from lfx.errors import InputError
+from lfx.manifest import MANIFEST
 from lfx.runtime import Engine
 from lfx.runtime.generation.graphs import GraphCache
 from lfx.runtime.serve.model import ServedModel
+from lfx.runtime.serve.settings import Settings
 from lfx.runtime.tokenizer import Tokenizer
 from tests.conftest import MakeBundle, MakeLed
 from tests.runtime.serve.running import WAIT_SECONDS, running, wait_until
@@ -65,6 +70,21 @@ def test_parameters_may_be_left_out(client: httpx.Client) -> None:
     texts = [post(client, "/generate", {"inputs": TEXT, **body}).json() for body in bodies]
     written = post(client, "/generate", {"inputs": TEXT, "parameters": {"max_new_tokens": 20}}).json()
     assert texts == [written] * 3
+
+
+def test_the_checkpoints_options_are_those_at_the_start(led_bundle: MakeLed, tmp_path: Path) -> None:
+    folder = tmp_path / "led"
+    shutil.copytree(led_bundle()[1], folder)
+    (folder / MANIFEST).unlink()
+    path, file = str(folder / "encoder_model.onnx"), folder / "generation_config.json"
+    settings = Settings({"led": path}, threads=1)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_length": 12}))
+    with contextlib.closing(ServedModel("led", path, settings)) as first:
+        file.write_text(json.dumps({**json.loads(file.read_text()), "max_length": 4}))
+        with contextlib.closing(ServedModel("led", path, settings)) as second:
+            texts = [model.generate(TEXT, {}, lambda: False, truncate=False) for model in (first, second)]
+            assert [len(text.ids) for text in texts] == [11, 3]
+            assert first.identity != second.identity  # so that the older worker is restarted
 
 
 @pytest.mark.parametrize(
