@@ -220,10 +220,7 @@ class _SelfAttention(LoopSelfAttention):
         slots = 1 if self.lfx_globals.mode == "first" else self.lfx_globals.max_slots
         if slots is None:
             return "GlobalContext"
-        # With one head the folded form multiplies by the weight of key_global as it is stored, and OpenVINO (2026.4)
-        # would take that for the transposed one, which projects the keys for the probabilities.
-        fold = slots < self.head_dim and (self.num_heads > 1 or self.lfx_attentions is None)
-        return "FoldedGlobalContext" if fold else "ProjectedGlobalContext"
+        return "FoldedGlobalContext" if slots < self.head_dim else "ProjectedGlobalContext"
 
 
 def _ranges(heads: list[int]) -> list[tuple[int, int]]:

@@ -9,39 +9,50 @@ def transpose_weights(model: ir.Model) -> bool:
     """Replace `Transpose(weight)` by an initializer `<weight>.T`, which holds the transposed weight.
 
     A weight that other ops read too (a decoder tied to the word embeddings) keeps its Transpose, so that it is stored
-    once. The new tensor is lazy: each is computed when it is written, so that one at a time is in memory.
+    once. A square one that products read as it is gets a copy `<weight>.transposed` all the same: OpenVINO (2026.4)
+    takes the packed weight of one product for that of the other. The new tensor is lazy: each is computed when it is
+    written, so that one at a time is in memory.
 
     Returns:
         Whether the model was changed.
     """
     initializers = model.graph.initializers
     changed = False
-    for weight in list(initializers.values()):
-        uses = list(weight.uses())
+    weights = list(initializers.values())
+    for weight in weights:
         tensor = weight.const_value
-        if tensor is None or len(tensor.shape) != 2 or not uses:
+        if tensor is None or len(tensor.shape) != 2:
             continue
-        if not all(_swaps_axes(use.node) and use.node.graph is model.graph for use in uses):
-            continue
+        uses = [use for use in weight.uses() if use.node.graph is model.graph and _swaps_axes(use.node)]
+        gemms = [use for use in weight.uses() if use.node.graph is model.graph and _reads_transposed(*use)]
+        others = [use.node for use in weight.uses() if use not in (*uses, *gemms)]
         rows, columns = tensor.shape.numpy()
+        is_moved = bool(uses) and not gemms and not others
+        is_copied = bool(uses or gemms) and rows == columns and any(node.op_type != "Gather" for node in others)
+        if not is_moved and not is_copied:
+            continue
+        name = f"{weight.name}.T" if is_moved else f"{weight.name}.transposed"
 
         def evaluate(source: ir.TensorProtocol = tensor) -> ir.TensorProtocol:
             return ir.tensor(source.numpy().T.copy(), dtype=source.dtype)
 
         stored = ir.Value(
-            name=f"{weight.name}.T",
+            name=name,
             shape=ir.Shape((columns, rows)),
             type=ir.TensorType(tensor.dtype),
-            const_value=ir.LazyTensor(
-                evaluate, dtype=tensor.dtype, shape=ir.Shape((columns, rows)), name=f"{weight.name}.T"
-            ),
+            const_value=ir.LazyTensor(evaluate, dtype=tensor.dtype, shape=ir.Shape((columns, rows)), name=name),
         )
         model.graph.register_initializer(stored)
         for use in uses:
             use.node.outputs[0].replace_all_uses_with(stored)
             model.graph.remove(use.node, safe=True)
+        for node, index in gemms:
+            node.replace_input_with(index, stored)
+            node.attributes["transB"] = ir.AttrInt64("transB", 0)
+        weights.append(stored)  # which the graph may transpose again
         assert weight.name is not None
-        del initializers[weight.name]
+        if is_moved:
+            del initializers[weight.name]
         changed = True
     return changed
 
@@ -50,3 +61,9 @@ def _swaps_axes(node: ir.Node) -> bool:
     """Return whether a node is a Transpose that swaps the two axes of a matrix, as one without `perm` does."""
     permutation = node.attributes.get("perm")
     return node.op_type == "Transpose" and (permutation is None or list(permutation.as_ints()) == [1, 0])
+
+
+def _reads_transposed(node: ir.Node, index: int) -> bool:
+    """Return whether a node is a Gemm that transposes the second matrix, its input `index`."""
+    attribute = node.attributes.get("transB")
+    return node.op_type == "Gemm" and index == 1 and attribute is not None and attribute.as_int() == 1

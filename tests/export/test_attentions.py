@@ -110,7 +110,7 @@ def test_the_scaling_of_a_query_stays_fused_with_its_projection(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_the_probabilities_of_one_head_are_the_same_in_both_backends(tmp_path: Path) -> None:
-    """OpenVINO has read key_global's weight transposed where the folded form of the global rows read it as it is."""
+    """Where key_global's weight is read as it is and transposed, OpenVINO has taken one for the other."""
     folder = export(tiny_model(num_attention_heads=1), tmp_path / "b", output_attentions=True, global_attention="first")
     with Engine(folder, BACKENDS[0]) as one, Engine(folder, BACKENDS[1]) as other:
         ids = np.arange(4, 34)[None]

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from lfx.errors import ExportError
 from lfx.export.passes.constants import share_constants
@@ -59,6 +60,28 @@ def test_a_tied_weight_stays_one_tensor() -> None:
         }""")
     assert not transpose_weights(model)
     assert list(model.graph.initializers) == ["w"]
+
+
+@pytest.mark.parametrize(
+    "transposed",
+    ["t = Transpose<perm = [1, 0]>(w)  y = MatMul(x, t)", "y = Gemm<transB = 1>(x, w)"],
+    ids=["MatMul", "Gemm"],
+)
+def test_a_square_weight_that_is_read_as_it_is_and_transposed_is_two_tensors(transposed: str) -> None:
+    """OpenVINO (2026.4) takes the packed weight of one product for that of the other."""
+    model = _model(f"""
+        g (float[n, 2] x) => (float[n, 2] y, float[n, 2] z) <float[2, 2] w = {{1, 2, 3, 4}}> {{
+            {transposed}
+            z = MatMul(x, w)
+        }}""")
+    assert transpose_weights(model)
+    first, second = model.graph
+    assert [node.inputs[1].name for node in (first, second) if node.inputs[1]] == ["w.transposed", "w"]
+    stored = model.graph.initializers["w.transposed"].const_value
+    assert stored is not None and stored.numpy().tolist() == [[1, 3], [2, 4]]
+    x = np.array([[1.0, 2.0]], np.float32)
+    y, z = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})
+    assert (y.tolist(), z.tolist()) == ([[5, 11]], [[7, 10]])
 
 
 _GELU = """
