@@ -29,6 +29,7 @@ from lfx.export.layout_models import ENDINGS, file_name, static_mode, write_mode
 from lfx.export.options import check_progress
 from lfx.export.sentence_folder import MODULES, copy_weights, has_weights, read_modules
 from lfx.export.settings import read_object
+from lfx.files import is_same
 from lfx.manifest import LAYOUT_FOLDER, Manifest
 from lfx.parity import quick_cases
 from lfx.runtime import Engine
@@ -81,7 +82,7 @@ def relayout(
     check_progress(progress)
     target = Path(f"{folder.resolve().name}-hf") if output is None else file_path(output, "output", ExportError)
     check_target(target)
-    if target.resolve() in [path.resolve() for path in folders]:
+    if any(is_same(target, path) for path in folders):
         raise ExportError(f"{target} is a bundle that is read, which would be lost; give another output")
     manifests = [Manifest.read(path) for path in folders]
     check_space(target, sum(entry["bytes"] for manifest in manifests for entry in manifest.files.values()))

@@ -10,6 +10,7 @@ import stat
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lfx.files import (
     exchange,
     is_disk_full,
     is_mount_point,
+    is_same,
     locked,
     move_folder,
     open_journal,
@@ -272,6 +274,20 @@ def test_small_files_are_copied_and_large_ones_linked(tmp_path: Path, monkeypatc
     files.link_or_copy(source, tmp_path / "link")
     assert (tmp_path / "link").samefile(source)
     assert (tmp_path / "copy").read_bytes() == b"abc"
+
+
+def test_a_file_is_the_same_through_links_and_mounts(tmp_path: Path, mount: Callable[..., None]) -> None:
+    for name in ("folder", "mounted"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "folder" / "a").touch()
+    (tmp_path / "folder" / "b").symlink_to("a")
+    assert is_same(tmp_path / "folder" / "a", tmp_path / "folder" / "b")
+    assert is_same(tmp_path / "new", tmp_path / "folder" / ".." / "new")
+    assert not is_same(tmp_path / "folder" / "a", tmp_path / "new")
+    mount("--bind", tmp_path / "folder", tmp_path / "mounted")
+    assert is_same(tmp_path / "folder" / "a", tmp_path / "mounted" / "a")
+    assert is_same(tmp_path / "folder", tmp_path / "mounted")
+    assert not is_same(tmp_path / "folder", tmp_path / "mounted" / "a")
 
 
 def test_a_file_that_is_mounted_in_the_root_folder_is_a_mount_point(monkeypatch: pytest.MonkeyPatch) -> None:

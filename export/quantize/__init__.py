@@ -24,7 +24,7 @@ from lfx.export.quantize.calibration import Feeds, read_calibration
 from lfx.export.quantize.generation import compare_texts, decoder_feeds, greedy_options, measure_graphs, write_texts
 from lfx.export.quantize.graph import linear_layers
 from lfx.export.quantize.quantizer import Steps, quantize_graphs
-from lfx.files import copy, temporary_folder
+from lfx.files import copy, is_same, temporary_folder
 from lfx.machine import int8_overflows, package_versions
 from lfx.manifest import MANIFEST, Manifest, sha256
 from lfx.parity import Arrays
@@ -193,7 +193,7 @@ def _target(folder: Path, output: str | Path | None) -> Path:
     name = f"{folder.resolve().name}-int8"
     target = file_path(output if output is not None else name, "output", ExportError)
     check_target(target)
-    if target.resolve() == folder.resolve():
+    if is_same(target, folder):
         raise ExportError(f"{target} is the bundle that is quantized, which would be lost; give another output")
     return target
 

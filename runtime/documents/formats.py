@@ -20,8 +20,10 @@ FIELDS = ("text", "pair", "input_ids", "id")
 Source = Path | RemoteFile
 _MAX_LINE_BYTES = 50_000_000
 # Limits of what is read of a Parquet file at a time; a file of kilobytes may hold rows of millions of values.
-_BATCH_ROWS, _BATCH_VALUES = 256, 2_000_000
-_STRING_TYPES = ("string", "large_string")  # types of Parquet columns
+_BATCH_ROWS, _BATCH_VALUES, _BATCH_BYTES = 256, 2_000_000, 64_000_000
+_MOST_BYTES = 1 << 30  # of a row of nested values, and of all values of one length, for which pyarrow reserves memory
+_PLAIN, _DICTIONARY = {"PLAIN", "RLE", "BIT_PACKED"}, {"PLAIN_DICTIONARY", "RLE_DICTIONARY"}  # encodings of Parquet
+_PREFIXED = "DELTA_BYTE_ARRAY"  # has what a value and the one before it begin with only once
 _GROUP_BYTES = 1 << 24  # JSON bytes of the rows of one Parquet row group
 NUMBERS = {"score": "float64", "position": "int64", "choice": "int64"}  # fields of answers that are not strings
 
@@ -124,7 +126,7 @@ def _json_document(line: bytes) -> Any:
 
 
 def _open_parquet(source: Source, dictionary_columns: Sequence[str] = ()) -> Any:
-    """Open a Parquet file; string columns in `dictionary_columns` stay dictionary-encoded in memory."""
+    """Open a Parquet file; the columns whose paths are in `dictionary_columns` stay dictionary-encoded in memory."""
     parquet = require("pyarrow.parquet", "parquet")
     try:
         file = source if isinstance(source, Path) else source.open_random_access()
@@ -137,11 +139,12 @@ def _open_parquet(source: Source, dictionary_columns: Sequence[str] = ()) -> Any
 
 def _parquet_documents(source: Source, start: int) -> Iterator[tuple[int, Any]]:
     """`read_documents` for Parquet."""
-    columns = [column for column in _open_parquet(source).schema_arrow if column.name in FIELDS]
-    file = _open_parquet(source, [column.name for column in columns if str(column.type) in _STRING_TYPES])
+    first = _open_parquet(source)
+    columns = [name for name in first.schema_arrow.names if name in FIELDS]
+    file = _open_parquet(source, _dictionary_columns(first.metadata))
     number = 0
     try:
-        for batch in file.iter_batches(_batch_rows(file.metadata), columns=[column.name for column in columns]):
+        for batch in file.iter_batches(_batch_rows(file.metadata), columns=columns):
             for i in range(batch.num_rows):
                 number += 1
                 if number > start:
@@ -152,13 +155,43 @@ def _parquet_documents(source: Source, start: int) -> Iterator[tuple[int, Any]]:
         raise InputError(f"{source} cannot be read as Parquet: {one_line(error)}") from error
 
 
-def _batch_rows(metadata: Any) -> int:
-    """Number of rows to read at a time, by the row group with the most values in a row."""
-    rows = _BATCH_ROWS
-    columns = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] in FIELDS]
+def _columns(metadata: Any) -> list[int]:
+    """The indices of the columns that are read, of which a nested field has several."""
+    return [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] in FIELDS]
+
+
+def _chunks(metadata: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield each row group, with the metadata of each column in it that is read."""
+    columns = _columns(metadata)
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for values in (group.column(i).num_values for i in columns):
-            rows = min(rows, _BATCH_VALUES * group.num_rows // max(values, 1))
+        yield from ((group, group.column(i)) for i in columns)
+
+
+def _dictionary_columns(metadata: Any) -> list[str]:
+    """The columns that stay dictionary-encoded: strings and bytes, without nested ones and deltas (pyarrow fails)."""
+    others = {chunk.path_in_schema for _, chunk in _chunks(metadata) if set(chunk.encodings) - _PLAIN - _DICTIONARY}
+    columns = [metadata.schema.column(i) for i in _columns(metadata)]
+    return [c.path for c in columns if c.physical_type == "BYTE_ARRAY" and "." not in c.path and c.path not in others]
+
+
+def _batch_rows(metadata: Any) -> int:
+    """Number of rows to read at a time, by the row group with the most values or bytes in a row.
+
+    Raises:
+        InputError: pyarrow may need more than `_MOST_BYTES` even for one row.
+    """
+    rows = _BATCH_ROWS
+    lengths = {metadata.schema.column(i).path: max(metadata.schema.column(i).length, 0) for i in _columns(metadata)}
+    for group, chunk in _chunks(metadata):
+        path, number, encodings = chunk.path_in_schema, chunk.num_values, set(chunk.encodings)
+        size, is_nested = chunk.total_uncompressed_size, "." in path
+        if _PREFIXED in encodings or (is_nested and encodings & _DICTIONARY and chunk.physical_type == "BYTE_ARRAY"):
+            size *= number  # each value may be as large as the whole column in the file
+        if number * lengths[path] > _MOST_BYTES or (is_nested and size > _MOST_BYTES * max(group.num_rows, 1)):
+            raise InputError(f"{path} may take more than {_MOST_BYTES:,} bytes of memory; leave the column out")
+        rows = min(
+            rows, group.num_rows * _BATCH_VALUES // max(number, 1), group.num_rows * _BATCH_BYTES // max(size, 1)
+        )
     return max(rows, 1)
 
 

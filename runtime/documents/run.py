@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from lfx import __version__
 from lfx.checks import LARGEST, file_path, function, output_file, shown, whole_number
 from lfx.errors import InputError, one_line, require
-from lfx.files import is_disk_full
+from lfx.files import is_disk_full, is_same
 from lfx.manifest import sha256
 from lfx.runtime.documents.formats import (
     SUFFIXES,
@@ -236,7 +235,7 @@ def _check_files(engine: Engine, source: Path, output: Path) -> tuple[Path, Path
     if is_parquet(source) or is_parquet(output):
         require("pyarrow.parquet", "parquet")
     check_source(source)
-    if os.path.realpath(output) == os.path.realpath(source):
+    if is_same(output, source):
         raise InputError(f"{output} cannot be written: it is the input; choose another output")
     return source, output
 

@@ -15,7 +15,7 @@ from typing import Any
 from lfx import __version__
 from lfx.checks import LARGEST, file_path, flag, one_of, real_number, shown, whole_number
 from lfx.errors import ArtifactError, DependencyError, InputError, LfxError
-from lfx.files import copy, exchange, is_mount_point, locked, move_folder, private_folder, why_unwritten
+from lfx.files import copy, exchange, is_mount_point, is_same, locked, move_folder, private_folder, why_unwritten
 from lfx.manifest import MANIFEST, MODEL, Manifest, sha256
 from lfx.runtime import backends, plugin
 from lfx.runtime.artifact import Artifact, open_artifact, unchanged
@@ -163,6 +163,8 @@ def write_model(model: str | Path, repository: str | Path, settings: Settings) -
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is no folder; {_CURE}")
     target = output.absolute() / name
+    if settings.link and any(is_same(target, path) for path in source.path.resolve().parents):
+        raise InputError(f"{source.path} is in {target}, which is replaced; leave link out, or give another name")
     plugins: Path | None = None
     try:
         output.mkdir(exist_ok=True)

@@ -179,6 +179,16 @@ def exchange(first: Path, second: Path) -> bool:
     raise OSError(number, os.strerror(number), str(first))
 
 
+def is_same(first: Path, second: Path) -> bool:
+    """Whether two paths lead to the same file or folder, also through two mounts of it; neither has to exist."""
+    if os.path.realpath(first) == os.path.realpath(second):
+        return True
+    try:
+        return first.samefile(second)
+    except OSError:
+        return False
+
+
 def is_mount_point(path: Path) -> bool:
     """Whether a folder or a file is mounted at this path, which can not be renamed then; a bind mount counts too."""
     if os.path.ismount(path):

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from onnx import external_data_helper, numpy_helper
 
 from lfx.errors import ArtifactError, DependencyError, ExportError, InputError, ParityError
-from lfx.export import export
+from lfx.export import export, relayout
 from lfx.export import quantize as quantizing
 from lfx.export.quantize import quantize
 from lfx.export.torch_runners import int8_runner
@@ -393,10 +394,18 @@ def test_bad_arguments_are_refused_and_leave_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "one.jsonl"]
 
 
-def test_the_bundle_itself_is_refused_as_the_output(bundle: MakeBundle, text: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(bundle(), tmp_path / "bundle")
-    with pytest.raises(ExportError, match="would be lost"):
-        quantize(folder, folder, calibration=text)
+def test_the_bundle_itself_is_refused_as_the_output(
+    bundle: MakeBundle, text: Path, tmp_path: Path, mount: Callable[..., None]
+) -> None:
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+    folder = shutil.copytree(bundle(), tmp_path / "in" / "bundle")
+    mount("--bind", tmp_path / "in", tmp_path / "out")
+    for output in (folder, tmp_path / "out" / "bundle"):
+        with pytest.raises(ExportError, match="would be lost"):
+            quantize(folder, output, calibration=text)
+        with pytest.raises(ExportError, match="would be lost"):
+            relayout(folder, output)
     assert Manifest.read(folder).signature.precision == "fp32"
 
 

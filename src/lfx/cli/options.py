@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import click
 
 from lfx.checks import file_path
 from lfx.errors import InputError
-from lfx.files import MOUNTED, is_mount_point
+from lfx.files import MOUNTED, is_mount_point, is_same
 
 MOST_TOKENS = 2**31 - 1  # upper limit of options in tokens
 
@@ -112,10 +111,10 @@ def _check_options(options: list[click.Option], ctx: click.Context) -> None:
 
 
 def _check_outputs(params: list[click.Parameter], ctx: click.Context) -> None:
-    paths = {p: os.path.realpath(path) for p in params if (path := ctx.params.get(str(p.name))) is not None}
+    paths = {p: path for p in params if (path := ctx.params.get(str(p.name))) is not None}
     for output in (p for p in paths if isinstance(p.type, OutputPath)):
         for other, path in paths.items():
-            if other is not output and path == paths[output]:
+            if other is not output and is_same(path, paths[output]):
                 names = f"{_label(output)} and {_label(other)}"
                 raise click.UsageError(f"{names} are the same file, which would be replaced; give another name", ctx)
 

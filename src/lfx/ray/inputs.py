@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lfx.errors import InputError, LfxError, one_line, require
+from lfx.files import is_same
 from lfx.runtime.documents.formats import (
     SUFFIXES,
     Source,
@@ -96,8 +97,9 @@ def check_apart(source: str, output: Path) -> None:
     """
     if "://" in source:
         return
-    first, second = os.path.realpath(source), os.path.realpath(output)
-    if os.path.commonpath([first, second]) in (first, second):
+    first, second = Path(os.path.realpath(source)), Path(os.path.realpath(output))
+    within = [(first, path) for path in (second, *second.parents)] + [(second, path) for path in first.parents]
+    if any(is_same(one, other) for one, other in within):
         raise InputError(f"of {output} and the input {source}, one contains the other; give another output")
 
 

@@ -190,6 +190,55 @@ def test_repeated_texts_of_a_parquet_file_are_in_memory_once(tmp_path: Path) -> 
     assert pool.max_memory() < 32 * len(text)
 
 
+LONG = "a" * 1_000_000
+REPEATED: dict[str, tuple[Any, Any, str | None]] = {  # type of the column, the value of all rows, encoding
+    "bytes": (pyarrow.binary(), LONG.encode(), None),
+    "lists": (pyarrow.list_(pyarrow.string()), [LONG], None),
+    "structs": (pyarrow.struct([("a", pyarrow.struct([("b", pyarrow.binary())]))]), {"a": {"b": LONG.encode()}}, None),
+    "deltas": (pyarrow.string(), LONG, "DELTA_BYTE_ARRAY"),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_repeated_values_of_other_columns_are_in_memory_a_few_at_a_time(name: str, tmp_path: Path) -> None:
+    column, value, encoding = REPEATED[name]
+    table = pyarrow.table({"text": ["fox"] * 256, "id": pyarrow.array([value] * 256, column)})
+    options: dict[str, Any] = {"dictionary_pagesize_limit": 1 << 30}
+    if encoding is not None:
+        options = {"use_dictionary": ["text"], "column_encoding": {"id": encoding}}
+    parquet.write_table(table, tmp_path / "in.parquet", compression="zstd", **options)
+    assert (tmp_path / "in.parquet").stat().st_size < 100_000
+    before, pool = pyarrow.default_memory_pool(), pyarrow.proxy_memory_pool(pyarrow.default_memory_pool())
+    pyarrow.set_memory_pool(pool)
+    try:
+        for number, document in read_documents(tmp_path / "in.parquet"):
+            assert number % 50 or document == {"text": "fox", "id": value}
+    finally:
+        pyarrow.set_memory_pool(before)
+    assert pool.max_memory() < 150 * len(LONG)
+
+
+@pytest.mark.parametrize("name", ["lists", "one length"])
+def test_repeated_values_that_would_all_be_in_memory_are_refused(name: str, tmp_path: Path) -> None:
+    if name == "lists":
+        texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 2000, pyarrow.int32()), pyarrow.array([LONG]))
+        ids = pyarrow.ListArray.from_arrays(pyarrow.array([0, 2000], pyarrow.int32()), texts)
+    else:
+        ids = pyarrow.array([LONG[:50_000].encode()], pyarrow.binary(50_000)).take(pyarrow.array([0] * 30_000))
+    table = pyarrow.table({"text": ["fox"] * len(ids), "id": ids})
+    parquet.write_table(table, tmp_path / "in.parquet", compression="zstd")
+    with pytest.raises(InputError, match=r"id.* may take more than 1,073,741,824 bytes of memory; leave the column"):
+        list(read_documents(tmp_path / "in.parquet"))
+
+
+@pytest.mark.parametrize("encoding", ["PLAIN", "DELTA_LENGTH_BYTE_ARRAY", "DELTA_BYTE_ARRAY"])
+def test_texts_are_read_in_every_encoding(encoding: str, tmp_path: Path) -> None:
+    texts = [f"the fox {i}" for i in range(600)]
+    options: Any = {"use_dictionary": False, "column_encoding": {"text": encoding}}
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "in.parquet", **options)
+    assert [document["text"] for _, document in read_documents(tmp_path / "in.parquet")] == texts
+
+
 def test_few_long_rows_of_a_parquet_file_are_in_memory_at_once(tmp_path: Path) -> None:
     ids, count = 500_000, 64
     lists = pyarrow.ListArray.from_arrays(

@@ -221,6 +221,17 @@ def test_bad_paths_are_refused(
         run_documents(engine, tokenizer, tmp_path / source, tmp_path / output)
 
 
+def test_the_input_is_refused_as_the_output_under_another_mount_too(
+    engine: Engine, tokenizer: Tokenizer, tmp_path: Path, mount: Callable[..., None]
+) -> None:
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "in" / "in.jsonl", texts(1))
+    mount("--bind", tmp_path / "in", tmp_path / "out")
+    with pytest.raises(InputError, match="it is the input"):
+        run_documents(engine, tokenizer, tmp_path / "in" / "in.jsonl", tmp_path / "out" / "in.jsonl")
+
+
 def test_a_mounted_output_is_refused_before_the_work(
     engine: Engine, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

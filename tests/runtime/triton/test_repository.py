@@ -18,6 +18,7 @@ import pytest
 from lfx.errors import ArtifactError, InputError, LfxError
 from lfx.manifest import sha256
 from lfx.runtime import plugin
+from lfx.runtime.signing import verify
 from lfx.runtime.triton import repository as repositories
 from lfx.runtime.triton.repository import Settings, write_model
 from tests.conftest import MakeBundle, MakeLed, SmallDisk
@@ -162,6 +163,16 @@ def test_a_plan_of_a_led_has_no_graphs_of_its_bundle_beside_it(led_bundle: MakeL
     written = write_model(plan, tmp_path / "models", Settings(name="p"))
     texts = {"config.json", "generation_config.json", "lfx.json", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in (written.folder / "1" / "led").iterdir()} == texts
+
+
+def test_a_model_is_not_replaced_by_a_link_into_it(bundle: MakeBundle, tmp_path: Path) -> None:
+    folder = write_model(bundle(), tmp_path, Settings(name="a")).folder
+    inner = folder / "1" / "bundle"
+    with pytest.raises(InputError, match="which is replaced; leave link out, or give another name"):
+        write_model(inner, tmp_path, Settings(name="a", link=True))
+    write_model(inner, tmp_path, Settings(name="b", link=True))
+    write_model(inner, tmp_path, Settings(name="a", max_batch=8))
+    assert verify(inner).files
 
 
 def test_a_model_of_lfx_is_replaced_and_edited_or_foreign_ones_are_kept(bundle: MakeBundle, tmp_path: Path) -> None:
