@@ -14,6 +14,8 @@ from lfx.export.settings import read_object, without_code
 from lfx.runtime.generation.settings import changes_nothing
 
 _LIMITS = ("max_length", "max_seq_length", "model_max_length")
+# Settings of a tokenizer that lfx reads. save_pretrained leaves out those that were changed after it was loaded.
+_SETTINGS = {"truncation_side": "right", "split_special_tokens": False, "clean_up_tokenization_spaces": False}
 _TOKENIZERS = (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
 
 
@@ -100,6 +102,18 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     for path in folder.rglob("*.py"):
         path.unlink()  # save_pretrained copies the source of a registered class
     drop_code(folder)
+    _write_settings(tokenizer, folder / "tokenizer_config.json")
+
+
+def _write_settings(tokenizer: Any, path: Path) -> None:
+    """Write the settings of a tokenizer, or of that of a processor, which its file lacks."""
+    if not path.exists():
+        return
+    tokenizer, saved = getattr(tokenizer, "tokenizer", tokenizer), read_object(path)
+    values = {name: getattr(tokenizer, name, default) for name, default in _SETTINGS.items()}
+    changed = {name: value for name, value in values.items() if saved.get(name, _SETTINGS[name]) != value}
+    if changed:
+        _write(path, {**saved, **changed})
 
 
 def drop_code(folder: Path) -> None:

@@ -45,10 +45,11 @@ def encode_texts(texts: Any, tokenizer: Any, *, prompt: Any, truncate: Any) -> I
     if not isinstance(prompt, str | None):
         raise InputError(f"prompt is {type(prompt).__name__}; give a string, or leave it out")
     flag(truncate, "truncate")
+    texts = [texts] if isinstance(texts, str) else texts  # first: a string of numpy has no axes
     is_table = getattr(texts, "ndim", 1) > 1  # iterating over one of pandas gives the names of its columns
     if isinstance(texts, bytes | bytearray | memoryview | Mapping) or not is_iterable(texts) or is_table:
         raise InputError(f"texts is {type(texts).__name__}; give a list of strings")
-    return _encode([texts] if isinstance(texts, str) else texts, tokenizer, prompt, truncate)
+    return _encode(texts, tokenizer, prompt, truncate)
 
 
 def _encode(texts: Iterable[Any], tokenizer: Tokenizer, prompt: str | None, truncate: bool) -> Iterator[list[int]]:

@@ -193,7 +193,8 @@ class Tokenizer:
                 self._tokenizer.model.dropout = None
         self.config = config = read_listed(self.config_folder / CONFIG, listed_configs)
         self.tokenizer_config = tokenizer_config = read_listed(self.folder / TOKENIZER_CONFIG, listed_texts)
-        self._tokenizer.encode_special_tokens = _splits_special_tokens(tokenizer_config, self.folder / TOKENIZER_CONFIG)
+        self._splits = _splits_special_tokens(tokenizer_config, self.folder / TOKENIZER_CONFIG)
+        self._tokenizer.encode_special_tokens = self._splits
         self._keeps_end = _keeps_end(tokenizer_config, self.folder / TOKENIZER_CONFIG)
         self._cleans_up = _cleans_up(tokenizer_config, self.folder / TOKENIZER_CONFIG, self._tokenizer.model)
         self.prompt, files = "", [data, config, tokenizer_config]
@@ -203,6 +204,10 @@ class Tokenizer:
             self.prompt = _default_prompt(files[-1], path)
         self.sha256 = _digest(*files)
         self.signature = signature
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._tokenizer.encode_special_tokens = self._splits  # the library's pickles and copies do not keep it
 
     def encode(self, text: str, pair: str | None = None, *, prompt: str | None = None) -> Encoded:
         """Tokenize a text, or a pair of texts, with the model's special tokens.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LongformerConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LongformerConfig, PreTrainedTokenizerFast
 
 from lfx.errors import ExportError
 from lfx.export.companions import check_tokenizer, drop_code, write_config, write_tokenizer
@@ -62,3 +62,12 @@ def test_config_files_lose_keys_that_name_code_and_other_files_stay(tmp_path: Pa
 def test_an_object_that_is_no_tokenizer_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ExportError, match="give one of transformers"):
         check_tokenizer(tokenizer)
+
+
+def test_settings_that_were_changed_after_loading_are_written(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.truncation_side, tokenizer.split_special_tokens = "left", True
+    write_tokenizer(tokenizer, tmp_path)
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    ids = [made("the fox </s> " * 3 + "dog", truncation=True, max_length=9).input_ids for made in (read, tokenizer)]
+    assert ids[0] == ids[1]

@@ -71,6 +71,10 @@ def test_any_iterable_of_texts_is_taken(make: Any, engine: Engine) -> None:
     assert np.array_equal(engine.embed(make(TEXTS)), engine.embed(TEXTS))
 
 
+def test_a_string_of_numpy_is_one_text(engine: Engine) -> None:
+    assert np.array_equal(engine.embed(np.str_("the fox")), engine.embed("the fox"))
+
+
 def test_no_texts_give_no_vectors(engine: Engine) -> None:
     assert engine.embed([]).shape == (0, 32)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -119,7 +121,8 @@ def test_special_tokens_in_a_text_are_split_as_by_transformers(split: bool, fold
     path.write_text(json.dumps({**json.loads(path.read_text()), "split_special_tokens": split}))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer = Tokenizer(folder, replace(signature("feature-extraction"), max_seqlen=None))
-    assert tokenizer.encode(text).ids == theirs(text)["input_ids"]
+    for made in (tokenizer, deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+        assert made.encode(text).ids == theirs(text)["input_ids"]
     assert (MASK in tokenizer.encode(text).ids) != split
 
 
