@@ -61,6 +61,7 @@ from lfx.export.torch_runners import TORCH_DTYPES
 from lfx.export.trace import first_names, trace
 from lfx.export.validate import validate, validate_generation
 from lfx.export.windows import both_sides
+from lfx.files import is_same
 from lfx.machine import package_versions
 from lfx.manifest import MODEL, WEIGHTS, Manifest
 from lfx.signature import OPSETS, SENTENCE_EMBEDDING, TASKS, TEXT_GENERATION, Signature
@@ -416,7 +417,7 @@ def _target(model: str | nn.Module, output: str | Path | None, layout: str) -> P
     if layout == "hf":
         name = f"{name}-hf"
     target = Path(name)
-    is_checkpoint = Path(model).is_dir() and target.resolve() == Path(model).resolve()
+    is_checkpoint = Path(model).is_dir() and is_same(target, Path(model))
     return Path(f"{name}-onnx") if is_checkpoint else target
 
 

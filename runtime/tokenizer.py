@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lfx.checks import file_path, whole_number
 from lfx.errors import ArtifactError, InputError, LengthError, LfxError, one_line
+from lfx.files import is_same
 from lfx.runtime.text_files import (
     CONFIG,
     PROMPTS,
@@ -447,7 +448,7 @@ def open_tokenizer(model: Path, manifest: Any, signature: Signature, given: Path
     folder, listed = text_files(model, manifest)
     if given is None:
         return Tokenizer(folder, signature, listed=listed)
-    has_config = (folder / CONFIG).exists() and folder.resolve() != given.resolve()
+    has_config = (folder / CONFIG).exists() and not is_same(folder, given)
     return Tokenizer(given, signature, unlisted=True, config_folder=folder if has_config else None, listed=listed)
 
 
