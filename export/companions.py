@@ -15,7 +15,12 @@ from lfx.runtime.generation.settings import changes_nothing
 
 _LIMITS = ("max_length", "max_seq_length", "model_max_length")
 # Settings of a tokenizer that lfx reads. save_pretrained leaves out those that were changed after it was loaded.
-_SETTINGS = {"truncation_side": "right", "split_special_tokens": False, "clean_up_tokenization_spaces": False}
+_SETTINGS: dict[str, Any] = {
+    "truncation_side": "right",
+    "split_special_tokens": False,
+    "clean_up_tokenization_spaces": False,
+    "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": False,
+}
 _TOKENIZERS = (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
 
 
@@ -110,7 +115,7 @@ def _write_settings(tokenizer: Any, path: Path) -> None:
     if not path.exists():
         return
     tokenizer, saved = getattr(tokenizer, "tokenizer", tokenizer), read_object(path)
-    values = {name: getattr(tokenizer, name, default) for name, default in _SETTINGS.items()}
+    values = {name: type(default)(getattr(tokenizer, name, default)) for name, default in _SETTINGS.items()}
     changed = {name: value for name, value in values.items() if saved.get(name, _SETTINGS[name]) != value}
     if changed:
         _write(path, {**saved, **changed})

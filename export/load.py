@@ -176,11 +176,11 @@ def load_tokenizer(model: str, fetch: checkpoint.Fetch | None = None, *, lower_c
 
 def _refuse_without_words(tokenizer: Any, model: str) -> None:
     """Refuse a tokenizer that knows no word: its vocabulary file is missing, or it has the wrong class."""
-    special = set(tokenizer.all_special_ids)  # including that of unknown words
+    vocabulary = tokenizer.get_vocab()
+    # Including that of unknown words. Not `all_special_ids`: it ends in a RecursionError if `unk_token` is empty.
+    special = {vocabulary.get(token) for token in tokenizer.all_special_tokens}
     words = {
-        number: word
-        for word, number in tokenizer.get_vocab().items()
-        if number not in special and any(map(str.isalnum, word))
+        number: word for word, number in vocabulary.items() if number not in special and any(map(str.isalnum, word))
     }
     texts = ("the text", *itertools.islice(words.values(), 100))
     try:

@@ -410,7 +410,7 @@ def _cleans_up(data: bytes | None, path: Path, model: Any) -> bool:
     """
     settings, name = json_object(data, path), "clean_up_tokenization_spaces"
     forced = settings.get(f"{name}_for_bpe_even_though_it_will_corrupt_output")
-    return settings.get(name) is True and (type(model).__name__ != "BPE" or forced is True)
+    return bool(settings.get(name)) and (type(model).__name__ != "BPE" or bool(forced))
 
 
 def _keeps_end(data: bytes | None, path: Path) -> bool:

@@ -71,3 +71,13 @@ def test_settings_that_were_changed_after_loading_are_written(tmp_path: Path) ->
     read = AutoTokenizer.from_pretrained(tmp_path)
     ids = [made("the fox </s> " * 3 + "dog", truncation=True, max_length=9).input_ids for made in (read, tokenizer)]
     assert ids[0] == ids[1]
+
+
+def test_a_clean_up_that_was_set_after_loading_is_written(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    name = "clean_up_tokenization_spaces"
+    settings = {name: True, f"{name}_for_bpe_even_though_it_will_corrupt_output": True}
+    for key, value in settings.items():
+        setattr(tokenizer, key, value)
+    write_tokenizer(tokenizer, tmp_path)
+    assert settings.items() <= json.loads((tmp_path / "tokenizer_config.json").read_text()).items()
