@@ -15,7 +15,7 @@ from lfx.checks import whole_number
 from lfx.errors import ArtifactError, InputError
 from lfx.runtime.text_files import CONFIG, TOKENIZER_CONFIG, json_object, read_file
 from lfx.runtime.tokenizer import Encoded, Tokenizer, failing, is_utf8
-from lfx.signature import is_multi_label
+from lfx.signature import Signature, is_multi_label
 
 
 class Postprocessor:
@@ -64,7 +64,7 @@ class Postprocessor:
             has its values as scores. token-classification: {token, label, score} of each token, in order. fill-mask:
             {position, token, score} of the tokenizer's five best tokens for each mask. question-answering: the best
             {answer, score}. multiple-choice: {choice, score} of each choice, best first. Empty for other tasks, if an
-            output has NaN, and if the logits have other axes than the task's.
+            output has NaN, and if the model has no logits with the name and the axes of the task's.
         Raises:
             InputError: the outputs are of another text or task, or an answer has an id that the tokenizer does not
                 have.
@@ -75,7 +75,7 @@ class Postprocessor:
         if any(np.isnan(array).any() or np.isposinf(array).any() for array in outputs.values()):
             return []
         task = self._tokenizer.signature.task
-        if task not in _HEADS:
+        if not answer_outputs(self._tokenizer.signature):
             return []
         head = _HEADS[task]
         arrays = [_output(outputs, name, task, len(encoded.ids) if head.per_token else None) for name in head.outputs]
@@ -242,17 +242,25 @@ _HEADS = {
         Postprocessor._best_span, 1, per_token=True, fields=("answer", "score"), outputs=("start_logits", "end_logits")
     ),
 }
-ANSWERED_TASKS = frozenset(_HEADS)
 
 
-def answer_outputs(task: str) -> tuple[str, ...]:
-    """Names of the outputs that a task's answers are made from; none for a task without answers."""
-    return _HEADS[task].outputs if task in _HEADS else ()
+def answer_outputs(signature: Signature) -> tuple[str, ...]:
+    """Names of the outputs that a model's answers are made from; none for a model without answers.
+
+    A module of one's own may have a task, and outputs of other names or axes than the task's.
+    """
+    head, shapes = _HEADS.get(signature.task), {spec.name: spec.shape[1:] for spec in signature.outputs}
+    if head is None or any(
+        len(shapes.get(name, ())) != head.axes or (shapes[name][0] == "sequence") != head.per_token
+        for name in head.outputs
+    ):
+        return ()
+    return head.outputs
 
 
-def answer_fields(task: str) -> tuple[str, ...]:
-    """Names of the fields of a task's answers; none for a task without answers."""
-    return _HEADS[task].fields if task in _HEADS else ()
+def answer_fields(signature: Signature) -> tuple[str, ...]:
+    """Names of the fields of a model's answers; none for a model without answers."""
+    return _HEADS[signature.task].fields if answer_outputs(signature) else ()
 
 
 def settings(path: Path) -> dict[str, Any]:

@@ -171,7 +171,7 @@ class Runner:
         signature = self.engine.signature
         names = {spec.name for spec in outputs_per_sequence(signature)}
         if self.postprocessor is not None:
-            names.update(answer_outputs(signature.task))
+            names.update(answer_outputs(signature))
         return [spec.name for spec in signature.outputs if spec.name in names] or None
 
     def _check_engine(self, failure: Exception) -> None:

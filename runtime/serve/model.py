@@ -19,7 +19,7 @@ from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.generation.rows import without_padding
 from lfx.runtime.inputs import pad_choices, prepare
-from lfx.runtime.postprocess import ANSWERED_TASKS, Postprocessor, answer_outputs
+from lfx.runtime.postprocess import Postprocessor, answer_outputs
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
 from lfx.runtime.serve.writing import TokenTexts, Written, WrittenToken, decoded
 from lfx.runtime.text_files import TOKENIZER, text_folder
@@ -125,8 +125,8 @@ class ServedModel:
 
     @property
     def has_answers(self) -> bool:
-        """Whether its task has answers, such as labels, beside its outputs."""
-        return self.has_tokenizer and self.signature.task in ANSWERED_TASKS
+        """Whether it has answers, such as labels, beside its outputs."""
+        return self.has_tokenizer and bool(answer_outputs(self.signature))
 
     def describe(self) -> dict[str, Any]:
         """Inputs, outputs and limits of the model, as JSON types."""
@@ -172,7 +172,7 @@ class ServedModel:
         """Submit ids and masks to the Batcher, for the outputs that the reply needs."""
         names = None
         if item.outputs is not None:
-            needed = answer_outputs(self.signature.task) if self.has_answers else ()
+            needed = answer_outputs(self.signature) if self.has_answers else ()
             names = tuple(dict.fromkeys((*item.outputs, *needed))) or None
         return self.batcher.submit(*arrays, outputs=names)
 

@@ -101,7 +101,8 @@ def _output_names(model: ServedModel, requested: list[str] | None) -> list[str]:
 
 
 def _reply(model: ServedModel, computed: list[Computed], names: list[str], encoding: str, start: float) -> Response:
-    arrays = [{name: np.asarray(outputs[name])[0] for name in names} for _, outputs in computed]
+    # With "...", the row of an output of shape (batch,) is an array too, and not one of numpy's scalars.
+    arrays = [{name: np.asarray(outputs[name])[0, ...] for name in names} for _, outputs in computed]
     check_size([array for row in arrays for array in row.values()], encoding)
     results = [
         {

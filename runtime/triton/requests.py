@@ -19,7 +19,7 @@ from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.engine import Engine
 from lfx.runtime.inputs import Feeds, pad_choices, prepare, seqlen_of
-from lfx.runtime.postprocess import ANSWERED_TASKS, Postprocessor, answer_outputs
+from lfx.runtime.postprocess import Postprocessor, answer_outputs
 from lfx.runtime.text_files import TOKENIZER, text_folder
 from lfx.runtime.tokenizer import Encoded, Tokenizer, encode_ids, open_tokenizer
 from lfx.signature import SENTENCE_EMBEDDING, TASKS, Signature, TensorSpec
@@ -89,7 +89,7 @@ def output_specs(signature: Signature, *, has_tokenizer: bool) -> list[TensorSpe
     added: list[TensorSpec] = []
     if has_tokenizer:
         added.append(TensorSpec(TOKENS, "int64", ("batch", 1)))
-        if signature.task in ANSWERED_TASKS:
+        if answer_outputs(signature):
             added.append(TensorSpec(ANSWERS, TEXT, ("batch", "bytes")))
     taken = {spec.name for spec in signature.outputs} & {spec.name for spec in added}
     if taken:
@@ -244,7 +244,7 @@ class TritonModel:
         """Names of the model's outputs that the requests need together; None = all."""
         wanted: frozenset[str] = frozenset().union(*(r.outputs for r in requests if not isinstance(r, LfxError)))
         if ANSWERS in wanted:
-            wanted |= set(answer_outputs(self._signature.task))
+            wanted |= set(answer_outputs(self._signature))
         return [spec.name for spec in self._signature.outputs if spec.name in wanted] or None
 
     def _run(self, rows: Sequence[_Row], names: list[str] | None) -> None:

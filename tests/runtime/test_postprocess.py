@@ -14,8 +14,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from lfx.errors import InputError
 from lfx.runtime import Engine
-from lfx.runtime.postprocess import Postprocessor
+from lfx.runtime.postprocess import Postprocessor, answer_outputs
 from lfx.runtime.tokenizer import Encoded, Tokenizer
+from lfx.signature import TASKS
 from tests.conftest import MakeBundle
 from tests.models import tiny_tokenizer
 from tests.runtime.conftest import LABELS
@@ -306,3 +307,16 @@ def test_logits_of_other_axes_have_no_answers(task: str, folder: Path) -> None:
     assert answers(folder, task, **dict.fromkeys(names, logits)) == []
     if task in ("text-classification", "multiple-choice"):
         assert answers(folder, task, logits=0.5) == []
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if answer_outputs(signature(task))])
+def test_a_model_without_the_outputs_of_its_task_has_no_answers(task: str, folder: Path) -> None:
+    known = signature(task)
+    tokenizer = Tokenizer(folder, known)
+    assert answer_outputs(known)
+    for changes in ({"name": "scores"}, {"shape": ("batch",)}, {"shape": ("batch", "sequence", 3, 3)}):
+        own = replace(known, outputs=tuple(replace(spec, **changes) for spec in known.outputs))
+        tokenizer.signature = own
+        assert answer_outputs(own) == ()
+        outputs = {spec.name: np.zeros((1, *[4] * (len(spec.shape) - 1)), np.float32) for spec in own.outputs}
+        assert Postprocessor(tokenizer).answers(tokenizer.encode("the fox"), outputs) == []

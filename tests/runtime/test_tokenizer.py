@@ -32,13 +32,19 @@ LONGEST = 12
 
 
 def signature(task: str) -> Signature:
-    """The signature of a model that takes at most 12 tokens."""
+    """The signature of a model that takes at most 12 tokens, with the outputs of its task."""
+    axes: dict[str, tuple[int | str, ...]] = {
+        "text-classification": ("batch", 3),
+        "multiple-choice": ("batch", "choices"),
+        "question-answering": ("batch", "sequence"),
+    }
+    names = ("start_logits", "end_logits") if task == "question-answering" else ("logits",)
     return Signature(
         architecture="Longformer",
         task=task,
         precision="fp32",
         inputs=tuple(TensorSpec(name, "int64", ("batch", "sequence")) for name in GRAPH_INPUTS),
-        outputs=(TensorSpec("logits", "float32", ("batch", 3)),),
+        outputs=tuple(TensorSpec(name, "float32", axes.get(task, ("batch", "sequence", 3))) for name in names),
         attention_windows=(4,),
         max_seqlen=LONGEST,
         sep_token_id=END,

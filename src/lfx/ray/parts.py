@@ -37,7 +37,7 @@ class Columns:
     @classmethod
     def of(cls, signature: Signature, has_tokenizer: bool, has_windows: bool) -> Columns:
         """The columns of a model's rows."""
-        fields = answer_fields(signature.task) if has_tokenizer else ()
+        fields = answer_fields(signature) if has_tokenizer else ()
         text = "summary" if has_tokenizer else "output_ids"
         writes = signature.task == TEXT_GENERATION
         return cls(fields, tuple(outputs_per_sequence(signature)), has_windows, text if writes else "")

@@ -9,15 +9,18 @@ import json
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
 from lfx.errors import InputError
+from lfx.export import export
 from lfx.parity import pair_tolerance
 from lfx.runtime import Engine
 from lfx.runtime.postprocess import Postprocessor
@@ -27,8 +30,9 @@ from lfx.runtime.serve.replies import MAX_JSON_NUMBERS, RefusalError, check_size
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, OTHER_BYTES
 from lfx.runtime.tokenizer import Tokenizer
 from tests.conftest import MakeBundle
+from tests.models import ONE_LAYER, tiny_model, tiny_tokenizer
 from tests.runtime.serve.conftest import TASKS
-from tests.runtime.serve.running import Running
+from tests.runtime.serve.running import Running, running
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
 TEXTS = [" ".join(WORDS[i % 9 :] + WORDS * (i % 3)) for i in range(24)]
@@ -166,6 +170,34 @@ def test_masked_ids_of_a_model_without_answers_give_its_outputs_per_sequence(cli
     plain, padded = answered(client, "/models/org/bare/run", {"inputs": inputs})["results"]
     assert padded["tokens"] == 4
     assert is_close(padded["outputs"]["pooler_output"], plain["outputs"]["pooler_output"])
+
+
+class Scorer(torch.nn.Module):
+    """One number for each sequence, without an axis of its own; its task's output would be named logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_model(**ONE_LAYER)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"score": self.model(input_ids, attention_mask=attention_mask).last_hidden_state[:, 0, 0]}
+
+
+def test_a_module_of_ones_own_with_a_task_gives_one_number_a_sequence(tmp_path: Path) -> None:
+    folder = export(Scorer(), tmp_path / "own", task="text-classification", tokenizer=tiny_tokenizer())
+    with Engine(folder) as engine:
+        expected = engine.run([0, 5, 6, 2])["score"][0]
+    with running({"own": folder}) as started, started.client() as client:
+        for inputs, outputs in (({"ids": [0, 5, 6, 2]}, None), ({"ids": [0, 5, 6, 2]}, ["score"]), ("the fox", None)):
+            (result,) = answered(client, "/run", {"inputs": inputs, "outputs": outputs})["results"]
+            assert isinstance(result["outputs"]["score"], float)
+            assert result["answers"] == []
+            if inputs != "the fox":
+                assert is_close(result["outputs"]["score"], expected)
+        for raw in (False, True):
+            reply = post(client, "/predict", {"inputs": "the fox", "raw_scores": raw})
+            assert reply.status_code == 424
+            assert "its task is text-classification, with the outputs score" in reply.json()["error"]
 
 
 def test_openai_embeddings_have_openais_form(client: httpx.Client, bundle: MakeBundle) -> None:
