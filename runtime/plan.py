@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -223,14 +224,17 @@ def _verify(plan: Path, entry: dict[str, Any], manifest: str) -> None:
         manifest: name of the JSON, for messages.
     """
     try:
-        size = plan.stat().st_size
+        status = plan.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
+            raise ArtifactError(f"{plan} is no file; {_CURE}")
+        if (size := status.st_size) != entry["bytes"]:
+            raise ArtifactError(
+                f"{plan} has {size} bytes where {manifest} says {entry['bytes']}: it is truncated, or another plan; "
+                f"{_CURE}"
+            )
         digest = sha256(plan, size)
     except OSError as error:
         raise ArtifactError(f"{plan} cannot be read: {error.strerror}; {_CURE}") from error
-    if size != entry["bytes"]:
-        raise ArtifactError(
-            f"{plan} has {size} bytes where {manifest} says {entry['bytes']}: it is truncated, or another plan; {_CURE}"
-        )
     if digest != entry["sha256"]:
         raise ArtifactError(f"{plan} was changed after the build (sha256 differs); {_CURE}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from lfx.errors import ArtifactError
 from lfx.files import private_folder
 from lfx.manifest import sealed, sha256
+from lfx.runtime import verify
 from lfx.runtime.plan import PlanManifest, json_path, publish
 from lfx.runtime.profile import Profile, Range
 from lfx.signature import Signature, TensorSpec
@@ -90,6 +92,29 @@ def test_a_plan_that_is_replaced_while_it_is_checked_is_not_called_changed(tmp_p
     _write(plan, b"play")
     with pytest.raises(ArtifactError, match=r"one\.plan was replaced while it was read; run it again"):
         manifest.verify(plan)
+
+
+@pytest.mark.parametrize("name", ["one.plan", "one.plan.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_a_plan_of_pipes_is_refused(name: str, make: Callable[[Path], None], tmp_path: Path) -> None:
+    plan = tmp_path / "one.plan"
+    _write(plan, b"plan")
+    manifest = PlanManifest.read(plan)
+    (tmp_path / name).unlink()
+    make(tmp_path / name)
+    with pytest.raises(ArtifactError, match=r"one\.plan"):
+        verify(plan)
+    if name == "one.plan":
+        with pytest.raises(ArtifactError, match=r"one\.plan"):
+            manifest.verify(plan)  # as for the decoder's plan, at which `read` does not look
+
+
+def test_a_plan_of_another_size_is_not_read(tmp_path: Path) -> None:
+    plan = tmp_path / "one.plan"
+    _write(plan, b"plan")
+    os.truncate(plan, 1 << 40)  # a sparse file; its digest would take an hour
+    with pytest.raises(ArtifactError, match=r"has 1099511627776 bytes where one\.plan\.json says 4"):
+        verify(plan)
 
 
 @pytest.mark.parametrize(
