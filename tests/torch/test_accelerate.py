@@ -390,6 +390,13 @@ def test_more_globals_than_slots_are_an_error(fresh_dynamo: None) -> None:
 
 
 @pytest.mark.parametrize("max_global", [0, 4])
+def test_a_fixed_number_of_slots_reads_nothing_back(max_global: int) -> None:
+    model = accelerate(one_layer(), max_global=max_global).to("meta")  # which has no numbers to read
+    ids = torch.ones((2, 33), dtype=torch.int64, device="meta")
+    assert model(ids, attention_mask=ids, global_attention_mask=ids).logits.shape == (2, 2)
+
+
+@pytest.mark.parametrize("max_global", [0, 4])
 def test_the_check_of_the_slots_is_an_op_that_a_compiler_neither_fuses_nor_removes(
     max_global: int, fresh_dynamo: None
 ) -> None:

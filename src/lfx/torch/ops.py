@@ -7,6 +7,7 @@ ONNX Runtime's custom ops. Otherwise PyTorch's operators run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -47,7 +48,10 @@ def _banded(
     inputs = (query, key, value, key_mask, global_index, global_context)
     fused = _kernels_for(query)
     context = None if fused is None else fused.banded_attention(*inputs, **attributes)
-    return blocks.banded_attention(*inputs, **attributes) if context is None else context
+    if context is None:
+        with torch.autocast(query.device.type, enabled=False):  # which would change dtypes
+            context = blocks.banded_attention(*inputs, **attributes)
+    return context
 
 
 def _global(
@@ -64,7 +68,10 @@ def _global(
     inputs, attributes = (query, key, value, key_mask), {"num_heads": num_heads, "scale": scale}
     fused = _kernels_for(query)
     context = None if fused is None else fused.global_attention(*inputs, **attributes)  # type: ignore[arg-type]
-    return blocks.global_attention(*inputs, **attributes) if context is None else context  # type: ignore[arg-type]
+    if context is None:
+        with torch.autocast(query.device.type, enabled=False):
+            context = blocks.global_attention(*inputs, **attributes)  # type: ignore[arg-type]
+    return context
 
 
 def _kernels_for(query: torch.Tensor) -> kernels.Kernels | None:
@@ -82,6 +89,7 @@ def _check_attention(
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise InputError(f"{op}: query is {_dtype(query)}; convert it to one of {names}")
     for name, tensor in (("key", key), ("value", value)):
+        _check_device(op, name, tensor, query)
         if tensor.dtype != query.dtype:
             raise InputError(f"{op}: {name} is {_dtype(tensor)}, and query {_dtype(query)}; give one dtype")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -103,6 +111,7 @@ def _check_banded(
     if index.dim() != 2 or index.shape[1] < 1:
         raise InputError(f"banded_attention: global_index has shape {_shape(index)}; give (batch, slots), slots >= 1")
     _check_integers("banded_attention", "global_index", index, (query.shape[0], index.shape[1]), query)
+    _check_device("banded_attention", "global_context", context, query)
     expected = (query.shape[0], index.shape[1], query.shape[2])
     if context.dtype != query.dtype or tuple(context.shape) != expected:
         raise InputError(
@@ -118,6 +127,10 @@ def _check_banded(
 def _check_integers(op: str, name: str, tensor: torch.Tensor, shape: Any, query: torch.Tensor) -> None:
     if tensor.dtype != torch.int32 or tuple(tensor.shape) != tuple(shape):
         raise InputError(f"{op}: {name} is {_dtype(tensor)} {_shape(tensor)}; give int32 {tuple(shape)}")
+    _check_device(op, name, tensor, query)
+
+
+def _check_device(op: str, name: str, tensor: torch.Tensor, query: torch.Tensor) -> None:
     if tensor.device != query.device:
         raise InputError(f"{op}: {name} is on {tensor.device}, and query on {query.device}; move it there")
 
@@ -146,9 +159,19 @@ def _no_gradient(gradient: torch.Tensor, shape: Any) -> NoReturn:
     raise InputError("the lfx ops compute no gradients; train with Hugging Face's attention, and accelerate afterwards")
 
 
-def _like_query(query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """The output of both ops: contiguous, with the shape and dtype of the query."""
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
+def _fake(op: str) -> Callable[..., torch.Tensor]:
+    """A function that gives the output of an op without its numbers: contiguous, with the shape and dtype of the query.
+
+    PyTorch calls it also where any tensor is on the device "meta".
+    """
+
+    def like_query(query: torch.Tensor, *others: torch.Tensor, **_: Any) -> torch.Tensor:
+        names = ("key", "value", "key_mask", "global_index", "global_context")
+        for name, tensor in zip(names, others, strict=False):
+            _check_device(op, name, tensor, query)
+        return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+    return like_query
 
 
 def _at_most(is_global: torch.Tensor, most: int) -> torch.Tensor:
@@ -179,8 +202,8 @@ global_attention = torch.library.custom_op(
     mutates_args=(),
     schema=f"({_TENSORS}, *, int num_heads, float scale=0.0) -> Tensor",
 )
-for _op in (banded_attention, global_attention):
-    _op.register_fake(_like_query)
+for _name, _op in (("banded_attention", banded_attention), ("global_attention", global_attention)):
+    _op.register_fake(_fake(_name))
     _op.register_autograd(_gradients, setup_context=_keep_shapes)
 
 no_gradient = torch.library.custom_op(
