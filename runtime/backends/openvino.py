@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -43,7 +45,7 @@ class OpenVino(AnyShape, HostTensors):
             raise DependencyError(
                 f"OpenVINO takes no precision {precision!r}; choose one of: {', '.join(OPENVINO_TYPES)}"
             )
-        openvino = require("openvino", "openvino")
+        openvino = _import_openvino()
         onnx = require("onnx", "openvino")
         inliner = require("onnx.inliner", "openvino")
         if OpenVino._generation not in (None, forks.generation()):
@@ -106,6 +108,25 @@ class OpenVino(AnyShape, HostTensors):
             return {name: request.get_output_tensor(i) for i, name in enumerate(self.output_names)}
         except Exception as error:
             raise LfxError(f"OpenVINO failed: {with_cure(error)}") from error
+
+
+def _import_openvino() -> ModuleType:
+    """Import openvino without openvino_telemetry, unless that is imported already.
+
+    With it, the import of openvino writes to ~/intel and sends a usage event from a fork of the process, which is
+    blocked for seconds where a firewall drops it.
+
+    Raises:
+        DependencyError: openvino is not installed, or its import fails.
+    """
+    name = "openvino_telemetry"
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault(name, None)  # its import raises ModuleNotFoundError, for which openvino has a substitute
+    try:
+        return require("openvino", "openvino")
+    finally:
+        if modules.get(name, name) is None:
+            modules.pop(name, None)
 
 
 def _config(core: Any, threads: int | None, precision: str | None, stored: str) -> dict[str, Any]:

@@ -167,6 +167,13 @@ def test_wrong_usage_exits_2_with_usage_on_stderr(arguments: list[str], forked: 
     assert "Traceback" not in done.stderr
 
 
+def test_the_message_of_wrong_usage_is_short(forked: Commands, tmp_path: Path) -> None:
+    done = _forked(forked, ["export", "--model", "x", "--opset", "9" * 100_000], tmp_path)
+    assert (done.code, done.stdout) == (2, "")
+    assert "Invalid value for '--opset': '9" in done.stderr
+    assert len(done.stderr) < 2000
+
+
 def test_export_writes_a_bundle_named_after_the_model(exported: Done, reviews: Path, workspace: Path) -> None:
     assert exported.json() == json.loads((reviews / MANIFEST).read_text())
     Manifest.read(reviews).verify(reviews)

@@ -91,6 +91,19 @@ def test_lfx_run_and_inspect_work_where_the_export_side_is_not_installed(bundle:
         assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_openvino_is_imported_without_its_telemetry(bundle: MakeBundle, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    code = """
+import os, sys
+os.environ["HOME"] = sys.argv[2]  # the telemetry would write to it
+from lfx.runtime import Engine
+Engine(sys.argv[1], "openvino").close()
+print(sorted(name for name in sys.modules if name.startswith("openvino_telemetry")))
+"""
+    done = python(code, str(bundle()), str(tmp_path))
+    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (0, "[]\n", []), done.stderr
+
+
 def test_help_imports_nothing_heavy() -> None:
     # Importing any of these takes longer than the rest of --help.
     heavy = (*EXPORT_SIDE, "numpy", "onnxruntime", "openvino", "tokenizers", "rich", "cryptography", "tensorrt_rtx")

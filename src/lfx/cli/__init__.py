@@ -89,16 +89,20 @@ def main() -> NoReturn:
 def _show_usage(error: click.ClickException) -> None:
     """Print click's usage error; its message quotes arguments, which may hold control characters."""
     if type(error).__name__ != "NoArgsIsHelpError":  # its message is the help text; click has the class since 8.2
-        error.message = printable(error.message)  # type: ignore[misc]  # error.show() has no other hook
+        error.message = printable(_shortened(error.message))  # type: ignore[misc]  # error.show() has no other hook
     text = io.StringIO()
     error.show(text)
     write(text.getvalue(), err=True)
 
 
 def _fail(message: str) -> NoReturn:
-    long = len(message) > _LONGEST_MESSAGE  # the end says what to do, so it is kept
-    echo(f"error: {f'{message[:800]} … {message[-800:]}' if long else message}", err=True)
+    echo(f"error: {_shortened(message)}", err=True)
     _exit(1)
+
+
+def _shortened(message: str) -> str:
+    """Cut the middle of a long message: its end says what to do."""
+    return message if len(message) <= _LONGEST_MESSAGE else f"{message[:800]} … {message[-800:]}"
 
 
 def _exit(code: int) -> NoReturn:
