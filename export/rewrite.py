@@ -268,8 +268,9 @@ def is_causal(model: nn.Module) -> bool:
 def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Copy the modules and buffers of `model`, in eval mode; the parameters are shared.
 
-    Floating-point parameters of another dtype than `dtype` are converted. Other attributes are copied one level deep;
-    copy.deepcopy would fail on modules with attributes that cannot be pickled, such as rotary_embedding_torch's.
+    Floating-point parameters of another dtype than `dtype` are converted. In other attributes containers are copied,
+    and modules, parameters and methods are those of the copy; copy.deepcopy would fail on modules with attributes that
+    cannot be pickled, such as rotary_embedding_torch's.
     """
     parameters: dict[int, nn.Parameter] = {}
     modules: dict[int, nn.Module] = {}
@@ -292,8 +293,9 @@ def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         cls = type(original)
         new: nn.Module = object.__new__(cls)  # without the arguments that a __new__ of the class may need
         modules[id(original)] = new
-        for name, value in vars(original).items():
-            new.__dict__[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
+        new.__dict__.update(vars(original))
+        for name in ("_parameters", "_buffers", "_modules"):
+            new.__dict__[name] = copy.copy(new.__dict__[name])
         new.__dict__["training"] = False
         new.__dict__["_compiled_call_impl"] = None  # of module.compile(), which would call the original
         if "chunk_size_feed_forward" in new.__dict__:
@@ -306,12 +308,34 @@ def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             new._modules[name] = None if child is None else module(child)
         return new
 
+    containers: dict[int, Any] = {}  # that two modules share, or that hold themselves
+
+    def attribute(value: Any) -> Any:
+        """Copy the containers in an attribute, and replace what it reaches of the original model by its copy."""
+        if isinstance(value, nn.Module):
+            return modules.get(id(value), value)
+        if isinstance(value, nn.Parameter):
+            return parameters.get(id(value), value)
+        if type(value) is torch.Tensor and dtype == torch.float64:
+            return convert(value)  # in half precision, a tensor that is no buffer may be meant to stay in float32
+        if isinstance(value, MethodType):
+            return MethodType(value.__func__, attribute(value.__self__))
+        if type(value) is tuple:
+            return tuple(map(attribute, value))
+        if isinstance(value, (dict, list, set)) and id(value) not in containers:
+            container: Any = copy.copy(value)
+            containers[id(value)] = container
+            pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+            for key, item in pairs:
+                if (replaced := attribute(item)) is not item:
+                    container[key] = replaced
+        return containers.get(id(value), value)
+
     copied = module(model)
     for new in modules.values():
         for name, value in vars(new).items():
-            # A method that was set on an instance is bound to the copy of that instance.
-            if isinstance(value, MethodType) and id(value.__self__) in modules:
-                new.__dict__[name] = MethodType(value.__func__, modules[id(value.__self__)])
+            if name not in ("_parameters", "_buffers", "_modules"):
+                new.__dict__[name] = attribute(value)
     return copied
 
 

@@ -16,6 +16,7 @@ from transformers import LongformerForMultipleChoice, LongformerModel
 from lfx.errors import ExportError, InputError
 from lfx.export import export
 from lfx.export.load import load
+from lfx.export.rewrite import clone
 from lfx.runtime import Batcher, Engine
 from tests.marks import fast_if
 from tests.models import ONE_LAYER, save_tiny_checkpoint, tiny_model
@@ -501,3 +502,80 @@ def test_a_layer_that_was_never_run_is_refused(tmp_path: Path) -> None:
     module.extra = nn.LazyLinear(4)
     with pytest.raises(ExportError, match=r"extra\.weight has no shape yet; run the module once"):
         export(module, tmp_path / "out")
+
+
+class _Referring(Wrapped):
+    """Reaches a layer by another attribute than the one that it is registered by."""
+
+    def __init__(self, refer: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+        self.layer.register_forward_hook(self.rotate)
+        self.turn = nn.Linear(32, 32)
+        self.matrices = [torch.eye(32).flip(0)]  # no buffer
+        self.__dict__["other"] = refer(self)
+
+    def rotate(self, *arguments: Any) -> Any:
+        return self.turn(arguments[-1]) @ self.matrices[0]
+
+    def run(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.layer(hidden)
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        found = self.other
+        while not callable(found):
+            found = next(iter(found.values())) if isinstance(found, dict) else found[0]
+        return found(self.inner(input_ids)[0])
+
+
+REFERENCES = {
+    "attribute": lambda module: module.layer,
+    "list": lambda module: [module.layer],
+    "tuple in a dict": lambda module: {"a": (module.layer,)},
+    "method in a list": lambda module: [module.run],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("refer", REFERENCES.values(), ids=REFERENCES)
+def test_a_module_that_is_reached_by_another_attribute_is_copied_once(refer: Any, dtype: torch.dtype) -> None:
+    module = _Referring(refer).eval()
+    copied = clone(module, dtype)
+    with torch.inference_mode():
+        actual, expected = copied(IDS), module(IDS)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.float(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_module_that_is_reached_by_a_list_is_exported(tmp_path: Path) -> None:
+    module = _Referring(REFERENCES["list"]).eval()
+    same(module, export(module, tmp_path / "out"))
+
+
+def test_a_dict_that_two_modules_share_is_shared_by_their_copies(tmp_path: Path) -> None:
+    class Writer(nn.Module):
+        def __init__(self, shared: dict[str, Any]) -> None:
+            super().__init__()
+            self.shared = shared
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            self.shared["largest"] = hidden.amax(dim=1, keepdim=True)
+            return hidden
+
+    class Reader(Writer):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden + self.shared["largest"]
+
+    class Sharing(Wrapped):
+        def __init__(self) -> None:
+            super().__init__()
+            shared: dict[str, Any] = {}
+            self.writer, self.reader = Writer(shared), Reader(shared)
+
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            return self.reader(self.writer(self.inner(input_ids)[0]))
+
+    module = Sharing().eval()
+    with torch.inference_mode():
+        module(IDS[:, :7])  # what this writes is not what the bundle reads
+    same(module, export(module, tmp_path / "out"))
