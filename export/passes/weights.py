@@ -23,12 +23,11 @@ def transpose_weights(model: ir.Model) -> bool:
         tensor = weight.const_value
         if tensor is None or len(tensor.shape) != 2:
             continue
-        uses = [use for use in weight.uses() if use.node.graph is model.graph and _swaps_axes(use.node)]
-        gemms = [use for use in weight.uses() if use.node.graph is model.graph and _reads_transposed(*use)]
-        others = [use.node for use in weight.uses() if use not in (*uses, *gemms)]
+        swapped = [use for use in weight.uses() if use.node.graph is model.graph and _is_swapped(*use)]
+        others = [use.node for use in weight.uses() if use not in swapped]
         rows, columns = tensor.shape.numpy()
-        is_moved = bool(uses) and not gemms and not others
-        is_copied = bool(uses or gemms) and rows == columns and any(node.op_type != "Gather" for node in others)
+        is_moved = not others and any(node.op_type == "Transpose" for node, _ in swapped)
+        is_copied = bool(swapped) and rows == columns and any(node.op_type != "Gather" for node in others)
         if not is_moved and not is_copied:
             continue
         name = f"{weight.name}.T" if is_moved else f"{weight.name}.transposed"
@@ -43,12 +42,13 @@ def transpose_weights(model: ir.Model) -> bool:
             const_value=ir.LazyTensor(evaluate, dtype=tensor.dtype, shape=ir.Shape((columns, rows)), name=name),
         )
         model.graph.register_initializer(stored)
-        for use in uses:
-            use.node.outputs[0].replace_all_uses_with(stored)
-            model.graph.remove(use.node, safe=True)
-        for node, index in gemms:
-            node.replace_input_with(index, stored)
-            node.attributes["transB"] = ir.AttrInt64("transB", 0)
+        for node, index in swapped:
+            if node.op_type == "Gemm":
+                node.replace_input_with(index, stored)
+                node.attributes["transB"] = ir.AttrInt64("transB", 0)
+            else:
+                node.outputs[0].replace_all_uses_with(stored)
+                model.graph.remove(node, safe=True)
         weights.append(stored)  # which the graph may transpose again
         assert weight.name is not None
         if is_moved:
@@ -57,13 +57,10 @@ def transpose_weights(model: ir.Model) -> bool:
     return changed
 
 
-def _swaps_axes(node: ir.Node) -> bool:
-    """Return whether a node is a Transpose that swaps the two axes of a matrix, as one without `perm` does."""
-    permutation = node.attributes.get("perm")
+def _is_swapped(node: ir.Node, index: int) -> bool:
+    """Return whether a node swaps the two axes of a matrix, its input `index`: a Transpose, or a Gemm with `transB`."""
+    if node.op_type == "Gemm":
+        attribute = node.attributes.get("transB")
+        return index == 1 and attribute is not None and attribute.as_int() == 1
+    permutation = node.attributes.get("perm")  # a Transpose without it swaps them
     return node.op_type == "Transpose" and (permutation is None or list(permutation.as_ints()) == [1, 0])
-
-
-def _reads_transposed(node: ir.Node, index: int) -> bool:
-    """Return whether a node is a Gemm that transposes the second matrix, its input `index`."""
-    attribute = node.attributes.get("transB")
-    return node.op_type == "Gemm" and index == 1 and attribute is not None and attribute.as_int() == 1
