@@ -126,6 +126,11 @@ class PlanManifest:
     plan: dict[str, Any]
     decoder_plan: DecoderPlan | None = None
 
+    @property
+    def has_host_code(self) -> bool:
+        """Whether TensorRT runs code of the plan on the CPU: a version-compatible plan carries its own runtime."""
+        return "VERSION_COMPATIBLE" in self.options.get("flags", [])
+
     def to_dict(self) -> dict[str, Any]:
         """The content of the JSON file, which `lfx inspect --json` prints too."""
         fields = {name: getattr(self, name) for name in _FIELDS}

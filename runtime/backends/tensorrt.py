@@ -45,8 +45,7 @@ class TensorRt:
                 f"{plan} is of flavor {manifest.flavor!r}, which this lfx does not know; build it again"
             )
         trt = require(flavor.module, flavor.extra)
-        compatible = "VERSION_COMPATIBLE" in manifest.options.get("flags", [])
-        if trt.__version__ != manifest.tensorrt_version and not compatible:
+        if trt.__version__ != manifest.tensorrt_version and not manifest.has_host_code:
             raise ArtifactError(
                 f"{plan} was built by {manifest.flavor} {manifest.tensorrt_version}, and {trt.__version__} is "
                 "installed; install that version, or build the plan again with: lfx build-engine"
@@ -66,7 +65,7 @@ class TensorRt:
         if library is not None:
             _load_plugins(trt, library)
         self._runtime = trt.Runtime(logger)
-        if compatible:
+        if manifest.has_host_code:
             self._runtime.engine_host_code_allowed = True
         self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         if self._engine is None:

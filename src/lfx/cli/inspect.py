@@ -124,6 +124,8 @@ def _plan(manifest: PlanManifest) -> Iterator[list[str]]:
     yield ["built from", f"{manifest.bundle.get('name')} (lfx.json {str(manifest.bundle.get('sha256'))[:12]}…)"]
     yield ["TensorRT", f"{manifest.flavor} {manifest.tensorrt_version}"]
     yield ["target", manifest.target]
+    if manifest.has_host_code:
+        yield ["host code", "yes: opening the plan runs code that it carries"]
     for profile in manifest.profiles:
         yield ["profile", str(profile)]
     decoder = manifest.decoder_plan
