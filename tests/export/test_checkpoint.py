@@ -268,6 +268,13 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(folder: Path, name: str) 
         load_tokenizer(str(folder))
 
 
+def test_a_class_of_two_tokenizers_is_refused(folder: Path) -> None:
+    save_wordpieces(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "RagTokenizer"}))
+    with pytest.raises(ExportError, match="RagTokenizer; set another tokenizer_class"):
+        load_tokenizer(str(folder))
+
+
 @pytest.mark.parametrize("name", ["spiece.model", "spm.model", "tokenizer.model", "sentencepiece.bpe.model"])
 def test_vocabularies_of_sentencepiece_are_copied(folder: Path, name: str, tmp_path: Path) -> None:
     (folder / name).write_text("pieces")

@@ -124,6 +124,8 @@ def _plan(manifest: PlanManifest) -> Iterator[list[str]]:
     yield ["built from", f"{manifest.bundle.get('name')} (lfx.json {str(manifest.bundle.get('sha256'))[:12]}…)"]
     yield ["TensorRT", f"{manifest.flavor} {manifest.tensorrt_version}"]
     yield ["target", manifest.target]
+    if "VERSION_COMPATIBLE" in manifest.options.get("flags", []):
+        yield ["host code", "in the plan (--version-compatible): it runs as a program when the plan is opened"]
     for profile in manifest.profiles:
         yield ["profile", str(profile)]
     decoder = manifest.decoder_plan
