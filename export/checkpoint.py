@@ -29,14 +29,17 @@ CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 Fetch = Callable[[str], Path | None]
 
 _TOKENIZER_BYTES = 256_000_000
-_SETTINGS = "tokenizer_config.json"
+_SETTINGS, _SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+# Arguments of tokenizers in transformers that may be paths or hold them; also those that end in one of _ENDINGS.
+_PATHS = ("entity_vocab", "init_inputs", "merges", "source_spm", "target_spm", "vocab")
+_ENDINGS = ("_file", "_files", "_kwargs")
 _SENTENCEPIECE = ("sentencepiece.bpe.model", "spiece.model", "spm.model", "tokenizer.model")
 _VOCABULARIES = {"tokenizer.json", _SETTINGS, "vocab.json", "vocab.txt", *_SENTENCEPIECE}
 _TOKENIZER = (
     *sorted(_VOCABULARIES),
     "merges.txt",
     "bpe.codes",
-    "special_tokens_map.json",
+    _SPECIAL_TOKENS,
     "added_tokens.json",
     "chat_template.jinja",
 )
@@ -252,9 +255,9 @@ def copy_tokenizer(model: str, folder: Path, fetch: Fetch | None = None) -> bool
     if not sources.keys() & _VOCABULARIES:
         return False
     for name, path in sources.items():
-        if name == _SETTINGS:
-            settings = without_code(read_object(path))
-            kept = {key: value for key, value in settings.items() if not key.endswith(("_file", "_files"))}
+        if name in (_SETTINGS, _SPECIAL_TOKENS):
+            is_kept = _is_no_path if name == _SETTINGS else _is_special_token
+            kept = {key: value for key, value in without_code(read_object(path)).items() if is_kept(key)}
             (folder / name).write_text(json_text(kept), encoding="utf-8")
         elif path.stat().st_size > _TOKENIZER_BYTES:
             raise ExportError(f"{path} has {path.stat().st_size:,} bytes; at most {_TOKENIZER_BYTES:,} are read")
@@ -262,6 +265,16 @@ def copy_tokenizer(model: str, folder: Path, fetch: Fetch | None = None) -> bool
             shutil.copyfile(path, folder / name)
     (folder / CONFIG).write_text(json_text(_tokenizer_keys(fetch)), encoding="utf-8")
     return True
+
+
+def _is_no_path(key: str) -> bool:
+    """Whether a key of tokenizer_config.json is none that may name another file."""
+    return key not in _PATHS and not key.endswith(_ENDINGS)
+
+
+def _is_special_token(key: str) -> bool:
+    """Whether a key of special_tokens_map.json names special tokens; transformers takes any argument from that file."""
+    return key.endswith(("_token", "_tokens"))
 
 
 def _tokenizer_keys(fetch: Fetch) -> dict[str, str]:

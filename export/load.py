@@ -168,6 +168,8 @@ def load_tokenizer(model: str, fetch: checkpoint.Fetch | None = None, *, lower_c
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise ExportError(f"the tokenizer of {model} cannot be loaded: {_flat(error)}") from error
+        if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):  # such as RagTokenizer, which holds two
+            raise ExportError(f"the tokenizer of {model} is a {type(tokenizer).__name__}; set another tokenizer_class")
         _refuse_without_words(tokenizer, model)
         if lower_case:
             add_lower_case(tokenizer)

@@ -115,7 +115,7 @@ def list_modules(path: Path) -> list[dict[str, Any]]:
     """Read a modules.json; each module has a path, which is empty or names a folder beside the file.
 
     Raises:
-        ExportError: it cannot be read, or a module lies elsewhere.
+        ExportError: it cannot be read, or a module lies elsewhere, or its class is in a repository of the hub.
     """
     try:
         if path.stat().st_size > _MODULES_BYTES:
@@ -131,6 +131,8 @@ def list_modules(path: Path) -> list[dict[str, Any]]:
         where = module.get("path")
         if not isinstance(where, str) or not re.fullmatch(r"(\w[\w.-]*)?", where, re.ASCII):
             raise ExportError(f"{path}: module {i} has the path {str(where)[:80]!r}; give a folder beside modules.json")
+        if not re.fullmatch(r"[\w.]*", name := str(module.get("type")), re.ASCII):  # such as org/repository--file.Class
+            raise ExportError(f"{path}: module {i} is {name[:80]!r}, which may be code of the hub; name a class")
     return modules
 
 

@@ -18,6 +18,7 @@ from lfx.errors import ArtifactError, InputError, LfxError, one_line
 from lfx.manifest import MANIFEST, Manifest
 from lfx.runtime.artifact import check_bundle, unchanged
 from lfx.runtime.model_card import CARD, MARK, model_card
+from lfx.runtime.signing import read_signature
 
 # A repository's name, and a branch, a tag or a commit after @.
 _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w.-][\w./-]{0,200}))?", re.ASCII)
@@ -96,7 +97,7 @@ def push(
     Returns:
         The address of the commit.
     Raises:
-        ArtifactError: the bundle is broken.
+        ArtifactError: the bundle is broken, or its lfx.json.minisig is no signature.
         InputError: `bundle` is no path, `repository` is no name of a repository, or an option has another type.
         LfxError: the hub refuses, or cannot be reached.
     """
@@ -113,6 +114,8 @@ def push(
     progress("checking the bundle")
     manifest = Manifest.read(folder)
     check_bundle(folder, manifest)
+    path = folder / _SIGNATURE  # no digest covers it, and it may be a link
+    signature = read_signature(path, folder / MANIFEST) if path.is_file() else None
     card = model_card(manifest, repository).encode()
     with _failing(LfxError, f"{repository} cannot be uploaded"):
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -121,8 +124,11 @@ def push(
         progress(f"making the repository {repository}")
         api.create_repo(repository, private=private, exist_ok=True)
         with unchanged(folder, manifest):
-            names = [*manifest.files, MANIFEST, *([_SIGNATURE] if (folder / _SIGNATURE).is_file() else [])]
+            names = [*manifest.files, MANIFEST]
             added = [CommitOperationAdd(name, str((folder / name).resolve())) for name in names]
+            if signature is not None:
+                names.append(_SIGNATURE)
+                added.append(CommitOperationAdd(_SIGNATURE, signature))
             if CARD not in names and _may_write_card(api, repository, revision):
                 added.append(CommitOperationAdd(CARD, card))
             stale = [name for name in _earlier_files(api, repository, revision) if name not in names]

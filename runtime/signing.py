@@ -135,7 +135,7 @@ def check_signature(content: bytes, manifest: Path, key: str | Path, path: Path)
     algorithm, key_id, public_key = _fields(_key_line(key), _KEY_BYTES, "the key")
     if algorithm != _PLAIN:
         raise ArtifactError(f"the key is of the unknown algorithm {algorithm!r}; give a minisign public key")
-    line, comment, global_line = _signature_lines(path, manifest)
+    line, comment, global_line = _signature_lines(read_signature(path, manifest), path)
     algorithm, signing_id, signature = _fields(line, _SIGNATURE_BYTES, f"{path}, line 2,")
     comment_signature = _decode(global_line, len(signature), f"{path}, line 4,")
     if algorithm not in (_PLAIN, _HASHED):
@@ -181,10 +181,21 @@ def _key_line(key: str | Path) -> str:
     return lines[1]
 
 
-def _signature_lines(path: Path, manifest: Path) -> tuple[str, str, str]:
-    """The lines of a signature file: the signature, the trusted comment, and the signature of both."""
+def read_signature(path: Path, manifest: Path) -> bytes:
+    """Read a signature file.
+
+    Raises:
+        ArtifactError: it cannot be read, or has not the form of a minisign signature. The signature is not checked.
+    """
     missing = f"{path} is no file, so there is no signature; sign with: minisign -Sm {manifest}"
-    lines = _lines(_read_file(path, _MAX_SIGNATURE_BYTES, missing, "get it again from the signer"), path)
+    content = _read_file(path, _MAX_SIGNATURE_BYTES, missing, "get it again from the signer")
+    _signature_lines(content, path)
+    return content
+
+
+def _signature_lines(content: bytes, path: Path) -> tuple[str, str, str]:
+    """The lines of a signature file: the signature, the trusted comment, and the signature of both."""
+    lines = _lines(content, path)
     if len(lines) != 4 or not lines[0].startswith(_COMMENT) or not lines[2].startswith(_TRUSTED_COMMENT):
         raise ArtifactError(f"{path} is no minisign signature: it must have four lines, two of them comments")
     return lines[1], lines[2].removeprefix(_TRUSTED_COMMENT), lines[3]

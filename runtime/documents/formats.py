@@ -145,14 +145,44 @@ def _parquet_documents(source: Source, start: int) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         for batch in file.iter_batches(_batch_rows(file.metadata), columns=columns):
-            for i in range(batch.num_rows):
+            stored = _without_own_types(batch)
+            for i in range(stored.num_rows):
                 number += 1
                 if number > start:
-                    yield number, parquet_document(batch, i)
+                    yield number, parquet_document(stored, i)
     except (LfxError, MemoryError):
         raise
     except Exception as error:
         raise InputError(f"{source} cannot be read as Parquet: {one_line(error)}") from error
+
+
+def _without_own_types(batch: Any) -> Any:
+    """Convert columns of extension types that Python code has registered to the types that they are stored as.
+
+    Their conversion to Python types may run code: a value of ray.data.arrow_pickled_object is unpickled.
+
+    Raises:
+        InputError: such a type is inside a nested type.
+    """
+    pyarrow = require("pyarrow", "parquet")
+    for i, name in enumerate(batch.schema.names):
+        column = batch.column(i)
+        while isinstance(column.type, pyarrow.ExtensionType):
+            column = column.storage
+        if (found := _own_type(pyarrow, column.type)) is not None:
+            raise InputError(f"{name} has the extension type {found} inside another type; write it as a plain type")
+        batch = batch.set_column(i, name, column)
+    return batch
+
+
+def _own_type(pyarrow: Any, data_type: Any) -> str | None:
+    """The name of an extension type of Python code inside a type; None if there is none."""
+    if isinstance(data_type, pyarrow.ExtensionType):
+        return str(data_type.extension_name)
+    inner = [data_type.field(i).type for i in range(data_type.num_fields)]
+    if pyarrow.types.is_dictionary(data_type) or pyarrow.types.is_run_end_encoded(data_type):
+        inner.append(data_type.value_type)
+    return next((found for item in inner if (found := _own_type(pyarrow, item)) is not None), None)
 
 
 def _columns(metadata: Any) -> list[int]:

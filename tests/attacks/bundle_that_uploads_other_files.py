@@ -1,4 +1,4 @@
-"""A bundle lists a file outside its folder, or one that is a link into it, so that `lfx push` publishes a secret."""
+"""A bundle lists a file outside its folder, or links its signature to one, so that `lfx push` publishes a secret."""
 
 from __future__ import annotations
 
@@ -23,5 +23,8 @@ def attack(folder: Path) -> str:
             spoiled = {**whole, "files": {**whole["files"], name: entry}}
             (bundle / MANIFEST).write_text(json.dumps(sealed(spoiled)))
             refusal = refused(push, bundle, "org/name")
+        (bundle / MANIFEST).write_text(json.dumps(whole))
+        (bundle / f"{MANIFEST}.minisig").symlink_to(secret)
+        refused(push, bundle, "org/name")
         assert not hub.requests
     return refusal

@@ -1,4 +1,4 @@
-"""A modules.json names a folder outside the checkpoint, whose settings would end up in the bundle."""
+"""A modules.json names a class on the hub, or a folder outside the checkpoint, which would end up in the bundle."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from tests.models import save_tiny_checkpoint
 
 
 def attack(folder: Path) -> str:
-    """The folder is refused, also for the bare model, which has no use for it."""
+    """Both are refused, also for the bare model, which has no use for them."""
     checkpoint = save_tiny_checkpoint(folder / "checkpoint", "sentence-embedding")
+    modules = (checkpoint / "modules.json").read_text()
+    foreign = modules.replace("sentence_transformers.models.Normalize", "someone/repository--file.Normalize")
+    (checkpoint / "modules.json").write_text(foreign)
+    refused(export, checkpoint, folder / "bare", task="feature-extraction")
+    (checkpoint / "modules.json").write_text(modules)
     (checkpoint / "1_Pooling").rename(folder / "secret")
-    modules = json.loads((checkpoint / "modules.json").read_text())
-    modules[1]["path"] = "../secret"
-    (checkpoint / "modules.json").write_text(json.dumps(modules))
+    entries = json.loads(modules)
+    entries[1]["path"] = "../secret"
+    (checkpoint / "modules.json").write_text(json.dumps(entries))
     refused(export, checkpoint, folder / "bare", task="feature-extraction")
     return refused(export, checkpoint, folder / "bundle")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ from click.testing import CliRunner, Result
 from onnx import external_data_helper, numpy_helper
 
 from lfx.checks import parse_json
-from lfx.cli import cli
+from lfx.cli import cli, inspect
 from lfx.cli.parity import run_parity
 from lfx.cli.source import checkpoint_of
 from lfx.errors import InputError
@@ -227,6 +228,13 @@ def _plan(manifest: Manifest, **changes: Any) -> PlanManifest:
         "plan": {},
     }
     return PlanManifest(**{**fields, **changes})
+
+
+def test_inspect_says_that_a_plan_carries_host_code(bundles: Callable[..., Path]) -> None:
+    plan = _plan(Manifest.read(bundles("text-classification")), plan={"bytes": 1})
+    assert "host code" not in dict(inspect.rows(plan))
+    carrying = dataclasses.replace(plan, options={"flags": ["VERSION_COMPATIBLE"]})
+    assert "runs as a program" in dict(inspect.rows(carrying))["host code"]
 
 
 def run_plan(bundle: Path, manifest: PlanManifest, supports_shape: Callable[[int, int], bool], **options: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+from transformers.models.auto import tokenization_auto
 
 from lfx.errors import ExportError, ParityError
 from lfx.export import convert, converter, export, exporter
@@ -268,6 +271,13 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(folder: Path, name: str) 
         load_tokenizer(str(folder))
 
 
+def test_a_class_of_two_tokenizers_is_refused(folder: Path) -> None:
+    save_wordpieces(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "RagTokenizer"}))
+    with pytest.raises(ExportError, match="RagTokenizer; set another tokenizer_class"):
+        load_tokenizer(str(folder))
+
+
 @pytest.mark.parametrize("name", ["spiece.model", "spm.model", "tokenizer.model", "sentencepiece.bpe.model"])
 def test_vocabularies_of_sentencepiece_are_copied(folder: Path, name: str, tmp_path: Path) -> None:
     (folder / name).write_text("pieces")
@@ -281,3 +291,26 @@ def test_a_tokenizer_that_is_no_file_is_refused(folder: Path, make: Callable[[Pa
     make(folder / "tokenizer.json")
     with pytest.raises(ExportError, match="is no file"):
         load_tokenizer(str(folder))
+
+
+@pytest.mark.slow
+def test_no_argument_of_a_tokenizer_that_may_name_a_file_is_copied(tmp_path: Path) -> None:
+    """Enumerates the arguments of all tokenizers in transformers, so that one of a later release is found too."""
+    entries = tokenization_auto.TOKENIZER_MAPPING_NAMES.values()
+    names = {name for entry in entries for name in (entry if isinstance(entry, tuple) else [entry]) if name}
+    classes = [cls for name in names if (cls := tokenization_auto.tokenizer_class_from_name(name)) is not None]
+    makers = {vars(base)["__init__"] for cls in classes for base in cls.__mro__ if "__init__" in vars(base)}
+    parameters = [parameter for make in makers for parameter in inspect.signature(make).parameters.values()]
+    arguments = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    files = {name for name in arguments if re.search("file|vocab|merges|spm|path|folder|dir$|kwargs", name)}
+    files.remove("_spm_precompiled_charsmap")  # a table, and not its path
+    assert {"vocab", "vocab_file", "merges", "entity_vocab", "mecab_kwargs"} <= files
+    checkpoint, copied = tmp_path / "checkpoint", tmp_path / "copied"
+    checkpoint.mkdir()
+    copied.mkdir()
+    (checkpoint / "config.json").write_text('{"model_type": "longformer"}')
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(dict.fromkeys(arguments, "x")))
+    assert copy_tokenizer(str(checkpoint), copied)
+    kept = json.loads((copied / "tokenizer_config.json").read_text()).keys()
+    assert not files & kept
+    assert "unk_token" in kept

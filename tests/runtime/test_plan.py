@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from lfx.cli import inspect
 from lfx.errors import ArtifactError
 from lfx.files import private_folder
 from lfx.manifest import sealed, sha256
@@ -24,7 +23,7 @@ IDS = (TensorSpec("input_ids", "int64", ("batch", "sequence")),)
 SIGNATURE = Signature("LongformerModel", "feature-extraction", "fp32", IDS, (TensorSpec("out", "float32", ()),), (8,))
 
 
-def _write(path: Path, content: bytes, *flags: str) -> None:
+def _write(path: Path, content: bytes) -> None:
     """Write a plan of these bytes and its JSON."""
     path.write_bytes(content)
     PlanManifest(
@@ -39,7 +38,7 @@ def _write(path: Path, content: bytes, *flags: str) -> None:
         bundle={"name": "model", "sha256": "0" * 64},
         source={"model": "model", "kind": "folder", "sha256": "0" * 64},
         quantization={},
-        options={"workspace_bytes": None, "optimization_level": None, "flags": list(flags)},
+        options={"workspace_bytes": None, "optimization_level": None, "flags": []},
         versions={"numpy": "2"},
         conversion={},
         plan={"sha256": sha256(path), "bytes": len(content)},
@@ -156,11 +155,3 @@ def test_json_of_other_types_is_refused(change: dict[str, Any], tmp_path: Path) 
 def test_a_path_that_cannot_exist_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(ArtifactError, match="cannot be opened"):
         PlanManifest.read(Path(name))
-
-
-@pytest.mark.parametrize("flags", [(), ("REFIT",), ("VERSION_COMPATIBLE",)])
-def test_inspect_says_which_plans_carry_code(flags: tuple[str, ...], tmp_path: Path) -> None:
-    plan = tmp_path / "one.plan"
-    _write(plan, b"a plan", *flags)
-    shown = {name for name, _ in inspect.rows(inspect.checked_manifest(plan))}
-    assert ("host code" in shown) == ("VERSION_COMPATIBLE" in flags)

@@ -125,7 +125,7 @@ def _plan(manifest: PlanManifest) -> Iterator[list[str]]:
     yield ["TensorRT", f"{manifest.flavor} {manifest.tensorrt_version}"]
     yield ["target", manifest.target]
     if manifest.has_host_code:
-        yield ["host code", "yes: opening the plan runs code that it carries"]
+        yield ["host code", "in the plan (--version-compatible): it runs as a program when the plan is opened"]
     for profile in manifest.profiles:
         yield ["profile", str(profile)]
     decoder = manifest.decoder_plan
