@@ -289,7 +289,7 @@ class Tokenizer:
         if not isinstance(prompt, str | None):
             raise InputError(f"prompt is {type(prompt).__name__}; give a string, or leave it out")
         if prompt := self.prompt if prompt is None else prompt:
-            text = f"{prompt}{text}"
+            text = prompt + text  # not an f-string, which would format an Enum of strings by its name
             _check_text(text, pair)
         with failing(InputError, "the tokenizer fails on this text", "use the tokenizer that belongs to this model"):
             encoding = self._tokenizer.encode(text, pair)
@@ -310,11 +310,11 @@ class Tokenizer:
 
     def token_texts(self, text: str, pair: str | None = None) -> list[TokenText]:
         """The tokens of `encode` for a text or a pair, each with its characters; raises the errors of `encode`."""
-        encoded = self.encode(text, pair)
+        encoded, prompted = self.encode(text, pair), self.prompt + text
         with failing(InputError, "the tokenizer fails on this text", "use the tokenizer that belongs to this model"):
-            encoding = self._tokenizer.encode(f"{self.prompt}{text}", pair)
+            encoding = self._tokenizer.encode(prompted, pair)
             offsets, sequences = list(encoding.offsets), list(encoding.sequence_ids)
-        sources, ends = (f"{self.prompt}{text}", pair or ""), [0, 0]
+        sources, ends = (prompted, pair or ""), [0, 0]
         texts = []
         for piece, (start, end), sequence in zip(encoded.pieces, offsets, sequences, strict=True):
             if sequence is None:

@@ -10,6 +10,7 @@ from lfx.cli.parity import run_parity
 from lfx.manifest import Manifest
 from lfx.runtime import Engine
 from tests.attacks import make_bundle, refused
+from tests.runtime.hub_server import hub_of_this_process
 
 
 def attack(folder: Path) -> str:
@@ -20,5 +21,8 @@ def attack(folder: Path) -> str:
     manifest.write(bundle)
     shown = {"source": None, "as_json": True}
     sizes = {"lengths": (8,), "batch_sizes": (1,), "rounds": 1, "output": None, "plot": None}
-    refused(run_bench, bundle, Engine, against=("pytorch",), **sizes, **shown)
-    return refused(run_parity, bundle, manifest, Engine, cases="quick", by_layer=False, report=None, **shown)
+    with hub_of_this_process(folder / "cache") as hub:
+        refused(run_bench, bundle, Engine, against=("pytorch",), **sizes, **shown)
+        refusal = refused(run_parity, bundle, manifest, Engine, cases="quick", by_layer=False, report=None, **shown)
+        assert not hub.requests, "it was fetched"
+    return refusal

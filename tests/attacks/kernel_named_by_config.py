@@ -22,7 +22,7 @@ CODE = {
 def attack(folder: Path) -> str:
     """The model is loaded without them, and a bundle of it does not name them either."""
     checkpoint = save_tiny_checkpoint(folder / "checkpoint")
-    (checkpoint / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    (checkpoint / "evil.py").write_text(f"from pathlib import Path\nPath({str(folder / 'ran')!r}).touch()\n")
     config = checkpoint / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **CODE}))
     module, _ = load(str(checkpoint))

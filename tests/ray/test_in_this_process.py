@@ -119,6 +119,21 @@ def test_a_batch_of_a_dataset_gets_the_columns_of_lfx_run(bundle: MakeBundle, tm
         documents(batch.append_column("tokens", batch["key"]))
 
 
+def test_a_column_of_any_type_is_kept(bundle: MakeBundle) -> None:
+    documents = lfx.ray.Documents(str(bundle("text-classification")), threads=1, stride=100)
+    texts = pyarrow.array(["the fox", "quick " * 300])
+    for column in (
+        pyarrow.array(["ab", "c" * 20], pyarrow.string()),
+        pyarrow.array(["ab", "c" * 20], pyarrow.string_view()),
+        pyarrow.array([["ab"], ["c" * 20]], pyarrow.list_(pyarrow.string_view())),
+    ):
+        kept = documents(pyarrow.table({"text": texts, "other": column}))["other"]
+        assert kept.type == column.type
+        assert kept.to_pylist() == [column[0].as_py(), *[column[1].as_py()] * (len(kept) - 1)]
+        assert len(kept) > 2
+    assert documents(pyarrow.table({"text": texts, "other": column}).slice(0, 0)).num_rows == 0
+
+
 class Serve(ModuleType):
     """The functions of `ray.serve` that a deployment calls; documents run one by one."""
 

@@ -7,6 +7,7 @@ import pickle
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -160,6 +161,19 @@ def test_the_default_prompt_is_put_before_each_text_unless_another_is_given(engi
         assert np.array_equal(opened.embed(TEXTS, prompt="lazy "), engine.embed([f"lazy {text}" for text in TEXTS]))
         assert np.array_equal(opened.embed(TEXTS, prompt=""), engine.embed(TEXTS))
         assert Tokenizer(prompted, opened.signature).sha256 != Tokenizer(engine.path, opened.signature).sha256
+
+
+def test_an_enum_of_strings_is_the_text_that_is_its_value(engine: Engine, prompted: Path) -> None:
+    class Word(str, Enum):  # noqa: UP042  a StrEnum is formatted as its value
+        FOX = "the fox"
+        LAZY = "lazy "
+
+    with Engine(prompted, threads=1) as opened:
+        assert np.array_equal(opened.embed([Word.FOX]), engine.embed(["quick the fox"]))
+        assert np.array_equal(opened.embed([Word.FOX], prompt=Word.LAZY), engine.embed(["lazy the fox"]))
+        for folder in (prompted, engine.path):
+            tokenizer = Tokenizer(folder, opened.signature)
+            assert tokenizer.token_texts(Word.FOX) == tokenizer.token_texts("the fox")
 
 
 @pytest.mark.parametrize("prompts", [{}, {"a": "b"}, None])
