@@ -45,11 +45,11 @@ def stream_rows(
         open_runner: called for each `ahead` documents; raises an error if the model is closed by then.
     """
     indices = itertools.count()
-    while chunk := list(itertools.islice(documents, ahead)):
-        sequences = [
-            _prepare_document(document, index, signature, keep_error=keep_errors)
-            for document, index in zip(chunk, indices, strict=False)
-        ]
+    # A document is copied before the next one is read, which may be the same object with new content.
+    while sequences := [
+        _prepare_document(document, index, signature, keep_error=keep_errors)
+        for document, index in zip(itertools.islice(documents, ahead), indices, strict=False)
+    ]:
         yield from open_runner().run_rows(sequences, keep_errors=keep_errors)
 
 

@@ -218,9 +218,7 @@ class TritonModel:
         ids, mask = pad_choices([item.ids for item in encoded], self._signature.pad_token_id)
         if self._signature.has_choices:
             ids, mask = ids[None], mask[None]
-        has_mask = any(spec.name == "attention_mask" for spec in self._signature.inputs)
-        feeds = prepare(ids, mask if has_mask else None, None, self._signature)[0]
-        return _Row(feeds, encoded[0])
+        return _Row(prepare(ids, mask, None, self._signature)[0], encoded[0])
 
     def _encode(self, text: str, pair: str | None, parameters: Mapping[str, Any]) -> Encoded:
         if self._tokenizer is None:

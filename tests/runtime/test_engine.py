@@ -186,6 +186,21 @@ def test_on_error_return_gives_each_sequence_its_outputs_or_its_error(engine: En
     assert engine.run([too_long], on_error="return")[0].args == engine.run([too_long], on_error="return")[0].args
 
 
+@pytest.mark.parametrize("make", [list, np.array])
+def test_stream_takes_an_iterable_that_fills_one_buffer_for_each_document(make: Any, engine: Engine) -> None:
+    documents = [[5, 6, 7, 8], [9, 10, 11, 12], [8, 7, 6, 5]]
+
+    def refill() -> Iterator[Any]:
+        buffer = make(documents[0])
+        for document in documents:
+            buffer[:] = document
+            yield buffer
+
+    for rows in (engine.stream(refill()), engine.stream(refill(), on_error="return")):
+        for row, document in zip(rows, documents, strict=True):
+            assert_same({name: array[None] for name, array in row.items()}, engine.run(document))
+
+
 def test_on_error_return_keeps_the_error_of_an_object_that_cannot_be_read(engine: Engine) -> None:
     class OnAnotherDevice:
         def __array__(self, *_: Any, **__: Any) -> Any:

@@ -72,6 +72,18 @@ def test_an_unexpected_error_is_that_of_its_request_alone(bundle: MakeBundle, mo
     assert replies[3] is unread
 
 
+def test_choices_of_different_lengths_are_refused_by_a_model_without_attention_mask(bundle: MakeBundle) -> None:
+    with Engine(bundle("multiple-choice"), threads=1) as engine:
+        inputs = tuple(spec for spec in engine.signature.inputs if spec.name != "attention_mask")
+        engine.signature = replace(engine.signature, inputs=inputs)
+        model = TritonModel(engine, Tokenizer(bundle("multiple-choice"), engine.signature))
+        choices = np.frombuffer(b"fox\0\0\0\0\0lazy dog", np.uint8).reshape(1, 2, 8)
+        texts = {"text": np.frombuffer(b"the", np.uint8)[None], "choices": choices}
+        (reply,) = model.answer([Request(texts, frozenset({"logits"}))])
+    assert isinstance(reply, InputError)
+    assert "takes no attention_mask" in str(reply)
+
+
 @pytest.mark.parametrize(("name", "task"), [("num_tokens", "feature-extraction"), ("answers", "fill-mask")])
 def test_an_output_with_a_name_of_lfx_is_refused(name: str, task: str, bundle: MakeBundle) -> None:
     signature = Manifest.read(bundle(task)).signature
