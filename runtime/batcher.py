@@ -164,6 +164,7 @@ class Batcher:
         self._pending: deque[_Request] = deque()
         self._running: set[_Request] = set()
         self._changed = threading.Condition()
+        self._submitting: set[int] = set()  # threads that are in `submit`, and may hold the lock of `_changed`
         self._closed = False
         self._broken: BaseException | None = None
         self._forked = False
@@ -211,17 +212,11 @@ class Batcher:
                     f"submit was given {len(sequences)} sequences; submit them one by one, and they run together"
                 )
             request = _Request(sequences[0], arrived, _RequestFuture(), names)
-            with self._changed:
-                if self._broken is not None:
-                    raise LfxError(f"a worker of this Batcher died ({one_line(self._broken)}); make a new one")
-                if self._closed:
-                    raise OverloadError("this Batcher is closed; make a new one")
-                if len(self._pending) >= self._max_pending:
-                    self._drop_cancelled()
-                if len(self._pending) >= self._max_pending:
-                    raise OverloadError(f"{self._max_pending} requests are waiting already; try again later")
-                self._pending.append(request)
-                self._changed.notify()
+            self._submitting.add(threading.get_ident())
+            try:
+                self._add(request)
+            finally:
+                self._submitting.discard(threading.get_ident())
         except LfxError:
             self._engine.metrics.failed()
             raise
@@ -246,18 +241,32 @@ class Batcher:
     def close(self) -> None:
         """Run the pending requests and stop the workers. Calling it again does nothing.
 
-        In a future's callback `close` returns immediately, and the pending requests run after the callback. In a child
-        process it returns immediately.
+        In a future's callback `close` returns immediately, and the pending requests run after the callback; so it does
+        in a signal handler that interrupts a `submit` of the same thread. In a child process it returns immediately.
         """
         if self._forked:
             return
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        # If two workers each closed the other's Batcher in a callback, they would wait for each other.
-        if not isinstance(threading.current_thread(), _Worker):
+        # If two workers each closed the other's Batcher in a callback, they would wait for each other. If a signal
+        # handler closes, its thread may hold the lock that the workers need.
+        if not isinstance(threading.current_thread(), _Worker) and threading.get_ident() not in self._submitting:
             for worker in self._workers:
                 worker.join()
+
+    def _add(self, request: _Request) -> None:
+        with self._changed:
+            if self._broken is not None:
+                raise LfxError(f"a worker of this Batcher died ({one_line(self._broken)}); make a new one")
+            if self._closed:
+                raise OverloadError("this Batcher is closed; make a new one")
+            if len(self._pending) >= self._max_pending:
+                self._drop_cancelled()
+            if len(self._pending) >= self._max_pending:
+                raise OverloadError(f"{self._max_pending} requests are waiting already; try again later")
+            self._pending.append(request)
+            self._changed.notify()
 
     def forked(self) -> None:
         """Set an error on all open requests in a child process, which has no workers."""

@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import hmac
 import json
-import sys
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from lfx.runtime.serve.lines import write_line
 from lfx.runtime.serve.replies import RefusalError, busy, error_reply, unavailable
 from lfx.runtime.serve.service import Service, log_fields
 from lfx.runtime.serve.settings import MAX_BUFFERED_BYTES
@@ -212,7 +212,4 @@ def _log(scope: MutableMapping[str, Any], status: int, seconds: float) -> None:
         "ms": round(seconds * 1000, 3),
         **log_fields.get(),
     }
-    with contextlib.suppress(OSError, ValueError):
-        # In one write: print would write the end of the line apart, and a line of another worker may come between.
-        sys.stderr.write(json.dumps(line) + "\n")
-        sys.stderr.flush()
+    write_line(json.dumps(line))

@@ -9,7 +9,6 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import uvicorn
 
 from lfx.errors import InputError, LfxError, one_line
 from lfx.runtime.serve.app import make_app
+from lfx.runtime.serve.lines import flush_lines
 from lfx.runtime.serve.memory import memory
 from lfx.runtime.serve.protocol import STOP_GRACE_SECONDS, make_protocol
 from lfx.runtime.serve.service import Service
@@ -137,6 +137,7 @@ class Server(uvicorn.Server):
             self.run([sock])
             self.service.close()
         finally:
+            flush_lines()
             if self._watchdog is not None:
                 self._watchdog.cancel()
         if self.failure is not None:
@@ -148,7 +149,7 @@ class Server(uvicorn.Server):
         At a normal exit Python ends that thread when it returns from C++ code, which aborts the process.
         """
         if self._opener is not None and self._opener.is_alive():
-            sys.stderr.flush()
+            flush_lines()
             os._exit(0)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -238,11 +239,11 @@ class Server(uvicorn.Server):
             return
         self.should_exit = True
         self.service.state = "stopping"
-        self._report(f"stopping: {self.service.in_progress} texts are in progress")
         # A batch that is being computed cannot be cancelled, and the process must end.
         self._watchdog = threading.Timer(self._settings.stop_seconds + _EXIT_SECONDS, self._force_exit)
         self._watchdog.daemon = True
         self._watchdog.start()
+        self._report(f"stopping: {self.service.in_progress} texts are in progress")
 
     def _cancel_requests(self) -> None:
         """Cancel the requests in progress; `Gate` replies 503 to their clients."""
@@ -257,7 +258,7 @@ class Server(uvicorn.Server):
 
     def _force_exit(self) -> None:
         self._report(f"the batch in progress did not end within {self._settings.stop_seconds + _EXIT_SECONDS:g} s")
-        sys.stderr.flush()
+        flush_lines()
         os._exit(1)
 
 

@@ -236,11 +236,13 @@ class Service:
             self.in_progress -= count
 
     def close(self) -> None:
-        """Complete the pending requests, and free the models. Cancel first what must not be computed."""
+        """Complete the pending requests, wait for the threads, and free the models.
+
+        Cancel first what must not be computed. The end of the process would wait for the threads too.
+        """
         self.state = "stopping"
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
-        self._answering.shutdown(wait=False, cancel_futures=True)
-        self._generating.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._tokenizing, self._answering, self._generating):
+            executor.shutdown(cancel_futures=True)
         for model in self.models.values():
             model.close()
 

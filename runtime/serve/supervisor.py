@@ -122,7 +122,10 @@ class _Supervisor:
             if worker.replace_at is None:
                 worker.replace_at = self._note_end(worker, status)
             if time.monotonic() >= worker.replace_at:
-                self._workers[i] = self._start(i, early=False, failed_starts=worker.failed_starts)
+                try:
+                    self._workers[i] = self._start(i, early=False, failed_starts=worker.failed_starts)
+                except (OSError, RuntimeError, MemoryError) as error:  # the system gives no file, process or thread
+                    worker.replace_at = self._note_failed_start(worker, f"worker {i} cannot start: {one_line(error)}")
 
     def _note_end(self, worker: _Worker, status: int) -> float:
         """Report the end of a worker, and return the time when another replaces it.
@@ -138,10 +141,14 @@ class _Supervisor:
             return worker.started + _RESTART_SECONDS
         if not self._were_ready:
             raise LfxError(worker.failure or f"worker {worker.number} ended with {reason} before it was ready")
+        failure = f": {worker.failure}" if worker.failure else ""
+        return self._note_failed_start(worker, f"{worker} ended with {reason} before it was ready{failure}")
+
+    def _note_failed_start(self, worker: _Worker, problem: str) -> float:
+        """Report that a replacement of a worker did not start, and return the time of the next one."""
         worker.failed_starts += 1
         pause = _RESTART_SECONDS * (1 << min(worker.failed_starts, _MAX_DOUBLINGS))
-        failure = f": {worker.failure}" if worker.failure else ""
-        self._report(f"{worker} ended with {reason} before it was ready{failure}; a new one starts in {pause:g} s")
+        self._report(f"{problem}; a new one starts in {pause:g} s")
         return time.monotonic() + pause
 
     def _restart_outdated(self) -> None:

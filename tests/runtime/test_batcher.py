@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, wait
 from pathlib import Path
@@ -243,6 +244,25 @@ def test_callbacks_may_close_the_batcher(engine: Engine) -> None:
     assert all(event.wait(LONG) for event in closed)
     with pytest.raises(OverloadError, match="closed"):
         batcher.submit([3, 4])
+
+
+def test_a_signal_handler_may_close_the_batcher_while_its_thread_submits(engine: Engine) -> None:
+    batcher = Batcher(engine, max_delay_ms=0)
+
+    class Interrupted(deque[Any]):
+        def append(self, request: Any) -> None:
+            batcher.close()  # as a handler does that runs at this moment
+            super().append(request)
+
+    batcher._pending = Interrupted()
+    futures: list[Future[Any]] = []
+    submitting = threading.Thread(target=lambda: futures.append(batcher.submit([3, 4])), daemon=True)
+    submitting.start()
+    submitting.join(LONG)
+    assert futures
+    assert futures[0].result(LONG)
+    batcher.close()
+    assert not any(worker.is_alive() for worker in batcher._workers)
 
 
 def test_close_does_not_wait_for_the_delay_after_the_engine_is_closed(bundle: MakeBundle) -> None:

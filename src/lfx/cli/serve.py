@@ -11,7 +11,7 @@ import click
 
 from lfx.cli.engine import add_engine_options
 from lfx.cli.options import MOST_TOKENS, Command, FilePath, FilledText
-from lfx.cli.terminal import echo, echo_json, interrupted
+from lfx.cli.terminal import echo, echo_json, interrupted, printable
 from lfx.errors import LfxError
 
 MOST_SECONDS = 86_400.0
@@ -128,6 +128,7 @@ def _serve(models: tuple[str, ...], tokenizer: Path | None, as_json: bool, optio
     from lfx.runtime.serve import check_installed
 
     check_installed()
+    from lfx.runtime.serve.lines import flush_lines, write_line
     from lfx.runtime.serve.settings import Settings, named_models
 
     if os.environ.get("LFX_API_KEY") == "" and options["api_key"] is None:  # click ignores an empty variable
@@ -138,18 +139,21 @@ def _serve(models: tuple[str, ...], tokenizer: Path | None, as_json: bool, optio
     settings = Settings(named, tokenizer=None if tokenizer is None else str(tokenizer), **options)  # type: ignore[arg-type]
 
     def report(line: str) -> None:
-        echo(line, err=True)
+        write_line(printable(line))
 
     def announce(state: dict[str, Any]) -> None:
         if as_json:
             with contextlib.suppress(OSError, LfxError):  # a script may read the address and close stdout
                 echo_json(state)
 
-    if settings.workers == 1:
-        from lfx.runtime.serve.server import serve
+    try:
+        if settings.workers == 1:
+            from lfx.runtime.serve.server import serve
 
-        serve(settings, report, announce)
-    else:
-        from lfx.runtime.serve.supervisor import supervise
+            serve(settings, report, announce)
+        else:
+            from lfx.runtime.serve.supervisor import supervise
 
-        supervise(settings, report, announce)
+            supervise(settings, report, announce)
+    finally:
+        flush_lines()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import functools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -27,7 +29,7 @@ from lfx.errors import InputError
 from lfx.runtime.serve import supervisor
 from lfx.runtime.serve.server import _accept_queued
 from lfx.runtime.serve.settings import named_models
-from tests.conftest import MakeBundle
+from tests.conftest import MakeBundle, MakeLed
 from tests.marks import fast_if
 from tests.runtime.serve import running
 from tests.runtime.serve.running import WAIT_SECONDS, Command, wait_until
@@ -170,6 +172,60 @@ def test_a_stop_ends_within_its_bound_and_says_so_to_the_clients(model: Path, se
         assert server.wait() == 0
 
 
+@pytest.mark.slow
+def test_a_stop_ends_within_its_bound_while_a_token_is_computed(led_bundle: MakeLed) -> None:
+    code = f"""
+import sys, time
+from lfx.runtime.serve.model import ServedModel
+def generate(*_, **__):
+    print("writing", file=sys.stderr, flush=True)
+    time.sleep(3600)
+ServedModel.generate = generate
+sys.argv = ["lfx", "serve", {str(led_bundle()[1])!r}, "--port", "0", "--json", "--stop-time", "0.5"]
+from lfx.cli import main
+main()
+"""
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    address = [json.loads(process.stdout.readline())["address"] for _ in range(2)][1]
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(httpx.post, f"{address}/generate", json={"inputs": "the fox"}, timeout=WAIT_SECONDS)
+        while process.stderr.readline() != "writing\n":
+            pass
+        process.terminate()
+        assert late.result().status_code == 503
+    try:
+        assert process.wait(WAIT_SECONDS) == 1
+    finally:
+        process.kill()
+    assert "the batch in progress did not end within 5.5 s" in process.stderr.read()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs F_SETPIPE_SZ")
+@fast_if(lambda workers: workers == 1)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_reader_of_stderr_that_stops_reading_holds_up_no_answer_and_no_stop(workers: int, model: Path) -> None:
+    reader, writer = os.pipe()
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
+    command = [sys.executable, "-m", "lfx.cli", "serve", str(model), "--port", "0", "--threads", "1", "--json"]
+    options = ["--log-requests", "--workers", str(workers)]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=writer, text=True)
+    os.close(writer)
+    assert process.stdout is not None
+    try:
+        states = [json.loads(process.stdout.readline()) for _ in range(1 + workers)]
+        address = states[0]["address"]
+        for _ in range(100):  # of some 100 bytes in the log
+            assert httpx.get(f"{address}/health", timeout=WAIT_SECONDS).status_code == 200
+        process.terminate()
+        assert process.wait(WAIT_SECONDS) == 0
+    finally:
+        process.kill()
+        os.close(reader)
+
+
 @fast_if(lambda workers: workers == 1)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_script_may_read_the_address_and_close_stdout(workers: int, model: Path) -> None:
@@ -275,6 +331,24 @@ def test_a_replacement_that_cannot_start_is_tried_again_and_the_others_answer(
     assert server.wait_for("before it was ready").endswith("a new one starts in 4 s")
     assert ask(server.address).status_code == 200
     path.with_name("away").rename(path)
+    server.wait_for("is ready")
+    with server.client() as client:
+        wait_until(lambda: gauge(client, "lfx_ready") == 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit")
+def test_a_replacement_that_the_system_refuses_is_tried_again_and_the_others_answer(
+    replaceable: tuple[Command, Path],
+) -> None:
+    server, _ = replaceable
+    pid, (_, most) = server.process.pid, resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(list(Path(f"/proc/{pid}/fd").iterdir())), most))
+    kill_worker(server, 1)
+    refused = server.wait_for("cannot start")
+    assert refused == "worker 1 cannot start: [Errno 24] Too many open files; a new one starts in 2 s"
+    assert ask(server.address).status_code == 200
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, most))
     server.wait_for("is ready")
     with server.client() as client:
         wait_until(lambda: gauge(client, "lfx_ready") == 2)
