@@ -115,7 +115,9 @@ def _write_settings(tokenizer: Any, path: Path) -> None:
     if not path.exists():
         return
     tokenizer, saved = getattr(tokenizer, "tokenizer", tokenizer), read_object(path)
-    values = {name: type(default)(getattr(tokenizer, name, default)) for name, default in _SETTINGS.items()}
+    values = {
+        name: type(default)(getattr(tokenizer, name, saved.get(name, default))) for name, default in _SETTINGS.items()
+    }
     changed = {name: value for name, value in values.items() if saved.get(name, _SETTINGS[name]) != value}
     if changed:
         _write(path, {**saved, **changed})

@@ -268,12 +268,13 @@ def is_causal(model: nn.Module) -> bool:
 def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Copy the modules and buffers of `model`, in eval mode; the parameters are shared.
 
-    Floating-point parameters of another dtype than `dtype` are converted. In other attributes containers are copied,
-    and modules, parameters and methods are those of the copy; copy.deepcopy would fail on modules with attributes that
-    cannot be pickled, such as rotary_embedding_torch's.
+    Floating-point parameters of another dtype than `dtype` are converted. In other attributes dicts, lists, sets and
+    tuples are copied, and modules, parameters, buffers and methods in them are those of the copy; copy.deepcopy would
+    fail on modules with attributes that cannot be pickled, such as rotary_embedding_torch's.
     """
     parameters: dict[int, nn.Parameter] = {}
     modules: dict[int, nn.Module] = {}
+    copies: dict[int, Any] = {}  # of tensors that are no parameters, and of containers
 
     def convert(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
@@ -303,12 +304,10 @@ def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         for name, weight in original._parameters.items():
             new._parameters[name] = None if weight is None else parameter(weight)
         for name, buffer in original._buffers.items():
-            new._buffers[name] = None if buffer is None else convert(buffer).clone()
+            new._buffers[name] = None if buffer is None else copies.setdefault(id(buffer), convert(buffer).clone())
         for name, child in original._modules.items():
             new._modules[name] = None if child is None else module(child)
         return new
-
-    containers: dict[int, Any] = {}  # that two modules share, or that hold themselves
 
     def attribute(value: Any) -> Any:
         """Copy the containers in an attribute, and replace what it reaches of the original model by its copy."""
@@ -316,20 +315,28 @@ def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             return modules.get(id(value), value)
         if isinstance(value, nn.Parameter):
             return parameters.get(id(value), value)
-        if type(value) is torch.Tensor and dtype == torch.float64:
-            return convert(value)  # in half precision, a tensor that is no buffer may be meant to stay in float32
         if isinstance(value, MethodType):
             return MethodType(value.__func__, attribute(value.__self__))
-        if type(value) is tuple:
-            return tuple(map(attribute, value))
-        if isinstance(value, (dict, list, set)) and id(value) not in containers:
+        if id(value) in copies:
+            return copies[id(value)]
+        if type(value) is torch.Tensor and dtype == torch.float64:
+            # In half precision, a tensor that is no buffer may be meant to stay in float32.
+            copies[id(value)] = convert(value)
+        elif type(value) is tuple:
+            copies[id(value)] = tuple(map(attribute, value))
+        elif isinstance(value, tuple) and hasattr(value, "_make"):  # a named tuple
+            copies[id(value)] = value._make(map(attribute, value))
+        elif isinstance(value, (dict, list, set)):
             container: Any = copy.copy(value)
-            containers[id(value)] = container
-            pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-            for key, item in pairs:
+            copies[id(value)] = container  # before its items, which may hold it
+            if isinstance(value, set):
+                container.clear()
+                container.update(map(attribute, value))
+                return container
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 if (replaced := attribute(item)) is not item:
                     container[key] = replaced
-        return containers.get(id(value), value)
+        return copies.get(id(value), value)
 
     copied = module(model)
     for new in modules.values():

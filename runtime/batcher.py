@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from types import TracebackType
@@ -164,7 +164,7 @@ class Batcher:
         self._pending: deque[_Request] = deque()
         self._running: set[_Request] = set()
         self._changed = threading.Condition()
-        self._submitting: set[int] = set()  # threads that are in `submit`, and may hold the lock of `_changed`
+        self._inside: set[int] = set()  # threads in `submit` or `close`, which a signal handler may interrupt
         self._closed = False
         self._broken: BaseException | None = None
         self._forked = False
@@ -203,23 +203,20 @@ class Batcher:
         """
         self._check_process()
         arrived = time.monotonic()
-        try:
-            signature = self._engine.signature
-            names = None if outputs is None else output_names(signature, outputs)
-            sequences = prepare(ids, attention_mask, global_attention_mask, signature)
-            if len(sequences) != 1:
-                raise InputError(
-                    f"submit was given {len(sequences)} sequences; submit them one by one, and they run together"
-                )
-            request = _Request(sequences[0], arrived, _RequestFuture(), names)
-            self._submitting.add(threading.get_ident())
+        with self._entered():
             try:
+                signature = self._engine.signature
+                names = None if outputs is None else output_names(signature, outputs)
+                sequences = prepare(ids, attention_mask, global_attention_mask, signature)
+                if len(sequences) != 1:
+                    raise InputError(
+                        f"submit was given {len(sequences)} sequences; submit them one by one, and they run together"
+                    )
+                request = _Request(sequences[0], arrived, _RequestFuture(), names)
                 self._add(request)
-            finally:
-                self._submitting.discard(threading.get_ident())
-        except LfxError:
-            self._engine.metrics.failed()
-            raise
+            except LfxError:
+                self._engine.metrics.failed()
+                raise
         return request.future
 
     @property
@@ -241,19 +238,31 @@ class Batcher:
     def close(self) -> None:
         """Run the pending requests and stop the workers. Calling it again does nothing.
 
-        In a future's callback `close` returns immediately, and the pending requests run after the callback; so it does
-        in a signal handler that interrupts a `submit` of the same thread. In a child process it returns immediately.
+        In a future's callback `close` returns immediately, and the pending requests run after the callback. It does so
+        too in a signal handler that interrupts `submit` or `close`, and in a child process.
         """
         if self._forked:
             return
-        with self._changed:
+        with self._entered() as was_inside, self._changed:
             self._closed = True
             self._changed.notify_all()
-        # If two workers each closed the other's Batcher in a callback, they would wait for each other. If a signal
-        # handler closes, its thread may hold the lock that the workers need.
-        if not isinstance(threading.current_thread(), _Worker) and threading.get_ident() not in self._submitting:
+        # If two workers each closed the other's Batcher in a callback, they would wait for each other. A thread that
+        # was inside already may hold a lock that the workers need.
+        if not was_inside and not isinstance(threading.current_thread(), _Worker):
             for worker in self._workers:
                 worker.join()
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[bool]:
+        """Note that this thread is in `submit` or `close`; yields whether it was already, before a signal."""
+        thread = threading.get_ident()
+        was_inside = thread in self._inside
+        self._inside.add(thread)
+        try:
+            yield was_inside
+        finally:
+            if not was_inside:
+                self._inside.discard(thread)
 
     def _add(self, request: _Request) -> None:
         with self._changed:

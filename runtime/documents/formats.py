@@ -169,8 +169,8 @@ def _without_own_types(batch: Any) -> Any:
         column = batch.column(i)
         while isinstance(column.type, pyarrow.ExtensionType):
             column = column.storage
-        if (found := _own_type(pyarrow, column.type)) is not None:
-            raise InputError(f"{name} has the extension type {found} inside another type; write it as a plain type")
+        if (inner := _own_type(pyarrow, column.type)) is not None:
+            raise InputError(f"{name} has the extension type {inner} inside another type; write it as a plain type")
         batch = batch.set_column(i, name, column)
     return batch
 
@@ -182,7 +182,10 @@ def _own_type(pyarrow: Any, data_type: Any) -> str | None:
     inner = [data_type.field(i).type for i in range(data_type.num_fields)]
     if pyarrow.types.is_dictionary(data_type) or pyarrow.types.is_run_end_encoded(data_type):
         inner.append(data_type.value_type)
-    return next((found for item in inner if (found := _own_type(pyarrow, item)) is not None), None)
+    if isinstance(data_type, pyarrow.BaseExtensionType):  # pyarrow's own, such as arrow.opaque, has no fields
+        inner.append(data_type.storage_type)
+    names = (_own_type(pyarrow, item) for item in inner)
+    return next((name for name in names if name is not None), None)
 
 
 def _columns(metadata: Any) -> list[int]:

@@ -1,10 +1,11 @@
-"""Lines on stderr. A thread writes them, so that a reader that has stopped reading holds up no request and no stop."""
+"""Lines on stderr. A thread writes them, so that no request waits for a reader that has stopped reading."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import queue
+import select
 import sys
 import threading
 
@@ -20,8 +21,13 @@ class _Lines:
 
     def write(self, line: str) -> None:
         if self._writer is None:
-            self._writer = threading.Thread(target=self._write_all, name="lfx-stderr", daemon=True)
-            self._writer.start()
+            writer = threading.Thread(target=self._write_all, name="lfx-stderr", daemon=True)
+            try:
+                writer.start()
+            except RuntimeError:  # the system gives no thread now
+                self._dropped += 1
+                return
+            self._writer = writer
         if self._waiting.qsize() < _MAX_WAITING:
             self._waiting.put(line)
         else:
@@ -41,18 +47,23 @@ class _Lines:
                 continue
             dropped, self._dropped = self._dropped, 0
             if dropped:
-                _write(f"{dropped} lines were dropped, since stderr was not read")
+                _write(f"lines dropped: {dropped}")
             _write(line)
 
 
 def _write(line: str) -> None:
-    """Write a line in one write, since workers share stderr.
+    """Write a line, in one write where the stream takes it whole, since workers share stderr.
 
     Not to sys.stderr, whose lock would keep the process from its end while this waits for the reader.
     """
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    data = f"{line}\n".encode(encoding, "backslashreplace")
     with contextlib.suppress(OSError):  # there is no stream left to report it on
-        os.write(2, f"{line}\n".encode(encoding, "backslashreplace"))
+        while data:
+            try:
+                data = data[os.write(2, data) :]
+            except BlockingIOError:  # another process has set the stream to non-blocking
+                select.select([], [2], [])
 
 
 _lines = _Lines()

@@ -135,7 +135,8 @@ class Server(uvicorn.Server):
             self._report(f"takes {self._max_connections} connections, since the system limits open files (ulimit -n)")
         try:
             self.run([sock])
-            self.service.close()
+            with self.capture_signals():  # it waits for threads, and the watchdog must not be cancelled before
+                self.service.close()
         finally:
             flush_lines()
             if self._watchdog is not None:
@@ -235,7 +236,8 @@ class Server(uvicorn.Server):
         """Stop the server; a second signal cancels the requests in progress."""
         if self.should_exit:
             if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._cancel_requests)
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    self._loop.call_soon_threadsafe(self._cancel_requests)
             return
         self.should_exit = True
         self.service.state = "stopping"

@@ -71,12 +71,12 @@ async def predictions(service: Service, data: bytes, name: str | None) -> Respon
     """Answer POST /predict: the labels and scores of a text, best first, or a list of these for a batch."""
     body = await read_body(service, data, PredictRequest)
     model = service.model(name)
-    if model.signature.task != "text-classification" or not answer_outputs(model.signature):
+    if model.signature.task != "text-classification":
+        reason = f"the model {model.name} is no classifier of texts: its task is {model.signature.task}"
+        raise RefusalError(424, reason, "Backend")
+    if not answer_outputs(model.signature):
         outputs = ", ".join(spec.name for spec in model.signature.outputs)
-        reason = (
-            f"the model {model.name} is no classifier of texts: its task is {model.signature.task}, with the outputs "
-            f"{outputs}"
-        )
+        reason = f"the model {model.name} has no output logits of (batch, labels); its outputs are {outputs}"
         raise RefusalError(424, reason, "Backend")
     is_batch = isinstance(body.inputs, list) and any(isinstance(item, list) for item in body.inputs)
     pairs = [_pair(item) for item in (body.inputs if is_batch else [body.inputs])]

@@ -52,6 +52,11 @@ def attack(folder: Path) -> str:
         [(_, document)] = read_documents(plain)
         assert isinstance(document["id"], bytes)
         refusal = refused(lambda: list(read_documents(nested)))
+        if hasattr(pyarrow, "opaque"):  # since pyarrow 19
+            struct = pyarrow.StructArray.from_arrays([values], ["a"])
+            hidden = pyarrow.ExtensionArray.from_storage(pyarrow.opaque(struct.type, "x", "y"), struct)
+            pyarrow.parquet.write_table(pyarrow.table({"text": hidden}), nested)
+            refused(lambda: list(read_documents(nested)))
     finally:
         pyarrow.unregister_extension_type("lfx.tests.object")
     assert not Path("ran").exists(), "the program was run"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -504,6 +504,10 @@ def test_a_layer_that_was_never_run_is_refused(tmp_path: Path) -> None:
         export(module, tmp_path / "out")
 
 
+class _Named(NamedTuple):
+    parts: set[Any]
+
+
 class _Referring(Wrapped):
     """Reaches a layer by another attribute than the one that it is registered by."""
 
@@ -524,7 +528,7 @@ class _Referring(Wrapped):
     def forward(self, input_ids: torch.Tensor) -> Any:
         found = self.other
         while not callable(found):
-            found = next(iter(found.values())) if isinstance(found, dict) else found[0]
+            found = next(iter(found.values() if isinstance(found, dict) else found))
         return found(self.inner(input_ids)[0])
 
 
@@ -533,6 +537,7 @@ REFERENCES = {
     "list": lambda module: [module.layer],
     "tuple in a dict": lambda module: {"a": (module.layer,)},
     "method in a list": lambda module: [module.run],
+    "set in a named tuple": lambda module: _Named({module.layer}),
 }
 
 

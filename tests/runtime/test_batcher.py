@@ -246,22 +246,37 @@ def test_callbacks_may_close_the_batcher(engine: Engine) -> None:
         batcher.submit([3, 4])
 
 
-def test_a_signal_handler_may_close_the_batcher_while_its_thread_submits(engine: Engine) -> None:
-    batcher = Batcher(engine, max_delay_ms=0)
+@pytest.mark.parametrize("interrupted", ["submit", "submit, and submits", "close"])
+def test_a_signal_handler_may_close_the_batcher_while_its_thread_is_inside(interrupted: str, engine: Engine) -> None:
+    batcher, futures, handled = Batcher(engine, max_delay_ms=0), list[Future[Any]](), list[bool]()
+    notify_all = batcher._changed.notify_all
+
+    def handle() -> None:
+        if not handled:
+            handled.append(True)
+            if interrupted == "submit, and submits":
+                futures.append(batcher.submit([5]))
+            batcher.close()
 
     class Interrupted(deque[Any]):
         def append(self, request: Any) -> None:
-            batcher.close()  # as a handler does that runs at this moment
             super().append(request)
+            handle()
 
-    batcher._pending = Interrupted()
-    futures: list[Future[Any]] = []
-    submitting = threading.Thread(target=lambda: futures.append(batcher.submit([3, 4])), daemon=True)
-    submitting.start()
-    submitting.join(LONG)
-    assert futures
-    assert futures[0].result(LONG)
-    batcher.close()
+    def use() -> None:
+        if interrupted == "close":
+            batcher._changed.notify_all = lambda: (handle(), notify_all())[1]  # type: ignore[method-assign]
+        else:
+            batcher._pending = Interrupted()
+            futures.append(batcher.submit([3, 4]))
+        batcher.close()
+
+    using = threading.Thread(target=use, daemon=True)
+    using.start()
+    using.join(LONG)
+    assert handled
+    assert not using.is_alive()
+    assert all(future.result(LONG) for future in futures)
     assert not any(worker.is_alive() for worker in batcher._workers)
 
 

@@ -160,9 +160,9 @@ def _no_gradient(gradient: torch.Tensor, shape: Any) -> NoReturn:
 
 
 def _fake(op: str) -> Callable[..., torch.Tensor]:
-    """A function that gives the output of an op without its numbers: contiguous, with the shape and dtype of the query.
+    """The fake kernel of an op: a contiguous output with the shape, dtype and device of the query, and without data.
 
-    PyTorch calls it also where any tensor is on the device "meta".
+    PyTorch also calls it where any tensor is on the device "meta".
     """
 
     def like_query(query: torch.Tensor, *others: torch.Tensor, **_: Any) -> torch.Tensor:

@@ -58,7 +58,7 @@ def tokens_of(real: torch.Tensor, is_global: torch.Tensor | None, max_global: in
 
 def _checked(is_global: torch.Tensor, most: int) -> torch.Tensor:
     """`is_global`, if no row has more than `most` global tokens; on a GPU checked without waiting for it."""
-    if torch.compiler.is_compiling() or _is_traced() or not is_global.is_cpu:
+    if torch.compiler.is_compiling() or _is_traced() or is_global.is_cuda or is_global.is_meta:
         checked: torch.Tensor = at_most(is_global, most)
         return checked
     if not (is_global.sum(dim=1) <= most).all():
