@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import pickle
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -200,7 +198,7 @@ def test_sixteen_threads_get_the_answers_of_one(bundle: MakeBundle) -> None:
 
 @pytest.mark.full_size
 @pytest.mark.slow
-def test_sixteen_threads_for_a_minute_get_the_answers_of_one(bundle: MakeBundle) -> None:
+def test_sixteen_threads_on_five_engines_get_the_answers_of_one(bundle: MakeBundle) -> None:
     """Half of the threads share one Engine, and the others have one for two of them."""
     folder = bundle()
     random = np.random.default_rng(0)
@@ -208,19 +206,15 @@ def test_sixteen_threads_for_a_minute_get_the_answers_of_one(bundle: MakeBundle)
     with ExitStack() as stack:
         engines = [stack.enter_context(Engine(folder, kernels="fused", threads=2)) for _ in range(5)]
         expected = [engines[0].run(ids)["last_hidden_state"] for ids in inputs]
-        end = time.monotonic() + 60
 
-        def hammer(number: int) -> int:
+        def hammer(number: int) -> None:
             engine = engines[0] if number < 8 else engines[1 + (number - 8) // 2]
-            for count in itertools.count():
-                if time.monotonic() > end:
-                    return count
-                i = (number + count) % len(inputs)
-                np.testing.assert_array_equal(engine.run(inputs[i])["last_hidden_state"], expected[i])
-            raise AssertionError
+            for i in range(number, number + 1000):
+                actual = engine.run(inputs[i % len(inputs)])["last_hidden_state"]
+                np.testing.assert_array_equal(actual, expected[i % len(inputs)])
 
         with ThreadPoolExecutor(16) as pool:
-            assert min(pool.map(hammer, range(16))) > 0
+            list(pool.map(hammer, range(16)))
 
 
 def test_commands_show_what_runs_attention(bundle: MakeBundle, no_library: None) -> None:

@@ -197,7 +197,7 @@ def test_a_module_of_ones_own_with_a_task_gives_one_number_a_sequence(tmp_path: 
         for raw in (False, True):
             reply = post(client, "/predict", {"inputs": "the fox", "raw_scores": raw})
             assert reply.status_code == 424
-            assert "its task is text-classification, with the outputs score" in reply.json()["error"]
+            assert "has no output logits of (batch, labels); its outputs are score" in reply.json()["error"]
 
 
 def test_openai_embeddings_have_openais_form(client: httpx.Client, bundle: MakeBundle) -> None:
