@@ -55,7 +55,7 @@ class Documents:
         if taken := [name for name, _ in results if name in table.column_names]:
             raise InputError(f"the dataset has a column {taken[0]!r}, the name of a result; rename it")
         rows, _ = self._engine.rows(parquet_document(documents, i) for i in range(table.num_rows))
-        lines = [row["line"] for row in rows]
+        lines = pyarrow.array([row["line"] for row in rows], pyarrow.int64())
         kept = [i for i, name in enumerate(table.column_names) if name not in _INPUT_COLUMNS]
         columns = [_taken(table.column(i), lines) for i in kept]
         columns += [pyarrow.array([row.get(name) for row in rows], column_type) for name, column_type in results]
@@ -63,10 +63,11 @@ class Documents:
         return pyarrow.table(columns, pyarrow.schema(fields, table.schema.metadata))
 
 
-def _taken(column: Any, lines: list[int]) -> Any:
+def _taken(column: Any, lines: Any) -> Any:
     """The rows of a column by their indices, of any type: pyarrow's `take` has no kernel for views of strings."""
     pyarrow = require("pyarrow", "ray")
     try:
-        return column.take(pyarrow.array(lines, pyarrow.int64()))
+        return column.take(lines)
     except pyarrow.ArrowNotImplementedError:
-        return pyarrow.chunked_array([chunk for i in lines for chunk in column.slice(i, 1).chunks], column.type)
+        chunks = [chunk for i in lines.to_pylist() for chunk in column.slice(i, 1).chunks]
+        return pyarrow.chunked_array(chunks, column.type)
