@@ -9,7 +9,11 @@ It builds the library for this GPU with nvcc, then
    float32, float16 and bfloat16, on random inputs, with outputs filled with NaN before, against the dense float64
    definition; `tests/plugins/problems.py` derives the tolerance;
 2. runs some of the cases through the plugin's creator and `enqueue`, as TensorRT does, and in a captured CUDA graph;
-3. builds plans with TensorRT and TensorRT-RTX, if installed, and compares them with PyTorch.
+3. compares accelerated models (`lfx.torch`) with the dense float64 definition: called as they are, in a CUDA graph and
+   under torch.compile;
+4. runs bundles on ONNX Runtime's CUDA provider, if installed, with the custom ops and without, and compares them with
+   PyTorch;
+5. builds plans with TensorRT and TensorRT-RTX, if installed, and compares them with PyTorch.
 
 To run it under compute-sanitizer: compute-sanitizer --tool memcheck python -m scripts.gpu_check --quick
 """
@@ -17,27 +21,34 @@ To run it under compute-sanitizer: compute-sanitizer --tool memcheck python -m s
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from lfx.parity import Case, full_cases
 from scripts import record
-from scripts.bench import gpu
+from scripts.bench import gpu, rivals, timing
 from scripts.bench.launch import Kernels, dtype_of, run_banded, run_global
 from tests.plugins.problems import Banded, Global, banded, enqueue_through_creator, global_
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+PARTS = ("kernels", "torch", "onnxruntime", "plans")
+SLOTS = 128  # for the global tokens of a row, where their number is fixed
 Problem = Banded | Global
+Arrays = Mapping[str, np.ndarray]
+Run = Callable[[Arrays], Arrays]
 
 
 def main() -> None:
@@ -46,7 +57,7 @@ def main() -> None:
     parser.add_argument("--headers", type=Path, help="folder of NvInfer.h")
     parser.add_argument("--record", type=Path, default=record.RECORDS / "gpu.jsonl")
     parser.add_argument("--library", type=Path, help="use this library instead of building one")
-    parser.add_argument("--part", choices=("kernels", "plans"), help="default: both")
+    parser.add_argument("--part", choices=PARTS, help="default: all")
     parser.add_argument("--precision", choices=PRECISIONS, help="of the kernels' cases; default: all")
     parser.add_argument("--resume", action="store_true", help="keep the record's rows of other parts and precisions")
     parser.add_argument("--quick", action="store_true", help="check every tenth case only, for compute-sanitizer")
@@ -60,8 +71,14 @@ def main() -> None:
         if options.dry_run:
             print("dry run: nothing was run on a GPU")
             return
-        rows = check(library, problems, options.headers is not None) if options.part != "plans" else []
-        rows += plans() if options.part != "kernels" and not options.quick else []
+        parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+            "kernels": lambda: check(library, problems, options.headers is not None),
+            "torch": lambda: models(library),
+            "onnxruntime": bundles,
+            "plans": plans,
+        }
+        chosen = PARTS if options.part is None else (options.part,)
+        rows = [row for part in chosen if part == "kernels" or not options.quick for row in parts[part]()]
     record.write(options.record, [*(kept(options.record, rows) if options.resume else []), *rows])
     failed = [row for row in rows if not row["passed"]]
     print(f"{len(rows)} rows in {options.record}, {len(failed)} failed")
@@ -187,6 +204,196 @@ def run(kernels: Kernels, library: Path, problem: Problem, way: str, torch: Any)
         assert not enqueue_through_creator(helper, str(library), problem, addresses, out.data_ptr(), workspace, stream)
     torch.cuda.synchronize()
     return np.asarray(out.double().cpu())
+
+
+def models(library: Path) -> list[dict[str, Any]]:
+    """Compare accelerated models with the dense definition; returns a row for each model, precision and way.
+
+    The witness of the tolerance is Hugging Face's model on this GPU, in the same precision.
+    """
+    import torch
+
+    from lfx.export.torch_runners import reference_runner
+    from lfx.torch import accelerate, kernels
+    from tests.models import tiny_led, tiny_model
+
+    about = record.gpu_environment(torch)
+    rows = []
+    fused = kernels.CudaKernels(library)
+    with mock.patch.object(kernels, "_installed", lambda: fused):
+        for name, model in (("Longformer", tiny_model()), ("LED's encoder", tiny_led("LEDModel").encoder)):
+            reference = remembered(reference_runner(model))
+            for precision in PRECISIONS:
+                witness = copy.deepcopy(model).to(timing.DEVICE, dtype_of(precision))
+                fixed = accelerate(copy.deepcopy(witness), max_global=SLOTS)
+                ways = {
+                    "calls": (as_called(accelerate(copy.deepcopy(witness))), some_cases()),
+                    "graph": (in_graph(fixed), some_cases()),
+                    "compiled": (as_called(torch.compile(fixed, fullgraph=True)), some_cases()[-2:]),  # each compiles
+                }
+                for way, (candidate, cases_of_way) in ways.items():
+                    row = {**about, "op": name, "precision": precision, "way": way}
+                    rows.append({**row, **compared(reference, as_called(witness), candidate, precision, cases_of_way)})
+                    print(json.dumps(rows[-1]), flush=True)
+        rows.append({**about, "op": "LED", "precision": "fp32", "way": "generate", **generated()})
+    rows.append({**about, "op": "Longformer", "precision": "fp32", "way": "too many global tokens", **refused(library)})
+    return rows
+
+
+def some_cases() -> list[Case]:
+    """Return every fourth case of the parity suite for the tiny models."""
+    from tests.models import WINDOW
+
+    return full_cases(WINDOW, SLOTS)[::4]
+
+
+def as_called(model: Any) -> Run:
+    """Return a model on the GPU as a function of arrays."""
+    import torch
+
+    def run(inputs: Arrays) -> Arrays:
+        with torch.inference_mode():
+            return on_host(model(**on_device(inputs)))
+
+    return run
+
+
+def in_graph(model: Any) -> Run:
+    """Return a model as a function of arrays, which captures a CUDA graph on other inputs and replays it on these."""
+    import torch
+
+    def run(inputs: Arrays) -> Arrays:
+        tensors = on_device(inputs)
+        held = {name: tensor.roll(1, dims=1) for name, tensor in tensors.items()}
+        with torch.inference_mode():
+            graph, outputs = timing.capture(lambda given: model(**given), [held])
+            for name, tensor in tensors.items():
+                held[name].copy_(tensor)
+            graph.replay()
+            return on_host(outputs[0])
+
+    return run
+
+
+def on_device(inputs: Arrays) -> dict[str, Any]:
+    """Return arrays as tensors on the GPU."""
+    import torch
+
+    return {name: torch.from_numpy(array).to(timing.DEVICE) for name, array in inputs.items()}
+
+
+def on_host(outputs: Any) -> Arrays:
+    """Return a model's tensors as float32 arrays by name."""
+    import torch
+
+    return {name: x.float().cpu().numpy() for name, x in outputs.items() if isinstance(x, torch.Tensor)}
+
+
+def remembered(run: Run) -> Run:
+    """Return a function that runs each of its inputs once."""
+    known: dict[tuple[bytes, ...], Arrays] = {}
+
+    def lookup(inputs: Arrays) -> Arrays:
+        key = tuple(array.tobytes() for array in inputs.values())
+        if key not in known:
+            known[key] = run(inputs)
+        return known[key]
+
+    return lookup
+
+
+def compared(reference: Run, witness: Run, candidate: Run, precision: str, some: Sequence[Case]) -> dict[str, Any]:
+    """Compare a function of a model's inputs with the dense definition; returns the entries of a row."""
+    from lfx.parity import compare, inputs_of
+    from tests.models import VOCAB_SIZE
+
+    started = time.perf_counter()
+    try:
+        report = compare(
+            some,
+            lambda case: inputs_of(case, vocab_size=VOCAB_SIZE, pad_token_id=1),
+            reference=reference,
+            witness=witness,
+            candidate=candidate,
+            precision=precision,
+            layers=2,
+        )
+        result = {"passed": not report.failures(), "failures": report.failures(), "cases": len(some)}
+        result["outputs"] = report.to_dict()["outputs"]
+    except Exception as error:
+        result = {"passed": False, "failures": [f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"]}
+    return {**result, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def generated() -> dict[str, Any]:
+    """Compare the tokens that an accelerated LED generates on the GPU with Hugging Face's on the CPU."""
+    import torch
+
+    from lfx.torch import accelerate
+    from tests.models import VOCAB_SIZE, tiny_led
+
+    model = tiny_led()
+    ids = torch.randint(3, VOCAB_SIZE, (3, 70), generator=torch.Generator().manual_seed(0))
+    options = {
+        "max_new_tokens": 20,
+        "num_beams": 2,
+        "global_attention_mask": (torch.arange(70) < 1).long().repeat(3, 1),
+    }
+    expected = model.generate(ids, **options)
+    options["global_attention_mask"] = options["global_attention_mask"].to(timing.DEVICE)
+    actual = accelerate(model.to(timing.DEVICE)).generate(ids.to(timing.DEVICE), **options).cpu()
+    return {"passed": torch.equal(actual, expected), "cases": len(ids)}
+
+
+def refused(library: Path) -> dict[str, Any]:
+    """Give an accelerated model more global tokens than it has slots, in a process of its own, which cannot go on."""
+    code = (
+        "import sys, torch; from lfx.torch import accelerate, kernels; from tests.models import tiny_model\n"
+        "fused = kernels.CudaKernels(sys.argv[1]); kernels._installed = lambda: fused\n"
+        "model = accelerate(tiny_model().cuda(), max_global=2); ids = torch.full((1, 20), 5, device='cuda')\n"
+        "model(ids, global_attention_mask=torch.ones_like(ids)).last_hidden_state.cpu()\n"
+        "print('it returned')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(library)], check=False, capture_output=True, text=True, cwd=record.ROOT
+    )
+    says_so = "more than max_global=2 global tokens" in done.stderr or "device-side assert" in done.stderr
+    passed = done.returncode != 0 and "it returned" not in done.stdout and says_so
+    return {"passed": passed, "cases": 1, "message": done.stderr.strip().splitlines()[-4:]}
+
+
+def bundles() -> list[dict[str, Any]]:
+    """Run bundles on ONNX Runtime's CUDA provider and compare them with PyTorch; without it, one row that says so."""
+    import torch
+
+    about = record.gpu_environment(torch)
+    if "CUDAExecutionProvider" not in rivals.providers():
+        return [{**about, "op": "bundle", "passed": True, "skipped": "no onnxruntime-gpu on this machine"}]
+    from lfx.export import export
+    from lfx.export.validate import compare_engine
+    from lfx.runtime import Engine
+    from tests.models import tiny_model
+
+    rows = []
+    module = tiny_model()
+    with tempfile.TemporaryDirectory(prefix="lfx-bundles-") as folder:
+        for precision in PRECISIONS:
+            for kernels in ("fused", "function"):
+                row = {**about, "op": "bundle", "precision": precision, "way": kernels}
+                start = time.perf_counter()
+                try:
+                    bundle = Path(folder) / precision
+                    if not bundle.exists():
+                        export(module, bundle, precision=precision)
+                    with Engine(bundle, "onnxruntime", provider="cuda", kernels=kernels) as engine:
+                        report = compare_engine(engine, module, lambda *_: some_cases(), lambda step: None)
+                    row |= {"passed": not report.failures(), "failures": report.failures(), "cases": len(report.rows)}
+                    row["outputs"] = report.to_dict()["outputs"]
+                except Exception as error:
+                    row |= {"passed": False, "failures": [f"{type(error).__name__}: {str(error)[:600]}"]}
+                rows.append({**row, "seconds": round(time.perf_counter() - start, 1)})
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
 
 
 def plans() -> list[dict[str, Any]]:

@@ -6,15 +6,16 @@
     python -m scripts.gpu_day --again                    # tries the steps that have failed or were skipped once more
     python -m scripts.gpu_day --publish                  # copies the finished records to docs/records
 
-The steps run one after another, the most important first, each in a process of its own. Records, logs and the state of
-the steps are in --folder (default build/gpu_day) and are written as the work proceeds. A call that is cut off loses at
-most the case that it was measuring: the next call continues with the same --folder. On another GPU, or after a change
-of the kernels or scripts, all steps begin again.
+The checks run side by side, then the benchmarks one after another, each step in a process of its own. Records, logs and
+the state of the steps are in --folder (default build/gpu_day) and are written as the work proceeds. A call that is cut
+off loses at most the case that it was measuring: the next call continues with the same --folder. On another GPU, or
+after a change of the kernels or scripts, all steps begin again.
 
 The checks, the sanitizers and the cases of the claims come first. How many calls they take depends on the machine: a
 step may take all of its minutes, and leaves out the cases that do not fit into them. Where only the files of one folder
 come back from the machine with the GPU, make it the --folder, copy what came back into it before the next call, and
-build the library elsewhere: --library, with libenqueue.so beside it if --headers is given.
+build the library elsewhere: --library, with libenqueue.so beside it if --headers is given. In a copy without git,
+LFX_COMMIT names the commit for the records.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class Step:
         limits_itself: it has the option --minutes, gets the time that is left, and prints TIME_IS_OVER if it leaves
             something out.
         program: that must be on the PATH; empty: none.
+        record: the file that it writes.
+        alone: it measures times, and nothing else runs beside it.
     """
 
     name: str
@@ -87,11 +90,13 @@ def steps(folder: Path, library: Path, headers: Path | None) -> list[Step]:
 
     return [
         *(Step(f"check {p}", [*check, *into, "--part", "kernels", "--precision", p], 1.5) for p in ("fp16", "bf16")),
+        Step("check torch", [*check, *into, "--part", "torch"], 3),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
         Step("kernels, claims", [*kernels, "--quick"], 5, limits_itself=True),
         Step("model, claims", [*model, "--quick"], 4, limits_itself=True),
         Step("check fp32", [*check, *into, "--part", "kernels", "--precision", "fp32"], 1.5),
+        Step("check onnxruntime", [*check, *into, "--part", "onnxruntime"], 2),
         Step("check plans", [*check, *into, "--part", "plans"], 5),
         Step("model, all", model, 5, limits_itself=True),
         Step("kernels, all", kernels, 60, limits_itself=True),

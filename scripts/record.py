@@ -16,6 +16,7 @@ from lfx.machine import cpu_name, package_versions
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "docs" / "records"
 SOURCES = ("*.py", "*.c", "*.cpp", "*.cu", "*.cuh", "*.h", "*.txt")
+COMMIT_VARIABLE = "LFX_COMMIT"  # names the commit of a copy without git, such as one on a machine with a GPU
 _PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "numpy")
 
 
@@ -74,9 +75,10 @@ def read(name: str) -> list[dict[str, Any]]:
 
 def _date_and_commit() -> dict[str, str]:
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", *SOURCES)
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") + ("+" if changed else "")
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") + ("+" if changed else ""),
+        "commit": os.environ.get(COMMIT_VARIABLE) or commit,
     }
 
 

@@ -33,7 +33,7 @@ def build(folder: Path, headers: Path | None, default_target: str = "sm_80") -> 
     if headers is not None:
         sources += [f"tensorrt/{path.name}" for path in sorted((ROOT / "plugins" / "tensorrt").glob("*.cpp"))]
         sources.append("op_traits.cpp")
-        flags.append(f"-I{headers}")
+        flags += ["-isystem", str(headers)]
         test = [nvcc, "-std=c++17", "-shared", "-Xcompiler", "-fPIC", *flags, "-o", str(folder / "libenqueue.so")]
         subprocess.run([*test, str(ROOT / "tests" / "plugins" / "enqueue.cpp"), "-ldl"], check=True)
     command = [nvcc, "-std=c++17", "-O3", f"-arch={target}", "-lineinfo", "-shared", "-Xcompiler", "-fPIC", *flags]

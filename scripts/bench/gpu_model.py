@@ -7,8 +7,9 @@ The model has 12 layers, hidden size 768, 12 heads, attention_window 512 and ran
 and there is no padding. The time is from ids on the device to last_hidden_state and pooler_output on the device, except
 for lfx-tensorrt and lfx-onnxruntime. All contenders alternate in one process, and the L2 is flushed before each:
 
-    lfx                   our kernels as torch custom ops, the layers compiled, one CUDA graph
+    lfx                   lfx.torch.accelerate, the layers compiled, one CUDA graph
     lfx-eager             the same without torch.compile, one CUDA graph
+    lfx-calls             lfx.torch.accelerate, called as it is, by the host's clock
     flex, flex-eager      FlexAttention instead of our kernels, in the same two variants; it is compiled in both
     lfx-tensorrt          the plan of `build_engine` in lfx.runtime.Engine, from host to host, with both copies
     lfx-onnxruntime       the float16 bundle in lfx.runtime.Engine, on ONNX Runtime's CUDA provider with our custom ops,
@@ -32,19 +33,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+from transformers.models.longformer.modeling_longformer import LongformerLayer, LongformerSelfAttention
 
 from lfx.errors import DependencyError
+from lfx.torch import accelerate, kernels
 from scripts import record
 from scripts.bench import gpu, rivals, timing
 from scripts.bench.band_cases import PEAKS, band_or_global, base_model_flops
 from scripts.bench.gpu import Rows
-from scripts.bench.launch import Kernels, register
 from scripts.bench.timing import Contender
 from scripts.checkpoints import HIDDEN, INTERMEDIATE, LAYERS, WINDOW, base_model
 
@@ -56,32 +58,10 @@ SHAPES = [
 GLOBALS = 1
 MAX_SEQLEN = max(seqlen for seqlen, _ in SHAPES)
 SECONDS_PER_SHAPE, MOST_ROUNDS = 4.0, 50
-OURS = ("lfx", "lfx-eager", "lfx-tensorrt", "lfx-onnxruntime")
-OPS = torch.ops.lfx_bench
+OURS = ("lfx", "lfx-eager", "lfx-calls", "lfx-tensorrt", "lfx-onnxruntime")
 
 
 # ---- the model around another attention ---------------------------------------------------------------------------
-
-
-class KernelAttention(LongformerSelfAttention):  # type: ignore[misc]
-    """Self-attention with our kernels, through the custom ops of launch.register."""
-
-    def forward(self, hidden_states: Any, attention_mask: Any = None, **_: Any) -> tuple[Any]:
-        """Compute the context.
-
-        Args:
-            hidden_states: (B, S, hidden).
-            attention_mask: key_mask (B, S) int32 and global_index (B, G) int32.
-        """
-        key_mask, index = attention_mask
-        query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
-
-        def attend_tokens(folded: Any) -> Any:
-            return OPS.global_attention(folded, hidden_states, key_mask, 1, self.head_dim**-0.5)
-
-        rows = folded_rows(self, hidden_states, index, attend_tokens)
-        window = self.one_sided_attn_window_size
-        return (OPS.banded_attention(query, key, value, key_mask, index, rows, self.num_heads, window),)
 
 
 class FlexAttention(LongformerSelfAttention):  # type: ignore[misc]
@@ -91,7 +71,12 @@ class FlexAttention(LongformerSelfAttention):  # type: ignore[misc]
     attend = staticmethod(flex_attention)
 
     def forward(self, hidden_states: Any, attention_mask: Any = None, **_: Any) -> tuple[Any]:
-        """Compute the context, as KernelAttention does; the input has no padding and no unused slots."""
+        """Compute the context of an input without padding and unused slots.
+
+        Args:
+            hidden_states: (B, S, hidden).
+            attention_mask: key_mask (B, S) int32 and global_index (B, G) int32.
+        """
         key_mask, index = attention_mask
         shape = (self.num_heads, self.head_dim)
         q, k, v = (
@@ -166,11 +151,12 @@ class Whole(nn.Module):
         return hidden, self.model.pooler(hidden)
 
 
-def compile_layers(whole: Whole, backend: str = "inductor") -> Whole:
+def compile_layers(model: nn.Module, backend: str = "inductor") -> nn.Module:
     """Compile each layer for a fixed shape; the layers share one compilation, since only their weights differ."""
-    for layer in whole.model.encoder.layer:
-        layer.compile(dynamic=False, backend=backend)
-    return whole
+    for module in model.modules():
+        if isinstance(module, LongformerLayer):
+            module.compile(dynamic=False, backend=backend)
+    return model
 
 
 def compile_flex() -> Callable[..., Any]:
@@ -207,12 +193,12 @@ def by_row(model: Any, inputs: tuple[Any, Any, Any]) -> Any:
 
 
 def makers(
-    half: Any, exact: Any, kernels: Kernels, shape: tuple[int, int], inputs: tuple[Any, Any, Any], folder: Path
+    half: Any, exact: Any, shape: tuple[int, int], inputs: tuple[Any, Any, Any], folder: Path
 ) -> dict[str, Callable[[], tuple[Contender, Any]]]:
     """Return for each contender a function that makes it, and computes last_hidden_state (B, S, hidden) once."""
 
-    def graph(whole: Whole) -> tuple[Contender, Any]:
-        captured, outputs = timing.capture(lambda tensors: whole(*tensors), [inputs])
+    def graph(run: Callable[..., Any]) -> tuple[Contender, Any]:
+        captured, outputs = timing.capture(lambda tensors: run(*tensors), [inputs])
         outputs[0][0].fill_(float("nan"))
         captured.replay()
         return Contender(captured.replay), outputs[0][0]
@@ -220,9 +206,9 @@ def makers(
     def on_host(model: Any) -> tuple[Contender, Any]:
         return Contender(lambda: eager(model, *inputs), on_host=True), eager(model, *inputs)[0]
 
-    def ours() -> Whole:
-        register(kernels)
-        return Whole(half, KernelAttention, GLOBALS)
+    def ours(change: Callable[[Any], Any] = lambda model: model) -> Callable[..., Any]:
+        model = change(accelerate(copy.deepcopy(half), max_global=GLOBALS))
+        return lambda *tensors: eager(model, *tensors)
 
     def flex(**attributes: Any) -> Whole:
         mask_function = band_or_global(WINDOW, GLOBALS)
@@ -230,8 +216,9 @@ def makers(
         return Whole(half, FlexAttention, GLOBALS, block_masks={WINDOW: mask}, **attributes)
 
     return {
-        "lfx": lambda: graph(compile_layers(ours())),
+        "lfx": lambda: graph(ours(compile_layers)),
         "lfx-eager": lambda: graph(ours()),
+        "lfx-calls": lambda: on_host(accelerate(copy.deepcopy(half))),
         "flex": lambda: graph(compile_layers(flex())),
         "flex-eager": lambda: graph(flex(attend=compile_flex())),
         "lfx-tensorrt": lambda: tensorrt(exact, shape, inputs, folder),
@@ -300,9 +287,7 @@ def skipped(compile_all: bool) -> dict[str, str]:
     return reasons
 
 
-def measure(
-    shape: tuple[int, int], exact: Any, half: Any, kernels: Kernels, folder: Path, compile_all: bool
-) -> dict[str, Any]:
+def measure(shape: tuple[int, int], exact: Any, half: Any, folder: Path, compile_all: bool) -> dict[str, Any]:
     """Measure errors and times of one shape; returns the row of the record."""
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # enough for a compilation per layer, if the layers cannot share one
@@ -312,7 +297,7 @@ def measure(
     witness = float((by_row(half, inputs).float() - expected).abs().max())
     results: dict[str, dict[str, Any]] = {name: {"skipped": text} for name, text in skipped(compile_all).items()}
     contenders: dict[str, Contender] = {}
-    for name, maker in makers(half, exact, kernels, shape, inputs, folder).items():
+    for name, maker in makers(half, exact, shape, inputs, folder).items():
         if name in results:
             continue
         started = time.perf_counter()
@@ -434,17 +419,18 @@ def run(
 ) -> Rows:
     """Measure the shapes on the GPU; see gpu.measure_all."""
     gpu.require()
-    kernels, about = Kernels(library), record.gpu_environment(torch)
+    fused, about = kernels.CudaKernels(library), record.gpu_environment(torch)
     exact = base_model(MAX_SEQLEN).to(timing.DEVICE)
     half = copy.deepcopy(exact).half()
 
     def measure_one(shape: tuple[int, int]) -> dict[str, Any]:
-        return {**about, **measure(shape, exact, half, kernels, folder, compile_all), "gflop": work(shape)}
+        return {**about, **measure(shape, exact, half, folder, compile_all), "gflop": work(shape)}
 
     done = gpu.resumed(path, about) if resume else None
-    return gpu.measure_all(
-        shapes, measure_one, verdicts, deadline, path, done, lambda row: (row["seqlen"], row["batch"])
-    )
+    with mock.patch.object(kernels, "_installed", lambda: fused):
+        return gpu.measure_all(
+            shapes, measure_one, verdicts, deadline, path, done, lambda row: (row["seqlen"], row["batch"])
+        )
 
 
 def dry_run(shapes: list[tuple[int, int]]) -> None:

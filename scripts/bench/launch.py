@@ -1,9 +1,8 @@
-"""The kernels' C interface (plugins/attention.h): parameters, launches on torch tensors, and torch's custom ops."""
+"""The kernels' C interface (plugins/attention.h): parameters, and launches on torch tensors."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -167,44 +166,3 @@ def _launch(function: Any, params: ctypes.Structure, out: Any) -> Any:
     if status:
         raise RuntimeError(f"the launch failed: CUDA error {status}")
     return out
-
-
-_LOADED: list[Kernels] = []
-
-
-def register(kernels: Kernels) -> None:
-    """Define torch.ops.lfx_bench.banded_attention and global_attention, which run `kernels`, for any device.
-
-    torch.compile does not decompose custom ops, and CUDA graphs capture them.
-    """
-    _LOADED.append(kernels)
-    _define_ops()
-
-
-@functools.cache
-def _define_ops() -> None:
-    import torch
-
-    def banded_op(
-        query: Any, key: Any, value: Any, key_mask: Any, index: Any, rows: Any, num_heads: int, window: int
-    ) -> Any:
-        tensors = (x.contiguous() for x in (query, key, value, key_mask, index, rows))
-        inputs = dict(zip(INPUTS, tensors, strict=True))
-        return run_banded(_LOADED[-1], inputs, torch.empty_like(inputs["query"]), num_heads=num_heads, window=window)
-
-    def global_op(query: Any, hidden: Any, key_mask: Any, num_heads: int, scale: float) -> Any:
-        query, hidden, key_mask = (x.contiguous() for x in (query, hidden, key_mask))
-        batch, slots, width = query.shape
-        scratch_bytes = _LOADED[-1].workspace_bytes(batch, slots, num_heads, width // num_heads)
-        workspace = query.new_empty(scratch_bytes, dtype=torch.uint8)
-        inputs = {"query": query, "key": hidden, "value": hidden, "key_mask": key_mask}
-        return run_global(_LOADED[-1], inputs, torch.empty_like(query), workspace, num_heads, scale)
-
-    # Explicit schemas: torch cannot infer them from annotations that are strings.
-    tensors = "Tensor query, Tensor key, Tensor value, Tensor key_mask, Tensor index, Tensor rows"
-    schema = f"({tensors}, int num_heads, int window) -> Tensor"
-    banded_custom = torch.library.custom_op("lfx_bench::banded_attention", banded_op, mutates_args=(), schema=schema)
-    schema = "(Tensor query, Tensor hidden, Tensor key_mask, int num_heads, float scale) -> Tensor"
-    global_custom = torch.library.custom_op("lfx_bench::global_attention", global_op, mutates_args=(), schema=schema)
-    for op in (banded_custom, global_custom):
-        op.register_fake(lambda query, *_: torch.empty_like(query, memory_format=torch.contiguous_format))
