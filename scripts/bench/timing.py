@@ -32,7 +32,25 @@ class Contender:
     on_host: bool = False
 
 
-def capture(run: Callable[[Any], Any], sets: Iterable[Any]) -> tuple[Any, list[Any]]:
+@dataclass
+class Captured:
+    """A CUDA graph, and what it reads: without them PyTorch would give their memory to others.
+
+    Attributes:
+        run: the captured function, which may hold weights and masks.
+        sets: its arguments.
+    """
+
+    graph: Any
+    run: Callable[[Any], Any]
+    sets: list[Any]
+
+    def replay(self) -> None:
+        """Enqueue the graph."""
+        self.graph.replay()
+
+
+def capture(run: Callable[[Any], Any], sets: Iterable[Any]) -> tuple[Captured, list[Any]]:
     """Capture one CUDA graph of run(s) for all s in `sets`, after a warm-up; returns the graph and the outputs.
 
     The outputs stay alive during the capture, so that no two calls write to the same memory.
@@ -50,7 +68,7 @@ def capture(run: Callable[[Any], Any], sets: Iterable[Any]) -> tuple[Any, list[A
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = [run(one) for one in sets]
-    return graph, outputs
+    return Captured(graph, run, sets), outputs
 
 
 def interleaved(contenders: dict[str, Contender], rounds: int, flush: Callable[[], Any]) -> dict[str, list[float]]:
