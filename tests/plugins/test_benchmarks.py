@@ -416,8 +416,8 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, emulated: Kernels) -
     monkeypatch.setattr(timing, "FLUSH_BYTES", 1)
     monkeypatch.setattr(timing, "capture", capture)
     monkeypatch.setattr(record, "gpu_environment", lambda torch: {"gpu": "NVIDIA H200, 1.0"})
+    monkeypatch.setattr(bench, "Kernels", lambda path: emulated)
     for module in (bench, whole):
-        monkeypatch.setattr(module, "Kernels", lambda path: emulated)
         monkeypatch.setattr(module, "MOST_ROUNDS", 5)
     monkeypatch.setattr(bench, "MATMUL", 32)
     monkeypatch.setattr(bench, "COPY_BYTES", 64)
