@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -309,11 +309,11 @@ def _add_bundle(source: _Source, version: Path) -> str:
         for name, file in source.artifact.files.items():
             copy(file, folder / name)
         return f"{BUNDLE}/{source.artifact.path.name}"
-    _add_files(source.path, folder, source.artifact.manifest, source.artifact.manifest.files)
+    _add_files(source.path, folder, source.artifact.manifest.files)
     return BUNDLE
 
 
-def _add_files(bundle: Path, folder: Path, manifest: Manifest, names: Mapping[str, Any] | Sequence[str]) -> None:
+def _add_files(bundle: Path, folder: Path, names: Iterable[str]) -> None:
     for name in (*names, MANIFEST):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -331,8 +331,10 @@ def _add_plan(source: _Source, plan: PlanManifest, version: Path) -> str:
     bundle = source.path.parent / str(plan.bundle["name"])
     if finds_tokenizer(source.path, plan) and bundle.is_dir():
         manifest = Manifest.read(bundle)
-        texts = [name for name in manifest.files if not name.endswith((".onnx", ".onnx.data", ".onnx_data"))]
-        _add_files(bundle, version / bundle.name, manifest, texts)
+        with unchanged(bundle, manifest):
+            # All that is read of it. Python in Triton would find modules in this folder, whose name the plan chooses.
+            texts = [name for name in manifest.files if name.endswith(".json")]
+            _add_files(bundle, version / bundle.name, manifest.verify(bundle, texts))
     return source.path.name
 
 
