@@ -116,7 +116,7 @@ def push(
     check_bundle(folder, manifest)
     path = folder / _SIGNATURE  # no digest covers it, and it may be a link
     signature = read_signature(path, folder / MANIFEST) if path.is_file() else None
-    card = model_card(manifest, repository).encode()
+    card = model_card(manifest, repository).encode(errors="replace")  # the source may be a folder of another encoding
     with _failing(LfxError, f"{repository} cannot be uploaded"):
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 

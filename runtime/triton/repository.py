@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from lfx.runtime.hub import local_path
 from lfx.runtime.loading import COMPUTE_PRECISIONS
 from lfx.runtime.plan import SUFFIX, PlanManifest, json_path, replaced
 from lfx.runtime.ragged import check_cuttable
+from lfx.runtime.text_files import TOKENIZER, text_files, text_folder
 from lfx.runtime.triton.config import Instances, ModelConfig
 from lfx.runtime.triton.requests import MODEL_PARAMETER, finds_tokenizer, input_specs, output_specs
 from lfx.signature import Signature
@@ -132,7 +133,7 @@ class Written:
         folder: its folder in the repository.
         name: its name in Triton.
         plugins: the plugin library that the server has to load; None if it needs none.
-        lacks_tokenizer: whether the model takes no texts, since the tokenizer beside a single ONNX file is not copied.
+        lacks_tokenizer: whether the model takes no texts, since a tokenizer outside of a bundle is not copied.
     """
 
     folder: Path
@@ -180,7 +181,7 @@ def write_model(model: str | Path, repository: str | Path, settings: Settings) -
         raise LfxError(why_unwritten(output, error, _CURE)) from error
     lacks_tokenizer = (
         settings.triton_backend == "python"
-        and not _has_texts(source, settings)
+        and not _has_texts(source, link=settings.link)
         and finds_tokenizer(source.path, source.manifest)
     )
     return Written(target, name, None if plugins is None else target / VERSION / plugins, lacks_tokenizer)
@@ -309,11 +310,11 @@ def _add_bundle(source: _Source, version: Path) -> str:
         for name, file in source.artifact.files.items():
             copy(file, folder / name)
         return f"{BUNDLE}/{source.artifact.path.name}"
-    _add_files(source.path, folder, source.artifact.manifest, source.artifact.manifest.files)
+    _add_files(source.path, folder, source.artifact.manifest.files)
     return BUNDLE
 
 
-def _add_files(bundle: Path, folder: Path, manifest: Manifest, names: Mapping[str, Any] | Sequence[str]) -> None:
+def _add_files(bundle: Path, folder: Path, names: Iterable[str]) -> None:
     for name in (*names, MANIFEST):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -328,11 +329,13 @@ def _add_plan(source: _Source, plan: PlanManifest, version: Path) -> str:
     if PlanManifest.read(added) != plan:  # it may have been replaced since it was opened
         raise replaced(source.path)
     plan.verify(added)
-    bundle = source.path.parent / str(plan.bundle["name"])
-    if finds_tokenizer(source.path, plan) and bundle.is_dir():
+    if _has_texts(source, link=False):
+        bundle = text_folder(source.path, plan)
         manifest = Manifest.read(bundle)
-        texts = [name for name in manifest.files if not name.endswith((".onnx", ".onnx.data", ".onnx_data"))]
-        _add_files(bundle, version / bundle.name, manifest, texts)
+        with unchanged(bundle, manifest):
+            # All that is read of it. Python in Triton would find modules in this folder, whose name the plan chooses.
+            texts = [name for name in manifest.files if name.endswith(".json")]
+            _add_files(bundle, version / bundle.name, manifest.verify(bundle, texts))
     return source.path.name
 
 
@@ -354,10 +357,10 @@ def _write_native(source: _Source, version: Path) -> Path | None:
     return Path(plugin.LIBRARY)
 
 
-def _has_texts(source: _Source, settings: Settings) -> bool:
-    """Whether the model has its tokenizer in Triton. The files beside a single ONNX file are not copied."""
-    is_added = source.manifest is not None or settings.link
-    return is_added and finds_tokenizer(source.path, source.manifest)
+def _has_texts(source: _Source, *, link: bool) -> bool:
+    """Whether the model has its tokenizer in Triton. It is copied only if a bundle lists it."""
+    _, listed = text_files(source.path, source.manifest)
+    return TOKENIZER in (listed or ()) or (link and finds_tokenizer(source.path, source.manifest))
 
 
 def _config(name: str, source: _Source, settings: Settings, parameters: Mapping[str, str]) -> ModelConfig:
@@ -365,7 +368,7 @@ def _config(name: str, source: _Source, settings: Settings, parameters: Mapping[
     inputs, outputs = list(signature.inputs), list(signature.outputs)
     is_python = settings.triton_backend == "python"
     if is_python:
-        has_tokenizer = _has_texts(source, settings)
+        has_tokenizer = _has_texts(source, link=settings.link)
         inputs = input_specs(signature, has_tokenizer=has_tokenizer)
         outputs = output_specs(signature, has_tokenizer=has_tokenizer)
     on_gpu = _on_gpu(source, settings)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -143,19 +143,25 @@ class Manifest:
         fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
         return cls(signature=signature, **fields)
 
-    def verify(self, bundle: Path) -> dict[str, Path]:
+    def verify(self, bundle: Path, names: Collection[str] | None = None) -> dict[str, Path]:
         """Compare every file of the bundle with its digest.
 
+        Args:
+            names: compare these files alone; each is one of `files`.
         Returns:
             Name -> the regular file that was hashed: the file of that name, or the file that a link of that name points
             to.
         Raises:
             ArtifactError: a file is missing, truncated, changed or outside the bundle.
         """
-        if self.model_file not in self.files:
+        if names is None and self.model_file not in self.files:
             raise ArtifactError(f"{bundle / MANIFEST} lists no {self.model_file}; export the model again")
         digests: dict[tuple[int, int], str] = {}  # many names may be links to one large file
-        return {name: self._verified(bundle.resolve(), name, entry, digests) for name, entry in self.files.items()}
+        return {
+            name: self._verified(bundle.resolve(), name, entry, digests)
+            for name, entry in self.files.items()
+            if names is None or name in names
+        }
 
     def _verified(self, bundle: Path, name: str, entry: Mapping[str, Any], digests: dict[tuple[int, int], str]) -> Path:
         path = bundle / name

@@ -89,6 +89,10 @@ def test_a_folder_that_cannot_be_listed_whole_is_refused(tmp_path: Path, monkeyp
     with pytest.raises(InputError, match="loop is a link to a folder that it lies in; remove it"):
         Inputs(str(tmp_path))
     (tmp_path / "loop").unlink()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(InputError, match=r"pipe\.jsonl is no file; remove it"):
+        Inputs(str(tmp_path))
+    (tmp_path / "pipe.jsonl").unlink()
     (tmp_path / "private").mkdir()
     listed = Path.iterdir
 

@@ -212,6 +212,14 @@ def test_names_in_a_card_are_no_markup(bundle: MakeBundle) -> None:
     assert "/home/me" not in card
 
 
+def test_a_bundle_of_a_folder_whose_name_is_not_utf_8_is_pushed(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:
+    source = shutil.copytree(bundle(), tmp_path / "source")
+    manifest = Manifest.read(source)
+    dataclasses.replace(manifest, source={**manifest.source, "model": "/models/mod\udce8le"}).write(source)
+    push(source, NAME)
+    assert b"mod?le as an ONNX model" in hub.repositories[NAME].files["README.md"]
+
+
 def test_a_card_of_the_user_is_kept_and_one_of_lfx_replaced(hub: Hub, bundle: MakeBundle) -> None:
     push(bundle(), NAME)
     files = hub.repositories[NAME].files

@@ -79,7 +79,7 @@ def command(model: Path, repository: Path, as_json: bool, **options: Any) -> Non
         start += f" --backend-config=tensorrt,plugins={written.plugins}"
     if written.lacks_tokenizer:
         echo(
-            "it takes ids and no texts: an ONNX file is copied without its tokenizer; give the bundle, or --link, "
+            "it takes ids and no texts: a tokenizer outside of a bundle is not copied; give the bundle, or --link, "
             "for texts",
             err=True,
         )

@@ -120,8 +120,8 @@ def _walk(root: Path) -> Iterator[Path]:
     """Yield the files of documents in a folder and in those below it, links included, in no order.
 
     Raises:
-        InputError: a folder cannot be read, a link leads nowhere or to a folder that it lies in: documents would be
-            left out.
+        InputError: a folder cannot be read, a link leads nowhere or to a folder that it lies in, or a file of documents
+            is a pipe or a device: documents would be left out.
     """
     pending: list[tuple[Path, tuple[str, ...]]] = [(root, ())]  # folders, each with the real paths of those around it
     while pending:
@@ -143,7 +143,9 @@ def _walk(root: Path) -> Iterator[Path]:
                 if is_link and os.path.realpath(path) in parents:
                     raise InputError(f"{path} is a link to a folder that it lies in; remove it")
                 pending.append((path, parents))
-            elif is_documents(path) and path.is_file():
+            elif is_documents(path):
+                if not path.is_file():
+                    raise InputError(f"{path} is no file; remove it")
                 yield path
 
 

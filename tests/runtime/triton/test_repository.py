@@ -86,6 +86,16 @@ def test_a_single_onnx_file_takes_ids_only(bundle: MakeBundle, tmp_path: Path) -
     assert not write_model(folder / "model.onnx", tmp_path / "models", Settings(name="m")).lacks_tokenizer
 
 
+def test_a_plan_without_its_bundle_takes_ids_only(bundle: MakeBundle, tmp_path: Path) -> None:
+    plan = write_plan(tmp_path)
+    shutil.copy(bundle() / "tokenizer.json", tmp_path)
+    written = write_model(plan, tmp_path / "models", Settings(name="p"))
+    assert '"text"' not in config_of(written.folder)
+    assert written.lacks_tokenizer
+    linked = write_model(plan, tmp_path / "models", Settings(name="p", link=True))
+    assert '"text"' in config_of(linked.folder)
+
+
 def test_a_linked_bundle_is_named_and_not_copied(bundle: MakeBundle, tmp_path: Path) -> None:
     written = write_model(bundle(), tmp_path / "models", Settings(link=True))
     assert names(written.folder) == {"config.pbtxt", "1/model.py"}
