@@ -1,9 +1,13 @@
-"""Adding the context of each attention layer as a graph output, to find the first layer with a wrong result."""
+"""Adding the context of each attention layer as a graph output, to find the first layer with a wrong result.
+
+The few logits of an int8 classifier cannot show a wrong layer, so an int8 graph gets the output of its last layer too.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import onnx
@@ -14,7 +18,10 @@ from lfx.export.functions import DOMAIN
 from lfx.files import link_or_copy
 from lfx.manifest import MODEL
 from lfx.onnx_file import read_header
-from lfx.signature import Signature, TensorSpec
+from lfx.signature import QUANTIZED, Signature, TensorSpec
+
+# Names of the norms at the end of Hugging Face's encoder layers.
+LAYER_END = re.compile(r"(?:^|\.)layers?\.\d+\.(?:output\.LayerNorm|final_layer_norm)$")
 
 
 def layer_name(index: int) -> str:
@@ -28,7 +35,8 @@ def expose_layers(bundle: Path, signature: Signature, folder: Path, model_file: 
     Args:
         model_file: path of the ONNX file in the bundle; of a model that writes texts, the encoder's.
     Returns:
-        The ONNX file; its weights are links. Layer outputs come first, float32 (rows, sequence, hidden).
+        The ONNX file; its weights are links. Layer outputs come first, float32 (rows, sequence, hidden): the contexts,
+        and in int8 the output of the last layer, with the name of its module, unless the graph has that output already.
     Raises:
         ArtifactError: the graph has no attention nodes, because its functions are inlined.
     """
@@ -39,12 +47,14 @@ def expose_layers(bundle: Path, signature: Signature, folder: Path, model_file: 
             f"{bundle} has its functions inlined, so it has no attention nodes to compare; export it without "
             "--inline-functions to compare it by layer"
         )
-    contexts = _contexts(model.graph, nodes)
+    values = {layer_name(i): context for i, context in enumerate(_contexts(model.graph, nodes))}
+    if signature.precision == QUANTIZED:
+        values |= _last_layer(model.graph, nodes[-1])
     shape = ("rows", "sequence", "hidden")
-    specs = [TensorSpec(layer_name(i), "float32", shape) for i in range(len(contexts))]
+    specs = [TensorSpec(name, "float32", shape) for name in values]
     infos = [helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, shape) for spec in specs]
-    for context, spec in zip(contexts, specs, strict=True):
-        cast = helper.make_node("Cast", [context], [spec.name], spec.name, to=TensorProto.FLOAT)
+    for name, value in values.items():
+        cast = helper.make_node("Cast", [value], [name], name, to=TensorProto.FLOAT)
         model.graph.node.append(cast)
     outputs = [*infos, *model.graph.output]
     del model.graph.output[:]
@@ -79,6 +89,18 @@ def _contexts(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> list[str]:
             if len(sources) > 1 and scopes == {_scope(node)}:
                 joined.update(dict.fromkeys(sources, node.output[0]))
     return list(dict.fromkeys(joined.get(name, name) for name in attention))
+
+
+def _last_layer(graph: onnx.GraphProto, attention: onnx.NodeProto) -> dict[str, str]:
+    """Return the module of the norm at the end of an attention node's layer -> the norm's output.
+
+    It is empty if there is no such norm, or several, or if the output is one of the graph's.
+    """
+    layer = re.match(r"(?:.+\.)?layers?\.\d+\.", attention.name)
+    scopes = [(_scope(node), node.output[0]) for node in graph.node if node.op_type == "LayerNormalization"]
+    norms = [norm for norm in scopes if layer and norm[0].startswith(layer[0]) and LAYER_END.search(norm[0])]
+    outputs = {output.name for output in graph.output}
+    return {name: value for name, value in norms if len(norms) == 1 and value not in outputs}
 
 
 def _unsliced(name: str, producers: dict[str, onnx.NodeProto]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lfx.errors import InputError
-from lfx.export.expose_layers import layer_name
+from lfx.export.expose_layers import LAYER_END, layer_name
 from lfx.export.led import GenerationEncoder
 from lfx.export.probe import forward_inputs, granularity, is_unchanged, longest_trial
 from lfx.export.rewrite import attention_layers
@@ -103,7 +103,8 @@ def compare_engine(
         cases: a function of window, max_seqlen and the multiple that lengths must be, such as `parity.full_cases`.
             Cases outside the profile of a plan are left out.
         quantization: the manifest's entry, for an int8 model.
-        by_layer: compare each attention layer too; the engine's file was written by `expose_layers`.
+        by_layer: compare each attention layer too, and in int8 the last layer's output; the engine's file was written
+            by `expose_layers`.
     Raises:
         InputError: all cases are outside the profile of the plan.
     """
@@ -125,16 +126,17 @@ def compare_engine(
         return compare_generation(
             run, decoder.infer, whole, signature, supported, progress, precision, quantization, float_precision=floats
         )
+    parts = [spec.name for spec in signature.outputs if by_layer and LAYER_END.search(spec.name)]
     if quantization:
         precision = QUANTIZED
         part = GenerationEncoder if signature.decoder is not None else lambda model: model
-        witness = int8_runner(whole, quantization, inputs, by_layer=by_layer, part=part)
+        witness = int8_runner(whole, quantization, inputs, by_layer=by_layer, part=part, parts=parts)
     else:
         witness = torch_runner(module, precision, inputs, by_layer=by_layer, attentions=attentions)
     return compare(
         supported,
         lambda case: model_inputs(case, signature),
-        reference=reference_runner(module, inputs, by_layer=by_layer, attentions=attentions),
+        reference=reference_runner(module, inputs, by_layer=by_layer, attentions=attentions, parts=parts),
         witness=witness,
         candidate=engine_runner(engine),
         precision=precision,

@@ -207,6 +207,13 @@ def test_int8_reports_its_loss_of_accuracy(bundles: Callable[..., Path], tmp_pat
     advice = "logits: too few numbers to find every wrong layer; give --by-layer too"
     assert advice not in result.stdout
     assert advice in lfx("parity", folder).stdout
+    # Nothing but the few logits comes after the last attention.
+    part = "longformer.encoder.layer.1.output"
+    changed = spoiled(folder, tmp_path / "spoiled", f"{part}.dense.weight.T_scale", 0.5)
+    assert lfx("parity", changed).exit_code == 0
+    by_layer = lfx("parity", changed, "--by-layer")
+    assert by_layer.exit_code == 1
+    assert f"first out of tolerance: {part}.LayerNorm" in by_layer.stdout
 
 
 def _plan(manifest: Manifest, **changes: Any) -> PlanManifest:
