@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import queue
 import select
 import signal
 import socket
@@ -96,7 +97,8 @@ class Server(uvicorn.Server):
         self._settings, self._report, self._early, self._workers = settings, report, early, workers
         self._when_ready: Callable[[], None] = lambda: None
         self._tasks: list[asyncio.Task[None]] = []
-        self._watchdog: threading.Timer | None = None
+        # An item when the server is asked to stop, and others when it has stopped; a signal handler may put them.
+        self._stops: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._opener: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
@@ -128,19 +130,20 @@ class Server(uvicorn.Server):
         Args:
             when_ready: is called once, when the models are ready.
         Raises:
-            LfxError: a model cannot be opened.
+            LfxError: a model cannot be opened, or the system gives no thread.
         """
         self._when_ready = when_ready
+        start_thread(self._watch, "lfx-watchdog")  # now, since a signal handler must not need a thread
         if self._max_connections < self._settings.max_connections:
             self._report(f"takes {self._max_connections} connections, since the system limits open files (ulimit -n)")
         try:
             self.run([sock])
-            with self.capture_signals():  # it waits for threads, and the watchdog must not be cancelled before
+            with self.capture_signals():  # it waits for threads, and the watchdog must not end before
                 self.service.close()
         finally:
             flush_lines()
-            if self._watchdog is not None:
-                self._watchdog.cancel()
+            for _ in range(2):  # one if the server was asked to stop, two if not
+                self._stops.put(None)
         if self.failure is not None:
             raise self.failure
 
@@ -182,10 +185,9 @@ class Server(uvicorn.Server):
             with contextlib.suppress(RuntimeError):  # the loop was closed: the server stopped meanwhile
                 loop.call_soon_threadsafe(_complete, opened, error)
 
-        # A daemon: the server stops without waiting for a model to be opened.
-        self._opener = threading.Thread(target=load, name="lfx-open", daemon=True)
-        self._opener.start()
         try:
+            # A daemon: the server stops without waiting for a model to be opened.
+            self._opener = start_thread(load, "lfx-open")
             await opened
         except LfxError as error:
             self.failure, self.should_exit = error, True
@@ -241,10 +243,7 @@ class Server(uvicorn.Server):
             return
         self.should_exit = True
         self.service.state = "stopping"
-        # A batch that is being computed cannot be cancelled, and the process must end.
-        self._watchdog = threading.Timer(self._settings.stop_seconds + _EXIT_SECONDS, self._force_exit)
-        self._watchdog.daemon = True
-        self._watchdog.start()
+        self._stops.put(None)
         self._report(f"stopping: {self.service.in_progress} texts are in progress")
 
     def _cancel_requests(self) -> None:
@@ -258,10 +257,31 @@ class Server(uvicorn.Server):
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
-    def _force_exit(self) -> None:
-        self._report(f"the batch in progress did not end within {self._settings.stop_seconds + _EXIT_SECONDS:g} s")
-        flush_lines()
-        os._exit(1)
+    def _watch(self) -> None:
+        """End the process if a stop takes too long: a batch that is being computed cannot be cancelled."""
+        self._stops.get()
+        seconds = self._settings.stop_seconds + _EXIT_SECONDS
+        try:
+            self._stops.get(timeout=seconds)
+        except queue.Empty:
+            self._report(f"the batch in progress did not end within {seconds:g} s")
+            flush_lines()
+            os._exit(1)
+
+
+def start_thread(target: Callable[[], None], name: str) -> threading.Thread:
+    """Start a daemon thread.
+
+    Raises:
+        LfxError: the system gives no thread.
+    """
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        reason = "the limit of processes (ulimit -u, or the container's) is reached; raise it"
+        raise LfxError(f"{name}: {one_line(error)}: {reason}") from error
+    return thread
 
 
 async def _accept_queued(sockets: list[socket.socket]) -> None:

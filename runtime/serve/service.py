@@ -45,6 +45,7 @@ class Service:
         self._answering = ThreadPoolExecutor(1, "lfx-answer")
         # One text is written at a time: each uses all threads of the backend.
         self._generating = ThreadPoolExecutor(1, "lfx-generate")
+        self._executors = (self._tokenizing, self._answering, self._generating)
         self._rendering = asyncio.Lock()
         self.unread_bytes: Callable[[], int] = lambda: 0
 
@@ -54,6 +55,8 @@ class Service:
         Raises:
             LfxError: a model cannot be opened.
         """
+        for executor in self._executors:  # starts its thread, so that no request fails where the system gives none
+            executor.submit(int).result()
         models = {}
         for name, path in self.settings.models.items():
             try:
@@ -241,7 +244,7 @@ class Service:
         Cancel first what must not be computed. The end of the process would wait for the threads too.
         """
         self.state = "stopping"
-        for executor in (self._tokenizing, self._answering, self._generating):
+        for executor in self._executors:
             executor.shutdown(cancel_futures=True)
         for model in self.models.values():
             model.close()

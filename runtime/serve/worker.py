@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,12 @@ def main() -> int:
             return 1
         line += part
     given = json.loads(line)
-    threading.Thread(target=_stop_with_supervisor, daemon=True).start()
     try:
         from lfx.runtime.serve.memory import memory
-        from lfx.runtime.serve.server import Server
+        from lfx.runtime.serve.server import Server, start_thread
         from lfx.runtime.serve.settings import Settings
 
+        start_thread(_stop_with_supervisor, "lfx-supervisor")
         settings = Settings.from_json(given["settings"])
         server = Server(
             settings,

@@ -25,10 +25,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from lfx.errors import InputError
+from lfx.errors import InputError, LfxError
 from lfx.runtime.serve import supervisor
-from lfx.runtime.serve.server import _accept_queued
-from lfx.runtime.serve.settings import named_models
+from lfx.runtime.serve.server import _accept_queued, listen
+from lfx.runtime.serve.settings import Settings, named_models
 from tests.conftest import MakeBundle, MakeLed
 from tests.marks import fast_if
 from tests.runtime.serve import running
@@ -457,6 +457,35 @@ def test_a_start_that_fails_is_one_line(workers: str, model: Path, tmp_path: Pat
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"127.0.0.1:{port} cannot be listened on" in failing(model, "--port", port, "--workers", workers)
+
+
+def refuse_threads(patch: pytest.MonkeyPatch, prefix: str = "") -> None:
+    """Let the system start no thread whose name begins so."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith(prefix):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    patch.setattr(threading.Thread, "start", refuse)
+
+
+def test_requests_and_a_stop_need_no_new_thread(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system may give none: the other processes of a container take threads too."""
+    with running.running({"cls": model}) as started, monkeypatch.context() as patch:
+        refuse_threads(patch)
+        assert ask(started.address).status_code == 200
+        started.server.handle_exit(signal.SIGTERM, None)
+
+
+@pytest.mark.parametrize("name", ["lfx-watchdog", "lfx-open", "lfx-answer"])
+def test_a_start_without_a_thread_is_one_line(name: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_threads(monkeypatch, name)
+    settings = Settings({"cls": str(model)}, port=0, threads=1)
+    server = running.Server(settings, lambda _: None)
+    with listen(settings) as sock, pytest.raises(LfxError, match="can't start new thread"):
+        server.run_on(sock, lambda: None)
 
 
 @fast_if(lambda module: module == "uvicorn")
