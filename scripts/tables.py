@@ -20,7 +20,7 @@ from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.bench import plot
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "plugins").glob("*.md")))
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -474,6 +474,60 @@ def torch() -> str:
     return _rows(header, rows) + note
 
 
+def _gpu(row: dict[str, Any]) -> str:
+    versions = {"torch": row["torch"], **row["versions"]}
+    names = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{row['gpu'].split(',')[0]}, CUDA {row['cuda']}; {names}; {row['date']}"
+
+
+def gpu_model() -> str:
+    """Make the table of the base model on a GPU."""
+    records = [row for row in record.read("gpu_model") if "contenders" in row]
+    names = ("huggingface", "lfx-calls", "flex", "lfx")
+    rows = []
+    for row in records:
+        times = {name: row["contenders"][name]["median_us"] / 1e3 for name in names}
+        error = row["contenders"]["lfx"]["max_error"]
+        cells = [f"{times[name]:.2f} ms" for name in names]
+        cells += [f"**{times['huggingface'] / times['lfx']:.1f}**", f"{error:.1e} / {row['witness_error']:.1e}"]
+        rows.append([f"{row['seqlen']:,}", *cells])
+    header = [
+        "tokens",
+        "Hugging Face, called",
+        "accelerated, called",
+        "FlexAttention in a CUDA graph",
+        "accelerated, in a CUDA graph",
+        "times Hugging Face",
+        "largest error, of Hugging Face's",
+    ]
+    return f"{_rows(header, rows)}\nBase shape, float16, batch 1, one global token. {_gpu(records[0])}.\n"
+
+
+def gpu_kernels() -> str:
+    """Make the table of BandedAttention beside PyTorch's attentions."""
+    records = [row for row in record.read("gpu_kernels") if "contenders" in row]
+    others = ("flex", "flex-64", "sdpa", "huggingface")
+    rows = []
+    for row in records:
+        results = row["contenders"]
+        case = [row["precision"], f"{row['batch']} · {row['heads']}", f"{row['seqlen']:,}"]
+        ratios = [f"{results[n]['times_slower']:.2f}" if "times_slower" in results[n] else "-" for n in others]
+        figures = [f"{results['lfx']['median_us']:,.0f}", f"{row['rates']['tflops']:.0f}"]
+        rows.append([*case, *figures, f"{100 * row['rates']['band_of_matmul']:.0f} %", *ratios])
+    header = ["type", "batch · heads", "tokens", "µs", "useful TFLOP/s", "of a dense product's rate"]
+    header += ["FlexAttention", "FlexAttention, blocks of 64", "SDPA, dense mask", "Hugging Face's chunks"]
+    return f"{_rows(header, rows)}\nThe last four: their time divided by that of lfx. {_gpu(records[0])}.\n"
+
+
+def gpu_claims() -> str:
+    """Make the table of what was claimed of the kernels and of the base model on a GPU, and what was measured."""
+    words = {True: "yes", False: "no", None: "not measured"}
+    records = {name: record.read(name) for name in ("gpu_kernels", "gpu_model")}
+    claims = [row for rows in records.values() for row in rows if "claim" in row]
+    rows = [[row["claim"], words[row["holds"]], row["figure"]] for row in claims]
+    return f"{_rows(['claim', 'holds', 'measured'], rows)}\n{_gpu(records['gpu_kernels'][0])}.\n"
+
+
 def plan() -> str:
     """Make the table that plans a cluster from the records of one Engine, with its arithmetic."""
     rates = {row["seqlen"]: row["contenders"]["lfx-onnxruntime"]["tokens_per_second"] for row in record.read("cpu")}
@@ -569,6 +623,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation": generation,
     "ray": ray,
     "torch": torch,
+    "gpu_model": gpu_model,
+    "gpu_kernels": gpu_kernels,
+    "gpu_claims": gpu_claims,
     "plan": plan,
     "support": support,
 }

@@ -3,6 +3,7 @@
     python -m scripts.bench.gpu_kernels --quick       # the cases of the claims
     python -m scripts.bench.gpu_kernels --minutes 9   # then as many other cases as the time allows
     python -m scripts.bench.gpu_kernels --dry-run     # builds, lists cases and bounds, reads machine code: needs no GPU
+    python -m scripts.bench.gpu_kernels --profile     # only launches the first case's kernel three times, for ncu
 
 For each case it first measures all contenders' errors against float64, on the CUDA graph that is timed, with outputs
 filled with NaN before; ours may be at most twice the error of plain PyTorch operations in the same dtype. Then all
@@ -428,13 +429,19 @@ def verdicts(rows: Rows) -> Rows:
 
 def main() -> None:
     """Build the library, measure all cases and write the record; exits with 1 if an error is out of tolerance."""
-    options = gpu.parser(__doc__, "gpu_kernels").parse_args()
+    parser = gpu.parser(__doc__, "gpu_kernels")
+    parser.add_argument("--profile", action="store_true", help="launch our kernel three times, and measure nothing")
+    options = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lfx-bench-") as folder:
         library = options.library or gpu.build(Path(folder), None, "sm_90")
         print(f"library: {library.name}", flush=True)
         if options.dry_run:
             dry_run(library, cases(options.quick))
+            return
+        if options.profile:
+            gpu.require()
+            launch_for_profile(Kernels(library), cases(quick=True)[0])
             return
         deadline = started + 60 * options.minutes
         rows = run(library, cases(options.quick), deadline, options.record, options.resume)
@@ -465,6 +472,13 @@ def run(library: Path, selected: list[Case], deadline: float, path: Path, resume
 
     done = gpu.resumed(path, about) if resume else None
     return gpu.measure_all(selected, measure_one, verdicts, deadline, path, done, case_of)
+
+
+def launch_for_profile(kernels: Kernels, case: Case) -> None:
+    """Launch our kernel three times."""
+    dtype = dtype_of(case.precision)
+    run, _ = lfx(case, kernels, timing.DEVICE, dtype)
+    run_all(run, 3 * buffer_sets(case, 1, timing.DEVICE, dtype)[:1])
 
 
 def dry_run(library: Path, selected: list[Case]) -> None:
