@@ -12,6 +12,7 @@ import pytest
 
 from lfx.errors import PluginError
 from lfx.runtime import plugin as plugins
+from lfx.torch import kernels
 from scripts.bench.launch import Kernels
 from tests.conftest import MakeOnce
 from tests.plugins import build
@@ -30,9 +31,32 @@ def host_reference() -> Any:
 
 
 @pytest.fixture(scope="session")
-def emulated() -> Kernels:
-    """The kernels' own source, compiled for the emulated machine."""
-    return Kernels(built_once("emulated", emulated_library) / "liblfx_emulated.so")
+def emulated_path() -> Path:
+    """The library of the kernels' own source, compiled for the emulated machine."""
+    return built_once("emulated", emulated_library) / "liblfx_emulated.so"
+
+
+@pytest.fixture(scope="session")
+def emulated(emulated_path: Path) -> Kernels:
+    """Its launch functions."""
+    return Kernels(emulated_path)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes lfx.torch run the installed kernels for a GPU on CPU tensors too; names the parameters of each launch."""
+    names: list[str] = []
+    call = kernels.CudaKernels.call
+
+    def counted(self: kernels.CudaKernels, function: Any, params: ctypes.Structure, device: Any) -> bool:
+        is_supported = call(self, function, params, device)
+        if is_supported:
+            names.append(type(params).__name__)
+        return is_supported
+
+    monkeypatch.setattr(kernels.CudaKernels, "call", counted)
+    monkeypatch.setattr(kernels, "kernels_for", lambda tensor: kernels._installed())
+    return names
 
 
 @pytest.fixture(scope="session")
