@@ -365,12 +365,12 @@ def refused(library: Path) -> dict[str, Any]:
     return {"passed": passed, "cases": 1, "message": done.stderr.strip().splitlines()[-4:]}
 
 
-def bundles() -> list[dict[str, Any]]:
+def bundles(provider: str = "cuda", precisions: Sequence[str] = PRECISIONS) -> list[dict[str, Any]]:
     """Run bundles on ONNX Runtime's CUDA provider and compare them with PyTorch; without it, one row that says so."""
     import torch
 
     about = record.gpu_environment(torch)
-    if "CUDAExecutionProvider" not in rivals.providers():
+    if f"{provider.upper()}ExecutionProvider" not in rivals.providers():
         return [{**about, "op": "bundle", "passed": True, "skipped": "no onnxruntime-gpu on this machine"}]
     from lfx.export import export
     from lfx.export.validate import compare_engine
@@ -380,7 +380,7 @@ def bundles() -> list[dict[str, Any]]:
     rows = []
     module = tiny_model()
     with tempfile.TemporaryDirectory(prefix="lfx-bundles-") as folder:
-        for precision in PRECISIONS:
+        for precision in precisions:
             for kernels in ("fused", "function"):
                 row = {**about, "op": "bundle", "precision": precision, "way": kernels}
                 start = time.perf_counter()
@@ -388,7 +388,7 @@ def bundles() -> list[dict[str, Any]]:
                     bundle = Path(folder) / precision
                     if not bundle.exists():
                         export(module, bundle, precision=precision)
-                    with Engine(bundle, "onnxruntime", provider="cuda", kernels=kernels) as engine:
+                    with Engine(bundle, "onnxruntime", provider=provider, kernels=kernels) as engine:
                         report = compare_engine(engine, module, lambda *_: some_cases(), lambda step: None)
                     row |= {"passed": not report.failures(), "failures": report.failures(), "cases": len(report.rows)}
                     row["outputs"] = report.to_dict()["outputs"]

@@ -30,7 +30,6 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from lfx import reference
 from lfx.errors import DependencyError
 from lfx.torch import accelerate, kernels
-from scripts import record
 from scripts.bench import band_cases, gpu, rivals, sass, timing
 from scripts.bench import gpu_kernels as bench
 from scripts.bench import gpu_model as whole
@@ -399,29 +398,14 @@ def test_straight_runs_of_machine_code() -> None:
 
 
 @pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, emulated: Kernels) -> Path:
+def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, emulated: Kernels, on_cpu: None) -> Path:
     """Both scripts run as on a GPU, on the CPU: graphs are functions called again, events a clock that stands still."""
-
-    def capture(run: Any, sets: Any) -> tuple[Any, list[Any]]:
-        sets = list(sets)
-        outputs = [run(one) for one in sets]
-
-        def replay() -> None:
-            for out, one in zip(outputs, sets, strict=True):
-                for old, new in zip(*((x if isinstance(x, tuple) else (x,)) for x in (out, run(one))), strict=True):
-                    old.copy_(new)
-
-        return SimpleNamespace(replay=replay), outputs
-
     event = SimpleNamespace(record=lambda: None, elapsed_time=lambda end: 1.0)
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(gpu, "require", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
-    monkeypatch.setattr(timing, "DEVICE", "cpu")
     monkeypatch.setattr(timing, "FLUSH_BYTES", 1)
-    monkeypatch.setattr(timing, "capture", capture)
-    monkeypatch.setattr(record, "gpu_environment", lambda torch: {"gpu": "NVIDIA H200, 1.0"})
     monkeypatch.setattr(bench, "Kernels", lambda path: emulated)
     for module in (bench, whole):
         monkeypatch.setattr(module, "MOST_ROUNDS", 5)

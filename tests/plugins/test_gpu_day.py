@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from scripts import gpu_check, gpu_day, record
+from scripts import gpu_day, record
 from scripts.bench import gpu
 from scripts.gpu_day import State, Step
 from tests.marks import first_of_each
@@ -242,15 +242,11 @@ def test_measuring_leaves_out_the_cases_that_are_done(tmp_path: Path, capsys: py
     assert f"{gpu_day.TIME_IS_OVER}: 2 of 3 were not started" in capsys.readouterr().out
 
 
-def test_checks_of_one_precision_keep_the_rows_of_the_others(tmp_path: Path) -> None:
-    path = tmp_path / "gpu.jsonl"
-    shared = {"gpu": "H100", "commit": "abc", "op": "BandedAttention", "way": "launch"}
-    old = [{**shared, "precision": "fp16", "cases": 1}, {**shared, "precision": "fp32", "gpu": "A100"}]
-    assert gpu_check.kept(path, []) == []
-    record.write(path, old)
-    assert gpu_check.kept(path, [{**shared, "precision": "bf16"}]) == old[:1]
-    assert gpu_check.kept(path, [{**shared, "precision": "fp16"}]) == []
-    assert {precision for precision, _ in gpu_check.cases(["bf16"])} == {"bf16"}
+def test_in_a_copy_without_git_a_variable_names_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LFX_COMMIT", "abc1234")
+    assert record.environment()["commit"] == "abc1234"
+    monkeypatch.delenv("LFX_COMMIT")
+    assert record.environment()["commit"] != "abc1234"
 
 
 @pytest.fixture(scope="module")
