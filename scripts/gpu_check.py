@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
+import fcntl
 import importlib.util
 import json
 import os
@@ -80,12 +81,20 @@ def main() -> None:
         }
         chosen = PARTS if options.part is None else (options.part,)
         rows = [row for part in chosen if part == "kernels" or not options.quick for row in parts[part]()]
-    record.write(options.record, [*(kept(options.record, rows) if options.resume else []), *rows])
+    write(options.record, rows, options.resume)
     failed = [row for row in rows if not row["passed"]]
     print(f"{len(rows)} rows in {options.record}, {len(failed)} failed")
     for row in failed[:20]:
         print(json.dumps(row))
     sys.exit(1 if failed else 0)
+
+
+def write(path: Path, rows: list[dict[str, Any]], resume: bool) -> None:
+    """Write the record; other checks, which run side by side with this one, may write theirs to it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        record.write(path, [*(kept(path, rows) if resume else []), *rows])
 
 
 def kept(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

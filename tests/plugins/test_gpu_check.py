@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,3 +128,26 @@ def test_checks_of_one_precision_keep_the_rows_of_the_others(tmp_path: Path) -> 
     assert gpu_check.kept(path, [{**shared, "precision": "bf16"}]) == old[:1]
     assert gpu_check.kept(path, [{**shared, "precision": "fp16"}]) == []
     assert {precision for precision, _ in gpu_check.cases(["bf16"])} == {"bf16"}
+
+
+def test_checks_side_by_side_keep_the_rows_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "records" / "gpu.jsonl"
+    kept, write = gpu_check.kept, record.write
+
+    def while_locked(run: Any) -> Any:
+        def checked(*given: Any) -> Any:
+            with path.with_suffix(".lock").open() as lock, pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return run(*given)
+
+        return checked
+
+    monkeypatch.setattr(gpu_check, "kept", while_locked(kept))
+    monkeypatch.setattr(record, "write", while_locked(write))
+    rows = [{"gpu": "H100", "commit": "abc", "op": "op", "way": str(i)} for i in range(20)]
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(lambda row: gpu_check.write(path, [row], resume=True), rows))
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted(written, key=lambda row: int(row["way"])) == rows
+    gpu_check.write(path, rows[:1], resume=False)
+    assert json.loads(path.read_text()) == rows[0]
