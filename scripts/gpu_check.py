@@ -15,6 +15,8 @@ It builds the library for this GPU with nvcc, then
    PyTorch;
 5. builds plans with TensorRT and TensorRT-RTX, if installed, and compares them with PyTorch.
 
+Checks of different parts and precisions may run side by side with --resume and one record.
+
 To run it under compute-sanitizer: compute-sanitizer --tool memcheck python -m scripts.gpu_check --quick
 """
 
