@@ -15,6 +15,8 @@ It builds the library for this GPU with nvcc, then
    PyTorch;
 5. builds plans with TensorRT and TensorRT-RTX, if installed, and compares them with PyTorch.
 
+Checks of different parts and precisions may run side by side with --resume and one record.
+
 To run it under compute-sanitizer: compute-sanitizer --tool memcheck python -m scripts.gpu_check --quick
 """
 
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
+import fcntl
 import importlib.util
 import json
 import os
@@ -80,12 +83,20 @@ def main() -> None:
         }
         chosen = PARTS if options.part is None else (options.part,)
         rows = [row for part in chosen if part == "kernels" or not options.quick for row in parts[part]()]
-    record.write(options.record, [*(kept(options.record, rows) if options.resume else []), *rows])
+    write(options.record, rows, options.resume)
     failed = [row for row in rows if not row["passed"]]
     print(f"{len(rows)} rows in {options.record}, {len(failed)} failed")
     for row in failed[:20]:
         print(json.dumps(row))
     sys.exit(1 if failed else 0)
+
+
+def write(path: Path, rows: list[dict[str, Any]], resume: bool) -> None:
+    """Write the record; other checks, which run side by side with this one, may write theirs to it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        record.write(path, [*(kept(path, rows) if resume else []), *rows])
 
 
 def kept(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -365,12 +376,12 @@ def refused(library: Path) -> dict[str, Any]:
     return {"passed": passed, "cases": 1, "message": done.stderr.strip().splitlines()[-4:]}
 
 
-def bundles() -> list[dict[str, Any]]:
+def bundles(provider: str = "cuda", precisions: Sequence[str] = PRECISIONS) -> list[dict[str, Any]]:
     """Run bundles on ONNX Runtime's CUDA provider and compare them with PyTorch; without it, one row that says so."""
     import torch
 
     about = record.gpu_environment(torch)
-    if "CUDAExecutionProvider" not in rivals.providers():
+    if f"{provider.upper()}ExecutionProvider" not in rivals.providers():
         return [{**about, "op": "bundle", "passed": True, "skipped": "no onnxruntime-gpu on this machine"}]
     from lfx.export import export
     from lfx.export.validate import compare_engine
@@ -380,7 +391,7 @@ def bundles() -> list[dict[str, Any]]:
     rows = []
     module = tiny_model()
     with tempfile.TemporaryDirectory(prefix="lfx-bundles-") as folder:
-        for precision in PRECISIONS:
+        for precision in precisions:
             for kernels in ("fused", "function"):
                 row = {**about, "op": "bundle", "precision": precision, "way": kernels}
                 start = time.perf_counter()
@@ -388,7 +399,7 @@ def bundles() -> list[dict[str, Any]]:
                     bundle = Path(folder) / precision
                     if not bundle.exists():
                         export(module, bundle, precision=precision)
-                    with Engine(bundle, "onnxruntime", provider="cuda", kernels=kernels) as engine:
+                    with Engine(bundle, "onnxruntime", provider=provider, kernels=kernels) as engine:
                         report = compare_engine(engine, module, lambda *_: some_cases(), lambda step: None)
                     row |= {"passed": not report.failures(), "failures": report.failures(), "cases": len(report.rows)}
                     row["outputs"] = report.to_dict()["outputs"]

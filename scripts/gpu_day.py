@@ -6,16 +6,16 @@
     python -m scripts.gpu_day --again                    # tries the steps that have failed or were skipped once more
     python -m scripts.gpu_day --publish                  # copies the finished records to docs/records
 
-The checks run side by side, then the benchmarks one after another, each step in a process of its own. Records, logs and
-the state of the steps are in --folder (default build/gpu_day) and are written as the work proceeds. A call that is cut
-off loses at most the case that it was measuring: the next call continues with the same --folder. On another GPU, or
-after a change of the kernels or scripts, all steps begin again.
+The checks run side by side, and the benchmarks one after another and alone, each step in a process of its own. Records,
+logs and the state of the steps are in --folder (default build/gpu_day) and are written as the work proceeds. A call
+that is cut off loses at most the checks that were running, or the case that it was measuring: the next call continues
+with the same --folder. On another GPU, or after a change of the kernels or scripts, all steps begin again.
 
-The checks, the sanitizers and the cases of the claims come first. How many calls they take depends on the machine: a
-step may take all of its minutes, and leaves out the cases that do not fit into them. Where only the files of one folder
-come back from the machine with the GPU, make it the --folder, copy what came back into it before the next call, and
-build the library elsewhere: --library, with libenqueue.so beside it if --headers is given. In a copy without git,
-LFX_COMMIT names the commit for the records.
+The checks, the sanitizers and the cases of the claims come first, then the plans and all other cases. How many calls
+they take depends on the machine: a step may take all of its minutes, and leaves out the cases that do not fit into
+them. Where only the files of one folder come back from the machine with the GPU, make it the --folder, copy what came
+back into it before the next call, and build the library elsewhere: --library, with libenqueue.so beside it if --headers
+is given. In a copy without git, LFX_COMMIT names the commit for the records.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -42,6 +43,7 @@ ROOT = record.ROOT
 TIME_IS_OVER = "time is over"
 LEAST_SECONDS = 20.0  # that a step is started with
 MOST_ATTEMPTS = 3  # of a step that is cut off by the end of a call
+PRECISIONS = ("fp16", "bf16", "fp32")
 PACKAGES = ("numpy", "ml_dtypes", "torch", "transformers")  # that the steps cannot do without
 RECORDS = ("gpu.jsonl", "gpu_kernels.jsonl", "gpu_model.jsonl")
 # Runs the command after it, which Linux stops when this process ends, also if it is killed: prctl(PR_SET_PDEATHSIG).
@@ -58,7 +60,6 @@ class Step:
         limits_itself: it has the option --minutes, gets the time that is left, and prints TIME_IS_OVER if it leaves
             something out.
         program: that must be on the PATH; empty: none.
-        record: the file that it writes.
         alone: it measures times, and nothing else runs beside it.
     """
 
@@ -68,6 +69,36 @@ class Step:
     limits_itself: bool = False
     program: str = ""
     environment: tuple[tuple[str, str], ...] = ()
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Running:
+    """A step that was started.
+
+    Attributes:
+        seconds: it is stopped after that many.
+        started: of time.monotonic.
+        log: of this step alone; an attempt that was interrupted leaves its output there.
+        begin: size of the log before this attempt, bytes.
+    """
+
+    step: Step
+    process: subprocess.Popen[bytes]
+    seconds: float
+    started: float
+    log: Path
+    begin: int
+
+    def is_over(self) -> bool:
+        """Return whether the process has ended, or has to."""
+        return self.process.poll() is not None or time.monotonic() > self.started + self.seconds
+
+    def kill(self) -> None:
+        """End the process, and those that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def steps(folder: Path, library: Path, headers: Path | None) -> list[Step]:
@@ -88,18 +119,20 @@ def steps(folder: Path, library: Path, headers: Path | None) -> list[Step]:
         separate = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
         return Step(tool, [*launcher, *check, *quick], 2.5, program="compute-sanitizer", environment=separate)
 
+    def benchmark(name: str, command: list[str], minutes: float) -> Step:
+        return Step(name, command, minutes, limits_itself=True, alone=True)
+
     return [
-        *(Step(f"check {p}", [*check, *into, "--part", "kernels", "--precision", p], 1.5) for p in ("fp16", "bf16")),
+        *(Step(f"check {p}", [*check, *into, "--part", "kernels", "--precision", p], 1.5) for p in PRECISIONS),
         Step("check torch", [*check, *into, "--part", "torch"], 3),
+        Step("check onnxruntime", [*check, *into, "--part", "onnxruntime"], 2),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
-        Step("kernels, claims", [*kernels, "--quick"], 5, limits_itself=True),
-        Step("model, claims", [*model, "--quick"], 4, limits_itself=True),
-        Step("check fp32", [*check, *into, "--part", "kernels", "--precision", "fp32"], 1.5),
-        Step("check onnxruntime", [*check, *into, "--part", "onnxruntime"], 2),
-        Step("check plans", [*check, *into, "--part", "plans"], 5),
-        Step("model, all", model, 5, limits_itself=True),
-        Step("kernels, all", kernels, 60, limits_itself=True),
+        benchmark("kernels, claims", [*kernels, "--quick"], 5),
+        benchmark("model, claims", [*model, "--quick"], 4),
+        Step("check plans", [*check, *into, "--part", "plans"], 5),  # may be slow, and no claim waits for it
+        benchmark("model, all", model, 5),
+        benchmark("kernels, all", kernels, 60),
     ]
 
 
@@ -140,31 +173,55 @@ class State:
 def run(todo: list[Step], state: State, deadline: float) -> list[Step]:
     """Run steps until `deadline` (of time.monotonic); returns those that are left."""
     for step in todo:
-        if state.is_done(step):
-            continue
-        if step.program and shutil.which(step.program) is None:
+        if step.program and shutil.which(step.program) is None and not state.is_done(step):
             state.end(step, status="skipped", reason=f"{step.program} is not on the PATH")
-            continue
+    for group in groups([step for step in todo if not state.is_done(step)]):
         left = deadline - time.monotonic()
         if left < LEAST_SECONDS:
             break
-        run_step(step, state, left)
+        run_group(group, state, left)
     return [step for step in todo if not state.is_done(step)]
 
 
-def run_step(step: Step, state: State, left: float) -> None:
-    """Run a step for at most `left` seconds, with its output in the log beside the state."""
+def groups(todo: list[Step]) -> list[list[Step]]:
+    """Group consecutive steps that run side by side."""
+    result: list[list[Step]] = []
+    for step in todo:
+        if result and not step.alone and not result[-1][-1].alone:
+            result[-1].append(step)
+        else:
+            result.append([step])
+    return result
+
+
+def run_group(group: list[Step], state: State, left: float) -> None:
+    """Run steps side by side, for at most `left` seconds."""
+    running: list[Running] = []
+    try:
+        for step in group:
+            running.append(start(step, state, left))
+        while running:
+            for one in [one for one in running if one.is_over()]:
+                end(one, state)
+                running.remove(one)
+            time.sleep(0.05)
+    finally:  # also if this process is asked to stop
+        for one in running:
+            one.kill()
+
+
+def start(step: Step, state: State, left: float) -> Running:
+    """Start a step, which may take `left` seconds, with its output in a log beside the state."""
     seconds = min(left, 60 * step.minutes)
     # A step that limits itself starts nothing new after its minutes, and then finishes what it has begun.
     own = ["--minutes", f"{max(seconds - 45, 1) / 60:.2f}"] if step.limits_itself else []
-    log = state.path.with_suffix(".log")
+    log = state.path.with_name(re.sub(r"\W+", "-", step.name) + ".log")
     print(f"{step.name}: at most {seconds:.0f} s", flush=True)
     state.begin(step)
-    started = time.monotonic()
     with log.open("a", encoding="utf-8") as output:
         print(f"# {step.name}", file=output, flush=True)
-        begin = log.stat().st_size
-        command = subprocess.Popen(
+        begin = output.tell()
+        process = subprocess.Popen(
             [*(ENDS_WITH_PARENT if sys.platform == "linux" else []), *step.command, *own],
             cwd=ROOT,
             env={**os.environ, **dict(step.environment)},
@@ -172,23 +229,26 @@ def run_step(step: Step, state: State, left: float) -> None:
             stderr=subprocess.STDOUT,
             process_group=0,
         )
-        code: int | None = None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            try:
-                code = command.wait(timeout=seconds)
-            finally:  # also if this process is asked to stop
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(command.pid, signal.SIGKILL)
-                command.wait()
-    took = round(time.monotonic() - started, 1)
-    said = log.read_bytes()[begin:].decode(errors="replace").splitlines()
+    return Running(step, process, seconds, time.monotonic(), log, begin)
+
+
+def end(one: Running, state: State) -> None:
+    """Stop a step if it has not ended, keep its result, and append its log to that of all steps."""
+    step, code = one.step, one.process.poll()
+    one.kill()
+    took = round(time.monotonic() - one.started, 1)
+    output = one.log.read_bytes()
+    said = output[one.begin :].decode(errors="replace").splitlines()
     left_out = next((line for line in said if line.startswith(TIME_IS_OVER)), None)
-    is_open = seconds < 60 * step.minutes and left_out is not None
-    if code is not None and not is_open:
+    had_its_minutes = one.seconds >= 60 * step.minutes
+    if code is not None and (had_its_minutes or left_out is None):
         reason = {} if left_out is None else {"reason": left_out}
         state.end(step, status="passed" if code == 0 else "failed", code=code, seconds=took, **reason)
-    elif code is None and seconds < left:
+    elif code is None and had_its_minutes:
         state.end(step, status="failed", reason=f"stopped after {step.minutes} minutes", seconds=took)
+    with state.path.with_suffix(".log").open("ab") as log:
+        log.write(output)
+    one.log.unlink()
     print(f"{step.name}: {state.results[step.name]}", flush=True)
 
 

@@ -14,8 +14,9 @@ for lfx-tensorrt and lfx-onnxruntime. All contenders alternate in one process, a
     lfx-tensorrt          the plan of `build_engine` in lfx.runtime.Engine, from host to host, with both copies
     lfx-onnxruntime       the float16 bundle in lfx.runtime.Engine, on ONNX Runtime's CUDA provider with our custom ops,
                           from host to host, with both copies
-    huggingface           LongformerModel unchanged; it reads a value from the device in each layer, so no CUDA graph
-    huggingface-compiled  torch.compile of huggingface
+    huggingface           LongformerModel unchanged, by the host's clock: it reads a value from the device in each
+                          layer, which no graph captures
+    huggingface-compiled  torch.compile of huggingface, by the host's clock
 
 The context of the global token costs the same in lfx and flex: both fold the key projection into the query, ours with
 GlobalAttention, flex with plain PyTorch. Layers are compiled one by one, so that the twelve share one compilation.

@@ -5,13 +5,19 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.utils._pytree import tree_leaves
 
 from lfx.errors import PluginError
 from lfx.runtime import plugin as plugins
+from lfx.torch import kernels
+from scripts import record
+from scripts.bench import timing
 from scripts.bench.launch import Kernels
 from tests.conftest import MakeOnce
 from tests.plugins import build
@@ -30,9 +36,52 @@ def host_reference() -> Any:
 
 
 @pytest.fixture(scope="session")
-def emulated() -> Kernels:
-    """The kernels' own source, compiled for the emulated machine."""
-    return Kernels(built_once("emulated", emulated_library) / "liblfx_emulated.so")
+def emulated_path() -> Path:
+    """The library of the kernels' own source, compiled for the emulated machine."""
+    return built_once("emulated", emulated_library) / "liblfx_emulated.so"
+
+
+@pytest.fixture(scope="session")
+def emulated(emulated_path: Path) -> Kernels:
+    """Its launch functions."""
+    return Kernels(emulated_path)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes lfx.torch run the installed kernels for a GPU on CPU tensors too; names the parameters of each launch."""
+    names: list[str] = []
+    call = kernels.CudaKernels.call
+
+    def counted(self: kernels.CudaKernels, function: Any, params: ctypes.Structure, device: Any) -> bool:
+        is_supported = call(self, function, params, device)
+        if is_supported:
+            names.append(type(params).__name__)
+        return is_supported
+
+    monkeypatch.setattr(kernels.CudaKernels, "call", counted)
+    monkeypatch.setattr(kernels, "kernels_for", lambda tensor: kernels._installed())
+    return names
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts for a GPU run on the CPU: a graph is a function that is called again."""
+
+    def capture(run: Callable[[Any], Any], sets: Iterable[Any]) -> tuple[Any, list[Any]]:
+        sets = list(sets)
+        outputs = [run(one) for one in sets]
+
+        def replay() -> None:
+            again = [run(one) for one in sets]
+            for old, new in zip(tree_leaves(outputs), tree_leaves(again), strict=True):
+                old.copy_(new)
+
+        return SimpleNamespace(replay=replay), outputs
+
+    monkeypatch.setattr(timing, "DEVICE", "cpu")
+    monkeypatch.setattr(timing, "capture", capture)
+    monkeypatch.setattr(record, "gpu_environment", lambda torch: {"gpu": "NVIDIA H200, 1.0", "commit": "abc"})
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,22 @@
 """The GPU benchmarks, as far as they go without a GPU: cases, work, contenders' numbers, tables, verdicts, dry runs.
 
 Every contender and the model around our ops run here on the CPU: the kernels as their own source on the emulated
-machine, through the very custom ops that the benchmark captures.
+machine, through the very lfx.torch that the benchmark captures.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
+import gc
 import json
 import re
 import shutil
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,8 +29,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from lfx import reference
 from lfx.errors import DependencyError
-from scripts import record
-from scripts.bench import band_cases, gpu, launch, rivals, sass, timing
+from lfx.torch import accelerate, kernels
+from scripts.bench import band_cases, gpu, rivals, sass, timing
 from scripts.bench import gpu_kernels as bench
 from scripts.bench import gpu_model as whole
 from scripts.bench.launch import Kernels
@@ -193,47 +198,18 @@ def test_packed_rows_need_no_copy_and_change_no_bit(emulated: Kernels) -> None:
         run(s)
 
 
-def model_inputs(model: Any, globals_: int, padded: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def model_inputs(globals_: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ids and masks, (2, 48): `globals_` tokens in front."""
     torch.manual_seed(globals_)
     ids = torch.randint(3, VOCAB_SIZE, (2, 48))
     mask, marks = torch.ones_like(ids), torch.zeros_like(ids)
     marks[:, :globals_] = 1
-    if padded:
-        mask[1, 30:] = 0
-        ids[1, 30:] = model.config.pad_token_id
     return ids, mask, marks
-
-
-@pytest.mark.parametrize(("globals_", "padded"), [(1, False), (3, False), (1, True), (0, True)])
-def test_the_model_around_our_ops_gives_hugging_faces_numbers(globals_: int, padded: bool, emulated: Kernels) -> None:
-    launch.register(emulated)
-    model = tiny_model()
-    ids, mask, marks = model_inputs(model, globals_, padded)
-    with torch.no_grad():
-        expected = whole.eager(model, ids, mask, marks)
-        actual = whole.Whole(model, whole.KernelAttention, max(globals_, 1))(ids, mask, marks)
-    real = mask.bool()
-    assert (actual[0] - expected[0])[real].abs().max() < 1e-5
-    assert (actual[1] - expected[1]).abs().max() < 1e-5
-    assert type(model.encoder.layer[0].attention.self) is not whole.KernelAttention  # a copy was changed
-
-
-def test_the_model_around_our_ops_keeps_to_the_tolerance_in_float16(emulated: Kernels) -> None:
-    launch.register(emulated)
-    model = tiny_model()
-    inputs = model_inputs(model, 1, False)
-    half = tiny_model().half()
-    with torch.no_grad():
-        expected = whole.by_row(model, inputs)
-        witness = (whole.by_row(half, inputs).float() - expected).abs().max()
-        actual = whole.Whole(half, whole.KernelAttention, 1)(*inputs)[0]
-    assert (actual.float() - expected).abs().max() <= 2 * witness
 
 
 def test_the_model_around_flex_attention_gives_hugging_faces_numbers() -> None:
     model = tiny_model()
-    inputs = model_inputs(model, 2, False)
+    inputs = model_inputs(2)
     masks = {
         window: create_block_mask(band_cases.band_or_global(window, 2), None, None, 48, 48, device="cpu")
         for window in (4, 8)
@@ -244,19 +220,48 @@ def test_the_model_around_flex_attention_gives_hugging_faces_numbers() -> None:
     assert (actual[0] - expected[0]).abs().max() < 1e-5
 
 
-def test_compiled_layers_keep_our_ops_whole_and_share_one_compilation(emulated: Kernels) -> None:
-    launch.register(emulated)
+def test_compiled_layers_keep_our_ops_whole_and_share_one_compilation(
+    emulated_path: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = kernels.CudaKernels(emulated_path)
+    monkeypatch.setattr(kernels, "_installed", lambda: fused)
     model = tiny_model(attention_window=[16, 16])
-    inputs = model_inputs(model, 1, False)
+    inputs = model_inputs(1)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
         expected = whole.eager(model, *inputs)[0]
-        compiled = whole.compile_layers(whole.Whole(model, whole.KernelAttention, 1), backend="aot_eager")
-        actual = compiled(*inputs)[0]
+        compiled = whole.compile_layers(accelerate(copy.deepcopy(model), max_global=1), backend="aot_eager")
+        actual = whole.eager(compiled, *inputs)[0]
     assert (actual - expected).abs().max() < 1e-5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+    assert sorted(launched) == ["BandedParams"] * 2 + ["GlobalParams"] * 2  # in each layer
+
+
+def test_a_captured_graph_keeps_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without weights and inputs, a replay would read the memory of other tensors."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    replayed: list[str] = []
+    graph = SimpleNamespace(replay=lambda: replayed.append("replay"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    weights, given = torch.ones(2), torch.ones(2)
+    alive = {"weights": weakref.ref(weights), "given": weakref.ref(given)}
+    captured, outputs = timing.capture(functools.partial(torch.add, weights), iter([given]))
+    del weights, given
+    gc.collect()
+    assert [name for name, ref in alive.items() if ref() is None] == []
+    captured.replay()
+    assert replayed == ["replay"]
+    assert torch.equal(outputs[0], torch.full((2,), 2.0))
+    del captured
+    gc.collect()
+    assert [name for name, ref in alive.items() if ref() is not None] == []  # nothing else kept them
 
 
 def test_contenders_take_turns_with_the_cache_emptied_before_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,29 +398,14 @@ def test_straight_runs_of_machine_code() -> None:
 
 
 @pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, emulated: Kernels) -> Path:
+def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, emulated: Kernels, on_cpu: None) -> Path:
     """Both scripts run as on a GPU, on the CPU: graphs are functions called again, events a clock that stands still."""
-
-    def capture(run: Any, sets: Any) -> tuple[Any, list[Any]]:
-        sets = list(sets)
-        outputs = [run(one) for one in sets]
-
-        def replay() -> None:
-            for out, one in zip(outputs, sets, strict=True):
-                for old, new in zip(*((x if isinstance(x, tuple) else (x,)) for x in (out, run(one))), strict=True):
-                    old.copy_(new)
-
-        return SimpleNamespace(replay=replay), outputs
-
     event = SimpleNamespace(record=lambda: None, elapsed_time=lambda end: 1.0)
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(gpu, "require", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
-    monkeypatch.setattr(timing, "DEVICE", "cpu")
     monkeypatch.setattr(timing, "FLUSH_BYTES", 1)
-    monkeypatch.setattr(timing, "capture", capture)
-    monkeypatch.setattr(record, "gpu_environment", lambda torch: {"gpu": "NVIDIA H200, 1.0"})
     monkeypatch.setattr(bench, "Kernels", lambda path: emulated)
     for module in (bench, whole):
         monkeypatch.setattr(module, "MOST_ROUNDS", 5)
@@ -456,7 +446,9 @@ def test_a_contender_that_fails_does_not_end_the_run(no_gpu: Path, monkeypatch: 
     assert "| NO | RuntimeError: no kernel of this name |" in bench.table([row])
 
 
-def test_the_models_benchmark_from_its_shapes_to_its_record(no_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_models_benchmark_from_its_shapes_to_its_record(
+    no_gpu: Path, emulated_path: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(whole, "base_model", lambda max_seqlen: tiny_model(attention_window=[16, 16]))
     monkeypatch.setattr(whole, "WINDOW", 8)
     monkeypatch.setattr(whole, "inputs_of", tiny_inputs)
@@ -465,11 +457,12 @@ def test_the_models_benchmark_from_its_shapes_to_its_record(no_gpu: Path, monkey
     monkeypatch.setattr(whole, "compile_model", lambda model: model)
     monkeypatch.setattr(whole, "compile_flex", lambda: flex_attention)
     monkeypatch.setattr(whole.importlib.util, "find_spec", lambda name: None)  # no TensorRT
-    rows = whole.run(Path("none"), [(48, 2), (32, 1)], time.monotonic() + 600, no_gpu, True, no_gpu.parent)
+    rows = whole.run(emulated_path, [(48, 2), (32, 1)], time.monotonic() + 600, no_gpu, True, no_gpu.parent)
     for row in rows:
-        for name in ("lfx", "lfx-eager", "flex", "flex-eager", "huggingface", "huggingface-compiled"):
+        for name in ("lfx", "lfx-eager", "lfx-calls", "flex", "flex-eager", "huggingface", "huggingface-compiled"):
             assert row["contenders"][name].get("median_us", 0) > 0, (name, row["contenders"][name])
             assert whole.is_right(row, name)
+    assert set(launched) == {"BandedParams", "GlobalParams"}
     assert "--compile-all" in whole.skipped(compile_all=False)["huggingface-compiled"]
     assert [verdict["holds"] for verdict in whole.verdicts(rows)] == [True, True]
     assert len(no_gpu.read_text().splitlines()) == 2 + 2
@@ -481,7 +474,7 @@ def test_the_contender_in_onnx_runtime_runs_our_custom_ops(tmp_path: Path, monke
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(whole.timing, "DEVICE", "cpu")
     model = tiny_model()
-    inputs = model_inputs(model, 1, False)
+    inputs = model_inputs(1)
     contender, out = whole.onnxruntime(model, inputs, tmp_path, "cpu", "fp32")
     with torch.no_grad():
         expected = whole.by_row(model, inputs)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from scripts import gpu_check, gpu_day, record
+from scripts import gpu_day, record
 from scripts.bench import gpu
 from scripts.gpu_day import State, Step
 from tests.marks import first_of_each
@@ -37,12 +37,17 @@ def state(tmp_path: Path) -> State:
     return State(tmp_path / "state.json")
 
 
-def test_steps_run_in_their_order_and_keep_their_results(state: State, tmp_path: Path) -> None:
+def test_steps_that_are_alone_run_in_their_order_and_keep_their_results(state: State, tmp_path: Path) -> None:
     order = tmp_path / "order"
     todo = [
-        step("first", f"open({str(order)!r}, 'a').write('1'); print('said')"),
-        step("second", f"open({str(order)!r}, 'a').write('2'); raise SystemExit(5)"),
-        step("third, last", f"import os; open({str(order)!r}, 'a').write(os.environ['X'])", environment=(("X", "3"),)),
+        step("first", f"open({str(order)!r}, 'a').write('1'); print('said')", alone=True),
+        step("second", f"open({str(order)!r}, 'a').write('2'); raise SystemExit(5)", alone=True),
+        step(
+            "third, last",
+            f"import os; open({str(order)!r}, 'a').write(os.environ['X'])",
+            environment=(("X", "3"),),
+            alone=True,
+        ),
     ]
     assert gpu_day.run(todo, state, soon()) == []
     assert order.read_text() == "123"
@@ -50,6 +55,39 @@ def test_steps_run_in_their_order_and_keep_their_results(state: State, tmp_path:
     assert [results[s.name]["status"] for s in todo] == ["passed", "failed", "passed"]
     assert results["second"]["code"] == 5
     assert (tmp_path / "state.log").read_text() == "# first\nsaid\n# second\n# third, last\n"
+
+
+def test_steps_run_side_by_side_unless_one_is_alone() -> None:
+    names = ["check 1", "check 2", "time 1", "time 2", "check 3", "time 3"]
+    todo = [step(name, "", alone=name.startswith("time")) for name in names]
+    groups = [[one.name for one in group] for group in gpu_day.groups(todo)]
+    assert groups == [["check 1", "check 2"], ["time 1"], ["time 2"], ["check 3"], ["time 3"]]
+    assert gpu_day.groups([]) == []
+
+
+def test_two_checks_run_at_the_same_time_with_a_log_of_their_own(state: State, tmp_path: Path) -> None:
+    there, back = (str(tmp_path / name) for name in ("there", "back"))
+    os.mkfifo(there)
+    os.mkfifo(back)
+    todo = [  # each waits for a word of the other
+        step("check one", f"print('1'); open({there!r}, 'w').write('hello'); print(open({back!r}).read())"),
+        step("check two", f"print('2'); print(open({there!r}).read()); open({back!r}, 'w').write('welcome')"),
+        step("times", f"import pathlib; print(*pathlib.Path({str(tmp_path)!r}).glob('check-*'))", alone=True),
+    ]
+    assert gpu_day.run(todo, state, soon()) == []
+    assert [state.results[one.name]["status"] for one in todo] == ["passed"] * 3
+    *checks, times = (tmp_path / "state.log").read_text().split("# ")[1:]
+    assert sorted(checks) == ["check one\n1\nwelcome\n", "check two\n2\nhello\n"]
+    assert times == "times\n\n"  # no check is left beside it
+    assert sorted(path.name for path in tmp_path.glob("*.log")) == ["state.log"]
+
+
+def test_a_check_that_takes_longer_than_its_minutes_is_stopped_beside_the_others(state: State) -> None:
+    ended = f"while 'stopped after' not in open({str(state.path)!r}).read(): time.sleep(0.05)"
+    todo = [step("slow", "import time; time.sleep(600)", minutes=0.01), step("other", f"import time\n{ended}")]
+    assert gpu_day.run(todo, state, soon()) == []
+    assert state.results["slow"]["reason"] == "stopped after 0.01 minutes"
+    assert state.results["other"]["status"] == "passed"
 
 
 def test_the_next_call_goes_on_with_what_is_left(state: State, tmp_path: Path) -> None:
@@ -95,34 +133,41 @@ def test_a_step_whose_program_is_missing_is_skipped_with_the_reason(state: State
     assert state.results["x"] == {"status": "skipped", "reason": "no-such-program is not on the PATH"}
 
 
-def test_a_call_that_is_asked_to_stop_stops_its_step(tmp_path: Path) -> None:
-    child = tmp_path / "child"
-    code = f"import os, time; open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+def test_a_call_that_is_asked_to_stop_stops_its_steps(tmp_path: Path) -> None:
+    children = [tmp_path / name for name in "xy"]
+    codes = [
+        f"import os, time; open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(60)" for child in children
+    ]
     script = (
         "import signal, sys, time; from pathlib import Path; from scripts import gpu_day\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-        f"step = gpu_day.Step('x', [sys.executable, '-c', {code!r}], 1.0)\n"
-        f"gpu_day.run([step], gpu_day.State(Path({str(tmp_path / 'state.json')!r})), time.monotonic() + 60)\n"
+        f"steps = [gpu_day.Step(n, [sys.executable, '-c', c], 1.0) for n, c in zip('xy', {codes!r})]\n"
+        f"gpu_day.run(steps, gpu_day.State(Path({str(tmp_path / 'state.json')!r})), time.monotonic() + 60)\n"
     )
     call = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
-    while not child.exists() or not child.read_text():
+    while not all(child.exists() and child.read_text() for child in children):
         time.sleep(0.05)
     call.send_signal(signal.SIGTERM)
     assert call.wait(30) == 143
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(child.read_text()), 0)
-    assert json.loads((tmp_path / "state.json").read_text()) == {"key": "", "steps": {"x": {"attempts": 1}}}
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(child.read_text()), 0)
+    steps = {"x": {"attempts": 1}, "y": {"attempts": 1}}
+    assert json.loads((tmp_path / "state.json").read_text()) == {"key": "", "steps": steps}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux stops the step")
 def test_a_call_that_is_killed_takes_its_step_with_it_and_the_next_call_runs_it_again(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"  # whose end is read when the step has ended
     os.mkfifo(pipe)
-    waits = f"import time; pipe = open({str(pipe)!r}, 'w'); pipe.write('x'); pipe.flush(); time.sleep(600)"
+    waits = (
+        "import time; print('first try', flush=True)\n"
+        f"pipe = open({str(pipe)!r}, 'w'); pipe.write('x'); pipe.flush(); time.sleep(600)"
+    )
     script = (
         "from pathlib import Path; from scripts import gpu_day; from tests.plugins.test_gpu_day import soon, step\n"
         f"state = gpu_day.State(Path({str(tmp_path / 'state.json')!r}))\n"
-        f"gpu_day.run([step('a', ''), step('b', {waits!r})], state, soon())\n"
+        f"gpu_day.run([step('a', '', alone=True), step('b', {waits!r})], state, soon())\n"
     )
     call = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
     with pipe.open() as end:
@@ -133,8 +178,9 @@ def test_a_call_that_is_killed_takes_its_step_with_it_and_the_next_call_runs_it_
     state = State(tmp_path / "state.json")
     assert state.results["a"]["status"] == "passed"
     assert state.results["b"] == {"attempts": 1}
-    assert gpu_day.run([step("a", "raise SystemExit(5)"), step("b", "")], state, soon()) == []
+    assert gpu_day.run([step("a", "raise SystemExit(5)"), step("b", "print('again')")], state, soon()) == []
     assert [state.results[name]["status"] for name in "ab"] == ["passed", "passed"]
+    assert (tmp_path / "state.log").read_text() == "# a\n# b\nfirst try\n# b\nagain\n"
 
 
 def test_steps_that_have_not_passed_begin_again_if_they_are_asked_to(state: State) -> None:
@@ -205,13 +251,15 @@ def test_bytes_of_a_step_that_are_no_text_stop_nothing(state: State) -> None:
     assert [state.results[name]["status"] for name in "ab"] == ["passed", "passed"]
 
 
-def test_the_steps_check_before_they_measure_and_measure_the_claims_first(tmp_path: Path) -> None:
+def test_the_steps_check_before_they_measure_and_measure_the_claims_before_plans(tmp_path: Path) -> None:
     steps = gpu_day.steps(tmp_path, tmp_path / "library.so", None)
-    names = [one.name for one in steps]
-    assert names[:6] == ["check fp16", "check bf16", "memcheck", "racecheck", "kernels, claims", "model, claims"]
-    assert sum(one.minutes for one in steps[:6]) <= 2 * 9.5
-    assert names[-1] == "kernels, all"
-    assert len(set(names)) == len(names)
+    checks, kernels, model, *rest = ([one.name for one in group] for group in gpu_day.groups(steps))
+    assert checks[:5] == ["check fp16", "check bf16", "check fp32", "check torch", "check onnxruntime"]
+    assert checks[5:] == ["memcheck", "racecheck"]
+    assert [kernels, model] == [["kernels, claims"], ["model, claims"]]
+    assert rest == [["check plans"], ["model, all"], ["kernels, all"]]
+    assert all(one.alone == one.limits_itself for one in steps)
+    assert sum(max(one.minutes for one in group) for group in gpu_day.groups(steps)[:3]) <= 2 * 9.5
 
 
 def test_a_record_is_continued_on_the_same_gpu_and_commit_only(tmp_path: Path) -> None:
@@ -242,15 +290,11 @@ def test_measuring_leaves_out_the_cases_that_are_done(tmp_path: Path, capsys: py
     assert f"{gpu_day.TIME_IS_OVER}: 2 of 3 were not started" in capsys.readouterr().out
 
 
-def test_checks_of_one_precision_keep_the_rows_of_the_others(tmp_path: Path) -> None:
-    path = tmp_path / "gpu.jsonl"
-    shared = {"gpu": "H100", "commit": "abc", "op": "BandedAttention", "way": "launch"}
-    old = [{**shared, "precision": "fp16", "cases": 1}, {**shared, "precision": "fp32", "gpu": "A100"}]
-    assert gpu_check.kept(path, []) == []
-    record.write(path, old)
-    assert gpu_check.kept(path, [{**shared, "precision": "bf16"}]) == old[:1]
-    assert gpu_check.kept(path, [{**shared, "precision": "fp16"}]) == []
-    assert {precision for precision, _ in gpu_check.cases(["bf16"])} == {"bf16"}
+def test_in_a_copy_without_git_a_variable_names_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LFX_COMMIT", "abc1234")
+    assert record.environment()["commit"] == "abc1234"
+    monkeypatch.delenv("LFX_COMMIT")
+    assert record.environment()["commit"] != "abc1234"
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +320,9 @@ def test_a_dry_run_lists_every_step(library: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "day").exists()
 
 
-@pytest.mark.parametrize("name", first_of_each(["check fp16", "memcheck", "check plans"]))
+@pytest.mark.parametrize(
+    "name", first_of_each(["check fp16", "check torch", "check onnxruntime", "memcheck", "check plans"])
+)
 def test_the_options_of_the_checks_are_known(name: str, library: Path, tmp_path: Path) -> None:
     (found,) = (one for one in gpu_day.steps(tmp_path, library, None) if one.name == name)
     arguments = found.command[found.command.index(sys.executable) :]
