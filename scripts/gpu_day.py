@@ -45,7 +45,7 @@ LEAST_SECONDS = 20.0  # that a step is started with
 MOST_ATTEMPTS = 3  # of a step that is cut off by the end of a call
 PRECISIONS = ("fp16", "bf16", "fp32")
 PACKAGES = ("numpy", "ml_dtypes", "torch", "transformers")  # that the steps cannot do without
-RECORDS = ("gpu.jsonl", "gpu_kernels.jsonl", "gpu_model.jsonl")
+RECORDS = ("gpu.jsonl", "gpu_memcheck.jsonl", "gpu_racecheck.jsonl", "gpu_kernels.jsonl", "gpu_model.jsonl")
 # Runs the command after it, which Linux stops when this process ends, also if it is killed: prctl(PR_SET_PDEATHSIG).
 _END_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])"
 ENDS_WITH_PARENT = [sys.executable, "-c", _END_WITH_PARENT]
@@ -114,7 +114,7 @@ def steps(folder: Path, library: Path, headers: Path | None) -> list[Step]:
         launcher = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
         if tool == "memcheck":  # PyTorch and the CUDA runtime ask the driver for functions that it may not have
             launcher += ["--report-api-errors", "no"]
-        quick = ["--quick", "--part", "kernels", "--record", str(folder / f"{tool}.jsonl")]
+        quick = ["--quick", "--part", "kernels", "--record", str(folder / f"gpu_{tool}.jsonl")]
         # Each tensor in an allocation of its own, so that an access past its end is outside of all memory.
         separate = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
         return Step(tool, [*launcher, *check, *quick], 2.5, program="compute-sanitizer", environment=separate)

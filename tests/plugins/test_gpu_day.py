@@ -231,7 +231,7 @@ def test_the_records_are_published(tmp_path: Path) -> None:
     target.mkdir()
     assert gpu_day.publish(folder, target) == []
     (folder / "gpu.jsonl").write_text("{}\n")
-    (folder / "memcheck.jsonl").write_text("{}\n")
+    (folder / "other.jsonl").write_text("{}\n")
     assert gpu_day.publish(folder, target) == [target / "gpu.jsonl"]
     State(folder / "state.json", "a GPU").end(step("memcheck", ""), status="passed", code=0)
     assert gpu_day.publish(folder, target) == [target / "gpu.jsonl", target / "gpu_day.jsonl"]
