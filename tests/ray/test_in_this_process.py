@@ -100,6 +100,28 @@ def test_options_of_a_deployment_that_are_no_dict_are_refused() -> None:
         lfx.ray.deployment("model", actor=2)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "actor",
+    [
+        {"num_replica": 2},
+        {"num_replicas": -1},
+        {"ray_actor_options": 4},
+        {"ray_actor_options": {"num_cpu": 4}},
+        {"ray_actor_options": {"num_cpus": "4"}},
+        {"ray_actor_options": {"num_cpus": -1}},
+    ],
+    ids=str,
+)
+def test_options_that_ray_serve_does_not_take_are_refused(actor: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"actor is .*, which serve\.deployment does not take: "):
+        lfx.ray.deployment("model", actor=actor)
+
+
+def test_a_deployment_may_have_another_name() -> None:
+    assert lfx.ray.deployment("model", actor={"name": "embedder"})._bound_deployment.name == "embedder"
+    assert lfx.ray.deployment("model")._bound_deployment.name == "lfx"
+
+
 def test_a_batch_of_a_dataset_gets_the_columns_of_lfx_run(bundle: MakeBundle, tmp_path: Path) -> None:
     model, source = bundle("text-classification"), write_documents(tmp_path / "in.jsonl", 40)
     texts = [json.loads(line).get("text") for line in source.read_text().splitlines()]
