@@ -65,17 +65,25 @@ def test_a_tokenizer_that_is_no_path_is_refused(bundle: MakeBundle) -> None:
         ({"source": None}, "the input is None; give a path or a URI"),
         ({"options": EngineOptions(5)}, "the model is 5; give a path"),  # type: ignore[arg-type]
         ({"options": EngineOptions("model", tokenizer=5)}, "the tokenizer is 5; give a path"),  # type: ignore[arg-type]
+        ({"output": "/dev/null"}, "/dev/null cannot be written: it is no folder"),
+        ({"output": "/no/such/folder"}, "/no/such/folder cannot be written: it is no folder, or the folder that it is"),
     ],
 )
-def test_arguments_of_another_type_are_refused_before_ray_starts(
+def test_wrong_arguments_are_refused_before_ray_starts(
     changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lfx.ray.job, "_model_of_actors", lambda model, address: model)
     monkeypatch.setattr(lfx.ray.job, "connected", lambda address: pytest.fail("Ray was started"))
     source = write_documents(tmp_path / "in.jsonl", 1)
-    arguments = {"source": source, "options": EngineOptions("model"), "size": TWO, **changes}
+    arguments = {
+        "source": source,
+        "output": tmp_path / "out",
+        "options": EngineOptions("model"),
+        "size": TWO,
+        **changes,
+    }
     with pytest.raises(InputError, match=message):
-        map_documents(output=tmp_path / "out", **arguments)
+        map_documents(**arguments)
 
 
 @pytest.mark.parametrize(
