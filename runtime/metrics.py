@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from lfx.checks import shown
 from lfx.errors import InputError, require
 from lfx.runtime import forks
 from lfx.runtime.inputs import Feeds
@@ -132,8 +133,8 @@ class Metrics:
             InputError: the argument is no registry, or the registry has the counters of an Engine already.
         """
         client = require("prometheus_client", "metrics")
-        if registry is not None and not callable(getattr(registry, "register", None)):
-            raise InputError(f"registry is {type(registry).__name__}; give a prometheus_client.CollectorRegistry")
+        if not isinstance(registry, client.CollectorRegistry | None):
+            raise InputError(f"registry is {shown(registry)}; give a prometheus_client.CollectorRegistry()")
         try:
             (client.REGISTRY if registry is None else registry).register(self)
         except ValueError as error:

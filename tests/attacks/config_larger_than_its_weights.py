@@ -24,4 +24,5 @@ def attack(folder: Path) -> str:
     ):
         config.write_text(json.dumps({**good, **change}))
         refusal = refused(load, str(checkpoint))
+        assert refusal.startswith(str(config)), "the model was made before it was refused"
     return refusal

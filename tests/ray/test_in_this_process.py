@@ -65,17 +65,25 @@ def test_a_tokenizer_that_is_no_path_is_refused(bundle: MakeBundle) -> None:
         ({"source": None}, "the input is None; give a path or a URI"),
         ({"options": EngineOptions(5)}, "the model is 5; give a path"),  # type: ignore[arg-type]
         ({"options": EngineOptions("model", tokenizer=5)}, "the tokenizer is 5; give a path"),  # type: ignore[arg-type]
+        ({"output": "/dev/null"}, "/dev/null cannot be written: it is no folder"),
+        ({"output": "/no/such/folder"}, "/no/such/folder cannot be written: it is no folder, or the folder that it is"),
     ],
 )
-def test_arguments_of_another_type_are_refused_before_ray_starts(
+def test_wrong_arguments_are_refused_before_ray_starts(
     changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lfx.ray.job, "_model_of_actors", lambda model, address: model)
     monkeypatch.setattr(lfx.ray.job, "connected", lambda address: pytest.fail("Ray was started"))
     source = write_documents(tmp_path / "in.jsonl", 1)
-    arguments = {"source": source, "options": EngineOptions("model"), "size": TWO, **changes}
+    arguments = {
+        "source": source,
+        "output": tmp_path / "out",
+        "options": EngineOptions("model"),
+        "size": TWO,
+        **changes,
+    }
     with pytest.raises(InputError, match=message):
-        map_documents(output=tmp_path / "out", **arguments)
+        map_documents(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +106,28 @@ def test_a_batch_that_is_no_table_of_documents_is_refused(batch: Any, bundle: Ma
 def test_options_of_a_deployment_that_are_no_dict_are_refused() -> None:
     with pytest.raises(InputError, match="actor is 2; give a dict"):
         lfx.ray.deployment("model", actor=2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "actor",
+    [
+        {"num_replica": 2},
+        {"num_replicas": -1},
+        {"ray_actor_options": 4},
+        {"ray_actor_options": {"num_cpu": 4}},
+        {"ray_actor_options": {"num_cpus": "4"}},
+        {"ray_actor_options": {"num_cpus": -1}},
+    ],
+    ids=str,
+)
+def test_options_that_ray_serve_does_not_take_are_refused(actor: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"actor is .*, which serve\.deployment does not take: "):
+        lfx.ray.deployment("model", actor=actor)
+
+
+def test_a_deployment_may_have_another_name() -> None:
+    assert lfx.ray.deployment("model", actor={"name": "embedder"})._bound_deployment.name == "embedder"
+    assert lfx.ray.deployment("model")._bound_deployment.name == "lfx"
 
 
 def test_a_batch_of_a_dataset_gets_the_columns_of_lfx_run(bundle: MakeBundle, tmp_path: Path) -> None:

@@ -110,6 +110,17 @@ def test_a_manifest_of_the_hub_that_names_another_place_is_refused(name: str, hu
         Engine(NAME)
 
 
+def test_a_manifest_of_the_hub_with_too_many_files_is_refused(
+    hub: Hub, bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(bundle(), NAME)
+    hub.requests.clear()
+    monkeypatch.setattr("lfx.runtime.hub._MOST_FILES", 2)
+    with pytest.raises(ArtifactError, match="files; at most 2 are fetched"):
+        Engine(NAME)
+    assert all(request.endswith(MANIFEST) for request in hub.requests if request.startswith("GET"))
+
+
 def test_a_folder_wins_over_a_repository_of_its_name(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:
     (tmp_path / "org").mkdir()
     (tmp_path / NAME).symlink_to(bundle())
@@ -149,6 +160,8 @@ def test_push_refuses_what_is_no_repository(name: Any, bundle: MakeBundle) -> No
         push(bundle(), name)
     with pytest.raises(InputError, match="bundle is 5; give a path"):
         push(5, NAME)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="revision is 5; give the name of a branch"):
+        push(bundle(), NAME, revision=5)  # type: ignore[arg-type]
 
 
 def test_push_refuses_a_broken_bundle(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:

@@ -363,6 +363,7 @@ BAD_IDS = {
     "generator": ((i for i in (3, 4)), "generator; give one sequence"),
     "nested too deep": ([[[3, 4]]], "give one sequence"),
     "array nested too deep": (np.full((1, 1, 2), 3), r"shape \(1, 1, 2\); give one sequence"),
+    "array of two axes in a list": ([[3, 4], np.full((1, 2), 3)], r"input_ids\[1\] has shape \(1, 2\); give one"),
     "nested very deep": (reduce(lambda inner, _: [inner], range(90), 3), "input_ids"),
     "number beside a sequence": ([[3, 4], 5], r"input_ids\[1\]"),
     "sequence beside a number": ([3, [4, 5]], "ragged inside"),

@@ -103,6 +103,13 @@ def test_a_registry_refuses_a_second_engine() -> None:
     assert registry.get_sample_value("lfx_requests_total") == 0
 
 
+def test_what_is_no_registry_is_refused() -> None:
+    client = pytest.importorskip("prometheus_client")
+    for registry in (client.CollectorRegistry, client, Metrics(), 5, ""):
+        with pytest.raises(InputError, match=r"registry is .*; give a prometheus_client\.CollectorRegistry\(\)"):
+            Metrics().register(registry)
+
+
 def test_without_prometheus_client_the_error_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(DependencyError, match=r"longformer-lfx\[metrics\]"):

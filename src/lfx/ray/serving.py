@@ -56,10 +56,11 @@ def deployment(model: str | Path, *, actor: Mapping[str, Any] | None = None, **o
         raise InputError(f"actor is {shown(actor)}; give a dict of options of serve.deployment, or leave it out")
     serve = require("ray.serve", "ray")
     try:
-        make = serve.deployment(name="lfx", **(actor or {}))
+        # Serve checks ray_actor_options when it gets the class.
+        make = serve.deployment(**{"name": "lfx", **(actor or {})})(Service)
     except (TypeError, ValueError) as error:
         raise InputError(f"actor is {shown(actor)}, which serve.deployment does not take: {one_line(error)}") from error
-    return make(Service).bind(str(model), **options)
+    return make.bind(str(model), **options)
 
 
 def _answer(content: Any, status: int) -> Any:
