@@ -99,8 +99,9 @@ def _last_layer(graph: onnx.GraphProto, attention: onnx.NodeProto) -> dict[str, 
     layer = re.match(r"(?:.+\.)?layers?\.\d+\.", attention.name)
     scopes = [(_scope(node), node.output[0]) for node in graph.node if node.op_type == "LayerNormalization"]
     norms = [norm for norm in scopes if layer and norm[0].startswith(layer[0]) and LAYER_END.search(norm[0])]
-    outputs = {output.name for output in graph.output}
-    return {name: value for name, value in norms if len(norms) == 1 and value not in outputs}
+    if len(norms) != 1 or norms[0][1] in {output.name for output in graph.output}:
+        return {}
+    return dict(norms)
 
 
 def _unsliced(name: str, producers: dict[str, onnx.NodeProto]) -> str:

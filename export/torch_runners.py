@@ -169,7 +169,7 @@ def reference_runner(
     *,
     by_layer: bool = False,
     attentions: Collection[str] = (),
-    parts: Collection[str] = (),
+    modules: Collection[str] = (),
 ) -> Runner:
     """Return a function that runs the model in float64 with dense attention: the reference of `lfx.parity`.
 
@@ -177,9 +177,9 @@ def reference_runner(
         names: the inputs that are passed to `model.forward`; None = all.
         by_layer: add the output of each self-attention to the outputs, named by `layer_name`.
         attentions: names of the attention outputs of a graph, which are added to the outputs.
-        parts: names of modules whose outputs (rows, sequence, hidden) are added to the outputs.
+        modules: names of modules whose outputs (rows, sequence, hidden) are added to the outputs.
     """
-    return _runner(dense_model(model), names, by_layer, attentions, parts)
+    return _runner(dense_model(model), names, by_layer, attentions, modules)
 
 
 def dense_model(model: nn.Module) -> nn.Module:
@@ -194,7 +194,7 @@ def int8_runner(
     *,
     by_layer: bool = False,
     part: Callable[[Any], nn.Module] = lambda model: model,
-    parts: Collection[str] = (),
+    modules: Collection[str] = (),
 ) -> Runner:
     """Return a function that runs `int8_model`.
 
@@ -203,11 +203,11 @@ def int8_runner(
         names: the inputs that are passed to `model.forward`; None = all.
         by_layer: add the output of each self-attention to the outputs, named by `layer_name`.
         part: returns the part of the model that runs.
-        parts: names of modules in it whose outputs (rows, sequence, hidden) are added to the outputs.
+        modules: names of modules in it whose outputs (rows, sequence, hidden) are added to the outputs.
     Raises:
         ArtifactError: the entry is broken, or names a layer that the model does not have.
     """
-    return _runner(part(int8_model(model, quantization)), names, by_layer, parts=parts)
+    return _runner(part(int8_model(model, quantization)), names, by_layer, modules=modules)
 
 
 def int8_model(model: nn.Module, quantization: Mapping[str, Any]) -> nn.Module:
@@ -303,17 +303,19 @@ def _runner(
     names: tuple[str, ...] | None,
     by_layer: bool,
     attentions: Collection[str] = (),
-    parts: Collection[str] = (),
+    modules: Collection[str] = (),
 ) -> Runner:
     contexts: list[torch.Tensor] = []
-    of_parts: dict[str, torch.Tensor] = {}
+    module_outputs: dict[str, torch.Tensor] = {}
     lengths = [0]
     layers = _record_attentions(model, lengths) if attentions else []
     for module in model.modules() if by_layer else ():
         if isinstance(module, SELF_ATTENTION):
             module.register_forward_hook(lambda _, __, outputs: contexts.append(outputs[0]))
-    for part in parts:
-        model.get_submodule(part).register_forward_hook(lambda _, __, out, part=part: of_parts.update({part: out}))
+    for name in modules:
+        model.get_submodule(name).register_forward_hook(
+            lambda _, __, out, name=name: module_outputs.update({name: out})
+        )
 
     def run(inputs: Arrays) -> Arrays:
         contexts.clear()
@@ -330,7 +332,7 @@ def _runner(
             raise ExportError(f"the PyTorch model itself fails on ids of shape {shape}: {one_line(error)}") from error
         outputs = {
             **{layer_name(i): c[:, :seqlen] for i, c in enumerate(contexts)},
-            **{part: out[:, :seqlen] for part, out in of_parts.items()},
+            **{name: out[:, :seqlen] for name, out in module_outputs.items()},
             **outputs,
             **_named(layers, attentions),
         }

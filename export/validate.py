@@ -126,17 +126,17 @@ def compare_engine(
         return compare_generation(
             run, decoder.infer, whole, signature, supported, progress, precision, quantization, float_precision=floats
         )
-    parts = [spec.name for spec in signature.outputs if by_layer and LAYER_END.search(spec.name)]
+    modules = [spec.name for spec in signature.outputs if by_layer and LAYER_END.search(spec.name)]
     if quantization:
         precision = QUANTIZED
         part = GenerationEncoder if signature.decoder is not None else lambda model: model
-        witness = int8_runner(whole, quantization, inputs, by_layer=by_layer, part=part, parts=parts)
+        witness = int8_runner(whole, quantization, inputs, by_layer=by_layer, part=part, modules=modules)
     else:
         witness = torch_runner(module, precision, inputs, by_layer=by_layer, attentions=attentions)
     return compare(
         supported,
         lambda case: model_inputs(case, signature),
-        reference=reference_runner(module, inputs, by_layer=by_layer, attentions=attentions, parts=parts),
+        reference=reference_runner(module, inputs, by_layer=by_layer, attentions=attentions, modules=modules),
         witness=witness,
         candidate=engine_runner(engine),
         precision=precision,

@@ -4,7 +4,7 @@
     python -m scripts.gpu_day --build-only --target sm_90   # only builds the library; needs no GPU
     python -m scripts.gpu_day --dry-run                  # builds, and lists what it would run; needs no GPU
     python -m scripts.gpu_day --again                    # tries the steps that have failed or were skipped once more
-    python -m scripts.gpu_day --publish                  # copies the finished records to docs/records
+    python -m scripts.gpu_day --publish                  # copies the records to docs/records
 
 The checks run side by side, and the benchmarks one after another and alone, each step in a process of its own. Records,
 logs and the state of the steps are in --folder (default build/gpu_day) and are written as the work proceeds. A call
@@ -15,7 +15,7 @@ The checks, the sanitizers and the cases of the claims come first, then the plan
 they take depends on the machine: a step may take all of its minutes, and leaves out the cases that do not fit into
 them. Where only the files of one folder come back from the machine with the GPU, make it the --folder, copy what came
 back into it before the next call, and build the library elsewhere: --library, with libenqueue.so beside it if --headers
-is given. In a copy without git, LFX_COMMIT names the commit for the records.
+is given. Where git does not know the commit, LFX_COMMIT names it for the records.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Step:
     """A command.
 
     Attributes:
-        minutes: it is stopped, or stops itself, after that many.
+        minutes: it is stopped, or stops itself, after that many; those of a check are for all checks side by side.
         limits_itself: it has the option --minutes, gets the time that is left, and prints TIME_IS_OVER if it leaves
             something out.
         program: that must be on the PATH; empty: none.
@@ -117,14 +117,14 @@ def steps(folder: Path, library: Path, headers: Path | None) -> list[Step]:
         quick = ["--quick", "--part", "kernels", "--record", str(folder / f"gpu_{tool}.jsonl")]
         # Each tensor in an allocation of its own, so that an access past its end is outside of all memory.
         separate = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-        return Step(tool, [*launcher, *check, *quick], 2.5, program="compute-sanitizer", environment=separate)
+        return Step(tool, [*launcher, *check, *quick], 4, program="compute-sanitizer", environment=separate)
 
     def benchmark(name: str, command: list[str], minutes: float) -> Step:
         return Step(name, command, minutes, limits_itself=True, alone=True)
 
     return [
-        *(Step(f"check {p}", [*check, *into, "--part", "kernels", "--precision", p], 1.5) for p in PRECISIONS),
-        Step("check torch", [*check, *into, "--part", "torch"], 3),
+        *(Step(f"check {p}", [*check, *into, "--part", "kernels", "--precision", p], 3) for p in PRECISIONS),
+        Step("check torch", [*check, *into, "--part", "torch"], 4),
         Step("check onnxruntime", [*check, *into, "--part", "onnxruntime"], 2),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
@@ -331,9 +331,9 @@ def built(folder: Path, options: argparse.Namespace) -> Path:
 
 
 def source_digest() -> str:
-    """Return a digest of the kernels and of the scripts that run them."""
+    """Return a digest of the sources that the steps run."""
     digest = hashlib.sha256()
-    for folder in ("plugins", "scripts", "tests/plugins"):
+    for folder in ("plugins", "scripts", "src", "runtime", "export", "tests/plugins"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".cu", ".cuh", ".h", ".cpp", ".py"):
                 digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())

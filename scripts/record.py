@@ -16,7 +16,8 @@ from lfx.machine import cpu_name, package_versions
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "docs" / "records"
 SOURCES = ("*.py", "*.c", "*.cpp", "*.cu", "*.cuh", "*.h", "*.txt")
-COMMIT_VARIABLE = "LFX_COMMIT"  # names the commit of a copy without git, such as one on a machine with a GPU
+# Names the commit of a copy whose git does not know it, such as one that was sent to a machine with a GPU.
+COMMIT_VARIABLE = "LFX_COMMIT"
 _PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "numpy")
 
 

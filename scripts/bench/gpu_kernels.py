@@ -9,8 +9,8 @@ For each case it first measures all contenders' errors against float64, on the C
 filled with NaN before; ours may be at most twice the error of plain PyTorch operations in the same dtype. Then all
 contenders alternate in one process (A B C A B C). A round replays one CUDA graph of each, which runs once over all
 buffer sets; the sets together are larger than twice the L2, which is also flushed before each replay. Times are device
-time per call, by CUDA events. Two contenders are called instead of replayed: their times, by the host's clock, include
-the launches.
+time per call, by CUDA events. huggingface and onnxruntime are called instead of replayed: their times, by the host's
+clock, include the launches.
 
 The compared operation is attention of each query over its window and the global keys, with one softmax. The first
 tokens of all rows are global, which is the best case for a block mask. The context of the global tokens is an input of

@@ -18,7 +18,7 @@ for lfx-tensorrt and lfx-onnxruntime. All contenders alternate in one process, a
                           layer, which no graph captures
     huggingface-compiled  torch.compile of huggingface, by the host's clock
 
-The context of the global token costs the same in lfx and flex: both fold the key projection into the query, ours with
+The context of the global token is the same work in lfx and flex: both fold the key projection into the query, ours with
 GlobalAttention, flex with plain PyTorch. Layers are compiled one by one, so that the twelve share one compilation.
 
 The error of an output, against the model in float32, may be at most twice the error of Hugging Face's float16. float32
@@ -204,7 +204,7 @@ def makers(
         captured.replay()
         return Contender(captured.replay), outputs[0][0]
 
-    def on_host(model: Any) -> tuple[Contender, Any]:
+    def called(model: Any) -> tuple[Contender, Any]:
         return Contender(lambda: eager(model, *inputs), on_host=True), eager(model, *inputs)[0]
 
     def ours(change: Callable[[Any], Any] = lambda model: model) -> Callable[..., Any]:
@@ -219,13 +219,13 @@ def makers(
     return {
         "lfx": lambda: graph(ours(compile_layers)),
         "lfx-eager": lambda: graph(ours()),
-        "lfx-calls": lambda: on_host(accelerate(copy.deepcopy(half))),
+        "lfx-calls": lambda: called(accelerate(copy.deepcopy(half))),
         "flex": lambda: graph(compile_layers(flex())),
         "flex-eager": lambda: graph(flex(attend=compile_flex())),
         "lfx-tensorrt": lambda: tensorrt(exact, shape, inputs, folder),
         "lfx-onnxruntime": lambda: onnxruntime(exact, inputs, folder),
-        "huggingface": lambda: on_host(half),
-        "huggingface-compiled": lambda: on_host(compile_model(half)),
+        "huggingface": lambda: called(half),
+        "huggingface-compiled": lambda: called(compile_model(half)),
     }
 
 

@@ -1,7 +1,4 @@
-"""Interleaved device timing of functions on an NVIDIA GPU, by CUDA graphs and CUDA events.
-
-Functions that run on the host are timed by lfx.runtime.bench.measure.
-"""
+"""Interleaved timing on an NVIDIA GPU: of CUDA graphs by CUDA events, and of functions by the host's clock."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ class Contender:
 
 @dataclass
 class Captured:
-    """A CUDA graph, and what it reads: without them PyTorch would give their memory to others.
+    """A CUDA graph, and what it reads, whose memory PyTorch would otherwise give to others.
 
     Attributes:
         run: the captured function, which may hold weights and masks.
@@ -51,7 +48,7 @@ class Captured:
 
 
 def capture(run: Callable[[Any], Any], sets: Iterable[Any]) -> tuple[Captured, list[Any]]:
-    """Capture one CUDA graph of run(s) for all s in `sets`, after a warm-up; returns the graph and the outputs.
+    """Capture one CUDA graph of run(s) for all s in `sets`, after a warm-up; returns it and the outputs.
 
     The outputs stay alive during the capture, so that no two calls write to the same memory.
     """

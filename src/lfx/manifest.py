@@ -144,10 +144,10 @@ class Manifest:
         return cls(signature=signature, **fields)
 
     def verify(self, bundle: Path, names: Collection[str] | None = None) -> dict[str, Path]:
-        """Compare every file of the bundle with its digest.
+        """Compare the files of the bundle with their digests.
 
         Args:
-            names: compare these files alone; each is one of `files`.
+            names: compare these of `files` alone; None = all.
         Returns:
             Name -> the regular file that was hashed: the file of that name, or the file that a link of that name points
             to.

@@ -290,7 +290,7 @@ def test_measuring_leaves_out_the_cases_that_are_done(tmp_path: Path, capsys: py
     assert f"{gpu_day.TIME_IS_OVER}: 2 of 3 were not started" in capsys.readouterr().out
 
 
-def test_in_a_copy_without_git_a_variable_names_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_names_the_commit_where_git_does_not_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LFX_COMMIT", "abc1234")
     assert record.environment()["commit"] == "abc1234"
     monkeypatch.delenv("LFX_COMMIT")
