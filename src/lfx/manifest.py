@@ -147,7 +147,7 @@ class Manifest:
         """Compare every file of the bundle with its digest.
 
         Args:
-            names: compare these files alone; each is one of `files`.
+            names: compare these files alone, those of them that `files` has.
         Returns:
             Name -> the regular file that was hashed: the file of that name, or the file that a link of that name points
             to.
