@@ -2,14 +2,16 @@
 
 All backends have the same rule for links. A file that a bundle's manifest lists may be a symbolic link, as in hub
 caches, DVC and git-annex: it is resolved once, and the resolved file is both hashed and loaded. Folders inside a bundle
-must not be links. The weights of a single ONNX file, which no manifest lists, must be in its own folder.
+must not be links. The weights of a single ONNX file, which no manifest lists, must be in its own folder. What
+the manifest of a bundle around it lists is checked as the bundle's, such as the int8 file in the layout of the hub.
 """
 
 from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from shutil import copyfile
@@ -19,6 +21,7 @@ from lfx.errors import ArtifactError
 from lfx.files import link_or_copy, temporary_folder
 from lfx.manifest import MANIFEST, Manifest, locate
 from lfx.onnx_file import Header, read_header
+from lfx.runtime.text_files import folder_around
 from lfx.signature import Decoder, Signature
 
 
@@ -210,17 +213,33 @@ def _open_single(model: Path) -> Artifact:
 
 
 def _single_files(model: Path) -> tuple[Header, dict[str, Path]]:
-    """Read an ONNX file that no manifest lists; returns its header, and the file name -> path of it and its weights."""
+    """Read an ONNX file outside `locate`'s bundles; returns its header, and name -> path of it and its weights."""
     header = read_header(model)
-    files = {model.name: model.resolve()}
+    listed = _verified_around(model, (model.name, *header.weights))
+    files = {model.name: listed.get(model.name, model.resolve())}
     for name in sorted(header.weights):
-        file = (model.parent / name).resolve()
-        if file.parent != model.parent.resolve() or Path(name).name != name:
+        file = listed.get(name, Path(os.path.realpath(model.parent / name)))
+        if Path(name).name != name or (name not in listed and file.parent != model.parent.resolve()):
             raise ArtifactError(f"{model} has weights in {name!r}, outside its folder; put them beside it")
         if not file.is_file():
             raise ArtifactError(f"{model} has weights in {name!r}, and {file} is no file; export the model again")
         files[name] = file
     return header, files
+
+
+def _verified_around(model: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Check the files of an ONNX file's folder which the manifest of a bundle around it lists.
+
+    Returns:
+        Name of each of them -> its path with links resolved.
+    """
+    bundle = folder_around(model)
+    if not os.path.lexists(bundle / MANIFEST):
+        return {}
+    manifest, folder = Manifest.read(bundle), model.absolute().parent.relative_to(bundle)
+    paths = {(folder / name).as_posix(): name for name in names}
+    verified = manifest.verify(bundle, paths)
+    return {paths[path]: file for path, file in verified.items()}
 
 
 def _signature(model: Path, metadata: str | None) -> Signature:

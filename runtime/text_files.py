@@ -41,12 +41,13 @@ class ListedFolder:
         Raises:
             ArtifactError: the lfx.json is broken.
         """
-        folder = _folder_around(model)
+        folder = folder_around(model)
         files = listed_files(folder)
         return None if files is None else cls(folder, files)
 
 
-def _folder_around(model: Path) -> Path:
+def folder_around(model: Path) -> Path:
+    """The folder of the bundle that an .onnx file may be in: its own, or in the layout of the hub the one above."""
     folder = model.absolute().parent
     is_layout = folder.name == LAYOUT_FOLDER and (folder.parent / MANIFEST).is_file()
     return folder.parent if is_layout else folder
@@ -81,7 +82,7 @@ def text_files(model: Path, manifest: Any) -> tuple[Path, Mapping[str, Any] | No
         return model, None
     recorded = getattr(manifest, "bundle", None)
     if not recorded:
-        return _folder_around(model) if manifest is None else model.parent, None
+        return folder_around(model) if manifest is None else model.parent, None
     bundle = file_path(model.parent / Path(str(recorded.get("name", ""))).name, "the bundle that the plan names")
     if not bundle.is_dir():
         return model.parent, None

@@ -147,7 +147,7 @@ class Manifest:
         """Compare the files of the bundle with their digests.
 
         Args:
-            names: compare these of `files` alone; None = all.
+            names: compare these files alone, those of them that `files` has.
         Returns:
             Name -> the regular file that was hashed: the file of that name, or the file that a link of that name points
             to.

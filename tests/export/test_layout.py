@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from lfx.cli import cli
-from lfx.errors import ExportError, InputError, ParityError
+from lfx.errors import ArtifactError, ExportError, InputError, ParityError
 from lfx.export import export, relayout
 from lfx.export.quantize import quantize
 from lfx.manifest import MANIFEST, Manifest
@@ -141,6 +141,22 @@ def test_int8_and_fp16_stand_beside_fp32_with_their_own_data(bundle: MakeBundle,
         measured = manifest.quantization["accuracy"] if manifest.quantization else manifest.validation
         limit = measured["outputs"]["last_hidden_state"]["tolerance"]
         np.testing.assert_allclose(by_onnxruntime(path)["last_hidden_state"], expected, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model_fp16.onnx"])
+def test_one_file_of_the_layout_is_compared_with_its_digest(name: str, bundle: MakeBundle, tmp_path: Path) -> None:
+    fp16 = bundle("text-classification", precision="fp16")
+    folder = relayout(bundle("text-classification"), tmp_path / "hf", others=[fp16], external_data=True)
+    expected = by_engine(folder / "onnx" / name)
+    weights = folder / "onnx" / f"{name}_data"
+    weights.rename(tmp_path / "blob")
+    weights.symlink_to(tmp_path / "blob")  # as in the hub's cache
+    np.testing.assert_equal(by_engine(folder / "onnx" / name), expected)
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ArtifactError, match=f"{name}_data was changed after the export"):
+        Engine(folder / "onnx" / name)
 
 
 def test_question_answering_is_refused_with_the_reason(bundle: MakeBundle, tmp_path: Path) -> None:

@@ -174,6 +174,14 @@ def test_weights_of_a_single_onnx_file_outside_its_folder_are_refused(backend: s
         Engine(copy / MODEL, backend)
 
 
+def test_weights_of_a_single_onnx_file_that_link_to_themselves_are_refused(copy: Path) -> None:
+    (copy / MANIFEST).unlink()
+    (copy / WEIGHTS).unlink()
+    (copy / WEIGHTS).symlink_to(WEIGHTS)
+    with pytest.raises(ArtifactError, match="is no file"):
+        Engine(copy / MODEL)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("field", "value"),
