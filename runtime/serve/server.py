@@ -218,7 +218,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop at the first SIGTERM or SIGINT, and cancel the requests in progress at the second.
+        """Stop at the first SIGTERM or SIGINT; see `handle_exit` for the second.
 
         uvicorn raises the signal again after the server has stopped; here the process ends with status 0 instead.
         """
@@ -235,16 +235,25 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop the server; a second signal cancels the requests in progress."""
+        """Stop the server; a second signal cancels the requests in progress.
+
+        It does not in one of several workers, which the supervisor tells to: a service manager such as systemd sends
+        SIGTERM to all processes, and the supervisor passes it on.
+        """
         if self.should_exit:
-            if self._loop is not None:
-                with contextlib.suppress(RuntimeError):  # the loop has ended
-                    self._loop.call_soon_threadsafe(self._cancel_requests)
+            if self._workers == 1:
+                self.cancel()
             return
         self.should_exit = True
         self.service.state = "stopping"
         self._stops.put(None)
         self._report(f"stopping: {self.service.in_progress} texts are in progress")
+
+    def cancel(self) -> None:
+        """Cancel the requests in progress; any thread and a signal handler may call it."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._cancel_requests)
 
     def _cancel_requests(self) -> None:
         """Cancel the requests in progress; `Gate` replies 503 to their clients."""

@@ -91,8 +91,10 @@ class _Supervisor:
         previous = {number: signal.signal(number, self._on_signal) for number in not_ignored}
         try:
             self._workers = [self._start(number, early=number == 0) for number in range(self._settings.workers)]
-            while not self._signals:
+            while True:
                 time.sleep(_POLL_SECONDS)
+                if self._signals:  # workers that have ended may have got one too
+                    break
                 self._were_ready = self._were_ready or all(worker.was_ready for worker in self._workers)
                 self._replace_ended()
                 self._restart_outdated()
@@ -175,9 +177,9 @@ class _Supervisor:
         asked_again = False
         while any(worker.process.poll() is None for worker in self._workers):
             if self._signals > 1 and not asked_again:
-                asked_again = True  # a worker's second signal cancels its requests
+                asked_again = True
                 for worker in self._workers:
-                    worker.ask_to_stop()
+                    worker.ask_to_cancel()
             if time.monotonic() > deadline:
                 for worker in self._workers:
                     worker.process.kill()
@@ -265,10 +267,16 @@ class _Worker:
         self._reader.join(5.0)
 
     def ask_to_stop(self) -> None:
-        """Send SIGTERM; a second one cancels the requests in progress."""
+        """Send SIGTERM."""
         self.is_stopping = True
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+
+    def ask_to_cancel(self) -> None:
+        """Cancel the requests in progress of a worker that was asked to stop."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            os.write(self.process.stdin.fileno(), b"\n")
 
     def __str__(self) -> str:
         return f"worker {self.number} (pid {self.process.pid})"

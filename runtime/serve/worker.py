@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,6 @@ def main() -> int:
         from lfx.runtime.serve.server import Server, start_thread
         from lfx.runtime.serve.settings import Settings
 
-        start_thread(_stop_with_supervisor, "lfx-supervisor")
         settings = Settings.from_json(given["settings"])
         server = Server(
             settings,
@@ -48,6 +48,7 @@ def main() -> int:
             folder=None if given["folder"] is None else Path(given["folder"]),
             early=given["early"],
         )
+        start_thread(lambda: _follow_supervisor(server.cancel), "lfx-supervisor")
 
         def when_ready() -> None:
             identities = {name: model.identity for name, model in server.service.models.items()}
@@ -61,10 +62,10 @@ def main() -> int:
     return 0
 
 
-def _stop_with_supervisor() -> None:
-    """Stop when stdin is closed: the supervisor has ended, perhaps by SIGKILL."""
+def _follow_supervisor(cancel: Callable[[], None]) -> None:
+    """Call `cancel` at each byte on stdin, and stop when it is closed: the supervisor has ended, perhaps by SIGKILL."""
     while os.read(0, 1):
-        pass
+        cancel()
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -202,6 +202,29 @@ def test_an_error_of_an_actor_stops_the_pool(error: Exception, message: str) -> 
         run_pool(Failing, [1, 2], 1)
 
 
+def test_a_pool_without_a_machine_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lfx.ray.pool, "_REPORT_AFTER_S", 0.0)
+    waits = iter([None, None])  # until Ray knows that the machine is gone
+
+    class GoneRay(FakeRay):
+        def wait(self, refs: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+            return [], refs
+
+        def nodes(self) -> list[dict[str, Any]]:
+            return [{"Alive": next(waits, 1) is None, "Resources": {"CPU": 2.0}}]
+
+        def available_resources(self) -> dict[str, float]:
+            return {}
+
+    reports: list[str] = []
+    with (
+        pytest.raises(LfxError, match=r"Ray has no machine left: .* the same command resumes"),
+        Pool(GoneRay(), EngineOptions("model"), "jsonl", 1, {}, reports.append) as pool,
+    ):
+        pool.opened()
+    assert reports == ["no actor has started yet; the cluster has 0 CPUs and 0 GPUs free; waiting"]
+
+
 class GrpcError(Exception):
     """An error of grpc, whose text has several lines."""
 

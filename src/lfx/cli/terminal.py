@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import signal
 import sys
 import threading
@@ -38,6 +39,7 @@ class _Signals:
 
 _signals = _Signals()
 _IMPORT_SYSTEM = "<frozen importlib._bootstrap>"  # the file name in its frames
+_BLOCKED_MS = 1000  # stderr counts as blocked if it takes nothing for this time after a signal
 _LONGEST_CELL = 2000  # characters; rich needs minutes to lay out a label of millions
 
 # Unicode categories: control, format and surrogate characters, and the line and paragraph separators. Format characters
@@ -153,7 +155,17 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         _send_again(number)
         return
     _signals.raised = True
+    _drop_blocked_stderr()
     raise KeyboardInterrupt
+
+
+def _drop_blocked_stderr() -> None:
+    """Redirect stderr to the null device if its pipe is full and nobody reads it: a write would block the end."""
+    with suppress(OSError, AttributeError):  # Windows has no poll; there may be no free descriptor
+        stderr = select.poll()
+        stderr.register(2, select.POLLOUT)
+        if not stderr.poll(_BLOCKED_MS):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _is_importing(frame: FrameType | None) -> bool:

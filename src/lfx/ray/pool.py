@@ -13,6 +13,7 @@ from typing import Any
 
 from lfx.errors import LfxError, one_line
 from lfx.ray.actor import DocumentActor, Piece, refused_piece
+from lfx.ray.cluster import machines
 from lfx.ray.engine import EngineOptions
 from lfx.ray.inputs import Document
 from lfx.ray.parts import Columns
@@ -81,7 +82,7 @@ class Pool:
         self._opened: tuple[dict[str, Any], Columns] | None = None
         self._deaths_in_a_row = self._failed_starts = 0
         self._retries: deque[Task] = deque()
-        self._idle_since = time.monotonic()
+        self._idle_since, self._is_reported = time.monotonic(), False
         self._slots = [self._start() for _ in range(size)]
 
     @property
@@ -146,9 +147,16 @@ class Pool:
             else:
                 yield from self._end_task(slots[ref])
         if self.actors:
-            self._idle_since = time.monotonic()
+            self._idle_since, self._is_reported = time.monotonic(), False
         elif time.monotonic() - self._idle_since > _REPORT_AFTER_S:
-            self._idle_since = float("inf")
+            if not machines(self._ray):  # none can join: a cluster that grows has a head
+                raise LfxError(
+                    "Ray has no machine left: its process there was killed; completed documents are kept, and the same "
+                    "command resumes after them"
+                )
+            if self._is_reported:
+                return
+            self._is_reported = True
             free = self._ray.available_resources()
             cpus, gpus = free.get("CPU", 0), free.get("GPU", 0)
             self._report(f"no actor has started yet; the cluster has {cpus:g} CPUs and {gpus:g} GPUs free; waiting")

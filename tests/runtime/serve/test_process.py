@@ -172,6 +172,27 @@ def test_a_stop_ends_within_its_bound_and_says_so_to_the_clients(model: Path, se
         assert server.wait() == 0
 
 
+@fast_if(lambda second: second)
+@pytest.mark.parametrize("second", [True, False], ids=["second-signal", "one-signal"])
+def test_a_sigterm_to_each_process_is_one_stop(model: Path, second: bool) -> None:
+    """systemd and Slurm send it to all; a second one to the supervisor cancels the requests."""
+    options = ["--workers", "2", "--max-delay", "3600000" if second else "5000", "--stop-time", "3600"]
+    with Command(model, *options) as server, server.client() as client, ThreadPoolExecutor(1) as pool:
+        lines = [server.wait_for("is ready"), server.wait_for("is ready")]
+        late = pool.submit(ask, server.address)
+        wait_until(lambda: gauge(client, "lfx_texts_in_progress") == 1)
+        for line in lines:
+            os.kill(int(re.findall(r"pid (\d+)", line)[0]), signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM)
+        for _ in lines:
+            server.wait_for("stopping")
+        if second:
+            server.process.send_signal(signal.SIGTERM)
+        assert late.result().status_code == (503 if second else 200)
+        assert server.wait() == 0
+    assert not [line for line in server.lines if "a new one starts" in line]
+
+
 @pytest.mark.slow
 def test_a_stop_ends_within_its_bound_while_a_token_is_computed(led_bundle: MakeLed) -> None:
     code = f"""
