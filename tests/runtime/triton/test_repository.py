@@ -166,6 +166,20 @@ def test_a_plan_that_is_replaced_while_it_is_copied_is_refused(
         write_model(plan, tmp_path / "models", Settings(name="p"))
 
 
+def test_a_plan_that_is_replaced_while_it_is_copied_is_refused_for_the_tensorrt_backend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, copy = write_plan(tmp_path), repositories.copy
+
+    def replace_and_copy(source: Path, target: Path) -> None:
+        plan.write_bytes(b"newer")
+        copy(source, target)
+
+    monkeypatch.setattr(repositories, "copy", replace_and_copy)
+    with pytest.raises(ArtifactError, match=r"\.plan was replaced while it was read; run it again"):
+        write_model(plan, tmp_path / "models", Settings(name="p", triton_backend="tensorrt"))
+
+
 def test_a_plan_of_a_led_has_no_graphs_of_its_bundle_beside_it(led_bundle: MakeLed, tmp_path: Path) -> None:
     bundle = tmp_path / "led"
     bundle.symlink_to(led_bundle()[1])
