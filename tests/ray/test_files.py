@@ -175,6 +175,18 @@ def test_an_output_of_others_is_refused(tmp_path: Path) -> None:
         Parts(tmp_path / "out", {**HEADER, "model": "b"}, "jsonl")
 
 
+def test_a_run_whose_journal_was_removed_as_it_was_opened_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def removed(descriptor: int) -> bool:
+        (tmp_path / "out" / JOURNAL).unlink()
+        return True
+
+    monkeypatch.setattr("lfx.ray.journal.try_lock", removed)
+    with pytest.raises(InputError, match="another run is writing"):
+        Parts(tmp_path / "out", HEADER, "jsonl")
+
+
 def test_a_journal_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     victim = tmp_path / "victim"

@@ -130,6 +130,13 @@ def test_a_deployment_may_have_another_name() -> None:
     assert lfx.ray.deployment("model")._bound_deployment.name == "lfx"
 
 
+def test_a_replica_takes_as_many_requests_as_run_together() -> None:
+    made = lfx.ray.deployment("model", actor={"name": "own"})
+    assert (made._bound_deployment.name, made._bound_deployment.max_ongoing_requests) == ("own", 256)
+    other = lfx.ray.deployment("model", actor={"max_ongoing_requests": 7})
+    assert other._bound_deployment.max_ongoing_requests == 7
+
+
 def test_a_batch_of_a_dataset_gets_the_columns_of_lfx_run(bundle: MakeBundle, tmp_path: Path) -> None:
     model, source = bundle("text-classification"), write_documents(tmp_path / "in.jsonl", 40)
     texts = [json.loads(line).get("text") for line in source.read_text().splitlines()]

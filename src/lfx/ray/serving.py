@@ -11,6 +11,8 @@ from lfx.checks import parse_json, shown
 from lfx.errors import InputError, one_line, require
 from lfx.ray.engine import DocumentEngine, EngineOptions
 
+_TOGETHER = 256  # documents of a run
+
 
 class Service:
     """Answers HTTP requests: a document in, its rows out, as `lfx run` has them.
@@ -20,7 +22,7 @@ class Service:
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self._engine = DocumentEngine(EngineOptions(model, **options))
-        batch = require("ray.serve", "ray").batch(max_batch_size=256, batch_wait_timeout_s=0.005)
+        batch = require("ray.serve", "ray").batch(max_batch_size=_TOGETHER, batch_wait_timeout_s=0.005)
         self._run_one = batch(self._run_together)  # takes one document, and returns its rows
 
     async def __call__(self, request: Any) -> Any:
@@ -56,8 +58,9 @@ def deployment(model: str | Path, *, actor: Mapping[str, Any] | None = None, **o
         raise InputError(f"actor is {shown(actor)}; give a dict of options of serve.deployment, or leave it out")
     serve = require("ray.serve", "ray")
     try:
-        # Serve checks ray_actor_options when it gets the class.
-        make = serve.deployment(**{"name": "lfx", **(actor or {})})(Service)
+        # Ray lets a replica have 5 requests by default, so that no more would run together. Serve checks
+        # ray_actor_options when it gets the class.
+        make = serve.deployment(**{"name": "lfx", "max_ongoing_requests": _TOGETHER, **(actor or {})})(Service)
     except (TypeError, ValueError) as error:
         raise InputError(f"actor is {shown(actor)}, which serve.deployment does not take: {one_line(error)}") from error
     return make.bind(str(model), **options)

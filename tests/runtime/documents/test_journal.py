@@ -15,7 +15,7 @@ from lfx.errors import InputError, LfxError
 from lfx.runtime import Engine
 from lfx.runtime.documents import run as documents
 from lfx.runtime.documents import run_documents
-from lfx.runtime.documents.journal import Journal, journal_path
+from lfx.runtime.documents.journal import Journal, journal_path, read_header
 from tests.conftest import MakeBundle
 
 HEADER = {"journal": 2, "input": "a", "stride": 1}
@@ -115,6 +115,28 @@ def test_two_runs_without_locks_do_not_mix_their_rows(tmp_path: Path, monkeypatc
         with pytest.raises(LfxError, match="another process wrote"):
             list(first.rows())
     assert reopened(output) == (1, 0, [1])
+
+
+def test_a_run_that_opened_the_journal_as_another_one_removed_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.jsonl"
+    path = stopped(output)
+
+    def other_ends(descriptor: int) -> bool:
+        path.unlink()
+        return True
+
+    monkeypatch.setattr("lfx.runtime.documents.journal.try_lock", other_ends)
+    with pytest.raises(InputError, match=r"another run is writing .*out\.jsonl"):
+        Journal(output, HEADER, CHUNK)
+
+
+@pytest.mark.parametrize("content", [b"no JSON", b"[1]\n", b"\xff\n", b""])
+def test_a_journal_without_a_header_has_no_options_of_a_stopped_run(content: bytes, tmp_path: Path) -> None:
+    path = journal_path(tmp_path / "out.jsonl")
+    path.write_bytes(content)
+    assert read_header(tmp_path / "out.jsonl") == {}
 
 
 def test_rows_that_another_process_changed_are_not_written(tmp_path: Path) -> None:
