@@ -319,6 +319,7 @@ def _runner(
 
     def run(inputs: Arrays) -> Arrays:
         contexts.clear()
+        module_outputs.clear()
         layers.clear()
         seqlen = lengths[-1] = inputs["input_ids"].shape[-1]  # Hugging Face pads to a multiple of the window
         tensors = {k: torch.from_numpy(v) for k, v in inputs.items() if names is None or k in names}

@@ -24,7 +24,7 @@ from lfx.runtime.serve.app import make_app
 from lfx.runtime.serve.lines import flush_lines
 from lfx.runtime.serve.memory import memory
 from lfx.runtime.serve.protocol import STOP_GRACE_SECONDS, make_protocol
-from lfx.runtime.serve.service import Service
+from lfx.runtime.serve.service import NO_THREAD, Service
 from lfx.runtime.serve.settings import KEEP_ALIVE_SECONDS, Settings
 from lfx.runtime.serve.stats import Stats
 
@@ -97,7 +97,7 @@ class Server(uvicorn.Server):
         self._settings, self._report, self._early, self._workers = settings, report, early, workers
         self._when_ready: Callable[[], None] = lambda: None
         self._tasks: list[asyncio.Task[None]] = []
-        # An item when the server is asked to stop, and others when it has stopped; a signal handler may put them.
+        # The first item: it is asked to stop. The second: it has stopped. A signal handler may put them.
         self._stops: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._opener: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -288,8 +288,7 @@ def start_thread(target: Callable[[], None], name: str) -> threading.Thread:
     try:
         thread.start()
     except RuntimeError as error:
-        reason = "the limit of processes (ulimit -u, or the container's) is reached; raise it"
-        raise LfxError(f"{name}: {one_line(error)}: {reason}") from error
+        raise LfxError(f"{name}: {one_line(error)}: {NO_THREAD}") from error
     return thread
 
 

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from lfx.checks import shown
-from lfx.errors import LfxError
+from lfx.errors import LfxError, one_line
 from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.serve.model import Input, Prepared, ServedModel
 from lfx.runtime.serve.replies import RefusalError, busy, unavailable
@@ -22,6 +22,9 @@ Result = TypeVar("Result")
 # Fields of the log line of the request in progress: its model, number of texts and number of tokens.
 log_fields: ContextVar[dict[str, Any]] = ContextVar("log_fields")
 Computed = tuple[Prepared, Outputs]
+
+
+NO_THREAD = "the limit of processes (ulimit -u, or the container's) is reached; raise it"
 
 
 class Service:
@@ -53,10 +56,13 @@ class Service:
         """Open and warm up all models.
 
         Raises:
-            LfxError: a model cannot be opened.
+            LfxError: a model cannot be opened, or the system gives no thread.
         """
-        for executor in self._executors:  # starts its thread, so that no request fails where the system gives none
-            executor.submit(int).result()
+        try:
+            for executor in self._executors:  # starts its thread, so that no request fails where the system gives none
+                executor.submit(int).result()
+        except RuntimeError as error:
+            raise LfxError(f"{one_line(error)}: {NO_THREAD}") from error
         models = {}
         for name, path in self.settings.models.items():
             try:

@@ -333,7 +333,7 @@ def _add_plan(source: _Source, plan: PlanManifest, version: Path) -> str:
         bundle = text_folder(source.path, plan)
         manifest = Manifest.read(bundle)
         with unchanged(bundle, manifest):
-            # All that is read of it. Python in Triton would find modules in this folder, whose name the plan chooses.
+            # No other file of it is read, and Python in Triton would import modules from this folder.
             texts = [name for name in manifest.files if name.endswith(".json")]
             _add_files(bundle, version / bundle.name, manifest.verify(bundle, texts))
     return source.path.name
