@@ -130,6 +130,7 @@ def test_signature_without_a_required_field_is_refused(key: str) -> None:
         ("global_attention", "last"),
         ("default_global", "answer"),
         ("task", "translation"),
+        ("task", TEXT_GENERATION),  # without a decoder
     ],
 )
 def test_signature_with_a_value_of_another_type_is_refused(key: str, value: Any) -> None:

@@ -90,6 +90,9 @@ def test_the_signature_describes_both_graphs(bundle: MakeBundle) -> None:
     assert decoder.outputs[0] == TensorSpec("logits", "float32", ("batch", "tokens", VOCAB_SIZE))
     assert [spec.name for spec in decoder.outputs[1:]] == cache_names(PRESENT, 2, "decoder")
     assert Decoder.from_dict(json.loads(json.dumps(signature.to_dict()["decoder"]))) == decoder
+    for name, value in (("max_tokens", 0), ("decoder_start_token_id", -1)):
+        with pytest.raises(ValueError, match=rf"the decoder's {name} {value} is out of range"):
+            Decoder.from_dict({**signature.to_dict()["decoder"], name: value})
 
 
 def test_the_graphs_have_the_inputs_and_outputs_of_the_signature(bundle: MakeBundle) -> None:

@@ -119,6 +119,11 @@ def test_bad_requests_are_refused(body: Any, path: str, status: int, message: st
     assert reply.json()["error_type"] == "validation"
 
 
+def test_as_many_beams_as_the_limit_are_answered(client: httpx.Client) -> None:
+    parameters = {"num_beams": 16, "max_new_tokens": 3}
+    assert post(client, "/generate", {"inputs": TEXT, "parameters": parameters}).status_code == 200
+
+
 def test_a_long_text_is_cut_if_asked(client: httpx.Client) -> None:
     parameters = {"truncate": True, "max_new_tokens": 3}
     assert post(client, "/generate", {"inputs": "the " * 3000, "parameters": parameters}).status_code == 200

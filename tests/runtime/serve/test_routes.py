@@ -368,6 +368,14 @@ BAD_REQUESTS: list[tuple[str, Any, int, str]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("path", "inputs"), [("/run", ["fox"] * 32), ("/models/choice/run", {"text": "a", "choices": ["b"] * 32})]
+)
+def test_as_many_inputs_and_choices_as_the_limit_are_answered(client: httpx.Client, path: str, inputs: Any) -> None:
+    reply = client.post(path, json={"inputs": inputs})
+    assert reply.status_code == 200, reply.text
+
+
 @pytest.mark.parametrize(("path", "body", "status", "reason"), BAD_REQUESTS)
 def test_a_bad_request_gets_the_reason_in_its_apis_form(
     client: httpx.Client, path: str, body: Any, status: int, reason: str
