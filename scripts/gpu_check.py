@@ -26,7 +26,9 @@ import argparse
 import copy
 import ctypes
 import fcntl
+import functools
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -36,14 +38,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
-from lfx.parity import Case, full_cases
+from lfx.parity import Case, Report, full_cases
 from scripts import record
 from scripts.bench import gpu, rivals, timing
-from scripts.bench.launch import Kernels, dtype_of, run_banded, run_global
+from scripts.bench.launch import Kernels, dtype_of, in_lfx_torch, run_banded, run_global
 from tests.plugins.problems import Banded, Global, banded, enqueue_through_creator, global_
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -230,13 +231,12 @@ def models(library: Path) -> list[dict[str, Any]]:
     import torch
 
     from lfx.export.torch_runners import reference_runner
-    from lfx.torch import accelerate, kernels
+    from lfx.torch import accelerate
     from tests.models import tiny_led, tiny_model
 
     about = record.gpu_environment(torch)
     rows = []
-    fused = kernels.CudaKernels(library)
-    with mock.patch.object(kernels, "_installed", lambda: fused):
+    with in_lfx_torch(library):
         for name, model in (("Longformer", tiny_model()), (LED_ENCODER, tiny_led("LEDModel").encoder)):
             reference = remembered(reference_runner(model))
             for precision in PRECISIONS:
@@ -325,9 +325,8 @@ def compared(reference: Run, witness: Run, candidate: Run, precision: str, some:
     from lfx.parity import compare, inputs_of
     from tests.models import VOCAB_SIZE
 
-    started = time.perf_counter()
-    try:
-        report = compare(
+    return outcome(
+        lambda: compare(
             some,
             lambda case: inputs_of(case, vocab_size=VOCAB_SIZE, pad_token_id=1),
             reference=reference,
@@ -336,7 +335,15 @@ def compared(reference: Run, witness: Run, candidate: Run, precision: str, some:
             precision=precision,
             layers=2,
         )
-        result = {"passed": not report.failures(), "failures": report.failures(), "cases": len(some)}
+    )
+
+
+def outcome(compare: Callable[[], Report]) -> dict[str, Any]:
+    """Run a comparison; returns the entries of a row. An error is a failure, and does not end the other checks."""
+    started = time.perf_counter()
+    try:
+        report = compare()
+        result = {"passed": not report.failures(), "failures": report.failures(), "cases": len(report.rows)}
         result["outputs"] = report.to_dict()["outputs"]
     except Exception as error:
         result = {"passed": False, "failures": [f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"]}
@@ -366,10 +373,11 @@ def generated() -> dict[str, Any]:
 def refused(library: Path) -> dict[str, Any]:
     """Give an accelerated model more global tokens than it has slots, in a process of its own, which cannot go on."""
     code = (
-        "import sys, torch; from lfx.torch import accelerate, kernels; from tests.models import tiny_model\n"
-        "fused = kernels.CudaKernels(sys.argv[1]); kernels._installed = lambda: fused\n"
+        "import sys, torch; from lfx.torch import accelerate; from scripts.bench.launch import in_lfx_torch\n"
+        "from tests.models import tiny_model\n"
         "model = accelerate(tiny_model().cuda(), max_global=2); ids = torch.full((1, 20), 5, device='cuda')\n"
-        "model(ids, global_attention_mask=torch.ones_like(ids)).last_hidden_state.cpu()\n"
+        "with in_lfx_torch(sys.argv[1]):\n"
+        "    model(ids, global_attention_mask=torch.ones_like(ids)).last_hidden_state.cpu()\n"
         "print('it returned')"
     )
     done = subprocess.run(
@@ -395,22 +403,18 @@ def bundles(provider: str = "cuda", precisions: Sequence[str] = PRECISIONS) -> l
     rows = []
     module = tiny_model()
     with tempfile.TemporaryDirectory(prefix="lfx-bundles-") as folder:
-        for precision in precisions:
-            for kernels in ("fused", "function"):
-                row = {**about, "op": "bundle", "precision": precision, "way": kernels}
-                start = time.perf_counter()
-                try:
-                    bundle = Path(folder) / precision
-                    if not bundle.exists():
-                        export(module, bundle, precision=precision)
-                    with Engine(bundle, "onnxruntime", provider=provider, kernels=kernels) as engine:
-                        report = compare_engine(engine, module, lambda *_: some_cases(), lambda step: None)
-                    row |= {"passed": not report.failures(), "failures": report.failures(), "cases": len(report.rows)}
-                    row["outputs"] = report.to_dict()["outputs"]
-                except Exception as error:
-                    row |= {"passed": False, "failures": [f"{type(error).__name__}: {str(error)[:600]}"]}
-                rows.append({**row, "seconds": round(time.perf_counter() - start, 1)})
-                print(json.dumps(rows[-1]), flush=True)
+
+        def compare(precision: str, kernels: str) -> Report:
+            bundle = Path(folder) / precision
+            if not bundle.exists():
+                export(module, bundle, precision=precision)
+            with Engine(bundle, "onnxruntime", provider=provider, kernels=kernels) as engine:
+                return compare_engine(engine, module, lambda *_: some_cases(), lambda step: None)
+
+        for precision, kernels in itertools.product(precisions, ("fused", "function")):
+            row = {**about, "op": "bundle", "precision": precision, "way": kernels}
+            rows.append({**row, **outcome(functools.partial(compare, precision, kernels))})
+            print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
@@ -427,7 +431,6 @@ def plans() -> list[dict[str, Any]]:
         return [{**about, "op": "plans", "passed": True, "skipped": f"{reason} on this machine"}]
     from lfx.export import export
     from lfx.export.validate import compare_engine
-    from lfx.parity import full_cases
     from lfx.runtime import Engine, build_engine, device
     from tests.models import tiny_model
 
@@ -436,33 +439,18 @@ def plans() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="lfx-plans-") as folder:
         module = tiny_model()
         bundle = export(module, Path(folder) / "tiny")
-        for flavor in flavors:
-            for precision in PRECISIONS:
-                for plugin in (True, False):
-                    row = {**about, "op": "plan", "flavor": flavor, "precision": precision, "plugin": plugin}
-                    row["target"] = target
-                    start = time.perf_counter()
-                    try:
-                        # TensorRT builds for the GPU of this machine, and refuses a target.
-                        plan = build_engine(
-                            bundle,
-                            Path(folder) / "tiny.plan",
-                            precision=precision,
-                            flavor=flavor,
-                            plugin=plugin,
-                            target=target if flavor == "tensorrt-rtx" else None,
-                        )
-                        with Engine(plan) as engine:
-                            report = compare_engine(engine, module, full_cases, lambda step: None)
-                        row |= {
-                            "passed": not report.failures(),
-                            "failures": report.failures(),
-                            "cases": len(report.rows),
-                        }
-                        row["outputs"] = report.to_dict()["outputs"]
-                    except Exception as error:
-                        row |= {"passed": False, "failures": [f"{type(error).__name__}: {error}"]}
-                    rows.append({**row, "seconds": round(time.perf_counter() - start, 1)})
+
+        def compare(options: dict[str, Any]) -> Report:
+            # TensorRT builds for the GPU of this machine, and refuses a target.
+            own_target = target if options["flavor"] == "tensorrt-rtx" else None
+            plan = build_engine(bundle, Path(folder) / "tiny.plan", target=own_target, **options)
+            with Engine(plan) as engine:
+                return compare_engine(engine, module, full_cases, lambda step: None)
+
+        for flavor, precision, plugin in itertools.product(flavors, PRECISIONS, (True, False)):
+            options = {"flavor": flavor, "precision": precision, "plugin": plugin}
+            row = {**about, "op": "plan", **options, "target": target}
+            rows.append({**row, **outcome(functools.partial(compare, options))})
     return rows
 
 

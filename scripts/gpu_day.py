@@ -9,7 +9,7 @@
 The checks run side by side, and the benchmarks one after another and alone, each step in a process of its own. Records,
 logs and the state of the steps are in --folder (default build/gpu_day) and are written as the work proceeds. A call
 that is cut off loses at most the checks that were running, or the case that it was measuring: the next call continues
-with the same --folder. On another GPU, or after a change of the kernels or scripts, all steps begin again.
+with the same --folder. On another GPU, or after a change of the sources, all steps begin again.
 
 The checks, the sanitizers and the cases of the claims come first, then the plans and all other cases. How many calls
 they take depends on the machine: a step may take all of its minutes, and leaves out the cases that do not fit into

@@ -480,9 +480,14 @@ def _gpu(row: dict[str, Any]) -> str:
     return f"{row['gpu'].split(',')[0]}, CUDA {row['cuda']}; {names}; {row['date']}"
 
 
+def _measured(name: str) -> list[dict[str, Any]]:
+    """Return the rows of a record of a GPU benchmark without its claims."""
+    return [row for row in record.read(name) if "contenders" in row]
+
+
 def gpu_model() -> str:
     """Make the table of the base model on a GPU."""
-    records = [row for row in record.read("gpu_model") if "contenders" in row]
+    records = _measured("gpu_model")
     names = ("huggingface", "lfx-calls", "flex", "lfx")
     rows = []
     for row in records:
@@ -506,7 +511,7 @@ def gpu_model() -> str:
 
 def gpu_kernels() -> str:
     """Make the table of BandedAttention beside PyTorch's attentions."""
-    records = [row for row in record.read("gpu_kernels") if "contenders" in row]
+    records = _measured("gpu_kernels")
     others = ("flex", "flex-64", "sdpa", "huggingface")
     rows = []
     for row in records:

@@ -34,7 +34,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -43,11 +42,12 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers.models.longformer.modeling_longformer import LongformerLayer, LongformerSelfAttention
 
 from lfx.errors import DependencyError
-from lfx.torch import accelerate, kernels
+from lfx.torch import accelerate
 from scripts import record
 from scripts.bench import gpu, rivals, timing
 from scripts.bench.band_cases import PEAKS, band_or_global, base_model_flops
 from scripts.bench.gpu import Rows
+from scripts.bench.launch import in_lfx_torch
 from scripts.bench.timing import Contender
 from scripts.checkpoints import HIDDEN, INTERMEDIATE, LAYERS, WINDOW, base_model
 
@@ -420,7 +420,7 @@ def run(
 ) -> Rows:
     """Measure the shapes on the GPU; see gpu.measure_all."""
     gpu.require()
-    fused, about = kernels.CudaKernels(library), record.gpu_environment(torch)
+    about = record.gpu_environment(torch)
     exact = base_model(MAX_SEQLEN).to(timing.DEVICE)
     half = copy.deepcopy(exact).half()
 
@@ -428,7 +428,7 @@ def run(
         return {**about, **measure(shape, exact, half, folder, compile_all), "gflop": work(shape)}
 
     done = gpu.resumed(path, about) if resume else None
-    with mock.patch.object(kernels, "_installed", lambda: fused):
+    with in_lfx_torch(library):
         return gpu.measure_all(
             shapes, measure_one, verdicts, deadline, path, done, lambda row: (row["seqlen"], row["batch"])
         )

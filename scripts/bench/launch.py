@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 TYPES = {"fp32": 0, "fp16": 1, "bf16": 2}
 INPUTS = ("query", "key", "value", "key_mask", "global_index", "global_context")
@@ -166,3 +168,13 @@ def _launch(function: Any, params: ctypes.Structure, out: Any) -> Any:
     if status:
         raise RuntimeError(f"the launch failed: CUDA error {status}")
     return out
+
+
+@contextlib.contextmanager
+def in_lfx_torch(library: str | Path) -> Iterator[None]:
+    """Let `lfx.torch` run the kernels of a library in place of the installed one's."""
+    from lfx.torch import kernels
+
+    fused = kernels.CudaKernels(Path(library))
+    with mock.patch.object(kernels, "_installed", lambda: fused):
+        yield
