@@ -1,19 +1,15 @@
-"""The command in subprocesses: results on stdout, progress on stderr, exit status 0, 1 or 2."""
+"""The commands: results on stdout, progress on stderr, exit status 0, 1 or 2."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,87 +20,17 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lfx.cli import cli, inspect
-from lfx.errors import ArtifactError, BuildError
+from lfx.errors import ArtifactError
 from lfx.manifest import MANIFEST, MODEL, WEIGHTS, Manifest
 from lfx.runtime import custom_ops
-from tests.cli.forked import ENVIRONMENT, Commands
+from tests.cli.commands import Done, Forked, lfx, run
+from tests.cli.conftest import LABELS
 from tests.conftest import MakeBundle
 from tests.marks import fast_if
 from tests.models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from tests.runtime.test_signing import Signer
 
-LABELS = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
 COMMANDS = tuple(cli.commands)
-
-
-@dataclass(frozen=True)
-class Done:
-    """The exit status and output of a command."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-    def json(self) -> Any:
-        """Parse stdout as JSON, after exit status 0."""
-        assert self.code == 0, self.stderr
-        return json.loads(self.stdout)
-
-    def error(self) -> str:
-        """Return the one-line error, after exit status 1."""
-        assert self.code == 1, self.stderr
-        assert "Traceback" not in self.stderr
-        lines = self.stderr.splitlines()
-        (error,) = [line for line in lines if line.startswith("error:")]
-        assert lines[-1] == error
-        assert "please report" not in error  # only an unexpected error asks for a report
-        return error
-
-
-def lfx(*arguments: str | Path, cwd: Path | None = None) -> Done:
-    """Run the command."""
-    return _done([sys.executable, "-m", "lfx.cli", *map(str, arguments)], cwd)
-
-
-def _forked(forked: Commands, arguments: Sequence[str | Path], folder: Path) -> Done:
-    """Run the command in a copy of a process that has imported torch."""
-    return Done(*forked.run([str(argument) for argument in arguments], folder))
-
-
-def _done(command: list[str], cwd: Path | None) -> Done:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=300, check=False)
-    return Done(done.returncode, done.stdout, done.stderr)
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with the checkpoint `checkpoints/tiny-reviews`."""
-    workspace = tmp_path_factory.mktemp("cli")
-    folder = save_tiny_checkpoint(workspace / "checkpoints" / "tiny-reviews", "text-classification", **LABELS)
-    tiny_tokenizer().save_pretrained(folder)
-    return workspace
-
-
-EXPORT = ("export", "--model", "checkpoints/tiny-reviews", "--json")
-
-
-@pytest.fixture(scope="module")
-def exported(workspace: Path, forked: Commands) -> Done:
-    """The export of that checkpoint, with --json."""
-    return _forked(forked, EXPORT, workspace)
-
-
-@pytest.fixture(scope="module")
-def reviews(exported: Done, workspace: Path) -> Path:
-    """The exported bundle."""
-    assert exported.code == 0, exported.stderr
-    return workspace / "tiny-reviews"
-
-
-@pytest.fixture
-def copy(reviews: Path, tmp_path: Path) -> Path:
-    """A bundle that a test may break."""
-    return Path(shutil.copytree(reviews, tmp_path / "copy"))
 
 
 def test_the_command_is_installed() -> None:
@@ -120,8 +46,8 @@ def test_help_lists_every_command(option: str) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command: str, forked: Commands, tmp_path: Path) -> None:
-    done = _forked(forked, [command, "--help"], tmp_path)
+def test_every_command_has_help(command: str, forked: Forked, tmp_path: Path) -> None:
+    done = forked.run([command, "--help"], tmp_path)
     assert (done.code, done.stderr) == (0, "")
     usage, _, first_line = done.stdout.splitlines()[:3]
     assert f" {command} [OPTIONS]" in usage
@@ -159,16 +85,16 @@ def test_version_is_that_of_the_package() -> None:
     ],
     ids=" ".join,
 )
-def test_wrong_usage_exits_2_with_usage_on_stderr(arguments: list[str], forked: Commands, tmp_path: Path) -> None:
-    done = _forked(forked, arguments, tmp_path)
+def test_wrong_usage_exits_2_with_usage_on_stderr(arguments: list[str], forked: Forked, tmp_path: Path) -> None:
+    done = forked.run(arguments, tmp_path)
     assert (done.code, done.stdout) == (2, "")
     assert done.stderr.startswith("Usage: ")
     assert "\nError: " in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_the_message_of_wrong_usage_is_short(forked: Commands, tmp_path: Path) -> None:
-    done = _forked(forked, ["export", "--model", "x", "--opset", "9" * 100_000], tmp_path)
+def test_the_message_of_wrong_usage_is_short(forked: Forked, tmp_path: Path) -> None:
+    done = forked.run(["export", "--model", "x", "--opset", "9" * 100_000], tmp_path)
     assert (done.code, done.stdout) == (2, "")
     assert "Invalid value for '--opset': '9" in done.stderr
     assert len(done.stderr) < 2000
@@ -201,7 +127,7 @@ def test_export_shows_its_steps_on_stderr(exported: Done) -> None:
 @pytest.mark.slow
 def test_a_process_of_its_own_exports_the_same_bundle(exported: Done, workspace: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").symlink_to(workspace / "checkpoints")
-    done = lfx(*EXPORT, cwd=tmp_path)
+    done = lfx("export", "--model", "checkpoints/tiny-reviews", "--json", cwd=tmp_path)
     assert done.json() == json.loads((tmp_path / "tiny-reviews" / MANIFEST).read_text())
     Manifest.read(tmp_path / "tiny-reviews").verify(tmp_path / "tiny-reviews")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "tiny-reviews"]
@@ -367,7 +293,7 @@ def _scale_the_weights(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def parities(reviews: Path, workspace: Path, forked: Commands) -> dict[str, Done]:
+def parities(reviews: Path, workspace: Path, forked: Forked) -> dict[str, Done]:
     """`lfx parity` of an unchanged bundle, of one with a changed weight, and against another model."""
     spoiled = Path(shutil.copytree(reviews, workspace / "spoiled"))
     _scale_the_weights(spoiled)
@@ -378,7 +304,7 @@ def parities(reviews: Path, workspace: Path, forked: Commands) -> dict[str, Done
         "other": [reviews, "--source", "checkpoints/other", "--json"],
         "table": [reviews, "--source", workspace / "checkpoints" / "tiny-reviews"],
     }
-    return {name: _forked(forked, ["parity", *arguments], workspace) for name, arguments in commands.items()}
+    return {name: forked.run(["parity", *arguments], workspace) for name, arguments in commands.items()}
 
 
 def test_parity_reports_what_the_export_measured(parities: dict[str, Done], exported: Done) -> None:
@@ -414,9 +340,9 @@ def test_parity_out_of_tolerance_exits_1_with_the_report_on_stdout(parities: dic
 
 
 def test_parity_of_a_bundle_made_from_a_module_asks_for_its_checkpoint(
-    bundle: MakeBundle, forked: Commands, tmp_path: Path
+    bundle: MakeBundle, forked: Forked, tmp_path: Path
 ) -> None:
-    message = _forked(forked, ["parity", bundle()], tmp_path).error()
+    message = forked.run(["parity", bundle()], tmp_path).error()
     assert "made from a module in memory" in message
     assert "--source" in message
 
@@ -427,7 +353,7 @@ def test_parity_refuses_a_checkpoint_with_other_weights(parities: dict[str, Done
 
 
 @pytest.fixture(scope="module")
-def refused(workspace: Path, forked: Commands) -> dict[str, Done]:
+def refused(workspace: Path, forked: Forked) -> dict[str, Done]:
     """Exports that are refused, each in its own folder."""
     good = workspace / "checkpoints" / "tiny-reviews"
     other = workspace / "refused"
@@ -445,7 +371,7 @@ def refused(workspace: Path, forked: Commands) -> dict[str, Done]:
     for name, arguments in commands.items():
         folder = workspace / f"cwd {name}"
         folder.mkdir()
-        done[name] = _forked(forked, ["export", *arguments], folder)
+        done[name] = forked.run(["export", *arguments], folder)
     return done
 
 
@@ -491,11 +417,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("command", [["run", "--text", "fox"], ["inspect"], ["parity"]], ids=lambda c: c[0])
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_bundle_is_an_error_of_one_line(
-    name: str, command: list[str], copy: Path, forked: Commands, tmp_path: Path
+    name: str, command: list[str], copy: Path, forked: Forked, tmp_path: Path
 ) -> None:
     change, message = BROKEN[name]
     change(copy)
-    done = _forked(forked, [command[0], copy, *command[1:], "--json"], tmp_path)
+    done = forked.run([command[0], copy, *command[1:], "--json"], tmp_path)
     assert message in done.error()
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
@@ -517,10 +443,10 @@ def test_a_broken_bundle_is_an_error_of_one_line(
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
 )
 def test_run_refuses_in_one_line(
-    arguments: list[str], message: str, reviews: Path, forked: Commands, tmp_path: Path
+    arguments: list[str], message: str, reviews: Path, forked: Forked, tmp_path: Path
 ) -> None:
     (tmp_path / "latin.txt").write_bytes("größe".encode("latin-1"))
-    done = _forked(forked, ["run", reviews, *arguments, "--json"], tmp_path)
+    done = forked.run(["run", reviews, *arguments, "--json"], tmp_path)
     assert message in done.error()
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
@@ -532,10 +458,10 @@ def test_the_longest_text_still_runs(reviews: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "review.txt"])
-def test_a_path_that_is_no_bundle_is_an_error_of_one_line(path: str, forked: Commands, tmp_path: Path) -> None:
+def test_a_path_that_is_no_bundle_is_an_error_of_one_line(path: str, forked: Forked, tmp_path: Path) -> None:
     (tmp_path / "review.txt").write_text("fox")
     for command in (["run", path, "--text", "fox"], ["inspect", path], ["parity", path]):
-        assert "bundle" in _forked(forked, command, tmp_path).error()
+        assert "bundle" in forked.run(command, tmp_path).error()
 
 
 def test_a_bundle_without_tokenizer_says_what_to_do(copy: Path) -> None:
@@ -543,283 +469,6 @@ def test_a_bundle_without_tokenizer_says_what_to_do(copy: Path) -> None:
     manifest = Manifest.read(copy)
     manifest.write(copy)
     assert "has no tokenizer.json" in lfx("run", copy, "--text", "fox").error()
-
-
-# A signal, the step of the export in which it is sent, and the longest wait after the step began, in seconds (of CPU
-# time, except while torch is being imported).
-INTERRUPTS = [
-    (signal.SIGINT, "importing torch", 1.0),
-    (signal.SIGTERM, "tracing", 0.8),
-    (signal.SIGINT, "writing", 0.05),
-    (signal.SIGTERM, "comparing: batch", 0.05),  # over an older bundle
-]
-STEPS = [f"{number.name} {step}" for number, step, _ in INTERRUPTS]
-
-
-@dataclass(frozen=True)
-class Interrupted:
-    """The outcome of an interrupted export, and its folder."""
-
-    done: Done
-    folder: Path
-
-
-def _interrupt(
-    forked: Commands, model: Path, folder: Path, number: signal.Signals, step: str, wait_s: float
-) -> Interrupted:
-    """Interrupt an export; the one that is interrupted while it imports torch has a process of its own."""
-    seconds = float(np.random.default_rng().uniform(1e-3, wait_s))
-    arguments = ["export", "--model", str(model), "--output", "bundle"]
-    if step == "importing torch":
-        # Started as by the installed script. Under `python -m`, CPython itself exits with 130 if the interrupt passed
-        # through exec() of source text, which torch calls while tracing, even if the interrupt was caught.
-        command = [sys.executable, "-c", "from lfx.cli import main; main()", *arguments]
-        with subprocess.Popen(
-            command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
-            assert process.stderr is not None
-            seen = ""
-            for line in process.stderr:
-                seen += line
-                if step in line:
-                    break
-            time.sleep(seconds)
-            process.send_signal(number)
-            stdout, stderr = process.communicate(timeout=120)
-        return Interrupted(Done(process.returncode, stdout, seen + stderr), folder)
-    return Interrupted(Done(*forked.run(arguments, folder, (step, number, seconds))), folder)
-
-
-@pytest.fixture(scope="module")
-def interrupted(workspace: Path, reviews: Path, forked: Commands) -> Callable[[str], Interrupted]:
-    """interrupted(name) -> an interrupted export into an empty folder; the last one replaces an older bundle."""
-    model = workspace / "checkpoints" / "tiny-reviews"
-
-    @functools.cache
-    def outcome(name: str) -> Interrupted:
-        folder = workspace / name
-        folder.mkdir()
-        if name == STEPS[-1]:
-            shutil.copytree(reviews, folder / "bundle")
-        return _interrupt(forked, model, folder, *INTERRUPTS[STEPS.index(name)])
-
-    return outcome
-
-
-in_a_copy = fast_if(lambda name: "importing torch" not in name)  # see _interrupt
-
-
-@in_a_copy
-@pytest.mark.parametrize("name", STEPS)
-def test_an_interrupted_export_says_so_and_exits_1(name: str, interrupted: Callable[[str], Interrupted]) -> None:
-    done = interrupted(name).done
-    assert done.error() == "error: interrupted; nothing half-written was left"
-    assert done.stdout == ""
-
-
-@in_a_copy
-@pytest.mark.parametrize("name", STEPS[:-1])
-def test_an_interrupted_export_leaves_nothing(name: str, interrupted: Callable[[str], Interrupted]) -> None:
-    assert list(interrupted(name).folder.iterdir()) == []
-
-
-def test_an_interrupted_export_keeps_the_older_bundle(interrupted: Callable[[str], Interrupted], reviews: Path) -> None:
-    folder = interrupted(STEPS[-1]).folder
-    assert [path.name for path in folder.iterdir()] == ["bundle"]
-    assert (folder / "bundle" / MANIFEST).read_text() == (reviews / MANIFEST).read_text()
-    Manifest.read(folder / "bundle").verify(folder / "bundle")
-
-
-SWALLOWED = """
-import os, pathlib, sys, time, types
-
-class Garbage:
-    def __del__(self):
-        os.kill(os.getpid(), {number})
-        time.sleep(0.05)  # the handler runs here, where Python ignores what it raises
-
-def export(model, output, *, progress, **options):
-    progress("tracing")
-    Garbage()
-    for _ in range(20):
-        time.sleep(0.1)
-    progress("writing")
-    pathlib.Path(output).mkdir()
-    return pathlib.Path(output)
-
-sys.modules["lfx.export"] = types.ModuleType("lfx.export")
-sys.modules["lfx.export"].export = export
-sys.argv = ["lfx", "export", "--model", "x", "--output", "bundle"]
-from lfx.cli import main
-main()
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_that_arrives_in_a_finalizer_still_stops_the_export(number: signal.Signals, tmp_path: Path) -> None:
-    code = SWALLOWED.format(number=int(number))
-    done = _done([sys.executable, "-c", code], tmp_path)
-    assert done.error() == "error: interrupted; nothing half-written was left"
-    assert list(tmp_path.iterdir()) == []
-
-
-CHANGED = """
-import os, sys, time, types
-
-def export(model, output, *, progress, **options):
-    try:
-        os.kill(os.getpid(), {number})
-        time.sleep(5)
-    except KeyboardInterrupt:
-        raise RecursionError("partially imported module")
-
-sys.modules["lfx.export"] = types.ModuleType("lfx.export")
-sys.modules["lfx.export"].export = export
-sys.argv = ["lfx", "export", "--model", "x", "--output", "bundle"]
-from lfx.cli import main
-main()
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_that_a_library_turns_into_another_error_is_still_an_interrupt(
-    number: signal.Signals, tmp_path: Path
-) -> None:
-    # Seen while torch was being imported: the command ended with "RecursionError ... please report it".
-    done = _done([sys.executable, "-c", CHANGED.format(number=int(number))], tmp_path)
-    assert done.error() == "error: interrupted; nothing half-written was left"
-    assert list(tmp_path.iterdir()) == []
-
-
-NAMES = {"0": "[u]ax", "1": "[/b]\x1b[31m\u202e"}
-NAMES_SHOWN = ("[u]ax", r"[/b]\x1b[31m\u202e")
-
-
-def _rename_labels(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "id2label": NAMES}))
-    Manifest.read(folder).write(folder)
-
-
-def test_labels_and_paths_are_printed_without_markup_and_control_characters(copy: Path, tmp_path: Path) -> None:
-    _rename_labels(copy)
-    (tmp_path / "[b]\x1b[7m.jsonl").write_text("5\n")
-    plain = lfx("run", copy, "--text", "the fox")
-    documents = lfx("run", copy, "--input", "[b]\x1b[7m.jsonl", "--output", "[u]\x1b[7m.jsonl", cwd=tmp_path)
-    assert all(name in plain.stdout for name in NAMES_SHOWN)
-    assert r"[u]\x1b[7m.jsonl: 1 documents" in documents.stdout
-    assert r"[b]\x1b[7m.jsonl:1: " in documents.stderr
-    assert r"[u]\x1b[7m.jsonl says which" in documents.error()
-    assert not {"\x1b", "\u202e"} & set(plain.stdout + documents.stdout + documents.stderr)
-
-
-def test_log_lines_of_tensorrt_are_printed_without_markup_and_control_characters(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def build(*_: Any, log: Callable[[str], None], **options: Any) -> Path:
-        log("TensorRT warning: [/b]\x1b[2J")
-        raise BuildError("no engine")
-
-    monkeypatch.setattr("lfx.runtime.build.build_engine", build)
-    with pytest.raises(BuildError):
-        cli.main(["build-engine", "x"], standalone_mode=False)
-    assert capsys.readouterr().err == "TensorRT warning: [/b]\\x1b[2J\n"
-
-
-def test_json_has_null_where_a_model_gives_nan(copy: Path) -> None:
-    np.full((copy / WEIGHTS).stat().st_size // 4, np.nan, dtype=np.float32).tofile(copy / WEIGHTS)
-    Manifest.read(copy).write(copy)
-    done = lfx("run", copy, "--text", "fox", "--json")
-    assert done.code == 0, done.stderr
-    result = json.loads(done.stdout, parse_constant=pytest.fail)
-    assert result["outputs"]["logits"]["values"] == [[None, None]]
-
-
-@pytest.mark.parametrize(
-    "arguments", [["\x1b[31m"], ["inspect", "--\x1b[31m"], ["inspect", "a", "b\x1b[31m\nerror: c"]]
-)
-def test_wrong_usage_shows_control_characters_as_escapes(
-    arguments: list[str], forked: Commands, tmp_path: Path
-) -> None:
-    done = _forked(forked, arguments, tmp_path)
-    assert done.code == 2
-    assert r"\x1b[31m" in done.stderr
-    assert "\x1b" not in done.stderr
-    assert "\nerror:" not in done.stderr
-
-
-LOCALES = (
-    {"LC_ALL": "C.UTF-8"},
-    {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
-    {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-)
-
-
-@fast_if(lambda locale: locale["LC_ALL"] == "POSIX")
-@pytest.mark.parametrize("locale", LOCALES, ids=lambda locale: " ".join(locale.values()))
-def test_names_that_the_locale_cannot_encode_are_printed(locale: dict[str, str], copy: Path) -> None:
-    _rename_labels(copy)
-    folder = os.fsencode(copy)
-    odd = folder + b"\xff"
-    Path(os.fsdecode(odd)).symlink_to(copy)
-    for arguments, code, shown in (
-        ([b"run", folder, b"--text", b"fox"], 0, rb"[/b]\x1b[31m\u202e"),
-        ([b"verify", odd], 0, rb"copy\udcff: "),
-        ([b"inspect", b"nowhere\xff\x1b"], 1, rb"error: nowhere\udcff\x1b does not exist"),
-        ([b"inspect", folder, b"\xff\x1b"], 2, rb"unexpected extra argument (\udcff\x1b)"),
-    ):
-        command = [sys.executable.encode(), b"-m", b"lfx.cli", *arguments]
-        done = subprocess.run(command, capture_output=True, env={**ENVIRONMENT, **locale}, check=False)
-        assert (done.returncode, b"Traceback" in done.stderr) == (code, False)
-        assert shown in done.stdout + done.stderr
-
-
-FULL, CLOSED = (">/dev/full", "No space left on device"), (">&-", "stdout cannot be written: it is closed")
-
-
-@fast_if(lambda arguments: "--json" in arguments)
-@pytest.mark.parametrize(
-    ("arguments", "stream", "message"),
-    [
-        ("--help", *FULL),
-        *(
-            (arguments, *how)
-            for arguments in ("inspect {}", "inspect {} --json", "verify {}")
-            for how in (FULL, CLOSED)
-        ),
-    ],
-)
-def test_a_result_that_stdout_does_not_take_is_an_error_of_one_line(
-    arguments: str, stream: str, message: str, reviews: Path
-) -> None:
-    command = [sys.executable, "-m", "lfx.cli", *arguments.format(reviews).split()]
-    done = _done(["sh", "-c", f'exec "$@" {stream}', "sh", *command], None)
-    assert message in done.error()
-    assert len(done.stderr.splitlines()) == 1
-
-
-def test_no_file_gets_the_descriptor_of_a_closed_stream(reviews: Path, tmp_path: Path) -> None:
-    """Otherwise the output of a library would be written into the file."""
-    code = f"""
-import os, sys
-from lfx.cli import main
-sys.argv = ["lfx", "inspect", {str(tmp_path)!r}]
-try:
-    main()
-except SystemExit as end:
-    file = open({str(tmp_path / "numbers")!r}, "w")
-    print(file.fileno(), end.code, file=file)
-"""
-    subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code], check=False)
-    number, exit_code = map(int, (tmp_path / "numbers").read_text().split())
-    assert number > 2
-    assert exit_code == 1
-
-
-def test_a_closed_stderr_changes_nothing(reviews: Path) -> None:
-    command = [sys.executable, "-m", "lfx.cli", "inspect", str(reviews), "--json"]
-    done = _done(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], None)
-    assert done.json()["task"] == "text-classification"
 
 
 ODD_FILES: dict[str, Callable[[Path], Any]] = {
@@ -900,6 +549,6 @@ main()
     ],
 )
 def test_errors_of_the_system_are_one_line_with_a_cure(error: str, message: str, tmp_path: Path) -> None:
-    done = _done([sys.executable, "-c", REFUSED.format(error=error)], tmp_path)
+    done = run([sys.executable, "-c", REFUSED.format(error=error)], tmp_path)
     assert message in done.error()
     assert len(done.stderr) < 2000

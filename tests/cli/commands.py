@@ -1,4 +1,4 @@
-"""Commands in copies of a process that has imported torch, which takes longer than most commands do.
+"""Runs commands in processes of their own, or in copies of one that has imported torch, which takes its seconds.
 
 A copy has its own working folder, streams and signals, and ends with the exit status of the command. What the import
 itself writes to the streams is tested with commands in processes of their own.
@@ -12,8 +12,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # All models of these tests are folders, so nothing is looked up on the hub.
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -56,8 +58,43 @@ except SystemExit as end:
 """
 
 
-class Commands:
-    """Runs commands, one at a time."""
+@dataclass(frozen=True)
+class Done:
+    """The exit status of a command, less than 0 for a signal, and what it has written."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    def json(self) -> Any:
+        """Parse stdout as JSON, after exit status 0."""
+        assert self.code == 0, self.stderr
+        return json.loads(self.stdout)
+
+    def error(self) -> str:
+        """Return the one-line error, after exit status 1."""
+        assert self.code == 1, self.stderr
+        assert "Traceback" not in self.stderr
+        lines = self.stderr.splitlines()
+        (error,) = [line for line in lines if line.startswith("error:")]
+        assert lines[-1] == error
+        assert "please report" not in error  # only an unexpected error asks for a report
+        return error
+
+
+def run(command: list[str], cwd: Path | None = None) -> Done:
+    """Run a command in a process of its own."""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=300, check=False)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def lfx(*arguments: str | Path, cwd: Path | None = None) -> Done:
+    """Run a command of lfx in a process of its own."""
+    return run([sys.executable, "-m", "lfx.cli", *map(str, arguments)], cwd)
+
+
+class Forked:
+    """Runs commands of lfx in copies of a process that has imported torch, one at a time."""
 
     def __init__(self) -> None:
         self._server = subprocess.Popen(
@@ -65,15 +102,13 @@ class Commands:
         )
 
     def run(
-        self, arguments: list[str], folder: Path, interrupt: tuple[str, int, float] | None = None
-    ) -> tuple[int, str, str]:
+        self, arguments: Sequence[str | Path], folder: Path, interrupt: tuple[str, int, float] | None = None
+    ) -> Done:
         """Run a command in a folder.
 
         Args:
             interrupt: a step of its progress, a signal that the command gets in it, and after how many seconds of its
                 CPU time.
-        Returns:
-            The exit status, less than 0 for a signal, and what it has written to stdout and stderr.
         """
         assert self._server.stdin is not None
         assert self._server.stdout is not None
@@ -82,12 +117,13 @@ class Commands:
             for path in paths:
                 path.touch()
             streams = [os.devnull, *map(str, paths)]
-            job = {"arguments": arguments, "folder": str(folder), "streams": streams, "interrupt": interrupt}
+            words = [str(argument) for argument in arguments]
+            job = {"arguments": words, "folder": str(folder), "streams": streams, "interrupt": interrupt}
             self._server.stdin.write(json.dumps(job) + "\n")
             self._server.stdin.flush()
             code = int(self._server.stdout.readline())
             stdout, stderr = (path.read_text(encoding="utf-8") for path in paths)
-        return code, stdout, stderr
+        return Done(code, stdout, stderr)
 
     def close(self) -> None:
         """End the process."""
@@ -95,9 +131,9 @@ class Commands:
 
 
 @contextlib.contextmanager
-def commands() -> Iterator[Commands]:
+def forked_commands() -> Iterator[Forked]:
     """A process for commands."""
-    opened = Commands()
+    opened = Forked()
     try:
         yield opened
     finally:
