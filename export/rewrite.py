@@ -326,13 +326,12 @@ def clone(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             copies[id(value)] = tuple(map(attribute, value))
         elif isinstance(value, tuple) and hasattr(value, "_make"):  # a named tuple
             copies[id(value)] = value._make(map(attribute, value))
-        elif isinstance(value, (dict, list, set)):
-            container: Any = copy.copy(value)
-            copies[id(value)] = container  # before its items, which may hold it
-            if isinstance(value, set):
-                container.clear()
-                container.update(map(attribute, value))
-                return container
+        elif isinstance(value, set):
+            changed = copies[id(value)] = copy.copy(value)  # before its items, which may reach it
+            changed.clear()
+            changed.update(map(attribute, value))
+        elif isinstance(value, (dict, list)):
+            container = copies[id(value)] = copy.copy(value)
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 if (replaced := attribute(item)) is not item:
                     container[key] = replaced

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lfx.cli import bench as cli_bench
+from lfx.cli import cli
 from lfx.cli.bench import run_bench
 from lfx.errors import InputError
 from lfx.runtime import Engine, bench
@@ -207,6 +208,11 @@ def test_the_command_alone_shows_the_memory_of_its_process(bundle: MakeBundle) -
     assert done.code == 0, done.stderr
     assert "tokens/s" in done.stdout
     assert float(done.stdout.splitlines()[-1].split()[-2]) > 0.03
+
+
+def test_a_multiple_choice_model_is_not_measured(bundle: MakeBundle) -> None:
+    with pytest.raises(InputError, match="multiple-choice is not measured"):
+        cli.main(["bench", str(bundle("multiple-choice"))], standalone_mode=False)
 
 
 @pytest.mark.parametrize(

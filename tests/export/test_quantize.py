@@ -417,6 +417,12 @@ def test_only_float32_bundles_are_taken(bundle: MakeBundle, int8: Any, text: Pat
         quantize(tmp_path / "none", tmp_path / "made", calibration=text)
 
 
+def test_a_multiple_choice_bundle_is_refused(bundle: MakeBundle, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="multiple-choice cannot be calibrated"):
+        quantize(bundle("multiple-choice"), tmp_path / "made", calibration=text)
+    assert not (tmp_path / "made").exists()
+
+
 def test_another_models_bundle_is_refused_by_name(int8: Any) -> None:
     quantization = Manifest.read(int8()).quantization
     wrong = {**quantization, "layers": {"encoder.layer.9.output.dense": {"scale": 1.0, "zero_point": 0}}}

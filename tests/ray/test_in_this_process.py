@@ -54,6 +54,11 @@ def test_a_tokenizer_that_is_no_path_is_refused(bundle: MakeBundle) -> None:
         DocumentEngine(EngineOptions(bundle(), tokenizer=5))  # type: ignore[arg-type]
 
 
+def test_a_multiple_choice_model_is_refused(bundle: MakeBundle) -> None:
+    with pytest.raises(InputError, match="documents are not run for multiple-choice"):
+        DocumentEngine(EngineOptions(bundle("multiple-choice")))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
