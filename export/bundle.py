@@ -206,6 +206,11 @@ def _replacement_refusal(target: Path, shown: Path) -> str | None:
         return None
     if MANIFEST not in files:
         return f"{shown} exists and is no bundle; {_CURE}"
+    if (target / MANIFEST).is_symlink() and not (target / MANIFEST).readlink().is_absolute():
+        return (
+            f"{shown} holds an {MANIFEST} that is a relative link, as of git-annex, which leads nowhere when the "
+            f"folder is moved aside; unlock or remove the folder, or {_CURE}"
+        )
     try:
         listed = _listed(target)
     except ArtifactError:

@@ -109,6 +109,8 @@ class LongformerForSentenceEmbedding(nn.Module):
         modes: of the pooling; see `Pooling`.
         modules: applied to the pooled vector, in order: `Normalize`, `Dense` or nn.LayerNorm.
         dimensions: number of values of the vector that are kept, from its start; None = all.
+    Attributes:
+        gives_hidden_states: whether last_hidden_state (B, S, H) is an output too, as in the layout of the hub.
     """
 
     def __init__(
@@ -117,7 +119,7 @@ class LongformerForSentenceEmbedding(nn.Module):
         super().__init__()
         self.longformer = longformer
         self.pooling = Pooling(modes)
-        self.dimensions = dimensions
+        self.dimensions, self.gives_hidden_states = dimensions, False
         self.module_names: list[str] = []
         for i, module in enumerate(modules, 2):  # as the folders of sentence-transformers: 1_Pooling, 2_Normalize
             self.module_names.append(f"{type(module).__name__.lower()}_{i}")
@@ -145,7 +147,11 @@ class LongformerForSentenceEmbedding(nn.Module):
             module = getattr(self, name)
             weight = next(module.parameters(), None)  # in half precision, these modules compute as the encoder does
             embedding = module(embedding if weight is None else embedding.to(weight.dtype))
-        return {"sentence_embedding": embedding if self.dimensions is None else embedding[:, : self.dimensions]}
+        states = {"last_hidden_state": hidden} if self.gives_hidden_states else {}
+        return {
+            **states,
+            "sentence_embedding": embedding if self.dimensions is None else embedding[:, : self.dimensions],
+        }
 
 
 def in_float32(tensor: torch.Tensor) -> torch.Tensor:

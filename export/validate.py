@@ -13,6 +13,7 @@ from torch import nn
 from lfx.errors import InputError
 from lfx.export.expose_layers import LAYER_END, layer_name
 from lfx.export.led import GenerationEncoder
+from lfx.export.pooling import LongformerForSentenceEmbedding
 from lfx.export.probe import forward_inputs, granularity, is_unchanged, longest_trial
 from lfx.export.rewrite import attention_layers
 from lfx.export.teacher_forcing import compare_generation, load_decoder
@@ -111,6 +112,8 @@ def compare_engine(
     progress("comparing: loading the references")
     signature = engine.signature
     whole, module = module, GenerationEncoder(module) if signature.decoder is not None else module
+    if isinstance(module, LongformerForSentenceEmbedding):
+        module.gives_hidden_states = any(spec.name == "last_hidden_state" for spec in signature.outputs)
     inputs = forward_inputs(module)
     layers, attentions = len(signature.attention_windows), signature.attention_outputs
     all_cases = cases(max(signature.attention_windows), signature.max_seqlen, granularity(module))

@@ -202,7 +202,7 @@ def _open_single(model: Path) -> Artifact:
         decoder = model.with_name(_decoder_name(signature.decoder, model))
         if decoder.name == model.name:
             raise ArtifactError(f"{model} is a decoder's graph, which needs the encoder's; open the bundle instead")
-        if not decoder.is_file():
+        if not _is_file(decoder):
             raise ArtifactError(
                 f"{model} needs the decoder's graph {decoder}, which is no file; export the model again"
             )
@@ -218,13 +218,23 @@ def _single_files(model: Path) -> tuple[Header, dict[str, Path]]:
     listed = _verified_around(model, (model.name, *header.weights))
     files = {model.name: listed.get(model.name, model.resolve())}
     for name in sorted(header.weights):
+        if "\0" in name:
+            raise ArtifactError(f"{model} has weights in {name!r}, which is no file name; export the model again")
         file = listed.get(name, Path(os.path.realpath(model.parent / name)))
         if Path(name).name != name or (name not in listed and file.parent != model.parent.resolve()):
             raise ArtifactError(f"{model} has weights in {name!r}, outside its folder; put them beside it")
-        if not file.is_file():
+        if not _is_file(file):
             raise ArtifactError(f"{model} has weights in {name!r}, and {file} is no file; export the model again")
         files[name] = file
     return header, files
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file at this path; False for one that no file can have, such as a name of 300 letters."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _verified_around(model: Path, names: Iterable[str]) -> dict[str, Path]:
@@ -236,7 +246,7 @@ def _verified_around(model: Path, names: Iterable[str]) -> dict[str, Path]:
     bundle = folder_around(model)
     if not os.path.lexists(bundle / MANIFEST):
         return {}
-    manifest, folder = Manifest.read(bundle), model.absolute().parent.relative_to(bundle)
+    manifest, folder = Manifest.read(bundle), Path(os.path.realpath(model.parent)).relative_to(bundle)
     paths = {(folder / name).as_posix(): name for name in names}
     verified = manifest.verify(bundle, paths)
     return {paths[path]: file for path, file in verified.items()}

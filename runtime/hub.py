@@ -119,10 +119,14 @@ def push(
     card = model_card(manifest, repository).encode(errors="replace")  # the source may be a folder of another encoding
     with _failing(LfxError, f"{repository} cannot be uploaded"):
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+        from huggingface_hub.errors import HfHubHTTPError
 
         api = HfApi(library_name="lfx", library_version=lfx.__version__)
         progress(f"making the repository {repository}")
         api.create_repo(repository, private=private, exist_ok=True)
+        # The hub refuses the commit if there was another one since: huggingface_hub leaves out files that have not
+        # changed, so that a commit on top of another bundle's would make a mixture of both.
+        parent = api.model_info(repository, revision=revision).sha
         with unchanged(folder, manifest):
             names = [*manifest.files, MANIFEST]
             added = [CommitOperationAdd(name, str((folder / name).resolve())) for name in names]
@@ -139,7 +143,14 @@ def push(
         operations: list[Any] = [*added, *deleted]
         message = f"Bundle of lfx {manifest.signature.lfx_version}: {manifest.signature.architecture}"
         with unchanged(folder, manifest):
-            commit: Any = api.create_commit(repository, operations, commit_message=message, revision=revision)
+            try:
+                commit: Any = api.create_commit(
+                    repository, operations, commit_message=message, revision=revision, parent_commit=parent
+                )
+            except HfHubHTTPError as error:
+                if error.response.status_code != 412:  # Precondition Failed
+                    raise
+                raise LfxError(f"{repository} got another commit since this push began; push again") from error
         return str(commit.commit_url)
 
 

@@ -48,8 +48,8 @@ class ListedFolder:
 
 def folder_around(model: Path) -> Path:
     """The folder of the bundle that an .onnx file may be in: its own, or in the layout of the hub the one above."""
-    folder = model.absolute().parent
-    is_layout = folder.name == LAYOUT_FOLDER and (folder.parent / MANIFEST).is_file()
+    folder = Path(os.path.realpath(model.parent))
+    is_layout = folder.name == LAYOUT_FOLDER and os.path.lexists(folder.parent / MANIFEST)
     return folder.parent if is_layout else folder
 
 

@@ -177,6 +177,15 @@ def test_links_in_an_older_bundle_are_removed_and_their_targets_stay(tmp_path: P
     assert _names(tmp_path) == ["out", "stored", "vocabulary"]
 
 
+def test_a_bundle_whose_manifest_is_a_relative_link_is_refused_before_the_work(tmp_path: Path) -> None:
+    _export(tmp_path / "out", "old")
+    (tmp_path / "out" / MANIFEST).rename(tmp_path / "stored")
+    (tmp_path / "out" / MANIFEST).symlink_to("../stored")
+    with pytest.raises(ExportError, match=r"holds an lfx\.json that is a relative link, as of git-annex"):
+        check_target(tmp_path / "out")
+    assert _text(tmp_path / "out") == "old"
+
+
 def test_a_file_added_to_the_older_bundle_during_the_export_is_kept(tmp_path: Path, either_way: str) -> None:
     _export(tmp_path / "out", "old")
     with (

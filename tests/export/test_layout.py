@@ -19,8 +19,11 @@ from torch import nn
 from lfx.cli import cli
 from lfx.errors import ArtifactError, ExportError, InputError, ParityError
 from lfx.export import export, relayout
+from lfx.export.load import load
 from lfx.export.quantize import quantize
+from lfx.export.validate import compare_engine
 from lfx.manifest import MANIFEST, Manifest
+from lfx.parity import Case
 from lfx.runtime import Engine
 from lfx.signature import SENTENCE_EMBEDDING
 from tests.conftest import MakeBundle, MakeOnce
@@ -159,6 +162,23 @@ def test_one_file_of_the_layout_is_compared_with_its_digest(name: str, bundle: M
         Engine(folder / "onnx" / name)
 
 
+def test_a_file_of_the_layout_is_compared_with_its_digest_by_any_path(bundle: MakeBundle, tmp_path: Path) -> None:
+    folder = relayout(bundle("text-classification"), tmp_path / "hf")
+    model = folder / "onnx" / "model.onnx"
+    (model.parent / "inner").mkdir()
+    (tmp_path / "link").symlink_to(model.parent)
+    content = bytearray(model.read_bytes())
+    content[len(content) // 2] ^= 1
+    model.write_bytes(content)
+    for path in (model.parent / "inner" / ".." / model.name, tmp_path / "link" / model.name):
+        with pytest.raises(ArtifactError, match="was changed after the export"):
+            Engine(path)
+    (folder / MANIFEST).unlink()
+    (folder / MANIFEST).symlink_to("nowhere")  # as git-annex has a file that was not fetched
+    with pytest.raises(ArtifactError, match=f"has no {MANIFEST}"):
+        Engine(model)
+
+
 def test_question_answering_is_refused_with_the_reason(bundle: MakeBundle, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="question-answering has its global tokens on the question, which differ"):
         relayout(bundle("question-answering"), tmp_path / "hf")
@@ -244,6 +264,14 @@ def sentence_layout(made_once: MakeOnce) -> Path:
         export(checkpoint, new / "hf", layout="hf")
 
     return made_once("sentence-hf", make)
+
+
+def test_sentence_embeddings_in_the_layout_are_compared_with_pytorch(sentence_layout: Path) -> None:
+    model, _ = load(str(sentence_layout / "checkpoint"))
+    with Engine(sentence_layout / "hf") as engine:
+        report = compare_engine(engine, model, lambda *_: [Case(2, 37, "first")], lambda step: None)
+    report.require()
+    assert list(report.outputs) == ["last_hidden_state", "sentence_embedding"]
 
 
 def test_sentence_embeddings_have_the_hidden_states_and_all_files_of_the_modules(sentence_layout: Path) -> None:

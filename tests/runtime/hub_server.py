@@ -137,6 +137,9 @@ class _Handler(BaseHTTPRequestHandler):
                 for entry in json.loads(body)["objects"]
             ]
             self._send({"transfer": "basic", "objects": objects})
+        elif parts[:2] == ["api", "models"] and (len(parts) == 4 or parts[4:] == ["revision", "main"]):
+            name = "/".join(parts[2:4])
+            self._send({"id": name, "sha": self.hub.repositories[name].commit})
         elif parts[4:5] == ["commit"]:
             self._commit("/".join(parts[2:4]), body)
         else:
@@ -144,8 +147,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _commit(self, name: str, body: bytes) -> None:
         repository = self.hub.repositories[name]
-        for line in body.splitlines():
-            item = json.loads(line)
+        items = [json.loads(line) for line in body.splitlines()]
+        if items[0]["value"].get("parentCommit", repository.commit) != repository.commit:
+            self._send({"error": "A commit has happened since. Please refresh and try again."}, 412)
+            return
+        for item in items:
             value = item["value"]
             if item["key"] == "file":
                 repository.files[value["path"]] = base64.b64decode(value["content"])

@@ -174,6 +174,19 @@ def test_weights_of_a_single_onnx_file_outside_its_folder_are_refused(backend: s
         Engine(copy / MODEL, backend)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, ""])
+def test_weights_of_a_single_onnx_file_without_a_possible_name_are_refused(name: str, copy: Path) -> None:
+    (copy / MANIFEST).unlink()
+    model = onnx.load(copy / MODEL, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = name
+    (copy / MODEL).write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match="has weights in "):
+        Engine(copy / MODEL)
+
+
 def test_weights_of_a_single_onnx_file_that_link_to_themselves_are_refused(copy: Path) -> None:
     (copy / MANIFEST).unlink()
     (copy / WEIGHTS).unlink()

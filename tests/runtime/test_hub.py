@@ -262,6 +262,18 @@ def test_files_of_an_earlier_push_are_deleted_and_others_kept(hub: Hub, bundle: 
         assert engine.identity == Manifest.read(tmp_path / "hf").to_dict()["manifest_sha256"]
 
 
+def test_a_push_is_refused_if_another_one_has_come_first(hub: Hub, bundle: MakeBundle) -> None:
+    push(bundle(), NAME)
+
+    def push_another(step: str) -> None:
+        if step.startswith("uploading"):
+            push(bundle("text-classification"), NAME)
+
+    with pytest.raises(LfxError, match="org/tiny got another commit since this push began; push again"):
+        push(bundle(global_attention="first"), NAME, progress=push_another)
+    assert Manifest.read(local_path(Path(NAME))).signature.task == "text-classification"
+
+
 def test_nothing_is_deleted_where_no_manifest_of_lfx_is(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:
     push(bundle(), NAME)
     files = hub.repositories[NAME].files

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from lfx.errors import ArtifactError, InputError, LengthError, LfxError
@@ -296,6 +297,12 @@ def test_the_encoders_file_alone_needs_the_decoders_beside_it(led_bundle: MakeLe
         assert (engine.generate(ids, max_new_tokens=5) == tokens).all()
     (bundle / "decoder_model.onnx").unlink()
     with pytest.raises(ArtifactError, match=r"needs the decoder's graph .*decoder_model.onnx, which is no file"):
+        Engine(bundle / "encoder_model.onnx")
+    content = onnx.load(bundle / "encoder_model.onnx", load_external_data=False)
+    (entry,) = (entry for entry in content.metadata_props if entry.key == "lfx")
+    entry.value = entry.value.replace("decoder_model.onnx", "x" * 300)  # no file can have that name
+    onnx.save(content, bundle / "encoder_model.onnx")
+    with pytest.raises(ArtifactError, match=r"needs the decoder's graph .*xxx, which is no file"):
         Engine(bundle / "encoder_model.onnx")
 
 
