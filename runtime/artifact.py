@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from shutil import copyfile
 
-from lfx.checks import parse_json, shown
+from lfx.checks import file_path, parse_json, shown
 from lfx.errors import ArtifactError
 from lfx.files import link_or_copy, temporary_folder
 from lfx.manifest import MANIFEST, Manifest, locate
@@ -199,7 +199,8 @@ def _open_single(model: Path) -> Artifact:
     header, files = _single_files(model)
     signature = _signature(model, header.metadata)
     if signature.decoder is not None:
-        decoder = model.with_name(_decoder_name(signature.decoder, model))
+        path = model.with_name(_decoder_name(signature.decoder, model))
+        decoder = file_path(path, "the path of the decoder's graph", ArtifactError)
         if decoder.name == model.name:
             raise ArtifactError(f"{model} is a decoder's graph, which needs the encoder's; open the bundle instead")
         if not decoder.is_file():
@@ -218,7 +219,8 @@ def _single_files(model: Path) -> tuple[Header, dict[str, Path]]:
     listed = _verified_around(model, (model.name, *header.weights))
     files = {model.name: listed.get(model.name, model.resolve())}
     for name in sorted(header.weights):
-        file = listed.get(name, Path(os.path.realpath(model.parent / name)))
+        path = file_path(model.parent / name, f"the path of the weights of {model.name}", ArtifactError)
+        file = listed.get(name, Path(os.path.realpath(path)))
         if Path(name).name != name or (name not in listed and file.parent != model.parent.resolve()):
             raise ArtifactError(f"{model} has weights in {name!r}, outside its folder; put them beside it")
         if not file.is_file():
