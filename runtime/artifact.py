@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from shutil import copyfile
 
-from lfx.checks import parse_json, shown
+from lfx.checks import file_path, parse_json, shown
 from lfx.errors import ArtifactError
 from lfx.files import link_or_copy, temporary_folder
 from lfx.manifest import MANIFEST, Manifest, locate
@@ -199,10 +199,11 @@ def _open_single(model: Path) -> Artifact:
     header, files = _single_files(model)
     signature = _signature(model, header.metadata)
     if signature.decoder is not None:
-        decoder = model.with_name(_decoder_name(signature.decoder, model))
+        path = model.with_name(_decoder_name(signature.decoder, model))
+        decoder = file_path(path, "the path of the decoder's graph", ArtifactError)
         if decoder.name == model.name:
             raise ArtifactError(f"{model} is a decoder's graph, which needs the encoder's; open the bundle instead")
-        if not _is_file(decoder):
+        if not decoder.is_file():
             raise ArtifactError(
                 f"{model} needs the decoder's graph {decoder}, which is no file; export the model again"
             )
@@ -218,23 +219,14 @@ def _single_files(model: Path) -> tuple[Header, dict[str, Path]]:
     listed = _verified_around(model, (model.name, *header.weights))
     files = {model.name: listed.get(model.name, model.resolve())}
     for name in sorted(header.weights):
-        if "\0" in name:
-            raise ArtifactError(f"{model} has weights in {name!r}, which is no file name; export the model again")
-        file = listed.get(name, Path(os.path.realpath(model.parent / name)))
+        path = file_path(model.parent / name, f"the path of the weights of {model.name}", ArtifactError)
+        file = listed.get(name, Path(os.path.realpath(path)))
         if Path(name).name != name or (name not in listed and file.parent != model.parent.resolve()):
             raise ArtifactError(f"{model} has weights in {name!r}, outside its folder; put them beside it")
-        if not _is_file(file):
+        if not file.is_file():
             raise ArtifactError(f"{model} has weights in {name!r}, and {file} is no file; export the model again")
         files[name] = file
     return header, files
-
-
-def _is_file(path: Path) -> bool:
-    """Whether there is a file at this path; False for one that no file can have, such as a name of 300 letters."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def _verified_around(model: Path, names: Iterable[str]) -> dict[str, Path]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from lfx.cli import cli
@@ -30,6 +31,16 @@ def test_every_command_and_option_is_on_the_page_of_commands() -> None:
             for option in parameter.opts:
                 if option.startswith("--") and option != "--help":
                     assert option in text, f"lfx {name} {option}"
+
+
+def test_the_page_of_commands_has_all_choices_of_an_option() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text().replace("\\|", "|")
+    for name, command in cli.commands.items():
+        (row,) = re.findall(rf"^\| `lfx {name}` \|.*$", text, re.MULTILINE)
+        for parameter in command.params:
+            shown = re.search(rf"`{parameter.opts[0]} ([^`]+\|[^`]+)`", row)
+            if shown and isinstance(parameter.type, click.Choice):
+                assert set(shown[1].split("|")) == set(parameter.type.choices), f"lfx {name} {parameter.opts[0]}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -54,7 +54,7 @@ def read_defaults(folder: Path, listed: Mapping[str, Any] | None = None) -> dict
     config = json_object(data, path)
     defaults = {name: value for name, value in config.items() if name in CONFIG_OPTIONS and value is not None}
     if config.get("force_bos_token_to_be_generated") is True:
-        defaults.setdefault("forced_bos_token_id", config.get("bos_token_id"))
+        defaults["forced_bos_token_id"] = config.get("bos_token_id")  # as transformers does
     return _checked(defaults, path)
 
 

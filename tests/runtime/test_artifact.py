@@ -21,7 +21,7 @@ from lfx.manifest import MANIFEST, MODEL, WEIGHTS, Manifest, sealed, sha256
 from lfx.runtime import Engine
 from lfx.runtime.artifact import open_artifact
 from lfx.runtime.backends import BACKENDS
-from tests.conftest import MakeBundle
+from tests.conftest import NULL_BYTE, MakeBundle
 from tests.marks import fast_if
 
 IDS = [5, 6, 7, 8, 9]
@@ -164,27 +164,36 @@ def test_weights_of_a_single_onnx_file_outside_its_folder_are_refused(backend: s
     (copy / WEIGHTS).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ArtifactError, match="outside its folder"):
         Engine(copy / MODEL, backend)
-    model = onnx.load(copy / MODEL, load_external_data=False)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = "../elsewhere"
-    (copy / MODEL).write_bytes(model.SerializeToString())
+    name_weights(copy / MODEL, "../elsewhere")
     with pytest.raises(ArtifactError, match="outside its folder"):
         Engine(copy / MODEL, backend)
 
 
-@pytest.mark.parametrize("name", ["a\0b", "x" * 300, ""])
-def test_weights_of_a_single_onnx_file_without_a_possible_name_are_refused(name: str, copy: Path) -> None:
+@pytest.mark.parametrize(("name", "reason"), [("a\0b", NULL_BYTE), ("x" * 300, "File name too long")])
+def test_weights_of_a_single_onnx_file_whose_name_no_file_can_have_are_refused(
+    name: str, reason: str, copy: Path
+) -> None:
     (copy / MANIFEST).unlink()
-    model = onnx.load(copy / MODEL, load_external_data=False)
+    name_weights(copy / MODEL, name)
+    with pytest.raises(ArtifactError, match=rf"the path of the weights of {MODEL} .* cannot be opened: {reason}"):
+        Engine(copy / MODEL)
+
+
+def test_weights_of_a_single_onnx_file_without_a_name_are_refused(copy: Path) -> None:
+    (copy / MANIFEST).unlink()
+    name_weights(copy / MODEL, "")
+    with pytest.raises(ArtifactError, match="has weights in "):
+        Engine(copy / MODEL)
+
+
+def name_weights(path: Path, name: str) -> None:
+    """Give the file of weights another name in an ONNX file."""
+    model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = name
-    (copy / MODEL).write_bytes(model.SerializeToString())
-    with pytest.raises(ArtifactError, match="has weights in "):
-        Engine(copy / MODEL)
+    path.write_bytes(model.SerializeToString())
 
 
 def test_weights_of_a_single_onnx_file_that_link_to_themselves_are_refused(copy: Path) -> None:

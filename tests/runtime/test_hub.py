@@ -164,6 +164,14 @@ def test_push_refuses_what_is_no_repository(name: Any, bundle: MakeBundle) -> No
         push(bundle(), NAME, revision=5)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["org/name.onnx", "org/name.plan"])
+def test_the_name_of_a_file_that_is_missing_is_not_looked_up(name: str, hub: Hub) -> None:
+    assert local_path(Path(name)) == Path(name)
+    with pytest.raises(ArtifactError, match="does not exist"):
+        Engine(name)
+    assert not hub.requests
+
+
 def test_push_refuses_a_broken_bundle(hub: Hub, bundle: MakeBundle, tmp_path: Path) -> None:
     import shutil
 

@@ -141,6 +141,16 @@ def test_a_file_that_was_changed_after_the_export_is_refused(name: str, bundle: 
     Tokenizer(copy, signature("text-classification"), unlisted=True)
 
 
+def test_the_labels_of_a_bundle_are_checked_with_another_tokenizer_too(
+    folder: Path, bundle: MakeBundle, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(bundle("text-classification"), tmp_path / "bundle")
+    Tokenizer(folder, signature("text-classification"), unlisted=True, config_folder=copy)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    with pytest.raises(ArtifactError, match=r"config\.json was changed after the export"):
+        Tokenizer(folder, signature("text-classification"), unlisted=True, config_folder=copy)
+
+
 def test_decode_leaves_special_tokens_out(folder: Path) -> None:
     tokenizer = Tokenizer(folder, signature("feature-extraction"))
     assert tokenizer.decode(tokenizer.encode("quick fox").ids) == "quick fox"

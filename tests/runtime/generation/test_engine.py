@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from transformers import GenerationConfig
 
 from lfx.errors import ArtifactError, InputError, LengthError, LfxError
 from lfx.manifest import Manifest
@@ -242,13 +243,17 @@ def test_old_checkpoints_have_their_defaults_in_config_json(led_bundle: MakeLed,
         "num_beams": 2,
         "max_length": 8,
         "no_repeat_ngram_size": 3,
+        "forced_bos_token_id": 5,
+        "force_bos_token_to_be_generated": True,
     }
+    expected = GenerationConfig.from_model_config(config).forced_bos_token_id
     (bundle / "generation_config.json").unlink()
     _rewrite(bundle, "config.json", json.dumps(config))
     with Engine(bundle) as engine:
         settings = engine.generation_settings()
     assert (settings.num_beams, settings.max_length, settings.no_repeat_ngram_size) == (2, 8, 3)
     assert (settings.eos_token_ids, settings.pad_token_id, settings.decoder_start_token_id) == ((2,), 1, 2)
+    assert settings.forced_bos_token_id == expected == 0
 
 
 def _rewrite(bundle: Path, name: str, text: str) -> None:
