@@ -187,9 +187,25 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(
 def test_a_page_on_a_full_disk_says_what_to_do(bundles: Callable[..., Path], small_disk: SmallDisk) -> None:
     folder = small_disk()
     (folder / "ballast").write_bytes(bytes(110_000))
+    result = lfx("parity", bundles(), "--report", folder / "page.html")
     with pytest.raises(InputError, match=r"page\.html cannot be written: no disk space left; make room, or choose"):
-        lfx_raising("parity", bundles(), "--report", folder / "page.html")
+        raise result.exception or AssertionError
+    assert "5 cases, " in result.stdout
     assert [path.name for path in folder.iterdir()] == ["ballast"]
+
+
+def test_a_page_is_written_if_stdout_cannot_be(
+    bundles: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError
+
+    for name in ("table", "echo_json"):
+        monkeypatch.setattr(f"lfx.cli.parity.{name}", closed)
+    for option in ((), ("--json",)):
+        page = tmp_path / f"page{len(option)}.html"
+        lfx("parity", bundles(), "--report", page, *option)
+        assert "In tolerance" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -76,6 +76,8 @@ class FakeRay:
                 except KilledError:
                     handle.is_dead = True
                     raise RayError("The worker process has died") from None
+                except RayError:
+                    raise
                 except Exception as error:
                     raise RayTaskError(error) from error
 
@@ -184,6 +186,30 @@ def test_actors_that_end_while_they_open_the_model_stop_the_pool() -> None:
 
     with pytest.raises(LfxError, match="3 actors ended while they opened the model: its process was killed; give few"):
         run_pool(Heavy, [1], 1)
+
+
+@pytest.mark.parametrize("lost", [7, 400])
+def test_machines_that_go_while_actors_open_the_model_make_the_pool_no_smaller(lost: int) -> None:
+    class Opening(Actor):
+        def open(self, options: EngineOptions, file_format: str) -> tuple[dict[str, Any], Columns]:
+            if next(deaths, None) is not None:
+                raise RayError("The actor died because its node has died.")
+            return super().open(options, file_format)
+
+    deaths = iter(range(lost))
+    reports: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lfx.ray.pool, "DocumentActor", Opening)
+        with Pool(FakeRay(), EngineOptions("model"), "jsonl", 4, {}, reports.append) as pool:
+            if lost == 400:
+                with pytest.raises(LfxError, match=r"160 actors ended one after another.*: its machine is gone; compl"):
+                    pool.opened()
+                return
+            pool.opened()
+            tasks = [Task(part, 0, [("a", part, part)]) for part in range(9)]
+            assert len(list(pool.results(tasks))) == 9
+            assert pool.actors == 4
+    assert reports == ["an actor ended while it opened the model: its machine is gone"] * lost
 
 
 @pytest.mark.parametrize(

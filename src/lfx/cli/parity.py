@@ -93,21 +93,13 @@ def run_parity(
             facts = _facts(model, manifest, engine, checkpoint)
         if by_layer or (report is not None and isinstance(manifest, Manifest) and not manifest.inlined):
             layers = _compare_layers(model, open_engine, module, manifest, step)
-    if as_json:
-        data = {"backend": facts["backend"], **comparison.to_dict()}
-        if layers is not None:
-            data |= {"passed": data["passed"] and not layers.failures(), "by_layer": layers.to_dict()}
-        echo_json(data, indent=1)
-    else:
-        _show(comparison, facts)
-        if by_layer and layers is not None:
-            _show_layers(layers)
-        elif layers is None and comparison.too_small():
-            echo(f"{', '.join(comparison.too_small())}: too few numbers to find every wrong layer; give --by-layer too")
-    if report is not None:
-        from lfx.cli.report import write
+    try:
+        if report is not None:
+            from lfx.cli.report import write
 
-        write(report, facts, comparison, layers)
+            write(report, facts, comparison, layers)
+    finally:  # a comparison whose page cannot be written is printed
+        _print(comparison, layers, facts, as_json=as_json, by_layer=by_layer)
     comparison.require()
     if layers is not None:
         layers.require()
@@ -166,6 +158,20 @@ def _facts(model: Path, manifest: Manifest | PlanManifest, engine: Engine, sourc
         "compared with": source,
         "weights": str(manifest.source.get("sha256")),
     }
+
+
+def _print(comparison: Report, layers: Report | None, facts: dict[str, str], *, as_json: bool, by_layer: bool) -> None:
+    if as_json:
+        data = {"backend": facts["backend"], **comparison.to_dict()}
+        if layers is not None:
+            data |= {"passed": data["passed"] and not layers.failures(), "by_layer": layers.to_dict()}
+        echo_json(data, indent=1)
+        return
+    _show(comparison, facts)
+    if by_layer and layers is not None:
+        _show_layers(layers)
+    elif layers is None and comparison.too_small():
+        echo(f"{', '.join(comparison.too_small())}: too few numbers to find every wrong layer; give --by-layer too")
 
 
 def _show(report: Report, facts: dict[str, str]) -> None:

@@ -25,6 +25,7 @@ _MAX_DEATHS = 2  # a task that ends so many actors is split, and refused if it i
 _MAX_DEATHS_IN_A_ROW = 40
 _MAX_FAILED_STARTS = 3
 _WAIT_S, _REPORT_AFTER_S = 1.0, 30.0
+_MACHINE_GONE = "its machine is gone"
 
 
 @dataclass(eq=False)
@@ -165,16 +166,20 @@ class Pool:
         try:
             opened = self._get(slot.opening)
         except (self._ray.exceptions.RayError, MemoryError) as error:
-            self._failed_starts += 1
+            why = _why(error)
+            if why == _MACHINE_GONE:  # not because of the model
+                self._note_death(error)
+            else:
+                self._failed_starts += 1
             self._slots.remove(slot)
-            if self._failed_starts < _MAX_FAILED_STARTS:
+            if why == _MACHINE_GONE or self._failed_starts < _MAX_FAILED_STARTS:
                 self._slots.append(self._start())
             elif not self._slots:
                 raise LfxError(
-                    f"{self._failed_starts} actors ended while they opened the model: {_why(error)}; give fewer "
-                    "--actors, or machines with more memory"
+                    f"{self._failed_starts} actors ended while they opened the model: {why}; give fewer --actors, or "
+                    "machines with more memory"
                 ) from error
-            self._report(f"an actor ended while it opened the model: {_why(error)}")
+            self._report(f"an actor ended while it opened the model: {why}")
             return
         if self._opened is not None and self._opened != opened:
             names = [name for name, value in self._opened[0].items() if opened[0][name] != value] or ["columns"]
@@ -202,12 +207,7 @@ class Pool:
     def _failed(self, task: Task, error: BaseException) -> Iterator[tuple[Task, Piece]]:
         """Queue a task again: alone on its actor, then in halves; yield the error of a task of a single document."""
         task.deaths, task.is_suspect = task.deaths + 1, True
-        self._deaths_in_a_row += 1
-        if self._deaths_in_a_row >= _MAX_DEATHS_IN_A_ROW * len(self._slots):
-            raise LfxError(
-                f"{self._deaths_in_a_row} actors ended one after another, and none finished its documents: "
-                f"{_why(error)}; completed documents are kept, and the same command resumes after them"
-            ) from error
+        self._note_death(error)
         if task.deaths < _MAX_DEATHS:
             self._retries.appendleft(task)
         elif len(task.documents) > 1:
@@ -218,6 +218,19 @@ class Pool:
             assert self._opened is not None
             reason = f"{task.deaths} actors ended while they ran this document: {_why(error)}"
             yield task, refused_piece(task.documents[0], reason, self._opened[1], self._format)
+
+    def _note_death(self, error: BaseException) -> None:
+        """Count the end of an actor.
+
+        Raises:
+            LfxError: too many have ended since a task was finished.
+        """
+        self._deaths_in_a_row += 1
+        if self._deaths_in_a_row >= _MAX_DEATHS_IN_A_ROW * len(self._slots):
+            raise LfxError(
+                f"{self._deaths_in_a_row} actors ended one after another, and none finished its documents: "
+                f"{_why(error)}; completed documents are kept, and the same command resumes after them"
+            ) from error
 
     def _get(self, ref: Any) -> Any:
         """The value of a reference.
@@ -271,7 +284,7 @@ def _why(error: BaseException) -> str:
     if "unavailable" in type(error).__name__.lower():
         return "its machine does not answer"
     if "node has died" in text or "node died" in text or "node is dead" in text:
-        return "its machine is gone"
+        return _MACHINE_GONE
     if "worker process has died" in text or "unexpectedly" in text:
         return "its process was killed"
     return one_line(error)
