@@ -93,10 +93,12 @@ _PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "numpy")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON lines.")
 @engine_options
 def command(model: Path, open_engine: OpenEngine, **options: Any) -> None:
-    """Measure latency, tokens per second and peak memory of a bundle or a plan, by length and batch size.
+    """Measure latency, tokens per second and peak memory.
+
+    A bundle or a plan is measured for each length and batch size.
 
     For a model that writes texts, the prefill (the time to the first token) and the tokens per second after it are
-    measured apart.
+    separate figures.
     """
     if options["source"] is not None and not options["against"]:
         raise click.UsageError("--source is the checkpoint that --against measures; give both")

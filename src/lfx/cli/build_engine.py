@@ -82,7 +82,9 @@ def command(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Build a TensorRT plan from a bundle; without BUNDLE, from the only one in this folder.
+    """Build a TensorRT plan from a bundle.
+
+    Without BUNDLE, the only bundle in this folder is taken.
 
     Give --batch and --seqlen several times for several optimization profiles. A model that writes texts gets two plans:
     NAME.plan of its encoder, and NAME.plan.decoder.

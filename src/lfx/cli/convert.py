@@ -52,7 +52,11 @@ class _Windows(click.ParamType):  # type: ignore[type-arg]  # generic from click
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON instead of a summary.")
 def command(model: str, output: Path, max_seqlen: int, attention_window: int | list[int], as_json: bool) -> None:
-    """Convert a BERT, RoBERTa or similar encoder to a Longformer, or a BART to an LED, and compare the two."""
+    """Convert BERT or RoBERTa to Longformer, or BART to LED.
+
+    Other encoders like BERT are converted too. Before the command reports success, it compares the result with the
+    original.
+    """
     with progress() as step:
         step("importing torch")
         from lfx.export.converter import convert_and_compare

@@ -47,9 +47,10 @@ def command(
     as_json: bool,
     open_engine: OpenEngine,
 ) -> None:
-    """Write an HTML page with a text and, for each token, the tokens that it attends to, by layer and head.
+    """Write an HTML page of what each token of a text attends to.
 
-    The bundle must be exported with --output-attentions. For multiple choice, the page shows the best choice.
+    The page shows attention by layer and head; for multiple choice, that of the best choice. The bundle must be
+    exported with --output-attentions.
     """
     if (text is None) == (file is None):
         raise click.UsageError("give either --text or --input")

@@ -47,7 +47,7 @@ from lfx.signature import GLOBAL_MODES, OPSETS, POOLINGS, PRECISIONS, TASKS, gro
 @click.option(
     "--pooling",
     type=click.Choice(POOLINGS),
-    help="Export sentence embeddings, pooled like this.  [default: the pooling of a sentence-transformers folder]",
+    help="Export sentence embeddings, pooled this way.  [default: the pooling of a sentence-transformers folder]",
 )
 @click.option(
     "--max-seqlen",
@@ -72,8 +72,8 @@ from lfx.signature import GLOBAL_MODES, OPSETS, POOLINGS, PRECISIONS, TASKS, gro
 @click.option(
     "--model-type",
     type=click.Choice(["longformer", "roberta", "bart"]),
-    help="With --layout hf, write this model_type into config.json; transformers.js classifies as roberta alone, and "
-    "writes texts as bart.  [default: the checkpoint's]",
+    help="With --layout hf, write this model_type into config.json; transformers.js needs roberta for classification "
+    "and bart for text generation.  [default: the checkpoint's]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest instead of a summary.")
 def command(
@@ -92,7 +92,10 @@ def command(
     model_type: str | None,
     as_json: bool,
 ) -> None:
-    """Export a Longformer to an ONNX bundle and validate it against PyTorch."""
+    """Export a Longformer or an LED to an ONNX bundle.
+
+    Before the command reports success, it compares the bundle with PyTorch.
+    """
     with progress() as step:
         step("importing torch")
         from lfx.export import export

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 @click.argument("model", type=FilePath("a bundle or a plan"))
 @click.option("--json", "as_json", is_flag=True, help="Print the whole manifest.")
 def command(model: Path, as_json: bool) -> None:
-    """Show the model, inputs, outputs, limits and validation errors of a bundle or a plan."""
+    """Show what a bundle or a plan is.
+
+    The table has the model, inputs, outputs, limits and validation errors.
+    """
     manifest = checked_manifest(model)
     if as_json:
         echo_json(manifest.to_dict(), indent=1)

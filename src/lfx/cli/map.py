@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option(
     "--actors",
     type=click.IntRange(1, 100_000),
-    help="Run this many Engines.  [default: as many as fit, and one CPU is left; with --gpus as many as fit]",
+    help="Run this many Engines.  [default: as many as fit; without --gpus, one CPU stays free]",
 )
 @click.option(
     "--cpus",
@@ -72,7 +72,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Run a bundle or a plan on files of documents, on the Engines of a Ray cluster.
+    """Run files of documents through Engines on a Ray cluster.
 
     INPUT is a .jsonl (.ndjson) or .parquet file with a field text or input_ids, a folder of such files, or a URI such
     as s3://bucket/folder. OUTPUT is a folder, in which each file has the rows of 256 documents, as lfx run has them.

@@ -49,7 +49,10 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @engine_options
 def command(model: Path, open_engine: OpenEngine, **options: Any) -> None:
-    """Compare a bundle or a plan with PyTorch, by length, batch, globals and padding; exit 1 if out of tolerance."""
+    """Compare a bundle or a plan with PyTorch.
+
+    The cases vary length, batch, global tokens and padding. The exit status is 1 if an output is out of tolerance.
+    """
     from lfx.runtime.hub import local_path
 
     model = local_path(model)

@@ -17,9 +17,11 @@ from lfx.cli.terminal import echo, echo_json, progress
 @click.option("--revision", type=FilledText(), help="Commit to this branch.  [default: main]")
 @click.option("--json", "as_json", is_flag=True, help="Print the address of the commit as JSON.")
 def command(bundle: Path, repository: str, private: bool, revision: str | None, as_json: bool) -> None:
-    """Upload a bundle to REPOSITORY (ORG/NAME) of the Hugging Face hub, with a model card.
+    """Upload a bundle to the Hugging Face hub.
 
-    The token is that of the environment variable HF_TOKEN, or of: hf auth login.
+    REPOSITORY is ORG/NAME, and gets a model card.
+
+    The hub's token comes from the environment variable HF_TOKEN, or from: hf auth login.
     """
     with progress() as step:
         from lfx.runtime.hub import push

@@ -56,7 +56,7 @@ from lfx.signature import grouped
 @click.option(
     "--min-agreement",
     type=click.FloatRange(0, 1),
-    help="Fail if a smaller share of labels, or of tokens of greedy search, agrees with float32, 0 to 1.",
+    help="Fail if fewer labels, or tokens of greedy search, agree with float32: a share from 0 to 1.",
 )
 @click.option("--tokenizer", type=FilePath(), help="Read the tokenizer from this folder.  [default: the bundle's]")
 @click.option(
@@ -64,7 +64,9 @@ from lfx.signature import grouped
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest instead of a summary.")
 def command(bundle: Path, output: Path | None, generation: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Quantize the linear layers of a bundle to int8, calibrated on your text, and measure the accuracy.
+    """Quantize a bundle to int8, calibrated on your text.
+
+    The linear layers are quantized, and the accuracy is measured.
 
     For a model that writes texts, both graphs are quantized, and the texts of greedy search are compared with those of
     float32.

@@ -70,7 +70,9 @@ def command(
     as_json: bool,
     open_engine: OpenEngine,
 ) -> None:
-    """Run a bundle (a folder, or its .onnx file) or a plan on a text, or on a file of documents.
+    """Run a bundle or a plan on a text or a file of documents.
+
+    MODEL is the folder of a bundle, its .onnx file, a plan, or ORG/NAME on the Hugging Face hub.
 
     A model that writes texts gives a summary. An interrupted run over documents is resumed by the same command.
     """

@@ -66,7 +66,7 @@ _Seconds = click.FloatRange(0.05, MOST_SECONDS)
     type=click.IntRange(1, 1000),
     default=16,
     show_default=True,
-    help="Bound the beams of a written text.",
+    help="Bound the beams of a generated text.",
 )
 @click.option(
     "--max-body",
@@ -110,10 +110,11 @@ _Seconds = click.FloatRange(0.05, MOST_SECONDS)
 @click.option("--tokenizer", type=FilePath(), help="Read the tokenizer of a single model from this folder.")
 @add_engine_options
 def command(models: tuple[str, ...], tokenizer: Path | None, as_json: bool, **options: object) -> None:
-    """Answer requests over HTTP with bundles or plans, until SIGTERM.
+    """Answer requests over HTTP with bundles or plans.
 
-    POST /run takes every task; /v1/embeddings is OpenAI's, /embed and /predict are those of text-embeddings-inference.
-    The page at / tries the models. A model is named NAME, or after its path; a request without a model uses the first.
+    The server runs until SIGTERM. POST /run takes every task; /v1/embeddings is OpenAI's, /embed and /predict are
+    those of text-embeddings-inference. On the page at / you can try the models. A model is named NAME, or after its
+    path; a request without a model uses the first.
     """
     try:
         _serve(models, tokenizer, as_json, options)

@@ -29,11 +29,11 @@ from lfx.cli.terminal import echo, echo_json
     show_default=True,
     help="python runs an Engine, which takes texts and any lengths; the others run the bare ONNX file or plan.",
 )
-@click.option("--link", is_flag=True, help="Name the path of the bundle or plan, and copy nothing.")
+@click.option("--link", is_flag=True, help="Write the path of the bundle or plan, instead of copying it.")
 @click.option(
     "--max-batch",
     type=click.IntRange(1, MOST_TOKENS),
-    help="Let Triton put so many sequences together.  [default: 64, or a plan's largest]",
+    help="Bound the sequences that Triton collects into one batch.  [default: 64, or a plan's largest]",
 )
 @click.option(
     "--max-delay",
@@ -41,14 +41,14 @@ from lfx.cli.terminal import echo, echo_json
     type=click.FloatRange(0, 86_400_000),
     default=5.0,
     show_default=True,
-    help="Let a request wait so many ms for others to run with it.",
+    help="Let a request wait up to this many ms for others to run with it.",
 )
 @click.option(
     "--max-pending",
     type=click.IntRange(1, MOST_TOKENS),
     default=1024,
     show_default=True,
-    help="Refuse a request when so many are waiting.",
+    help="Refuse a request when this many are waiting.",
 )
 @click.option(
     "--token-budget", type=click.IntRange(1, MOST_TOKENS), help="Bound the tokens of a batch.  [default: 8192]"
@@ -58,7 +58,7 @@ from lfx.cli.terminal import echo, echo_json
     type=click.IntRange(1, 64),
     default=1,
     show_default=True,
-    help="Run so many instances of the model, for each GPU if it runs on GPUs.",
+    help="Run this many instances of the model: on each GPU, or on the CPU.",
 )
 @click.option(
     "--gpu", "gpus", type=click.IntRange(0, 1023), multiple=True, help="Run on this GPU (repeatable).  [default: all]"
@@ -67,9 +67,11 @@ from lfx.cli.terminal import echo, echo_json
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @add_engine_options
 def command(model: Path, repository: Path, as_json: bool, **options: Any) -> None:
-    """Write a model repository that tritonserver starts as it is. A model of lfx of the same name is replaced.
+    """Write a model repository for Triton Inference Server.
 
-    The server's Python needs lfx for --triton-backend python, and nothing for the others.
+    tritonserver starts the repository as it is. A model of the same name that lfx wrote is replaced.
+
+    With --triton-backend python, the server's Python needs lfx; with the others it needs nothing.
     """
     from lfx.runtime.triton.repository import Settings, write_model
 

@@ -20,7 +20,9 @@ from lfx.cli.terminal import echo, echo_json
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(model: Path, key: str | None, signature: Path | None, as_json: bool) -> None:
-    """Check the files of a bundle or a plan against its manifest, and with --key the manifest's signature.
+    """Check a bundle or a plan against its manifest.
+
+    With --key, the signature of the manifest is checked too.
 
     Sign a bundle with: minisign -Sm lfx.json; a plan with: minisign -Sm NAME.plan.json.
     """
