@@ -28,7 +28,9 @@ from lfx.manifest import MANIFEST
     multiple=True,
     help="Set the sequence lengths of the profile, in tokens: MIN:OPT:MAX.  [default: up to the model's maximum]",
 )
-@click.option("--max-global", help="Set the number of global slots in a row.  [default: the bundle's, or 64]")
+@click.option(
+    "--max-global", help="Set the number of slots for global tokens in a row.  [default: the bundle's, or 64]"
+)
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),

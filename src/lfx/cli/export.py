@@ -57,7 +57,7 @@ from lfx.signature import GLOBAL_MODES, OPSETS, POOLINGS, PRECISIONS, TASKS, gro
 @click.option(
     "--max-global",
     type=click.IntRange(1, MOST_TOKENS),
-    help="Fix the number of global slots.  [default: the largest number of global tokens in the batch]",
+    help="Fix the number of slots for global tokens in a row.  [default: the largest number in the batch]",
 )
 @click.option("--inline-functions", is_flag=True, help="Write standard ops only, without the domain lfx.")
 @click.option("--output-attentions", is_flag=True, help="Add the attention probabilities of each layer to the outputs.")

@@ -72,7 +72,7 @@ _Seconds = click.FloatRange(0.05, MOST_SECONDS)
     "--max-body",
     "max_body_bytes",
     type=click.IntRange(1, 1 << 28),
-    help="Bound the bytes of a request.  [default: 16 per token of --max-inputs texts of the model's maximum]",
+    help="Bound the bytes of a request.  [default: 16 for each token of --max-inputs texts of maximal length]",
 )
 @click.option(
     "--max-connections",
