@@ -48,7 +48,8 @@ class Engine(OpenModel):
             bf16 model on the CPU, since ONNX Runtime has few bf16 kernels there; otherwise ONNX Runtime.
         provider: ONNX Runtime's execution provider: "cpu", "cuda" or "tensorrt"; an error if it is not available.
             Default: "cpu".
-        threads: number of CPU threads of one run, 1 to 1,024. Default: the backend's own.
+        threads: number of CPU threads of one run, 1 to 1,024. Default: the backend's own, or the cores that this
+            process may use if the machine has more.
         precision: OpenVINO compute precision, "fp32" or "bf16", overriding the bundle's. bf16 needs a CPU with AMX, or
             with AVX-512 and bf16. Default: the bundle's.
         kernels: what runs the attention nodes. "fused": lfx's own kernels; "function": the bodies of the nodes, in

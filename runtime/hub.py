@@ -7,6 +7,7 @@ HF_ENDPOINT, HF_HUB_OFFLINE.
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from lfx.runtime.signing import read_signature
 _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w.-][\w./-]{0,200}))?", re.ASCII)
 _NOT_FOLDERS = (".onnx", ".plan")
 _MOST_FILES = 1000
+_NO_CACHE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _SIGNATURE = f"{MANIFEST}.minisig"
 _KEPT = (CARD, ".gitattributes")  # files of the repository, also if a manifest lists them
 
@@ -185,4 +187,6 @@ def _failing(error_type: type[LfxError], failure: str) -> Iterator[None]:
         raise
     except Exception as error:
         cure = "check the name, and give the token of a private repository as HF_TOKEN"
+        if isinstance(error, OSError) and error.errno in _NO_CACHE:
+            cure = "set HF_HOME to a folder with room, which this user may write to"
         raise error_type(f"{failure}: {one_line(error)}; {cure}") from error

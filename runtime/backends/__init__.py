@@ -9,9 +9,11 @@ an extra in pyproject.toml; rows in docs/backends.md, and name and extra in docs
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lfx.errors import DependencyError
+from lfx.machine import usable_cores
 from lfx.runtime.backends.interface import Backend, TensorBackend
 from lfx.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntime
 from lfx.runtime.backends.openvino import OpenVino
@@ -37,7 +39,8 @@ def load(
         model: the ONNX file, with its weights beside it; no symbolic links.
         backend: one of `BACKENDS`.
         provider: ONNX Runtime's execution provider, a key of `PROVIDERS`; "cpu" for the other backends.
-        threads: number of CPU threads of a run; None = the backend's default.
+        threads: number of CPU threads of a run; None = the backend's default, or the cores that this process may use if
+            the machine has more.
         precision: OpenVINO compute precision; None = the file's.
         stored_precision: precision of the file.
         kernels: those of ONNX Runtime; see `OnnxRuntime`.
@@ -52,6 +55,8 @@ def load(
             f"precision {precision!r} is an option of OpenVINO; give backend='openvino', or export or build the "
             "model in that precision"
         )
+    if threads is None and backend != "reference" and (cores := usable_cores()) < (os.cpu_count() or 1):
+        threads = cores
     if backend == "onnxruntime":
         return OnnxRuntime(model, provider, threads, kernels=kernels)
     if provider != "cpu":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str]:
@@ -34,6 +36,44 @@ def cpu_name() -> str:
     fields = cpu_fields()
     flags = [flag for flag in ("avx2", "avx512f", "amx_bf16") if flag in fields.get("flags", "").split()]
     return fields.get("model name", platform.processor() or "unknown") + (f" ({', '.join(flags)})" if flags else "")
+
+
+_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def usable_cores() -> int:
+    """The number of cores that this process may use, which may be fewer than the machine has: at least 1.
+
+    Its affinity (taskset, cpusets) limits them, and the CPU time of its control groups (containers, systemd), which is
+    rounded down: threads that exceed it are stopped while others wait for them.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(int(min([cores, *_cpu_quotas()])), 1)
+
+
+def _cpu_quotas() -> list[float]:
+    """The CPU time per time that each control group of this process may take, the groups around it included."""
+    quotas = []
+    try:
+        lines = _OWN_GROUPS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # another system
+        return []
+    for line in lines:
+        controllers, name = line.split(":", 2)[1:]
+        if controllers and "cpu" not in controllers.split(","):  # empty: version 2
+            continue
+        # In a container the name may be the host's; then only the root exists, which is the container's group.
+        for group in (PurePosixPath(name), *PurePosixPath(name).parents):
+            folder = Path(f"{_GROUPS}/{controllers}{group}")
+            with contextlib.suppress(OSError, ValueError):  # no limit is "max", or no file
+                if controllers:
+                    quota, period = ((folder / f"cpu.cfs_{part}_us").read_text() for part in ("quota", "period"))
+                else:
+                    quota, period = (folder / "cpu.max").read_text().split()
+                if int(quota) > 0:  # -1: no limit
+                    quotas.append(int(quota) / int(period))
+    return quotas
 
 
 def int8_overflows() -> bool:

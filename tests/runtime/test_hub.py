@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -137,6 +139,20 @@ def test_a_repository_that_does_not_exist_is_one_line(name: str, hub: Hub) -> No
         ArtifactError, match=f"^{name} is no folder here, and cannot be fetched from the hub: .*; check the name"
     ):
         Engine(name)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_cache_that_cannot_be_written_is_named_as_the_cause(
+    number: int, hub: Hub, bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(bundle(), NAME)
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number), "/home/nobody/.cache")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", failing)
+    with pytest.raises(ArtifactError, match=rf"{os.strerror(number)}: '/home/nobody/.cache'; set HF_HOME to a folder"):
+        Engine(NAME)
 
 
 def test_a_private_repository_needs_the_token(hub: Hub, bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
