@@ -24,6 +24,7 @@ from lfx.export.settings import (
     led_size,
     read_object,
     refuse_other_weights,
+    without_aliases,
     without_code,
 )
 from lfx.export.torch_runners import reference_runner, torch_runner
@@ -106,7 +107,7 @@ def read_bart(model: str) -> Bart:
     path = config_file(fetch, model)
     data = without_code(read_object(path))
     refuse_other_weights(data, path, model)
-    values = {**transformers.BartConfig().to_dict(), **_without_aliases(data)}
+    values = {**transformers.BartConfig().to_dict(), **without_aliases(data, transformers.BartConfig)}
     settings = {name: values[name] for name in _CARRIED if name in values}
     if settings["eos_token_id"] is not None:
         whole_number(settings["eos_token_id"], f"{path}: eos_token_id", 0, error=ExportError)
@@ -128,12 +129,6 @@ def read_bart(model: str) -> Bart:
     weights = weight_files(fetch, model, path, numbers)
     files = Checkpoint(model, path.parent, {**settings, "max_position_embeddings": positions}, weights)
     return Bart(files, fetch, path, settings, positions, task)
-
-
-def _without_aliases(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a config by the names of its class, which reads some of the values under a second name too."""
-    aliases = transformers.BartConfig.attribute_map
-    return {aliases.get(name, name): value for name, value in data.items()}
 
 
 def _task(values: dict[str, Any], model: str) -> str:

@@ -15,7 +15,7 @@ from lfx.export.checkpoint import Checkpoint, Fetcher, config_file, fetcher, wei
 from lfx.export.families import FAMILIES, GELU, REFUSED, Family, Names
 from lfx.export.original import is_original
 from lfx.export.sentence_folder import score_function
-from lfx.export.settings import check_settings, read_object, refuse_other_weights, without_code
+from lfx.export.settings import check_settings, read_object, refuse_other_weights, without_aliases, without_code
 from lfx.signature import TASKS
 
 # Settings of a Longformer that the encoder's config has too, for most families under the same name.
@@ -143,12 +143,11 @@ def _family(model_type: Any, model: str) -> Family:
 
 
 def _values(data: dict[str, Any], config_class: Any) -> dict[str, Any]:
-    """Return all values of a config by their names in its class, which reads some of them under a second name too."""
+    """Return all values of a config by their names in its class."""
     values = {"tie_word_embeddings": True, **config_class().to_dict()}  # CamembertConfig lacks the key before 5.4
     for name in ("id2label", "label2id"):
         values.pop(name, None)  # the default, of two labels
-    aliases = config_class.attribute_map
-    return {**values, **{aliases.get(name, name): value for name, value in data.items()}}
+    return {**values, **without_aliases(data, config_class)}
 
 
 def _check_values(values: dict[str, Any], settings: dict[str, Any], family: Family, path: Path) -> int:

@@ -73,7 +73,8 @@ def read_settings(path: Path, model: str) -> dict[str, Any]:
             continue
         if key not in known and hasattr(plain, key):  # it would overwrite a method or a class attribute
             raise ExportError(f"{path} has the key {key[:80]!r}, which is no setting of {a_model}; remove it")
-        settings[plain.attribute_map.get(key, key)] = without_code(value)
+        settings[key] = without_code(value)
+    settings = without_aliases(settings, type(plain))
     check = check_settings if declared == "longformer" else check_led_settings
     check({**plain.to_dict(), **settings}, path)
     # Weights of any dtype are loaded in float32.
@@ -297,6 +298,15 @@ def read_object(path: Path, limit: int = _JSON_BYTES) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ExportError(f"{path} is not a JSON object but a {type(data).__name__}")
     return data
+
+
+def without_aliases(settings: dict[str, Any], config_class: Any) -> dict[str, Any]:
+    """Return settings by their names in the config's class, which reads some of them under a second name too.
+
+    Of a setting under both names the second name counts, as in transformers, which sets it last.
+    """
+    aliases = config_class.attribute_map
+    return {aliases.get(name, name): settings[name] for name in sorted(settings, key=aliases.__contains__)}
 
 
 def without_code(value: Any) -> Any:

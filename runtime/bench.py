@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,9 +219,27 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         DependencyError: matplotlib is not installed.
         InputError: the file cannot be written.
     """
+    with own_style() as pyplot:
+        _plot(rows, path, pyplot)
+
+
+@contextlib.contextmanager
+def own_style(**settings: Any) -> Iterator[Any]:
+    """Yield matplotlib.pyplot with matplotlib's defaults and these settings, whatever a matplotlibrc file says.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+    """
     matplotlib = require("matplotlib", "report")
     matplotlib.use("Agg")
     pyplot = require("matplotlib.pyplot", "report")
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(settings)
+        yield pyplot
+
+
+def _plot(rows: Sequence[Mapping[str, Any]], path: Path, pyplot: Any) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
     sizes = sorted({row["batch"] for row in rows})

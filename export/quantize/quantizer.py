@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import secrets
 import tempfile
 import threading
 import types
@@ -67,18 +68,18 @@ def quantize_graphs(
         ExportError: the quantizer failed, or did not quantize a layer.
         LfxError: what `calibration` raises.
     """
-    folder = target if len(layers) == 1 else source / "int8"
-    folder.mkdir(exist_ok=True)
+    folder = source / "int8"
+    folder.mkdir()
     files: dict[str, Path] = {}
     scales: dict[str, dict[str, Any]] = {}
     for name, chosen in layers.items():
-        files[name] = folder / name if chosen else source / name
+        # A random name: onnx refuses a file of weights whose name is also that of a file in the current folder.
+        files[name] = folder / f"{secrets.token_hex(8)}.onnx" if chosen else source / name
         if chosen:
             separate_head(source / name, chosen)
             _quantize_graph(source / name, files[name], calibration[name], chosen, steps)
         scales |= finalize_quantized(files[name], signature, chosen)
-    if len(layers) > 1:
-        join_weights(files, target)
+    join_weights(files, target)
     return scales
 
 

@@ -88,6 +88,16 @@ def test_a_plot_is_written_and_a_missing_folder_is_refused(tmp_path: Path) -> No
         bench.plot(rows, tmp_path / "no" / "plot.png")
 
 
+def test_a_plot_does_not_depend_on_a_matplotlibrc(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    rows = [{"contender": "a_$b", "batch": 1, "seqlen": n, "tokens_per_second": 100.0 * n} for n in (64, 512)]
+    bench.plot(rows, tmp_path / "before.png")
+    with matplotlib.rc_context({"text.usetex": True, "font.size": 30, "axes.facecolor": "red"}):
+        bench.plot(rows, tmp_path / "plot.png")
+        assert matplotlib.rcParams["font.size"] == 30
+    assert (tmp_path / "plot.png").read_bytes() == (tmp_path / "before.png").read_bytes()
+
+
 def test_a_plot_on_a_full_disk_says_what_to_do(small_disk: SmallDisk) -> None:
     pytest.importorskip("matplotlib")
     folder = small_disk()

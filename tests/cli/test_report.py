@@ -35,3 +35,10 @@ def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
     assert "<td>!output</td>" in page
     assert "First out of tolerance: &lt;script&gt;" in page
     assert "&amp;lt;" not in page
+
+
+def test_the_figures_do_not_depend_on_a_matplotlibrc(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    with matplotlib.rc_context({"text.usetex": True}):
+        report.write(tmp_path / "page.html", {"artifact": "bundle"}, _measured(), None)
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<svg") == 2

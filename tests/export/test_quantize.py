@@ -456,6 +456,15 @@ def test_more_samples_than_windows_take_them_all(bundle: MakeBundle, tmp_path: P
     assert Manifest.read(quantized).quantization["calibration"]["windows"] == 4
 
 
+def test_it_is_quantized_in_its_own_folder(
+    bundle: MakeBundle, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundle())
+    quantize(".", tmp_path / "made", calibration=text, samples=4)
+    quantize(bundle(), tmp_path / "other", calibration=text, samples=4)
+    assert Manifest.read(tmp_path / "made") == Manifest.read(tmp_path / "other")
+
+
 def test_a_named_tokenizer_folder_is_read_as_it_is(bundle: MakeBundle, text: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(bundle(), tmp_path / "with a tokenizer put beside it")
     manifest = Manifest.read(folder)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from lfx.errors import ExportError
 from lfx.export.load import load, weights_sha256
-from lfx.export.settings import read_settings, without_code
+from lfx.export.settings import read_settings, without_aliases, without_code
 from tests.models import save_tiny_checkpoint, tiny_model
 
 TASK = "text-classification"
@@ -167,3 +168,22 @@ def test_a_config_of_older_versions_is_taken(folder: Path) -> None:
     assert settings["attention_mode"] == "longformer"
     assert not {"torch_dtype", "_name_or_path", "_num_labels"} & settings.keys()
     assert weights_sha256(load(str(folder))[0]) == weights_sha256(tiny_model(TASK))
+
+
+@pytest.mark.parametrize("name", ["encoder_attention_heads", "num_attention_heads"])
+def test_of_two_names_of_a_setting_the_one_counts_that_transformers_takes(tmp_path: Path, name: str) -> None:
+    path = save_tiny_checkpoint(tmp_path / "led", "text2text-generation") / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    heads = {"encoder_attention_heads": 2, "num_attention_heads": 4}
+    path.write_text(json.dumps({name: heads[name], **heads, **{k: v for k, v in config.items() if k not in heads}}))
+    expected = transformers.AutoConfig.from_pretrained(path.parent).encoder_attention_heads
+    assert expected == 4
+    assert read_settings(path, "it")["encoder_attention_heads"] == expected
+
+
+@pytest.mark.parametrize("config", ["BartConfig", "DistilBertConfig"])
+def test_convert_reads_two_names_of_a_setting_as_transformers_does(config: str) -> None:
+    config_class = getattr(transformers, config)
+    for second, name in config_class.attribute_map.items():
+        for settings in ({name: 4, second: 2}, {second: 2, name: 4}):
+            assert without_aliases(settings, config_class) == {name: getattr(config_class(**settings), name)}, name

@@ -16,6 +16,7 @@ from lfx import __version__
 from lfx.errors import InputError, require
 from lfx.files import replacing, why_unwritten
 from lfx.parity import HISTOGRAM_EDGES, Report
+from lfx.runtime.bench import own_style
 from lfx.signature import grouped
 
 # Okabe and Ito's palette, which colour-blind readers can distinguish.
@@ -147,11 +148,8 @@ def _cases(report: Report) -> str:
 
 def _figure(draw: Callable[[Any], None], caption: str) -> str:
     """Draw a figure and return it as SVG in an HTML figure; caption and labels are plain text."""
-    matplotlib = require("matplotlib", "report")
-    matplotlib.use("Agg")
-    pyplot = require("matplotlib.pyplot", "report")
     style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "text.parse_math": False}
-    with matplotlib.rc_context(style):
+    with own_style(**style) as pyplot:
         figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
         draw(axes)
         axes.grid(visible=True, alpha=0.25)
