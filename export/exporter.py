@@ -38,6 +38,7 @@ from lfx.export.loop_attention import LoopSelfAttention, asks_for_loop_attention
 from lfx.export.options import GraphOptions, at_least_1, check_choices, check_pooling, model_name
 from lfx.export.pooling import LongformerForSentenceEmbedding
 from lfx.export.probe import (
+    check_autocast,
     check_long,
     check_repeatable,
     check_rows,
@@ -343,6 +344,7 @@ def _check_model(
         signature = without_attentions(signature)
     check_sizes(program, signature, granularity(module))
     check_long(module, signature)
+    check_autocast(module, signature)
     check_repeatable(module, signature)
     signature = dataclasses.replace(signature, ignores_padding=ignores_padding(module, signature))
     check_rows(module, signature)

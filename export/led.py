@@ -196,7 +196,8 @@ def _embed(decoder: led.LEDDecoder, ids: torch.Tensor, positions: torch.Tensor) 
 
 def _fill(masked: torch.Tensor) -> torch.Tensor:
     """Return what is added to the scores: a value below which no score matters where a key is masked, else 0."""
-    return torch.zeros(masked.shape).masked_fill(masked, torch.finfo(torch.float32).min / 2)
+    zeros = torch.zeros(masked.shape, dtype=torch.float32)  # whatever the default dtype is
+    return zeros.masked_fill(masked, torch.finfo(torch.float32).min / 2)
 
 
 def _layer(

@@ -31,6 +31,7 @@ from lfx.files import temporary_folder
 from lfx.signature import SENTENCE_EMBEDDING, TASKS, TEXT_GENERATION
 
 _IN_A_LAYER = re.compile(r"(^|\.)(encoder|transformer)\.layer\.\d+\.")
+_WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile, and of DataParallel and DeepSpeed
 _NEXT_SENTENCE = "cls.seq_relationship."  # BERT's head for pretraining, inside the module of its masked LM head
 _BY_ARCHITECTURE = {task.architecture: name for name, task in TASKS.items()} | {
     cls: task for task, cls in LED_CLASSES.items()
@@ -217,10 +218,13 @@ def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, cure: s
     # Weights of another head may be ignored. Those of a further layer, or of an adapter in a layer, change the outputs.
     unexpected = sorted(key for key in info.get("unexpected_keys", ()) if _is_in_a_part(key, loaded))
     if unexpected:
-        raise ExportError(
-            f"{model} has weights for which its config has no layer: {_listed(unexpected)}; give the config that "
-            "belongs to them, and merge an adapter into its model"
+        prefix = next((prefix for prefix in _WRAPPERS if all(key.startswith(prefix) for key in unexpected)), None)
+        remedy = (
+            "give the config that belongs to them, and merge an adapter into its model"
+            if prefix is None
+            else f"the prefix {prefix} is that of a wrapper: save the model that it wraps"
         )
+        raise ExportError(f"{model} has weights for which its config has no layer: {_listed(unexpected)}; {remedy}")
     missing = sorted(key for key in info.get("missing_keys", ()) if not key.endswith("position_ids"))
     without_pooler = [key for key in missing if not key.startswith("pooler.")]
     if missing and not without_pooler:

@@ -91,7 +91,7 @@ def make_longformer(encoder: Encoder, original: Any, config: transformers.Longfo
     table = f"{base}embeddings.position_embeddings.weight"
     weights[table] = _repeat(weights[table], encoder.family, config)
     if encoder.family.fixed.get("type_vocab_size"):  # the family has no token types
-        weights[f"{base}embeddings.token_type_embeddings.weight"] = torch.zeros(1, config.hidden_size)
+        weights[f"{base}embeddings.token_type_embeddings.weight"] = weights[table].new_zeros(1, config.hidden_size)
     if "lm_head.decoder.bias" in weights:
         weights["lm_head.bias"] = weights["lm_head.decoder.bias"].clone()  # transformers adds the decoder's
     pooler = {} if encoder.task != "feature-extraction" else {"add_pooling_layer": "pooler.dense.weight" in weights}
@@ -127,6 +127,6 @@ def _rename(weights: dict[str, torch.Tensor], encoder: Encoder) -> dict[str, tor
 def _repeat(table: torch.Tensor, family: Family, config: transformers.LongformerConfig) -> torch.Tensor:
     """Repeat the rows of a position table; the rows up to the padding id, which no token has, are not repeated."""
     first = config.pad_token_id + 1
-    head = torch.zeros(first, table.shape[1]) if family.starts_at_zero else table[:first]
+    head = table.new_zeros(first, table.shape[1]) if family.starts_at_zero else table[:first]
     rows = table if family.starts_at_zero else table[first:]
     return torch.cat([head, rows[torch.arange(config.max_position_embeddings - first) % len(rows)]])

@@ -20,7 +20,13 @@ from lfx.export import led_classifier, loop_attention, pooling, unpadded
 from lfx.export.led import LED_CLASSES, GenerationEncoder
 from lfx.export.pooling import LongformerForSentenceEmbedding
 from lfx.export.rewrite import attention_windows, chunked_attention
-from lfx.export.torch_runners import GlobalTokensRunner, disturbed_runner, global_tokens_runner, torch_runner
+from lfx.export.torch_runners import (
+    GlobalTokensRunner,
+    autocast_layers,
+    disturbed_runner,
+    global_tokens_runner,
+    torch_runner,
+)
 from lfx.export.windows import both_sides
 from lfx.parity import Case, OutputResult, pair_tolerance
 from lfx.runtime.inputs import default_global
@@ -310,6 +316,23 @@ def _ignores_padding(module: nn.Module, signature: Signature, length: int, padde
             if not _is_same(actual, expected, module):
                 return False
     return True
+
+
+def check_autocast(module: nn.Module, signature: Signature) -> None:
+    """Check that a module computes in float32, and not in torch.autocast's half precision.
+
+    Raises:
+        ExportError: its forward, or the wrapper that a trainer has put around it, enters torch.autocast on the CPU.
+    """
+    if is_unchanged(module):
+        return
+    inputs = model_inputs(Case(1, _short_length(module, signature)), signature)
+    if layers := autocast_layers(module, forward_inputs(module), inputs):
+        raise ExportError(
+            f"{type(module).__name__} computes {layers[0]} in torch.autocast's half precision, so it is no float32 "
+            "model; take autocast out of its forward, or, after training in mixed precision, give "
+            "accelerator.unwrap_model(model, keep_fp32_wrapper=False), or the folder that save_pretrained writes"
+        )
 
 
 def check_repeatable(module: nn.Module, signature: Signature) -> None:

@@ -163,6 +163,19 @@ def global_tokens_runner(model: nn.Module, names: tuple[str, ...], *, first_laye
     return globals_of
 
 
+def autocast_layers(model: nn.Module, names: tuple[str, ...], inputs: Arrays) -> list[str]:
+    """Return the names of the linear layers that a run in float32 computes in half precision, under torch.autocast."""
+    found: dict[str, None] = {}
+    copied = clone(model, torch.float32)
+    for name, module in copied.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, __, name=name: found.update({name: None} if torch.is_autocast_enabled("cpu") else {})
+            )
+    _runner(copied, names, by_layer=False)(inputs)
+    return list(found)
+
+
 def reference_runner(
     model: nn.Module,
     names: tuple[str, ...] | None = None,

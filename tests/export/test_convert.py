@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from lfx.errors import ExportError, LfxError, ParityError
@@ -304,6 +305,17 @@ def test_plain_torch_weights_and_half_precision_are_converted(tmp_path: Path) ->
     longformer = opened(convert(tmp_path / "b", tmp_path / "made", LENGTH, WINDOW))
     ids = ids_of(1, EQUAL, 0)
     assert largest_difference(outputs_of(longformer, ids), outputs_of(original.float(), ids)) <= 1
+
+
+@pytest.mark.parametrize("family", ["Bert", "DistilBert"])
+def test_weights_are_float32_with_another_default_dtype(family: str, tmp_path: Path) -> None:
+    save_tiny_encoder(tmp_path / "checkpoint", family)
+    torch.set_default_dtype(torch.float64)
+    try:
+        made = convert(tmp_path / "checkpoint", tmp_path / "made", LENGTH, WINDOW)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {tensor.dtype for tensor in load_file(made / "model.safetensors").values()} == {torch.float32}
 
 
 EXPORTED = [

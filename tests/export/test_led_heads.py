@@ -127,3 +127,16 @@ def test_padding_of_eos_tokens_is_no_end_of_a_sequence() -> None:
     padded, mask = torch.tensor([[*row, 2, 2, 2]]), torch.tensor([[1, 1, 1, 1, 0, 0, 0]])
     with torch.no_grad():
         torch.testing.assert_close(model(padded, mask).logits, model(torch.tensor([row])).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["LEDModel", "LEDForConditionalGeneration"])
+def test_an_export_with_another_default_dtype_is_a_float32_model(architecture: str, tmp_path: Path) -> None:
+    module = tiny_led(architecture)
+    torch.set_default_dtype(torch.float64)
+    try:
+        folder = export(module, tmp_path / "bundle")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with Engine(folder, threads=1) as engine:
+        assert not compare_engine(engine, module, quick_cases, lambda step: None).failures()

@@ -111,6 +111,15 @@ def test_fewer_layers_than_the_weights_have_are_refused(tmp_path: Path) -> None:
         load(str(tmp_path), "auto")
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_names_with_the_prefix_of_a_wrapper_are_refused_with_the_reason(prefix: str, tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path, "text-classification")
+    weights = load_file(folder / "model.safetensors")
+    renamed = {f"{prefix}{key}": tensor for key, tensor in weights.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    assert f"the prefix {prefix} is that of a wrapper: save the model that it wraps" in _refusal(folder)
+
+
 @pytest.mark.parametrize(
     ("key", "known"),
     [

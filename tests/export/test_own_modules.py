@@ -415,6 +415,17 @@ def test_an_export_inside_autocast_is_a_float32_model(tmp_path: Path) -> None:
     same(module, folder)
 
 
+@pytest.mark.parametrize("part", ["whole", "head"])
+def test_a_forward_in_autocast_is_refused_with_the_reason(part: str, tmp_path: Path) -> None:
+    module = tiny_model("text-classification", **ONE_LAYER)
+    changed = module if part == "whole" else module.classifier
+    # As accelerate, and so the Trainer, leaves a model that was trained in bfloat16.
+    changed.forward = MethodType(torch.autocast("cpu", dtype=torch.bfloat16)(type(changed).forward), changed)
+    with pytest.raises(ExportError, match=r"in torch\.autocast's half precision, so it is no float32 model"):
+        export(module, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_a_model_that_was_made_in_inference_mode_exports(tmp_path: Path) -> None:
     with torch.inference_mode():
