@@ -26,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 
 from lfx.errors import DependencyError, LfxError, one_line
+from lfx.machine import usable_cores
 from lfx.runtime.serve.server import Announce, Report, address_of, listen
 from lfx.runtime.serve.settings import Settings
 
@@ -52,7 +53,7 @@ def supervise(settings: Settings, report: Report, announce: Announce) -> None:
     if os.name != "posix":
         raise DependencyError("several workers need a POSIX system, such as Linux; leave --workers out")
     if settings.threads is None and settings.backend in ("auto", "onnxruntime", "openvino"):
-        threads = max((os.cpu_count() or 1) // settings.workers, 1)
+        threads = max(usable_cores() // settings.workers, 1)
         has_plans = any(path.endswith(".plan") for path in settings.models.values())
         settings = settings if has_plans else replace(settings, threads=threads)
     sock = listen(settings)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lfx.checks import shown, whole_number
 from lfx.errors import InputError, LengthError, LfxError, one_line
+from lfx.machine import usable_cores
 from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.engine import Engine
@@ -338,7 +339,7 @@ def _share_of_cores(config: Mapping[str, Any], path: Path) -> int | None:
     counts = [group.get("count", 1) for group in config["instance_group"] if group.get("kind") == "KIND_CPU"]
     if sum(counts) <= 1 or path.suffix == ".plan":
         return None
-    return max((os.cpu_count() or 1) // whole_number(sum(counts), "the number of instances", 1), 1)
+    return max(usable_cores() // whole_number(sum(counts), "the number of instances", 1), 1)
 
 
 def _texts(array: NDArray[np.uint8]) -> list[str]:
