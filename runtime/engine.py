@@ -360,6 +360,9 @@ class Engine(OpenModel):
                     "on_error 'return' is not for stream=True, whose columns have no place for an error; leave one of "
                     "them out"
                 )
+            flag(truncate, "truncate")
+            if not isinstance(tokenizer, Tokenizer | None):
+                raise InputError(f"tokenizer is {type(tokenizer).__name__}; give a Tokenizer, or leave it out")
             writer = self.text_writer()
             settings = writer.settings(options, stream=stream)
             masks, open_tokenizer = (attention_mask, global_attention_mask), lambda: self._open_tokenizer(tokenizer)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lfx import runtime
-from lfx.errors import LfxError
+from lfx.errors import InputError, LfxError
 from lfx.export import convert, export, relayout, use_loop_attention
 from lfx.export.quantize import quantize
 from lfx.ray import Documents, EngineOptions, deployment, map_documents
@@ -174,6 +174,23 @@ def test_an_argument_of_another_type_is_accepted_or_refused_with_an_lfx_error(na
         if (failure := _other_failure(calls[name], parameter, make())) is not None
     ]
     assert failures == []
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("generate", {"truncate": "no"}),  # for texts, and the inputs are ids
+        ("generate", {"tokenizer": 5}),
+        ("encoded", {"signature": "x", "folder": Path("no/such/path")}),  # where there is no tokenizer, which checks it
+        ("deployment", {"model": 5}),  # which a replica opens
+    ],
+    ids=str,
+)
+def test_an_argument_is_checked_where_it_has_no_use_yet(name: str, arguments: dict[str, Any], calls: Calls) -> None:
+    function, given = calls[name]
+    with pytest.raises(InputError, match=next(iter(arguments))):
+        result = function(**{**given, **arguments})
+        list(itertools.islice(result, 1)) if isinstance(result, Iterator) else result
 
 
 def test_every_call_is_tried(calls: Calls) -> None:

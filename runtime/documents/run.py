@@ -203,6 +203,8 @@ def encoded(source: Path, signature: Signature, folder: Path, *, unlisted: bool 
     Raises:
         InputError: the file or a document cannot be read; the message has the document's line.
     """
+    if not isinstance(signature, Signature):
+        raise InputError(f"signature is {type(signature).__name__}; give the signature of an Engine")
     source, folder = file_path(source, "the file of documents"), file_path(folder, "the tokenizer's folder")
     check_source(source)
     tokenizer = Tokenizer(folder, signature, unlisted=unlisted) if (folder / TOKENIZER).exists() else None

@@ -6,7 +6,6 @@ from collections import UserString
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lfx.checks import flag
 from lfx.errors import InputError, LengthError, LfxError
 from lfx.runtime.inputs import Feeds, prepare, prepare_each
 from lfx.runtime.tokenizer import Tokenizer
@@ -21,20 +20,18 @@ def is_texts(inputs: Any) -> bool:
 
 
 def encode_texts(
-    inputs: Any, masks: Sequence[Any], open_tokenizer: Callable[[], Any], *, truncate: Any, keep_errors: bool
+    inputs: Any, masks: Sequence[Any], open_tokenizer: Callable[[], Tokenizer], *, truncate: bool, keep_errors: bool
 ) -> list[list[int] | LfxError]:
     """Tokenize texts; see `Engine.generate` for the arguments.
 
     Returns:
         The ids of each text; with `keep_errors` its error, if it cannot be encoded.
     Raises:
-        InputError: masks are given, an argument has another type, or a text cannot be encoded.
+        InputError: masks are given, or a text cannot be encoded.
     """
     if any(mask is not None for mask in masks):
         raise InputError("masks are given with texts, whose tokens are not known; give ids, or leave the masks out")
-    truncate, tokenizer = flag(truncate, "truncate"), open_tokenizer()
-    if not isinstance(tokenizer, Tokenizer):
-        raise InputError(f"tokenizer is {type(tokenizer).__name__}; give a Tokenizer, or leave it out")
+    tokenizer = open_tokenizer()
     encode = tokenizer.truncate if truncate else tokenizer.encode
     encoded: list[list[int] | LfxError] = []
     for i, text in enumerate([str(inputs)] if isinstance(inputs, str | UserString) else inputs):

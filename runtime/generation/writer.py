@@ -14,6 +14,7 @@ from lfx.runtime.generation.model import Int64, StoppableGenerator, TextGenerato
 from lfx.runtime.generation.rows import generate_rows, join_rows
 from lfx.runtime.generation.settings import GenerationSettings, resolve
 from lfx.runtime.inputs import Feeds, seqlen_of
+from lfx.runtime.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class TextWriter:
         self,
         inputs: Any,
         masks: tuple[Any, Any],
-        open_tokenizer: Callable[[], Any],
+        open_tokenizer: Callable[[], Tokenizer],
         *,
-        truncate: Any,
+        truncate: bool,
         keep_errors: bool,
     ) -> list[Feeds | LfxError]:
         """The encoder's inputs of ids or texts.

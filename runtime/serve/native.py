@@ -9,11 +9,10 @@ import numpy as np
 from fastapi import Response
 from pydantic import Field
 
-from lfx.checks import shown
 from lfx.errors import InputError
 from lfx.runtime.serve.body import List, StrictBody, read_body
 from lfx.runtime.serve.model import Input, ServedModel
-from lfx.runtime.serve.replies import RefusalError, array_reply, check_size, dumps
+from lfx.runtime.serve.replies import array_reply, check_size, dumps
 from lfx.runtime.serve.service import Computed, Service
 
 Ids = List[int] | List[List[int]]
@@ -73,9 +72,7 @@ async def run(service: Service, data: bytes, name: str | None) -> Response:
     """Answer a request with the model `name`; None = the model that the body names, or the first."""
     start = time.perf_counter()
     body = await read_body(service, data, RunRequest)
-    if name is not None and body.model not in (None, name):
-        raise RefusalError(422, f"the path is of the model {name}, and model is {shown(body.model)}; give one of them")
-    model = service.model(body.model if name is None else name)
+    model = service.chosen(name, body.model)
     items = body.inputs if isinstance(body.inputs, list) else [body.inputs]
     if not items:
         raise InputError("inputs is an empty list; give at least one")

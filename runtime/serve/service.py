@@ -112,6 +112,16 @@ class Service:
             raise self.no_such_model(name)
         return self.models[name]
 
+    def chosen(self, path: str | None, body: str | None) -> ServedModel:
+        """Return the model that a request names in its path or its body; the first if it names none.
+
+        Raises:
+            RefusalError: it names two, or no model has that name.
+        """
+        if path is not None and body not in (None, path):
+            raise RefusalError(422, f"the path is of the model {path}, and model is {shown(body)}; give one of them")
+        return self.model(body if path is None else path)
+
     def no_such_model(self, name: str) -> RefusalError:
         """The refusal of a request for a model that is not served."""
         names = ", ".join(self.settings.models)

@@ -17,6 +17,7 @@ from lfx.runtime.serve.model import Input
 from lfx.runtime.serve.replies import RefusalError, dumps
 from lfx.runtime.serve.service import Service
 
+_MODEL = "name of a model; the first one if it is left out (not TEI's)"
 _DIRECTION = "right: cut the end of a text, or the side that the tokenizer's truncation_side names. No other value"
 
 
@@ -24,6 +25,7 @@ class EmbedRequest(Body):
     """A request for embeddings."""
 
     inputs: str | List[str] = Field(description="give a text or a list of texts")
+    model: str | None = Field(None, description=_MODEL)
     truncate: bool | None = Field(False, description="true: a text longer than the model takes is cut")
     truncation_direction: str = Field("Right", description=_DIRECTION, pattern="^[Rr]ight$")
     normalize: bool | None = Field(True, description="true: each embedding has length 1")
@@ -37,6 +39,7 @@ class PredictRequest(Body):
     inputs: str | List[str] | List[List[str]] = Field(
         description="give a text, a pair [text, text], or a batch [[text], [text, text], …]"
     )
+    model: str | None = Field(None, description=_MODEL)
     truncate: bool | None = Field(False, description="true: a text longer than the model takes is cut")
     truncation_direction: str = Field("Right", description=_DIRECTION, pattern="^[Rr]ight$")
     raw_scores: bool = Field(False, description="true: the scores are logits")
@@ -58,7 +61,7 @@ PREDICT_REPLY: Any = [{"score": 0.98, "label": "POSITIVE"}]
 async def embeddings(service: Service, data: bytes, name: str | None) -> Response:
     """Answer POST /embed: a list of embeddings."""
     body = await read_body(service, data, EmbedRequest)
-    model = service.model(name)
+    model = service.chosen(name, body.model)
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     _check_not_empty(texts)
     rows, _ = await embed(service, model, [Input(text, truncate=bool(body.truncate)) for text in texts])
@@ -70,7 +73,7 @@ async def embeddings(service: Service, data: bytes, name: str | None) -> Respons
 async def predictions(service: Service, data: bytes, name: str | None) -> Response:
     """Answer POST /predict: the labels and scores of a text, best first, or a list of these for a batch."""
     body = await read_body(service, data, PredictRequest)
-    model = service.model(name)
+    model = service.chosen(name, body.model)
     if model.signature.task != "text-classification":
         reason = f"the model {model.name} is no classifier of texts: its task is {model.signature.task}"
         raise RefusalError(424, reason, "Backend")

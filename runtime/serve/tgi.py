@@ -61,6 +61,7 @@ class GenerateRequest(Body):
 
     inputs: str = Field(description="give a text")
     parameters: Parameters | None = Field(None, description="give an object of options, or leave it out")
+    model: str | None = Field(None, description="name of a model; the first one if it is left out (not TGI's)")
     stream: bool | None = Field(None, description="give true at /generate_stream alone")
 
 
@@ -118,7 +119,7 @@ async def generate_stream(service: Service, data: bytes, name: str | None) -> Re
 async def _read(service: Service, data: bytes, name: str | None) -> tuple[GenerateRequest, ServedModel]:
     """The body of a request, and its model."""
     body = await read_body(service, data, GenerateRequest)
-    model = service.model(name)
+    model = service.chosen(name, body.model)
     if model.signature.task != TEXT_GENERATION:
         reason = f"the model {model.name} writes no texts: its task is {model.signature.task}"
         raise RefusalError(424, reason, "Backend")

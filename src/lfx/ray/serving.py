@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,13 @@ def deployment(model: str | Path, *, actor: Mapping[str, Any] | None = None, **o
         model, options: as for `lfx.ray.EngineOptions`.
         actor: options of `serve.deployment`, such as {"num_replicas": 2, "ray_actor_options": {"num_cpus": 4}}.
     Raises:
-        InputError: `actor` is no dict of options that Ray Serve takes.
+        InputError: `model` is no path, or `actor` no dict of options that Ray Serve takes.
         DependencyError: Ray Serve is not installed.
     """
     if not isinstance(actor, Mapping | None):
         raise InputError(f"actor is {shown(actor)}; give a dict of options of serve.deployment, or leave it out")
+    if not isinstance(model, str | os.PathLike):
+        raise InputError(f"model is {shown(model)}; give a path")
     serve = require("ray.serve", "ray")
     try:
         # Ray lets a replica have 5 requests by default, so that no more would run together. Serve checks

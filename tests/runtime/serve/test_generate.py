@@ -39,6 +39,16 @@ def post(client: httpx.Client, path: str, body: Any) -> httpx.Response:
     return client.post(path, content=json.dumps(body).encode())
 
 
+@pytest.mark.parametrize("route", ["/generate", "/generate_stream"])
+def test_the_body_may_name_the_model_where_the_path_does_not(route: str, client: httpx.Client) -> None:
+    body = {"inputs": TEXT, "parameters": {"max_new_tokens": 3}}
+    expected = post(client, route, body).text
+    assert post(client, route, {**body, "model": "led"}).text == expected
+    assert post(client, route, {**body, "model": "bare"}).status_code == 424  # for its task
+    assert post(client, route, {**body, "model": "nope"}).status_code == 404
+    assert post(client, f"/models/led{route}", {**body, "model": "bare"}).status_code == 422
+
+
 @pytest.mark.parametrize("path", ["/generate", "/models/led/generate"])
 @pytest.mark.parametrize(
     "parameters",

@@ -75,6 +75,19 @@ def test_concurrent_requests_get_the_answers_of_one_by_one_runs(client: httpx.Cl
             assert is_close(result["outputs"]["logits"], np.asarray(outputs["logits"])[0])
 
 
+@pytest.mark.parametrize(("route", "name"), [("/embed", "emb"), ("/predict", "cls")])
+def test_the_body_may_name_the_model_where_the_path_does_not(route: str, name: str, client: httpx.Client) -> None:
+    path, other = f"/models/{name}{route}", "qa"
+    expected = answered(client, path, {"inputs": "the fox"})
+    for route_or_path in (route, path):
+        assert answered(client, route_or_path, {"inputs": "the fox", "model": name}) == expected
+    assert post(client, route, {"inputs": "the fox", "model": other}).status_code == 424  # for its task
+    assert post(client, route, {"inputs": "the fox", "model": "nope"}).status_code == 404
+    refused = post(client, path, {"inputs": "the fox", "model": other})
+    assert refused.status_code == 422
+    assert f"the path is of the model {name}" in refused.json()["error"]
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_and_output_is_served(name: str, client: httpx.Client, bundle: MakeBundle) -> None:
     question, document = "the quick fox", "the lazy dog jumps over the quick brown fox"
