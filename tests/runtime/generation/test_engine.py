@@ -307,7 +307,7 @@ def test_the_encoders_file_alone_needs_the_decoders_beside_it(led_bundle: MakeLe
     (entry,) = (entry for entry in content.metadata_props if entry.key == "lfx")
     entry.value = entry.value.replace("decoder_model.onnx", "x" * 300)  # no file can have that name
     onnx.save(content, bundle / "encoder_model.onnx")
-    with pytest.raises(ArtifactError, match="the path of the decoder's graph .* cannot be opened: File name too"):
+    with pytest.raises(ArtifactError, match=r"the path of the decoder's graph .* cannot be opened: File name too"):
         Engine(bundle / "encoder_model.onnx")
 
 
