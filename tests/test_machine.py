@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lfx import machine
 from lfx.machine import usable_cores
 from lfx.runtime.engine import Engine
+from lfx.runtime.serve import supervisor
+from lfx.runtime.serve.settings import Settings
+from lfx.runtime.triton.requests import _share_of_cores
 from tests.conftest import MakeBundle
 
 V2, V1 = "0::/a/b\n", "4:memory:/elsewhere\n3:cpu,cpuacct:/a/b\n0::/\n"
@@ -75,3 +79,24 @@ def test_an_engine_has_the_threads_that_its_process_may_use(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     Engine(source).close()
     assert threads == [expected]  # 0: ONNX Runtime's default
+
+
+def test_workers_of_a_server_divide_the_cores(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Supervisor:
+        def __init__(self, settings: Settings, *others: Any) -> None:
+            threads.append(settings.threads)
+
+        def run(self) -> None:
+            pass
+
+    threads: list[int | None] = []
+    monkeypatch.setattr(supervisor, "_Supervisor", Supervisor)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    supervisor.supervise(Settings({"model": "path"}, port=0, workers=2), print, print)
+    assert threads == [3]
+
+
+def test_instances_in_triton_divide_the_cores(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    config = {"instance_group": [{"kind": "KIND_CPU", "count": 3}]}
+    assert _share_of_cores(config, Path("model")) == 2
