@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import signal
 import stat
@@ -12,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -106,6 +108,28 @@ def test_the_next_write_removes_the_leftovers_of_a_kill_at_any_step(tmp_path: Pa
             return
         assert status == -signal.SIGKILL
     raise AssertionError("no write completed")
+
+
+def test_an_interrupt_at_any_step_before_the_block_leaves_no_folder(tmp_path: Path) -> None:
+    for step in range(1, 100):
+        lines = itertools.count(1)
+
+        def interrupt(frame: FrameType, event: str, argument: Any, lines: Any = lines, step: int = step) -> Any:
+            if frame.f_code.co_filename != files.__file__:
+                return None
+            if event == "line" and next(lines) == step:
+                raise KeyboardInterrupt
+            return interrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            sys.settrace(interrupt)
+            with private_folder(tmp_path, "out"):
+                sys.settrace(None)
+                assert step > 8
+                return
+        sys.settrace(None)
+        assert list(tmp_path.iterdir()) == []
+    raise AssertionError("no block began")
 
 
 def test_a_leftover_is_removed_while_its_lock_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +269,7 @@ def test_a_temporary_folder_that_cannot_be_made_is_an_error_naming_tmpdir(
     def fail(*arguments: Any, **options: Any) -> None:
         raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(tempfile, "mkdtemp", fail)
+    monkeypatch.setattr(os, "mkdir", fail)
     with pytest.raises(LfxError, match=r"cannot be written: .*set TMPDIR to a folder with room"), temporary_folder("x"):
         pass
 

@@ -48,11 +48,16 @@ def private_folder(parent: Path, purpose: str, salvage: Callable[[Path], Any] = 
     """
     prefix = f"{_hidden_name(purpose)}-"
     _sweep(parent, prefix, salvage)
-    folder, lock = _locked_folder(parent, prefix)
-    try:
-        yield folder
-    finally:
-        _remove(folder, lock, is_own=True)
+    while True:
+        folder, lock = parent.absolute() / f"{prefix}{secrets.token_hex(8)}", None
+        try:  # an interrupt between the next lines leaves no folder
+            folder.mkdir(mode=0o700)
+            lock = _lock_in(folder)
+            if lock is not None:
+                yield folder
+                return
+        finally:
+            _remove(folder, lock, is_own=True)
 
 
 @contextlib.contextmanager
@@ -301,20 +306,19 @@ def _hidden_name(purpose: str) -> str:
     return f".lfx-{hashlib.sha256(os.fsencode(purpose)).hexdigest()[:12]}"
 
 
-def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
-    """Make a private folder, and return it with the descriptor of its locked `lock` file."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        try:
-            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o600)
-        except FileNotFoundError:
-            continue  # another process removed the folder before this one could lock it
-        if try_lock(lock) and is_at(lock, folder / _LOCK):
-            return folder, lock
-        os.close(lock)
+def _lock_in(folder: Path) -> int | None:
+    """Make the `lock` file of a new private folder, and lock it; None if another process has removed the folder."""
+    try:
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o600)
+    except FileNotFoundError:
+        return None
+    if try_lock(lock) and is_at(lock, folder / _LOCK):
+        return lock
+    os.close(lock)
+    return None
 
 
-def _remove(folder: Path, lock: int, *, is_own: bool) -> None:
+def _remove(folder: Path, lock: int | None, *, is_own: bool) -> None:
     """Remove a private folder, its lock last: if this process is killed, the free lock still marks it as a leftover.
 
     The lock of an own folder is closed first: NFS and FUSE only rename an open file that is removed, and Windows
@@ -327,12 +331,12 @@ def _remove(folder: Path, lock: int, *, is_own: bool) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             elif path.name != _LOCK:
                 path.unlink()
-    if is_own:
+    if is_own and lock is not None:
         os.close(lock)
     with contextlib.suppress(OSError):
         if {path.name for path in folder.iterdir()} <= {_LOCK}:
             shutil.rmtree(folder, ignore_errors=True)
-    if not is_own:
+    if not is_own and lock is not None:
         os.close(lock)
         with contextlib.suppress(OSError):
             folder.rmdir()  # where the open lock was only renamed

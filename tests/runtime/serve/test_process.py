@@ -187,7 +187,7 @@ def test_a_sigterm_to_each_process_is_one_stop(model: Path, second: bool) -> Non
         for _ in lines:
             server.wait_for("stopping")
         if second:
-            server.process.send_signal(signal.SIGTERM)
+            server.process.send_signal(signal.SIGINT)  # a second SIGTERM may come before the first one is seen
         assert late.result().status_code == (503 if second else 200)
         assert server.wait() == 0
     assert not [line for line in server.lines if "a new one starts" in line]
