@@ -166,8 +166,7 @@ class Tokenizer:
     ) -> None:
         from tokenizers import Tokenizer
 
-        if not isinstance(signature, Signature):
-            raise InputError(f"signature is {type(signature).__name__}; give the signature of an Engine")
+        check_signature(signature)
         self.folder = file_path(folder, "the tokenizer's folder", ArtifactError)
         self.config_folder = self.folder
         if config_folder is not None:
@@ -375,6 +374,16 @@ class Tokenizer:
         """The id of a vocabulary entry; None if the vocabulary does not have it."""
         index: int | None = self._tokenizer.token_to_id(token)
         return index
+
+
+def check_signature(signature: Any) -> None:
+    """Check an argument that must be a Signature.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not isinstance(signature, Signature):
+        raise InputError(f"signature is {type(signature).__name__}; give the signature of an Engine")
 
 
 def _check_text(text: Any, pair: Any) -> None:

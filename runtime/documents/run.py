@@ -31,7 +31,7 @@ from lfx.runtime.postprocess import Postprocessor
 from lfx.runtime.ragged import check_cuttable
 from lfx.runtime.streaming import AHEAD
 from lfx.runtime.text_files import TOKENIZER
-from lfx.runtime.tokenizer import END_TO_END, MAX_CHARACTERS, Encoded, Tokenizer
+from lfx.runtime.tokenizer import END_TO_END, MAX_CHARACTERS, Encoded, Tokenizer, check_signature
 from lfx.signature import TEXT_GENERATION, Signature
 
 # Number of documents of a chunk. A stopped run resumes after its last complete chunk. Batches are formed within a
@@ -203,8 +203,7 @@ def encoded(source: Path, signature: Signature, folder: Path, *, unlisted: bool 
     Raises:
         InputError: the file or a document cannot be read; the message has the document's line.
     """
-    if not isinstance(signature, Signature):
-        raise InputError(f"signature is {type(signature).__name__}; give the signature of an Engine")
+    check_signature(signature)
     source, folder = file_path(source, "the file of documents"), file_path(folder, "the tokenizer's folder")
     check_source(source)
     tokenizer = Tokenizer(folder, signature, unlisted=unlisted) if (folder / TOKENIZER).exists() else None

@@ -57,7 +57,10 @@ def private_folder(parent: Path, purpose: str, salvage: Callable[[Path], Any] = 
                 yield folder
                 return
         finally:
-            _remove(folder, lock, is_own=True)
+            _remove_content(folder)
+            if lock is not None:  # NFS and FUSE only rename an open file that is removed, and Windows refuses it
+                os.close(lock)
+            _remove_emptied(folder)
 
 
 @contextlib.contextmanager
@@ -318,28 +321,21 @@ def _lock_in(folder: Path) -> int | None:
     return None
 
 
-def _remove(folder: Path, lock: int | None, *, is_own: bool) -> None:
-    """Remove a private folder, its lock last: if this process is killed, the free lock still marks it as a leftover.
-
-    The lock of an own folder is closed first: NFS and FUSE only rename an open file that is removed, and Windows
-    refuses to remove it. That of a leftover is held, since its process may be alive and about to lock it.
-    A folder that keeps a file which another process has open stays a leftover.
-    """
+def _remove_content(folder: Path) -> None:
+    """Remove what a private folder holds, except its lock: if this process is killed, it still marks a leftover."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             elif path.name != _LOCK:
                 path.unlink()
-    if is_own and lock is not None:
-        os.close(lock)
+
+
+def _remove_emptied(folder: Path) -> None:
+    """Remove a private folder and its lock. One that keeps a file which another process has open stays a leftover."""
     with contextlib.suppress(OSError):
         if {path.name for path in folder.iterdir()} <= {_LOCK}:
             shutil.rmtree(folder, ignore_errors=True)
-    if not is_own and lock is not None:
-        os.close(lock)
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # where the open lock was only renamed
 
 
 def _sweep(parent: Path, prefix: str, salvage: Callable[[Path], Any]) -> None:
@@ -365,7 +361,10 @@ def _sweep(parent: Path, prefix: str, salvage: Callable[[Path], Any]) -> None:
             except BaseException:
                 os.close(lock)
                 raise
-            _remove(folder, lock, is_own=False)
+            _remove_content(folder)
+            _remove_emptied(folder)  # the lock is held, since its process may be alive and about to lock it
+            os.close(lock)
+            folder.rmdir()  # where the open lock was only renamed
 
 
 def _is_leftover(lock: int) -> bool:
