@@ -113,6 +113,7 @@ def _logger(trt: Any, send: Any) -> Any:
 def _config(trt: Any, builder: Any, job: dict[str, Any], send: Any) -> Any:
     """The builder config of a job, with its optimization profiles."""
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; PyTorch does not round the factors of float32 products
     if job["target"] is not None:
         capability = getattr(getattr(trt, "ComputeCapability", None), job["target"].upper(), None)
         if capability is None:

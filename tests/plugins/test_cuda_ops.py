@@ -190,6 +190,21 @@ def test_an_engine_on_cuda_runs_the_functions_on_request(bundle: MakeBundle, cud
     assert cuda_is_the_cpu.counts["launches"] == 0
 
 
+def test_an_engine_on_cuda_does_not_round_the_factors_of_float32_products(
+    bundle: MakeBundle, cuda_is_the_cpu: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Session(ort.InferenceSession):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, providers: Any, **others: Any) -> None:
+            asked.extend(providers)
+            super().__init__(*arguments, providers=providers, **others)
+
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    with Engine(bundle(), provider="cuda"):
+        assert [settings["use_tf32"] for _, settings in asked] == ["0"]
+
+
 def test_an_engine_on_cuda_says_that_there_is_no_library(bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backend.PROVIDERS, "cuda", "CPUExecutionProvider")
     monkeypatch.setattr(custom_ops, "CUDA_LIBRARY", "libnone.so")

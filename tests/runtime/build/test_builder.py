@@ -26,6 +26,7 @@ from lfx.runtime import Engine, build_engine, device
 from lfx.runtime import plugin as plugins
 from lfx.runtime.build import Options
 from lfx.runtime.build import prepare_graph as freeze
+from lfx.runtime.build import trt_process
 from lfx.runtime.plan import PlanManifest, json_path
 from tests.conftest import MakeBundle, SmallDisk
 from tests.marks import fast_if
@@ -177,6 +178,16 @@ def test_several_profiles_and_options_reach_tensorrt(bundle: MakeBundle, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_plan_does_not_round_the_factors_of_float32_products() -> None:
+    import tensorrt_rtx as trt
+
+    names = ("target", "workspace_bytes", "optimization_level", "timing_cache")
+    job = {**dict.fromkeys(names), "flags": [], "profiles": []}
+    builder = trt.Builder(trt.Logger())
+    assert builder.create_builder_config().get_flag(trt.BuilderFlag.TF32)
+    assert not trt_process._config(trt, builder, job, lambda **_: None).get_flag(trt.BuilderFlag.TF32)
+
+
 def test_an_older_plan_is_replaced(bundle: MakeBundle, copy: Path) -> None:
     before = sha256(copy)
     build_engine(bundle(), copy, max_global=2, **RTX, log=lambda line: None)
