@@ -24,9 +24,8 @@ from lfx.export.quantize import quantize
 from lfx.manifest import MANIFEST, Manifest, sealed, sha256
 from lfx.runtime import Engine, build_engine, device
 from lfx.runtime import plugin as plugins
-from lfx.runtime.build import Options
+from lfx.runtime.build import Options, trt_process
 from lfx.runtime.build import prepare_graph as freeze
-from lfx.runtime.build import trt_process
 from lfx.runtime.plan import PlanManifest, json_path
 from tests.conftest import MakeBundle, SmallDisk
 from tests.marks import fast_if
