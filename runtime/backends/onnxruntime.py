@@ -26,7 +26,7 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-# By default the CUDA provider rounds the factors of float32 products to TF32, with 10 bits of mantissa. PyTorch does not.
+# The CUDA provider's default rounds the factors of float32 products to TF32 (10 bits of mantissa); PyTorch's does not.
 PROVIDER_OPTIONS = {"cuda": {"use_tf32": "0"}}
 
 _log = logging.getLogger("lfx")
