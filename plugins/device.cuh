@@ -20,6 +20,7 @@ constexpr int kMAX_SHARED_BYTES = 101376; // of a block on compute capability 8.
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace lfx
 {
@@ -130,6 +131,143 @@ __device__ __forceinline__ void loadMatricesTransposed(uint32_t (&r)[4], void co
         : "memory");
 }
 
+// Products of a warpgroup, four warps whose first has a number that is a multiple of four: sm_90a has them.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define LFX_WARPGROUPS
+
+// Rows of 128 bytes in shared memory, for products of a warpgroup. Row 0 is at a multiple of 1,024 bytes, and the 16-byte
+// chunks of a row are permuted by the last three bits of its number.
+class SharedRows
+{
+public:
+    __device__ __forceinline__ explicit SharedRows(void const* rows)
+        : mAddress((sharedAddress(rows) & 0x3ffff) >> 4)
+    {
+    }
+
+    // From a column on, a multiple of 8.
+    __device__ __forceinline__ SharedRows right(int columns) const
+    {
+        return SharedRows(mAddress + columns / 8);
+    }
+
+    // From a row on, a multiple of 8.
+    __device__ __forceinline__ SharedRows down(int rows) const
+    {
+        return SharedRows(mAddress + rows * 8);
+    }
+
+    __device__ __forceinline__ uint64_t descriptor() const
+    {
+        constexpr uint64_t kPERMUTED = 1ULL << 62;
+        constexpr uint64_t kEIGHT_ROWS = 1024ULL >> 4 << 32;
+        return kPERMUTED | kEIGHT_ROWS | mAddress;
+    }
+
+private:
+    __device__ __forceinline__ explicit SharedRows(uint32_t address)
+        : mAddress(address)
+    {
+    }
+
+    uint32_t mAddress; // in units of 16 bytes
+};
+
+#define LFX_TILE(c, n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define LFX_2_TILES(c) LFX_TILE(c, 0), LFX_TILE(c, 1)
+#define LFX_8_TILES(c)                                                                                                 \
+    LFX_TILE(c, 0), LFX_TILE(c, 1), LFX_TILE(c, 2), LFX_TILE(c, 3), LFX_TILE(c, 4), LFX_TILE(c, 5), LFX_TILE(c, 6),    \
+        LFX_TILE(c, 7)
+#define LFX_WGMMA(columns, type) "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type
+#define LFX_8_REGISTERS " {%0,%1,%2,%3,%4,%5,%6,%7}"
+#define LFX_32_REGISTERS                                                                                               \
+    " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
+    "%30,"                                                                                                             \
+    "%31}"
+
+// Starts c (64×8N) = a (64×16) · bᵀ, or c += a · bᵀ if kIS_SUM; b is 16 columns of 8N rows, with N = 2 or 8. A warp holds 16
+// rows of a and c, in the layout of mma().
+template <typename T, bool kIS_SUM, int kN>
+__device__ __forceinline__ void startProduct(float (&c)[kN][4], uint32_t const (&a)[4], SharedRows b)
+{
+    constexpr bool kIS_HALF = std::is_same<T, Half>::value;
+    if constexpr (kN == 2 && kIS_HALF)
+    {
+        asm volatile(LFX_WGMMA("16", "f16") LFX_8_REGISTERS ", {%8,%9,%10,%11}, %12, %13, 1, 1, 0;"
+            : LFX_2_TILES(c)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "n"(kIS_SUM));
+    }
+    else if constexpr (kN == 2)
+    {
+        asm volatile(LFX_WGMMA("16", "bf16") LFX_8_REGISTERS ", {%8,%9,%10,%11}, %12, %13, 1, 1, 0;"
+            : LFX_2_TILES(c)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "n"(kIS_SUM));
+    }
+    else if constexpr (kIS_HALF)
+    {
+        asm volatile(LFX_WGMMA("64", "f16") LFX_32_REGISTERS ", {%32,%33,%34,%35}, %36, %37, 1, 1, 0;"
+            : LFX_8_TILES(c)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "n"(kIS_SUM));
+    }
+    else
+    {
+        asm volatile(LFX_WGMMA("64", "bf16") LFX_32_REGISTERS ", {%32,%33,%34,%35}, %36, %37, 1, 1, 0;"
+            : LFX_8_TILES(c)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "n"(kIS_SUM));
+    }
+}
+
+// Starts c (64×64) += a (64×16) · b, where b is 16 rows of 64 columns; a and c as above.
+template <typename T>
+__device__ __forceinline__ void startSum(float (&c)[8][4], uint32_t const (&a)[4], SharedRows b)
+{
+    if constexpr (std::is_same<T, Half>::value)
+    {
+        asm volatile(LFX_WGMMA("64", "f16") LFX_32_REGISTERS ", {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
+            : LFX_8_TILES(c)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()));
+    }
+    else
+    {
+        asm volatile(LFX_WGMMA("64", "bf16") LFX_32_REGISTERS ", {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
+            : LFX_8_TILES(c)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()));
+    }
+}
+
+// Keeps accesses of c before this before it, and those after it after it.
+template <int kN>
+__device__ __forceinline__ void pinRegisters(float (&c)[kN][4])
+{
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+    {
+        asm volatile("" : LFX_TILE(c, n)::"memory");
+    }
+}
+
+// Comes before a product whose registers have been written since the last one, of which pinRegisters() holds those of c.
+__device__ __forceinline__ void beginProducts()
+{
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// Waits for the products, which have written c.
+template <typename T, int kN>
+__device__ __forceinline__ void finishProducts(float (&c)[kN][4])
+{
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    pinRegisters(c);
+}
+
+// Lets products that start after a barrier read what copies of this thread have written.
+__device__ __forceinline__ void publishCopies()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+#endif
+
 // Starts an asynchronous copy of 16 bytes from global to shared memory; if not valid, writes zeros and reads nothing.
 __device__ __forceinline__ void copyAsync(void* shared, void const* global, bool valid)
 {
@@ -161,7 +299,7 @@ __device__ __forceinline__ int32_t threadIndexAgain()
 
 __device__ __forceinline__ void* sharedMemory()
 {
-    extern __shared__ __align__(16) uint8_t memory[];
+    extern __shared__ __align__(1024) uint8_t memory[];
     return memory;
 }
 
@@ -185,6 +323,28 @@ inline int32_t multiprocessors() noexcept
         return INT32_MAX; // the launch fails with the reason
     }
     return count;
+}
+
+// Whether the current device has the products of a warpgroup, and the library machine code with them, of which this kernel of
+// so many threads is an example.
+template <typename Params>
+bool hasWarpgroups(void (*kernel)(Params), int32_t threads) noexcept
+{
+    int device = 0;
+    int major = 0;
+    int minor = 0;
+    if (cudaGetDevice(&device) != cudaSuccess
+        || cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess
+        || cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess || major != 9
+        || minor != 0)
+    {
+        return false;
+    }
+    static bool const isCompiled = [kernel, threads] { // the same for all such devices
+        cudaFuncAttributes attributes;
+        return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.maxThreadsPerBlock >= threads;
+    }();
+    return isCompiled;
 }
 
 template <typename Params>

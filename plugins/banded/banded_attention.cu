@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "banded/fp32.cuh"
 #include "banded/tensor_cores.cuh"
+#include "banded/warpgroup.cuh"
 
 #include <algorithm>
 #include <initializer_list>
@@ -40,10 +41,21 @@ int32_t launchTensorCores(BandedParams const& p, CUstream_st* stream)
         sharedBytes, p, stream);
 }
 
-// Warps of 32 queries do less work for a query, and are used if their blocks occupy the GPU and their tables fit.
+// The kernel for a warpgroup is used where it can run. Of the others, that with warps of 32 queries does less work for a query,
+// and is used if its blocks occupy the GPU and its tables fit.
 template <typename T, int kD>
 int32_t launchTensorCores(BandedParams const& p, CUstream_st* stream)
 {
+    if constexpr (kD == banded::WarpgroupTraits::kD)
+    {
+        using Traits = banded::WarpgroupTraits;
+        if (hasWarpgroups(banded::bandedAttentionWarpgroup<T>, Traits::kTHREADS))
+        {
+            size_t const sharedBytes = Traits::kSHARED_BYTES + banded::Block<Traits::kQUERIES>::tableBytes(p);
+            return launch(banded::bandedAttentionWarpgroup<T>, gridOf<Traits::kQUERIES>(p), Traits::kTHREADS,
+                sharedBytes, p, stream);
+        }
+    }
     using Wide = banded::TensorCoreTraits<kD, 2>;
     dim3 const grid = gridOf<Wide::kQUERIES>(p);
     int64_t const blocks = static_cast<int64_t>(grid.x) * grid.y * grid.z;
@@ -74,7 +86,8 @@ int32_t preloadForHeadSize()
 {
     using namespace banded;
     for (void (*kernel)(BandedParams) :
-        {bandedAttentionFp32<kD>, bandedAttentionTensorCores<Half, kD, 1>, bandedAttentionTensorCores<Half, kD, 2>,
+        {bandedAttentionFp32<kD>, bandedAttentionWarpgroup<Half>, bandedAttentionWarpgroup<Bf16>,
+            bandedAttentionTensorCores<Half, kD, 1>, bandedAttentionTensorCores<Half, kD, 2>,
             bandedAttentionTensorCores<Bf16, kD, 1>, bandedAttentionTensorCores<Bf16, kD, 2>})
     {
         if (int32_t const error = preloadKernel(kernel))

@@ -33,10 +33,10 @@ struct Block
 
     __device__ __forceinline__ Block(BandedParams const& p, void* tables)
         : params(p)
-        , subsequence(blockIdx.y % p.dilation)
-        , head(blockIdx.y / p.dilation)
+        , head(p.dilation == 1 ? blockIdx.y : blockIdx.y / p.dilation) // a division takes some 30 instructions
+        , subsequence(blockIdx.y - head * p.dilation)
         , batch(blockIdx.z)
-        , length(subsequenceLength(p.seqlen, p.dilation, subsequence))
+        , length(p.dilation == 1 ? p.seqlen : subsequenceLength(p.seqlen, p.dilation, subsequence))
         , firstQuery(blockIdx.x * kQUERIES)
         , band(keysOfTile(firstQuery, kQUERIES, window(), isCausal(), length))
         , rowContent(static_cast<int32_t*>(tables))
@@ -57,9 +57,10 @@ struct Block
     // Fills the tables and returns whether any row of the block is local. All threads call it.
     __device__ __forceinline__ bool fillTables() const
     {
+        int32_t const token = tokenOf(threadIdx.x); // while the mask is read
         markPadding();
         __syncthreads();
-        markGlobalTokens();
+        markGlobalTokens(token);
         __syncthreads();
         return __syncthreads_or(threadIdx.x < kQUERIES && rowContent[threadIdx.x] == kLOCAL_ROW) != 0;
     }
@@ -90,11 +91,7 @@ struct Block
     // Position of the global token in a slot, or -1 if the slot is unused.
     __device__ __forceinline__ int32_t slotPosition(int32_t slot) const
     {
-        if (slot >= params.slots)
-        {
-            return -1;
-        }
-        int32_t const token = params.globalIndex[static_cast<size_t>(batch) * params.slots + slot];
+        int32_t const token = tokenOf(slot);
         return isUsedSlot(token, params.seqlen) ? token : -1;
     }
 
@@ -141,8 +138,8 @@ struct Block
     }
 
     BandedParams const& params;
-    int32_t subsequence;
     int32_t head;
+    int32_t subsequence;
     int32_t batch;
     int32_t length; // tokens of the subsequence
     int32_t firstQuery;
@@ -154,6 +151,12 @@ struct Block
     uint32_t* localKeys; // one bit for each key of the band, and zeros up to the end of the last tile; see isLocal()
 
 private:
+    // The entry of global_index for a slot, or -1 past the last one.
+    __device__ __forceinline__ int32_t tokenOf(int32_t slot) const
+    {
+        return slot < params.slots ? params.globalIndex[static_cast<size_t>(batch) * params.slots + slot] : -1;
+    }
+
     // Marks the rows and keys that the key mask masks as padding, and all others as local.
     __device__ __forceinline__ void markPadding() const
     {
@@ -168,35 +171,45 @@ private:
             *numSlots = 0;
         }
         int32_t const words = ceilDiv(band.end - band.begin, kMAX_TILE_KEYS) * (kMAX_TILE_KEYS / kWORD_BITS);
-        for (int32_t word = threadIdx.x / kWARP_SIZE; word < words; word += BlockTraits::kWARPS)
+        constexpr int kLOADS = 5; // that a thread starts before it needs the first
+        for (int32_t word = threadIdx.x / kWARP_SIZE; word < words; word += kLOADS * BlockTraits::kWARPS)
         {
-            int32_t const key = band.begin + word * kWORD_BITS + threadIdx.x % kWARP_SIZE;
-            bool const isReal = key < band.end && mask[position(key)] != 0;
-            uint32_t const bits = __ballot_sync(kFULL_WARP, isReal);
-            if (threadIdx.x % kWARP_SIZE == 0)
+            bool isReal[kLOADS];
+#pragma unroll
+            for (int i = 0; i < kLOADS; ++i)
             {
-                localKeys[word] = bits;
+                int32_t const key
+                    = band.begin + (word + i * BlockTraits::kWARPS) * kWORD_BITS + threadIdx.x % kWARP_SIZE;
+                isReal[i] = key < band.end && mask[position(key)] != 0;
+            }
+#pragma unroll
+            for (int i = 0; i < kLOADS; ++i)
+            {
+                uint32_t const bits = __ballot_sync(kFULL_WARP, isReal[i]);
+                if (threadIdx.x % kWARP_SIZE == 0 && word + i * BlockTraits::kWARPS < words)
+                {
+                    localKeys[word + i * BlockTraits::kWARPS] = bits;
+                }
             }
         }
     }
 
-    // Marks the rows of global tokens as global, and removes their keys from the local keys of the band.
-    __device__ __forceinline__ void markGlobalTokens() const
+    // Marks the rows of global tokens as global, and removes their keys from the local keys of the band. `token` is that of
+    // slot threadIdx.x.
+    __device__ __forceinline__ void markGlobalTokens(int32_t token) const
     {
-        int32_t const* const index = params.globalIndex + static_cast<size_t>(batch) * params.slots;
-        for (int32_t slot = threadIdx.x; slot < params.slots; slot += BlockTraits::kTHREADS)
+        for (int32_t slot = threadIdx.x; slot < params.slots; slot += BlockTraits::kTHREADS, token = tokenOf(slot))
         {
-            int32_t const token = index[slot];
             if (!isUsedSlot(token, params.seqlen))
             {
                 continue;
             }
             atomicMax(numSlots, slot + 1);
-            if (token % params.dilation != subsequence)
+            int32_t const i = params.dilation == 1 ? token : token / params.dilation;
+            if (position(i) != token)
             {
-                continue;
+                continue; // of another subsequence
             }
-            int32_t const i = token / params.dilation;
             if (i >= firstQuery && i < firstQuery + kQUERIES)
             {
                 rowContent[i - firstQuery] = kGLOBAL_ROW + slot;

@@ -28,9 +28,11 @@ constexpr int kWIDE_KEPT_STEPS = 4;
 // kD: columns of a tile in shared memory, 32, 64 or 128; smaller heads are padded with zeros.
 // kROW_TILES: mma tiles of 16 queries in a warp. With 2 each fragment of keys and values feeds two products, and a block
 // reads little more than half as many keys and values for a query; with 1 there are twice as many blocks.
-template <int kD, int kROW_TILES>
+template <int kD_, int kROW_TILES_>
 struct TensorCoreTraits : BlockTraits
 {
+    static constexpr int kD = kD_;
+    static constexpr int kROW_TILES = kROW_TILES_;
     static constexpr int kWARP_QUERIES = 16 * kROW_TILES;
     static constexpr int kQUERIES = kWARPS * kWARP_QUERIES;
     static constexpr int kKEYS = 64;       // of a tile

@@ -11,10 +11,11 @@ namespace lfx::banded
 
 // A lane holds rows lane / 4 and lane / 4 + 8 of each tile of 16 rows; the four lanes of a row share its columns in the
 // layout of mma().
-template <typename T, int kD, int kROW_TILES>
+template <typename T, typename Traits>
 struct WarpRows
 {
-    using Traits = TensorCoreTraits<kD, kROW_TILES>;
+    static constexpr int kD = Traits::kD;
+    static constexpr int kROW_TILES = Traits::kROW_TILES;
 
     __device__ __forceinline__ explicit WarpRows(T const* queries)
         : queries(queries)
@@ -49,11 +50,11 @@ struct WarpRows
 };
 
 // Scores of 16 queries and 8 keys are one `float[4]`, as mma() returns them.
-template <typename T, int kD, int kROW_TILES, int kN>
+template <typename T, typename Traits, int kROW_TILES, int kN>
 __device__ __forceinline__ void computeScores(
-    float (&scores)[kROW_TILES][kN][4], WarpRows<T, kD, kROW_TILES> const& rows, T const* keys)
+    float (&scores)[kROW_TILES][kN][4], WarpRows<T, Traits> const& rows, T const* keys)
 {
-    using Traits = TensorCoreTraits<kD, kROW_TILES>;
+    constexpr int kD = Traits::kD;
     int32_t const lane = threadIdx.x % kWARP_SIZE;
     int32_t const first = swizzled<kD>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
@@ -92,7 +93,8 @@ __device__ __forceinline__ void computeScores(
     }
 }
 
-template <int kROW_TILES, int kN>
+// Masks the scores of the 32 keys from 8 · kFIRST on, or of fewer.
+template <int kFIRST = 0, int kROW_TILES, int kN>
 __device__ __forceinline__ void maskScores(
     float (&scores)[kROW_TILES][kN][4], Visibility<16 * kROW_TILES> const& visibility)
 {
@@ -103,12 +105,12 @@ __device__ __forceinline__ void maskScores(
     for (int tile = 0; tile < kROW_TILES; ++tile)
     {
 #pragma unroll
-        for (int n = 0; n < kN; ++n)
+        for (int n = kFIRST; n < min(kFIRST + visibility.kKEYS / 8, kN); ++n)
         {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
             {
-                int const column = n * 8 + i % 2;
+                int const column = (n - kFIRST) * 8 + i % 2;
                 int const row = tile * 16 + i / 2 * 8;
                 bool const visible = (keys >> column & 1U) != 0
                     && static_cast<uint32_t>(distance + column - row) <= static_cast<uint32_t>(visibility.last);
@@ -119,9 +121,9 @@ __device__ __forceinline__ void maskScores(
 }
 
 // Rescales rowSum and acc of the rows whose scores outgrow their reference, if any row of the warp has such scores.
-template <typename T, int kD, int kROW_TILES, int kN>
+template <typename T, typename Traits, int kROW_TILES, int kN>
 __device__ __forceinline__ void updateSoftmax(
-    WarpRows<T, kD, kROW_TILES>& rows, float const (&scores)[kROW_TILES][kN][4], float scaleLog2)
+    WarpRows<T, Traits>& rows, float const (&scores)[kROW_TILES][kN][4], float scaleLog2)
 {
     float max[kROW_TILES][2];
     bool isExceeded = false;
@@ -152,7 +154,7 @@ __device__ __forceinline__ void updateSoftmax(
         {
             float const factor = rows.softmax[tile][i].rescale(warpMax<4>(max[tile][i]), scaleLog2);
 #pragma unroll
-            for (int n = 0; n < kD / 8; ++n)
+            for (int n = 0; n < Traits::kD / 8; ++n)
             {
                 rows.acc[tile][n][2 * i] *= factor;
                 rows.acc[tile][n][2 * i + 1] *= factor;
@@ -161,11 +163,32 @@ __device__ __forceinline__ void updateSoftmax(
     }
 }
 
-// Adds the values, weighted by the softmax of the scores.
-template <typename T, int kD, int kROW_TILES, int kN>
-__device__ __forceinline__ void accumulate(
-    WarpRows<T, kD, kROW_TILES>& rows, float const (&scores)[kROW_TILES][kN][4], T const* values, float scaleLog2)
+// The weights of 16 keys, in the layout of mma(); they are added to the sums of their rows.
+template <typename T>
+__device__ __forceinline__ void computeWeights(
+    uint32_t (&fragment)[4], LazySoftmax (&softmax)[2], float const (*scores)[4], float scaleLog2)
 {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+    {
+        float weights[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+        {
+            weights[i] = softmax[i / 2].weight(scores[half][i], scaleLog2);
+            softmax[i / 2].rowSum += weights[i];
+        }
+        fragment[2 * half] = pack<T>(weights[0], weights[1]);
+        fragment[2 * half + 1] = pack<T>(weights[2], weights[3]);
+    }
+}
+
+// Adds the values, weighted by the softmax of the scores.
+template <typename T, typename Traits, int kROW_TILES, int kN>
+__device__ __forceinline__ void accumulate(
+    WarpRows<T, Traits>& rows, float const (&scores)[kROW_TILES][kN][4], T const* values, float scaleLog2)
+{
+    constexpr int kD = Traits::kD;
     int32_t const lane = threadIdx.x % kWARP_SIZE;
     int32_t const lower = swizzled<kD>(lane % 8 + lane / 8 % 2 * 8, lane / 16);
 #pragma unroll
@@ -175,20 +198,7 @@ __device__ __forceinline__ void accumulate(
 #pragma unroll
         for (int tile = 0; tile < kROW_TILES; ++tile)
         {
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-            {
-                float weights[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                {
-                    LazySoftmax& softmax = rows.softmax[tile][i / 2];
-                    weights[i] = softmax.weight(scores[tile][first + half][i], scaleLog2);
-                    softmax.rowSum += weights[i];
-                }
-                a[tile][2 * half] = pack<T>(weights[0], weights[1]);
-                a[tile][2 * half + 1] = pack<T>(weights[2], weights[3]);
-            }
+            computeWeights<T>(a[tile], rows.softmax[tile], scores[tile] + first, scaleLog2);
         }
 #pragma unroll
         for (int n = 0; n < kD / 8; n += 2)
@@ -206,11 +216,11 @@ __device__ __forceinline__ void accumulate(
 }
 
 // Attention over the first kKEYS keys of a group; those that the warp sees are among them.
-template <int kKEYS, typename T, int kD, int kROW_TILES>
-__device__ __forceinline__ void attendGroup(WarpRows<T, kD, kROW_TILES>& rows, T const* keys, T const* values,
-    float scaleLog2, Visibility<16 * kROW_TILES> const& visibility)
+template <int kKEYS, typename T, typename Traits>
+__device__ __forceinline__ void attendGroup(WarpRows<T, Traits>& rows, T const* keys, T const* values, float scaleLog2,
+    Visibility<Traits::kWARP_QUERIES> const& visibility)
 {
-    float scores[kROW_TILES][kKEYS / 8][4] = {};
+    float scores[Traits::kROW_TILES][kKEYS / 8][4] = {};
     computeScores(scores, rows, keys);
     if (kKEYS < visibility.kKEYS || !visibility.isAll())
     {
@@ -221,11 +231,10 @@ __device__ __forceinline__ void attendGroup(WarpRows<T, kD, kROW_TILES>& rows, T
 }
 
 // Attention over a tile; visibilityOf(group) says which keys of each group the warp sees.
-template <typename T, int kD, int kROW_TILES, typename VisibilityOf>
+template <typename T, typename Traits, typename VisibilityOf>
 __device__ __forceinline__ void attendTile(
-    WarpRows<T, kD, kROW_TILES>& rows, T const* keys, T const* values, float scaleLog2, VisibilityOf visibilityOf)
+    WarpRows<T, Traits>& rows, T const* keys, T const* values, float scaleLog2, VisibilityOf visibilityOf)
 {
-    using Traits = TensorCoreTraits<kD, kROW_TILES>;
 #pragma unroll 1
     for (int32_t group = 0; group < Traits::kGROUPS; ++group)
     {
@@ -234,19 +243,18 @@ __device__ __forceinline__ void attendTile(
         {
             continue;
         }
-        int32_t const offset = group * Traits::kGROUP_KEYS * kD;
+        int32_t const offset = group * Traits::kGROUP_KEYS * Traits::kD;
         attendGroup<Traits::kGROUP_KEYS>(rows, keys + offset, values + offset, scaleLog2, visibility);
     }
 }
 
-template <typename T, int kD, int kROW_TILES>
-__device__ __forceinline__ void writeLogSumExp(
-    Block<TensorCoreTraits<kD, kROW_TILES>::kQUERIES> const& block, WarpRows<T, kD, kROW_TILES> const& rows)
+template <typename T, typename Traits>
+__device__ __forceinline__ void writeLogSumExp(Block<Traits::kQUERIES> const& block, WarpRows<T, Traits> const& rows)
 {
     int32_t const lane = threadIdx.x % kWARP_SIZE;
-    int32_t const firstRow = threadIdx.x / kWARP_SIZE * TensorCoreTraits<kD, kROW_TILES>::kWARP_QUERIES;
+    int32_t const firstRow = threadIdx.x / kWARP_SIZE * Traits::kWARP_QUERIES;
 #pragma unroll
-    for (int tile = 0; tile < kROW_TILES; ++tile)
+    for (int tile = 0; tile < Traits::kROW_TILES; ++tile)
     {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
@@ -262,16 +270,16 @@ __device__ __forceinline__ void writeLogSumExp(
 
 // Normalizes the rows and writes them to the context, through the warp's own rows of the query tile, so that each write
 // is of 16 bytes.
-template <typename T, int kD, int kROW_TILES>
+template <typename T, typename Traits>
 __device__ __forceinline__ void writeContext(
-    Block<TensorCoreTraits<kD, kROW_TILES>::kQUERIES> const& block, WarpRows<T, kD, kROW_TILES> const& rows, T* queries)
+    Block<Traits::kQUERIES> const& block, WarpRows<T, Traits> const& rows, T* queries)
 {
-    using Traits = TensorCoreTraits<kD, kROW_TILES>;
+    constexpr int kD = Traits::kD;
     int32_t const lane = threadIdx.x % kWARP_SIZE;
     int32_t const firstRow = threadIdx.x / kWARP_SIZE * Traits::kWARP_QUERIES;
     __syncwarp(); // every lane has read its queries
 #pragma unroll
-    for (int tile = 0; tile < kROW_TILES; ++tile)
+    for (int tile = 0; tile < Traits::kROW_TILES; ++tile)
     {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
@@ -337,7 +345,7 @@ __global__ void __launch_bounds__(TensorCoreTraits<kD, kROW_TILES>::kTHREADS,
         }
         commitCopies();
     };
-    WarpRows<T, kD, kROW_TILES> rows(queries);
+    WarpRows<T, Traits> rows(queries);
     float const scaleLog2 = p.scale * kLOG2E;
     if (tiles.count > 0)
     {

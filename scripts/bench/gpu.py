@@ -36,7 +36,9 @@ def build(folder: Path, headers: Path | None, default_target: str = "sm_80") -> 
         flags += ["-isystem", str(headers)]
         test = [nvcc, "-std=c++17", "-shared", "-Xcompiler", "-fPIC", *flags, "-o", str(folder / "libenqueue.so")]
         subprocess.run([*test, str(ROOT / "tests" / "plugins" / "enqueue.cpp"), "-ldl"], check=True)
-    command = [nvcc, "-std=c++17", "-O3", f"-arch={target}", "-lineinfo", "-shared", "-Xcompiler", "-fPIC", *flags]
+    code = target.removeprefix("sm_") + ("a" if target == "sm_90" else "")  # as plugins/architectures.cmake
+    command = [nvcc, "-std=c++17", "-O3", f"-gencode=arch=compute_{code},code=sm_{code}", "-lineinfo", "-shared"]
+    command += ["-Xcompiler", "-fPIC", *flags]
     library = folder / "liblfx_plugins.so"
     paths = [str(ROOT / "plugins" / source) for source in sources]
     subprocess.run([*command, "-o", str(library), *paths], check=True)

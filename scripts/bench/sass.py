@@ -28,7 +28,7 @@ def cuobjdump(library: Path, *options: str) -> str:
 
 def machine_code(library: Path, architecture: str = "") -> dict[Kernel, str]:
     """Return the disassembly of each kernel, of one architecture such as sm_90 or of all."""
-    only = ("-arch", architecture) if architecture else ()
+    only = ("-arch", architecture + "a" * (architecture == "sm_90")) if architecture else ()
     return _by_kernel(cuobjdump(library, "-sass", *only), "Function : ")
 
 
@@ -44,7 +44,7 @@ def resources(library: Path) -> dict[Kernel, dict[str, int]]:
 def _by_kernel(text: str, start: str) -> dict[Kernel, str]:
     """Split cuobjdump's output by kernel; `start` precedes each kernel's name."""
     sections = re.split(r"\n\s*arch = ", text)[1:]
-    parts = ((section.split()[0], part) for section in sections for part in section.split(start)[1:])
+    parts = ((section.split()[0].rstrip("a"), part) for section in sections for part in section.split(start)[1:])
     return {(arch, part.split()[0].rstrip(":")): part for arch, part in parts}
 
 

@@ -114,6 +114,18 @@ struct Copy
     uint8_t bytes[16];
 };
 
+// A product of a warpgroup: rows of `c`, `columns` of them, are a · b, 16 by `columns`, added to c if isSum. Without isSum the
+// rows of b in shared memory are its columns.
+struct GroupProduct
+{
+    float (*c)[4];
+    int columns;
+    uint32_t a[4];
+    size_t b; // offset in shared memory
+    bool isSum;
+    bool isTransposed;
+};
+
 enum class State
 {
     kRUNNING,
@@ -135,6 +147,10 @@ struct Fiber
     bool started;
     std::vector<Copy> open;               // copies since the last commitCopies()
     std::deque<std::vector<Copy>> groups; // committed, not yet waited for
+    bool hasUnpublished;                  // copies have arrived since the last publishCopies()
+    std::vector<GroupProduct> products;   // of a warpgroup, started and not yet finished
+    bool mayStartProducts;
+    int numProducts; // that it has started
 };
 
 // What a fiber needs to start. Apart, so that what is read at each turn is small.
@@ -265,6 +281,22 @@ inline void finishWarp(size_t first)
     static_cast<WarpCall*>(fibers[first].argument)->operation(arguments);
 }
 
+inline bool isUnpublished = false; // copies that arrived before the last barrier
+
+// At a barrier: the warps of a warpgroup have started the same number of products.
+inline void checkProducts(size_t threads)
+{
+    isUnpublished = false;
+    for (size_t i = 0; i < threads; ++i)
+    {
+        isUnpublished |= fibers[i].hasUnpublished;
+        if (fibers[i].numProducts != fibers[i / 128 * 128].numProducts)
+        {
+            fail("warps of a warpgroup start different products");
+        }
+    }
+}
+
 inline void runBlock(size_t threads)
 {
     for (size_t i = 0; i < threads; ++i)
@@ -275,6 +307,10 @@ inline void runBlock(size_t threads)
         fiber.started = false;
         fiber.open.clear();
         fiber.groups.clear();
+        fiber.hasUnpublished = false;
+        fiber.products.clear();
+        fiber.mayStartProducts = false;
+        fiber.numProducts = 0;
         Start& start = starts[i];
         start.stack.resize(256 * 1024);
         getcontext(&start.context);
@@ -316,6 +352,7 @@ inline void runBlock(size_t threads)
         }
         if (together(0, threads, State::kAT_BLOCK, [threads](size_t) {
                 race::blockBarrier();
+                checkProducts(threads);
                 bool any = false;
                 for (size_t i = 0; i < threads; ++i)
                 {
@@ -611,9 +648,166 @@ void waitForCopies(char const* file = __builtin_FILE(), int line = __builtin_LIN
         {
             std::memcpy(copy.to, copy.bytes, 16);
             race::copyArrived(copy.to, emulated::current->index.x);
+            emulated::current->hasUnpublished = true;
         }
         groups.pop_front();
     }
+}
+
+#define LFX_WARPGROUPS
+
+inline void publishCopies(char const* file = __builtin_FILE(), int line = __builtin_LINE())
+{
+    if (!race::isRemoved(file, line))
+    {
+        emulated::current->hasUnpublished = false;
+    }
+}
+
+// See plugins/device.cuh. Shared memory starts at a multiple of 1,024 bytes there.
+class SharedRows
+{
+public:
+    explicit SharedRows(void const* rows)
+        : SharedRows(static_cast<uint8_t const*>(rows) - emulated::shared)
+    {
+        if (mOffset % 1024 != 0)
+        {
+            emulated::fail("rows for a warpgroup start at an address that is no multiple of 1,024");
+        }
+    }
+    SharedRows right(int columns) const
+    {
+        return SharedRows(mOffset + columns * 2);
+    }
+    SharedRows down(int rows) const
+    {
+        return SharedRows(mOffset + rows * 128);
+    }
+    size_t offset() const
+    {
+        return mOffset;
+    }
+    // PTX ISA, "128-byte swizzle": bits 4 to 6 of an address are exclusive with bits 7 to 9.
+    static uint8_t const* address(size_t offset, int row, int column)
+    {
+        size_t const plain = offset + row * 128 + column * 2;
+        return emulated::shared + (plain ^ (plain >> 7 & 7) << 4);
+    }
+
+private:
+    explicit SharedRows(size_t offset)
+        : mOffset(offset)
+    {
+    }
+    size_t mOffset;
+};
+
+inline void startProduct(
+    float (*c)[4], int columns, uint32_t const (&a)[4], SharedRows b, bool isSum, bool isTransposed)
+{
+    if (!emulated::current->mayStartProducts)
+    {
+        emulated::fail("a product of a warpgroup before beginProducts()");
+    }
+    emulated::current->products.push_back({c, columns, {a[0], a[1], a[2], a[3]}, b.offset(), isSum, isTransposed});
+    ++emulated::current->numProducts;
+}
+
+template <typename T, bool kIS_SUM, int kN>
+void startProduct(float (&c)[kN][4], uint32_t const (&a)[4], SharedRows b)
+{
+    startProduct(c, kN * 8, a, b, kIS_SUM, true);
+}
+
+template <typename T>
+void startSum(float (&c)[8][4], uint32_t const (&a)[4], SharedRows b)
+{
+    startProduct(c, 64, a, b, true, false);
+}
+
+template <int kN>
+void pinRegisters(float (&)[kN][4])
+{
+}
+
+inline void beginProducts(char const* file = __builtin_FILE(), int line = __builtin_LINE())
+{
+    emulated::current->mayStartProducts = !race::isRemoved(file, line);
+}
+
+// Computes the products, so that a kernel that uses them too early fails.
+template <typename T, int kN>
+LFX_AT_CALLER void finishProducts(float (&)[kN][4], char const* file = __builtin_FILE(), int line = __builtin_LINE())
+{
+    emulated::Fiber& fiber = *emulated::current;
+    fiber.mayStartProducts = false;
+    if (race::isRemoved(file, line))
+    {
+        return;
+    }
+    if (emulated::isUnpublished)
+    {
+        emulated::fail("a product of a warpgroup reads copies that were not published before the barrier");
+    }
+    for (emulated::GroupProduct const& product : fiber.products)
+    {
+        int const chunks = product.isTransposed ? 2 : 8; // of a row; the lanes read them in turn
+        int const rows = product.isTransposed ? product.columns : 16;
+        for (int i = fiber.index.x % 32; i < rows * chunks; i += 32)
+        {
+            race::read(SharedRows::address(product.b, i / chunks, i % chunks * 8), 16);
+        }
+    }
+    emulated::warp(
+        [](void* const(&lanes)[32]) {
+            auto const products = [&](int lane) -> std::vector<emulated::GroupProduct> const& {
+                return static_cast<emulated::Fiber*>(lanes[lane])->products;
+            };
+            for (size_t i = 0; i < products(0).size(); ++i)
+            {
+                emulated::GroupProduct const& first = products(0)[i];
+                static float b[16][64];
+                for (int k = 0; k < 16; ++k)
+                {
+                    for (int column = 0; column < first.columns; ++column)
+                    {
+                        uint8_t const* const from = first.isTransposed ? SharedRows::address(first.b, column, k)
+                                                                       : SharedRows::address(first.b, k, column);
+                        T element;
+                        std::memcpy(&element, from, 2);
+                        b[k][column] = toFloat(element);
+                    }
+                }
+                static float a[16][16];
+                for (int lane = 0; lane < 32; ++lane)
+                {
+                    for (int j = 0; j < 8; ++j) // as for mma()
+                    {
+                        a[lane / 4 + (j / 2 % 2) * 8][lane % 4 * 2 + j % 2 + (j / 4) * 8]
+                            = unpack<T>(products(lane)[i].a[j / 2], j % 2);
+                    }
+                }
+                for (int lane = 0; lane < 32; ++lane)
+                {
+                    for (int column = lane % 4 * 2; column < first.columns; column += 8)
+                    {
+                        for (int j = 0; j < 4; ++j)
+                        {
+                            float sum = 0.0F;
+                            for (int k = 0; k < 16; ++k)
+                            {
+                                sum += a[lane / 4 + j / 2 * 8][k] * b[k][column + j % 2];
+                            }
+                            float& c = products(lane)[i].c[column / 8][j];
+                            c = first.isSum ? c + sum : sum;
+                        }
+                    }
+                }
+            }
+        },
+        "wgmma", &fiber);
+    fiber.products.clear();
 }
 
 inline int32_t threadIndexAgain()
@@ -638,6 +832,14 @@ inline int32_t multiprocessors() noexcept
 {
     char const* const count = std::getenv("LFX_MULTIPROCESSORS");
     return count != nullptr ? std::atoi(count) : 132;
+}
+
+// Whether the emulated GPU has products of a warpgroup: LFX_COMPUTE_CAPABILITY, or that of an A100.
+template <typename Params>
+bool hasWarpgroups(void (*)(Params), int32_t) noexcept
+{
+    char const* const capability = std::getenv("LFX_COMPUTE_CAPABILITY");
+    return capability != nullptr && std::strcmp(capability, "90") == 0;
 }
 
 template <typename Params>

@@ -18,9 +18,9 @@ from tests.plugins.build import ROOT
     [
         (
             [75, 80, 86, 87, 89, 90, 100, 110, 103, 120, 121],
-            "80-real;86-real;89-real;90-real;100-real;120-real;100-virtual",
+            "80-real;86-real;89-real;90a-real;100-real;120-real;100-virtual",
         ),
-        ([35, 50, 80, 86, 87, 89, 90], "80-real;86-real;89-real;90-real;90-virtual"),
+        ([35, 50, 80, 86, 87, 89, 90], "80-real;86-real;89-real;90a-real;90-virtual"),
         ([50, 60, 70], ""),
     ],
     ids=["CUDA 13.0", "CUDA 11.8", "none of them"],
