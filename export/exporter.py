@@ -166,6 +166,7 @@ def export(
     options = GraphOptions(tokens, opset, precision, max_seqlen, inline_functions)
     if is_generation(module):
         graphs, signature = build_graphs(module, options, _check_model, progress)
+        check_autocast(module, signature)  # _check_model has run its parts
     else:
         graphs, signature = _build_graph(module, task, options, progress, output_attentions=output_attentions)
     manifest = Manifest(
@@ -342,9 +343,9 @@ def _check_model(
     outputs = signature.outputs
     if output_attentions:  # the module itself does not return them
         signature = without_attentions(signature)
+    check_autocast(module, signature)
     check_sizes(program, signature, granularity(module))
     check_long(module, signature)
-    check_autocast(module, signature)
     check_repeatable(module, signature)
     signature = dataclasses.replace(signature, ignores_padding=ignores_padding(module, signature))
     check_rows(module, signature)

@@ -1,11 +1,13 @@
-"""Checkpoints of the original code, github.com/allenai/longformer: RoBERTas whose config names a window.
+"""Longformers that are RoBERTas whose config names a window, as the code at github.com/allenai/longformer writes them.
 
-Its config has model_type "roberta" and a one-sided attention_window; its weights have the names of RoBERTa's parts, and
-those of Hugging Face's Longformer for the projections of self-attention.
+Their config has model_type "roberta", and their weights have the names of RoBERTa's parts, and those of Hugging Face's
+Longformer for the projections of self-attention. The original code counts attention_window on one side. Its notebook
+scripts/convert_model_to_long.ipynb puts Hugging Face's self-attention into a RoBERTa, whose window counts both sides.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,16 @@ def is_original(data: dict[str, Any]) -> bool:
     return data.get("model_type") in ("roberta", None) and "attention_window" in data and bool(own & data.keys())
 
 
+def is_long_roberta(data: dict[str, Any]) -> bool:
+    """Return whether a config.json is of the original code's notebook: a RoBERTa's with a window."""
+    return data.get("model_type") == "roberta" and "attention_window" in data and not is_original(data)
+
+
+def from_long_roberta(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of the original code's notebook as one of Hugging Face's Longformer."""
+    return {**data, "model_type": "longformer", "architectures": _architectures(data)}
+
+
 def from_original(data: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the config of the original code as one of Hugging Face's Longformer.
 
@@ -48,14 +60,13 @@ def from_original(data: dict[str, Any], path: Path) -> dict[str, Any]:
         )
         raise ExportError(f"{path}: attention_mode {str(mode)[:80]!r} {reason}")
     window = data["attention_window"]
-    names = data.get("architectures")
     return {
         **data,
         "model_type": "longformer",
         "attention_window": [_both_sides(w, path) for w in window]
         if isinstance(window, list)
         else _both_sides(window, path),
-        "architectures": [_architecture(name) for name in names] if isinstance(names, list) else names,
+        "architectures": _architectures(data),
     }
 
 
@@ -63,7 +74,12 @@ def _both_sides(window: Any, path: Path) -> int:
     return both_sides(whole_number(window, f"{path}: attention_window", 1, _LONGEST, ExportError))
 
 
+def _architectures(data: dict[str, Any]) -> Any:
+    names = data.get("architectures")
+    return [_architecture(name) for name in names] if isinstance(names, list) else names
+
+
 def _architecture(name: Any) -> Any:
     if not isinstance(name, str):
         return name
-    return "LongformerModel" if name == "Longformer" else name.replace("Roberta", "Longformer", 1)
+    return "LongformerModel" if name == "Longformer" else re.sub("Roberta(Long)?", "Longformer", name, count=1)

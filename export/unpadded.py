@@ -6,7 +6,9 @@ Theirs pad a sequence to a multiple of the window and build a 4-D mask of S² el
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -170,4 +172,12 @@ def replace_classes(model: nn.Module, replacements: Mapping[type[nn.Module], typ
                 own = not issubclass(replacement, cls)
                 names = {"__module__": cls.__module__, "__doc__": cls.__doc__}
                 module.__class__ = type(cls.__name__, (cls, replacement), names) if own else replacement
+                if cls.forward is original.forward and _is_bound(module, original.forward):
+                    del module.forward  # as accelerate.unwrap_model leaves it; it would hide the replacement's
     return model
+
+
+def _is_bound(module: nn.Module, forward: Callable[..., Any]) -> bool:
+    """Whether an instance has its class's forward, perhaps without its decorators, as an attribute of its own."""
+    own = vars(module).get("forward")
+    return isinstance(own, MethodType) and own.__self__ is module and own.__func__ in (forward, inspect.unwrap(forward))

@@ -282,6 +282,24 @@ def test_a_missing_folder_for_temporary_files_is_an_error_naming_tmpdir(
         pass
 
 
+def test_a_lock_is_made_anew_where_a_removed_one_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on SSHFS, after another process has removed it."""
+    missing, opened = [True, True], os.open
+
+    def open_(path: Path, *arguments: int) -> int:
+        if missing:
+            missing.pop()
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(os, "open", open_)
+    with locked(tmp_path / "a"):
+        assert len(list(tmp_path.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError), locked(tmp_path / "no such folder" / "a"):
+        pass
+
+
 def test_a_lock_that_is_never_released_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lfx.files._LOCK_TRIES", 2)
     target = tmp_path / "out"

@@ -44,6 +44,8 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (V2, {"a/b/cpu.max": "what?"}, 16),
         (V1, {"cpu,cpuacct/a/b/cpu.cfs_quota_us": "-1\n", "cpu,cpuacct/a/b/cpu.cfs_period_us": "100000\n"}, 16),
         (V1, {"cpu,cpuacct/cpu.cfs_quota_us": "300000\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"}, 3),
+        (V1, {"cpu/a/b/cpu.cfs_quota_us": "300000\n", "cpu/a/b/cpu.cfs_period_us": "100000\n"}, 3),
+        ("\n5\n0::/a/b\n", {"a/b/cpu.max": "400000 100000\n"}, 4),
     ],
 )
 def test_the_cores_are_those_that_the_control_groups_allow(

@@ -91,7 +91,7 @@ def locked(target: Path) -> Iterator[None]:
         yield
         return
     while True:
-        with open_journal(path) as lock:
+        with _opened_lock(path) as lock:
             _wait_for_lock(lock.fileno())
             if not is_at(lock.fileno(), path):
                 continue  # the previous holder removed the file
@@ -376,6 +376,17 @@ def _is_leftover(lock: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _opened_lock(path: Path) -> IO[bytes]:
+    """Open a lock file. SSHFS remembers for a moment the one that its holder has removed, and then does not make it."""
+    for _ in range(_LOCK_TRIES):
+        with contextlib.suppress(FileNotFoundError):
+            return open_journal(path)
+        if not path.parent.is_dir():
+            break
+        time.sleep(_LOCK_PAUSE_S)
+    return open_journal(path)
 
 
 def _wait_for_lock(descriptor: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import platform
 from collections.abc import Iterable
@@ -60,12 +61,14 @@ def _cpu_quotas() -> list[float]:
     except OSError:  # another system
         return []
     for line in lines:
-        controllers, name = line.split(":", 2)[1:]
+        controllers, _, name = line.partition(":")[2].partition(":")
         if controllers and "cpu" not in controllers.split(","):  # empty: version 2
             continue
         # In a container the name may be the host's; then only the root exists, which is the container's group.
-        for group in (PurePosixPath(name), *PurePosixPath(name).parents):
-            folder = Path(f"{_GROUPS}/{controllers}{group}")
+        groups = (PurePosixPath(name), *PurePosixPath(name).parents)
+        # The order of the controllers may be another than that in the folder's name; most systems have a link "cpu".
+        for top, group in itertools.product({controllers, "cpu"} if controllers else {""}, groups):
+            folder = Path(f"{_GROUPS}/{top}{group}")
             with contextlib.suppress(OSError, ValueError):  # no limit is "max", or no file
                 if controllers:
                     quota, period = ((folder / f"cpu.cfs_{part}_us").read_text() for part in ("quota", "period"))

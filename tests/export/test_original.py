@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import RobertaConfig, RobertaForMaskedLM
+from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
 from lfx.errors import ExportError
 from lfx.export import convert, export, use_loop_attention
@@ -75,6 +77,51 @@ def test_a_model_without_a_head_is_loaded_without_one(tmp_path: Path) -> None:
     # Weights with a head, loaded without it.
     save_original(tmp_path / "headed")
     assert load(str(tmp_path / "headed"), "feature-extraction")[1] == "feature-extraction"
+
+
+class NotebooksAttention(LongformerSelfAttention):
+    """As the notebook puts it into a RoBERTa: without global tokens, for texts without padding."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        """Return the context alone."""
+        shape = hidden_states.shape[:2]
+        mask, none = hidden_states.new_zeros(shape), torch.zeros(shape, dtype=torch.bool)
+        attended = super().forward(
+            hidden_states, mask, is_index_masked=none, is_index_global_attn=none, is_global_attn=False
+        )
+        return attended[0], None
+
+
+@pytest.mark.parametrize("name", ["RobertaForMaskedLM", "RobertaLongForMaskedLM"])
+def test_a_roberta_of_the_notebook_is_exported(tmp_path: Path, name: str) -> None:
+    settings = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    config = RobertaConfig(vocab_size=60, max_position_embeddings=66, type_vocab_size=1, **settings)
+    config.attention_window = [8, 16]
+    model = RobertaForMaskedLM(config)
+    for i, layer in enumerate(model.roberta.encoder.layer):
+        layer.attention.self = NotebooksAttention(config, layer_id=i)
+    model.eval().save_pretrained(tmp_path / "long")
+    path = tmp_path / "long" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": [name]}))
+    ids = IDS[:, :32]
+    with torch.inference_mode():
+        expected = model(ids).logits.numpy()
+    with Engine(export(tmp_path / "long", tmp_path / "bundle")) as engine:
+        assert engine.signature.attention_windows == (4, 8)
+        np.testing.assert_allclose(engine.run(ids.numpy())["logits"], expected, rtol=0, atol=1e-5)
+    with pytest.raises(ExportError, match="is a Longformer of the original code already; use: lfx export"):
+        convert(tmp_path / "long", tmp_path / "made")
+
+
+def test_a_roberta_with_a_window_and_nothing_else_of_a_longformer_is_refused(tmp_path: Path) -> None:
+    config = RobertaConfig(
+        vocab_size=60, num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=64
+    )
+    config.attention_window = 8
+    RobertaForMaskedLM(config).save_pretrained(tmp_path / "roberta")
+    with pytest.raises(ExportError, match="query_global"):
+        load(str(tmp_path / "roberta"))
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

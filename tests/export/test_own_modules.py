@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
@@ -18,8 +20,9 @@ from lfx.export import export
 from lfx.export.load import load
 from lfx.export.rewrite import clone
 from lfx.runtime import Batcher, Engine
+from lfx.signature import TEXT_GENERATION
 from tests.marks import fast_if
-from tests.models import ONE_LAYER, save_tiny_checkpoint, tiny_model
+from tests.models import ONE_LAYER, save_tiny_checkpoint, tiny_led, tiny_model
 
 IDS = torch.arange(40)[None] % 50 + 3
 
@@ -415,15 +418,29 @@ def test_an_export_inside_autocast_is_a_float32_model(tmp_path: Path) -> None:
     same(module, folder)
 
 
+@fast_if(lambda task, part: part == "whole" and task != "feature-extraction")
 @pytest.mark.parametrize("part", ["whole", "head"])
-def test_a_forward_in_autocast_is_refused_with_the_reason(part: str, tmp_path: Path) -> None:
-    module = tiny_model("text-classification", **ONE_LAYER)
-    changed = module if part == "whole" else module.classifier
+@pytest.mark.parametrize("task", ["text-classification", "feature-extraction", TEXT_GENERATION])
+def test_a_forward_in_autocast_is_refused_with_the_reason(task: str, part: str, tmp_path: Path) -> None:
+    module = tiny_model(task, **({} if task == TEXT_GENERATION else ONE_LAYER))
+    heads = {"text-classification": "classifier", "feature-extraction": "pooler", TEXT_GENERATION: "led.decoder"}
+    changed = module if part == "whole" else module.get_submodule(heads[task])
     # As accelerate, and so the Trainer, leaves a model that was trained in bfloat16.
     changed.forward = MethodType(torch.autocast("cpu", dtype=torch.bfloat16)(type(changed).forward), changed)
     with pytest.raises(ExportError, match=r"in torch\.autocast's half precision, so it is no float32 model"):
         export(module, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@fast_if(lambda case: case == "undecorated-Longformer")
+@pytest.mark.parametrize("make", [tiny_model, functools.partial(tiny_led, "LEDModel")], ids=["Longformer", "LED"])
+@pytest.mark.parametrize("unwrap", [inspect.unwrap, lambda forward: forward], ids=["undecorated", "decorated"])
+def test_a_forward_that_is_the_classs_own_exports(make: Callable[[], Any], unwrap: Any, tmp_path: Path) -> None:
+    module = make()
+    # As accelerator.unwrap_model(model, keep_fp32_wrapper=False) leaves a model that was trained in half precision.
+    module.forward = MethodType(unwrap(type(module).forward), module)
+    same(make(), export(module, tmp_path / "out"))
+    assert "forward" in vars(module)
 
 
 @pytest.mark.slow
