@@ -492,7 +492,7 @@ def _measured(name: str) -> list[dict[str, Any]]:
 
 def gpu_model() -> str:
     """Make the table of the base model on a GPU."""
-    records = _measured("gpu_model")
+    records = sorted((row for row in _measured("gpu_model") if row["batch"] == 1), key=lambda row: int(row["seqlen"]))
     names = ("huggingface", "lfx-calls", "flex", "lfx")
     rows = []
     for row in records:
@@ -515,17 +515,18 @@ def gpu_model() -> str:
 
 
 def gpu_kernels() -> str:
-    """Make the table of BandedAttention beside PyTorch's attentions."""
-    records = _measured("gpu_kernels")
+    """Make the table of BandedAttention beside PyTorch's attentions, in float16."""
+    records = [row for row in _measured("gpu_kernels") if row["precision"] == "fp16"]
+    records.sort(key=lambda row: (-row["batch"], row["heads"], row["seqlen"]))
     others = ("flex", "flex-64", "sdpa", "huggingface")
     rows = []
     for row in records:
         results = row["contenders"]
-        case = [row["precision"], f"{row['batch']} · {row['heads']}", f"{row['seqlen']:,}"]
+        case = [f"{row['batch']} · {row['heads']}", f"{row['seqlen']:,}"]
         ratios = [f"{results[n]['times_slower']:.2f}" if "times_slower" in results[n] else "-" for n in others]
         figures = [f"{results['lfx']['median_us']:,.0f}", f"{row['rates']['tflops']:.0f}"]
         rows.append([*case, *figures, f"{100 * row['rates']['band_of_matmul']:.0f} %", *ratios])
-    header = ["type", "batch · heads", "tokens", "µs", "useful TFLOP/s", "of a dense product's rate"]
+    header = ["batch · heads", "tokens", "µs", "useful TFLOP/s", "of a dense product's rate"]
     header += ["FlexAttention", "FlexAttention, blocks of 64", "SDPA, dense mask", "Hugging Face's chunks, called"]
     return f"{_rows(header, rows)}\nThe last four: their time divided by that of lfx. {_gpu(records[0])}.\n"
 

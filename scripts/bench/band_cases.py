@@ -194,7 +194,7 @@ BLOCKS_TO_OCCUPY = 2  # kBLOCKS_TO_OCCUPY of plugins/banded/banded_attention.cu
 
 
 def tiling_of(case: Case) -> Tiling:
-    """Return the tiling that an H100 gets; follows plugins/banded/banded_attention.cu."""
+    """Return the tiling of the kernel for warps on an H100; follows plugins/banded/banded_attention.cu."""
     blocks = case.batch * case.heads * -(-case.seqlen // WIDE.block_queries)
     return WIDE if blocks >= BLOCKS_TO_OCCUPY * MULTIPROCESSORS else NARROW
 

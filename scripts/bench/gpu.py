@@ -36,7 +36,7 @@ def build(folder: Path, headers: Path | None, default_target: str = "sm_80") -> 
         flags += ["-isystem", str(headers)]
         test = [nvcc, "-std=c++17", "-shared", "-Xcompiler", "-fPIC", *flags, "-o", str(folder / "libenqueue.so")]
         subprocess.run([*test, str(ROOT / "tests" / "plugins" / "enqueue.cpp"), "-ldl"], check=True)
-    code = target.removeprefix("sm_") + ("a" if target == "sm_90" else "")  # as plugins/architectures.cmake
+    code = target.removeprefix("sm_") + ("a" if target == "sm_90" else "")  # as plugins/architectures.cmake does
     command = [nvcc, "-std=c++17", "-O3", f"-gencode=arch=compute_{code},code=sm_{code}", "-lineinfo", "-shared"]
     command += ["-Xcompiler", "-fPIC", *flags]
     library = folder / "liblfx_plugins.so"

@@ -14,25 +14,28 @@ from tests.plugins.build import ROOT
 
 
 @pytest.mark.parametrize(
-    ("supported", "architectures"),
+    ("version", "supported", "architectures"),
     [
         (
+            "13.0",
             [75, 80, 86, 87, 89, 90, 100, 110, 103, 120, 121],
             "80-real;86-real;89-real;90a-real;100-real;120-real;100-virtual",
         ),
-        ([35, 50, 80, 86, 87, 89, 90], "80-real;86-real;89-real;90a-real;90-virtual"),
-        ([50, 60, 70], ""),
+        ("12.0", [50, 80, 86, 87, 89, 90], "80-real;86-real;89-real;90a-real;90-virtual"),
+        ("11.8", [35, 50, 80, 86, 87, 89, 90], "80-real;86-real;89-real;90-real;90-virtual"),
+        ("11.0", [50, 60, 70], ""),
     ],
-    ids=["CUDA 13.0", "CUDA 11.8", "none of them"],
+    ids=["CUDA 13.0", "CUDA 12.0", "CUDA 11.8", "none of them"],
 )
 def test_architectures_that_nvcc_does_not_support_are_left_out(
-    supported: list[int], architectures: str, tmp_path: Path
+    version: str, supported: list[int], architectures: str, tmp_path: Path
 ) -> None:
     # The environment of the tests has one, which need not be on the PATH.
     cmake = shutil.which("cmake", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
     assert cmake is not None
     nvcc = tmp_path / "nvcc"
-    nvcc.write_text("#!/bin/sh\n" + "".join(f"echo compute_{number}\n" for number in supported))
+    listed = "".join(f"echo compute_{number}\n" for number in supported)
+    nvcc.write_text(f'#!/bin/sh\nif [ "$1" = --version ]; then echo "release {version}, V"; exit; fi\n{listed}')
     nvcc.chmod(0o755)
     script = tmp_path / "script.cmake"
     script.write_text(

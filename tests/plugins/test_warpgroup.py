@@ -1,4 +1,4 @@
-"""The kernel of BandedAttention for a warpgroup (plugins/banded/warpgroup.cuh), as test_kernels and test_races do it."""
+"""BandedAttention's kernel for a warpgroup (plugins/banded/warpgroup.cuh), tested as test_kernels tests the others."""
 
 from __future__ import annotations
 

@@ -16,6 +16,8 @@ constexpr int kLAUNCH_FAILURE = 719;
 constexpr size_t kDEFAULT_SHARED_BYTES = 48 * 1024; // that a block has without cudaFuncSetAttribute
 constexpr int kMAX_DYNAMIC_SHARED_ATTRIBUTE = 8;    // cudaFuncAttribute
 constexpr int kMULTIPROCESSOR_COUNT = 16;           // cudaDeviceAttr
+constexpr int kCOMPUTE_CAPABILITY_MAJOR = 75;
+constexpr int kCOMPUTE_CAPABILITY_MINOR = 76;
 
 struct State
 {
@@ -222,9 +224,20 @@ extern "C"
         return 0;
     }
 
-    // The number of multiprocessors is LFX_MULTIPROCESSORS, or that of an H100, as on the emulated device.
+    int cudaFuncGetAttributes(void*, void const*)
+    {
+        return fail("cudaFuncGetAttributes is not known to the interpreter", kINVALID_VALUE);
+    }
+
+    // The number of multiprocessors is LFX_MULTIPROCESSORS, or that of an H100, as on the emulated device. The compute
+    // capability is 8.0, which has no products of a warpgroup: the interpreter does not know them.
     int cudaDeviceGetAttribute(int* value, int attribute, int)
     {
+        if (attribute == kCOMPUTE_CAPABILITY_MAJOR || attribute == kCOMPUTE_CAPABILITY_MINOR)
+        {
+            *value = attribute == kCOMPUTE_CAPABILITY_MAJOR ? 8 : 0;
+            return 0;
+        }
         if (attribute != kMULTIPROCESSOR_COUNT)
         {
             return fail("cudaDeviceGetAttribute of an attribute that the interpreter does not know", kINVALID_VALUE);
