@@ -131,7 +131,7 @@ __device__ __forceinline__ void loadMatricesTransposed(uint32_t (&r)[4], void co
         : "memory");
 }
 
-// Products of a warpgroup, four warps whose first has a number that is a multiple of four: sm_90a has them.
+// Products of a warpgroup: four warps, of which the first has a number that is a multiple of four. Only sm_90a has them.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define LFX_WARPGROUPS
 
@@ -235,7 +235,7 @@ __device__ __forceinline__ void startSum(float (&c)[8][4], uint32_t const (&a)[4
     }
 }
 
-// Keeps accesses of c before this before it, and those after it after it.
+// The compiler moves no access of c across this.
 template <int kN>
 __device__ __forceinline__ void pinRegisters(float (&c)[kN][4])
 {
@@ -246,13 +246,13 @@ __device__ __forceinline__ void pinRegisters(float (&c)[kN][4])
     }
 }
 
-// Comes before a product whose registers have been written since the last one, of which pinRegisters() holds those of c.
+// Comes before a product whose registers have been written since the last product; those of c pass pinRegisters() before.
 __device__ __forceinline__ void beginProducts()
 {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-// Waits for the products, which have written c.
+// Waits for all products of the thread. Those of T have written c.
 template <typename T, int kN>
 __device__ __forceinline__ void finishProducts(float (&c)[kN][4])
 {
@@ -261,11 +261,18 @@ __device__ __forceinline__ void finishProducts(float (&c)[kN][4])
     pinRegisters(c);
 }
 
-// Lets products that start after a barrier read what copies of this thread have written.
+// Products that start after the next barrier see what copyAsync() of this thread has written, once it has arrived.
 __device__ __forceinline__ void publishCopies()
 {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+
+#undef LFX_TILE
+#undef LFX_2_TILES
+#undef LFX_8_TILES
+#undef LFX_WGMMA
+#undef LFX_8_REGISTERS
+#undef LFX_32_REGISTERS
 #endif
 
 // Starts an asynchronous copy of 16 bytes from global to shared memory; if not valid, writes zeros and reads nothing.

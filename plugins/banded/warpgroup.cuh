@@ -1,5 +1,5 @@
-// BandedAttention in float16 and bfloat16 on GPUs of compute capability 9.0, for heads of up to 64: the products of a
-// warpgroup read queries, keys and values from shared memory, and take fewer instructions than those of a warp.
+// BandedAttention in float16 and bfloat16 on GPUs of compute capability 9.0, for heads of 40 to 64. The products of a
+// warpgroup read keys and values from shared memory, and take fewer instructions than those of a warp.
 //
 // Source: PTX ISA, "wgmma"; Shah et al. 2024, arXiv:2407.08608.
 #pragma once
