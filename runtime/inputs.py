@@ -208,7 +208,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _are_numbers(value: Any) -> bool:
-    return bool(np.ndim(value) == 1) if hasattr(value, "__array__") else _is_list(value) and all(map(_is_number, value))
+    if hasattr(value, "__array__"):
+        return bool(np.ndim(value) == 1)
+    return isinstance(value, range) or (_is_list(value) and all(map(_is_number, value)))  # a range may be long
 
 
 @contextlib.contextmanager

@@ -71,8 +71,8 @@ class OpenVino(AnyShape, HostTensors):
         self._make_tensor = openvino.Tensor
         # The compiled model keeps the addresses of the last request's inputs, and uses them when the next begins. If
         # their memory is freed, `infer` after `infer_tensors` gives wrong numbers or aborts (OpenVINO 2026.4).
-        self._last_inputs: Mapping[str, Any] = {}
-        self._lock = threading.Lock()  # keeps `_last_inputs` those of the request that ran last
+        self._inputs: dict[object, Mapping[str, Any]] = {}  # those of the last request
+        self._lock = threading.RLock()  # of one request at a time, and those of a signal handler that interrupts it
         self.name = f"openvino {openvino.__version__.split('-')[0]} CPU"
         # An OpenVINO port may have several names, so outputs are identified by their order in the graph.
         self.input_names = [item.name for item in graph.graph.input]
@@ -103,8 +103,12 @@ class OpenVino(AnyShape, HostTensors):
             for name, tensor in tensors.items():
                 request.set_tensor(name, tensor)
             with self._lock:
+                earlier, key = list(self._inputs), object()
+                self._inputs[key] = inputs = dict(tensors)  # before it runs: an interrupt may come as soon as it ends
                 request.infer()
-                self._last_inputs = dict(tensors)
+                self._inputs[key] = inputs  # again: a request of a signal handler drops those before it
+                for other in earlier:
+                    self._inputs.pop(other, None)
             return {name: request.get_output_tensor(i) for i, name in enumerate(self.output_names)}
         except Exception as error:
             raise LfxError(f"OpenVINO failed: {with_cure(error)}") from error

@@ -605,6 +605,13 @@ def test_choices_of_each_sequence_are_checked_alone() -> None:
     assert isinstance(prepared[2], InputError)
 
 
+def test_a_range_among_choices_is_not_read_before_it_gets_its_error() -> None:
+    choices = replace(CHOICES, default_global="none")
+    prepared = prepare_each([range(2 * 10**12), [[3, 4], [5, 6]]], None, None, choices)
+    assert isinstance(prepared[0], InputError)
+    assert not isinstance(prepared[1], InputError)
+
+
 @given(st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=LONGEST), min_size=1, max_size=6))
 def test_all_lists_of_sequences_within_the_limits_round_trip(rows: list[list[int]]) -> None:
     batch = batch_of(rows, None, None, signature())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import weakref
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from lfx.export import export
 from lfx.export.validate import compare_engine
 from lfx.parity import full_cases
 from lfx.runtime import Engine
-from tests.conftest import MakeBundle
+from tests.conftest import MakeBundle, MakeLed
 from tests.models import tiny_model
 
 openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'longformer-lfx[openvino]'")
@@ -42,6 +44,70 @@ def test_attention_is_one_fused_layer(bundle: MakeBundle) -> None:
     kinds = Counter(layer.get_rt_info()["layerType"].astype(str) for layer in layers)
     assert kinds["Subgraph"] == tiny_model().config.num_hidden_layers
     assert not {"MatMul", "Softmax"} & set(kinds)  # all of attention is in the fused layer
+
+
+class Interrupted:
+    """A compiled model; a signal handler runs at the end of each request."""
+
+    def __init__(self, compiled: Any, handler: Callable[[], None]) -> None:
+        self._compiled, self._handler = compiled, handler
+
+    def create_infer_request(self) -> Any:
+        self._request = self._compiled.create_infer_request()
+        return self
+
+    def infer(self) -> None:
+        self._request.infer()
+        self._handler()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)
+
+
+def encode(graph: Any, length: int, alive: list[Any]) -> Any:
+    """The hidden states of an LED's encoder; `alive` gets a weak reference to the memory of each input."""
+    arrays = {name: np.full((1, length), 1, np.int64) for name in graph.input_names}
+    alive += [weakref.ref(array) for array in arrays.values()]
+    outputs = graph.infer_tensors({name: graph.tensor(array) for name, array in arrays.items()})
+    return graph.array(outputs[graph.output_names[0]]).copy()
+
+
+def test_the_inputs_of_an_interrupted_request_stay_until_the_next_one(
+    led_bundle: MakeLed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with Engine(led_bundle()[1], "openvino", threads=1) as engine:
+        assert engine._graphs is not None
+        graph: Any = engine._graphs[0]
+        last: list[Any] = []
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(graph, "_compiled", Interrupted(graph._compiled, interrupt))
+            encode(graph, 40, last)
+        assert all(reference() is not None for reference in last)  # OpenVINO has their addresses
+        encode(graph, 41, [])
+        assert all(reference() is None for reference in last)
+
+
+def test_a_signal_handler_may_run_requests_while_one_runs(led_bundle: MakeLed, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(led_bundle()[1], "openvino", threads=1) as engine:
+        assert engine._graphs is not None
+        graph: Any = engine._graphs[0]
+        compiled, expected = graph._compiled, [encode(graph, length, []) for length in (40, 30)]
+        inner: list[Any] = []
+        last: list[Any] = []
+
+        def handler() -> None:
+            graph._compiled = compiled
+            inner.append(encode(graph, 30, last))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(graph, "_compiled", Interrupted(compiled, handler))
+            outer = encode(graph, 40, [])
+        assert np.array_equal(outer, expected[0])
+        assert np.array_equal(inner[0], expected[1])
+        assert all(reference() is not None for reference in last)
 
 
 class QuantizedWeight(nn.Module):
