@@ -41,6 +41,11 @@ int32_t launchTensorCores(BandedParams const& p, CUstream_st* stream)
         sharedBytes, p, stream);
 }
 
+bool runsWarpgroups()
+{
+    return lfx::hasWarpgroups(banded::bandedAttentionWarpgroup<Half>, banded::WarpgroupTraits::kTHREADS);
+}
+
 // The kernel for a warpgroup is used where it can run. Of the others, that with warps of 32 queries does less work for a query,
 // and is used if its blocks occupy the GPU and its tables fit.
 template <typename T, int kD>
@@ -48,9 +53,9 @@ int32_t launchTensorCores(BandedParams const& p, CUstream_st* stream)
 {
     if constexpr (kD == banded::WarpgroupTraits::kD)
     {
-        using Traits = banded::WarpgroupTraits;
-        if (hasWarpgroups(banded::bandedAttentionWarpgroup<T>, Traits::kTHREADS))
+        if (runsWarpgroups())
         {
+            using Traits = banded::WarpgroupTraits;
             size_t const sharedBytes = Traits::kSHARED_BYTES + banded::Block<Traits::kQUERIES>::tableBytes(p);
             return launch(banded::bandedAttentionWarpgroup<T>, gridOf<Traits::kQUERIES>(p), Traits::kTHREADS,
                 sharedBytes, p, stream);
@@ -102,6 +107,7 @@ int32_t preloadForHeadSize()
 
 int32_t preloadBandedAttention() noexcept
 {
+    runsWarpgroups(); // asks for the attributes of a kernel, once
     for (int32_t (*preload)() : {preloadForHeadSize<32>, preloadForHeadSize<64>, preloadForHeadSize<128>})
     {
         if (int32_t const error = preload())
