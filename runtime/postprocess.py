@@ -59,6 +59,7 @@ class Postprocessor:
         Args:
             encoded: the sequence, from `Tokenizer.encode` or `Tokenizer.windows`.
             outputs: what `Engine.run` returned for this sequence; output name -> array with a batch axis of 1.
+                Attention weights are not read.
         Returns:
             The answers, scores from 0 to 1. text-classification: {label, score} of each class, best first; a regression
             has its values as scores. token-classification: {token, label, score} of each token, in order. fill-mask:
@@ -71,6 +72,9 @@ class Postprocessor:
         """
         if not isinstance(encoded, Encoded):
             raise InputError(f"encoded is {type(encoded).__name__}; give what `encode` returned for this text")
+        attentions = self._tokenizer.signature.attention_outputs  # those of multiple choice have a row for each choice
+        if isinstance(outputs, dict):
+            outputs = {name: array for name, array in outputs.items() if name not in attentions}
         _check_outputs(outputs)
         if any(np.isnan(array).any() or np.isposinf(array).any() for array in outputs.values()):
             return []

@@ -17,6 +17,7 @@ from lfx.manifest import MANIFEST, sha256
 from lfx.runtime import Engine
 from lfx.runtime.documents import encoded
 from lfx.runtime.text_files import text_folder
+from tests.cli.commands import lfx
 from tests.conftest import MakeBundle, SmallDisk
 
 
@@ -132,3 +133,14 @@ def test_a_table_of_the_first_answers_says_how_many_there_are(
     out = capsys.readouterr().out
     assert out.count("fox") == min(words, 39)
     assert out.splitlines()[-1] == more if more else "more" not in out
+
+
+def test_a_choice_is_made_beside_attention_outputs(bundle: MakeBundle, tmp_path: Path) -> None:
+    folder = bundle("multiple-choice", opset=21, inline_functions=True, output_attentions=True)
+    choices = ("--pair", "fox", "--pair", "the lazy dog jumps")
+    arrays = tmp_path / "arrays.npz"
+    result = lfx("run", folder, "--text", "the quick", *choices, "--output", arrays, "--json").json()
+    (logits,) = result["outputs"]["logits"]["values"]
+    assert [answer["choice"] for answer in result["answers"]] == sorted((0, 1), key=lambda i: -logits[i])
+    with np.load(arrays) as saved:
+        assert {saved[name].shape[0] for name in saved.files if "attentions" in name} == {2}

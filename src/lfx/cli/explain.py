@@ -76,8 +76,7 @@ def command(
             step(f"running {ids.size:,} tokens")
             outputs = {name: np.asarray(value) for name, value in engine.run(ids, mask).items()}
             backend = engine.backend
-        own = {name: value for name, value in outputs.items() if name not in signature.attention_outputs}
-        answers = Postprocessor(opened).answers(encoded[0], own)
+        answers = Postprocessor(opened).answers(encoded[0], outputs)
         row = int(answers[0]["choice"]) if signature.has_choices and answers else 0  # the choice that is shown
         step("selecting the strongest weights")
         weights = strongest(outputs, len(encoded[row].ids), row=row, top=TOP)
