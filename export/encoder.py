@@ -106,7 +106,10 @@ def read_encoder(model: str) -> Encoder:
     data = read_object(path)
     if is_original(data) or is_long_roberta(data):
         command = f"lfx export --model {shlex.quote(model)}"
-        raise ExportError(f"{model} is a Longformer of the original code already; use: {command}")
+        raise ExportError(
+            f"{model} is a Longformer of the original code already, by the attention_window in its config.json; use: "
+            f"{command}; or remove attention_window, if its attention is RoBERTa's own"
+        )
     family = _family(data.get("model_type"), model)
     refuse_other_weights(data, path, model)
     config_class = getattr(transformers, f"{family.prefix}Config")

@@ -167,7 +167,15 @@ def _check_together(artifacts: Sequence[Artifact]) -> None:
                 f"{artifact.bundle} was made from another checkpoint, or for another task, than {artifacts[0].bundle}; "
                 "give bundles of one checkpoint"
             )
-        static_mode(artifact.signature)
+        if _options(manifest) != _options(first):
+            raise ExportError(
+                f"{artifact.bundle} was exported with another --global-attention or --pooling than "
+                f"{artifacts[0].bundle}; give bundles that compute the same"
+            )
+
+
+def _options(manifest: Manifest) -> tuple[str, Any]:
+    return static_mode(manifest.signature), manifest.source.get("pooling")
 
 
 def _compare(artifact: Artifact, path: Path) -> None:

@@ -38,8 +38,11 @@ def is_long_roberta(data: dict[str, Any]) -> bool:
 
 
 def from_long_roberta(data: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of the original code's notebook as one of Hugging Face's Longformer."""
-    return {**data, "model_type": "longformer", "architectures": _architectures(data)}
+    """Return the config of the original code's notebook as one of Hugging Face's Longformer.
+
+    A RoBERTa marks no global tokens, whatever its head: `lfx.export.probe.task_globals` reads `default_global`.
+    """
+    return {**data, "model_type": "longformer", "architectures": _architectures(data), "default_global": "none"}
 
 
 def from_original(data: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -231,10 +231,12 @@ def is_led(module: nn.Module) -> bool:
 
 
 def task_globals(module: nn.Module, task: str) -> str:
-    """Return the rule for the global tokens of a task. An LED marks none by itself.
+    """Return the rule for the global tokens of a task. An LED and a RoBERTa with a window mark none by themselves.
 
-    Those that write texts and those that classify are trained with the first token.
+    LEDs that write texts and those that classify are trained with the first token.
     """
+    if getattr(getattr(module, "config", None), "default_global", None) == "none":
+        return "none"  # `lfx.export.original.from_long_roberta`
     trained = (TEXT_GENERATION, "text-classification")
     return "none" if is_led(module) and task not in trained else TASKS[task].default_global
 

@@ -180,6 +180,29 @@ def test_the_command_measures_beside_pytorch_and_writes_its_rows(
     assert (tmp_path / "plot.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("task", "rule", "first"),
+    [("question-answering", "first", 1), ("text-classification", "none", 0), (TEXT_GENERATION, "none", 0)],
+)
+def test_pytorch_gets_the_global_tokens_of_the_bundle(
+    task: str, rule: str, first: int, checkpoint_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks: list[Any] = []
+
+    def recorded(ids: Any, *, first: bool) -> Any:
+        masks.append(global_mask(ids, first=first))
+        return masks[-1]
+
+    global_mask = cli_bench._global_mask
+    monkeypatch.setattr(cli_bench, "_global_mask", recorded)
+    bundle = checkpoint_bundle(task, global_attention=rule)
+    settings: dict[str, Any] = {"lengths": (8,), "batch_sizes": (2,), "rounds": 1, "output": None, "as_json": True}
+    new_tokens = 3 if task == TEXT_GENERATION else None
+    run_bench(bundle, Engine, **settings, against=("pytorch",), source=None, new_tokens=new_tokens, plot=None)
+    assert masks
+    assert all(mask.tolist() == 2 * [[first] + 7 * [0]] for mask in masks)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_with_other_weights_is_not_measured(
     checkpoint_bundle: MakeBundle, forked: Forked, tmp_path: Path

@@ -209,6 +209,9 @@ def test_relayout_refuses_bundles_that_do_not_belong_together(bundle: MakeBundle
         relayout(bundle(), tmp_path / "hf", others=[bundle()])
     with pytest.raises(ExportError, match="from another checkpoint, or for another task"):
         relayout(bundle(), tmp_path / "hf", others=[bundle("text-classification", precision="fp16")])
+    for options, other in (({}, {"global_attention": "first"}), ({"pooling": "mean"}, {"pooling": "cls"})):
+        with pytest.raises(ExportError, match="with another --global-attention or --pooling than"):
+            relayout(bundle(**options), tmp_path / "hf", others=[bundle(**other, precision="fp16")])
     with pytest.raises(ExportError, match="others is str; give a list"):
         relayout(bundle(), tmp_path / "hf", others="other")
     with pytest.raises(ExportError, match="is a bundle that is read"):

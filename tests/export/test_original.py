@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import RobertaConfig, RobertaForMaskedLM
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
@@ -92,16 +93,22 @@ class NotebooksAttention(LongformerSelfAttention):
         return attended[0], None
 
 
-@pytest.mark.parametrize("name", ["RobertaForMaskedLM", "RobertaLongForMaskedLM"])
-def test_a_roberta_of_the_notebook_is_exported(tmp_path: Path, name: str) -> None:
+def save_notebooks(folder: Path, architecture: str = "RobertaForMaskedLM") -> Any:
+    """Write a tiny checkpoint as the notebook does, and return the model."""
     settings = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
     torch.manual_seed(0)
     config = RobertaConfig(vocab_size=60, max_position_embeddings=66, type_vocab_size=1, **settings)
     config.attention_window = [8, 16]
-    model = RobertaForMaskedLM(config)
+    model = getattr(transformers, architecture)(config)
     for i, layer in enumerate(model.roberta.encoder.layer):
         layer.attention.self = NotebooksAttention(config, layer_id=i)
-    model.eval().save_pretrained(tmp_path / "long")
+    model.eval().save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", ["RobertaForMaskedLM", "RobertaLongForMaskedLM"])
+def test_a_roberta_of_the_notebook_is_exported(tmp_path: Path, name: str) -> None:
+    model = save_notebooks(tmp_path / "long")
     path = tmp_path / "long" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": [name]}))
     ids = IDS[:, :32]
@@ -110,8 +117,22 @@ def test_a_roberta_of_the_notebook_is_exported(tmp_path: Path, name: str) -> Non
     with Engine(export(tmp_path / "long", tmp_path / "bundle")) as engine:
         assert engine.signature.attention_windows == (4, 8)
         np.testing.assert_allclose(engine.run(ids.numpy())["logits"], expected, rtol=0, atol=1e-5)
-    with pytest.raises(ExportError, match="is a Longformer of the original code already; use: lfx export"):
+    with pytest.raises(ExportError, match=r"by the attention_window in its config.json; use: lfx export .*; or remove"):
         convert(tmp_path / "long", tmp_path / "made")
+
+
+@pytest.mark.parametrize(
+    "architecture", ["RobertaForSequenceClassification", "RobertaForQuestionAnswering", "RobertaForMultipleChoice"]
+)
+def test_a_roberta_of_the_notebook_marks_no_global_tokens(tmp_path: Path, architecture: str) -> None:
+    model = save_notebooks(tmp_path / "long", architecture)
+    ids = IDS[:, :32]
+    ids = ids[:, None].repeat(1, 2, 1) if architecture.endswith("MultipleChoice") else ids
+    with torch.inference_mode():
+        expected = model(ids)
+    with Engine(export(tmp_path / "long", tmp_path / "bundle")) as engine:
+        for name, actual in engine.run(ids.numpy()).items():
+            np.testing.assert_allclose(actual, expected[name].numpy(), rtol=0, atol=1e-5)
 
 
 def test_a_roberta_with_a_window_and_nothing_else_of_a_longformer_is_refused(tmp_path: Path) -> None:
@@ -167,5 +188,5 @@ def test_a_pickle_of_more_than_tensors_is_refused(tmp_path: Path, capsys: pytest
 
 def test_convert_refuses_it(tmp_path: Path) -> None:
     save_original(tmp_path / "original")
-    with pytest.raises(ExportError, match="is a Longformer of the original code already; use: lfx export"):
+    with pytest.raises(ExportError, match=r"is a Longformer of the original code already, by .*; use: lfx export"):
         convert(tmp_path / "original", tmp_path / "made")

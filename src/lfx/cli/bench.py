@@ -187,14 +187,13 @@ def _measure(
     signature = engine.signature
     takes_mask = any(spec.name == "global_attention_mask" for spec in signature.inputs)
     needs_mask = takes_mask and signature.default_global not in ("none", "first")
-    masks = {"global_attention_mask": 0} if needs_mask else {}
 
     def run(ids: Any) -> Any:
-        given = {name: ids * value for name, value in masks.items()}
-        return engine.run(ids, outputs=only or None, **given)
+        return engine.run(ids, None, ids * 0 if needs_mask else None, outputs=only or None)
 
     contenders: dict[str, Run] = {_name(engine): run}
-    contenders |= {name: _torch_run(module, masks) for name, module in modules.items()}
+    first = signature.default_global == "first"
+    contenders |= {name: _torch_run(module, first=first) for name, module in modules.items()}
     return bench.measure(contenders, *sizes, **settings)
 
 
@@ -205,7 +204,8 @@ def _measure_generation(
     from lfx.runtime import bench
 
     contenders = {_name(engine): engine_generate(engine)}
-    contenders |= {name: torch_generate(module) for name, module in modules.items()}
+    first = engine.signature.default_global == "first"
+    contenders |= {name: torch_generate(module, first=first) for name, module in modules.items()}
     return bench.measure_generation(contenders, *sizes, **settings)
 
 
@@ -262,8 +262,8 @@ def engine_generate(engine: Engine) -> Generate:
     return run
 
 
-def torch_generate(module: Any) -> Generate:
-    """Return greedy search of a model of Hugging Face's, which never ends early, with the first token global."""
+def torch_generate(module: Any, *, first: bool = True) -> Generate:
+    """Return greedy search of a model of Hugging Face's that never ends early, with the first token global or none."""
     import torch
 
     class Streamer:
@@ -282,8 +282,7 @@ def torch_generate(module: Any) -> Generate:
 
     def run(ids: Any, new_tokens: int, on_token: Callable[[], None]) -> None:
         tensor = torch.from_numpy(ids)
-        global_mask = torch.zeros_like(tensor)
-        global_mask[:, 0] = 1
+        global_mask = _global_mask(tensor, first=first)
         masks = {"attention_mask": torch.ones_like(tensor), "global_attention_mask": global_mask}
         with torch.inference_mode():
             module.generate(tensor, **masks, max_new_tokens=new_tokens, streamer=Streamer(on_token), **_GREEDY)
@@ -380,15 +379,22 @@ def _torch_modules(
     return modules
 
 
-def _torch_run(module: Any, masks: dict[str, int]) -> Run:
+def _torch_run(module: Any, *, first: bool) -> Run:
+    """Return a run of a model of Hugging Face's, with the first token global or none, whatever its task's rule is."""
     import torch
 
     def run(ids: Any) -> Any:
         tensor = torch.from_numpy(ids)
         with torch.inference_mode():
-            return module(tensor, **{name: tensor * value for name, value in masks.items()})
+            return module(tensor, global_attention_mask=_global_mask(tensor, first=first))
 
     return run
+
+
+def _global_mask(ids: Any, *, first: bool) -> Any:
+    mask = ids * 0
+    mask[:, 0] = int(first)
+    return mask
 
 
 def _write(output: Path, rows: Iterable[dict[str, Any]]) -> None:
