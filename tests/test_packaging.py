@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -157,6 +158,30 @@ def test_make_says_that_there_is_no_such_python() -> None:
     done = subprocess.run(["make", "lock", "PYTHON=no-python"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert done.stderr.startswith("no-python was not found; try: make PYTHON=python3.11")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_in_a_folder_with_a_space_in_its_name_installs_and_removes_no_other_folder(tmp_path: Path) -> None:
+    clone, other, python = tmp_path / "lfx copy", tmp_path / "lfx", tmp_path / "python"
+    for folder in (clone, other):
+        folder.mkdir()
+    for name in ("CMakeLists.txt", "Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copy(ROOT / name, clone)
+    # A Python whose environments have itself, and which installs nothing.
+    python.write_text(
+        """#!/bin/sh
+if [ "$2" = venv ]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi
+echo "$CMAKE_ARGS"
+"""
+    )
+    python.chmod(0o755)
+    command = ["make", "install", f"PYTHON={python}", "TENSORRT_URL=no-url", "CMAKE_ARGS=-DNAME=1"]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(tmp_path.iterdir()) == [other, clone, python]
+    headers = clone / "build" / "headers" / "tensorrt"
+    assert headers.is_symlink()
+    assert shlex.split(done.stdout.splitlines()[-2]) == ["-DNAME=1", f"-DTensorRT_INCLUDE_DIR={headers}"]
 
 
 @pytest.mark.parametrize("name", ["test", "release"])
