@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from lfx.cli import bench as cli_bench
 from lfx.cli import cli
 from lfx.cli.bench import run_bench
-from lfx.errors import InputError
+from lfx.errors import DependencyError, InputError
 from lfx.runtime import Engine, bench
 from lfx.signature import TEXT_GENERATION
 from tests.cli.commands import Forked, lfx
@@ -178,6 +179,16 @@ def test_the_command_measures_beside_pytorch_and_writes_its_rows(
     assert all(row["tokens_per_second"] > 0 and row["cpu"] and row["versions"]["torch"] for row in rows)
     assert (tmp_path / "rows.jsonl").read_text() == done.stdout
     assert (tmp_path / "plot.png").is_file()
+
+
+def test_without_torch_the_extra_that_brings_it_is_named(
+    checkpoint_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"lengths": (8,), "batch_sizes": (1,), "rounds": 1, "source": None, "output": None}
+    folder = checkpoint_bundle()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(DependencyError, match=r"torch is not installed; .*longformer-lfx\[export\]"):
+        run_bench(folder, Engine, against=("pytorch",), **settings, plot=None, as_json=True)
 
 
 @pytest.mark.slow
