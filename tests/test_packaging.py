@@ -241,9 +241,16 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build_wheel(checkout: Path, wheels: Path, *, cxx: str = "no-compiler") -> subprocess.CompletedProcess[str]:
-    """Build without a CUDA compiler on the PATH, and by default without a C++ compiler."""
-    shutil.rmtree(checkout / "build", ignore_errors=True)  # CMake remembers the compilers of an earlier build
+def build_wheel(
+    checkout: Path, wheels: Path, *, cxx: str = "no-compiler", again: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Build without a CUDA compiler on the PATH, and by default without a C++ compiler.
+
+    Args:
+        again: build in the folder of an earlier build, whose compilers CMake remembers.
+    """
+    if not again:
+        shutil.rmtree(checkout / "build", ignore_errors=True)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "CXX": cxx}
     environment.pop("CUDACXX", None)
     command = [
@@ -280,9 +287,10 @@ def test_a_wheel_without_libraries_is_pure_python_and_has_both_linked_folders(ch
 def test_a_wheel_that_a_cpp_compiler_built_has_the_custom_ops_and_its_platform(checkout: Path, tmp_path: Path) -> None:
     compiler = shutil.which("c++") or shutil.which("g++")
     assert compiler is not None, "a C++ compiler is needed, as the README says"
-    done = build_wheel(checkout, tmp_path, cxx=compiler)
+    build_wheel(checkout, tmp_path / "without")  # it may have been installed since
+    done = build_wheel(checkout, tmp_path / "with", cxx=compiler, again=True)
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.iterdir()
+    (wheel,) = (tmp_path / "with").iterdir()
     assert "-py3-none-" in wheel.name
     assert not wheel.name.endswith("-any.whl")
     with zipfile.ZipFile(wheel) as archive:
