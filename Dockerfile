@@ -4,7 +4,8 @@
 #   docker run --rm --publish 127.0.0.1:8000:8000 --volume "$PWD/my-bundle:/model:ro" lfx
 #
 # The port is published on this machine alone: the server has no TLS (docs/trust.md).
-FROM python:3.11-slim AS build
+# The slim image has no C++ compiler, without which lfx is installed without its kernels.
+FROM python:3.11 AS build
 WORKDIR /src
 COPY . .
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .

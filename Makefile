@@ -5,12 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # TensorRT's headers, to compile the plugin: NVIDIA's own of v10.14, or the copy in a package, where git cannot reach them.
-# The package is not installed in .venv.
-HEADERS := $(CURDIR)/build/headers
+# The package is not installed in .venv. The paths are relative, since the folder of the clone may have a space in its name.
+HEADERS := build/headers
 TENSORRT_URL ?= https://github.com/NVIDIA/TensorRT.git
 TENSORRT_COMMIT := 3b4ddc1d45f11167f2ea53dc6046bba8df800e2d
 # Folder of a package that carries NVIDIA's tritonserver, for the tests; it is not installed in .venv either.
-TRITON := $(CURDIR)/build/triton
+TRITON := build/triton
 # The index that pip searches for PyTorch's CPU build, in addition to the indexes that it is configured with.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Every extra but gpu, whose onnxruntime-gpu takes the place of onnxruntime.
@@ -37,9 +37,10 @@ endef
 export PREFLIGHT
 # Fetches a commit's folder `include` without the rest of the repository, within two minutes.
 define fetch_headers
-git init --quiet $(HEADERS)/repository && cd $(HEADERS)/repository && git remote add origin $(TENSORRT_URL) \
-&& timeout 120 git fetch --quiet --depth 1 --filter=blob:none origin $(TENSORRT_COMMIT) \
-&& timeout 120 git checkout --quiet FETCH_HEAD -- include && mv include $(HEADERS)/tensorrt && rm -rf $(HEADERS)/repository
+git init --quiet $(HEADERS)/repository && git -C $(HEADERS)/repository remote add origin $(TENSORRT_URL) \
+&& timeout 120 git -C $(HEADERS)/repository fetch --quiet --depth 1 --filter=blob:none origin $(TENSORRT_COMMIT) \
+&& timeout 120 git -C $(HEADERS)/repository checkout --quiet FETCH_HEAD -- include \
+&& mv $(HEADERS)/repository/include $(HEADERS)/tensorrt && rm -rf $(HEADERS)/repository
 endef
 # $(call venv,VENV): makes a virtual environment, or says why not.
 define venv
@@ -65,7 +66,7 @@ $(STAMP): pyproject.toml requirements.lock CMakeLists.txt $(wildcard plugins/*.c
 	&& rm -rf $(HEADERS)/repository && ln -s kernel_lens/include/tensorrt $(HEADERS)/tensorrt; }
 	$(call locked,nvidia-pytriton) | $(call install,$(VENV),--no-deps --upgrade --target $(TRITON))
 	$(call locked_without,kernel-lens|nvidia-pytriton|uv) | $(call install,$(VENV),--no-build-isolation)
-	CMAKE_ARGS="$(CMAKE_ARGS) -DTensorRT_INCLUDE_DIR=$(HEADERS)/tensorrt" \
+	CMAKE_ARGS="$(CMAKE_ARGS) '-DTensorRT_INCLUDE_DIR=$(CURDIR)/$(HEADERS)/tensorrt'" \
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def main() -> None:
     DIST.mkdir(exist_ok=True)
     os.chdir(ROOT)
     sdist = DIST / build_sdist(str(DIST))
-    build_wheel(sdist, {"CMAKE_ARGS": f"-DTensorRT_INCLUDE_DIR={HEADERS}"})
+    build_wheel(sdist, {"CMAKE_ARGS": shlex.quote(f"-DTensorRT_INCLUDE_DIR={HEADERS}")})
     build_wheel(
         sdist, {"CXX": "no-compiler", "CUDACXX": "no-compiler", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
     )

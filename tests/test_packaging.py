@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -159,6 +160,30 @@ def test_make_says_that_there_is_no_such_python() -> None:
     assert done.stderr.startswith("no-python was not found; try: make PYTHON=python3.11")
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_in_a_folder_with_a_space_in_its_name_installs_and_removes_no_other_folder(tmp_path: Path) -> None:
+    clone, other, python = tmp_path / "lfx copy", tmp_path / "lfx", tmp_path / "python"
+    for folder in (clone, other):
+        folder.mkdir()
+    for name in ("CMakeLists.txt", "Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copy(ROOT / name, clone)
+    # A Python whose environments have itself, and which installs nothing.
+    python.write_text(
+        """#!/bin/sh
+if [ "$2" = venv ]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi
+echo "$CMAKE_ARGS"
+"""
+    )
+    python.chmod(0o755)
+    command = ["make", "install", f"PYTHON={python}", "TENSORRT_URL=no-url", "CMAKE_ARGS=-DNAME=1"]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(tmp_path.iterdir()) == [other, clone, python]
+    headers = clone / "build" / "headers" / "tensorrt"
+    assert headers.is_symlink()
+    assert shlex.split(done.stdout.splitlines()[-2]) == ["-DNAME=1", f"-DTensorRT_INCLUDE_DIR={headers}"]
+
+
 @pytest.mark.parametrize("name", ["test", "release"])
 def test_workflows_run_make_targets_with_pinned_actions_and_may_only_read(name: str) -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())
@@ -216,9 +241,16 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build_wheel(checkout: Path, wheels: Path, *, cxx: str = "no-compiler") -> subprocess.CompletedProcess[str]:
-    """Build without a CUDA compiler on the PATH, and by default without a C++ compiler."""
-    shutil.rmtree(checkout / "build", ignore_errors=True)  # CMake remembers the compilers of an earlier build
+def build_wheel(
+    checkout: Path, wheels: Path, *, cxx: str = "no-compiler", again: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Build without a CUDA compiler on the PATH, and by default without a C++ compiler.
+
+    Args:
+        again: build in the folder of an earlier build, whose compilers CMake remembers.
+    """
+    if not again:
+        shutil.rmtree(checkout / "build", ignore_errors=True)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "CXX": cxx}
     environment.pop("CUDACXX", None)
     command = [
@@ -255,9 +287,10 @@ def test_a_wheel_without_libraries_is_pure_python_and_has_both_linked_folders(ch
 def test_a_wheel_that_a_cpp_compiler_built_has_the_custom_ops_and_its_platform(checkout: Path, tmp_path: Path) -> None:
     compiler = shutil.which("c++") or shutil.which("g++")
     assert compiler is not None, "a C++ compiler is needed, as the README says"
-    done = build_wheel(checkout, tmp_path, cxx=compiler)
+    build_wheel(checkout, tmp_path / "without")  # it may have been installed since
+    done = build_wheel(checkout, tmp_path / "with", cxx=compiler, again=True)
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.iterdir()
+    (wheel,) = (tmp_path / "with").iterdir()
     assert "-py3-none-" in wheel.name
     assert not wheel.name.endswith("-any.whl")
     with zipfile.ZipFile(wheel) as archive:

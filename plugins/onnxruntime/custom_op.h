@@ -58,7 +58,11 @@ public:
 
     Status* initialize(KernelInfo const* info)
     {
-        readAttributes(info);
+        std::string const unread = readAttributes(info);
+        if (!unread.empty())
+        {
+            return failure<Op>(mApi, unread + "the node has another type");
+        }
         if (Status* status = mDevice.initialize(mApi, info))
         {
             return status;
@@ -121,34 +125,52 @@ private:
         return mDevice.run(mApi, context, params);
     }
 
-    void readAttributes(KernelInfo const* info)
+    // Returns why an attribute cannot be read; empty if all can.
+    std::string readAttributes(KernelInfo const* info)
     {
-        readInteger(info, "num_heads", mAttributes.numHeads);
-        read(getFloatAttribute(mApi, info, "scale", &mAttributes.scale));
+        std::string reason = readInteger(info, "num_heads", mAttributes.numHeads);
+        bool const hasScale = succeeded(getFloatAttribute(mApi, info, "scale", &mAttributes.scale));
+        reason += otherType(info, "scale", "a float", hasScale);
         if constexpr (Op::kIS_BANDED)
         {
-            readInteger(info, "window", mAttributes.window);
-            readInteger(info, "dilation", mAttributes.dilation);
-            readInteger(info, "causal", mAttributes.causal);
+            reason += readInteger(info, "window", mAttributes.window);
+            reason += readInteger(info, "dilation", mAttributes.dilation);
+            reason += readInteger(info, "causal", mAttributes.causal);
         }
+        return reason;
     }
 
     // One that does not fit stays out of range.
-    void readInteger(KernelInfo const* info, char const* name, int32_t& attribute) const
+    std::string readInteger(KernelInfo const* info, char const* name, int32_t& attribute) const
     {
         constexpr int64_t kLARGEST = std::numeric_limits<int32_t>::max();
         int64_t value = attribute;
-        read(getIntAttribute(mApi, info, name, &value));
+        bool const isRead = succeeded(getIntAttribute(mApi, info, name, &value));
         attribute = static_cast<int32_t>(std::clamp<int64_t>(value, -1, kLARGEST));
+        return otherType(info, name, "an integer", isRead);
     }
 
-    // An attribute that the node does not have keeps its default.
-    void read(Status* status) const
+    // An attribute that was not read keeps its default if the node does not have it; ONNX Runtime says the same of one of
+    // another type, which is refused.
+    std::string otherType(KernelInfo const* info, char const* name, char const* type, bool isRead) const
+    {
+        int64_t integer = 0;
+        float number = 0.0F;
+        size_t size = 0;
+        bool const isOther = !isRead
+            && (succeeded(getIntAttribute(mApi, info, name, &integer))
+                || succeeded(getFloatAttribute(mApi, info, name, &number))
+                || succeeded(getStringAttribute(mApi, info, name, nullptr, &size)));
+        return isOther ? std::string(name) + " must be " + type + "; " : "";
+    }
+
+    bool succeeded(Status* status) const
     {
         if (status != nullptr)
         {
             releaseStatus(mApi, status);
         }
+        return status == nullptr;
     }
 
     // The shape that the graph gives an input; if it gives none, no size is known.

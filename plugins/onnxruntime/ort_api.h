@@ -92,6 +92,7 @@ constexpr Entry<Status*(Allocator*, void*)> allocatorFree{76};
 constexpr Entry<Status*(Allocator const*, MemoryInfo const**)> allocatorGetInfo{77};
 constexpr Entry<Status*(KernelInfo const*, char const*, float*)> getFloatAttribute{85};
 constexpr Entry<Status*(KernelInfo const*, char const*, int64_t*)> getIntAttribute{86};
+constexpr Entry<Status*(KernelInfo const*, char const*, char*, size_t*)> getStringAttribute{87};
 constexpr Entry<Status*(KernelContext const*, size_t, Value const**)> getInput{90};
 constexpr Entry<Status*(KernelContext*, size_t, int64_t const*, size_t, Value**)> getOutput{91};
 constexpr Entry<void(Status*)> releaseStatus{93};

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from lfx.cli import bench as cli_bench
 from lfx.cli import cli
 from lfx.cli.bench import run_bench
-from lfx.errors import InputError
+from lfx.errors import DependencyError, InputError
 from lfx.runtime import Engine, bench
 from lfx.signature import TEXT_GENERATION
 from tests.cli.commands import Forked, lfx
@@ -201,6 +202,16 @@ def test_pytorch_gets_the_global_tokens_of_the_bundle(
     run_bench(bundle, Engine, **settings, against=("pytorch",), source=None, new_tokens=new_tokens, plot=None)
     assert masks
     assert all(mask.tolist() == 2 * [[first] + 7 * [0]] for mask in masks)
+
+
+def test_without_torch_the_extra_that_brings_it_is_named(
+    checkpoint_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"lengths": (8,), "batch_sizes": (1,), "rounds": 1, "source": None, "output": None}
+    folder = checkpoint_bundle()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(DependencyError, match=r"torch is not installed; .*longformer-lfx\[export\]"):
+        run_bench(folder, Engine, against=("pytorch",), **settings, plot=None, as_json=True)
 
 
 @pytest.mark.slow

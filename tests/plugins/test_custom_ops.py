@@ -192,6 +192,31 @@ def test_wrong_attributes_are_refused_when_the_model_is_loaded(
         session(model(problem, width=32), ops_library)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("scale", 1, "scale must be a float"),  # make_node makes an integer of it
+        ("scale", "1.0", "scale must be a float"),
+        ("dilation", 2.0, "dilation must be an integer"),
+        ("causal", 1.0, "causal must be an integer"),
+        ("window", "4", "window must be an integer"),
+    ],
+)
+def test_an_attribute_of_another_type_is_refused_when_the_model_is_loaded(
+    ops_library: Path, name: str, value: Any, reason: str
+) -> None:
+    for problem in (banded(Case(1, 20), 2, 16, 4), global_(Case(1, 20), 2, 2, 16)):
+        if isinstance(problem, Global) and name != "scale":
+            continue
+        proto = onnx.load_from_string(model(problem))
+        (node,) = proto.graph.node
+        others = [attribute for attribute in node.attribute if attribute.name != name]
+        del node.attribute[:]
+        node.attribute.extend([*others, helper.make_attribute(name, value)])
+        with pytest.raises(Exception, match=rf"lfx::\w+Attention: {reason}; the node has another type"):
+            session(proto.SerializeToString(), ops_library)
+
+
 def test_shapes_that_do_not_fit_are_refused_by_name(ops_library: Path) -> None:
     problem = banded(Case(2, 40, "first"), 2, 16, 8)
     loaded = session(model(problem), ops_library)

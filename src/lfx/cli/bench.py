@@ -15,7 +15,7 @@ from lfx.cli.engine import engine_options
 from lfx.cli.options import MOST_TOKENS, Command, FilePath, FilledText, OutputPath
 from lfx.cli.source import checkpoint_of, load_checkpoint
 from lfx.cli.terminal import echo, echo_json, progress, table
-from lfx.errors import InputError
+from lfx.errors import InputError, require
 from lfx.files import replacing, why_unwritten
 from lfx.machine import cpu_name, package_versions
 from lfx.signature import TEXT_GENERATION, Signature
@@ -367,8 +367,7 @@ def _torch_modules(
     recorded = engine.manifest.source if engine.manifest is not None else None
     checkpoint = checkpoint_of(model, recorded, source, f"lfx bench {{}} --against {against[0]} --source {{}}")
     step("importing torch")
-    import torch
-
+    torch = require("torch", "export")
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
     modules: dict[str, Any] = {}
