@@ -146,7 +146,7 @@ def test_a_lock_with_a_torch_whose_hashes_are_not_known_is_refused() -> None:
 def test_make_says_where_it_cannot_install(fake_machine: str, message: str, tmp_path: Path) -> None:
     python = tmp_path / "python"
     code = f"import platform, sys; platform.system = lambda: 'Linux'; {fake_machine}; exec(sys.argv[2])"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c "{code}" "$@"\n')
     python.chmod(0o755)
     done = subprocess.run(["make", "lock", f"PYTHON={python}"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
@@ -176,7 +176,9 @@ echo "$CMAKE_ARGS"
     )
     python.chmod(0o755)
     command = ["make", "install", f"PYTHON={python}", "TENSORRT_URL=no-url", "CMAKE_ARGS=-DNAME=1"]
-    done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
+    # Under make, its own variables would make this one report its folder.
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(tmp_path.iterdir()) == [other, clone, python]
     headers = clone / "build" / "headers" / "tensorrt"

@@ -40,8 +40,8 @@ def test_architectures_that_nvcc_does_not_support_are_left_out(
     script = tmp_path / "script.cmake"
     script.write_text(
         "cmake_minimum_required(VERSION 3.24)\n"
-        f"set(CMAKE_CUDA_COMPILER {nvcc})\n"
-        f"include({ROOT / 'plugins' / 'architectures.cmake'})\n"
+        f'set(CMAKE_CUDA_COMPILER "{nvcc}")\n'
+        f'include("{ROOT / "plugins" / "architectures.cmake"}")\n'
         "supported_architectures(found)\n"
         'file(WRITE "${CMAKE_CURRENT_LIST_DIR}/found" "${found}")\n'
     )
