@@ -13,7 +13,7 @@ from lfx.checks import whole_number
 from lfx.errors import ExportError, one_line
 from lfx.export.checkpoint import Checkpoint, Fetcher, config_file, fetcher, weight_files
 from lfx.export.families import FAMILIES, GELU, REFUSED, Family, Names
-from lfx.export.original import is_long_roberta, is_original
+from lfx.export.original import is_original
 from lfx.export.sentence_folder import score_function
 from lfx.export.settings import check_settings, read_object, refuse_other_weights, without_aliases, without_code
 from lfx.signature import TASKS
@@ -104,7 +104,7 @@ def read_encoder(model: str) -> Encoder:
     fetch = fetcher(model)
     path = config_file(fetch, model)
     data = read_object(path)
-    if is_original(data) or is_long_roberta(data):
+    if is_original(data):
         command = f"lfx export --model {shlex.quote(model)}"
         raise ExportError(
             f"{model} is a Longformer of the original code already, by the attention_window in its config.json; use: "

@@ -23,30 +23,21 @@ _OTHER = {
     "n2": "lets each token see all tokens; make a Longformer of it with: lfx convert, after removing attention_window",
     "sliding_chunks3": "lets a token see three whole chunks; export the sliding_chunks model that it approximates",
 }
+_OWN = {"attention_mode", "attention_dilation", "autoregressive"}  # settings that only its config class writes
 _LONGEST = 2**30
 
 
 def is_original(data: dict[str, Any]) -> bool:
-    """Return whether a config.json is of the original code, by the settings that only its config class writes."""
-    own = {"attention_mode", "attention_dilation", "autoregressive"}
-    return data.get("model_type") in ("roberta", None) and "attention_window" in data and bool(own & data.keys())
-
-
-def is_long_roberta(data: dict[str, Any]) -> bool:
-    """Return whether a config.json is of the original code's notebook: a RoBERTa's with a window."""
-    return data.get("model_type") == "roberta" and "attention_window" in data and not is_original(data)
-
-
-def from_long_roberta(data: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of the original code's notebook as one of Hugging Face's Longformer.
-
-    A RoBERTa marks no global tokens, whatever its head: `lfx.export.probe.task_globals` reads `default_global`.
-    """
-    return {**data, "model_type": "longformer", "architectures": _architectures(data), "default_global": "none"}
+    """Return whether a config.json is of the original code or its notebook: a RoBERTa's with a window."""
+    of_roberta = data.get("model_type") == "roberta" or (data.get("model_type") is None and bool(_OWN & data.keys()))
+    return of_roberta and "attention_window" in data
 
 
 def from_original(data: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the config of the original code as one of Hugging Face's Longformer.
+
+    That of the notebook is Hugging Face's already, but for its names. Its RoBERTa marks no global tokens, whatever its
+    head: `lfx.export.probe.task_globals` reads `default_global`.
 
     `autoregressive` stays, although the original self-attention never reads it: the config says what was meant.
 
@@ -55,6 +46,11 @@ def from_original(data: dict[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         ExportError: attention_mode or attention_window cannot be used.
     """
+    names = data.get("architectures")
+    architectures = [_architecture(name) for name in names] if isinstance(names, list) else names
+    data = {**data, "model_type": "longformer", "architectures": architectures}
+    if not _OWN & data.keys():
+        return {**data, "default_global": "none"}
     mode = data.get("attention_mode", "sliding_chunks")
     if mode not in _WINDOWED:
         known = f"one of {', '.join(_WINDOWED)}"
@@ -65,21 +61,14 @@ def from_original(data: dict[str, Any], path: Path) -> dict[str, Any]:
     window = data["attention_window"]
     return {
         **data,
-        "model_type": "longformer",
         "attention_window": [_both_sides(w, path) for w in window]
         if isinstance(window, list)
         else _both_sides(window, path),
-        "architectures": _architectures(data),
     }
 
 
 def _both_sides(window: Any, path: Path) -> int:
     return both_sides(whole_number(window, f"{path}: attention_window", 1, _LONGEST, ExportError))
-
-
-def _architectures(data: dict[str, Any]) -> Any:
-    names = data.get("architectures")
-    return [_architecture(name) for name in names] if isinstance(names, list) else names
 
 
 def _architecture(name: Any) -> Any:

@@ -236,7 +236,7 @@ def task_globals(module: nn.Module, task: str) -> str:
     LEDs that write texts and those that classify are trained with the first token.
     """
     if getattr(getattr(module, "config", None), "default_global", None) == "none":
-        return "none"  # `lfx.export.original.from_long_roberta`
+        return "none"  # `lfx.export.original.from_original`
     trained = (TEXT_GENERATION, "text-classification")
     return "none" if is_led(module) and task not in trained else TASKS[task].default_global
 

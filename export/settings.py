@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from lfx.checks import LARGEST, one_of, parse_json, real_number, shown, whole_number
 from lfx.errors import ExportError, one_line
 from lfx.export.families import FAMILIES
-from lfx.export.original import from_long_roberta, from_original, is_long_roberta, is_original
+from lfx.export.original import from_original, is_original
 from lfx.export.windows import layer_dilations
 
 # Keys that make transformers fetch or import code, or load another model.
@@ -56,8 +56,6 @@ def read_settings(path: Path, model: str) -> dict[str, Any]:
     data = read_object(path)
     if is_original(data):
         data = from_original(data, path)
-    elif is_long_roberta(data):
-        data = from_long_roberta(data)
     declared = data.get("model_type")
     if not isinstance(declared, str) or declared not in CONFIGS:
         model_type = declared if isinstance(declared, str) else "model without a model_type"
