@@ -349,7 +349,12 @@ bool hasWarpgroups(void (*kernel)(Params), int32_t threads) noexcept
     }
     static bool const isCompiled = [kernel, threads] { // the same for all such devices
         cudaFuncAttributes attributes;
-        return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.maxThreadsPerBlock >= threads;
+        if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess)
+        {
+            static_cast<void>(cudaGetLastError()); // so that the next launch does not report it
+            return false;
+        }
+        return attributes.maxThreadsPerBlock >= threads;
     }();
     return isCompiled;
 }

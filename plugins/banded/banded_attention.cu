@@ -31,14 +31,19 @@ dim3 gridOf(BandedParams const& p)
         static_cast<uint32_t>(p.numHeads * p.dilation), static_cast<uint32_t>(p.batch)};
 }
 
+// Traits: of the kernel.
+template <typename Traits>
+int32_t launchBlocks(void (*kernel)(BandedParams), BandedParams const& p, CUstream_st* stream)
+{
+    size_t const sharedBytes = Traits::kSHARED_BYTES + banded::Block<Traits::kQUERIES>::tableBytes(p);
+    return launch(kernel, gridOf<Traits::kQUERIES>(p), Traits::kTHREADS, sharedBytes, p, stream);
+}
+
 template <typename T, int kD, int kROW_TILES>
 int32_t launchTensorCores(BandedParams const& p, CUstream_st* stream)
 {
     using namespace banded;
-    using Traits = TensorCoreTraits<kD, kROW_TILES>;
-    size_t const sharedBytes = Traits::kSHARED_BYTES + Block<Traits::kQUERIES>::tableBytes(p);
-    return launch(bandedAttentionTensorCores<T, kD, kROW_TILES>, gridOf<Traits::kQUERIES>(p), Traits::kTHREADS,
-        sharedBytes, p, stream);
+    return launchBlocks<TensorCoreTraits<kD, kROW_TILES>>(bandedAttentionTensorCores<T, kD, kROW_TILES>, p, stream);
 }
 
 bool runsWarpgroups()
@@ -55,10 +60,7 @@ int32_t launchTensorCores(BandedParams const& p, CUstream_st* stream)
     {
         if (runsWarpgroups())
         {
-            using Traits = banded::WarpgroupTraits;
-            size_t const sharedBytes = Traits::kSHARED_BYTES + banded::Block<Traits::kQUERIES>::tableBytes(p);
-            return launch(banded::bandedAttentionWarpgroup<T>, gridOf<Traits::kQUERIES>(p), Traits::kTHREADS,
-                sharedBytes, p, stream);
+            return launchBlocks<banded::WarpgroupTraits>(banded::bandedAttentionWarpgroup<T>, p, stream);
         }
     }
     using Wide = banded::TensorCoreTraits<kD, 2>;
@@ -75,25 +77,17 @@ template <int kD>
 int32_t launchForHeadSize(BandedParams const& p, CUstream_st* stream)
 {
     using namespace banded;
-    using Fp32 = Fp32Traits<kD>;
     switch (p.type)
     {
-    case Type::kFLOAT:
-        return launch(bandedAttentionFp32<kD>, gridOf<Fp32::kQUERIES>(p), Fp32::kTHREADS,
-            Fp32::kSHARED_BYTES + Block<Fp32::kQUERIES>::tableBytes(p), p, stream);
+    case Type::kFLOAT: return launchBlocks<Fp32Traits<kD>>(bandedAttentionFp32<kD>, p, stream);
     case Type::kHALF: return launchTensorCores<Half, kD>(p, stream);
     default: return launchTensorCores<Bf16, kD>(p, stream);
     }
 }
 
-template <int kD>
-int32_t preloadForHeadSize()
+int32_t preloadAll(std::initializer_list<void (*)(BandedParams)> kernels)
 {
-    using namespace banded;
-    for (void (*kernel)(BandedParams) :
-        {bandedAttentionFp32<kD>, bandedAttentionWarpgroup<Half>, bandedAttentionWarpgroup<Bf16>,
-            bandedAttentionTensorCores<Half, kD, 1>, bandedAttentionTensorCores<Half, kD, 2>,
-            bandedAttentionTensorCores<Bf16, kD, 1>, bandedAttentionTensorCores<Bf16, kD, 2>})
+    for (void (*kernel)(BandedParams) : kernels)
     {
         if (int32_t const error = preloadKernel(kernel))
         {
@@ -103,12 +97,27 @@ int32_t preloadForHeadSize()
     return 0;
 }
 
+int32_t preloadWarpgroup()
+{
+    runsWarpgroups(); // asks for the attributes of a kernel, once
+    return preloadAll({banded::bandedAttentionWarpgroup<Half>, banded::bandedAttentionWarpgroup<Bf16>});
+}
+
+template <int kD>
+int32_t preloadForHeadSize()
+{
+    using namespace banded;
+    return preloadAll(
+        {bandedAttentionFp32<kD>, bandedAttentionTensorCores<Half, kD, 1>, bandedAttentionTensorCores<Half, kD, 2>,
+            bandedAttentionTensorCores<Bf16, kD, 1>, bandedAttentionTensorCores<Bf16, kD, 2>});
+}
+
 } // namespace
 
 int32_t preloadBandedAttention() noexcept
 {
-    runsWarpgroups(); // asks for the attributes of a kernel, once
-    for (int32_t (*preload)() : {preloadForHeadSize<32>, preloadForHeadSize<64>, preloadForHeadSize<128>})
+    for (int32_t (*preload)() :
+        {preloadWarpgroup, preloadForHeadSize<32>, preloadForHeadSize<64>, preloadForHeadSize<128>})
     {
         if (int32_t const error = preload())
         {

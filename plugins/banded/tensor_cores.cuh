@@ -93,8 +93,7 @@ __device__ __forceinline__ void computeScores(
     }
 }
 
-// Masks the scores of the 32 keys from 8 · kFIRST on, or of fewer.
-template <int kFIRST = 0, int kROW_TILES, int kN>
+template <int kROW_TILES, int kN>
 __device__ __forceinline__ void maskScores(
     float (&scores)[kROW_TILES][kN][4], Visibility<16 * kROW_TILES> const& visibility)
 {
@@ -105,12 +104,12 @@ __device__ __forceinline__ void maskScores(
     for (int tile = 0; tile < kROW_TILES; ++tile)
     {
 #pragma unroll
-        for (int n = kFIRST; n < min(kFIRST + visibility.kKEYS / 8, kN); ++n)
+        for (int n = 0; n < kN; ++n)
         {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
             {
-                int const column = (n - kFIRST) * 8 + i % 2;
+                int const column = n * 8 + i % 2;
                 int const row = tile * 16 + i / 2 * 8;
                 bool const visible = (keys >> column & 1U) != 0
                     && static_cast<uint32_t>(distance + column - row) <= static_cast<uint32_t>(visibility.last);

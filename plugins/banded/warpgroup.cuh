@@ -16,10 +16,9 @@ struct WarpgroupTraits : TensorCoreTraits<64, 1>
 
 #ifdef LFX_WARPGROUPS
 
-// Masks the scores of the columns before `first`, the first one that a lane's upper row sees; its lower row begins 8 further.
-// Columns count from the lane's first.
-template <int kN>
-__device__ __forceinline__ void maskBefore(float (&scores)[kN][4], int32_t first)
+// Masks the scores for which isVisible(n, i) is false.
+template <int kN, typename IsVisible>
+__device__ __forceinline__ void keepVisible(float (&scores)[kN][4], IsVisible isVisible)
 {
 #pragma unroll
     for (int n = 0; n < kN; ++n)
@@ -27,41 +26,24 @@ __device__ __forceinline__ void maskBefore(float (&scores)[kN][4], int32_t first
 #pragma unroll
         for (int i = 0; i < 4; ++i)
         {
-            scores[n][i] = n * 8 + i % 2 - i / 2 * 8 < first ? kNEG_INF : scores[n][i];
+            scores[n][i] = isVisible(n, i) ? scores[n][i] : kNEG_INF;
         }
     }
 }
 
-// Masks the scores of the columns after `last`, the last one that a lane's upper row sees; its lower row ends 8 further.
-template <int kN>
-__device__ __forceinline__ void maskAfter(float (&scores)[kN][4], int32_t last)
+// Column of scores[n][i], from the lane's first, less the row that it is of, from the lane's upper one.
+__device__ __forceinline__ constexpr int columnLessRow(int n, int i)
 {
-#pragma unroll
-    for (int n = 0; n < kN; ++n)
-    {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-        {
-            scores[n][i] = n * 8 + i % 2 - i / 2 * 8 > last ? kNEG_INF : scores[n][i];
-        }
-    }
+    return n * 8 + i % 2 - i / 2 * 8;
 }
 
 // Masks the scores of the keys whose bit is 0.
 template <int kN>
-__device__ __forceinline__ void maskKeys(float (&scores)[kN][4], uint32_t const (&keys)[2])
+__device__ __forceinline__ void keepKeys(float (&scores)[kN][4], uint32_t const (&keys)[2])
 {
     int32_t const column = threadIdx.x % 4 * 2;
     uint32_t const own[2] = {keys[0] >> column, keys[1] >> column};
-#pragma unroll
-    for (int n = 0; n < kN; ++n)
-    {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-        {
-            scores[n][i] = (own[n / 4] >> (n % 4 * 8 + i % 2) & 1U) != 0 ? scores[n][i] : kNEG_INF;
-        }
-    }
+    keepVisible(scores, [&](int n, int i) { return (own[n / 4] >> (n % 4 * 8 + i % 2) & 1U) != 0; });
 }
 
 // Attention over the first kKEYS keys of a tile; mask(scores) masks those that a row does not see.
@@ -201,7 +183,7 @@ __global__ void LFX_WARPGROUP_BOUNDS bandedAttentionWarpgroup(BandedParams p)
             int32_t const slot = tiles.firstSlot(tile);
             uint32_t const used[2]
                 = {visibleSlots<Traits>(block, slot).keys, visibleSlots<Traits>(block, slot + kWORD_BITS).keys};
-            auto const mask = [&](auto& scores) { maskKeys(scores, used); };
+            auto const mask = [&](auto& scores) { keepKeys(scores, used); };
             if (tiles.slotsFrom(tile) <= Traits::kFEW_KEYS)
             {
                 attendKeys<Traits::kFEW_KEYS>(rows, tileKeys, tileValues, scaleLog2, mask);
@@ -223,15 +205,15 @@ __global__ void LFX_WARPGROUP_BOUNDS bandedAttentionWarpgroup(BandedParams p)
         attendKeys<Traits::kKEYS>(rows, tileKeys, tileValues, scaleLog2, [&](auto& scores) {
             if ((local[0] & local[1]) != UINT32_MAX)
             {
-                maskKeys(scores, local);
+                keepKeys(scores, local);
             }
             if (first + Traits::kWARP_QUERIES > 1)
             {
-                maskBefore(scores, first + laneRow);
+                keepVisible(scores, [&](int n, int i) { return columnLessRow(n, i) >= first + laneRow; });
             }
             if (last < Traits::kKEYS - 1)
             {
-                maskAfter(scores, last + laneRow);
+                keepVisible(scores, [&](int n, int i) { return columnLessRow(n, i) <= last + laneRow; });
             }
         });
     }

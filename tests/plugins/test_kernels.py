@@ -65,22 +65,22 @@ def one_key_masked(key: int, precision: str) -> Banded:
     return problem
 
 
-def some_slots_used(used: list[int], slots: int, precision: str) -> Banded:
+def some_slots_used(used: list[int], slots: int, precision: str, head_size: int = 16, seqlen: int = 150) -> Banded:
     """Global tokens in given slots; unused slots are -1 or another position outside the sequence."""
-    problem = banded(Case(1, 150), 1, 16, 20, precision=precision)
+    problem = banded(Case(1, seqlen), 1, head_size, 20, precision=precision)
     index = np.where(np.arange(slots) % 2, -1, -150).astype(np.int32)
     index[used] = 7 + 3 * np.arange(len(used))
     problem.inputs["global_index"] = index[None]
-    rows = np.random.default_rng(slots).standard_normal((1, slots, 16))
+    rows = np.random.default_rng(slots).standard_normal((1, slots, head_size))
     problem.inputs["global_context"] = rows.astype(problem.inputs["query"].dtype)
     return problem
 
 
-def growing_scores(growth: float, precision: str) -> Banded:
+def growing_scores(growth: float, precision: str, head_size: int = 16, seqlen: int = 200) -> Banded:
     """Scores that grow by `growth` over the sequence, in powers of 2, so that a row's maximum grows group by group."""
-    problem = banded(Case(1, 200), 1, 16, 100, precision=precision)
-    ramp = np.linspace(0, growth * np.log(2) * 16**0.5, 200)
-    for name, values in (("query", np.ones(200)), ("key", ramp)):
+    problem = banded(Case(1, seqlen), 1, head_size, seqlen // 2, precision=precision)
+    ramp = np.linspace(0, growth * np.log(2) * head_size**0.5, seqlen)
+    for name, values in (("query", np.ones(seqlen)), ("key", ramp)):
         array = problem.inputs[name]
         array[...] = 0
         array[0, :, 0] = values.astype(array.dtype)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import faulthandler
-import os
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,14 @@ import pytest
 from lfx.parity import Case, full_cases
 from scripts.bench.launch import Kernels
 from tests.marks import fast_where
-from tests.plugins import mutants, races
-from tests.plugins.build import built_once
+from tests.plugins import mutants, races, test_kernels
 from tests.plugins.problems import Banded, banded
-from tests.plugins.races import RaceDetector, in_a_fork
+from tests.plugins.races import RaceDetector
 from tests.plugins.tensors import LAYOUTS
-from tests.plugins.test_kernels import check_layout
+from tests.plugins.test_kernels import check_layout, one_key_masked, outcome, unchanged
 from tests.plugins.test_races import race_library, turns
 
-__all__ = ["race_library", "turns"]  # fixtures
+__all__ = ["race_library", "turns", "unchanged"]  # fixtures
 
 every_precision = pytest.mark.parametrize("precision", fast_where(("fp16", "bf16"), lambda name: name == "fp16"))
 
@@ -34,38 +32,11 @@ def _on_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check(problem: Banded, kernels: Kernels) -> None:
     """The kernel's error is at most the tolerance, which is derived from rounding."""
-    assert np.abs(problem.run(kernels.banded, None) - problem.dense()).max() <= problem.tolerance()
+    test_kernels.check(problem, kernels, wide=False)
 
 
-def with_slots(used: list[int], slots: int, precision: str) -> Banded:
-    """Global tokens in given slots; unused slots are -1 or another position outside the sequence."""
-    problem = banded(Case(1, 200), 1, 64, 20, precision=precision)
-    index = np.where(np.arange(slots) % 2, -1, -150).astype(np.int32)
-    index[used] = 7 + 2 * np.arange(len(used))
-    problem.inputs["global_index"] = index[None]
-    rows = np.random.default_rng(slots).standard_normal((1, slots, 64))
-    problem.inputs["global_context"] = rows.astype(problem.inputs["query"].dtype)
-    return problem
-
-
-def one_key_masked(key: int, precision: str) -> Banded:
-    """Keys that are visible except one. Their scores are negative, so that a zero-filled key would outweigh them."""
-    problem = banded(Case(1, 330), 1, 64, 100, precision=precision)
-    problem.inputs["key_mask"][0, key] = 0
-    problem.inputs["key"] = np.abs(problem.inputs["key"])
-    problem.inputs["query"] = -np.abs(problem.inputs["query"])
-    return problem
-
-
-def growing_scores(growth: float, precision: str) -> Banded:
-    """Scores that grow by `growth` over the sequence, in powers of 2, so that a row's maximum grows tile by tile."""
-    problem = banded(Case(1, 300), 1, 64, 150, precision=precision)
-    ramp = np.linspace(0, growth * np.log(2) * 64**0.5, 300)
-    for name, values in (("query", np.ones(300)), ("key", ramp)):
-        array = problem.inputs[name]
-        array[...] = 0
-        array[0, :, 0] = values.astype(array.dtype)
-    return problem
+some_slots_used = functools.partial(test_kernels.some_slots_used, head_size=64, seqlen=300)
+growing_scores = functools.partial(test_kernels.growing_scores, head_size=64, seqlen=300)
 
 
 def problems(precision: str) -> dict[str, Banded]:
@@ -76,8 +47,8 @@ def problems(precision: str) -> dict[str, Banded]:
         "right": banded(Case(1, 70, "none", "right"), 1, 64, 20, precision=precision),
         "dilation": banded(case, 2, 48, 20, precision=precision, dilation=3),
         "causal": banded(case, 2, 64, 70, precision=precision, causal=1),
-        "slots": with_slots([3, 16], 20, precision),
-        "tiles of slots": with_slots([3, 70, 139], 140, precision),
+        "slots": some_slots_used([3, 16], 20, precision),
+        "tiles of slots": some_slots_used([3, 70, 139], 140, precision),
         "one key masked": one_key_masked(200, precision),
         "growing": growing_scores(60, precision),
     }
@@ -115,7 +86,7 @@ def test_used_slots_among_unused_ones(emulated: Kernels, precision: str) -> None
     cases: list[tuple[int, list[int]]] = [(1, []), (80, []), (1, [0]), (80, [0]), (80, [15, 16]), (80, [40])]
     cases += [(20, [2, 15]), (20, [2, 16]), (96, [80]), (80, [64]), (140, [3, 139]), (90, list(range(90)))]
     for slots, used in cases:
-        check(with_slots(used, slots, precision), emulated)
+        check(some_slots_used(used, slots, precision), emulated)
     for padding in ("none", "left"):
         check(banded(Case(1, 150, "all", padding), 1, 64, 4, precision=precision), emulated)
 
@@ -177,8 +148,8 @@ def test_the_order_of_blocks_and_warps_does_not_change_a_bit(
 MUTATIONS = {
     "copies that are not published": ("publishCopies();", ""),
     "products that read before the copies arrive": ("waitForCopies<0>();", ""),
-    "a column masked too many": ("8 < first ?", "8 <= first ?"),
-    "a column masked too few": ("8 > last ?", "8 > last + 1 ?"),
+    "a column masked too many": ("columnLessRow(n, i) >= first", "columnLessRow(n, i) > first"),
+    "a column masked too few": ("columnLessRow(n, i) <= last", "columnLessRow(n, i) <= last + 1"),
     "masked keys": ("if ((local[0] & local[1]) != UINT32_MAX)", "if (false)"),
     "a bit of another key": ("keys[1] >> column}", "keys[1] >> (column ^ 2)}"),
     "the next columns of the keys twice": ("right(step * 16)", "right(16)"),
@@ -191,33 +162,11 @@ MUTATIONS = {
 
 
 @pytest.fixture(scope="module")
-def unchanged() -> Path:
-    """The kernels before each mutation."""
-    return built_once("unchanged", mutants.unchanged)
-
-
-@pytest.fixture(scope="module")
-def with_results() -> list[tuple[Banded, np.ndarray]]:
-    """Problems with their results by the dense definition."""
-    found: Iterator[Banded] = iter(problems("fp16").values())
-    cases = [*found, banded(Case(2, 150, "scattered", "holes"), 2, 64, 20, precision="fp16")]
+def with_results() -> list[tuple[Banded, bool, np.ndarray]]:
+    """Problems with their results by the dense definition, as test_kernels has them: not for wide blocks."""
+    cases = [*problems("fp16").values(), banded(Case(2, 150, "scattered", "holes"), 2, 64, 20, precision="fp16")]
     cases[-1].layout = "gaps"
-    return [(problem, problem.dense()) for problem in cases]
-
-
-def outcome(library: Path, with_results: list[tuple[Banded, np.ndarray]]) -> str:
-    """Run the problems in a process of its own; returns "right", "wrong" or "stopped"."""
-    kernels = Kernels(library)
-
-    def run() -> str:
-        faulthandler.disable()  # pytest's, which would print a trace
-        os.environ["LFX_COMPUTE_CAPABILITY"] = "90"
-        for problem, expected in with_results:
-            if not np.abs(problem.run(kernels.banded, None) - expected).max() <= problem.tolerance():
-                return "wrong"
-        return "right"
-
-    return in_a_fork(run)[0] or "stopped"
+    return [(problem, False, problem.dense()) for problem in cases]
 
 
 def test_the_kernel_before_the_mutations_is_right(unchanged: Path, with_results: Any) -> None:
