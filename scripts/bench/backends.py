@@ -166,7 +166,7 @@ def profile(backend: str, precision: str, bundle: Path, length: int, threads: in
     ids = np.random.default_rng(0).integers(3, 50000, (1, length))
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "global_attention_mask": np.zeros_like(ids)}
     if backend == "onnxruntime":
-        runs = onnxruntime_counters(bundle, feeds, threads)
+        runs = onnxruntime_counters(bundle, feeds, threads, "fused")
     else:
         runs = openvino_counters(bundle, feeds, threads, OPENVINO_TYPES[precision])
     run = min(runs, key=lambda nodes: sum(seconds for _, _, seconds in nodes))
@@ -188,7 +188,7 @@ def is_attention(name: str, operator: str) -> bool:
     return bool(is_named) or operator in ("BandedAttention", "GlobalAttention")
 
 
-def onnxruntime_counters(bundle: Path, feeds: Feeds, threads: int, kernels: str = "function") -> list[Counted]:
+def onnxruntime_counters(bundle: Path, feeds: Feeds, threads: int, kernels: str) -> list[Counted]:
     """Profile five runs in ONNX Runtime; returns name, operator and seconds of each node, per run."""
     options = onnxruntime.SessionOptions()
     if kernels == "fused":
