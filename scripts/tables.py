@@ -251,7 +251,10 @@ def _backends(records: list[dict[str, Any]]) -> str:
     turns = ", ".join(f"{' or '.join(map(str, counts))} at batch {batch}" for batch, counts in rounds.items())
     note = f"\nBase shape, {records[0]['threads']} threads, no global tokens. Seconds, and how many times as fast as "
     note += f"{names[0]} in the same run, not the same for all cells; medians of turns ({turns}). "
-    note += f"{_hardware(records[0])}, OpenVINO {records[0]['versions']['openvino']}.\n"
+    latest = max(records, key=lambda row: row["date"])
+    note += f"{_hardware(latest)}, OpenVINO {latest['versions']['openvino']}"
+    others = {row["contender"]: row["date"] for row in records if row["date"] != latest["date"]}
+    note += "".join(f"; {name}: {date}" for name, date in others.items()) + ".\n"
     return _rows(["batch", "tokens", *names], rows) + note
 
 
