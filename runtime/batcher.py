@@ -324,6 +324,7 @@ class Batcher:
                 self._run(group)
                 with self._changed:
                     self._running.difference_update(group)
+                group = []  # while it waits for the next one, nothing keeps the outputs
         except BaseException as error:
             _log.exception("a worker of a Batcher died")
             with self._changed:

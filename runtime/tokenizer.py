@@ -154,6 +154,7 @@ class Tokenizer:
     """
 
     _cleans_up = False
+    lets_threads_run = False
 
     def __init__(
         self,
@@ -291,7 +292,7 @@ class Tokenizer:
             text = prompt + text  # not an f-string, which would format an Enum of strings by its name
             _check_text(text, pair)
         with failing(InputError, "the tokenizer fails on this text", "use the tokenizer that belongs to this model"):
-            encoding = self._tokenizer.encode(text, pair)
+            encoding = self._encode(text, pair)
             ids, pieces, sequences = list(encoding.ids), list(encoding.tokens), list(encoding.sequence_ids)
             offsets = encoding.offsets if TASKS[self.signature.task].needs_pair else []
             special = self._tokenizer.num_special_tokens_to_add(pair is not None)
@@ -306,6 +307,11 @@ class Tokenizer:
         first = sequences.index(index) if index in sequences else 0
         document = range(first, first + sequences.count(index))
         return Encoded(ids, pieces, document, source, offsets[document.start : document.stop])
+
+    def _encode(self, text: str, pair: str | None) -> Any:
+        if self.lets_threads_run:
+            return self._tokenizer.encode_batch([text if pair is None else (text, pair)])[0]
+        return self._tokenizer.encode(text, pair)
 
     def token_texts(self, text: str, pair: str | None = None) -> list[TokenText]:
         """The tokens of `encode` for a text or a pair, each with its characters; raises the errors of `encode`."""

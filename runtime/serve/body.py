@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
 from lfx.checks import parse_json
-from lfx.runtime.serve.replies import RefusalError
+from lfx.runtime.serve.replies import RefusalError, too_many_inputs
 from lfx.runtime.serve.service import Service
 
 _LONGEST_MESSAGE = 300
@@ -45,15 +45,16 @@ List = Annotated[list[Item], _FailFast()]
 async def read_body(service: Service, data: bytes, form: type[AnyBody]) -> AnyBody:
     """`parse_body`, in the thread that tokenizes if the body is large."""
     if len(data) <= _SMALL_BYTES:
-        return parse_body(data, form)
-    return await service.parse(lambda: parse_body(data, form))
+        return parse_body(data, form, service.settings.max_inputs)
+    return await service.parse(lambda: parse_body(data, form, service.settings.max_inputs))
 
 
-def parse_body(data: bytes, form: type[AnyBody]) -> AnyBody:
+def parse_body(data: bytes, form: type[AnyBody], max_inputs: int) -> AnyBody:
     """Parse and check a body.
 
     Raises:
-        RefusalError: it is not JSON, or does not match `form`; the message names the first wrong field.
+        RefusalError: it is not JSON, has too many inputs, or does not match `form`; then the message names the first
+            wrong field.
     """
     try:
         value = parse_json(data.decode("utf-8-sig"))  # json.loads would take UTF-16 and UTF-32 too
@@ -63,6 +64,11 @@ def parse_body(data: bytes, form: type[AnyBody]) -> AnyBody:
         raise RefusalError(422, f"the body is not JSON: {str(error)[:_LONGEST_MESSAGE]}") from error
     if not isinstance(value, dict):
         raise RefusalError(422, f"the body is {type(value).__name__}; give a JSON object")
+    inputs = value.get("inputs", value.get("input"))
+    # Counted before they are checked, which takes seconds for hundreds of thousands, in which no other thread runs. A
+    # list of two may be a pair of texts, and one of numbers the ids of one input.
+    if isinstance(inputs, list) and len(inputs) > max(max_inputs, 2) and not isinstance(inputs[0], int):
+        raise too_many_inputs(len(inputs), max_inputs)
     try:
         return form.model_validate(value)
     except ValidationError as error:

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfx.errors import InputError
+from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.embedding import SENTENCE_OUTPUT, check_task
-from lfx.runtime.serve.model import Input, ServedModel
-from lfx.runtime.serve.replies import RefusalError, check_size
+from lfx.runtime.serve.model import Input, Prepared, ServedModel
+from lfx.runtime.serve.replies import RefusalError, Size
 from lfx.runtime.serve.service import Service
 
 
@@ -20,7 +21,7 @@ async def embed(
     """Compute the embedding of each input; returns them, and the total number of tokens.
 
     Args:
-        encoding, field: of the reply; see `check_size`.
+        encoding, field: of the reply; see `Size`.
     Raises:
         RefusalError: the model has another task than sentence embedding, or the request is refused.
         LfxError: the model cannot take an input, or failed.
@@ -30,7 +31,12 @@ async def embed(
     except InputError as error:
         reason = f"the model {model.name} gives no sentence embeddings: its task is {model.signature.task}"
         raise RefusalError(424, reason, "Backend", "model_not_supported") from error
-    computed = await service.run(model, items)
-    rows = [np.asarray(outputs[SENTENCE_OUTPUT])[0].astype(np.float32, copy=False) for _, outputs in computed]
-    check_size(list(rows), encoding, field)
-    return rows, sum(prepared.tokens for prepared, _ in computed)
+    size = Size(encoding, field)
+
+    def read(prepared: Prepared, outputs: Outputs) -> tuple[NDArray[np.float32], int]:
+        row = np.asarray(outputs[SENTENCE_OUTPUT])[0].astype(np.float32, copy=False)
+        size.add(row)
+        return row, prepared.tokens
+
+    computed = await service.run(model, items, read)
+    return [row for row, _ in computed], sum(tokens for _, tokens in computed)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +22,17 @@ from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.generation.rows import without_padding
 from lfx.runtime.inputs import pad_choices, prepare
 from lfx.runtime.postprocess import Postprocessor, answer_outputs
-from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
+from lfx.runtime.serve.settings import (
+    BYTES_PER_TOKEN,
+    MAX_UNREAD_OUTPUT_BYTES,
+    NO_LIMIT_TOKENS,
+    OTHER_BYTES,
+    Settings,
+)
 from lfx.runtime.serve.writing import TokenTexts, Written, WrittenToken, decoded
 from lfx.runtime.text_files import TOKENIZER, text_folder
 from lfx.runtime.tokenizer import Encoded, Tokenizer, encode_ids, open_tokenizer
-from lfx.signature import SENTENCE_EMBEDDING, TASKS, TEXT_GENERATION
+from lfx.signature import SENTENCE_EMBEDDING, TASKS, TEXT_GENERATION, Signature
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,36 @@ class Input:
     outputs: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True)
+class OutputMemory:
+    """Bounds the outputs of a model that are not read yet; for the thread of the event loop alone.
+
+    Args:
+        signature: of the model.
+    """
+
+    def __init__(self, signature: Signature) -> None:
+        shapes = [spec.shape for spec in signature.outputs if "sequence" in spec.shape]
+        self._per_token = sum(4 * math.prod(size for size in shape if isinstance(size, int)) for shape in shapes)
+        self._bytes, self._turn, self._freed = 0, asyncio.Lock(), asyncio.Event()
+
+    async def take(self, submit: Callable[[], Awaitable[Prepared]]) -> tuple[Prepared, int]:
+        """Wait until there is room, and submit an input; returns it, and the bytes that `free` gets when it is read."""
+        async with self._turn:
+            while self._bytes >= MAX_UNREAD_OUTPUT_BYTES:
+                self._freed.clear()
+                await self._freed.wait()
+            prepared = await submit()
+            size = prepared.computed * self._per_token
+            self._bytes += size
+        return prepared, size
+
+    def free(self, size: int, _: object = None) -> None:
+        """Note that outputs were read, or are not read any more."""
+        self._bytes -= size
+        self._freed.set()
+
+
+@dataclass
 class Prepared:
     """An input that was tokenized and submitted to the Batcher.
 
@@ -61,14 +98,16 @@ class Prepared:
         encoded: the encoding of the text; for multiple choice, of the first choice.
         tokens: number of real tokens.
         truncated: whether the text was cut.
-        future: of the model's outputs.
+        computed: number of tokens that are computed for it, masked ones included.
+        future: of the model's outputs; None once they were read, which frees them.
         positions: of the real tokens among the ids that the client gave; None if no id is masked.
     """
 
     encoded: Encoded
     tokens: int
     truncated: bool
-    future: Future[Outputs]
+    computed: int
+    future: Future[Outputs] | None
     positions: NDArray[np.int64] | None = None
 
 
@@ -96,12 +135,14 @@ class ServedModel:
         folder = None if settings.tokenizer is None else Path(settings.tokenizer)
         if folder is not None or (text_folder(self.engine.path, self.engine.text_source) / TOKENIZER).exists():
             self._tokenizer = open_tokenizer(self.engine.path, self.engine.text_source, self.signature, folder)
+            self._tokenizer.lets_threads_run = True  # a long text takes seconds, and the event loop must go on
             self._postprocessor = Postprocessor(self._tokenizer)
         self._generation: Mapping[str, Any] = {}
         if self.has_tokenizer and self.signature.task == TEXT_GENERATION:
             with contextlib.suppress(LfxError):  # each text has the error, and other routes are answered
                 # Read now, as the model is: the files may be replaced before the first text.
                 self._generation = self.engine.text_writer().defaults
+        self.output_memory = OutputMemory(self.signature)
         self.engine.warm_up()
         # The Service takes a request while fewer than max_pending texts are in progress; it has up to max_inputs texts.
         max_pending = settings.max_pending + settings.max_inputs
@@ -166,7 +207,8 @@ class ServedModel:
         if TASKS[self.signature.task].needs_pair and item.pair is None:
             raise InputError(f"{self.signature.task} needs the question as text, and the document as pair")
         encoded, truncated = self._encode(item.text, item.pair, item)
-        return Prepared(encoded, len(encoded.ids), truncated, self._enqueue(item, encoded.ids))
+        tokens = len(encoded.ids)
+        return Prepared(encoded, tokens, truncated, tokens, self._enqueue(item, encoded.ids))
 
     def _enqueue(self, item: Input, *arrays: Any) -> Future[Outputs]:
         """Submit ids and masks to the Batcher, for the outputs that the reply needs."""
@@ -205,7 +247,7 @@ class ServedModel:
         mask = np.ones(shape, int) if item.attention_mask is None else np.reshape(item.attention_mask, shape)
         first = (item.ids[0], mask[0]) if self.signature.has_choices else (item.ids, mask)
         encoded, positions = encode_ids(*first)
-        return Prepared(encoded, int(mask.sum()), False, future, positions)
+        return Prepared(encoded, int(mask.sum()), False, mask.size, future, positions)
 
     def _submit_choices(self, item: Input) -> Prepared:
         assert item.text is not None
@@ -215,7 +257,7 @@ class ServedModel:
         encoded = [self._encode(item.text, choice, item) for choice in item.choices]
         ids, mask = pad_choices([choice.ids for choice, _ in encoded], self.signature.pad_token_id)
         truncated = any(cut for _, cut in encoded)
-        return Prepared(encoded[0][0], int(mask.sum()), truncated, self._enqueue(item, ids, mask))
+        return Prepared(encoded[0][0], int(mask.sum()), truncated, ids.size, self._enqueue(item, ids, mask))
 
     def _check_choices(self, count: int) -> None:
         if count > self._max_choices:

@@ -10,10 +10,11 @@ from fastapi import Response
 from pydantic import Field
 
 from lfx.errors import InputError
+from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.serve.body import List, StrictBody, read_body
-from lfx.runtime.serve.model import Input, ServedModel
-from lfx.runtime.serve.replies import array_reply, check_size, dumps
-from lfx.runtime.serve.service import Computed, Service
+from lfx.runtime.serve.model import Input, Prepared, ServedModel
+from lfx.runtime.serve.replies import Size, array_reply, dumps
+from lfx.runtime.serve.service import Service
 
 Ids = List[int] | List[List[int]]
 
@@ -77,8 +78,28 @@ async def run(service: Service, data: bytes, name: str | None) -> Response:
     if not items:
         raise InputError("inputs is an empty list; give at least one")
     names = _output_names(model, body.outputs)
-    computed = await service.run(model, [_input(item, body, names) for item in items])
-    return await service.render(lambda: _reply(model, computed, names, body.encoding, start))
+    size = Size(body.encoding)
+
+    def read(prepared: Prepared, outputs: Outputs) -> dict[str, Any]:
+        # With "...", the row of an output of shape (batch,) is an array too, and not one of numpy's scalars.
+        row = {name: np.asarray(outputs[name])[0, ...] for name in names}
+        size.add(*row.values())
+        return {
+            "tokens": prepared.tokens,
+            "truncated": prepared.truncated,
+            "answers": model.answers(prepared, outputs),
+            "outputs": {name: array_reply(array, body.encoding) for name, array in row.items()},
+        }
+
+    results = await service.run(model, [_input(item, body, names) for item in items], read)
+    reply = {
+        "model": model.name,
+        "task": model.signature.task,
+        "results": results,
+        "tokens": sum(result["tokens"] for result in results),
+        "latency_ms": round((time.perf_counter() - start) * 1000, 3),
+    }
+    return await service.render(lambda: Response(dumps(reply), media_type="application/json"))
 
 
 def _input(item: str | OneInput, body: RunRequest, names: list[str]) -> Input:
@@ -95,26 +116,3 @@ def _output_names(model: ServedModel, requested: list[str] | None) -> list[str]:
         if name not in specs:
             raise InputError(f"the model has no output {name[:100]!r}; its outputs are {', '.join(specs)}")
     return list(dict.fromkeys(requested))
-
-
-def _reply(model: ServedModel, computed: list[Computed], names: list[str], encoding: str, start: float) -> Response:
-    # With "...", the row of an output of shape (batch,) is an array too, and not one of numpy's scalars.
-    arrays = [{name: np.asarray(outputs[name])[0, ...] for name in names} for _, outputs in computed]
-    check_size([array for row in arrays for array in row.values()], encoding)
-    results = [
-        {
-            "tokens": prepared.tokens,
-            "truncated": prepared.truncated,
-            "answers": model.answers(prepared, outputs),
-            "outputs": {name: array_reply(array, encoding) for name, array in row.items()},
-        }
-        for (prepared, outputs), row in zip(computed, arrays, strict=True)
-    ]
-    reply = {
-        "model": model.name,
-        "task": model.signature.task,
-        "results": results,
-        "tokens": sum(prepared.tokens for prepared, _ in computed),
-        "latency_ms": round((time.perf_counter() - start) * 1000, 3),
-    }
-    return Response(dumps(reply), media_type="application/json")

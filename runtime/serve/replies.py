@@ -46,6 +46,13 @@ def unavailable(message: str) -> RefusalError:
     return RefusalError(503, message, "Unhealthy", "server_unavailable")
 
 
+def too_many_inputs(count: int, most: int) -> RefusalError:
+    """A request with too many inputs: status 413."""
+    return RefusalError(
+        413, f"the request has {count} inputs, above the {most} that this server takes; send several requests"
+    )
+
+
 def refusal_of(error: LfxError) -> RefusalError:
     """The refusal for an error of lfx."""
     message = str(error)
@@ -138,24 +145,31 @@ def array_reply(array: NDArray[Any], encoding: str) -> Any:
     }
 
 
-def check_size(arrays: list[NDArray[Any]], encoding: str, field: str | None = "encoding") -> None:
-    """Raise RefusalError if the outputs are too large for one reply.
+class Size:
+    """The size of the outputs of a reply.
 
     Args:
         encoding: "float" or "base64".
         field: the field of the request that asks for base64; None if the route has none.
     """
-    numbers, size = sum(array.size for array in arrays), sum(array.nbytes for array in arrays)
-    if encoding == "float" and numbers > MAX_JSON_NUMBERS:
-        cure = "" if field is None else f'give {field}: "base64", or '
-        raise RefusalError(
-            413,
-            f"the outputs have {numbers:,} numbers, above the {MAX_JSON_NUMBERS:,} of a JSON reply; {cure}"
-            "ask for fewer outputs or texts",
-        )
-    if size > MAX_OUTPUT_BYTES:
-        raise RefusalError(
-            413,
-            f"the outputs have {size:,} bytes, above the {MAX_OUTPUT_BYTES:,} of a reply; ask for fewer outputs or "
-            "texts",
-        )
+
+    def __init__(self, encoding: str, field: str | None = "encoding") -> None:
+        self._encoding, self._field, self._numbers, self._bytes = encoding, field, 0, 0
+
+    def add(self, *arrays: NDArray[Any]) -> None:
+        """Count outputs; raises RefusalError if those of the reply so far are too large for one."""
+        self._numbers += sum(array.size for array in arrays)
+        self._bytes += sum(array.nbytes for array in arrays)
+        if self._encoding == "float" and self._numbers > MAX_JSON_NUMBERS:
+            cure = "" if self._field is None else f'give {self._field}: "base64", or '
+            raise RefusalError(
+                413,
+                f"the outputs have {self._numbers:,} numbers or more, above the {MAX_JSON_NUMBERS:,} of a JSON reply; "
+                f"{cure}ask for fewer outputs or texts",
+            )
+        if self._bytes > MAX_OUTPUT_BYTES:
+            raise RefusalError(
+                413,
+                f"the outputs have {self._bytes:,} bytes or more, above the {MAX_OUTPUT_BYTES:,} of a reply; ask for "
+                "fewer outputs or texts",
+            )

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from lfx.checks import shown
-from lfx.errors import LfxError, one_line
+from lfx.errors import InputError, LfxError, one_line
 from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.serve.model import Input, Prepared, ServedModel
-from lfx.runtime.serve.replies import RefusalError, busy, unavailable
+from lfx.runtime.serve.replies import RefusalError, busy, too_many_inputs, unavailable
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, MAX_UNREAD_BYTES, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
 from lfx.runtime.serve.writing import Written, WrittenToken
 
 Result = TypeVar("Result")
 # Fields of the log line of the request in progress: its model, number of texts and number of tokens.
 log_fields: ContextVar[dict[str, Any]] = ContextVar("log_fields")
-Computed = tuple[Prepared, Outputs]
+Read = Callable[[Prepared, Outputs], Result]  # makes what a reply needs of an input and its outputs
 
 
 NO_THREAD = "the limit of processes (ulimit -u, or the container's) is reached; raise it"
@@ -147,34 +148,48 @@ class Service:
         if self.unread_bytes() >= MAX_UNREAD_BYTES:
             raise busy("the replies that clients have not read yet fill the memory for them; try again later")
 
-    async def run(self, model: ServedModel, inputs: Sequence[Input]) -> list[Computed]:
+    async def run(self, model: ServedModel, inputs: Sequence[Input], read: Read[Result]) -> list[Result]:
         """Tokenize and compute the inputs of one request; if the call is cancelled, those pending are not computed.
 
+        Args:
+            read: called in another thread with each input as soon as it is computed, whose outputs are freed then:
+                those of a long text may have a gigabyte.
+        Returns:
+            What `read` returns for each input.
         Raises:
             RefusalError: there are too many inputs or too many texts in progress, or it takes longer than
                 answer_seconds.
             LfxError: the model cannot take an input, or failed.
         """
         if len(inputs) > self.settings.max_inputs:
-            raise RefusalError(
-                413,
-                f"the request has {len(inputs)} inputs, above the {self.settings.max_inputs} that this server takes; "
-                "send several requests",
-            )
+            raise too_many_inputs(len(inputs), self.settings.max_inputs)
         with self._counted(len(inputs)), _Submissions() as submissions:
+            prepared, reading = submissions.prepared, list[asyncio.Future[Result]]()
             try:
                 async with asyncio.timeout(self.settings.answer_seconds):
                     for item in inputs:
-                        await self.parse(lambda item=item: submissions.submit(model, item))  # type: ignore[misc]
-                    prepared = submissions.prepared
-                    outputs = await asyncio.gather(*(asyncio.wrap_future(one.future) for one in prepared))
+                        submit = functools.partial(submissions.submit, model, item)
+                        one, size = await model.output_memory.take(functools.partial(self.parse, submit))
+                        reading.append(asyncio.ensure_future(self._read(one, read)))
+                        reading[-1].add_done_callback(functools.partial(model.output_memory.free, size))
+                    results = await asyncio.gather(*reading)
             except TimeoutError as error:
                 raise unavailable(
                     f"the request was not computed within {self.settings.answer_seconds:g} s; send less, or try again "
                     "later"
                 ) from error
+            finally:
+                for task in reading:
+                    task.cancel()
+                await asyncio.gather(*reading, return_exceptions=True)
         log_fields.get({}).update(model=model.name, texts=len(prepared), tokens=sum(one.tokens for one in prepared))
-        return list(zip(prepared, outputs, strict=True))
+        return results
+
+    async def _read(self, prepared: Prepared, read: Read[Result]) -> Result:
+        assert prepared.future is not None
+        outputs = [await asyncio.wrap_future(prepared.future)]
+        prepared.future = None
+        return await asyncio.get_running_loop().run_in_executor(self._answering, lambda: read(prepared, outputs.pop()))
 
     async def generate(self, model: ServedModel, text: str, options: dict[str, Any], *, truncate: bool) -> Written:
         """Write a text with a model; if the call is cancelled, a text that is waiting is not written.
@@ -292,23 +307,26 @@ class _Submissions:
 
     def __init__(self) -> None:
         self.prepared: list[Prepared] = []
-        self._futures: list[Future[Outputs]] = []
         self._ended = threading.Event()
 
-    def submit(self, model: ServedModel, item: Input) -> None:
+    def submit(self, model: ServedModel, item: Input) -> Prepared:
         """Submit one input; called in the thread that tokenizes, which may still run when the request has ended."""
         if self._ended.is_set():
-            return
+            raise InputError("the request was cancelled")
         prepared = model.submit(item)
         self.prepared.append(prepared)
-        self._futures.append(prepared.future)
         if self._ended.is_set():
-            prepared.future.cancel()
+            self._cancel()
+        return prepared
 
     def __enter__(self) -> _Submissions:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        for future in self._futures:
-            future.cancel()
+        self._cancel()
+
+    def _cancel(self) -> None:
+        for prepared in list(self.prepared):
+            if (future := prepared.future) is not None:
+                future.cancel()

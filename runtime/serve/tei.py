@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 import lfx
+from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.postprocess import answer_outputs
 from lfx.runtime.serve.body import Body, List, read_body
 from lfx.runtime.serve.embeddings import embed
-from lfx.runtime.serve.model import Input
+from lfx.runtime.serve.model import Input, Prepared
 from lfx.runtime.serve.replies import RefusalError, dumps
 from lfx.runtime.serve.service import Service
 
@@ -84,16 +85,15 @@ async def predictions(service: Service, data: bytes, name: str | None) -> Respon
     is_batch = isinstance(body.inputs, list) and any(isinstance(item, list) for item in body.inputs)
     pairs = [_pair(item) for item in (body.inputs if is_batch else [body.inputs])]
     _check_not_empty([text for text, _ in pairs])
-    computed = await service.run(model, [Input(text, pair, truncate=bool(body.truncate)) for text, pair in pairs])
 
-    def reply() -> Response:
-        results = []
-        for prepared, outputs in computed:
-            scores = model.raw_scores(outputs) if body.raw_scores else model.answers(prepared, outputs)
-            results.append([{"score": score["score"], "label": score["label"]} for score in scores])
-        return Response(dumps(results if is_batch else results[0]), media_type="application/json")
+    def read(prepared: Prepared, outputs: Outputs) -> list[dict[str, Any]]:
+        scores = model.raw_scores(outputs) if body.raw_scores else model.answers(prepared, outputs)
+        return [{"score": score["score"], "label": score["label"]} for score in scores]
 
-    return await service.render(reply)
+    inputs = [Input(text, pair, truncate=bool(body.truncate)) for text, pair in pairs]
+    results = await service.run(model, inputs, read)
+    content = results if is_batch else results[0]
+    return await service.render(lambda: Response(dumps(content), media_type="application/json"))
 
 
 def _pair(item: str | list[str] | Any) -> tuple[str, str | None]:

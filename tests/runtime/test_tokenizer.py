@@ -51,8 +51,10 @@ def signature(task: str) -> Signature:
     )
 
 
-def test_encode_gives_the_ids_of_transformers_special_tokens_included(folder: Path) -> None:
+@pytest.mark.parametrize("lets_threads_run", [False, True])
+def test_encode_gives_the_ids_of_transformers_special_tokens_included(lets_threads_run: bool, folder: Path) -> None:
     tokenizer, theirs = Tokenizer(folder, signature("feature-extraction")), tiny_tokenizer()
+    tokenizer.lets_threads_run = lets_threads_run
     for text, pair in (("the quick fox", None), ("the fox", "lazy dog"), ("", None), ("a <mask> b", None)):
         encoded = tokenizer.encode(text, pair)
         assert encoded.ids == theirs(text, pair).input_ids

@@ -129,6 +129,8 @@ def _serve(models: tuple[str, ...], tokenizer: Path | None, as_json: bool, optio
     from lfx.runtime.serve import check_installed
 
     check_installed()
+    # The server tokenizes one text at a time; see `Tokenizer.lets_threads_run`. Workers inherit it.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from lfx.runtime.serve.lines import flush_lines, write_line
     from lfx.runtime.serve.settings import Settings, named_models
 

@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,10 @@ import pytest
 
 from lfx.errors import InputError
 from lfx.runtime.batcher import Batcher
+from lfx.runtime.engine import Engine
 from lfx.runtime.serve import gate, service
+from lfx.runtime.serve import model as served
+from lfx.runtime.serve.model import ServedModel
 from lfx.runtime.serve.server import OTHER_FILES
 from lfx.runtime.serve.settings import MAX_HEADER_BYTES, MAX_UNREAD_BYTES, Settings
 from lfx.runtime.tokenizer import Tokenizer
@@ -136,6 +140,76 @@ def test_texts_are_tokenized_one_at_a_time(model: dict[str, Path], monkeypatch: 
     with running(model) as server, ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(lambda _: run(server), range(40)))
     assert {reply.status_code for reply in replies} == {200}
+
+
+def test_the_outputs_of_an_input_are_freed_when_its_answer_is_made(
+    model: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of 32 long texts may have 26 GB."""
+    made: list[weakref.ref[Any]] = []
+    kept: list[int] = []
+    run_together = Engine.run_together
+
+    def alone(engine: Engine, *arguments: Any, **options: Any) -> Any:
+        deadline = time.monotonic() + 5
+        while alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        kept.append(alive())
+        results = run_together(engine, *arguments, **options)
+        made.extend(weakref.ref(result["logits"]) for result in results)
+        return results
+
+    def alive() -> int:
+        return sum(output() is not None for output in made)
+
+    monkeypatch.setattr(Engine, "run_together", alone)
+    with running(model, token_budget=1) as server, server.client() as client:
+        assert len(client.post("/run", json={"inputs": ["the fox"] * 4}).json()["results"]) == 4
+        assert kept == [0] * 4
+        wait_until(lambda: not alive())
+
+
+def test_outputs_that_wait_for_their_answers_fill_a_bounded_memory(
+    bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "MAX_UNREAD_OUTPUT_BYTES", 1)
+    waiting: list[int] = []
+    most: list[int] = []
+    submit, answers = Batcher.submit, ServedModel.answers
+
+    def submitted(batcher: Batcher, *arguments: Any, **options: Any) -> Any:
+        waiting.append(1)
+        most.append(len(waiting))
+        return submit(batcher, *arguments, **options)
+
+    def answered(model: ServedModel, *arguments: Any) -> Any:
+        waiting.pop()
+        return answers(model, *arguments)
+
+    monkeypatch.setattr(Batcher, "submit", submitted)
+    monkeypatch.setattr(ServedModel, "answers", answered)
+    with running({"ner": bundle("token-classification")}) as server, ThreadPoolExecutor(3) as pool:
+
+        def ask(_: int) -> int:
+            with server.client() as client:
+                return client.post("/run", json={"inputs": ["the fox", "a dog", "the quick fox"]}).status_code
+
+        assert set(pool.map(ask, range(6))) == {200}
+    assert most == [1] * 18
+
+
+def test_other_requests_are_answered_while_a_long_text_is_tokenized(model: dict[str, Path]) -> None:
+    """The event loop goes on: the thread that tokenizes does not keep the interpreter for itself."""
+    text = "a" * 1_000_000
+    with running(model, max_body_bytes=2_000_000) as server, server.client() as client, ThreadPoolExecutor(1) as pool:
+        tokenizer = server.server.service.models["cls"]._tokenizer
+        assert tokenizer is not None
+        long = pool.submit(tokenizer.truncate, text)
+        answered = 0
+        while not long.done():
+            assert client.get("/health").status_code == 200
+            answered += 1
+    assert answered > 20
 
 
 def test_a_request_that_is_not_answered_in_time_gets_503_and_is_not_computed(

@@ -26,7 +26,7 @@ from lfx.runtime import Engine
 from lfx.runtime.postprocess import Postprocessor
 from lfx.runtime.serve import native, openai, replies, tei, tgi
 from lfx.runtime.serve.body import parse_body
-from lfx.runtime.serve.replies import MAX_JSON_NUMBERS, RefusalError, check_size, dumps
+from lfx.runtime.serve.replies import MAX_JSON_NUMBERS, RefusalError, Size, dumps
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, OTHER_BYTES
 from lfx.runtime.tokenizer import Tokenizer
 from tests.conftest import MakeBundle
@@ -501,7 +501,8 @@ def test_openapi_has_an_example_of_every_request_that_the_server_takes(client: h
         assert "$ref" not in json.dumps(content["schema"])
         assert len(content["examples"]) >= 2
         for example in content["examples"].values():
-            parse_body(json.dumps(example["value"]).encode(), forms[path.rsplit("/", 1)[-1].removesuffix("_stream")])  # type: ignore[type-var]
+            form = forms[path.rsplit("/", 1)[-1].removesuffix("_stream")]
+            parse_body(json.dumps(example["value"]).encode(), form, 32)  # type: ignore[type-var]
         reply = "text/event-stream" if path.endswith("_stream") else "application/json"
         assert "example" in operation["responses"]["200"]["content"][reply]
         assert {"413", "422", "429", "503"} <= set(operation["responses"])
@@ -524,9 +525,32 @@ def test_outputs_that_are_too_large_for_a_reply_are_refused() -> None:
         nbytes = 65 << 20
 
     with pytest.raises(RefusalError, match=r'500,001 numbers.*give encoding: "base64"'):
-        check_size([np.zeros(1).view(Large)], "float")
-    with pytest.raises(RefusalError, match="68,157,440 bytes, above the 67,108,864 of a reply"):
-        check_size([np.zeros(1).view(Large)], "base64")
+        Size("float").add(np.zeros(1).view(Large))
+    with pytest.raises(RefusalError, match="68,157,440 bytes or more, above the 67,108,864 of a reply"):
+        Size("base64").add(np.zeros(1).view(Large))
+
+
+def test_the_outputs_of_all_inputs_are_counted_for_a_reply() -> None:
+    size, row = Size("float"), np.zeros(MAX_JSON_NUMBERS // 2, np.float32)
+    size.add(row)
+    size.add(row)
+    with pytest.raises(RefusalError, match="500,001 numbers or more"):
+        size.add(np.zeros(1, np.float32))
+
+
+@pytest.mark.parametrize("item", [{}, "", "fox", [], ["fox"], None, {"a": 1}])
+def test_inputs_are_counted_before_they_are_checked(item: Any) -> None:
+    """To check hundreds of thousands takes seconds, in which no other thread runs."""
+    for form in (native.RunRequest, tei.PredictRequest, tei.EmbedRequest):
+        with pytest.raises(RefusalError, match="the request has 33 inputs, above the 32"):
+            parse_body(json.dumps({"inputs": [item] * 33}).encode(), form, 32)
+    with pytest.raises(RefusalError, match="the request has 33 inputs, above the 32"):
+        parse_body(json.dumps({"input": [item] * 33}).encode(), openai.EmbeddingsRequest, 32)
+
+
+def test_ids_and_a_pair_are_one_input() -> None:
+    parse_body(json.dumps({"input": [5] * 100}).encode(), openai.EmbeddingsRequest, 1)
+    parse_body(json.dumps({"inputs": ["fox", "dog"]}).encode(), tei.PredictRequest, 1)
 
 
 @pytest.mark.parametrize(
