@@ -38,7 +38,16 @@ from lfx.runtime.runner import model_inputs, outputs_runner, with_text
 
 LAYOUTS = ("lfx", "hf")
 MODEL_TYPES = ("longformer", "roberta", "bart")
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+_CONFIG, _TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+# Keys of config.json that may differ between bundles which compute the same.
+_NOT_COMPUTED = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "model_type",
+    "transformers_version",
+    "transformers.js_config",
+}
 
 Progress = Callable[[str], None]
 
@@ -136,7 +145,7 @@ def write_layout(
     _copy_files(artifacts[0], folder, fetch)
     graphs = folder / LAYOUT_FOLDER
     files = sorted(path.name for path in graphs.glob("*.onnx"))
-    _edit_config(folder / "config.json", model_type, [file for file in files if _has_data(graphs / file)])
+    _edit_config(folder / _CONFIG, model_type, [file for file in files if _has_data(graphs / file)])
     _edit_tokenizer(folder / _TOKENIZER_CONFIG)
     for bundle in bundles:
         if folder in bundle.parents:  # the bundle that `export` wrote first, inside the folder
@@ -172,6 +181,21 @@ def _check_together(artifacts: Sequence[Artifact]) -> None:
                 f"{artifact.bundle} was exported with another --global-attention or --pooling than "
                 f"{artifacts[0].bundle}; give bundles that compute the same"
             )
+        if differing := _settings(artifact).items() ^ _settings(artifacts[0]).items():
+            raise ExportError(
+                f"{artifact.bundle} was exported with another {min(differing)[0]} than {artifacts[0].bundle}; export "
+                "both from the same files"
+            )
+
+
+def _settings(artifact: Artifact) -> dict[str, str]:
+    """Return what config.json says, by key, and the digest of each settings file of sentence-transformers."""
+    assert artifact.bundle is not None
+    assert artifact.manifest is not None
+    files = artifact.manifest.files
+    settings = {name: files[name]["sha256"] for name in files if name == MODULES or name.endswith(f"/{_CONFIG}")}
+    config = read_object(artifact.bundle / _CONFIG) if _CONFIG in files else {}
+    return {**settings, **{f"{_CONFIG}: {key}": json_text(config[key]) for key in config.keys() - _NOT_COMPUTED}}
 
 
 def _options(manifest: Manifest) -> tuple[str, Any]:

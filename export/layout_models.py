@@ -16,6 +16,7 @@ from lfx.export.merged_decoder import DECODER_MERGED, merge_cross_attention
 from lfx.export.passes.hidden_states import add_hidden_states
 from lfx.export.passes.static_globals import fix_globals
 from lfx.export.passes.tensor_constants import make_constants_tensors
+from lfx.export.shared_weights import remove_declarations
 from lfx.manifest import ENCODER_MODEL, MODEL
 from lfx.runtime.artifact import Artifact
 from lfx.signature import QUANTIZED, SENTENCE_EMBEDDING, Signature, TensorSpec
@@ -100,6 +101,7 @@ def _save(model: ir.Model, path: Path, signature: Signature, in_own_file: bool |
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     if in_own_file is False and size >= MAX_FILE_BYTES:
         raise ExportError(f"the weights take {size / 1e9:.1f} GB, above the 2 GB of one file; leave external_data out")
+    remove_declarations(model)
     if in_own_file or size >= MAX_FILE_BYTES:
         ir.save(model, path, external_data=f"{path.name}_data", size_threshold_bytes=1024)
     else:

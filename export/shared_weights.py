@@ -33,7 +33,18 @@ def save_models(models: Mapping[str, ir.Model], folder: Path, weights: str) -> N
         for value, key in external:
             value.const_value = _named(parts[key], str(value.name))
     for name, model in models.items():
+        remove_declarations(model)
         ir.save(model, folder / name)
+
+
+def remove_declarations(model: ir.Model) -> None:
+    """Leave types and shapes of initializers to their tensors, so that no value_info repeats them.
+
+    ONNX Runtime's `quantize_dynamic` transposes the weights of Gemm nodes, and then refuses the shape in a value_info.
+    """
+    for graph in model.graphs():
+        for value in {*graph.initializers.values()} - {*graph.inputs, *graph.outputs}:
+            value.type = value.shape = None
 
 
 def _named(tensor: ir.ExternalTensor, name: str) -> ir.ExternalTensor:

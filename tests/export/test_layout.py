@@ -212,6 +212,10 @@ def test_relayout_refuses_bundles_that_do_not_belong_together(bundle: MakeBundle
     for options, other in (({}, {"global_attention": "first"}), ({"pooling": "mean"}, {"pooling": "cls"})):
         with pytest.raises(ExportError, match="with another --global-attention or --pooling than"):
             relayout(bundle(**options), tmp_path / "hf", others=[bundle(**other, precision="fp16")])
+    edited = save_tiny_checkpoint(tmp_path / "edited", attention_window=[4, 8])  # whose weights are the same
+    other = export(edited, tmp_path / "other", precision="fp16")
+    with pytest.raises(ExportError, match=r"with another config\.json: attention_window than"):
+        relayout(bundle(), tmp_path / "hf", others=[other])
     with pytest.raises(ExportError, match="others is str; give a list"):
         relayout(bundle(), tmp_path / "hf", others="other")
     with pytest.raises(ExportError, match="is a bundle that is read"):

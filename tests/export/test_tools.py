@@ -13,9 +13,11 @@ import onnx
 import onnxruntime
 import onnxslim
 import pytest
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from packaging.version import Version
 
+from lfx.export import relayout
 from lfx.manifest import MODEL, Manifest
 from lfx.parity import UNIT_ROUNDOFF
 from tests.conftest import MakeBundle
@@ -82,3 +84,15 @@ def test_a_tool_keeps_the_model(
     allowed = Manifest.read(source.parent).validation["outputs"]["last_hidden_state"]["tolerance"]
     growth = UNIT_ROUNDOFF[precision] / UNIT_ROUNDOFF["fp32"]
     np.testing.assert_allclose(answer(tmp_path / "changed.onnx"), expected, rtol=0, atol=allowed + allowed * growth)
+
+
+@pytest.mark.parametrize("layout", ["lfx", "hf"])
+def test_onnxruntimes_quantizer_takes_a_classifier(layout: str, bundle: MakeBundle, tmp_path: Path) -> None:
+    source = bundle("text-classification") / MODEL
+    if layout == "hf":
+        source = relayout(source.parent, tmp_path / "hf") / "onnx" / MODEL
+    quantize_dynamic(source, tmp_path / "int8.onnx", weight_type=QuantType.QUInt8, reduce_range=True)
+    names = [spec.name for spec in onnx.load(source, load_external_data=False).graph.value_info]
+    weights = [tensor.name for tensor in onnx.load(source, load_external_data=False).graph.initializer]
+    assert not set(names) & set(weights)
+    assert "MatMulInteger" in {node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node}
