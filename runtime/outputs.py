@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from lfx.errors import ArtifactError, InputError
 from lfx.signature import Signature
 
 OUTPUT_DTYPES = ("float32", "float16")
+# Limit of the bytes of outputs per token that are kept at a time, of the windows of documents and of a server's texts.
+OUTPUT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,12 @@ def _dtype_name(dtype: Any) -> str:
     except Exception:
         name = dtype
     return str(one_of(name, "output_dtype", OUTPUT_DTYPES, InputError))
+
+
+def output_bytes_per_token(signature: Signature) -> int:
+    """Bytes that one token adds to the outputs with a sequence axis: 200 kB for fill-mask with 50,265 tokens."""
+    shapes = [spec.shape for spec in signature.outputs if "sequence" in spec.shape]
+    return sum(4 * math.prod(size for size in shape if isinstance(size, int)) for shape in shapes)
 
 
 def check_outputs(outputs: Mapping[str, Any], signature: Signature, batch: int) -> None:

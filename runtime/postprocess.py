@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from lfx.errors import ArtifactError, InputError
 from lfx.runtime.text_files import CONFIG, TOKENIZER_CONFIG, json_object, read_file
 from lfx.runtime.tokenizer import Encoded, Tokenizer, failing, is_utf8
 from lfx.signature import Signature, is_multi_label
+
+_FIRST = 32  # scores of a vocabulary that are sorted at once
 
 
 class Postprocessor:
@@ -116,9 +118,8 @@ class Postprocessor:
         fillers = []
         for position in (i for i, token in enumerate(encoded.ids) if token == self._mask_id):
             scores = _softmax(logits[position])
-            best = (int(token) for token in np.argsort(-scores))
             # A model may have more ids than its tokenizer, for alignment. The best one must be the tokenizer's.
-            known = (token for i, token in enumerate(best) if i == 0 or self._tokenizer.has_id(token))
+            known = (token for i, token in enumerate(_best(scores)) if i == 0 or self._tokenizer.has_id(token))
             for token in itertools.islice(known, 5):
                 text = self._tokenizer.decode([token])
                 fillers.append({"position": position, "token": text, "score": float(scores[token])})
@@ -322,6 +323,15 @@ def _check_outputs(outputs: Any) -> None:
         for array in outputs.values()
     ):
         raise InputError("outputs are not those of one sequence; give what Engine.run returned for it")
+
+
+def _best(scores: NDArray[Any]) -> Iterator[int]:
+    """Indices of the scores, best first. More than the first are sorted only if they are asked for."""
+    count = min(_FIRST, len(scores))
+    first = np.argpartition(-scores, count - 1)[:count]
+    yield from first[np.argsort(-scores[first])].tolist()
+    given = set(first.tolist())
+    yield from (int(i) for i in np.argsort(-scores) if int(i) not in given)
 
 
 def _softmax(logits: NDArray[Any]) -> NDArray[Any]:

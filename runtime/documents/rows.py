@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +14,12 @@ from lfx.errors import InputError, LfxError, one_line
 from lfx.runtime.engine import Engine
 from lfx.runtime.generation.rows import without_padding
 from lfx.runtime.inputs import prepare, prepare_each
+from lfx.runtime.outputs import OUTPUT_BYTES, output_bytes_per_token
 from lfx.runtime.postprocess import Postprocessor, answer_outputs
 from lfx.runtime.streaming import AHEAD
 from lfx.runtime.tokenizer import Encoded, Tokenizer
 from lfx.signature import TASKS, TEXT_GENERATION, Signature, TensorSpec
 
-# Limit of the bytes of outputs per token in one group of windows; a fill-mask model has 200 kB for each token.
-OUTPUT_BYTES = 1 << 30
 GENERATED = "sequences"  # name of the ids that `Engine.generate` returns, as Hugging Face's
 _MAX_ID_BYTES = 10_000  # of JSON; an id is copied to each row of its document
 
@@ -81,7 +79,8 @@ class Runner:
         """Yield the rows of (number, document) pairs, in order. The groups of windows depend on the documents alone."""
         group: list[_Window | dict[str, Any]] = []  # windows to run and rows of refused documents, in order
         windows = tokens = 0
-        bytes_per_token = _output_bytes_per_token(self.engine.signature)
+        writes_texts = self.engine.signature.task == TEXT_GENERATION
+        bytes_per_token = 0 if writes_texts else output_bytes_per_token(self.engine.signature)
         for line, document in documents:
             for item in self._items(line, document):
                 group.append(item)
@@ -306,14 +305,6 @@ def _answers(postprocessor: Postprocessor | None, window: Encoded, outputs: Outp
 def outputs_per_sequence(signature: Signature) -> list[TensorSpec]:
     """The outputs without a sequence axis; a row has these only. A model that writes texts has none."""
     return [spec for spec in signature.outputs if "sequence" not in spec.shape]
-
-
-def _output_bytes_per_token(signature: Signature) -> int:
-    """Bytes that one token adds to the outputs that have a sequence axis, and that are kept until the group is done."""
-    if signature.task == TEXT_GENERATION:
-        return 0
-    shapes = [spec.shape for spec in signature.outputs if "sequence" in spec.shape]
-    return sum(4 * math.prod(size for size in shape if isinstance(size, int)) for shape in shapes)
 
 
 def _plain(array: NDArray[Any]) -> Any:

@@ -25,8 +25,9 @@ from lfx.runtime.documents.formats import (
     write_rows,
 )
 from lfx.runtime.documents.journal import Journal, journal_path, read_header
-from lfx.runtime.documents.rows import OUTPUT_BYTES, Runner, Summary, outputs_per_sequence, windows_of
+from lfx.runtime.documents.rows import Runner, Summary, outputs_per_sequence, windows_of
 from lfx.runtime.engine import Engine
+from lfx.runtime.outputs import OUTPUT_BYTES
 from lfx.runtime.postprocess import Postprocessor
 from lfx.runtime.ragged import check_cuttable
 from lfx.runtime.streaming import AHEAD

@@ -33,10 +33,10 @@ async def embed(
         raise RefusalError(424, reason, "Backend", "model_not_supported") from error
     size = Size(encoding, field)
 
-    def read(prepared: Prepared, outputs: Outputs) -> tuple[NDArray[np.float32], int]:
-        row = np.asarray(outputs[SENTENCE_OUTPUT])[0].astype(np.float32, copy=False)
+    def read(_: Prepared, outputs: Outputs) -> NDArray[np.float32]:
+        row: NDArray[np.float32] = np.asarray(outputs[SENTENCE_OUTPUT])[0].astype(np.float32, copy=False)
         size.add(row)
-        return row, prepared.tokens
+        return row
 
     computed = await service.run(model, items, read)
-    return [row for row, _ in computed], sum(tokens for _, tokens in computed)
+    return [row for _, row in computed], sum(prepared.tokens for prepared, _ in computed)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +20,13 @@ from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.generation.rows import without_padding
 from lfx.runtime.inputs import pad_choices, prepare
+from lfx.runtime.outputs import OUTPUT_BYTES, output_bytes_per_token
 from lfx.runtime.postprocess import Postprocessor, answer_outputs
-from lfx.runtime.serve.settings import (
-    BYTES_PER_TOKEN,
-    MAX_UNREAD_OUTPUT_BYTES,
-    NO_LIMIT_TOKENS,
-    OTHER_BYTES,
-    Settings,
-)
+from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
 from lfx.runtime.serve.writing import TokenTexts, Written, WrittenToken, decoded
 from lfx.runtime.text_files import TOKENIZER, text_folder
 from lfx.runtime.tokenizer import Encoded, Tokenizer, encode_ids, open_tokenizer
-from lfx.signature import SENTENCE_EMBEDDING, TASKS, TEXT_GENERATION, Signature
+from lfx.signature import SENTENCE_EMBEDDING, TASKS, TEXT_GENERATION
 
 
 @dataclass(frozen=True)
@@ -61,36 +55,7 @@ class Input:
     outputs: tuple[str, ...] | None = None
 
 
-class OutputMemory:
-    """Bounds the outputs of a model that are not read yet; for the thread of the event loop alone.
-
-    Args:
-        signature: of the model.
-    """
-
-    def __init__(self, signature: Signature) -> None:
-        shapes = [spec.shape for spec in signature.outputs if "sequence" in spec.shape]
-        self._per_token = sum(4 * math.prod(size for size in shape if isinstance(size, int)) for shape in shapes)
-        self._bytes, self._turn, self._freed = 0, asyncio.Lock(), asyncio.Event()
-
-    async def take(self, submit: Callable[[], Awaitable[Prepared]]) -> tuple[Prepared, int]:
-        """Wait until there is room, and submit an input; returns it, and the bytes that `free` gets when it is read."""
-        async with self._turn:
-            while self._bytes >= MAX_UNREAD_OUTPUT_BYTES:
-                self._freed.clear()
-                await self._freed.wait()
-            prepared = await submit()
-            size = prepared.computed * self._per_token
-            self._bytes += size
-        return prepared, size
-
-    def free(self, size: int, _: object = None) -> None:
-        """Note that outputs were read, or are not read any more."""
-        self._bytes -= size
-        self._freed.set()
-
-
-@dataclass
+@dataclass(frozen=True)
 class Prepared:
     """An input that was tokenized and submitted to the Batcher.
 
@@ -98,17 +63,41 @@ class Prepared:
         encoded: the encoding of the text; for multiple choice, of the first choice.
         tokens: number of real tokens.
         truncated: whether the text was cut.
-        computed: number of tokens that are computed for it, masked ones included.
-        future: of the model's outputs; None once they were read, which frees them.
+        output_bytes: of its outputs with a sequence axis.
         positions: of the real tokens among the ids that the client gave; None if no id is masked.
     """
 
     encoded: Encoded
     tokens: int
     truncated: bool
-    computed: int
-    future: Future[Outputs] | None
+    output_bytes: int
     positions: NDArray[np.int64] | None = None
+
+
+class OutputMemory:
+    """Bounds the outputs of a model that are being computed or are not read yet. For the event loop's thread alone."""
+
+    def __init__(self) -> None:
+        self._bytes, self._turn, self._freed = 0, asyncio.Lock(), asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def room(self) -> AsyncIterator[None]:
+        """Wait for room, and let nobody else wait until the outputs of one more input are counted."""
+        async with self._turn:
+            while self._bytes >= OUTPUT_BYTES:
+                self._freed.clear()
+                await self._freed.wait()
+            yield
+
+    def count(self, size: int, reading: asyncio.Future[Any]) -> None:
+        """Count the bytes of an input's outputs, until `reading` is done."""
+
+        def free(_: object) -> None:
+            self._bytes -= size
+            self._freed.set()
+
+        self._bytes += size
+        reading.add_done_callback(free)
 
 
 class ServedModel:
@@ -142,7 +131,7 @@ class ServedModel:
             with contextlib.suppress(LfxError):  # each text has the error, and other routes are answered
                 # Read now, as the model is: the files may be replaced before the first text.
                 self._generation = self.engine.text_writer().defaults
-        self.output_memory = OutputMemory(self.signature)
+        self.output_memory = OutputMemory()
         self.engine.warm_up()
         # The Service takes a request while fewer than max_pending texts are in progress; it has up to max_inputs texts.
         max_pending = settings.max_pending + settings.max_inputs
@@ -186,8 +175,8 @@ class ServedModel:
             ],
         }
 
-    def submit(self, item: Input) -> Prepared:
-        """Tokenize an input and submit it to the Batcher.
+    def submit(self, item: Input) -> tuple[Prepared, Future[Outputs]]:
+        """Tokenize an input and submit it to the Batcher; returns it with a future of the model's outputs.
 
         Raises:
             LengthError: the input has more tokens than the model takes.
@@ -207,16 +196,23 @@ class ServedModel:
         if TASKS[self.signature.task].needs_pair and item.pair is None:
             raise InputError(f"{self.signature.task} needs the question as text, and the document as pair")
         encoded, truncated = self._encode(item.text, item.pair, item)
-        tokens = len(encoded.ids)
-        return Prepared(encoded, tokens, truncated, tokens, self._enqueue(item, encoded.ids))
+        future = self._enqueue(item, encoded.ids)
+        return Prepared(encoded, len(encoded.ids), truncated, self._output_bytes(item, encoded.ids)), future
 
     def _enqueue(self, item: Input, *arrays: Any) -> Future[Outputs]:
         """Submit ids and masks to the Batcher, for the outputs that the reply needs."""
-        names = None
-        if item.outputs is not None:
-            needed = answer_outputs(self.signature) if self.has_answers else ()
-            names = tuple(dict.fromkeys((*item.outputs, *needed))) or None
-        return self.batcher.submit(*arrays, outputs=names)
+        return self.batcher.submit(*arrays, outputs=self._needed_outputs(item))
+
+    def _needed_outputs(self, item: Input) -> tuple[str, ...] | None:
+        if item.outputs is None:
+            return None
+        needed = answer_outputs(self.signature) if self.has_answers else ()
+        return tuple(dict.fromkeys((*item.outputs, *needed))) or None
+
+    def _output_bytes(self, item: Input, ids: Any) -> int:
+        names = self._needed_outputs(item)
+        signature = self.signature if names is None else self.signature.with_outputs(names)
+        return output_bytes_per_token(signature) * int(np.size(ids))
 
     def check_special_tokens(self, sequences: Sequence[Sequence[int]]) -> None:
         """Check that ids begin and end with the model's special tokens, which ids of another tokenizer do not.
@@ -233,7 +229,7 @@ class ServedModel:
                 "another tokenizer; give texts (LangChain: check_embedding_ctx_length=False), or the model's ids"
             )
 
-    def _submit_ids(self, item: Input) -> Prepared:
+    def _submit_ids(self, item: Input) -> tuple[Prepared, Future[Outputs]]:
         if item.text is not None or item.pair is not None or item.choices is not None:
             raise InputError("an input has both ids and a text; give one of them")
         if item.prompt:
@@ -247,9 +243,9 @@ class ServedModel:
         mask = np.ones(shape, int) if item.attention_mask is None else np.reshape(item.attention_mask, shape)
         first = (item.ids[0], mask[0]) if self.signature.has_choices else (item.ids, mask)
         encoded, positions = encode_ids(*first)
-        return Prepared(encoded, int(mask.sum()), False, mask.size, future, positions)
+        return Prepared(encoded, int(mask.sum()), False, self._output_bytes(item, item.ids), positions), future
 
-    def _submit_choices(self, item: Input) -> Prepared:
+    def _submit_choices(self, item: Input) -> tuple[Prepared, Future[Outputs]]:
         assert item.text is not None
         if not item.choices or item.pair is not None:
             raise InputError(f"{self.signature.task} needs the prompt as text, and a list of choices")
@@ -257,7 +253,8 @@ class ServedModel:
         encoded = [self._encode(item.text, choice, item) for choice in item.choices]
         ids, mask = pad_choices([choice.ids for choice, _ in encoded], self.signature.pad_token_id)
         truncated = any(cut for _, cut in encoded)
-        return Prepared(encoded[0][0], int(mask.sum()), truncated, ids.size, self._enqueue(item, ids, mask))
+        prepared = Prepared(encoded[0][0], int(mask.sum()), truncated, self._output_bytes(item, ids))
+        return prepared, self._enqueue(item, ids, mask)
 
     def _check_choices(self, count: int) -> None:
         if count > self._max_choices:

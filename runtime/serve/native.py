@@ -91,12 +91,12 @@ async def run(service: Service, data: bytes, name: str | None) -> Response:
             "outputs": {name: array_reply(array, body.encoding) for name, array in row.items()},
         }
 
-    results = await service.run(model, [_input(item, body, names) for item in items], read)
+    computed = await service.run(model, [_input(item, body, names) for item in items], read)
     reply = {
         "model": model.name,
         "task": model.signature.task,
-        "results": results,
-        "tokens": sum(result["tokens"] for result in results),
+        "results": [result for _, result in computed],
+        "tokens": sum(prepared.tokens for prepared, _ in computed),
         "latency_ms": round((time.perf_counter() - start) * 1000, 3),
     }
     return await service.render(lambda: Response(dumps(reply), media_type="application/json"))

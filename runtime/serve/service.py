@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import functools
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -22,8 +23,6 @@ from lfx.runtime.serve.writing import Written, WrittenToken
 Result = TypeVar("Result")
 # Fields of the log line of the request in progress: its model, number of texts and number of tokens.
 log_fields: ContextVar[dict[str, Any]] = ContextVar("log_fields")
-Read = Callable[[Prepared, Outputs], Result]  # makes what a reply needs of an input and its outputs
-
 
 NO_THREAD = "the limit of processes (ulimit -u, or the container's) is reached; raise it"
 
@@ -148,14 +147,16 @@ class Service:
         if self.unread_bytes() >= MAX_UNREAD_BYTES:
             raise busy("the replies that clients have not read yet fill the memory for them; try again later")
 
-    async def run(self, model: ServedModel, inputs: Sequence[Input], read: Read[Result]) -> list[Result]:
+    async def run(
+        self, model: ServedModel, inputs: Sequence[Input], read: Callable[[Prepared, Outputs], Result]
+    ) -> list[tuple[Prepared, Result]]:
         """Tokenize and compute the inputs of one request; if the call is cancelled, those pending are not computed.
 
         Args:
-            read: called in another thread with each input as soon as it is computed, whose outputs are freed then:
-                those of a long text may have a gigabyte.
+            read: takes from the outputs of an input what the reply needs, in the thread that makes answers. The outputs
+                are freed then: the logits of one text for fill-mask can have 800 MB.
         Returns:
-            What `read` returns for each input.
+            Each input, and what `read` returned for it.
         Raises:
             RefusalError: there are too many inputs or too many texts in progress, or it takes longer than
                 answer_seconds.
@@ -163,33 +164,34 @@ class Service:
         """
         if len(inputs) > self.settings.max_inputs:
             raise too_many_inputs(len(inputs), self.settings.max_inputs)
+        tasks = []
         with self._counted(len(inputs)), _Submissions() as submissions:
-            prepared, reading = submissions.prepared, list[asyncio.Future[Result]]()
             try:
-                async with asyncio.timeout(self.settings.answer_seconds):
+                async with asyncio.timeout(self.settings.answer_seconds), asyncio.TaskGroup() as group:
                     for item in inputs:
-                        submit = functools.partial(submissions.submit, model, item)
-                        one, size = await model.output_memory.take(functools.partial(self.parse, submit))
-                        reading.append(asyncio.ensure_future(self._read(one, read)))
-                        reading[-1].add_done_callback(functools.partial(model.output_memory.free, size))
-                    results = await asyncio.gather(*reading)
+                        async with model.output_memory.room():
+                            submit = functools.partial(submissions.submit, model, item)
+                            prepared, future = await self.parse(submit)
+                            tasks.append(group.create_task(self._read(prepared, future, read)))
+                            del future  # it will hold the outputs
+                            model.output_memory.count(prepared.output_bytes, tasks[-1])
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None
             except TimeoutError as error:
                 raise unavailable(
                     f"the request was not computed within {self.settings.answer_seconds:g} s; send less, or try again "
                     "later"
                 ) from error
-            finally:
-                for task in reading:
-                    task.cancel()
-                await asyncio.gather(*reading, return_exceptions=True)
-        log_fields.get({}).update(model=model.name, texts=len(prepared), tokens=sum(one.tokens for one in prepared))
+        results = [task.result() for task in tasks]
+        tokens = sum(prepared.tokens for prepared, _ in results)
+        log_fields.get({}).update(model=model.name, texts=len(results), tokens=tokens)
         return results
 
-    async def _read(self, prepared: Prepared, read: Read[Result]) -> Result:
-        assert prepared.future is not None
-        outputs = [await asyncio.wrap_future(prepared.future)]
-        prepared.future = None
-        return await asyncio.get_running_loop().run_in_executor(self._answering, lambda: read(prepared, outputs.pop()))
+    async def _read(
+        self, prepared: Prepared, future: Future[Outputs], read: Callable[[Prepared, Outputs], Result]
+    ) -> tuple[Prepared, Result]:
+        outputs = await asyncio.wrap_future(future)
+        return prepared, await asyncio.get_running_loop().run_in_executor(self._answering, read, prepared, outputs)
 
     async def generate(self, model: ServedModel, text: str, options: dict[str, Any], *, truncate: bool) -> Written:
         """Write a text with a model; if the call is cancelled, a text that is waiting is not written.
@@ -306,27 +308,24 @@ class _Submissions:
     """The submitted inputs of one request; on exit those that are not done are cancelled."""
 
     def __init__(self) -> None:
-        self.prepared: list[Prepared] = []
+        self._futures: list[weakref.ref[Future[Outputs]]] = []
         self._ended = threading.Event()
 
-    def submit(self, model: ServedModel, item: Input) -> Prepared:
+    def submit(self, model: ServedModel, item: Input) -> tuple[Prepared, Future[Outputs]]:
         """Submit one input; called in the thread that tokenizes, which may still run when the request has ended."""
         if self._ended.is_set():
-            raise InputError("the request was cancelled")
-        prepared = model.submit(item)
-        self.prepared.append(prepared)
+            raise InputError("the request has ended")
+        prepared, future = model.submit(item)
+        self._futures.append(weakref.ref(future))
         if self._ended.is_set():
-            self._cancel()
-        return prepared
+            future.cancel()
+        return prepared, future
 
     def __enter__(self) -> _Submissions:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._cancel()
-
-    def _cancel(self) -> None:
-        for prepared in list(self.prepared):
-            if (future := prepared.future) is not None:
+        for reference in self._futures:
+            if (future := reference()) is not None:
                 future.cancel()

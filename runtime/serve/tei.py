@@ -91,7 +91,7 @@ async def predictions(service: Service, data: bytes, name: str | None) -> Respon
         return [{"score": score["score"], "label": score["label"]} for score in scores]
 
     inputs = [Input(text, pair, truncate=bool(body.truncate)) for text, pair in pairs]
-    results = await service.run(model, inputs, read)
+    results = [labels for _, labels in await service.run(model, inputs, read)]
     content = results if is_batch else results[0]
     return await service.render(lambda: Response(dumps(content), media_type="application/json"))
 
