@@ -58,6 +58,7 @@ _CARRIED = (
     "id2label",
     "label2id",
 )
+_TABLES = ("shared.weight", "embed_tokens.weight", "lm_head.weight")  # one table if the model ties them
 _PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
 _LM_POSITIONS = 16  # whose logits over the vocabulary are compared
 
@@ -163,8 +164,15 @@ def make_led(bart: Bart, original: Any, max_seqlen: int, windows: tuple[int, ...
         ExportError: a value is not allowed.
     """
     widest = max(windows)
+    weights = _rename(original.state_dict())
+    # Tables that the checkpoint stores apart are not tied, whatever its config says; then each has its own copy.
+    tables = {name: table for name, table in weights.items() if name.endswith(_TABLES)}
+    is_tied = len({table.data_ptr() for table in tables.values()}) == 1
+    if not is_tied:
+        weights.update({name: table.clone() for name, table in tables.items()})
     settings = {
         **bart.settings,
+        "tie_word_embeddings": is_tied,
         "attention_window": list(windows),
         "max_encoder_position_embeddings": -(-max_seqlen // widest) * widest,
         "max_decoder_position_embeddings": bart.positions,
@@ -175,7 +183,6 @@ def make_led(bart: Bart, original: Any, max_seqlen: int, windows: tuple[int, ...
         config = transformers.LEDConfig(**settings)
     except Exception as error:
         raise ExportError(f"{bart.path} makes no config of an LED: {one_line(error)}") from error
-    weights = _rename(original.state_dict())
     for name in list(weights):
         if name.endswith("encoder.embed_positions.weight"):
             rows = weights[name][_OFFSET:]

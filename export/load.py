@@ -30,8 +30,15 @@ from lfx.export.settings import CONFIGS
 from lfx.files import temporary_folder
 from lfx.signature import SENTENCE_EMBEDDING, TASKS, TEXT_GENERATION
 
-_IN_A_LAYER = re.compile(r"(^|\.)(encoder|transformer)\.layer\.\d+\.")
+_IN_A_LAYER = re.compile(r"(^|\.)(encoder|decoder|transformer)\.layers?\.\d+\.")
 _WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile, and of DataParallel and DeepSpeed
+# Tied in transformers before 5 whatever tie_word_embeddings says; its safetensors hold such a tensor once.
+_ALWAYS_TIED = {
+    "lm_head.decoder.bias": "lm_head.bias",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+    "encoder.embed_tokens.weight": "shared.weight",
+    "decoder.embed_tokens.weight": "shared.weight",
+}
 _NEXT_SENTENCE = "cls.seq_relationship."  # BERT's head for pretraining, inside the module of its masked LM head
 _BY_ARCHITECTURE = {task.architecture: name for name, task in TASKS.items()} | {
     cls: task for task, cls in LED_CLASSES.items()
@@ -142,7 +149,8 @@ def load_weights(
         )
     except Exception as error:
         raise ExportError(f"the weights of {files.name} cannot be loaded: {_reason(error)}") from error
-    _refuse_missing(loaded, info, files.name, cure)
+    tied = _tie_always_tied(loaded, set(info["missing_keys"]))
+    _refuse_missing(loaded, {**info, "missing_keys": set(info["missing_keys"]) - tied}, files.name, cure)
     loaded.config.return_dict = True  # a tuple would lose the output names
     model: nn.Module = loaded.eval()
     return model
@@ -206,6 +214,19 @@ def _task_of(files: checkpoint.Checkpoint) -> str:
             return _BY_ARCHITECTURE[name]
     shown = ", ".join(names)[:200]
     raise ExportError(f"{files.name} has architecture {shown}; choose --task from: {', '.join(TASKS)}")
+
+
+def _tie_always_tied(loaded: nn.Module, missing: set[str]) -> set[str]:
+    """Give missing weights of `_ALWAYS_TIED` the values of those that are there; returns their names."""
+    parameters = dict(loaded.named_parameters(remove_duplicate=False))
+    tied = set()
+    for name in missing:
+        end = next((end for end in _ALWAYS_TIED if name.endswith(end)), name)
+        source = name.removesuffix(end) + _ALWAYS_TIED.get(end, "")
+        if source in parameters.keys() - missing:
+            parameters[name].data = parameters[source].data
+            tied.add(name)
+    return tied
 
 
 def _refuse_missing(loaded: nn.Module, info: dict[str, Any], model: str, cure: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from lfx.errors import ExportError, ParityError
 from lfx.export import bart as conversion
@@ -77,6 +78,16 @@ def test_positions_repeat_and_the_decoder_keeps_its_own(tmp_path: Path) -> None:
     torch.testing.assert_close(attention.key_global.weight, attention.key.weight)
     assert made.lm_head.weight is made.led.shared.weight
     torch.testing.assert_close(made.final_logits_bias, original.final_logits_bias)
+
+
+def test_a_table_that_the_checkpoint_stores_apart_is_not_tied(tmp_path: Path) -> None:
+    tiny_bart().save_pretrained(tmp_path / "bart")
+    path = tmp_path / "bart" / "model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "lm_head.weight": 2 * weights["model.shared.weight"]}, path, {"format": "pt"})
+    made: Any = load(str(convert(tmp_path / "bart", tmp_path / "led", **OPTIONS)))[0]
+    torch.testing.assert_close(made.lm_head.weight, 2 * made.led.shared.weight)
+    torch.testing.assert_close(made.led.encoder.embed_tokens.weight, made.led.shared.weight)
 
 
 def test_the_options_of_generation_and_the_tokenizer_are_carried(tmp_path: Path) -> None:

@@ -111,9 +111,10 @@ def test_fewer_layers_than_the_weights_have_are_refused(tmp_path: Path) -> None:
         load(str(tmp_path), "auto")
 
 
+@pytest.mark.parametrize("task", ["text-classification", "text2text-generation"])
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
-def test_names_with_the_prefix_of_a_wrapper_are_refused_with_the_reason(prefix: str, tmp_path: Path) -> None:
-    folder = save_tiny_checkpoint(tmp_path, "text-classification")
+def test_names_with_the_prefix_of_a_wrapper_are_refused_with_the_reason(prefix: str, task: str, tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path, task)
     weights = load_file(folder / "model.safetensors")
     renamed = {f"{prefix}{key}": tensor for key, tensor in weights.items()}
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
@@ -142,6 +143,36 @@ def test_weights_of_a_part_that_the_model_has_are_not_left_out(key: str, known: 
     else:
         with pytest.raises(ExportError, match="has weights for which its config has no layer"):
             load(str(folder), "auto")
+
+
+@pytest.mark.parametrize(
+    ("task", "tied"),
+    [
+        ("fill-mask", {"lm_head.decoder.bias": "lm_head.bias"}),
+        (
+            "text2text-generation",
+            {f"led.{part}.embed_tokens.weight": "led.shared.weight" for part in ("encoder", "decoder")},
+        ),
+    ],
+)
+def test_weights_that_transformers_4_ties_always_may_be_stored_once(
+    task: str, tied: dict[str, str], tmp_path: Path
+) -> None:
+    model = tiny_model(task, tie_word_embeddings=False)
+    parameters = dict(model.named_parameters())
+    for name, source in tied.items():
+        parameters[name].data = parameters[source].data.clone()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    stored = {name: tensor for name, tensor in weights.items() if name not in tied}
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    ids = torch.arange(4, 20)[None]
+    loaded = load(str(tmp_path))[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
+    stored = {name: tensor for name, tensor in stored.items() if name not in tied.values()}
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    assert "has no weights for" in _refusal(tmp_path)
 
 
 def test_more_layers_than_the_weights_have_are_refused(tmp_path: Path) -> None:
