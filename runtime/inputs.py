@@ -148,8 +148,8 @@ def default_global(input_ids: Int64, signature: Signature) -> Int64:
             raise InputError(
                 f"{signature.task} takes its global tokens from three separators (id {signature.sep_token_id}) in "
                 f"every sequence, and one has {int(counts[counts != 3].flat[0])}; encode question and text as a "
-                "pair, give global_attention_mask, or, if the tokenizer puts one separator between two texts (BERT's), "
-                "export with --global-attention none"
+                "pair, leave separators such as </s> out of both, give global_attention_mask, or, if the tokenizer "
+                "puts one separator between two texts (BERT's), export with --global-attention none"
             )
         first = is_separator.argmax(axis=-1)[..., None]
         position = np.arange(input_ids.shape[-1])

@@ -192,6 +192,8 @@ class Tokenizer:
             self._tokenizer.no_padding()
             if getattr(self._tokenizer.model, "dropout", None):  # it would give a text other ids at each call
                 self._tokenizer.model.dropout = None
+            # An added token that takes the spaces beside it, such as RoBERTa's <mask>, has them in `Encoding.tokens`.
+            self._added = {i: token.content for i, token in self._tokenizer.get_added_tokens_decoder().items()}
         self.config = config = read_listed(self.config_folder / CONFIG, listed_configs)
         self.tokenizer_config = tokenizer_config = read_listed(self.folder / TOKENIZER_CONFIG, listed_texts)
         self._splits = _splits_special_tokens(tokenizer_config, self.folder / TOKENIZER_CONFIG)
@@ -293,7 +295,11 @@ class Tokenizer:
             _check_text(text, pair)
         with failing(InputError, "the tokenizer fails on this text", "use the tokenizer that belongs to this model"):
             encoding = self._encode(text, pair)
-            ids, pieces, sequences = list(encoding.ids), list(encoding.tokens), list(encoding.sequence_ids)
+            ids, sequences = list(encoding.ids), list(encoding.sequence_ids)
+            pieces = [
+                piece if self._added.get(i) != piece.strip() else piece.strip()
+                for i, piece in zip(ids, encoding.tokens, strict=True)
+            ]
             offsets = encoding.offsets if TASKS[self.signature.task].needs_pair else []
             special = self._tokenizer.num_special_tokens_to_add(pair is not None)
         if not ids:

@@ -17,7 +17,7 @@ from lfx.cli import cli
 from lfx.errors import InputError
 from lfx.manifest import Manifest
 from lfx.ray.engine import DocumentEngine, EngineOptions
-from lfx.ray.inputs import Inputs, check_apart
+from lfx.ray.inputs import Inputs, check_apart, local_source
 from lfx.ray.journal import JOURNAL, Parts
 from lfx.ray.parts import Columns, encode, join
 from tests.conftest import MakeBundle, MakeLed
@@ -121,6 +121,28 @@ def test_an_input_without_documents_is_refused(name: str, reason: str, tmp_path:
     source = name if "://" in name else str(tmp_path / name)
     with pytest.raises(InputError, match=reason):
         Inputs(source)
+
+
+def test_fields_that_no_run_reads_have_no_value(tmp_path: Path) -> None:
+    line = '{"id": 7, "text": "a", "html": "<p>a</p>"}'
+    (tmp_path / "a.jsonl").write_text(f"{line}\nx\n[1]\n")
+    first, second, third = (document for _, _, document in Inputs(str(tmp_path)).read(0, 3))
+    assert first == {"id": 7, "text": "a", "html": None}
+    assert isinstance(second, InputError) and third == [1]
+
+
+def test_a_uri_of_a_folder_on_this_machine_is_its_path(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder = tmp_path / "two words"
+    write_lines(folder / "a.jsonl", 2)
+    parquet.write_table(pyarrow.table({"text": ["x"], "html": ["y"]}), folder / "b.parquet")
+    assert local_source(folder.as_uri()) == str(folder)
+    assert local_source("s3://bucket/folder") == "s3://bucket/folder"
+    with pytest.raises(InputError, match="cannot be read"):
+        local_source("file:///two words")
+    documents = list(Inputs(folder.as_uri()).read(0, 3))  # through pyarrow, as of s3://
+    assert documents == list(Inputs(str(folder)).read(0, 3))
+    assert documents[2] == ("b.parquet", 1, {"text": "x"})
 
 
 @pytest.mark.parametrize(("source", "output"), [("in", "in/out"), ("out/in", "out"), ("in", "in")])

@@ -323,7 +323,7 @@ def test_a_given_mask_replaces_the_default_globals() -> None:
 @pytest.mark.parametrize("separators", [0, 2, 4])
 def test_default_globals_of_questions_need_three_separators(separators: int) -> None:
     rows = [[3, SEP, SEP, 4, 5, SEP], [3] * (6 - separators) + [SEP] * separators]
-    cures = "give global_attention_mask, .*--global-attention none"
+    cures = "leave separators such as </s> out of both, give global_attention_mask, .*--global-attention none"
     with pytest.raises(InputError, match=rf"three separators \(id 2\).*one has {separators}.*{cures}"):
         prepare(rows, None, None, QUESTION)
 

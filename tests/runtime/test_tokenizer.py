@@ -51,6 +51,16 @@ def signature(task: str) -> Signature:
     )
 
 
+def test_the_piece_of_an_added_token_has_no_spaces_from_beside_it(tmp_path: Path) -> None:
+    theirs = tiny_tokenizer()
+    sides = {"lstrip": True, "rstrip": True}
+    theirs.add_tokens([tokenizers.AddedToken("<mask>", special=True, **sides), tokenizers.AddedToken("§", **sides)])
+    theirs.save_pretrained(tmp_path)
+    encoded = Tokenizer(tmp_path, signature("token-classification")).encode("the  <mask> fox  § a§")
+    assert encoded.pieces == theirs.convert_ids_to_tokens(encoded.ids)
+    assert {"<mask>", "§"} <= set(encoded.pieces)
+
+
 @pytest.mark.parametrize("lets_threads_run", [False, True])
 def test_encode_gives_the_ids_of_transformers_special_tokens_included(lets_threads_run: bool, folder: Path) -> None:
     tokenizer, theirs = Tokenizer(folder, signature("feature-extraction")), tiny_tokenizer()

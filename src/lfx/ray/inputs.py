@@ -15,6 +15,7 @@ from typing import Any
 from lfx.errors import InputError, LfxError, one_line, require
 from lfx.files import is_same
 from lfx.runtime.documents.formats import (
+    FIELDS,
     SUFFIXES,
     Source,
     check_source,
@@ -68,7 +69,7 @@ class Inputs:
         self.digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def read(self, start: int, stop: int) -> Iterator[Document]:
-        """Read the documents from index `start` to `stop`.
+        """Read the documents from index `start` to `stop`; fields that no run reads are None.
 
         Raises:
             InputError: a file cannot be read, or was changed since the documents were counted.
@@ -80,13 +81,32 @@ class Inputs:
             number = begin
             with _reading(file.name):
                 for number, document in islice(read_documents(file.source, begin), end - begin):
-                    yield file.name, number, document
+                    yield file.name, number, _without_values(document)
                 unchanged = number == end and _stamp(file.source) == file.stamp
             if not unchanged:
                 raise InputError(
                     f"{file.name} in {self._source} was changed during the run, so the results mix two versions of it; "
                     "remove the output, and run again"
                 )
+
+
+def _without_values(document: Any) -> Any:
+    """Drop the values of fields that are not read, which may be large; their names are in messages."""
+    if not isinstance(document, dict):
+        return document
+    return {name: value if name in FIELDS else None for name, value in document.items()}
+
+
+def local_source(source: str) -> str:
+    """The path of a URI file://; any other source as it is.
+
+    Raises:
+        InputError: it is no URI.
+    """
+    if not source.startswith("file://"):
+        return source
+    with _reading(source):
+        return str(require("pyarrow.fs", "ray").FileSystem.from_uri(source)[1])
 
 
 def check_apart(source: str, output: Path) -> None:

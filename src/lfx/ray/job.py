@@ -16,7 +16,7 @@ from lfx.files import is_disk_full
 from lfx.ray.actor import Piece
 from lfx.ray.cluster import PoolSize, connected, machines
 from lfx.ray.engine import EngineOptions
-from lfx.ray.inputs import Inputs, check_apart
+from lfx.ray.inputs import Inputs, check_apart, local_source
 from lfx.ray.journal import Parts
 from lfx.ray.parts import FORMATS, join
 from lfx.ray.pool import Pool, Task
@@ -91,7 +91,7 @@ def map_documents(
         )
     if not isinstance(source, str | os.PathLike) or source == "":
         raise InputError(f"the input is {shown(source)}; give a path or a URI")
-    source = str(source) if "://" in str(source) else str(file_path(source, "the input"))
+    source = local_source(str(source)) if "://" in str(source) else str(file_path(source, "the input"))
     output = file_path(output, "the output").absolute()
     if not output.parent.is_dir() or (output.exists() and not output.is_dir()):
         raise InputError(f"{output} cannot be written: it is no folder, or the folder that it is in does not exist")
