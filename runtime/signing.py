@@ -110,7 +110,9 @@ def _refuse_unlisted(bundle: Path, manifest: Manifest) -> None:
     for path in sorted(bundle.rglob("*")):
         name = path.relative_to(bundle)
         is_read = not (
-            name.parts[0].startswith(".") or path.suffix in (".md", SIGNATURE_SUFFIX) or path.stem == "LICENSE"
+            any(part.startswith(".") for part in name.parts)
+            or path.suffix in (".md", SIGNATURE_SUFFIX)
+            or path.stem == "LICENSE"
         )
         if name.as_posix() not in listed and is_read and (path.is_symlink() or not path.is_dir()):
             raise ArtifactError(f"{path} is not listed in {MANIFEST}, so its content cannot be checked; remove it")

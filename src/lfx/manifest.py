@@ -273,6 +273,8 @@ def parse_sealed(
         raise ArtifactError(f"{path} cannot be read ({error}); {cure}") from error
     file_version = data.get(version_key) if isinstance(data, dict) else None
     if not isinstance(data, dict) or file_version != supported:
+        if type(file_version) is int and file_version > supported:
+            cure = f"install a newer lfx, or {cure}"
         raise ArtifactError(f"{path} has format version {shown(file_version)}; this lfx reads {supported}: {cure}")
     if data != sealed(data):
         raise ArtifactError(f"{path} was changed after it was written (its {_DIGEST} differs); {cure}")

@@ -426,7 +426,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (shutil.rmtree, r"copy does not exist; make a bundle with: lfx export"),
     "no manifest": (lambda b: (b / MANIFEST).unlink(), rf"no bundle: it has no {MANIFEST}"),
     "manifest cut": (lambda b: _cut(b / MANIFEST), rf"{MANIFEST} cannot be read"),
-    "other format": (lambda b: _set(b, format_version=2), r"format version 2; this lfx reads 1"),
+    "other format": (
+        lambda b: _set(b, format_version=2),
+        r"format version 2; this lfx reads 1: install a newer lfx, or export",
+    ),
     "model changed": (lambda b: _flip(b / MODEL), rf"{MODEL} was changed after the export"),
     "weights changed": (lambda b: _flip(b / WEIGHTS), rf"{WEIGHTS} was changed after the export"),
     "weights cut": (lambda b: _cut(b / WEIGHTS), rf"{WEIGHTS} has \d+ bytes where {MANIFEST} says \d+"),

@@ -158,7 +158,7 @@ def test_a_link_that_the_manifest_does_not_list_is_refused(signed: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "name", [".gitattributes", ".git/config", "README.md", "LICENSE", "LICENSE.txt", "old.minisig"]
+    "name", [".gitattributes", ".git/config", "onnx/.DS_Store", "README.md", "LICENSE", "LICENSE.txt", "old.minisig"]
 )
 def test_a_file_that_lfx_never_reads_is_allowed(name: str, signed: Path) -> None:
     (signed / name).parent.mkdir(exist_ok=True)
