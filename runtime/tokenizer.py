@@ -145,6 +145,8 @@ class Tokenizer:
         folder, signature, config_folder: the arguments.
         config, tokenizer_config: content of config.json and of tokenizer_config.json; None if there is no such file.
         prompt: is put before a text for sentence embeddings: the default prompt of sentence-transformers, or empty.
+        lets_threads_run: whether other threads run while a text is tokenized. tokenizers then warns in a process that
+            forks later, unless TOKENIZERS_PARALLELISM is set. Default: False.
         sha256: one digest of the files that decide ids and answers: tokenizer.json, config.json, tokenizer_config.json
             and, for sentence embeddings, config_sentence_transformers.json.
     Raises:
