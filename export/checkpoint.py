@@ -24,6 +24,7 @@ import transformers
 from lfx.checks import file_path, json_text
 from lfx.errors import ExportError, one_line
 from lfx.export.settings import check_size, model_size, read_object, read_settings, without_code
+from lfx.manifest import MANIFEST
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 Fetch = Callable[[str], Path | None]
@@ -146,10 +147,11 @@ def config_file(fetch: Fetch, model: str) -> Path:
     """Return the path of a checkpoint's config.json.
 
     Raises:
-        ExportError: it has none.
+        ExportError: it has none, or is an adapter.
     """
     path = fetch(CONFIG)
     if path is None:
+        _refuse_adapter(fetch, model)
         raise ExportError(f"{model} has no config.json; give a folder that save_pretrained wrote")
     return path
 
@@ -163,16 +165,20 @@ def weight_files(fetch: Fetch, model: str, config: Path, numbers: int) -> tuple[
     Raises:
         ExportError: it is an adapter; or the files are missing, broken, too small, or hold something else than floats.
     """
-    if fetch("adapter_config.json") is not None:
-        raise ExportError(
-            f"{model} is a PEFT adapter (adapter_config.json), which names another model to load; merge the two with "
-            "merge_and_unload(), save the result with save_pretrained, and export that folder"
-        )
+    _refuse_adapter(fetch, model)
     weights = _weights(fetch, model)
     check_size(numbers, sum(file.stat().st_size for file in weights), config)
     for file in weights:
         check_dtypes(file)
     return weights
+
+
+def _refuse_adapter(fetch: Fetch, model: str) -> None:
+    if fetch("adapter_config.json") is not None:
+        raise ExportError(
+            f"{model} is a PEFT adapter (adapter_config.json), which names another model to load; merge the two with "
+            "merge_and_unload(), save the result with save_pretrained, and export that folder"
+        )
 
 
 def fetcher(model: str) -> Fetcher:
@@ -292,6 +298,8 @@ def _weights(fetch: Fetch, model: str) -> tuple[Path, ...]:
             return (path,)
         if (path := fetch(index)) is not None:
             return tuple(_shard(fetch, path, name) for name in _shard_names(path, PurePosixPath(single).suffix))
+    if fetch(MANIFEST) is not None:
+        raise ExportError(f"{model} is a bundle, not a checkpoint; give the checkpoint that it was made from")
     raise ExportError(f"{model} has no weights: neither model.safetensors nor pytorch_model.bin; save the model again")
 
 

@@ -12,7 +12,7 @@ import transformers
 from lfx.checks import whole_number
 from lfx.errors import ExportError, one_line
 from lfx.export.checkpoint import Checkpoint, Fetcher, config_file, fetcher, weight_files
-from lfx.export.families import FAMILIES, GELU, REFUSED, Family, Names
+from lfx.export.families import CONVERTIBLE, FAMILIES, GELU, REFUSED, Family, Names
 from lfx.export.original import is_original
 from lfx.export.sentence_folder import score_function
 from lfx.export.settings import check_settings, read_object, refuse_other_weights, without_aliases, without_code
@@ -138,7 +138,7 @@ def read_encoder(model: str) -> Encoder:
 def _family(model_type: Any, model: str) -> Family:
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    known = ", ".join(FAMILIES)
+    known = ", ".join(CONVERTIBLE)
     if not isinstance(model_type, str):
         raise ExportError(f"the config.json of {model} names no model_type; set the one it has: {known}")
     reason = f": {REFUSED[model_type]}" if model_type in REFUSED else ""

@@ -140,3 +140,5 @@ FAMILIES = {
         head_activation=True,
     ),
 }
+
+CONVERTIBLE = (*FAMILIES, "bart")  # a BART becomes an LED

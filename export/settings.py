@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 
 from lfx.checks import LARGEST, one_of, parse_json, real_number, shown, whole_number
 from lfx.errors import ExportError, one_line
-from lfx.export.families import FAMILIES
+from lfx.export.families import CONVERTIBLE
 from lfx.export.original import from_original, is_original
 from lfx.export.windows import layer_dilations
 
@@ -60,7 +60,7 @@ def read_settings(path: Path, model: str) -> dict[str, Any]:
     if not isinstance(declared, str) or declared not in CONFIGS:
         model_type = declared if isinstance(declared, str) else "model without a model_type"
         convert = f"; make one of it with: lfx convert --model {shlex.quote(model)} --output FOLDER"
-        cure = convert if model_type in FAMILIES else ""
+        cure = convert if model_type in CONVERTIBLE else ""
         rule = "lfx exports Longformer and LED models only"
         raise ExportError(f"{model} is a {model_type}, not a longformer; {rule}{cure}")
     refuse_other_weights(data, path, model)

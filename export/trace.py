@@ -36,7 +36,11 @@ def trace(
     """
     accepted = forward_inputs(module)
     if "input_ids" not in accepted:
-        raise ExportError(f"{type(module).__name__}.forward takes no input_ids; lfx feeds it {', '.join(GRAPH_INPUTS)}")
+        wrapped = [name for name in ("_orig_mod", "module") if isinstance(getattr(module, name, None), nn.Module)]
+        cure = f"; give the model that it wraps, its {wrapped[0]}" if wrapped else ""
+        raise ExportError(
+            f"{type(module).__name__}.forward takes no input_ids; lfx feeds it {', '.join(GRAPH_INPUTS)}{cure}"
+        )
     inputs = [name for name in accepted if tokens.mode == "mask" or name != "global_attention_mask"]
     attentions: Attentions | None = [] if output_attentions else None
     wrapper = ExportWrapper(

@@ -469,6 +469,7 @@ def test_the_projection_of_a_small_electra_is_refused(tmp_path: Path) -> None:
         ("albert", "projected"),
         ("longformer", "use: lfx export"),
         ("gpt2", "is a gpt2, which cannot become a Longformer; give one of: bert, roberta"),
+        ("gpt2", "electra, distilbert, bart"),
         (None, "names no model_type"),
     ],
 )
@@ -620,6 +621,9 @@ def test_export_of_such_an_encoder_names_convert(tmp_path: Path) -> None:
         with pytest.raises(ExportError, match=f"not a longformer.*lfx convert --model {folder} --output FOLDER"):
             export(folder, tmp_path / "bundle")
     folder = save_tiny_checkpoint(tmp_path / "c")
+    edit(folder / "config.json", model_type="bart")
+    with pytest.raises(ExportError, match=r"is a bart, not a longformer; .*lfx convert --model"):
+        export(folder, tmp_path / "bundle")
     edit(folder / "config.json", model_type="deberta")
     with pytest.raises(
         ExportError, match=r"is a deberta, not a longformer; lfx exports Longformer and LED models only$"

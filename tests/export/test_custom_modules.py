@@ -302,8 +302,12 @@ class _NoIds(nn.Module):
 
 
 def test_a_forward_without_input_ids_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="takes no input_ids"):
+    with pytest.raises(ExportError, match=r"takes no input_ids; .* global_attention_mask$"):
         export(_NoIds(), tmp_path / "out")
+    model = tiny_model(**ONE_LAYER)
+    for wrapper, name in ((torch.compile(model), "_orig_mod"), (nn.DataParallel(model), "module")):
+        with pytest.raises(ExportError, match=f"give the model that it wraps, its {name}$"):
+            export(wrapper, tmp_path / "out")
 
 
 class _Branching(nn.Module):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
 from lfx.errors import ExportError
-from lfx.export import export
+from lfx.export import convert, export
 from lfx.export.load import load, load_tokenizer, weights_sha256
 from lfx.signature import TASKS
 from tests.models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
@@ -95,6 +95,18 @@ def test_missing_and_truncated_weights_are_refused(tmp_path: Path) -> None:
         assert "weights" in _refusal(folder)
     weights.unlink()
     assert "weights" in _refusal(folder)
+
+
+def test_an_adapter_as_peft_saves_it_and_a_bundle_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")  # and no config.json
+    with pytest.raises(ExportError, match=r"is a PEFT adapter .*merge_and_unload"):
+        convert(tmp_path / "adapter", tmp_path / "out")
+    assert "is a PEFT adapter" in _refusal(tmp_path / "adapter")
+    folder = save_tiny_checkpoint(tmp_path / "c")
+    (folder / "model.safetensors").unlink()
+    (folder / "lfx.json").write_text("{}")
+    assert "is a bundle, not a checkpoint; give the checkpoint" in _refusal(folder)
 
 
 def test_other_shapes_than_the_config_are_refused(tmp_path: Path) -> None:
