@@ -45,6 +45,7 @@ _NOT_COMPUTED = {
     "architectures",
     "dtype",
     "model_type",
+    "num_hidden_layers",  # the weights say it; for an LED, transformers before 5.20 writes it and others do not
     "transformers_version",
     "transformers.js_config",
 }

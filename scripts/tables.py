@@ -86,12 +86,14 @@ def export() -> str:
             f"{row['export_seconds']:.0f} s",
             f"{row['export_peak_memory_bytes'] / 1e9:.2f} GB",
             f"{row['validation_seconds']:.0f} s",
+            f"{row['validation_peak_memory_bytes'] / 1e9:.2f} GB",
             f"{row['bundle_bytes'] / 1e6:,.0f} MB",
             f"{max(row['max_abs_error'].values()):.1e}",
         ]
         for row in record.read("export")
     ]
-    header = ["longest sequence", "export", "peak memory", "validation", "bundle", "largest error against float64"]
+    header = ["longest sequence", "export", "its peak memory", "validation", "its peak memory", "bundle"]
+    header.append("largest error against float64")
     return _rows(header, rows)
 
 

@@ -64,11 +64,11 @@ def parse_body(data: bytes, form: type[AnyBody], max_inputs: int) -> AnyBody:
         raise RefusalError(422, f"the body is not JSON: {str(error)[:_LONGEST_MESSAGE]}") from error
     if not isinstance(value, dict):
         raise RefusalError(422, f"the body is {type(value).__name__}; give a JSON object")
-    inputs = value.get("inputs", value.get("input"))
     # Counted before they are checked, which takes seconds for hundreds of thousands, in which no other thread runs. A
     # list of two may be a pair of texts, and one of numbers the ids of one input.
-    if isinstance(inputs, list) and len(inputs) > max(max_inputs, 2) and not isinstance(inputs[0], int):
-        raise too_many_inputs(len(inputs), max_inputs)
+    for inputs in (value.get("inputs"), value.get("input")):
+        if isinstance(inputs, list) and len(inputs) > max(max_inputs, 2) and not isinstance(inputs[0], int):
+            raise too_many_inputs(len(inputs), max_inputs)
     try:
         return form.model_validate(value)
     except ValidationError as error:

@@ -31,12 +31,12 @@ async def embed(
     except InputError as error:
         reason = f"the model {model.name} gives no sentence embeddings: its task is {model.signature.task}"
         raise RefusalError(424, reason, "Backend", "model_not_supported") from error
-    size = Size(encoding, field)
+    with Size(service.kept_outputs, encoding, field) as size:
 
-    def read(_: Prepared, outputs: Outputs) -> NDArray[np.float32]:
-        row: NDArray[np.float32] = np.asarray(outputs[SENTENCE_OUTPUT])[0].astype(np.float32, copy=False)
-        size.add(row)
-        return row
+        def read(_: Prepared, outputs: Outputs) -> NDArray[np.float32]:
+            row: NDArray[np.float32] = np.asarray(outputs[SENTENCE_OUTPUT])[0].astype(np.float32, copy=False)
+            size.add(row)
+            return row
 
-    computed = await service.run(model, items, read)
+        computed = await service.run(model, items, read)
     return [row for _, row in computed], sum(prepared.tokens for prepared, _ in computed)

@@ -78,28 +78,28 @@ async def run(service: Service, data: bytes, name: str | None) -> Response:
     if not items:
         raise InputError("inputs is an empty list; give at least one")
     names = _output_names(model, body.outputs)
-    size = Size(body.encoding)
+    with Size(service.kept_outputs, body.encoding) as size:
 
-    def read(prepared: Prepared, outputs: Outputs) -> dict[str, Any]:
-        # With "...", the row of an output of shape (batch,) is an array too, and not one of numpy's scalars.
-        row = {name: np.asarray(outputs[name])[0, ...] for name in names}
-        size.add(*row.values())
-        return {
-            "tokens": prepared.tokens,
-            "truncated": prepared.truncated,
-            "answers": model.answers(prepared, outputs),
-            "outputs": {name: array_reply(array, body.encoding) for name, array in row.items()},
+        def read(prepared: Prepared, outputs: Outputs) -> dict[str, Any]:
+            # With "...", the row of an output of shape (batch,) is an array too, and not one of numpy's scalars.
+            row = {name: np.asarray(outputs[name])[0, ...] for name in names}
+            size.add(*row.values())
+            return {
+                "tokens": prepared.tokens,
+                "truncated": prepared.truncated,
+                "answers": model.answers(prepared, outputs),
+                "outputs": {name: array_reply(array, body.encoding) for name, array in row.items()},
+            }
+
+        computed = await service.run(model, [_input(item, body, names) for item in items], read)
+        reply = {
+            "model": model.name,
+            "task": model.signature.task,
+            "results": [result for _, result in computed],
+            "tokens": sum(prepared.tokens for prepared, _ in computed),
+            "latency_ms": round((time.perf_counter() - start) * 1000, 3),
         }
-
-    computed = await service.run(model, [_input(item, body, names) for item in items], read)
-    reply = {
-        "model": model.name,
-        "task": model.signature.task,
-        "results": [result for _, result in computed],
-        "tokens": sum(prepared.tokens for prepared, _ in computed),
-        "latency_ms": round((time.perf_counter() - start) * 1000, 3),
-    }
-    return await service.render(lambda: Response(dumps(reply), media_type="application/json"))
+        return await service.render(lambda: Response(dumps(reply), media_type="application/json"))
 
 
 def _input(item: str | OneInput, body: RunRequest, names: list[str]) -> Input:

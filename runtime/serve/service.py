@@ -7,7 +7,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from lfx.checks import shown
 from lfx.errors import InputError, LfxError, one_line
 from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.serve.model import Input, Prepared, ServedModel
-from lfx.runtime.serve.replies import RefusalError, busy, too_many_inputs, unavailable
+from lfx.runtime.serve.replies import KeptOutputs, RefusalError, busy, too_many_inputs, unavailable
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, MAX_UNREAD_BYTES, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
 from lfx.runtime.serve.writing import Written, WrittenToken
 
@@ -50,6 +50,7 @@ class Service:
         self._generating = ThreadPoolExecutor(1, "lfx-generate")
         self._executors = (self._tokenizing, self._answering, self._generating)
         self._rendering = asyncio.Lock()
+        self.kept_outputs = KeptOutputs()
         self.unread_bytes: Callable[[], int] = lambda: 0
 
     def load(self) -> None:
@@ -164,25 +165,23 @@ class Service:
         """
         if len(inputs) > self.settings.max_inputs:
             raise too_many_inputs(len(inputs), self.settings.max_inputs)
-        tasks = []
         with self._counted(len(inputs)), _Submissions() as submissions:
             try:
-                async with asyncio.timeout(self.settings.answer_seconds), asyncio.TaskGroup() as group:
+                async with asyncio.timeout(self.settings.answer_seconds):
                     for item in inputs:
+                        if submissions.failed:
+                            break
                         async with model.output_memory.room():
-                            submit = functools.partial(submissions.submit, model, item)
-                            prepared, future = await self.parse(submit)
-                            tasks.append(group.create_task(self._read(prepared, future, read)))
+                            prepared, future = await self.parse(functools.partial(submissions.submit, model, item))
+                            reading = self._read(prepared, future, read)
                             del future  # it will hold the outputs
-                            model.output_memory.count(prepared.output_bytes, tasks[-1])
-            except ExceptionGroup as errors:
-                raise errors.exceptions[0] from None
+                            model.output_memory.count(prepared.output_bytes, submissions.start(reading))
+                    results = await asyncio.gather(*submissions.tasks)
             except TimeoutError as error:
                 raise unavailable(
                     f"the request was not computed within {self.settings.answer_seconds:g} s; send less, or try again "
                     "later"
                 ) from error
-        results = [task.result() for task in tasks]
         tokens = sum(prepared.tokens for prepared, _ in results)
         log_fields.get({}).update(model=model.name, texts=len(results), tokens=tokens)
         return results
@@ -305,9 +304,17 @@ async def _next_token(tokens: asyncio.Queue[WrittenToken], writing: asyncio.Futu
 
 
 class _Submissions:
-    """The submitted inputs of one request; on exit those that are not done are cancelled."""
+    """The submitted inputs of one request; on exit those that are not done are cancelled.
+
+    Attributes:
+        tasks: those that read the outputs. On exit they are forgotten: in a cycle with an error and its traceback they
+            would keep the outputs until Python collects it, which may be hundreds of requests later.
+        failed: whether one of them has failed.
+    """
 
     def __init__(self) -> None:
+        self.tasks: list[asyncio.Task[Any]] = []
+        self.failed = False
         self._futures: list[weakref.ref[Future[Outputs]]] = []
         self._ended = threading.Event()
 
@@ -321,11 +328,23 @@ class _Submissions:
             future.cancel()
         return prepared, future
 
+    def start(self, reading: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Start reading the outputs of an input."""
+        self.tasks.append(asyncio.create_task(reading))
+        self.tasks[-1].add_done_callback(self._note)
+        return self.tasks[-1]
+
+    def _note(self, task: asyncio.Task[Any]) -> None:
+        self.failed |= not task.cancelled() and task.exception() is not None
+
     def __enter__(self) -> _Submissions:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        for task in self.tasks:
+            task.cancel()
+        self.tasks.clear()
         for reference in self._futures:
             if (future := reference()) is not None:
                 future.cancel()

@@ -8,7 +8,7 @@ Latency: both contenders run in one process, alternating (A B A B), after a warm
 in ONNX Runtime, of the shape of a feed-forward projection, alternates with them: the model's useful FLOP rate over the
 MatMul's is the fraction of the attainable speed.
 Memory: the peak resident set of one process per contender and length, with the interpreter and imports. Export: one
-process; seconds and memory are read before the validation starts.
+process; seconds and memory are read before the validation starts, and at its end.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ def _export_child(bundle: Path) -> None:
         "export_seconds": before_validation["seconds"],
         "export_peak_memory_bytes": before_validation["peak_bytes"],
         "validation_seconds": total_seconds - before_validation["seconds"],
+        "validation_peak_memory_bytes": peak_memory_bytes(),
         "bundle_bytes": sum(entry["bytes"] for entry in manifest.files.values()),
         "model_sha256": manifest.source["sha256"],
         "max_abs_error": {name: r["max_abs_error"] for name, r in manifest.validation["outputs"].items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import resource
 import socket
@@ -167,6 +168,43 @@ def test_the_outputs_of_an_input_are_freed_when_its_answer_is_made(
         assert len(client.post("/run", json={"inputs": ["the fox"] * 4}).json()["results"]) == 4
         assert kept == [0] * 4
         wait_until(lambda: not alive())
+
+
+@pytest.mark.parametrize("end", ["refused", "gone", "late"])
+def test_a_request_that_ends_without_its_answers_keeps_no_outputs(
+    end: str, model: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a refused text may have 800 MB, and Python may not collect cycles for hundreds of requests."""
+    made: list[weakref.ref[Any]] = []
+    run_together = Engine.run_together
+    computing, ended = threading.Event(), threading.Event()
+
+    def noted(engine: Engine, *arguments: Any, **options: Any) -> Any:
+        computing.set()
+        assert end == "refused" or ended.wait(WAIT_SECONDS)
+        results = run_together(engine, *arguments, **options)
+        made.extend(weakref.ref(result["logits"]) for result in results)
+        return results
+
+    def refused(*_: Any) -> Any:
+        raise InputError("no answer")
+
+    monkeypatch.setattr(Engine, "run_together", noted)
+    monkeypatch.setattr(ServedModel, "answers", refused)
+    with running(model, answer_seconds=0.3 if end == "late" else WAIT_SECONDS) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            if end == "gone":
+                with connected(server, REQUEST):
+                    assert computing.wait(WAIT_SECONDS)
+                wait_until(lambda: server.server.service.in_progress == 0)
+            else:
+                assert run(server).status_code == {"refused": 422, "late": 503}[end]
+            ended.set()
+            wait_until(lambda: bool(made) and all(output() is None for output in made))
+        finally:
+            gc.enable()
 
 
 def test_outputs_that_wait_for_their_answers_fill_a_bounded_memory(

@@ -26,7 +26,7 @@ from lfx.runtime import Engine
 from lfx.runtime.postprocess import Postprocessor
 from lfx.runtime.serve import native, openai, replies, tei, tgi
 from lfx.runtime.serve.body import parse_body
-from lfx.runtime.serve.replies import MAX_JSON_NUMBERS, RefusalError, Size, dumps
+from lfx.runtime.serve.replies import MAX_JSON_NUMBERS, KeptOutputs, RefusalError, Size, dumps
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, OTHER_BYTES
 from lfx.runtime.tokenizer import Tokenizer
 from tests.conftest import MakeBundle
@@ -525,17 +525,30 @@ def test_outputs_that_are_too_large_for_a_reply_are_refused() -> None:
         nbytes = 65 << 20
 
     with pytest.raises(RefusalError, match=r'500,001 numbers.*give encoding: "base64"'):
-        Size("float").add(np.zeros(1).view(Large))
+        Size(KeptOutputs(), "float").add(np.zeros(1).view(Large))
     with pytest.raises(RefusalError, match="68,157,440 bytes or more, above the 67,108,864 of a reply"):
-        Size("base64").add(np.zeros(1).view(Large))
+        Size(KeptOutputs(), "base64").add(np.zeros(1).view(Large))
 
 
 def test_the_outputs_of_all_inputs_are_counted_for_a_reply() -> None:
-    size, row = Size("float"), np.zeros(MAX_JSON_NUMBERS // 2, np.float32)
+    size, row = Size(KeptOutputs(), "float"), np.zeros(MAX_JSON_NUMBERS // 2, np.float32)
     size.add(row)
     size.add(row)
     with pytest.raises(RefusalError, match="500,001 numbers or more"):
         size.add(np.zeros(1, np.float32))
+
+
+def test_the_outputs_that_all_replies_keep_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replies, "OUTPUT_BYTES", 100)
+    kept, row = KeptOutputs(), np.zeros(15, np.float32)
+    with Size(kept, "base64") as first:
+        first.add(row)
+        with Size(kept, "base64") as second, pytest.raises(RefusalError, match="try again later") as caught:
+            second.add(row)
+        assert caught.value.status == 429
+    first.add(row)  # by a thread that goes on after its request has ended
+    with Size(kept, "base64") as third:
+        third.add(row)
 
 
 @pytest.mark.parametrize("item", [{}, "", "fox", [], ["fox"], None, {"a": 1}])
@@ -545,7 +558,7 @@ def test_inputs_are_counted_before_they_are_checked(item: Any) -> None:
         with pytest.raises(RefusalError, match="the request has 33 inputs, above the 32"):
             parse_body(json.dumps({"inputs": [item] * 33}).encode(), form, 32)
     with pytest.raises(RefusalError, match="the request has 33 inputs, above the 32"):
-        parse_body(json.dumps({"input": [item] * 33}).encode(), openai.EmbeddingsRequest, 32)
+        parse_body(json.dumps({"inputs": None, "input": [item] * 33}).encode(), openai.EmbeddingsRequest, 32)
 
 
 def test_ids_and_a_pair_are_one_input() -> None:
