@@ -190,7 +190,12 @@ class Service:
         self, prepared: Prepared, future: Future[Outputs], read: Callable[[Prepared, Outputs], Result]
     ) -> tuple[Prepared, Result]:
         outputs = await asyncio.wrap_future(future)
-        return prepared, await asyncio.get_running_loop().run_in_executor(self._answering, read, prepared, outputs)
+        part = asyncio.get_running_loop().run_in_executor(self._answering, read, prepared, outputs)
+        del future, outputs
+        try:
+            return prepared, await part
+        except (LfxError, RefusalError) as error:
+            raise error.with_traceback(None) from error.__cause__  # the frames of `read` hold the outputs
 
     async def generate(self, model: ServedModel, text: str, options: dict[str, Any], *, truncate: bool) -> Written:
         """Write a text with a model; if the call is cancelled, a text that is waiting is not written.
