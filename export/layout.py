@@ -35,10 +35,10 @@ from lfx.parity import quick_cases
 from lfx.runtime import Engine
 from lfx.runtime.artifact import Artifact, check_bundle, unchanged
 from lfx.runtime.runner import model_inputs, outputs_runner, with_text
+from lfx.runtime.text_files import CONFIG, TOKENIZER_CONFIG
 
 LAYOUTS = ("lfx", "hf")
 MODEL_TYPES = ("longformer", "roberta", "bart")
-_CONFIG, _TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 # Keys of config.json that may differ between bundles which compute the same.
 _NOT_COMPUTED = {
     "_name_or_path",
@@ -146,8 +146,8 @@ def write_layout(
     _copy_files(artifacts[0], folder, fetch)
     graphs = folder / LAYOUT_FOLDER
     files = sorted(path.name for path in graphs.glob("*.onnx"))
-    _edit_config(folder / _CONFIG, model_type, [file for file in files if _has_data(graphs / file)])
-    _edit_tokenizer(folder / _TOKENIZER_CONFIG)
+    _edit_config(folder / CONFIG, model_type, [file for file in files if _has_data(graphs / file)])
+    _edit_tokenizer(folder / TOKENIZER_CONFIG)
     for bundle in bundles:
         if folder in bundle.parents:  # the bundle that `export` wrote first, inside the folder
             shutil.rmtree(bundle)
@@ -194,9 +194,9 @@ def _settings(artifact: Artifact) -> dict[str, str]:
     assert artifact.bundle is not None
     assert artifact.manifest is not None
     files = artifact.manifest.files
-    settings = {name: files[name]["sha256"] for name in files if name == MODULES or name.endswith(f"/{_CONFIG}")}
-    config = read_object(artifact.bundle / _CONFIG) if _CONFIG in files else {}
-    return {**settings, **{f"{_CONFIG}: {key}": json_text(config[key]) for key in config.keys() - _NOT_COMPUTED}}
+    settings = {name: files[name]["sha256"] for name in files if name == MODULES or name.endswith(f"/{CONFIG}")}
+    config = read_object(artifact.bundle / CONFIG) if CONFIG in files else {}
+    return {**settings, **{f"{CONFIG}: {key}": json_text(config[key]) for key in config.keys() - _NOT_COMPUTED}}
 
 
 def _options(manifest: Manifest) -> tuple[str, Any]:

@@ -193,8 +193,9 @@ class Size:
 
     def add(self, *arrays: NDArray[Any]) -> None:
         """Count outputs; raises RefusalError if those of the reply so far, or of all replies, are too large."""
+        added = sum(array.nbytes for array in arrays)
         self._numbers += sum(array.size for array in arrays)
-        self._bytes += sum(array.nbytes for array in arrays)
+        self._bytes += added
         if self._encoding == "float" and self._numbers > MAX_JSON_NUMBERS:
             cure = "" if self._field is None else f'give {self._field}: "base64", or '
             raise RefusalError(
@@ -208,4 +209,4 @@ class Size:
                 f"the outputs have {self._bytes:,} bytes or more, above the {MAX_OUTPUT_BYTES:,} of a reply; ask for "
                 "fewer outputs or texts",
             )
-        self._kept.add(self, sum(array.nbytes for array in arrays))
+        self._kept.add(self, added)
