@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from lfx.errors import InputError
 from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.embedding import SENTENCE_OUTPUT, check_task
+from lfx.runtime.serve.limits import ReplySize, Share
 from lfx.runtime.serve.model import Input, Prepared, ServedModel
-from lfx.runtime.serve.replies import RefusalError, Size
+from lfx.runtime.serve.replies import RefusalError
 from lfx.runtime.serve.service import Service
 
 
@@ -21,7 +22,7 @@ async def embed(
     """Compute the embedding of each input; returns them, and the total number of tokens.
 
     Args:
-        encoding, field: of the reply; see `Size`.
+        encoding, field: of the reply; see `ReplySize`.
     Raises:
         RefusalError: the model has another task than sentence embedding, or the request is refused.
         LfxError: the model cannot take an input, or failed.
@@ -31,7 +32,8 @@ async def embed(
     except InputError as error:
         reason = f"the model {model.name} gives no sentence embeddings: its task is {model.signature.task}"
         raise RefusalError(424, reason, "Backend", "model_not_supported") from error
-    with Size(service.kept_outputs, encoding, field) as size:
+    with Share(service.reply_memory) as share:
+        size = ReplySize(share, encoding, field)
 
         def read(_: Prepared, outputs: Outputs) -> NDArray[np.float32]:
             row: NDArray[np.float32] = np.asarray(outputs[SENTENCE_OUTPUT])[0].astype(np.float32, copy=False)

@@ -10,10 +10,10 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from lfx.runtime.serve.limits import Share
 from lfx.runtime.serve.lines import write_line
-from lfx.runtime.serve.replies import RefusalError, busy, error_reply, unavailable
+from lfx.runtime.serve.replies import RefusalError, error_reply, unavailable
 from lfx.runtime.serve.service import Service, log_fields
-from lfx.runtime.serve.settings import MAX_BUFFERED_BYTES
 from lfx.runtime.serve.stats import Stats
 
 Message = MutableMapping[str, Any]
@@ -45,7 +45,6 @@ class Gate:
 
     def __init__(self, app: App, service: Service, stats: Stats) -> None:
         self._app, self._service, self._stats = app, service, stats
-        self._buffered = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -72,7 +71,8 @@ class Gate:
                 self._service.check_ready()
                 _check_encoding(scope)
             # The body counts as buffered until the request is answered, since the task holds it until then.
-            with _Body(self) as body:
+            with Share(self._service.body_memory) as share:
+                body = _Body(share, self._service.max_body_bytes)
                 if takes_body and not await body.read(scope, receive):
                     return
                 await _run_while_connected(lambda: self._app(scope, body.replay, send), receive)
@@ -125,17 +125,15 @@ class _Reply:
 
 
 class _Body:
-    """The body of one request, and its share of the memory for bodies."""
+    """The body of one request.
 
-    def __init__(self, gate: Gate) -> None:
-        self._gate, self._parts, self._size = gate, list[bytes](), 0
-        self._replayed = False
+    Args:
+        share: the request's, of the memory for bodies.
+        limit: largest number of bytes.
+    """
 
-    def __enter__(self) -> _Body:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._gate._buffered -= self._size
+    def __init__(self, share: Share, limit: int) -> None:
+        self._share, self._limit, self._data, self._replayed = share, limit, bytearray(), False
 
     async def read(self, scope: MutableMapping[str, Any], receive: Receive) -> bool:
         """Read the whole body; returns False if the client disconnects.
@@ -143,34 +141,27 @@ class _Body:
         Raises:
             RefusalError: the body is too large, or the bodies of all requests together are.
         """
-        limit = self._gate._service.max_body_bytes
         for name, value in scope["headers"]:
-            if name == b"content-length" and value.isdigit() and (len(value) > 18 or int(value) > limit):
-                raise _too_large(limit)
+            if name == b"content-length" and value.isdigit() and (len(value) > 18 or int(value) > self._limit):
+                raise _too_large(self._limit)
         more = True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return False
             part, more = message.get("body", b""), message.get("more_body", False)
-            self._parts.append(part)
-            self._size += len(part)
-            self._gate._buffered += len(part)
-            if self._size > limit:
-                raise _too_large(limit)
-            if self._gate._buffered > MAX_BUFFERED_BYTES:
-                raise busy(
-                    f"the bodies of the requests in progress are above {MAX_BUFFERED_BYTES:,} bytes, the limit of this "
-                    "server; try again later"
-                )
+            if self._share.size + len(part) > self._limit:
+                raise _too_large(self._limit)
+            self._share.take(len(part))
+            self._data += part
         return True
 
     async def replay(self) -> Message:
         """Give the body to the app at the first call, then wait forever: `_run_while_connected` sees a disconnect."""
         if not self._replayed:
             self._replayed = True
-            body = b"".join(self._parts)
-            self._parts.clear()
+            body = bytes(self._data)
+            self._data.clear()
             return {"type": "http.request", "body": body, "more_body": False}
         await asyncio.Event().wait()
         raise AssertionError

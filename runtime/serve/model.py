@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,9 @@ from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.generation.rows import without_padding
 from lfx.runtime.inputs import pad_choices, prepare
-from lfx.runtime.outputs import OUTPUT_BYTES, output_bytes_per_token
+from lfx.runtime.outputs import output_bytes_per_token
 from lfx.runtime.postprocess import Postprocessor, answer_outputs
+from lfx.runtime.serve.limits import WaitingOutputs
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
 from lfx.runtime.serve.writing import TokenTexts, Written, WrittenToken, decoded
 from lfx.runtime.text_files import TOKENIZER, text_folder
@@ -74,32 +74,6 @@ class Prepared:
     positions: NDArray[np.int64] | None = None
 
 
-class OutputMemory:
-    """Bounds the outputs of a model that are being computed or are not read yet. For the event loop's thread alone."""
-
-    def __init__(self) -> None:
-        self._bytes, self._turn, self._freed = 0, asyncio.Lock(), asyncio.Event()
-
-    @contextlib.asynccontextmanager
-    async def room(self) -> AsyncIterator[None]:
-        """Wait for room, and let nobody else wait until the outputs of one more input are counted."""
-        async with self._turn:
-            while self._bytes >= OUTPUT_BYTES:
-                self._freed.clear()
-                await self._freed.wait()
-            yield
-
-    def count(self, size: int, reading: asyncio.Future[Any]) -> None:
-        """Count the bytes of an input's outputs, until `reading` is done."""
-
-        def free(_: object) -> None:
-            self._bytes -= size
-            self._freed.set()
-
-        self._bytes += size
-        reading.add_done_callback(free)
-
-
 class ServedModel:
     """One model of the server. Thread-safe.
 
@@ -131,7 +105,7 @@ class ServedModel:
             with contextlib.suppress(LfxError):  # each text has the error, and other routes are answered
                 # Read now, as the model is: the files may be replaced before the first text.
                 self._generation = self.engine.text_writer().defaults
-        self.output_memory = OutputMemory()
+        self.waiting_outputs = WaitingOutputs()
         self.engine.warm_up()
         # The Service takes a request while fewer than max_pending texts are in progress; it has up to max_inputs texts.
         max_pending = settings.max_pending + settings.max_inputs

@@ -12,8 +12,9 @@ from pydantic import Field
 from lfx.errors import InputError
 from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.serve.body import List, StrictBody, read_body
+from lfx.runtime.serve.limits import ReplySize, Share
 from lfx.runtime.serve.model import Input, Prepared, ServedModel
-from lfx.runtime.serve.replies import Size, array_reply, dumps
+from lfx.runtime.serve.replies import array_reply, dumps
 from lfx.runtime.serve.service import Service
 
 Ids = List[int] | List[List[int]]
@@ -78,7 +79,8 @@ async def run(service: Service, data: bytes, name: str | None) -> Response:
     if not items:
         raise InputError("inputs is an empty list; give at least one")
     names = _output_names(model, body.outputs)
-    with Size(service.kept_outputs, body.encoding) as size:
+    with Share(service.reply_memory) as share:
+        size = ReplySize(share, body.encoding)
 
         def read(prepared: Prepared, outputs: Outputs) -> dict[str, Any]:
             # With "...", the row of an output of shape (batch,) is an array too, and not one of numpy's scalars.
@@ -88,18 +90,27 @@ async def run(service: Service, data: bytes, name: str | None) -> Response:
                 "tokens": prepared.tokens,
                 "truncated": prepared.truncated,
                 "answers": model.answers(prepared, outputs),
-                "outputs": {name: array_reply(array, body.encoding) for name, array in row.items()},
+                "outputs": row,
             }
 
         computed = await service.run(model, [_input(item, body, names) for item in items], read)
-        reply = {
-            "model": model.name,
-            "task": model.signature.task,
-            "results": [result for _, result in computed],
-            "tokens": sum(prepared.tokens for prepared, _ in computed),
-            "latency_ms": round((time.perf_counter() - start) * 1000, 3),
-        }
-        return await service.render(lambda: Response(dumps(reply), media_type="application/json"))
+        latency_ms = round((time.perf_counter() - start) * 1000, 3)
+
+        def reply() -> Response:
+            for _, result in computed:
+                result["outputs"] = {
+                    name: array_reply(array, body.encoding) for name, array in result["outputs"].items()
+                }
+            content = {
+                "model": model.name,
+                "task": model.signature.task,
+                "results": [result for _, result in computed],
+                "tokens": sum(prepared.tokens for prepared, _ in computed),
+                "latency_ms": latency_ms,
+            }
+            return Response(dumps(content), media_type="application/json")
+
+        return await service.render(reply)
 
 
 def _input(item: str | OneInput, body: RunRequest, names: list[str]) -> Input:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import threading
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -15,11 +14,7 @@ from fastapi.responses import StreamingResponse
 from numpy.typing import NDArray
 
 from lfx.errors import ArtifactError, InputError, LengthError, LfxError, OverloadError
-from lfx.runtime.outputs import OUTPUT_BYTES
 
-# json.dumps holds the GIL, for this many numbers half a second; base64 is much faster.
-MAX_JSON_NUMBERS = 500_000
-MAX_OUTPUT_BYTES = 64 << 20
 RETRY_AFTER_SECONDS = 1
 
 
@@ -145,68 +140,3 @@ def array_reply(array: NDArray[Any], encoding: str) -> Any:
         "shape": list(array.shape),
         "base64": base64.b64encode(little.tobytes()).decode("ascii"),
     }
-
-
-class KeptOutputs:
-    """The outputs that all replies of a process keep while they are made. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock, self._bytes = threading.Lock(), dict[object, int]()
-
-    def begin(self, reply: object) -> None:
-        """Begin to count the outputs of a reply."""
-        with self._lock:
-            self._bytes[reply] = 0
-
-    def add(self, reply: object, size: int) -> None:
-        """Count bytes of a reply, unless it has ended; raises RefusalError if those of all replies are too many."""
-        with self._lock:
-            if sum(self._bytes.values()) + size > OUTPUT_BYTES:
-                raise busy("the outputs that other requests asked for fill the memory for them; try again later")
-            if reply in self._bytes:
-                self._bytes[reply] += size
-
-    def end(self, reply: object) -> None:
-        """Count the outputs of a reply no more."""
-        with self._lock:
-            del self._bytes[reply]
-
-
-class Size:
-    """The size of the outputs of a reply, which are counted as kept in a `with` block.
-
-    Args:
-        kept: of the process.
-        encoding: "float" or "base64".
-        field: the field of the request that asks for base64; None if the route has none.
-    """
-
-    def __init__(self, kept: KeptOutputs, encoding: str, field: str | None = "encoding") -> None:
-        self._kept, self._encoding, self._field, self._numbers, self._bytes = kept, encoding, field, 0, 0
-
-    def __enter__(self) -> Size:
-        self._kept.begin(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._kept.end(self)
-
-    def add(self, *arrays: NDArray[Any]) -> None:
-        """Count outputs; raises RefusalError if those of the reply so far, or of all replies, are too large."""
-        added = sum(array.nbytes for array in arrays)
-        self._numbers += sum(array.size for array in arrays)
-        self._bytes += added
-        if self._encoding == "float" and self._numbers > MAX_JSON_NUMBERS:
-            cure = "" if self._field is None else f'give {self._field}: "base64", or '
-            raise RefusalError(
-                413,
-                f"the outputs have {self._numbers:,} numbers or more, above the {MAX_JSON_NUMBERS:,} of a JSON reply; "
-                f"{cure}ask for fewer outputs or texts",
-            )
-        if self._bytes > MAX_OUTPUT_BYTES:
-            raise RefusalError(
-                413,
-                f"the outputs have {self._bytes:,} bytes or more, above the {MAX_OUTPUT_BYTES:,} of a reply; ask for "
-                "fewer outputs or texts",
-            )
-        self._kept.add(self, added)

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 from lfx.checks import shown
 from lfx.errors import InputError, LfxError, one_line
 from lfx.runtime.batch_runner import Outputs
+from lfx.runtime.serve.limits import BODY_BYTES, REPLY_BYTES, UNREAD_BYTES, Memory, above
 from lfx.runtime.serve.model import Input, Prepared, ServedModel
-from lfx.runtime.serve.replies import KeptOutputs, RefusalError, busy, too_many_inputs, unavailable
-from lfx.runtime.serve.settings import BYTES_PER_TOKEN, MAX_UNREAD_BYTES, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
+from lfx.runtime.serve.replies import RefusalError, busy, too_many_inputs, unavailable
+from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
 from lfx.runtime.serve.writing import Written, WrittenToken
 
 Result = TypeVar("Result")
@@ -50,7 +51,8 @@ class Service:
         self._generating = ThreadPoolExecutor(1, "lfx-generate")
         self._executors = (self._tokenizing, self._answering, self._generating)
         self._rendering = asyncio.Lock()
-        self.kept_outputs = KeptOutputs()
+        self.body_memory = Memory(BODY_BYTES, "the bodies of the requests in progress")
+        self.reply_memory = Memory(REPLY_BYTES, "the outputs of the replies in progress")
         self.unread_bytes: Callable[[], int] = lambda: 0
 
     def load(self) -> None:
@@ -137,7 +139,7 @@ class Service:
         """Run a function in the thread that makes answers and replies.
 
         Raises:
-            RefusalError: the replies that clients have not read yet are MAX_UNREAD_BYTES or more.
+            RefusalError: the replies that clients have not read yet are UNREAD_BYTES or more.
         """
         # One at a time: a reply is counted as unread when the next one is made.
         async with self._rendering:
@@ -145,8 +147,8 @@ class Service:
             return await asyncio.get_running_loop().run_in_executor(self._answering, work)
 
     def _check_unread(self) -> None:
-        if self.unread_bytes() >= MAX_UNREAD_BYTES:
-            raise busy("the replies that clients have not read yet fill the memory for them; try again later")
+        if self.unread_bytes() >= UNREAD_BYTES:
+            raise above("the replies that clients have not read yet", UNREAD_BYTES)
 
     async def run(
         self, model: ServedModel, inputs: Sequence[Input], read: Callable[[Prepared, Outputs], Result]
@@ -171,11 +173,11 @@ class Service:
                     for item in inputs:
                         if submissions.failed:
                             break
-                        async with model.output_memory.room():
+                        async with model.waiting_outputs.room():
                             prepared, future = await self.parse(functools.partial(submissions.submit, model, item))
                             reading = self._read(prepared, future, read)
                             del future  # it will hold the outputs
-                            model.output_memory.count(prepared.output_bytes, submissions.start(reading))
+                            model.waiting_outputs.count(prepared.output_bytes, submissions.start(reading))
                     results = await asyncio.gather(*submissions.tasks)
             except TimeoutError as error:
                 raise unavailable(

@@ -13,8 +13,6 @@ from lfx.errors import InputError
 
 KEEP_ALIVE_SECONDS = 60  # longest time that a connection is idle between two requests
 MAX_HEADER_BYTES = 65_536
-MAX_BUFFERED_BYTES = 256 << 20  # of the bodies of all requests that are being received or are in progress
-MAX_UNREAD_BYTES = 256 << 20  # of the replies of a worker that their clients have not read yet
 # Default limit of a body, in bytes per token of the longest sequence. In UTF-8, English has 4 to 5 bytes per token and
 # Chinese 3; a character that JSON escapes has 6.
 BYTES_PER_TOKEN = 16

@@ -22,11 +22,10 @@ import pytest
 from lfx.errors import InputError
 from lfx.runtime.batcher import Batcher
 from lfx.runtime.engine import Engine
-from lfx.runtime.serve import gate, service
-from lfx.runtime.serve import model as served
+from lfx.runtime.serve import limits, service
 from lfx.runtime.serve.model import ServedModel
 from lfx.runtime.serve.server import OTHER_FILES
-from lfx.runtime.serve.settings import MAX_HEADER_BYTES, MAX_UNREAD_BYTES, Settings
+from lfx.runtime.serve.settings import MAX_HEADER_BYTES, Settings
 from lfx.runtime.tokenizer import Tokenizer
 from tests.conftest import MakeBundle
 from tests.runtime.serve.running import WAIT_SECONDS, Running, running, wait_until
@@ -116,14 +115,14 @@ def test_texts_above_max_pending_get_429_and_retry_after(
 
 
 def test_bodies_above_the_memory_for_them_get_429(model: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "MAX_BUFFERED_BYTES", 3000)
+    monkeypatch.setattr(service, "BODY_BYTES", 3000)
     with running(model) as server, connected(server) as other:
         other.sendall(b"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: 2000\r\n\r\n" + b" " * 1900)
-        wait_until(lambda: server.server.config.app._buffered == 1900)  # type: ignore[union-attr]
+        wait_until(lambda: server.server.service.body_memory.held == 1900)
         with server.client() as client:
             assert client.post("/run", content=b" " * 1500 + BODY).status_code == 429
             assert client.post("/run", content=BODY).status_code == 200
-    assert server.server.config.app._buffered == 0  # type: ignore[union-attr]
+    assert server.server.service.body_memory.held == 0
 
 
 def test_texts_are_tokenized_one_at_a_time(model: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +209,7 @@ def test_a_request_that_ends_without_its_answers_keeps_no_outputs(
 def test_outputs_that_wait_for_their_answers_fill_a_bounded_memory(
     bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served, "OUTPUT_BYTES", 1)
+    monkeypatch.setattr(limits, "OUTPUT_BYTES", 1)
     waiting: list[int] = []
     most: list[int] = []
     submit, answers = Batcher.submit, ServedModel.answers
@@ -474,7 +473,7 @@ def test_replies_that_are_not_read_fill_a_bounded_memory(
     model: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running(model) as server:
-        server.server.service.unread_bytes = lambda: MAX_UNREAD_BYTES
+        server.server.service.unread_bytes = lambda: limits.UNREAD_BYTES
         reply = run(server)
         assert reply.status_code == 429
         assert "replies that clients have not read" in reply.json()["error"]
@@ -486,11 +485,10 @@ def test_bodies_of_paths_without_a_key_are_not_buffered(model: dict[str, Path]) 
     head = b"%b HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n"
     held: list[int] = []
     with running(model, api_key="secret", client_seconds=2) as server:
-        application = server.server.config.loaded_app
         for request in (b"GET /health", b"POST /health", b"GET /", b"POST /openapi.json"):
             with connected(server, head % request + b"a" * 999_000) as client:
                 assert received(client).startswith(b"HTTP/1.1 ")
-                held.append(application._buffered)
+                held.append(server.server.service.body_memory.held)
     assert held == [0] * 4
 
 

@@ -24,9 +24,10 @@ from lfx.export import export
 from lfx.parity import pair_tolerance
 from lfx.runtime import Engine
 from lfx.runtime.postprocess import Postprocessor
-from lfx.runtime.serve import native, openai, replies, tei, tgi
+from lfx.runtime.serve import limits, native, openai, tei, tgi
 from lfx.runtime.serve.body import parse_body
-from lfx.runtime.serve.replies import MAX_JSON_NUMBERS, KeptOutputs, RefusalError, Size, dumps
+from lfx.runtime.serve.limits import MAX_JSON_NUMBERS, REPLY_BYTES, Memory, ReplySize, Share
+from lfx.runtime.serve.replies import RefusalError, dumps
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, OTHER_BYTES
 from lfx.runtime.tokenizer import Tokenizer
 from tests.conftest import MakeBundle
@@ -519,36 +520,41 @@ def test_numbers_that_json_does_not_have_become_null() -> None:
     }
 
 
+def reply_size(encoding: str) -> ReplySize:
+    return ReplySize(Share(Memory(REPLY_BYTES, "the outputs")), encoding)
+
+
 def test_outputs_that_are_too_large_for_a_reply_are_refused() -> None:
     class Large(np.ndarray[Any, Any]):
         size = MAX_JSON_NUMBERS + 1
         nbytes = 65 << 20
 
     with pytest.raises(RefusalError, match=r'500,001 numbers.*give encoding: "base64"'):
-        Size(KeptOutputs(), "float").add(np.zeros(1).view(Large))
+        reply_size("float").add(np.zeros(1).view(Large))
     with pytest.raises(RefusalError, match="68,157,440 bytes or more, above the 67,108,864 of a reply"):
-        Size(KeptOutputs(), "base64").add(np.zeros(1).view(Large))
+        reply_size("base64").add(np.zeros(1).view(Large))
 
 
 def test_the_outputs_of_all_inputs_are_counted_for_a_reply() -> None:
-    size, row = Size(KeptOutputs(), "float"), np.zeros(MAX_JSON_NUMBERS // 2, np.float32)
+    size, row = reply_size("float"), np.zeros(MAX_JSON_NUMBERS // 2, np.float32)
     size.add(row)
     size.add(row)
     with pytest.raises(RefusalError, match="500,001 numbers or more"):
         size.add(np.zeros(1, np.float32))
 
 
-def test_the_outputs_that_all_replies_keep_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replies, "OUTPUT_BYTES", 100)
-    kept, row = KeptOutputs(), np.zeros(15, np.float32)
-    with Size(kept, "base64") as first:
-        first.add(row)
-        with Size(kept, "base64") as second, pytest.raises(RefusalError, match="try again later") as caught:
-            second.add(row)
+def test_what_all_requests_hold_has_a_limit() -> None:
+    memory = Memory(100, "the outputs")
+    with Share(memory) as first:
+        first.take(60)
+        with Share(memory) as second, pytest.raises(RefusalError, match="the outputs are above 100 bytes") as caught:
+            second.take(60)
         assert caught.value.status == 429
-    first.add(row)  # by a thread that goes on after its request has ended
-    with Size(kept, "base64") as third:
-        third.add(row)
+    first.take(60)  # by a thread that goes on after its request has ended
+    with Share(memory) as third:
+        third.take(60)
+        assert memory.held == 60
+    assert memory.held == 0
 
 
 @pytest.mark.parametrize("item", [{}, "", "fox", [], ["fox"], None, {"a": 1}])
@@ -578,7 +584,7 @@ def test_ids_and_a_pair_are_one_input() -> None:
 def test_base64_is_named_where_a_route_has_it(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str, body: Any, message: str
 ) -> None:
-    monkeypatch.setattr(replies, "MAX_JSON_NUMBERS", 63)
+    monkeypatch.setattr(limits, "MAX_JSON_NUMBERS", 63)
     reply = post(client, path, body)
     assert reply.status_code == 413
     error = reply.json()["error"]
@@ -588,7 +594,7 @@ def test_base64_is_named_where_a_route_has_it(
 def test_openai_embeddings_in_base64_may_have_more_numbers_than_json(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replies, "MAX_JSON_NUMBERS", 63)
+    monkeypatch.setattr(limits, "MAX_JSON_NUMBERS", 63)
     body = {"input": ["a", "b"], "model": "emb"}
     assert len(answered(client, "/v1/embeddings", {**body, "encoding_format": "base64"})["data"]) == 2
     assert answered(client, "/v1/embeddings", {"input": "a", "model": "emb", "encoding_format": None})["data"]
