@@ -81,12 +81,15 @@ class Command:
     """`lfx serve` in a process of its own.
 
     Attributes:
+        program: the arguments of Python.
         address: where it answers; port 0 was given.
         lines: what it printed on stderr.
     """
 
+    program: tuple[str, ...] = ("-m", "lfx.cli")
+
     def __init__(self, *arguments: str | Path, **environment: str) -> None:
-        command = [sys.executable, "-m", "lfx.cli", "serve", *map(str, arguments), "--port", "0", "--threads", "1"]
+        command = [sys.executable, *self.program, "serve", *map(str, arguments), "--port", "0", "--threads", "1"]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
         )
