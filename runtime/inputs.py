@@ -89,8 +89,12 @@ def _split_mask(value: Any, name: str, count: int, signature: Signature) -> Sequ
         return [None] * count
     rows = _split_each(value, name, signature)
     if len(rows) != count:
-        raise InputError(f"{name} has {len(rows)} sequences, and input_ids has {count}; make them equal")
+        raise _other_count(name, len(rows), count)
     return rows
+
+
+def _other_count(name: str, found: int, count: int) -> InputError:
+    return InputError(f"{name} has {found} sequences, and input_ids has {count}; make them equal")
 
 
 def stack(sequences: Sequence[Feeds], pad_token_id: int) -> Feeds:
@@ -172,9 +176,15 @@ class _Values:
     check: Callable[[NDArray[Any], str, Signature], None]
 
 
-def _as_rows(value: Any, name: str, values: _Values, signature: Signature) -> list[Int64]:
-    """Read a batch into one int64 array for each sequence: (seqlen,), or (choices, seqlen) for multiple choice."""
+def _as_rows(value: Any, name: str, values: _Values, signature: Signature, count: int | None = None) -> list[Int64]:
+    """Read a batch into one int64 array for each sequence: (seqlen,), or (choices, seqlen) for multiple choice.
+
+    Args:
+        count: number of sequences that there must be; None = any.
+    """
     items = _split(value, name, signature)
+    if count is not None and len(items) != count:  # before they are read, of which there may be many
+        raise _other_count(name, len(items), count)
     rank, several = 2 if signature.has_choices else 1, len(items) > 1
     with _readable(name, signature):
         return [
@@ -374,7 +384,7 @@ def _mask_rows(value: Any, name: str, rows: list[Int64], signature: Signature) -
     """Read a mask whose shape must be that of the ids in `rows`; None stays None."""
     if value is None:
         return None
-    masks = _as_rows(value, name, _MASK, signature)
+    masks = _as_rows(value, name, _MASK, signature, len(rows))
     if [m.shape for m in masks] != [r.shape for r in rows]:
         raise InputError(f"{name} has shape {_shape_of(masks)} where input_ids has {_shape_of(rows)}; make them equal")
     return masks

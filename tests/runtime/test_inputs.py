@@ -478,9 +478,11 @@ def test_bad_choices_are_refused(ids: Any, message: str) -> None:
 
 
 BAD_MASKS = {
-    "other length": ([1, 1], r"shape \(1, 2\) where input_ids has \(2, 3\)"),
-    "one row of two": ([[1, 1, 1]], r"shape \(1, 3\) where input_ids has \(2, 3\)"),
-    "row too many": ([[1, 1, 1]] * 3, r"shape \(3, 3\)"),
+    "one sequence": ([1, 1, 1], "{name} has 1 sequences, and input_ids has 2"),
+    "one row of two": ([[1, 1, 1]], "{name} has 1 sequences, and input_ids has 2"),
+    "other length": ([[1, 1]] * 2, r"shape \(2, 2\) where input_ids has \(2, 3\)"),
+    "row too many": ([[1, 1, 1]] * 3, "{name} has 3 sequences, and input_ids has 2"),
+    "rows without end": ([Items(3, OSError("read"))] * 200_000, "{name} has 200000 sequences, and input_ids has 2"),
     "ragged": ([[1, 1, 1], [1, 1]], r"lengths \[3, 2\]"),
     "value 2": ([[1, 1, 1], [1, 2, 0]], "the value 2; masks hold 0 and 1 only"),
     "negative": ([[1, 1, 1], [1, -1, 0]], "the value -1"),
