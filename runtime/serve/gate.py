@@ -7,12 +7,12 @@ import contextlib
 import hmac
 import json
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any
 
 from lfx.runtime.serve.limits import Share
 from lfx.runtime.serve.lines import write_line
-from lfx.runtime.serve.replies import RefusalError, error_reply, unavailable
+from lfx.runtime.serve.replies import RefusalError, error_reply, late, unavailable
 from lfx.runtime.serve.service import Service, log_fields
 from lfx.runtime.serve.stats import Stats
 
@@ -75,7 +75,9 @@ class Gate:
                 body = _Body(share, self._service.max_body_bytes)
                 if takes_body and not await body.read(scope, receive):
                     return
-                await _run_while_connected(lambda: self._app(scope, body.replay, send), receive)
+                seconds = self._service.settings.answer_seconds
+                async with send.within(seconds if takes_body else None):
+                    await _run_while_connected(lambda: self._app(scope, body.replay, send), receive)
         except RefusalError as refusal:
             await error_reply(scope["path"], refusal)(scope, receive, send)
         except asyncio.CancelledError:  # the server stops, and stop_seconds are over
@@ -117,11 +119,32 @@ class _Reply:
 
     def __init__(self, send: Send) -> None:
         self._send, self.status = send, 0
+        self._limit: asyncio.Timeout | None = None
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            if self._limit is not None:
+                self._limit.reschedule(None)  # raises RuntimeError if the time is over
             self.status = message["status"]
         await self._send(message)
+
+    @contextlib.asynccontextmanager
+    async def within(self, seconds: float | None) -> AsyncIterator[None]:
+        """Cancel what is in the block if the reply has not started after some seconds; None = no limit.
+
+        Raises:
+            RefusalError: it has not.
+        """
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                self._limit = limit
+                yield
+        except TimeoutError as error:
+            if seconds is None or not limit.expired():
+                raise
+            raise late(seconds) from error
+        finally:
+            self._limit = None
 
 
 class _Body:

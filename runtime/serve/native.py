@@ -110,7 +110,11 @@ async def run(service: Service, data: bytes, name: str | None) -> Response:
             }
             return Response(dumps(content), media_type="application/json")
 
-        return await service.render(reply)
+        return await service.render(reply, sum(_size_of(result) for _, result in computed))
+
+
+def _size_of(result: dict[str, Any]) -> int:
+    return len(result["answers"]) + sum(int(array.size) for array in result["outputs"].values())
 
 
 def _input(item: str | OneInput, body: RunRequest, names: list[str]) -> Input:

@@ -69,7 +69,7 @@ async def embeddings(service: Service, data: bytes) -> Response:
         }
         return Response(dumps(content), media_type="application/json")
 
-    return await service.render(reply)
+    return await service.render(reply, sum(row.size for row in rows))
 
 
 def _size(signature: Any) -> int | None:

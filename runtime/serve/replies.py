@@ -43,6 +43,14 @@ def unavailable(message: str) -> RefusalError:
     return RefusalError(503, message, "Unhealthy", "server_unavailable")
 
 
+def late(seconds: float) -> RefusalError:
+    """The answer took too long: status 503."""
+    return unavailable(
+        f"the request was not answered within {seconds:g} s; ask for less, such as fewer texts or a smaller "
+        "max_new_tokens, or try again later"
+    )
+
+
 def too_many_inputs(count: int, most: int) -> RefusalError:
     """A request with too many inputs: status 413."""
     return RefusalError(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import threading
+import traceback
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,9 +16,9 @@ from typing import Any, TypeVar
 from lfx.checks import shown
 from lfx.errors import InputError, LfxError, one_line
 from lfx.runtime.batch_runner import Outputs
-from lfx.runtime.serve.limits import BODY_BYTES, REPLY_BYTES, UNREAD_BYTES, Memory, above
+from lfx.runtime.serve.limits import BODY_BYTES, REPLY_BYTES, SMALL_REPLY, UNREAD_BYTES, Memory, above
 from lfx.runtime.serve.model import Input, Prepared, ServedModel
-from lfx.runtime.serve.replies import RefusalError, busy, too_many_inputs, unavailable
+from lfx.runtime.serve.replies import RefusalError, busy, late, too_many_inputs, unavailable
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
 from lfx.runtime.serve.writing import Written, WrittenToken
 
@@ -133,18 +134,24 @@ class Service:
 
     async def parse(self, work: Callable[[], Result]) -> Result:
         """Run a function in the thread that tokenizes."""
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+        return await self._in_thread(self._tokenizing, work)
 
-    async def render(self, work: Callable[[], Result]) -> Result:
+    async def render(self, work: Callable[[], Result], size: int = 0) -> Result:
         """Run a function in the thread that makes answers and replies.
 
+        Args:
+            size: number of numbers and answers of the reply.
         Raises:
             RefusalError: the replies that clients have not read yet are UNREAD_BYTES or more.
         """
-        # One at a time: a reply is counted as unread when the next one is made.
-        async with self._rendering:
+        # Large replies are made one at a time, since each is counted as unread when the next one is made. Others do not
+        # wait for them.
+        async with self._rendering if size > SMALL_REPLY else contextlib.nullcontext():
             self._check_unread()
-            return await asyncio.get_running_loop().run_in_executor(self._answering, work)
+            return await self._in_thread(self._answering, work)
+
+    async def _in_thread(self, executor: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(executor, work)
 
     def _check_unread(self) -> None:
         if self.unread_bytes() >= UNREAD_BYTES:
@@ -161,29 +168,21 @@ class Service:
         Returns:
             Each input, and what `read` returned for it.
         Raises:
-            RefusalError: there are too many inputs or too many texts in progress, or it takes longer than
-                answer_seconds.
+            RefusalError: there are too many inputs or too many texts in progress.
             LfxError: the model cannot take an input, or failed.
         """
         if len(inputs) > self.settings.max_inputs:
             raise too_many_inputs(len(inputs), self.settings.max_inputs)
         with self._counted(len(inputs)), _Submissions() as submissions:
-            try:
-                async with asyncio.timeout(self.settings.answer_seconds):
-                    for item in inputs:
-                        if submissions.failed:
-                            break
-                        async with model.waiting_outputs.room():
-                            prepared, future = await self.parse(functools.partial(submissions.submit, model, item))
-                            reading = self._read(prepared, future, read)
-                            del future  # it will hold the outputs
-                            model.waiting_outputs.count(prepared.output_bytes, submissions.start(reading))
-                    results = await asyncio.gather(*submissions.tasks)
-            except TimeoutError as error:
-                raise unavailable(
-                    f"the request was not computed within {self.settings.answer_seconds:g} s; send less, or try again "
-                    "later"
-                ) from error
+            for item in inputs:
+                if submissions.failed:
+                    break
+                async with model.waiting_outputs.room():
+                    prepared, future = await self.parse(functools.partial(submissions.submit, model, item))
+                    reading = self._read(prepared, future, read)
+                    del future  # it will hold the outputs
+                    model.waiting_outputs.count(prepared.output_bytes, submissions.start(reading))
+            results = await asyncio.gather(*submissions.tasks)
         tokens = sum(prepared.tokens for prepared, _ in results)
         log_fields.get({}).update(model=model.name, texts=len(results), tokens=tokens)
         return results
@@ -191,30 +190,30 @@ class Service:
     async def _read(
         self, prepared: Prepared, future: Future[Outputs], read: Callable[[Prepared, Outputs], Result]
     ) -> tuple[Prepared, Result]:
-        outputs = await asyncio.wrap_future(future)
-        part = asyncio.get_running_loop().run_in_executor(self._answering, read, prepared, outputs)
-        del future, outputs
+        outputs = [await asyncio.wrap_future(future)]
+        del future
         try:
-            return prepared, await part
+            # The thread may come to it long after this task was cancelled.
+            return prepared, await self._in_thread(self._answering, lambda: read(prepared, outputs.pop()))
         except (LfxError, RefusalError) as error:
-            raise error.with_traceback(None) from error.__cause__  # the frames of `read` hold the outputs
+            _free_frames(error)
+            raise
+        finally:
+            outputs.clear()
 
     async def generate(self, model: ServedModel, text: str, options: dict[str, Any], *, truncate: bool) -> Written:
         """Write a text with a model; if the call is cancelled, a text that is waiting is not written.
 
         Raises:
-            RefusalError: too many texts are in progress, or it takes longer than answer_seconds.
+            RefusalError: too many texts are in progress.
             LfxError: the model cannot take the text or an option, or failed.
         """
         ended = threading.Event()
         with self._counted(1):
             try:
-                async with asyncio.timeout(self.settings.answer_seconds):
-                    written = await asyncio.get_running_loop().run_in_executor(
-                        self._generating, lambda: model.generate(text, options, ended.is_set, truncate=truncate)
-                    )
-            except TimeoutError as error:
-                raise self._not_written() from error
+                written = await self._in_thread(
+                    self._generating, lambda: model.generate(text, options, ended.is_set, truncate=truncate)
+                )
             finally:
                 ended.set()
         _log_written(model, written)
@@ -227,6 +226,8 @@ class Service:
 
         Yields:
             Each token; with the last one, the text.
+        Raises:
+            RefusalError: the last token takes longer than answer_seconds.
         """
         ended, loop = threading.Event(), asyncio.get_running_loop()
         tokens: asyncio.Queue[WrittenToken] = asyncio.Queue()
@@ -251,16 +252,10 @@ class Service:
                     if written is not None:
                         return
             except TimeoutError as error:
-                raise self._not_written() from error
+                raise late(self.settings.answer_seconds) from error
             finally:
                 ended.set()
                 writing.cancel()
-
-    def _not_written(self) -> RefusalError:
-        return unavailable(
-            f"the text was not written within {self.settings.answer_seconds:g} s; give a smaller max_new_tokens, or "
-            "try again later"
-        )
 
     @contextlib.contextmanager
     def _counted(self, count: int) -> Iterator[None]:
@@ -291,6 +286,13 @@ class Service:
     def describe(self) -> list[dict[str, Any]]:
         """Inputs, outputs and limits of each model."""
         return [model.describe() for model in self.models.values()]
+
+
+def _free_frames(error: BaseException | None) -> None:
+    """Free what the frames hold in which an error and its causes were raised."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _log_written(model: ServedModel, written: Written) -> None:

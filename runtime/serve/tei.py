@@ -68,7 +68,8 @@ async def embeddings(service: Service, data: bytes, name: str | None) -> Respons
     rows, _ = await embed(service, model, [Input(text, truncate=bool(body.truncate)) for text in texts])
     if body.normalize is not False:
         rows = [_normalized(row) for row in rows]
-    return await service.render(lambda: Response(dumps(rows), media_type="application/json"))
+    size = sum(row.size for row in rows)
+    return await service.render(lambda: Response(dumps(rows), media_type="application/json"), size)
 
 
 async def predictions(service: Service, data: bytes, name: str | None) -> Response:
@@ -93,7 +94,8 @@ async def predictions(service: Service, data: bytes, name: str | None) -> Respon
     inputs = [Input(text, pair, truncate=bool(body.truncate)) for text, pair in pairs]
     results = [labels for _, labels in await service.run(model, inputs, read)]
     content = results if is_batch else results[0]
-    return await service.render(lambda: Response(dumps(content), media_type="application/json"))
+    size = sum(map(len, results))
+    return await service.render(lambda: Response(dumps(content), media_type="application/json"), size)
 
 
 def _pair(item: str | list[str] | Any) -> tuple[str, str | None]:

@@ -22,7 +22,7 @@ import pytest
 from lfx.errors import InputError
 from lfx.runtime.batcher import Batcher
 from lfx.runtime.engine import Engine
-from lfx.runtime.serve import limits, service
+from lfx.runtime.serve import body, limits, native, service
 from lfx.runtime.serve.model import ServedModel
 from lfx.runtime.serve.server import OTHER_FILES
 from lfx.runtime.serve.settings import MAX_HEADER_BYTES, Settings
@@ -206,6 +206,95 @@ def test_a_request_that_ends_without_its_answers_keeps_no_outputs(
             gc.enable()
 
 
+def test_outputs_that_wait_for_a_busy_thread_are_freed_when_their_clients_go(
+    model: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    entered, go_on = threading.Event(), threading.Event()
+    run_together, answers = Engine.run_together, ServedModel.answers
+
+    def noted(engine: Engine, *arguments: Any, **options: Any) -> Any:
+        results = run_together(engine, *arguments, **options)
+        made.extend(weakref.ref(result["logits"]) for result in results)
+        return results
+
+    def waiting(model: ServedModel, *arguments: Any) -> Any:
+        entered.set()
+        assert go_on.wait(WAIT_SECONDS)
+        return answers(model, *arguments)
+
+    monkeypatch.setattr(Engine, "run_together", noted)
+    monkeypatch.setattr(ServedModel, "answers", waiting)
+    with running(model) as server, ThreadPoolExecutor(1) as pool:
+        gc.collect()
+        gc.disable()
+        try:
+            first = pool.submit(run, server)
+            assert entered.wait(WAIT_SECONDS)
+            with contextlib.ExitStack() as stack:
+                for _ in range(5):
+                    stack.enter_context(connected(server, REQUEST))
+                wait_until(lambda: len(made) == 6)
+                wait_until(lambda: server.server.service._answering._work_queue.qsize() == 5)
+            wait_until(lambda: [output() is not None for output in made] == [True] + [False] * 5)
+        finally:
+            gc.enable()
+            go_on.set()
+        assert first.result().status_code == 200
+
+
+@pytest.mark.parametrize("step", ["read", "made"])
+def test_the_time_for_an_answer_covers_every_step(
+    step: str, model: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    module, name = {"read": (body, "parse_json"), "made": (native, "dumps")}[step]
+    function = getattr(module, name)
+
+    def waiting(*arguments: Any) -> Any:
+        assert go_on.wait(WAIT_SECONDS)
+        return function(*arguments)
+
+    monkeypatch.setattr(module, name, waiting)
+    with running(model, answer_seconds=0.3) as server, server.client() as client:
+        late = client.post("/run", content=BODY + b" " * 40_000)
+        go_on.set()
+        assert late.status_code == 503
+        assert "not answered within 0.3 s" in late.json()["error"]
+        monkeypatch.setattr(module, name, function)
+        wait_until(lambda: run(server).status_code == 200)
+
+
+def test_small_replies_do_not_wait_for_large_ones(model: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bool] = []  # for each reply, whether it is a large one
+    entered, go_on = threading.Event(), threading.Event()
+    dumps = native.dumps
+
+    def noted(value: Any) -> bytes:
+        made.append(bool(value["results"][0]["outputs"]))
+        entered.set()
+        assert go_on.wait(WAIT_SECONDS)
+        return dumps(value)
+
+    with running(model) as server, server.client() as client, ThreadPoolExecutor(5) as pool:
+
+        def ask(outputs: list[str]) -> httpx.Response:
+            return client.post("/run", json={"inputs": "the fox", "outputs": outputs})
+
+        monkeypatch.setattr(service, "SMALL_REPLY", len(ask([]).json()["results"][0]["answers"]))
+        monkeypatch.setattr(native, "dumps", noted)
+        replies = [pool.submit(ask, ["logits"])]
+        assert entered.wait(WAIT_SECONDS)
+        waiting = server.server.service._answering._work_queue
+        for number, outputs in enumerate((["logits"], ["logits"], ["logits"], []), 1):
+            replies.append(pool.submit(ask, outputs))
+            wait_until(lambda number=number: waiting.qsize() == number)
+        go_on.set()
+        assert {reply.result().status_code for reply in replies} == {200}
+    assert made.index(False) <= 2
+    assert len(made) == 5
+
+
 def test_outputs_that_wait_for_their_answers_fill_a_bounded_memory(
     bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,7 +352,7 @@ def test_a_request_that_is_not_answered_in_time_gets_503_and_is_not_computed(
     with running(model, answer_seconds=0.3, max_delay_ms=1000) as server:
         late = run(server)
         assert (late.status_code, late.headers["retry-after"]) == (503, "1")
-        assert "not computed within 0.3 s" in late.json()["error"]
+        assert "not answered within 0.3 s" in late.json()["error"]
         assert futures[0].cancelled()
         assert server.server.service.in_progress == 0
 
