@@ -22,7 +22,7 @@ from lfx.inline_hashes import inline_hashes
 from lfx.runtime.serve import native, openai, tei, tgi
 from lfx.runtime.serve.body import request_body
 from lfx.runtime.serve.gate import Gate
-from lfx.runtime.serve.replies import RefusalError, dumps, error_body, error_reply, refusal_of
+from lfx.runtime.serve.replies import RefusalError, error_body, error_reply, json_reply, refusal_of
 from lfx.runtime.serve.service import Service
 from lfx.runtime.serve.stats import Stats
 
@@ -64,10 +64,6 @@ def make_app(service: Service, stats: Stats) -> Gate:
     _add_descriptions(app, service, secured)
     _add_models(app, service, secured)
     return Gate(app, service, stats)
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(dumps(value), status, media_type="application/json")
 
 
 def _responses(path: str, example: Any) -> dict[int | str, dict[str, Any]]:
@@ -118,7 +114,7 @@ def _add_monitoring(app: FastAPI, service: Service, stats: Stats) -> None:
     @app.get("/health", summary="Whether the models are ready", responses={503: {"description": "Not ready."}})
     async def health() -> Response:
         condition = service.condition
-        reply = _json({"status": condition}, 200 if condition == "ready" else 503)
+        reply = json_reply({"status": condition}, 200 if condition == "ready" else 503)
         if condition != "ready":
             reply.headers["Retry-After"] = "1"
         return reply
@@ -159,23 +155,23 @@ def _add_descriptions(app: FastAPI, service: Service, secured: list[Any]) -> Non
     async def models() -> Response:
         service.check_opened()
         limits = {"max_inputs": service.settings.max_inputs, "max_body_bytes": service.max_body_bytes}
-        return _json({"models": service.describe(), **limits})
+        return json_reply({"models": service.describe(), **limits})
 
     @app.get("/v1/models", summary="The models (OpenAI)", dependencies=secured)
     async def openai_models() -> Response:
-        return _json(openai.models(service))
+        return json_reply(openai.models(service))
 
     @app.get("/v1/models/{name:path}", summary="A model (OpenAI)", dependencies=secured, responses={404: {}})
     async def openai_model(name: str) -> Response:
         for model in openai.models(service)["data"]:
             if model["id"] == name:
-                return _json(model)
+                return json_reply(model)
         raise service.no_such_model(name)
 
     @app.get("/info", summary="The first model (text-embeddings-inference)", dependencies=secured)
     async def info() -> Response:
         service.check_opened()
-        return _json(tei.info(service))
+        return json_reply(tei.info(service))
 
 
 def _add_models(app: FastAPI, service: Service, secured: list[Any]) -> None:

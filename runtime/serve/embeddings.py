@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from fastapi import Response
 from numpy.typing import NDArray
 
 from lfx.errors import InputError
@@ -15,13 +16,21 @@ from lfx.runtime.serve.model import Input, Prepared, ServedModel
 from lfx.runtime.serve.replies import RefusalError
 from lfx.runtime.serve.service import Service
 
+Rows = list[NDArray[np.float32]]
+
 
 async def embed(
-    service: Service, model: ServedModel, items: Sequence[Input], encoding: str = "float", field: str | None = None
-) -> tuple[list[NDArray[np.float32]], int]:
-    """Compute the embedding of each input; returns them, and the total number of tokens.
+    service: Service,
+    model: ServedModel,
+    items: Sequence[Input],
+    reply: Callable[[Rows, int], Response],
+    encoding: str = "float",
+    field: str | None = None,
+) -> Response:
+    """Answer with the embedding of each input.
 
     Args:
+        reply: makes the reply from the embeddings and the number of tokens.
         encoding, field: of the reply; see `ReplySize`.
     Raises:
         RefusalError: the model has another task than sentence embedding, or the request is refused.
@@ -40,5 +49,4 @@ async def embed(
             size.add(row)
             return row
 
-        computed = await service.run(model, items, read)
-    return [row for _, row in computed], sum(prepared.tokens for prepared, _ in computed)
+        return await service.answer(model, items, read, reply)

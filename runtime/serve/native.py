@@ -14,7 +14,7 @@ from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.serve.body import List, StrictBody, read_body
 from lfx.runtime.serve.limits import ReplySize, Share
 from lfx.runtime.serve.model import Input, Prepared, ServedModel
-from lfx.runtime.serve.replies import array_reply, dumps
+from lfx.runtime.serve.replies import array_reply, json_reply
 from lfx.runtime.serve.service import Service
 
 Ids = List[int] | List[List[int]]
@@ -93,28 +93,22 @@ async def run(service: Service, data: bytes, name: str | None) -> Response:
                 "outputs": row,
             }
 
-        computed = await service.run(model, [_input(item, body, names) for item in items], read)
-        latency_ms = round((time.perf_counter() - start) * 1000, 3)
-
-        def reply() -> Response:
-            for _, result in computed:
+        def reply(results: list[dict[str, Any]], tokens: int) -> Response:
+            for result in results:
                 result["outputs"] = {
                     name: array_reply(array, body.encoding) for name, array in result["outputs"].items()
                 }
+            latency_ms = round((time.perf_counter() - start) * 1000, 3)
             content = {
                 "model": model.name,
                 "task": model.signature.task,
-                "results": [result for _, result in computed],
-                "tokens": sum(prepared.tokens for prepared, _ in computed),
+                "results": results,
+                "tokens": tokens,
                 "latency_ms": latency_ms,
             }
-            return Response(dumps(content), media_type="application/json")
+            return json_reply(content)
 
-        return await service.render(reply, sum(_size_of(result) for _, result in computed))
-
-
-def _size_of(result: dict[str, Any]) -> int:
-    return len(result["answers"]) + sum(int(array.size) for array in result["outputs"].values())
+        return await service.answer(model, [_input(item, body, names) for item in items], read, reply)
 
 
 def _input(item: str | OneInput, body: RunRequest, names: list[str]) -> Input:

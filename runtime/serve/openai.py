@@ -10,9 +10,9 @@ from pydantic import Field
 
 from lfx.runtime.embedding import embedding_size
 from lfx.runtime.serve.body import Body, List, read_body
-from lfx.runtime.serve.embeddings import embed
+from lfx.runtime.serve.embeddings import Rows, embed
 from lfx.runtime.serve.model import Input
-from lfx.runtime.serve.replies import RefusalError, dumps
+from lfx.runtime.serve.replies import RefusalError, json_reply
 from lfx.runtime.serve.service import Service
 
 
@@ -54,9 +54,8 @@ async def embeddings(service: Service, data: bytes) -> Response:
         raise RefusalError(400, f"dimensions is {body.dimensions}, and this model has {size}", code="invalid_value")
     if size is not None:
         model.check_special_tokens([item.ids for item in items if item.ids is not None])
-    rows, tokens = await embed(service, model, items, body.encoding_format or "float", "encoding_format")
 
-    def reply() -> Response:
+    def reply(rows: Rows, tokens: int) -> Response:
         encoded = [
             base64.b64encode(row.astype("<f4").tobytes()).decode("ascii") if body.encoding_format == "base64" else row
             for row in rows
@@ -67,9 +66,9 @@ async def embeddings(service: Service, data: bytes) -> Response:
             "model": model.name,
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
-        return Response(dumps(content), media_type="application/json")
+        return json_reply(content)
 
-    return await service.render(reply, sum(row.size for row in rows))
+    return await embed(service, model, items, reply, body.encoding_format or "float", "encoding_format")
 
 
 def _size(signature: Any) -> int | None:

@@ -138,6 +138,11 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def json_reply(value: Any, status: int = 200) -> Response:
+    """A reply of JSON."""
+    return Response(dumps(value), status, media_type="application/json")
+
+
 def array_reply(array: NDArray[Any], encoding: str) -> Any:
     """Encode an output for a reply: as the array itself, which `dumps` turns into lists, or as its bytes in base64."""
     if encoding == "float":

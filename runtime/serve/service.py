@@ -11,7 +11,10 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import numpy as np
 
 from lfx.checks import shown
 from lfx.errors import InputError, LfxError, one_line
@@ -23,6 +26,7 @@ from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_B
 from lfx.runtime.serve.writing import Written, WrittenToken
 
 Result = TypeVar("Result")
+Reply = TypeVar("Reply")
 # Fields of the log line of the request in progress: its model, number of texts and number of tokens.
 log_fields: ContextVar[dict[str, Any]] = ContextVar("log_fields")
 
@@ -136,11 +140,11 @@ class Service:
         """Run a function in the thread that tokenizes."""
         return await self._in_thread(self._tokenizing, work)
 
-    async def render(self, work: Callable[[], Result], size: int = 0) -> Result:
-        """Run a function in the thread that makes answers and replies.
+    async def _render(self, make: Callable[[], Reply], size: int) -> Reply:
+        """Make a reply in the thread that makes answers.
 
         Args:
-            size: number of numbers and answers of the reply.
+            size: number of numbers and texts in it.
         Raises:
             RefusalError: the replies that clients have not read yet are UNREAD_BYTES or more.
         """
@@ -148,7 +152,7 @@ class Service:
         # wait for them.
         async with self._rendering if size > SMALL_REPLY else contextlib.nullcontext():
             self._check_unread()
-            return await self._in_thread(self._answering, work)
+            return await self._in_thread(self._answering, make)
 
     async def _in_thread(self, executor: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(executor, work)
@@ -157,18 +161,21 @@ class Service:
         if self.unread_bytes() >= UNREAD_BYTES:
             raise above("the replies that clients have not read yet", UNREAD_BYTES)
 
-    async def run(
-        self, model: ServedModel, inputs: Sequence[Input], read: Callable[[Prepared, Outputs], Result]
-    ) -> list[tuple[Prepared, Result]]:
+    async def answer(
+        self,
+        model: ServedModel,
+        inputs: Sequence[Input],
+        read: Callable[[Prepared, Outputs], Result],
+        reply: Callable[[list[Result], int], Reply],
+    ) -> Reply:
         """Tokenize and compute the inputs of one request; if the call is cancelled, those pending are not computed.
 
         Args:
-            read: takes from the outputs of an input what the reply needs, in the thread that makes answers. The outputs
-                are freed then: the logits of one text for fill-mask can have 800 MB.
-        Returns:
-            Each input, and what `read` returned for it.
+            read: takes from the outputs of an input what the reply needs, in the thread that makes answers: JSON types
+                and arrays. The outputs are freed then: the logits of one text for fill-mask can have 800 MB.
+            reply: makes the reply from what `read` returned for each input, and the number of tokens; in that thread.
         Raises:
-            RefusalError: there are too many inputs or too many texts in progress.
+            RefusalError: there are too many inputs, too many texts in progress, or too many unread replies.
             LfxError: the model cannot take an input, or failed.
         """
         if len(inputs) > self.settings.max_inputs:
@@ -182,30 +189,46 @@ class Service:
                     reading = self._read(prepared, future, read)
                     del future  # it will hold the outputs
                     model.waiting_outputs.count(prepared.output_bytes, submissions.start(reading))
-            results = await asyncio.gather(*submissions.tasks)
-        tokens = sum(prepared.tokens for prepared, _ in results)
-        log_fields.get({}).update(model=model.name, texts=len(results), tokens=tokens)
-        return results
+            parts = await asyncio.gather(*submissions.tasks)
+            tokens = sum(part.tokens for part in parts)
+            log_fields.get({}).update(model=model.name, texts=len(parts), tokens=tokens)
+            size = sum(part.size for part in parts)
+            return await self._render(lambda: reply([part.result for part in parts], tokens), size)
 
     async def _read(
-        self, prepared: Prepared, future: Future[Outputs], read: Callable[[Prepared, Outputs], Result]
-    ) -> tuple[Prepared, Result]:
+        self, prepared: Prepared, future: Future[Outputs], read: Callable[[Prepared, Outputs], Any]
+    ) -> _Part:
+        # In a list: the thread may come to it long after this task was cancelled.
         outputs = [await asyncio.wrap_future(future)]
         del future
+
+        def part() -> _Part:
+            result = read(prepared, outputs.pop())
+            return _Part(result, prepared.tokens, _size_of(result))
+
         try:
-            # The thread may come to it long after this task was cancelled.
-            return prepared, await self._in_thread(self._answering, lambda: read(prepared, outputs.pop()))
+            return await self._in_thread(self._answering, part)
         except (LfxError, RefusalError) as error:
             _free_frames(error)
             raise
         finally:
             outputs.clear()
 
-    async def generate(self, model: ServedModel, text: str, options: dict[str, Any], *, truncate: bool) -> Written:
+    async def generate(
+        self,
+        model: ServedModel,
+        text: str,
+        options: dict[str, Any],
+        reply: Callable[[Written], Reply],
+        *,
+        truncate: bool,
+    ) -> Reply:
         """Write a text with a model; if the call is cancelled, a text that is waiting is not written.
 
+        Args:
+            reply: makes the reply, in the thread that makes answers.
         Raises:
-            RefusalError: too many texts are in progress.
+            RefusalError: there are too many texts in progress, or too many unread replies.
             LfxError: the model cannot take the text or an option, or failed.
         """
         ended = threading.Event()
@@ -216,8 +239,8 @@ class Service:
                 )
             finally:
                 ended.set()
-        _log_written(model, written)
-        return written
+            _log_written(model, written)
+            return await self._render(lambda: reply(written), len(written.ids))
 
     async def stream(
         self, model: ServedModel, text: str, options: dict[str, Any], *, truncate: bool
@@ -310,6 +333,30 @@ async def _next_token(tokens: asyncio.Queue[WrittenToken], writing: asyncio.Futu
         return await token
     finally:
         token.cancel()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What the reply has of one input.
+
+    Attributes:
+        result: JSON types and arrays.
+        tokens: of the input.
+        size: number of numbers and texts in `result`.
+    """
+
+    result: Any
+    tokens: int
+    size: int
+
+
+def _size_of(value: Any) -> int:
+    """Number of numbers and texts in a value of JSON types and arrays."""
+    if isinstance(value, np.ndarray):
+        return int(value.size)
+    if isinstance(value, dict):
+        return sum(map(_size_of, value.values()))
+    return sum(map(_size_of, value)) if isinstance(value, list) else 1
 
 
 class _Submissions:

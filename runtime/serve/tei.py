@@ -13,9 +13,9 @@ import lfx
 from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.postprocess import answer_outputs
 from lfx.runtime.serve.body import Body, List, read_body
-from lfx.runtime.serve.embeddings import embed
+from lfx.runtime.serve.embeddings import Rows, embed
 from lfx.runtime.serve.model import Input, Prepared
-from lfx.runtime.serve.replies import RefusalError, dumps
+from lfx.runtime.serve.replies import RefusalError, json_reply
 from lfx.runtime.serve.service import Service
 
 _MODEL = "name of a model; the first one if it is left out (not TEI's)"
@@ -65,11 +65,11 @@ async def embeddings(service: Service, data: bytes, name: str | None) -> Respons
     model = service.chosen(name, body.model)
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     _check_not_empty(texts)
-    rows, _ = await embed(service, model, [Input(text, truncate=bool(body.truncate)) for text in texts])
-    if body.normalize is not False:
-        rows = [_normalized(row) for row in rows]
-    size = sum(row.size for row in rows)
-    return await service.render(lambda: Response(dumps(rows), media_type="application/json"), size)
+
+    def reply(rows: Rows, _: int) -> Response:
+        return json_reply(rows if body.normalize is False else [_normalized(row) for row in rows])
+
+    return await embed(service, model, [Input(text, truncate=bool(body.truncate)) for text in texts], reply)
 
 
 async def predictions(service: Service, data: bytes, name: str | None) -> Response:
@@ -91,11 +91,11 @@ async def predictions(service: Service, data: bytes, name: str | None) -> Respon
         scores = model.raw_scores(outputs) if body.raw_scores else model.answers(prepared, outputs)
         return [{"score": score["score"], "label": score["label"]} for score in scores]
 
+    def reply(results: list[list[dict[str, Any]]], _: int) -> Response:
+        return json_reply(results if is_batch else results[0])
+
     inputs = [Input(text, pair, truncate=bool(body.truncate)) for text, pair in pairs]
-    results = [labels for _, labels in await service.run(model, inputs, read)]
-    content = results if is_batch else results[0]
-    size = sum(map(len, results))
-    return await service.render(lambda: Response(dumps(content), media_type="application/json"), size)
+    return await service.answer(model, inputs, read, reply)
 
 
 def _pair(item: str | list[str] | Any) -> tuple[str, str | None]:

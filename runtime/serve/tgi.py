@@ -12,7 +12,7 @@ from pydantic import Field
 from lfx.errors import LfxError
 from lfx.runtime.serve.body import Body, StrictBody, read_body
 from lfx.runtime.serve.model import ServedModel
-from lfx.runtime.serve.replies import EventStream, RefusalError, dumps, error_body, event, refusal_of, unavailable
+from lfx.runtime.serve.replies import EventStream, RefusalError, error_body, event, json_reply, refusal_of, unavailable
 from lfx.runtime.serve.service import Service
 from lfx.runtime.serve.writing import Written, WrittenToken
 from lfx.signature import TEXT_GENERATION
@@ -94,16 +94,16 @@ async def generate(service: Service, data: bytes, name: str | None) -> Response:
     if body.stream:
         raise RefusalError(422, f"/generate has no stream; ask {_STREAM_PATH}")
     parameters = body.parameters or Parameters.model_validate({})
-    written = await service.generate(model, body.inputs, _options(parameters), truncate=bool(parameters.truncate))
 
-    def reply() -> Response:
+    def reply(written: Written) -> Response:
         value: dict[str, Any] = {"generated_text": written.text}
         if parameters.details:
             tokens = [token.to_dict() for token in model.written_tokens(written.ids)]
             value["details"] = {**_details(written, parameters), "prefill": [], "tokens": tokens}
-        return Response(dumps(value), media_type="application/json")
+        return json_reply(value)
 
-    return await service.render(reply)
+    truncate = bool(parameters.truncate)
+    return await service.generate(model, body.inputs, _options(parameters), reply, truncate=truncate)
 
 
 async def generate_stream(service: Service, data: bytes, name: str | None) -> Response:
