@@ -19,7 +19,7 @@ from lfx.export.passes.tensor_constants import make_constants_tensors
 from lfx.export.shared_weights import remove_declarations
 from lfx.manifest import ENCODER_MODEL, MODEL
 from lfx.runtime.artifact import Artifact
-from lfx.signature import QUANTIZED, SENTENCE_EMBEDDING, Signature, TensorSpec
+from lfx.signature import HIDDEN_STATES, QUANTIZED, SENTENCE_EMBEDDING, Signature, TensorSpec
 
 # Endings of the names that transformers.js has for the precisions; none for bf16.
 ENDINGS = {"fp32": "", "fp16": "_fp16", QUANTIZED: "_quantized"}
@@ -68,7 +68,9 @@ def write_models(artifact: Artifact, path: Path, in_own_file: bool | None) -> Si
         models = {path: ir.load(source)}
         if signature.decoder is not None:
             decoder = ir.load(source.with_name(signature.decoder.model_file))
-            merged = merge_cross_attention(models[path], decoder, signature.decoder, signature.outputs[0])
+            merged = signature.decoder
+            if all(spec.name != HIDDEN_STATES for spec in merged.inputs):  # else it has the layout hf already
+                merged = merge_cross_attention(models[path], decoder, merged, signature.outputs[0])
             merged = dataclasses.replace(merged, model_file=file_name(signature, DECODER_MERGED))
             signature = dataclasses.replace(signature, outputs=signature.outputs[:1], decoder=merged)
             models[path.with_name(merged.model_file)] = decoder

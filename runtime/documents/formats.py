@@ -16,7 +16,7 @@ from lfx.runtime.documents.remote import RemoteFile
 from lfx.signature import TensorSpec
 
 SUFFIXES = (".jsonl", ".ndjson", ".parquet")  # in lower or upper case
-FIELDS = ("text", "pair", "input_ids", "id")
+FIELDS = ("text", "pair", "input_ids", "attention_mask", "global_attention_mask", "id")
 Source = Path | RemoteFile
 _MAX_LINE_BYTES = 50_000_000
 # Limits of what is read of a Parquet file at a time; a file of kilobytes may hold rows of millions of values.

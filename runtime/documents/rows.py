@@ -258,7 +258,8 @@ def _encode(
             raise InputError("the document has input_ids and pair; give the ids of both texts as input_ids")
         if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
             raise InputError("input_ids must be a list of at least one whole number")
-        prepare([ids], None, None, signature)  # checks the length before pieces are made
+        feeds = prepare([ids], None, None, signature)[0]  # checks the length before pieces are made
+        _check_masks(document, feeds, signature)
         return [Encoded(ids, [str(i) for i in ids])]
     if not isinstance(text, str) or not text.strip() or not isinstance(pair, str | None):
         raise InputError("text (and pair, if any) must be a string, and text not empty")
@@ -270,6 +271,24 @@ def _encode(
     if TASKS[signature.task].needs_pair and not windows[0].document:
         raise InputError("the document, given as pair, has no tokens, so the question has no answer in it")
     return windows
+
+
+def _check_masks(document: dict[str, Any], feeds: Mapping[str, NDArray[Any]], signature: Signature) -> None:
+    """Check that the masks of a document with input_ids, if it has any, are those that it is run with.
+
+    Raises:
+        InputError: they are not.
+    """
+    ones = np.ones_like(feeds["input_ids"])
+    first = ones * (np.arange(ones.shape[-1]) == 0)
+    marks = feeds.get("global_attention_mask", first if signature.global_attention == "first" else 0 * ones)
+    if document.get("attention_mask") not in (None, ones.ravel().tolist()):
+        raise InputError("attention_mask must be a 1 for each of input_ids, in documents; leave padding out of both")
+    if document.get("global_attention_mask") not in (None, marks.ravel().tolist()):
+        raise InputError(
+            "global_attention_mask differs from the task's global tokens, which documents have; leave it out, or give "
+            "it to Engine.run"
+        )
 
 
 def _checked_id(value: Any) -> Any:

@@ -216,11 +216,35 @@ def test_relayout_refuses_bundles_that_do_not_belong_together(bundle: MakeBundle
     other = export(edited, tmp_path / "other", precision="fp16")
     with pytest.raises(ExportError, match=r"with another config\.json: attention_window than"):
         relayout(bundle(), tmp_path / "hf", others=[other])
+    in_memory = tiny_model()  # with the same weights and config
+    in_memory.encoder.layer[0].attention.self.one_sided_attn_window_size = 2
+    other = export(in_memory, tmp_path / "in-memory", precision="fp16")
+    with pytest.raises(ExportError, match="computes another last_hidden_state than"):
+        relayout(bundle(), tmp_path / "hf", others=[other])
     with pytest.raises(ExportError, match="others is str; give a list"):
         relayout(bundle(), tmp_path / "hf", others="other")
     with pytest.raises(ExportError, match="is a bundle that is read"):
         own = shutil.copytree(bundle(), tmp_path / "own")
         relayout(own, own)
+
+
+def test_settings_of_sentence_transformers_that_change_the_outputs_are_found(tmp_path: Path) -> None:
+    source = save_tiny_checkpoint(tmp_path / "source", SENTENCE_EMBEDDING)
+    fp32 = export(source, tmp_path / "fp32")
+    (source / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {}, "truncate_dim": 8}))
+    fp16 = export(source, tmp_path / "fp16", precision="fp16")
+    with pytest.raises(ExportError, match="computes another sentence_embedding than"):
+        relayout(fp32, tmp_path / "hf", others=[fp16])
+
+
+@pytest.mark.parametrize("task", [SENTENCE_EMBEDDING, "text-classification"])
+def test_a_folder_that_has_the_layout_already_is_taken(task: str, tmp_path: Path) -> None:
+    source = save_tiny_checkpoint(tmp_path / "source", task)
+    folder = export(source, tmp_path / "hf", layout="hf")
+    fp16 = export(source, tmp_path / "fp16", precision="fp16")
+    again = relayout(folder, tmp_path / "again", others=[fp16])
+    assert sorted(path.name for path in (again / "onnx").iterdir()) == ["model.onnx", "model_fp16.onnx"]
+    np.testing.assert_equal(by_engine(again), by_engine(folder))
 
 
 def test_a_wrong_model_is_not_written(bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,15 @@ def test_engine_writes_the_bundle_s_texts(backend: str, layout: Path, bundle: Pa
         )
 
 
+def test_a_folder_that_has_the_layout_already_is_taken(layout: Path, bundle: Path, tmp_path: Path) -> None:
+    again = relayout(layout, tmp_path / "again")
+    assert sorted(path.name for path in (again / "onnx").iterdir()) == sorted(
+        p.name for p in (layout / "onnx").iterdir()
+    )
+    with Engine(again) as engine, Engine(bundle) as other:
+        np.testing.assert_array_equal(engine.generate(IDS[:1]), other.generate(IDS[:1]))
+
+
 def test_the_file_of_the_encoder_has_the_options_and_the_tokenizer_of_its_bundle(layout: Path, tmp_path: Path) -> None:
     with Engine(layout) as engine, Engine(layout / "onnx" / "encoder_model.onnx") as other:
         assert other.manifest is None

@@ -159,6 +159,8 @@ def test_a_batch_of_a_dataset_gets_the_columns_of_lfx_run(bundle: MakeBundle, tm
     assert alone.equals(documents(batch).drop_columns(["key"]))
     with pytest.raises(InputError, match="the dataset has a column 'tokens', the name of a result; rename it"):
         documents(batch.append_column("tokens", batch["key"]))
+    (padded,) = documents(pyarrow.table({"input_ids": [[5, 6, 1]], "attention_mask": [[1, 1, 0]]})).to_pylist()
+    assert "attention_mask must be a 1 for each" in padded["error"]
 
 
 def test_a_column_of_any_type_is_kept(bundle: MakeBundle) -> None:

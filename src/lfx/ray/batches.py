@@ -7,7 +7,7 @@ from typing import Any
 
 from lfx.errors import InputError, one_line, require
 from lfx.ray.engine import DocumentEngine, EngineOptions
-from lfx.runtime.documents.formats import parquet_document
+from lfx.runtime.documents.formats import FIELDS, parquet_document
 
 _INPUT_COLUMNS = ("text", "pair", "input_ids")
 
@@ -45,7 +45,7 @@ class Documents:
         pyarrow = require("pyarrow", "ray")
         try:
             table = batch if isinstance(batch, pyarrow.Table) else pyarrow.table(batch)
-            documents = table.select([name for name in _INPUT_COLUMNS if name in table.column_names])
+            documents = table.select([name for name in FIELDS if name in table.column_names and name != "id"])
         except Exception as error:  # such as for an array of two axes, or for two columns of one name
             raise InputError(
                 f"pyarrow makes no table of documents of the batch, a {type(batch).__name__} ({one_line(error, 80)}); "

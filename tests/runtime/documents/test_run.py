@@ -90,6 +90,9 @@ BAD: dict[str, tuple[Any, str]] = {
     "an id too large": ({"input_ids": [5, 99]}, "99"),
     "ids that are none": ({"input_ids": [1.5]}, "input_ids must be a list of at least one whole number"),
     "no ids": ({"input_ids": []}, "input_ids must be a list of at least one whole number"),
+    "padding": ({"input_ids": [5, 6, 1], "attention_mask": [1, 1, 0]}, "attention_mask must be a 1 for each"),
+    "a short mask": ({"input_ids": [5, 6], "attention_mask": [1]}, "attention_mask must be a 1 for each"),
+    "global tokens": ({"input_ids": [5, 6], "global_attention_mask": [0, 1]}, "differs from the task's global tokens"),
     "deep": ("[" * 100000, "broken JSON"),
 }
 
@@ -112,6 +115,15 @@ def test_bad_lines_are_reported_by_file_and_line_and_the_rest_is_run(
         assert reported[i] == f"{source}:{2 * i + 2}: {bad['error']}"
         with pytest.raises(AssertionError, match=reason):
             raise AssertionError(bad["error"])
+
+
+def test_masks_that_a_document_is_run_with_may_be_given(engine: Engine, tmp_path: Path) -> None:
+    masks = {"attention_mask": [1, 1, 1], "global_attention_mask": [1, 0, 0]}
+    documents = [{"input_ids": [0, 5, 2]}, {"input_ids": [0, 5, 2], **masks}, {"text": "fox", "attention_mask": [0]}]
+    summary = run_documents(engine, None, write(tmp_path / "in.jsonl", documents), tmp_path / "out.jsonl")
+    first, second, third = rows(tmp_path / "out.jsonl")
+    assert first["outputs"] == second["outputs"]
+    assert summary.refused == 1 and "no tokenizer" in third["error"]
 
 
 def test_bytes_that_are_not_utf8_are_one_bad_line(engine: Engine, tokenizer: Tokenizer, tmp_path: Path) -> None:
