@@ -89,10 +89,18 @@ def _dtype_name(dtype: Any) -> str:
     return str(one_of(name, "output_dtype", OUTPUT_DTYPES, InputError))
 
 
-def output_bytes_per_token(signature: Signature) -> int:
-    """Bytes that one token adds to the outputs with a sequence axis: 200 kB for fill-mask with 50,265 tokens."""
+def output_bytes(signature: Signature, seqlen: int, sequences: int = 1) -> int:
+    """Bytes of the outputs with a sequence axis of one input: 200 kB per token for fill-mask with 50,265 tokens.
+
+    Args:
+        seqlen: number of tokens of the sequence, or of each choice.
+        sequences: number of choices.
+    """
     shapes = [spec.shape for spec in signature.outputs if "sequence" in spec.shape]
-    return sum(4 * math.prod(size for size in shape if isinstance(size, int)) for shape in shapes)
+    whole = [math.prod(size for size in shape if isinstance(size, int)) for shape in shapes]
+    return sum(
+        4 * size * sequences * seqlen ** shape.count("sequence") for size, shape in zip(whole, shapes, strict=True)
+    )
 
 
 def check_outputs(outputs: Mapping[str, Any], signature: Signature, batch: int) -> None:

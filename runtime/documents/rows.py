@@ -14,7 +14,7 @@ from lfx.errors import InputError, LfxError, one_line
 from lfx.runtime.engine import Engine
 from lfx.runtime.generation.rows import without_padding
 from lfx.runtime.inputs import prepare, prepare_each
-from lfx.runtime.outputs import OUTPUT_BYTES, output_bytes_per_token
+from lfx.runtime.outputs import OUTPUT_BYTES, output_bytes
 from lfx.runtime.postprocess import Postprocessor, answer_outputs
 from lfx.runtime.streaming import AHEAD
 from lfx.runtime.tokenizer import Encoded, Tokenizer
@@ -78,18 +78,18 @@ class Runner:
     def rows(self, documents: Iterable[tuple[int, Any]]) -> Iterator[dict[str, Any]]:
         """Yield the rows of (number, document) pairs, in order. The groups of windows depend on the documents alone."""
         group: list[_Window | dict[str, Any]] = []  # windows to run and rows of refused documents, in order
-        windows = tokens = 0
+        windows = size = 0
         writes_texts = self.engine.signature.task == TEXT_GENERATION
-        bytes_per_token = 0 if writes_texts else output_bytes_per_token(self.engine.signature)
         for line, document in documents:
             for item in self._items(line, document):
                 group.append(item)
                 if not isinstance(item, _Window):
                     continue
-                windows, tokens = windows + 1, tokens + len(item.encoded.ids)
-                if windows == AHEAD or tokens * bytes_per_token >= OUTPUT_BYTES:
+                windows += 1
+                size += 0 if writes_texts else output_bytes(self.engine.signature, len(item.encoded.ids))
+                if windows == AHEAD or size >= OUTPUT_BYTES:
                     yield from self._run_group(group)
-                    group, windows, tokens = [], 0, 0
+                    group, windows, size = [], 0, 0
         yield from self._run_group(group)
 
     def _items(self, line: int, document: Any) -> Iterator[_Window | dict[str, Any]]:

@@ -18,7 +18,7 @@ REPLY_BYTES = 1 << 30  # of the outputs that the requests in progress keep for t
 UNREAD_BYTES = 256 << 20  # of the replies that their clients have not read yet
 # json.dumps holds the GIL, for this many numbers half a second; base64 is much faster.
 MAX_JSON_NUMBERS = 500_000
-SMALL_REPLY = 5_000  # numbers and texts of a reply that waits for no other; it is made in some milliseconds
+SMALL_REPLY = 32_768  # numbers and texts of a reply that waits for no other: 32 embeddings of 1,024
 MAX_REPLY_BYTES = 64 << 20  # of the outputs of one reply
 
 

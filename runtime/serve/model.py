@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from lfx.runtime.batch_runner import Outputs
 from lfx.runtime.batching import TOKEN_BUDGET
 from lfx.runtime.generation.rows import without_padding
 from lfx.runtime.inputs import pad_choices, prepare
-from lfx.runtime.outputs import output_bytes_per_token
+from lfx.runtime.outputs import output_bytes
 from lfx.runtime.postprocess import Postprocessor, answer_outputs
 from lfx.runtime.serve.limits import WaitingOutputs
 from lfx.runtime.serve.settings import BYTES_PER_TOKEN, NO_LIMIT_TOKENS, OTHER_BYTES, Settings
@@ -186,7 +187,8 @@ class ServedModel:
     def _output_bytes(self, item: Input, ids: Any) -> int:
         names = self._needed_outputs(item)
         signature = self.signature if names is None else self.signature.with_outputs(names)
-        return output_bytes_per_token(signature) * int(np.size(ids))
+        *choices, seqlen = np.shape(ids)
+        return output_bytes(signature, seqlen, math.prod(choices))
 
     def check_special_tokens(self, sequences: Sequence[Sequence[int]]) -> None:
         """Check that ids begin and end with the model's special tokens, which ids of another tokenizer do not.

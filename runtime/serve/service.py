@@ -155,7 +155,17 @@ class Service:
             return await self._in_thread(self._answering, make)
 
     async def _in_thread(self, executor: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(executor, work)
+        """Run a function in a thread; if the call is cancelled before, what the function holds is freed."""
+        waiting = [work]  # the executor keeps a cancelled call until its turn comes
+        del work
+
+        def run() -> Result:
+            return waiting.pop()()
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(executor, run)
+        finally:
+            waiting.clear()
 
     def _check_unread(self) -> None:
         if self.unread_bytes() >= UNREAD_BYTES:
@@ -198,21 +208,17 @@ class Service:
     async def _read(
         self, prepared: Prepared, future: Future[Outputs], read: Callable[[Prepared, Outputs], Any]
     ) -> _Part:
-        # In a list: the thread may come to it long after this task was cancelled.
-        outputs = [await asyncio.wrap_future(future)]
-        del future
-
-        def part() -> _Part:
-            result = read(prepared, outputs.pop())
+        def part(outputs: Outputs) -> _Part:
+            result = read(prepared, outputs)
             return _Part(result, prepared.tokens, _size_of(result))
 
+        reading = self._in_thread(self._answering, functools.partial(part, await asyncio.wrap_future(future)))
+        del future  # it holds the outputs
         try:
-            return await self._in_thread(self._answering, part)
+            return await reading
         except (LfxError, RefusalError) as error:
             _free_frames(error)
             raise
-        finally:
-            outputs.clear()
 
     async def generate(
         self,

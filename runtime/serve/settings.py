@@ -34,8 +34,8 @@ class Settings:
         tokenizer: folder of the tokenizer, for a single model; None = the bundle's.
         max_delay_ms: that of `Batcher`.
         api_key: requests must carry it as `Authorization: Bearer KEY`; None = no key is needed.
-        max_pending: a worker with this number of texts in progress (being tokenized, waiting or being computed) answers
-            further requests with status 429.
+        max_pending: a worker with this number of texts in progress (being tokenized, waiting, being computed, or
+            without a reply yet) answers further requests with status 429.
         max_inputs: largest number of texts in a request.
         max_beams: largest number of beams of a generated text.
         max_body_bytes: largest body of a request; None = derived from the longest sequence of the models.

@@ -154,7 +154,7 @@ class _Collector:
         yield replies
         gauges: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
             "lfx_texts_in_progress": (
-                "Texts that are being tokenized, are waiting or are being computed",
+                "Texts that are being tokenized, are waiting or are being computed, or whose reply is not made yet",
                 lambda one: one["in_progress"],
             ),
             "lfx_ready": ("1 if the models are ready", lambda one: float(one["state"] == "ready")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from typing import Any
 
@@ -13,7 +14,8 @@ from lfx.errors import InputError
 from lfx.runtime import Batcher, Engine
 from lfx.runtime.backends.onnxruntime import run_on_device
 from lfx.runtime.dlpack import CPU, DeviceArray
-from lfx.runtime.outputs import request_outputs
+from lfx.runtime.outputs import output_bytes, request_outputs
+from lfx.signature import TensorSpec
 from tests.conftest import MakeBundle
 
 pytestmark = pytest.mark.usefixtures("few_objects")
@@ -198,3 +200,20 @@ def test_a_capsule_that_nobody_takes_frees_the_memory() -> None:
     assert Owner.alive == 1
     del capsule
     assert Owner.alive == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        (("batch", 5), 0),
+        (("batch", "sequence", 5), 4 * 5 * 7 * 3),
+        (("batch", "choices", "sequence"), 4 * 7 * 3),
+        (("batch", "sequence", "sequence", 2), 4 * 2 * 7 * 7 * 3),
+    ],
+)
+def test_the_bytes_of_outputs_grow_with_each_sequence_axis(
+    shape: tuple[int | str, ...], size: int, bundle: MakeBundle
+) -> None:
+    with Engine(bundle(), threads=1) as engine:
+        signature = dataclasses.replace(engine.signature, outputs=(TensorSpec("scores", "float32", shape),))
+    assert output_bytes(signature, 7, 3) == size
