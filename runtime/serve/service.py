@@ -40,7 +40,7 @@ class Service:
         settings: the argument.
         models: name -> model, once `load` is done.
         state: "warming up", "ready" or "stopping".
-        in_progress: number of texts that are being tokenized, are waiting or are being computed.
+        in_progress: number of texts that are being tokenized, are waiting, are being computed, or have no reply yet.
     """
 
     def __init__(self, settings: Settings) -> None:
