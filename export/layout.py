@@ -31,7 +31,7 @@ from lfx.export.sentence_folder import MODULES, copy_weights, has_weights, read_
 from lfx.export.settings import read_object
 from lfx.files import is_same
 from lfx.manifest import LAYOUT_FOLDER, Manifest
-from lfx.parity import quick_cases
+from lfx.parity import Case, OutputResult, quick_cases
 from lfx.runtime import Engine
 from lfx.runtime.artifact import Artifact, check_bundle, unchanged
 from lfx.runtime.runner import model_inputs, outputs_runner, with_text
@@ -142,8 +142,10 @@ def write_layout(
         names[name] = write_models(artifact, folder / LAYOUT_FOLDER / name, in_own_file)
         progress(f"comparing {name} with its bundle")
         _compare(artifact, folder / LAYOUT_FOLDER / name)
-        if artifact is not artifacts[0]:
-            _compare_with_first(artifact, folder / LAYOUT_FOLDER / name, artifacts[0])
+    finest = min(artifacts, key=lambda artifact: list(ENDINGS).index(artifact.signature.precision))
+    for artifact in artifacts:
+        if artifact is not finest:
+            _compare_two(artifact, finest, folder / LAYOUT_FOLDER)
     manifest, name = artifacts[0].manifest, file_name(artifacts[0].signature)
     assert manifest is not None
     _copy_files(artifacts[0], folder, fetch)
@@ -227,7 +229,7 @@ def _compare(artifact: Artifact, path: Path) -> None:
             if missing := expected.keys() - measured.keys():
                 raise ExportError(f"{artifact.bundle} has no measured error of {min(missing)}; make it again")
             for name, array in expected.items():
-                error, limit = _difference(actual[name], array), measured[name]["tolerance"]
+                error, limit = _difference(actual[name], array, case), measured[name]["tolerance"]
                 if not error <= limit:
                     raise ParityError(
                         f"{path.name}: {name} differs from the bundle's by {error:.3g}, above the tolerance "
@@ -235,8 +237,8 @@ def _compare(artifact: Artifact, path: Path) -> None:
                     )
 
 
-def _compare_with_first(artifact: Artifact, path: Path, first: Artifact) -> None:
-    """Check that a written model computes what the first one does, within twice the tolerances of both.
+def _compare_two(artifact: Artifact, finest: Artifact, folder: Path) -> None:
+    """Check that a written model computes what that of the finest precision does, within twice the tolerances of both.
 
     Weights and config.json do not say it of a module in memory, nor of everything that sentence-transformers reads.
     Tolerances of int8 are of text: on random ids only the shapes are compared.
@@ -244,19 +246,20 @@ def _compare_with_first(artifact: Artifact, path: Path, first: Artifact) -> None
     Raises:
         ExportError: it does not.
     """
-    tolerances = [{} if one.signature.precision == QUANTIZED else _measured(one) for one in (artifact, first)]
-    first_path = path.with_name(file_name(first.signature))
-    with Engine(path, "onnxruntime") as own, Engine(first_path, "onnxruntime") as other:
+    tolerances = [{} if one.signature.precision == QUANTIZED else _measured(one) for one in (artifact, finest)]
+    paths = [folder / file_name(one.signature) for one in (artifact, finest)]
+    with Engine(paths[0], "onnxruntime") as own, Engine(paths[1], "onnxruntime") as other:
         longest = min((one.signature.max_seqlen for one in (own, other) if one.signature.max_seqlen), default=None)
         for case in quick_cases(max(other.signature.attention_windows), longest):
             inputs = with_text(case, model_inputs(case, other.signature), other.signature)
-            expected = outputs_runner(other)(inputs)
-            for name, array in outputs_runner(own)(inputs).items():
+            actual, expected = outputs_runner(own)(inputs), outputs_runner(other)(inputs)
+            for name in sorted(actual.keys() | expected.keys()):
                 limit = 2 * sum(of[name]["tolerance"] if name in of else math.inf for of in tolerances)
-                is_same = name in expected and array.shape == expected[name].shape
-                if not is_same or (array.dtype.kind == "f" and _difference(array, expected[name]) > limit):
+                is_same = name in actual and name in expected and actual[name].shape == expected[name].shape
+                is_float = is_same and expected[name].dtype.kind == "f"
+                if not is_same or (is_float and _difference(actual[name], expected[name], case) > limit):
                     raise ExportError(
-                        f"{artifact.bundle} computes another {name} than {first.bundle}; give bundles of one model"
+                        f"{artifact.bundle} computes another {name} than {finest.bundle}; give bundles of one model"
                     )
 
 
@@ -268,11 +271,11 @@ def _measured(artifact: Artifact) -> dict[str, Any]:
     return dict(artifact.manifest.validation.get("outputs", {}))
 
 
-def _difference(actual: NDArray[Any], expected: NDArray[Any]) -> float:
-    """The largest difference; for outputs that are not floats, infinity if any number differs."""
+def _difference(actual: NDArray[Any], expected: NDArray[Any], case: Case) -> float:
+    """The largest error, as validation counts it; for outputs that are not floats, infinity if any number differs."""
     if expected.dtype.kind != "f":
         return 0.0 if np.array_equal(actual, expected) else math.inf
-    return float(abs(actual.astype(np.float64) - expected).max(initial=0.0))
+    return OutputResult().add(case, expected, expected, actual).error
 
 
 def _copy_files(artifact: Artifact, folder: Path, fetch: Fetch | None) -> None:

@@ -56,7 +56,8 @@ def run_documents(
     """Run each document of a file, and write one row for each document or window.
 
     A document is an object with `text`, and `pair` if the task takes one, or with `input_ids`. Its `id`, of at most
-    10,000 bytes as JSON, is copied to its rows; other fields are ignored.
+    10,000 bytes as JSON, is copied to its rows. An `attention_mask` or `global_attention_mask` beside `input_ids` must
+    be that which the document is run with; other fields are ignored.
 
     A row has `line` (the document's number in the input, from 1), `id`, `window` (from 0, with a stride only), `tokens`
     (number of tokens), `answers` (if there is a tokenizer and the task has answers) and `outputs` (the outputs without

@@ -237,6 +237,50 @@ def test_settings_of_sentence_transformers_that_change_the_outputs_are_found(tmp
         relayout(fp32, tmp_path / "hf", others=[fp16])
 
 
+class Scorer(nn.Module):
+    """Scores each token; those of padding are `fill`, None = the smallest number."""
+
+    def __init__(self, factor: float, fill: float | None, *, gives_first: bool = False) -> None:
+        super().__init__()
+        self.encoder, self.head = tiny_model(), nn.Linear(32, 1)
+        nn.init.constant_(self.head.bias, 10.0)
+        self.factor, self.fill, self.gives_first = factor, fill, gives_first
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        scores = self.head(self.encoder(input_ids, attention_mask).last_hidden_state)[..., 0] * self.factor
+        fill = torch.finfo(scores.dtype).min if self.fill is None else self.fill
+        outputs = {"scores": scores.masked_fill(attention_mask == 0, fill)}
+        return outputs | ({"first": scores[:, 0]} if self.gives_first else {})
+
+
+@pytest.mark.parametrize(("factor", "fill"), [(1.0, None), (1.0, -np.inf), (1e3, 0.0)], ids=["min", "inf", "large"])
+def test_fill_values_and_large_numbers_are_compared_as_validation_does(
+    factor: float, fill: float | None, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    scorer = Scorer(factor, fill).eval()
+    fp32, fp16 = (export(scorer, tmp_path / p, precision=p) for p in ("fp32", "fp16"))
+    for first, other in ((fp32, fp16), (fp16, fp32)):
+        relayout(first, tmp_path / f"from-{first.name}", others=[other])
+
+
+@pytest.mark.slow
+def test_every_bundle_is_compared_in_all_outputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    scorer = Scorer(1.0, 0.0, gives_first=True).eval()
+    fp32 = export(scorer, tmp_path / "fp32")
+    (tmp_path / "ids.jsonl").write_text((json.dumps({"input_ids": list(range(3, 40))}) + "\n") * 4)
+    int8 = quantize(fp32, calibration=tmp_path / "ids.jsonl", output=tmp_path / "int8")
+    scorer.factor = 2.0
+    doubled = export(scorer, tmp_path / "doubled", precision="fp16")
+    with pytest.raises(ExportError, match=r"doubled computes another first than .*fp32;"):
+        relayout(int8, tmp_path / "hf", others=[doubled, fp32])
+    scorer.factor, scorer.gives_first = 1.0, False
+    fewer = export(scorer, tmp_path / "fewer", precision="fp16")
+    with pytest.raises(ExportError, match="fewer computes another first than"):
+        relayout(fp32, tmp_path / "hf", others=[fewer])
+
+
 @pytest.mark.parametrize("task", [SENTENCE_EMBEDDING, "text-classification"])
 def test_a_folder_that_has_the_layout_already_is_taken(task: str, tmp_path: Path) -> None:
     source = save_tiny_checkpoint(tmp_path / "source", task)
