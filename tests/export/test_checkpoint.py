@@ -274,7 +274,8 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(folder: Path, name: str) 
 def test_a_class_of_two_tokenizers_is_refused(folder: Path) -> None:
     save_wordpieces(folder)
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "RagTokenizer"}))
-    with pytest.raises(ExportError, match="RagTokenizer; set another tokenizer_class"):
+    # Older releases of transformers refuse it themselves.
+    with pytest.raises(ExportError, match=r"RagTokenizer; set another tokenizer_class|question_encoder"):
         load_tokenizer(str(folder))
 
 

@@ -453,7 +453,8 @@ def test_a_client_that_is_refused_while_it_sends_gets_the_reply(head: bytes, ser
         client.sendall(body)
         reply = client.makefile("rb").read()  # to the end of the connection
     assert reply.startswith(b"HTTP/1.1 413 ")
-    assert reply.lower().count(b"connection: close") == 1
+    # Older releases of uvicorn leave it out of replies to HTTP/1.0, whose connections end with the reply anyway.
+    assert reply.lower().count(b"connection: close") in ((0, 1) if b"HTTP/1.0" in head else (1,))
 
 
 def test_a_client_that_sends_byte_by_byte_is_disconnected(model: dict[str, Path]) -> None:
