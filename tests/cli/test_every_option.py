@@ -83,6 +83,7 @@ def folder(bundle: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> Iter
         patch.chdir(folder)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         patch.setattr(Engine, "run", stop)
+        patch.setattr("lfx.runtime.plugin.library", lambda: folder / "file")  # there may be none
         patch.setattr("lfx.ray.job.connected", stop)
         patch.setattr("lfx.runtime.serve.server.serve", stop)
         patch.setattr("lfx.runtime.serve.supervisor.supervise", stop)
