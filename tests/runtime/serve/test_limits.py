@@ -57,18 +57,18 @@ def received(connection: socket.socket) -> bytes:
 
 
 class Held:
-    """Tokenizer.encode, which waits until it is let go."""
+    """A function that waits until it is let go; by default Tokenizer.encode."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: Any = Tokenizer, name: str = "encode") -> None:
         self.entered, self.go_on = threading.Event(), threading.Event()
-        encode = Tokenizer.encode
+        function = getattr(owner, name)
 
-        def waiting(reader: Tokenizer, *arguments: Any, **options: Any) -> Any:
+        def waiting(*arguments: Any, **options: Any) -> Any:
             self.entered.set()
             assert self.go_on.wait(WAIT_SECONDS)
-            return encode(reader, *arguments, **options)
+            return function(*arguments, **options)
 
-        monkeypatch.setattr(Tokenizer, "encode", waiting)
+        monkeypatch.setattr(owner, name, waiting)
 
 
 def run(server: Running) -> httpx.Response:
@@ -216,27 +216,21 @@ def test_outputs_that_wait_for_a_busy_thread_are_freed_when_their_clients_go(
     model: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[weakref.ref[Any]] = []
-    entered, go_on = threading.Event(), threading.Event()
-    run_together, answers = Engine.run_together, ServedModel.answers
+    run_together = Engine.run_together
 
     def noted(engine: Engine, *arguments: Any, **options: Any) -> Any:
         results = run_together(engine, *arguments, **options)
         made.extend(weakref.ref(result["logits"]) for result in results)
         return results
 
-    def waiting(model: ServedModel, *arguments: Any) -> Any:
-        entered.set()
-        assert go_on.wait(WAIT_SECONDS)
-        return answers(model, *arguments)
-
     monkeypatch.setattr(Engine, "run_together", noted)
-    monkeypatch.setattr(ServedModel, "answers", waiting)
+    held = Held(monkeypatch, ServedModel, "answers")
     with running(model) as server, ThreadPoolExecutor(1) as pool:
         gc.collect()
         gc.disable()
         try:
             first = pool.submit(run, server)
-            assert entered.wait(WAIT_SECONDS)
+            assert held.entered.wait(WAIT_SECONDS)
             with contextlib.ExitStack() as stack:
                 for _ in range(5):
                     stack.enter_context(connected(server, REQUEST))
@@ -245,7 +239,7 @@ def test_outputs_that_wait_for_a_busy_thread_are_freed_when_their_clients_go(
             wait_until(lambda: [output() is not None for output in made] == [True] + [False] * 5)
         finally:
             gc.enable()
-            go_on.set()
+            held.go_on.set()
         assert first.result().status_code == 200
 
 
@@ -253,21 +247,13 @@ def test_outputs_that_wait_for_a_busy_thread_are_freed_when_their_clients_go(
 def test_the_time_for_an_answer_covers_every_step(
     step: str, model: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on = threading.Event()
     module, name = {"read": (body, "parse_json"), "made": (native, "json_reply")}[step]
-    function = getattr(module, name)
-
-    def waiting(*arguments: Any) -> Any:
-        assert go_on.wait(WAIT_SECONDS)
-        return function(*arguments)
-
-    monkeypatch.setattr(module, name, waiting)
+    held = Held(monkeypatch, module, name)
     with running(model, answer_seconds=0.3) as server, server.client() as client:
         late = client.post("/run", content=BODY + b" " * 40_000)
-        go_on.set()
+        held.go_on.set()
         assert late.status_code == 503
         assert "not answered within 0.3 s" in late.json()["error"]
-        monkeypatch.setattr(module, name, function)
         wait_until(lambda: run(server).status_code == 200)
 
 
@@ -283,22 +269,14 @@ def test_the_time_for_an_answer_covers_every_step(
 def test_a_request_counts_until_its_reply_is_made(
     module: Any, path: str, options: dict[str, Any], bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entered, go_on = threading.Event(), threading.Event()
-    json_reply = module.json_reply
-
-    def waiting(value: Any) -> Any:
-        entered.set()
-        assert go_on.wait(WAIT_SECONDS)
-        return json_reply(value)
-
-    monkeypatch.setattr(module, "json_reply", waiting)
+    held = Held(monkeypatch, module, "json_reply")
     with running({"emb": bundle("sentence-embedding")}, max_pending=1) as server, ThreadPoolExecutor(1) as pool:
         with server.client() as client:
             first = pool.submit(client.post, path, json=options)
-            assert entered.wait(WAIT_SECONDS)
+            assert held.entered.wait(WAIT_SECONDS)
             assert server.server.service.reply_memory.held == 32 * 4
             assert run(server).status_code == 429
-            go_on.set()
+            held.go_on.set()
             assert first.result().status_code == 200
         assert (server.server.service.in_progress, server.server.service.reply_memory.held) == (0, 0)
 
